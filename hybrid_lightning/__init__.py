@@ -1,0 +1,1 @@
+"""Hybrid-LoRA post-training with verifiable rewards, as PyTorch Lightning parts."""

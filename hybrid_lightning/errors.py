@@ -1,0 +1,37 @@
+"""The exception tree: every error that a user can cause is a `HybridLightningError`.
+
+Each class also derives from the builtin that a Python user would expect, so `except ValueError` keeps working. A message is
+one line that names the cause, the value received and the remedy: the command line prints it as its last line.
+"""
+
+
+class HybridLightningError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ConfigError(HybridLightningError, ValueError):
+    """A configuration value is wrong or two of them contradict each other."""
+
+
+class DataError(HybridLightningError, ValueError):
+    """A data file, row or column is missing or malformed."""
+
+
+class ModelError(HybridLightningError, ValueError):
+    """A model cannot be found or loaded, or does not have the expected modules."""
+
+
+class PlanError(HybridLightningError, ValueError):
+    """An adapter plan is malformed or belongs to another model."""
+
+
+class RewardError(HybridLightningError, RuntimeError):
+    """A reward function raised, or returned something other than one finite number per completion."""
+
+
+class CalibrationError(HybridLightningError, RuntimeError):
+    """The calibration rollouts carry no signal from which modules could be scored."""
+
+
+class CheckpointError(HybridLightningError, RuntimeError):
+    """A checkpoint does not belong to this model, plan or run."""

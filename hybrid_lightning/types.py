@@ -1,0 +1,128 @@
+"""The nouns of both flows: what one stage hands to the next.
+
+Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order (the G completions of a prompt are
+neighbours), S prompt tokens (left-padded), T completion tokens (right-padded).
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem: exactly one of `text` and `messages` is set."""
+
+    text: str | None = None  # a plain prompt, given to the tokenizer as it is
+    messages: tuple[dict[str, str], ...] | None = None  # chat turns {"role", "content"}, rendered by the chat template
+    answer: str | None = None  # the reference answer, None where the data has none
+    index: int = 0  # number of the row in its source, before any split or filter: identifies the problem
+    source: str = ""  # where the row comes from, for error messages
+    columns: dict[str, Any] = field(default_factory=dict)  # the whole row, for rewards that need more than the answer
+
+    def __post_init__(self) -> None:
+        assert (self.text is None) != (self.messages is None), "a Prompt has either text or messages"
+
+
+class _TensorContainer:
+    """Moves every tensor of a dataclass, nested ones included (Lightning's batch transfer calls `to`)."""
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> Self:
+        moved = {}
+        for entry in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            moved[entry.name] = value.to(device, **kwargs) if isinstance(value, (Tensor, _TensorContainer)) else value
+        return type(self)(**moved)
+
+
+@dataclass(frozen=True)
+class Sequences(_TensorContainer):
+    """Prompts and completions as tokens, ready for a forward pass."""
+
+    prompt_ids: Tensor  # [B, S] int64, left-padded
+    prompt_mask: Tensor  # [B, S] bool, True on real tokens
+    completion_ids: Tensor  # [B, T] int64, right-padded
+    completion_mask: Tensor  # [B, T] bool, True up to and including the stop token
+
+    def __len__(self) -> int:
+        return self.completion_ids.shape[0]
+
+    def rows(self, index: Tensor | slice) -> "Sequences":
+        """The sequences at `index`, with the columns that are padding in all of them cut off."""
+        prompt_mask, completion_mask = self.prompt_mask[index], self.completion_mask[index]
+        start = int(prompt_mask.shape[1] - prompt_mask.sum(dim=1).max()) if len(prompt_mask) else 0
+        end = int(completion_mask.sum(dim=1).max()) if len(completion_mask) else 0
+        end = max(end, 1)  # a forward pass needs one completion position even if every completion is empty
+        return Sequences(
+            self.prompt_ids[index][:, start:],
+            prompt_mask[:, start:],
+            self.completion_ids[index][:, :end],
+            completion_mask[:, :end],
+        )
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Completions of P prompts, G each."""
+
+    prompts: tuple[Prompt, ...]  # P
+    sequences: Sequences  # B = P * G rows
+    completions: tuple[str, ...]  # B decoded texts without special tokens
+    sampling_logprobs: Tensor  # [B, T] float32: log-probability of each token when it was sampled (see `Sampler`)
+    finished: Tensor  # [B] bool: True if ended by a stop token, False if cut at the maximum length
+    samples_per_prompt: int  # G
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What a reward function says of B completions."""
+
+    total: Tensor  # [B] float32, the training signal
+    parts: dict[str, Tensor]  # name -> [B] float32 before weighting; a single reward has one part
+    correct: Tensor  # [B] bool: the parts that measure correctness are all fully earned
+
+
+@dataclass(frozen=True)
+class LossInputs(_TensorContainer):
+    """All that a policy loss may look at."""
+
+    logprobs: Tensor  # [B, T] float32 with gradient: log pi(token) of the policy being trained
+    advantages: Tensor  # [B] float32
+    completion_mask: Tensor  # [B, T] bool
+    old_logprobs: Tensor | None = None  # [B, T] of the policy that sampled; None: exactly on-policy, `logprobs.detach()`
+    ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed when `kl_coef` is not 0
+    num_sequences: float | None = None  # sequences in the optimizer step, over micro-batches and ranks; None: those here
+    num_tokens: float | None = None  # completion tokens in the optimizer step, likewise
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss and what to log beside it."""
+
+    loss: Tensor  # scalar: the share of these sequences in the optimizer step's loss (shares add up, not average)
+    metrics: dict[str, Tensor]  # name -> scalar without gradient
+
+
+@dataclass(frozen=True)
+class PolicyBatch(_TensorContainer):
+    """One micro-batch of training data, made at rollout time."""
+
+    sequences: Sequences  # B rows
+    advantages: Tensor  # [B] float32
+    old_logprobs: Tensor | None  # [B, T]; None if the micro-batch is exactly on-policy
+    ref_logprobs: Tensor | None  # [B, T]; None if the loss has no KL term
+    num_sequences: float  # in the optimizer step that this micro-batch belongs to, over all its micro-batches and ranks
+    num_tokens: float  # completion tokens in that optimizer step, likewise
+
+    def loss_inputs(self, logprobs: Tensor) -> LossInputs:
+        return LossInputs(
+            logprobs=logprobs,
+            advantages=self.advantages,
+            completion_mask=self.sequences.completion_mask,
+            old_logprobs=self.old_logprobs,
+            ref_logprobs=self.ref_logprobs,
+            num_sequences=self.num_sequences,
+            num_tokens=self.num_tokens,
+        )

@@ -1,0 +1,121 @@
+"""Rows and splits, and the rule that no problem stands in two splits.
+
+A problem is identified by its question, not by its place in a file: data sets repeat questions, and a repeated one on
+both sides of a split would be trained on and then tested.
+"""
+
+import random
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybrid_lightning.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem as a source gives it, before it is formatted into a prompt."""
+
+    question: str  # identifies the problem: holds all that makes it another problem
+    answer: str | None = None  # the reference answer alone, None where the data has none
+    index: int = 0  # number of the row in its source, the first is 0; unique within a split
+    source: str = ""  # where the row comes from, for error messages
+    columns: dict[str, Any] = field(default_factory=dict)  # the whole row: plain JSON values, since prompts are pickled
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a source; a split that it does not have is empty."""
+
+    train: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
+    test: list[Row] = field(default_factory=list)
+
+
+def problem_key(question: str) -> str:
+    """Reduce a question to what two copies of one problem share: case, spacing and Unicode form do not count.
+
+    Example:
+        >>> problem_key("How  many are there ?") == problem_key("how many are there?")
+        True
+    """
+    spaced = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+    return re.sub(r" (?=[.,;:?!])", "", spaced)
+
+
+def split_rows(rows: Sequence[Row], validation_fraction: float, test_fraction: float, seed: int) -> Splits:
+    """Split rows at random, all copies of a problem into the same split.
+
+    Args:
+        rows: The rows, in any order.
+        validation_fraction: Share of the rows for validation.
+        test_fraction: Share of the rows for the test.
+        seed: Of the shuffle that decides which problems go where.
+
+    Returns:
+        The splits, each in the order of `rows`. Sizes are exact but for copies, which are never torn apart.
+
+    Raises:
+        ConfigError: If a fraction is out of range, or so small or large that a split would be empty.
+    """
+    check_fractions(validation_fraction, test_fraction)
+    copies: dict[str, list[int]] = defaultdict(list)
+    for position, row in enumerate(rows):
+        copies[problem_key(row.question)].append(position)
+    groups = list(copies.values())
+    random.Random(seed).shuffle(groups)
+    taken: dict[str, list[int]] = {}
+    for name, fraction in (("test", test_fraction), ("validation", validation_fraction)):
+        taken[name] = []
+        while groups and len(taken[name]) < round(fraction * len(rows)):
+            taken[name] += groups.pop()
+        if fraction and not taken[name]:
+            raise ConfigError(f"{name}_fraction={fraction} of {len(rows)} rows is no row at all: raise {name}_fraction")
+    taken["train"] = [position for group in groups for position in group]
+    if rows and not taken["train"]:
+        raise ConfigError(
+            f"validation_fraction={validation_fraction} and test_fraction={test_fraction} leave no row to train on, of "
+            f"{len(rows)} with {len(copies)} different questions: lower them"
+        )
+    return Splits(**{name: [rows[position] for position in sorted(positions)] for name, positions in taken.items()})
+
+
+def check_fractions(validation_fraction: float, test_fraction: float) -> None:
+    """Refuse fractions that no split can have."""
+    for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= value < 1:
+            raise ConfigError(f"{name}={value}: give a share of the rows between 0 and 1, such as 0.1")
+    if validation_fraction + test_fraction >= 1:
+        raise ConfigError(
+            f"validation_fraction={validation_fraction} and test_fraction={test_fraction} add up to "
+            f"{validation_fraction + test_fraction}: they must leave rows to train on, so their sum must be below 1"
+        )
+
+
+def without_overlap(splits: Splits) -> tuple[Splits, dict[str, int]]:
+    """Drop from train what validation or test ask too, and from validation what the test asks.
+
+    Args:
+        splits: Splits that may share problems.
+
+    Returns:
+        Splits that do not, and the number of rows dropped from `train` and from `validation`.
+
+    Raises:
+        DataError: If rows were dropped and nothing is left of a split.
+    """
+    test = {problem_key(row.question) for row in splits.test}
+    validation = [row for row in splits.validation if problem_key(row.question) not in test]
+    held_out = test | {problem_key(row.question) for row in validation}
+    train = [row for row in splits.train if problem_key(row.question) not in held_out]
+    for name, before, after in (("train", splits.train, train), ("validation", splits.validation, validation)):
+        if before and not after:
+            raise DataError(
+                f"every question of the {name} split ({len(before)} rows, the first from {before[0].source!r}) is also "
+                f"in a split held out from it: give a {name} split with other questions"
+            )
+    dropped = {"train": len(splits.train) - len(train), "validation": len(splits.validation) - len(validation)}
+    return Splits(train=train, validation=validation, test=splits.test), dropped

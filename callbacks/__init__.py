@@ -1,0 +1,20 @@
+"""Lightning callbacks; imported as `hybrid_lightning.callbacks`, which is a link to this folder."""
+
+from hybrid_lightning.callbacks.graceful_stop import GracefulStop
+from hybrid_lightning.callbacks.hybrid_adapter_setup import Adaptable, HybridAdapterSetup
+from hybrid_lightning.callbacks.prediction_writer import PredictionWriter
+from hybrid_lightning.callbacks.reward_divergence import RewardDivergence
+from hybrid_lightning.callbacks.rollout_progress import RolloutProgress
+from hybrid_lightning.callbacks.rollout_samples import RolloutSamples
+from hybrid_lightning.callbacks.run_summary import RunSummary
+
+__all__ = [
+    "Adaptable",
+    "GracefulStop",
+    "HybridAdapterSetup",
+    "PredictionWriter",
+    "RewardDivergence",
+    "RolloutProgress",
+    "RolloutSamples",
+    "RunSummary",
+]

@@ -4,7 +4,7 @@ Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order
 neighbours), S prompt tokens (left-padded), T completion tokens (right-padded).
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -30,10 +30,13 @@ class _TensorContainer:
     """Moves every tensor of a dataclass, nested ones included (Lightning's batch transfer calls `to`)."""
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Self:
+        """A copy with every tensor on `device`."""
         moved = {}
         for entry in fields(self):  # type: ignore[arg-type]
             value = getattr(self, entry.name)
             moved[entry.name] = value.to(device, **kwargs) if isinstance(value, (Tensor, _TensorContainer)) else value
+            if isinstance(value, dict):
+                moved[entry.name] = {k: v.to(device, **kwargs) if isinstance(v, Tensor) else v for k, v in value.items()}
         return type(self)(**moved)
 
 
@@ -76,7 +79,7 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
-class Rewards:
+class Rewards(_TensorContainer):
     """What a reward function says of B completions."""
 
     total: Tensor  # [B] float32, the training signal
@@ -115,8 +118,14 @@ class PolicyBatch(_TensorContainer):
     ref_logprobs: Tensor | None  # [B, T]; None if the loss has no KL term
     num_sequences: float  # in the optimizer step that this micro-batch belongs to, over all its micro-batches and ranks
     num_tokens: float  # completion tokens in that optimizer step, likewise
+    metrics: dict[str, float] = field(default_factory=dict)  # of the rollout that these rows come from, for logging
+
+    def with_logprobs(self, old_logprobs: Tensor | None, ref_logprobs: Tensor | None) -> "PolicyBatch":
+        """The same batch with log-probabilities of the sampling and the start policy, [B, T] each."""
+        return replace(self, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
 
     def loss_inputs(self, logprobs: Tensor) -> LossInputs:
+        """Join the log-probabilities of the policy being trained, [B, T], with what was known at rollout time."""
         return LossInputs(
             logprobs=logprobs,
             advantages=self.advantages,

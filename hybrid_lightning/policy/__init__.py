@@ -1,0 +1,1 @@
+"""The policy: a causal language model as a LightningModule."""

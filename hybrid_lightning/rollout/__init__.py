@@ -1,0 +1,1 @@
+"""Generation of completions, and rollouts as training data."""

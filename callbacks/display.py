@@ -1,0 +1,63 @@
+"""What the callbacks share to show things: the console, a progress bar, the run folder and TensorBoard."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich import get_console
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Advance = Callable[[int, int | None], None]
+
+
+def console() -> Console:
+    """The global console, which the progress bars share, so that lines appear above a bar and not through it."""
+    return get_console()
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """Folder of this run's files; None under `fast_dev_run`, which leaves nothing behind."""
+    if trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+        return None
+    folder = Path(trainer.log_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def resume_command(trainer: Trainer, checkpoint: Path) -> str:
+    """The command that goes on from a checkpoint."""
+    return f"python -m hybrid_lightning fit --config {run_folder(trainer)}/config.yaml --ckpt_path {checkpoint}"
+
+
+def tensorboard_writers(trainer: Trainer) -> list[Any]:
+    """The SummaryWriters of all TensorBoard loggers."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+@contextmanager
+def progress_bar(trainer: Trainer, description: str, total: int | None) -> Iterator[Advance]:
+    """A bar that goes away when done; nothing on other ranks or under `enable_progress_bar=False`.
+
+    Args:
+        trainer: Decides whether a bar is wanted.
+        description: Stands before the bar.
+        total: Steps; None if only known later.
+
+    Yields:
+        A function to call with (steps done, total or None to keep it).
+    """
+    if trainer.progress_bar_callback is None or not trainer.is_global_zero:
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+
+        def advance(done: int, new_total: int | None) -> None:
+            progress.update(task, completed=done, **({} if new_total is None else {"total": new_total}))
+
+        yield advance

@@ -1,0 +1,252 @@
+"""`HybridAdapterSetup`: scores the modules, plans the hybrid adapter and applies it, before training starts.
+
+    calibration rollouts -> gradients -> scores -> plan -> adapter
+
+It is not tied to `PolicyModule`. Any LightningModule can be adapted that has
+
+- `adapter_attribute: str`, the name of the attribute that holds the model, and
+- `calibration_losses(num_prompts: int)`, an iterable of scalar losses that computes them afresh each time it is iterated; the
+  mean of their gradients scores the modules. An attribute `info` (a dict of plain values) is kept in the plan.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from hybrid_lightning.adapters.accumulators import GradientMode
+from hybrid_lightning.adapters.apply import apply_plan
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.digest import model_digest
+from hybrid_lightning.adapters.heatmap import draw_heatmap
+from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters.planning import make_plan
+from hybrid_lightning.adapters.scorers import Scorer, TailEnergy
+from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.callbacks.display import console, progress_bar, run_folder, tensorboard_writers
+from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
+
+
+@runtime_checkable
+class Adaptable(Protocol):
+    """What a LightningModule has to offer."""
+
+    adapter_attribute: str
+
+    def calibration_losses(self, num_prompts: int) -> Iterable[Tensor]:
+        """Scalar losses at the start policy."""
+        ...
+
+
+class HybridAdapterSetup(Callback):
+    """Chooses the modules that are trained fully and gives LoRA to all other candidates.
+
+    The plan is taken from the checkpoint that is being loaded, else from `plan`, else made by scoring. It is written into the
+    run folder as `plan.json` and `plan.png`. Evaluating without a checkpoint and without `plan` leaves the model as it is.
+
+    Args:
+        budget: How many modules are fully trained; None takes `ModuleBudget(share=0.1)`. Share 0 is LoRA, 1 full fine-tuning.
+        scorer: None takes `TailEnergy()`.
+        gradients: How gradients are held while scoring; None takes `ExactGradients()`.
+        rank: LoRA rank r.
+        alpha: LoRA scale: alpha / rank.
+        dropout: LoRA dropout.
+        use_dora: Weight-decomposed LoRA.
+        use_rslora: Scale by alpha / sqrt(rank).
+        target_modules: Candidates by the end of their name, such as `[q_proj, v_proj]`; None takes every linear module in the
+            decoder blocks.
+        calibration_prompts: Prompts whose rollouts score the modules.
+        plan: A `plan.json` to use instead of scoring.
+        keep_start_weights: Keep the frozen originals of fully trained modules, which a KL term needs. False saves their memory.
+
+    Raises:
+        ConfigError: If a value is impossible.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | None = None,
+        scorer: Scorer | None = None,
+        gradients: GradientMode | None = None,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        use_dora: bool = False,
+        use_rslora: bool = False,
+        target_modules: Sequence[str] | None = None,
+        calibration_prompts: int = 32,
+        plan: str | None = None,
+        keep_start_weights: bool = True,
+    ) -> None:
+        if calibration_prompts < 1:
+            raise ConfigError(f"adapter.calibration_prompts must be at least 1, got {calibration_prompts}")
+        self.budget = budget or ModuleBudget()
+        self.scorer = scorer or TailEnergy()
+        self.gradients = gradients
+        self.lora = LoraSettings(rank, alpha, dropout, use_dora, use_rslora)
+        self.target_modules = target_modules
+        self.calibration_prompts = calibration_prompts
+        self.plan_path = plan
+        self.given_plan = None if plan is None else AdapterPlan.load(plan)  # a bad file is found before anything is loaded
+        self.keep_start_weights = keep_start_weights
+        self.plan: AdapterPlan | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Decide and apply; nothing happens if an adapter is applied already.
+
+        Raises:
+            ConfigError: If the module does not follow the protocol, or settings contradict each other.
+            CheckpointError: If a plan file and the checkpoint's plan differ.
+        """
+        if getattr(pl_module, "plan", None) is not None:
+            self.plan = pl_module.plan  # type: ignore[assignment]
+            return
+        if not isinstance(pl_module, Adaptable):
+            raise ConfigError(
+                f"HybridAdapterSetup cannot adapt {type(pl_module).__name__}: it needs an attribute adapter_attribute (the name of "
+                "the model's attribute) and a method calibration_losses(num_prompts)"
+            )
+        pl_module.configure_model()
+        plan = self._plan_of_checkpoint(trainer) or self.given_plan
+        if plan is None and stage != "fit":
+            return
+        self._check_start_weights(pl_module)
+        if plan is None:
+            plan = self._make_plan(trainer, pl_module)
+        self._apply(pl_module, plan)
+        self.plan = plan
+        if trainer.is_global_zero and stage == "fit":
+            self._show(trainer, plan)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the plan for modules that do not do so themselves."""
+        if not isinstance(pl_module, AdaptedModule) and self.plan is not None:
+            checkpoint[CHECKPOINT_KEY] = {"plan": self.plan.to_dict(), "base_digest": self.plan.model_digest}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the plan into TensorBoard."""
+        if self.plan is None or not trainer.is_global_zero:
+            return
+        for writer in tensorboard_writers(trainer):
+            writer.add_text("plan", self.plan.markdown(), 0)
+            if any(module.score is not None for module in self.plan.candidates):
+                writer.add_figure("plan/scores", draw_heatmap(self.plan), 0)
+
+    # ---- deciding
+
+    def _plan_of_checkpoint(self, trainer: Trainer) -> AdapterPlan | None:
+        path = trainer.ckpt_path
+        if not path or not Path(path).exists():  # Lightning itself says that a checkpoint is missing
+            return None
+        saved = adapter_state(torch.load(path, map_location="cpu", weights_only=True, mmap=Path(path).is_file()))
+        plan = None if saved["plan"] is None else AdapterPlan.from_dict(saved["plan"], source=str(path))
+        if plan is not None and self.given_plan is not None and plan.digest != self.given_plan.digest:
+            raise CheckpointError(
+                f"adapter.plan={self.plan_path} (plan {self.given_plan.digest[:12]}) is not the plan of the checkpoint "
+                f"({plan.digest[:12]}); remove adapter.plan to resume, or start a new run without ckpt_path"
+            )
+        return plan
+
+    def _check_start_weights(self, pl_module: LightningModule) -> None:
+        loss = getattr(pl_module, "loss", None)
+        if getattr(loss, "needs_reference", False) and not self.keep_start_weights:
+            raise ConfigError(
+                "the loss has a KL term (kl_coef > 0), which needs the start policy; set adapter.keep_start_weights=true"
+            )
+
+    def _make_plan(self, trainer: Trainer, pl_module: LightningModule) -> AdapterPlan:
+        """Score on rank 0, on the device that trains, and tell the other ranks."""
+        content = None
+        if trainer.is_global_zero:
+            model = getattr(pl_module, pl_module.adapter_attribute).to(trainer.strategy.root_device)  # type: ignore[arg-type]
+            digest = model_digest(model)
+            candidates = find_candidates(model, target_modules=self.target_modules)
+            scores, info = self._score(trainer, pl_module, model, candidates) if self.budget.needs_scores else (None, {})
+            hparams = getattr(pl_module, "hparams", {})
+            content = make_plan(
+                model=str(hparams.get("model", type(model).__name__)),
+                revision=hparams.get("revision"),
+                model_digest=digest,
+                candidates=candidates,
+                budget=self.budget,
+                lora=self.lora,
+                scores=scores,
+                scorer=self.scorer if scores is not None else None,
+                calibration=info,
+                seed=hparams.get("seed"),
+            ).to_dict()
+        return AdapterPlan.from_dict(trainer.strategy.broadcast(content))
+
+    def _score(
+        self, trainer: Trainer, pl_module: LightningModule, model: nn.Module, candidates: dict[str, Any]
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        losses: Any = []
+        info: dict[str, Any] = {}
+        if self.scorer.needs_gradient or self.scorer.needs_loss:
+            with progress_bar(trainer, "Calibration rollouts", None) as advance:
+                listeners = getattr(pl_module, "generation_listeners", [])
+                listeners.append(advance_by_token := lambda running, decoded, total: advance(decoded, total))
+                try:
+                    losses = pl_module.calibration_losses(self.calibration_prompts)  # type: ignore[operator]
+                finally:
+                    listeners.remove(advance_by_token)
+            info = {**getattr(losses, "info", {}), "prompts": self.calibration_prompts}
+            if info.get("signal") == "answers":
+                console().print(
+                    "All calibration rewards tie, so rollouts carry no signal: modules are scored by the supervised gradient of "
+                    "the reference answers instead."
+                )
+        was_training = model.training
+        model.eval()
+        try:
+            with progress_bar(trainer, "Scoring modules", len(losses) if hasattr(losses, "__len__") else None) as advance:
+                scores = score_modules(
+                    model,
+                    candidates,
+                    _counted(losses, advance),
+                    self.scorer,
+                    self.lora.rank,
+                    self.gradients,
+                    evaluate_loss=lambda: _mean_loss(losses),
+                )
+        finally:
+            model.train(was_training)
+        return scores, info
+
+    # ---- applying and showing
+
+    def _apply(self, pl_module: LightningModule, plan: AdapterPlan) -> None:
+        if isinstance(pl_module, AdaptedModule):
+            pl_module.adapt(plan, self.keep_start_weights)
+            return
+        name: str = pl_module.adapter_attribute  # type: ignore[assignment]
+        setattr(pl_module, name, apply_plan(getattr(pl_module, name), plan, self.keep_start_weights))
+        pl_module.plan = plan  # type: ignore[assignment]
+
+    def _show(self, trainer: Trainer, plan: AdapterPlan) -> None:
+        folder = run_folder(trainer)
+        if folder is not None:
+            plan.save(folder / "plan.json")
+            if any(module.score is not None for module in plan.candidates):
+                draw_heatmap(plan).savefig(folder / "plan.png", dpi=150)
+        console().print(plan.table())
+        if folder is not None:
+            console().print(f"Plan written to {folder / 'plan.json'}", soft_wrap=True)
+
+
+def _counted(losses: Iterable[Tensor], advance: Any) -> Iterator[Tensor]:
+    for number, loss in enumerate(losses, start=1):
+        yield loss
+        advance(number, None)
+
+
+def _mean_loss(losses: Iterable[Tensor]) -> float:
+    with torch.no_grad():
+        values = [float(loss) for loss in losses]
+    return sum(values) / len(values)

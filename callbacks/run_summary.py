@@ -1,0 +1,142 @@
+"""`RunSummary`: accuracy before and after, what was trained, how long it took and what to type next."""
+
+import json
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.table import Table
+
+from hybrid_lightning.callbacks.display import console, run_folder
+
+
+class RunSummary(Callback):
+    """Prints a summary at the end of `fit` and writes it as `summary.json`.
+
+    The accuracy before training is that of Lightning's sanity check when it covers all of the validation data
+    (`num_sanity_val_steps: -1`); a resumed run takes it from the checkpoint. If training does not end with a validation, one is
+    made. With validation switched off both are null.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._earlier_seconds = 0.0  # of the runs that this one resumes
+        self._before: dict[str, float] = {}
+        self._after: dict[str, float] = {}
+        self._validated_step = -1
+        self._train_start = self._start
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start the clock: scoring, which comes next, counts."""
+        if stage == "fit":
+            self._start = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return {"before": self._before, "seconds": self._earlier_seconds + time.perf_counter() - self._start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over from the run that is resumed."""
+        self._before, self._earlier_seconds = state_dict["before"], state_dict["seconds"]
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the metrics of the start policy, and log them as step 0."""
+        loaders = trainer.num_sanity_val_batches
+        if all(checked >= total for checked, total in zip(loaders, trainer.num_val_batches, strict=True)):
+            self._before = _validation_metrics(trainer)
+            for logger in trainer.loggers:
+                logger.log_metrics(self._before, step=0)
+            self._print_validation(trainer, "start", self._before)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note when scoring and sanity check are over."""
+        self._train_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how far the policy has come."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._after, self._validated_step = _validation_metrics(trainer), trainer.global_step
+            self._print_validation(trainer, f"step {trainer.global_step}", self._after)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate if the last step has not been, and sum up."""
+        if trainer.enable_validation and self._validated_step != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print and write the summary, when all checkpoints have been written."""
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero or folder is None or trainer.global_step == 0:
+            return
+        summary = self._summary(trainer, pl_module)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        self._print(summary)
+
+    def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        plan = getattr(pl_module, "plan", None)
+        trainable = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        base = getattr(pl_module, "base_parameters", None) or sum(parameter.numel() for parameter in pl_module.parameters())
+        checkpoint = trainer.checkpoint_callback
+        last = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
+        folder = run_folder(trainer)
+        now = time.perf_counter()
+        samples = getattr(pl_module, "eval_samples", 1)
+        return {
+            "accuracy_before": self._before.get(f"val/avg@{samples}"),
+            "accuracy_after": self._after.get(f"val/avg@{samples}"),
+            "greedy_before": self._before.get("val/greedy_accuracy"),
+            "greedy_after": self._after.get("val/greedy_accuracy"),
+            "seconds": round(self._earlier_seconds + now - self._start, 2),
+            "training_seconds": round(now - self._train_start, 2),
+            "steps": trainer.global_step,
+            "eval_samples": samples,
+            "full_modules": [] if plan is None else list(plan.full_modules),
+            "lora_modules": 0 if plan is None else len(plan.lora_modules),
+            "trainable_parameters": trainable,
+            "trainable_share": round(trainable / base, 6),
+            "loss": type(getattr(pl_module, "loss", None)).__name__,
+            "model": str(pl_module.hparams.get("model", "")),
+            "validation": {"before": self._before, "after": self._after},
+            "run_folder": str(folder),
+            "checkpoint": str(last),
+            "next_command": f"python -m hybrid_lightning test --config {folder}/config.yaml --ckpt_path {last}" if last else "",
+        }
+
+    def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:
+        if trainer.is_global_zero and metrics:
+            values = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in metrics.items())
+            console().print(f"Validation ({when}): {values}", soft_wrap=True)
+
+    def _print(self, summary: dict[str, Any]) -> None:
+        table = Table(title="What happened", title_justify="left", show_header=False)
+        samples = summary["eval_samples"]
+        table.add_row(f"accuracy (avg@{samples})", _change(summary["accuracy_before"], summary["accuracy_after"]))
+        table.add_row("greedy accuracy", _change(summary["greedy_before"], summary["greedy_after"]))
+        modules = ", ".join(name.removeprefix("model.") for name in summary["full_modules"][:6])
+        more = len(summary["full_modules"]) - 6
+        table.add_row("fully trained", (modules + (f" and {more} more" if more > 0 else "")) or "none")
+        table.add_row("LoRA", f"{summary['lora_modules']} modules")
+        table.add_row(
+            "trainable", f"{summary['trainable_parameters']:,} parameters, {summary['trainable_share']:.1%} of the model"
+        )
+        table.add_row(
+            "time", f"{summary['seconds']:.0f} s for {summary['steps']} optimizer steps, scoring and validation included"
+        )
+        out = console()
+        out.print(table)
+        out.print(f"Run folder: {summary['run_folder']}", soft_wrap=True)
+        out.print(f"Curves:     tensorboard --logdir {summary['run_folder']}", soft_wrap=True)
+        if summary["next_command"]:
+            out.print(f"Next:       {summary['next_command']}", soft_wrap=True)
+
+
+def _validation_metrics(trainer: Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def _change(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return f"{'not measured' if before is None else f'{before:.1%}'} -> {'not measured' if after is None else f'{after:.1%}'}"
+    return f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points)"

@@ -1,0 +1,134 @@
+"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict` and `score`."""
+
+import sys
+import warnings
+from typing import Any, NoReturn
+
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import hybrid_lightning.adapters.scorers
+import hybrid_lightning.advantages
+import hybrid_lightning.data
+import hybrid_lightning.losses
+import hybrid_lightning.rewards  # noqa: F401  (a class is found by its short name once its module is imported)
+from hybrid_lightning.callbacks import (
+    GracefulStop,
+    HybridAdapterSetup,
+    PredictionWriter,
+    RewardDivergence,
+    RolloutProgress,
+    RolloutSamples,
+    RunSummary,
+)
+from hybrid_lightning.data import PromptDataModule
+from hybrid_lightning.errors import HybridLightningError
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.trainer import Trainer
+
+# Arguments of the Trainer's methods, which belong to one command and not to the run's config.
+_METHOD_ARGUMENTS = ("ckpt_path", "weights_only", "verbose", "return_predictions")
+
+
+class Parser(LightningArgumentParser):
+    """Refuses abbreviated options, and ends every error with one line that says what is wrong."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviation would take --trainer.max_epoch=3 silently for max_epochs.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message in one line and exit with 2."""
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+        sys.exit(2)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the resolved config without the arguments of the command, so that every command can read it back."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        config = config.clone()
+        for name in _METHOD_ARGUMENTS:
+            config.pop(name, None)
+        # Running again into the same folder replaces the config, as it replaces everything else there.
+        super().__init__(parser, config, overwrite=True, **kwargs)
+
+
+class HybridLightningCLI(LightningCLI):
+    """`python -m hybrid_lightning <command> --config ...`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            PolicyModule,
+            PromptDataModule,
+            save_config_callback=SaveRunConfig,
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            **kwargs,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Commands, each a method of the Trainer, with the arguments that come from the config."""
+        return {**LightningCLI.subcommands(), "score": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give each callback a group of options of its own."""
+        parser.add_lightning_class_args(HybridAdapterSetup, "adapter")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RolloutSamples, "samples")
+        parser.add_lightning_class_args(RewardDivergence, "divergence")
+        parser.add_lightning_class_args(RolloutProgress, "progress")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.set_defaults(
+            {
+                "model": {"class_path": "hybrid_lightning.policy.module.PolicyModule"},
+                "data": {"class_path": "hybrid_lightning.data.PromptDataModule"},
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "step={step}",
+                "checkpoint.auto_insert_metric_name": False,
+                "trainer.log_every_n_steps": 1,
+                "trainer.num_sanity_val_steps": -1,  # all of it: the accuracy before training
+                "trainer.logger": {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {"save_dir": "runs", "name": "default", "default_hp_metric": False},
+                },
+            }
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the callbacks that have no options; RunSummary first, since its clock has to include the scoring."""
+        given = self._get(self.config_init, "trainer")["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        fixed = [RunSummary(), GracefulStop()]
+        if self._get(self.config_init, "trainer")["logger"]:
+            fixed.append(LearningRateMonitor(logging_interval="step"))
+        trainer = super().instantiate_trainer(callbacks=[*fixed, *given], **kwargs)
+        assert isinstance(trainer, Trainer)
+        return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from a checkpoint silently: Lightning would let it override what the command line says."""
+
+
+def main() -> None:
+    """Run the command line; what a user got wrong is said in the last line, without a traceback."""
+    _quiet_libraries()
+    try:
+        HybridLightningCLI()
+    except (HybridLightningError, MisconfigurationException, FileNotFoundError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(1)
+
+
+def _quiet_libraries() -> None:
+    """Silence advice that does not apply here, so that what matters can be read."""
+    # The loaders hold prompts or make rollouts; worker processes would not help.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # The policy is frozen and in eval mode as loaded; the adapter decides what trains.
+    warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")

@@ -1,0 +1,150 @@
+"""`AdaptedModule`: what makes a LightningModule with a hybrid adapter save, resume and reload by itself.
+
+A checkpoint holds the trainable weights only, and under the key `hybrid_lightning` the adapter plan and the digest of the
+base model that they belong to.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan
+from hybrid_lightning.adapters.digest import model_digest
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.errors import CheckpointError, PlanError
+
+CHECKPOINT_KEY = "hybrid_lightning"
+
+
+class AdaptedModule(LightningModule):
+    """A LightningModule whose attribute `adapter_attribute` holds a model that a plan can adapt."""
+
+    adapter_attribute: str = "model"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plan: AdapterPlan | None = None
+        self.keep_start_weights = True
+        self._base_digest: str | None = None
+        # The frozen base is not in checkpoints; `load_state_dict` checks what has to be there.
+        self.strict_loading = False
+
+    @property
+    def adapter_target(self) -> nn.Module:
+        """The model, adapted or not."""
+        target = getattr(self, self.adapter_attribute)
+        assert isinstance(target, nn.Module)
+        return target
+
+    @property
+    def base_digest(self) -> str:
+        """Digest of the model before any adapter."""
+        if self._base_digest is None:
+            assert self.plan is None, "the digest is taken before the adapter is applied"
+            self._base_digest = model_digest(self.adapter_target)
+        return self._base_digest
+
+    def adapt(self, plan: AdapterPlan, keep_start_weights: bool = True) -> None:
+        """Apply a plan; applying the same plan again does nothing.
+
+        Args:
+            plan: Which modules are trained fully and which by LoRA.
+            keep_start_weights: Keep the frozen originals of fully trained modules, so that the start policy stays available.
+
+        Raises:
+            PlanError: If another plan is applied already, or the plan belongs to another model.
+        """
+        if self.plan is not None:
+            if self.plan.digest != plan.digest:
+                raise PlanError(
+                    f"the model is adapted by plan {self.plan.digest[:12]} and cannot take plan {plan.digest[:12]} as well; load "
+                    "the model anew"
+                )
+            return
+        if plan.model_digest != self.base_digest:
+            raise PlanError(
+                f"the plan was made for model {plan.model!r} (digest {plan.model_digest[:12]}), but this model has digest "
+                f"{self.base_digest[:12]}; use the same model, revision and dtype, or make a new plan with the score command"
+            )
+        setattr(self, self.adapter_attribute, apply_plan(self.adapter_target, plan, keep_start_weights=keep_start_weights))
+        self.plan, self.keep_start_weights = plan, keep_start_weights
+
+    @contextmanager
+    def start_policy(self) -> Iterator[None]:
+        """Within this context the model is exactly the one before adaptation, without a second copy in memory."""
+        if self.plan is None:
+            yield
+            return
+        with adapter_disabled(self.adapter_target):
+            yield
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trainable weights only, and say which plan and base model they belong to."""
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trainable}
+        checkpoint[CHECKPOINT_KEY] = {
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "keep_start_weights": self.keep_start_weights,
+            "base_digest": self.base_digest,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Apply the checkpoint's plan, unless it is applied already.
+
+        Raises:
+            CheckpointError: If the checkpoint was written with another base model or plan, or by another program.
+        """
+        saved = adapter_state(checkpoint)
+        if saved["base_digest"] != self.base_digest:
+            raise CheckpointError(
+                f"the checkpoint belongs to a base model with digest {saved['base_digest'][:12]}, but the model loaded now has "
+                f"{self.base_digest[:12]}; give the same model.model, model.revision and model.dtype as in the run's config.yaml"
+            )
+        if saved["plan"] is None:
+            if self.plan is not None:
+                raise CheckpointError("the checkpoint was saved without an adapter; resume it without HybridAdapterSetup")
+            return
+        plan = AdapterPlan.from_dict(saved["plan"])
+        if self.plan is not None and self.plan.digest != plan.digest:
+            raise CheckpointError(
+                f"the checkpoint was trained with adapter plan {plan.digest[:12]}, but plan {self.plan.digest[:12]} is applied; "
+                "remove adapter.plan (the checkpoint brings its own), or start a new run"
+            )
+        self.adapt(plan, saved["keep_start_weights"])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; every trainable one must be there and none may be unknown, whatever `strict` says.
+
+        Raises:
+            CheckpointError: If the names do not fit.
+        """
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        missing = sorted(trainable - state_dict.keys())
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} trainable weights, such as {missing[0]!r}; it belongs to another model"
+            )
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        if result.unexpected_keys:
+            raise CheckpointError(
+                f"the checkpoint has {len(result.unexpected_keys)} weights that this model lacks, such as "
+                f"{result.unexpected_keys[0]!r}; it belongs to another model"
+            )
+        return _IncompatibleKeys([], [])
+
+
+def adapter_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a checkpoint that names plan and base model.
+
+    Raises:
+        CheckpointError: If the checkpoint was not written by this package.
+    """
+    if CHECKPOINT_KEY not in checkpoint:
+        raise CheckpointError("the checkpoint was not written by hybrid_lightning: it names no adapter plan and base model")
+    state = checkpoint[CHECKPOINT_KEY]
+    assert isinstance(state, dict)
+    return state

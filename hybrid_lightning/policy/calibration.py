@@ -1,0 +1,101 @@
+"""Calibration: the training objective's gradient at the start policy, from which modules are scored."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hybrid_lightning.errors import CalibrationError
+from hybrid_lightning.losses import PolicyLoss
+from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.types import LossInputs, Prompt, Sequences
+
+LogprobFunction = Callable[[Sequences], Tensor]
+
+
+class RewardCalibration:
+    """Losses of calibration rollouts; iterating computes them afresh.
+
+    Rows without advantage are left out: their gradient is exactly zero.
+
+    Args:
+        sequences: N sequences of calibration rollouts.
+        advantages: [N].
+        loss: The training loss.
+        logprobs: Log-probabilities [B, T] with gradient of B sequences.
+        rows: Sequences per loss.
+    """
+
+    def __init__(self, sequences: Sequences, advantages: Tensor, loss: PolicyLoss, logprobs: LogprobFunction, rows: int) -> None:
+        self.loss, self.logprobs = loss, logprobs
+        useful = advantages.nonzero().squeeze(1)
+        self.chunks = [(sequences.rows(index), advantages[index]) for index in useful.split(rows) if len(index)]
+        self.num_sequences = len(sequences)
+        self.info: dict[str, Any] = {"signal": "reward", "sequences": len(sequences), "useful_sequences": len(useful)}
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for sequences, advantages in self.chunks:
+            logprobs = self.logprobs(sequences)
+            inputs = LossInputs(
+                logprobs=logprobs,
+                advantages=advantages,
+                completion_mask=sequences.completion_mask,
+                ref_logprobs=logprobs.detach(),  # the start policy itself
+                # Shares of which the mean over chunks is the mean over all N sequences.
+                num_sequences=self.num_sequences / len(self.chunks),
+                num_tokens=float(sequences.completion_mask.sum()),
+            )
+            yield self.loss(inputs).loss
+
+
+class AnswerCalibration:
+    """Supervised losses on reference answers: the fallback where all rewards tie.
+
+    Args:
+        prompts: Prompts with answers.
+        prompt_ids: Their token ids.
+        tokenizer: Encodes the answers; its end-of-sequence token ends them.
+        logprobs: See `RewardCalibration`.
+        rows: Sequences per loss.
+        device: Where the sequences go.
+
+    Raises:
+        CalibrationError: If a prompt has no answer.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Sequence[int]],
+        tokenizer: PreTrainedTokenizerBase,
+        logprobs: LogprobFunction,
+        rows: int,
+        device: torch.device,
+    ) -> None:
+        if any(prompt.answer is None for prompt in prompts):
+            raise CalibrationError(
+                f"all rewards of the {len(prompts)} calibration prompts tie, so modules cannot be scored, and the data has no "
+                "answers to score by instead; raise adapter.calibration_prompts, make the task easier, or give adapter.plan"
+            )
+        end = int(tokenizer.eos_token_id)
+        pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end)
+        answers = [[*tokenizer(str(prompt.answer), add_special_tokens=False)["input_ids"], end] for prompt in prompts]
+        self.sequences = Sequences(*pad_left(prompt_ids, pad, device), *pad_right(answers, pad, device))
+        self.chunks = [self.sequences.rows(index) for index in torch.arange(len(prompts), device=device).split(rows)]
+        self.logprobs = logprobs
+        self.info: dict[str, Any] = {"signal": "answers", "sequences": len(prompts), "useful_sequences": len(prompts)}
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        share = len(self.chunks) / len(self.sequences)
+        for sequences in self.chunks:
+            mask = sequences.completion_mask
+            token_mean = (self.logprobs(sequences) * mask).sum(dim=1) / mask.sum(dim=1)
+            yield -token_mean.sum() * share

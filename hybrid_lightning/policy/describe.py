@@ -1,0 +1,35 @@
+"""Constructor arguments as plain data, so that a checkpoint can rebuild a module that was made in Python."""
+
+import functools
+from typing import Any
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.parts import Part, to_plain
+
+
+def describe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Replace parts, classes and partial classes by `{"class_path": ..., "init_args": ...}`, at any depth.
+
+    Raises:
+        ConfigError: If a value cannot be written into a checkpoint.
+    """
+    return {name: _describe(name, value) for name, value in arguments.items()}
+
+
+def _describe(name: str, value: Any) -> Any:
+    if isinstance(value, Part):
+        return _describe(name, value.to_config())
+    if isinstance(value, type):
+        return {"class_path": f"{value.__module__}.{value.__qualname__}", "init_args": {}}
+    if isinstance(value, functools.partial) and isinstance(value.func, type) and not value.args:
+        return {**_describe(name, value.func), "init_args": describe_arguments(value.keywords)}
+    if isinstance(value, dict):
+        return {key: _describe(name, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_describe(name, item) for item in to_plain(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ConfigError(
+        f"{name}={value!r} cannot be written into a checkpoint; give a class, functools.partial(Class, ...), a subclass of "
+        "hybrid_lightning.parts.Part, or plain numbers and strings"
+    )

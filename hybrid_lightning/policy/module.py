@@ -1,0 +1,408 @@
+"""`PolicyModule`: a causal language model that is trained on its own rollouts.
+
+    prompts -> rollout -> rewards -> advantages -> PolicyBatch -> loss -> optimizer
+
+The rollouts are made in the train dataloader (`RolloutLoader` asks `roll_out` and `add_logprobs`), so that `training_step` is a
+pure loss on one micro-batch.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from hybrid_lightning.adapters.apply import parameter_groups
+from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import PolicyLoss
+from hybrid_lightning.policy.adaptation import AdaptedModule
+from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
+from hybrid_lightning.policy.describe import describe_arguments
+from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
+from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model, stop_token_ids
+from hybrid_lightning.policy.logprobs import token_logprobs
+from hybrid_lightning.policy.optim import ConstantSchedule, LearningRateSchedule, OptimizerCallable, build_optimizer
+from hybrid_lightning.policy.prompts import PromptEncoder
+from hybrid_lightning.policy.rollout_metrics import rollout_metrics
+from hybrid_lightning.policy.step_metrics import StepMetrics
+from hybrid_lightning.rewards import RewardFunction, evaluate_reward
+from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
+
+GenerationListener = Callable[[int, int, int], None]
+
+
+class PolicyModule(AdaptedModule):
+    """Trains a language model by reinforcement learning with verifiable rewards.
+
+    The model is frozen as loaded; `HybridAdapterSetup` makes part of it trainable.
+
+    Args:
+        loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
+        reward: Scores completions.
+        model: `embedded`, a folder, a GGUF file, `package:NAME/FILE`, or a hub id.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Weights in memory: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed`.
+        attn_implementation: Such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
+        chat_template_kwargs: Variables of the chat template.
+        sampler: Decoding parameters; None takes `Sampler()`.
+        advantage: Advantage estimator; None takes `GroupAdvantage()`.
+        prompts_per_rollout: P, over all devices.
+        samples_per_prompt: G.
+        minibatches_per_rollout: Optimizer steps in one pass over a rollout.
+        epochs_per_rollout: Passes over a rollout.
+        eval_samples: Completions per prompt in validation, test and predict (the n of avg@n), beside the greedy one.
+        optimizer: Called with the parameter groups.
+        lr_full: Learning rate of fully trained modules.
+        lr_lora: Learning rate of LoRA weights, about 10 times `lr_full`.
+        schedule: Learning rate schedule; None takes `ConstantSchedule()`.
+        seed: Of prompt order, sampling and evaluation.
+
+    Raises:
+        ConfigError: If a value is impossible.
+        ModelError: If the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        loss: PolicyLoss,
+        reward: RewardFunction,
+        model: str = "embedded",
+        revision: str | None = None,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        sampler: Sampler | None = None,
+        advantage: AdvantageEstimator | None = None,
+        prompts_per_rollout: int = 8,
+        samples_per_prompt: int = 8,
+        minibatches_per_rollout: int = 1,
+        epochs_per_rollout: int = 1,
+        eval_samples: int = 8,
+        optimizer: OptimizerCallable = AdamW,
+        lr_full: float = 1e-5,
+        lr_lora: float = 1e-4,
+        schedule: LearningRateSchedule | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._save_arguments()
+        self.rollout_schedule = RolloutSchedule(
+            prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout
+        )
+        if eval_samples < 1:
+            raise ConfigError(f"model.eval_samples must be at least 1, got {eval_samples}")
+        for name, value in (("lr_full", lr_full), ("lr_lora", lr_lora)):
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"model.{name} must be a non-negative number, got {value}")
+        self.loss, self.reward = loss, reward
+        self.sampler = sampler or Sampler()
+        self.advantage = advantage or GroupAdvantage()
+        self.eval_samples, self.seed = eval_samples, seed
+        self.optimizer_class, self.lr_full, self.lr_lora = optimizer, lr_full, lr_lora
+        self.schedule = schedule or ConstantSchedule()
+        self.dtype_name = dtype
+        source = resolve_model(model, revision)
+        self.tokenizer = load_tokenizer(source)
+        self.encoder = PromptEncoder(self.tokenizer, chat_template, chat_template_kwargs)
+        self.model: nn.Module = load_model(source, dtype, attn_implementation)
+        self.base_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.stop_ids = stop_token_ids(self.model, self.tokenizer)
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.validation_metrics, self.test_metrics = EvaluationMetrics(eval_samples), EvaluationMetrics(eval_samples)
+        self.last_rollout: tuple[Rollouts, Rewards, Tensor] | None = None  # for callbacks that show samples
+        self.generation_listeners: list[GenerationListener] = []  # called with (running, decoded, max_new_tokens)
+        self._step_metrics = StepMetrics()
+        self._seconds = {"generate": 0.0, "reward": 0.0, "logprobs": 0.0}
+        self._eval_generator: torch.Generator | None = None
+
+    def _save_arguments(self) -> None:
+        self.save_hyperparameters()
+        if "_instantiator" not in self.hparams:  # made in Python and not by the command line, which saves its config
+            plain = describe_arguments(dict(self.hparams))
+            plain["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
+            self._set_hparams(plain)
+            self._hparams_initial = self._to_hparams_dict(plain)
+
+    # ---- prompts and generation
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, rendered by the chat template if it has messages."""
+        return self.encoder.encode(prompt)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Eval mode, no gradient, the Trainer's precision; all put back afterwards."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._precision():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _precision(self) -> Any:
+        return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int = 1,
+        generator: torch.Generator | None = None,
+        greedy: bool = False,
+    ) -> Rollouts:
+        """Complete prompts with the policy as it is now.
+
+        Args:
+            prompts: P prompts.
+            samples_per_prompt: G; 1 if `greedy`.
+            generator: Random generator on the model's device.
+            greedy: Most probable tokens instead of sampled ones.
+
+        Returns:
+            Rollouts of P * G sequences.
+        """
+
+        def on_token(running: int, decoded: int) -> None:
+            for listener in self.generation_listeners:
+                listener(running, decoded, self.sampler.max_new_tokens)
+
+        with self._inference():
+            return self.sampler.sample(
+                self.model,
+                self.tokenizer,
+                prompts,
+                [self.encode(prompt) for prompt in prompts],
+                samples_per_prompt,
+                generator=generator,
+                greedy=greedy,
+                stop_ids=self.stop_ids,
+                on_token=on_token,
+            )
+
+    def score(self, rollouts: Rollouts) -> Rewards:
+        """Rewards of rollouts, on their device."""
+        prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
+        return evaluate_reward(self.reward, rollouts.completions, prompts).to(rollouts.sequences.completion_ids.device)
+
+    def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B, T] with gradient and entropies [B, T] without, under the sampler's temperature."""
+        return token_logprobs(self.model, sequences, self.sampler.temperature)
+
+    # ---- training data
+
+    def train_dataloader(self) -> RolloutLoader:
+        """Rollouts of the data module's training prompts."""
+        prompts = getattr(self.trainer.datamodule, "train_prompts", None)
+        if prompts is None:
+            raise ConfigError("PolicyModule trains on the train_prompts of a PromptDataModule; pass trainer.fit(datamodule=...)")
+        trainer = self.trainer
+        rank = trainer.global_rank
+        generator = torch.Generator(device=self.device).manual_seed(self.seed * 100_003 + rank)
+        return RolloutLoader(
+            prompts,
+            self,
+            self.rollout_schedule,
+            accumulate_grad_batches=lambda: trainer.accumulate_grad_batches,
+            generator=generator,
+            seed=self.seed,
+            rank=rank,
+            world_size=trainer.world_size,
+            sum_over_ranks=lambda value: trainer.strategy.reduce(value, reduce_op="sum"),
+            shuffle=trainer.overfit_batches == 0,
+        )
+
+    def roll_out(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Sequences, Tensor, dict[str, float]]:
+        """Complete and score prompts (see `RolloutSource`)."""
+        start = time.perf_counter()
+        rollouts = self.generate(prompts, self.rollout_schedule.samples_per_prompt, generator)
+        generated = time.perf_counter()
+        rewards = self.score(rollouts)
+        advantages = self.advantage(rewards.total, rollouts.samples_per_prompt)
+        self._seconds = {"generate": generated - start, "reward": time.perf_counter() - generated, "logprobs": 0.0}
+        self.last_rollout = (rollouts, rewards, advantages)
+        metrics = rollout_metrics(rollouts, rewards)
+        new_tokens = float(rollouts.sequences.completion_mask.sum())
+        metrics["throughput/generated_tokens_per_second"] = new_tokens / self._seconds["generate"]
+        metrics |= {f"time/{name}_s": self._seconds[name] for name in ("generate", "reward")}
+        return rollouts.sequences, advantages, metrics
+
+    def add_logprobs(self, batch: PolicyBatch, on_policy: bool) -> PolicyBatch:
+        """Fill in old and reference log-probabilities (see `RolloutSource`).
+
+        Old ones come from the same forward pass that trains, not from the sampler: on the first minibatch the ratio is then
+        exactly 1, which GSPO's narrow clip range needs.
+        """
+        old = reference = None
+        with self._inference():
+            if not on_policy:
+                old, _ = self.logprobs(batch.sequences)
+            if self.loss.needs_reference:
+                with self.start_policy():
+                    reference, _ = self.logprobs(batch.sequences)
+        return batch.with_logprobs(old, reference)
+
+    # ---- training
+
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch."""
+        start = time.perf_counter()
+        logprobs, entropy = self.logprobs(batch.sequences)
+        output = self.loss(batch.loss_inputs(logprobs))
+        mask = batch.sequences.completion_mask
+        token_entropy = (entropy * mask).sum() / mask.sum().clamp(min=1)
+        averages = self._step_metrics.update(
+            shares={"loss": output.loss.detach()},
+            means={**output.metrics, "entropy": token_entropy},
+            micro_batches=self.trainer.accumulate_grad_batches,
+            ranks=self.trainer.world_size,
+        )
+        averages["time/forward_s"] = torch.tensor(time.perf_counter() - start)
+        sync = self.trainer.world_size > 1
+        shown = {name: batch.metrics[name] for name in ("reward", "completions/mean_length") if name in batch.metrics}
+        hidden = {name: value for name, value in batch.metrics.items() if name not in shown}
+        options: dict[str, Any] = {"on_step": True, "on_epoch": False, "sync_dist": sync, "batch_size": len(mask)}
+        self.log_dict(shown, prog_bar=True, **options)
+        self.log_dict({**hidden, **averages}, **options)
+        # Lightning divides by the accumulated micro-batches and DDP/FSDP average over ranks; the loss is a share of a sum.
+        return output.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Two parameter groups, `full` and `lora`, each with its learning rate."""
+        full, lora = parameter_groups(self.model)
+        groups = {"full": (list(full.values()), self.lr_full), "lora": (list(lora.values()), self.lr_lora)}
+        return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient norm of each group before clipping."""
+        for group in optimizer.param_groups:
+            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+            self.log(f"grad_norm/{group['name']}", norm, on_step=True, on_epoch=False)
+
+    def setup(self, stage: str) -> None:
+        """Check what cannot work before anything is spent (see `check_settings`)."""
+        self.check_settings()
+
+    def check_settings(self) -> None:
+        """Called before scoring and before training.
+
+        Raises:
+            ConfigError: If precision and dtype contradict each other, the KL term has no start policy, or a rollout cannot be
+                split into the micro-batches that the Trainer asks for.
+        """
+        precision = str(self.trainer.precision)
+        if precision in ("bf16-true", "16-true"):
+            raise ConfigError(
+                f"trainer.precision={precision} would round the trainable weights to 16 bits, where small steps vanish; use "
+                "trainer.precision=bf16-mixed with model.dtype=bfloat16"
+            )
+        if self.dtype_name != "float32" and not precision.endswith("-mixed"):
+            raise ConfigError(
+                f"model.dtype={self.dtype_name} needs trainer.precision=bf16-mixed (trainable weights are float32), got "
+                f"trainer.precision={precision}"
+            )
+        if self.loss.needs_reference and self.plan is not None and not self.keep_start_weights:
+            raise ConfigError(
+                "the loss has a KL term (kl_coef > 0), which needs the start policy; set adapter.keep_start_weights=true"
+            )
+        if self.trainer.state.fn == "fit":
+            self.rollout_schedule.check_split(self.trainer.accumulate_grad_batches, self.trainer.world_size)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Prompts have nothing to move."""
+        return batch.to(device) if isinstance(batch, PolicyBatch) else batch
+
+    # ---- calibration
+
+    def calibration_losses(self, num_prompts: int) -> RewardCalibration | AnswerCalibration:
+        """Losses whose mean gradient scores the modules: of rollouts of the start policy on training prompts.
+
+        Where all rewards tie there is no gradient; then the reference answers are used (supervised), where the data has them.
+
+        Args:
+            num_prompts: Training prompts to use; fewer if there are not as many.
+
+        Raises:
+            CalibrationError: If rewards tie and there are no answers.
+        """
+        self.check_settings()
+        prompts = list(self.trainer.datamodule.train_prompts)  # type: ignore[attr-defined]
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
+        chosen = [prompts[i] for i in order[:num_prompts]]
+        generator = torch.Generator(device=self.device).manual_seed(self.seed + 7919)
+        samples = self.rollout_schedule.samples_per_prompt
+        rollouts = self.generate(chosen, samples, generator)
+        rewards = self.score(rollouts)
+        advantages = self.advantage(rewards.total, samples)
+        schedule = self.rollout_schedule
+        rows = max(1, schedule.prompts_per_rollout * samples // schedule.minibatches_per_rollout)
+        rows = max(1, rows // self.trainer.accumulate_grad_batches)
+        if bool(advantages.any()):
+            return RewardCalibration(rollouts.sequences, advantages, self.loss, self._calibration_logprobs, rows)
+        ids = [self.encode(prompt) for prompt in chosen]
+        return AnswerCalibration(chosen, ids, self.tokenizer, self._calibration_logprobs, rows, self.device)
+
+    def _calibration_logprobs(self, sequences: Sequences) -> Tensor:
+        with self._precision():
+            return self.logprobs(sequences)[0]
+
+    # ---- evaluation
+
+    def _evaluate(self, prompts: Sequence[Prompt], metrics: EvaluationMetrics) -> None:
+        greedy = self.generate(prompts, 1, greedy=True)
+        sampled = self.generate(prompts, self.eval_samples, self._eval_generator)
+        metrics.update((greedy, self.score(greedy)), (sampled, self.score(sampled)))
+
+    def _seed_evaluation(self) -> None:
+        # The same draws at every evaluation, and none from the generators that training uses.
+        self._eval_generator = torch.Generator(device=self.device).manual_seed(self.seed + 104_729 + self.global_rank)
+
+    def _log_evaluation(self, prefix: str, metrics: EvaluationMetrics) -> None:
+        values = {f"{prefix}/{name}": value for name, value in metrics.compute().items()}
+        self.log_dict(values, sync_dist=self.trainer.world_size > 1, prog_bar=False)
+        metrics.reset()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the evaluation's random draws anew."""
+        self._seed_evaluation()
+
+    def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+        """Greedy and sampled completions of a batch of prompts."""
+        self._evaluate(batch, self.validation_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/...`."""
+        self._log_evaluation("val", self.validation_metrics)
+
+    def on_test_epoch_start(self) -> None:
+        """Start the evaluation's random draws anew."""
+        self._seed_evaluation()
+
+    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+        """Greedy and sampled completions of a batch of prompts."""
+        self._evaluate(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/...`."""
+        self._log_evaluation("test", self.test_metrics)
+
+    def on_predict_epoch_start(self) -> None:
+        """Start the random draws anew."""
+        self._seed_evaluation()
+
+    def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
+        """Sampled completions of a batch of prompts with their rewards, as records for JSON."""
+        rollouts = self.generate(batch, self.eval_samples, self._eval_generator)
+        return prediction_records(rollouts, self.score(rollouts), [self.encoder.render(prompt) for prompt in batch])

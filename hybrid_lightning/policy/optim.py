@@ -1,0 +1,126 @@
+"""Optimizer with one learning rate per group of parameters, and learning rate schedules."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.parts import Part
+
+OptimizerCallable = Callable[[Iterable], Optimizer]
+
+
+class LearningRateSchedule(Part, ABC):
+    """Factor on the learning rates: a linear warm-up, then what a subclass says.
+
+    Args:
+        warmup_steps: Optimizer steps in which the factor rises from 1 / (warmup_steps + 1) to 1.
+    """
+
+    def __init__(self, warmup_steps: int = 0) -> None:
+        if warmup_steps < 0:
+            raise ConfigError(f"schedule.warmup_steps must not be negative, got {warmup_steps}")
+        self.warmup_steps = warmup_steps
+
+    def factor(self, step: int, total_steps: float) -> float:
+        """Factor at optimizer step `step` (from 0) of `total_steps` (infinite if the run is not limited in steps)."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        return self.after_warmup(step, total_steps)
+
+    @abstractmethod
+    def after_warmup(self, step: int, total_steps: float) -> float:
+        """Factor once the warm-up is over."""
+
+    def progress(self, step: int, total_steps: float) -> float:
+        """Share of the steps after the warm-up that are done, in [0, 1].
+
+        Raises:
+            ConfigError: If the run's length is unknown.
+        """
+        if math.isinf(total_steps):
+            raise ConfigError(
+                f"{type(self).__name__} needs the run's length in steps; set trainer.max_steps or trainer.max_epochs, or use "
+                "model.schedule=ConstantSchedule"
+            )
+        return min(1.0, (step - self.warmup_steps) / max(1.0, total_steps - self.warmup_steps))
+
+
+class ConstantSchedule(LearningRateSchedule):
+    """Full learning rate after the warm-up."""
+
+    def after_warmup(self, step: int, total_steps: float) -> float:
+        """Always 1."""
+        return 1.0
+
+
+class LinearSchedule(LearningRateSchedule):
+    """Straight line to `final_factor` at the run's last step.
+
+    Args:
+        warmup_steps: See `LearningRateSchedule`.
+        final_factor: Factor at the end, in [0, 1].
+    """
+
+    def __init__(self, warmup_steps: int = 0, final_factor: float = 0.0) -> None:
+        super().__init__(warmup_steps)
+        self.final_factor = _check_final_factor(final_factor)
+
+    def after_warmup(self, step: int, total_steps: float) -> float:
+        """1 - (1 - final_factor) * progress."""
+        return 1 - (1 - self.final_factor) * self.progress(step, total_steps)
+
+
+class CosineSchedule(LearningRateSchedule):
+    """Half a cosine to `final_factor` at the run's last step.
+
+    Args:
+        warmup_steps: See `LearningRateSchedule`.
+        final_factor: Factor at the end, in [0, 1].
+    """
+
+    def __init__(self, warmup_steps: int = 0, final_factor: float = 0.0) -> None:
+        super().__init__(warmup_steps)
+        self.final_factor = _check_final_factor(final_factor)
+
+    def after_warmup(self, step: int, total_steps: float) -> float:
+        """final_factor + (1 - final_factor) * (1 + cos(pi * progress)) / 2."""
+        cosine = (1 + math.cos(math.pi * self.progress(step, total_steps))) / 2
+        return self.final_factor + (1 - self.final_factor) * cosine
+
+
+def build_optimizer(
+    optimizer: OptimizerCallable,
+    groups: dict[str, tuple[list[nn.Parameter], float]],
+    schedule: LearningRateSchedule,
+    total_steps: float,
+) -> dict[str, Any]:
+    """What `configure_optimizers` returns.
+
+    Args:
+        optimizer: Called with the parameter groups.
+        groups: Group name -> (parameters, learning rate); empty groups are left out.
+        schedule: Factor on every learning rate.
+        total_steps: Optimizer steps of the run.
+
+    Raises:
+        ConfigError: If no parameter is trainable.
+    """
+    parameter_groups = [{"params": parameters, "lr": lr, "name": name} for name, (parameters, lr) in groups.items() if parameters]
+    if not parameter_groups:
+        raise ConfigError("the policy has no trainable parameter; add the callback HybridAdapterSetup, or unfreeze some")
+    built = optimizer(parameter_groups)
+    schedule.factor(schedule.warmup_steps, total_steps)  # an impossible combination is said now and not after the warm-up
+    scheduler = LambdaLR(built, lambda step: schedule.factor(step, total_steps))
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+
+def _check_final_factor(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"schedule.final_factor must be between 0 and 1, got {value}")
+    return value

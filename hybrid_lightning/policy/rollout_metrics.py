@@ -1,0 +1,41 @@
+"""What is logged of a rollout, under the names that users of TRL know.
+
+Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order.
+"""
+
+import torch
+
+from hybrid_lightning.types import Rewards, Rollouts
+
+
+def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
+    """Scalars of one rollout on this rank.
+
+    Returns:
+        `reward` (mean over sequences), `reward_std` (mean over groups of the unbiased standard deviation in a group),
+        `frac_reward_zero_std` (share of groups whose rewards all tie: they teach nothing), `rewards/{name}/mean` and `/std`,
+        `solve_rate/{all,none,mixed}` (shares of groups by correctness), `accuracy`, `completions/*` in tokens, `num_tokens`.
+    """
+    groups = rewards.total.view(-1, rollouts.samples_per_prompt)
+    std = groups.std(dim=1) if groups.shape[1] > 1 else torch.zeros_like(groups[:, 0])
+    ties = groups.amax(dim=1) == groups.amin(dim=1)
+    solved = rewards.correct.view_as(groups).float().mean(dim=1)
+    lengths = rollouts.sequences.completion_mask.sum(dim=1).float()
+    metrics = {
+        "reward": rewards.total.mean(),
+        "reward_std": std.mean(),
+        "frac_reward_zero_std": ties.float().mean(),
+        "accuracy": rewards.correct.float().mean(),
+        "solve_rate/all": (solved == 1).float().mean(),
+        "solve_rate/none": (solved == 0).float().mean(),
+        "solve_rate/mixed": ((solved > 0) & (solved < 1)).float().mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1 - rollouts.finished.float().mean(),
+        "num_tokens": lengths.sum() + rollouts.sequences.prompt_mask.sum(),
+    }
+    for name, part in rewards.parts.items():
+        metrics[f"rewards/{name}/mean"] = part.mean()
+        metrics[f"rewards/{name}/std"] = part.std() if len(part) > 1 else torch.zeros(())
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,249 @@
+"""`RolloutLoader`: rollouts as training data.
+
+The generation happens in the train dataloader, so that `training_step` is a pure loss under Lightning's automatic
+optimisation and every Trainer flag keeps its meaning. One *rollout* is P prompts completed G times each; it is consumed as
+
+    epochs_per_rollout x minibatches_per_rollout x accumulate_grad_batches   micro-batches,
+
+one minibatch being one optimizer step. Denominators of the loss are those of the whole optimizer step, over its
+micro-batches and over all ranks: how a batch is split never changes the gradient.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.rollout.random_state import capture_random_state, restore_random_state
+from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
+
+
+@dataclass(frozen=True)
+class RolloutSchedule:
+    """How rollouts are drawn and consumed.
+
+    Args:
+        prompts_per_rollout: P over all ranks.
+        samples_per_prompt: G.
+        minibatches_per_rollout: Optimizer steps that one pass over a rollout makes.
+        epochs_per_rollout: Passes over a rollout.
+    """
+
+    prompts_per_rollout: int
+    samples_per_prompt: int
+    minibatches_per_rollout: int = 1
+    epochs_per_rollout: int = 1
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value < 1:
+                raise ConfigError(f"model.{entry.name} must be at least 1, got {value}")
+
+    def check_split(self, accumulate_grad_batches: int, world_size: int) -> None:
+        """Raise ConfigError unless every micro-batch of every rank gets the same number of sequences."""
+        if self.prompts_per_rollout % world_size:
+            raise ConfigError(
+                f"model.prompts_per_rollout={self.prompts_per_rollout} must be a multiple of the {world_size} devices"
+            )
+        rows = self.prompts_per_rollout // world_size * self.samples_per_prompt
+        parts = self.minibatches_per_rollout * accumulate_grad_batches
+        if rows % parts:
+            raise ConfigError(
+                f"{rows} completions per rollout and device (model.prompts_per_rollout x model.samples_per_prompt / devices) "
+                f"cannot be split evenly into {parts} micro-batches (model.minibatches_per_rollout="
+                f"{self.minibatches_per_rollout} x trainer.accumulate_grad_batches={accumulate_grad_batches}); change one"
+            )
+
+
+class RolloutSource(Protocol):
+    """What the loader asks of the policy."""
+
+    def roll_out(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Sequences, Tensor, dict[str, float]]:
+        """Complete and score prompts: sequences (B), advantages [B], and metrics to log with each of their steps."""
+        ...
+
+    def add_logprobs(self, batch: PolicyBatch, on_policy: bool) -> PolicyBatch:
+        """Fill in `old_logprobs` (unless the micro-batch is exactly on-policy) and `ref_logprobs` (if the loss needs them)."""
+        ...
+
+
+class RolloutLoader:
+    """Iterable of `PolicyBatch` micro-batches with a length and a resumable state.
+
+    An epoch visits a fresh permutation of the prompts; the last prompts that do not fill a rollout are left out of it. The
+    order depends on `seed` and the epoch alone.
+
+    Args:
+        prompts: The training prompts, the same on every rank.
+        source: Makes rollouts; the policy.
+        schedule: Sizes.
+        accumulate_grad_batches: Returns the Trainer's current value (it can change between epochs).
+        generator: Random generator of the sampling, on the model's device; its state is part of `state_dict`.
+        seed: Of the prompt order.
+        rank: This process.
+        world_size: Number of processes; each takes its own P / world_size prompts of every rollout.
+        sum_over_ranks: Adds a scalar tensor over processes.
+        shuffle: False keeps the order of the data (for `overfit_batches`), and starts over at every epoch.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        source: RolloutSource,
+        schedule: RolloutSchedule,
+        *,
+        accumulate_grad_batches: Callable[[], int] = lambda: 1,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
+        shuffle: bool = True,
+    ) -> None:
+        if len(prompts) < schedule.prompts_per_rollout:
+            raise ConfigError(
+                f"model.prompts_per_rollout={schedule.prompts_per_rollout} is more than the {len(prompts)} training prompts; "
+                "lower it or give more data"
+            )
+        schedule.check_split(accumulate_grad_batches(), world_size)
+        self.prompts = prompts
+        self.source = source
+        self.schedule = schedule
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.generator = generator or torch.Generator()
+        self.seed = seed
+        self.rank, self.world_size = rank, world_size
+        self.sum_over_ranks = sum_over_ranks
+        self.shuffle = shuffle
+        self._epoch = 0
+        self._next_prompt = 0  # position in this epoch's permutation
+        self._pending: deque[PolicyBatch] = deque()
+        self._resumed_random_state: dict[str, Any] | None = None
+        self._resumed = False
+
+    def __len__(self) -> int:
+        """Micro-batches in an epoch. Having a length keeps Lightning from prefetching a batch of a stale policy."""
+        rollouts = len(self.prompts) // self.schedule.prompts_per_rollout
+        return rollouts * self.micro_batches_per_rollout
+
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        """Micro-batches that one rollout yields."""
+        schedule = self.schedule
+        return schedule.epochs_per_rollout * schedule.minibatches_per_rollout * self.accumulate_grad_batches()
+
+    def __iter__(self) -> Iterator[PolicyBatch]:
+        """Yield an epoch's number of micro-batches, going on where the last iteration stopped.
+
+        Going on matters when an epoch is cut short (`limit_train_batches`, a stop, a resume): nothing that was paid for with a
+        rollout is thrown away.
+        """
+        if not self.shuffle and not self._resumed:
+            self._next_prompt, self._pending = 0, deque()
+        for _ in range(len(self)):
+            if self._resumed_random_state is not None:
+                restore_random_state(self._resumed_random_state)
+                self._resumed_random_state = None
+            self._resumed = False
+            if not self._pending:
+                self._pending = self._roll_out()
+            yield self._pending.popleft()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the prompts, micro-batches not yet consumed, and all random states; plain data and tensors."""
+        return {
+            "prompts": len(self.prompts),
+            "epoch": self._epoch,
+            "next_prompt": self._next_prompt,
+            "pending": [_to_state(batch) for batch in self._pending],
+            "generator": self.generator.get_state(),
+            "random": self._resumed_random_state or capture_random_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            CheckpointError: If the state was saved with another number of training prompts.
+        """
+        if state["prompts"] != len(self.prompts):
+            raise CheckpointError(
+                f"the checkpoint was saved with {state['prompts']} training prompts, but data gives {len(self.prompts)}; resume "
+                "with the data settings in the config.yaml of its run folder"
+            )
+        self._epoch, self._next_prompt = state["epoch"], state["next_prompt"]
+        device = self.generator.device
+        self._pending = deque(_from_state(entry).to(device) for entry in state["pending"])
+        self.generator.set_state(state["generator"].cpu())
+        self._resumed_random_state = state["random"]
+        self._resumed = True
+
+    def _order(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(len(self.prompts)))
+        # Mixed by arithmetic and not by Python's hash(), which differs between processes for some types.
+        order = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(len(self.prompts), generator=order).tolist()
+
+    def _roll_out(self) -> deque[PolicyBatch]:
+        count = self.schedule.prompts_per_rollout
+        epoch, start = self._epoch, self._next_prompt
+        if start + count > len(self.prompts):
+            epoch, start = epoch + 1, 0
+        share = count // self.world_size
+        mine = self._order(epoch)[start + self.rank * share : start + (self.rank + 1) * share]
+        before = (self.generator.get_state(), capture_random_state())
+        try:
+            sequences, advantages, metrics = self.source.roll_out([self.prompts[i] for i in mine], self.generator)
+            batches = self._split(sequences, advantages, metrics)
+        except BaseException:
+            # A stop during generation leaves the state at the last optimizer step, so that a checkpoint saved now resumes
+            # as if this rollout had never been begun.
+            self.generator.set_state(before[0])
+            restore_random_state(before[1])
+            raise
+        self._epoch, self._next_prompt = epoch, start + count
+        return deque(batches)
+
+    def _split(self, sequences: Sequences, advantages: Tensor, metrics: dict[str, float]) -> list[PolicyBatch]:
+        accumulate = self.accumulate_grad_batches()
+        self.schedule.check_split(accumulate, self.world_size)
+        minibatches = self.schedule.minibatches_per_rollout
+        rows_per_step = len(sequences) // minibatches
+        rows = rows_per_step // accumulate
+        # The policy moves after the first optimizer step; until then its log-probabilities are the old ones.
+        on_policy = minibatches * self.schedule.epochs_per_rollout == 1
+        one_pass = []
+        for step in range(minibatches):
+            of_step = slice(step * rows_per_step, (step + 1) * rows_per_step)
+            num_tokens = float(self.sum_over_ranks(sequences.completion_mask[of_step].sum()))
+            for part in range(accumulate):
+                start = of_step.start + part * rows
+                index = slice(start, start + rows)
+                batch = PolicyBatch(
+                    sequences=sequences.rows(index),
+                    advantages=advantages[index],
+                    old_logprobs=None,
+                    ref_logprobs=None,
+                    num_sequences=float(rows_per_step * self.world_size),
+                    num_tokens=num_tokens,
+                    metrics=metrics,
+                )
+                one_pass.append(self.source.add_logprobs(batch, on_policy))
+        return one_pass * self.schedule.epochs_per_rollout
+
+
+def _to_state(batch: PolicyBatch) -> dict[str, Any]:
+    state = {entry.name: getattr(batch, entry.name) for entry in fields(batch) if entry.name != "sequences"}
+    sequences = {entry.name: getattr(batch.sequences, entry.name).cpu() for entry in fields(batch.sequences)}
+    state = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
+    return {**state, "sequences": sequences}
+
+
+def _from_state(state: dict[str, Any]) -> PolicyBatch:
+    return PolicyBatch(**{**state, "sequences": Sequences(**state["sequences"])})

@@ -1,0 +1,229 @@
+"""`Sampler`: completions of prompts by a causal language model.
+
+Each prompt is prefilled once; its key-value cache is then repeated for its G completions, and sequences that ended leave
+the decoding batch. Decoding is written here rather than taken from `generate` because training needs three things that
+`generate` does not give together: the shared prefill, the log-probability of each token under softmax(logits / temperature)
+in float32, and a random generator of its own whose state a checkpoint can hold.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerBase, StopStringCriteria
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.parts import Part
+from hybrid_lightning.rollout.filtering import filter_logits
+from hybrid_lightning.rollout.padding import pad_left
+from hybrid_lightning.types import Prompt, Rollouts, Sequences
+
+# The batch shrinks only when this share of it has ended: re-indexing the cache costs about one decoding step.
+_COMPACT_SHARE = 0.25
+
+
+class Sampler(Part):
+    """Samples completions.
+
+    Args:
+        max_new_tokens: Longest completion in tokens; one that reaches it without a stop token counts as not finished.
+        temperature: Divides the logits; must be positive. Greedy decoding is a method's argument, since training with it
+            would have no exploration.
+        top_p: Smallest set of tokens whose probability reaches this is kept; 1 keeps all.
+        top_k: Number of most probable tokens kept; 0 keeps all.
+        stop: Strings that end a completion. The tokens of the string stay in the sequence, the text is cut before it.
+    """
+
+    def __init__(
+        self,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+    ) -> None:
+        if max_new_tokens < 1:
+            raise ConfigError(f"sampler.max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not temperature > 0:
+            raise ConfigError(f"sampler.temperature must be positive, got {temperature}; 1.0 samples from the policy itself")
+        if not 0 < top_p <= 1:
+            raise ConfigError(f"sampler.top_p must be in (0, 1], got {top_p}; 1 keeps all tokens")
+        if top_k < 0:
+            raise ConfigError(f"sampler.top_k must not be negative, got {top_k}; 0 keeps all tokens")
+        if isinstance(stop, str):
+            raise ConfigError(f"sampler.stop must be a list of strings, got the string {stop!r}; write [{stop!r}]")
+        if any(not text for text in stop):
+            raise ConfigError("sampler.stop holds an empty string, which would end every completion at once; remove it")
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_p = top_p
+        self.top_k = top_k
+        self.stop = tuple(stop)
+        self._stop_criteria: tuple[int, StopStringCriteria] | None = None
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Sequence[int]],
+        samples_per_prompt: int,
+        *,
+        generator: torch.Generator | None = None,
+        greedy: bool = False,
+        stop_ids: Sequence[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Rollouts:
+        """Complete every prompt `samples_per_prompt` times.
+
+        Args:
+            model: Causal language model; put into eval mode by the caller.
+            tokenizer: Decodes the completions; its end-of-sequence token ends them.
+            prompts: P prompts, for the record in the result.
+            prompt_ids: Their token ids.
+            samples_per_prompt: G.
+            generator: Source of randomness on the model's device; None takes torch's global one.
+            greedy: Take the most probable token instead of sampling (`samples_per_prompt` must then be 1).
+            stop_ids: Token ids that end a completion; None takes the tokenizer's end-of-sequence token.
+            on_token: Called after every token with (sequences still running, tokens decoded), for progress bars; what it
+                raises ends the sampling.
+
+        Returns:
+            Rollouts of B = P * G sequences, on the model's device.
+
+        Raises:
+            ConfigError: If the longest prompt and completion do not fit into the model's positions.
+        """
+        assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
+        decoder = _Decoder(self, model, tokenizer, stop_ids or [int(tokenizer.eos_token_id)], generator, greedy)
+        device = next(model.parameters()).device
+        ids, mask = pad_left(prompt_ids, decoder.pad_id, device)
+        self._check_length(model, ids.shape[1])
+        tokens, logprobs, lengths, finished = decoder.run(ids, mask, samples_per_prompt, on_token)
+        completion_mask = torch.arange(tokens.shape[1], device=device)[None] < lengths[:, None]
+        sequences = Sequences(
+            ids.repeat_interleave(samples_per_prompt, dim=0),
+            mask.repeat_interleave(samples_per_prompt, dim=0),
+            tokens,
+            completion_mask,
+        )
+        texts = [
+            self._cut(text)
+            for text in tokenizer.batch_decode(
+                [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)],
+                skip_special_tokens=True,
+            )
+        ]
+        return Rollouts(tuple(prompts), sequences, tuple(texts), logprobs, finished, samples_per_prompt)
+
+    def stop_criteria(self, tokenizer: PreTrainedTokenizerBase) -> StopStringCriteria | None:
+        """The (cached) test for stop strings; None if there are none."""
+        if not self.stop:
+            return None
+        if self._stop_criteria is None or self._stop_criteria[0] != id(tokenizer):
+            self._stop_criteria = (id(tokenizer), StopStringCriteria(tokenizer, list(self.stop)))
+        return self._stop_criteria[1]
+
+    def _cut(self, text: str) -> str:
+        ends = [text.index(stop) for stop in self.stop if stop in text]
+        return text[: min(ends)] if ends else text
+
+    def _check_length(self, model: nn.Module, prompt_length: int) -> None:
+        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        if limit is not None and prompt_length + self.max_new_tokens > limit:
+            raise ConfigError(
+                f"a prompt of {prompt_length} tokens and max_new_tokens={self.max_new_tokens} exceed the model's {limit} "
+                "positions; lower data.max_prompt_tokens or sampler.max_new_tokens"
+            )
+
+
+class _Decoder:
+    """One call of `Sampler.sample`: prefill, then one token at a time for the rows that still run."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        generator: torch.Generator | None,
+        greedy: bool,
+    ) -> None:
+        self.sampler, self.model, self.generator, self.greedy = sampler, model, generator, greedy
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        parameters = inspect.signature(base.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        self.keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        # Called `past_key_values` in older versions of transformers.
+        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.cache = DynamicCache(config=base.config)
+        self.device = next(model.parameters()).device
+        self.stop_ids = torch.tensor(list(stop_ids), device=self.device)
+        self.stop_criteria = sampler.stop_criteria(tokenizer)
+        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+    def run(
+        self, ids: Tensor, mask: Tensor, samples: int, on_token: Callable[[int, int], None] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns tokens [B, T], log-probabilities [B, T], lengths [B] and finished [B]."""
+        logits = self._forward(ids, mask, (mask.long().cumsum(1) - 1).clamp(min=0)).repeat_interleave(samples, dim=0)
+        self.cache.batch_repeat_interleave(samples)
+        mask = mask.repeat_interleave(samples, dim=0)
+        batch = logits.shape[0]
+        rows = torch.arange(batch, device=self.device)  # which sequence each row of the decoding batch is
+        running = torch.ones(batch, dtype=torch.bool, device=self.device)
+        lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
+        tokens = torch.full((batch, self.sampler.max_new_tokens), self.pad_id, device=self.device)
+        logprobs = torch.zeros(batch, self.sampler.max_new_tokens, device=self.device)
+        for step in range(self.sampler.max_new_tokens):
+            token, logprob = self._choose(logits)
+            live = rows[running]
+            tokens[live, step], logprobs[live, step] = token[running], logprob[running]
+            lengths[live] += 1
+            running = running & ~self._ended(token, tokens[rows, : step + 1])
+            alive = int(running.sum())
+            if on_token is not None:
+                on_token(alive, step + 1)
+            if alive == 0 or step + 1 == self.sampler.max_new_tokens:
+                break
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            if alive <= (1 - _COMPACT_SHARE) * len(rows):
+                keep = running.nonzero().squeeze(1)
+                self.cache.batch_select_indices(keep)
+                rows, mask, token, running = rows[keep], mask[keep], token[keep], running[keep]
+            logits = self._forward(token[:, None], mask, mask.long().sum(1, keepdim=True) - 1)
+        finished = torch.ones(batch, dtype=torch.bool, device=self.device)
+        finished[rows[running]] = False
+        longest = int(lengths.max())
+        return tokens[:, :longest], logprobs[:, :longest], lengths, finished
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits [rows, V] float32 after the last token; the cache grows by `ids`."""
+        arguments: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            use_cache=True,
+            **{self.cache_argument: self.cache},
+            **arguments,
+            **self.keep_last,
+        )
+        return output.logits[:, -1].float()
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = logits / self.sampler.temperature
+        if self.greedy:
+            token = scaled.argmax(dim=-1)
+        else:
+            kept = filter_logits(scaled, self.sampler.top_k, self.sampler.top_p)
+            token = torch.multinomial(kept.softmax(dim=-1), 1, generator=self.generator).squeeze(1)
+        return token, scaled.log_softmax(dim=-1).gather(1, token[:, None]).squeeze(1)
+
+    def _ended(self, token: Tensor, completion: Tensor) -> Tensor:
+        ended = torch.isin(token, self.stop_ids)
+        if self.stop_criteria is not None:
+            ended = ended | self.stop_criteria(completion, None).to(ended.device)
+        return ended

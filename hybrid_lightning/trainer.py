@@ -1,0 +1,36 @@
+"""`Trainer`: Lightning's Trainer with the `score` command."""
+
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+
+from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
+from hybrid_lightning.errors import ConfigError
+
+
+class Trainer(LightningTrainer):
+    """Lightning's Trainer, which tells `setup` hooks the checkpoint that is about to be loaded, and can score modules."""
+
+    def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        # Lightning sets `trainer.ckpt_path` only after the setup hooks; HybridAdapterSetup has to know the checkpoint's plan
+        # before, or it would score the modules anew.
+        self._checkpoint_connector._ckpt_path = ckpt_path
+        return super()._run(model, ckpt_path, weights_only)
+
+    def score(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Score the modules and write `plan.json` and `plan.png` into the run folder, without training.
+
+        Args:
+            model: The module to score.
+            datamodule: Its calibration data.
+
+        Raises:
+            ConfigError: If no callback HybridAdapterSetup is there.
+        """
+        if not any(isinstance(callback, HybridAdapterSetup) for callback in self.callbacks):
+            raise ConfigError("score needs the callback HybridAdapterSetup among trainer.callbacks")
+        # Scoring is part of the setup of `fit`; a fit of no steps is that setup and nothing else, under every strategy.
+        self.fit_loop.epoch_loop.max_steps = 0
+        self.num_sanity_val_steps = 0
+        self.fit(model, datamodule=datamodule)

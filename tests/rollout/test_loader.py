@@ -1,0 +1,179 @@
+import random
+
+import pytest
+import torch
+
+from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
+from hybrid_lightning.types import Prompt, Sequences
+
+
+class Source:
+    """Completions are random numbers; each sequence's prompt id is the index of its prompt."""
+
+    def __init__(self, samples, fail_at=None):
+        self.samples, self.fail_at, self.calls, self.on_policy = samples, fail_at, 0, []
+
+    def roll_out(self, prompts, generator):
+        self.calls += 1
+        rows = len(prompts) * self.samples
+        tokens = torch.randint(1000, (rows, 4), generator=generator)
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        lengths = torch.randint(1, 5, (rows,), generator=generator)
+        ids = torch.tensor([[prompt.index] for prompt in prompts for _ in range(self.samples)])
+        mask = torch.arange(4)[None] < lengths[:, None]
+        return (
+            Sequences(ids, torch.ones_like(ids, dtype=torch.bool), tokens, mask),
+            torch.randn(rows),
+            {"reward": float(self.calls)},
+        )
+
+    def add_logprobs(self, batch, on_policy):
+        self.on_policy.append(on_policy)
+        return batch
+
+
+def build(prompts=12, source=None, schedule=None, accumulate=1, **arguments):
+    schedule = schedule or RolloutSchedule(4, 2, minibatches_per_rollout=2)
+    source = source or Source(schedule.samples_per_prompt)
+    data = [Prompt(text=str(i), index=i) for i in range(prompts)]
+    return RolloutLoader(
+        data,
+        source,
+        schedule,
+        accumulate_grad_batches=lambda: accumulate,
+        generator=torch.Generator().manual_seed(0),
+        **arguments,
+    )
+
+
+def flat(batch):
+    return [
+        batch.sequences.prompt_ids.tolist(),
+        batch.sequences.completion_ids.tolist(),
+        batch.advantages.tolist(),
+        batch.metrics,
+    ]
+
+
+def test_an_epoch_visits_every_prompt_once_in_an_order_that_changes():
+    loader = build()
+    assert len(loader) == 6
+    first, second = [[i for batch in loader for i in batch.sequences.prompt_ids[::2, 0].tolist()] for _ in range(2)]
+    assert sorted(first) == sorted(second) == list(range(12)) and first != second
+
+
+def test_micro_batches_carry_the_denominators_of_their_optimizer_step():
+    loader = build(schedule=RolloutSchedule(4, 6, minibatches_per_rollout=2, epochs_per_rollout=2), accumulate=3)
+    batches = [batch for _, batch in zip(range(12), loader, strict=False)]
+    assert len(loader) == 3 * 12 and all(len(batch.sequences) == 4 for batch in batches)
+    for start in range(0, 12, 3):
+        step = batches[start : start + 3]
+        assert {batch.num_sequences for batch in step} == {12.0}
+        assert {batch.num_tokens for batch in step} == {float(sum(batch.sequences.completion_mask.sum() for batch in step))}
+    assert [flat(batch) for batch in batches[:6]] == [flat(batch) for batch in batches[6:]]
+
+
+def test_only_a_rollout_of_one_step_is_on_policy():
+    for schedule, expected in (
+        (RolloutSchedule(4, 2), True),
+        (RolloutSchedule(4, 2, minibatches_per_rollout=2), False),
+        (RolloutSchedule(4, 2, epochs_per_rollout=2), False),
+    ):
+        source = Source(2)
+        next(iter(build(source=source, schedule=schedule)))
+        assert set(source.on_policy) == {expected}
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 2, 5, 6, 7, 9])
+def test_resuming_anywhere_gives_the_same_micro_batches(consumed):
+    def take(loader, count):
+        result = []
+        while len(result) < count:
+            for batch in loader:
+                result.append((flat(batch), random.random(), float(torch.rand(()))))
+                if len(result) == count:
+                    break
+        return result
+
+    torch.manual_seed(1)
+    random.seed(1)
+    unstopped = take(build(), 14)
+    torch.manual_seed(1)
+    random.seed(1)
+    stopped = build()
+    take(stopped, consumed)
+    state = stopped.state_dict()
+    torch.manual_seed(99)
+    random.seed(99)
+    resumed = build(source=Source(2))
+    resumed.source.calls = stopped.source.calls
+    resumed.load_state_dict(state)
+    rest = take(resumed, 14 - consumed)
+    assert rest == unstopped[consumed:]
+
+
+def test_state_survives_a_safe_load(tmp_path):
+    loader = build()
+    next(iter(loader))
+    torch.save(loader.state_dict(), tmp_path / "state.pt")
+    loaded = build()
+    loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert flat(next(iter(loaded))) == flat(next(iter(loader)))
+
+
+def test_an_aborted_generation_leaves_the_state_as_if_not_begun():
+    torch.manual_seed(3)
+    expected = [flat(batch)[:3] for batch in build()][2:4]
+    torch.manual_seed(3)
+    loader = build(source=Source(2, fail_at=2))
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    with pytest.raises(KeyboardInterrupt):
+        next(iterator)
+    state = loader.state_dict()
+    torch.manual_seed(77)
+    resumed = build()
+    resumed.load_state_dict(state)
+    iterator = iter(resumed)
+    assert [flat(next(iterator))[:3] for _ in range(2)] == expected
+
+
+def test_an_epoch_cut_short_goes_on_where_it_stopped_unless_order_is_kept():
+    loader = build()
+    iterator = iter(loader)
+    first = [flat(next(iterator))[0] for _ in range(3)]
+    assert flat(next(iter(loader)))[0] != first[0]
+    assert len(loader._pending) == 0, "the fourth micro-batch was the second half of the second rollout"
+    fixed = build(shuffle=False)
+    assert [flat(next(iter(fixed)))[0] for _ in range(2)] == [[[0], [0], [1], [1]]] * 2
+
+
+def test_ranks_share_a_rollout_without_overlap():
+    parts = [build(rank=rank, world_size=2, sum_over_ranks=lambda value: value * 2) for rank in range(2)]
+    batches = [next(iter(part)) for part in parts]
+    prompts = [set(batch.sequences.prompt_ids[:, 0].tolist()) for batch in batches]
+    assert not prompts[0] & prompts[1]
+    assert {batch.num_sequences for batch in batches} == {4.0}
+
+
+@pytest.mark.parametrize(
+    ("build_it", "message"),
+    [
+        (lambda: build(prompts=3), "more than the 3 training prompts"),
+        (lambda: build(schedule=RolloutSchedule(4, 2, minibatches_per_rollout=3)), "cannot be split evenly into 3"),
+        (lambda: build(accumulate=3), "cannot be split evenly into 6"),
+        (lambda: build(world_size=3), "multiple of the 3 devices"),
+        (lambda: RolloutSchedule(0, 1), "prompts_per_rollout must be at least 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(build_it, message):
+    with pytest.raises(ConfigError, match=message):
+        build_it()
+
+
+def test_other_data_than_the_checkpoints_is_refused():
+    state = build().state_dict()
+    with pytest.raises(CheckpointError, match="12 training prompts, but data gives 13"):
+        build(prompts=13).load_state_dict(state)

@@ -1,0 +1,153 @@
+import pytest
+import torch
+from conftest import FAMILIES, build_model
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import Prompt
+
+
+def ids_of(tokenizer, *texts):
+    return [tokenizer(text).input_ids for text in texts]
+
+
+def prompts_of(*texts):
+    return [Prompt(text=text, index=i) for i, text in enumerate(texts)]
+
+
+TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=")
+
+
+def sample(tokenizer, family="llama", samples=3, seed=0, texts=TEXTS, **settings):
+    greedy = settings.pop("greedy", False)
+    sampler = Sampler(**{"max_new_tokens": 12, **settings})
+    generator = torch.Generator().manual_seed(seed)
+    return sampler.sample(
+        build_model(family), tokenizer, prompts_of(*texts), ids_of(tokenizer, *texts), samples, generator=generator, greedy=greedy
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_logprobs_are_those_of_a_plain_unpadded_forward_pass(tokenizer, family):
+    temperature = 0.7
+    rollouts = sample(tokenizer, family, temperature=temperature)
+    model, sequences = build_model(family), rollouts.sequences
+    for row in range(len(sequences)):
+        prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]]
+        completion = sequences.completion_ids[row][sequences.completion_mask[row]]
+        logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / temperature).log_softmax(-1).gather(1, completion[:, None]).squeeze(1)
+        torch.testing.assert_close(rollouts.sampling_logprobs[row, : len(completion)], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate(tokenizer, family):
+    rollouts = sample(tokenizer, family, samples=1, greedy=True)
+    model = build_model(family)
+    for row, text in enumerate(TEXTS):
+        ids = torch.tensor(ids_of(tokenizer, text))
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=2, pad_token_id=0
+        )
+        mask = rollouts.sequences.completion_mask[row]
+        assert rollouts.sequences.completion_ids[row][mask].tolist() == expected[0, ids.shape[1] :].tolist()
+
+
+def test_rows_that_end_do_not_change_the_others(tokenizer):
+    """Compaction of the batch must not mix up rows: each row equals the one sampled with the same draws without stop tokens."""
+    texts = tuple(f"{a}+{b}=" for a in range(4) for b in range(4))
+    model = build_model("llama", std=0.1)
+    ids = ids_of(tokenizer, *texts)
+    sampler = Sampler(max_new_tokens=30)
+    rollouts = sampler.sample(model, tokenizer, prompts_of(*texts), ids, 4, generator=torch.Generator().manual_seed(1))
+    lengths = rollouts.sequences.completion_mask.sum(1)
+    assert lengths.min() < 15 and lengths.max() > 20, "the draw has to have short and long completions"
+    for row in range(len(rollouts.sequences)):
+        sequences = rollouts.sequences
+        completion = sequences.completion_ids[row][sequences.completion_mask[row]]
+        full = torch.cat([torch.tensor(ids[row // 4]), completion])
+        logits = model(full[None]).logits[0, len(ids[row // 4]) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, completion[:, None]).squeeze(1)
+        torch.testing.assert_close(rollouts.sampling_logprobs[row, : len(completion)], expected, atol=1e-4, rtol=0)
+        ends = (completion == 2).nonzero()
+        assert bool(rollouts.finished[row]) == (len(ends) > 0)
+        assert len(ends) == 0 or int(ends[0]) == len(completion) - 1
+
+
+def test_samples_follow_the_policy(tokenizer):
+    rollouts = sample(tokenizer, samples=4000, max_new_tokens=1, texts=("12+3=",))
+    model = build_model("llama")
+    probabilities = model(torch.tensor(ids_of(tokenizer, "12+3="))).logits[0, -1].softmax(-1)
+    frequency = torch.bincount(rollouts.sequences.completion_ids[:, 0], minlength=len(probabilities)) / 4000
+    assert (frequency - probabilities).abs().max() < 0.04  # five standard errors of the most uncertain token
+
+
+def test_top_k_and_top_p_restrict_the_tokens_but_not_the_logprobs(tokenizer):
+    model = build_model("llama")
+    probabilities = model(torch.tensor(ids_of(tokenizer, "12+3="))).logits[0, -1].softmax(-1)
+    best = probabilities.topk(2).indices.tolist()
+    rollouts = sample(tokenizer, samples=200, max_new_tokens=1, top_k=2, texts=("12+3=",))
+    assert set(rollouts.sequences.completion_ids[:, 0].tolist()) <= set(best)
+    token = rollouts.sequences.completion_ids[:, 0]
+    torch.testing.assert_close(rollouts.sampling_logprobs[:, 0], probabilities[token].log(), atol=1e-4, rtol=0)
+    nucleus = sample(tokenizer, samples=200, max_new_tokens=1, top_p=1e-6, texts=("12+3=",))
+    assert set(nucleus.sequences.completion_ids[:, 0].tolist()) == {best[0]}
+
+
+def test_stop_strings_end_a_completion_and_are_cut_from_its_text(tokenizer):
+    free = sample(tokenizer, samples=8, seed=3)
+    text = max(free.completions, key=len)
+    stop = text[2]
+    stopped = sample(tokenizer, samples=8, seed=3, stop=[stop])
+    for completion, mask, ids, finished in zip(
+        stopped.completions, stopped.sequences.completion_mask, stopped.sequences.completion_ids, stopped.finished, strict=True
+    ):
+        assert stop not in completion
+        decoded = tokenizer.decode(ids[mask], skip_special_tokens=True)
+        if stop in decoded:
+            assert decoded.index(stop) == len(decoded) - 1 and bool(finished)
+    assert any(
+        stop in tokenizer.decode(row[m])
+        for row, m in zip(stopped.sequences.completion_ids, stopped.sequences.completion_mask, strict=True)
+    )
+
+
+def test_the_generator_alone_decides(tokenizer):
+    first, again, other = sample(tokenizer, seed=5), sample(tokenizer, seed=5), sample(tokenizer, seed=6)
+    assert first.completions == again.completions
+    assert first.completions != other.completions
+
+
+def test_on_token_counts_and_can_abort(tokenizer):
+    seen = []
+    sampler = Sampler(max_new_tokens=5)
+    arguments = (build_model("llama"), tokenizer, prompts_of("1="), ids_of(tokenizer, "1="), 2)
+    sampler.sample(*arguments, on_token=lambda running, decoded: seen.append((running, decoded)))
+    assert [decoded for _, decoded in seen] == list(range(1, len(seen) + 1))
+
+    def abort(running, decoded):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler.sample(*arguments, on_token=abort)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"stop": "x"}, "list of strings"),
+        ({"stop": [""]}, "empty string"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampler(**settings)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match="128 positions"):
+        sample(tokenizer, max_new_tokens=126)

@@ -1,0 +1,68 @@
+"""`ClippedLoss`: the clipped surrogate of PPO (arXiv 1707.06347) over a ratio that the subclass chooses.
+
+    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
+
+with two clip ranges instead of PPO's one (DAPO, arXiv 2503.14476, "clip-higher"), and optionally a bound on r where A < 0
+("dual clip", arXiv 1912.09729), which that paper writes as max(., dual_clip A): the same number.
+"""
+
+import math
+from abc import abstractmethod
+
+from torch import Tensor
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import functional as F
+from hybrid_lightning.losses.base import PolicyLoss, share
+from hybrid_lightning.types import LossInputs
+
+
+class ClippedLoss(PolicyLoss):
+    """Clipped surrogate; a subclass says which importance ratio is clipped.
+
+    Args:
+        clip_low: the ratio counts down to 1 - clip_low where A < 0.
+        clip_high: the ratio counts up to 1 + clip_high where A > 0.
+        dual_clip: the ratio counts up to this where A < 0; None for no bound.
+        kl_coef: weight of the KL to the start policy.
+        kl_importance_weight: multiply the KL by the importance ratio.
+
+    Raises:
+        ConfigError: if a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        clip_low: float,
+        clip_high: float,
+        dual_clip: float | None = None,
+        kl_coef: float = 0.0,
+        kl_importance_weight: bool = False,
+    ) -> None:
+        super().__init__(kl_coef=kl_coef, kl_importance_weight=kl_importance_weight)
+        name = type(self).__name__
+        if not 0 <= clip_low < 1:
+            raise ConfigError(f"{name}: clip_low={clip_low} must be at least 0 and below 1, since a ratio is never negative.")
+        if not (math.isfinite(clip_high) and clip_high >= 0):
+            raise ConfigError(f"{name}: clip_high={clip_high} must be finite and at least 0; set a large one for no clip above.")
+        if dual_clip is not None and not (math.isfinite(dual_clip) and dual_clip > 1 + clip_high):
+            raise ConfigError(
+                f"{name}: dual_clip={dual_clip} must be finite and above 1 + clip_high = {1 + clip_high:g}, or it would undo "
+                f"clip_high; set e.g. {max(3.0, 2 * (1 + clip_high)):g}, or null for none."
+            )
+        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
+
+    @abstractmethod
+    def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
+        """The importance ratio, [B, T] or [B] where a sequence has one; arguments as in `policy_term`."""
+
+    def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """Clipped surrogate of `ratio`, in its shape, and that ratio."""
+        ratio = self.ratio(inputs, old_logprobs)
+        return F.clipped_surrogate(ratio, inputs.advantages, self.clip_low, self.clip_high, self.dual_clip), ratio
+
+    def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
+        """Parts clipped below, above, and either way, of tokens or, where a sequence has one ratio, of sequences (as TRL)."""
+        low, high = F.clip_flags(ratio, inputs.advantages, self.clip_low, self.clip_high)
+        flags = {"low": low, "high": high, "region": low | high}
+        return {f"clip_ratio/{name}_mean": share(flag.to(ratio.dtype), inputs) for name, flag in flags.items()}

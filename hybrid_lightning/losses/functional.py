@@ -1,0 +1,186 @@
+"""Pure functions that policy losses are made of: ratios, clipping, KL, means with explicit denominators.
+
+Axes: B sequences, T completion tokens (right-padded). A value is per token, [B, T], or per sequence, [B].
+
+Every function that reads log-probabilities takes the completion mask and looks at nothing outside it: padding may hold
+inf, nan or garbage, and neither a value nor a gradient comes from there. `0 * inf` is nan, so padding is replaced by
+`torch.where` before the arithmetic instead of multiplied away after it.
+"""
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 40.0
+"""Log-ratios above this count as this, without gradient: exp(89) overflows float32, and inf * 0 in backward is nan. The
+square of exp(40) still fits float32, which gradient norms need. TRL has no such bound; below it nothing differs."""
+
+
+def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Log of the importance ratio of each token, l - l_old.
+
+    Args:
+        logprobs: [B, T], log pi(token) of the policy being trained.
+        old_logprobs: [B, T], the same of the policy that sampled.
+        mask: [B, T] bool, True on completion tokens.
+
+    Returns:
+        [B, T], 0 outside the mask.
+    """
+    return torch.where(mask, logprobs, 0.0) - torch.where(mask, old_logprobs, 0.0)
+
+
+def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Importance ratio of each token, r = exp(l - l_old) (PPO, GRPO).
+
+    Args:
+        logprobs: [B, T], log pi(token) of the policy being trained.
+        old_logprobs: [B, T], the same of the policy that sampled.
+        mask: [B, T] bool, True on completion tokens.
+
+    Returns:
+        [B, T], 1 outside the mask.
+    """
+    return log_ratio(logprobs, old_logprobs, mask).clamp(max=MAX_LOG_RATIO).exp()
+
+
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Length-normalised importance ratio of each sequence, s = exp(sum m (l - l_old) / |o|) (GSPO, equation 7).
+
+    Args:
+        logprobs: [B, T], log pi(token) of the policy being trained.
+        old_logprobs: [B, T], the same of the policy that sampled.
+        mask: [B, T] bool, True on completion tokens.
+
+    Returns:
+        [B], 1 for a sequence without tokens.
+    """
+    means = sequence_means(log_ratio(logprobs, old_logprobs, mask), mask)
+    return means.clamp(max=MAX_LOG_RATIO).exp()
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> Tensor:
+    """Clipped policy objective as a loss, -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
+
+    Args:
+        ratio: r, [B, T] or [B].
+        advantages: A, [B].
+        clip_low: how far below 1 the ratio counts.
+        clip_high: how far above 1 the ratio counts.
+        dual_clip: the unclipped r counts up to this too, which bounds the loss where A < 0 (arXiv 1912.09729; TRL's
+            `delta`); None for no bound.
+
+    Returns:
+        The loss, in the shape of `ratio`.
+    """
+    advantages = per_sequence_as(ratio, advantages)
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    if dual_clip is not None:
+        ratio = ratio.clamp(max=dual_clip)
+    return -torch.min(ratio * advantages, clipped * advantages)
+
+
+def clip_flags(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """Where the clip of `clipped_surrogate` stops the gradient.
+
+    Args:
+        ratio: r, [B, T] or [B].
+        advantages: A, [B].
+        clip_low: as in `clipped_surrogate`.
+        clip_high: as in `clipped_surrogate`.
+
+    Returns:
+        Two bool tensors in the shape of `ratio`: clipped below (A < 0) and clipped above (A > 0).
+    """
+    advantages = per_sequence_as(ratio, advantages)
+    return (ratio < 1.0 - clip_low) & (advantages < 0), (ratio > 1.0 + clip_high) & (advantages > 0)
+
+
+def k3_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Estimate KL(policy || reference) of each token, k3 = exp(d) - d - 1 with d = l_ref - l.
+
+    Never negative, and unbiased where the tokens come from the policy itself (Schulman,
+    http://joschu.net/blog/kl-approx.html; GRPO, equation 4).
+
+    Args:
+        logprobs: [B, T], log pi(token) of the policy being trained.
+        ref_logprobs: [B, T], the same of the reference policy.
+        mask: [B, T] bool, True on completion tokens.
+
+    Returns:
+        [B, T], 0 outside the mask.
+    """
+    difference = log_ratio(ref_logprobs, logprobs, mask).clamp(max=MAX_LOG_RATIO)
+    return torch.expm1(difference) - difference  # exp(d) - 1 would round all of a small d away
+
+
+def sequence_means(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens of each sequence.
+
+    Args:
+        values: [B, T].
+        mask: [B, T] bool, True on completion tokens.
+
+    Returns:
+        [B], 0 (with a zero gradient) for a sequence without tokens.
+    """
+    return torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def mean_over_sequences(values: Tensor, num_sequences: float | None = None) -> Tensor:
+    """Share of these sequences in a mean over sequences.
+
+    Args:
+        values: [B].
+        num_sequences: sequences that the whole mean is over; None: the B that are here, empty ones included.
+
+    Returns:
+        Scalar. The shares of all micro-batches and ranks add up to the mean.
+    """
+    return values.sum() / _denominator(num_sequences, len(values))
+
+
+def mean_of_sequence_means(values: Tensor, mask: Tensor, num_sequences: float | None = None) -> Tensor:
+    """Share of these sequences in a mean over sequences of the mean over tokens (GRPO).
+
+    Args:
+        values: [B, T].
+        mask: [B, T] bool, True on completion tokens.
+        num_sequences: as in `mean_over_sequences`.
+
+    Returns:
+        Scalar. The shares of all micro-batches and ranks add up to the mean.
+    """
+    return mean_over_sequences(sequence_means(values, mask), num_sequences)
+
+
+def mean_over_tokens(values: Tensor, mask: Tensor, num_tokens: float | None = None) -> Tensor:
+    """Share of these tokens in a mean over all tokens (DAPO).
+
+    Args:
+        values: [B, T].
+        mask: [B, T] bool, True on completion tokens.
+        num_tokens: tokens that the whole mean is over; None: those that are here.
+
+    Returns:
+        Scalar. The shares of all micro-batches and ranks add up to the mean.
+    """
+    total = torch.where(mask, values, 0.0).sum()
+    return total / (mask.sum().clamp(min=1) if num_tokens is None else _denominator(num_tokens, 1))
+
+
+def per_token(values: Tensor, mask: Tensor) -> Tensor:
+    """Give every token its sequence's value: [B] becomes [B, T]; [B, T] stays as it is."""
+    return values.unsqueeze(1).expand(mask.shape) if values.dim() == 1 else values
+
+
+def per_sequence_as(like: Tensor, values: Tensor) -> Tensor:
+    """Shape a value per sequence, [B], so that it broadcasts against `like`, [B, T] or [B]."""
+    return values.unsqueeze(1) if like.dim() == 2 else values
+
+
+def _denominator(count: float | None, here: int) -> float:
+    """The count given, else the one here; never 0, since a sum over nothing is to give 0 and not nan."""
+    count = float(here) if count is None else count
+    return count if count > 0 else 1.0

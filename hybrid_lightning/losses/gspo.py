@@ -1,0 +1,55 @@
+"""GSPO: Group Sequence Policy Optimization (arXiv 2507.18071, equations 5 and 7).
+
+    L = mean over sequences of [ -min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) + kl_coef (1/|o|) sum_t k3_t ]
+    s = exp( (1/|o|) sum_t (l_t - l_old_t) )
+
+Departures from the paper, which has no KL term: an optional one, per token as in GRPO (and in TRL), optionally weighted by
+s; an optional dual clip on s. "Mean over sequences" is over all sequences of the optimizer step.
+
+With one minibatch a rollout s is exactly 1 and nothing is ever clipped: use several.
+"""
+
+from torch import Tensor
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses.clipped import ClippedLoss
+from hybrid_lightning.losses.functional import sequence_ratio
+from hybrid_lightning.types import LossInputs
+
+# Published GSPO ranges are 3e-4 to 4e-4, GRPO's start at 0.1. Averaged over a completion's tokens, log s is so small that a
+# range of GRPO's size never clips anything; only completions of a few tokens want more than a thousandth.
+CLIP_LIMIT = 0.1
+
+
+class GSPOLoss(ClippedLoss):
+    """Clipped surrogate with one length-normalised importance ratio a sequence, mean over sequences.
+
+    Args:
+        clip_low: a sequence's ratio counts down to 1 - clip_low where A < 0.
+        clip_high: a sequence's ratio counts up to 1 + clip_high where A > 0.
+        dual_clip: a sequence's ratio counts up to this where A < 0; None for no bound.
+        kl_coef: weight of the KL to the start policy.
+        kl_importance_weight: multiply the KL by the importance ratio.
+
+    Raises:
+        ConfigError: if a value is out of its range, or the clip range is one of GRPO.
+    """
+
+    def __init__(
+        self,
+        clip_low: float = 3e-4,
+        clip_high: float = 4e-4,
+        dual_clip: float | None = None,
+        kl_coef: float = 0.0,
+        kl_importance_weight: bool = False,
+    ) -> None:
+        super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight)
+        if max(clip_low, clip_high) >= CLIP_LIMIT:
+            raise ConfigError(
+                f"{type(self).__name__}: clip_low={clip_low:g}, clip_high={clip_high:g} is too large for ratios of whole "
+                f"sequences ({CLIP_LIMIT} or more), as if left over from a GRPO config: set clip_low=3e-4 and clip_high=4e-4."
+            )
+
+    def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
+        """One ratio a sequence, [B]."""
+        return sequence_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)

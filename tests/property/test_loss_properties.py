@@ -1,0 +1,152 @@
+"""What must hold of the losses for any inputs. The ratio classes refuse each other's clip range; 0.02 / 0.03 suits both."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.losses import functional as F
+from hybrid_lightning.types import LossInputs, LossOutput
+
+OPTIONS = [{}, {"dual_clip": 1.2}, {"kl_coef": 0.2}, {"kl_coef": 0.2, "kl_importance_weight": True}]
+LOSSES = [cls(0.02, 0.03, **options) for cls in (GRPOLoss, GSPOLoss) for options in OPTIONS]
+IDS = [f"{type(loss).__name__}-{i % len(OPTIONS)}" for i, loss in enumerate(LOSSES)]
+each_loss = pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+few = settings(max_examples=15, deadline=None)
+
+
+@st.composite
+def loss_inputs(draw, max_tokens: int = 6, min_tokens: int = 0) -> LossInputs:
+    b, t = draw(st.integers(1, 6)), draw(st.integers(1, max_tokens))
+    lengths = draw(st.lists(st.integers(min_tokens, t), min_size=b, max_size=b))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    spread = draw(st.sampled_from([1e-3, 0.03, 0.5, 3.0]))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    logprobs = -2 * normal(b, t).abs()
+    return LossInputs(
+        logprobs=logprobs,
+        advantages=normal(b) * (torch.rand(b, generator=generator) > 0.2),
+        completion_mask=torch.arange(t)[None] < torch.tensor(lengths)[:, None],
+        old_logprobs=logprobs + spread * normal(b, t) if draw(st.booleans()) else None,
+        ref_logprobs=logprobs + spread * normal(b, t),
+    )
+
+
+def evaluate(loss, inputs: LossInputs) -> tuple[LossOutput, Tensor]:
+    """The output, and the gradient with respect to the log-probabilities."""
+    inputs = replace(inputs, logprobs=inputs.logprobs.detach().requires_grad_())
+    output = loss(inputs)
+    return output, torch.autograd.grad(output.loss, inputs.logprobs)[0]
+
+
+def change(inputs: LossInputs, function) -> LossInputs:
+    """Apply `function(name, tensor)` to every tensor."""
+    present = {entry.name: getattr(inputs, entry.name) for entry in fields(inputs)}
+    return replace(inputs, **{k: function(k, v) for k, v in present.items() if isinstance(v, Tensor)})
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@each_loss
+@few
+@given(inputs=loss_inputs(), extra=st.integers(1, 3), garbage=st.sampled_from([0.0, 99.0, float("nan"), float("inf")]))
+def test_padding_changes_nothing(loss, inputs, extra, garbage):
+    def pad(name: str, value: Tensor) -> Tensor:
+        if name == "advantages":
+            return value
+        more = torch.full((len(value), extra), garbage if value.is_floating_point() else 0).to(value.dtype)
+        return torch.cat([value, more], dim=1)
+
+    (plain, gradient), (padded, padded_gradient) = evaluate(loss, inputs), evaluate(loss, change(inputs, pad))
+    assert close(plain.loss, padded.loss)
+    assert close(gradient, padded_gradient[:, :-extra]) and (padded_gradient[:, -extra:] == 0).all()
+    assert all(close(value, padded.metrics[name]) for name, value in plain.metrics.items())
+
+
+@each_loss
+@few
+@given(inputs=loss_inputs(), data=st.data())
+def test_order_of_sequences_does_not_matter(loss, inputs, data):
+    order = torch.tensor(data.draw(st.permutations(range(len(inputs.advantages)))))
+    (plain, gradient), (mixed, mixed_gradient) = (
+        evaluate(loss, inputs),
+        evaluate(loss, change(inputs, lambda _, value: value[order])),
+    )
+    assert close(plain.loss, mixed.loss) and close(gradient[order], mixed_gradient)
+    assert all(close(value, mixed.metrics[name]) for name, value in plain.metrics.items())
+
+
+@each_loss
+@few
+@given(inputs=loss_inputs(), data=st.data())
+def test_splitting_into_micro_batches_does_not_matter(loss, inputs, data):
+    b = len(inputs.advantages)
+    cuts = sorted(data.draw(st.sets(st.integers(1, b - 1)))) if b > 1 else []
+    counts = {"num_sequences": float(b), "num_tokens": float(inputs.completion_mask.sum())}
+    whole, gradient = evaluate(loss, inputs)
+    parts = []
+    for start, end in zip([0, *cuts], [*cuts, b], strict=True):
+        rows = change(replace(inputs, **counts), lambda _, value, s=start, e=end: value[s:e])
+        width = max(int(rows.completion_mask.sum(dim=1).max()), 1)  # each micro-batch is cut to its own longest completion
+        parts.append(evaluate(loss, change(rows, lambda k, v, w=width: v if k == "advantages" else v[:, :w])))
+    assert close(sum(output.loss for output, _ in parts), whole.loss)
+    widened = [torch.nn.functional.pad(g, (0, gradient.shape[1] - g.shape[1])) for _, g in parts]
+    assert close(torch.cat(widened), gradient)
+    for name, value in whole.metrics.items():
+        shares = torch.stack([output.metrics[name] for output, _ in parts])
+        assert close(shares.max() if name.endswith("/max") else shares.sum(), value), name
+
+
+@few
+@pytest.mark.parametrize("options", OPTIONS)
+@given(inputs=loss_inputs(max_tokens=1, min_tokens=1))
+def test_gspo_is_grpo_on_completions_of_one_token(options, inputs):
+    (grpo, grpo_gradient), (gspo, gspo_gradient) = (
+        evaluate(GRPOLoss(0.02, 0.03, **options), inputs),
+        evaluate(GSPOLoss(0.02, 0.03, **options), inputs),
+    )
+    assert close(grpo.loss, gspo.loss) and close(grpo_gradient, gspo_gradient)
+    assert all(close(value, gspo.metrics[name]) for name, value in grpo.metrics.items())
+
+
+@each_loss
+@few
+@given(inputs=loss_inputs())
+def test_no_advantage_no_gradient(loss, inputs):
+    if loss.needs_reference:  # the KL alone pulls then, and to nowhere if the policy is the reference
+        inputs = replace(inputs, ref_logprobs=inputs.logprobs)
+    output, gradient = evaluate(loss, replace(inputs, advantages=torch.zeros_like(inputs.advantages)))
+    assert output.loss == 0 and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
+@few
+@given(inputs=loss_inputs(min_tokens=1), beyond=st.floats(1e-6, 2.0))
+def test_the_clip_stops_the_gradient_on_the_right_side_only(cls, inputs, beyond):
+    loss, sign = cls(0.02, 0.03), inputs.advantages.sign()[:, None]
+    up, down = torch.tensor(1.03).log() + beyond, torch.tensor(0.98).log() - beyond
+    for step, stopped in ((up, sign > 0), (down, sign < 0)):  # every ratio beyond the range, above or below
+        output, gradient = evaluate(loss, replace(inputs, old_logprobs=inputs.logprobs - step))
+        idle = stopped | (sign == 0) | ~inputs.completion_mask
+        assert torch.equal(gradient == 0, idle)
+        assert (gradient[~idle] * sign.expand_as(gradient)[~idle] < 0).all()  # descent makes good tokens likelier
+        flagged = stopped.double() if cls is GSPOLoss else (stopped & inputs.completion_mask).double()
+        count = len(sign) if cls is GSPOLoss else inputs.completion_mask.sum()
+        assert close(output.metrics["clip_ratio/region_mean"], flagged.sum() / count)
+
+
+@few
+@given(inputs=loss_inputs())
+def test_k3_is_never_negative_and_zero_only_between_equals(inputs):
+    kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.completion_mask)
+    assert (kl >= 0).all() and (kl[~inputs.completion_mask] == 0).all()
+    assert torch.equal(kl > 0, inputs.completion_mask & (inputs.logprobs != inputs.ref_logprobs))

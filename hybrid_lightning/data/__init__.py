@@ -1,6 +1,27 @@
 """Problems as prompts: sources, formats and the LightningDataModule that joins them."""
 
+from hybrid_lightning.data.columns import GSM8K_ANSWER, TableSource
+from hybrid_lightning.data.files import FileSource
+from hybrid_lightning.data.formatting import ChatFormat, PlainFormat, PromptFormat
+from hybrid_lightning.data.hub import HubSource
+from hybrid_lightning.data.module import PromptDataModule
+from hybrid_lightning.data.reasoning_gym import ReasoningGymSource
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits, problem_key, split_rows
 
-__all__ = ["PromptSource", "Row", "Splits", "problem_key", "split_rows"]
+__all__ = [
+    "GSM8K_ANSWER",
+    "ChatFormat",
+    "FileSource",
+    "HubSource",
+    "PlainFormat",
+    "PromptDataModule",
+    "PromptFormat",
+    "PromptSource",
+    "ReasoningGymSource",
+    "Row",
+    "Splits",
+    "TableSource",
+    "problem_key",
+    "split_rows",
+]

@@ -48,7 +48,7 @@ class PromptSource(Part, ABC):
         splits, dropped = without_overlap(splits)
         for name, count in dropped.items():
             if count:
-                rank_zero_info(f"{type(self).__name__}: dropped {count} {name} rows whose question is held out elsewhere")
+                rank_zero_info(f"{type(self).__name__}: dropped {count} {name} rows whose question is also held out from {name}")
         return splits
 
 
@@ -56,5 +56,5 @@ def _check_indices(name: str, rows: list[Row]) -> None:
     seen: set[int] = set()
     for row in rows:
         if row.index in seen:
-            raise DataError(f"two rows of the {name} split from {row.source!r} have the index {row.index}: number them apart")
+            raise DataError(f"two {name} rows from {row.source!r} have the index {row.index}: number them apart")
         seen.add(row.index)

@@ -1,0 +1,19 @@
+"""Verifiable rewards: what a completion earns."""
+
+from hybrid_lightning.rewards.base import RewardFunction
+from hybrid_lightning.rewards.evaluate import evaluate_reward
+from hybrid_lightning.rewards.exact_match import ExactMatch
+from hybrid_lightning.rewards.format_reward import FormatReward
+from hybrid_lightning.rewards.math_match import MathMatch
+from hybrid_lightning.rewards.reasoning_gym import ReasoningGymReward
+from hybrid_lightning.rewards.weighted_sum import WeightedSum
+
+__all__ = [
+    "ExactMatch",
+    "FormatReward",
+    "MathMatch",
+    "ReasoningGymReward",
+    "RewardFunction",
+    "WeightedSum",
+    "evaluate_reward",
+]

@@ -1,0 +1,173 @@
+r"""Columns of a table as questions and answers.
+
+The reference answer often ends a worked solution: `answer_pattern` takes it out. In GSM8K (openai/gsm8k) it follows `####`,
+which `GSM8K_ANSWER` matches; in YAML write `answer_pattern: '####\s*(.+)'`.
+"""
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from hybrid_lightning.data.source import PromptSource
+from hybrid_lightning.data.splitting import Row, Splits, check_fractions, split_rows
+from hybrid_lightning.data.tables import Table
+from hybrid_lightning.data.template import render, template_fields
+from hybrid_lightning.data.values import shorten, to_text
+from hybrid_lightning.errors import ConfigError, DataError
+
+GSM8K_ANSWER = r"####\s*(.+)"
+
+
+class TableSource(PromptSource):
+    """Base of the sources that read tables; a subclass says where the tables come from.
+
+    Args:
+        question_column: Column with the question; not read if there is a `template`.
+        answer_column: Column with the reference answer, None if there is none. Numbers are written without exponent and
+            without a zero fractional part: 5.0 gives "5".
+        template: Makes the question from several columns, such as `"{Body} {Question}"`.
+        answer_pattern: Regular expression with one group, searched in the answer column: the group is the answer.
+        max_rows: Of each file or hub split, only the first so many rows are read; None for all.
+        skip_bad_rows: Whether rows without a usable question or answer are dropped, with their number shown, and are no error.
+        validation_fraction: Share of the training rows that becomes the validation split, if none is given.
+        test_fraction: Share of the training rows that becomes the test split, if none is given.
+        split_seed: Of the shuffle that decides which problems are held out by the fractions.
+    """
+
+    def __init__(
+        self,
+        question_column: str = "question",
+        answer_column: str | None = "answer",
+        template: str | None = None,
+        answer_pattern: str | None = None,
+        max_rows: int | None = None,
+        skip_bad_rows: bool = False,
+        validation_fraction: float = 0.0,
+        test_fraction: float = 0.0,
+        split_seed: int = 0,
+    ) -> None:
+        if max_rows is not None and max_rows < 1:
+            raise ConfigError(f"max_rows={max_rows}: give at least 1, or null for all rows")
+        if template is not None and not template_fields("template", template):
+            raise ConfigError(f"template={template!r} uses no column: name at least one in braces, such as {{question}}")
+        check_fractions(validation_fraction, test_fraction)
+        self.question_column = question_column
+        self.answer_column = answer_column
+        self.template = template
+        self.answer_pattern = None if answer_pattern is None else _compile(answer_pattern)
+        if answer_pattern is not None and answer_column is None:
+            raise ConfigError(f"answer_pattern={answer_pattern!r} needs an answer_column to search in")
+        self.max_rows = max_rows
+        self.skip_bad_rows = skip_bad_rows
+        self.validation_fraction = validation_fraction
+        self.test_fraction = test_fraction
+        self.split_seed = split_seed
+
+    @abstractmethod
+    def read_tables(self) -> dict[str, tuple[str, Table]]:
+        """Read the tables: "train", "validation" or "test" -> (where it comes from, its rows)."""
+
+    def read(self) -> Splits:
+        """Read all tables and split off what the fractions ask for."""
+        rows = {split: self._to_rows(source, table) for split, (source, table) in self.read_tables().items()}
+        for split, fraction in (("validation", self.validation_fraction), ("test", self.test_fraction)):
+            if fraction and split in rows:
+                raise ConfigError(f"{split}_fraction={fraction}, but a {split} split is given too: keep one of the two")
+            if fraction and "train" not in rows:
+                raise ConfigError(f"{split}_fraction={fraction} needs training rows to split from: give a train split")
+        if self.validation_fraction or self.test_fraction:
+            parts = vars(split_rows(rows["train"], self.validation_fraction, self.test_fraction, self.split_seed))
+            rows = {split: rows.get(split) or parts[split] for split in parts} | {"train": parts["train"]}
+        return Splits(**rows)
+
+    def _to_rows(self, source: str, table: Table) -> list[Row]:
+        table = table[: self.max_rows]
+        self._check_columns(source, table)
+        rows: list[Row] = []
+        bad: list[DataError] = []
+        for index, columns in enumerate(table):
+            try:
+                rows.append(self._to_row(source, index, columns))
+            except DataError as error:
+                if not self.skip_bad_rows:
+                    raise
+                bad.append(error)
+        if not rows:
+            raise DataError(f"{source}: none of the {len(table)} rows can be used; the first: {bad[0]}")
+        if bad:
+            rank_zero_info(f"{source}: dropped {len(bad)} of {len(table)} rows that cannot be used; the first: {bad[0]}")
+        return rows
+
+    def _check_columns(self, source: str, table: Table) -> None:
+        existing: dict[str, None] = {}
+        for columns in table:
+            existing.update(dict.fromkeys(columns))
+        wanted = [] if self.answer_column is None else [("answer_column", self.answer_column)]
+        if self.template is None:
+            wanted.append(("question_column", self.question_column))
+        else:
+            wanted += [("template", column) for column in template_fields("template", self.template)]
+        for name, column in wanted:
+            if column not in existing:
+                raise DataError(f"{source} has no column {column!r}: correct {name}; the columns are {', '.join(existing)}")
+
+    def _to_row(self, source: str, index: int, columns: dict[str, Any]) -> Row:
+        where = f"{source}, row {index} (the first is 0)"
+        if self.template is None:
+            question = _text(where, "question_column", self.question_column, columns)
+        else:
+            cells = {column: columns.get(column) for column in template_fields("template", self.template)}
+            question = render("template", self.template, cells, where).strip()
+            if not question:
+                raise DataError(f"{where}: the question made by the template is empty; correct or remove the row")
+        answer = None if self.answer_column is None else self._answer(where, columns)
+        return Row(question, answer, index, source, columns)
+
+    def _answer(self, where: str, columns: dict[str, Any]) -> str:
+        assert self.answer_column is not None
+        text = _text(where, "answer_column", self.answer_column, columns)
+        if self.answer_pattern is None:
+            return text
+        match = self.answer_pattern.search(text)
+        answer = (match.group(1) or "").strip() if match else ""
+        if not answer:
+            raise DataError(
+                f"{where}: answer_pattern={self.answer_pattern.pattern!r} finds nothing in {shorten(text)}; correct the pattern "
+                "or the row, or set skip_bad_rows=true"
+            )
+        return answer
+
+
+def _text(where: str, name: str, column: str, columns: dict[str, Any]) -> str:
+    try:
+        text = to_text(columns.get(column)).strip()
+        if not text:
+            raise ValueError("is empty")
+    except ValueError as error:
+        raise DataError(f"{where}: {name} {column!r} {error}; correct or remove the row, or set skip_bad_rows=true") from error
+    return text
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"answer_pattern={pattern!r} is no regular expression: {error}") from error
+    if compiled.groups != 1:
+        raise ConfigError(f"answer_pattern={pattern!r} has {compiled.groups} groups: put just the answer in ( ), others in (?: )")
+    return compiled
+
+
+def existing_splits(splits: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Keep the splits that a config gives; at least one is needed.
+
+    Raises:
+        ConfigError: If none is given.
+    """
+    given = [(split, value) for split, value in splits if value is not None]
+    if not given:
+        raise ConfigError(f"no data: set at least one of {', '.join(split for split, _ in splits)}")
+    return given

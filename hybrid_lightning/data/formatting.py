@@ -1,0 +1,122 @@
+r"""From a row to a prompt: `PromptFormat`, the part that a config swaps between plain text and chat messages.
+
+A template is text with the names of columns in braces: `"{question}\nAnswer:"`. Every column of the row can be used, and
+`{question}` is the question as the source made it. Write `{{` and `}}` for braces that are meant as such: `\boxed{{}}`.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from hybrid_lightning.data.splitting import Row
+from hybrid_lightning.data.tables import read_table
+from hybrid_lightning.data.template import render, template_fields
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.parts import Part
+from hybrid_lightning.types import Prompt
+
+FewShot = list[dict[str, Any]] | str | None
+
+
+class PromptFormat(Part, ABC):
+    """Turns rows into prompts.
+
+    Args:
+        template: What the policy is asked, with columns in braces.
+        system_prompt: Instruction in front of everything, used as it is; None for none.
+        few_shot: Solved examples in front of the question: a list of rows such as `{"question": "1+1=", "answer": "2"}`, or
+            the path of a file with such rows (JSONL, JSON, CSV or Parquet). They are shown by `template` and
+            `answer_template`, so they need the columns that these two use.
+        answer_template: How the answer of an example is shown.
+    """
+
+    def __init__(
+        self,
+        template: str = "{question}",
+        system_prompt: str | None = None,
+        few_shot: FewShot = None,
+        answer_template: str = "{answer}",
+    ) -> None:
+        fields = template_fields("template", template)
+        if not fields:
+            raise ConfigError(f"template={template!r} uses no column, so all prompts would be the same: add {{question}}")
+        if "answer" in fields:
+            raise ConfigError(f"template={template!r} would show the reference answer to the policy: remove {{answer}}")
+        template_fields("answer_template", answer_template)
+        self.template = template
+        self.system_prompt = system_prompt
+        self.answer_template = answer_template
+        examples = read_table("few_shot", few_shot) if isinstance(few_shot, str) else few_shot or []
+        self.examples = [self._example(number, example) for number, example in enumerate(examples)]
+
+    @abstractmethod
+    def format(self, row: Row) -> Prompt:
+        """Make the prompt of a row, keeping its answer, index, source and columns."""
+
+    def question(self, row: Row) -> str:
+        """Fill the template with a row."""
+        values = {**row.columns, "question": row.question}
+        return render("template", self.template, values, f"{row.source}, row {row.index}")
+
+    def _example(self, number: int, example: dict[str, Any]) -> tuple[str, str]:
+        where = f"few_shot example {number} (the first is 0)"
+        question = render("template", self.template, example, where)
+        return question, render("answer_template", self.answer_template, example, where)
+
+
+class PlainFormat(PromptFormat):
+    r"""One text for the tokenizer, as base models and few-shot prompts want it.
+
+    Args:
+        template: As in `PromptFormat`; the completion begins right after it.
+        system_prompt: As in `PromptFormat`.
+        few_shot: As in `PromptFormat`.
+        answer_template: What follows the template in an example; begin it with the space that the completion is to begin with.
+        separator: Between system prompt, examples and question.
+
+    Example:
+        >>> plain = PlainFormat("Q: {question}\nA:", few_shot=[{"question": "1+1", "answer": 2}])
+        >>> plain.format(Row("3+4", "7")).text
+        'Q: 1+1\nA: 2\n\nQ: 3+4\nA:'
+    """
+
+    def __init__(
+        self,
+        template: str = "{question}",
+        system_prompt: str | None = None,
+        few_shot: FewShot = None,
+        answer_template: str = " {answer}",
+        separator: str = "\n\n",
+    ) -> None:
+        super().__init__(template, system_prompt, few_shot, answer_template)
+        self.separator = separator
+
+    def format(self, row: Row) -> Prompt:
+        """Join system prompt, examples and question."""
+        pieces = [self.system_prompt] if self.system_prompt else []
+        pieces += [question + answer for question, answer in self.examples]
+        text = self.separator.join([*pieces, self.question(row)])
+        return Prompt(text=text, answer=row.answer, index=row.index, source=row.source, columns=row.columns)
+
+
+class ChatFormat(PromptFormat):
+    """Chat messages, which the policy renders by its chat template; examples are earlier turns.
+
+    Args:
+        template: As in `PromptFormat`.
+        system_prompt: As in `PromptFormat`.
+        few_shot: As in `PromptFormat`.
+        answer_template: What the assistant says in an example.
+
+    Example:
+        >>> ChatFormat(system_prompt="Add.").format(Row("3+4", "7")).messages
+        ({'role': 'system', 'content': 'Add.'}, {'role': 'user', 'content': '3+4'})
+    """
+
+    def format(self, row: Row) -> Prompt:
+        """Write system prompt, examples and question as turns."""
+        turns = [("system", self.system_prompt)] if self.system_prompt else []
+        for question, answer in self.examples:
+            turns += [("user", question), ("assistant", answer)]
+        turns.append(("user", self.question(row)))
+        messages = tuple({"role": role, "content": content} for role, content in turns)
+        return Prompt(messages=messages, answer=row.answer, index=row.index, source=row.source, columns=row.columns)

@@ -1,0 +1,80 @@
+"""Procedural problems of the library reasoning-gym, each task with its own verifier."""
+
+from typing import Any
+
+from hybrid_lightning.data.source import PromptSource
+from hybrid_lightning.data.splitting import Row, Splits
+from hybrid_lightning.data.values import one_line
+from hybrid_lightning.errors import ConfigError, DataError
+
+_INSTALL = "install the optional extra: pip install 'hybrid-lightning[reasoning-gym]'"
+
+
+class ReasoningGymSource(PromptSource):
+    """Problems of one reasoning-gym task, for `ReasoningGymReward`.
+
+    All splits are slices of one generated set, in which every problem has a random seed of its own; rows of the training
+    split that repeat a held-out problem are dropped besides, so that tasks with few different problems give fewer rows.
+
+    Args:
+        task: Name of the task, such as "leg_counting".
+        size: Number of training problems.
+        validation_size: Number of validation problems.
+        test_size: Number of test problems.
+        seed: Of the generated set.
+        config: Further arguments of the task, such as `{"max_animals": 5}`.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        size: int = 1000,
+        validation_size: int = 100,
+        test_size: int = 100,
+        seed: int = 0,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        sizes = {"size": size, "validation_size": validation_size, "test_size": test_size}
+        for name, value in sizes.items():
+            if value < 0:
+                raise ConfigError(f"{name}={value}: give 0 or more problems")
+        if not sum(sizes.values()):
+            raise ConfigError("size, validation_size and test_size are all 0: ask for at least one problem")
+        for name in {"size", "seed"} & set(config or {}):
+            raise ConfigError(f"config has {name!r}: set the argument {name} of ReasoningGymSource instead")
+        self.task = task
+        self.sizes = (size, validation_size, test_size)
+        self.seed = seed
+        self.config = dict(config or {})
+
+    def read(self) -> Splits:
+        """Generate the problems."""
+        # The columns are all that the reward needs to make the very same entry again, in any process: an entry itself may
+        # hold tuples and other objects that plain JSON would change.
+        config = {**self.config, "seed": self.seed, "size": sum(self.sizes)}
+        dataset = self._create(config)
+        rows = []
+        for item in range(sum(self.sizes)):
+            try:
+                entry = dataset[item]
+            except Exception as error:
+                raise DataError(f"reasoning-gym task {self.task!r} cannot make problem {item}: {one_line(error)}") from error
+            columns = {"question": entry["question"], "task": self.task, "config": config, "item": item}
+            answer = entry["answer"]
+            rows.append(
+                Row(entry["question"], None if answer is None else str(answer), item, f"reasoning-gym {self.task}", columns)
+            )
+        held_out, test = self.sizes[0], self.sizes[0] + self.sizes[1]
+        return Splits(train=rows[:held_out], validation=rows[held_out:test], test=rows[test:])
+
+    def _create(self, config: dict[str, Any]) -> Any:
+        try:
+            from reasoning_gym.factory import DATASETS, create_dataset
+        except ImportError as error:
+            raise ConfigError(f"ReasoningGymSource needs the library reasoning-gym: {_INSTALL}") from error
+        if self.task not in DATASETS:
+            raise ConfigError(f"reasoning-gym has no task {self.task!r}; it has {', '.join(sorted(DATASETS))}")
+        try:
+            return create_dataset(self.task, **config)
+        except Exception as error:
+            raise ConfigError(f"reasoning-gym task {self.task!r} refuses config={self.config}: {one_line(error)}") from error

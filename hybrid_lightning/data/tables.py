@@ -1,0 +1,130 @@
+"""Rows of one local file.
+
+JSON and CSV are read by the standard library and Parquet by `datasets`. The JSON and CSV readers of `datasets` infer types:
+they turn the text "2020-01-01" into a timestamp and an integer beyond 64 bits into a rounded float, shift the columns of a CSV
+file whose rows all have one field too many, and do not name the line that they cannot read. An answer must stay what it is.
+"""
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from hybrid_lightning.data.values import one_line, shorten
+from hybrid_lightning.errors import DataError
+
+Table = list[dict[str, Any]]
+
+
+def read_table(name: str, path: str) -> Table:
+    """Read a JSONL, JSON, CSV or Parquet file; `.gz` is unpacked.
+
+    Args:
+        name: Of the parameter that holds the path, for error messages.
+        path: Of the file, relative to the working directory.
+
+    Returns:
+        A dict for each row. Cells of a CSV file are text, as they stand in the file.
+
+    Raises:
+        DataError: If the file is missing, of another type, malformed (the line is named) or without rows.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        kind = "is a folder, not a file" if file.is_dir() else "does not exist"
+        raise DataError(f"{name}={path!r} {kind} (looked for {file.absolute()}): correct the path")
+    packed = file.suffix == ".gz"
+    suffix = Path(file.stem).suffix.lower() if packed else file.suffix.lower()
+    reader = _READERS.get(suffix)
+    if reader is None or (packed and suffix == ".parquet"):
+        known = ", ".join(sorted(_READERS))
+        raise DataError(f"{name}={path!r} has an unknown file type: its name must end in one of {known}, text also in .gz")
+    try:
+        rows = reader(file, packed)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{name}={path!r} cannot be read: {one_line(error)}; is it complete, and UTF-8?") from error
+    if not rows:
+        raise DataError(f"{name}={path!r} has no rows: give a file with at least one")
+    return rows
+
+
+def _open(file: Path, packed: bool) -> IO[str]:
+    # utf-8-sig: some editors write a byte order mark, which is no part of the first column's name.
+    return (gzip.open if packed else open)(file, "rt", encoding="utf-8-sig", newline="")  # type: ignore[operator,no-any-return]
+
+
+def _read_jsonl(file: Path, packed: bool) -> Table:
+    rows = []
+    with _open(file, packed) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{file}, line {number} is no valid JSON: {error.msg} at column {error.colno}; correct it"
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(f'{file}, line {number} must be a JSON object such as {{"question": ...}}, not {shorten(row)}')
+            rows.append(row)
+    return rows
+
+
+def _read_json(file: Path, packed: bool) -> Table:
+    with _open(file, packed) as stream:
+        text = stream.read()
+    if not text.strip():
+        return []
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise DataError(f"{file}, {place}: no valid JSON: {error.msg}; name it .jsonl if it has one object a line") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{file} must hold a JSON list of objects, not {shorten(rows)}; one object a line is a .jsonl file")
+    return rows
+
+
+def _read_csv(file: Path, packed: bool) -> Table:
+    with _open(file, packed) as stream:
+        lines = csv.reader(stream, strict=True)
+        try:
+            return list(_csv_rows(file, lines))
+        except csv.Error as error:
+            raise DataError(f"{file}, line {lines.line_num} is no valid CSV: {error}; correct it") from error
+
+
+def _csv_rows(file: Path, lines: Any) -> Iterator[dict[str, str]]:
+    header: list[str] = next(lines, [])
+    repeated = {column for column in header if header.count(column) > 1}
+    if repeated:
+        raise DataError(f"{file}: the first line names a column twice: {', '.join(sorted(repeated))}; rename one of them")
+    for cells in lines:
+        if cells and len(cells) != len(header):
+            raise DataError(
+                f"{file}, line {lines.line_num} has {len(cells)} fields, but the first line names {len(header)} columns; "
+                "put text with commas in double quotes"
+            )
+        if cells:
+            yield dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(file: Path, packed: bool) -> Table:
+    from datasets import load_dataset  # slow to import, and only needed here
+
+    try:
+        return list(load_dataset("parquet", data_files=str(file), split="train", streaming=True))
+    except Exception as error:  # pyarrow and datasets raise a dozen types
+        raise DataError(f"{file} is no readable Parquet file: {one_line(error)}") from error
+
+
+_READERS: dict[str, Callable[[Path, bool], Table]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,54 @@
+"""`RewardFunction`: the part that says how good a completion is."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hybrid_lightning.parts import Part
+from hybrid_lightning.types import Prompt
+
+
+class RewardFunction(Part, ABC):
+    """Scores completions; the training signal.
+
+    A reward of one's own is a class with `__call__`:
+
+    Example:
+        >>> class Brevity(RewardFunction):
+        ...     measures_correctness = False
+        ...     def __init__(self, max_words: int = 20) -> None:
+        ...         self.max_words = max_words
+        ...     def __call__(self, completions, prompts):
+        ...         return [float(len(text.split()) <= self.max_words) for text in completions]
+        >>> Brevity(max_words=2)(["two words", "three long words"], [Prompt(text="?"), Prompt(text="?")])
+        [1.0, 0.0]
+        >>> Brevity().name
+        'brevity'
+    """
+
+    measures_correctness: bool = True  # whether a full value (1.0) says that the answer is right
+
+    _name: str | None = None
+
+    @abstractmethod
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Sequence[float] | Tensor:
+        """Score completions.
+
+        Args:
+            completions: B texts without special tokens.
+            prompts: The prompt of each completion, B as well.
+
+        Returns:
+            B finite numbers, in the same order. A reward that measures correctness gives 1.0 to a right answer.
+        """
+
+    @property
+    def name(self) -> str:
+        """What the reward is logged as: the name given to it, or its class in snake_case."""
+        return self._name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
+
+    def terms(self) -> list[tuple["RewardFunction", float]]:
+        """The rewards that this one adds up, each with its weight; a plain reward is its own only term."""
+        return [(self, 1.0)]

@@ -1,0 +1,113 @@
+"""Calls a reward and checks what it returns: nothing but one finite number per completion gets into training."""
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.errors import HybridLightningError, RewardError
+from hybrid_lightning.rewards.base import RewardFunction
+from hybrid_lightning.types import Prompt, Rewards
+
+
+def evaluate_reward(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Rewards:
+    """Score completions.
+
+    Args:
+        reward: The reward; a `WeightedSum` has one part for each of its terms.
+        completions: B texts.
+        prompts: The prompt of each completion, B as well.
+
+    Returns:
+        Their rewards. `correct` says that all parts that measure correctness are at least 1.0, or, where none does, that the
+        total is.
+
+    Raises:
+        RewardError: If a part raises, or does not return one finite number per completion; the message names the part and,
+            where it can be found, the row and the completion.
+    """
+    assert len(completions) == len(prompts), f"{len(completions)} completions for {len(prompts)} prompts"
+    total = torch.zeros(len(completions))
+    correct = None
+    parts: dict[str, Tensor] = {}
+    for term, weight in reward.terms():
+        values = _call(term, completions, prompts)
+        parts[term.name] = values
+        total = total + weight * values
+        if term.measures_correctness:
+            earned = values >= 1.0
+            correct = earned if correct is None else correct & earned
+    return Rewards(total=total, parts=parts, correct=total >= 1.0 if correct is None else correct)
+
+
+def _call(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
+    """Values of one term, [B] float32."""
+    try:
+        values = reward(completions, prompts)
+    except HybridLightningError:
+        raise  # it says already what is wrong, and where
+    except Exception as error:
+        raise _culprit(reward, completions, prompts, error) from error
+    try:
+        numbers = _numbers(values, len(completions))
+    except ValueError as error:
+        raise RewardError(f"{_title(reward)} {error}; it must return one number per completion") from error
+    for number, completion, prompt in zip(numbers, completions, prompts, strict=True):
+        problem = _problem(number)
+        if problem:
+            raise RewardError(f"{_title(reward)} {problem} {_place(completion, prompt)}; it must return a finite number")
+    return torch.tensor([float(number) for number in numbers], dtype=torch.float32)
+
+
+def _numbers(values: Any, count: int) -> list[Any]:
+    if hasattr(values, "tolist"):  # tensors and arrays
+        shape = tuple(values.shape)
+        if shape != (count,):
+            raise ValueError(f"returned shape {shape} for {count} completions")
+        return list(values.tolist())
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ValueError(f"returned {_shorten(values)} for {count} completions")
+    if len(values) != count:
+        raise ValueError(f"returned {len(values)} values for {count} completions")
+    return [value.item() if getattr(value, "shape", None) == () else value for value in values]
+
+
+def _problem(number: Any) -> str | None:
+    if not isinstance(number, Real):
+        return f"returned {_shorten(number)}, which is no number,"
+    # Also finite in float32, which is what the training signal is.
+    return None if torch.tensor(float(number), dtype=torch.float32).isfinite() else f"returned {number!r}"
+
+
+def _culprit(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt], error: Exception) -> RewardError:
+    """Find the completion that a reward fails on, by giving it one at a time."""
+    for completion, prompt in zip(completions, prompts, strict=True):
+        try:
+            reward([completion], [prompt])
+        except Exception as single:
+            return RewardError(f"{_title(reward)} raised {_describe(single)} {_place(completion, prompt)}")
+    return RewardError(
+        f"{_title(reward)} raised {_describe(error)} for a batch of {len(completions)} completions, the first "
+        f"{_place(completions[0], prompts[0])}; for each of them alone it did not"
+        if completions
+        else f"{_title(reward)} raised {_describe(error)} for an empty batch"
+    )
+
+
+def _title(reward: RewardFunction) -> str:
+    return f"reward {type(reward).__name__} ({reward.name})"
+
+
+def _place(completion: str, prompt: Prompt) -> str:
+    return f"for {prompt.source or 'a prompt'} row {prompt.index} with completion {_shorten(completion)}"
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _shorten(value: Any, length: int = 100) -> str:
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"

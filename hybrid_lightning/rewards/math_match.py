@@ -1,0 +1,67 @@
+"""The answer as the same number or formula, by the library math-verify (github.com/huggingface/Math-Verify)."""
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+
+from hybrid_lightning.errors import ConfigError, RewardError
+from hybrid_lightning.rewards.base import RewardFunction
+from hybrid_lightning.rewards.extraction import compile_pattern, extract, reference_answer
+from hybrid_lightning.rewards.math_verifier import MathVerifier
+from hybrid_lightning.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+
+class MathMatch(RewardFunction):
+    r"""1.0 if the completion's answer equals the reference answer as mathematics, else 0.0.
+
+    The answer of a completion is what is in `\boxed{}` (several different boxes are one set of answers, equal to no single
+    one), else its last number, plain expression or LaTeX formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and
+    `\frac{10}{2}` are 5; "1,234" and "1 234" are 1234; "50%" is 50 and 0.5. Decimals are compared to six places, as math-verify
+    does. The reference answer is a number, perhaps with a unit, or a formula, with or without LaTeX delimiters.
+
+    Args:
+        pattern: Regular expression with one group, the answer; the last match counts, no match earns nothing, `.` also matches
+            line breaks. None: the answer is looked for in the whole completion.
+        cpu_seconds: CPU time that one comparison may take; a completion that takes more earns nothing, with a warning.
+        name: What it is logged as; None for `math_match`.
+
+    Example:
+        >>> prompt = Prompt(text="1/2 + 1/4?", answer="3/4")
+        >>> MathMatch()(["It is 0.75.", r"\boxed{\frac{6}{8}}", "3/4 or 4/5", ""], [prompt] * 4)
+        [1.0, 1.0, 0.0, 0.0]
+    """
+
+    def __init__(self, pattern: str | None = None, cpu_seconds: float = 3.0, name: str | None = None) -> None:
+        if not cpu_seconds > 0:
+            raise ConfigError(f"cpu_seconds={cpu_seconds}: give a positive number of seconds")
+        self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
+        self.cpu_seconds = cpu_seconds
+        self._name = name
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
+        """Compare each completion, of B, with its prompt's answer."""
+        return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
+
+    def _score(self, completion: str, prompt: Prompt) -> float:
+        verifier = _verifier(self.cpu_seconds)
+        gold = reference_answer(type(self).__name__, prompt)
+        if not verifier.is_gold(gold):
+            raise RewardError(
+                f"MathMatch: the reference answer {gold!r} of {prompt.source or 'a prompt'} row {prompt.index} is neither a "
+                "number nor a formula; correct the row or the source's answer_pattern, or use ExactMatch"
+            )
+        text = extract(self.pattern, completion)
+        if text is None or not text.strip():
+            return 0.0
+        equal = verifier.equal(gold, text)
+        if equal is None:
+            logger.warning("MathMatch gave up after %g s of CPU time on a completion ending %r", self.cpu_seconds, text[-80:])
+        return float(bool(equal))
+
+
+@cache
+def _verifier(cpu_seconds: float) -> MathVerifier:
+    """One process for all rewards with the same limit; not held by the reward, which is copied and pickled."""
+    return MathVerifier(cpu_seconds)

@@ -1,0 +1,71 @@
+"""The verifier that a reasoning-gym task brings along."""
+
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import lru_cache
+from typing import Any
+
+from hybrid_lightning.errors import ConfigError, RewardError
+from hybrid_lightning.rewards.base import RewardFunction
+from hybrid_lightning.rewards.extraction import compile_pattern, extract
+from hybrid_lightning.types import Prompt
+
+
+class ReasoningGymReward(RewardFunction):
+    r"""What the task's own verifier says, from 0.0 to 1.0; many give partial credit.
+
+    For prompts of `ReasoningGymSource`: their columns `task`, `config` and `item` are the recipe by which the problem, with
+    all that the verifier needs, is made again.
+
+    Args:
+        pattern: Regular expression with one group, the answer, such as `<answer>(.*?)</answer>`; the last match counts, no
+            match earns nothing. None: the whole completion, without space around it.
+        name: What it is logged as; None for `reasoning_gym_reward`.
+    """
+
+    def __init__(self, pattern: str | None = None, name: str | None = None) -> None:
+        self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
+        self._name = name
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
+        """Verify each completion, of B."""
+        return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
+
+    def _score(self, completion: str, prompt: Prompt) -> float:
+        answer = extract(self.pattern, completion)
+        if answer is None or not answer.strip():
+            return 0.0
+        try:
+            task, config, item = (prompt.columns[column] for column in ("task", "config", "item"))
+            question = prompt.columns["question"]
+        except KeyError as error:
+            raise RewardError(
+                f"ReasoningGymReward: {prompt.source or 'a prompt'} row {prompt.index} has no column {error}: it only scores "
+                "prompts of ReasoningGymSource"
+            ) from error
+        dataset, entry = _entry(task, json.dumps(config, sort_keys=True), item)
+        if entry["question"] != question:
+            raise RewardError(
+                f"ReasoningGymReward: reasoning-gym task {task!r} made another problem {item} than for {prompt.source} row "
+                f"{prompt.index}: it is not reproducible, choose another task"
+            )
+        return float(dataset.score_answer(answer.strip(), deepcopy(entry)))
+
+
+@lru_cache(maxsize=16)
+def _dataset(task: str, config: str) -> Any:
+    try:
+        from reasoning_gym.factory import create_dataset
+    except ImportError as error:
+        raise ConfigError(
+            "ReasoningGymReward needs the library reasoning-gym: install the optional extra: "
+            "pip install 'hybrid-lightning[reasoning-gym]'"
+        ) from error
+    return create_dataset(task, **json.loads(config))
+
+
+@lru_cache(maxsize=1024)
+def _entry(task: str, config: str, item: int) -> tuple[Any, dict[str, Any]]:
+    dataset = _dataset(task, config)
+    return dataset, dataset[item]

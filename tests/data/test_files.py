@@ -1,0 +1,171 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from hybrid_lightning.data import GSM8K_ANSWER, FileSource
+from hybrid_lightning.errors import ConfigError, DataError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def shared(name):
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return str(path)
+
+
+def jsonl(folder, rows, name="train.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def numbered(count, start=0):
+    return [{"question": f"what is {n}?", "answer": n} for n in range(start, start + count)]
+
+
+def test_files_become_splits(tmp_path):
+    train, test = jsonl(tmp_path, numbered(5)), jsonl(tmp_path, numbered(3, start=4), "test.jsonl")
+    splits = FileSource(train, test=test).load()
+    assert [row.answer for row in splits.train] == ["0", "1", "2", "3"] and not splits.validation
+    row = splits.test[1]
+    assert (row.question, row.answer, row.index, row.source) == ("what is 5?", "5", 1, test)
+    assert row.columns == {"question": "what is 5?", "answer": 5}
+
+
+def test_fractions_split_from_train(tmp_path):
+    path = jsonl(tmp_path, numbered(20))
+    splits = FileSource(path, validation_fraction=0.1, test_fraction=0.2, split_seed=1).load()
+    assert [len(part) for part in vars(splits).values()] == [14, 2, 4]
+    other = jsonl(tmp_path, numbered(3, start=50), "test.jsonl")
+    splits = FileSource(path, test=other, validation_fraction=0.1).load()
+    assert [len(part) for part in vars(splits).values()] == [18, 2, 3]
+
+
+def test_template_pattern_and_max_rows(tmp_path):
+    table = [{"Body": f"{n} men come. ", "Question": "How many?", "solution": f"well\n#### {n},000 "} for n in range(9)]
+    path = jsonl(tmp_path, table)
+    source = FileSource(path, template="{Body} {Question}", answer_column="solution", answer_pattern=GSM8K_ANSWER, max_rows=4)
+    rows = source.load().train
+    assert len(rows) == 4 and rows[3].question == "3 men come.  How many?" and rows[3].answer == "3,000"
+
+
+def test_without_answers(tmp_path):
+    assert FileSource(jsonl(tmp_path, [{"question": "a"}]), answer_column=None).load().train[0].answer is None
+
+
+@pytest.mark.parametrize(
+    ("table", "arguments", "message"),
+    [
+        ([{"q": "a", "answer": "1"}], {}, "has no column 'question': correct question_column; the columns are q, answer"),
+        ([{"question": "a", "b": "1"}], {}, "has no column 'answer': correct answer_column"),
+        ([{"question": "a", "answer": "1"}], {"template": "{x} {question}"}, "no column 'x': correct template"),
+        ([*numbered(2), {"question": "a"}], {}, r"row 2 \(the first is 0\): answer_column 'answer' is missing"),
+        ([*numbered(2), {"question": "a", "answer": None}], {}, "row 2 .* is missing"),
+        ([{"question": "a", "answer": " "}], {}, "answer_column 'answer' is empty"),
+        ([{"question": "", "answer": "1"}], {}, "question_column 'question' is empty"),
+        ([{"question": None, "answer": "1"}], {}, "question_column 'question' is missing"),
+        ([{"question": "a", "answer": ["1"]}], {}, r"is a list, not text or a number: \['1'\]"),
+        ([{"question": "a", "answer": float("nan")}], {}, "is nan, which is no number"),
+        ([{"question": "a", "answer": 1e20}], {}, "which a float does not hold exactly"),
+        ([{"question": "a", "answer": "no"}], {"answer_pattern": "#(.)"}, "finds nothing in 'no'"),
+        ([{"question": "a", "answer": "# "}], {"answer_pattern": "#(.*)"}, "finds nothing in '#'"),
+        (
+            [{"question": "a", "answer": "1", "x": None}],
+            {"template": "{question}{x}"},
+            "column 'x', which template uses, is missing",
+        ),
+        ([{"question": " ", "answer": "1"}], {"template": "{question}"}, "made by the template is empty"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, table, arguments, message):
+    with pytest.raises(DataError, match=message) as caught:
+        FileSource(jsonl(tmp_path, table), **arguments).load()
+    assert "\n" not in str(caught.value) and "train.jsonl" in str(caught.value)
+
+
+def test_bad_rows_are_skipped_on_request_with_a_count(tmp_path, caplog):
+    table = [{"question": "a", "answer": "x"}, {"question": "b", "answer": None}, *numbered(2), {"question": "c"}]
+    with caplog.at_level("INFO"):
+        rows = FileSource(jsonl(tmp_path, table), skip_bad_rows=True).load().train
+    assert [row.index for row in rows] == [0, 2, 3]
+    assert "dropped 2 of 5 rows that cannot be used; the first:" in caplog.text
+    with pytest.raises(DataError, match="none of the 1 rows can be used"):
+        FileSource(jsonl(tmp_path, [{"question": "a", "answer": ""}]), skip_bad_rows=True).load()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "set at least one of train, validation, test"),
+        ({"train": "x", "max_rows": 0}, "max_rows=0"),
+        ({"train": "x", "template": "hello"}, "uses no column"),
+        ({"train": "x", "template": "{question"}, "write {{ and }}"),
+        ({"train": "x", "template": r"\boxed{}"}, "name of a column in braces"),
+        ({"train": "x", "answer_pattern": "(a"}, "is no regular expression"),
+        ({"train": "x", "answer_pattern": "a"}, "has 0 groups"),
+        ({"train": "x", "answer_pattern": "(a)", "answer_column": None}, "needs an answer_column"),
+        ({"train": "x", "validation_fraction": 1.5}, "validation_fraction=1.5"),
+        ({"train": "x", "test_fraction": 0.7, "validation_fraction": 0.4}, "below 1"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        FileSource(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_fraction_and_file_for_one_split_contradict(tmp_path):
+    path = jsonl(tmp_path, numbered(5))
+    with pytest.raises(ConfigError, match=r"test_fraction=0\.2, but a test split is given"):
+        FileSource(path, test=path, test_fraction=0.2).load()
+    with pytest.raises(ConfigError, match="needs training rows"):
+        FileSource(test=path, validation_fraction=0.2).load()
+
+
+def test_config_names_all_arguments(tmp_path):
+    assert FileSource("a.csv", answer_column=None, max_rows=3).to_config()["init_args"] == {
+        "train": "a.csv",
+        "answer_column": None,
+        "max_rows": 3,
+    }
+
+
+def test_gsm8k():
+    splits = FileSource(
+        shared("gsm8k/train.jsonl"), test=shared("gsm8k/test.jsonl"), answer_pattern=GSM8K_ANSWER, validation_fraction=0.05
+    ).load()
+    assert (len(splits.train) + len(splits.validation), len(splits.validation), len(splits.test)) == (7473, 374, 1319)
+    assert splits.test[0].answer == "18"
+    assert all(row.answer.replace(",", "").lstrip("-").replace(".", "").isdigit() for row in splits.train)
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "count", "answer"),
+    [
+        ("mawps/singleop.jsonl", {"question_column": "input", "answer_column": "target"}, 562, "14"),
+        ("mawps/addsub.jsonl", {"question_column": "input", "answer_column": "target"}, 395, "43"),
+        ("svamp/test.jsonl", {"template": "{Body} {Question}", "answer_column": "Answer"}, 1000, "145"),
+        ("aime24/test.jsonl", {"question_column": "problem"}, 30, "204"),
+        ("leetcode/v0.2.0-test.jsonl.gz", {"question_column": "query", "answer_column": "completion"}, 200, None),
+    ],
+)
+def test_other_real_files(file, arguments, count, answer):
+    rows = FileSource(shared(file), **arguments).load().train
+    assert len(rows) == count and all(row.question and row.answer for row in rows)
+    assert answer is None or rows[0].answer == answer
+
+
+def test_split_of_a_real_file_with_copies_shares_no_question():
+    source = FileSource(
+        shared("mawps/singleop.jsonl"),
+        question_column="input",
+        answer_column="target",
+        validation_fraction=0.1,
+        test_fraction=0.1,
+    )
+    splits = source.load()
+    assert sum(len(part) for part in vars(splits).values()) == 562
+    assert abs(len(splits.test) - 56) <= 3

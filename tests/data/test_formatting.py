@@ -1,0 +1,68 @@
+import pytest
+
+from hybrid_lightning.data import ChatFormat, PlainFormat, Row
+from hybrid_lightning.errors import ConfigError, DataError
+
+ROW = Row("How many {birds}?", "12", index=7, source="zoo.jsonl", columns={"question": "raw", "hint": "count", "n": 3.0})
+SHOTS = [{"question": "1+1", "answer": 2.0}, {"question": "2+2", "answer": "4"}]
+
+
+def test_plain_keeps_the_row():
+    prompt = PlainFormat().format(ROW)
+    assert prompt.text == "How many {birds}?" and prompt.messages is None
+    assert (prompt.answer, prompt.index, prompt.source, prompt.columns) == ("12", 7, "zoo.jsonl", ROW.columns)
+
+
+def test_plain_few_shot():
+    plain = PlainFormat("Q: {question} ({n})\nA:", "Solve.", [{**shot, "n": 1} for shot in SHOTS], separator="\n--\n")
+    want = "Solve.\n--\nQ: 1+1 (1)\nA: 2\n--\nQ: 2+2 (1)\nA: 4\n--\nQ: How many {birds}? (3)\nA:"
+    assert plain.format(ROW).text == want
+
+
+def test_chat_few_shot_from_a_file(tmp_path):
+    path = tmp_path / "shots.csv"
+    path.write_text("question,answer,hint\n1+1,2,add\n")
+    chat = ChatFormat("{hint}: {question} Use \\boxed{{}}.", "Be {kind}.", str(path), answer_template="\\boxed{{{answer}}}")
+    assert chat.format(ROW).messages == (
+        {"role": "system", "content": "Be {kind}."},
+        {"role": "user", "content": "add: 1+1 Use \\boxed{}."},
+        {"role": "assistant", "content": "\\boxed{2}"},
+        {"role": "user", "content": "count: How many {birds}? Use \\boxed{}."},
+    )
+
+
+def test_few_shot_file_without_a_column_of_the_template(tmp_path):
+    path = tmp_path / "shots.csv"
+    path.write_text("question,answer\n1+1,2\n")
+    with pytest.raises(ConfigError, match="few_shot example 0"):
+        ChatFormat("{hint}: {question}", few_shot=str(path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"template": "hello"}, "uses no column"),
+        ({"template": "{question} {answer}"}, "would show the reference answer"),
+        ({"template": "{question} \\boxed{}"}, "write {{ and }}"),
+        ({"template": "{question"}, "write {{ and }}"),
+        ({"template": "{question!r}"}, "nothing else"),
+        ({"few_shot": [{"question": "a"}]}, r"answer_template=' \{answer\}' uses \{answer\}, which few_shot example 0"),
+        ({"few_shot": [SHOTS[0], {"answer": "a"}]}, r"template='\{question\}' uses \{question\}, which few_shot example 1"),
+    ],
+)
+def test_bad_templates(arguments, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        PlainFormat(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_and_missing_columns_of_a_row():
+    with pytest.raises(ConfigError, match=r"uses \{level\}, which zoo.jsonl, row 7 does not have; it has hint, n, question"):
+        PlainFormat("{question} {level}").format(ROW)
+    with pytest.raises(DataError, match=r"zoo\.jsonl, row 7: column 'hint', which template uses, is missing"):
+        PlainFormat("{question} {hint}").format(Row("q", "1", 7, "zoo.jsonl", {"hint": None}))
+
+
+def test_missing_few_shot_file():
+    with pytest.raises(DataError, match=r"few_shot='gone.jsonl' does not exist"):
+        ChatFormat(few_shot="gone.jsonl")

@@ -1,0 +1,175 @@
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from hybrid_lightning.data import ChatFormat, FileSource, PlainFormat, PromptDataModule, PromptSource, Row, Splits
+from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.types import Prompt
+
+
+class Words(PromptSource):
+    """Problems 0, 1, 2, ... of as many words."""
+
+    def __init__(self, train: int = 10, validation: int = 0, test: int = 0) -> None:
+        self.sizes = {"train": train, "validation": validation, "test": test}
+        self.reads = 0
+
+    def read(self) -> Splits:
+        self.reads += 1
+        return Splits(
+            **{split: [Row(f"{split} " + "w " * n, str(n), n, split) for n in range(size)] for split, size in self.sizes.items()}
+        )
+
+
+def words(prompt: Prompt) -> list[int]:
+    assert prompt.text is not None
+    return list(range(len(prompt.text.split())))
+
+
+class Policy(LightningModule):
+    """Makes its own training data from the prompts, and looks at those it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def encode(self, prompt):
+        return words(prompt)
+
+    def rollout_loader(self, prompts):
+        return DataLoader([torch.ones(())] * len(prompts))
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append("train")
+        return (self.weight * batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return batch
+
+    def validation_step(self, batch, batch_idx):
+        assert isinstance(batch, list) and all(isinstance(prompt, Prompt) for prompt in batch)
+        self.seen.append([prompt.index for prompt in batch])
+
+    test_step = predict_step = validation_step
+
+
+def trainer(tmp_path, **arguments):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, num_sanity_val_steps=0, **quiet, **arguments)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lightning_trains_on_rollouts_of_the_policy_and_evaluates_on_prompts(tmp_path):
+    source = Words(train=4, validation=3, test=5)
+    data, policy = PromptDataModule(source, PlainFormat(), max_prompt_tokens=3, eval_batch_size=2), Policy()
+    runner = trainer(tmp_path)
+    runner.fit(policy, datamodule=data)
+    assert policy.seen == ["train"] * 3 + [[0, 1], [2]]
+    policy.seen.clear()
+    runner.test(policy, datamodule=data, verbose=False)
+    runner.predict(policy, datamodule=data)
+    assert policy.seen == [[0, 1], [2]] * 2 and source.reads == 1
+
+
+def test_training_needs_a_policy_that_makes_rollouts(tmp_path):
+    policy = Policy()
+    policy.rollout_loader = None
+    with pytest.raises(ConfigError, match=r"rollout_loader\(prompts\)"):
+        trainer(tmp_path).fit(policy, datamodule=PromptDataModule(Words(train=2), PlainFormat()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_fit_without_validation_rows_skips_validation(tmp_path):
+    policy = Policy()
+    trainer(tmp_path).fit(policy, datamodule=PromptDataModule(Words(train=2), PlainFormat()))
+    assert policy.seen == ["train"] * 2
+
+
+def test_long_prompts_are_dropped_with_a_count_and_never_cut(caplog):
+    data = PromptDataModule(Words(train=10, validation=2), PlainFormat(), max_prompt_tokens=4)
+    with caplog.at_level("INFO"):
+        data.setup("fit", encode=words)
+        data.setup("fit")
+    assert [prompt.index for prompt in data.train_prompts] == [0, 1, 2, 3]
+    assert data.train_prompts[3].text == "train w w w "
+    assert caplog.text.count("dropped 6 of 10 train prompts longer than max_prompt_tokens=4") == 1
+    assert "validation prompts" not in caplog.text
+
+
+def test_all_prompts_too_long():
+    data = PromptDataModule(Words(train=3), PlainFormat("a b c d {question}"), max_prompt_tokens=4)
+    message = "all 3 train prompts are longer than max_prompt_tokens=4: raise it, the shortest has 5 tokens and the longest 7"
+    with pytest.raises(DataError, match=message):
+        data.setup("fit", encode=words)
+
+
+def test_counting_tokens_needs_a_tokenizer():
+    with pytest.raises(ConfigError, match="needs a tokenizer"):
+        PromptDataModule(Words(), PlainFormat(), max_prompt_tokens=4).setup("fit")
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_stage_without_rows(stage):
+    with pytest.raises(DataError, match=rf"Words has no (validation|test) rows, which {stage} needs"):
+        PromptDataModule(Words(train=3), PlainFormat()).setup(stage)
+
+
+def test_limits_draw_by_seed_and_keep_the_index():
+    source = Words(train=50, validation=50, test=50)
+    data = PromptDataModule(source, PlainFormat(), validation_prompts=10, test_prompts=60, seed=1)
+    data.setup()
+    indices = [prompt.index for prompt in data.validation_prompts]
+    assert len(set(indices)) == 10 and indices == sorted(indices)
+    assert len(data.test_prompts) == len(data.train_prompts) == 50
+    again = PromptDataModule(source, PlainFormat(), validation_prompts=10, seed=1)
+    assert again.validation_prompts == data.validation_prompts
+    other = PromptDataModule(source, PlainFormat(), validation_prompts=10, seed=2)
+    assert other.validation_prompts != data.validation_prompts
+    assert [len(batch) for batch in data.val_dataloader()] == [10]
+
+
+@pytest.mark.parametrize("name", ["max_prompt_tokens", "validation_prompts", "test_prompts", "eval_batch_size"])
+def test_limits_are_positive(name):
+    with pytest.raises(ConfigError, match=f"{name}=0: give at least 1"):
+        PromptDataModule(Words(), PlainFormat(), **{name: 0})
+
+
+def test_the_command_line_builds_it_from_short_class_names(tmp_path):
+    (tmp_path / "train.csv").write_text("question,reply\n1+1,2\n2+2,4\n")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(PromptDataModule, "data")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"""
+data:
+  class_path: PromptDataModule
+  init_args:
+    source:
+      class_path: FileSource
+      init_args:
+        train: {tmp_path}/train.csv
+        answer_column: reply
+        validation_fraction: 0.5
+    format:
+      class_path: ChatFormat
+      init_args:
+        system_prompt: Add.
+        few_shot:
+        - {{question: 3+3, answer: 6}}
+""")
+    arguments = ["--config", str(config), "--data.format.template={question}="]
+    data = parser.instantiate(parser.parse_args(arguments)).data
+    assert isinstance(data.source, FileSource) and isinstance(data.format, ChatFormat)
+    data.setup("fit")
+    (prompt,) = data.train_prompts
+    assert [turn["content"] for turn in prompt.messages[:3]] == ["Add.", "3+3=", "6"]
+    assert prompt.answer in ("2", "4") and len(data.validation_prompts) == 1
+    config = data.source.to_config()
+    assert config["class_path"] == "hybrid_lightning.data.files.FileSource"
+    assert config["init_args"]["answer_column"] == "reply" and config["init_args"]["validation_fraction"] == 0.5

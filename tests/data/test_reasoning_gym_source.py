@@ -1,0 +1,58 @@
+import json
+import pickle
+
+import pytest
+
+from hybrid_lightning.data import PlainFormat, ReasoningGymSource, problem_key
+from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.rewards import ReasoningGymReward, evaluate_reward
+
+pytest.importorskip("reasoning_gym", reason="the optional extra reasoning-gym is not installed")
+
+
+def test_splits_are_disjoint_reproducible_and_plain():
+    source = ReasoningGymSource("leg_counting", size=20, validation_size=5, test_size=5, seed=3, config={"max_animals": 4})
+    splits = source.load()
+    assert (len(splits.validation), len(splits.test)) == (5, 5) and len(splits.train) <= 20
+    keys = [{problem_key(row.question) for row in part} for part in vars(splits).values()]
+    assert not (keys[0] & keys[1] or keys[0] & keys[2])
+    assert splits == source.load()
+    assert splits != ReasoningGymSource("leg_counting", 20, 5, 5, seed=4, config={"max_animals": 4}).load()
+    assert json.loads(json.dumps(splits.train[0].columns)) == splits.train[0].columns
+
+
+def test_few_different_problems_are_no_reason_to_test_on_training_problems():
+    source = ReasoningGymSource("basic_arithmetic", 300, 20, 20, config={"min_terms": 2, "max_terms": 2, "max_digits": 1})
+    splits = source.load()
+    held_out = {problem_key(row.question) for row in splits.validation + splits.test}
+    assert 0 < len(splits.train) < 300
+    assert not held_out & {problem_key(row.question) for row in splits.train}
+
+
+@pytest.mark.parametrize("task", ["leg_counting", "letter_counting", "countdown"])
+def test_the_verifier_scores_prompts_of_the_source(task):
+    rows = ReasoningGymSource(task, size=3, validation_size=0, test_size=0).load().train
+    prompts = [pickle.loads(pickle.dumps(PlainFormat().format(row))) for row in rows]
+    right = evaluate_reward(ReasoningGymReward(), [f" {row.answer}\n" for row in rows], prompts)
+    assert right.total.tolist() == [1.0] * 3 and right.correct.all()
+    wrong = evaluate_reward(ReasoningGymReward(), ["nonsense", "", "\n"], prompts)
+    assert wrong.total.max() < 0.1 and not wrong.correct.any()
+    tagged = ReasoningGymReward(pattern="<answer>(.*?)</answer>")
+    assert tagged([f"<answer>{rows[0].answer}</answer>", rows[1].answer], prompts[:2]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "no_such_task"}, "has no task 'no_such_task'; it has .*leg_counting"),
+        ({"task": "leg_counting", "config": {"max_animals": -1}}, "refuses config"),
+        ({"task": "leg_counting", "config": {"bogus": 1}}, "refuses config"),
+        ({"task": "leg_counting", "config": {"seed": 1}}, "set the argument seed"),
+        ({"task": "leg_counting", "size": -1}, "size=-1"),
+        ({"task": "leg_counting", "size": 0, "validation_size": 0, "test_size": 0}, "at least one problem"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        ReasoningGymSource(**arguments).load()
+    assert "\n" not in str(caught.value)

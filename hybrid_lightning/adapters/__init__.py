@@ -1,0 +1,1 @@
+"""Adapters: score the candidate modules, plan which are fully trained, apply the plan with PEFT, draw it."""

@@ -1,0 +1,190 @@
+"""A plan becomes an adapter: one `PeftModel` with LoRA on some modules and trainable copies of others.
+
+PEFT matches names loosely (by suffix, for `modules_to_save` without a dot boundary) and ignores those that it does
+not find, so what has been wrapped is compared with the plan afterwards. All trainable weights are float32, where
+small steps do not vanish; the base keeps its dtype, so that a bfloat16 base has to run under autocast.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.errors import ConfigError, ModelError, PlanError
+
+ADAPTER = "default"  # PEFT's name for the only adapter
+
+
+def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = True) -> PeftModel:
+    """Adapt a base model as planned. Its outputs stay the same bit for bit until the first optimizer step.
+
+    Fully training a module includes its bias; LoRA leaves biases alone.
+
+    Args:
+        model: the base model; wrapped in place. LoRA's A matrices are drawn from torch's global random state.
+        plan: made for this model.
+        keep_start_weights: keep the original weights of fully trained modules, which `adapter_disabled` (a reference
+            policy for a KL term) needs; without them full fine-tuning takes no more memory than elsewhere.
+
+    Returns:
+        The adapted model; only the adapter is trainable.
+
+    Raises:
+        ModelError: if the model already has an adapter.
+        PlanError: if the plan does not fit the model, has nothing to train, or PEFT wrapped other modules than planned.
+    """
+    if any(isinstance(module, (PeftModel, BaseTunerLayer, ModulesToSaveWrapper)) for module in model.modules()):
+        raise ModelError("the model already carries a PEFT adapter: apply the plan to the base model, loaded anew.")
+    plan.check_model(model)
+    if not plan.full_modules and not plan.lora_modules:
+        raise PlanError('the plan leaves all modules frozen: give at least one the mode "full" or "lora".')
+    start = {} if keep_start_weights else _take_weights(model, plan.full_modules)
+    adapted = get_peft_model(model, _lora_config(model, plan))
+    _check_wrapped(adapted, plan)
+    for name, wrapper in _full_wrappers(adapted).items():
+        copy = wrapper.modules_to_save[ADAPTER]
+        if not keep_start_weights:
+            wrapper.original_module = FreedStartWeights(name)
+            for key, weight in start[name].items():
+                copy.register_parameter(key, nn.Parameter(weight))
+        copy.to(torch.float32)
+    _set_dora_lengths(adapted)
+    full, lora = parameter_groups(adapted)
+    trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trainable == {*full, *lora}, "PEFT made other parameters trainable than those of the adapter"
+    assert all(parameter.dtype == torch.float32 for parameter in (*full.values(), *lora.values()))
+    return adapted
+
+
+@contextmanager
+def adapter_disabled(model: PeftModel) -> Iterator[None]:
+    """Make an adapted model the start policy for a while, bit for bit, however far it has been trained.
+
+    Raises:
+        ConfigError: if the start weights were freed, or LoRA is merged into the base weights just now.
+    """
+    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))]
+    for layer in layers:
+        if isinstance(layer, ModulesToSaveWrapper) and isinstance(layer.original_module, FreedStartWeights):
+            layer.original_module()  # says why not
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            raise ConfigError("LoRA is merged into the base weights: unmerge before asking for the start policy.")
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, flag in flags:  # which PEFT switches off and on with the adapter
+            parameter.requires_grad_(flag)
+
+
+def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """The adapter's parameters by full name: those of fully trained modules, and those of LoRA (DoRA's lengths
+    included)."""
+    named = dict(model.named_parameters())
+    full = {name: parameter for name, parameter in named.items() if f".modules_to_save.{ADAPTER}." in name}
+    lora = {name: parameter for name, parameter in named.items() if ".lora_" in name and name not in full}
+    return full, lora
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's weights by their names in `state_dict`, sharing memory with the model."""
+    full, lora = parameter_groups(model)
+    return {name: parameter.detach() for name, parameter in {**full, **lora}.items()}
+
+
+class FreedStartWeights(nn.Module):
+    """Stands where the frozen original of a fully trained module was, once it has been freed.
+
+    Args:
+        name: of the module.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._module = name
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        """Say why there is no start policy any more.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"the start weights of {self._module} were freed, so the adapter cannot be disabled: set "
+            "keep_start_weights=True (a KL term needs it, at the cost of a second copy of the fully trained modules)."
+        )
+
+
+def _lora_config(model: nn.Module, plan: AdapterPlan) -> LoraConfig:
+    conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=plan.lora.rank,
+        lora_alpha=plan.lora.alpha,  # type: ignore[arg-type]  # PEFT only divides by the rank
+        lora_dropout=plan.lora.dropout,
+        use_dora=plan.lora.use_dora,
+        use_rslora=plan.lora.use_rslora,
+        fan_in_fan_out=conv1d,
+        # with None PEFT would fill in the architecture's usual modules, and with [] it refuses to go on
+        target_modules=list(plan.lora_modules) or DUMMY_TARGET_MODULES,
+        modules_to_save=list(plan.full_modules) or None,
+    )
+
+
+def _take_weights(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """Take the weights out of the modules, so that PEFT copies nothing where the original will not be kept."""
+    taken: dict[str, dict[str, Tensor]] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        taken[name] = {key: parameter.detach() for key, parameter in module.named_parameters(recurse=False)}
+        module.to("meta")
+    return taken
+
+
+def _full_wrappers(adapted: PeftModel) -> dict[str, ModulesToSaveWrapper]:
+    modules = adapted.get_base_model().named_modules()
+    return {name: module for name, module in modules if isinstance(module, ModulesToSaveWrapper)}
+
+
+def _set_dora_lengths(adapted: PeftModel) -> None:
+    """Start DoRA's lengths at the norms that its forward pass computes, in float32.
+
+    PEFT takes them in the dtype of the base: with bfloat16 the adapted model would not start as the base model.
+    """
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_magnitude_vector:
+            weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
+            lengths: Any = layer.lora_magnitude_vector[ADAPTER]
+            zero_update = torch.zeros((), device=weight.device)  # B starts at zero
+            with torch.no_grad():
+                lengths.weight.copy_(lengths.get_weight_norm(weight, zero_update, layer.scaling[ADAPTER]))
+
+
+def _check_wrapped(adapted: PeftModel, plan: AdapterPlan) -> None:
+    modules = adapted.get_base_model().named_modules()
+    lora = {name for name, module in modules if isinstance(module, BaseTunerLayer)}
+    for kind, wrapped, planned in (
+        ("LoRA", lora, set(plan.lora_modules)),
+        ("full training", set(_full_wrappers(adapted)), set(plan.full_modules)),
+    ):
+        if wrapped != planned:
+            difference = sorted(wrapped ^ planned)
+            raise PlanError(
+                f"PEFT set up {kind} for {len(wrapped)} modules where the plan has {len(planned)}; the difference "
+                f"starts with {difference[0]}: module names that end alike cannot be told apart; give them the same "
+                "mode in the plan."
+            )

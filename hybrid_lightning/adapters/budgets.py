@@ -1,0 +1,104 @@
+"""Budgets: how many modules are fully trained. The candidates compete by score, greedily.
+
+Ties go by name, so that the same scores always give the same plan, and a larger budget only ever adds modules.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.plan import PlannedModule
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.parts import Part
+
+
+class Budget(Part, ABC):
+    """Chooses the modules to train fully.
+
+    Args:
+        share: 0 is plain LoRA, 1 full fine-tuning of all candidates.
+    """
+
+    def __init__(self, share: float = 0.1) -> None:
+        if not 0 <= share <= 1:
+            raise ConfigError(f"share={share}: a budget is a share between 0 (plain LoRA) and 1 (full fine-tuning).")
+        self.share = share
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the choice depends on scores: not for none and not for all."""
+        return 0 < self.share < 1
+
+    def choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> frozenset[str]:
+        """Names of the modules to train fully.
+
+        Args:
+            modules: the candidates; their modes are ignored.
+            lora: settings of the others.
+
+        Raises:
+            ConfigError: if scores are needed and missing, or the budget is too small for any module.
+        """
+        if self.share == 0:
+            return frozenset()
+        if self.share == 1:
+            return frozenset(module.name for module in modules)
+        unscored = [module.name for module in modules if module.score is None]
+        if unscored:
+            raise ConfigError(f"{type(self).__name__}(share={self.share}) needs a score of {unscored[0]}: score it first.")
+        return frozenset(self._choose(modules, lora))
+
+    @abstractmethod
+    def _choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> list[str]:
+        """Choose for a share strictly between 0 and 1, all modules being scored."""
+
+
+class ModuleBudget(Budget):
+    """A share of the candidate modules, the paper's 10%: share times their number, rounded half up, at least one.
+
+    Args:
+        share: 0 is plain LoRA, 1 full fine-tuning of all candidates.
+    """
+
+    def _choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> list[str]:
+        number = max(1, int(self.share * len(modules) + 0.5))
+        return [module.name for module in sorted(modules, key=lambda module: (-_score(module), module.name))][:number]
+
+
+class ParameterBudget(Budget):
+    """A share of the candidate parameters, a limit that is never exceeded.
+
+    The order is by score per extra trainable parameter (those of the module less those that LoRA would add to it);
+    modules are taken in that order up to the first that no longer fits.
+
+    Args:
+        share: 0 is plain LoRA, 1 full fine-tuning of all candidates.
+    """
+
+    def _choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> list[str]:
+        def order(module: PlannedModule) -> tuple[bool, float, str]:
+            extra = module.parameters - lora.parameters(module.shape)
+            # where LoRA would not even be smaller, full training costs nothing: first, by plain score
+            return (extra > 0, -_score(module) / max(extra, 1), module.name)
+
+        limit = self.share * sum(module.parameters for module in modules)
+        chosen: list[str] = []
+        used = 0
+        ordered = sorted(modules, key=order)
+        for module in ordered:
+            used += module.parameters
+            if used > limit * (1 + 1e-9):
+                break
+            chosen.append(module.name)
+        if not chosen:
+            first = ordered[0]
+            raise ConfigError(
+                f"share={self.share} allows {int(limit)} fully trained parameters, but the first module by score, "
+                f"{first.name}, has {first.parameters}: raise the share, or take a ModuleBudget."
+            )
+        return chosen
+
+
+def _score(module: PlannedModule) -> float:
+    assert module.score is not None
+    return module.score

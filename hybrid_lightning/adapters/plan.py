@@ -1,0 +1,181 @@
+"""`AdapterPlan`: which module is trained how, and where that decision came from.
+
+Saved as `plan.json` in the run folder and inside every checkpoint. To change a plan by hand, edit the `mode` of a
+module and delete the line with the digest (or make it null): with a digest, a file must be exactly as it was written.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rich.table import Table
+from torch import nn
+
+from hybrid_lightning.adapters import plan_json, plan_table
+from hybrid_lightning.adapters.candidates import LinearLike, linear_shape
+from hybrid_lightning.adapters.digest import model_digest
+from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.errors import ConfigError, PlanError
+
+Mode = Literal["full", "lora", "frozen"]
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One candidate module and what becomes of it."""
+
+    name: str  # full dotted name in the base model
+    shape: tuple[int, int]  # (outputs, inputs)
+    parameters: int  # entries of weight and bias: full training includes the bias, LoRA leaves it alone
+    score: float | None  # higher is more sensitive to low-rank adaptation; None: not scored
+    mode: Mode  # trained fully, adapted by LoRA, or left as it is
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """The decision that scoring leads to: everything needed to build the adapter again."""
+
+    model: str  # id or path of the base model
+    revision: str | None  # of a hub model
+    model_digest: str  # `model_digest` of the base
+    candidates: tuple[PlannedModule, ...]  # in the model's order
+    lora: LoraSettings
+    budget: dict[str, Any]  # class_path and init_args
+    scorer: dict[str, Any] | None = None  # class_path and init_args; None: not scored
+    calibration: dict[str, Any] = field(default_factory=dict)  # what was scored on: plain values of the caller's choice
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        names = [module.name for module in self.candidates]
+        double = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+        if double is not None:
+            raise PlanError(f"the plan names {double} twice: remove one of the two entries.")
+        if not names:
+            raise PlanError("the plan has no modules: make it anew with the score command.")
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the whole content."""
+        return plan_json.content_digest(self._content())
+
+    @property
+    def full_modules(self) -> tuple[str, ...]:
+        """Names of the fully trained modules."""
+        return tuple(module.name for module in self.candidates if module.mode == "full")
+
+    @property
+    def lora_modules(self) -> tuple[str, ...]:
+        """Names of the modules with LoRA."""
+        return tuple(module.name for module in self.candidates if module.mode == "lora")
+
+    def trainable_parameters(self) -> int:
+        """Number of parameters that the adapter trains."""
+        full = sum(module.parameters for module in self.candidates if module.mode == "full")
+        return full + sum(self.lora.parameters(module.shape) for module in self.candidates if module.mode == "lora")
+
+    def table(self) -> Table:
+        """All modules by descending score, for the screen."""
+        return plan_table.rich_table(self)
+
+    def markdown(self) -> str:
+        """The same table as Markdown, for TensorBoard's text page."""
+        return plan_table.markdown(self)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Make sure that the plan fits a base model: every planned module is there, with its shape.
+
+        Raises:
+            PlanError: naming the first difference.
+        """
+        modules = dict(model.named_modules())
+        for planned in self.candidates:
+            module = modules.get(planned.name)
+            if not isinstance(module, LinearLike):
+                found = "no such module" if module is None else f"a {type(module).__name__} there, no linear module"
+                raise PlanError(f"the plan was made for {self.model} and names {planned.name}; this model has {found}: {_ANEW}")
+            if linear_shape(module) != planned.shape:
+                raise PlanError(
+                    f"the plan was made for {self.model}, where {planned.name} has shape {planned.shape}; here it has "
+                    f"{linear_shape(module)}: {_ANEW}"
+                )
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Make sure that a base model, neither quantized nor sharded yet, has the weights that were scored.
+
+        Raises:
+            PlanError: if its digest differs.
+        """
+        if model_digest(model) != self.model_digest:
+            raise PlanError(f"the plan was made for {self.model} with other weights or another dtype than this model's: {_ANEW}")
+
+    def _content(self) -> dict[str, Any]:
+        content = plan_json.plain({"format": plan_json.FORMAT, **asdict(self)})
+        # the long list last, so that a reader sees the rest first
+        return {**content, "candidates": content.pop("candidates")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in plain types, the digest included, for JSON and for checkpoints."""
+        return {"digest": self.digest, **self._content()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "the adapter plan") -> "AdapterPlan":
+        """Build a plan from `to_dict`'s output.
+
+        Args:
+            data: the plain types.
+            source: where they come from, for the error message.
+
+        Raises:
+            PlanError: if fields are missing, unknown or of the wrong type, or the digest does not fit.
+        """
+        content = plan_json.checked(data, plan_json.PLAN_FIELDS, source)
+        try:
+            lora = LoraSettings(**plan_json.checked(content["lora"], plan_json.LORA_FIELDS, f"{source}: lora"))
+        except ConfigError as error:
+            raise PlanError(f"{source}: lora: {error}") from error
+        candidates = tuple(
+            _planned_module(item, f"{source}: candidates[{index}]") for index, item in enumerate(content["candidates"])
+        )
+        digest, _ = content.pop("digest", None), content.pop("format")
+        plan = cls(**{**content, "lora": lora, "candidates": candidates})
+        if digest is not None and digest != plan.digest:
+            raise PlanError(
+                f"{source} was changed after it was written (its digest does not fit): if that was on purpose, delete "
+                'the line "digest" in it.'
+            )
+        return plan
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, one module a line."""
+        Path(path).write_text(plan_json.dumps(self.to_dict()), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AdapterPlan":
+        """Read a plan that `save` wrote, perhaps edited since.
+
+        Raises:
+            PlanError: if the file is missing or no plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"the plan {path} cannot be read ({error.strerror}): give the path of a plan.json.") from error
+        except ValueError as error:
+            raise PlanError(f"the plan {path} is no JSON ({error}): correct it, or make it anew.") from error
+        return cls.from_dict(data, source=str(path))
+
+
+_ANEW = "make a new plan for this model with the score command."
+
+
+def _planned_module(data: Any, source: str) -> PlannedModule:
+    content = plan_json.checked(data, plan_json.MODULE_FIELDS, source)
+    shape = content["shape"]
+    if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise PlanError(f"{source}: shape is {shape}: it must be two positive numbers, outputs and inputs.")
+    if content["mode"] not in get_args(Mode):
+        raise PlanError(f'{source}: mode is "{content["mode"]}": it must be one of {", ".join(get_args(Mode))}.')
+    return PlannedModule(**{**content, "shape": (shape[0], shape[1])})

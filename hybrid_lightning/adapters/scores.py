@@ -1,0 +1,107 @@
+"""Scores of all candidates: one calibration pass, then one number for each module.
+
+This module and the scorers need only torch.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor, nn
+
+from hybrid_lightning.adapters.accumulators import ExactGradients, GradientMode, ModuleAccumulator
+from hybrid_lightning.adapters.collect import collect_gradients
+from hybrid_lightning.adapters.scorers.base import Scorer
+from hybrid_lightning.adapters.statistics import ModuleStatistics
+from hybrid_lightning.errors import CalibrationError, ConfigError
+
+
+def score_modules(
+    model: nn.Module,
+    candidates: Mapping[str, nn.Module],
+    losses: Iterable[Tensor],
+    scorer: Scorer,
+    rank: int,
+    mode: GradientMode | None = None,
+    evaluate_loss: Callable[[], float] | None = None,
+    sum_over_ranks: Callable[[Tensor], object] | None = None,
+) -> dict[str, float]:
+    """Score each candidate's sensitivity to low-rank adaptation.
+
+    A candidate that no calibration loss used (an expert of a mixture that got no token) has no gradient and scores 0,
+    with a warning.
+
+    Args:
+        model: the start policy; unchanged afterwards.
+        candidates: full dotted name -> linear module, as from `find_candidates`.
+        losses: scalar calibration losses, iterated over lazily (see `collect_gradients`); not touched by a scorer
+            that needs no gradient.
+        scorer: the score's definition.
+        rank: LoRA rank r.
+        mode: `ExactGradients()` (the default) or `SketchedGradients()`.
+        evaluate_loss: measures the calibration loss of the model as it stands; needed by `Probe` only.
+        sum_over_ranks: see `collect_gradients`.
+
+    Returns:
+        Full dotted name -> score; higher is more sensitive.
+
+    Raises:
+        ConfigError: if the rank is not positive, or the scorer needs what is not there.
+        CalibrationError: if the losses carry no signal, or a score is not finite.
+    """
+    if rank < 1:
+        raise ConfigError(f"rank={rank}: scoring needs a LoRA rank of at least 1.")
+    if scorer.needs_loss and evaluate_loss is None:
+        raise ConfigError(f"{type(scorer).__name__} needs evaluate_loss, which measures the calibration loss: give it too.")
+    collected: dict[str, ModuleAccumulator] = {}
+    if scorer.needs_gradient:
+        collected = collect_gradients(
+            model,
+            candidates,
+            losses,
+            ExactGradients() if mode is None else mode,
+            rank,
+            halves=scorer.needs_halves,
+            second_moment=scorer.needs_second_moment,
+            sum_over_ranks=sum_over_ranks,
+        )
+    _warn_unused(collected)
+    scores = {}
+    for name, module in candidates.items():
+        accumulator = collected.pop(name, None)  # its memory is free once the module is scored
+        if accumulator is not None and not accumulator.received:
+            scores[name] = 0.0
+            continue
+        score = float(scorer.score(_statistics(name, module, accumulator, scorer, evaluate_loss), rank))
+        if not math.isfinite(score):
+            raise CalibrationError(f"{type(scorer).__name__} gave {name} the score {score}: a score must be finite.")
+        scores[name] = score
+    return scores
+
+
+def _statistics(
+    name: str,
+    module: nn.Module,
+    accumulator: ModuleAccumulator | None,
+    scorer: Scorer,
+    evaluate_loss: Callable[[], float] | None,
+) -> ModuleStatistics:
+    return ModuleStatistics(
+        name=name,
+        weight=module.weight.detach(),  # type: ignore[operator, union-attr]
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        gradient=accumulator.mean() if accumulator else None,
+        noise=accumulator.noise() if accumulator and scorer.needs_halves else None,
+        second_moment=accumulator.second_moment() if accumulator and scorer.needs_second_moment else None,
+        evaluate_loss=evaluate_loss,
+    )
+
+
+def _warn_unused(collected: Mapping[str, ModuleAccumulator]) -> None:
+    unused = [name for name, accumulator in collected.items() if not accumulator.received]
+    if unused:
+        warnings.warn(
+            f"{len(unused)} of {len(collected)} candidate modules got no gradient from the calibration losses and "
+            f"score 0 (such as {unused[0]}): calibrate with more rollouts if they matter.",
+            stacklevel=3,
+        )

@@ -1,0 +1,102 @@
+"""What a scorer may know about one candidate module, and the two forms in which its mean gradient comes.
+
+Legend: a weight has m x n entries, G is the gradient of the calibration loss with respect to it, sigma_i(G) its
+singular values in descending order. Orientation does not matter: every number here is the same for G and its
+transpose.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from hybrid_lightning.adapters.spectra import squared_singular_values
+from hybrid_lightning.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Gradient(ABC):
+    """A mean gradient G of one weight, known exactly or through a sketch."""
+
+    shape: tuple[int, int]  # (m, n)
+
+    @abstractmethod
+    def energy(self) -> float:
+        """Squared Frobenius norm of G."""
+
+    @abstractmethod
+    def spectrum(self) -> Tensor:
+        """Squared singular values of G, descending, float64; a sketch knows the leading ones only."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """G itself, [m, n].
+
+        Raises:
+            ConfigError: if only a sketch of G was kept.
+        """
+
+    def tail_energy(self, rank: int) -> float:
+        """The energy that no matrix of this rank can capture, T_r(G) = ||G||_F^2 - sum_{i<=r} sigma_i(G)^2.
+
+        Args:
+            rank: r, the LoRA rank.
+
+        Returns:
+            T_r(G), never negative, and exactly 0 where r >= min(m, n).
+        """
+        if rank >= min(self.shape):
+            return 0.0
+        return max(self.energy() - float(self.spectrum()[:rank].sum()), 0.0)
+
+
+class ExactGradient(Gradient):
+    """All entries of G.
+
+    Args:
+        matrix: G, [m, n], any floating dtype.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+        self.shape = (matrix.shape[0], matrix.shape[1])
+
+    def energy(self) -> float:  # noqa: D102
+        return float(self._matrix.double().square().sum())
+
+    def spectrum(self) -> Tensor:  # noqa: D102
+        return squared_singular_values(self._matrix)
+
+    def matrix(self) -> Tensor:  # noqa: D102
+        return self._matrix
+
+    def tail_energy(self, rank: int) -> float:  # noqa: D102
+        # summed from the far end rather than subtracted: no cancellation where nearly all energy is in the first values
+        return float(self.spectrum()[rank:].sum()) if rank < min(self.shape) else 0.0
+
+
+@dataclass(frozen=True)
+class ModuleStatistics:
+    """All that a scorer may look at; what it did not ask for (see `Scorer`) is None."""
+
+    name: str  # full dotted name of the module
+    weight: Tensor  # [m, n], the model's own storage, detached
+    parameters: int  # entries of weight and bias
+    gradient: Gradient | None = None  # mean over the calibration losses
+    noise: Gradient | None = None  # difference of the mean gradients of even and odd losses, scaled to the noise in `gradient`
+    second_moment: Tensor | None = None  # [m, n] float32, mean over the losses of the squared gradient
+    evaluate_loss: Callable[[], float] | None = None  # calibration loss of the model with its weights as they are now
+
+
+def require(value: T | None, what: str, scorer: object) -> T:
+    """Give `value`, or say that the scorer did not get what it declared.
+
+    Raises:
+        ConfigError: if the value is None.
+    """
+    if value is None:
+        raise ConfigError(f"{type(scorer).__name__} needs {what}: give it to score_modules, or choose another scorer.")
+    return value

@@ -1,0 +1,54 @@
+"""A tiny policy, calibration losses and a plan, shared by the adapter tests."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.digest import model_digest
+from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters.planning import make_plan
+from hybrid_lightning.adapters.scorers import Random
+
+MICRO_BATCHES = torch.randint(3, 40, (6, 3, 10), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def batches() -> Tensor:
+    """[6 micro-batches, 3 rows, 10 tokens]."""
+    return MICRO_BATCHES
+
+
+@pytest.fixture
+def losses() -> Callable[[nn.Module], Iterator[Tensor]]:
+    """Next-token losses of each micro-batch, computed one after another."""
+
+    def compute(model: nn.Module) -> Iterator[Tensor]:
+        for tokens in MICRO_BATCHES:
+            yield model(tokens, labels=tokens).loss
+
+    return compute
+
+
+@pytest.fixture
+def plan_for() -> Callable[..., AdapterPlan]:
+    """A plan with random scores."""
+
+    def build(model: nn.Module, budget: Budget | None = None, lora: LoraSettings | None = None, seed: int = 0):
+        candidates = find_candidates(model)
+        order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).tolist()
+        return make_plan(
+            model="tiny",
+            model_digest=model_digest(model),
+            candidates=candidates,
+            budget=budget or ModuleBudget(0.2),
+            lora=lora or LoraSettings(rank=4, alpha=8),
+            scores={name: 1.0 + place for name, place in zip(candidates, order, strict=True)},
+            scorer=Random(seed),
+        )
+
+    return build

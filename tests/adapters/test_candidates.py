@@ -1,0 +1,81 @@
+import pytest
+import torch
+from torch import nn
+
+from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
+from hybrid_lightning.errors import ModelError
+
+PER_LAYER = {"llama": 7, "qwen2": 7, "qwen3": 7, "gemma": 7, "gpt2": 4}
+
+
+@pytest.mark.parametrize("family", PER_LAYER)
+def test_all_linear_modules_of_the_blocks_and_nothing_else(make_model, family):
+    model = make_model(family)
+    candidates = find_candidates(model)
+    assert len(candidates) == 2 * PER_LAYER[family]
+    assert all(model.get_submodule(name) is module for name, module in candidates.items())
+    assert not any("lm_head" in name or "embed" in name or "wte" in name for name in candidates)
+
+
+def test_shape_is_outputs_by_inputs_also_for_transposed_weights(make_model):
+    gpt2 = find_candidates(make_model("gpt2"))["transformer.h.0.attn.c_attn"]
+    assert tuple(gpt2.weight.shape) == (32, 96)
+    assert linear_shape(gpt2) == (96, 32)
+    assert linear_shape(nn.Linear(5, 3)) == (3, 5)
+
+
+def test_target_modules_match_ends_of_names_at_a_dot(make_model):
+    model = make_model("llama")
+    assert list(find_candidates(model, ["q_proj", "mlp.up_proj"])) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    with pytest.raises(ModelError, match=r"'proj' matches no candidate.*down_proj, gate_proj, k_proj"):
+        find_candidates(model, ["q_proj", "proj"])
+    with pytest.raises(ModelError, match="lm_head"):
+        find_candidates(model, ["lm_head"])
+
+
+def test_exclude_matches_whole_parts_anywhere(make_model):
+    model = make_model("llama")
+    names = find_candidates(model, exclude=["layers.0", "down_proj"])
+    assert len(names) == 6 and all(".layers.1." in name and "down" not in name for name in names)
+    with pytest.raises(ModelError, match=r"exclude: 'layers\.7' matches no"):
+        find_candidates(model, exclude=["layers.7"])
+    with pytest.raises(ModelError, match="leave no module"):
+        find_candidates(model, ["q_proj"], exclude=["q_proj"])
+
+
+@pytest.mark.parametrize("patterns", ["q_proj", []])
+def test_patterns_must_be_a_list_with_something_in_it(make_model, patterns):
+    with pytest.raises(ModelError, match="give a list"):
+        find_candidates(make_model("llama"), patterns)
+
+
+def test_shared_weights_are_no_candidates():
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+    model.layers[2].weight = model.layers[0].weight
+    assert list(find_candidates(model)) == ["layers.1"]
+    model.embedding = nn.Embedding(4, 4)
+    model.embedding.weight = model.layers[1].weight
+    with pytest.raises(ModelError, match="no linear module inside"):
+        find_candidates(model)
+
+
+def test_a_model_without_blocks_or_with_an_adapter_is_refused():
+    with pytest.raises(ModelError, match="no linear module inside"):
+        find_candidates(nn.Sequential(nn.Linear(2, 2)))
+    adapted = nn.Linear(2, 2)
+    adapted.peft_config = {}
+    with pytest.raises(ModelError, match="already carries"):
+        find_candidates(adapted)
+
+
+def test_nothing_changes(make_model):
+    model = make_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    find_candidates(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -1,0 +1,91 @@
+import io
+import itertools
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import LogNorm
+from matplotlib.patches import Rectangle
+
+from hybrid_lightning.adapters.heatmap import FRAME, VALUES_UP_TO, draw_heatmap
+from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
+
+KINDS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]
+
+
+def plan_of(names, score=lambda index: float(index + 1), full=2) -> AdapterPlan:
+    modules = tuple(
+        PlannedModule(name, (8, 8), 64, score(index), "full" if index < full else "lora") for index, name in enumerate(names)
+    )
+    scorer = {"class_path": "a.b.TailEnergy", "init_args": {}}
+    return AdapterPlan("tiny", None, "0", modules, LoraSettings(), {}, scorer)
+
+
+def layers(count: int) -> list[str]:
+    return [f"model.layers.{layer}.{kind}" for layer in range(count) for kind in KINDS]
+
+
+def mesh(figure) -> QuadMesh:
+    (found,) = [child for child in figure.axes[0].get_children() if isinstance(child, QuadMesh)]
+    return found
+
+
+def frames(figure) -> list[tuple[int, int]]:
+    patches = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    color = matplotlib.colors.to_rgba(FRAME)
+    return [(int(p.get_x()), int(p.get_y())) for p in patches if p.get_edgecolor() == color]
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_every_module_stands_in_its_cell(count):
+    figure = draw_heatmap(plan_of(layers(count)))
+    values = mesh(figure).get_array()
+    assert values.shape == (3, count)
+    np.testing.assert_array_equal(values, np.arange(1, 3 * count + 1.0).reshape(count, 3).T)
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == KINDS
+    assert axes.get_xticklabels()[1].get_text() == "1"
+    assert frames(figure) == [(0, 0), (0, 1)]
+    assert bool(axes.texts) == (3 * count <= VALUES_UP_TO)
+
+
+def test_layers_are_ordered_by_number():
+    figure = draw_heatmap(plan_of([f"h.{layer}.fc" for layer in (10, 2, 0)]))
+    np.testing.assert_array_equal(mesh(figure).get_array(), [[3, 2, 1]])
+
+
+def test_wide_spans_are_logarithmic_and_zeros_are_drawn():
+    wide = mesh(draw_heatmap(plan_of(layers(2), lambda index: 0.0 if index == 0 else 10.0**-index)))
+    assert isinstance(wide.norm, LogNorm) and wide.norm.vmin == pytest.approx(1e-5)
+    assert float(wide.norm(0.0)) == 0
+    narrow = mesh(draw_heatmap(plan_of(layers(2), lambda index: -1.0 + index)))
+    assert not isinstance(narrow.norm, LogNorm) and narrow.norm.vmin == -1
+
+
+def test_modules_outside_layers_and_second_stacks():
+    names = ["encoder.layers.0.fc", "decoder.layers.0.fc", "project"]
+    figure = draw_heatmap(plan_of(names))
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["encoder.layers: fc", "decoder.layers: fc", "project"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "other"]
+
+
+@pytest.mark.parametrize("score", [lambda _: None, lambda _: 1.0, lambda index: None if index else 2.0])
+def test_without_or_with_equal_scores(score):
+    draw_heatmap(plan_of(layers(2), score)).savefig(io.BytesIO(), format="png")
+
+
+@pytest.mark.parametrize("count", [4, 72])
+def test_the_picture_is_legible_and_leaves_no_global_state(count):
+    before = dict(matplotlib.rcParams)
+    figure = draw_heatmap(plan_of(layers(count)))
+    figure.savefig(io.BytesIO(), format="png")
+    assert dict(matplotlib.rcParams) == before
+    renderer = figure.canvas.get_renderer()
+    assert 5 < figure.get_figwidth() <= 24
+    boxes = [label.get_window_extent(renderer) for label in figure.axes[0].get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    everything = figure.get_tightbbox(renderer)
+    assert everything.x1 <= figure.get_figwidth() + 0.05 and everything.x0 >= -0.05

@@ -1,0 +1,311 @@
+import copy
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from hybrid_lightning.adapters.accumulators import ExactGradients
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.collect import collect_gradients
+from hybrid_lightning.adapters.scorers import (
+    GradientNorm,
+    PreconditionedTail,
+    Probe,
+    Random,
+    Scorer,
+    SpectrumSNR,
+    TailEnergy,
+    TailFraction,
+    WeightGradient,
+)
+from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.sketch import SketchedGradients
+from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
+
+RANK = 2
+
+
+def full_gradients(model: nn.Module, losses) -> list[dict[str, torch.Tensor]]:
+    """Plain autograd, one dict for each loss: the independent way to the same numbers, in float64."""
+    model = copy.deepcopy(model).double().requires_grad_(True)
+    weights = {name: module.weight for name, module in find_candidates(model).items()}
+    each = [torch.autograd.grad(loss, list(weights.values())) for loss in losses(model)]
+    return [dict(zip(weights, gradients, strict=True)) for gradients in each]
+
+
+def mean(gradients: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([each[name] for each in gradients]).mean(0) for name in gradients[0]}
+
+
+def tail(matrix: torch.Tensor) -> float:
+    return float(torch.linalg.svdvals(matrix)[RANK:].square().sum())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scores_against_full_gradients(make_model, losses, family):
+    model = make_model(family)
+    each = full_gradients(model, losses)
+    gradients = mean(each)
+    squares = {name: torch.stack([one[name] for one in each]).square().mean(0) for name in gradients}
+    noise = {n: (g - 2 * torch.stack([one[n] for one in each[1::2]]).sum(0) / len(each)) for n, g in gradients.items()}
+    weights = {name: module.weight.double() for name, module in find_candidates(model).items()}
+    expected = {
+        TailEnergy: {name: tail(g) for name, g in gradients.items()},
+        TailFraction: {name: tail(g) / float(g.square().sum()) for name, g in gradients.items()},
+        PreconditionedTail: {name: tail(g / (squares[name].sqrt() + 1e-8)) for name, g in gradients.items()},
+        GradientNorm: {name: float(g.norm()) for name, g in gradients.items()},
+        WeightGradient: {name: float((weights[name] * g).abs().sum()) for name, g in gradients.items()},
+        SpectrumSNR: {n: max(tail(g) - tail(noise[n]), 0) / (tail(g) + tail(noise[n])) for n, g in gradients.items()},
+    }
+    for scorer, values in expected.items():
+        scores = score_modules(model, find_candidates(model), losses(model), scorer(), RANK)
+        assert list(scores) == list(values)
+        assert scores == {name: pytest.approx(value, rel=2e-3, abs=1e-6) for name, value in values.items()}, scorer
+
+
+def test_sketch_and_exact_rank_alike(make_model, losses):
+    """Sketches of 12 directions, where rank 2 and 32 x 48 weights leave a real tail."""
+    model = make_model("llama")
+    candidates = find_candidates(model)
+    exact = score_modules(model, candidates, losses(model), TailEnergy(), RANK)
+    sketched = score_modules(model, candidates, losses(model), TailEnergy(), RANK, SketchedGradients(size=7))
+    best = sorted(exact, key=exact.__getitem__)[-3:]
+    assert sorted(sketched, key=sketched.__getitem__)[-3:] == best
+    ranks = [torch.tensor(list(scores.values())).argsort().argsort().double() for scores in (exact, sketched)]
+    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.95
+    assert sum(exact[name] != pytest.approx(sketched[name], rel=1e-9) for name in exact) >= 6  # these were sketched
+
+
+def test_signal_to_noise_from_sketches(make_model, losses):
+    model = make_model("llama")
+    candidates = find_candidates(model)
+    exact = score_modules(model, candidates, losses(model), SpectrumSNR(), RANK)
+    sketched = score_modules(model, candidates, losses(model), SpectrumSNR(), RANK, SketchedGradients(size=7))
+    assert sketched == {name: pytest.approx(score, abs=0.25) for name, score in exact.items()}
+
+
+def test_probe_predicts_and_leaves_no_trace(make_model, losses):
+    model = make_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def evaluate_loss() -> float:
+        return sum(float(loss) for loss in losses(model)) / 6
+
+    candidates = find_candidates(model, ["o_proj", "k_proj"])
+    measured = score_modules(model, candidates, losses(model), Probe(1e-3), RANK, evaluate_loss=evaluate_loss)
+    gradients = mean(full_gradients(model, losses))
+    for name, score in measured.items():
+        length = 1e-3 * float(model.get_submodule(name).weight.norm() / gradients[name].norm())
+        assert score == pytest.approx(length * tail(gradients[name]), rel=0.2, abs=1e-6)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(ConfigError, match="Probe needs evaluate_loss"):
+        score_modules(model, candidates, losses(model), Probe(), RANK)
+
+
+def test_the_model_is_as_before(make_model, losses):
+    model = make_model("llama").train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(True)
+    model.lm_head.weight.grad = kept = torch.ones_like(model.lm_head.weight)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+
+    def failing():
+        yield next(losses(model))
+        assert not model.training and not model.lm_head.weight.requires_grad
+        raise KeyError("calibration data ended")
+
+    for stream, error in ((losses(model), None), (failing(), KeyError)):
+        if error is None:
+            score_modules(model, find_candidates(model), stream, TailEnergy(), RANK)
+        else:
+            with pytest.raises(error):
+                score_modules(model, find_candidates(model), stream, TailEnergy(), RANK)
+        assert flags == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        assert modes == [module.training for module in model.modules()]
+        assert model.lm_head.weight.grad is kept
+        assert sum(parameter.grad is not None for parameter in model.parameters()) == 1
+        assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+def test_gradients_are_never_in_memory_together(make_model, batches):
+    """Each gradient is freed before the next one is taken."""
+    model = make_model("llama")
+    candidates = find_candidates(model)
+    alive = []
+    collected = collect_gradients(model, candidates, _watched(model, batches, alive), SketchedGradients(size=7), RANK)
+    assert len(collected) == len(candidates) and len(alive) == len(candidates) and max(alive) <= 1
+
+
+def _watched(model, batches, alive):
+    handles = [
+        module.weight.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(m.weight.grad is not None for m in find_candidates(model).values()))
+        )
+        for module in find_candidates(model).values()
+    ]
+    yield model(batches[0], labels=batches[0]).loss
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("mode", [ExactGradients(), SketchedGradients(size=7)])
+def test_sums_over_ranks_are_those_of_one_process(make_model, losses, mode):
+    """Two ranks with four and two losses, summed as an all-reduce would, against one process with all six."""
+    model = make_model("llama")
+    candidates = find_candidates(model)
+    everything = list(range(6))
+
+    def some(indices):
+        return (loss for index, loss in enumerate(losses(model)) if index in indices)
+
+    def sums(indices, sum_over_ranks=None):
+        options = {"halves": True, "second_moment": True, "sum_over_ranks": sum_over_ranks}
+        return collect_gradients(model, candidates, some(indices), mode, RANK, **options)
+
+    second = [t for accumulator in sums([4, 5]).values() for t in accumulator.tensors()]
+    remaining = iter(second)
+    together = sums([0, 1, 2, 3], lambda tensor: tensor.add_(next(remaining)))
+    alone = sums(everything)
+    for name in candidates:
+        for both, one in zip(together[name].tensors(), alone[name].tensors(), strict=True):
+            torch.testing.assert_close(both, one, rtol=1e-4, atol=1e-6)
+        assert together[name].mean().energy() == pytest.approx(alone[name].mean().energy(), rel=1e-3)
+
+
+def test_autocast_around_the_losses_does_not_reach_the_sums(make_model, batches):
+    model = make_model("llama")
+    candidates = find_candidates(model)
+
+    def inside():
+        with torch.autocast("cpu", torch.bfloat16):
+            for tokens in batches:
+                yield model(tokens, labels=tokens).loss
+
+    def outside():
+        for tokens in batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(tokens, labels=tokens).loss
+            yield loss
+
+    sums = [
+        [t for a in collect_gradients(model, candidates, losses(), SketchedGradients(7), RANK).values() for t in a.tensors()]
+        for losses in (inside, outside)
+    ]
+    assert all(torch.equal(first, second) for first, second in zip(*sums, strict=True))
+
+
+def test_gradient_checkpointing_gives_the_same_scores(make_model, losses):
+    model = make_model("llama")
+    plain = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    saved = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    assert saved == {name: pytest.approx(score, rel=1e-4) for name, score in plain.items()}
+
+
+def test_scores_under_no_grad_and_in_bfloat16(make_model, losses):
+    model = make_model("llama")
+    exact = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    half = make_model("llama").bfloat16()
+    with torch.no_grad():
+        scores = score_modules(half, find_candidates(half), losses(half), TailEnergy(), RANK)
+    assert set(sorted(scores, key=scores.get)[-3:]) == set(sorted(exact, key=exact.get)[-3:])
+
+
+class Blocks(nn.Module):
+    """Three blocks of which only two are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+
+    def loss(self) -> torch.Tensor:
+        return self.layers[1](self.layers[0](torch.ones(2, 4))).square().mean()
+
+
+def test_an_unused_module_scores_zero_with_a_warning():
+    model = Blocks()
+    with pytest.warns(UserWarning, match=r"1 of 3 candidate modules got no gradient .*layers\.2"):
+        scores = score_modules(model, find_candidates(model), [model.loss()], GradientNorm(), 1)
+    assert scores["layers.2"] == 0 and min(scores["layers.0"], scores["layers.1"]) > 0
+
+
+def test_no_signal_is_an_error():
+    model = Blocks()
+    candidates = find_candidates(model)
+
+    def score(losses, scorer=None):
+        return score_modules(model, candidates, losses, scorer or TailEnergy(), 1)
+
+    with pytest.raises(CalibrationError, match="zero in all 3 candidate modules"):
+        score(0.0 * model.loss() for _ in range(2))
+    with pytest.raises(CalibrationError, match="no calibration losses"):
+        score([])
+    with pytest.raises(CalibrationError, match="loss 1 is nan"):
+        score(model.loss() * factor for factor in (1.0, float("nan")))
+    with pytest.raises(CalibrationError, match=r"gradient of layers\.0 is not finite"):
+        score(model.layers[0](torch.zeros(1, 4)).mul(0).sum().sqrt() for _ in range(1))
+    with pytest.raises(CalibrationError, match="loss 0 does not depend"):
+        score([torch.ones(())])
+    with pytest.raises(ConfigError, match=r"loss 0 has shape \(4, 4\)"):
+        score([model.layers[0].weight * 2])
+    with pytest.raises(CalibrationError, match="only one loss"):
+        score((model.loss() for _ in range(1)), SpectrumSNR())
+    with pytest.raises(ConfigError, match="rank=0"):
+        score_modules(model, candidates, [], TailEnergy(), 0)
+
+
+def test_a_quantized_model_is_refused():
+    model = Blocks()
+    model.layers[0].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"layers\.0 is torch\.uint8: score the model before"):
+        score_modules(model, find_candidates(model), [], TailEnergy(), 1)
+
+
+def test_sketches_refuse_scorers_that_need_all_entries(make_model, losses):
+    model = make_model("llama")
+    with pytest.raises(ConfigError, match="score with ExactGradients"):
+        score_modules(model, find_candidates(model), losses(model), WeightGradient(), RANK, SketchedGradients(size=7))
+
+
+def test_random_needs_no_calibration(make_model):
+    model = make_model("llama")
+    scores = score_modules(model, find_candidates(model), iter(lambda: pytest.fail("no loss is needed"), 0), Random(), 1)
+    assert len(set(scores.values())) == 14
+
+
+class LargestRow(Scorer):
+    """A scorer of a user's own."""
+
+    def __init__(self, power: float = 2.0) -> None:
+        self.power = power
+
+    def score(self, statistics, rank):
+        return float(statistics.gradient.matrix().abs().pow(self.power).sum(1).max())
+
+
+class NotANumber(Scorer):
+    def score(self, statistics, rank):
+        return float("nan")
+
+
+def test_a_scorer_of_ones_own(make_model, losses):
+    model = make_model("llama")
+    scores = score_modules(model, find_candidates(model), losses(model), LargestRow(power=1.0), RANK)
+    gradients = mean(full_gradients(model, losses))
+    assert scores == {name: pytest.approx(float(g.abs().sum(1).max()), rel=1e-3) for name, g in gradients.items()}
+    with pytest.raises(CalibrationError, match=r"NotANumber gave .* the score nan"):
+        score_modules(model, find_candidates(model), losses(model), NotANumber(), RANK)
+
+
+def test_scoring_needs_only_torch():
+    program = """
+        import sys
+        for name in ("transformers", "peft", "lightning", "matplotlib", "rich", "datasets"):
+            sys.modules[name] = None
+        import hybrid_lightning.adapters.scores, hybrid_lightning.adapters.scorers, hybrid_lightning.adapters.sketch
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)

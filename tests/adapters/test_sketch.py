@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from hybrid_lightning.adapters.accumulators import ExactForm
+from hybrid_lightning.adapters.sketch import SketchedGradients, SketchForm
+from hybrid_lightning.adapters.statistics import ExactGradient
+from hybrid_lightning.errors import ConfigError
+
+ROWS, COLUMNS = 90, 120
+
+
+def decaying_matrix(power: float, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(ROWS, ROWS, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(COLUMNS, ROWS, generator=generator)).Q
+    return left * torch.arange(1, ROWS + 1) ** -power @ right.T
+
+
+def sketch(matrix: torch.Tensor, size: int, seed: int = 0):
+    form = SketchForm("layer", (ROWS, COLUMNS), matrix.device, size, seed)
+    return form.estimate(form.compress(matrix))
+
+
+def test_exact_where_the_rank_is_below_the_size():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(ROWS, 5, generator=generator) @ torch.randn(5, COLUMNS, generator=generator)
+    estimate, exact = sketch(matrix, size=8), ExactGradient(matrix)
+    assert estimate.energy() == pytest.approx(exact.energy(), rel=1e-5)
+    torch.testing.assert_close(estimate.spectrum()[:5], exact.spectrum()[:5], rtol=1e-4, atol=0)
+    assert estimate.tail_energy(3) == pytest.approx(exact.tail_energy(3), rel=1e-4)
+    assert estimate.tail_energy(5) == pytest.approx(0, abs=1e-5 * exact.energy())
+
+
+def test_energy_has_no_bias():
+    matrix = decaying_matrix(0.5)
+    energies = torch.tensor([sketch(matrix, size=10, seed=seed).energy() for seed in range(200)])
+    standard_error = float(energies.std()) / 200**0.5
+    assert float(energies.mean()) == pytest.approx(ExactGradient(matrix).energy(), abs=4 * standard_error)
+    assert standard_error < 0.02 * ExactGradient(matrix).energy()
+
+
+@pytest.mark.parametrize("power", [0.7, 1.0, 1.5])
+def test_tail_energy_is_close_at_the_default_size(power):
+    matrix = decaying_matrix(power)
+    assert sketch(matrix, size=2 * 8 + 10).tail_energy(8) == pytest.approx(ExactGradient(matrix).tail_energy(8), rel=0.15)
+
+
+def test_linear_in_the_gradient():
+    form = SketchForm("layer", (ROWS, COLUMNS), torch.device("cpu"), 6, 3)
+    a, b = decaying_matrix(1.0, 1), decaying_matrix(0.3, 2)
+    for together, part_a, part_b in zip(form.compress(a + b), form.compress(a), form.compress(b), strict=True):
+        torch.testing.assert_close(together, part_a + part_b, rtol=1e-4, atol=1e-4)
+
+
+def test_size_and_seed():
+    weight = torch.empty(ROWS, COLUMNS)
+    mode = SketchedGradients(seed=1)
+    first, again = (mode.form("a", weight, 4).compress(decaying_matrix(1.0)) for _ in range(2))
+    other = mode.form("b", weight, 4).compress(decaying_matrix(1.0))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    assert first[0].shape == (ROWS, 18) and first[1].shape == (37, COLUMNS)
+    kept = sum(tensor.numel() for tensor in SketchedGradients().form("a", torch.empty(2048, 2048), 16).zeros())
+    assert kept < 0.07 * 2048**2
+
+
+def test_small_modules_are_kept_exactly():
+    assert isinstance(SketchedGradients().form("a", torch.empty(32, 32), 8), ExactForm)
+
+
+def test_zero_gradient():
+    estimate = sketch(torch.zeros(ROWS, COLUMNS), 6)
+    assert estimate.energy() == 0 and estimate.tail_energy(2) == 0
+
+
+def test_errors():
+    with pytest.raises(ConfigError, match="size=0"):
+        SketchedGradients(size=0)
+    with pytest.raises(ConfigError, match="larger than the LoRA rank 8"):
+        SketchedGradients(size=8).form("a", torch.empty(ROWS, COLUMNS), 8)
+    with pytest.raises(ConfigError, match="needs whole gradients"):
+        sketch(decaying_matrix(1.0), 6).matrix()

@@ -7,15 +7,10 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 
 class RolloutProgress(RichProgressBar):
-    """Shows reward and completion length beside the training bar, and the tokens decoded while a rollout is generated.
+    """Shows reward and completion length beside the training bar, and the tokens decoded while a rollout is generated."""
 
-    Args:
-        refresh_rate: Updates per second; 0 switches the bars off.
-        leave: Keep the bars of finished epochs on the screen.
-    """
-
-    def __init__(self, refresh_rate: int = 10, leave: bool = False) -> None:
-        super().__init__(refresh_rate=refresh_rate, leave=leave)
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10)
         self._generation_task: Any = None
 
     @property

@@ -1,10 +1,13 @@
 """The command line: LightningCLI with `fit`, `validate`, `test`, `predict` and `score`."""
 
+import logging
 import sys
 import warnings
 from typing import Any, NoReturn
 
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+import transformers
+
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -83,7 +86,6 @@ class HybridLightningCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutSamples, "samples")
         parser.add_lightning_class_args(RewardDivergence, "divergence")
-        parser.add_lightning_class_args(RolloutProgress, "progress")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.set_defaults(
             {
@@ -93,6 +95,7 @@ class HybridLightningCLI(LightningCLI):
                 "checkpoint.filename": "step={step}",
                 "checkpoint.auto_insert_metric_name": False,
                 "trainer.log_every_n_steps": 1,
+                "trainer.enable_model_summary": False,  # the plan says what is trained
                 "trainer.num_sanity_val_steps": -1,  # all of it: the accuracy before training
                 "trainer.logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -103,11 +106,14 @@ class HybridLightningCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that have no options; RunSummary first, since its clock has to include the scoring."""
-        given = self._get(self.config_init, "trainer")["callbacks"] or []
+        config = self._get(self.config_init, "trainer")
+        given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        fixed = [RunSummary(), GracefulStop()]
-        if self._get(self.config_init, "trainer")["logger"]:
+        fixed: list[Callback] = [RunSummary(), GracefulStop()]
+        if config["logger"] and not config["fast_dev_run"]:
             fixed.append(LearningRateMonitor(logging_interval="step"))
+        if config["enable_progress_bar"] is not False:
+            fixed.append(RolloutProgress())
         trainer = super().instantiate_trainer(callbacks=[*fixed, *given], **kwargs)
         assert isinstance(trainer, Trainer)
         return trainer
@@ -128,6 +134,13 @@ def main() -> None:
 
 def _quiet_libraries() -> None:
     """Silence advice that does not apply here, so that what matters can be read."""
+    transformers.utils.logging.disable_progress_bar()
+    # LightningModule and data module share this hook by design.
+    warnings.filterwarnings("ignore", message=".*overridden `transfer_batch_to_device`.*")
+    # Deprecations between the libraries, which their next versions settle.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch.nn.modules.module|peft")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
     # The loaders hold prompts or make rollouts; worker processes would not help.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The policy is frozen and in eval mode as loaded; the adapter decides what trains.

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -131,7 +132,14 @@ class PromptDataModule(LightningDataModule):
         return self._loader(self.test_prompts)
 
     def _loader(self, prompts: list[Prompt]) -> "DataLoader[Prompt]":
-        return DataLoader(prompts, batch_size=self.eval_batch_size, shuffle=False, collate_fn=list)  # type: ignore[arg-type]
+        return DataLoader(
+            prompts,  # type: ignore[arg-type]
+            batch_size=self.eval_batch_size,
+            shuffle=False,
+            collate_fn=list,
+            # Every iteration draws a seed for workers; from the global generator, it would change training after a validation.
+            generator=torch.Generator(),
+        )
 
     def _split(self, split: str) -> list[Prompt]:
         if split not in self._prompts:

@@ -21,8 +21,11 @@ def _describe(name: str, value: Any) -> Any:
         return _describe(name, value.to_config())
     if isinstance(value, type):
         return {"class_path": f"{value.__module__}.{value.__qualname__}", "init_args": {}}
-    if isinstance(value, functools.partial) and isinstance(value.func, type) and not value.args:
-        return {**_describe(name, value.func), "init_args": describe_arguments(value.keywords)}
+    if isinstance(value, functools.partial):
+        # jsonargparse, which rebuilds a module from a checkpoint, has the class among the positional arguments.
+        classes = [item for item in (value.func, *value.args) if isinstance(item, type)]
+        if len(classes) == 1:
+            return {**_describe(name, classes[0]), "init_args": describe_arguments(value.keywords)}
     if isinstance(value, dict):
         return {key: _describe(name, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -202,11 +202,8 @@ class PolicyModule(AdaptedModule):
 
     # ---- training data
 
-    def train_dataloader(self) -> RolloutLoader:
-        """Rollouts of the data module's training prompts."""
-        prompts = getattr(self.trainer.datamodule, "train_prompts", None)
-        if prompts is None:
-            raise ConfigError("PolicyModule trains on the train_prompts of a PromptDataModule; pass trainer.fit(datamodule=...)")
+    def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
+        """The train dataloader: rollouts of these prompts. A data module's `train_dataloader` returns it."""
         trainer = self.trainer
         rank = trainer.global_rank
         generator = torch.Generator(device=self.device).manual_seed(self.seed * 100_003 + rank)
@@ -263,8 +260,8 @@ class PolicyModule(AdaptedModule):
         mask = batch.sequences.completion_mask
         token_entropy = (entropy * mask).sum() / mask.sum().clamp(min=1)
         averages = self._step_metrics.update(
-            shares={"loss": output.loss.detach()},
-            means={**output.metrics, "entropy": token_entropy},
+            shares={"loss": output.loss.detach(), **output.metrics},
+            means={"entropy": token_entropy},
             micro_batches=self.trainer.accumulate_grad_batches,
             ranks=self.trainer.world_size,
         )

@@ -13,13 +13,14 @@ class StepMetrics:
     def __init__(self) -> None:
         self._shares: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
         self._count = 0
 
     def update(self, shares: dict[str, Tensor], means: dict[str, Tensor], micro_batches: int, ranks: int) -> dict[str, Tensor]:
         """Add a micro-batch.
 
         Args:
-            shares: Values that add up over micro-batches and ranks.
+            shares: Values that add up over micro-batches and ranks; of a name that ends in `/max` the largest is kept.
             means: Values that are averaged.
             micro_batches: Micro-batches in a step; after that many the next call starts anew.
             ranks: Processes; shares are multiplied by it, since what is logged is averaged over processes.
@@ -28,13 +29,17 @@ class StepMetrics:
             The values of the step so far.
         """
         if self._count >= micro_batches:
-            self._shares, self._means, self._count = {}, {}, 0
+            self._shares, self._means, self._maxima, self._count = {}, {}, {}, 0
         self._count += 1
         for name, value in shares.items():
-            self._shares[name] = self._shares.get(name, torch.zeros_like(value)) + value
+            if name.endswith("/max"):
+                self._maxima[name] = torch.maximum(self._maxima.get(name, value), value)
+            else:
+                self._shares[name] = self._shares.get(name, torch.zeros_like(value)) + value
         for name, value in means.items():
             self._means[name] = self._means.get(name, torch.zeros_like(value)) + value
         return {
             **{name: value * ranks for name, value in self._shares.items()},
             **{name: value / self._count for name, value in self._means.items()},
+            **self._maxima,
         }

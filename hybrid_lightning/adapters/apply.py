@@ -2,7 +2,8 @@
 
 PEFT matches names loosely (by suffix, for `modules_to_save` without a dot boundary) and ignores those that it does
 not find, so what has been wrapped is compared with the plan afterwards. All trainable weights are float32, where
-small steps do not vanish; the base keeps its dtype, so that a bfloat16 base has to run under autocast.
+small steps do not vanish; the base keeps its dtype, so that a bfloat16 base has to run under autocast, and merging
+leaves the fully trained modules float32.
 """
 
 from collections.abc import Iterator

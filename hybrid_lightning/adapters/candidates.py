@@ -2,6 +2,9 @@
 
 Everything outside a block (embeddings, `lm_head`) and every weight that two modules share (tied embeddings) is left
 alone: a fully trained copy of a shared weight would untie it in silence.
+
+Experts that a mixture keeps as one three-dimensional parameter (transformers 5 does so for most of them) are no
+linear modules, so they are no candidates and stay frozen.
 """
 
 from collections import Counter

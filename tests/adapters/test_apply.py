@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, parameter_groups, trainable_state
 from hybrid_lightning.adapters.budgets import ModuleBudget
@@ -191,8 +192,6 @@ def test_saving_and_loading_with_peft(make_model, plan_for, batches, tmp_path, f
 
 def test_more_than_twenty_lora_modules(plan_for, batches, tmp_path):
     """From there on PEFT shortens the names."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 48}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=11))
@@ -233,6 +232,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, plan_for, b
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("settings", ["lora", "dora"])
+def test_on_a_four_bit_base(plan_for, batches, tmp_path, settings):
+    """Planned on 16 bits, then loaded with the fully trained modules left out of quantization."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
+    start = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))
+    plan = plan_for(start, lora=SETTINGS[settings])
+    start.save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=[*plan.full_modules, "lm_head"],
+    )
+    options = {"dtype": torch.bfloat16, "quantization_config": quantization}
+    model = LlamaForCausalLM.from_pretrained(tmp_path, **options).train()  # in eval mode bitsandbytes repacks weights
+    base = logits(model, batches, torch.bfloat16)
+    adapted = apply_plan(model, plan)
+    assert torch.equal(logits(adapted, batches, torch.bfloat16), base)
+    train(adapted, batches, torch.bfloat16)
+    adapted.train()
+    assert not torch.equal(logits(adapted, batches, torch.bfloat16), base)
+    with adapter_disabled(adapted):
+        assert torch.equal(logits(adapted, batches, torch.bfloat16), base)
 
 
 def test_tied_embeddings_stay_tied(make_model, plan_for, batches):

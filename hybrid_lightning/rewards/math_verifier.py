@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,21 +35,25 @@ class MathVerifier:
         return self._golds[gold]
 
     def equal(self, gold: str, text: str) -> bool | None:
-        """Whether the answer in a text equals the reference answer; None if that took more than the time allowed."""
+        """Whether the answer in a text equals the reference answer; None if that took more than the time or memory allowed."""
         return self._ask([gold, text])
 
     def _ask(self, request: list[str]) -> bool | None:
         with self._lock:
-            process = self._running()
-            try:
-                reply = self._exchange(process, json.dumps(request))
-            except BaseException:  # Ctrl-C above all: an answer that nobody read would be taken for that to the next request
+            for _ in range(2):  # once more if it was not the request that ended the process, but the system or another user
+                process = self._running()
+                try:
+                    reply = self._exchange(process, json.dumps(request))
+                except BaseException:  # Ctrl-C above all: a reply that nobody read would be taken for that to the next request
+                    self._close()
+                    raise
+                if reply:
+                    return bool(json.loads(reply))
+                out_of_time = process.wait() == -signal.SIGPROF
                 self._close()
-                raise
-            if not reply:
-                self._close()
-                return None
-            return bool(json.loads(reply))
+                if out_of_time:
+                    break
+            return None
 
     @staticmethod
     def _exchange(process: "subprocess.Popen[str]", request: str) -> str:

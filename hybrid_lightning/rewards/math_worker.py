@@ -27,13 +27,24 @@ NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
+DATE = re.compile(r"\d{4}-\d\d?-\d\d?")  # no subtraction
 REWRITES = [
     (re.compile("[\u2212\u2012\u2013\ufe63\uff0d]"), "-"),  # minus sign, dashes
     (re.compile("(?<=\\d)\\s*[\u00d7\u00b7]\\s*(?=\\d)"), "*"),  # times
+    (re.compile('[`"\u201c\u201d\u2248#]|</?[A-Za-z]+>|~(?=\\d)'), " "),  # `5`, "5", ####5, <answer>5</answer>, ~5
+    (re.compile(r"(?<![\w)}])\((-?[\d.]+)\)"), r" \1 "),  # (5)
+    (re.compile(r"(?<![\w.)}])\+(?=\d)"), ""),  # +5
+    (re.compile(r"(?:\A|(?<=[=:]))\s*-\s+(?=\d)"), " -"),  # = - 5; elsewhere the line begins a list
+    (re.compile(r"(?<![\w$])-\s*[$€£¥](?=[\d,.]+(?:\s|$))"), "-"),  # -$5
     (re.compile(r"(?<=\d)[eE]([-+]?\d+)(?![\w.])"), r"*10^(\1)"),  # 1e5
     (re.compile(r"(?<=\d):(?=\d)"), "/"),  # 2:3
+    (re.compile(r"(?<=\d)(?:[_']|\{,\}|\\,)(?=\d{3}(?!\d))"), ""),  # 1_000, 1'000, 1{,}000, 1\,000
+    (
+        re.compile(r"(?<=\d)[ ,](?=\d{4})|(?<=,\d{3}),(?=\d\d?(?!\d))"),
+        ", ",
+    ),  # 1,2345 is two numbers, or a typing error, and not 1,234 and a 5
+    (re.compile(r"(?<![\d.])\d+(?:\.\d+){2,}"), "x"),  # 1.000.000 or 1.2.3 is neither 1.000 nor 1.2
     (re.compile(r"(?<=[A-Za-z]):(?=[-$\d\\])"), ": "),  # Answer:5
-    (re.compile(r"(?<![\w$])-\s*[$€£¥](?=[\d,.]+(?:\s|$))"), "-"),  # -$5
     # math-verify takes what follows the word "answer" before anything later; here the last value counts, so that
     # "the answer is 12 or 13" is not right about 12.
     (re.compile("answer", re.IGNORECASE), "result"),
@@ -51,6 +62,8 @@ def normalize(text: str) -> str:
 def parse_gold(gold: str) -> Any:
     """Parse a reference answer: a number, perhaps with a unit, or else a formula; None if it is neither."""
     text = normalize(gold.strip())
+    if DATE.search(text):
+        return None
     if not re.search(r"\\boxed|\\\(|\\\[|\$.*\$", text) and not (NUMBER.fullmatch(text) and re.search(r"\d", text)):
         formula = re.sub(r"\\(?:text|mathrm|mbox)\{[^}]*\}", "", text)
         if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", formula):
@@ -73,7 +86,8 @@ def main() -> None:
     """Serve until standard input ends."""
     cpu_seconds = float(sys.argv[1])
     logging.disable(logging.CRITICAL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which still has to score what it finishes
+    for stop in (signal.SIGINT, signal.SIGTERM):  # meant for the trainer, which still has to score what it finishes
+        signal.signal(stop, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere the address space is no measure of memory
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(hard, MEMORY_BYTES)

@@ -1,6 +1,7 @@
 """The command line: LightningCLI with `fit`, `validate`, `test`, `predict` and `score`."""
 
 import logging
+import re
 import sys
 import warnings
 from typing import Any, NoReturn
@@ -42,8 +43,16 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message in one line and exit with 2."""
-        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+        """Print what is wrong in one line and exit with 2."""
+        cause = _cause(ex)
+        if cause is None:
+            message = re.sub(r"Does not validate against any of the Union subtypes\s+Subtypes: \[.*?\]\s+Errors:", "", message)
+            message = re.sub(r"-\s+Expected a path but \S+ either not accessible or invalid\s+", "", message)
+            message = re.sub(
+                r"Expected a dot import path string: (\S+)", r"unknown class \1; give module.Class, or a class of ours", message
+            )
+            message = re.sub(r"\s*(- Expected a <class 'NoneType'>\s+)?Given value type:.*", "", message, flags=re.DOTALL)
+        _print_error(message if cause is None else str(cause))
         sys.exit(2)
 
 
@@ -89,8 +98,18 @@ class HybridLightningCLI(LightningCLI):
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.set_defaults(
             {
-                "model": {"class_path": "hybrid_lightning.policy.module.PolicyModule"},
+                "model": {
+                    "class_path": "hybrid_lightning.policy.module.PolicyModule",
+                    "init_args": {
+                        "sampler": {"class_path": "hybrid_lightning.rollout.sampler.Sampler"},
+                        "advantage": {"class_path": "hybrid_lightning.advantages.GroupAdvantage"},
+                        "schedule": {"class_path": "hybrid_lightning.policy.optim.ConstantSchedule"},
+                    },
+                },
                 "data": {"class_path": "hybrid_lightning.data.PromptDataModule"},
+                "adapter.budget": {"class_path": "hybrid_lightning.adapters.budgets.ModuleBudget"},
+                "adapter.scorer": {"class_path": "hybrid_lightning.adapters.scorers.TailEnergy"},
+                "adapter.gradients": {"class_path": "hybrid_lightning.adapters.accumulators.ExactGradients"},
                 "checkpoint.save_last": True,
                 "checkpoint.filename": "step={step}",
                 "checkpoint.auto_insert_metric_name": False,
@@ -127,9 +146,25 @@ def main() -> None:
     _quiet_libraries()
     try:
         HybridLightningCLI()
-    except (HybridLightningError, MisconfigurationException, FileNotFoundError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    except Exception as error:
+        cause = _cause(error)
+        if cause is None:  # not a user's mistake that was foreseen: the traceback is needed
+            raise
+        _print_error(str(cause))
         sys.exit(1)
+
+
+def _cause(error: BaseException | None) -> BaseException | None:
+    """The error in a chain that was raised for the user; jsonargparse wraps what a constructor raises."""
+    while error is not None:
+        if isinstance(error, (HybridLightningError, MisconfigurationException, FileNotFoundError)):
+            return error
+        error = error.__cause__
+    return None
+
+
+def _print_error(message: str) -> None:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
 
 
 def _quiet_libraries() -> None:

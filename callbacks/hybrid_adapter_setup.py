@@ -31,6 +31,7 @@ from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.display import console, progress_bar, run_folder, tensorboard_writers
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
+from hybrid_lightning.policy.modes import evaluation_mode
 
 
 @runtime_checkable
@@ -109,8 +110,8 @@ class HybridAdapterSetup(Callback):
             return
         if not isinstance(pl_module, Adaptable):
             raise ConfigError(
-                f"HybridAdapterSetup cannot adapt {type(pl_module).__name__}: it needs an attribute adapter_attribute (the name of "
-                "the model's attribute) and a method calibration_losses(num_prompts)"
+                f"HybridAdapterSetup cannot adapt {type(pl_module).__name__}: it needs an attribute adapter_attribute (the name "
+                "of the model's attribute) and a method calibration_losses(num_prompts)"
             )
         pl_module.configure_model()
         plan = self._plan_of_checkpoint(trainer) or self.given_plan
@@ -202,21 +203,17 @@ class HybridAdapterSetup(Callback):
                     "All calibration rewards tie, so rollouts carry no signal: modules are scored by the supervised gradient of "
                     "the reference answers instead."
                 )
-        was_training = model.training
-        model.eval()
-        try:
-            with progress_bar(trainer, "Scoring modules", len(losses) if hasattr(losses, "__len__") else None) as advance:
-                scores = score_modules(
-                    model,
-                    candidates,
-                    _counted(losses, advance),
-                    self.scorer,
-                    self.lora.rank,
-                    self.gradients,
-                    evaluate_loss=lambda: _mean_loss(losses),
-                )
-        finally:
-            model.train(was_training)
+        total = len(losses) if hasattr(losses, "__len__") else None
+        with evaluation_mode(model), progress_bar(trainer, "Scoring modules", total) as advance:
+            scores = score_modules(
+                model,
+                candidates,
+                _counted(losses, advance),
+                self.scorer,
+                self.lora.rank,
+                self.gradients,
+                evaluate_loss=lambda: _mean_loss(losses),
+            )
         return scores, info
 
     # ---- applying and showing

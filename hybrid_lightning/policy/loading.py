@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hybrid_lightning.assets import embedded_policy_path
@@ -121,13 +122,16 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
         arguments["attn_implementation"] = attn_implementation
     try:
         config = AutoConfig.from_pretrained(source.location, **source.arguments)
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise ModelError(f"{source.location!r} is a {config.model_type!r} model, which is no causal language model")
-        model, info = AutoModelForCausalLM.from_pretrained(source.location, output_loading_info=True, **arguments)
+        if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
+            raise ModelError(_not_causal(source.location, config.model_type))
+        model, info = AutoModelForCausalLM.from_pretrained(source.location, config=config, output_loading_info=True, **arguments)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model {source.location!r}: {_one_line(error)}") from error
+    # Families of encoders (BERT and its kin) have a causal form too, but a checkpoint of theirs reads to both sides.
+    if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
+        raise ModelError(_not_causal(source.location, config.model_type))
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{source.location!r} lacks {len(missing)} weights, such as {missing[0]!r}; its files are damaged")
@@ -147,6 +151,10 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     if configured is not None:
         ids.update(configured if isinstance(configured, (list, tuple)) else [configured])
     return sorted(ids)
+
+
+def _not_causal(location: str, model_type: str) -> str:
+    return f"{location!r} is a {model_type!r} model, which is no causal language model; give a decoder-only one"
 
 
 def _one_line(error: BaseException) -> str:

@@ -26,6 +26,7 @@ from hybrid_lightning.policy.describe import describe_arguments
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
 from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model, stop_token_ids
 from hybrid_lightning.policy.logprobs import token_logprobs
+from hybrid_lightning.policy.modes import checkpoint_gradients, evaluation_mode
 from hybrid_lightning.policy.optim import ConstantSchedule, LearningRateSchedule, OptimizerCallable, build_optimizer
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
@@ -119,7 +120,7 @@ class PolicyModule(AdaptedModule):
         self.base_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.stop_ids = stop_token_ids(self.model, self.tokenizer)
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_gradients(self.model)
         self.validation_metrics, self.test_metrics = EvaluationMetrics(eval_samples), EvaluationMetrics(eval_samples)
         self.last_rollout: tuple[Rollouts, Rewards, Tensor] | None = None  # for callbacks that show samples
         self.generation_listeners: list[GenerationListener] = []  # called with (running, decoded, max_new_tokens)
@@ -144,13 +145,8 @@ class PolicyModule(AdaptedModule):
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """Eval mode, no gradient, the Trainer's precision; all put back afterwards."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), self._precision():
-                yield
-        finally:
-            self.model.train(was_training)
+        with evaluation_mode(self.model), torch.no_grad(), self._precision():
+            yield
 
     def _precision(self) -> Any:
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()

@@ -1,0 +1,34 @@
+"""Train and eval mode, module by module.
+
+The base model stays in eval mode while it is trained: its own dropout would make the log-probabilities of a training step
+differ from those of the policy that sampled, and the ratio of the first minibatch would not be 1. Modules that the adapter
+adds are in train mode, so that LoRA's dropout is what its setting says.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for all modules; afterwards each is in its own mode again, which `model.train(flag)` would not do."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Recompute the activations of decoder blocks in the backward pass instead of keeping them.
+
+    Transformers honours this in train mode only, so the blocks themselves, but not the modules in them, are put into it.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True

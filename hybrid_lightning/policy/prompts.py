@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.types import Prompt
 
 
@@ -31,7 +32,7 @@ class PromptEncoder:
         """The exact text that the model is given.
 
         Raises:
-            ConfigError: If the prompt has messages and neither the tokenizer nor the config has a chat template.
+            ConfigError: If the prompt has messages, and there is no chat template or it refuses them.
         """
         if prompt.messages is None:
             assert prompt.text is not None
@@ -41,20 +42,35 @@ class PromptEncoder:
                 "the prompts are chat messages, but the tokenizer has no chat template; set model.chat_template or use "
                 "data.format=PlainFormat"
             )
-        text = self.tokenizer.apply_chat_template(
-            list(prompt.messages),
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-            **self.chat_template_kwargs,
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(prompt.messages),
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self.chat_template_kwargs,
+            )
+        except TemplateError as error:  # such as a template without a system role
+            raise ConfigError(
+                f"the chat template refuses the prompt of {_place(prompt)}: {error}; change data.format or model.chat_template"
+            ) from error
         assert isinstance(text, str)
         return text
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, without any end-of-sequence token that the tokenizer would append."""
+        """Token ids of a prompt, without any end-of-sequence token that the tokenizer would append.
+
+        Raises:
+            DataError: If there are none, since a model can complete nothing but tokens.
+        """
         # A chat template writes the special tokens itself.
         ids = list(self.tokenizer(self.render(prompt), add_special_tokens=prompt.messages is None)["input_ids"])
         while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and prompt.messages is None:
             ids.pop()
+        if not ids:
+            raise DataError(f"the prompt of {_place(prompt)} is empty; remove the row, or give data.format a template with text")
         return ids
+
+
+def _place(prompt: Prompt) -> str:
+    return f"{prompt.source or 'the data'} row {prompt.index}"

@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.policy.optim import ConstantSchedule, CosineSchedule, LinearSchedule, build_optimizer
+
+
+def factors(schedule, total, count=None):
+    return [schedule.factor(step, total) for step in range(total if count is None else count)]
+
+
+def test_a_warm_up_rises_in_equal_steps_to_the_full_rate():
+    assert factors(ConstantSchedule(warmup_steps=3), 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert factors(ConstantSchedule(), 3) == [1.0, 1.0, 1.0]
+
+
+def test_a_constant_rate_needs_no_end():
+    assert ConstantSchedule(2).factor(10**9, math.inf) == 1.0
+
+
+def test_a_line_falls_to_its_end():
+    assert factors(LinearSchedule(), 4, 5) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert factors(LinearSchedule(warmup_steps=1, final_factor=0.5), 5, 6) == [0.5, 1.0, 0.875, 0.75, 0.625, 0.5]
+
+
+def test_half_a_cosine_falls_to_its_end():
+    expected = [1.0, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.5 - 0.5 * math.cos(math.pi / 4), 0.0]
+    assert factors(CosineSchedule(), 4, 5) == pytest.approx(expected)
+    expected = [1 / 3, 2 / 3, *(0.2 + 0.8 * value for value in expected)]
+    assert factors(CosineSchedule(warmup_steps=2, final_factor=0.2), 6, 7) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", [LinearSchedule, CosineSchedule])
+def test_the_rate_never_rises_again_beyond_the_end(kind):
+    assert kind(final_factor=0.1).factor(50, 10) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("kind", [LinearSchedule, CosineSchedule])
+def test_a_run_shorter_than_its_warm_up_is_all_warm_up(kind):
+    assert factors(kind(warmup_steps=9), 3) == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ConstantSchedule(-1), r"warmup_steps must not be negative, got -1"),
+        (lambda: LinearSchedule(final_factor=1.5), r"final_factor must be between 0 and 1, got 1\.5"),
+        (lambda: CosineSchedule(final_factor=-0.1), r"final_factor must be between 0 and 1"),
+        (lambda: CosineSchedule().factor(1, math.inf), r"needs the run's length in steps; set trainer\.max_steps"),
+    ],
+)
+def test_impossible_schedules_are_refused(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+def build(optimizer=torch.optim.SGD, schedule=None, total=4, **groups):
+    schedule = schedule or ConstantSchedule()
+    return build_optimizer(optimizer, groups, schedule, total)
+
+
+def parameters(count=1):
+    return [nn.Parameter(torch.ones(2)) for _ in range(count)]
+
+
+def test_each_group_has_its_rate_and_all_follow_the_schedule():
+    full, lora = parameters(2), parameters(3)
+    built = build(schedule=LinearSchedule(), full=(full, 0.1), lora=(lora, 1.0))
+    optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]
+    assert [group["name"] for group in optimizer.param_groups] == ["full", "lora"]
+    assert optimizer.param_groups[0]["params"] == full and optimizer.param_groups[1]["params"] == lora
+    seen = []
+    for _ in range(4):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert seen == [pytest.approx([0.1 * f, f]) for f in (1.0, 0.75, 0.5, 0.25)]
+    assert built["lr_scheduler"]["interval"] == "step"
+
+
+def test_an_empty_group_is_left_out_and_none_at_all_is_refused():
+    assert [group["name"] for group in build(full=([], 0.1), lora=(parameters(), 1.0))["optimizer"].param_groups] == ["lora"]
+    with pytest.raises(ConfigError, match="no trainable parameter; add the callback HybridAdapterSetup"):
+        build(full=([], 0.1), lora=([], 1.0))
+
+
+def test_an_impossible_schedule_is_refused_before_the_warm_up():
+    with pytest.raises(ConfigError, match="run's length"):
+        build(schedule=CosineSchedule(warmup_steps=100), total=math.inf, full=(parameters(), 0.1))

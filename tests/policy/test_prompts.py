@@ -1,0 +1,69 @@
+import pytest
+from conftest import build_tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.policy.prompts import PromptEncoder
+from hybrid_lightning.types import Prompt
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}#{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a#{% if thinking %}think{% endif %}{% endif %}"
+)
+CHAT = Prompt(messages=({"role": "system", "content": "add"}, {"role": "user", "content": "1+2"}))
+
+
+def with_special_tokens(pattern):
+    """The tokenizer, which then writes special tokens around every text, as many do."""
+    tokenizer = build_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=pattern, special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    return tokenizer
+
+
+def test_a_plain_prompt_is_given_as_it_is():
+    encoder = PromptEncoder(build_tokenizer())
+    prompt = Prompt(text="1+2=")
+    assert encoder.render(prompt) == "1+2="
+    assert encoder.encode(prompt) == build_tokenizer()("1+2=").input_ids
+
+
+def test_a_plain_prompt_begins_as_the_tokenizer_says_but_never_ends():
+    plain = build_tokenizer()("1+2=").input_ids
+    assert PromptEncoder(with_special_tokens("<bos> $A <eos>")).encode(Prompt(text="1+2=")) == [1, *plain]
+    assert PromptEncoder(with_special_tokens("$A <eos> <eos>")).encode(Prompt(text="1+2=")) == plain
+
+
+def test_chat_messages_are_rendered_with_one_beginning_and_an_open_answer():
+    encoder = PromptEncoder(with_special_tokens("<bos> $A <eos>"), TEMPLATE)
+    assert encoder.render(CHAT) == "<bos>s#add\nu#1+2\na#"
+    assert encoder.encode(CHAT) == [1, *build_tokenizer()("s#add\nu#1+2\na#").input_ids]
+
+
+def test_arguments_of_the_template_reach_it():
+    encoder = PromptEncoder(build_tokenizer(), TEMPLATE, {"thinking": True})
+    assert encoder.render(CHAT).endswith("a#think")
+
+
+def test_the_template_given_comes_before_the_tokenizers():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "tokenizer{{ messages|length }}"
+    assert PromptEncoder(tokenizer).render(CHAT) == "tokenizer2"
+    assert PromptEncoder(tokenizer, "mine").render(CHAT) == "mine"
+
+
+def test_messages_without_a_template_are_refused():
+    with pytest.raises(ConfigError, match=r"no chat template; set model\.chat_template"):
+        PromptEncoder(build_tokenizer()).encode(CHAT)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system role') }}", "{% for %}"])
+def test_a_template_that_fails_names_the_row(template):
+    prompt = Prompt(messages=CHAT.messages, index=7, source="sums.jsonl")
+    with pytest.raises(ConfigError, match=r"refuses the prompt of sums\.jsonl row 7: .*change data\.format"):
+        PromptEncoder(build_tokenizer(), template).encode(prompt)
+
+
+@pytest.mark.parametrize("prompt", [Prompt(text="", index=3), Prompt(messages=CHAT.messages, index=3)])
+def test_an_empty_prompt_is_refused(prompt):
+    with pytest.raises(DataError, match="prompt of the data row 3 is empty"):
+        PromptEncoder(build_tokenizer(), "{# nothing #}").encode(prompt)

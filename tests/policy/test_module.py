@@ -1,0 +1,245 @@
+"""The training step against losses and gradients computed by hand, sequence by sequence without padding."""
+
+import pytest
+import torch
+from conftest import build_model
+from lightning.pytorch import Callback
+from tiny_runs import DigitShare, build_adapter, fit, write_model, write_sums
+
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.policy.optim import CosineSchedule
+from hybrid_lightning.rollout.sampler import Sampler
+
+TEMPERATURE = 0.8
+KL = 0.05
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("policy") / "model")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("policy") / "sums.jsonl", 16)
+
+
+def trainable(policy):
+    return {name: parameter for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+
+
+def plain_logprobs(model, sequences, row, weights=None):
+    """Log-probabilities of one completion by an unpadded forward pass, with other weights if they are given."""
+    prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]]
+    completion = sequences.completion_ids[row][sequences.completion_mask[row]]
+    ids = torch.cat([prompt, completion])[None]
+    output = model(ids) if weights is None else torch.func.functional_call(model, weights, (ids,))
+    logits = output.logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    return logits.log_softmax(-1).gather(1, completion[:, None]).squeeze(1)
+
+
+def clipped(ratio, advantage, low, high):
+    return -torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def grpo(new, old, advantage):
+    return clipped((new - old).exp(), advantage, 0.2, 0.2).mean()
+
+
+def gspo(new, old, advantage):
+    return clipped((new - old).mean().exp(), advantage, 3e-4, 4e-4)
+
+
+class ByHand(Callback):
+    """Computes every micro-batch's share of the loss and every step's gradient, and compares."""
+
+    def __init__(self, term, kl_coef, rows, sequences_per_step):
+        self.term, self.kl_coef, self.rows, self.sequences_per_step = term, kl_coef, rows, sequences_per_step
+        self.base = build_model("llama", std=0.1)
+        self.rollout, self.old, self.batch, self.gradient = None, {}, 0, {}
+        self.ratios: list[float] = []
+        self.steps = self.moved = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.last_rollout is not self.rollout:
+            self.rollout, self.batch = pl_module.last_rollout, 0
+            self.old = {name: p.detach().clone() for name, p in trainable(pl_module).items()}
+        first = self.batch * self.rows % len(self.rollout[0].sequences)
+        self.batch += 1
+        self.expected = sum(self.loss(pl_module, row) for row in range(first, first + self.rows)) / self.sequences_per_step
+        gradients = torch.autograd.grad(self.expected, list(trainable(pl_module).values()))
+        for name, gradient in zip(trainable(pl_module), gradients, strict=True):
+            self.gradient[name] = self.gradient.get(name, 0) + gradient
+
+    def loss(self, policy, row):
+        rollouts, samples = self.rollout[0], self.rollout[0].samples_per_prompt
+        group = rollouts.completions[row // samples * samples :][:samples]
+        rewards = torch.tensor(DigitShare()(group, None))
+        advantage = (rewards[row % samples] - rewards.mean()) / (rewards.std() + 1e-4)
+        new = plain_logprobs(policy.model, rollouts.sequences, row)
+        with torch.no_grad():
+            old = plain_logprobs(policy.model, rollouts.sequences, row, self.old)
+            reference = plain_logprobs(self.base, rollouts.sequences, row)
+        self.ratios += (new - old).exp().tolist()
+        kl = ((reference - new).exp() - (reference - new) - 1).mean()
+        return self.term(new, old, advantage) + self.kl_coef * kl
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        scale = max(float(gradient.abs().max()) for gradient in self.gradient.values())
+        for name, parameter in trainable(pl_module).items():
+            torch.testing.assert_close(parameter.grad, self.gradient[name], atol=1e-4 * scale, rtol=0, msg=name)
+        self.steps, self.moved, self.gradient = self.steps + 1, self.moved + (scale > 1e-3), {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        torch.testing.assert_close(outputs["loss"], self.expected.detach(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("loss", "term"),
+    [(GRPOLoss(kl_coef=KL), grpo), (GSPOLoss(kl_coef=KL), gspo), (GRPOLoss(), grpo)],
+    ids=["grpo", "gspo", "no-kl"],
+)
+def test_losses_and_gradients_are_those_computed_by_hand(model, sums, tmp_path, loss, term, accumulate):
+    by_hand = ByHand(term, loss.kl_coef, rows=8 // accumulate, sequences_per_step=8)
+    arguments = {"minibatches_per_rollout": 2, "epochs_per_rollout": 2, "sampler": Sampler(6, temperature=TEMPERATURE)}
+    policy = {"loss": loss, "lr_lora": 0.02, **arguments}
+    fit(model, sums, tmp_path, by_hand, policy=policy, max_steps=6, accumulate_grad_batches=accumulate)
+    assert by_hand.steps == by_hand.moved == 6
+    assert min(by_hand.ratios) < 0.8 and max(by_hand.ratios) > 1.2, "the clip has to matter"
+    assert sum(ratio == pytest.approx(1, abs=1e-5) for ratio in by_hand.ratios) > 20, "a rollout's first minibatch is on-policy"
+
+
+def weights_after(model, sums, root, *callbacks, policy=None, **flags):
+    arguments = {"optimizer": torch.optim.SGD, "lr_full": 0.05, "lr_lora": 0.1, "minibatches_per_rollout": 2, **(policy or {})}
+    module = fit(model, sums, root, *callbacks, policy=arguments, **flags)
+    return {name: parameter.detach().clone() for name, parameter in trainable(module).items()}
+
+
+@pytest.fixture(scope="module")
+def start(model, sums, tmp_path_factory):
+    """The trainable weights before the first step."""
+    return weights_after(model, sums, tmp_path_factory.mktemp("start"), policy={"lr_full": 0.0, "lr_lora": 0.0}, max_steps=1)
+
+
+@pytest.mark.parametrize("loss", [GRPOLoss(kl_coef=KL), GSPOLoss(kl_coef=KL)], ids=["grpo", "gspo"])
+def test_how_a_step_is_split_changes_nothing(model, sums, tmp_path, start, loss):
+    whole = weights_after(model, sums, tmp_path, policy={"loss": loss}, max_steps=4)
+    assert sum(not torch.equal(whole[name], start[name]) for name in whole) > 10
+    for accumulate in (2, 4, 8):
+        split = weights_after(model, sums, tmp_path, policy={"loss": loss}, max_steps=4, accumulate_grad_batches=accumulate)
+        for name, value in whole.items():
+            torch.testing.assert_close(split[name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def test_each_learning_rate_moves_its_own_parameters(model, sums, tmp_path, start):
+    def step(**rates):
+        after = weights_after(model, sums, tmp_path, policy=rates, max_steps=1)
+        return {name: after[name] - start[name] for name in start}
+
+    once, twice = step(lr_full=0.05, lr_lora=0.1), step(lr_full=0.05, lr_lora=0.2)
+    full = {name for name in start if "modules_to_save" in name}
+    assert 0 < len(full) < len(start)
+    for name in start:
+        torch.testing.assert_close(twice[name], once[name] * (1 if name in full else 2), atol=1e-7, rtol=1e-4, msg=name)
+    assert all(bool(once[name].any()) for name in start if "lora_A" not in name), "B is zero, so A has no gradient yet"
+
+
+class Watch(Callback):
+    """Notes learning rates, clipped gradient norms, and the optimizer's parameter groups."""
+
+    def __init__(self):
+        self.rates, self.logged, self.groups = [], [], []
+
+    def on_train_start(self, trainer, pl_module):
+        self.groups = [(group["name"], len(group["params"]), group["lr"]) for group in trainer.optimizers[0].param_groups]
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+@pytest.mark.parametrize(("share", "names"), [(0.0, ["lora"]), (0.2, ["full", "lora"]), (1.0, ["full"])])
+def test_the_ends_of_the_budget_have_one_group(model, sums, tmp_path, share, names):
+    watch = Watch()
+    policy = fit(model, sums, tmp_path, watch, build_adapter(share), max_steps=1)
+    assert [name for name, *_ in watch.groups] == names
+    rates = {"full": policy.lr_full, "lora": policy.lr_lora}
+    assert all(rate == rates[name] for name, _, rate in watch.groups)
+    assert sum(count for _, count, _ in watch.groups) == len(trainable(policy))
+    assert all(watch.logged[0][f"grad_norm/{name}"] > 0 for name in names)
+
+
+def test_the_schedule_sets_both_rates_at_every_step(model, sums, tmp_path):
+    schedule, watch = CosineSchedule(warmup_steps=2, final_factor=0.1), Watch()
+    policy = {"schedule": schedule, "lr_full": 1e-3, "lr_lora": 1e-2, "minibatches_per_rollout": 2}
+    fit(model, sums, tmp_path, watch, policy=policy, max_steps=6, accumulate_grad_batches=2)
+    factors = [schedule.factor(step, 6) for step in range(6) for _ in range(2)]
+    assert watch.rates == [pytest.approx([1e-3 * factor, 1e-2 * factor]) for factor in factors]
+
+
+def test_gradient_clipping_limits_the_step(model, sums, tmp_path, start):
+    watch = Watch()
+    rates = {"lr_full": 1.0, "lr_lora": 1.0}
+    after = weights_after(model, sums, tmp_path, watch, policy=rates, max_steps=1, gradient_clip_val=0.01)
+    length = torch.stack([(after[name] - start[name]).norm() for name in start]).norm()
+    assert float(length) == pytest.approx(0.01, rel=1e-3)
+    assert watch.logged[0]["grad_norm/full"] > 0.05, "what is logged is the norm before clipping"
+
+
+def test_the_start_policy_needs_no_second_model(model, sums, tmp_path):
+    base = build_model("llama", std=0.1)
+    policy = fit(model, sums, tmp_path, policy={"loss": GRPOLoss(kl_coef=KL), "lr_lora": 0.1}, max_steps=4)
+    count = sum(parameter.numel() for parameter in policy.parameters())
+    assert count == sum(parameter.numel() for parameter in base.parameters()) + policy.plan.trainable_parameters()
+    assert sum(isinstance(module, type(base)) for module in policy.modules()) == 1
+    ids = torch.tensor([[4, 5, 13, 6, 16]])
+    with policy.start_policy():
+        assert torch.equal(policy.model(ids).logits, base(ids).logits)
+    assert not torch.allclose(policy.model(ids).logits, base(ids).logits, atol=1e-3)
+
+
+class CountBlocks(Callback):
+    """Counts the forward passes of the first decoder block in training steps."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        blocks = pl_module.model.get_base_model().model.layers
+        self.handle = blocks[0].self_attn.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.calls += 1
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("adapter", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(model, sums, tmp_path, adapter):
+    results, calls = [], []
+    for checkpointing in (False, True):
+        count = CountBlocks()
+        policy = {"gradient_checkpointing": checkpointing}
+        results.append(weights_after(model, sums, tmp_path, count, build_adapter(**adapter), policy=policy, max_steps=3))
+        calls.append(count.calls)
+    assert calls == [3, 6]
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_of_the_base_stays_off_and_that_of_lora_is_on(tmp_path, sums, checkpointing):
+    """GPT-2 has dropout of its own, with which the first minibatch would not be on-policy."""
+    model = write_model(tmp_path / "gpt2", "gpt2")
+    ratios = []
+    for dropout in (0.0, 0.5):
+        watch = Watch()
+        policy = {"minibatches_per_rollout": 2, "gradient_checkpointing": checkpointing, "lr_lora": 0.1}
+        fit(model, sums, tmp_path, watch, build_adapter(0, dropout=dropout), policy=policy, max_steps=3)
+        ratios.append([step["ratio/max"] for step in watch.logged])
+    assert ratios[0][0] == ratios[0][2] == pytest.approx(1, abs=1e-5)
+    assert ratios[1][2] > 1.01, "from the third step on B is not zero, so that LoRA's dropout shows"

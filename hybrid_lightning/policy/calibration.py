@@ -32,7 +32,9 @@ class RewardCalibration:
         self.loss, self.logprobs = loss, logprobs
         useful = advantages.nonzero().squeeze(1)
         self.chunks = [(sequences.rows(index), advantages[index]) for index in useful.split(rows) if len(index)]
-        self.num_sequences = len(sequences)
+        # Shares of which the mean over chunks is the mean over all N sequences, or over all their tokens.
+        self.num_sequences = len(sequences) / max(1, len(self.chunks))
+        self.num_tokens = float(sequences.completion_mask.sum()) / max(1, len(self.chunks))
         self.info: dict[str, Any] = {"signal": "reward", "sequences": len(sequences), "useful_sequences": len(useful)}
 
     def __len__(self) -> int:
@@ -46,9 +48,8 @@ class RewardCalibration:
                 advantages=advantages,
                 completion_mask=sequences.completion_mask,
                 ref_logprobs=logprobs.detach(),  # the start policy itself
-                # Shares of which the mean over chunks is the mean over all N sequences.
-                num_sequences=self.num_sequences / len(self.chunks),
-                num_tokens=float(sequences.completion_mask.sum()),
+                num_sequences=self.num_sequences,
+                num_tokens=self.num_tokens,
             )
             yield self.loss(inputs).loss
 

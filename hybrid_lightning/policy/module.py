@@ -248,6 +248,10 @@ class PolicyModule(AdaptedModule):
 
     # ---- training
 
+    def on_train_epoch_start(self) -> None:
+        """An epoch begins with an optimizer step, also after one that was cut short within a step."""
+        self._step_metrics = StepMetrics()
+
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
         start = time.perf_counter()
@@ -328,10 +332,11 @@ class PolicyModule(AdaptedModule):
             num_prompts: Training prompts to use; fewer if there are not as many.
 
         Raises:
+            ConfigError: If the run itself could not work.
             CalibrationError: If rewards tie and there are no answers.
         """
         self.check_settings()
-        prompts = list(self.trainer.datamodule.train_prompts)  # type: ignore[attr-defined]
+        prompts = self._train_prompts()
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
         chosen = [prompts[i] for i in order[:num_prompts]]
         generator = torch.Generator(device=self.device).manual_seed(self.seed + 7919)
@@ -346,6 +351,16 @@ class PolicyModule(AdaptedModule):
             return RewardCalibration(rollouts.sequences, advantages, self.loss, self._calibration_logprobs, rows)
         ids = [self.encode(prompt) for prompt in chosen]
         return AnswerCalibration(chosen, ids, self.tokenizer, self._calibration_logprobs, rows, self.device)
+
+    def _train_prompts(self) -> list[Prompt]:
+        prompts = getattr(self.trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
+        if prompts is None:
+            raise ConfigError(
+                "modules are scored on the train_prompts of the data module, but trainer.datamodule has none; give "
+                "trainer.fit(datamodule=PromptDataModule(...)), or a plan to HybridAdapterSetup"
+            )
+        self.rollout_schedule.check_prompts(len(prompts))
+        return list(prompts)
 
     def _calibration_logprobs(self, sequences: Sequences) -> Tensor:
         with self._precision():

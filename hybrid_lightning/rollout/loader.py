@@ -44,6 +44,14 @@ class RolloutSchedule:
             if value < 1:
                 raise ConfigError(f"model.{entry.name} must be at least 1, got {value}")
 
+    def check_prompts(self, available: int) -> None:
+        """Raise ConfigError if there are not enough training prompts for one rollout."""
+        if available < self.prompts_per_rollout:
+            raise ConfigError(
+                f"model.prompts_per_rollout={self.prompts_per_rollout} is more than the {available} training prompts; "
+                "lower it or give more data"
+            )
+
     def check_split(self, accumulate_grad_batches: int, world_size: int) -> None:
         """Raise ConfigError unless every micro-batch of every rank gets the same number of sequences."""
         if self.prompts_per_rollout % world_size:
@@ -105,11 +113,7 @@ class RolloutLoader:
         sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
         shuffle: bool = True,
     ) -> None:
-        if len(prompts) < schedule.prompts_per_rollout:
-            raise ConfigError(
-                f"model.prompts_per_rollout={schedule.prompts_per_rollout} is more than the {len(prompts)} training prompts; "
-                "lower it or give more data"
-            )
+        schedule.check_prompts(len(prompts))
         schedule.check_split(accumulate_grad_batches(), world_size)
         self.prompts = prompts
         self.source = source
@@ -141,10 +145,14 @@ class RolloutLoader:
         """Yield an epoch's number of micro-batches, going on where the last iteration stopped.
 
         Going on matters when an epoch is cut short (`limit_train_batches`, a stop, a resume): nothing that was paid for with a
-        rollout is thrown away.
+        rollout is thrown away. Except what is left of an optimizer step in whose middle an epoch ended: Lightning has made that
+        step already, with the micro-batches that it had.
         """
-        if not self.shuffle and not self._resumed:
-            self._next_prompt, self._pending = 0, deque()
+        if not self._resumed:
+            if not self.shuffle:
+                self._next_prompt, self._pending = 0, deque()
+            for _ in range(len(self._pending) % self.accumulate_grad_batches()):
+                self._pending.popleft()
         for _ in range(len(self)):
             if self._resumed_random_state is not None:
                 restore_random_state(self._resumed_random_state)

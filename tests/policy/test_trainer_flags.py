@@ -1,0 +1,194 @@
+"""The Trainer's flags mean with a policy what Lightning says they mean."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("flags") / "model")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("flags") / "sums.jsonl", 16)
+
+
+class Log(Callback):
+    """Notes what happened at every micro-batch and validation."""
+
+    def __init__(self):
+        self.epochs: list[list[list[str]]] = []  # epoch -> micro-batch -> its prompts
+        self.steps: list[int] = []  # optimizer steps after each micro-batch
+        self.metrics: list[dict[str, float]] = []
+        self.validations: list[int] = []  # micro-batches before each
+        # of each optimizer step: sequences and tokens whose gradients it has, and sequences and tokens that it divides by
+        self.denominators: list[tuple[list[float], list[float]]] = []
+        self.seen, self.expected = [0.0, 0.0], [0.0, 0.0]
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.epochs.append([])
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        ids, mask = batch.sequences.prompt_ids, batch.sequences.prompt_mask
+        texts = [pl_module.tokenizer.decode(row[keep]) for row, keep in zip(ids, mask, strict=True)]
+        self.epochs[-1].append(list(dict.fromkeys(texts)))
+        self.seen = [self.seen[0] + len(ids), self.seen[1] + float(batch.sequences.completion_mask.sum())]
+        self.expected = [batch.num_sequences, batch.num_tokens]
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.denominators.append((self.seen, self.expected))
+        self.seen = [0.0, 0.0]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append(trainer.global_step)
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def on_validation_start(self, trainer, pl_module):
+        self.validations.append(len(self.steps))
+
+
+def run(model, sums, root, *callbacks, policy=None, **flags):
+    log = Log()
+    fit(model, sums, root, log, *callbacks, policy=policy, **{"max_steps": -1, **flags})
+    return log
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulate", "steps"),
+    [
+        ({}, 1, 4),
+        ({"minibatches_per_rollout": 2}, 1, 8),
+        ({"epochs_per_rollout": 3}, 1, 12),
+        ({"minibatches_per_rollout": 2, "epochs_per_rollout": 3}, 2, 24),
+        ({"prompts_per_rollout": 5, "samples_per_prompt": 2}, 2, 3),
+    ],
+)
+def test_an_epoch_has_a_step_for_each_minibatch_of_each_pass(model, sums, tmp_path, sizes, accumulate, steps):
+    log = run(model, sums, tmp_path, policy=sizes, max_epochs=1, accumulate_grad_batches=accumulate)
+    assert log.steps[-1] == steps and len(log.steps) == steps * accumulate
+    assert all(seen == expected for seen, expected in log.denominators)
+    prompts = {text for batch in log.epochs[0] for text in batch}
+    assert len(prompts) == 16 // sizes.get("prompts_per_rollout", 4) * sizes.get("prompts_per_rollout", 4)
+
+
+def test_max_epochs_and_max_steps(model, sums, tmp_path):
+    log = run(model, sums, tmp_path, max_epochs=2)
+    assert [len(epoch) for epoch in log.epochs] == [4, 4] and log.epochs[0] != log.epochs[1]
+    log = run(model, sums, tmp_path, max_steps=5, accumulate_grad_batches=2)
+    assert log.steps[-1] == 5 and [len(epoch) for epoch in log.epochs] == [8, 2]
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(3, 3), (0.5, 2), (1.0, 4)])
+def test_limit_train_batches(model, sums, tmp_path, limit, batches):
+    log = run(model, sums, tmp_path, max_epochs=2, limit_train_batches=limit)
+    assert [len(epoch) for epoch in log.epochs] == [batches, batches]
+
+
+def test_epochs_cut_within_a_step_do_not_mix_steps(model, sums, tmp_path):
+    """Lightning makes the last step of a cut epoch with what it has; the rest of that step must not leak into the next one."""
+    log = run(model, sums, tmp_path, max_epochs=3, limit_train_batches=6, accumulate_grad_batches=4)
+    assert [len(epoch) for epoch in log.epochs] == [6, 6, 6] and log.steps[-1] == 6
+    whole, cut = log.denominators[::2], log.denominators[1::2]
+    assert all(seen == expected for seen, expected in whole)
+    assert [(seen[0], expected[0]) for seen, expected in cut] == [(8, 16)] * 3
+    first, last = [log.metrics[i::6] for i in (0, 3)]
+    assert all(step["ratio/mean"] < 0.5 for step in first) and all(step["ratio/mean"] > 0.9 for step in last)
+
+
+def test_fast_dev_run_is_one_step_that_leaves_nothing_behind(model, sums, tmp_path):
+    log = run(model, sums, tmp_path / "root", fast_dev_run=True, accumulate_grad_batches=2)
+    assert len(log.steps) == 1 and not (tmp_path / "root").exists()
+    assert run(model, sums, tmp_path / "root", fast_dev_run=3).steps == [1, 2, 3]
+
+
+def test_overfit_batches_repeats_its_prompts(model, sums, tmp_path):
+    log = run(model, sums, tmp_path, max_epochs=3, overfit_batches=2)
+    assert [len(epoch) for epoch in log.epochs] == [2, 2, 2]
+    assert log.epochs[0] == log.epochs[1] == log.epochs[2]
+
+
+def validated(model, sums, root, **flags):
+    log = Log()
+    torch.manual_seed(11)
+    trainer = build_trainer(root, build_adapter(), log, **{"max_steps": -1, **flags})
+    trainer.fit(build_policy(model), datamodule=build_data(sums, validation_fraction=0.25))
+    return log
+
+
+def test_validation_comes_when_asked_for(model, sums, tmp_path):
+    assert validated(model, sums, tmp_path, max_epochs=2).validations == [3, 6]
+    assert validated(model, sums, tmp_path, max_epochs=4, check_val_every_n_epoch=2).validations == [6, 12]
+    by_step = {"val_check_interval": 4, "check_val_every_n_epoch": None, "max_steps": 9}
+    assert validated(model, sums, tmp_path, **by_step).validations == [4, 8]
+    assert validated(model, sums, tmp_path, max_epochs=2, limit_val_batches=0).validations == []
+
+
+def test_validation_does_not_change_training(model, sums, tmp_path):
+    every = validated(model, sums, tmp_path, max_epochs=2, val_check_interval=1)
+    never = validated(model, sums, tmp_path, max_epochs=2, limit_val_batches=0)
+    assert len(every.validations) == 6
+    assert [step["loss"] for step in every.metrics] == [step["loss"] for step in never.metrics]
+
+
+def test_accumulation_may_change_between_epochs(model, sums, tmp_path):
+    log = run(model, sums, tmp_path, GradientAccumulationScheduler({0: 1, 1: 2}), max_epochs=2)
+    assert log.steps == [1, 2, 3, 4, 4, 5, 5, 6] and all(seen == expected for seen, expected in log.denominators)
+
+
+def test_a_bf16_base_trains_float32_weights_and_begins_on_policy(model, sums, tmp_path):
+    log = Log()
+    policy = {"dtype": "bfloat16", "loss": GSPOLoss(kl_coef=0.01), "minibatches_per_rollout": 2}
+    module = fit(model, sums, tmp_path, log, policy=policy, max_steps=4, precision="bf16-mixed")
+    assert {parameter.dtype for parameter in module.parameters() if parameter.requires_grad} == {torch.float32}
+    assert {parameter.dtype for parameter in module.parameters() if not parameter.requires_grad} == {torch.bfloat16}
+    assert log.metrics[0]["ratio/max"] == 1 == log.metrics[2]["ratio/max"] and log.metrics[1]["ratio/max"] != 1
+    assert log.metrics[0]["kl"] == 0 < log.metrics[1]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "flags", "message"),
+    [
+        ({}, {"precision": "bf16-true"}, r"trainer\.precision=bf16-true would round"),
+        ({}, {"precision": "16-true"}, r"trainer\.precision=16-true would round"),
+        ({"dtype": "bfloat16"}, {}, r"model\.dtype=bfloat16 needs trainer\.precision=bf16-mixed"),
+        ({}, {"accumulate_grad_batches": 3}, r"16 completions .* cannot be split evenly into 3 micro-batches"),
+        ({"prompts_per_rollout": 17}, {}, r"prompts_per_rollout=17 is more than the 16 training prompts"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_generated(model, sums, tmp_path, policy, flags, message):
+    module = build_policy(model, **policy)
+    module.generation_listeners.append(lambda *_: pytest.fail("generated"))
+    with pytest.raises(ConfigError, match=message):
+        build_trainer(tmp_path, build_adapter(), **flags).fit(module, datamodule=build_data(sums))
+
+
+def test_a_kl_term_without_start_policy_is_refused(model, sums, tmp_path):
+    with pytest.raises(ConfigError, match=r"KL term .* set adapter\.keep_start_weights=true"):
+        fit(model, sums, tmp_path, build_adapter(keep_start_weights=False), policy={"loss": GRPOLoss(kl_coef=0.1)})
+
+
+def test_a_policy_without_adapter_has_nothing_to_train(model, sums, tmp_path):
+    with pytest.raises(ConfigError, match="no trainable parameter; add the callback HybridAdapterSetup"):
+        build_trainer(tmp_path).fit(build_policy(model), datamodule=build_data(sums))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eval_samples": 0}, r"model\.eval_samples must be at least 1, got 0"),
+        ({"lr_full": -1.0}, r"model\.lr_full must be a non-negative number, got -1"),
+        ({"lr_lora": float("nan")}, r"model\.lr_lora must be a non-negative number, got nan"),
+        ({"samples_per_prompt": 0}, r"model\.samples_per_prompt must be at least 1, got 0"),
+        ({"epochs_per_rollout": 0}, r"model\.epochs_per_rollout must be at least 1, got 0"),
+    ],
+)
+def test_impossible_arguments_are_refused(model, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        build_policy(model, **arguments)

@@ -1,0 +1,178 @@
+"""Calibration losses: the mean of their gradients is the gradient of the loss on all calibration rollouts."""
+
+import pytest
+import torch
+from conftest import build_model
+from lightning.pytorch import LightningDataModule
+from tiny_runs import Constant, DigitShare, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+
+from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
+from hybrid_lightning.errors import CalibrationError, ConfigError
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.losses import functional as F
+from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
+from hybrid_lightning.rollout.sampler import Sampler
+
+TEMPERATURE = 0.8
+
+
+class TokenMeanLoss(GRPOLoss):
+    """GRPO with every token of the step counting the same, as DAPO aggregates."""
+
+    def aggregate(self, per_token_loss, inputs):
+        return F.mean_over_tokens(per_token_loss, inputs.completion_mask, inputs.num_tokens)
+
+
+class EvenOrTied(DigitShare):
+    """Ties on every other problem, so that rows without advantage are left out."""
+
+    def __call__(self, completions, prompts):
+        values = super().__call__(completions, prompts)
+        return [value if prompt.index % 2 else 0.5 for value, prompt in zip(values, prompts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("calibration") / "model")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("calibration") / "sums.jsonl", 16)
+
+
+def calibrate(model, sums, prompts=8, data=None, accumulate=1, **arguments):
+    """The policy, its rollouts, and the calibration losses; the policy's weights want gradients."""
+    policy = build_policy(model, **{"sampler": Sampler(6, temperature=TEMPERATURE), **arguments})
+    trainer = build_trainer(model.parent, accumulate_grad_batches=accumulate)
+    data = data or build_data(sums)
+    policy.trainer = trainer
+    trainer.datamodule, data.trainer = data, trainer
+    rollouts = []
+    generate = policy.generate
+
+    def listen(*args, **kwargs):
+        rollouts.append(generate(*args, **kwargs))
+        return rollouts[-1]
+
+    policy.generate = listen
+    losses = policy.calibration_losses(prompts)
+    policy.model.requires_grad_(True)
+    return policy, rollouts[0], losses
+
+
+def mean_gradient(policy, losses):
+    policy.model.zero_grad()
+    values = [float(loss.detach()) for loss in losses if loss.backward() is None]
+    assert len(values) == len(losses)
+    return {name: p.grad / len(values) for name, p in policy.model.named_parameters() if p.grad is not None}
+
+
+def plain_logprobs(model, prompt, completion):
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+
+
+def completion_logprobs(model, rollouts, row):
+    sequences = rollouts.sequences
+    prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist()
+    return plain_logprobs(model, prompt, sequences.completion_ids[row][sequences.completion_mask[row]].tolist())
+
+
+def assert_same_gradient(gradient, loss, model):
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradient.keys() == expected.keys()
+    scale = max(float(value.abs().max()) for value in expected.values())
+    assert scale > 1e-3
+    for name, value in expected.items():
+        torch.testing.assert_close(gradient[name], value, atol=1e-5 * scale, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("reward", [DigitShare(), EvenOrTied()], ids=["all", "half-tied"])
+@pytest.mark.parametrize("loss", [GRPOLoss(kl_coef=0.1), GSPOLoss(), TokenMeanLoss()], ids=["grpo", "gspo", "token-mean"])
+def test_rewards_give_the_policy_gradient_at_the_start_policy(model, sums, loss, reward):
+    sizes = {"minibatches_per_rollout": 2, "accumulate": 2}
+    policy, rollouts, losses = calibrate(model, sums, loss=loss, reward=reward, **sizes)
+    assert isinstance(losses, RewardCalibration) and len(losses) > 2
+    base = build_model("llama", std=0.1).requires_grad_(True)
+    rewards = torch.tensor(reward(rollouts.completions, [p for p in rollouts.prompts for _ in range(4)])).view(-1, 4)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    assert losses.info == {"signal": "reward", "sequences": 32, "useful_sequences": int(advantages.count_nonzero())}
+    logprobs = [completion_logprobs(base, rollouts, row) for row in range(32)]
+    if isinstance(loss, TokenMeanLoss):
+        total = sum(a * row.sum() for a, row in zip(advantages, logprobs, strict=True)) / sum(map(len, logprobs))
+    else:
+        total = sum(a * row.mean() for a, row in zip(advantages, logprobs, strict=True)) / 32
+    # at the start policy the ratio is 1 and its gradient that of the log-probability; the KL term has none
+    assert_same_gradient(mean_gradient(policy, losses), -total, base)
+
+
+def test_iterating_twice_gives_the_same_losses(model, sums):
+    _, _, losses = calibrate(model, sums)
+    assert [float(loss) for loss in losses] == [float(loss) for loss in losses]
+
+
+def test_calibration_rollouts_are_the_seeds_and_take_nothing_from_training(model, sums):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    _, first, _ = calibrate(model, sums)
+    assert torch.equal(torch.get_rng_state(), before)
+    _, again, _ = calibrate(model, sums)
+    _, other, _ = calibrate(model, sums, seed=1)
+    assert first.completions == again.completions and first.prompts == again.prompts
+    assert first.prompts != other.prompts and len({prompt.index for prompt in first.prompts}) == 8
+
+
+def test_fewer_prompts_than_asked_for_are_all_taken(model, sums):
+    _, rollouts, _ = calibrate(model, sums, prompts=1000)
+    assert sorted(prompt.index for prompt in rollouts.prompts) == list(range(16))
+
+
+def test_where_all_rewards_tie_the_answers_are_learned(model, sums):
+    policy, rollouts, losses = calibrate(model, sums, reward=Constant())
+    assert isinstance(losses, AnswerCalibration)
+    assert losses.info == {"signal": "answers", "sequences": 8, "useful_sequences": 8}
+    base = build_model("llama", std=0.1).requires_grad_(True)
+
+    def loss(prompt):
+        answer = [*policy.tokenizer(prompt.answer).input_ids, 2]
+        return -plain_logprobs(base, policy.tokenizer(prompt.text).input_ids, answer).mean()
+
+    total = sum(loss(prompt) for prompt in rollouts.prompts) / 8
+    assert_same_gradient(mean_gradient(policy, losses), total, base)
+
+
+def test_neither_rewards_nor_answers_is_an_error(model, tmp_path):
+    (tmp_path / "open.jsonl").write_text("\n".join(f'{{"question": "{i}?"}}' for i in range(16)))
+    data = PromptDataModule(FileSource(str(tmp_path / "open.jsonl"), answer_column=None), PlainFormat())
+    with pytest.raises(CalibrationError, match=r"all rewards of the 8 calibration prompts tie, .* or give adapter\.plan"):
+        calibrate(model, None, data=data, reward=Constant())
+
+
+def test_a_plan_from_answers_says_so(model, sums, tmp_path, capsys):
+    policy = build_policy(model, reward=Constant())
+    trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
+    trainer.fit(policy, datamodule=build_data(sums))
+    assert policy.plan.calibration == {"signal": "answers", "sequences": 4, "useful_sequences": 4, "prompts": 4}
+    assert "All calibration rewards tie" in capsys.readouterr().out
+
+
+class OtherData(LightningDataModule):
+    """Has rollouts to train on, but no prompts to score with."""
+
+
+def test_a_data_module_without_prompts_is_refused(model):
+    with pytest.raises(ConfigError, match=r"trainer\.datamodule has none; give trainer\.fit\(datamodule=PromptDataModule"):
+        calibrate(model, None, data=OtherData())
+
+
+def test_answers_of_every_length_are_padded_right(model):
+    policy = build_policy(model)
+    prompts = [type("P", (), {"answer": answer})() for answer in ("1", "", "123")]
+    ids = [[4], [5, 6], [7]]
+    losses = AnswerCalibration(
+        prompts, ids, policy.tokenizer, lambda s: torch.ones(s.completion_ids.shape), 2, torch.device("cpu")
+    )
+    assert losses.sequences.completion_mask.sum(1).tolist() == [2, 1, 4]
+    assert sum(float(loss) for loss in losses) / len(losses) == pytest.approx(-1)

@@ -20,6 +20,7 @@ def _describe(name: str, value: Any) -> Any:
     if isinstance(value, Part):
         return _describe(name, value.to_config())
     if isinstance(value, type):
+        _check_importable(name, value.__qualname__)
         return {"class_path": f"{value.__module__}.{value.__qualname__}", "init_args": {}}
     if isinstance(value, functools.partial):
         # jsonargparse, which rebuilds a module from a checkpoint, has the class among the positional arguments.
@@ -27,6 +28,7 @@ def _describe(name: str, value: Any) -> Any:
         if len(classes) == 1:
             return {**_describe(name, classes[0]), "init_args": describe_arguments(value.keywords)}
     if isinstance(value, dict):
+        _check_importable(name, str(value.get("class_path")))
         return {key: _describe(name, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_describe(name, item) for item in to_plain(value)]
@@ -36,3 +38,11 @@ def _describe(name: str, value: Any) -> Any:
         f"{name}={value!r} cannot be written into a checkpoint; give a class, functools.partial(Class, ...), a subclass of "
         "hybrid_lightning.parts.Part, or plain numbers and strings"
     )
+
+
+def _check_importable(name: str, path: str) -> None:
+    if "<locals>" in path:
+        raise ConfigError(
+            f"{name}: the class {path} cannot be written into a checkpoint, since it is defined within a function; define it at "
+            "the top level of a module"
+        )

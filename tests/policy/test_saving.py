@@ -1,0 +1,175 @@
+"""A policy made in Python comes back from its checkpoint alone, parts of the user's own included."""
+
+import functools
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+
+from hybrid_lightning.adapters.planning import describe
+from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.losses import GRPOLoss, PolicyLoss
+from hybrid_lightning.losses import functional as F
+from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.optim import LinearSchedule
+from hybrid_lightning.rewards import FormatReward, WeightedSum
+from hybrid_lightning.rollout.sampler import Sampler
+
+IDS = torch.tensor([[4, 5, 13, 6, 16]])
+
+
+class Reinforce(PolicyLoss):
+    """A loss of one's own."""
+
+    def __init__(self, scale: float, kl_coef: float = 0.0) -> None:
+        super().__init__(kl_coef)
+        self.scale = scale
+
+    def policy_term(self, inputs, old_logprobs):
+        ratio = F.token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
+        return -self.scale * ratio * inputs.advantages[:, None], ratio
+
+
+class LengthPenalty(DigitShare):
+    """A reward of one's own."""
+
+    def __init__(self, per_character: float = 0.1) -> None:
+        self.per_character = per_character
+
+    def __call__(self, completions, prompts):
+        return [-self.per_character * len(text) for text in completions]
+
+
+class Patient(PolicyModule):
+    """A module of one's own, with an argument more."""
+
+    def __init__(self, patience: int, **arguments) -> None:
+        super().__init__(**arguments)
+        self.patience = patience
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("saving") / "model")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("saving") / "sums.jsonl", 16)
+
+
+def save(model, sums, root, *callbacks, policy=None):
+    saver = ModelCheckpoint(root, filename="last", every_n_train_steps=2)
+    module = fit(model, sums, root, *callbacks, saver, policy=policy, enable_checkpointing=True)
+    return module.eval(), root / "last.ckpt"
+
+
+def assert_same_policy(loaded, module):
+    loaded.eval()
+    assert loaded.plan == module.plan
+    assert torch.equal(loaded.model(IDS).logits, module.model(IDS).logits)
+
+
+def test_parts_of_ones_own_come_back_with_their_arguments(model, sums, tmp_path):
+    reward = WeightedSum([DigitShare(), LengthPenalty(per_character=0.25), FormatReward("[0-9]", name="digit")], [1.0, 0.5, 0.1])
+    policy = {
+        "loss": Reinforce(0.5, kl_coef=0.01),
+        "reward": reward,
+        "sampler": Sampler(6, temperature=0.7, stop=["#"]),
+        "optimizer": functools.partial(torch.optim.AdamW, betas=(0.8, 0.9)),
+        "schedule": LinearSchedule(1, final_factor=0.5),
+    }
+    module, path = save(model, sums, tmp_path, policy=policy)
+    loaded = PolicyModule.load_from_checkpoint(path)
+    assert_same_policy(loaded, module)
+    assert type(loaded.loss) is Reinforce and (loaded.loss.scale, loaded.loss.kl_coef) == (0.5, 0.01)
+    for part in ("loss", "reward", "sampler", "schedule"):
+        assert describe(getattr(loaded, part)) == describe(getattr(module, part))
+    assert [(type(term), weight) for term, weight in loaded.reward.terms()] == [
+        (type(term), weight) for term, weight in reward.terms()
+    ]
+    assert loaded.optimizer_class([torch.nn.Parameter(torch.zeros(1))]).defaults["betas"] == (0.8, 0.9)
+    assert loaded.lr_lora == module.lr_lora and loaded.rollout_schedule == module.rollout_schedule
+
+
+def test_what_was_loaded_can_be_saved_and_loaded_again(model, sums, tmp_path):
+    module, path = save(model, sums, tmp_path / "a")
+    loaded = PolicyModule.load_from_checkpoint(path)
+    again, path = save(model, sums, tmp_path / "b", policy={"lr_full": 0.0, "lr_lora": 0.0})
+    assert loaded.hparams == PolicyModule.load_from_checkpoint(tmp_path / "a" / "last.ckpt").hparams
+    assert again.plan == module.plan, "the same seed and model make the same plan"
+    assert set(loaded.hparams) == set(module.hparams)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{"share": 0.0}, {"share": 1.0}, {"use_dora": True, "dropout": 0.1}, {"use_rslora": True}, {"keep_start_weights": False}],
+    ids=str,
+)
+def test_every_kind_of_adapter_comes_back(model, sums, tmp_path, adapter):
+    module, path = save(model, sums, tmp_path, build_adapter(**adapter))
+    loaded = PolicyModule.load_from_checkpoint(path)
+    assert_same_policy(loaded, module)
+    assert loaded.keep_start_weights == module.keep_start_weights
+    content = torch.load(path, weights_only=True)
+    assert content["state_dict"].keys() == {name for name, p in module.named_parameters() if p.requires_grad}
+    assert content[CHECKPOINT_KEY]["plan"]["digest"] == module.plan.digest
+
+
+def test_arguments_can_be_replaced_while_loading(model, sums, tmp_path):
+    module, path = save(model, sums, tmp_path)
+    loaded = PolicyModule.load_from_checkpoint(path, reward=LengthPenalty(), eval_samples=3)
+    assert_same_policy(loaded, module)
+    assert isinstance(loaded.reward, LengthPenalty) and loaded.eval_samples == 3
+
+
+def test_a_subclass_comes_back_with_its_own_argument(model, sums, tmp_path):
+    module = Patient(7, loss=GRPOLoss(), reward=DigitShare(), model=str(model), sampler=Sampler(6), prompts_per_rollout=4)
+    trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
+    trainer.fit(module, datamodule=build_data(sums))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = Patient.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert loaded.patience == 7 and isinstance(loaded.loss, GRPOLoss)
+    assert_same_policy(loaded, module.eval())
+
+
+@pytest.mark.parametrize("optimizer", [lambda parameters: torch.optim.SGD(parameters, lr=1), torch.optim.SGD.__init__])
+def test_what_cannot_be_written_is_refused_at_once(model, optimizer):
+    with pytest.raises(ConfigError, match=r"optimizer=.* cannot be written into a checkpoint; give a class, functools\.partial"):
+        build_policy(model, optimizer=optimizer)
+
+
+def test_a_part_that_no_import_finds_is_refused_at_once(model):
+    class Local(DigitShare):
+        pass
+
+    for reward in (Local(), WeightedSum([DigitShare(), Local()])):
+        with pytest.raises(ConfigError, match=r"reward: the class .*Local cannot be written .* define it at the top level"):
+            build_policy(model, reward=reward)
+
+
+def test_another_base_model_is_refused(model, sums, tmp_path):
+    _, path = save(model, sums, tmp_path)
+    other = write_model(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match=r"belongs to a base model with digest .* give the same model\.model"):
+        PolicyModule.load_from_checkpoint(path, model=str(other))
+    with pytest.raises(CheckpointError, match=r"model\.dtype as in the run's config\.yaml"):
+        PolicyModule.load_from_checkpoint(path, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop(next(iter(state))), "lacks 1 trainable weights, such as"),
+        (lambda state: state.update(extra=torch.zeros(1)), "has 1 weights that this model lacks, such as 'extra'"),
+    ],
+)
+def test_lacking_and_unknown_weights_are_refused(model, sums, tmp_path, change, message):
+    _, path = save(model, sums, tmp_path)
+    content = torch.load(path, weights_only=True)
+    change(content["state_dict"])
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message):
+        PolicyModule.load_from_checkpoint(path)

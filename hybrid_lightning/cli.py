@@ -148,8 +148,8 @@ def main() -> None:
         HybridLightningCLI()
     except Exception as error:
         cause = _cause(error)
-        if cause is None:  # not a user's mistake that was foreseen: the traceback is needed
-            raise
+        if cause is None:  # not a mistake that was foreseen: the traceback is needed, of what was raised first
+            raise _unwrapped(error)  # noqa: B904
         _print_error(str(cause))
         sys.exit(1)
 
@@ -161,6 +161,13 @@ def _cause(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__
     return None
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """What a constructor raised, from below jsonargparse's account of a union, whose last line is the whole config."""
+    while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _print_error(message: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -118,6 +119,9 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
     arguments = {**source.arguments, "dtype": DTYPES[dtype]}
+    if "gguf_file" in source.arguments and hasattr(transformers, "GgufConfig"):
+        # Newer versions would keep the weights packed where they have kernels for it; those cannot be trained.
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     try:
@@ -135,10 +139,11 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{source.location!r} lacks {len(missing)} weights, such as {missing[0]!r}; its files are damaged")
-    # A GGUF is dequantized while it is read; what is left is an ordinary model, and saving or adapting it must not be
-    # refused because its config still says otherwise.
-    if getattr(model.config, "quantization_config", None) is not None and "gguf_file" in source.arguments:
-        del model.config.quantization_config
+    if "gguf_file" in source.arguments:
+        # What is left after dequantization is an ordinary model; saving or adapting it must not be refused for its past.
+        for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
+            if hasattr(owner, attribute):
+                delattr(owner, attribute)
     model.requires_grad_(False)
     return model.eval()
 

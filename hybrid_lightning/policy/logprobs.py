@@ -5,12 +5,19 @@ not part of it (as in TRL and verl), so that the gradient is defined for every t
 """
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 from hybrid_lightning.types import Sequences
+
+# Logits are turned into float32 log-probabilities in blocks of at most this many numbers (64 MiB).
+_BLOCK = 2**24
+# A prompt is shared if that leaves at most this share of the tokens: below it, one forward pass is faster than two.
+_WORTH_SHARING = 0.8
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -27,6 +34,8 @@ def accepts(model: nn.Module, argument: str) -> bool:
 def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every completion token.
 
+    The forward and backward pass of a prompt is shared by neighbouring rows that have the same prompt, where that saves work.
+
     Args:
         model: Causal language model with the Hugging Face forward.
         sequences: B prompts (left-padded) and completions (right-padded, T tokens).
@@ -36,31 +45,86 @@ def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float) -
         Log-probabilities [B, T] float32 with gradient, and entropies [B, T] float32 in nats without. Values at padding are
         finite and meaningless: mask them.
     """
-    completion_ids = sequences.completion_ids
-    length = completion_ids.shape[1]
-    mask = torch.cat([sequences.prompt_mask, sequences.completion_mask], dim=1)
-    arguments: dict[str, Tensor | int | bool] = {
-        "input_ids": torch.cat([sequences.prompt_ids, completion_ids], dim=1),
-        "attention_mask": mask.long(),
-        "use_cache": False,
-    }
-    if accepts(model, "position_ids"):
-        arguments["position_ids"] = position_ids(mask)
-    if accepts(model, "logits_to_keep"):  # the prompt's logits are never needed: for a long prompt the largest tensor
-        arguments["logits_to_keep"] = length + 1
-    logits = model(**arguments).logits[:, -(length + 1) : -1]
-    rows = [
-        # Recomputed in backward, so that the float32 copy of one row's logits lives at a time and not those of the batch.
-        checkpoint(_row_logprobs, logits[row], completion_ids[row], temperature, use_reentrant=False)
-        for row in range(len(sequences))
+    groups = _prompt_groups(sequences)
+    if _can_share(model, sequences, groups):
+        logits = _shared_prompt_logits(model, sequences, groups)
+    else:
+        logits = _separate_logits(model, sequences)
+    ids = sequences.completion_ids
+    rows = max(1, _BLOCK // (logits.shape[1] * logits.shape[2]))
+    if rows >= len(ids):
+        return _block_logprobs(logits, ids, temperature)
+    blocks = [
+        # Recomputed in the backward pass, so that one block's float32 copy lives at a time and not that of the batch.
+        checkpoint(_block_logprobs, logits[start : start + rows], ids[start : start + rows], temperature, use_reentrant=False)
+        for start in range(0, len(ids), rows)
     ]
-    return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+    return torch.cat([block[0] for block in blocks]), torch.cat([block[1] for block in blocks])
 
 
-def _row_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One sequence: logits [T, V], ids [T] -> log-probabilities [T] and entropies [T]."""
-    scaled = logits.float() / temperature
-    logprobs = scaled.log_softmax(dim=-1)
+def _separate_logits(model: nn.Module, sequences: Sequences) -> Tensor:
+    """Logits [B, T, V] before each completion token, every row with its own prompt."""
+    length = sequences.completion_ids.shape[1]
+    mask = torch.cat([sequences.prompt_mask, sequences.completion_mask], dim=1)
+    ids = torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1)
+    return _forward(model, ids, mask, position_ids(mask), length + 1, use_cache=False)[:, -(length + 1) : -1]
+
+
+def _prompt_groups(sequences: Sequences) -> Tensor:
+    """Number of the prompt of each row [B], counting runs of neighbours with the same prompt."""
+    prompts = torch.cat([sequences.prompt_ids, sequences.prompt_mask.long()], dim=1)
+    changes = (prompts[1:] != prompts[:-1]).any(dim=1).long()
+    return torch.cat([changes.new_zeros(1), changes.cumsum(dim=0)])
+
+
+def _can_share(model: nn.Module, sequences: Sequences, groups: Tensor) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base, "is_gradient_checkpointing", False):  # which cannot recompute a layer that has written to the cache
+        return False
+    (rows, prompt_length), length = sequences.prompt_ids.shape, sequences.completion_ids.shape[1]
+    shared = (int(groups[-1]) + 1) * prompt_length + rows * length
+    return shared <= _WORTH_SHARING * rows * (prompt_length + length)
+
+
+def _shared_prompt_logits(model: nn.Module, sequences: Sequences, groups: Tensor) -> Tensor:
+    """The same as `_separate_logits`: prompts go through the model once, and their keys and values serve all their rows."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    cache = DynamicCache(config=base.config)
+    first = torch.cat([groups.new_ones(1), groups.diff()]).bool()
+    prompt_ids, prompt_mask = sequences.prompt_ids[first], sequences.prompt_mask[first]
+    logits = _forward(model, prompt_ids, prompt_mask, position_ids(prompt_mask), 1, use_cache=True, cache=cache)[:, -1:][groups]
+    if sequences.completion_ids.shape[1] == 1:
+        return logits
+    cache.batch_select_indices(groups)
+    ids, width = sequences.completion_ids[:, :-1], sequences.prompt_ids.shape[1]
+    mask = torch.cat([sequences.prompt_mask, sequences.completion_mask[:, :-1]], dim=1)
+    rest = _forward(model, ids, mask, position_ids(mask)[:, width:], ids.shape[1], use_cache=True, cache=cache)
+    return torch.cat([logits, rest], dim=1)
+
+
+def _forward(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    keep: int,
+    use_cache: bool,
+    cache: DynamicCache | None = None,
+) -> Tensor:
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": use_cache}
+    if accepts(model, "position_ids"):
+        arguments["position_ids"] = positions
+    if accepts(model, "logits_to_keep"):  # the prompt's logits are never needed: for a long prompt the largest tensor
+        arguments["logits_to_keep"] = keep
+    if cache is not None:
+        arguments["cache" if accepts(model, "cache") else "past_key_values"] = cache
+    logits: Tensor = model(**arguments).logits
+    return logits
+
+
+def _block_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits [b, T, V], ids [b, T] -> log-probabilities [b, T] and entropies [b, T]."""
+    logprobs = (logits.float() / temperature).log_softmax(dim=-1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
-    return logprobs.gather(1, ids[:, None]).squeeze(1), entropy
+    return logprobs.gather(2, ids[..., None]).squeeze(2), entropy

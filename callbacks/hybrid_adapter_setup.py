@@ -29,7 +29,7 @@ from hybrid_lightning.adapters.planning import make_plan
 from hybrid_lightning.adapters.scorers import Scorer, TailEnergy
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.display import console, progress_bar, run_folder, tensorboard_writers
-from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.modes import evaluation_mode
 
@@ -104,16 +104,18 @@ class HybridAdapterSetup(Callback):
         Raises:
             ConfigError: If the module does not follow the protocol, or settings contradict each other.
             CheckpointError: If a plan file and the checkpoint's plan differ.
+            PlanError: If the plan file is not the plan that is applied already, or belongs to another model.
         """
-        if getattr(pl_module, "plan", None) is not None:
-            self.plan = pl_module.plan  # type: ignore[assignment]
+        applied: AdapterPlan | None = getattr(pl_module, "plan", None)
+        if applied is not None:
+            if self.given_plan is not None and self.given_plan.digest != applied.digest:
+                raise PlanError(
+                    f"the model is adapted by plan {applied.digest[:12]} already and cannot take adapter.plan={self.plan_path} "
+                    f"(plan {self.given_plan.digest[:12]}); load the model anew, or remove adapter.plan"
+                )
+            self.plan = applied
             return
-        if not isinstance(pl_module, Adaptable):
-            raise ConfigError(
-                f"HybridAdapterSetup cannot adapt {type(pl_module).__name__}: it needs an attribute adapter_attribute (the name "
-                "of the model's attribute) and a method calibration_losses(num_prompts)"
-            )
-        pl_module.configure_model()
+        _check_protocol(pl_module)
         plan = self._plan_of_checkpoint(trainer) or self.given_plan
         if plan is None and stage != "fit":
             return
@@ -223,7 +225,10 @@ class HybridAdapterSetup(Callback):
             pl_module.adapt(plan, self.keep_start_weights)
             return
         name: str = pl_module.adapter_attribute  # type: ignore[assignment]
-        setattr(pl_module, name, apply_plan(getattr(pl_module, name), plan, self.keep_start_weights))
+        model = getattr(pl_module, name)
+        if plan is self.given_plan:  # with a checkpoint's plan come all weights
+            plan.check_weights(model)
+        setattr(pl_module, name, apply_plan(model, plan, self.keep_start_weights))
         pl_module.plan = plan  # type: ignore[assignment]
 
     def _show(self, trainer: Trainer, plan: AdapterPlan) -> None:
@@ -235,6 +240,22 @@ class HybridAdapterSetup(Callback):
         console().print(plan.table())
         if folder is not None:
             console().print(f"Plan written to {folder / 'plan.json'}", soft_wrap=True)
+
+
+def _check_protocol(pl_module: LightningModule) -> None:
+    """Make sure that the module can be adapted, and build its model if it is built late."""
+    name = type(pl_module).__name__
+    if not isinstance(pl_module, Adaptable):
+        raise ConfigError(
+            f"HybridAdapterSetup cannot adapt {name}: it needs an attribute adapter_attribute (the name of the model's "
+            "attribute) and a method calibration_losses(num_prompts)"
+        )
+    pl_module.configure_model()
+    if not isinstance(getattr(pl_module, pl_module.adapter_attribute, None), nn.Module):  # type: ignore[arg-type]
+        raise ConfigError(
+            f"{name}.adapter_attribute is {pl_module.adapter_attribute!r}, but there is no such module; give the name of the "
+            "attribute that holds the model"
+        )
 
 
 def _counted(losses: Iterable[Tensor], advance: Any) -> Iterator[Tensor]:

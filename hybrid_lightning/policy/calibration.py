@@ -18,7 +18,8 @@ LogprobFunction = Callable[[Sequences], Tensor]
 class RewardCalibration:
     """Losses of calibration rollouts; iterating computes them afresh.
 
-    Rows without advantage are left out: their gradient is exactly zero.
+    Rows without advantage are left out: their gradient is exactly zero. The first iteration is at the start policy and keeps its
+    log-probabilities as the old ones, so that later iterations measure how far changed weights improve the objective.
 
     Args:
         sequences: N sequences of calibration rollouts.
@@ -32,6 +33,7 @@ class RewardCalibration:
         self.loss, self.logprobs = loss, logprobs
         useful = advantages.nonzero().squeeze(1)
         self.chunks = [(sequences.rows(index), advantages[index]) for index in useful.split(rows) if len(index)]
+        self.old_logprobs: list[Tensor] = []  # of each chunk
         # Shares of which the mean over chunks is the mean over all N sequences, or over all their tokens.
         self.num_sequences = len(sequences) / max(1, len(self.chunks))
         self.num_tokens = float(sequences.completion_mask.sum()) / max(1, len(self.chunks))
@@ -41,13 +43,16 @@ class RewardCalibration:
         return len(self.chunks)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for sequences, advantages in self.chunks:
+        for number, (sequences, advantages) in enumerate(self.chunks):
             logprobs = self.logprobs(sequences)
+            if number == len(self.old_logprobs):
+                self.old_logprobs.append(logprobs.detach())
             inputs = LossInputs(
                 logprobs=logprobs,
                 advantages=advantages,
                 completion_mask=sequences.completion_mask,
-                ref_logprobs=logprobs.detach(),  # the start policy itself
+                old_logprobs=self.old_logprobs[number],
+                ref_logprobs=self.old_logprobs[number],  # the start policy is the policy that sampled
                 num_sequences=self.num_sequences,
                 num_tokens=self.num_tokens,
             )

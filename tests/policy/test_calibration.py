@@ -113,6 +113,25 @@ def test_iterating_twice_gives_the_same_losses(model, sums):
     assert [float(loss) for loss in losses] == [float(loss) for loss in losses]
 
 
+def test_later_iterations_measure_changed_weights_against_the_start_policy(model, sums):
+    policy, rollouts, losses = calibrate(model, sums, loss=GRPOLoss(kl_coef=0.1))
+    start = sum(float(loss) for loss in losses) / len(losses)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    changed = sum(float(loss) for loss in losses) / len(losses)
+    rewards = torch.tensor(DigitShare()(rollouts.completions, None))
+    advantages = policy.advantage(rewards, 4)
+    base, terms = build_model("llama", std=0.1), []
+    for row in advantages.nonzero().flatten().tolist():
+        new, old = (completion_logprobs(network, rollouts, row).detach() for network in (policy.model, base))
+        ratio, advantage = (new - old).exp(), advantages[row]
+        surrogate = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        terms.append((surrogate + 0.1 * ((old - new).exp() - (old - new) - 1)).mean())
+    assert changed == pytest.approx(float(sum(terms)) / 32, abs=1e-5) and abs(changed - start) > 1e-3
+
+
 def test_calibration_rollouts_are_the_seeds_and_take_nothing_from_training(model, sums):
     torch.manual_seed(5)
     before = torch.get_rng_state()

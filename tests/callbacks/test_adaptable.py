@@ -1,0 +1,154 @@
+"""A LightningModule that knows nothing of policies, but has the two names of the protocol, is adapted, trained and resumed."""
+
+import pytest
+import torch
+from conftest import build_model
+from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+from tiny_runs import build_adapter, build_trainer
+from torch.utils.data import DataLoader
+
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters.scorers import Probe
+from hybrid_lightning.callbacks import Adaptable, HybridAdapterSetup
+from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
+
+torch.manual_seed(0)
+DATA = torch.randint(3, 40, (16, 8), generator=torch.Generator().manual_seed(0))
+
+
+class Supervised(LightningModule):
+    """Next-token prediction."""
+
+    adapter_attribute = "network"
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.network = build_model("llama", seed=seed, std=0.1)
+        self.scored = 0
+
+    def calibration_losses(self, num_prompts):
+        self.scored += 1
+        module = self
+
+        class Losses:
+            def __iter__(self):
+                return (module.loss(batch) for batch in DATA[:num_prompts].split(2))
+
+        return Losses()
+
+    def loss(self, batch):
+        return self.network(batch, labels=batch).loss
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def train_dataloader(self):
+        return DataLoader(DATA, batch_size=4)
+
+    val_dataloader = train_dataloader
+
+
+class NothingToAdapt(Supervised):
+    calibration_losses = None
+
+
+def logits(module):
+    return module.eval().network(DATA).logits
+
+
+def trained(root, adapter=None, steps=4, trainer=None, **arguments):
+    torch.manual_seed(1)
+    module = Supervised()
+    trainer = trainer or build_trainer(root, adapter or build_adapter(), max_steps=steps)
+    trainer.fit(module, **arguments)
+    return module, trainer
+
+
+def test_it_is_adapted_and_learns(tmp_path):
+    assert isinstance(Supervised(), Adaptable)
+    before = float(Supervised().loss(DATA))
+    module, _ = trained(tmp_path, steps=12)
+    assert float(module.loss(DATA)) < before - 0.3
+    assert len(module.plan.full_modules) == 3 and module.plan.scorer["class_path"].endswith("TailEnergy")
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert trainable == module.plan.trainable_parameters()
+    assert AdapterPlan.load(tmp_path / "plan.json") == module.plan
+
+
+def test_its_plan_is_that_of_the_mean_gradient(tmp_path):
+    module, _ = trained(tmp_path, build_adapter(calibration_prompts=16), steps=1)
+    base = build_model("llama", std=0.1).double().requires_grad_(True)
+    base(DATA, labels=DATA).loss.backward()
+    for planned in module.plan.candidates:
+        gradient = base.get_submodule(planned.name).weight.grad
+        assert planned.score == pytest.approx(float(torch.linalg.svdvals(gradient)[2:].square().sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["ours", "lightning"])
+def test_a_run_that_is_resumed_ends_like_one_that_was_not_stopped(tmp_path, kind):
+    def trainer(steps):
+        flags = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        if kind == "ours":
+            return build_trainer(tmp_path, build_adapter(), max_steps=steps)
+        return LightningTrainer(max_steps=steps, callbacks=[build_adapter()], default_root_dir=tmp_path, **flags)
+
+    whole, _ = trained(tmp_path, trainer=trainer(8))
+    _, stopped = trained(tmp_path, trainer=trainer(4))
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    torch.manual_seed(99)
+    resumed = Supervised()
+    trainer(8).fit(resumed, ckpt_path=tmp_path / "stopped.ckpt")
+    assert resumed.plan == whole.plan and torch.equal(logits(resumed), logits(whole))
+    assert resumed.scored == (kind == "lightning"), "Lightning's own Trainer tells the checkpoint too late"
+
+
+def test_a_checkpoint_is_evaluated_with_its_plan(tmp_path):
+    module, trainer = trained(tmp_path)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    fresh = Supervised()
+    (metrics,) = build_trainer(tmp_path, build_adapter()).validate(fresh, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert fresh.plan == module.plan and fresh.scored == 0
+    assert metrics["val_loss"] == pytest.approx(float(module.eval().loss(DATA)), rel=1e-5)
+
+
+def test_another_plan_than_the_checkpoints_is_refused(tmp_path):
+    _, trainer = trained(tmp_path / "a")
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trained(tmp_path / "b", build_adapter(0.5))
+    adapter = HybridAdapterSetup(plan=str(tmp_path / "b" / "plan.json"))
+    with pytest.raises(CheckpointError, match="is not the plan of the checkpoint"):
+        build_trainer(tmp_path, adapter).fit(Supervised(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_plan_for_other_weights_is_refused(tmp_path):
+    trained(tmp_path)
+    adapter = HybridAdapterSetup(plan=str(tmp_path / "plan.json"))
+    with pytest.raises(PlanError, match="with other weights"):
+        build_trainer(tmp_path, adapter).fit(Supervised(seed=1))
+    module = Supervised()
+    build_trainer(tmp_path, HybridAdapterSetup(plan=str(tmp_path / "plan.json"))).fit(module)
+    assert module.scored == 0
+
+
+def test_a_scorer_that_measures_the_loss_works_too(tmp_path):
+    module, _ = trained(tmp_path, build_adapter(scorer=Probe()), steps=1)
+    assert len({planned.score for planned in module.plan.candidates}) == 14
+
+
+def test_a_module_without_the_two_names_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot adapt NothingToAdapt: it needs an attribute adapter_attribute"):
+        build_trainer(tmp_path, build_adapter()).fit(NothingToAdapt())
+
+
+def test_an_attribute_that_is_not_there_is_refused(tmp_path):
+    module = Supervised()
+    module.adapter_attribute = "model"
+    with pytest.raises(ConfigError, match=r"Supervised\.adapter_attribute is 'model', but there is no such module"):
+        build_trainer(tmp_path, build_adapter()).fit(module)

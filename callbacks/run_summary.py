@@ -33,11 +33,17 @@ class RunSummary(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know."""
-        return {"before": self._before, "seconds": self._earlier_seconds + time.perf_counter() - self._start}
+        return {
+            "before": self._before,
+            "after": self._after,
+            "validated_step": self._validated_step,
+            "seconds": self._earlier_seconds + time.perf_counter() - self._start,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over from the run that is resumed."""
         self._before, self._earlier_seconds = state_dict["before"], state_dict["seconds"]
+        self._after, self._validated_step = state_dict["after"], state_dict["validated_step"]
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the metrics of the start policy, and log them as step 0."""
@@ -82,12 +88,14 @@ class RunSummary(Callback):
         last = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
         folder = run_folder(trainer)
         now = time.perf_counter()
+        # A finished run that is resumed trains and validates no more; its checkpoint may know an earlier validation only.
+        after = self._after if self._validated_step == trainer.global_step else {}
         samples = getattr(pl_module, "eval_samples", 1)
         return {
             "accuracy_before": self._before.get(f"val/avg@{samples}"),
-            "accuracy_after": self._after.get(f"val/avg@{samples}"),
+            "accuracy_after": after.get(f"val/avg@{samples}"),
             "greedy_before": self._before.get("val/greedy_accuracy"),
-            "greedy_after": self._after.get("val/greedy_accuracy"),
+            "greedy_after": after.get("val/greedy_accuracy"),
             "seconds": round(self._earlier_seconds + now - self._start, 2),
             "training_seconds": round(now - self._train_start, 2),
             "steps": trainer.global_step,
@@ -98,7 +106,7 @@ class RunSummary(Callback):
             "trainable_share": round(trainable / base, 6),
             "loss": type(getattr(pl_module, "loss", None)).__name__,
             "model": str(pl_module.hparams.get("model", "")),
-            "validation": {"before": self._before, "after": self._after},
+            "validation": {"before": self._before, "after": after},
             "run_folder": str(folder),
             "checkpoint": str(last),
             "next_command": f"python -m hybrid_lightning test --config {folder}/config.yaml --ckpt_path {last}" if last else "",

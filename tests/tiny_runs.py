@@ -23,6 +23,13 @@ class DigitShare(RewardFunction):
         return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
+class StartsWithDigit(RewardFunction):
+    """1.0 or 0.0: about every fifth completion of an untrained policy is right."""
+
+    def __call__(self, completions, prompts):
+        return [float(text[:1].isdigit()) for text in completions]
+
+
 class Constant(RewardFunction):
     """The same for every completion: no advantage, no gradient."""
 

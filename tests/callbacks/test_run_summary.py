@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+
+from hybrid_lightning.callbacks import RunSummary
+
+KEYS = {
+    "accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "seconds", "training_seconds", "steps", "eval_samples",
+    "full_modules", "lora_modules", "trainable_parameters", "trainable_share", "loss", "model", "validation", "run_folder",
+    "checkpoint", "next_command",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("summary") / "model")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("summary") / "sums.jsonl", 40)
+
+
+def run(model, sums, root, *callbacks, ckpt=None, data=None, policy=None, **flags):
+    torch.manual_seed(3)
+    module = build_policy(model, reward=StartsWithDigit(), eval_samples=4, lr_lora=0.1, **(policy or {}))
+    data = data or build_data(sums, validation_fraction=0.4)
+    flags = {"num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 4, "max_steps": 6, **flags}
+    trainer = build_trainer(root, RunSummary(), build_adapter(), *callbacks, **flags)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+    return module, (json.loads((root / "summary.json").read_text()) if (root / "summary.json").exists() else None)
+
+
+def validate(module, sums, root):
+    (metrics,) = build_trainer(root).validate(module, datamodule=build_data(sums, validation_fraction=0.4), verbose=False)
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def whole(model, sums, tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    saver = ModelCheckpoint(root / "checkpoints", save_last=True, every_n_train_steps=2, filename="{step}", save_top_k=-1)
+    module, summary = run(model, sums, root, saver, enable_checkpointing=True)
+    return root, module, summary
+
+
+def test_accuracies_are_those_of_validations_before_and_after(model, sums, tmp_path, whole):
+    _, module, summary = whole
+    before = validate(build_policy(model, reward=StartsWithDigit(), eval_samples=4), sums, tmp_path)
+    after = validate(module, sums, tmp_path)
+    for when, metrics in (("before", before), ("after", after)):
+        assert summary[f"accuracy_{when}"] == pytest.approx(metrics["val/avg@4"])
+        assert summary[f"greedy_{when}"] == pytest.approx(metrics["val/greedy_accuracy"])
+        assert summary["validation"][when] == pytest.approx(metrics)
+    assert summary["accuracy_after"] > summary["accuracy_before"] > 0
+
+
+def test_all_values(model, whole):
+    root, module, summary = whole
+    assert summary.keys() == KEYS
+    assert summary["full_modules"] == list(module.plan.full_modules) and len(summary["full_modules"]) == 3
+    assert summary["lora_modules"] == 11 and summary["steps"] == 6 and summary["eval_samples"] == 4
+    assert summary["trainable_parameters"] == module.plan.trainable_parameters()
+    assert summary["trainable_share"] == pytest.approx(module.plan.trainable_parameters() / module.base_parameters, abs=1e-6)
+    assert summary["loss"] == "GRPOLoss" and summary["model"] == str(model) and summary["run_folder"] == str(root)
+    assert summary["seconds"] > summary["training_seconds"] > 0
+    assert summary["checkpoint"] == str(root / "checkpoints" / "last.ckpt")
+    command = f"python -m hybrid_lightning test --config {root}/config.yaml --ckpt_path {summary['checkpoint']}"
+    assert summary["next_command"] == command
+
+
+def test_the_screen_says_what_happened(model, sums, tmp_path, capsys):
+    _, summary = run(model, sums, tmp_path, max_steps=2)
+    output = capsys.readouterr().out
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    assert f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points)" in output
+    assert "Validation (start)" in output and "Validation (step 2)" in output and f"Run folder: {tmp_path}" in output
+    assert "Next:" not in output, "without a checkpoint there is nothing to test"
+
+
+def test_the_last_step_is_validated_once(model, sums, tmp_path, capsys):
+    run(model, sums, tmp_path / "between", max_steps=5)
+    assert capsys.readouterr().out.count("Validation (step 5)") == 1
+    run(model, sums, tmp_path / "at", max_steps=4)
+    assert capsys.readouterr().out.count("Validation (step 4)") == 1
+
+
+def test_the_validation_after_the_last_step_leaves_training_mode(model, sums, tmp_path, whole):
+    _, module, _ = whole
+    assert any(layer.training for layer in module.modules())
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_resumed_run_keeps_the_accuracy_before(model, sums, tmp_path, whole, step):
+    root, _, summary = whole
+    _, resumed = run(model, sums, tmp_path, ckpt=root / "checkpoints" / f"step={step}.ckpt")
+    assert resumed["validation"] == summary["validation"] and resumed["steps"] == 6
+
+
+def test_a_finished_run_that_is_resumed_says_only_what_it_knows(model, sums, tmp_path, whole):
+    root, _, summary = whole
+    _, resumed = run(model, sums, tmp_path / "a", ckpt=root / "checkpoints" / "last.ckpt")
+    assert resumed["validation"] == {"before": summary["validation"]["before"], "after": {}}, "saved before the last validation"
+    saver = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    _, whole = run(model, sums, tmp_path / "b", saver, enable_checkpointing=True)
+    _, resumed = run(model, sums, tmp_path / "c", ckpt=tmp_path / "checkpoints" / "last.ckpt")
+    assert resumed["validation"] == whole["validation"] and len(whole["validation"]["after"]) > 4
+
+
+def test_time_adds_up_over_stops(model, sums, tmp_path, whole):
+    root, _, summary = whole
+    content = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    (state,) = [value for key, value in content["callbacks"].items() if key.startswith("RunSummary")]
+    assert 0 < state["seconds"] <= summary["seconds"]
+    _, resumed = run(model, sums, tmp_path, ckpt=root / "checkpoints" / "last.ckpt", max_steps=7)
+    assert resumed["seconds"] > state["seconds"] and resumed["steps"] == 7
+
+
+def no_validation(sums):
+    return {"limit_val_batches": 0}, None
+
+
+def no_validation_data(sums):
+    return {}, build_data(sums)
+
+
+@pytest.mark.parametrize("off", [no_validation, no_validation_data])
+def test_validation_switched_off_gives_nulls(model, sums, tmp_path, off, capsys):
+    flags, data = off(sums)
+    _, summary = run(model, sums, tmp_path, data=data, **flags)
+    assert [summary[f"{kind}_{when}"] for kind in ("accuracy", "greedy") for when in ("before", "after")] == [None] * 4
+    assert summary["steps"] == 6 and len(summary["full_modules"]) == 3
+    assert "not measured -> not measured" in capsys.readouterr().out
+
+
+def test_a_sanity_check_of_a_part_is_no_accuracy_before(model, sums, tmp_path):
+    data = build_data(sums, validation_fraction=0.4)
+    data.eval_batch_size = 4
+    _, summary = run(model, sums, tmp_path, data=data, num_sanity_val_steps=1, max_steps=2)
+    assert summary["accuracy_before"] is None and summary["accuracy_after"] is not None
+
+
+def test_fast_dev_run_writes_nothing(model, sums, tmp_path):
+    _, summary = run(model, sums, tmp_path, fast_dev_run=True)
+    assert summary is None and not (tmp_path / "summary.json").exists()

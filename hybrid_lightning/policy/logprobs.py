@@ -115,7 +115,8 @@ def _forward(
     if accepts(model, "position_ids"):
         arguments["position_ids"] = positions
     if accepts(model, "logits_to_keep"):  # the prompt's logits are never needed: for a long prompt the largest tensor
-        arguments["logits_to_keep"] = keep
+        # As indices: what a number keeps is not contiguous, and the output layer then multiplies row by row.
+        arguments["logits_to_keep"] = torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device)
     if cache is not None:
         arguments["cache" if accepts(model, "cache") else "past_key_values"] = cache
     logits: Tensor = model(**arguments).logits

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase, StopStringCriter
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.parts import Part
-from hybrid_lightning.rollout.filtering import filter_logits
+from hybrid_lightning.rollout.drawing import draw, filter_logits
 from hybrid_lightning.rollout.padding import pad_left
 from hybrid_lightning.types import Prompt, Rollouts, Sequences
 
@@ -156,7 +156,7 @@ class _Decoder:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         parameters = inspect.signature(base.forward).parameters
         self.takes_positions = "position_ids" in parameters
-        self.keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.keeps_logits = "logits_to_keep" in parameters
         # Called `past_key_values` in older versions of transformers.
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self.cache = DynamicCache(config=base.config)
@@ -203,13 +203,16 @@ class _Decoder:
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Logits [rows, V] float32 after the last token; the cache grows by `ids`."""
         arguments: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
+        if self.keeps_logits:
+            # As an index and not as the number 1: the slice that a number gives is not contiguous, and the output layer then
+            # multiplies row by row (measured on a CPU in bfloat16: 5 s instead of 0.02 s for 50 prompts).
+            arguments["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=ids.device)
         output = self.model(
             input_ids=ids,
             attention_mask=mask.long(),
             use_cache=True,
             **{self.cache_argument: self.cache},
             **arguments,
-            **self.keep_last,
         )
         return output.logits[:, -1].float()
 
@@ -219,7 +222,7 @@ class _Decoder:
             token = scaled.argmax(dim=-1)
         else:
             kept = filter_logits(scaled, self.sampler.top_k, self.sampler.top_p)
-            token = torch.multinomial(kept.softmax(dim=-1), 1, generator=self.generator).squeeze(1)
+            token = draw(kept, self.generator)
         return token, scaled.log_softmax(dim=-1).gather(1, token[:, None]).squeeze(1)
 
     def _ended(self, token: Tensor, completion: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """`RolloutSamples`: what the policy says, on TensorBoard."""
 
-import html
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -63,6 +62,10 @@ class RolloutSamples(Callback):
         return "\n".join(lines)
 
 
+# Everything that Markdown or HTML would take for markup, as what it looks like; one line, since a line is a row.
+_AS_TEXT = str.maketrans({**{c: f"&#{ord(c)};" for c in "&<>|\\`*_{}[]()#+-!~"}, "\n": "<br>", "\r": None})
+
+
 def _cell(text: str) -> str:
     """Text that neither breaks the table nor is taken for markup."""
-    return html.escape(text).replace("|", "&#124;").replace("\n", "<br>") or "*(empty)*"
+    return text.translate(_AS_TEXT) or "*(empty)*"

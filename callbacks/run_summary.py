@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.table import Table
 
 from hybrid_lightning.callbacks.display import console, run_folder
@@ -50,8 +51,12 @@ class RunSummary(Callback):
         loaders = trainer.num_sanity_val_batches
         if all(checked >= total for checked, total in zip(loaders, trainer.num_val_batches, strict=True)):
             self._before = _validation_metrics(trainer)
+            hyper_parameters = {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
             for logger in trainer.loggers:
-                logger.log_metrics(self._before, step=0)
+                if isinstance(logger, TensorBoardLogger):  # has a page of hyper-parameters only with metrics, which it logs too
+                    logger.log_hyperparams(hyper_parameters, self._before, step=0)
+                else:
+                    logger.log_metrics(self._before, step=0)
             self._print_validation(trainer, "start", self._before)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

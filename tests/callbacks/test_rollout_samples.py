@@ -1,0 +1,185 @@
+"""What TensorBoard shows of a run, read back from its event file."""
+
+import html
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard import plugin_util
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+
+from hybrid_lightning.callbacks import RolloutSamples, RunSummary
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.policy.optim import LinearSchedule
+from hybrid_lightning.rewards import WeightedSum
+from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
+
+SCALARS = {
+    "reward", "reward_std", "frac_reward_zero_std", "accuracy", "solve_rate/all", "solve_rate/none", "solve_rate/mixed",
+    "rewards/digit_share/mean", "rewards/digit_share/std", "rewards/starts_with_digit/mean", "rewards/starts_with_digit/std",
+    "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio", "num_tokens",
+    "loss", "entropy", "kl", "ratio/mean", "ratio/max", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+    "lr/full", "lr/lora", "grad_norm/full", "grad_norm/lora", "throughput/generated_tokens_per_second", "time/generate_s",
+    "val/greedy_accuracy", "val/greedy_reward", "val/avg@2", "val/pass@2", "val/reward", "val/completion_length",
+}  # fmt: skip
+
+
+class Log:
+    """The event file of a run."""
+
+    def __init__(self, folder):
+        self.events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0, "images": 0, "histograms": 0})
+        self.events.Reload()
+        self.tags = self.events.Tags()
+
+    def scalar(self, name):
+        return {event.step: event.value for event in self.events.Scalars(name)}
+
+    def text(self, name):
+        return {event.step: event.tensor_proto.string_val[0].decode() for event in self.events.Tensors(f"{name}/text_summary")}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("samples")
+    model, sums = write_model(root / "model"), write_sums(root / "sums.jsonl", 40)
+    torch.manual_seed(3)
+    policy = build_policy(
+        model,
+        loss=GRPOLoss(kl_coef=0.01),
+        reward=WeightedSum([DigitShare(), StartsWithDigit()]),
+        minibatches_per_rollout=2,
+        lr_full=1e-3,
+        lr_lora=1e-2,
+        schedule=LinearSchedule(),
+    )
+    logger = TensorBoardLogger(root, name="", version="run", default_hp_metric=False)
+    callbacks = [RunSummary(), LearningRateMonitor("step"), build_adapter(), RolloutSamples(2, prompts=3, completions=2)]
+    flags = {"max_steps": 8, "logger": logger, "log_every_n_steps": 1, "num_sanity_val_steps": -1}
+    trainer = build_trainer(root, *callbacks, check_val_every_n_epoch=None, val_check_interval=4, **flags)
+    trainer.fit(policy, datamodule=build_data(sums, validation_fraction=0.4))
+    return policy, Log(root / "run"), root / "run"
+
+
+def test_every_scalar_is_there_at_every_step(run):
+    _, log, _ = run
+    assert set(log.tags["scalars"]) >= SCALARS, SCALARS - set(log.tags["scalars"])
+    for name in SCALARS:
+        steps = list(log.scalar(name))
+        assert len(steps) == (3 if name.startswith("val/") else 8), name
+    assert next(iter(log.scalar("val/avg@2"))) == 0, "the start policy is step 0"
+
+
+def test_scalars_agree_with_each_other(run):
+    _, log, _ = run
+    total = [log.scalar(f"rewards/{name}/mean") for name in ("digit_share", "starts_with_digit")]
+    for step, reward in log.scalar("reward").items():
+        assert reward == pytest.approx(total[0][step] + total[1][step], abs=1e-5)
+    rates = [1e-3 * (1 - step / 8) for step in range(8)]
+    assert list(log.scalar("lr/full").values()) == pytest.approx(rates)
+    assert list(log.scalar("lr/lora").values()) == pytest.approx([10 * rate for rate in rates])
+    assert log.scalar("kl")[0] == 0 < log.scalar("kl")[7] and log.scalar("ratio/mean")[0] == pytest.approx(1)
+    assert 0 < log.scalar("entropy")[0] < 4 and log.scalar("grad_norm/full")[0] > 0
+
+
+def test_every_second_rollout_has_a_page_and_a_histogram(run):
+    _, log, _ = run
+    pages = log.text("samples")
+    assert list(pages) == [0, 4] == [event.step for event in log.events.Histograms("rewards/histogram")]
+    assert log.events.Histograms("rewards/histogram")[0].histogram_value.num == 16
+    lines = pages[4].splitlines()
+    assert len(lines) == 2 + 3 * 2
+    head = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert head == ["prompt", "answer", "completion", "correct", "reward", "digit_share", "starts_with_digit", "advantage"]
+    assert all(line.count("|") == 9 for line in lines)
+
+
+def test_the_plan_is_a_table_and_a_picture(run):
+    policy, log, folder = run
+    assert all(f"**{name}**" in log.text("plan")[0] for name in policy.plan.full_modules)
+    (image,) = log.events.Images("plan/scores")
+    assert image.encoded_image_string.startswith(b"\x89PNG") and image.width > 300
+    assert (folder / "plan.json").is_file() and (folder / "plan.png").is_file()
+
+
+def test_hyper_parameters_are_there(run):
+    _, log, _ = run
+    content = log.events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    values = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert values["lr_lora"].number_value == 0.01 and values["loss/init_args/kl_coef"].number_value == 0.01
+    assert values["loss/class_path"].string_value == "hybrid_lightning.losses.grpo.GRPOLoss"
+
+
+class Table(HTMLParser):
+    """The cells of a table as text, as a reader sees them."""
+
+    def __init__(self, page):
+        super().__init__(convert_charrefs=True)
+        self.rows, self.tags, self.inside = [], set(), False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.inside = True
+        elif tag == "br":
+            self.rows[-1][-1] += "\n"
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+NASTY = [
+    "a|b||c",
+    "1\n2\r\n\n3",
+    "<b>bold</b> <script>alert(1)</script> &amp; &#124;",
+    "3*4*5 **x** _y_ __z__ `code` ~~no~~",
+    "[link](http://example.com) ![image](x.png) \\* \\| {x} # - + 1. ```",
+    "</td></tr></table>",
+    "$\\frac{1}{2}$ <think>",
+]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_page_shows_every_text_as_it_is(text):
+    sequences = Sequences(*pad_left([[5]] * 2, 0, "cpu"), *pad_right([[6]] * 2, 0, "cpu"))
+    prompt = Prompt(text=text, answer=text)
+    rollouts = Rollouts((prompt,), sequences, (text, ""), torch.zeros(2, 1), torch.tensor([True, False]), 2)
+    rewards = Rewards(torch.tensor([1.0, 0.25]), {"match": torch.tensor([1.0, 0.25])}, torch.tensor([True, False]))
+    page = RolloutSamples().page(rollouts, rewards, torch.tensor([0.5, -0.5]))
+    table = Table(plugin_util.markdown_to_safe_html(page))
+    assert table.tags <= {"table", "thead", "tbody", "tr", "th", "td", "br", "em"}
+    shown = re.sub(r"\n+", "\n", text.replace("\r", ""))
+    cells = [[re.sub(r"\n+", "\n", cell) for cell in row] for row in table.rows if any(cell.strip() for cell in row)]
+    assert cells[1] == [shown, shown, shown, "yes", "1", "+0.500"]
+    assert cells[2] == [shown, shown, "(empty) (cut)", "no", "0.25", "-0.500"]
+    assert html.unescape(page).count("\n") == page.count("\n") == 3
+
+
+def test_a_chat_shows_its_last_message_and_long_prompts_their_end():
+    messages = ({"role": "system", "content": "be brief"}, {"role": "user", "content": "x" * 400 + "2+2?"})
+    sequences = Sequences(*pad_left([[5]], 0, "cpu"), *pad_right([[6]], 0, "cpu"))
+    rollouts = Rollouts((Prompt(messages=messages),), sequences, ("4",), torch.zeros(1, 1), torch.tensor([True]), 1)
+    rewards = Rewards(torch.ones(1), {"match": torch.ones(1)}, torch.tensor([True]))
+    row = Table(plugin_util.markdown_to_safe_html(RolloutSamples().page(rollouts, rewards, torch.zeros(1)))).rows[1]
+    assert row[0].endswith("x2+2?") and len(row[0]) == 300 and "brief" not in row[0]
+
+
+@pytest.mark.parametrize("name", ["every_n_rollouts", "prompts", "completions"])
+def test_impossible_settings_are_refused(name):
+    with pytest.raises(ConfigError, match=rf"samples\.{name} must be at least 1, got 0"):
+        RolloutSamples(**{name: 0})

@@ -15,12 +15,13 @@ class RolloutProgress(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Micro-batches left in this epoch, no more than `max_steps` allows."""
-        total = super().total_train_batches
-        if self.trainer.max_steps > 0:
-            left = self.trainer.max_steps * self.trainer.accumulate_grad_batches - self.trainer.fit_loop.total_batch_idx - 1
-            total = min(total, left + self.trainer.fit_loop.batch_idx + 1)
-        return total
+        """Micro-batches of this epoch, no more than `max_steps` allows."""
+        of_epoch = self.trainer.num_training_batches
+        if self.trainer.max_steps < 0:
+            return of_epoch
+        done = (self.trainer.fit_loop.batch_idx + 1) % of_epoch  # at an epoch's start Lightning still counts the one before
+        left = (self.trainer.max_steps - self.trainer.global_step) * self.trainer.accumulate_grad_batches
+        return min(of_epoch, done + left)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen to the generation."""

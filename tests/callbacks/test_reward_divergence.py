@@ -1,0 +1,115 @@
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tiny_runs import fit, write_model, write_sums
+
+from hybrid_lightning.callbacks import RewardDivergence
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.rewards import RewardFunction, WeightedSum
+from hybrid_lightning.types import Rewards
+
+
+class HasDigit(RewardFunction):
+    def __call__(self, completions, prompts):
+        return [float(any(c.isdigit() for c in text)) for text in completions]
+
+
+class Ended(RewardFunction):
+    measures_correctness = False
+
+    def __call__(self, completions, prompts):
+        return [float(len(text) < 6) for text in completions]
+
+
+def feed(callback, accuracies, **parts):
+    """Give the callback one rollout of 100 completions for each accuracy; returns the messages of its warnings."""
+    trainer, messages = SimpleNamespace(global_step=0), []
+    for step, accuracy in enumerate(accuracies):
+        correct = torch.arange(100) < 100 * accuracy
+        values = {name: torch.full((100,), series[step]) for name, series in parts.items()}
+        rollout = (None, Rewards(correct.float(), {"match": correct.float(), **values}, correct), None)
+        trainer.global_step = step
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):  # every micro-batch of a rollout brings the same one
+                callback.on_train_batch_start(trainer, SimpleNamespace(last_rollout=rollout), None, 0)
+        messages += [str(warning.message) for warning in caught]
+    return messages
+
+
+def series(start, end, count=20, noise=0.02, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [start + (end - start) * i / (count - 1) + noise * float(torch.randn((), generator=generator)) for i in range(count)]
+
+
+def test_a_part_that_rises_while_correctness_falls_is_warned_of_once():
+    messages = feed(RewardDivergence(20), series(0.5, 0.1, 40), ended=series(0.1, 0.9, 40, seed=1))
+    assert len(messages) == 1
+    assert messages[0].startswith(
+        "rewards/ended rose while the share of correct completions fell over the last 20 rollouts (step "
+    )
+    assert messages[0].endswith("lower its weight or remove it")
+
+
+def test_each_part_is_warned_of_on_its_own():
+    up = series(0.1, 0.9, 40, seed=1)
+    messages = feed(RewardDivergence(20), series(0.5, 0.1, 40), ended=up, flat=series(0.5, 0.5, 40, seed=2), other=up)
+    assert sorted(message.split()[0] for message in messages) == ["rewards/ended", "rewards/other"]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "ended"),
+    [
+        (series(0.1, 0.5, 40), series(0.1, 0.9, 40, seed=1)),
+        (series(0.5, 0.1, 40), series(0.9, 0.1, 40, seed=1)),
+        (series(0.3, 0.3, 40), series(0.1, 0.9, 40, seed=1)),
+        ([0.5] * 40, [0.5] * 40),
+        (series(0.5, 0.1, 19), series(0.1, 0.9, 19, seed=1)),
+    ],
+    ids=["both rise", "both fall", "no fall", "constant", "too short"],
+)
+def test_nothing_else_is_warned_of(accuracy, ended):
+    assert feed(RewardDivergence(20), accuracy, ended=ended) == []
+
+
+def test_changes_without_any_noise_count():
+    assert len(feed(RewardDivergence(4), [0.5, 0.5, 0.4, 0.4], ended=[0.0, 0.0, 1.0, 1.0])) == 1
+
+
+def test_the_window_forgets():
+    callback = RewardDivergence(10)
+    feed(callback, series(0.5, 0.1, 10), ended=series(0.1, 0.9, 10, seed=1))
+    assert callback.diverging() == ["rewards/ended"]
+    feed(callback, series(0.1, 0.1, 10), ended=series(0.9, 0.9, 10, seed=1))
+    assert callback.diverging() == []
+
+
+def test_a_run_that_learns_to_end_at_once_is_warned_of(tmp_path):
+    """The trap that this callback is for: a small reward for ending is learned at the cost of the answer."""
+    model, sums, seen = write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl", 16), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append([float(trainer.callback_metrics[name]) for name in ("reward", "accuracy", "rewards/ended/mean")])
+
+    reward = WeightedSum([HasDigit(), Ended()], [0.1, 1.0])
+    policy = {"reward": reward, "samples_per_prompt": 16, "lr_lora": 0.03, "lr_full": 0.01}
+    with pytest.warns(UserWarning, match="rewards/ended rose while the share of correct completions fell"):
+        fit(model, sums, tmp_path, RewardDivergence(8), Watch(), policy=policy, max_steps=12)
+    assert seen[-1][0] > seen[0][0] and seen[-1][1] < seen[0][1] and seen[-1][2] > seen[0][2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 2}, r"divergence\.window must be an even number of at least 4, got 2"),
+        ({"window": 7}, r"divergence\.window must be an even number of at least 4, got 7"),
+        ({"standard_errors": 0.0}, r"divergence\.standard_errors must be positive, got 0"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        RewardDivergence(**arguments)

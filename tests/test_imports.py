@@ -1,0 +1,137 @@
+"""Imports point one way, and losses, advantages and scores need only torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hybrid_lightning
+
+ROOT = Path(hybrid_lightning.__file__).parent
+PACKAGE = "hybrid_lightning"
+GROUND = {"types", "errors", "parts"}
+LEAVES = {"data", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets"}
+# Top-level name within the package -> names that it may import; itself is always allowed.
+MAY_IMPORT: dict[str, set[str]] = {
+    **{name: set() for name in GROUND},
+    **{name: GROUND for name in LEAVES},
+    "policy": GROUND | LEAVES,
+    "callbacks": GROUND | LEAVES | {"policy"},
+    "trainer": GROUND | LEAVES | {"policy", "callbacks"},
+    "cli": GROUND | LEAVES | {"policy", "callbacks", "trainer"},
+    "__main__": {"cli"},
+    "assets.pretrain": GROUND | LEAVES | {"policy"},  # the command that made the assets; nothing imports it
+    "__init__": GROUND | {"version"},
+}
+TORCH_ONLY = ["losses", "advantages", "adapters.scores", "adapters.scorers", "adapters.sketch"]
+HEAVY = {"lightning", "transformers", "peft", "datasets", "torchmetrics", "matplotlib", "rich"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+# callbacks is a link to a folder, which rglob does not always follow
+FILES = {module_name(path): path for path in sorted({*ROOT.rglob("*.py"), *(ROOT / "callbacks").glob("*.py")})}
+
+
+def imports_of(name: str) -> set[str]:
+    """Full names of all modules that a module imports, anywhere in it; for `from x import y` also x.y if that is a module."""
+    found: set[str] = set()
+    package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                stem = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+                base = f"{stem}.{base}".rstrip(".")
+            found |= {base, *(full for alias in node.names if (full := f"{base}.{alias.name}") in FILES)}
+    return found
+
+
+def part_of(name: str) -> str:
+    """The top-level name within the package that a module belongs to."""
+    within = name.removeprefix(f"{PACKAGE}.")
+    return "__init__" if name == PACKAGE else within if within in MAY_IMPORT else within.split(".")[0]
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name == PACKAGE or name.startswith(f"{PACKAGE}.")}
+
+
+def test_every_module_is_looked_at():
+    assert {part_of(name) for name in FILES} >= set(MAY_IMPORT) - {"__init__"} and len(FILES) > 60
+    assert f"{PACKAGE}.callbacks.hybrid_adapter_setup" in FILES
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_arrow_points_the_wrong_way(name):
+    part = part_of(name)
+    assert part in MAY_IMPORT, f"{part} has no place in the design: give it one here"
+    wrong = {
+        imported
+        for imported in ours(imports_of(name))
+        if imported != PACKAGE and part_of(imported) not in MAY_IMPORT[part] | {part}
+    }
+    assert not wrong, f"{name} must not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_callbacks_are_imported_by_their_one_name(name):
+    """`callbacks` is a link: by another name every class would exist twice."""
+    assert not {imported for imported in imports_of(name) if imported.split(".")[0] == "callbacks"}
+
+
+def closure(name: str) -> set[str]:
+    """Modules of ours that an import of `name` runs, packages on the way included."""
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current in seen or current not in FILES:
+            continue
+        seen.add(current)
+        waiting += [current.rpartition(".")[0], *ours(imports_of(current))]
+    return seen
+
+
+@pytest.mark.parametrize("name", TORCH_ONLY)
+def test_what_needs_only_torch_imports_nothing_heavier(name):
+    for module in closure(f"{PACKAGE}.{name}"):
+        heavy = {imported.split(".")[0] for imported in imports_of(module)} & HEAVY
+        assert not heavy, f"{module}, which {name} needs, imports {sorted(heavy)}"
+
+
+def test_what_needs_only_torch_works_without_the_rest():
+    """In a process of its own, where the other libraries cannot be imported."""
+    code = f"""
+import sys
+for name in {sorted(HEAVY)}: sys.modules[name] = None
+import torch
+from hybrid_lightning.advantages import GroupAdvantage
+from hybrid_lightning.adapters.scorers import TailEnergy
+from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.types import LossInputs
+model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
+x = torch.randn(4, 6)
+print(len(score_modules(model, dict(model.named_children()), [model(x).square().mean()], TailEnergy(), 2)))
+advantages = GroupAdvantage()(torch.tensor([1.0, 0.0]), 2)
+print(GSPOLoss()(LossInputs(torch.randn(2, 3), advantages, torch.ones(2, 3, dtype=torch.bool))).loss.shape)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.stdout.split("\n")[:2] == ["2", "torch.Size([])"], result.stderr[-2000:]
+
+
+def test_the_walk_sees_every_kind_of_import(tmp_path, monkeypatch):
+    code = "import a.b\nfrom c import d\nfrom . import errors\nfrom .policy.optim import x\ndef f():\n    import lazy\n"
+    path = tmp_path / "module.py"
+    path.write_text(code)
+    monkeypatch.setitem(FILES, f"{PACKAGE}.module", path)
+    expected = {"a.b", "c", PACKAGE, f"{PACKAGE}.errors", f"{PACKAGE}.policy.optim", "lazy"}
+    assert imports_of(f"{PACKAGE}.module") == expected

@@ -11,6 +11,7 @@ It is not tied to `PolicyModule`. Any LightningModule can be adapted that has
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -147,7 +148,11 @@ class HybridAdapterSetup(Callback):
         path = trainer.ckpt_path
         if not path or not Path(path).exists():  # Lightning itself says that a checkpoint is missing
             return None
-        saved = adapter_state(torch.load(path, map_location="cpu", weights_only=True, mmap=Path(path).is_file()))
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=Path(path).is_file())
+        except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+            raise CheckpointError(f"{path} cannot be read: it is no checkpoint, or damaged; give another one") from error
+        saved = adapter_state(content)
         plan = None if saved["plan"] is None else AdapterPlan.from_dict(saved["plan"], source=str(path))
         if plan is not None and self.given_plan is not None and plan.digest != self.given_plan.digest:
             raise CheckpointError(
@@ -165,9 +170,9 @@ class HybridAdapterSetup(Callback):
 
     def _make_plan(self, trainer: Trainer, pl_module: LightningModule) -> AdapterPlan:
         """Score on rank 0, on the device that trains, and tell the other ranks."""
-        content = None
+        content: dict[str, Any] = {}
         if trainer.is_global_zero:
-            model = getattr(pl_module, pl_module.adapter_attribute).to(trainer.strategy.root_device)  # type: ignore[arg-type]
+            model = getattr(pl_module, str(pl_module.adapter_attribute)).to(trainer.strategy.root_device)
             digest = model_digest(model)
             candidates = find_candidates(model, target_modules=self.target_modules)
             scores, info = self._score(trainer, pl_module, model, candidates) if self.budget.needs_scores else (None, {})

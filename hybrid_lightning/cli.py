@@ -7,12 +7,12 @@ import warnings
 from typing import Any, NoReturn
 
 import transformers
-
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import hybrid_lightning.adapters.scorers
+import hybrid_lightning.adapters.sketch
 import hybrid_lightning.advantages
 import hybrid_lightning.data
 import hybrid_lightning.losses
@@ -27,12 +27,27 @@ from hybrid_lightning.callbacks import (
     RunSummary,
 )
 from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.errors import HybridLightningError
+from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.trainer import Trainer
 
 # Arguments of the Trainer's methods, which belong to one command and not to the run's config.
 _METHOD_ARGUMENTS = ("ckpt_path", "weights_only", "verbose", "return_predictions")
+
+
+# What jsonargparse says -> what a reader of one line can use.
+_REWRITES = (
+    (r"Does not validate against any of the Union subtypes\s+Subtypes: \[.*?\]\s+Errors:", ""),
+    (r"-\s+Expected a path but \S+ either not accessible or invalid\s+", ""),
+    (r"Expected a dot import path string: (\S+).*", r"unknown class \1; give module.Class, or a class of ours"),
+    (r"\s*- Expected a <class 'NoneType'>", ""),
+    (r"\s*Given value type:.*?Given value: (.*)", r"; got \1"),
+    (r"Expected a <class '([\w.]+)'>", r"expected \1"),
+    (r"- Expected a typing\.Literal\[(.*?)\]", r"or one of \1"),
+    (r"^Unexpected config:\s*$", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is empty"),
+    (r"^Unexpected config:\s*", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is: "),
+    (r'(Parser key "\S+":)\s*(?:-\s+)+', r"\1 "),
+)
 
 
 class Parser(LightningArgumentParser):
@@ -45,14 +60,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong in one line and exit with 2."""
         cause = _cause(ex)
-        if cause is None:
-            message = re.sub(r"Does not validate against any of the Union subtypes\s+Subtypes: \[.*?\]\s+Errors:", "", message)
-            message = re.sub(r"-\s+Expected a path but \S+ either not accessible or invalid\s+", "", message)
-            message = re.sub(
-                r"Expected a dot import path string: (\S+)", r"unknown class \1; give module.Class, or a class of ours", message
-            )
-            message = re.sub(r"\s*(- Expected a <class 'NoneType'>\s+)?Given value type:.*", "", message, flags=re.DOTALL)
-        _print_error(message if cause is None else str(cause))
+        _print_error(_readable(message) if cause is None else str(cause))
         sys.exit(2)
 
 
@@ -133,7 +141,10 @@ class HybridLightningCLI(LightningCLI):
             fixed.append(LearningRateMonitor(logging_interval="step"))
         if config["enable_progress_bar"] is not False:
             fixed.append(RolloutProgress())
-        trainer = super().instantiate_trainer(callbacks=[*fixed, *given], **kwargs)
+        try:
+            trainer = super().instantiate_trainer(callbacks=[*fixed, *given], **kwargs)
+        except (TypeError, ValueError) as error:  # Lightning's own checks of its flags
+            raise ConfigError(f"trainer: {error}") from error
         assert isinstance(trainer, Trainer)
         return trainer
 
@@ -168,6 +179,12 @@ def _unwrapped(error: BaseException) -> BaseException:
     while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _readable(message: str) -> str:
+    for pattern, replacement in _REWRITES:
+        message = re.sub(pattern, replacement, message, flags=re.DOTALL)
+    return message
 
 
 def _print_error(message: str) -> None:

@@ -90,7 +90,8 @@ class PromptDataModule(LightningDataModule):
             self._split(split)
         if stage is not None and not self._split(splits[0]):
             raise DataError(
-                f"{type(self.source).__name__} has no {splits[0]} rows, which {stage} needs: give data.source a {splits[0]} split"
+                f"{type(self.source).__name__} has no {splits[0]} rows, which {str.__str__(stage)} needs: give data.source a "
+                f"{splits[0]} split"
             )
 
     @property

@@ -54,6 +54,8 @@ class RolloutSchedule:
 
     def check_split(self, accumulate_grad_batches: int, world_size: int) -> None:
         """Raise ConfigError unless every micro-batch of every rank gets the same number of sequences."""
+        if accumulate_grad_batches < 1:
+            raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
         if self.prompts_per_rollout % world_size:
             raise ConfigError(
                 f"model.prompts_per_rollout={self.prompts_per_rollout} must be a multiple of the {world_size} devices"

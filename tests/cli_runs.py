@@ -1,0 +1,126 @@
+"""The command line in this process: a folder with config, model, data and parts of a user's own, and one command run in it."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import write_model, write_sums
+
+from hybrid_lightning.cli import main
+
+CONFIG = """
+model:
+  model: {folder}/model
+  loss: {{class_path: GRPOLoss, init_args: {{clip_low: 0.2, clip_high: 0.25}}}}
+  reward: {{class_path: my_parts.StartsWithDigit}}
+  sampler: {{class_path: Sampler, init_args: {{max_new_tokens: 6}}}}
+  prompts_per_rollout: 4
+  samples_per_prompt: 4
+  minibatches_per_rollout: 2
+  eval_samples: 2
+  lr_full: 0.001
+  lr_lora: 0.01
+data:
+  source:
+    class_path: FileSource
+    init_args: {{train: {folder}/sums.jsonl, validation_fraction: 0.2, test_fraction: 0.2}}
+  format: PlainFormat
+adapter:
+  rank: 2
+  calibration_prompts: 12
+trainer:
+  accelerator: cpu
+  max_steps: 4
+  check_val_every_n_epoch: null
+  val_check_interval: 2
+  enable_progress_bar: false
+"""
+PARTS = '''
+"""Parts of a user."""
+import torch
+from hybrid_lightning.adapters.scorers import Scorer
+from hybrid_lightning.losses import PolicyLoss
+from hybrid_lightning.losses import functional as F
+from hybrid_lightning.rewards import RewardFunction
+
+
+class StartsWithDigit(RewardFunction):
+    def __init__(self, bonus: float = 0.0) -> None:
+        self.bonus = bonus
+
+    def __call__(self, completions, prompts):
+        return [float(text[:1].isdigit()) * (1 + self.bonus) for text in completions]
+
+
+class Reinforce(PolicyLoss):
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def policy_term(self, inputs, old_logprobs):
+        ratio = F.token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
+        return -self.scale * ratio * inputs.advantages[:, None], ratio
+
+
+class LargestSingularValue(Scorer):
+    def score(self, statistics, rank: int) -> float:
+        return float(statistics.gradient.spectrum()[0])
+
+
+class Broken(RewardFunction):
+    def __call__(self, completions, prompts):
+        return [1.0]
+
+
+class Raising(RewardFunction):
+    def __call__(self, completions, prompts):
+        return [1 / 0 for _ in completions]
+
+
+class NotALoss:
+    pass
+'''
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last(self) -> str:
+        """The last line of the error output."""
+        lines = [line for line in self.err.splitlines() if line.strip()]
+        return lines[-1] if lines else ""
+
+
+def run(folder, *arguments) -> Result:
+    """One command in a folder, from which Python imports as it does for `python -m`."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["hybrid_lightning", *map(str, arguments)])
+        torch.set_num_threads(1)
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def write_folder(folder: Path) -> Iterator[Path]:
+    """Body of a fixture: the folder filled, and first on Python's path."""
+    write_model(folder / "model")
+    write_sums(folder / "sums.jsonl", 40)
+    (folder / "t.yaml").write_text(CONFIG.format(folder=folder))
+    (folder / "my_parts.py").write_text(PARTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
+    sys.modules.pop("my_parts", None)

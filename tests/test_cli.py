@@ -1,0 +1,149 @@
+"""The command line, in this process: a whole run with every command."""
+
+import json
+import shlex
+
+import pytest
+import yaml
+from cli_runs import run, write_folder
+
+from hybrid_lightning.adapters.plan import AdapterPlan
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yield from write_folder(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture(scope="module")
+def fitted(folder):
+    result = run(folder, "fit", "--config", "t.yaml", "--checkpoint.save_top_k=-1", "--trainer.logger.init_args.name=whole")
+    assert result.code == 0, result.err
+    return folder / "runs" / "whole" / "version_0", result
+
+
+def summary_of(run_folder):
+    return json.loads((run_folder / "summary.json").read_text())
+
+
+def config_of(run_folder):
+    return yaml.safe_load((run_folder / "config.yaml").read_text())
+
+
+def test_fit_leaves_everything_in_the_run_folder(fitted):
+    root, result = fitted
+    names = {path.name for path in root.iterdir()}
+    assert names >= {"config.yaml", "plan.json", "plan.png", "summary.json", "checkpoints", "hparams.yaml"}
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert (root / "checkpoints" / "last.ckpt").is_file() and (root / "checkpoints" / "step=4.ckpt").is_file()
+    summary = summary_of(root)
+    assert summary["accuracy_before"] is not None and summary["accuracy_after"] is not None and summary["steps"] == 4
+    assert "Run folder: runs/whole/version_0" in result.out and summary["next_command"] in result.out
+
+
+@pytest.mark.parametrize(("command", "prefix"), [("validate", "val"), ("test", "test")])
+def test_a_checkpoint_is_evaluated_by_the_runs_own_config(folder, fitted, command, prefix):
+    root, _ = fitted
+    arguments = ["--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt"]
+    result = run(folder, command, *arguments, "--trainer.logger=false")
+    assert result.code == 0, result.err
+    assert f"{prefix}/avg@2" in result.out and f"{prefix}/greedy_accuracy" in result.out
+    if command == "validate":
+        (line,) = [line for line in result.out.splitlines() if "val/avg@2" in line]
+        assert float(line.split("│")[2]) == pytest.approx(summary_of(root)["accuracy_after"])
+
+
+def test_the_next_command_on_the_screen_works_as_it_is(folder, fitted):
+    root, _ = fitted
+    python, flag, module, *arguments = shlex.split(summary_of(root)["next_command"])
+    assert (python, flag, module, arguments[0]) == ("python", "-m", "hybrid_lightning", "test")
+    result = run(folder, *arguments)
+    assert result.code == 0 and "test/pass@2" in result.out, result.err
+
+
+def test_predict_writes_lines(folder, fitted, tmp_path):
+    root, _ = fitted
+    arguments = ["--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt"]
+    result = run(folder, "predict", *arguments, f"--predictions.path={tmp_path}/p.jsonl", "--trainer.logger=false")
+    assert result.code == 0, result.err
+    records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(records) == 8 and {len(record["completions"]) for record in records} == {2}
+    assert all(record["reward_parts"].keys() == {"starts_with_digit"} for record in records)
+
+
+def test_fit_goes_on_from_a_checkpoint(folder, fitted):
+    root, _ = fitted
+    arguments = ["--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "step=2.ckpt"]
+    result = run(folder, "fit", *arguments, "--trainer.logger.init_args.version=resumed")
+    assert result.code == 0, result.err
+    again = summary_of(root.parent / "resumed")
+    assert again["validation"] == summary_of(root)["validation"] and again["steps"] == 4
+    assert "ckpt_path" not in config_of(root.parent / "resumed")
+    assert "Scoring" not in result.out and (root.parent / "resumed" / "plan.json").is_file()
+
+
+def test_score_makes_the_plan_that_fit_would_and_fit_takes_it(folder, fitted):
+    root, _ = fitted
+    result = run(folder, "score", "--config", "t.yaml", "--trainer.logger.init_args.name=score")
+    assert result.code == 0, result.err
+    scored = folder / "runs" / "score" / "version_0"
+    assert AdapterPlan.load(scored / "plan.json").digest == AdapterPlan.load(root / "plan.json").digest
+    assert (scored / "plan.png").is_file() and "Adapter plan: 1 fully trained" in result.out
+    assert not (scored / "checkpoints").exists() and not (scored / "summary.json").exists()
+    name = "--trainer.logger.init_args.name=planned"
+    planned = ["fit", "--config", "t.yaml", f"--adapter.plan={scored}/plan.json", name]
+    result = run(folder, *planned, "--model.reward=my_parts.Raising", "--trainer.limit_val_batches=0", "--trainer.max_steps=0")
+    assert result.code == 0, f"no reward is asked where a plan is given: {result.err}"
+    result = run(folder, *planned)
+    assert result.code == 0, result.err
+    again, before = (summary_of(folder / "runs" / path) for path in ("planned/version_1", "whole/version_0"))
+    assert again["validation"] == before["validation"], "the same run, whether the plan was made before or within"
+
+
+def test_values_are_overridden_on_the_command_line(folder):
+    changes = {
+        "model.lr_lora": 0.5,
+        "model.sampler.temperature": 0.7,
+        "adapter.rank": 3,
+        "adapter.budget.share": 0.5,
+        "trainer.max_steps": 1,
+        "data.source.init_args.validation_fraction": 0.1,
+        "seed_everything": 5,
+    }
+    arguments = [f"--{name}={value}" for name, value in changes.items()]
+    result = run(folder, "fit", "--config", "t.yaml", *arguments, "--trainer.logger.init_args.name=override")
+    assert result.code == 0, result.err
+    root = folder / "runs" / "override" / "version_0"
+    config = config_of(root)
+    assert config["seed_everything"] == 5 and config["model"]["init_args"]["lr_lora"] == 0.5
+    assert config["model"]["init_args"]["sampler"]["init_args"]["temperature"] == 0.7
+    assert config["data"]["init_args"]["source"]["init_args"]["validation_fraction"] == 0.1
+    plan = AdapterPlan.load(root / "plan.json")
+    assert plan.lora.rank == 3 and len(plan.full_modules) == 7 and summary_of(root)["steps"] == 1
+
+
+def test_parts_of_ones_own_come_by_class_path(folder):
+    arguments = ["--model.loss=my_parts.Reinforce", "--model.loss.scale=0.5", "--model.reward.bonus=0.25"]
+    arguments += ["--adapter.scorer=my_parts.LargestSingularValue", "--trainer.max_steps=2"]
+    text = (
+        (folder / "t.yaml")
+        .read_text()
+        .replace("class_path: GRPOLoss, init_args: {clip_low: 0.2, clip_high: 0.25}", "class_path: my_parts.Reinforce")
+    )
+    (folder / "own.yaml").write_text(text)
+    result = run(folder, "fit", "--config", "own.yaml", *arguments, "--trainer.logger.init_args.name=own")
+    assert result.code == 0, result.err
+    root = folder / "runs" / "own" / "version_0"
+    assert AdapterPlan.load(root / "plan.json").scorer["class_path"] == "my_parts.LargestSingularValue"
+    assert summary_of(root)["loss"] == "Reinforce"
+    reward = config_of(root)["model"]["init_args"]["reward"]
+    assert reward == {"class_path": "my_parts.StartsWithDigit", "init_args": {"bonus": 0.25}}
+    result = run(folder, "validate", "--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt")
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("flag", ["--help", "fit --help", "score --help"])
+def test_help(folder, flag):
+    result = run(folder, *flag.split())
+    assert result.code == 0 and "usage" in result.out.lower()
+    assert ("--adapter.calibration_prompts" in result.out) == (flag != "--help")

@@ -58,6 +58,6 @@ def progress_bar(trainer: Trainer, description: str, total: int | None) -> Itera
         task = progress.add_task(description, total=total)
 
         def advance(done: int, new_total: int | None) -> None:
-            progress.update(task, completed=done, **({} if new_total is None else {"total": new_total}))
+            progress.update(task, completed=done, total=total if new_total is None else new_total)
 
         yield advance

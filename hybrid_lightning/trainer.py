@@ -28,7 +28,7 @@ class Trainer(LightningTrainer):
         Raises:
             ConfigError: If no callback HybridAdapterSetup is there.
         """
-        if not any(isinstance(callback, HybridAdapterSetup) for callback in self.callbacks):
+        if not any(isinstance(callback, HybridAdapterSetup) for callback in self.callbacks):  # type: ignore[attr-defined]
             raise ConfigError("score needs the callback HybridAdapterSetup among trainer.callbacks")
         # Scoring is part of the setup of `fit`; a fit of no steps is that setup and nothing else, under every strategy.
         self.fit_loop.epoch_loop.max_steps = 0

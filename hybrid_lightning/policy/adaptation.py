@@ -6,9 +6,10 @@ base model that they belong to.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule
+from peft import PeftModel
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -79,7 +80,7 @@ class AdaptedModule(LightningModule):
         if self.plan is None:
             yield
             return
-        with adapter_disabled(self.adapter_target):
+        with adapter_disabled(cast(PeftModel, self.adapter_target)):
             yield
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

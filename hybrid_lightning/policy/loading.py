@@ -128,7 +128,8 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
         config = AutoConfig.from_pretrained(source.location, **source.arguments)
         if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
             raise ModelError(_not_causal(source.location, config.model_type))
-        model, info = AutoModelForCausalLM.from_pretrained(source.location, config=config, output_loading_info=True, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source.location, config=config, output_loading_info=True, **arguments)
+        model: PreTrainedModel = loaded[0]
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -136,7 +137,7 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
     # Families of encoders (BERT and its kin) have a causal form too, but a checkpoint of theirs reads to both sides.
     if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
         raise ModelError(_not_causal(source.location, config.model_type))
-    missing = sorted(info["missing_keys"])
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise ModelError(f"{source.location!r} lacks {len(missing)} weights, such as {missing[0]!r}; its files are damaged")
     if "gguf_file" in source.arguments:

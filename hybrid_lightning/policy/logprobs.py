@@ -4,31 +4,17 @@ The policy is the distribution that rollouts were sampled from: softmax(logits /
 not part of it (as in TRL and verl), so that the gradient is defined for every token.
 """
 
-import inspect
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 
+from hybrid_lightning.rollout.forward import base_model, last_logits, new_cache, position_ids
 from hybrid_lightning.types import Sequences
 
 # Logits are turned into float32 log-probabilities in blocks of at most this many numbers (64 MiB).
 _BLOCK = 2**24
 # A prompt is shared if that leaves at most this share of the tokens: below it, one forward pass is faster than two.
 _WORTH_SHARING = 0.8
-
-
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions [B, L] that count real tokens only, so that left padding does not move a prompt. Padding gets 0."""
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the forward of the (possibly PEFT-wrapped) model takes a keyword argument by name."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return argument in inspect.signature(base.forward).parameters
 
 
 def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +53,7 @@ def _separate_logits(model: nn.Module, sequences: Sequences) -> Tensor:
     length = sequences.completion_ids.shape[1]
     mask = torch.cat([sequences.prompt_mask, sequences.completion_mask], dim=1)
     ids = torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1)
-    return _forward(model, ids, mask, position_ids(mask), length + 1, use_cache=False)[:, -(length + 1) : -1]
+    return last_logits(model, ids, mask, position_ids(mask), length + 1)[:, :-1]
 
 
 def _prompt_groups(sequences: Sequences) -> Tensor:
@@ -78,8 +64,7 @@ def _prompt_groups(sequences: Sequences) -> Tensor:
 
 
 def _can_share(model: nn.Module, sequences: Sequences, groups: Tensor) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(base, "is_gradient_checkpointing", False):  # which cannot recompute a layer that has written to the cache
+    if base_model(model).is_gradient_checkpointing:  # which cannot recompute a layer that has written to the cache
         return False
     (rows, prompt_length), length = sequences.prompt_ids.shape, sequences.completion_ids.shape[1]
     shared = (int(groups[-1]) + 1) * prompt_length + rows * length
@@ -88,39 +73,17 @@ def _can_share(model: nn.Module, sequences: Sequences, groups: Tensor) -> bool:
 
 def _shared_prompt_logits(model: nn.Module, sequences: Sequences, groups: Tensor) -> Tensor:
     """The same as `_separate_logits`: prompts go through the model once, and their keys and values serve all their rows."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    cache = DynamicCache(config=base.config)
+    cache = new_cache(model)
     first = torch.cat([groups.new_ones(1), groups.diff()]).bool()
     prompt_ids, prompt_mask = sequences.prompt_ids[first], sequences.prompt_mask[first]
-    logits = _forward(model, prompt_ids, prompt_mask, position_ids(prompt_mask), 1, use_cache=True, cache=cache)[:, -1:][groups]
+    logits = last_logits(model, prompt_ids, prompt_mask, position_ids(prompt_mask), 1, cache)[groups]
     if sequences.completion_ids.shape[1] == 1:
         return logits
     cache.batch_select_indices(groups)
     ids, width = sequences.completion_ids[:, :-1], sequences.prompt_ids.shape[1]
     mask = torch.cat([sequences.prompt_mask, sequences.completion_mask[:, :-1]], dim=1)
-    rest = _forward(model, ids, mask, position_ids(mask)[:, width:], ids.shape[1], use_cache=True, cache=cache)
+    rest = last_logits(model, ids, mask, position_ids(mask)[:, width:], ids.shape[1], cache)
     return torch.cat([logits, rest], dim=1)
-
-
-def _forward(
-    model: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    positions: Tensor,
-    keep: int,
-    use_cache: bool,
-    cache: DynamicCache | None = None,
-) -> Tensor:
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": use_cache}
-    if accepts(model, "position_ids"):
-        arguments["position_ids"] = positions
-    if accepts(model, "logits_to_keep"):  # the prompt's logits are never needed: for a long prompt the largest tensor
-        # As indices: what a number keeps is not contiguous, and the output layer then multiplies row by row.
-        arguments["logits_to_keep"] = torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device)
-    if cache is not None:
-        arguments["cache" if accepts(model, "cache") else "past_key_values"] = cache
-    logits: Tensor = model(**arguments).logits
-    return logits
 
 
 def _block_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -213,7 +213,7 @@ class PolicyModule(AdaptedModule):
             rank=rank,
             world_size=trainer.world_size,
             sum_over_ranks=lambda value: trainer.strategy.reduce(value, reduce_op="sum"),
-            shuffle=trainer.overfit_batches == 0,
+            shuffle=trainer.overfit_batches == 0,  # type: ignore[attr-defined]
         )
 
     def roll_out(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Sequences, Tensor, dict[str, float]]:
@@ -267,7 +267,9 @@ class PolicyModule(AdaptedModule):
         )
         averages["time/forward_s"] = torch.tensor(time.perf_counter() - start)
         sync = self.trainer.world_size > 1
-        shown = {name: batch.metrics[name] for name in ("reward", "completions/mean_length") if name in batch.metrics}
+        shown: dict[str, Any] = {
+            name: batch.metrics[name] for name in ("reward", "completions/mean_length") if name in batch.metrics
+        }
         hidden = {name: value for name, value in batch.metrics.items() if name not in shown}
         options: dict[str, Any] = {"on_step": True, "on_epoch": False, "sync_dist": sync, "batch_size": len(mask)}
         self.log_dict(shown, prog_bar=True, **options)

@@ -1,0 +1,51 @@
+"""One forward pass of a Hugging Face causal language model, with or without a cache; sampling and training share it."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model, inside a PEFT model or as it is."""
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, assignment]
+    return base
+
+
+def new_cache(model: nn.Module) -> DynamicCache:
+    """An empty key-value cache of the right kind for each layer."""
+    return DynamicCache(config=base_model(model).config)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions [B, L] that count real tokens only, so that left padding does not move a prompt. Padding gets 0."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def last_logits(
+    model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, keep: int, cache: DynamicCache | None = None
+) -> Tensor:
+    """Logits [B, keep, V] at the last `keep` positions, in the model's dtype.
+
+    Args:
+        model: Causal language model.
+        ids: Tokens [B, L] that are not in the cache yet.
+        mask: [B, cached + L] bool, True on real tokens.
+        positions: [B, L].
+        keep: Positions wanted, at most L. The other logits are never made: for a long prompt they are the largest tensor.
+        cache: Grows by `ids`; None for no cache.
+    """
+    accepted = inspect.signature(base_model(model).forward).parameters
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": cache is not None}
+    if "position_ids" in accepted:
+        arguments["position_ids"] = positions
+    if "logits_to_keep" in accepted:
+        # As indices and not as a number: the slice that a number gives is not contiguous, and the output layer then multiplies
+        # row by row (measured on a CPU in bfloat16: 5 s instead of 0.02 s for 50 prompts).
+        arguments["logits_to_keep"] = torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device)
+    if cache is not None:
+        arguments["cache" if "cache" in accepted else "past_key_values"] = cache  # the older name
+    logits: Tensor = model(**arguments).logits
+    return logits[:, -keep:]

@@ -36,6 +36,10 @@ class RolloutProgress(RichProgressBar):
         metrics.pop("v_num", None)
         return metrics
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Lightning's "Epoch 0/-2" says nothing where `max_steps` ends the run."""
+        return f"Training (epoch {current_epoch})"
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop listening."""
         super().teardown(trainer, pl_module, stage)

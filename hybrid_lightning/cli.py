@@ -25,6 +25,7 @@ from hybrid_lightning.callbacks import (
     RolloutProgress,
     RolloutSamples,
     RunSummary,
+    TensorBoardOverview,
 )
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError, HybridLightningError
@@ -138,7 +139,7 @@ class HybridLightningCLI(LightningCLI):
         given = given if isinstance(given, list) else [given]
         fixed: list[Callback] = [RunSummary(), GracefulStop()]
         if config["logger"] and not config["fast_dev_run"]:
-            fixed.append(LearningRateMonitor(logging_interval="step"))
+            fixed += [LearningRateMonitor(logging_interval="step"), TensorBoardOverview()]
         if config["enable_progress_bar"] is not False:
             fixed.append(RolloutProgress())
         try:
@@ -199,6 +200,8 @@ def _quiet_libraries() -> None:
     # Deprecations between the libraries, which their next versions settle.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch.nn.modules.module|peft")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    # Of 4-bit kernels that are not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
     # The loaders hold prompts or make rollouts; worker processes would not help.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -1,5 +1,6 @@
 """Stopped anywhere and resumed, a run gives bit for bit the losses of one that was not stopped."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -108,10 +109,8 @@ def run(folder, root, *, ckpt=None, callbacks=(), model="model", adapter=None, d
             **flags,
         }
     )
-    try:
+    with contextlib.suppress(SystemExit):  # a stopped run ends the program
         trainer.fit(policy, datamodule=data, ckpt_path=ckpt)
-    except SystemExit:
-        pass
     return log.losses, policy
 
 

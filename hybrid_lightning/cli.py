@@ -6,7 +6,9 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
+import jsonargparse
 import transformers
+import yaml
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -49,6 +51,21 @@ _REWRITES = (
     (r"^Unexpected config:\s*", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is: "),
     (r'(Parser key "\S+":)\s*(?:-\s+)+', r"\1 "),
 )
+
+
+_load_yaml = jsonargparse.get_loader("yaml")
+
+
+def _load_value(text: str) -> Any:
+    """YAML, except that a value which YAML takes for a comment alone is text.
+
+    jsonargparse reads the strings of a config as YAML once more, and would turn `answer_pattern: '####\\s*(.+)'` into null.
+    """
+    value = _load_yaml(text)
+    return text if value is None and text.lstrip().startswith("#") else value
+
+
+jsonargparse.set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):
@@ -200,8 +217,8 @@ def _quiet_libraries() -> None:
     # Deprecations between the libraries, which their next versions settle.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch.nn.modules.module|peft")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    # Of 4-bit kernels that are not used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Every run has a folder of its own; the checkpoint of another is meant to be read from there.
+    warnings.filterwarnings("ignore", message=".*dirpath has changed from.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
     # The loaders hold prompts or make rollouts; worker processes would not help.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

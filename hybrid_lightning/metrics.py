@@ -75,7 +75,7 @@ class CompletionMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """`avg@n`, `pass@k` for k = 2, 4, ... up to n, `reward` and `length`; each float32."""
-        if not self.index:  # no batch was seen
+        if len(self.index) == 0:  # no batch was seen; a list, or a tensor once ranks have been gathered
             return {}
         index, rows = dim_zero_cat(self.index), dim_zero_cat(self.rows)
         _, inverse = index.unique(return_inverse=True)

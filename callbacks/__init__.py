@@ -1,7 +1,8 @@
 """Lightning callbacks; imported as `hybrid_lightning.callbacks`, which is a link to this folder."""
 
+from hybrid_lightning.callbacks.adaptable import Adaptable
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
-from hybrid_lightning.callbacks.hybrid_adapter_setup import Adaptable, HybridAdapterSetup
+from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.prediction_writer import PredictionWriter
 from hybrid_lightning.callbacks.reward_divergence import RewardDivergence
 from hybrid_lightning.callbacks.rollout_progress import RolloutProgress

@@ -2,17 +2,13 @@
 
     calibration rollouts -> gradients -> scores -> plan -> adapter
 
-It is not tied to `PolicyModule`. Any LightningModule can be adapted that has
-
-- `adapter_attribute: str`, the name of the attribute that holds the model, and
-- `calibration_losses(num_prompts: int)`, an iterable of scalar losses that computes them afresh each time it is iterated; the
-  mean of their gradients scores the modules. An attribute `info` (a dict of plain values) is kept in the plan.
+It is not tied to `PolicyModule`: see `Adaptable` for what it asks of a LightningModule.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,21 +25,11 @@ from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.planning import make_plan
 from hybrid_lightning.adapters.scorers import Scorer, TailEnergy
 from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.callbacks.adaptable import check_adaptable
 from hybrid_lightning.callbacks.display import console, progress_bar, run_folder, tensorboard_writers
 from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.modes import evaluation_mode
-
-
-@runtime_checkable
-class Adaptable(Protocol):
-    """What a LightningModule has to offer."""
-
-    adapter_attribute: str
-
-    def calibration_losses(self, num_prompts: int) -> Iterable[Tensor]:
-        """Scalar losses at the start policy."""
-        ...
 
 
 class HybridAdapterSetup(Callback):
@@ -100,32 +86,20 @@ class HybridAdapterSetup(Callback):
         self.plan: AdapterPlan | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Decide and apply; nothing happens if an adapter is applied already.
+        """Decide and apply; an adapter that is applied already stays as it is.
 
         Raises:
             ConfigError: If the module does not follow the protocol, or settings contradict each other.
             CheckpointError: If a plan file and the checkpoint's plan differ.
             PlanError: If the plan file is not the plan that is applied already, or belongs to another model.
         """
-        applied: AdapterPlan | None = getattr(pl_module, "plan", None)
-        if applied is not None:
-            if self.given_plan is not None and self.given_plan.digest != applied.digest:
-                raise PlanError(
-                    f"the model is adapted by plan {applied.digest[:12]} already and cannot take adapter.plan={self.plan_path} "
-                    f"(plan {self.given_plan.digest[:12]}); load the model anew, or remove adapter.plan"
-                )
-            self.plan = applied
-            return
-        _check_protocol(pl_module)
-        plan = self._plan_of_checkpoint(trainer) or self.given_plan
-        if plan is None and stage != "fit":
-            return
-        self._check_start_weights(pl_module)
-        if plan is None:
-            plan = self._make_plan(trainer, pl_module)
-        self._apply(pl_module, plan)
+        plan: AdapterPlan | None = getattr(pl_module, "plan", None)
+        if plan is not None:
+            self._check_applied(plan)
+        else:
+            plan = self._adapt(trainer, pl_module, stage)
         self.plan = plan
-        if trainer.is_global_zero and stage == "fit":
+        if plan is not None and trainer.is_global_zero and stage == "fit":
             self._show(trainer, plan)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -143,6 +117,24 @@ class HybridAdapterSetup(Callback):
                 writer.add_figure("plan/scores", draw_heatmap(self.plan), 0)
 
     # ---- deciding
+
+    def _check_applied(self, plan: AdapterPlan) -> None:
+        if self.given_plan is not None and self.given_plan.digest != plan.digest:
+            raise PlanError(
+                f"the model is adapted by plan {plan.digest[:12]} already and cannot take adapter.plan={self.plan_path} "
+                f"(plan {self.given_plan.digest[:12]}); load the model anew, or remove adapter.plan"
+            )
+
+    def _adapt(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> AdapterPlan | None:
+        check_adaptable(pl_module)
+        plan = self._plan_of_checkpoint(trainer) or self.given_plan
+        if plan is None and stage != "fit":
+            return None
+        self._check_start_weights(pl_module)
+        if plan is None:
+            plan = self._make_plan(trainer, pl_module)
+        self._apply(pl_module, plan)
+        return plan
 
     def _plan_of_checkpoint(self, trainer: Trainer) -> AdapterPlan | None:
         path = trainer.ckpt_path
@@ -245,22 +237,6 @@ class HybridAdapterSetup(Callback):
         console().print(plan.table())
         if folder is not None:
             console().print(f"Plan written to {folder / 'plan.json'}", soft_wrap=True)
-
-
-def _check_protocol(pl_module: LightningModule) -> None:
-    """Make sure that the module can be adapted, and build its model if it is built late."""
-    name = type(pl_module).__name__
-    if not isinstance(pl_module, Adaptable):
-        raise ConfigError(
-            f"HybridAdapterSetup cannot adapt {name}: it needs an attribute adapter_attribute (the name of the model's "
-            "attribute) and a method calibration_losses(num_prompts)"
-        )
-    pl_module.configure_model()
-    if not isinstance(getattr(pl_module, pl_module.adapter_attribute, None), nn.Module):  # type: ignore[arg-type]
-        raise ConfigError(
-            f"{name}.adapter_attribute is {pl_module.adapter_attribute!r}, but there is no such module; give the name of the "
-            "attribute that holds the model"
-        )
 
 
 def _counted(losses: Iterable[Tensor], advance: Any) -> Iterator[Tensor]:

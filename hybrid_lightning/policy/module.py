@@ -341,7 +341,9 @@ class PolicyModule(AdaptedModule):
         prompts = self._train_prompts()
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
         chosen = [prompts[i] for i in order[:num_prompts]]
-        generator = torch.Generator(device=self.device).manual_seed(self.seed + 7919)
+        # Not self.device: the callback has moved the model, and Lightning moves this module only after the setup hooks.
+        device = next(self.model.parameters()).device
+        generator = torch.Generator(device=device).manual_seed(self.seed + 7919)
         samples = self.rollout_schedule.samples_per_prompt
         rollouts = self.generate(chosen, samples, generator)
         rewards = self.score(rollouts)
@@ -352,7 +354,7 @@ class PolicyModule(AdaptedModule):
         if bool(advantages.any()):
             return RewardCalibration(rollouts.sequences, advantages, self.loss, self._calibration_logprobs, rows)
         ids = [self.encode(prompt) for prompt in chosen]
-        return AnswerCalibration(chosen, ids, self.tokenizer, self._calibration_logprobs, rows, self.device)
+        return AnswerCalibration(chosen, ids, self.tokenizer, self._calibration_logprobs, rows, device)
 
     def _train_prompts(self) -> list[Prompt]:
         prompts = getattr(self.trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]

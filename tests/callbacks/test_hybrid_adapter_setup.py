@@ -206,6 +206,12 @@ def test_setup_again_changes_nothing(model, sums, tmp_path):
     assert policy.plan is plan and weights.keys() == dict(policy.named_parameters()).keys()
 
 
+def test_a_policy_that_is_adapted_already_brings_its_plan_into_the_run_folder(model, sums, tmp_path):
+    policy = set_up(model, sums, tmp_path / "a")
+    build_trainer(tmp_path / "b", build_adapter(0.5), max_steps=1).fit(policy, datamodule=build_data(sums))
+    assert (tmp_path / "b" / "plan.json").read_text() == (tmp_path / "a" / "plan.json").read_text()
+
+
 def test_evaluation_alone_adapts_nothing(model, sums, tmp_path):
     policy = build_policy(model)
     build_trainer(tmp_path, build_adapter()).validate(policy, datamodule=build_data(sums, validation_fraction=0.2), verbose=False)

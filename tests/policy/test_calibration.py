@@ -44,6 +44,7 @@ def sums(tmp_path_factory):
 def calibrate(model, sums, prompts=8, data=None, accumulate=1, **arguments):
     """The policy, its rollouts, and the calibration losses; the policy's weights want gradients."""
     policy = build_policy(model, **{"sampler": Sampler(6, temperature=TEMPERATURE), **arguments})
+    policy._device = torch.device("meta")  # scoring is where the model is: Lightning has not moved the module itself yet
     trainer = build_trainer(model.parent, accumulate_grad_batches=accumulate)
     data = data or build_data(sums)
     policy.trainer = trainer

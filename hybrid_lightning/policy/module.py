@@ -298,14 +298,18 @@ class PolicyModule(AdaptedModule):
         """Called before scoring and before training.
 
         Raises:
-            ConfigError: If precision and dtype contradict each other, the KL term has no start policy, or a rollout cannot be
-                split into the micro-batches that the Trainer asks for.
+            ConfigError: If the precision cannot work or contradicts the dtype, the KL term has no start policy, or a rollout
+                cannot be split into the micro-batches that the Trainer asks for.
         """
         precision = str(self.trainer.precision)
         if precision in ("bf16-true", "16-true"):
             raise ConfigError(
                 f"trainer.precision={precision} would round the trainable weights to 16 bits, where small steps vanish; use "
                 "trainer.precision=bf16-mixed with model.dtype=bfloat16"
+            )
+        if precision != "32-true" and not precision.endswith("-mixed"):
+            raise ConfigError(
+                f"trainer.precision={precision} is not supported: rollouts and losses are float32; use 32-true or bf16-mixed"
             )
         if self.dtype_name != "float32" and not precision.endswith("-mixed"):
             raise ConfigError(

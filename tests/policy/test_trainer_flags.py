@@ -157,6 +157,7 @@ def test_a_bf16_base_trains_float32_weights_and_begins_on_policy(model, sums, tm
     [
         ({}, {"precision": "bf16-true"}, r"trainer\.precision=bf16-true would round"),
         ({}, {"precision": "16-true"}, r"trainer\.precision=16-true would round"),
+        ({}, {"precision": "64-true"}, r"trainer\.precision=64-true is not supported: .* use 32-true"),
         ({"dtype": "bfloat16"}, {}, r"model\.dtype=bfloat16 needs trainer\.precision=bf16-mixed"),
         ({}, {"accumulate_grad_batches": 3}, r"16 completions .* cannot be split evenly into 3 micro-batches"),
         ({"prompts_per_rollout": 17}, {}, r"prompts_per_rollout=17 is more than the 16 training prompts"),

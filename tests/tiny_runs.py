@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import build_model, build_tokenizer
+from tiny_models import build_model, build_tokenizer
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.callbacks import HybridAdapterSetup

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import build_model
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from tiny_models import build_model
 from tiny_runs import build_adapter, build_trainer
 from torch.utils.data import DataLoader
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import build_model
+from tiny_models import build_model
 from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
 from hybrid_lightning.adapters import scorers

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_models import build_model, build_tokenizer
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.callbacks import GracefulStop, HybridAdapterSetup, RunSummary

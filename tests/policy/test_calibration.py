@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import build_model
 from lightning.pytorch import LightningDataModule
+from tiny_models import build_model
 from tiny_runs import Constant, DigitShare, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
+from tiny_models import build_model, build_tokenizer
 from tiny_runs import write_model
 from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
 

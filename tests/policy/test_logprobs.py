@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import FAMILIES, build_model
+from tiny_models import FAMILIES, build_model
 
 from hybrid_lightning.policy.logprobs import token_logprobs
 from hybrid_lightning.rollout.padding import pad_left, pad_right

@@ -1,5 +1,5 @@
 import pytest
-from conftest import build_tokenizer
+from tiny_models import build_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from hybrid_lightning.errors import ConfigError, DataError

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import FAMILIES, build_model
+from tiny_models import FAMILIES, build_model
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.sampler import Sampler

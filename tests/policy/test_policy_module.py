@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import build_model
 from lightning.pytorch import Callback
+from tiny_models import build_model
 from tiny_runs import DigitShare, build_adapter, fit, write_model, write_sums
 
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss

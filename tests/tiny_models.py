@@ -1,0 +1,59 @@
+"""Tiny real models, built from config classes, and a tokenizer that needs no file from outside."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+_CHARACTERS = "0123456789+-*= \nabcdefghijklmnopqrstuvwxyz#?"
+VOCABULARY = len(_CHARACTERS) + 3
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_CONFIGS = {
+    "llama": lambda: LlamaConfig(**_SIZES),
+    "qwen2": lambda: Qwen2Config(**_SIZES),
+    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=8),
+    "gemma": lambda: GemmaConfig(**_SIZES, head_dim=8),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
+    ),
+}
+FAMILIES = sorted(_CONFIGS)
+
+
+def build_model(family: str, seed: int = 0, std: float = 0.2) -> PreTrainedModel:
+    """A random model whose next-token distributions are far from uniform, so that mistakes show."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(_CONFIGS[family]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=std)
+    return model.requires_grad_(False).eval()
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{c: i + 3 for i, c in enumerate(_CHARACTERS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")

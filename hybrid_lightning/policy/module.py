@@ -7,8 +7,7 @@ pure loss on one micro-batch.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,26 +19,24 @@ from hybrid_lightning.adapters.apply import parameter_groups
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import PolicyLoss
-from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
 from hybrid_lightning.policy.describe import describe_arguments
-from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
+from hybrid_lightning.policy.evaluated import EvaluatedModule
+from hybrid_lightning.policy.evaluation import EvaluationMetrics
 from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model, stop_token_ids
 from hybrid_lightning.policy.logprobs import token_logprobs
-from hybrid_lightning.policy.modes import checkpoint_gradients, evaluation_mode
+from hybrid_lightning.policy.modes import checkpoint_gradients
 from hybrid_lightning.policy.optim import ConstantSchedule, LearningRateSchedule, OptimizerCallable, build_optimizer
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
 from hybrid_lightning.policy.step_metrics import StepMetrics
-from hybrid_lightning.rewards import RewardFunction, evaluate_reward
+from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
-GenerationListener = Callable[[int, int, int], None]
 
-
-class PolicyModule(AdaptedModule):
+class PolicyModule(EvaluatedModule):
     """Trains a language model by reinforcement learning with verifiable rewards.
 
     The model is frozen as loaded; `HybridAdapterSetup` makes part of it trainable.
@@ -123,10 +120,8 @@ class PolicyModule(AdaptedModule):
             checkpoint_gradients(self.model)
         self.validation_metrics, self.test_metrics = EvaluationMetrics(eval_samples), EvaluationMetrics(eval_samples)
         self.last_rollout: tuple[Rollouts, Rewards, Tensor] | None = None  # for callbacks that show samples
-        self.generation_listeners: list[GenerationListener] = []  # called with (running, decoded, max_new_tokens)
         self._step_metrics = StepMetrics()
         self._seconds = {"generate": 0.0, "reward": 0.0, "logprobs": 0.0}
-        self._eval_generator: torch.Generator | None = None
 
     def _save_arguments(self) -> None:
         self.save_hyperparameters()
@@ -135,62 +130,6 @@ class PolicyModule(AdaptedModule):
             plain["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
             self._set_hparams(plain)
             self._hparams_initial = self._to_hparams_dict(plain)
-
-    # ---- prompts and generation
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, rendered by the chat template if it has messages."""
-        return self.encoder.encode(prompt)
-
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Eval mode, no gradient, the Trainer's precision; all put back afterwards."""
-        with evaluation_mode(self.model), torch.no_grad(), self._precision():
-            yield
-
-    def _precision(self) -> Any:
-        return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        samples_per_prompt: int = 1,
-        generator: torch.Generator | None = None,
-        greedy: bool = False,
-    ) -> Rollouts:
-        """Complete prompts with the policy as it is now.
-
-        Args:
-            prompts: P prompts.
-            samples_per_prompt: G; 1 if `greedy`.
-            generator: Random generator on the model's device.
-            greedy: Most probable tokens instead of sampled ones.
-
-        Returns:
-            Rollouts of P * G sequences.
-        """
-
-        def on_token(running: int, decoded: int) -> None:
-            for listener in self.generation_listeners:
-                listener(running, decoded, self.sampler.max_new_tokens)
-
-        with self._inference():
-            return self.sampler.sample(
-                self.model,
-                self.tokenizer,
-                prompts,
-                [self.encode(prompt) for prompt in prompts],
-                samples_per_prompt,
-                generator=generator,
-                greedy=greedy,
-                stop_ids=self.stop_ids,
-                on_token=on_token,
-            )
-
-    def score(self, rollouts: Rollouts) -> Rewards:
-        """Rewards of rollouts, on their device."""
-        prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
-        return evaluate_reward(self.reward, rollouts.completions, prompts).to(rollouts.sequences.completion_ids.device)
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities [B, T] with gradient and entropies [B, T] without, under the sampler's temperature."""
@@ -373,52 +312,3 @@ class PolicyModule(AdaptedModule):
     def _calibration_logprobs(self, sequences: Sequences) -> Tensor:
         with self._precision():
             return self.logprobs(sequences)[0]
-
-    # ---- evaluation
-
-    def _evaluate(self, prompts: Sequence[Prompt], metrics: EvaluationMetrics) -> None:
-        greedy = self.generate(prompts, 1, greedy=True)
-        sampled = self.generate(prompts, self.eval_samples, self._eval_generator)
-        metrics.update((greedy, self.score(greedy)), (sampled, self.score(sampled)))
-
-    def _seed_evaluation(self) -> None:
-        # The same draws at every evaluation, and none from the generators that training uses.
-        self._eval_generator = torch.Generator(device=self.device).manual_seed(self.seed + 104_729 + self.global_rank)
-
-    def _log_evaluation(self, prefix: str, metrics: EvaluationMetrics) -> None:
-        values = {f"{prefix}/{name}": value for name, value in metrics.compute().items()}
-        self.log_dict(values, sync_dist=self.trainer.world_size > 1, prog_bar=False)
-        metrics.reset()
-
-    def on_validation_epoch_start(self) -> None:
-        """Start the evaluation's random draws anew."""
-        self._seed_evaluation()
-
-    def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
-        """Greedy and sampled completions of a batch of prompts."""
-        self._evaluate(batch, self.validation_metrics)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log `val/...`."""
-        self._log_evaluation("val", self.validation_metrics)
-
-    def on_test_epoch_start(self) -> None:
-        """Start the evaluation's random draws anew."""
-        self._seed_evaluation()
-
-    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
-        """Greedy and sampled completions of a batch of prompts."""
-        self._evaluate(batch, self.test_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Log `test/...`."""
-        self._log_evaluation("test", self.test_metrics)
-
-    def on_predict_epoch_start(self) -> None:
-        """Start the random draws anew."""
-        self._seed_evaluation()
-
-    def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
-        """Sampled completions of a batch of prompts with their rewards, as records for JSON."""
-        rollouts = self.generate(batch, self.eval_samples, self._eval_generator)
-        return prediction_records(rollouts, self.score(rollouts), [self.encoder.render(prompt) for prompt in batch])

@@ -1,0 +1,140 @@
+"""`EvaluatedModule`: a policy that completes prompts, is rewarded for it, and reports how well it does."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hybrid_lightning.policy.adaptation import AdaptedModule
+from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
+from hybrid_lightning.policy.modes import evaluation_mode
+from hybrid_lightning.policy.prompts import PromptEncoder
+from hybrid_lightning.rewards import RewardFunction, evaluate_reward
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import Prompt, Rewards, Rollouts
+
+GenerationListener = Callable[[int, int, int], None]
+
+
+class EvaluatedModule(AdaptedModule):
+    """Generation, rewards, and the hooks of validation, test and prediction; a subclass sets the attributes."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    encoder: PromptEncoder
+    sampler: Sampler
+    reward: RewardFunction
+    stop_ids: list[int]
+    eval_samples: int
+    seed: int
+    validation_metrics: EvaluationMetrics
+    test_metrics: EvaluationMetrics
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generation_listeners: list[GenerationListener] = []  # called with (running, decoded, max_new_tokens)
+        self._eval_generator: torch.Generator | None = None
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, rendered by the chat template if it has messages."""
+        return self.encoder.encode(prompt)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Eval mode, no gradient, the Trainer's precision; all put back afterwards."""
+        with evaluation_mode(self.model), torch.no_grad(), self._precision():
+            yield
+
+    def _precision(self) -> Any:
+        return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int = 1,
+        generator: torch.Generator | None = None,
+        greedy: bool = False,
+    ) -> Rollouts:
+        """Complete prompts with the policy as it is now.
+
+        Args:
+            prompts: P prompts.
+            samples_per_prompt: G; 1 if `greedy`.
+            generator: Random generator on the model's device.
+            greedy: Most probable tokens instead of sampled ones.
+
+        Returns:
+            Rollouts of P * G sequences.
+        """
+
+        def on_token(running: int, decoded: int) -> None:
+            for listener in self.generation_listeners:
+                listener(running, decoded, self.sampler.max_new_tokens)
+
+        with self._inference():
+            return self.sampler.sample(
+                self.model,
+                self.tokenizer,
+                prompts,
+                [self.encode(prompt) for prompt in prompts],
+                samples_per_prompt,
+                generator=generator,
+                greedy=greedy,
+                stop_ids=self.stop_ids,
+                on_token=on_token,
+            )
+
+    def score(self, rollouts: Rollouts) -> Rewards:
+        """Rewards of rollouts, on their device."""
+        prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
+        return evaluate_reward(self.reward, rollouts.completions, prompts).to(rollouts.sequences.completion_ids.device)
+
+    def _evaluate(self, prompts: Sequence[Prompt], metrics: EvaluationMetrics) -> None:
+        greedy = self.generate(prompts, 1, greedy=True)
+        sampled = self.generate(prompts, self.eval_samples, self._eval_generator)
+        metrics.update((greedy, self.score(greedy)), (sampled, self.score(sampled)))
+
+    def _seed_evaluation(self) -> None:
+        # The same draws at every evaluation, and none from the generators that training uses.
+        self._eval_generator = torch.Generator(device=self.device).manual_seed(self.seed + 104_729 + self.global_rank)
+
+    def _log_evaluation(self, prefix: str, metrics: EvaluationMetrics) -> None:
+        values = {f"{prefix}/{name}": value for name, value in metrics.compute().items()}
+        self.log_dict(values, sync_dist=self.trainer.world_size > 1, prog_bar=False)
+        metrics.reset()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the evaluation's random draws anew."""
+        self._seed_evaluation()
+
+    def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+        """Greedy and sampled completions of a batch of prompts."""
+        self._evaluate(batch, self.validation_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/...`."""
+        self._log_evaluation("val", self.validation_metrics)
+
+    def on_test_epoch_start(self) -> None:
+        """Start the evaluation's random draws anew."""
+        self._seed_evaluation()
+
+    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+        """Greedy and sampled completions of a batch of prompts."""
+        self._evaluate(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/...`."""
+        self._log_evaluation("test", self.test_metrics)
+
+    def on_predict_epoch_start(self) -> None:
+        """Start the random draws anew."""
+        self._seed_evaluation()
+
+    def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
+        """Sampled completions of a batch of prompts with their rewards, as records for JSON."""
+        rollouts = self.generate(batch, self.eval_samples, self._eval_generator)
+        return prediction_records(rollouts, self.score(rollouts), [self.encoder.render(prompt) for prompt in batch])

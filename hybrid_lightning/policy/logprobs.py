@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hybrid_lightning.rollout.forward import base_model, last_logits, new_cache, position_ids
+from hybrid_lightning.rollout.forward import last_logits, new_cache, position_ids, recomputes_activations
 from hybrid_lightning.types import Sequences
 
 # Logits are turned into float32 log-probabilities in blocks of at most this many numbers (64 MiB).
@@ -64,7 +64,7 @@ def _prompt_groups(sequences: Sequences) -> Tensor:
 
 
 def _can_share(model: nn.Module, sequences: Sequences, groups: Tensor) -> bool:
-    if base_model(model).is_gradient_checkpointing:  # which cannot recompute a layer that has written to the cache
+    if recomputes_activations(model):  # which cannot recompute a layer that has written to the cache
         return False
     (rows, prompt_length), length = sequences.prompt_ids.shape, sequences.completion_ids.shape[1]
     shared = (int(groups[-1]) + 1) * prompt_length + rows * length

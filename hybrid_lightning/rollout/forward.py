@@ -19,6 +19,13 @@ def new_cache(model: nn.Module) -> DynamicCache:
     return DynamicCache(config=base_model(model).config)
 
 
+def recomputes_activations(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on."""
+    base = base_model(model)
+    name = "is_activation_checkpointing" if hasattr(base, "is_activation_checkpointing") else "is_gradient_checkpointing"
+    return bool(getattr(base, name))
+
+
 def position_ids(mask: Tensor) -> Tensor:
     """Positions [B, L] that count real tokens only, so that left padding does not move a prompt. Padding gets 0."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)

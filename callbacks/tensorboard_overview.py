@@ -6,8 +6,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.callbacks.display import tensorboard_writers
 
-# TensorBoard orders groups by name, and digits come first.
+# TensorBoard orders groups and cards by name, and digits come first.
 GROUP = "0_overview"
+_VALIDATION = ("val/avg@", "val/greedy_accuracy")  # avg@ of whatever number of samples
 _TRAINING = (
     "reward",
     "completions/mean_length",
@@ -28,17 +29,18 @@ class TensorBoardOverview(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Repeat the training metrics after each optimizer step."""
         if not trainer.fit_loop._should_accumulate() and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._write(trainer, {name: trainer.callback_metrics[name] for name in _TRAINING if name in trainer.callback_metrics})
+            self._write(trainer, _TRAINING, first=len(_VALIDATION) + 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Repeat the accuracies of validations during `fit`, the one before training included."""
         if trainer.state.fn == "fit":
-            metrics = trainer.callback_metrics
-            names = [name for name in metrics if name == "val/greedy_accuracy" or name.startswith("val/avg@")]
-            self._write(trainer, {name: metrics[name] for name in names})
+            self._write(trainer, _VALIDATION, first=1)
 
-    def _write(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        if trainer.is_global_zero:
-            for writer in tensorboard_writers(trainer):
-                for name, value in metrics.items():
-                    writer.add_scalar(f"{GROUP}/{name.replace('/', ' ')}", float(value), trainer.global_step)
+    def _write(self, trainer: Trainer, wanted: tuple[str, ...], first: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        for number, name_or_stem in enumerate(wanted, start=first):
+            for name, value in trainer.callback_metrics.items():
+                if name == name_or_stem or (name_or_stem.endswith("@") and name.startswith(name_or_stem)):
+                    for writer in tensorboard_writers(trainer):
+                        writer.add_scalar(f"{GROUP}/{number} {name.replace('/', ' ')}", float(value), trainer.global_step)

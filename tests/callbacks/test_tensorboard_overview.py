@@ -36,9 +36,9 @@ def test_the_overview_comes_first_and_holds_training_and_validation(tmp_path):
     scalars = read(tmp_path)
     assert min(scalars).startswith("0_overview/")
     assert {tag: values for tag, values in scalars.items() if "/" in tag} == {
-        "0_overview/reward": [(3, 0.5)],
-        "0_overview/entropy": [(3, 2.0)],
-        "0_overview/val avg@8": [(3, 0.25)],
+        "0_overview/3 reward": [(3, 0.5)],
+        "0_overview/7 entropy": [(3, 2.0)],
+        "0_overview/1 val avg@8": [(3, 0.25)],
     }
 
 

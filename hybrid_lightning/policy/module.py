@@ -141,7 +141,8 @@ class PolicyModule(EvaluatedModule):
         """The train dataloader: rollouts of these prompts. A data module's `train_dataloader` returns it."""
         trainer = self.trainer
         rank = trainer.global_rank
-        generator = torch.Generator(device=self.device).manual_seed(self.seed * 100_003 + rank)
+        epoch = trainer.current_epoch
+        generator = torch.Generator(device=self.device).manual_seed(self.seed * 100_003 + rank + 1_000_000_007 * epoch)
         return RolloutLoader(
             prompts,
             self,
@@ -152,6 +153,7 @@ class PolicyModule(EvaluatedModule):
             rank=rank,
             world_size=trainer.world_size,
             sum_over_ranks=lambda value: trainer.strategy.reduce(value, reduce_op="sum"),
+            epoch=epoch,
             shuffle=trainer.overfit_batches == 0,  # type: ignore[attr-defined]
         )
 

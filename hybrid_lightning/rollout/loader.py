@@ -98,6 +98,7 @@ class RolloutLoader:
         rank: This process.
         world_size: Number of processes; each takes its own P / world_size prompts of every rollout.
         sum_over_ranks: Adds a scalar tensor over processes.
+        epoch: First epoch: a loader that replaces another (`reload_dataloaders_every_n_epochs`) must not begin anew.
         shuffle: False keeps the order of the data (for `overfit_batches`), and starts over at every epoch.
     """
 
@@ -113,6 +114,7 @@ class RolloutLoader:
         rank: int = 0,
         world_size: int = 1,
         sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
+        epoch: int = 0,
         shuffle: bool = True,
     ) -> None:
         schedule.check_prompts(len(prompts))
@@ -126,7 +128,7 @@ class RolloutLoader:
         self.rank, self.world_size = rank, world_size
         self.sum_over_ranks = sum_over_ranks
         self.shuffle = shuffle
-        self._epoch = 0
+        self._epoch = epoch
         self._next_prompt = 0  # position in this epoch's permutation
         self._pending: deque[PolicyBatch] = deque()
         self._resumed_random_state: dict[str, Any] | None = None

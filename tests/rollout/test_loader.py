@@ -150,6 +150,13 @@ def test_an_epoch_cut_short_goes_on_where_it_stopped_unless_order_is_kept():
     assert [flat(next(iter(fixed)))[0] for _ in range(2)] == [[[0], [0], [1], [1]]] * 2
 
 
+def test_a_loader_that_replaces_another_goes_on_with_the_next_order():
+    loader = build()
+    list(loader)
+    second = [i for batch in loader for i in batch.sequences.prompt_ids[::2, 0].tolist()]
+    assert [i for batch in build(epoch=1) for i in batch.sequences.prompt_ids[::2, 0].tolist()] == second
+
+
 def test_ranks_share_a_rollout_without_overlap():
     parts = [build(rank=rank, world_size=2, sum_over_ranks=lambda value: value * 2) for rank in range(2)]
     batches = [next(iter(part)) for part in parts]

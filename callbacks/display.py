@@ -1,5 +1,7 @@
 """What the callbacks share to show things: the console, a progress bar, the run folder and TensorBoard."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +30,22 @@ def run_folder(trainer: Trainer) -> Path | None:
     return folder
 
 
+def python_command() -> str:
+    """What to type for this Python: its path where its virtual environment is not activated, as in `.venv/bin/python`."""
+    if sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ:
+        return "python"
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def resume_command(trainer: Trainer, checkpoint: Path) -> str:
     """The command that goes on from a checkpoint."""
-    return f"python -m hybrid_lightning fit --config {run_folder(trainer)}/config.yaml --ckpt_path {checkpoint}"
+    return f"{python_command()} -m hybrid_lightning fit --config {run_folder(trainer)}/config.yaml --ckpt_path {checkpoint}"
+
+
+def test_command(trainer: Trainer, checkpoint: str) -> str:
+    """The command that measures a checkpoint on the test problems."""
+    return f"{python_command()} -m hybrid_lightning test --config {run_folder(trainer)}/config.yaml --ckpt_path {checkpoint}"
 
 
 def tensorboard_writers(trainer: Trainer) -> list[Any]:

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.table import Table
 
-from hybrid_lightning.callbacks.display import console, run_folder
+from hybrid_lightning.callbacks.display import console, run_folder, test_command
 
 
 class RunSummary(Callback):
@@ -114,7 +114,7 @@ class RunSummary(Callback):
             "validation": {"before": self._before, "after": after},
             "run_folder": str(folder),
             "checkpoint": str(last),
-            "next_command": f"python -m hybrid_lightning test --config {folder}/config.yaml --ckpt_path {last}" if last else "",
+            "next_command": test_command(trainer, last) if last else "",
         }
 
     def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:

@@ -56,7 +56,8 @@ def test_a_checkpoint_is_evaluated_by_the_runs_own_config(folder, fitted, comman
 def test_the_next_command_on_the_screen_works_as_it_is(folder, fitted):
     root, _ = fitted
     python, flag, module, *arguments = shlex.split(summary_of(root)["next_command"])
-    assert (python, flag, module, arguments[0]) == ("python", "-m", "hybrid_lightning", "test")
+    assert python.rpartition("/")[2].startswith("python")
+    assert (flag, module, arguments[0]) == ("-m", "hybrid_lightning", "test")
     result = run(folder, *arguments)
     assert result.code == 0 and "test/pass@2" in result.out, result.err
 

@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
 from hybrid_lightning.callbacks import RunSummary
+from hybrid_lightning.callbacks.display import python_command
 
 KEYS = {
     "accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "seconds", "training_seconds", "steps", "eval_samples",
@@ -68,7 +69,7 @@ def test_all_values(model, whole):
     assert summary["loss"] == "GRPOLoss" and summary["model"] == str(model) and summary["run_folder"] == str(root)
     assert summary["seconds"] > summary["training_seconds"] > 0
     assert summary["checkpoint"] == str(root / "checkpoints" / "last.ckpt")
-    command = f"python -m hybrid_lightning test --config {root}/config.yaml --ckpt_path {summary['checkpoint']}"
+    command = f"{python_command()} -m hybrid_lightning test --config {root}/config.yaml --ckpt_path {summary['checkpoint']}"
     assert summary["next_command"] == command
 
 
@@ -146,3 +147,14 @@ def test_a_sanity_check_of_a_part_is_no_accuracy_before(model, sums, tmp_path):
 def test_fast_dev_run_writes_nothing(model, sums, tmp_path):
     _, summary = run(model, sums, tmp_path, fast_dev_run=True)
     assert summary is None and not (tmp_path / "summary.json").exists()
+
+
+def test_the_command_names_an_environment_that_is_not_activated(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.base_prefix", "/usr")
+    monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
+    monkeypatch.setattr("sys.executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / ".venv"))
+    assert python_command() == "python"
+    monkeypatch.delenv("VIRTUAL_ENV")
+    assert python_command() == ".venv/bin/python"

@@ -74,7 +74,9 @@ def test_modules_outside_layers_and_second_stacks():
 
 @pytest.mark.parametrize("score", [lambda _: None, lambda _: 1.0, lambda index: None if index else 2.0])
 def test_without_or_with_equal_scores(score):
-    draw_heatmap(plan_of(layers(2), score)).savefig(io.BytesIO(), format="png")
+    picture = io.BytesIO()
+    draw_heatmap(plan_of(layers(2), score)).savefig(picture, format="png")
+    assert picture.getvalue().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("count", [4, 72])

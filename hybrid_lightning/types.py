@@ -98,6 +98,7 @@ class LossInputs(_TensorContainer):
     ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed when `kl_coef` is not 0
     num_sequences: float | None = None  # sequences in the optimizer step, over micro-batches and ranks; None: those here
     num_tokens: float | None = None  # completion tokens in the optimizer step, likewise
+    importance_weights: Tensor | None = None  # [B, T] factors of the policy term (see `ImportanceCorrection`); None: all 1
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class PolicyBatch(_TensorContainer):
 
     sequences: Sequences  # B rows
     advantages: Tensor  # [B] float32
+    sampling_logprobs: Tensor  # [B, T] float32, as the sampler saw them (see `Rollouts`)
     old_logprobs: Tensor | None  # [B, T]; None if the micro-batch is exactly on-policy
     ref_logprobs: Tensor | None  # [B, T]; None if the loss has no KL term
     num_sequences: float  # in the optimizer step that this micro-batch belongs to, over all its micro-batches and ranks

@@ -157,7 +157,9 @@ class PolicyModule(EvaluatedModule):
             shuffle=trainer.overfit_batches == 0,  # type: ignore[attr-defined]
         )
 
-    def roll_out(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Sequences, Tensor, dict[str, float]]:
+    def roll_out(
+        self, prompts: Sequence[Prompt], generator: torch.Generator
+    ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
         """Complete and score prompts (see `RolloutSource`)."""
         start = time.perf_counter()
         rollouts = self.generate(prompts, self.rollout_schedule.samples_per_prompt, generator)
@@ -170,7 +172,7 @@ class PolicyModule(EvaluatedModule):
         new_tokens = float(rollouts.sequences.completion_mask.sum())
         metrics["throughput/generated_tokens_per_second"] = new_tokens / self._seconds["generate"]
         metrics |= {f"time/{name}_s": self._seconds[name] for name in ("generate", "reward")}
-        return rollouts.sequences, advantages, metrics
+        return rollouts.sequences, rollouts.sampling_logprobs, advantages, metrics
 
     def add_logprobs(self, batch: PolicyBatch, on_policy: bool) -> PolicyBatch:
         """Fill in old and reference log-probabilities (see `RolloutSource`).

@@ -73,8 +73,14 @@ class RolloutSchedule:
 class RolloutSource(Protocol):
     """What the loader asks of the policy."""
 
-    def roll_out(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Sequences, Tensor, dict[str, float]]:
-        """Complete and score prompts: sequences (B), advantages [B], and metrics to log with each of their steps."""
+    def roll_out(
+        self, prompts: Sequence[Prompt], generator: torch.Generator
+    ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
+        """Complete and score prompts.
+
+        Returns:
+            Sequences (B), the sampler's log-probabilities [B, T], advantages [B], and metrics to log with each of their steps.
+        """
         ...
 
     def add_logprobs(self, batch: PolicyBatch, on_policy: bool) -> PolicyBatch:
@@ -211,8 +217,7 @@ class RolloutLoader:
         mine = self._order(epoch)[start + self.rank * share : start + (self.rank + 1) * share]
         before = (self.generator.get_state(), capture_random_state())
         try:
-            sequences, advantages, metrics = self.source.roll_out([self.prompts[i] for i in mine], self.generator)
-            batches = self._split(sequences, advantages, metrics)
+            batches = self._split(*self.source.roll_out([self.prompts[i] for i in mine], self.generator))
         except BaseException:
             # A stop during generation leaves the state at the last optimizer step, so that a checkpoint saved now resumes
             # as if this rollout had never been begun.
@@ -222,7 +227,9 @@ class RolloutLoader:
         self._epoch, self._next_prompt = epoch, start + count
         return deque(batches)
 
-    def _split(self, sequences: Sequences, advantages: Tensor, metrics: dict[str, float]) -> list[PolicyBatch]:
+    def _split(
+        self, sequences: Sequences, sampling_logprobs: Tensor, advantages: Tensor, metrics: dict[str, float]
+    ) -> list[PolicyBatch]:
         accumulate = self.accumulate_grad_batches()
         self.schedule.check_split(accumulate, self.world_size)
         minibatches = self.schedule.minibatches_per_rollout
@@ -237,9 +244,11 @@ class RolloutLoader:
             for part in range(accumulate):
                 start = of_step.start + part * rows
                 index = slice(start, start + rows)
+                chosen = sequences.rows(index)
                 batch = PolicyBatch(
-                    sequences=sequences.rows(index),
+                    sequences=chosen,
                     advantages=advantages[index],
+                    sampling_logprobs=sampling_logprobs[index, : chosen.completion_ids.shape[1]],
                     old_logprobs=None,
                     ref_logprobs=None,
                     num_sequences=float(rows_per_step * self.world_size),
@@ -258,4 +267,10 @@ def _to_state(batch: PolicyBatch) -> dict[str, Any]:
 
 
 def _from_state(state: dict[str, Any]) -> PolicyBatch:
+    missing = {entry.name for entry in fields(PolicyBatch)} - state.keys()
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint's unfinished rollout lacks {', '.join(sorted(missing))}, so an earlier version wrote it; resume "
+            "with that version, or from a checkpoint between two rollouts"
+        )
     return PolicyBatch(**{**state, "sequences": Sequences(**state["sequences"])})

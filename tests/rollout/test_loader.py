@@ -25,6 +25,7 @@ class Source:
         mask = torch.arange(4)[None] < lengths[:, None]
         return (
             Sequences(ids, torch.ones_like(ids, dtype=torch.bool), tokens, mask),
+            -tokens.float() * mask,
             torch.randn(rows),
             {"reward": float(self.calls)},
         )
@@ -52,6 +53,7 @@ def flat(batch):
     return [
         batch.sequences.prompt_ids.tolist(),
         batch.sequences.completion_ids.tolist(),
+        batch.sampling_logprobs.tolist(),
         batch.advantages.tolist(),
         batch.metrics,
     ]
@@ -73,6 +75,17 @@ def test_micro_batches_carry_the_denominators_of_their_optimizer_step():
         assert {batch.num_sequences for batch in step} == {12.0}
         assert {batch.num_tokens for batch in step} == {float(sum(batch.sequences.completion_mask.sum() for batch in step))}
     assert [flat(batch) for batch in batches[:6]] == [flat(batch) for batch in batches[6:]]
+
+
+def test_the_samplers_logprobs_stay_with_their_tokens():
+    widths = set()
+    for batch in build(schedule=RolloutSchedule(4, 2, minibatches_per_rollout=2), accumulate=4):
+        sequences = batch.sequences
+        assert torch.equal(batch.sampling_logprobs, -sequences.completion_ids.float() * sequences.completion_mask)
+        assert torch.equal(batch.to("cpu").sampling_logprobs, batch.sampling_logprobs)
+        assert batch.to("meta").sampling_logprobs.is_meta
+        widths.add(batch.sampling_logprobs.shape[1])
+    assert len(widths) > 1, "columns that are padding in all rows are cut off"
 
 
 def test_only_a_rollout_of_one_step_is_on_policy():
@@ -125,7 +138,7 @@ def test_state_survives_a_safe_load(tmp_path):
 
 def test_an_aborted_generation_leaves_the_state_as_if_not_begun():
     torch.manual_seed(3)
-    expected = [flat(batch)[:3] for batch in build()][2:4]
+    expected = [flat(batch)[:-1] for batch in build()][2:4]
     torch.manual_seed(3)
     loader = build(source=Source(2, fail_at=2))
     iterator = iter(loader)
@@ -137,7 +150,7 @@ def test_an_aborted_generation_leaves_the_state_as_if_not_begun():
     resumed = build()
     resumed.load_state_dict(state)
     iterator = iter(resumed)
-    assert [flat(next(iterator))[:3] for _ in range(2)] == expected
+    assert [flat(next(iterator))[:-1] for _ in range(2)] == expected
 
 
 def test_an_epoch_cut_short_goes_on_where_it_stopped_unless_order_is_kept():
@@ -178,6 +191,15 @@ def test_ranks_share_a_rollout_without_overlap():
 def test_impossible_sizes_are_refused(build_it, message):
     with pytest.raises(ConfigError, match=message):
         build_it()
+
+
+def test_an_unfinished_rollout_of_an_earlier_version_is_refused():
+    loader = build()
+    next(iter(loader))
+    state = loader.state_dict()
+    del state["pending"][0]["sampling_logprobs"]
+    with pytest.raises(CheckpointError, match=r"lacks sampling_logprobs.*earlier version"):
+        build().load_state_dict(state)
 
 
 def test_other_data_than_the_checkpoints_is_refused():

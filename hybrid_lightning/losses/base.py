@@ -1,6 +1,6 @@
 """`PolicyLoss`: what every policy loss shares, so that a new one is a class of about ten lines.
 
-    loss = aggregate(policy_term + kl_coef * kl)
+    loss = aggregate(importance_weights * policy_term + kl_coef * kl)
 
 A subclass gives `policy_term`, and may give `aggregate` (default: mean over sequences of the mean over tokens) and
 `policy_metrics`. The base checks the inputs, up-casts half precision, empties the padding, adds the KL term, and logs.
@@ -8,11 +8,14 @@ A subclass gives `policy_term`, and may give `aggregate` (default: mean over seq
 Shares. What a call returns is the *share* of its sequences in the optimizer step's loss: the denominators are those of the
 whole step (`LossInputs.num_sequences`, `num_tokens`), so that the shares of all micro-batches and ranks add up to the loss,
 and how a step is split never changes its gradient. Metrics are shares likewise: sums over micro-batches and ranks are
-the step's values, except names ending in "/max", of which the largest counts. `combine_metrics` does both.
+the step's values, except names ending in "/max" or "/min", of which the largest or smallest counts. `combine_metrics` does that.
 
 The KL estimate is k3 (see `functional.k3_kl`), GRPO's (arXiv 2402.03300, equation 4): inside the aggregation, outside the
 clip. With `kl_importance_weight` it is multiplied by the differentiable ratio, which corrects k3 for tokens that the old
 policy sampled (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
+
+Importance weights, if there are any, correct for a sampler that is not quite the policy (see `correction`). They multiply the
+policy term of each token after its clip, without gradient; the KL and the metrics stay as they are (as in TRL).
 """
 
 import math
@@ -106,6 +109,8 @@ class PolicyLoss(Part, ABC):
         self._check_shape("policy_term", "loss", term, inputs.logprobs.shape, inputs.advantages.shape)
         self._check_shape("policy_term", "ratio", ratio, inputs.logprobs.shape, inputs.advantages.shape)
         per_token_loss = F.per_token(term, inputs.completion_mask)
+        if inputs.importance_weights is not None:
+            per_token_loss = per_token_loss * inputs.importance_weights
         metrics = self._ratio_metrics(inputs, ratio.detach()) | self.policy_metrics(inputs, ratio.detach())
         if self.needs_reference:
             kl = self._kl(inputs, ratio)
@@ -128,10 +133,8 @@ class PolicyLoss(Part, ABC):
         return kl * F.per_token(ratio, inputs.completion_mask) if self.kl_importance_weight else kl
 
     def _ratio_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """Mean and largest ratio; the largest of no token at all is 0, so that it never wins over another's."""
-        used = inputs.completion_mask if ratio.dim() == 2 else inputs.completion_mask.any(dim=1)
-        padded = torch.cat([torch.where(used, ratio, 0.0).flatten(), ratio.new_zeros(1)])
-        return {"ratio/mean": share(ratio, inputs), "ratio/max": padded.max()}
+        """Mean and largest ratio."""
+        return {"ratio/mean": share(ratio, inputs), "ratio/max": largest(ratio, inputs)}
 
 
 def share(values: Tensor, inputs: LossInputs) -> Tensor:
@@ -141,8 +144,37 @@ def share(values: Tensor, inputs: LossInputs) -> Tensor:
     return F.mean_over_sequences(values, inputs.num_sequences)
 
 
+def largest(values: Tensor, inputs: LossInputs) -> Tensor:
+    """Largest of these values, none of them negative, [B, T] or [B]; of no token at all 0, which never wins over another's."""
+    return _used_or(0.0, values, inputs).max()
+
+
+def smallest(values: Tensor, inputs: LossInputs) -> Tensor:
+    """Smallest of these ratios or weights, [B, T] or [B]; of no token at all 1, where nothing differs."""
+    lowest = _used_or(math.inf, values, inputs).min()
+    return torch.where(lowest.isinf(), 1.0, lowest)
+
+
+def _used_or(other: float, values: Tensor, inputs: LossInputs) -> Tensor:
+    """Flat values, with `other` for padding or sequences without tokens, and once more at the end, so that one is there."""
+    used = inputs.completion_mask if values.dim() == 2 else inputs.completion_mask.any(dim=1)
+    return torch.cat([torch.where(used, values, other).flatten(), values.new_full((1,), other)])
+
+
+def is_extreme(name: str) -> bool:
+    """Whether of a metric of this name the largest or smallest counts, and not the sum."""
+    return name.endswith(("/max", "/min"))
+
+
+def join(name: str, one: Tensor, other: Tensor) -> Tensor:
+    """Join two micro-batches' values of the metric `name`."""
+    if is_extreme(name):
+        return torch.maximum(one, other) if name.endswith("/max") else torch.minimum(one, other)
+    return one + other
+
+
 def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Join the metrics of an optimizer step's micro-batches: the largest of names ending in "/max", sums of all others.
+    """Join the metrics of an optimizer step's micro-batches: extremes of names ending in "/max" or "/min", sums of all others.
 
     Args:
         parts: the `LossOutput.metrics` of each micro-batch, computed with the step's denominators.
@@ -158,27 +190,25 @@ def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     joined: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.items():
-            if name not in joined:
-                joined[name] = value
-            else:
-                joined[name] = torch.maximum(joined[name], value) if name.endswith("/max") else joined[name] + value
+            joined[name] = join(name, joined[name], value) if name in joined else value
     return joined
 
 
 def _clean(inputs: LossInputs) -> LossInputs:
-    """Compute in float32 at least, without gradient except through `logprobs`, and with 0 for every padded log-probability."""
+    """Compute in float32 at least, without gradient except through `logprobs`, and with 0 for everything padded."""
     dtype = torch.promote_types(inputs.logprobs.dtype, torch.float32)
 
     def unpad(values: Tensor) -> Tensor:
         return torch.where(inputs.completion_mask, values.to(dtype), 0.0)
 
-    old, ref = inputs.old_logprobs, inputs.ref_logprobs
+    old, ref, weights = inputs.old_logprobs, inputs.ref_logprobs, inputs.importance_weights
     return replace(
         inputs,
         logprobs=unpad(inputs.logprobs),
         advantages=inputs.advantages.detach().to(dtype),
         old_logprobs=None if old is None else unpad(old.detach()),
         ref_logprobs=None if ref is None else unpad(ref.detach()),
+        importance_weights=None if weights is None else unpad(weights.detach()),
     )
 
 
@@ -187,14 +217,15 @@ def _check(inputs: LossInputs, name: str, needs_reference: bool) -> None:
     shape = tuple(inputs.logprobs.shape)
     if len(shape) != 2:
         raise ConfigError(f"{name}: logprobs has shape {shape}: give one log-probability a completion token, [B, T].")
-    expected = {"advantages": shape[:1], "completion_mask": shape, "old_logprobs": shape, "ref_logprobs": shape}
-    for field, want in expected.items():
+    per_token = ("logprobs", "old_logprobs", "ref_logprobs", "importance_weights")
+    floating = {"advantages": shape[:1], **dict.fromkeys(per_token, shape)}
+    for field, want in {**floating, "completion_mask": shape}.items():
         value = getattr(inputs, field)
         if value is not None and tuple(value.shape) != want:
             raise ConfigError(f"{name}: {field} has shape {tuple(value.shape)}, but logprobs {shape}: it must be {want}.")
     if inputs.completion_mask.dtype != torch.bool:
         raise ConfigError(f"{name}: completion_mask is {inputs.completion_mask.dtype}: convert it with `.bool()`.")
-    for field in ("logprobs", "advantages", "old_logprobs", "ref_logprobs"):
+    for field in floating:
         value = getattr(inputs, field)
         if value is not None and not value.is_floating_point():
             raise ConfigError(f"{name}: {field} is {value.dtype}: convert it with `.float()`.")

@@ -18,7 +18,8 @@ from torch.optim import AdamW
 from hybrid_lightning.adapters.apply import parameter_groups
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import PolicyLoss
+from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
+from hybrid_lightning.policy.agreement import compare_with_sampler
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
 from hybrid_lightning.policy.describe import describe_arguments
 from hybrid_lightning.policy.evaluated import EvaluatedModule
@@ -53,6 +54,8 @@ class PolicyModule(EvaluatedModule):
         chat_template_kwargs: Variables of the chat template.
         sampler: Decoding parameters; None takes `Sampler()`.
         advantage: Advantage estimator; None takes `GroupAdvantage()`.
+        correction: Weighs the policy term where sampling and training probabilities differ, such as `TokenTruncation()`: in
+            bfloat16, or with merged weights while sampling, if `sampling/logp_difference` is not small; None for none.
         prompts_per_rollout: P, over all devices.
         samples_per_prompt: G.
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
@@ -82,6 +85,7 @@ class PolicyModule(EvaluatedModule):
         chat_template_kwargs: dict[str, Any] | None = None,
         sampler: Sampler | None = None,
         advantage: AdvantageEstimator | None = None,
+        correction: ImportanceCorrection | None = None,
         prompts_per_rollout: int = 8,
         samples_per_prompt: int = 8,
         minibatches_per_rollout: int = 1,
@@ -106,6 +110,7 @@ class PolicyModule(EvaluatedModule):
         self.loss, self.reward = loss, reward
         self.sampler = sampler or Sampler()
         self.advantage = advantage or GroupAdvantage()
+        self.correction = correction
         self.eval_samples, self.seed = eval_samples, seed
         self.optimizer_class, self.lr_full, self.lr_lora = optimizer, lr_full, lr_lora
         self.schedule = schedule or ConstantSchedule()
@@ -199,11 +204,12 @@ class PolicyModule(EvaluatedModule):
         """Loss of one micro-batch."""
         start = time.perf_counter()
         logprobs, entropy = self.logprobs(batch.sequences)
-        output = self.loss(batch.loss_inputs(logprobs))
+        inputs, agreement = compare_with_sampler(batch, logprobs, self.correction)
+        output = self.loss(inputs)
         mask = batch.sequences.completion_mask
         token_entropy = (entropy * mask).sum() / mask.sum().clamp(min=1)
         averages = self._step_metrics.update(
-            shares={"loss": output.loss.detach(), **output.metrics},
+            shares={"loss": output.loss.detach(), **output.metrics, **agreement},
             means={"entropy": token_entropy},
             micro_batches=self.trainer.accumulate_grad_batches,
             ranks=self.trainer.world_size,

@@ -1,0 +1,134 @@
+"""Importance corrections: what a completion counts if the sampler was not quite the policy that is trained.
+
+    w = bound(pi(token) / mu(token)),        loss = aggregate(w * policy_term + kl_coef * kl)
+
+pi is the policy under the weights that sampled, as the training forward computes it, and mu the same weights as the sampler
+computed them. In exact arithmetic pi = mu; in bfloat16, with weights merged for sampling, or with another inference engine they
+differ, and the gradient is then that of an off-policy objective (Yao et al., "Your efficient RL framework secretly brings you
+off-policy RL training", 2025, which truncates the ratio of each token). The weight has no gradient and leaves the KL alone.
+
+The four classes are the modes of TRL's `vllm_importance_sampling_mode`, with `cap` for its `clip_max` and `floor` for its
+`clip_min`: the ratio of each token, or the product of ratios over a sequence; truncated to the bounds, or counted as 0 outside of
+them (token-wise and with both bounds that is IcePop). What is discarded stays in the loss's denominators, as in TRL.
+
+`sampling/logp_difference/mean` says whether a correction is worth having: in float32 it is about 1e-6, and w is 1. With `top_p`
+or `top_k` mu is still the full softmax (see `Rollouts.sampling_logprobs`), so that what they cut off is not corrected.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import functional as F
+from hybrid_lightning.parts import Part
+
+
+class ImportanceCorrection(Part, ABC):
+    """Base class of corrections: a subclass bounds the ratio of training and sampling probabilities.
+
+    Example:
+        >>> class Geometric(ImportanceCorrection):
+        ...     def weights(self, log_ratio, mask):
+        ...         return F.sequence_means(log_ratio, mask).exp().clamp(max=2.0)
+        >>> logprobs, sampled = torch.tensor([[-1.0, -1.5]]), torch.tensor([[-1.0, -1.5]])
+        >>> Geometric()(logprobs, sampled, torch.tensor([[True, True]])).tolist()
+        [1.0]
+    """
+
+    @abstractmethod
+    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """Weights from log(pi / mu) of each token.
+
+        Args:
+            log_ratio: [B, T] without gradient, 0 outside the mask.
+            mask: [B, T] bool, True on completion tokens.
+
+        Returns:
+            [B, T], or [B] where a sequence has one weight; 1 where the ratio is 1. Padding may hold anything.
+        """
+
+    @torch.no_grad()
+    def __call__(self, logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:
+        """Compute the weights of one micro-batch.
+
+        Args:
+            logprobs: [B, T], log pi(token): of the weights that sampled, by the training forward.
+            sampling_logprobs: [B, T], log mu(token): what the sampler recorded.
+            mask: [B, T] bool, True on completion tokens.
+
+        Returns:
+            [B, T] or [B], without gradient.
+
+        Raises:
+            ConfigError: if `weights` of a subclass returned another shape.
+        """
+        weights = self.weights(F.log_ratio(logprobs, sampling_logprobs, mask), mask)
+        if weights.shape not in (mask.shape, mask.shape[:1]):
+            raise ConfigError(
+                f"{type(self).__name__}.weights returned shape {tuple(weights.shape)}: return {tuple(mask.shape)} or, with one "
+                f"value a sequence, {tuple(mask.shape[:1])}."
+            )
+        return weights
+
+
+class BoundedCorrection(ImportanceCorrection):
+    """What the four corrections share: bounds of the ratio.
+
+    Args:
+        cap: largest ratio. The product over a long sequence wants more room than one token (TRL gives it 3).
+        floor: smallest ratio; 0 for no bound below.
+
+    Raises:
+        ConfigError: if a ratio of 1, where sampler and training agree, would not lie between the bounds.
+    """
+
+    def __init__(self, cap: float = 2.0, floor: float = 0.0) -> None:
+        name = type(self).__name__
+        if not (math.isfinite(cap) and cap > 1):
+            raise ConfigError(f"{name}: cap={cap} must be finite and above 1, the ratio where nothing differs; set e.g. 2.")
+        if not 0 <= floor < 1:
+            raise ConfigError(f"{name}: floor={floor} must be at least 0 and below 1, the ratio where nothing differs; set 0.")
+        self.cap, self.floor = cap, floor
+
+    def truncated(self, ratio: Tensor) -> Tensor:
+        """The ratio, moved to the nearer bound where it lies outside."""
+        return ratio.clamp(self.floor, self.cap)
+
+    def discarded(self, ratio: Tensor) -> Tensor:
+        """The ratio, 0 where it lies outside of the bounds."""
+        return ratio.masked_fill((ratio < self.floor) | (ratio > self.cap), 0.0)
+
+
+class TokenTruncation(BoundedCorrection):
+    """The ratio of each token, at most `cap`: little variance, biased where it cuts. The first to try."""
+
+    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """One weight a token, [B, T]."""
+        return self.truncated(log_ratio.exp())
+
+
+class TokenMask(BoundedCorrection):
+    """The ratio of each token; a token outside of the bounds teaches nothing."""
+
+    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """One weight a token, [B, T]."""
+        return self.discarded(log_ratio.exp())
+
+
+class SequenceTruncation(BoundedCorrection):
+    """The ratio of each sequence, at most `cap`: unbiased below it, and with more variance the longer the sequence."""
+
+    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """One weight a sequence, [B]."""
+        return self.truncated(log_ratio.sum(dim=1).exp())
+
+
+class SequenceMask(BoundedCorrection):
+    """The ratio of each sequence; a sequence outside of the bounds teaches nothing. TRL's default."""
+
+    def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """One weight a sequence, [B]."""
+        return self.discarded(log_ratio.sum(dim=1).exp())

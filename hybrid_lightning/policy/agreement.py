@@ -1,0 +1,47 @@
+"""How well the sampler and the training forward agree on the tokens of a micro-batch, and what is made of it."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from hybrid_lightning.losses import ImportanceCorrection
+from hybrid_lightning.losses import functional as F
+from hybrid_lightning.losses.base import largest, share, smallest
+from hybrid_lightning.types import LossInputs, PolicyBatch
+
+
+def compare_with_sampler(
+    batch: PolicyBatch, logprobs: Tensor, correction: ImportanceCorrection | None
+) -> tuple[LossInputs, dict[str, Tensor]]:
+    """Make the loss's inputs, and measure how far sampling and training log-probabilities are apart.
+
+    Both are of the weights that sampled: the old log-probabilities, or on the exactly on-policy micro-batch the current ones,
+    which the dropout of LoRA, if there is any, tells apart from the sampler's. No forward pass is needed.
+
+    Args:
+        batch: The micro-batch.
+        logprobs: Log-probabilities [B, T] of the policy being trained.
+        correction: Weighs the policy term; None leaves it as it is.
+
+    Returns:
+        The inputs, and metrics that are shares in the optimizer step (see `losses.base`): `sampling/logp_difference/mean` and
+        `/max`, of |l_train - l_sample| over tokens; with a correction `sampling/importance_weight/mean`, `/min` and `/max`, over
+        sequences where it has one weight a sequence, else over tokens.
+    """
+    mask = batch.sequences.completion_mask
+    trained = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    inputs = batch.loss_inputs(logprobs)
+    difference = F.log_ratio(trained, batch.sampling_logprobs, mask).abs()
+    metrics = {
+        "sampling/logp_difference/mean": share(difference, inputs),
+        "sampling/logp_difference/max": largest(difference, inputs),
+    }
+    if correction is None:
+        return inputs, metrics
+    weights = correction(trained, batch.sampling_logprobs, mask)
+    metrics |= {
+        "sampling/importance_weight/mean": share(weights, inputs),
+        "sampling/importance_weight/min": smallest(weights, inputs),
+        "sampling/importance_weight/max": largest(weights, inputs),
+    }
+    return replace(inputs, importance_weights=F.per_token(weights, mask)), metrics

@@ -105,6 +105,8 @@ def test_values_are_overridden_on_the_command_line(folder):
     changes = {
         "model.lr_lora": 0.5,
         "model.sampler.temperature": 0.7,
+        "model.correction": "SequenceMask",
+        "model.correction.cap": 3,
         "adapter.rank": 3,
         "adapter.budget.share": 0.5,
         "trainer.max_steps": 1,
@@ -118,6 +120,8 @@ def test_values_are_overridden_on_the_command_line(folder):
     config = config_of(root)
     assert config["seed_everything"] == 5 and config["model"]["init_args"]["lr_lora"] == 0.5
     assert config["model"]["init_args"]["sampler"]["init_args"]["temperature"] == 0.7
+    correction = {"class_path": "hybrid_lightning.losses.SequenceMask", "init_args": {"cap": 3.0, "floor": 0.0}}
+    assert config["model"]["init_args"]["correction"] == correction
     assert config["data"]["init_args"]["source"]["init_args"]["validation_fraction"] == 0.1
     plan = AdapterPlan.load(root / "plan.json")
     assert plan.lora.rank == 3 and len(plan.full_modules) == 7 and summary_of(root)["steps"] == 1

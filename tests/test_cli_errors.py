@@ -81,6 +81,7 @@ OPTIONS = [
     # a loss that is switched on the command line keeps the other one's clip range
     ("model.loss=GSPOLoss", r"clip_low=0\.2, clip_high=0\.25 is too large .* left over from a GRPO config: set clip_low=3e-4"),
     ("model.loss.clip_low=0.0004", r"clip_low=0\.0004, .* too small .* left over from a GSPO config: set clip_low=0\.2"),
+    ("model.correction=TokenTruncation model.correction.cap=0.5", r"TokenTruncation: cap=0\.5 must be finite and above 1"),
     # values
     ("model.lr_full=-1", r"model\.lr_full must be a non-negative number, got -1"),
     ("model.prompts_per_rollout=1000", r"prompts_per_rollout=1000 is more than the 24 training prompts"),

@@ -15,7 +15,7 @@ from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.callbacks import GracefulStop, HybridAdapterSetup, RunSummary
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.errors import CheckpointError, PlanError
-from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.losses import GSPOLoss, TokenTruncation
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.optim import CosineSchedule
 from hybrid_lightning.rewards import RewardFunction
@@ -45,11 +45,14 @@ def folder(tmp_path_factory):
 
 
 class LossLog(Callback):
+    """Step, loss, and how far the sampler's log-probabilities are from those of training."""
+
     def __init__(self):
-        self.losses: list[tuple[int, float]] = []
+        self.losses: list[tuple[int, tuple[float, float]]] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append((trainer.global_step, float(trainer.callback_metrics["loss"])))
+        values = (float(trainer.callback_metrics[name]) for name in ("loss", "sampling/logp_difference/mean"))
+        self.losses.append((trainer.global_step, tuple(values)))
 
 
 class SignalAt(Callback):
@@ -79,6 +82,7 @@ def run(folder, root, *, ckpt=None, callbacks=(), model="model", adapter=None, d
         reward=DigitShare(),
         model=str(folder / model),
         sampler=Sampler(max_new_tokens=6),
+        correction=TokenTruncation(cap=3.0),
         prompts_per_rollout=4,
         samples_per_prompt=4,
         minibatches_per_rollout=2,
@@ -117,7 +121,8 @@ def run(folder, root, *, ckpt=None, callbacks=(), model="model", adapter=None, d
 @pytest.fixture(scope="module")
 def unstopped(folder):
     losses, policy = run(folder, folder / "unstopped")
-    assert losses[-1][0] == STEPS and len({loss for _, loss in losses}) > 6
+    assert losses[-1][0] == STEPS and len({loss for _, (loss, _) in losses}) > 6
+    assert len({difference for _, (_, difference) in losses}) > 6
     return losses, {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
 
 
@@ -163,6 +168,7 @@ def test_a_checkpoint_holds_trainable_weights_only_and_loads_alone(folder, tmp_p
     loaded = PolicyModule.load_from_checkpoint(tmp_path / "last.ckpt")
     assert loaded.plan.digest == policy.plan.digest and isinstance(loaded.reward, DigitShare)
     assert loaded.loss.kl_coef == 0.01 and loaded.schedule.warmup_steps == 2
+    assert isinstance(loaded.correction, TokenTruncation) and loaded.correction.cap == 3
     ids = torch.tensor([[4, 5, 13, 6, 16]])
     policy.eval(), loaded.eval()
     assert torch.equal(policy.model(ids).logits, loaded.model(ids).logits)

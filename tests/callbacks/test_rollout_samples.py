@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
-from hybrid_lightning.callbacks import RolloutSamples, RunSummary
+from hybrid_lightning.callbacks import RolloutSamples, RunSummary, StepTimer
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy.optim import LinearSchedule
@@ -26,7 +26,10 @@ SCALARS = {
     "rewards/digit_share/mean", "rewards/digit_share/std", "rewards/starts_with_digit/mean", "rewards/starts_with_digit/std",
     "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio", "num_tokens",
     "loss", "entropy", "kl", "ratio/mean", "ratio/max", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
-    "lr/full", "lr/lora", "grad_norm/full", "grad_norm/lora", "throughput/generated_tokens_per_second", "time/generate_s",
+    "sampling/logp_difference/mean", "sampling/logp_difference/max",
+    "lr/full", "lr/lora", "grad_norm/full", "grad_norm/lora", "time/generate_s", "time/reward_s", "time/logprobs_s",
+    "time/update_s", "time/other_s", "time/step_s", "throughput/generated_tokens_per_second",
+    "throughput/trained_tokens_per_second", "throughput/tokens_per_second",
     "val/greedy_accuracy", "val/greedy_reward", "val/avg@2", "val/pass@2", "val/reward", "val/completion_length",
 }  # fmt: skip
 
@@ -61,7 +64,13 @@ def run(tmp_path_factory):
         schedule=LinearSchedule(),
     )
     logger = TensorBoardLogger(root, name="", version="run", default_hp_metric=False)
-    callbacks = [RunSummary(), LearningRateMonitor("step"), build_adapter(), RolloutSamples(2, prompts=3, completions=2)]
+    callbacks = [
+        StepTimer(),
+        RunSummary(),
+        LearningRateMonitor("step"),
+        build_adapter(),
+        RolloutSamples(2, prompts=3, completions=2),
+    ]
     flags = {"max_steps": 8, "logger": logger, "log_every_n_steps": 1, "num_sanity_val_steps": -1}
     trainer = build_trainer(root, *callbacks, check_val_every_n_epoch=None, val_check_interval=4, **flags)
     trainer.fit(policy, datamodule=build_data(sums, validation_fraction=0.4))

@@ -108,8 +108,10 @@ def test_without_old_logprobs_the_policy_is_its_own_sampler(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_only_logprobs_get_a_gradient(loss):
     inputs = make_inputs()
-    others = [value.clone().requires_grad_() for value in (inputs.advantages, inputs.old_logprobs, inputs.ref_logprobs)]
-    inputs = replace(inputs, advantages=others[0], old_logprobs=others[1], ref_logprobs=others[2])
+    names = ("advantages", "old_logprobs", "ref_logprobs", "importance_weights")
+    inputs = replace(inputs, importance_weights=torch.full_like(inputs.logprobs, 0.5))
+    others = [getattr(inputs, name).detach().clone().requires_grad_() for name in names]
+    inputs = replace(inputs, **dict(zip(names, others, strict=True)))
     output = loss(inputs)
     output.loss.backward()
     assert inputs.logprobs.grad.abs().sum() > 0 and all(value.grad is None for value in others)
@@ -167,6 +169,8 @@ def test_missing_reference_is_refused_with_remedy():
         ({"advantages": torch.zeros(5)}, r"advantages has shape \(5,\)"),
         ({"old_logprobs": torch.zeros(6, 4)}, r"old_logprobs has shape \(6, 4\)"),
         ({"ref_logprobs": torch.zeros(1, 5)}, r"ref_logprobs has shape \(1, 5\)"),
+        ({"importance_weights": torch.zeros(6)}, r"importance_weights has shape \(6,\).*must be \(6, 5\)"),
+        ({"importance_weights": torch.ones(6, 5, dtype=torch.bool)}, r"importance_weights is torch.bool.*float"),
         ({"completion_mask": torch.ones(6, 5)}, r"completion_mask is torch.float32.*bool"),
         ({"completion_mask": torch.ones(6, 1, dtype=torch.bool)}, r"completion_mask has shape \(6, 1\)"),
         ({"num_sequences": -1.0}, r"num_sequences=-1.0"),

@@ -1,13 +1,19 @@
 """Loss, gradient and metrics against the code of TRL's own trainer, called with a stand-in for the trainer."""
 
+import ast
+import inspect
+import math
+import textwrap
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage, GroupMeanAdvantage
-from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss, SequenceMask, SequenceTruncation, TokenMask, TokenTruncation
+from hybrid_lightning.losses import functional as F
 from hybrid_lightning.types import LossInputs
 
 pytest.importorskip("trl", reason="parity needs trl: pip install 'hybrid-lightning[test]'")
@@ -69,7 +75,8 @@ def trl_loss(inputs: LossInputs, loss, accumulation: int = 1):
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        use_vllm=False,
+        use_vllm=inputs.importance_weights is not None,
+        vllm_importance_sampling_correction=True,
         _entropy_bonus_enabled=False,
         _metrics={"train": defaultdict(list)},
     )
@@ -82,6 +89,7 @@ def trl_loss(inputs: LossInputs, loss, accumulation: int = 1):
         "advantages": inputs.advantages,
         "old_per_token_logps": inputs.old_logprobs,
         "ref_per_token_logps": inputs.ref_logprobs,
+        "importance_sampling_ratio": inputs.importance_weights,
     }
     value = GRPOTrainer._compute_loss(trainer, None, batch)
     return value, {name: values[0] for name, values in trainer._metrics["train"].items()}
@@ -130,6 +138,67 @@ def test_accumulated_micro_batches_equal_trl(cls):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(value, inputs.logprobs)[0] for value in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+MODES = {
+    TokenTruncation: "token_truncate",
+    TokenMask: "token_mask",
+    SequenceTruncation: "sequence_truncate",
+    SequenceMask: "sequence_mask",
+}
+
+
+def trl_weights(inputs, sampling_logprobs, mode, cap, floor):
+    """TRL computes them in the middle of a method of 600 lines: run that `if` alone."""
+    source = textwrap.dedent(inspect.getsource(GRPOTrainer._generate_and_score_completions))
+    (block,) = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.If) and "self.vllm_importance_sampling_correction" in ast.unparse(node.test)
+        if any("vllm_importance_sampling_ratio" in ast.unparse(statement).split(" = ")[0] for statement in node.body)
+    ]
+    trainer = SimpleNamespace(
+        use_vllm=True,
+        vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_max=cap,
+        vllm_importance_sampling_clip_min=floor,
+    )
+    names = {
+        "self": trainer,
+        "torch": torch,
+        "math": math,
+        "tool_mask": None,
+        "completion_mask": inputs.completion_mask.long(),
+        "old_per_token_logps": inputs.old_logprobs,
+        "sampling_per_token_logps": sampling_logprobs,
+    }
+    exec(compile(ast.Module([block], []), "trl", "exec"), names)
+    return names["vllm_importance_sampling_ratio"]
+
+
+@pytest.mark.parametrize("bounds", [{"cap": 1.1}, {"cap": 1.1, "floor": 0.8}], ids=["cap", "both"])
+@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.04}, {"kl_coef": 0.5, "kl_importance_weight": True}], ids=str)
+@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
+@pytest.mark.parametrize("correction", MODES)
+def test_corrected_loss_and_gradient_equal_trl(correction, cls, options, bounds):
+    inputs = make(torch.float64, 4, SPREADS[cls], False)
+    noise = torch.randn(B, T, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    sampling_logprobs = inputs.old_logprobs + 0.1 * noise
+    mask, loss = inputs.completion_mask, cls(*CLIPS[cls], **options)
+    weights = F.per_token(correction(**bounds)(inputs.old_logprobs, sampling_logprobs, mask), mask)
+    theirs = trl_weights(inputs, sampling_logprobs, MODES[correction], bounds["cap"], bounds.get("floor")).expand(B, T)
+    torch.testing.assert_close(weights[mask], theirs[mask], rtol=1e-12, atol=0)
+    assert len(weights[mask].unique()) > 2 and {0.0, 1.1} & set(weights[mask].tolist())
+    values = (
+        loss(replace(inputs, importance_weights=weights)).loss,
+        trl_loss(replace(inputs, importance_weights=theirs), loss)[0],
+    )
+    torch.testing.assert_close(*values, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(value, inputs.logprobs)[0] for value in values]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    uncorrected = torch.autograd.grad(loss(inputs).loss, inputs.logprobs)[0]
+    assert (gradients[0] - uncorrected).abs().max() > 1e-3, "the weights matter"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

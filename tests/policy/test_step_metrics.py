@@ -21,6 +21,11 @@ def test_shares_add_up_means_are_averaged_and_of_maxima_the_largest_counts():
     assert second == {"loss": 1.5, "ratio/max": 3.0, "entropy": 3.0}
 
 
+def test_of_minima_the_smallest_counts():
+    results = run(2, 2, *[({"weight/min": value}, {}) for value in (0.5, 0.75, 2.0)])
+    assert results == [{"weight/min": 0.5}, {"weight/min": 0.5}, {"weight/min": 2.0}]
+
+
 def test_the_next_step_starts_anew():
     results = run(2, 1, *[({"loss": value, "ratio/max": value}, {"entropy": value}) for value in (8.0, 4.0, 2.0, 1.0)])
     assert results[2] == {"loss": 2.0, "ratio/max": 2.0, "entropy": 2.0}

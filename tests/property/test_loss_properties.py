@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss, SequenceMask, SequenceTruncation, TokenMask, TokenTruncation
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.types import LossInputs, LossOutput
 
@@ -36,6 +36,7 @@ def loss_inputs(draw, max_tokens: int = 6, min_tokens: int = 0) -> LossInputs:
         completion_mask=torch.arange(t)[None] < torch.tensor(lengths)[:, None],
         old_logprobs=logprobs + spread * normal(b, t) if draw(st.booleans()) else None,
         ref_logprobs=logprobs + spread * normal(b, t),
+        importance_weights=0.1 + normal(b, t).abs() if draw(st.booleans()) else None,
     )
 
 
@@ -104,6 +105,19 @@ def test_splitting_into_micro_batches_does_not_matter(loss, inputs, data):
     for name, value in whole.metrics.items():
         shares = torch.stack([output.metrics[name] for output, _ in parts])
         assert close(shares.max() if name.endswith("/max") else shares.sum(), value), name
+
+
+@each_loss
+@few
+@given(inputs=loss_inputs(), correction=st.sampled_from([TokenTruncation, TokenMask, SequenceTruncation, SequenceMask]))
+def test_a_correction_changes_nothing_where_sampler_and_policy_agree(loss, inputs, correction):
+    weights = F.per_token(correction()(inputs.logprobs, inputs.logprobs, inputs.completion_mask), inputs.completion_mask)
+    assert (weights == 1).all()
+    (plain, gradient), (weighted, weighted_gradient) = (
+        evaluate(loss, replace(inputs, importance_weights=value)) for value in (None, weights)
+    )
+    assert torch.equal(plain.loss, weighted.loss) and torch.equal(gradient, weighted_gradient)
+    assert plain.metrics == weighted.metrics
 
 
 @few

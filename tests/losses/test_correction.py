@@ -1,0 +1,131 @@
+"""Importance corrections against a scalar loop, and what a loss makes of their weights."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from scalar_reference import CLIPS, make_inputs
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import (
+    GRPOLoss,
+    GSPOLoss,
+    ImportanceCorrection,
+    SequenceMask,
+    SequenceTruncation,
+    TokenMask,
+    TokenTruncation,
+)
+
+CLASSES = [TokenTruncation, TokenMask, SequenceTruncation, SequenceMask]
+BOUNDS = {"cap": 1.3, "floor": 0.8}
+
+
+def by_hand(cls, logprobs, sampled, mask, cap, floor):
+    """Weight of every token, in Python numbers."""
+    rows = []
+    for new, old, used in zip(logprobs.tolist(), sampled.tolist(), mask.tolist(), strict=True):
+        logs = [a - b if real else 0.0 for a, b, real in zip(new, old, used, strict=True)]
+        ratios = [math.exp(sum(logs))] * len(logs) if cls in (SequenceTruncation, SequenceMask) else [math.exp(x) for x in logs]
+        if cls in (TokenTruncation, SequenceTruncation):
+            rows.append([min(max(ratio, floor), cap) for ratio in ratios])
+        else:
+            rows.append([ratio if floor <= ratio <= cap else 0.0 for ratio in ratios])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bounds", [{}, BOUNDS], ids=["default", "both"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_weights_equal_a_scalar_loop(cls, bounds):
+    inputs = make_inputs(b=20, t=6, spread=0.5)
+    mask, sampled = inputs.completion_mask, inputs.old_logprobs
+    weights = cls(**bounds)(inputs.logprobs, sampled, mask)
+    want = by_hand(cls, inputs.logprobs, sampled, mask, **{"cap": 2.0, "floor": 0.0, **bounds})
+    assert not weights.requires_grad
+    if weights.dim() == 1:
+        weights = weights[:, None].expand_as(mask)
+    torch.testing.assert_close(weights[mask], want[mask], rtol=1e-12, atol=0)
+    bounded = {0.0, 2.0, *bounds.values()}
+    assert 0 < sum(value in bounded for value in weights[mask].tolist()) < mask.sum(), "some are bounded, and some are not"
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_padding_is_not_looked_at_and_agreement_is_a_weight_of_one(cls):
+    inputs = make_inputs(b=6)
+    mask = inputs.completion_mask.clone()
+    mask[0] = False
+    dirty = torch.where(mask, inputs.logprobs.detach(), math.nan)
+    weights = cls()(dirty, torch.where(mask, dirty, -math.inf), mask)
+    assert (weights == 1).all()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_ratios_that_overflow_are_bounded_too(cls):
+    logprobs, sampled = torch.zeros(1, 1), torch.tensor([[-1000.0]])
+    above = 2.0 if cls in (TokenTruncation, SequenceTruncation) else 0.0
+    assert cls()(logprobs, sampled, torch.ones(1, 1, dtype=torch.bool)).item() == above
+    assert cls()(sampled, logprobs, torch.ones(1, 1, dtype=torch.bool)).item() == 0
+
+
+@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
+def test_weights_multiply_the_policy_term_of_each_token_and_not_the_kl(cls):
+    inputs = make_inputs(spread=0.2)
+    mask = inputs.completion_mask
+    weights = torch.rand(mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
+    weighted = replace(inputs, importance_weights=weights)
+    plain, both = cls(*CLIPS), cls(*CLIPS, kl_coef=0.3)
+    term, _ = plain.policy_term(inputs, inputs.old_logprobs)
+    term = term[:, None] if term.dim() == 1 else term
+    want = (torch.where(mask, weights * term, 0.0).sum(dim=1) / mask.sum(dim=1)).mean()
+    torch.testing.assert_close(plain(weighted).loss, want, rtol=1e-12, atol=0)
+    kl = both(inputs).loss - plain(inputs).loss
+    torch.testing.assert_close(both(weighted).loss - plain(weighted).loss, kl, rtol=1e-9, atol=0)
+    assert both(weighted).metrics == both(inputs).metrics
+
+
+@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
+def test_a_weight_of_zero_leaves_no_gradient_and_the_denominators_as_they_are(cls):
+    inputs = make_inputs(b=4, full=True)
+    weights = torch.ones_like(inputs.logprobs)
+    weights[0] = 0
+    without, whole = (
+        torch.autograd.grad(cls(*CLIPS)(replace(inputs, importance_weights=w)).loss, inputs.logprobs)[0] for w in (weights, None)
+    )
+    assert (without[0] == 0).all() and torch.equal(without[1:], whole[1:]) and whole[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("value", [1.0, 0.5, -2.0, math.nan, math.inf])
+def test_an_impossible_cap_is_refused(cls, value):
+    with pytest.raises(ConfigError, match=rf"{cls.__name__}: cap={value} must be finite and above 1.*set e\.g\. 2") as caught:
+        cls(cap=value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [1.0, -0.1, math.nan])
+def test_an_impossible_floor_is_refused(value):
+    with pytest.raises(ConfigError, match=f"TokenMask: floor={value} must be at least 0 and below 1"):
+        TokenMask(floor=value)
+
+
+def test_a_correction_of_ones_own_and_its_shape():
+    class Flat(ImportanceCorrection):
+        def weights(self, log_ratio, mask):
+            return log_ratio.exp().mean()
+
+    inputs = make_inputs()
+    with pytest.raises(ConfigError, match=r"Flat.weights returned shape \(\): return \(6, 5\) or, .* \(6,\)"):
+        Flat()(inputs.logprobs, inputs.logprobs, inputs.completion_mask)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_config_names_the_class(cls):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--correction", type=ImportanceCorrection | None, default=None)
+    assert parser.instantiate(parser.parse_args([])).correction is None
+    arguments = [f"--correction={cls.__name__}", "--correction.cap=3"]
+    correction = parser.instantiate(parser.parse_args(arguments)).correction
+    assert type(correction) is cls and (correction.cap, correction.floor) == (3.0, 0.0)
+    assert correction.to_config()["init_args"] == {"cap": 3.0, "floor": 0.0}

@@ -1,0 +1,178 @@
+"""Sampling and training log-probabilities of the same tokens under the same weights: measured, and corrected for."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tiny_models import FAMILIES
+from tiny_runs import build_adapter, build_policy, build_trainer, fit, write_model, write_sums
+
+from hybrid_lightning.data import PlainFormat, ProductSource, PromptDataModule
+from hybrid_lightning.losses import GSPOLoss, SequenceMask, TokenTruncation, combine_metrics
+from hybrid_lightning.policy.agreement import compare_with_sampler
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import PolicyBatch, Sequences
+
+MEAN, MAX = "sampling/logp_difference/mean", "sampling/logp_difference/max"
+WEIGHT = "sampling/importance_weight"
+
+
+class Log(Callback):
+    """Metrics after every micro-batch, and the micro-batches."""
+
+    def __init__(self):
+        self.metrics, self.batches = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        self.batches.append(batch)
+
+
+class OtherWeights(Sampler):
+    """Samples from slightly other weights than those that are trained, as a merged or rounded copy would be."""
+
+    def __init__(self, max_new_tokens: int = 6, scale: float = 1.02) -> None:
+        super().__init__(max_new_tokens)
+        self.scale = scale
+
+    def sample(self, model, *arguments, **options):
+        head = model.get_input_embeddings().weight
+        kept = head.detach().clone()
+        try:
+            head.data.mul_(self.scale)
+            return super().sample(model, *arguments, **options)
+        finally:
+            head.data.copy_(kept)
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("agreement") / "sums.jsonl", 16)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("agreement") / "model")
+
+
+@pytest.mark.parametrize("minibatches", [1, 2], ids=["on-policy", "old"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_float32_they_agree(family, minibatches, sums, tmp_path):
+    log = Log()
+    sampler = Sampler(max_new_tokens=8, temperature=0.8)
+    policy = {"sampler": sampler, "minibatches_per_rollout": minibatches, "lr_lora": 0.02}
+    fit(write_model(tmp_path / "model", family), sums, tmp_path, log, policy=policy, max_steps=4)
+    assert all((batch.old_logprobs is None) == (minibatches == 1) for batch in log.batches)
+    assert all(0 < step[MEAN] <= step[MAX] < 1e-4 for step in log.metrics)
+    assert not any(name.startswith(WEIGHT) for name in log.metrics[0])
+
+
+@pytest.mark.parametrize("minibatches", [1, 2], ids=["on-policy", "old"])
+def test_the_embedded_policy_agrees(minibatches, tmp_path):
+    log = Log()
+    policy = build_policy("embedded", sampler=Sampler(max_new_tokens=20), minibatches_per_rollout=minibatches)
+    data = PromptDataModule(ProductSource(), PlainFormat(), validation_prompts=4)
+    build_trainer(tmp_path, build_adapter(), log, max_steps=3, limit_val_batches=0).fit(policy, datamodule=data)
+    assert all(0 < step[MEAN] <= step[MAX] < 1e-4 for step in log.metrics)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2], ids=["on-policy", "old"])
+def test_other_weights_while_sampling_show(minibatches, llama, sums, tmp_path):
+    log = Log()
+    policy = {"sampler": OtherWeights(), "minibatches_per_rollout": minibatches, "correction": TokenTruncation(cap=1.001)}
+    fit(llama, sums, tmp_path, log, policy=policy, max_steps=4, accumulate_grad_batches=2)
+    ends = log.metrics[1::2]
+    assert all(1e-3 < step[MEAN] < step[MAX] for step in ends)
+    assert all(0 < step[f"{WEIGHT}/min"] < 1 and step[f"{WEIGHT}/max"] == pytest.approx(1.001) for step in ends)
+    if minibatches == 2:
+        for step, halves in zip(ends, zip(log.batches[::2], log.batches[1::2], strict=True), strict=True):
+            differences = torch.cat(
+                [(b.old_logprobs - b.sampling_logprobs)[b.sequences.completion_mask] for b in halves],
+            )
+            assert step[MEAN] == pytest.approx(float(differences.abs().mean()), rel=1e-5)
+            assert step[MAX] == pytest.approx(float(differences.abs().max()), rel=1e-5)
+            assert step[f"{WEIGHT}/mean"] == pytest.approx(float(differences.exp().clamp(max=1.001).mean()), rel=1e-5)
+
+
+def trained(model, sums, root, **policy):
+    module = fit(model, sums, root, policy={"minibatches_per_rollout": 2, **policy}, max_steps=4)
+    return torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("correction", [TokenTruncation(), SequenceMask()], ids=["token", "sequence"])
+def test_a_correction_matters_only_where_they_disagree(correction, llama, sums, tmp_path):
+    plain = trained(llama, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD)
+    corrected = trained(llama, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD, correction=correction)
+    torch.testing.assert_close(corrected, plain, atol=1e-6, rtol=0)
+    sampler = OtherWeights(scale=1.2)
+    plain = trained(llama, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD, sampler=sampler)
+    corrected = trained(llama, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD, sampler=sampler, correction=correction)
+    assert (corrected - plain).abs().max() > 1e-4
+
+
+def make_batch(lengths, on_policy=False, **counts):
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.arange(5)[None] < torch.tensor(lengths)[:, None]
+    trained, sampled = (-torch.rand(len(lengths), 5, generator=generator) for _ in range(2))
+    ids = torch.zeros_like(mask, dtype=torch.long)
+    sequences = Sequences(ids, torch.ones_like(mask), ids, mask)
+    batch = PolicyBatch(
+        sequences=sequences,
+        advantages=torch.randn(len(lengths), generator=generator),
+        sampling_logprobs=torch.where(mask, sampled, torch.nan),
+        old_logprobs=None if on_policy else torch.where(mask, trained, torch.inf),
+        ref_logprobs=None,
+        num_sequences=counts.get("num_sequences", float(len(lengths))),
+        num_tokens=counts.get("num_tokens", float(sum(lengths))),
+    )
+    return batch, trained
+
+
+def part_of(batch, rows):
+    sequences = batch.sequences.rows(rows)
+    width = sequences.completion_ids.shape[1]
+    return PolicyBatch(
+        sequences=sequences,
+        advantages=batch.advantages[rows],
+        sampling_logprobs=batch.sampling_logprobs[rows, :width],
+        old_logprobs=batch.old_logprobs[rows, :width],
+        ref_logprobs=None,
+        num_sequences=batch.num_sequences,
+        num_tokens=batch.num_tokens,
+    )
+
+
+@pytest.mark.parametrize("correction", [TokenTruncation(cap=1.2), SequenceMask(cap=1.5)], ids=["token", "sequence"])
+def test_shares_of_micro_batches_make_the_step(correction):
+    batch, _ = make_batch([5, 2, 0, 3, 4, 1])
+    _, together = compare_with_sampler(batch, torch.zeros(6, 5), correction)
+    parts = []
+    for rows in (slice(0, 2), slice(2, 3), slice(3, 6)):
+        part = part_of(batch, rows)
+        parts.append(compare_with_sampler(part, torch.zeros_like(part.sampling_logprobs), correction)[1])
+    joined = combine_metrics(parts)
+    assert set(joined) == set(together) == {MEAN, MAX, *(f"{WEIGHT}/{name}" for name in ("mean", "min", "max"))}
+    for name, value in together.items():
+        torch.testing.assert_close(joined[name], value, msg=name)
+    assert together[f"{WEIGHT}/min"] < together[f"{WEIGHT}/mean"] < together[f"{WEIGHT}/max"]
+
+
+@pytest.mark.parametrize("correction", [None, TokenTruncation(), SequenceMask()], ids=str)
+def test_no_token_at_all_is_neither_far_nor_near(correction):
+    inputs, metrics = compare_with_sampler(make_batch([0, 0])[0], torch.zeros(2, 5, requires_grad=True), correction)
+    expected = {MEAN: 0.0, MAX: 0.0}
+    if correction is not None:
+        mean = 1.0 if isinstance(correction, SequenceMask) else 0.0  # over the sequences, or over no token
+        expected |= {f"{WEIGHT}/mean": mean, f"{WEIGHT}/min": 1.0, f"{WEIGHT}/max": 0.0}
+    assert {name: float(value) for name, value in metrics.items()} == expected
+    GSPOLoss()(inputs).loss.backward()
+
+
+def test_on_policy_the_current_logprobs_are_those_that_sampled():
+    on_policy, logprobs = make_batch([5, 2, 3], on_policy=True)
+    old, _ = make_batch([5, 2, 3])
+    leaf = logprobs.clone().requires_grad_()
+    (inputs, metrics), (of_old, expected) = (compare_with_sampler(b, leaf, TokenTruncation()) for b in (on_policy, old))
+    mask = on_policy.sequences.completion_mask
+    assert metrics == expected and torch.equal(inputs.importance_weights[mask], of_old.importance_weights[mask])
+    assert inputs.old_logprobs is None and not inputs.importance_weights.requires_grad
+    assert not any(value.requires_grad for value in metrics.values())

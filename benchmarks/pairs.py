@@ -1,0 +1,166 @@
+"""The parent's side: starts the workers of a workload and lets them do a step each in turn."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from workloads import Workload
+
+HERE = Path(__file__).parent
+SCRIPTS = {"trl": HERE / "run_trl.py", "ours": HERE / "run_ours.py"}
+
+
+class BenchmarkError(Exception):
+    """Something that ends the comparison; one line, with the remedy where there is one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to compare."""
+
+    pairs: int
+    device: str
+    threads: int
+    seed: int
+    sides: tuple[str, ...]
+    logs: Path  # folder for what the workers print
+    overrides: dict[str, Any] = field(default_factory=dict)  # of TRL's settings
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The same for both sides. A waiting worker's threads sleep, rather than spin and take processors from the other's step."""
+    count = str(threads)
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+class Worker:
+    """One side's process.
+
+    Args:
+        side: `trl` or `ours`.
+        workload: What it does.
+        folder: What prepare.py wrote.
+        plan: How to compare.
+    """
+
+    def __init__(self, side: str, workload: Workload, folder: Path, plan: Plan) -> None:
+        self.side, self.log = side, plan.logs / f"{workload.name}_{side}.log"
+        settings = {
+            "workload": asdict(workload),
+            "folder": str(folder),
+            "device": plan.device,
+            "threads": plan.threads,
+            "rollouts": plan.pairs + 1,
+            "seed": plan.seed,
+            "overrides": plan.overrides if side == "trl" else {},
+        }
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(SCRIPTS[side]), json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**environment(plan.threads), "HF_HUB_OFFLINE": "1"},
+            )
+        self.facts = self._answer()
+
+    def step(self) -> dict[str, Any]:
+        """Let it do one step; returns its report."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process, at once if it does not end by itself."""
+        if self.process.stdin is not None and self.process.poll() is None:
+            self.process.stdin.close()
+            try:
+                self.process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        code = self.process.wait()
+        said = f"it was killed by signal {-code}, perhaps for want of memory" if code < 0 else last_line(self.log)
+        raise BenchmarkError(f"the {self.side} side ended too early: {said} (its output is in {self.log})")
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says something."""
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def prepare(workloads: list[Workload], folder: Path, plan: Plan) -> list[Path]:
+    """Write models and prompts of the workloads, in a process of its own; returns their folders."""
+    folders = [folder / workload.name for workload in workloads]
+    request = {
+        "workloads": [asdict(workload) for workload in workloads],
+        "folders": [str(path) for path in folders],
+        "rollouts": plan.pairs + 1,
+        "seed": plan.seed,
+        "threads": plan.threads,
+    }
+    log = plan.logs / "prepare.log"
+    with log.open("w") as errors:
+        command = [sys.executable, str(HERE / "prepare.py"), json.dumps(request)]
+        code = subprocess.run(command, stdout=errors, stderr=errors, env=environment(plan.threads), check=False).returncode
+    if code != 0:
+        raise BenchmarkError(last_line(log))
+    return folders
+
+
+def compare(workload: Workload, folder: Path, plan: Plan, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Do one discarded and `plan.pairs` measured steps of each side, in turn.
+
+    Returns:
+        `facts` of each side, and `steps` of each: what they reported, the discarded one first.
+    """
+    workers: list[Worker] = []
+    steps: dict[str, list[dict[str, Any]]] = {side: [] for side in plan.sides}
+    try:
+        for side in plan.sides:
+            workers.append(Worker(side, workload, folder, plan))
+        check_equal({worker.side: worker.facts for worker in workers})
+        for pair in range(plan.pairs + 1):
+            for worker in workers:
+                report = worker.step()
+                steps[worker.side].append(report)
+                number = f"pair {pair} of {plan.pairs}" if pair else "warm-up"
+                spent = f"{report['seconds']:.2f} s, {report['processor_seconds']:.2f} s of processors"
+                tell(f"{workload.name}, {number}: {worker.side} {spent}")
+    finally:
+        deque(map(Worker.close, workers), maxlen=0)
+    return {"facts": {worker.side: worker.facts for worker in workers}, "steps": steps}
+
+
+def check_equal(facts: dict[str, dict[str, Any]]) -> None:
+    """Both sides must train the same number of parameters on the same prompts with the same number of threads.
+
+    Raises:
+        BenchmarkError: If they do not.
+    """
+    for name in ("trainable_parameters", "prompt_digest", "threads", "device"):
+        values = {side: fact[name] for side, fact in facts.items()}
+        if len(set(values.values())) > 1:
+            raise BenchmarkError(f"the sides do not do the same, {name} differs: {values}; report this as a bug of the benchmark")

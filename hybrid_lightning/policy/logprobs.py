@@ -2,25 +2,28 @@
 
 The policy is the distribution that rollouts were sampled from: softmax(logits / temperature). Truncation by top-p or top-k is
 not part of it (as in TRL and verl), so that the gradient is defined for every token.
+
+A B x T x V tensor never exists where the model takes packed sequences: hidden states become logits block by block.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hybrid_lightning.rollout.forward import last_logits, new_cache, position_ids, recomputes_activations
+from hybrid_lightning.rollout.forward import base_model, last_logits, packed_hidden, position_ids, project
+from hybrid_lightning.rollout.packing import PackedSequences
+from hybrid_lightning.rollout.support import supports_packing
 from hybrid_lightning.types import Sequences
 
-# Logits are turned into float32 log-probabilities in blocks of at most this many numbers (64 MiB).
+# Logits are made in blocks of at most this many numbers (64 MiB in float32).
 _BLOCK = 2**24
-# A prompt is shared if that leaves at most this share of the tokens: below it, one forward pass is faster than two.
-_WORTH_SHARING = 0.8
 
 
 def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every completion token.
 
-    The forward and backward pass of a prompt is shared by neighbouring rows that have the same prompt, where that saves work.
+    The forward and backward pass of a prompt is shared by neighbouring rows that have the same prompt, and no padding is computed,
+    if the model `supports_packing`.
 
     Args:
         model: Causal language model with the Hugging Face forward.
@@ -28,24 +31,41 @@ def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float) -
         temperature: Divides the logits; must be that of the sampling.
 
     Returns:
-        Log-probabilities [B, T] float32 with gradient, and entropies [B, T] float32 in nats without. Values at padding are
-        finite and meaningless: mask them.
+        Log-probabilities [B, T] float32 with gradient, and entropies [B, T] float32 in nats without; both 0 at padding.
     """
-    groups = _prompt_groups(sequences)
-    if _can_share(model, sequences, groups):
-        logits = _shared_prompt_logits(model, sequences, groups)
+    mask = sequences.completion_mask
+    tokens = sequences.completion_ids[mask]
+    if supports_packing(model):
+        packed = PackedSequences(sequences)
+        hidden = packed_hidden(model, packed.ids, packed.positions, packed)
+        logprobs, entropy = _in_blocks(model, hidden[packed.predictors()], tokens, temperature)
     else:
-        logits = _separate_logits(model, sequences)
-    ids = sequences.completion_ids
-    rows = max(1, _BLOCK // (logits.shape[1] * logits.shape[2]))
-    if rows >= len(ids):
-        return _block_logprobs(logits, ids, temperature)
-    blocks = [
-        # Recomputed in the backward pass, so that one block's float32 copy lives at a time and not that of the batch.
-        checkpoint(_block_logprobs, logits[start : start + rows], ids[start : start + rows], temperature, use_reentrant=False)
-        for start in range(0, len(ids), rows)
-    ]
-    return torch.cat([block[0] for block in blocks]), torch.cat([block[1] for block in blocks])
+        logprobs, entropy = _of_logits(_separate_logits(model, sequences)[mask], tokens, temperature)
+    padded = torch.zeros(mask.shape, device=mask.device)
+    return padded.masked_scatter(mask, logprobs), padded.masked_scatter(mask, entropy)
+
+
+def _in_blocks(model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Hidden states [K, H] before tokens [K] -> log-probabilities [K] and entropies [K]."""
+
+    def block(part: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return _of_logits(project(model, part), ids, temperature)
+
+    rows = max(1, _BLOCK // base_model(model).config.get_text_config().vocab_size)
+    pairs = zip(hidden.split(rows), tokens.split(rows), strict=True)
+    if not torch.is_grad_enabled():
+        blocks = [block(part, ids) for part, ids in pairs]
+    else:  # recomputed in the backward pass, so that one block's logits live at a time
+        blocks = [checkpoint(block, part, ids, use_reentrant=False) for part, ids in pairs]
+    return torch.cat([values for values, _ in blocks]), torch.cat([values for _, values in blocks])
+
+
+def _of_logits(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits [K, V], tokens [K] -> log-probabilities [K] and entropies [K], float32."""
+    logprobs = (logits.float() / temperature).log_softmax(dim=-1)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
+    return logprobs.gather(1, tokens[:, None]).squeeze(1), entropy
 
 
 def _separate_logits(model: nn.Module, sequences: Sequences) -> Tensor:
@@ -54,41 +74,3 @@ def _separate_logits(model: nn.Module, sequences: Sequences) -> Tensor:
     mask = torch.cat([sequences.prompt_mask, sequences.completion_mask], dim=1)
     ids = torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1)
     return last_logits(model, ids, mask, position_ids(mask), length + 1)[:, :-1]
-
-
-def _prompt_groups(sequences: Sequences) -> Tensor:
-    """Number of the prompt of each row [B], counting runs of neighbours with the same prompt."""
-    prompts = torch.cat([sequences.prompt_ids, sequences.prompt_mask.long()], dim=1)
-    changes = (prompts[1:] != prompts[:-1]).any(dim=1).long()
-    return torch.cat([changes.new_zeros(1), changes.cumsum(dim=0)])
-
-
-def _can_share(model: nn.Module, sequences: Sequences, groups: Tensor) -> bool:
-    if recomputes_activations(model):  # which cannot recompute a layer that has written to the cache
-        return False
-    (rows, prompt_length), length = sequences.prompt_ids.shape, sequences.completion_ids.shape[1]
-    shared = (int(groups[-1]) + 1) * prompt_length + rows * length
-    return shared <= _WORTH_SHARING * rows * (prompt_length + length)
-
-
-def _shared_prompt_logits(model: nn.Module, sequences: Sequences, groups: Tensor) -> Tensor:
-    """The same as `_separate_logits`: prompts go through the model once, and their keys and values serve all their rows."""
-    cache = new_cache(model)
-    first = torch.cat([groups.new_ones(1), groups.diff()]).bool()
-    prompt_ids, prompt_mask = sequences.prompt_ids[first], sequences.prompt_mask[first]
-    logits = last_logits(model, prompt_ids, prompt_mask, position_ids(prompt_mask), 1, cache)[groups]
-    if sequences.completion_ids.shape[1] == 1:
-        return logits
-    cache.batch_select_indices(groups)
-    ids, width = sequences.completion_ids[:, :-1], sequences.prompt_ids.shape[1]
-    mask = torch.cat([sequences.prompt_mask, sequences.completion_mask[:, :-1]], dim=1)
-    rest = last_logits(model, ids, mask, position_ids(mask)[:, width:], ids.shape[1], cache)
-    return torch.cat([logits, rest], dim=1)
-
-
-def _block_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logits [b, T, V], ids [b, T] -> log-probabilities [b, T] and entropies [b, T]."""
-    logprobs = (logits.float() / temperature).log_softmax(dim=-1)
-    with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
-    return logprobs.gather(2, ids[..., None]).squeeze(2), entropy

@@ -1,4 +1,4 @@
-"""One forward pass of a Hugging Face causal language model, with or without a cache; sampling and training share it."""
+"""One forward pass of a Hugging Face causal language model, padded or packed; sampling and training share it."""
 
 import inspect
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+
+from hybrid_lightning.rollout.interface import AttentionCalls, Packing, no_mask
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -53,6 +55,63 @@ def last_logits(
         # row by row (measured on a CPU in bfloat16: 5 s instead of 0.02 s for 50 prompts).
         arguments["logits_to_keep"] = torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device)
     if cache is not None:
-        arguments["cache" if "cache" in accepted else "past_key_values"] = cache  # the older name
+        arguments[_cache_name(base_model(model))] = cache
     logits: Tensor = model(**arguments).logits
     return logits[:, -keep:]
+
+
+def packed_hidden(
+    model: nn.Module, ids: Tensor, positions: Tensor, packing: Packing, attention_calls: AttentionCalls | None = None
+) -> Tensor:
+    """Hidden states [N, H] before the output layer of N tokens in one row; for the rest see `packed_logits`."""
+    base = base_model(model)
+    arguments = _packed_arguments(ids, positions, packing)
+    if attention_calls is not None:
+        arguments["attention_calls"] = attention_calls
+    hidden: Tensor = base.get_decoder()(**arguments, use_cache=False)[0]
+    return hidden[0]
+
+
+def project(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits [N, V] of hidden states [N, H], as the model's own forward pass computes them."""
+    base = base_model(model)
+    logits: Tensor = base.get_output_embeddings()(hidden)
+    config: Any = base.config.get_text_config()
+    scale = getattr(base, "logit_scale", None)  # Cohere
+    if scale is not None:
+        logits = logits * scale
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    if divisor is not None:
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def packed_logits(model: nn.Module, ids: Tensor, positions: Tensor, packing: Packing, keep: Tensor) -> Tensor:
+    """Logits [K, V] of the tokens numbered `keep` [K], of N tokens in one row.
+
+    Args:
+        model: Causal language model that `supports_packing`.
+        ids: [N].
+        positions: [N].
+        packing: Who attends to whom; it keeps keys and values itself, if it wants them later.
+        keep: [K].
+    """
+    arguments = _packed_arguments(ids, positions, packing)
+    logits: Tensor = model(**arguments, logits_to_keep=keep, use_cache=False).logits
+    return logits[0]
+
+
+def _packed_arguments(ids: Tensor, positions: Tensor, packing: Packing) -> dict[str, Any]:
+    return {
+        "input_ids": ids[None],
+        "position_ids": positions[None],
+        "attention_mask": no_mask(ids.device),
+        "packing": packing,
+    }
+
+
+def _cache_name(base: PreTrainedModel) -> str:
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"  # the older name

@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.parts import Part
+from hybrid_lightning.rollout.decoding import Decoding, RepeatedCacheDecoding
 from hybrid_lightning.rollout.drawing import draw, filter_logits
-from hybrid_lightning.rollout.forward import last_logits, new_cache, position_ids
 from hybrid_lightning.rollout.padding import pad_left
+from hybrid_lightning.rollout.shared_decoding import SharedPromptDecoding
+from hybrid_lightning.rollout.support import supports_packing
 from hybrid_lightning.types import Prompt, Rollouts, Sequences
 
 # The batch shrinks only when this share of it has ended: re-indexing the cache costs about one decoding step.
@@ -152,7 +154,6 @@ class _Decoder:
         greedy: bool,
     ) -> None:
         self.sampler, self.model, self.generator, self.greedy = sampler, model, generator, greedy
-        self.cache = new_cache(model)
         self.device = next(model.parameters()).device
         self.stop_ids = torch.tensor(list(stop_ids), device=self.device)
         self.stop_criteria = sampler.stop_criteria(tokenizer)
@@ -162,9 +163,12 @@ class _Decoder:
         self, ids: Tensor, mask: Tensor, samples: int, on_token: Callable[[int, int], None] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns tokens [B, T], log-probabilities [B, T], lengths [B] and finished [B]."""
-        logits = self._next_logits(ids, mask, position_ids(mask)).repeat_interleave(samples, dim=0)
-        self.cache.batch_repeat_interleave(samples)
-        mask = mask.repeat_interleave(samples, dim=0)
+        decoding: Decoding
+        if supports_packing(self.model):
+            decoding = SharedPromptDecoding(self.model, ids, mask, self.sampler.max_new_tokens)
+        else:
+            decoding = RepeatedCacheDecoding(self.model, ids, mask)
+        logits = decoding.prefill(samples)
         batch = logits.shape[0]
         rows = torch.arange(batch, device=self.device)  # which sequence each row of the decoding batch is
         running = torch.ones(batch, dtype=torch.bool, device=self.device)
@@ -182,23 +186,18 @@ class _Decoder:
                 on_token(alive, step + 1)
             if alive == 0 or step + 1 == self.sampler.max_new_tokens:
                 break
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             if alive <= (1 - _COMPACT_SHARE) * len(rows):
                 keep = running.nonzero().squeeze(1)
-                self.cache.batch_select_indices(keep)
-                rows, mask, token, running = rows[keep], mask[keep], token[keep], running[keep]
-            logits = self._next_logits(token[:, None], mask, mask.long().sum(1, keepdim=True) - 1)
+                decoding.select(keep)
+                rows, token, running = rows[keep], token[keep], running[keep]
+            logits = decoding.step(token)
         finished = torch.ones(batch, dtype=torch.bool, device=self.device)
         finished[rows[running]] = False
         longest = int(lengths.max())
         return tokens[:, :longest], logprobs[:, :longest], lengths, finished
 
-    def _next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Logits [rows, V] float32 after the last token; the cache grows by `ids`."""
-        return last_logits(self.model, ids, mask, positions, 1, self.cache)[:, -1].float()
-
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = logits / self.sampler.temperature
+        scaled = logits.float() / self.sampler.temperature
         if self.greedy:
             token = scaled.argmax(dim=-1)
         else:

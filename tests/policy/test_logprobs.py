@@ -1,6 +1,7 @@
 import pytest
 import torch
-from tiny_models import FAMILIES, build_model
+from tiny_models import FAMILIES, VOCABULARY, build_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_lightning.policy.logprobs import token_logprobs
 from hybrid_lightning.rollout.padding import pad_left, pad_right
@@ -53,15 +54,33 @@ def test_gradients_are_those_of_separate_unpadded_passes(family, case):
             torch.testing.assert_close(together[name], parameter.grad, atol=2e-5, rtol=1e-4)
 
 
-def test_sharing_is_used_where_it_saves_work():
+@pytest.mark.parametrize(("case", "tokens"), [("shared", 7 + 1 + 7 + 1 + 3 + 2 + 1 + 1), ("separate", 5 + 1 + 7 + 1 + 3 + 2)])
+def test_every_prompt_goes_through_the_model_once_and_no_padding_does(case, tokens):
     model = build_model("llama")
-    widths = []
-    model.register_forward_pre_hook(lambda _, __, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
-    token_logprobs(model, build_sequences("shared"), 1.0)
-    assert widths == [(3, 7), (6, 3)], "three runs of prompts, then six rows of completions"
-    widths.clear()
-    token_logprobs(model, build_sequences("separate"), 1.0)
-    assert widths == [(3, 11)]
+    token_logprobs(model, build_sequences(case), 1.0)  # the first call tries the model out
+    shapes = []
+    model.model.register_forward_pre_hook(lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    token_logprobs(model, build_sequences(case), 1.0)
+    assert shapes == [(1, tokens)], "prompts of each run of equal neighbours, and completions without their last token"
+
+
+def test_no_tensor_holds_the_logits_of_the_batch(monkeypatch):
+    monkeypatch.setattr("hybrid_lightning.policy.logprobs._BLOCK", 4 * VOCABULARY)
+    model = build_model("llama").requires_grad_(True)
+    sequences = build_sequences("shared")
+    token_logprobs(model, sequences, 1.0)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            outputs = result if isinstance(result, (tuple, list)) else (result,)
+            sizes.extend(out.numel() for out in outputs if isinstance(out, torch.Tensor) and VOCABULARY in out.shape)
+            return result
+
+    with Sizes():
+        token_logprobs(model, sequences, 1.0)[0].sum().backward()
+    assert int(sequences.completion_mask.sum()) > 8 and max(sizes) <= max(4 * VOCABULARY, VOCABULARY * 32)
 
 
 def test_blocks_of_rows_give_the_same(monkeypatch):

@@ -1,0 +1,158 @@
+"""Decoding with one copy of each prompt's keys and values, which all its completions read together.
+
+Axes as in `attention.py`. The running rows lie in *slots* [P, G]: where completions have ended, prompts keep different numbers of
+rows, and slots without a row hold a copy of some other row that nobody reads.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_lightning.rollout.attention import AttentionSettings, cached_key_dtype, shared_attention
+from hybrid_lightning.rollout.forward import packed_logits
+from hybrid_lightning.rollout.packing import PackedSequences, visible
+from hybrid_lightning.types import Sequences
+
+_FIRST_CAPACITY = 32  # tokens; doubled whenever it is full
+
+
+class SharedPromptDecoding:
+    """`Decoding` for models that take packed sequences; a `Packing` as well.
+
+    Args:
+        model: Causal language model.
+        ids: Prompts [P, S], left-padded.
+        mask: [P, S] bool.
+        max_new_tokens: Longest completion.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
+        self.model, self.max_new_tokens = model, max_new_tokens
+        self.layout = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, S, D]
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, G, capacity, D]
+        self.lengths = mask.sum(dim=1)  # tokens of each prompt
+        self.decoded = 0  # tokens in `own`, the same for all running rows
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def prefill(self, samples: int) -> Tensor:
+        """See `Decoding`."""
+        layout, prompts, device = self.layout, len(self.lengths), self.lengths.device
+        logits = packed_logits(self.model, layout.ids, layout.positions, _Prefill(self), layout.last_prompt_token)
+        self.slots = torch.arange(prompts * samples, device=device).view(prompts, samples)  # the row in each slot
+        self.slot_of_row = self.slots.flatten()
+        self._start_rows()
+        return logits.repeat_interleave(samples, dim=0)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See `Decoding`."""
+        self.decoded += 1
+        self._masks = {}
+        positions = self.row_lengths + self.decoded - 1
+        return packed_logits(self.model, tokens, positions, self, self.all_rows)
+
+    def select(self, rows: Tensor) -> None:
+        """See `Decoding`."""
+        slots = self.slot_of_row[rows]
+        samples = self.slots.shape[1]
+        prompt = slots // samples
+        kept, group = torch.unique_consecutive(prompt, return_inverse=True)
+        counts = torch.bincount(group)
+        rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[group]
+        new = torch.zeros(len(kept), int(counts.max()), dtype=torch.long, device=rows.device)
+        new[group, rank] = torch.arange(len(rows), device=rows.device)
+        source = slots[new]  # the old slot of each new one
+        for layer, (keys, values) in self.own.items():
+            self.own[layer] = (_take(keys, source, samples), _take(values, source, samples))
+            self.prompt[layer] = (self.prompt[layer][0][kept], self.prompt[layer][1][kept])
+        self.lengths = self.lengths[kept]
+        self.slots, self.slot_of_row = new, group * new.shape[1] + rank
+        self._start_rows()
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
+    ) -> Tensor:
+        """One token of every row; see `Packing`."""
+        (rows, all_heads, size), heads = query.shape, key.shape[1]
+        grouped = self._to_slots(query).view(*self.slots.shape, heads, all_heads // heads, 1, size)
+        self._append(layer, self._to_slots(key), self._to_slots(value))
+        own = (self.own[layer][0][..., : self.decoded, :], self.own[layer][1][..., : self.decoded, :])
+        result = shared_attention(grouped.permute(0, 2, 1, 3, 4, 5), self.prompt[layer], own, self._mask(window), settings)
+        slots = result.permute(0, 2, 1, 3, 4, 5).reshape(self.slots.numel(), all_heads, size)
+        return slots if self.full else slots.index_select(0, self.slot_of_row)
+
+    def store_prompt(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep the prompts' keys and values, [tokens, K, D] each."""
+        keys, values = (self.layout.prompts.cut(part).transpose(1, 2) for part in (key, value))
+        self.prompt[layer] = (keys.to(cached_key_dtype(keys)).contiguous(), values.contiguous())
+
+    def _start_rows(self) -> None:
+        self.full = self.slots.numel() == len(self.slot_of_row)
+        samples = self.slots.shape[1]
+        self.row_lengths = self.lengths[self.slot_of_row // samples]
+        self.all_rows = torch.arange(len(self.slot_of_row), device=self.lengths.device)
+
+    def _to_slots(self, rows: Tensor) -> Tensor:
+        """[B, heads, D] -> [P, G, heads, D]."""
+        if not self.full:
+            rows = rows.index_select(0, self.slots.flatten())
+        return rows.reshape(*self.slots.shape, *rows.shape[1:])
+
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if layer not in self.own:
+            self.own[layer] = (
+                _allocate(key, _FIRST_CAPACITY, cached_key_dtype(key)),
+                _allocate(value, _FIRST_CAPACITY, value.dtype),
+            )
+        keys, values = self.own[layer]
+        if keys.shape[3] < self.decoded:
+            extra = min(keys.shape[3], max(1, self.max_new_tokens - keys.shape[3]))
+            self.own[layer] = keys, values = (_grow(keys, extra), _grow(values, extra))
+        keys[:, :, :, self.decoded - 1] = key.transpose(1, 2)
+        values[:, :, :, self.decoded - 1] = value.transpose(1, 2)
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        """[P, 1, 1, 1, 1, S + decoded]; None where all is visible."""
+        if window not in self._masks:
+            self._masks[window] = self._build_mask(window)
+        return self._masks[window]
+
+    def _build_mask(self, window: int | None) -> Tensor | None:
+        width = self.layout.prompts.shape[1]
+        if self.layout.prompts.filled and (window is None or window >= width + self.decoded):
+            return None
+        device, lengths = self.lengths.device, self.lengths[:, None]
+        prompt = torch.arange(width, device=device)[None]
+        own = lengths + torch.arange(self.decoded, device=device)
+        query = lengths + self.decoded - 1
+        seen = torch.cat([visible(query, prompt, window) & (prompt < lengths), visible(query, own, window)], dim=1)
+        return seen[:, None, None, None, None]
+
+
+class _Prefill:
+    """The packing of the prompts, which keeps their keys and values."""
+
+    def __init__(self, decoding: SharedPromptDecoding) -> None:
+        self.decoding = decoding
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
+    ) -> Tensor:
+        """See `Packing`."""
+        self.decoding.store_prompt(layer, key, value)
+        return self.decoding.layout.attend(layer, query, key, value, window, settings)
+
+
+def _allocate(part: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
+    """[P, G, K, D] -> room for [P, K, G, capacity, D]."""
+    prompts, samples, heads, size = part.shape
+    return part.new_zeros(prompts, heads, samples, capacity, size, dtype=dtype)
+
+
+def _grow(cache: Tensor, extra: int) -> Tensor:
+    return torch.cat([cache, cache.new_zeros(*cache.shape[:3], extra, cache.shape[4])], dim=3)
+
+
+def _take(cache: Tensor, source: Tensor, samples: int) -> Tensor:
+    """The slots `source` [P', G'], numbered in [P, G], of [P, K, G, capacity, D]."""
+    # Prompt by prompt heads stay together: [P', G', K, capacity, D], then back.
+    return cache[source // samples, :, source % samples].transpose(1, 2).contiguous()

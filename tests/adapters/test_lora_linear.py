@@ -1,0 +1,87 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
+from tiny_models import build_model
+
+from hybrid_lightning.adapters.lora_linear import LoraLinear, use_fast_lora
+
+
+def build(family="llama", **settings):
+    torch.manual_seed(0)
+    model = get_peft_model(build_model(family), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def run(model, autocast=False):
+    ids = torch.arange(5, 25).view(2, 10)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(ids).logits
+    logits.float().square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return logits.detach(), gradients
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}])
+def test_values_and_gradients_are_pefts(family, settings):
+    model = build(family, **settings)
+    expected = run(model)
+    use_fast_lora(model)
+    assert sum(type(module) is LoraLinear for module in model.modules()) == 4
+    torch.testing.assert_close(run(model), expected, atol=1e-6, rtol=1e-5)
+    assert all(gradient.dtype == torch.float32 for gradient in run(model)[1].values())
+
+
+def test_mixed_precision_is_as_close_to_float32_as_pefts():
+    model = build()
+    exact = run(model)
+    theirs = run(model, autocast=True)
+    use_fast_lora(model)
+    ours = run(model, autocast=True)
+
+    def error(result):
+        return float((result[0].float() - exact[0]).norm() / exact[0].norm()), sum(
+            float((result[1][name] - exact[1][name]).norm() / exact[1][name].norm()) for name in exact[1]
+        )
+
+    assert ours[0].dtype == torch.bfloat16
+    assert all(mine <= 1.2 * other for mine, other in zip(error(ours), error(theirs), strict=True))
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.5}])
+def test_what_is_not_plain_lora_is_left_to_peft(settings):
+    model = build(**settings).train()
+    torch.manual_seed(1)
+    expected = run(model)
+    use_fast_lora(model)
+    torch.manual_seed(1)
+    torch.testing.assert_close(run(model), expected, atol=0, rtol=0)
+
+
+def test_disabling_and_merging_work_as_before():
+    model = build()
+    base = build_model("llama")
+    ids = torch.arange(5, 25).view(2, 10)
+    use_fast_lora(model)
+    adapted = model(ids).logits
+    with model.disable_adapter():
+        torch.testing.assert_close(model(ids).logits, base(ids).logits, atol=0, rtol=0)
+    torch.testing.assert_close(model(ids).logits, adapted, atol=0, rtol=0)
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, adapted, atol=1e-5, rtol=0)
+
+
+def test_full_size_copies_are_not_kept_for_the_backward_pass():
+    torch.manual_seed(0)
+    layer = lora.Linear(torch.nn.Linear(64, 64, bias=False).requires_grad_(False), "default", LoraConfig(), r=2)
+    layer.__class__ = LoraLinear
+    x = torch.randn(100, 64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    assert sorted(t.numel() for t in kept) == [2 * 64, 2 * 64, 2 * 100, 64 * 64, 64 * 100]

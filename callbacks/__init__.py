@@ -8,6 +8,7 @@ from hybrid_lightning.callbacks.reward_divergence import RewardDivergence
 from hybrid_lightning.callbacks.rollout_progress import RolloutProgress
 from hybrid_lightning.callbacks.rollout_samples import RolloutSamples
 from hybrid_lightning.callbacks.run_summary import RunSummary
+from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.callbacks.tensorboard_overview import TensorBoardOverview
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "RolloutProgress",
     "RolloutSamples",
     "RunSummary",
+    "StepTimer",
     "TensorBoardOverview",
 ]

@@ -27,6 +27,7 @@ from hybrid_lightning.adapters.scorers import Scorer, TailEnergy
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
 from hybrid_lightning.callbacks.display import console, progress_bar, run_folder, tensorboard_writers
+from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.modes import evaluation_mode
@@ -132,7 +133,8 @@ class HybridAdapterSetup(Callback):
             return None
         self._check_start_weights(pl_module)
         if plan is None:
-            plan = self._make_plan(trainer, pl_module)
+            with measured(trainer, "scoring"):
+                plan = self._make_plan(trainer, pl_module)
         self._apply(pl_module, plan)
         return plan
 

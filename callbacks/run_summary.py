@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.table import Table
 
 from hybrid_lightning.callbacks.display import console, run_folder, test_command
+from hybrid_lightning.callbacks.step_timer import find_step_timer
 
 
 class RunSummary(Callback):
@@ -16,7 +17,7 @@ class RunSummary(Callback):
 
     The accuracy before training is that of Lightning's sanity check when it covers all of the validation data
     (`num_sanity_val_steps: -1`); a resumed run takes it from the checkpoint. If training does not end with a validation, one is
-    made. With validation switched off both are null.
+    made. With validation switched off both are null. Where the time went is there if a `StepTimer` stands before this callback.
     """
 
     def __init__(self) -> None:
@@ -96,6 +97,7 @@ class RunSummary(Callback):
         # A finished run that is resumed trains and validates no more; its checkpoint may know an earlier validation only.
         after = self._after if self._validated_step == trainer.global_step else {}
         samples = getattr(pl_module, "eval_samples", 1)
+        timer = find_step_timer(trainer)
         return {
             "accuracy_before": self._before.get(f"val/avg@{samples}"),
             "accuracy_after": after.get(f"val/avg@{samples}"),
@@ -103,6 +105,8 @@ class RunSummary(Callback):
             "greedy_after": after.get("val/greedy_accuracy"),
             "seconds": round(self._earlier_seconds + now - self._start, 2),
             "training_seconds": round(now - self._train_start, 2),
+            "seconds_by_phase": {} if timer is None else {name: round(value, 3) for name, value in timer.totals().items()},
+            "throughput": {} if timer is None else {name: round(value, 1) for name, value in timer.rates().items()},
             "steps": trainer.global_step,
             "eval_samples": samples,
             "full_modules": [] if plan is None else list(plan.full_modules),
@@ -134,9 +138,9 @@ class RunSummary(Callback):
         table.add_row(
             "trainable", f"{summary['trainable_parameters']:,} parameters, {summary['trainable_share']:.1%} of the model"
         )
-        table.add_row(
-            "time", f"{summary['seconds']:.0f} s for {summary['steps']} optimizer steps, scoring and validation included"
-        )
+        table.add_row("time", _time(summary))
+        if summary["throughput"]:
+            table.add_row("speed", _speed(summary["throughput"]))
         out = console()
         out.print(table)
         out.print(f"Run folder: {summary['run_folder']}", soft_wrap=True)
@@ -153,3 +157,18 @@ def _change(before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return f"{'not measured' if before is None else f'{before:.1%}'} -> {'not measured' if after is None else f'{after:.1%}'}"
     return f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points)"
+
+
+def _time(summary: dict[str, Any]) -> str:
+    """Such as "68 s for 100 optimizer steps: generate 35%, update 41%, other 24%", without what rounds to nothing."""
+    total = f"{summary['seconds']:.0f} s for {summary['steps']} optimizer steps"
+    shares = {name: seconds / summary["seconds"] for name, seconds in summary["seconds_by_phase"].items()}
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
+    return f"{total}: {parts}" if parts else f"{total}, scoring and validation included"
+
+
+def _speed(throughput: dict[str, float]) -> str:
+    """Tokens per second, that of the whole first."""
+    names = {"tokens": "prompts and completions", "generated_tokens": "generation", "trained_tokens": "training"}
+    rates = {text: throughput[f"{name}_per_second"] for name, text in names.items() if f"{name}_per_second" in throughput}
+    return "tokens/s: " + ", ".join(f"{text} {rate:,.0f}" for text, rate in rates.items())

@@ -17,6 +17,8 @@ _TRAINING = (
     "entropy",
     "kl",
     "clip_ratio/region_mean",
+    "time/step_s",
+    "throughput/tokens_per_second",
 )
 
 

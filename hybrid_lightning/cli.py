@@ -27,6 +27,7 @@ from hybrid_lightning.callbacks import (
     RolloutProgress,
     RolloutSamples,
     RunSummary,
+    StepTimer,
     TensorBoardOverview,
 )
 from hybrid_lightning.data import PromptDataModule
@@ -150,11 +151,11 @@ class HybridLightningCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the callbacks that have no options; RunSummary first, since its clock has to include the scoring."""
+        """Add the callbacks that have no options; those with clocks first, since scoring counts."""
         config = self._get(self.config_init, "trainer")
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        fixed: list[Callback] = [RunSummary(), GracefulStop()]
+        fixed: list[Callback] = [StepTimer(), RunSummary(), GracefulStop()]
         if config["logger"] and not config["fast_dev_run"]:
             fixed += [LearningRateMonitor(logging_interval="step"), TensorBoardOverview()]
         if config["enable_progress_bar"] is not False:

@@ -1,22 +1,32 @@
 """`Trainer`: Lightning's Trainer with the `score` command."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
+from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import ConfigError
 
 
 class Trainer(LightningTrainer):
-    """Lightning's Trainer, which tells `setup` hooks the checkpoint that is about to be loaded, and can score modules."""
+    """Lightning's Trainer, which tells `setup` hooks the checkpoint that is about to be loaded, and can score modules.
+
+    The time that checkpoints take is told to `StepTimer`, which has no hook around them.
+    """
 
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         # Lightning sets `trainer.ckpt_path` only after the setup hooks; HybridAdapterSetup has to know the checkpoint's plan
         # before, or it would score the modules anew.
         self._checkpoint_connector._ckpt_path = ckpt_path
         return super()._run(model, ckpt_path, weights_only)
+
+    def save_checkpoint(self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None) -> None:
+        """Save a checkpoint as Lightning does, and time it."""
+        with measured(self, "checkpoint"):
+            super().save_checkpoint(filepath, weights_only, storage_options)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
         """Score the modules and write `plan.json` and `plan.png` into the run folder, without training.

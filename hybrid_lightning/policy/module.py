@@ -6,7 +6,6 @@ The rollouts are made in the train dataloader (`RolloutLoader` asks `roll_out` a
 pure loss on one micro-batch.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ from hybrid_lightning.policy.optim import ConstantSchedule, LearningRateSchedule
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
 from hybrid_lightning.policy.step_metrics import StepMetrics
+from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.sampler import Sampler
@@ -126,7 +126,7 @@ class PolicyModule(EvaluatedModule):
         self.validation_metrics, self.test_metrics = EvaluationMetrics(eval_samples), EvaluationMetrics(eval_samples)
         self.last_rollout: tuple[Rollouts, Rewards, Tensor] | None = None  # for callbacks that show samples
         self._step_metrics = StepMetrics()
-        self._seconds = {"generate": 0.0, "reward": 0.0, "logprobs": 0.0}
+        self.clock = PhaseClock()  # StepTimer gives its own
 
     def _save_arguments(self) -> None:
         self.save_hyperparameters()
@@ -166,27 +166,24 @@ class PolicyModule(EvaluatedModule):
         self, prompts: Sequence[Prompt], generator: torch.Generator
     ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
         """Complete and score prompts (see `RolloutSource`)."""
-        start = time.perf_counter()
-        rollouts = self.generate(prompts, self.rollout_schedule.samples_per_prompt, generator)
-        generated = time.perf_counter()
-        rewards = self.score(rollouts)
-        advantages = self.advantage(rewards.total, rollouts.samples_per_prompt)
-        self._seconds = {"generate": generated - start, "reward": time.perf_counter() - generated, "logprobs": 0.0}
+        with self.clock.phase("generate"):
+            rollouts = self.generate(prompts, self.rollout_schedule.samples_per_prompt, generator)
+        with self.clock.phase("reward"):
+            rewards = self.score(rollouts)
+            advantages = self.advantage(rewards.total, rollouts.samples_per_prompt)
         self.last_rollout = (rollouts, rewards, advantages)
-        metrics = rollout_metrics(rollouts, rewards)
-        new_tokens = float(rollouts.sequences.completion_mask.sum())
-        metrics["throughput/generated_tokens_per_second"] = new_tokens / self._seconds["generate"]
-        metrics |= {f"time/{name}_s": self._seconds[name] for name in ("generate", "reward")}
-        return rollouts.sequences, rollouts.sampling_logprobs, advantages, metrics
+        return rollouts.sequences, rollouts.sampling_logprobs, advantages, rollout_metrics(rollouts, rewards)
 
     def add_logprobs(self, batch: PolicyBatch, on_policy: bool) -> PolicyBatch:
-        """Fill in old and reference log-probabilities (see `RolloutSource`).
+        """Fill in old and reference log-probabilities, where they are needed (see `RolloutSource`).
 
         Old ones come from the same forward pass that trains, not from the sampler: on the first minibatch the ratio is then
         exactly 1, which GSPO's narrow clip range needs.
         """
         old = reference = None
-        with self._inference():
+        if on_policy and not self.loss.needs_reference:
+            return batch
+        with self.clock.phase("logprobs"), self._inference():
             if not on_policy:
                 old, _ = self.logprobs(batch.sequences)
             if self.loss.needs_reference:
@@ -200,9 +197,12 @@ class PolicyModule(EvaluatedModule):
         """An epoch begins with an optimizer step, also after one that was cut short within a step."""
         self._step_metrics = StepMetrics()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The update begins, after all callbacks' hooks of this name; `StepTimer` sees its end before any other callback."""
+        self.clock.switch("update")
+
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
-        start = time.perf_counter()
         logprobs, entropy = self.logprobs(batch.sequences)
         inputs, agreement = compare_with_sampler(batch, logprobs, self.correction)
         output = self.loss(inputs)
@@ -214,7 +214,6 @@ class PolicyModule(EvaluatedModule):
             micro_batches=self.trainer.accumulate_grad_batches,
             ranks=self.trainer.world_size,
         )
-        averages["time/forward_s"] = torch.tensor(time.perf_counter() - start)
         sync = self.trainer.world_size > 1
         shown: dict[str, Any] = {
             name: batch.metrics[name] for name in ("reward", "completions/mean_length") if name in batch.metrics

@@ -5,13 +5,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
-from hybrid_lightning.callbacks import RunSummary
+from hybrid_lightning.callbacks import RunSummary, StepTimer
 from hybrid_lightning.callbacks.display import python_command
 
 KEYS = {
     "accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "seconds", "training_seconds", "steps", "eval_samples",
     "full_modules", "lora_modules", "trainable_parameters", "trainable_share", "loss", "model", "validation", "run_folder",
-    "checkpoint", "next_command",
+    "checkpoint", "next_command", "seconds_by_phase", "throughput",
 }  # fmt: skip
 
 
@@ -25,12 +25,13 @@ def sums(tmp_path_factory):
     return write_sums(tmp_path_factory.mktemp("summary") / "sums.jsonl", 40)
 
 
-def run(model, sums, root, *callbacks, ckpt=None, data=None, policy=None, **flags):
+def run(model, sums, root, *callbacks, ckpt=None, data=None, policy=None, timed=True, **flags):
     torch.manual_seed(3)
     module = build_policy(model, reward=StartsWithDigit(), eval_samples=4, lr_lora=0.1, **(policy or {}))
     data = data or build_data(sums, validation_fraction=0.4)
+    timers = [StepTimer()] if timed else []
     flags = {"num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 4, "max_steps": 6, **flags}
-    trainer = build_trainer(root, RunSummary(), build_adapter(), *callbacks, **flags)
+    trainer = build_trainer(root, *timers, RunSummary(), build_adapter(), *callbacks, **flags)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt)
     return module, (json.loads((root / "summary.json").read_text()) if (root / "summary.json").exists() else None)
 
@@ -118,6 +119,36 @@ def test_time_adds_up_over_stops(model, sums, tmp_path, whole):
     assert 0 < state["seconds"] <= summary["seconds"]
     _, resumed = run(model, sums, tmp_path, ckpt=root / "checkpoints" / "last.ckpt", max_steps=7)
     assert resumed["seconds"] > state["seconds"] and resumed["steps"] == 7
+
+
+def test_the_phases_add_up_to_the_time(model, sums, tmp_path, whole):
+    root, _, summary = whole
+    _, resumed = run(model, sums, tmp_path, ckpt=root / "checkpoints" / "step=4.ckpt")
+    for result in (summary, resumed):
+        phases = result["seconds_by_phase"]
+        assert sum(phases.values()) == pytest.approx(result["seconds"], rel=0.02)
+        assert min(phases[name] for name in ("generate", "update", "validation", "scoring", "startup")) > 0
+        assert all(rate > 0 for rate in result["throughput"].values()) and len(result["throughput"]) == 3
+    # The validation after step 4 and two steps are done anew.
+    assert resumed["seconds_by_phase"]["scoring"] == pytest.approx(summary["seconds_by_phase"]["scoring"], abs=1e-3)
+    assert resumed["seconds_by_phase"]["startup"] > summary["seconds_by_phase"]["startup"]
+
+
+def test_the_screen_says_where_the_time_went(model, sums, tmp_path, capsys):
+    _, summary = run(model, sums, tmp_path, max_steps=2)
+    output = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"{summary['seconds']:.0f} s for 2 optimizer steps: generate " in output
+    for name, seconds in summary["seconds_by_phase"].items():
+        share = seconds / summary["seconds"]
+        assert (f" {name} {share:.0%}" in output) == (share >= 0.005), name
+    assert f"tokens/s: prompts and completions {summary['throughput']['tokens_per_second']:,.0f}, generation" in output
+
+
+def test_without_a_timer_there_is_the_time_alone(model, sums, tmp_path, capsys):
+    _, summary = run(model, sums, tmp_path, max_steps=2, timed=False)
+    assert summary.keys() == KEYS and summary["seconds_by_phase"] == summary["throughput"] == {} and summary["seconds"] > 0
+    output = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "s for 2 optimizer steps, scoring and validation included" in output and "tokens/s" not in output
 
 
 def no_validation(sums):

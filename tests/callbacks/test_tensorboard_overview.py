@@ -26,7 +26,7 @@ def read(tmp_path):
 
 
 def test_the_overview_comes_first_and_holds_training_and_validation(tmp_path):
-    metrics = {"reward": 0.5, "entropy": 2.0, "time/generate_s": 9.0, "val/avg@8": 0.25, "val/reward": 7.0}
+    metrics = {"reward": 0.5, "entropy": 2.0, "time/generate_s": 9.0, "time/step_s": 12.0, "val/avg@8": 0.25, "val/reward": 7.0}
     trainer = build_trainer(tmp_path, False, metrics)
     overview = TensorBoardOverview()
     overview.on_train_batch_end(trainer, None, None, None, 0)
@@ -38,6 +38,7 @@ def test_the_overview_comes_first_and_holds_training_and_validation(tmp_path):
     assert {tag: values for tag, values in scalars.items() if "/" in tag} == {
         "0_overview/3 reward": [(3, 0.5)],
         "0_overview/7 entropy": [(3, 2.0)],
+        "0_overview/10 time step_s": [(3, 12.0)],
         "0_overview/1 val avg@8": [(3, 0.25)],
     }
 

@@ -1,0 +1,235 @@
+"""Time passes only where a test lets it, so that every logged second can be told in advance."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+
+from hybrid_lightning.callbacks import StepTimer
+from hybrid_lightning.callbacks.step_timer import RUN_PHASES, STEP_PHASES, find_step_timer
+from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.policy import step_times
+from hybrid_lightning.rollout.sampler import Sampler
+
+GENERATE, REWARD, LOGPROBS, UPDATE, BEFORE, AFTER, VALIDATION, SAVE, SCORE = 64.0, 16.0, 3.0, 8.0, 0.25, 0.5, 20.0, 40.0, 7.0
+STEPS = 6
+TIME = SimpleNamespace(now=0.0)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("timer")
+    return write_model(folder / "model"), write_sums(folder / "sums.jsonl", 32)
+
+
+@pytest.fixture(autouse=True)
+def clock_of_the_test(monkeypatch):
+    TIME.now = 0.0
+    monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: TIME.now))
+
+
+class SlowSampler(Sampler):
+    def sample(self, *arguments, **options):
+        TIME.now += GENERATE
+        return super().sample(*arguments, **options)
+
+
+class SlowReward(StartsWithDigit):
+    def __call__(self, completions, prompts):
+        TIME.now += REWARD
+        return super().__call__(completions, prompts)
+
+
+class SlowLoss(GRPOLoss):
+    def policy_term(self, inputs, old_logprobs):
+        TIME.now += UPDATE
+        return super().policy_term(inputs, old_logprobs)
+
+
+class Slow(Callback):
+    """Takes time in hooks of every kind, and keeps what was logged at each step."""
+
+    def __init__(self):
+        self.steps, self.tokens, self.validations, self.saves = [], [], 0, 0
+
+    def setup(self, trainer, pl_module, stage):
+        TIME.now += SCORE
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        TIME.now += BEFORE
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        TIME.now += AFTER
+        if not trainer.fit_loop._should_accumulate():
+            names = [name for name in trainer.callback_metrics if name.startswith(("time/", "throughput/"))]
+            self.steps.append({name: float(trainer.callback_metrics[name]) for name in names})
+            self.tokens.append((batch.num_tokens, trainer.callback_metrics["num_tokens"].item()))
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        TIME.now += VALIDATION
+        self.validations += 1
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        TIME.now += SAVE
+        self.saves += 1
+
+
+def run(files, root, *callbacks, ckpt=None, policy=None, data=None, **flags):
+    torch.manual_seed(11)
+    arguments = {"sampler": SlowSampler(max_new_tokens=6), "reward": SlowReward(), "loss": SlowLoss(), **(policy or {})}
+    module = build_policy(files[0], **arguments)
+    plain = module.logprobs
+
+    def logprobs(sequences):
+        if not torch.is_grad_enabled():
+            TIME.now += LOGPROBS
+        return plain(sequences)
+
+    module.logprobs = logprobs
+    timer, slow = StepTimer(), Slow()
+    trainer = build_trainer(root, timer, slow, build_adapter(share=0.0), *callbacks, **{"max_steps": STEPS, **flags})
+    trainer.fit(module, datamodule=data or build_data(files[1]), ckpt_path=ckpt)
+    return timer, slow
+
+
+@pytest.mark.parametrize(("minibatches", "epochs", "accumulate"), [(1, 1, 1), (1, 1, 4), (2, 1, 1), (1, 3, 2), (2, 2, 2)])
+def test_each_second_is_logged_once_and_where_it_belongs(files, tmp_path, minibatches, epochs, accumulate):
+    policy = {"minibatches_per_rollout": minibatches, "epochs_per_rollout": epochs}
+    timer, slow = run(files, tmp_path, policy=policy, accumulate_grad_batches=accumulate)
+    served = minibatches * epochs
+    old = LOGPROBS * minibatches * accumulate if served > 1 else 0.0  # computed once for all epochs
+    expected = {
+        "time/generate_s": GENERATE / served,
+        "time/reward_s": REWARD / served,
+        "time/logprobs_s": old / served,
+        "time/update_s": UPDATE * accumulate,
+    }
+    other = [(BEFORE + AFTER) * accumulate - (AFTER if step == 0 else 0.0) for step in range(STEPS)]
+    assert len(slow.steps) == STEPS
+    for step, rest in zip(slow.steps, other, strict=True):
+        whole = {**expected, "time/other_s": rest, "time/step_s": sum(expected.values()) + rest}
+        assert {name: value for name, value in step.items() if name.startswith("time/")} == pytest.approx(whole)
+    for trained, step in zip((trained for trained, _ in slow.tokens), slow.steps, strict=True):
+        rate = trained / (UPDATE * accumulate + old / served)
+        assert step["throughput/trained_tokens_per_second"] == pytest.approx(rate)
+    for (_, whole), step in zip(slow.tokens, slow.steps, strict=True):
+        assert step["throughput/tokens_per_second"] == pytest.approx(whole / served / step["time/step_s"])
+    first = sum(trained for trained, _ in slow.tokens[:minibatches])
+    assert slow.steps[0]["throughput/generated_tokens_per_second"] == pytest.approx(first / GENERATE)
+    totals = timer.totals()
+    assert sum(totals.values()) == pytest.approx(TIME.now), "every moment is somewhere"
+    if STEPS % served == 0:
+        for name in ("generate", "reward", "logprobs", "update"):
+            assert sum(step[f"time/{name}_s"] for step in slow.steps) == pytest.approx(totals[name])
+
+
+def test_validation_checkpoints_and_scoring_are_no_part_of_a_step(files, tmp_path):
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    flags = {"val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": -1, "enable_checkpointing": True}
+    data = build_data(files[1], validation_fraction=0.3)
+    timer, slow = run(files, tmp_path, saver, data=data, **flags)
+    totals = timer.totals()
+    assert totals.keys() == set(RUN_PHASES) and sum(totals.values()) == pytest.approx(TIME.now)
+    assert slow.validations == 3 and slow.saves >= 3
+    # Validation generates and scores twice a batch: greedy and sampled.
+    assert totals["validation"] == pytest.approx(slow.validations * (VALIDATION + 2 * GENERATE + 2 * REWARD))
+    assert totals["checkpoint"] == pytest.approx(slow.saves * SAVE)
+    assert totals["startup"] == SCORE and totals["scoring"] == 0, "LoRA everywhere needs no scores"
+    assert totals["generate"] == STEPS * GENERATE and totals["reward"] == STEPS * REWARD and totals["logprobs"] == 0
+    steps = sum(step["time/step_s"] for step in slow.steps)
+    assert steps == pytest.approx(sum(totals[name] for name in STEP_PHASES) - AFTER), "but what follows the last step"
+
+
+def test_scoring_is_measured_without_its_rollouts_counting_as_training(files, tmp_path):
+    module = build_policy(files[0], sampler=SlowSampler(max_new_tokens=6), reward=SlowReward(), loss=SlowLoss())
+    timer = StepTimer()
+    build_trainer(tmp_path, timer, build_adapter(), max_steps=1).fit(module, datamodule=build_data(files[1]))
+    totals = timer.totals()
+    assert totals["generate"] == GENERATE and totals["reward"] == REWARD and totals["update"] == UPDATE
+    assert totals["scoring"] >= GENERATE + REWARD and totals["scoring"] + GENERATE + REWARD + UPDATE == TIME.now
+
+
+def test_a_resumed_run_goes_on_adding(files, tmp_path):
+    """Stopped within a rollout, whose shares have to be dealt after the resume."""
+    policy = {"minibatches_per_rollout": 4}
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    run(files, tmp_path, saver, policy=policy, max_steps=2, enable_checkpointing=True)
+    TIME.now = 0.0
+    timer, slow = run(files, tmp_path, policy=policy, max_steps=8, ckpt=tmp_path / "step=2.ckpt")
+    assert [step["time/generate_s"] for step in slow.steps] == [GENERATE / 4] * 6
+    assert slow.steps[0]["throughput/generated_tokens_per_second"] > 0
+    # Two micro-batches, and the part of the checkpoint that came before its callbacks' states.
+    before = SCORE + GENERATE + REWARD + 4 * LOGPROBS + 2 * (BEFORE + UPDATE + AFTER)
+    assert sum(timer.totals().values()) == pytest.approx(before + TIME.now)
+    assert timer.totals()["generate"] == 2 * GENERATE and timer.totals()["update"] == 8 * UPDATE
+    assert timer.rates()["trained_tokens_per_second"] == pytest.approx(
+        timer.rates()["generated_tokens_per_second"] * 2 * GENERATE / (8 * UPDATE + 8 * LOGPROBS)
+    ), "after whole rollouts every generated token has been trained on once"
+
+
+def test_a_second_fit_starts_anew_and_other_commands_are_not_timed(files, tmp_path):
+    module = build_policy(files[0], sampler=SlowSampler(max_new_tokens=6), reward=SlowReward())
+    timer = StepTimer()
+    trainer = build_trainer(tmp_path, timer, build_adapter(share=0.0), max_steps=1)
+    trainer.fit(module, datamodule=(data := build_data(files[1], validation_fraction=0.3)))
+    before = timer.totals()
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert timer.totals()["validation"] == before["validation"] and find_step_timer(trainer) is timer
+    start = TIME.now
+    trainer.fit_loop.epoch_loop.max_steps = 2
+    trainer.fit(module, datamodule=data)
+    assert sum(timer.totals().values()) == pytest.approx(TIME.now - start)
+
+
+class Regression(LightningModule):
+    """A module that knows nothing of clocks and rollouts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        TIME.now += UPDATE
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.randn(8, 2), batch_size=1)
+
+
+class Logged(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        TIME.now += AFTER
+        self.last = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def test_any_module_is_timed(tmp_path):
+    timer, logged = StepTimer(), Logged()
+    build_trainer(tmp_path, timer, logged, max_steps=3, accumulate_grad_batches=2).fit(Regression())
+    times = {"generate": 0, "reward": 0, "logprobs": 0, "update": 2 * UPDATE, "other": 2 * AFTER, "step": 2 * (UPDATE + AFTER)}
+    assert logged.last == {f"time/{name}_s": value for name, value in times.items()}
+    assert timer.totals()["update"] == 6 * UPDATE and timer.rates() == {}
+
+
+def test_values_are_means_over_processes_and_rates_count_all_of_them():
+    def reduce(values, reduce_op):
+        assert reduce_op == "mean" and values.dim() == 1, "one reduction a step"
+        return (values + torch.tensor([4.0, 2.0, 0.0, 6.0, 2.0, 100.0, 300.0])) / 2
+
+    timer = StepTimer()
+    timer.clock.seconds = lambda: {"generate": 2.0, "reward": 2.0, "update": 6.0, "other": 0.0}
+    strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
+    mask = torch.ones(1, 50, dtype=torch.bool)
+    sequences = SimpleNamespace(completion_mask=mask, prompt_mask=mask)
+    schedule = SimpleNamespace(epochs_per_rollout=1, minibatches_per_rollout=2)
+    module = SimpleNamespace(last_rollout=(SimpleNamespace(sequences=sequences),), rollout_schedule=schedule)
+    values = timer._measure_step(SimpleNamespace(world_size=2, strategy=strategy), module, None)
+    times = {"generate": 1.5, "reward": 1.0, "logprobs": 0.0, "update": 6.0, "other": 1.0, "step": 9.5}
+    assert {f"time/{name}_s": value for name, value in times.items()}.items() <= values.items()
+    assert values["throughput/generated_tokens_per_second"] == pytest.approx((50 + 100) / 3)
+    assert values["throughput/tokens_per_second"] == pytest.approx((100 + 300) / 2 / 9.5)

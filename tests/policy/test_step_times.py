@@ -1,0 +1,111 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybrid_lightning.policy import step_times
+from hybrid_lightning.policy.step_times import PhaseClock, Spread
+
+
+@pytest.fixture
+def wait(monkeypatch):
+    """Lets time pass, as much as a test says."""
+    now = [100.0]
+    monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def wait(seconds):
+        now[0] += seconds
+
+    return wait
+
+
+def test_every_moment_belongs_to_the_innermost_phase(wait):
+    clock = PhaseClock()
+    clock.restart("startup")
+    wait(1)
+    clock.switch("other")
+    wait(2)
+    with clock.phase("scoring"):
+        wait(4)
+        with clock.phase("generate"):
+            wait(8)
+        wait(16)
+    clock.switch("update")
+    wait(32)
+    clock.enter("checkpoint")
+    wait(64)
+    clock.leave()
+    wait(128)
+    assert clock.seconds() == {"startup": 1, "other": 2, "scoring": 20, "generate": 8, "update": 160, "checkpoint": 64}
+    wait(256)
+    assert clock.seconds()["update"] == 416, "the running phase counts"
+
+
+def test_a_phase_ends_with_an_exception(wait):
+    clock = PhaseClock()
+    with pytest.raises(KeyboardInterrupt), clock.phase("generate"):
+        wait(1)
+        raise KeyboardInterrupt
+    wait(2)
+    assert clock.seconds() == {"other": 2, "generate": 1}
+
+
+def test_a_restart_forgets(wait):
+    clock = PhaseClock()
+    clock.enter("validation")
+    wait(5)
+    clock.restart("startup")
+    wait(1)
+    clock.switch("other")
+    wait(1)
+    assert clock.seconds() == {"startup": 1, "other": 1}
+
+
+def test_the_clock_waits_for_an_accelerator_where_a_phase_ends_and_nowhere_else(wait, monkeypatch):
+    waited = []
+
+    def synchronize(device):
+        waited.append(device)
+        wait(3)
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    clock = PhaseClock()
+    with clock.phase("generate"):
+        pass
+    assert not waited, "the CPU has nothing to wait for"
+    clock.restart("other")
+    clock.device = torch.device("cuda", 1)
+    with clock.phase("generate"):
+        pass
+    clock.switch("update")
+    clock.switch("other")
+    clock.switch("update")
+    clock.switch("other", synchronize=True)
+    assert clock.seconds() == {"other": 0, "generate": 3, "update": 3}, "the wait belongs to the phase that had the work"
+    assert waited == [clock.device] * 2
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1e4), st.integers(1, 9), st.integers(0, 12)), min_size=1, max_size=6),
+)
+def test_the_shares_add_up_to_what_was_put_in(rollouts):
+    spread, dealt = Spread(), 0.0
+    for amount, steps, taken in rollouts:
+        spread.put({"generate": amount}, steps)
+        dealt += sum(spread.take()["generate"] for _ in range(taken))
+    dealt += sum(spread.take()["generate"] for _ in range(spread.steps))
+    assert dealt == pytest.approx(sum(amount for amount, _, _ in rollouts))
+
+
+def test_shares_are_even_and_those_of_steps_that_never_came_are_not_lost():
+    spread = Spread()
+    assert spread.take() == {}
+    spread.put({"a": 6.0, "b": 3.0}, 3)
+    assert spread.take() == {"a": 2, "b": 1}
+    spread = Spread(spread.amounts, spread.steps)  # as after a resume
+    assert spread.take() == {"a": 2, "b": 1}
+    spread.put({"a": 4.0, "b": 0.0}, 2)
+    assert spread.take() == spread.take() == {"a": 3, "b": 0.5}
+    assert spread.take() == {"a": 0, "b": 0}

@@ -12,7 +12,7 @@ The four classes are the modes of TRL's `vllm_importance_sampling_mode`, with `c
 them (token-wise and with both bounds that is IcePop). What is discarded stays in the loss's denominators, as in TRL.
 
 `sampling/logp_difference/mean` says whether a correction is worth having: in float32 it is about 1e-6, and w is 1; in bfloat16
-it was 0.05 for SmolLM2-135M, and a token's w at most 1.3, so that a cap of 2 cuts only what has gone wrong. With `top_p` or
+it was 0.02 for SmolLM2-135M, and a token's w at most 1.3, so that a cap of 2 cuts only what has gone wrong. With `top_p` or
 `top_k` mu is still the full softmax (see `Rollouts.sampling_logprobs`), so that what they cut off is not corrected.
 """
 

@@ -68,7 +68,7 @@ class ExactGradients(GradientMode):
     """Keep every entry: 4 bytes per candidate parameter, and any scorer works.
 
     Args:
-        device: where the sums are kept; the default leaves the accelerator's memory to the model.
+        device: where the sums are kept and decomposed; the default leaves the accelerator's memory to the model.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -89,7 +89,7 @@ class ModuleAccumulator:
     """
 
     def __init__(self, form: GradientForm, shape: tuple[int, int], halves: bool, second_moment: bool) -> None:
-        self._form = form
+        self._form, self.shape = form, shape
         self._sums = [form.zeros() for _ in range(2 if halves else 1)]
         self._squares = torch.zeros(shape) if second_moment else None
         self.received = torch.zeros(())  # gradients taken: stays 0 where the calibration losses do not use the module

@@ -27,9 +27,9 @@ def collect_gradients(
 ) -> dict[str, ModuleAccumulator]:
     """Average the candidates' gradients over the calibration losses.
 
-    The model is in eval mode meanwhile (no dropout), except where gradient checkpointing is on, which transformers
-    honours in train mode only. Flags, modes and any gradients that were there are restored at the end, also after an
-    error.
+    The model is in eval mode meanwhile (no dropout). Where gradient checkpointing is on, which transformers honours in
+    train mode only, the checkpointing blocks themselves are in train mode, but not the modules in them, which hold the
+    dropout. Flags, modes and any gradients that were there are restored at the end, also after an error.
 
     Args:
         model: the start policy, with floating-point weights.
@@ -109,7 +109,8 @@ def _only_candidates_trainable(model: nn.Module, candidates: Mapping[str, nn.Mod
             parameter.grad = None
         for module in candidates.values():
             module.weight.requires_grad_(True)  # type: ignore[operator, union-attr]
-        model.train(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
+        for module, _ in modes:
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
         yield
     finally:
         for parameter, flag, gradient in flags:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from hybrid_lightning.adapters.accumulators import ExactGradients, GradientMode, ModuleAccumulator
 from hybrid_lightning.adapters.collect import collect_gradients
 from hybrid_lightning.adapters.scorers.base import Scorer
+from hybrid_lightning.adapters.spectra import ONE_THREAD_UP_TO
 from hybrid_lightning.adapters.statistics import ModuleStatistics
+from hybrid_lightning.adapters.workers import map_on_workers
 from hybrid_lightning.errors import CalibrationError, ConfigError
 
 
@@ -66,17 +68,25 @@ def score_modules(
             sum_over_ranks=sum_over_ranks,
         )
     _warn_unused(collected)
-    scores = {}
-    for name, module in candidates.items():
+
+    def score(name: str) -> float:
         accumulator = collected.pop(name, None)  # its memory is free once the module is scored
         if accumulator is not None and not accumulator.received:
-            scores[name] = 0.0
-            continue
-        score = float(scorer.score(_statistics(name, module, accumulator, scorer, evaluate_loss), rank))
-        if not math.isfinite(score):
-            raise CalibrationError(f"{type(scorer).__name__} gave {name} the score {score}: a score must be finite.")
-        scores[name] = score
-    return scores
+            return 0.0
+        return float(scorer.score(_statistics(name, candidates[name], accumulator, scorer, evaluate_loss), rank))
+
+    together = [name for name in collected if scorer.concurrent and _small_on_cpu(collected[name])]
+    scores = dict(zip(together, map_on_workers(score, together), strict=True))
+    scores |= {name: score(name) for name in candidates if name not in scores}
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise CalibrationError(f"{type(scorer).__name__} gave {name} the score {value}: a score must be finite.")
+    return {name: scores[name] for name in candidates}
+
+
+def _small_on_cpu(accumulator: ModuleAccumulator) -> bool:
+    """Small enough that one thread is best for it, and one more copy for each thread is little memory."""
+    return min(accumulator.shape) <= ONE_THREAD_UP_TO and all(tensor.device.type == "cpu" for tensor in accumulator.tensors())
 
 
 def _statistics(

@@ -12,10 +12,13 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from hybrid_lightning.adapters.krylov import krylov_tail_energy
 from hybrid_lightning.adapters.spectra import squared_singular_values
 from hybrid_lightning.errors import ConfigError
 
 T = TypeVar("T")
+
+KRYLOV_FROM = 1024  # rows (of the smaller side) from which a Krylov space is cheaper than all eigenvalues
 
 
 class Gradient(ABC):
@@ -74,8 +77,11 @@ class ExactGradient(Gradient):
         return self._matrix
 
     def tail_energy(self, rank: int) -> float:  # noqa: D102
+        if rank >= min(self.shape):
+            return 0.0
+        tail = krylov_tail_energy(self._matrix, rank) if min(self.shape) >= KRYLOV_FROM else None
         # summed from the far end rather than subtracted: no cancellation where nearly all energy is in the first values
-        return float(self.spectrum()[rank:].sum()) if rank < min(self.shape) else 0.0
+        return float(self.spectrum()[rank:].sum()) if tail is None else tail
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@ import copy
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
@@ -204,6 +205,43 @@ def test_gradient_checkpointing_gives_the_same_scores(make_model, losses):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     saved = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
     assert saved == {name: pytest.approx(score, rel=1e-4) for name, score in plain.items()}
+
+
+def test_gradient_checkpointing_does_not_wake_the_models_own_dropout(make_model, losses):
+    """GPT-2's config has dropout 0.1 everywhere; only the blocks that recompute may be in train mode."""
+    model = make_model("gpt2")
+    plain = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls = []
+    handle = model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    modes = [module.training for module in model.modules()]
+    saved = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    handle.remove()
+    assert saved == {name: pytest.approx(score, rel=1e-4) for name, score in plain.items()}
+    assert len(calls) == 2 * 6  # each of the six losses recomputed the block
+    assert modes == [module.training for module in model.modules()]
+
+
+class Thread(TailEnergy):
+    """Notes where it is called."""
+
+    def __init__(self, concurrent: bool) -> None:
+        self.concurrent, self.seen = concurrent, []
+
+    def score(self, statistics, rank):
+        self.seen.append(threading.get_ident())
+        return super().score(statistics, rank)
+
+
+def test_only_concurrent_scorers_leave_the_thread(make_model, losses):
+    model = make_model("llama")
+    scores = {}
+    for scorer in (Thread(True), Thread(False)):
+        scores[scorer.concurrent] = score_modules(model, find_candidates(model), losses(model), scorer, RANK)
+        own = [thread == threading.get_ident() for thread in scorer.seen]
+        assert len(own) == 14 and set(own) == {not scorer.concurrent}
+    assert list(scores[True]) == list(scores[False]) == list(find_candidates(model))
+    assert scores[True] == {name: pytest.approx(score, rel=1e-6) for name, score in scores[False].items()}
 
 
 def test_scores_under_no_grad_and_in_bfloat16(make_model, losses):

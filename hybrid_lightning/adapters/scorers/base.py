@@ -14,7 +14,8 @@ from hybrid_lightning.parts import Part
 class Scorer(Part, ABC):
     """Turns the calibration statistics of one module into one number; the higher, the more it wants full training.
 
-    A scorer of your own is a subclass, named by its `class_path`. The class attributes say which statistics to collect.
+    A scorer of your own is a subclass, named by its `class_path`. The class attributes say which statistics to collect, and
+    whether several modules may be scored at a time.
 
     Example:
         >>> class LargestSingularValue(Scorer):
@@ -26,6 +27,7 @@ class Scorer(Part, ABC):
     needs_halves: ClassVar[bool] = False  # `noise`
     needs_second_moment: ClassVar[bool] = False  # `second_moment`: 4 bytes per candidate parameter
     needs_loss: ClassVar[bool] = False  # `evaluate_loss`
+    concurrent: ClassVar[bool] = False  # `score` may run for several modules at a time: it only reads, and keeps nothing
 
     @abstractmethod
     def score(self, statistics: ModuleStatistics, rank: int) -> float:

@@ -18,6 +18,7 @@ class PreconditionedTail(Scorer):
     """
 
     needs_second_moment = True
+    concurrent = True
 
     def __init__(self, eps: float = 1e-8) -> None:
         if not eps > 0:

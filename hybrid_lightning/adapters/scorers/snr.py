@@ -17,6 +17,7 @@ class SpectrumSNR(Scorer):
     """Signal-to-noise score of the tail, between 0 (all noise) and 1 (none); needs at least two calibration losses."""
 
     needs_halves = True
+    concurrent = True
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
         whole = require(statistics.gradient, "the gradient", self).tail_energy(rank)

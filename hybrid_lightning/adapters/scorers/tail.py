@@ -14,12 +14,16 @@ from hybrid_lightning.adapters.statistics import ModuleStatistics, require
 class TailEnergy(Scorer):
     """T_r(G), the default: what rank r leaves behind, in the unit in which modules compete, energy of the gradient."""
 
+    concurrent = True
+
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
         return require(statistics.gradient, "the gradient", self).tail_energy(rank)
 
 
 class TailFraction(Scorer):
     """tau_r(G), the tail as a share of the whole: scale-free, between 0 and 1; 0 for a zero gradient."""
+
+    concurrent = True
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
         gradient = require(statistics.gradient, "the gradient", self)

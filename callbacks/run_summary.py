@@ -80,11 +80,12 @@ class RunSummary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print and write the summary, when all checkpoints have been written."""
         folder = run_folder(trainer)
-        if not trainer.is_global_zero or folder is None or trainer.global_step == 0:
+        if folder is None or trainer.global_step == 0:
             return
-        summary = self._summary(trainer, pl_module)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        self._print(summary)
+        summary = self._summary(trainer, pl_module)  # by every process, since they tell each other the folder
+        if trainer.is_global_zero:
+            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            self._print(summary)
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         plan = getattr(pl_module, "plan", None)

@@ -3,8 +3,8 @@
     y = x W' + s (x A') B'                                  2 products of rank r beside the base's
     dx = dy W + (s dy B) A,   dA = (s dy B)' x,   dB = s dy' (x A')
 
-PEFT's own makes a float32 copy of x, multiplies, scales and adds in separate passes over tensors of the layer's full size, and keeps
-several of them for the backward pass. Here x is kept once, in the dtype of the product, and the sums are written in place.
+PEFT's own makes a float32 copy of x, multiplies, scales and adds in separate passes over tensors of the layer's full size, and
+keeps several of them for the backward pass. Here x is kept once, in the dtype of the product, and sums are written in place.
 """
 
 from typing import Any

@@ -6,11 +6,15 @@ not part of it (as in TRL and verl), so that the gradient is defined for every t
 A B x T x V tensor never exists where the model takes packed sequences: hidden states become logits block by block.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from hybrid_lightning.rollout.forward import base_model, last_logits, packed_hidden, position_ids, project
+from hybrid_lightning.rollout.forward import base_model, last_logits, packed_hidden, plain_projection, position_ids, project
 from hybrid_lightning.rollout.packing import PackedSequences
 from hybrid_lightning.rollout.support import supports_packing
 from hybrid_lightning.types import Sequences
@@ -22,8 +26,8 @@ _BLOCK = 2**24
 def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every completion token.
 
-    The forward and backward pass of a prompt is shared by neighbouring rows that have the same prompt, and no padding is computed,
-    if the model `supports_packing`.
+    Where the model `supports_packing`, the forward and backward pass of a prompt is shared by neighbouring rows that have it, and
+    no padding is computed.
 
     Args:
         model: Causal language model with the Hugging Face forward.
@@ -47,24 +51,59 @@ def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float) -
 
 def _in_blocks(model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Hidden states [K, H] before tokens [K] -> log-probabilities [K] and entropies [K]."""
-
-    def block(part: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return _of_logits(project(model, part), ids, temperature)
-
     rows = max(1, _BLOCK // base_model(model).config.get_text_config().vocab_size)
-    pairs = zip(hidden.split(rows), tokens.split(rows), strict=True)
-    if not torch.is_grad_enabled():
-        blocks = [block(part, ids) for part, ids in pairs]
-    else:  # recomputed in the backward pass, so that one block's logits live at a time
-        blocks = [checkpoint(block, part, ids, use_reentrant=False) for part, ids in pairs]
+    pairs = list(zip(hidden.split(rows), tokens.split(rows), strict=True))
+    weight = plain_projection(model)
+    if weight is not None and not weight.requires_grad:
+        blocks = [_Projected.apply(part, weight, ids, temperature) for part, ids in pairs]  # type: ignore[no-untyped-call]
+    elif torch.is_grad_enabled():  # recomputed in the backward pass, so that one block's logits live at a time
+        blocks = [checkpoint(_project, model, part, ids, temperature, use_reentrant=False) for part, ids in pairs]
+    else:
+        blocks = [_project(model, part, ids, temperature) for part, ids in pairs]
     return torch.cat([values for values, _ in blocks]), torch.cat([values for _, values in blocks])
+
+
+def _project(model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return _of_logits(project(model, hidden), tokens, temperature)
+
+
+class _Projected(torch.autograd.Function):
+    """Log-probability under a frozen output layer. Its gradient, but for a factor a token, is known in the forward pass:
+
+        d log p(token) / d hidden = (onehot(token) - p) W / temperature
+
+    so that logits are made once and neither kept nor made again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        scores = F.linear(hidden, weight).float()
+        if temperature != 1:
+            scores = scores.div_(temperature)
+        logprobs = scores.log_softmax(dim=-1)
+        result = logprobs.gather(1, tokens[:, None]).squeeze(1)
+        probabilities = torch.exp(logprobs, out=scores)
+        entropy = -torch.linalg.vecdot(probabilities, logprobs)
+        if ctx.needs_input_grad[0]:
+            slope = probabilities.neg_()
+            slope[torch.arange(len(tokens), device=tokens.device), tokens] += 1
+            ctx.save_for_backward(slope.to(hidden.dtype) @ weight.to(hidden.dtype))
+            ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return result, entropy
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return (slope * (gradient[:, None] / ctx.temperature)).to(slope.dtype), None, None, None
 
 
 def _of_logits(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Logits [K, V], tokens [K] -> log-probabilities [K] and entropies [K], float32."""
     logprobs = (logits.float() / temperature).log_softmax(dim=-1)
     with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
+        entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
     return logprobs.gather(1, tokens[:, None]).squeeze(1), entropy
 
 

@@ -39,8 +39,8 @@ def shared_attention(
         query: [P, K, G, R, T, D].
         prompt: Keys and values, [P, K, S, D] each, that all G completions see; None for none (S = 0).
         own: Keys and values, [P, K, G, M, D] each.
-        mask: Bool, broadcastable to [P, 1, G, 1, T, S + M]: True where a query may look, and every query must see a key. None: all
-            see all.
+        mask: Bool, broadcastable to [P, 1, G, 1, T, S + M]: True where a query may look, and every query must see a key. None
+            if all see all.
         settings: Of the layer.
 
     Returns:

@@ -76,17 +76,34 @@ def project(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits [N, V] of hidden states [N, H], as the model's own forward pass computes them."""
     base = base_model(model)
     logits: Tensor = base.get_output_embeddings()(hidden)
-    config: Any = base.config.get_text_config()
-    scale = getattr(base, "logit_scale", None)  # Cohere
-    if scale is not None:
-        logits = logits * scale
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    if divisor is not None:
-        logits = logits / divisor
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    if cap is not None:
+    changes = _changes_of_logits(base)
+    if "logit_scale" in changes:
+        logits = logits * changes["logit_scale"]
+    if "logits_scaling" in changes:
+        logits = logits / changes["logits_scaling"]
+    if "final_logit_softcapping" in changes:
+        cap = changes["final_logit_softcapping"]
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def plain_projection(model: nn.Module) -> Tensor | None:
+    """The weight [V, H] of the output layer, if `project` is a product with it and nothing more."""
+    base = base_model(model)
+    layer = base.get_output_embeddings()
+    plain = type(layer) is nn.Linear and layer.bias is None and not _changes_of_logits(base)
+    return layer.weight if plain else None  # type: ignore[union-attr, return-value]
+
+
+def _changes_of_logits(base: PreTrainedModel) -> dict[str, Any]:
+    """What families do to logits after the output layer: Cohere multiplies, Granite divides, Gemma 2 caps."""
+    config: Any = base.config.get_text_config()
+    values = {
+        "logit_scale": getattr(base, "logit_scale", None),
+        "logits_scaling": getattr(config, "logits_scaling", None),
+        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def packed_logits(model: nn.Module, ids: Tensor, positions: Tensor, packing: Packing, keep: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ _PREFIX = "packed_"
 _HARMLESS = {"position_ids", "cache_position"}
 
 
-class UnsupportedAttention(Exception):
+class UnsupportedAttentionError(Exception):
     """A layer asks for something that a packing does not compute."""
 
 
@@ -60,7 +60,7 @@ def use_packing(model: PreTrainedModel) -> str:
     """Let the model's layers attend by packings; returns the implementation that it had, for `set_attn_implementation`.
 
     Raises:
-        UnsupportedAttention: If the model does not call transformers' attention interface.
+        UnsupportedAttentionError: If the model does not call transformers' attention interface.
     """
     original = str(model.config._attn_implementation)
     if original.startswith(_PREFIX):
@@ -70,10 +70,10 @@ def use_packing(model: PreTrainedModel) -> str:
     if original in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
     if not model._supports_attention_backend:
-        raise UnsupportedAttention(f"{type(model).__name__} does not use transformers' attention interface")
+        raise UnsupportedAttentionError(f"{type(model).__name__} does not use transformers' attention interface")
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
-        raise UnsupportedAttention(f"{type(model).__name__} does not let its attention be set")
+        raise UnsupportedAttentionError(f"{type(model).__name__} does not let its attention be set")
     return original
 
 
@@ -89,7 +89,7 @@ def _attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         if packing is None:
             # "eager" is not registered: each model file has its own.
-            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             function = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
             result: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **options)
             return result
@@ -99,8 +99,8 @@ def _attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             calls.windows.append(window)
         settings = _settings(options)
         # transformers: [1, heads, N, D] in, [1, N, heads, D] out
-        parts = [part[0].transpose(0, 1) for part in (query, key, value)]
-        return packing.attend(module.layer_idx, *parts, window, settings)[None], None  # type: ignore[arg-type]
+        query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+        return packing.attend(module.layer_idx, query, key, value, window, settings)[None], None  # type: ignore[arg-type]
 
     return attention
 
@@ -109,7 +109,7 @@ def _settings(options: dict[str, Any]) -> AttentionSettings:
     known = {name: options.pop(name) for name in ("scaling", "softcap", "dropout") if options.get(name) is not None}
     unknown = [name for name, value in options.items() if isinstance(value, (Tensor, nn.Parameter)) and name not in _HARMLESS]
     if unknown:
-        raise UnsupportedAttention(f"its attention takes {unknown[0]}")
+        raise UnsupportedAttentionError(f"its attention takes {unknown[0]}")
     return AttentionSettings(**known)
 
 

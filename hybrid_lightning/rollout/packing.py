@@ -7,10 +7,11 @@ by index there. Axes as in `attention.py`, and N tokens in the row, of which the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from hybrid_lightning.rollout.attention import AttentionSettings, shared_attention
 from hybrid_lightning.types import Sequences
@@ -53,20 +54,20 @@ class _Grid:
 
 
 class _Gather(torch.autograd.Function):
-    """`index_select` along the first axis whose backward pass is one as well, since rows and places are one to one where it counts.
+    """`index_select` along the first axis whose backward pass is one as well, rows and places being one to one where it counts.
 
     The backward pass of `index_select` adds row by row, which on a CPU takes longer than the attention itself.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, values: Tensor, index: Tensor, inverse: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(ctx: Any, values: Tensor, index: Tensor, inverse: Tensor, valid: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(inverse, valid)
         return values.index_select(0, index)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        inverse, valid = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        inverse, valid = ctx.saved_tensors
         result = gradient.index_select(0, inverse)
         if valid is not None:  # padding got no gradient
             result = result.masked_fill_(~valid.view(-1, *[1] * (result.dim() - 1)), 0)

@@ -63,7 +63,8 @@ class SharedPromptDecoding:
         source = slots[new]  # the old slot of each new one
         for layer, (keys, values) in self.own.items():
             self.own[layer] = (_take(keys, source, samples), _take(values, source, samples))
-            self.prompt[layer] = (self.prompt[layer][0][kept], self.prompt[layer][1][kept])
+        # Not in the loop above: rows can end at their first token, when no layer has keys of completions yet.
+        self.prompt = {layer: (keys[kept], values[kept]) for layer, (keys, values) in self.prompt.items()}
         self.lengths = self.lengths[kept]
         self.slots, self.slot_of_row = new, group * new.shape[1] + rank
         self._start_rows()
@@ -72,7 +73,7 @@ class SharedPromptDecoding:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
     ) -> Tensor:
         """One token of every row; see `Packing`."""
-        (rows, all_heads, size), heads = query.shape, key.shape[1]
+        heads, (_, all_heads, size) = key.shape[1], query.shape
         grouped = self._to_slots(query).view(*self.slots.shape, heads, all_heads // heads, 1, size)
         self._append(layer, self._to_slots(key), self._to_slots(value))
         own = (self.own[layer][0][..., : self.decoded, :], self.own[layer][1][..., : self.decoded, :])

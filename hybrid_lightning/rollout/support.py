@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hybrid_lightning.rollout.forward import base_model, last_logits, packed_hidden, position_ids, project
-from hybrid_lightning.rollout.interface import AttentionCalls, UnsupportedAttention, use_packing
+from hybrid_lightning.rollout.interface import AttentionCalls, UnsupportedAttentionError, use_packing
 from hybrid_lightning.rollout.packing import PackedSequences
 from hybrid_lightning.types import Sequences
 
@@ -34,7 +34,7 @@ def supports_packing(model: nn.Module) -> bool:
             use_packing(base)
             _check(model, base)
             _answers[base] = True
-        except UnsupportedAttention as error:
+        except UnsupportedAttentionError as error:
             if original is not None:
                 base.set_attn_implementation(original)
             _answers[base] = False
@@ -47,7 +47,7 @@ def supports_packing(model: nn.Module) -> bool:
 
 
 def _check(model: nn.Module, base: PreTrainedModel) -> None:
-    """Raise UnsupportedAttention unless packed and separate sequences agree."""
+    """Raise UnsupportedAttentionError unless packed and separate sequences agree."""
     config: Any = base.config.get_text_config()
     expected = _expected_windows(config)
     calls = AttentionCalls()
@@ -60,9 +60,9 @@ def _check(model: nn.Module, base: PreTrainedModel) -> None:
             try:
                 hidden = packed_hidden(model, packed.ids, packed.positions, packed, attention_calls=calls)
             except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
-                raise UnsupportedAttention(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+                raise UnsupportedAttentionError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
             if calls.windows != expected:
-                raise UnsupportedAttention(
+                raise UnsupportedAttentionError(
                     f"its {config.num_hidden_layers} layers attended {len(calls.windows)} times, with windows "
                     f"{sorted(map(str, set(calls.windows)))} where its config says {sorted(map(str, set(expected)))}"
                 )
@@ -71,12 +71,12 @@ def _check(model: nn.Module, base: PreTrainedModel) -> None:
     finally:
         for module, mode in training:
             module.training = mode
-    error = float((logits - reference).norm() / (reference - reference.mean()).norm())
+    difference = float((logits - reference).norm() / (reference - reference.mean()).norm())
     tolerance = _TOLERANCE[next(base.parameters()).dtype]
     if torch.is_autocast_enabled(reference.device.type):
         tolerance = _TOLERANCE[torch.bfloat16]
-    if not error <= tolerance:
-        raise UnsupportedAttention(f"packed sequences change its logits by {error:.2g} of their size")
+    if not difference <= tolerance:
+        raise UnsupportedAttentionError(f"packed sequences change its logits by {difference:.2g} of their size")
 
 
 def _expected_windows(config: Any) -> list[int | None]:
@@ -87,7 +87,7 @@ def _expected_windows(config: Any) -> list[int | None]:
         return [window if getattr(config, "use_sliding_window", True) else None] * count
     unknown = set(kinds) - _KNOWN_LAYERS
     if unknown:
-        raise UnsupportedAttention(f"it has layers of kind {sorted(unknown)[0]}")
+        raise UnsupportedAttentionError(f"it has layers of kind {sorted(unknown)[0]}")
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 

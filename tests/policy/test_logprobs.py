@@ -38,17 +38,20 @@ def test_neither_padding_nor_sharing_changes_values_and_entropies(family, case):
     assert torch.isfinite(logprobs).all()
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen-output-layer"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_separate_unpadded_passes(family, case):
+def test_gradients_are_those_of_separate_unpadded_passes(family, case, frozen):
     model = build_model(family).requires_grad_(True)
+    if frozen:  # as with an adapter; logits and their gradient are then made in one go
+        model.get_output_embeddings().requires_grad_(False)
     sequences = build_sequences(case)
-    logprobs, entropy = token_logprobs(model, sequences, temperature=1.0)
+    logprobs, entropy = token_logprobs(model, sequences, temperature=0.7)
     assert not entropy.requires_grad
     (logprobs * sequences.completion_mask).sum().backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    torch.stack([plain(model, case, row, 1.0)[0].sum() for row in range(len(sequences))]).sum().backward()
+    torch.stack([plain(model, case, row, 0.7)[0].sum() for row in range(len(sequences))]).sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(together[name], parameter.grad, atol=2e-5, rtol=1e-4)

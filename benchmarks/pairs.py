@@ -145,6 +145,7 @@ def compare(workload: Workload, folder: Path, plan: Plan, tell: Callable[[str], 
         for pair in range(plan.pairs + 1):
             for worker in workers:
                 report = worker.step()
+                check_lengths(workload, worker.side, report["lengths"])
                 steps[worker.side].append(report)
                 number = f"pair {pair} of {plan.pairs}" if pair else "warm-up"
                 spent = f"{report['seconds']:.2f} s, {report['processor_seconds']:.2f} s of processors"
@@ -152,6 +153,20 @@ def compare(workload: Workload, folder: Path, plan: Plan, tell: Callable[[str], 
     finally:
         deque(map(Worker.close, workers), maxlen=0)
     return {"facts": {worker.side: worker.facts for worker in workers}, "steps": steps}
+
+
+def check_lengths(workload: Workload, side: str, lengths: list[int]) -> None:
+    """Each step must complete every prompt of its rollout, and to the full length where completions do not end by themselves.
+
+    Raises:
+        BenchmarkError: If it does not.
+    """
+    shortest = workload.max_new_tokens if workload.stop_probability == 0 else 1
+    if len(lengths) != workload.rows or min(lengths) < shortest or max(lengths) > workload.max_new_tokens:
+        raise BenchmarkError(
+            f"the {side} side made {len(lengths)} completions of {min(lengths)} to {max(lengths)} tokens where {workload.rows} "
+            f"of {shortest} to {workload.max_new_tokens} are wanted; report this as a bug of the benchmark"
+        )
 
 
 def check_equal(facts: dict[str, dict[str, Any]]) -> None:

@@ -82,21 +82,23 @@ def single_tokens(tokenizer: PreTrainedTokenizerBase, extra: int) -> list[str]:
     return words or [text for text in single if len(text) == 1 and text.isprintable()]
 
 
-@torch.no_grad()
 def token_probabilities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], new_tokens: int, seed: int
 ) -> torch.Tensor:
     """Probability of each token [V], averaged over all positions of sampled completions."""
     torch.manual_seed(seed)
     ids = torch.tensor([tokenizer(text)["input_ids"] for text in prompts])
-    arguments: dict[str, Any] = {"past_key_values": None}
-    total = torch.zeros(model.config.vocab_size)
-    for _ in range(new_tokens):
-        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **arguments)
-        probabilities = output.logits[:, -1].float().softmax(dim=-1)
-        total += probabilities.mean(dim=0)
-        ids, arguments = torch.multinomial(probabilities, 1), {"past_key_values": output.past_key_values}
-    return total / new_tokens
+    generate: Any = model.generate
+    generated = generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=True,
+        top_k=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack([logits.float().softmax(dim=-1).mean(dim=0) for logits in generated.logits]).mean(dim=0)
 
 
 def ending_tokens(probabilities: torch.Tensor, wanted: float, draw: random.Random) -> list[int]:

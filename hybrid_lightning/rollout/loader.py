@@ -83,6 +83,10 @@ class RolloutSource(Protocol):
         """
         ...
 
+    def takes_part(self, advantages: Tensor) -> Tensor:
+        """[B] bool: the rows that an update needs."""
+        ...
+
     def add_logprobs(self, batch: PolicyBatch, on_policy: bool) -> PolicyBatch:
         """Fill in `old_logprobs` (unless the micro-batch is exactly on-policy) and `ref_logprobs` (if the loss needs them)."""
         ...
@@ -232,31 +236,34 @@ class RolloutLoader:
     ) -> list[PolicyBatch]:
         accumulate = self.accumulate_grad_batches()
         self.schedule.check_split(accumulate, self.world_size)
-        minibatches = self.schedule.minibatches_per_rollout
-        rows_per_step = len(sequences) // minibatches
-        rows = rows_per_step // accumulate
-        # The policy moves after the first optimizer step; until then its log-probabilities are the old ones.
-        on_policy = minibatches * self.schedule.epochs_per_rollout == 1
-        one_pass = []
+        minibatches, epochs = self.schedule.minibatches_per_rollout, self.schedule.epochs_per_rollout
+        rows = len(sequences) // minibatches
+        takes_part = self.source.takes_part(advantages)
+        one_pass: list[PolicyBatch] = []
         for step in range(minibatches):
-            of_step = slice(step * rows_per_step, (step + 1) * rows_per_step)
-            num_tokens = float(self.sum_over_ranks(sequences.completion_mask[of_step].sum()))
-            for part in range(accumulate):
-                start = of_step.start + part * rows
-                index = slice(start, start + rows)
-                chosen = sequences.rows(index)
-                batch = PolicyBatch(
-                    sequences=chosen,
-                    advantages=advantages[index],
-                    sampling_logprobs=sampling_logprobs[index, : chosen.completion_ids.shape[1]],
-                    old_logprobs=None,
-                    ref_logprobs=None,
-                    num_sequences=float(rows_per_step * self.world_size),
-                    num_tokens=num_tokens,
-                    metrics=metrics,
-                )
-                one_pass.append(self.source.add_logprobs(batch, on_policy))
-        return one_pass * self.schedule.epochs_per_rollout
+            of_step = torch.arange(step * rows, (step + 1) * rows, device=advantages.device)
+            updated = of_step[takes_part[of_step]]
+            whole = PolicyBatch(
+                sequences=sequences,
+                advantages=advantages,
+                sampling_logprobs=sampling_logprobs,
+                old_logprobs=None,
+                ref_logprobs=None,
+                num_sequences=float(rows * self.world_size),
+                num_tokens=self._sum(sequences.completion_mask[of_step]),
+                updated_sequences=self._sum(takes_part[of_step]),
+                updated_tokens=self._sum(sequences.completion_mask[updated]),
+                metrics=metrics,
+            )
+            # The policy moves after the first optimizer step; until then its log-probabilities are the old ones. With further
+            # passes over the rollout they are needed again.
+            on_policy = step == 0 and epochs == 1
+            parts = [whole.rows(index) for index in updated.tensor_split(accumulate)]
+            one_pass.extend(self.source.add_logprobs(part, on_policy) for part in parts)
+        return one_pass * epochs
+
+    def _sum(self, values: Tensor) -> float:
+        return float(self.sum_over_ranks(values.sum()))
 
 
 def _to_state(batch: PolicyBatch) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class PackedSequences:
     """
 
     def __init__(self, sequences: Sequences, completions: bool = True) -> None:
-        first = _begins_group(sequences) if completions else torch.ones_like(sequences.prompt_mask[:, 0])
+        first = begins_group(sequences) if completions else torch.ones_like(sequences.prompt_mask[:, 0])
         group = first.long().cumsum(0) - 1
         prompt_mask = sequences.prompt_mask[first]
         prompt_lengths = prompt_mask.sum(dim=1)
@@ -173,7 +173,7 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (keys > queries - window)
 
 
-def _begins_group(sequences: Sequences) -> Tensor:
+def begins_group(sequences: Sequences) -> Tensor:
     """[B] bool: True where a row's prompt differs from the row's before."""
     prompts = torch.cat([sequences.prompt_ids, sequences.prompt_mask.long()], dim=1)
     changes = (prompts[1:] != prompts[:-1]).any(dim=1)

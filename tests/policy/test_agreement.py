@@ -61,7 +61,7 @@ def test_in_float32_they_agree(family, minibatches, sums, tmp_path):
     sampler = Sampler(max_new_tokens=8, temperature=0.8)
     policy = {"sampler": sampler, "minibatches_per_rollout": minibatches, "lr_lora": 0.02}
     fit(write_model(tmp_path / "model", family), sums, tmp_path, log, policy=policy, max_steps=4)
-    assert all((batch.old_logprobs is None) == (minibatches == 1) for batch in log.batches)
+    assert [batch.old_logprobs is None for batch in log.batches] == [number % minibatches == 0 for number in range(4)]
     assert all(0 < step[MEAN] <= step[MAX] < 1e-4 for step in log.metrics)
     assert not any(name.startswith(WEIGHT) for name in log.metrics[0])
 
@@ -85,8 +85,9 @@ def test_other_weights_while_sampling_show(minibatches, llama, sums, tmp_path):
     ends = log.metrics[1::2]
     assert all(1e-3 < step[MEAN] < step[MAX] for step in ends)
     assert all(0 < step[f"{WEIGHT}/min"] < 1 and step[f"{WEIGHT}/max"] == pytest.approx(1.001) for step in ends)
-    if minibatches == 2:
-        for step, halves in zip(ends, zip(log.batches[::2], log.batches[1::2], strict=True), strict=True):
+    if minibatches == 2:  # the second minibatch of each rollout has old log-probabilities
+        halves_of_steps = list(zip(log.batches[::2], log.batches[1::2], strict=True))
+        for step, halves in zip(ends[1::2], halves_of_steps[1::2], strict=True):
             differences = torch.cat(
                 [(b.old_logprobs - b.sampling_logprobs)[b.sequences.completion_mask] for b in halves],
             )
@@ -125,22 +126,10 @@ def make_batch(lengths, on_policy=False, **counts):
         ref_logprobs=None,
         num_sequences=counts.get("num_sequences", float(len(lengths))),
         num_tokens=counts.get("num_tokens", float(sum(lengths))),
+        updated_sequences=counts.get("num_sequences", float(len(lengths))),
+        updated_tokens=counts.get("num_tokens", float(sum(lengths))),
     )
     return batch, trained
-
-
-def part_of(batch, rows):
-    sequences = batch.sequences.rows(rows)
-    width = sequences.completion_ids.shape[1]
-    return PolicyBatch(
-        sequences=sequences,
-        advantages=batch.advantages[rows],
-        sampling_logprobs=batch.sampling_logprobs[rows, :width],
-        old_logprobs=batch.old_logprobs[rows, :width],
-        ref_logprobs=None,
-        num_sequences=batch.num_sequences,
-        num_tokens=batch.num_tokens,
-    )
 
 
 @pytest.mark.parametrize("correction", [TokenTruncation(cap=1.2), SequenceMask(cap=1.5)], ids=["token", "sequence"])
@@ -149,7 +138,7 @@ def test_shares_of_micro_batches_make_the_step(correction):
     _, together = compare_with_sampler(batch, torch.zeros(6, 5), correction)
     parts = []
     for rows in (slice(0, 2), slice(2, 3), slice(3, 6)):
-        part = part_of(batch, rows)
+        part = batch.rows(rows)
         parts.append(compare_with_sampler(part, torch.zeros_like(part.sampling_logprobs), correction)[1])
     joined = combine_metrics(parts)
     assert set(joined) == set(together) == {MEAN, MAX, *(f"{WEIGHT}/{name}" for name in ("mean", "min", "max"))}
@@ -158,7 +147,7 @@ def test_shares_of_micro_batches_make_the_step(correction):
     assert together[f"{WEIGHT}/min"] < together[f"{WEIGHT}/mean"] < together[f"{WEIGHT}/max"]
 
 
-@pytest.mark.parametrize("correction", [None, TokenTruncation(), SequenceMask()], ids=str)
+@pytest.mark.parametrize("correction", [None, TokenTruncation(), SequenceMask()], ids=["none", "token", "sequence"])
 def test_no_token_at_all_is_neither_far_nor_near(correction):
     inputs, metrics = compare_with_sampler(make_batch([0, 0])[0], torch.zeros(2, 5, requires_grad=True), correction)
     expected = {MEAN: 0.0, MAX: 0.0}

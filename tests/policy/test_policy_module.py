@@ -219,8 +219,7 @@ class CountBlocks(Callback):
 
 
 @pytest.mark.parametrize("adapter", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_gradient_checkpointing_recomputes_and_changes_nothing(model, sums, tmp_path, adapter, monkeypatch):
-    monkeypatch.setattr("hybrid_lightning.policy.logprobs._WORTH_SHARING", 0)  # one forward pass a step, to count them
+def test_gradient_checkpointing_recomputes_and_changes_nothing(model, sums, tmp_path, adapter):
     results, calls = [], []
     for checkpointing in (False, True):
         count = CountBlocks()
@@ -239,7 +238,7 @@ def test_dropout_of_the_base_stays_off_and_that_of_lora_is_on(tmp_path, sums, ch
     ratios = []
     for dropout in (0.0, 0.5):
         watch = Watch()
-        policy = {"minibatches_per_rollout": 2, "gradient_checkpointing": checkpointing, "lr_lora": 0.1}
+        policy = {"epochs_per_rollout": 2, "gradient_checkpointing": checkpointing, "lr_lora": 0.1}
         fit(model, sums, tmp_path, watch, build_adapter(0, dropout=dropout), policy=policy, max_steps=3)
         ratios.append([step["ratio/max"] for step in watch.logged])
     assert ratios[0][0] == ratios[0][2] == pytest.approx(1, abs=1e-5)

@@ -28,9 +28,10 @@ class Log(Callback):
         self.steps: list[int] = []  # optimizer steps after each micro-batch
         self.metrics: list[dict[str, float]] = []
         self.validations: list[int] = []  # micro-batches before each
-        # of each optimizer step: sequences and tokens whose gradients it has, and sequences and tokens that it divides by
+        # of each optimizer step: sequences and tokens whose gradients it has, and those that it says take part
         self.denominators: list[tuple[list[float], list[float]]] = []
         self.seen, self.expected = [0.0, 0.0], [0.0, 0.0]
+        self.whole: list[float] = []  # sequences that each micro-batch's step divides by
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.epochs.append([])
@@ -40,7 +41,8 @@ class Log(Callback):
         texts = [pl_module.tokenizer.decode(row[keep]) for row, keep in zip(ids, mask, strict=True)]
         self.epochs[-1].append(list(dict.fromkeys(texts)))
         self.seen = [self.seen[0] + len(ids), self.seen[1] + float(batch.sequences.completion_mask.sum())]
-        self.expected = [batch.num_sequences, batch.num_tokens]
+        self.expected = [batch.updated_sequences, batch.updated_tokens]
+        self.whole.append(batch.num_sequences)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.denominators.append((self.seen, self.expected))
@@ -71,9 +73,10 @@ def run(model, sums, root, *callbacks, policy=None, **flags):
     ],
 )
 def test_an_epoch_has_a_step_for_each_minibatch_of_each_pass(model, sums, tmp_path, sizes, accumulate, steps):
-    log = run(model, sums, tmp_path, policy=sizes, max_epochs=1, accumulate_grad_batches=accumulate)
+    policy = {**sizes, "loss": GRPOLoss(kl_coef=0.01)}  # with which every row takes part
+    log = run(model, sums, tmp_path, policy=policy, max_epochs=1, accumulate_grad_batches=accumulate)
     assert log.steps[-1] == steps and len(log.steps) == steps * accumulate
-    assert all(seen == expected for seen, expected in log.denominators)
+    assert all(seen == expected for seen, expected in log.denominators) and len(set(log.whole)) == 1
     prompts = {text for batch in log.epochs[0] for text in batch}
     assert len(prompts) == 16 // sizes.get("prompts_per_rollout", 4) * sizes.get("prompts_per_rollout", 4)
 
@@ -93,7 +96,8 @@ def test_limit_train_batches(model, sums, tmp_path, limit, batches):
 
 def test_epochs_cut_within_a_step_do_not_mix_steps(model, sums, tmp_path):
     """Lightning makes the last step of a cut epoch with what it has; the rest of that step must not leak into the next one."""
-    log = run(model, sums, tmp_path, max_epochs=3, limit_train_batches=6, accumulate_grad_batches=4)
+    policy = {"loss": GRPOLoss(kl_coef=0.01)}  # with which every row takes part
+    log = run(model, sums, tmp_path, policy=policy, max_epochs=3, limit_train_batches=6, accumulate_grad_batches=4)
     assert [len(epoch) for epoch in log.epochs] == [6, 6, 6] and log.steps[-1] == 6
     whole, cut = log.denominators[::2], log.denominators[1::2]
     assert all(seen == expected for seen, expected in whole)

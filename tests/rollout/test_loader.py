@@ -30,6 +30,9 @@ class Source:
             {"reward": float(self.calls)},
         )
 
+    def takes_part(self, advantages):
+        return torch.ones_like(advantages, dtype=torch.bool)
+
     def add_logprobs(self, batch, on_policy):
         self.on_policy.append(on_policy)
         return batch
@@ -88,15 +91,40 @@ def test_the_samplers_logprobs_stay_with_their_tokens():
     assert len(widths) > 1, "columns that are padding in all rows are cut off"
 
 
-def test_only_a_rollout_of_one_step_is_on_policy():
+def test_only_the_first_step_of_a_single_pass_is_on_policy():
     for schedule, expected in (
-        (RolloutSchedule(4, 2), True),
-        (RolloutSchedule(4, 2, minibatches_per_rollout=2), False),
-        (RolloutSchedule(4, 2, epochs_per_rollout=2), False),
+        (RolloutSchedule(4, 2), [True, True]),
+        (RolloutSchedule(4, 2, minibatches_per_rollout=2), [True, True, False, False]),
+        (RolloutSchedule(4, 2, epochs_per_rollout=2), [False, False]),
     ):
         source = Source(2)
-        next(iter(build(source=source, schedule=schedule)))
-        assert set(source.on_policy) == {expected}
+        next(iter(build(source=source, schedule=schedule, accumulate=2)))
+        assert source.on_policy == expected
+
+
+def test_rows_that_take_no_part_are_left_out_and_counted():
+    class Some(Source):
+        def takes_part(self, advantages):
+            return advantages > 0
+
+    torch.manual_seed(3)
+    everything = list(build(accumulate=2))
+    rows = {}
+    for batch in everything:
+        for prompt, tokens, advantage in zip(
+            batch.sequences.prompt_ids, batch.sequences.completion_ids, batch.advantages, strict=True
+        ):
+            rows[float(advantage)] = (int(prompt), tokens.tolist())
+    torch.manual_seed(3)
+    batches = list(build(source=Some(2), accumulate=2))
+    kept = [float(advantage) for batch in batches for advantage in batch.advantages]
+    assert kept == [advantage for advantage in rows if advantage > 0], "in their order"
+    for step in zip(batches[::2], batches[1::2], strict=True):
+        assert {batch.num_sequences for batch in step} == {4.0}
+        assert {batch.updated_sequences for batch in step} == {float(sum(len(batch.sequences) for batch in step))}
+        tokens = sum(float(batch.sequences.completion_mask.sum()) for batch in step)
+        assert {batch.updated_tokens for batch in step} == {tokens} and tokens < step[0].num_tokens
+        assert abs(len(step[0].sequences) - len(step[1].sequences)) <= 1, "what is left is dealt evenly"
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 2, 5, 6, 7, 9])

@@ -1,0 +1,153 @@
+"""`UpdatedModule`: a policy that is updated by the loss of its rollouts.
+
+Lightning asks for the loss of one micro-batch at a time (`accumulate_grad_batches` of them make an optimizer step). Its rows may
+be more tokens than memory holds activations for, so `training_step` cuts them into runs of at most
+`max_tokens_per_micro_batch` tokens. All but the last run go backward at once; the loss of the last is returned to Lightning.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
+from hybrid_lightning.losses.base import combine_metrics
+from hybrid_lightning.policy.agreement import compare_with_sampler
+from hybrid_lightning.policy.evaluated import EvaluatedModule
+from hybrid_lightning.policy.logprobs import token_logprobs
+from hybrid_lightning.policy.step_metrics import StepMetrics
+from hybrid_lightning.policy.step_times import PhaseClock
+from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
+from hybrid_lightning.types import PolicyBatch, Sequences
+
+
+class UpdatedModule(EvaluatedModule):
+    """The training hooks; a subclass sets the attributes."""
+
+    loss: PolicyLoss
+    correction: ImportanceCorrection | None
+    max_tokens_per_micro_batch: int
+    clock: PhaseClock
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step_metrics = StepMetrics()
+        self._gradients_begun = False
+
+    def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B, T] with gradient and entropies [B, T] without, under the sampler's temperature."""
+        return token_logprobs(self.model, sequences, self.sampler.temperature)
+
+    def takes_part(self, advantages: Tensor) -> Tensor:
+        """Rows that an update needs (see `RolloutSource`): those with an advantage, if the loss ignores the others."""
+        return advantages != 0 if self.loss.ignores_zero_advantage else torch.ones_like(advantages, dtype=torch.bool)
+
+    def add_logprobs(self, batch: PolicyBatch, on_policy: bool) -> PolicyBatch:
+        """Fill in old and reference log-probabilities, where they are needed (see `RolloutSource`).
+
+        Old ones come from the same forward pass that trains, not from the sampler: on the first minibatch the ratio is then
+        exactly 1, which GSPO's narrow clip range needs.
+        """
+        old = reference = None
+        if (on_policy and not self.loss.needs_reference) or not len(batch.sequences):
+            return batch
+        with self.clock.phase("logprobs"), self._inference():
+            if not on_policy:
+                old = self._constant_logprobs(batch.sequences)
+            if self.loss.needs_reference:
+                with self.start_policy():
+                    reference = self._constant_logprobs(batch.sequences)
+        return batch.with_logprobs(old, reference)
+
+    def _constant_logprobs(self, sequences: Sequences) -> Tensor:
+        """Log-probabilities [B, T] in the same runs of rows in which they are trained, so that the same numbers come out."""
+        runs = split_by_tokens(sequences, self.max_tokens_per_micro_batch)
+        return join_rows([self.logprobs(sequences.rows(run))[0] for run in runs], sequences.completion_ids.shape[1])
+
+    def on_train_epoch_start(self) -> None:
+        """An epoch begins with an optimizer step, also after one that was cut short within a step."""
+        self._step_metrics = StepMetrics()
+        self._gradients_begun = False
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The update begins, after all callbacks' hooks of this name; `StepTimer` sees its end before any other callback."""
+        self.clock.switch("update")
+
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch."""
+        ranks = self.trainer.world_size
+        runs = split_by_tokens(batch.sequences, self.max_tokens_per_micro_batch)
+        if len(runs) > 1:
+            self._begin_gradients(batch_idx)
+        losses, metrics = [], []
+        for number, run in enumerate(runs):
+            loss, of_run = self._run(batch.rows(run))
+            losses.append(loss.detach())
+            metrics.append(of_run)
+            if number + 1 < len(runs):
+                self._backward(loss * ranks)
+        if not runs:  # no row has an advantage: the gradient is zero, not missing, or optimizers would skip their decay
+            loss = sum(((parameter * 0).sum() for parameter in self._trained()), start=torch.zeros((), device=self.device))
+        total = torch.stack(losses).sum() if losses else loss.detach()
+        loss = loss + (total - loss.detach())  # the value of all runs, for callbacks; the gradient of the last
+        self._log_step(batch, {"loss": total, **combine_metrics(metrics)})
+        # Lightning divides by the accumulated micro-batches and DDP/FSDP average over ranks; the loss is a share of a sum.
+        return loss * (self.trainer.accumulate_grad_batches * ranks)
+
+    def _run(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a run of rows, all of them shares in the optimizer step's."""
+        logprobs, entropy = self.logprobs(batch.sequences)
+        inputs, agreement = compare_with_sampler(batch, logprobs, self.correction)
+        output = self.loss(inputs)
+        mask = batch.sequences.completion_mask
+        mean_entropy = (entropy * mask).sum() / max(batch.updated_tokens, 1.0)
+        return output.loss, {**output.metrics, **agreement, "entropy": mean_entropy}
+
+    def _trained(self) -> list[Tensor]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _begin_gradients(self, batch_idx: int) -> None:
+        """Clear old gradients at the first micro-batch of an optimizer step.
+
+        Lightning would clear them after `training_step` and before the backward pass, when the first runs' gradients are there.
+        """
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.optimizers(use_pl_optimizer=False).zero_grad()  # type: ignore[union-attr]
+            self._gradients_begun = True
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Clear old gradients, unless `training_step` has done so (see `_begin_gradients`)."""
+        if not self._gradients_begun:
+            optimizer.zero_grad()
+        self._gradients_begun = False
+
+    def _backward(self, loss: Tensor) -> None:
+        """The backward pass that Lightning runs, now; outside of autocast, and with nothing kept of what it has cast."""
+        with torch.autocast(loss.device.type, enabled=False):
+            self.trainer.strategy.backward(loss, None)
+        torch.clear_autocast_cache()
+
+    def _log_step(self, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
+        averages = self._step_metrics.update(
+            shares=dict(shares), means={}, micro_batches=self.trainer.accumulate_grad_batches, ranks=self.trainer.world_size
+        )
+        shown: dict[str, Any] = {
+            name: batch.metrics[name] for name in ("reward", "completions/mean_length") if name in batch.metrics
+        }
+        hidden = {name: value for name, value in batch.metrics.items() if name not in shown}
+        options: dict[str, Any] = {
+            "on_step": True,
+            "on_epoch": False,
+            "sync_dist": self.trainer.world_size > 1,
+            "batch_size": max(1, len(batch.sequences)),
+        }
+        self.log_dict(shown, prog_bar=True, **options)
+        self.log_dict({**hidden, **averages}, **options)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient norm of each group before clipping."""
+        for group in optimizer.param_groups:
+            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+            self.log(f"grad_norm/{group['name']}", norm, on_step=True, on_epoch=False)

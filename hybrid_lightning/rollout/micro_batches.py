@@ -1,0 +1,38 @@
+"""Micro-batches by tokens: how many rows a forward and backward pass takes depends on how long they are."""
+
+import torch
+
+from hybrid_lightning.rollout.packing import begins_group
+from hybrid_lightning.types import Sequences
+
+
+def split_by_tokens(sequences: Sequences, max_tokens: int) -> list[slice]:
+    """Cut rows into runs of neighbours of at most `max_tokens` tokens, which a single longer row exceeds.
+
+    A prompt counts once for the neighbours that share it, as in the packed forward pass; a prompt whose completions are cut apart
+    counts in each run.
+
+    Args:
+        sequences: B rows.
+        max_tokens: Tokens of prompts and completions in a run.
+
+    Returns:
+        Slices of the rows, in order.
+    """
+    prompts = sequences.prompt_mask.sum(dim=1).tolist()
+    completions = sequences.completion_mask.sum(dim=1).tolist()
+    begins: list[bool] = begins_group(sequences).tolist() if len(sequences) else []
+    runs, start, used = [], 0, 0
+    for row, (prompt, completion, new_prompt) in enumerate(zip(prompts, completions, begins, strict=True)):
+        needed = completion + (prompt if new_prompt or row == start else 0)
+        if row > start and used + needed > max_tokens:
+            runs.append(slice(start, row))
+            start, used = row, prompt + completion
+        else:
+            used += needed
+    return [*runs, slice(start, len(prompts))] if prompts else []
+
+
+def join_rows(parts: list[torch.Tensor], width: int) -> torch.Tensor:
+    """Stack [b, t] tensors of consecutive rows to [B, width], with zeros where a part is narrower."""
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])

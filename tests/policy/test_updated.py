@@ -1,0 +1,140 @@
+"""Splitting by tokens and leaving out rows change how an update is computed, and never the update."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tiny_runs import Constant, StartsWithDigit, build_adapter, fit, write_model, write_sums
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.rollout.micro_batches import split_by_tokens
+from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.types import Sequences
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("updated") / "model")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("updated") / "sums.jsonl", 16)
+
+
+class Watch(Callback):
+    """Gradients before each optimizer step, metrics after it, rows and forward passes of each micro-batch."""
+
+    def __init__(self):
+        self.gradients, self.metrics, self.rows, self.passes, self.losses = [], [], [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows.append(len(batch.sequences))
+        self.passes.append(0)
+        decoder = pl_module.model.get_base_model().model
+        self.handle = decoder.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.passes[-1] += 1
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.requires_grad})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.handle.remove()
+        self.losses.append(float(outputs["loss"]))
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+class AllRows(GRPOLoss):
+    ignores_zero_advantage = False
+
+
+def run(model, sums, root, policy=None, **flags):
+    watch = Watch()
+    arguments = {"optimizer": torch.optim.SGD, "lr_full": 0.05, "lr_lora": 0.1, "minibatches_per_rollout": 2, **(policy or {})}
+    module = fit(model, sums, root, watch, policy=arguments, **{"max_steps": 4, **flags})
+    return watch, {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("loss", [GRPOLoss(kl_coef=0.1), GSPOLoss()], ids=["grpo-kl", "gspo"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_token_budget_changes_nothing_but_the_forward_passes(model, sums, tmp_path, loss, accumulate, checkpointing):
+    policy = {"loss": loss, "gradient_checkpointing": checkpointing}
+    whole, weights = run(model, sums, tmp_path, policy, accumulate_grad_batches=accumulate)
+    policy["max_tokens_per_micro_batch"] = 12
+    split, same = run(model, sums, tmp_path, policy, accumulate_grad_batches=accumulate)
+    assert max(whole.passes) == 1 and max(split.passes) > 2
+    assert split.losses == pytest.approx(whole.losses, abs=2e-6)
+    for one, other in zip(split.metrics, whole.metrics, strict=True):
+        assert one == pytest.approx(other, abs=1e-4, rel=1e-4)
+    torch.testing.assert_close(split.gradients, whole.gradients, atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(same, weights, atol=1e-6, rtol=0)
+
+
+def test_a_token_budget_works_in_mixed_precision(model, sums, tmp_path):
+    policy = {"loss": GSPOLoss(), "dtype": "bfloat16"}
+    whole, _ = run(model, sums, tmp_path, policy, precision="bf16-mixed", max_steps=1)
+    split, _ = run(model, sums, tmp_path, {**policy, "max_tokens_per_micro_batch": 12}, precision="bf16-mixed", max_steps=1)
+    assert max(split.passes) > 2
+    for name, gradient in whole.gradients[0].items():
+        assert (split.gradients[0][name] - gradient).norm() <= 0.05 * gradient.norm() + 1e-6, name
+    assert all(step["ratio/max"] == 1 for step in (split.metrics[0], whole.metrics[0])), "begins on-policy"
+
+
+@pytest.mark.parametrize("budget", [10_000, 12])
+def test_on_policy_ratios_are_exactly_one_however_rows_are_split(model, sums, tmp_path, budget):
+    policy = {"epochs_per_rollout": 2, "minibatches_per_rollout": 1, "max_tokens_per_micro_batch": budget}
+    watch, _ = run(model, sums, tmp_path, policy, max_steps=3)
+    assert [step["ratio/max"] for step in watch.metrics[::2]] == [1.0, 1.0]
+    assert watch.metrics[1]["ratio/max"] > 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_rows_without_advantage_are_left_out_and_are_not_missed(model, sums, tmp_path, accumulate):
+    flags = {"accumulate_grad_batches": accumulate, "max_steps": 6}
+    every, weights = run(model, sums, tmp_path, {"loss": AllRows(), "reward": StartsWithDigit()}, **flags)
+    some, same = run(model, sums, tmp_path, {"loss": GRPOLoss(), "reward": StartsWithDigit()}, **flags)
+    assert sum(some.rows) < sum(every.rows) == 6 * 8
+    torch.testing.assert_close(some.gradients, every.gradients, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(same, weights, atol=1e-6, rtol=0)
+    steps = [[sum(watch.losses[i : i + accumulate]) for i in range(0, len(watch.losses), accumulate)] for watch in (some, every)]
+    assert steps[0] == pytest.approx(steps[1], abs=1e-6)
+    first = some.metrics[accumulate - 1]
+    assert first["ratio/mean"] == pytest.approx(1, abs=1e-5), "means are over the rows that are there"
+
+
+def test_the_reference_needs_every_row(model, sums, tmp_path):
+    watch, _ = run(model, sums, tmp_path, {"loss": GRPOLoss(kl_coef=0.01), "reward": StartsWithDigit()})
+    assert set(watch.rows) == {8}
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_without_any_advantage_has_a_gradient_of_zero(model, sums, tmp_path, optimizer):
+    watch = Watch()
+    policy = {"reward": Constant(), "optimizer": optimizer}
+    fit(model, sums, tmp_path, watch, build_adapter(), policy=policy, max_steps=2)
+    assert watch.rows == [0, 0] and watch.passes == [0, 0] and watch.losses == [0, 0]
+    assert all(not gradient.any() for step in watch.gradients for gradient in step.values()) and len(watch.gradients[0]) > 10
+    assert "ratio/mean" not in watch.metrics[0] and watch.metrics[0]["frac_reward_zero_std"] == 1
+
+
+def test_an_impossible_budget_is_refused(model, sums, tmp_path):
+    with pytest.raises(ConfigError, match="max_tokens_per_micro_batch must be at least 1, got 0"):
+        run(model, sums, tmp_path, {"max_tokens_per_micro_batch": 0})
+
+
+def sequences(prompts, lengths):
+    return Sequences(*pad_left(prompts, 0, "cpu"), *pad_right([[5] * length for length in lengths], 0, "cpu"))
+
+
+def test_rows_are_split_where_the_next_would_not_fit():
+    same = sequences([[1, 2, 3, 4]] * 4, [2, 2, 3, 1])  # 4 + 2, then 2, 3 and 1
+    assert split_by_tokens(same, 12) == [slice(0, 4)]
+    assert split_by_tokens(same, 11) == [slice(0, 3), slice(3, 4)]
+    assert split_by_tokens(same, 8) == [slice(0, 2), slice(2, 4)], "a prompt counts again in the next run"
+    assert split_by_tokens(same, 1) == [slice(row, row + 1) for row in range(4)], "a row is never cut"
+    other = sequences([[1, 2], [1, 2], [3]], [1, 1, 4])
+    assert split_by_tokens(other, 9) == [slice(0, 3)] and split_by_tokens(other, 8) == [slice(0, 2), slice(2, 3)]
+    assert split_by_tokens(other.rows(torch.zeros(0, dtype=torch.long)), 8) == []

@@ -7,6 +7,8 @@ PEFT's own makes a float32 copy of x, multiplies, scales and adds in separate pa
 keeps several of them for the backward pass. Here x is kept once, in the dtype of the product, and sums are written in place.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 class LoraLinear(lora.Linear):
     """A `peft.tuners.lora.Linear` that computes plain LoRA on a plain linear layer faster; all else is left to PEFT."""
 
+    _constant: tuple[Tensor, Tensor] | None = None  # A' and B' in the dtype of the products, see `constant_weights`
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., n] -> [..., m]."""
         adapter = self._plain_adapter() if not args and not kwargs else None
@@ -28,8 +32,15 @@ class LoraLinear(lora.Linear):
             return result
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        base, down, up = self.base_layer, self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        base = self.base_layer
+        assert isinstance(base, nn.Linear)
+        down, up = _weight(self.lora_A[adapter]), _weight(self.lora_B[adapter])
         bias = None if base.bias is None else base.bias.to(dtype)
+        if self._constant is not None and not torch.is_grad_enabled():
+            constant_down, constant_up = self._constant
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            low = rows @ constant_down
+            return F.linear(rows, base.weight, bias).addmm_(low, constant_up, alpha=self.scaling[adapter]).view(*x.shape[:-1], -1)
         parts = (x.to(dtype), base.weight.to(dtype), bias, down.to(dtype), up.to(dtype))
         output: Tensor = _Product.apply(*parts, self.scaling[adapter])  # type: ignore[no-untyped-call]
         return output
@@ -51,6 +62,37 @@ def use_fast_lora(model: PeftModel) -> None:
     for module in model.modules():
         if type(module) is lora.Linear:
             module.__class__ = LoraLinear
+
+
+@contextmanager
+def constant_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Within this context the weights do not change, so that what is made of them for each product is made once.
+
+    For the thousands of small products of decoding; the weights themselves are not touched. Merging LoRA into copies of the base
+    weights would save two more small products a layer: measured on SmolLM2-135M it decodes 10% faster, but its sum is rounded to
+    bfloat16, and log-probabilities differed from those of training by 0.064 on average instead of 0.022.
+
+    Args:
+        model: With or without LoRA layers.
+        dtype: Of the products; None takes that of each base weight.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear) and module._plain_adapter() is not None]
+    for layer in layers:
+        adapter = layer.active_adapters[0]
+        target = _weight(layer.base_layer).dtype if dtype is None else dtype
+        down, up = (_weight(part[adapter]).detach().to(target).T.contiguous() for part in (layer.lora_A, layer.lora_B))
+        layer._constant = (down, up)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._constant = None
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 class _Product(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from hybrid_lightning.adapters.lora_linear import constant_weights
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
 from hybrid_lightning.policy.modes import evaluation_mode
@@ -74,7 +75,7 @@ class EvaluatedModule(AdaptedModule):
             for listener in self.generation_listeners:
                 listener(running, decoded, self.sampler.max_new_tokens)
 
-        with self._inference():
+        with self._inference(), constant_weights(self.model, _product_dtype(self.model)):
             return self.sampler.sample(
                 self.model,
                 self.tokenizer,
@@ -138,3 +139,9 @@ class EvaluatedModule(AdaptedModule):
         """Sampled completions of a batch of prompts with their rewards, as records for JSON."""
         rollouts = self.generate(batch, self.eval_samples, self._eval_generator)
         return prediction_records(rollouts, self.score(rollouts), [self.encoder.render(prompt) for prompt in batch])
+
+
+def _product_dtype(model: nn.Module) -> torch.dtype | None:
+    """What autocast makes of the operands of matrix products; None without it."""
+    device = next(model.parameters()).device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

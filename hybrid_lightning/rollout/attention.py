@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 KeysValues = tuple[Tensor, Tensor]
+# Of the prompt's keys and of the completion's own; None where every query sees every key.
+Masks = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class AttentionSettings:
 
 
 def shared_attention(
-    query: Tensor, prompt: KeysValues | None, own: KeysValues, mask: Tensor | None, settings: AttentionSettings
+    query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings
 ) -> Tensor:
     """Attend to the keys of the prompt and those of the completion itself.
 
@@ -39,8 +41,8 @@ def shared_attention(
         query: [P, K, G, R, T, D].
         prompt: Keys and values, [P, K, S, D] each, that all G completions see; None for none (S = 0).
         own: Keys and values, [P, K, G, M, D] each.
-        mask: Bool, broadcastable to [P, 1, G, 1, T, S + M]: True where a query may look, and every query must see a key. None
-            if all see all.
+        masks: Bool, broadcastable to [P, 1, G, 1, T, S] and [P, 1, G, 1, T, M]: True where a query may look. Every query must see
+            a key.
         settings: Of the layer.
 
     Returns:
@@ -48,9 +50,9 @@ def shared_attention(
     """
     compute = _by_products if query.device.type == "cpu" or settings.softcap is not None else _by_kernel
     if not torch.is_grad_enabled():
-        return compute(query, prompt, own, mask, settings)
+        return compute(query, prompt, own, masks, settings)
     # Neither scores nor repeated keys are kept for the backward pass: both are larger than all else that a layer keeps.
-    result: Tensor = checkpoint(compute, query, prompt, own, mask, settings, use_reentrant=False)  # type: ignore[no-untyped-call]
+    result: Tensor = checkpoint(compute, query, prompt, own, masks, settings, use_reentrant=False)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -59,9 +61,7 @@ def cached_key_dtype(key: Tensor) -> torch.dtype:
     return torch.float32 if key.device.type == "cpu" else key.dtype
 
 
-def _by_products(
-    query: Tensor, prompt: KeysValues | None, own: KeysValues, mask: Tensor | None, settings: AttentionSettings
-) -> Tensor:
+def _by_products(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings) -> Tensor:
     prompts, heads, samples, repeats, length, size = query.shape
     keys, values = own
     scaling = settings.scaling if settings.scaling is not None else size**-0.5
@@ -75,11 +75,13 @@ def _by_products(
         if prompt is not None:
             prompt_keys = prompt[0].float().flatten(0, 1).transpose(1, 2)
             scores.insert(0, torch.bmm(scaled.reshape(*all_of_prompt, size), prompt_keys).view(*shape, -1))
-        joined = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
         if settings.softcap is not None:
-            joined = settings.softcap * torch.tanh(joined / settings.softcap)
-        if mask is not None:
-            joined = joined.masked_fill(~mask, float("-inf"))
+            scores = [settings.softcap * torch.tanh(part / settings.softcap) for part in scores]
+        used = masks if prompt is not None else masks[1:]
+        scores = [
+            part if mask is None else part.masked_fill_(~mask, float("-inf")) for part, mask in zip(scores, used, strict=True)
+        ]
+        joined = torch.cat(scores, dim=-1) if prompt is not None else scores[0]
         weights = joined.softmax(dim=-1)
         weights = F.dropout(weights, settings.dropout, training=settings.dropout > 0).to(values.dtype)
         own_weights = weights[..., -keys.shape[3] :]
@@ -90,9 +92,7 @@ def _by_products(
         return result
 
 
-def _by_kernel(
-    query: Tensor, prompt: KeysValues | None, own: KeysValues, mask: Tensor | None, settings: AttentionSettings
-) -> Tensor:
+def _by_kernel(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings) -> Tensor:
     prompts, heads, samples, repeats, length, size = query.shape
 
     def rows(part: Tensor) -> Tensor:  # [P, K, G, M, D] -> [P G, K R, M, D]
@@ -103,13 +103,21 @@ def _by_kernel(
     if prompt is not None:
         shared = [part[:, :, None].expand(-1, -1, samples, -1, -1) for part in prompt]
         keys, values = torch.cat([shared[0], keys], dim=3), torch.cat([shared[1], values], dim=3)
+    mask = None
+    if masks[1] is not None or (prompt is not None and masks[0] is not None):
+        widths = [keys.shape[3] - own[0].shape[3], own[0].shape[3]]
+        full = [
+            torch.ones((), dtype=torch.bool, device=query.device) if part is None else part
+            for part in (masks[0] if prompt is not None else None, masks[1])
+        ]
+        shape = (prompts, 1, samples, 1, length)
+        mask = torch.cat([part.expand(*shape, width) for part, width in zip(full, widths, strict=True)], dim=-1)
+        mask = mask.reshape(prompts * samples, 1, length, keys.shape[3])
     result = F.scaled_dot_product_attention(
         query.transpose(1, 2).reshape(prompts * samples, heads * repeats, length, size),
         rows(keys),
         rows(values),
-        attn_mask=None
-        if mask is None
-        else mask.expand(prompts, 1, samples, 1, length, keys.shape[3]).reshape(prompts * samples, 1, length, keys.shape[3]),
+        attn_mask=mask,
         dropout_p=settings.dropout,
         scale=settings.scaling,
     )

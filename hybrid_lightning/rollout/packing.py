@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_lightning.rollout.attention import AttentionSettings, shared_attention
+from hybrid_lightning.rollout.attention import AttentionSettings, Masks, shared_attention
 from hybrid_lightning.types import Sequences
 
 
@@ -107,7 +107,7 @@ class PackedSequences:
         self.positions = torch.cat(positions)  # [N]
         self.last_prompt_token = prompt_lengths.cumsum(0) - 1  # [P], numbers in the row
         self._predictors = (sequences.completion_mask, group)
-        self._masks: dict[tuple[str, int | None], Tensor] = {}
+        self._masks: dict[tuple[str, int | None], Masks] = {}
 
     def predictors(self) -> Tensor:
         """For each completion token, in the order of `completion_mask` flattened, the number of the token that predicts it."""
@@ -139,28 +139,27 @@ class PackedSequences:
             rows.append(self.completions.paste(result.permute(0, 2, 4, 1, 3, 5)))
         return torch.cat(rows).flatten(1, 2).view(query.shape)
 
-    def _mask(self, part: str, window: int | None) -> Tensor:
+    def _mask(self, part: str, window: int | None) -> Masks:
         if (part, window) not in self._masks:
-            self._masks[part, window] = self._prompt_mask(window) if part == "prompt" else self._completion_mask(window)
+            self._masks[part, window] = self._prompt_masks(window) if part == "prompt" else self._completion_masks(window)
         return self._masks[part, window]
 
-    def _prompt_mask(self, window: int | None) -> Tensor:
-        """[1, 1, 1, 1, S, S]; padding on the right is never seen, since it comes later."""
+    def _prompt_masks(self, window: int | None) -> Masks:
+        """Padding on the right is never seen, since it comes later."""
         index = torch.arange(self.prompts.shape[1], device=self.ids.device)
-        return visible(index[:, None], index, window)[None, None, None, None]
+        return None, visible(index[:, None], index, window)
 
-    def _completion_mask(self, window: int | None) -> Tensor:
-        """[P or 1, 1, 1, 1, T, S + T], or with a window [P, ...]."""
+    def _completion_masks(self, window: int | None) -> Masks:
         assert self.completions is not None
-        device, length = self.ids.device, self.completions.shape[2]
-        lengths = self.prompts.lengths[:, None, None]  # [P, 1, 1]
-        queries = lengths + torch.arange(length, device=device)[:, None]  # positions [P, T, 1]
-        prompt = torch.arange(self.prompts.shape[1], device=device)[None, None]  # [1, 1, S]
-        own = lengths + torch.arange(length, device=device)  # [P, 1, T]
-        seen = [visible(queries, prompt, window) & (prompt < lengths), visible(queries, own, window)]
-        if self.prompts.filled:  # all prompts are alike
-            seen = [part[:1] for part in seen]
-        return torch.cat(seen, dim=2)[:, None, None, None]
+        device, length, width = self.ids.device, self.completions.shape[2], self.prompts.shape[1]
+        steps = torch.arange(length, device=device)
+        own = visible(steps[:, None], steps, window)
+        if self.prompts.filled and (window is None or window >= width + length):
+            return None, own
+        lengths = self.prompts.lengths[:, None, None]
+        prompt = torch.arange(width, device=device)[None, None]
+        seen = visible(lengths + steps[:, None], prompt, window) & (prompt < lengths)  # [P, T, S]
+        return seen[:, None, None, None], own
 
 
 def _split(part: Tensor, cut: int) -> tuple[Tensor, ...]:

@@ -197,7 +197,7 @@ class _Decoder:
         return tokens[:, :longest], logprobs[:, :longest], lengths, finished
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = logits.float() / self.sampler.temperature
+        scaled = logits.float() if self.sampler.temperature == 1 else logits.float() / self.sampler.temperature
         if self.greedy:
             token = scaled.argmax(dim=-1)
         else:

@@ -7,7 +7,7 @@ rows, and slots without a row hold a copy of some other row that nobody reads.
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.rollout.attention import AttentionSettings, cached_key_dtype, shared_attention
+from hybrid_lightning.rollout.attention import AttentionSettings, Masks, cached_key_dtype, shared_attention
 from hybrid_lightning.rollout.forward import packed_logits
 from hybrid_lightning.rollout.packing import PackedSequences, visible
 from hybrid_lightning.types import Sequences
@@ -32,7 +32,7 @@ class SharedPromptDecoding:
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, G, capacity, D]
         self.lengths = mask.sum(dim=1)  # tokens of each prompt
         self.decoded = 0  # tokens in `own`, the same for all running rows
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._masks: dict[int | None, Masks] = {}
 
     def prefill(self, samples: int) -> Tensor:
         """See `Decoding`."""
@@ -111,22 +111,21 @@ class SharedPromptDecoding:
         keys[:, :, :, self.decoded - 1] = key.transpose(1, 2)
         values[:, :, :, self.decoded - 1] = value.transpose(1, 2)
 
-    def _mask(self, window: int | None) -> Tensor | None:
-        """[P, 1, 1, 1, 1, S + decoded]; None where all is visible."""
+    def _mask(self, window: int | None) -> Masks:
         if window not in self._masks:
-            self._masks[window] = self._build_mask(window)
+            self._masks[window] = self._build_masks(window)
         return self._masks[window]
 
-    def _build_mask(self, window: int | None) -> Tensor | None:
+    def _build_masks(self, window: int | None) -> Masks:
         width = self.layout.prompts.shape[1]
-        if self.layout.prompts.filled and (window is None or window >= width + self.decoded):
-            return None
+        narrow = window is not None and window < width + self.decoded
+        if self.layout.prompts.filled and not narrow:
+            return None, None
         device, lengths = self.lengths.device, self.lengths[:, None]
         prompt = torch.arange(width, device=device)[None]
-        own = lengths + torch.arange(self.decoded, device=device)
-        query = lengths + self.decoded - 1
-        seen = torch.cat([visible(query, prompt, window) & (prompt < lengths), visible(query, own, window)], dim=1)
-        return seen[:, None, None, None, None]
+        own = torch.arange(self.decoded, device=device)
+        seen = visible(lengths + self.decoded - 1, prompt, window) & (prompt < lengths)  # [P, S]
+        return seen[:, None, None, None, None], visible(torch.tensor(self.decoded - 1, device=device), own, window)
 
 
 class _Prefill:

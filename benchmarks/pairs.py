@@ -161,7 +161,7 @@ def check_lengths(workload: Workload, side: str, lengths: list[int]) -> None:
     Raises:
         BenchmarkError: If it does not.
     """
-    shortest = workload.max_new_tokens if workload.stop_probability == 0 else 1
+    shortest = workload.max_new_tokens if workload.full_length else 1
     if len(lengths) != workload.rows or min(lengths) < shortest or max(lengths) > workload.max_new_tokens:
         raise BenchmarkError(
             f"the {side} side made {len(lengths)} completions of {min(lengths)} to {max(lengths)} tokens where {workload.rows} "

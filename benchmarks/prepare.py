@@ -4,8 +4,8 @@ Prompts have exactly the wanted number of tokens. When completions end is a matt
 takes from the folder:
 
 - full length always: the end-of-sequence token has a number beyond the vocabulary, so that it can never be sampled;
-- by themselves: many rare tokens end a completion; their probabilities add up to the wanted one at each token, on average over
-  completions sampled here.
+- by themselves: many rare tokens end a completion, so many that the expected length is the wanted one, by their probabilities
+  along completions sampled here.
 """
 
 import copy
@@ -24,7 +24,7 @@ from hybrid_lightning.data import ProductSource
 from hybrid_lightning.errors import HybridLightningError, ModelError
 from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model
 
-PROBE_ROWS = 16  # completions sampled to learn how probable each token is
+PROBE_ROWS = 16  # completions sampled to learn how probable tokens are
 COMMON_TOKENS = 100  # too probable each to end completions: the probability of ending would vary too much from token to token
 
 
@@ -33,12 +33,12 @@ def prepare(
 ) -> list[str]:
     """Prompts, and the tokens that end completions set in model and tokenizer."""
     draw = random.Random(seed)
-    if workload.stop_probability is not None:
+    if workload.mean_tokens is not None:
         put_end_beyond_vocabulary(model, tokenizer)
     prompts = make_prompts(workload, tokenizer, workload.prompts * rollouts, draw)
-    if workload.stop_probability:
+    if workload.mean_tokens is not None and not workload.full_length:
         probabilities = token_probabilities(model, tokenizer, prompts[:PROBE_ROWS], workload.max_new_tokens, seed)
-        model.generation_config.eos_token_id += ending_tokens(probabilities, workload.stop_probability, draw)
+        model.generation_config.eos_token_id += ending_tokens(probabilities, workload.mean_tokens, draw)
     return prompts
 
 
@@ -85,7 +85,7 @@ def single_tokens(tokenizer: PreTrainedTokenizerBase, extra: int) -> list[str]:
 def token_probabilities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], new_tokens: int, seed: int
 ) -> torch.Tensor:
-    """Probability of each token [V], averaged over all positions of sampled completions."""
+    """Probability [rows, T, V] of each token at each position of completions sampled to full length."""
     torch.manual_seed(seed)
     ids = torch.tensor([tokenizer(text)["input_ids"] for text in prompts])
     generate: Any = model.generate
@@ -98,20 +98,30 @@ def token_probabilities(
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return torch.stack([logits.float().softmax(dim=-1).mean(dim=0) for logits in generated.logits]).mean(dim=0)
+    return torch.stack([logits.float().softmax(dim=-1) for logits in generated.logits], dim=1)
 
 
-def ending_tokens(probabilities: torch.Tensor, wanted: float, draw: random.Random) -> list[int]:
-    """Tokens, none of them common, that together have about the wanted probability."""
-    rare = probabilities.argsort(descending=True)[COMMON_TOKENS:].tolist()
+def ending_tokens(probabilities: torch.Tensor, mean_tokens: float, draw: random.Random) -> list[int]:
+    """Tokens, none of them common, with which completions would have about the wanted mean length.
+
+    Args:
+        probabilities: [rows, T, V] along completions that did not end.
+        mean_tokens: The wanted mean, counting the token that ends a completion.
+        draw: Chooses which tokens they are.
+    """
+    rare = probabilities.mean(dim=(0, 1)).argsort(descending=True)[COMMON_TOKENS:].tolist()
     draw.shuffle(rare)
-    chosen: list[int] = []
-    total = 0.0
-    for token in rare:
-        if total + float(probabilities[token]) <= wanted:
-            chosen.append(token)
-            total += float(probabilities[token])
-    return sorted(chosen)
+    few, many = 0, len(rare)  # the more tokens end a completion, the shorter it is
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (middle, many) if expected_length(probabilities, rare[:middle]) > mean_tokens else (few, middle)
+    return sorted(rare[:many])
+
+
+def expected_length(probabilities: torch.Tensor, ends: list[int]) -> float:
+    """Mean length if these tokens end completions: 1 + the sum over positions of the probability of having passed them all."""
+    passing = (1 - probabilities[..., ends].sum(dim=-1)).clamp(min=0).cumprod(dim=1)
+    return 1 + float(passing[:, :-1].sum(dim=1).mean())
 
 
 def main() -> None:

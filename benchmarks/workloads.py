@@ -18,7 +18,7 @@ class Workload:
     samples: int = 8  # G: completions of each
     prompt_tokens: int | None = 128  # length of each prompt; None: products such as 347*6=, as in configs/gspo.yaml
     max_new_tokens: int = 64  # longest completion
-    stop_probability: float | None = 0.0  # of ending at each token; 0: full length always; None: as the model likes
+    mean_tokens: float | None = 64  # by ending at random; max_new_tokens: full length always; None: as the model likes
     minibatches: int = 1  # optimizer steps a rollout
     sequence_ratio: bool = False  # GSPO instead of GRPO
     model: str = SMOLLM2
@@ -32,6 +32,11 @@ class Workload:
     wanted_memory: float = 0.33  # our peak / TRL's, at most
 
     @property
+    def full_length(self) -> bool:
+        """Whether no completion may end before `max_new_tokens`."""
+        return self.mean_tokens == self.max_new_tokens
+
+    @property
     def rows(self) -> int:
         """Completions in a rollout."""
         return self.prompts * self.samples
@@ -41,14 +46,15 @@ WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("main"),
-        # The length is then geometric, cut at 128: nine completions of ten have 3 to 128 tokens, and the mean is 42.
-        Workload("ragged", max_new_tokens=128, stop_probability=1 / 45, wanted_speed=5.0, wanted_memory=0.3),
+        # The length is then about geometric, cut at 128: 94 of 100 completions have 4 to 128 tokens, 9 of them 128.
+        Workload("ragged", max_new_tokens=128, mean_tokens=48, wanted_speed=5.0, wanted_memory=0.3),
         Workload(
             "long_prompt",
             prompts=2,
             samples=16,
             prompt_tokens=512,
             max_new_tokens=32,
+            mean_tokens=32,
             wanted_speed=6.0,
             wanted_memory=0.25,
         ),
@@ -57,7 +63,7 @@ WORKLOADS = {
             prompts=32,
             prompt_tokens=None,
             max_new_tokens=20,
-            stop_probability=None,
+            mean_tokens=None,
             minibatches=2,
             sequence_ratio=True,
             model="embedded",

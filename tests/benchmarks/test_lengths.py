@@ -9,7 +9,7 @@ from tiny_models import build_model, build_tokenizer
 
 def test_full_length(tmp_path):
     load = workloads.Workload(
-        "main", prompts=2, samples=2, prompt_tokens=8, max_new_tokens=5, minibatches=2, dtype="float32", rank=2
+        "main", prompts=2, samples=2, prompt_tokens=8, max_new_tokens=5, mean_tokens=5, minibatches=2, dtype="float32", rank=2
     )
     model, tokenizer = build_model("llama"), build_tokenizer()
     prompts = prepare.prepare(load, model, tokenizer, 2, 0)
@@ -25,7 +25,7 @@ def test_full_length(tmp_path):
 
 @pytest.mark.parametrize("lengths", [[5] * 3, [5, 5, 5, 4], [5, 5, 5, 6]])
 def test_anything_else_ends_the_comparison(lengths):
-    load = workloads.Workload("main", prompts=2, samples=2, max_new_tokens=5)
+    load = workloads.Workload("main", prompts=2, samples=2, max_new_tokens=5, mean_tokens=5)
     pairs.check_lengths(load, "ours", [5] * 4)
     with pytest.raises(pairs.BenchmarkError, match="where 4 of 5 to 5 are wanted"):
         pairs.check_lengths(load, "ours", lengths)

@@ -11,7 +11,9 @@ from hybrid_lightning.errors import ModelError
 
 
 def workload(**sizes):
-    return workloads.Workload("test", **{"prompts": 3, "prompt_tokens": 9, "max_new_tokens": 12, "dtype": "float32", **sizes})
+    return workloads.Workload(
+        "test", **{"prompts": 3, "prompt_tokens": 9, "max_new_tokens": 12, "mean_tokens": 12, "dtype": "float32", **sizes}
+    )
 
 
 def test_prompts_have_exactly_the_wanted_length_and_depend_on_the_seed_alone():
@@ -36,29 +38,37 @@ def test_tiny_asks_what_the_embedded_default_asks():
 
 def test_the_end_that_is_never_sampled():
     model, tokenizer = build_model("llama"), build_tokenizer()
-    prepare.prepare(workload(stop_probability=0.0), model, tokenizer, 1, 0)
+    prepare.prepare(workload(), model, tokenizer, 1, 0)
     assert tokenizer.eos_token_id >= VOCABULARY
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
     assert tokenizer.pad_token_id < VOCABULARY
 
 
-def test_the_ends_that_are_sampled_have_the_wanted_probability(monkeypatch):
+def test_the_ends_that_are_sampled_give_the_wanted_length(monkeypatch):
     monkeypatch.setattr(prepare, "COMMON_TOKENS", 2)
     model, tokenizer = build_model("llama"), build_tokenizer()
-    load = workload(stop_probability=0.2)
+    load = workload(mean_tokens=6)
     prompts = prepare.prepare(load, model, tokenizer, 1, 0)
     never, *ends = model.generation_config.eos_token_id
     assert never == tokenizer.eos_token_id
+    model.generation_config.eos_token_id = [never]
     probabilities = prepare.token_probabilities(model, tokenizer, prompts, load.max_new_tokens, 0)
-    assert float(probabilities.sum()) == pytest.approx(1, abs=1e-4)
-    assert 0.15 < float(probabilities[ends].sum()) <= 0.2
+    assert probabilities.shape == (3, 12, VOCABULARY)
+    assert torch.allclose(probabilities.sum(dim=-1), torch.ones(3, 12), atol=1e-4)
+    assert prepare.expected_length(probabilities, ends) == pytest.approx(6, abs=1)
+
+
+def test_the_expected_length_of_a_constant_chance():
+    probabilities = torch.tensor([0.75, 0.125, 0.125]).expand(2, 3, 3)
+    assert prepare.expected_length(probabilities, [1, 2]) == pytest.approx(1 + 0.75 + 0.75**2)
+    assert prepare.expected_length(probabilities, []) == 3
 
 
 def test_common_tokens_do_not_end_completions(monkeypatch):
     monkeypatch.setattr(prepare, "COMMON_TOKENS", 1)
-    probabilities = torch.tensor([0.05, 0.6, 0.2, 0.1, 0.05])
-    assert prepare.ending_tokens(probabilities, 0.41, random.Random(0)) == [0, 2, 3, 4]
-    assert sum(probabilities[prepare.ending_tokens(probabilities, 0.1, random.Random(0))]) <= 0.1 + 1e-6
+    probabilities = torch.tensor([0.1, 0.6, 0.1, 0.1, 0.1]).expand(1, 50, 5)
+    assert prepare.ending_tokens(probabilities, 2.6, random.Random(0)) == [0, 2, 3, 4]
+    assert len(prepare.ending_tokens(probabilities, 5.1, random.Random(0))) == 2
 
 
 def test_no_group_ties_even_if_all_completions_are_equal():

@@ -3,8 +3,9 @@
 Two names are enough, so that supervised and preference training can be adapted as well as a policy:
 
 - `adapter_attribute: str`, the name of the attribute that holds the model, and
-- `calibration_losses(num_prompts: int)`, an iterable of scalar losses that computes them afresh each time it is iterated; the
-  mean of their gradients scores the modules. An attribute `info` of it (a dict of plain values) is kept in the plan.
+- `calibration_losses(num_prompts: int | None)`, an iterable of scalar losses that computes them afresh each time it is iterated;
+  the mean of their gradients scores the modules. None leaves the number of prompts (or examples) to the module, which should
+  take about what one training step has. An attribute `info` of it (a dict of plain values) is kept in the plan.
 """
 
 from collections.abc import Iterable
@@ -22,8 +23,8 @@ class Adaptable(Protocol):
 
     adapter_attribute: str
 
-    def calibration_losses(self, num_prompts: int) -> Iterable[Tensor]:
-        """Scalar losses at the start policy."""
+    def calibration_losses(self, num_prompts: int | None) -> Iterable[Tensor]:
+        """Scalar losses at the start policy; None: of as many prompts as the module chooses."""
         ...
 
 

@@ -50,7 +50,8 @@ class HybridAdapterSetup(Callback):
         use_rslora: Scale by alpha / sqrt(rank).
         target_modules: Candidates by the end of their name, such as `[q_proj, v_proj]`; None takes every linear module in the
             decoder blocks.
-        calibration_prompts: Prompts whose rollouts score the modules.
+        calibration_prompts: Prompts whose rollouts score the modules; None lets the module choose: `PolicyModule` takes as many
+            as one rollout has, so that scoring costs about a training step.
         plan: A `plan.json` to use instead of scoring.
         keep_start_weights: Keep the frozen originals of fully trained modules, which a KL term needs. False saves their memory.
 
@@ -69,11 +70,11 @@ class HybridAdapterSetup(Callback):
         use_dora: bool = False,
         use_rslora: bool = False,
         target_modules: Sequence[str] | None = None,
-        calibration_prompts: int = 32,
+        calibration_prompts: int | None = None,
         plan: str | None = None,
         keep_start_weights: bool = True,
     ) -> None:
-        if calibration_prompts < 1:
+        if calibration_prompts is not None and calibration_prompts < 1:
             raise ConfigError(f"adapter.calibration_prompts must be at least 1, got {calibration_prompts}")
         self.budget = budget or ModuleBudget()
         self.scorer = scorer or TailEnergy()
@@ -100,8 +101,10 @@ class HybridAdapterSetup(Callback):
         else:
             plan = self._adapt(trainer, pl_module, stage)
         self.plan = plan
-        if plan is not None and trainer.is_global_zero and stage == "fit":
-            self._show(trainer, plan)
+        if plan is not None and stage == "fit":
+            folder = run_folder(trainer)  # by every process, since they tell each other the folder
+            if trainer.is_global_zero:
+                self._show(plan, folder)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the plan for modules that do not do so themselves."""
@@ -198,7 +201,7 @@ class HybridAdapterSetup(Callback):
                     losses = pl_module.calibration_losses(self.calibration_prompts)  # type: ignore[operator]
                 finally:
                     listeners.remove(advance_by_token)
-            info = {**getattr(losses, "info", {}), "prompts": self.calibration_prompts}
+            info = {"prompts": self.calibration_prompts, **getattr(losses, "info", {})}
             if info.get("signal") == "answers":
                 console().print(
                     "All calibration rewards tie, so rollouts carry no signal: modules are scored by the supervised gradient of "
@@ -230,8 +233,7 @@ class HybridAdapterSetup(Callback):
         setattr(pl_module, name, apply_plan(model, plan, self.keep_start_weights))
         pl_module.plan = plan  # type: ignore[assignment]
 
-    def _show(self, trainer: Trainer, plan: AdapterPlan) -> None:
-        folder = run_folder(trainer)
+    def _show(self, plan: AdapterPlan, folder: Path | None) -> None:
         if folder is not None:
             plan.save(folder / "plan.json")
             if any(module.score is not None for module in plan.candidates):

@@ -217,13 +217,13 @@ class PolicyModule(UpdatedModule):
 
     # ---- calibration
 
-    def calibration_losses(self, num_prompts: int) -> RewardCalibration | AnswerCalibration:
+    def calibration_losses(self, num_prompts: int | None = None) -> RewardCalibration | AnswerCalibration:
         """Losses whose mean gradient scores the modules: of rollouts of the start policy on training prompts.
 
         Where all rewards tie there is no gradient; then the reference answers are used (supervised), where the data has them.
 
         Args:
-            num_prompts: Training prompts to use; fewer if there are not as many.
+            num_prompts: Training prompts to use; fewer if there are not as many. None: as many as one rollout has.
 
         Raises:
             ConfigError: If the run itself could not work.
@@ -232,7 +232,8 @@ class PolicyModule(UpdatedModule):
         self.check_settings()
         prompts = self._train_prompts()
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
-        chosen = [prompts[i] for i in order[:num_prompts]]
+        count = self.rollout_schedule.prompts_per_rollout if num_prompts is None else num_prompts
+        chosen = [prompts[i] for i in order[:count]]
         # Not self.device: the callback has moved the model, and Lightning moves this module only after the setup hooks.
         device = next(self.model.parameters()).device
         generator = torch.Generator(device=device).manual_seed(self.seed + 7919)
@@ -243,10 +244,14 @@ class PolicyModule(UpdatedModule):
         schedule = self.rollout_schedule
         rows = max(1, schedule.prompts_per_rollout * samples // schedule.minibatches_per_rollout)
         rows = max(1, rows // self.trainer.accumulate_grad_batches)
+        losses: RewardCalibration | AnswerCalibration
         if bool(advantages.any()):
-            return RewardCalibration(rollouts.sequences, advantages, self.loss, self._calibration_logprobs, rows)
-        ids = [self.encode(prompt) for prompt in chosen]
-        return AnswerCalibration(chosen, ids, self.tokenizer, self._calibration_logprobs, rows, device)
+            losses = RewardCalibration(rollouts.sequences, advantages, self.loss, self._calibration_logprobs, rows)
+        else:
+            ids = [self.encode(prompt) for prompt in chosen]
+            losses = AnswerCalibration(chosen, ids, self.tokenizer, self._calibration_logprobs, rows, device)
+        losses.info["prompts"] = len(chosen)
+        return losses
 
     def _train_prompts(self) -> list[Prompt]:
         prompts = getattr(self.trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]

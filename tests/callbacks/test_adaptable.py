@@ -29,6 +29,7 @@ class Supervised(LightningModule):
 
     def calibration_losses(self, num_prompts):
         self.scored += 1
+        self.asked = num_prompts
         module = self
 
         class Losses:
@@ -89,6 +90,12 @@ def test_its_plan_is_that_of_the_mean_gradient(tmp_path):
     for planned in module.plan.candidates:
         gradient = base.get_submodule(planned.name).weight.grad
         assert planned.score == pytest.approx(float(torch.linalg.svdvals(gradient)[2:].square().sum()), rel=1e-3)
+
+
+def test_it_chooses_how_much_it_is_scored_on(tmp_path):
+    module, _ = trained(tmp_path, HybridAdapterSetup(rank=2), steps=1)
+    assert module.asked is None
+    assert module.plan.calibration == {"prompts": None}, "unless it says how much that was"
 
 
 @pytest.mark.parametrize("kind", ["ours", "lightning"])

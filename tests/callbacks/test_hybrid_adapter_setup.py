@@ -14,6 +14,7 @@ from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.errors import ConfigError, PlanError
+from hybrid_lightning.trainer import Trainer
 
 IDS = torch.tensor([[4, 5, 13, 6, 16], [9, 8, 7, 6, 5]])
 KINDS = [*(f"self_attn.{kind}_proj" for kind in "qkvo"), *(f"mlp.{kind}_proj" for kind in ("gate", "up", "down"))]
@@ -137,6 +138,28 @@ def test_settings_reach_the_plan(model, sums, tmp_path):
     assert (plan.lora.rank, plan.lora.alpha, plan.lora.dropout) == (3, 5.0, 0.1)
     assert plan.budget == {"class_path": "hybrid_lightning.adapters.budgets.ParameterBudget", "init_args": {"share": 0.5}}
     assert (plan.model, plan.revision, plan.seed, plan.calibration["prompts"]) == (str(model), None, 0, 4)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, 4), (3, 3), (1000, 24)])
+def test_as_many_prompts_as_one_rollout_has_are_scored_unless_a_number_is_given(model, sums, tmp_path, asked, used):
+    adapter = build_adapter() if asked else HybridAdapterSetup(budget=ModuleBudget(0.2), rank=2)
+    if asked:
+        adapter.calibration_prompts = asked
+    build_trainer(tmp_path, adapter, max_steps=0).fit(policy := build_policy(model), datamodule=build_data(sums))
+    assert (policy.plan.calibration["prompts"], policy.plan.calibration["sequences"]) == (used, 4 * used)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_process_joins_in_naming_the_run_folder_and_the_first_one_shows_the_plan(model, sums, tmp_path, monkeypatch, rank):
+    adapter, asked = build_adapter(), []
+    policy = set_up(model, sums, tmp_path, adapter)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: rank == 0))
+    monkeypatch.setattr(Trainer, "log_dir", property(lambda self: asked.append(rank) or str(tmp_path)))  # a broadcast
+    adapter.setup(policy.trainer, policy, "fit")
+    assert asked
+    assert (tmp_path / "plan.json").exists() == (rank == 0)
 
 
 def test_the_plan_is_written_and_shown(model, sums, tmp_path, capsys):

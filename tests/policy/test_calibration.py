@@ -99,7 +99,8 @@ def test_rewards_give_the_policy_gradient_at_the_start_policy(model, sums, loss,
     base = build_model("llama", std=0.1).requires_grad_(True)
     rewards = torch.tensor(reward(rollouts.completions, [p for p in rollouts.prompts for _ in range(4)])).view(-1, 4)
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
-    assert losses.info == {"signal": "reward", "sequences": 32, "useful_sequences": int(advantages.count_nonzero())}
+    useful = int(advantages.count_nonzero())
+    assert losses.info == {"signal": "reward", "sequences": 32, "useful_sequences": useful, "prompts": 8}
     logprobs = [completion_logprobs(base, rollouts, row) for row in range(32)]
     if isinstance(loss, TokenMeanLoss):
         total = sum(a * row.sum() for a, row in zip(advantages, logprobs, strict=True)) / sum(map(len, logprobs))
@@ -152,7 +153,7 @@ def test_fewer_prompts_than_asked_for_are_all_taken(model, sums):
 def test_where_all_rewards_tie_the_answers_are_learned(model, sums):
     policy, rollouts, losses = calibrate(model, sums, reward=Constant())
     assert isinstance(losses, AnswerCalibration)
-    assert losses.info == {"signal": "answers", "sequences": 8, "useful_sequences": 8}
+    assert losses.info == {"signal": "answers", "sequences": 8, "useful_sequences": 8, "prompts": 8}
     base = build_model("llama", std=0.1).requires_grad_(True)
 
     def loss(prompt):

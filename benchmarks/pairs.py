@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from workloads import Workload
 
 HERE = Path(__file__).parent
 SCRIPTS = {"trl": HERE / "run_trl.py", "ours": HERE / "run_ours.py"}
+SAME = ("trainable_parameters", "prompt_digest", "threads", "device")  # of both sides
+Job = tuple[str, Workload, Path]  # what a worker does: side, workload, and the folder that prepare.py wrote
 
 
 class BenchmarkError(Exception):
@@ -31,6 +33,8 @@ class Plan:
     sides: tuple[str, ...]
     logs: Path  # folder for what the workers print
     overrides: dict[str, Any] = field(default_factory=dict)  # of TRL's settings
+    scripts: Mapping[str, Path] = field(default_factory=lambda: SCRIPTS)  # of each side
+    same: tuple[str, ...] = SAME  # facts that all sides must agree on
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -56,7 +60,7 @@ class Worker:
     """
 
     def __init__(self, side: str, workload: Workload, folder: Path, plan: Plan) -> None:
-        self.side, self.log = side, plan.logs / f"{workload.name}_{side}.log"
+        self.side, self.workload, self.log = side, workload, plan.logs / f"{workload.name}_{side}.log"
         settings = {
             "workload": asdict(workload),
             "folder": str(folder),
@@ -64,11 +68,12 @@ class Worker:
             "threads": plan.threads,
             "rollouts": plan.pairs + 1,
             "seed": plan.seed,
+            "side": side,
             "overrides": plan.overrides if side == "trl" else {},
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(SCRIPTS[side]), json.dumps(settings)],
+                [sys.executable, str(plan.scripts[side]), json.dumps(settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -136,23 +141,36 @@ def compare(workload: Workload, folder: Path, plan: Plan, tell: Callable[[str], 
     Returns:
         `facts` of each side, and `steps` of each: what they reported, the discarded one first.
     """
+    facts, steps = take_turns([(side, workload, folder) for side in plan.sides], plan, tell)
+    return {"facts": dict(zip(plan.sides, facts, strict=True)), "steps": dict(zip(plan.sides, steps, strict=True))}
+
+
+def take_turns(
+    jobs: Sequence[Job], plan: Plan, tell: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+    """Start a worker for each job, and let them do a step each in turn, `plan.pairs` times after one that is discarded.
+
+    Returns:
+        The facts of each worker, and all steps of each, in the order of the jobs.
+    """
     workers: list[Worker] = []
-    steps: dict[str, list[dict[str, Any]]] = {side: [] for side in plan.sides}
+    steps: list[list[dict[str, Any]]] = [[] for _ in jobs]
     try:
-        for side in plan.sides:
-            workers.append(Worker(side, workload, folder, plan))
-        check_equal({worker.side: worker.facts for worker in workers})
-        for pair in range(plan.pairs + 1):
-            for worker in workers:
+        for job in jobs:
+            workers.append(Worker(*job, plan))
+        facts = [worker.facts for worker in workers]
+        check_equal({f"{worker.side}, {worker.workload.name}": worker.facts for worker in workers}, plan.same)
+        for number in range(plan.pairs + 1):
+            for worker, done in zip(workers, steps, strict=True):
                 report = worker.step()
-                check_lengths(workload, worker.side, report["lengths"])
-                steps[worker.side].append(report)
-                number = f"pair {pair} of {plan.pairs}" if pair else "warm-up"
+                check_lengths(worker.workload, worker.side, report["lengths"])
+                done.append(report)
+                turn = f"round {number} of {plan.pairs}" if number else "warm-up"
                 spent = f"{report['seconds']:.2f} s, {report['processor_seconds']:.2f} s of processors"
-                tell(f"{workload.name}, {number}: {worker.side} {spent}")
+                tell(f"{worker.workload.name}, {turn}: {worker.side} {spent}")
     finally:
         deque(map(Worker.close, workers), maxlen=0)
-    return {"facts": {worker.side: worker.facts for worker in workers}, "steps": steps}
+    return facts, steps
 
 
 def check_lengths(workload: Workload, side: str, lengths: list[int]) -> None:
@@ -169,13 +187,13 @@ def check_lengths(workload: Workload, side: str, lengths: list[int]) -> None:
         )
 
 
-def check_equal(facts: dict[str, dict[str, Any]]) -> None:
+def check_equal(facts: dict[str, dict[str, Any]], same: Sequence[str] = SAME) -> None:
     """Both sides must train the same number of parameters on the same prompts with the same number of threads.
 
     Raises:
         BenchmarkError: If they do not.
     """
-    for name in ("trainable_parameters", "prompt_digest", "threads", "device"):
+    for name in same:
         values = {side: fact[name] for side, fact in facts.items()}
         if len(set(values.values())) > 1:
             raise BenchmarkError(f"the sides do not do the same, {name} differs: {values}; report this as a bug of the benchmark")

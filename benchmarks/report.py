@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from commands import columns
 from workloads import Workload
 
 PACKAGES = ("hybrid-lightning", "torch", "lightning", "transformers", "peft", "accelerate", "trl")
@@ -70,10 +71,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "mean tokens TRL, ours",
     ]
     rows = [header, *(row(name, result) for name, result in results.items())]
-    widths = [max(len(line[column]) for line in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return columns(rows)
 
 
 def row(name: str, result: dict[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,15 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from commands import UsageError, cuda_devices, tell
 from pairs import BenchmarkError, Plan, compare, prepare
 from report import command_line, machine, summarize, table, versions
 from workloads import SMOLLM2, WORKLOADS, Workload
 
 NEEDS_TRL = "install it with: pip install 'trl>=1.16,<2' (or measure this side alone with --ours-only)"
-
-
-class UsageError(Exception):
-    """Arguments that cannot work, or something that is not installed; one line with the remedy."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -72,12 +68,6 @@ def check(arguments: argparse.Namespace) -> None:
         raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu, or install torch built for CUDA")
 
 
-def cuda_devices() -> int:
-    """How many torch finds, asked in another process so that this one stays small."""
-    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 def overrides(pairs: list[str]) -> dict[str, Any]:
     """`["bf16=false"]` as `{"bf16": False}`; a value that is no JSON is text."""
     values: dict[str, Any] = {}
@@ -118,11 +108,6 @@ def run(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
             content = {**about, "device": plan.device, "trl_overrides": tried, "workloads": results}
             (arguments.out / "vs_trl.json").write_text(json.dumps(content, indent=1))
     return results
-
-
-def tell(line: str) -> None:
-    """Progress, beside the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ class Settings:
     threads: int
     rollouts: int  # at most; the parent may stop earlier
     seed: int
+    side: str = ""  # which of the sides this worker is, where one script serves several
     overrides: dict[str, Any] = field(default_factory=dict)  # settings of TRL's GRPOConfig to try
 
     @staticmethod

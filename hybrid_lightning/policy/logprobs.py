@@ -19,8 +19,8 @@ from hybrid_lightning.rollout.packing import PackedSequences
 from hybrid_lightning.rollout.support import supports_packing
 from hybrid_lightning.types import Sequences
 
-# Logits are made in blocks of at most this many numbers (64 MiB in float32).
-_BLOCK = 2**24
+# Logits are made in blocks of at most this many numbers (32 MiB in float32, of which two are there at a time).
+_BLOCK = 2**23
 
 
 def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
@@ -79,13 +79,11 @@ class _Projected(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = logits.float()
-            if temperature != 1:
-                scores = scores / temperature
-            logprobs = scores.log_softmax(dim=-1)
+            logprobs = (logits.float() if temperature == 1 else logits.float() / temperature).log_softmax(dim=-1)
             result = logprobs.gather(1, tokens[:, None]).squeeze(1)
             probabilities = logprobs.exp()
             entropy = -torch.linalg.vecdot(probabilities, logprobs)
+            del logprobs
             if ctx.needs_input_grad[0]:
                 slope = probabilities.neg_()
                 slope[torch.arange(len(tokens), device=tokens.device), tokens] += 1

@@ -58,7 +58,8 @@ class PolicyModule(UpdatedModule):
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
         epochs_per_rollout: Passes over a rollout.
         max_tokens_per_micro_batch: Tokens of prompts and completions that one forward and backward pass takes, a prompt counted
-            once for its completions. Smaller takes less memory for activations and gives the same gradient.
+            once for its completions. Smaller takes less memory for activations and gives the same gradient. None chooses by the
+            sizes of the model (see `default_token_budget`).
         eval_samples: Completions per prompt in validation, test and predict (the n of avg@n), beside the greedy one.
         optimizer: Called with the parameter groups.
         lr_full: Learning rate of fully trained modules.
@@ -89,7 +90,7 @@ class PolicyModule(UpdatedModule):
         samples_per_prompt: int = 8,
         minibatches_per_rollout: int = 1,
         epochs_per_rollout: int = 1,
-        max_tokens_per_micro_batch: int = 16_384,
+        max_tokens_per_micro_batch: int | None = None,
         eval_samples: int = 8,
         optimizer: OptimizerCallable = AdamW,
         lr_full: float = 1e-5,
@@ -104,7 +105,7 @@ class PolicyModule(UpdatedModule):
         )
         if eval_samples < 1:
             raise ConfigError(f"model.eval_samples must be at least 1, got {eval_samples}")
-        if max_tokens_per_micro_batch < 1:
+        if max_tokens_per_micro_batch is not None and max_tokens_per_micro_batch < 1:
             raise ConfigError(f"model.max_tokens_per_micro_batch must be at least 1, got {max_tokens_per_micro_batch}")
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         for name, value in (("lr_full", lr_full), ("lr_lora", lr_lora)):

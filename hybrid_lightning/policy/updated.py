@@ -18,6 +18,7 @@ from hybrid_lightning.policy.evaluated import EvaluatedModule
 from hybrid_lightning.policy.logprobs import token_logprobs
 from hybrid_lightning.policy.step_metrics import StepMetrics
 from hybrid_lightning.policy.step_times import PhaseClock
+from hybrid_lightning.policy.token_budget import default_token_budget
 from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
 from hybrid_lightning.types import PolicyBatch, Sequences
 
@@ -27,7 +28,7 @@ class UpdatedModule(EvaluatedModule):
 
     loss: PolicyLoss
     correction: ImportanceCorrection | None
-    max_tokens_per_micro_batch: int
+    max_tokens_per_micro_batch: int | None
     clock: PhaseClock
 
     def __init__(self) -> None:
@@ -62,8 +63,11 @@ class UpdatedModule(EvaluatedModule):
 
     def _constant_logprobs(self, sequences: Sequences) -> Tensor:
         """Log-probabilities [B, T] in the same runs of rows in which they are trained, so that the same numbers come out."""
-        runs = split_by_tokens(sequences, self.max_tokens_per_micro_batch)
+        runs = split_by_tokens(sequences, self._token_budget())
         return join_rows([self.logprobs(sequences.rows(run))[0] for run in runs], sequences.completion_ids.shape[1])
+
+    def _token_budget(self) -> int:
+        return self.max_tokens_per_micro_batch or default_token_budget(self.model)
 
     def on_train_epoch_start(self) -> None:
         """An epoch begins with an optimizer step, also after one that was cut short within a step."""
@@ -77,7 +81,7 @@ class UpdatedModule(EvaluatedModule):
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch."""
         ranks = self.trainer.world_size
-        runs = split_by_tokens(batch.sequences, self.max_tokens_per_micro_batch)
+        runs = split_by_tokens(batch.sequences, self._token_budget())
         if len(runs) > 1:
             self._begin_gradients(batch_idx)
         losses, metrics = [], []

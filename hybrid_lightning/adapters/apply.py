@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.lora_linear import use_fast_lora
 from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters.plan_peft import lora_config
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 ADAPTER = "default"  # PEFT's name for the only adapter
@@ -48,10 +48,9 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
     if any(isinstance(module, (PeftModel, BaseTunerLayer, ModulesToSaveWrapper)) for module in model.modules()):
         raise ModelError("the model already carries a PEFT adapter: apply the plan to the base model, loaded anew.")
     plan.check_model(model)
-    if not plan.full_modules and not plan.lora_modules:
-        raise PlanError('the plan leaves all modules frozen: give at least one the mode "full" or "lora".')
+    config = _lora_config(model, plan)
     start = {} if keep_start_weights else _take_weights(model, plan.full_modules)
-    adapted = get_peft_model(model, _lora_config(model, plan))
+    adapted = get_peft_model(model, config)
     _check_wrapped(adapted, plan)
     for name, wrapper in _full_wrappers(adapted).items():
         copy = wrapper.modules_to_save[ADAPTER]
@@ -134,18 +133,7 @@ class FreedStartWeights(nn.Module):
 
 def _lora_config(model: nn.Module, plan: AdapterPlan) -> LoraConfig:
     conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=plan.lora.rank,
-        lora_alpha=plan.lora.alpha,  # type: ignore[arg-type]  # PEFT only divides by the rank
-        lora_dropout=plan.lora.dropout,
-        use_dora=plan.lora.use_dora,
-        use_rslora=plan.lora.use_rslora,
-        fan_in_fan_out=conv1d,
-        # with None PEFT would fill in the architecture's usual modules, and with [] it refuses to go on
-        target_modules=list(plan.lora_modules) or DUMMY_TARGET_MODULES,
-        modules_to_save=list(plan.full_modules) or None,
-    )
+    return lora_config({module.name: module.mode for module in plan.candidates}, plan.lora, fan_in_fan_out=conv1d)
 
 
 def _take_weights(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:

@@ -6,15 +6,16 @@ module and delete the line with the digest (or make it null): with a digest, a f
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from peft import LoraConfig
 from rich.table import Table
 from torch import nn
 
-from hybrid_lightning.adapters import plan_json, plan_table
+from hybrid_lightning.adapters import plan_json, plan_peft, plan_table
 from hybrid_lightning.adapters.candidates import LinearLike, linear_shape
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.lora import LoraSettings
@@ -75,6 +76,38 @@ class AdapterPlan:
         """Number of parameters that the adapter trains."""
         full = sum(module.parameters for module in self.candidates if module.mode == "full")
         return full + sum(self.lora.parameters(module.shape) for module in self.candidates if module.mode == "lora")
+
+    def to_peft_config(
+        self,
+        rank: int | None = None,
+        alpha: float | None = None,
+        dropout: float | None = None,
+        use_dora: bool | None = None,
+        use_rslora: bool | None = None,
+    ) -> LoraConfig:
+        """The plan for code of your own that takes a PEFT config, such as `get_peft_model` or TRL's trainers.
+
+        Give it a base model with float32 weights: PEFT keeps the copies of fully trained modules in the dtype of the base, and in
+        16 bits small steps vanish (`apply_plan` makes float32 copies).
+
+        Args:
+            rank: LoRA rank r; None, here and below, takes what the plan has.
+            alpha: LoRA scale alpha / rank; it does not follow a new rank by itself.
+            dropout: On the input of LoRA.
+            use_dora: Weight-decomposed LoRA.
+            use_rslora: Scale by alpha / sqrt(rank).
+
+        Returns:
+            A new `LoraConfig` with the LoRA modules as `target_modules` and the fully trained ones as `modules_to_save`, both by
+            their full names.
+
+        Raises:
+            ConfigError: If a value is impossible.
+            PlanError: If nothing is trained, or PEFT, which matches names by their ends, would take a module for another.
+        """
+        given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_dora": use_dora, "use_rslora": use_rslora}
+        settings = replace(self.lora, **{name: value for name, value in given.items() if value is not None})
+        return plan_peft.lora_config({module.name: module.mode for module in self.candidates}, settings)
 
     def table(self) -> Table:
         """All modules by descending score, for the screen."""

@@ -293,10 +293,13 @@ class TwoTowers(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_names_that_peft_cannot_tell_apart_are_noticed(plan_for, mode):
+@pytest.mark.parametrize("listed", [True, False])
+def test_names_that_peft_cannot_tell_apart_are_noticed(plan_for, mode, listed):
+    """Whether or not the plan knows both modules."""
     model = TwoTowers()
     plan = plan_for(model, ModuleBudget(0.3))
     modes = {"layers.0": mode, "layers.1": "lora", "other.layers.0": "frozen"}
-    candidates = tuple(dataclasses.replace(m, mode=modes[m.name]) for m in plan.candidates)
-    with pytest.raises(PlanError, match=r"difference starts with other\.layers\.0"):
+    candidates = tuple(dataclasses.replace(m, mode=modes[m.name]) for m in plan.candidates if listed or "other" not in m.name)
+    message = r"PEFT would not leave other\.layers\.0" if listed else r"difference starts with other\.layers\.0"
+    with pytest.raises(PlanError, match=message):
         apply_plan(model, dataclasses.replace(plan, candidates=candidates))

@@ -60,7 +60,7 @@ class Gated(Callback):
         assert isinstance(pl_module, PolicyModule)
         prompts = trainer.datamodule.train_prompts  # type: ignore[attr-defined]
         trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        self.gate.ready([pl_module.encode(prompt) for prompt in prompts], trained, settings={})
+        self.gate.ready([pl_module.encode(prompt) for prompt in prompts], trained, settings={}, **self.facts(pl_module))
         trainer.should_stop = not self.gate.wait()
 
     def on_train_batch_end(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
@@ -71,15 +71,23 @@ class Gated(Callback):
         if (trainer.fit_loop.batch_idx + 1) % loader.micro_batches_per_rollout == 0:
             assert pl_module.last_rollout is not None
             lengths = pl_module.last_rollout[0].sequences.completion_mask.sum(dim=1)
-            self.gate.done(lengths.tolist(), trainer.global_step)
+            self.gate.done(lengths.tolist(), trainer.global_step, **self.details(trainer))
             trainer.should_stop = not self.gate.wait()
 
+    def facts(self, policy: PolicyModule) -> dict[str, Any]:
+        """What else is said before the first step."""
+        return {}
 
-def build_policy(settings: Settings) -> PolicyModule:
+    def details(self, trainer: LightningTrainer) -> dict[str, Any]:
+        """What else is said of a step."""
+        return {}
+
+
+def build_policy(settings: Settings, policy: type[PolicyModule] = PolicyModule) -> PolicyModule:
     """The workload as a policy."""
     workload: Workload = settings.workload
     loss = GSPOLoss if workload.sequence_ratio else GRPOLoss
-    return PolicyModule(
+    return policy(
         loss=loss(clip_low=workload.clip_low, clip_high=workload.clip_high),
         reward=HashedReward(),
         model=str(settings.folder),
@@ -93,13 +101,9 @@ def build_policy(settings: Settings) -> PolicyModule:
     )
 
 
-def main() -> None:
+def train(settings: Settings, policy: PolicyModule, callbacks: list[Callback]) -> None:
     """Train until the parent wants no more steps."""
-    settings = Settings.from_arguments()
     workload: Workload = settings.workload
-    torch.set_num_threads(settings.threads)
-    gate = Gate(settings.device)
-    adapter = HybridAdapterSetup(budget=ModuleBudget(share=0.0), rank=workload.rank, alpha=workload.alpha)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="gpu" if settings.device == "cuda" else "cpu",
@@ -112,9 +116,19 @@ def main() -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=folder,
-            callbacks=[adapter, Gated(gate, workload.minibatches)],
+            callbacks=callbacks,
         )
-        trainer.fit(build_policy(settings), datamodule=GivenPrompts(settings.prompts))
+        trainer.fit(policy, datamodule=GivenPrompts(settings.prompts))
+
+
+def main() -> None:
+    """LoRA, as TRL and PEFT have it."""
+    settings = Settings.from_arguments()
+    workload: Workload = settings.workload
+    torch.set_num_threads(settings.threads)
+    gate = Gate(settings.device)
+    adapter = HybridAdapterSetup(budget=ModuleBudget(share=0.0), rank=workload.rank, alpha=workload.alpha)
+    train(settings, build_policy(settings), [adapter, Gated(gate, workload.minibatches)])
 
 
 if __name__ == "__main__":

@@ -77,12 +77,13 @@ class Gate:
         self.begin, self.begin_cpu = time.perf_counter(), time.process_time()
         return wanted
 
-    def done(self, lengths: Sequence[int], optimizer_steps: int) -> None:
+    def done(self, lengths: Sequence[int], optimizer_steps: int, **details: Any) -> None:
         """Report the step that `wait` let through.
 
         Args:
             lengths: Completion tokens of each row.
             optimizer_steps: Made since the start.
+            details: What else to report.
         """
         if self.cuda:
             torch.cuda.synchronize()
@@ -92,6 +93,7 @@ class Gate:
             lengths=list(lengths),
             optimizer_steps=optimizer_steps,
             memory=self._memory(),
+            **details,
         )
 
     def _answer(self, **values: Any) -> None:

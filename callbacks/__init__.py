@@ -3,6 +3,7 @@
 from hybrid_lightning.callbacks.adaptable import Adaptable
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
+from hybrid_lightning.callbacks.policy_export import PolicyExport
 from hybrid_lightning.callbacks.prediction_writer import PredictionWriter
 from hybrid_lightning.callbacks.reward_divergence import RewardDivergence
 from hybrid_lightning.callbacks.rollout_progress import RolloutProgress
@@ -15,6 +16,7 @@ __all__ = [
     "Adaptable",
     "GracefulStop",
     "HybridAdapterSetup",
+    "PolicyExport",
     "PredictionWriter",
     "RewardDivergence",
     "RolloutProgress",

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict` and `score`."""
+"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score` and `export`."""
 
 import logging
 import re
@@ -17,6 +17,7 @@ import hybrid_lightning.adapters.scorers
 import hybrid_lightning.adapters.sketch
 import hybrid_lightning.advantages
 import hybrid_lightning.data
+import hybrid_lightning.export
 import hybrid_lightning.losses
 import hybrid_lightning.rewards  # noqa: F401  (a class is found by its short name once its module is imported)
 from hybrid_lightning.callbacks import (
@@ -36,7 +37,10 @@ from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.trainer import Trainer
 
 # Arguments of the Trainer's methods, which belong to one command and not to the run's config.
-_METHOD_ARGUMENTS = ("ckpt_path", "weights_only", "verbose", "return_predictions")
+_METHOD_ARGUMENTS = ("ckpt_path", "weights_only", "verbose", "return_predictions", "form", "folder")
+
+# An export needs no device: one process reads what any number of them wrote.
+_TRAINER_OF_EXPORT = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
 
 
 # What jsonargparse says -> what a reader of one line can use.
@@ -114,7 +118,7 @@ class HybridLightningCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Commands, each a method of the Trainer, with the arguments that come from the config."""
-        return {**LightningCLI.subcommands(), "score": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "score": {"model", "datamodule"}, "export": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give each callback a group of options of its own."""
@@ -153,6 +157,9 @@ class HybridLightningCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that have no options; those with clocks first, since scoring counts."""
         config = self._get(self.config_init, "trainer")
+        if self.subcommand == "export":
+            for name, value in _TRAINER_OF_EXPORT.items():
+                config[name] = value
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
         fixed: list[Callback] = [StepTimer(), RunSummary(), GracefulStop()]
@@ -166,6 +173,10 @@ class HybridLightningCLI(LightningCLI):
             raise ConfigError(f"trainer: {error}") from error
         assert isinstance(trainer, Trainer)
         return trainer
+
+    def before_export(self) -> None:
+        """Let go of the weights: the export reads them anew, in the dtype that it wants."""
+        self.model.adapter_target.to("meta")
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint silently: Lightning would let it override what the command line says."""

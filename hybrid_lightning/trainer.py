@@ -1,4 +1,4 @@
-"""`Trainer`: Lightning's Trainer with the `score` command."""
+"""`Trainer`: Lightning's Trainer with the commands `score` and `export`."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,20 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 
+from hybrid_lightning.callbacks.display import console
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
+from hybrid_lightning.callbacks.policy_export import policy_in_training
 from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.export.checkpoint import policy_of_checkpoint
+from hybrid_lightning.export.form import ExportForm
+from hybrid_lightning.export.merged_model import MergedModel
+from hybrid_lightning.export.new_folder import check_target
+from hybrid_lightning.export.write import write_policy
 
 
 class Trainer(LightningTrainer):
-    """Lightning's Trainer, which tells `setup` hooks the checkpoint that is about to be loaded, and can score modules.
+    """Lightning's Trainer, which tells `setup` hooks the checkpoint that is about to be loaded, scores modules and exports.
 
     The time that checkpoints take is told to `StepTimer`, which has no hook around them.
     """
@@ -44,3 +51,36 @@ class Trainer(LightningTrainer):
         self.fit_loop.epoch_loop.max_steps = 0
         self.num_sanity_val_steps = 0
         self.fit(model, datamodule=datamodule)
+
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        form: ExportForm | None = None,
+        *,
+        folder: str,
+    ) -> None:
+        """Write the trained policy as a folder that plain PEFT or transformers loads.
+
+        Args:
+            model: The module; with a checkpoint only its arguments are used, which say where the base model is.
+            datamodule: Its data, for the model card.
+            ckpt_path: Checkpoint to export, a file or a sharded folder; None exports the module as it is after `fit`.
+            form: `MergedModel` (the default), `AdapterFolder` or `LoraFolder`.
+            folder: New or empty folder to write.
+
+        Raises:
+            CheckpointError: If the checkpoint cannot be read.
+            ConfigError: If the folder holds something, or the form cannot hold the policy.
+            PlanError: If the base model is not the one that was adapted.
+        """
+        if self.is_global_zero:
+            check_target(Path(folder))
+        if ckpt_path is None:
+            policy = policy_in_training(self, model)
+        else:
+            policy = policy_of_checkpoint(ckpt_path, dict(model.hparams), datamodule) if self.is_global_zero else None
+        if policy is not None:
+            write_policy(policy, form or MergedModel(), folder)
+            console().print(f"Policy written to {folder}", soft_wrap=True)

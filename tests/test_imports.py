@@ -12,15 +12,16 @@ import hybrid_lightning
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
 GROUND = {"types", "errors", "parts"}
-LEAVES = {"data", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets"}
+LEAVES = {"data", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"}
 # Top-level name within the package -> names that it may import; itself is always allowed.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
     **{name: GROUND for name in LEAVES},
     "policy": GROUND | LEAVES,
-    "callbacks": GROUND | LEAVES | {"policy"},
-    "trainer": GROUND | LEAVES | {"policy", "callbacks"},
-    "cli": GROUND | LEAVES | {"policy", "callbacks", "trainer"},
+    "export": GROUND | LEAVES | {"policy"},
+    "callbacks": GROUND | LEAVES | {"policy", "export"},
+    "trainer": GROUND | LEAVES | {"policy", "export", "callbacks"},
+    "cli": GROUND | LEAVES | {"policy", "export", "callbacks", "trainer"},
     "__main__": {"cli"},
     "assets.pretrain": GROUND | LEAVES | {"policy"},  # the command that made the assets; nothing imports it
     "__init__": GROUND | {"version"},

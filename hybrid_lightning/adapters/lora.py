@@ -1,5 +1,6 @@
 """Settings of the low-rank part of the adapter."""
 
+import math
 from dataclasses import dataclass
 
 from hybrid_lightning.errors import ConfigError
@@ -30,6 +31,11 @@ class LoraSettings:
             raise ConfigError(f"alpha={self.alpha}: must be positive, such as twice the rank.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout}: must be at least 0 and below 1.")
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def parameters(self, shape: tuple[int, int]) -> int:
         """Trainable parameters that LoRA adds to a module.

@@ -1,0 +1,23 @@
+"""What a trained policy becomes: folders that plain PEFT and transformers load.
+
+Plan, trained weights and base make a `TrainedPolicy`; `write_policy` writes it in an `ExportForm`.
+"""
+
+from hybrid_lightning.export.adapter_folder import AdapterFolder, LoraFolder
+from hybrid_lightning.export.checkpoint import policy_of_checkpoint
+from hybrid_lightning.export.form import ExportForm
+from hybrid_lightning.export.live import policy_of_module
+from hybrid_lightning.export.merged_model import MergedModel
+from hybrid_lightning.export.trained import TrainedPolicy
+from hybrid_lightning.export.write import write_policy
+
+__all__ = [
+    "AdapterFolder",
+    "ExportForm",
+    "LoraFolder",
+    "MergedModel",
+    "TrainedPolicy",
+    "policy_of_checkpoint",
+    "policy_of_module",
+    "write_policy",
+]

@@ -1,0 +1,77 @@
+"""`AdapterFolder` and `LoraFolder`: the adapter alone, as PEFT saves it."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.export.form import ExportForm
+from hybrid_lightning.export.trained import BaseModel, TrainedPolicy
+
+
+class AdapterFolder(ExportForm):
+    """The adapter in float32: LoRA and, as PEFT's `modules_to_save`, the fully trained modules.
+
+    `PeftModel.from_pretrained` loads it onto the base model; vLLM takes it only where it is a `LoraFolder`.
+    """
+
+    name = "adapter"
+    library = "peft"
+    relation = "adapter"
+
+    def write(self, policy: TrainedPolicy, folder: Path) -> None:
+        """Write the adapter and the tokenizer.
+
+        Raises:
+            PlanError: If the base model lacks modules of the plan.
+        """
+        skeleton = policy.base.skeleton()
+        policy.plan.check_model(skeleton)
+        config = policy.plan.to_peft_config()
+        config.fan_in_fan_out = any(isinstance(skeleton.get_submodule(name), Conv1D) for name in policy.plan.lora_modules)
+        config.base_model_name_or_path = _location(policy.base)
+        config.revision = policy.base.revision
+        config.inference_mode = True  # what is loaded is frozen until it is asked to be trainable
+        config.save_pretrained(str(folder))
+        weights = {name: weight.to(torch.float32).contiguous() for name, weight in policy.weights.items()}
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        policy.base.tokenizer().save_pretrained(folder)
+
+    def how_to_load(self, policy: TrainedPolicy) -> str:
+        """Base first, then the adapter."""
+        source = policy.base.source
+        options = {"dtype": policy.base.dtype, **source.arguments}
+        arguments = "".join(f", {name}={value!r}" for name, value in options.items())
+        return (
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'folder = "."  # this one\n'
+            f"base = AutoModelForCausalLM.from_pretrained({_location(policy.base)!r}{arguments})\n"
+            "model = PeftModel.from_pretrained(base, folder)\n"
+            "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        )
+
+
+class LoraFolder(AdapterFolder):
+    """The same where no module is fully trained: plain LoRA, which servers such as vLLM load beside a base that they keep."""
+
+    name = "lora"
+
+    def check(self, plan: AdapterPlan) -> None:
+        """Refuse what is more than LoRA."""
+        if plan.full_modules:
+            raise ConfigError(
+                f"form=LoraFolder: the plan trains {len(plan.full_modules)} modules fully, such as {plan.full_modules[0]}, which "
+                "LoRA cannot hold and vLLM refuses; export form=MergedModel to serve it, or form=AdapterFolder for PEFT"
+            )
+        if plan.lora.use_dora:
+            raise ConfigError("form=LoraFolder: the plan has DoRA, which vLLM refuses; export form=MergedModel to serve it")
+
+
+def _location(base: BaseModel) -> str:
+    """Hub id, or the absolute path of the folder, since an adapter is loaded from anywhere."""
+    location = base.source.location
+    return str(Path(location).absolute()) if Path(location).exists() else location

@@ -1,0 +1,135 @@
+"""The model card: `README.md` of an exported folder."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.export.form import ExportForm
+from hybrid_lightning.export.licence import base_licence
+from hybrid_lightning.export.trained import BaseModel, TrainedPolicy, Training
+
+_SHOWN_MODULES = 24  # fully trained ones that the card lists; plan.json has all
+_ARGUMENTS = (
+    "loss",
+    "reward",
+    "sampler",
+    "advantage",
+    "chat_template_kwargs",
+    "prompts_per_rollout",
+    "samples_per_prompt",
+    "minibatches_per_rollout",
+    "optimizer",
+    "lr_full",
+    "lr_lora",
+    "schedule",
+    "seed",
+)
+_LIBRARIES = ("hybrid-lightning", "torch", "transformers", "peft")
+
+
+def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
+    """Write the card of a policy that is exported in a form."""
+    licence = base_licence(policy.base)
+    parts = (
+        _header(policy, form, licence),
+        f"# {Path(policy.base.model).stem or policy.base.model}, post-trained",
+        f"The model `{policy.base.model}`{_revision(policy.base)} after {policy.training.steps} optimizer steps of "
+        "hybrid_lightning, which trains the modules fully where low rank falls short and gives LoRA to the others (Hybrid-LoRA, "
+        "[arXiv 2605.18822](https://arxiv.org/abs/2605.18822)).",
+        f"## How to load it\n\n```python\n{form.how_to_load(policy)}```\n\n{_serving(form, policy.plan)}",
+        f"## What was trained\n\n{_plan(policy.plan)}",
+        f"## On what\n\n{_data(policy.training)}",
+        f"## What came of it\n\n{_metrics(policy.training)}",
+        f"## Licence\n\n{_licence(policy.base, licence)}",
+        "Made with " + ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES) + ".",
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _header(policy: TrainedPolicy, form: ExportForm, licence: str | None) -> str:
+    """What the hub reads: only what it can resolve."""
+    header: dict[str, Any] = {"library_name": form.library, "pipeline_tag": "text-generation", "tags": ["hybrid-lora", "rlvr"]}
+    if not Path(policy.base.source.location).exists():
+        header |= {"base_model": policy.base.model, "base_model_relation": form.relation}
+    if licence is not None:
+        header["license"] = licence
+    data = policy.training.data
+    if data is not None and data["class_path"].endswith(".HubSource") and not Path(data["init_args"]["path"]).exists():
+        header["datasets"] = [data["init_args"]["path"]]
+    return f"---\n{_yaml(header)}---"
+
+
+def _plan(plan: AdapterPlan) -> str:
+    full = plan.full_modules
+    variant = "DoRA" if plan.lora.use_dora else "rsLoRA" if plan.lora.use_rslora else "LoRA"
+    lines = [
+        f"- fully trained: {len(full)} of {len(plan.candidates)} linear modules",
+        *(f"  - `{name}`" for name in full[:_SHOWN_MODULES]),
+        *([f"  - and {len(full) - _SHOWN_MODULES} more"] if len(full) > _SHOWN_MODULES else []),
+        f"- {variant}: {len(plan.lora_modules)} modules, rank {plan.lora.rank}, alpha {plan.lora.alpha:g}",
+        f"- trainable parameters: {plan.trainable_parameters():,}",
+        f"- budget: `{_part(plan.budget)}`",
+        f"- chosen by: `{_part(plan.scorer)}`" if plan.scorer is not None else "- chosen without scores",
+    ]
+    return "\n".join(lines) + "\n\nAll modules with their scores are in `plan.json`."
+
+
+def _part(config: Mapping[str, Any]) -> str:
+    """Such as `ModuleBudget(share=0.1)`."""
+    if "class_path" not in config:  # a plan that was written by hand
+        return str(dict(config))
+    arguments = ", ".join(f"{name}={value!r}" for name, value in config.get("init_args", {}).items())
+    return f"{config['class_path'].rpartition('.')[2]}({arguments})"
+
+
+def _data(training: Training) -> str:
+    data = "Data: not recorded." if training.data is None else f"Data:\n\n```yaml\n{_yaml(training.data)}```"
+    settings = {name: training.arguments[name] for name in _ARGUMENTS if training.arguments.get(name) is not None}
+    return f"{data}\n\nSettings:\n\n```yaml\n{_yaml(settings)}```" if settings else data
+
+
+def _metrics(training: Training) -> str:
+    names = sorted({*training.before, *training.after})
+    if not names:
+        return "Not measured."
+    rows = [f"| `{name}` | {_number(training.before, name)} | {_number(training.after, name)} |" for name in names]
+    when = f" (after {training.validated_step} steps)" if training.after else ""
+    head = f"| metric | base | trained{when} |"
+    return "\n".join(["Validation problems, held out from training.", "", head, "|---|---|---|", *rows])
+
+
+def _serving(form: ExportForm, plan: AdapterPlan) -> str:
+    if form.library == "transformers":
+        return "Servers such as vLLM load this folder as they do any model."
+    if plan.full_modules:
+        return "vLLM refuses adapters with fully trained modules: to serve this policy, export it as a merged model."
+    return f"vLLM serves it beside its base: `--enable-lora --max-lora-rank {plan.lora.rank} --lora-modules policy=FOLDER`."
+
+
+def _licence(base: BaseModel, licence: str | None) -> str:
+    if licence is None:
+        return f"That of the base model `{base.model}`, which could not be looked up: see where you have it from."
+    return f"That of the base model `{base.model}`: {licence}."
+
+
+def _revision(base: BaseModel) -> str:
+    return f" (revision {base.revision})" if base.revision is not None else ""
+
+
+def _number(metrics: Mapping[str, float], name: str) -> str:
+    return f"{metrics[name]:.4f}" if name in metrics else "-"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "(not installed)"
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,63 @@
+"""A folder that is there whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from hybrid_lightning.errors import ConfigError
+
+
+def check_target(target: Path) -> None:
+    """Make sure that nothing would be overwritten.
+
+    Raises:
+        ConfigError: If the target is a file, or a folder that holds something.
+    """
+    if target.is_dir():
+        if next(target.iterdir(), None) is not None:
+            raise ConfigError(f"folder={str(target)!r} is there and not empty; give a new folder, or remove this one")
+    elif target.exists() or target.is_symlink():
+        raise ConfigError(f"folder={str(target)!r} is a file; give a new folder")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Fill a folder beside the target, which takes the target's name once it is whole and on the disk.
+
+    A process that is killed meanwhile leaves `.NAME.XXXXXXXX.partial` behind, which nothing takes for the target.
+
+    Args:
+        target: New, or an empty folder; folders above it are made.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        ConfigError: If the target holds something, before or when all is written.
+    """
+    target = target.absolute()
+    check_target(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+        check_target(target)
+        partial.replace(target)  # an empty folder gives way
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

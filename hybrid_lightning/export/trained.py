@@ -1,0 +1,109 @@
+"""`TrainedPolicy`: all that an export needs, wherever it comes from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.policy.loading import ModelSource, load_model, load_tokenizer, resolve_model
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that was adapted, by the arguments that loaded it. Its weights are read anew for an export, since those in
+    memory may be quantized or sharded."""
+
+    model: str  # as `resolve_model` takes it
+    revision: str | None = None
+    dtype: str = "float32"  # of the weights in training, before any quantization
+    chat_template: str | None = None  # in place of the tokenizer's own
+
+    @property
+    def source(self) -> ModelSource:
+        """Where it is."""
+        return resolve_model(self.model, self.revision)
+
+    def load(self) -> PreTrainedModel:
+        """Read the weights, on the CPU and in the dtype of training."""
+        return load_model(self.source, self.dtype, None)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The modules without weights, on the meta device."""
+        source = self.source
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(source.location, **source.arguments)
+            )
+        return model
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the chat template of training."""
+        tokenizer = load_tokenizer(self.source)
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        return tokenizer
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the model card says of the training."""
+
+    steps: int = 0  # optimizer steps
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the module, in plain types
+    data: Mapping[str, Any] | None = None  # class_path and init_args of the data source
+    before: Mapping[str, float] = field(default_factory=dict)  # validation metrics of the start policy
+    after: Mapping[str, float] = field(default_factory=dict)  # and of the last validation,
+    validated_step: int | None = None  # which was after so many steps
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """A plan, the weights that were trained by it, and the base that they belong to."""
+
+    plan: AdapterPlan
+    weights: Mapping[str, Tensor]  # by the names that PEFT gives them in a file, see `peft_weights`; whole, on the CPU
+    base: BaseModel
+    training: Training = field(default_factory=Training)
+
+
+def base_of(arguments: Mapping[str, Any]) -> BaseModel:
+    """The base model by the arguments of a module such as `PolicyModule`.
+
+    Raises:
+        ConfigError: If they do not name a model.
+    """
+    if not isinstance(arguments.get("model"), str):
+        raise ConfigError(
+            "cannot export: the module does not say which base model it loaded; it needs a hyper-parameter 'model' (folder"
+            " or hub id), as PolicyModule has"
+        )
+    given: dict[str, Any] = {name: arguments.get(name) for name in ("revision", "dtype", "chat_template")}
+    return BaseModel(arguments["model"], **{name: value for name, value in given.items() if value is not None})
+
+
+def training_of(
+    steps: int, arguments: Mapping[str, Any], summary: Mapping[str, Any] | None = None, datamodule: Any = None
+) -> Training:
+    """Put together what is known of a training.
+
+    Args:
+        steps: Optimizer steps taken.
+        arguments: Of the module.
+        summary: State of a `RunSummary`, which has the validation metrics.
+        datamodule: Described by its `source`, if it has one.
+    """
+    summary = summary or {}
+    source: Any = getattr(datamodule, "source", None)
+    return Training(
+        steps=steps,
+        arguments={name: value for name, value in arguments.items() if not name.startswith("_")},
+        data=source.to_config() if hasattr(source, "to_config") else None,
+        before=summary.get("before", {}),
+        after=summary.get("after", {}),
+        validated_step=summary.get("validated_step"),
+    )

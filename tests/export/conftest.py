@@ -1,0 +1,83 @@
+"""Policies as after training, on tiny bases of several families."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from exported import logits
+from tiny_models import build_tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from hybrid_lightning.adapters.apply import apply_plan, trainable_state
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.digest import model_digest
+from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.planning import make_plan
+from hybrid_lightning.adapters.scorers import Random
+from hybrid_lightning.export import TrainedPolicy
+from hybrid_lightning.export.trained import BaseModel, Training
+from hybrid_lightning.export.weights import peft_weights
+from hybrid_lightning.policy.loading import DTYPES
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A policy in memory, and what is exported of it."""
+
+    model: nn.Module
+    policy: TrainedPolicy
+
+    @property
+    def logits(self) -> Tensor:
+        return logits(self.model)
+
+
+@pytest.fixture
+def train(make_model, tmp_path) -> Callable[..., Trained]:
+    """Write a base, adapt it, and move every trained weight as far as some training would."""
+
+    def build(
+        family: str = "llama",
+        share: float = 0.2,
+        lora: LoraSettings | None = None,
+        dtype: str = "float32",
+        keep_start_weights: bool = True,
+        nf4: bool = False,
+        training: Training | None = None,
+        **base: str,
+    ) -> Trained:
+        folder = tmp_path / f"base-{family}"
+        make_model(family).to(DTYPES[dtype]).save_pretrained(folder)
+        build_tokenizer().save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+        candidates = find_candidates(model)
+        plan = make_plan(
+            model=str(folder),
+            model_digest=model_digest(model),
+            candidates=candidates,
+            budget=ModuleBudget(share),
+            lora=lora or LoraSettings(rank=4, alpha=6),
+            scores={name: hash_score(name) for name in candidates},
+            scorer=Random(0),
+        )
+        if nf4:
+            skip = [*plan.full_modules, "lm_head"]
+            quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip)
+            model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=DTYPES[dtype])
+        adapted = apply_plan(model, plan, keep_start_weights)
+        generator = torch.Generator().manual_seed(1)
+        for weight in trainable_state(adapted).values():
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+        weights = peft_weights(trainable_state(adapted), plan, "the test")
+        base_model = BaseModel(str(folder), dtype=dtype, **base)
+        return Trained(adapted.eval(), TrainedPolicy(plan, weights, base_model, training or Training(steps=3)))
+
+    return build
+
+
+def hash_score(name: str) -> float:
+    """The same in every process."""
+    return float(sum((place + 1) * ord(letter) for place, letter in enumerate(name)) % 97)

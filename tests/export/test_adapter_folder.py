@@ -1,0 +1,111 @@
+"""The adapter folder, loaded by plain PEFT."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from exported import FAMILIES, VARIANTS, files, logits
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hybrid_lightning.errors import ConfigError, PlanError
+from hybrid_lightning.export import AdapterFolder, LoraFolder, write_policy
+
+
+def load(trained, folder, dtype="auto"):
+    base = AutoModelForCausalLM.from_pretrained(trained.policy.base.model, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT warns of keys that it does not find, and of layouts that it has to guess
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        return PeftModel.from_pretrained(base, folder)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 1])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_loads_the_policy(train, tmp_path, family, variant, share):
+    trained = train(family, share, VARIANTS[variant])
+    folder = write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
+    loaded = load(trained, folder)
+    torch.testing.assert_close(logits(loaded), trained.logits, rtol=0, atol=1e-5)
+    with loaded.disable_adapter():
+        assert (logits(loaded) - trained.logits).abs().max() > 0.01, "training has changed the policy"
+    assert files(folder) >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "plan.json"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("share", [0.3, 1])
+def test_the_file_is_that_which_peft_writes(train, tmp_path, variant, share):
+    trained = train("qwen2", share, VARIANTS[variant])
+    write_policy(trained.policy, AdapterFolder(), tmp_path / "ours")
+    trained.model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs")]
+    assert all(sorted(config.pop("target_modules")) for config in configs) and configs[0] == configs[1]
+
+
+def test_freed_start_weights_make_no_difference(train, tmp_path):
+    trained = train(share=1, keep_start_weights=False)
+    write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
+    torch.testing.assert_close(logits(load(trained, tmp_path / "out")), trained.logits, rtol=0, atol=1e-5)
+
+
+def test_on_a_bfloat16_base_the_trained_weights_stay_float32(train, tmp_path):
+    trained = train(dtype="bfloat16")
+    write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    # computed in float32, where rounding does not hide a difference
+    trained.model.float()
+    torch.testing.assert_close(logits(load(trained, tmp_path / "out", "float32")), trained.logits, rtol=0, atol=1e-5)
+
+
+def test_peft_finds_the_base_by_itself_from_anywhere(train, tmp_path, monkeypatch):
+    trained = train()
+    write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
+    monkeypatch.chdir("/")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), trained.logits, rtol=0, atol=1e-5)
+
+
+def test_the_tokenizer_has_the_template_of_training(train, tmp_path):
+    trained = train(chat_template="{{ messages[0].content }}!")
+    write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "1+1"}], tokenize=False) == "1+1!"
+
+
+def test_plain_lora_is_what_a_server_takes(train, tmp_path):
+    trained = train(share=0)
+    folder = write_policy(trained.policy, LoraFolder(), tmp_path / "out")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None and not config["use_dora"] and config["bias"] == "none"
+    assert all(".lora_A." in name or ".lora_B." in name for name in load_file(folder / "adapter_model.safetensors"))
+    torch.testing.assert_close(logits(load(trained, folder)), trained.logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"share": 0.2}, r"the plan trains 3 modules fully, such as model\.layers.*; export form=MergedModel"),
+        ({"share": 0, "lora": VARIANTS["dora"]}, r"the plan has DoRA, which vLLM refuses"),
+    ],
+)
+def test_what_is_more_than_lora_is_refused_before_anything_is_written(train, tmp_path, arguments, message):
+    trained = train(**arguments)
+    with pytest.raises(ConfigError, match=message):
+        write_policy(trained.policy, LoraFolder(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_base_is_refused(train, tmp_path):
+    trained, other = train("llama"), train("gpt2")
+    policy = type(trained.policy)(trained.policy.plan, trained.policy.weights, other.policy.base)
+    with pytest.raises(PlanError, match="no such module"):
+        write_policy(policy, AdapterFolder(), tmp_path / "out")
+    assert files(tmp_path) == {"base-llama", "base-gpt2"}

@@ -1,0 +1,109 @@
+"""The merged model, loaded by plain transformers."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from exported import FAMILIES, VARIANTS, files, logits
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from hybrid_lightning.adapters.apply import apply_plan, trainable_state
+from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError, PlanError
+from hybrid_lightning.export import MergedModel, write_policy
+from hybrid_lightning.export.weights import PREFIX
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 1])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_the_policy(train, tmp_path, family, variant, share):
+    trained = train(family, share, VARIANTS[variant])
+    folder = write_policy(trained.policy, MergedModel("float32"), tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(logits(loaded), trained.logits, rtol=0, atol=1e-5)
+
+
+def test_tied_embeddings_stay_tied(train, tmp_path):
+    trained = train("gemma")
+    folder = write_policy(trained.policy, MergedModel(), tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("base", "wanted"), [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float16")])
+def test_sixteen_bits_are_the_exact_sum_rounded_once(train, tmp_path, base, wanted, keep):
+    trained = train(dtype=base, keep_start_weights=keep)
+    exact, rounded = (
+        load_file(write_policy(trained.policy, MergedModel(dtype), tmp_path / dtype) / "model.safetensors")
+        for dtype in ("float32", wanted)
+    )
+    dtype = getattr(torch, wanted)
+    assert exact.keys() == rounded.keys() and {weight.dtype for weight in rounded.values()} == {dtype}
+    assert all(torch.equal(rounded[name], weight.to(dtype)) for name, weight in exact.items())
+    assert json.loads((tmp_path / wanted / "config.json").read_text())["dtype"] == wanted
+    for name in trained.policy.plan.full_modules:
+        assert torch.equal(exact[f"{name}.weight"], trained.policy.weights[f"{PREFIX}{name}.weight"])
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_quantized_run_is_merged_into_the_base_that_it_was_quantized_from(train, tmp_path, variant):
+    trained = train(lora=VARIANTS[variant], nf4=True)
+    folder = write_policy(trained.policy, MergedModel("float32"), tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(trained.policy.base.model)
+    unquantized = apply_plan(base, trained.policy.plan)
+    unquantized.load_state_dict(trainable_state(trained.model), strict=False)
+    loaded = logits(AutoModelForCausalLM.from_pretrained(folder))
+    torch.testing.assert_close(loaded, logits(unquantized), rtol=0, atol=1e-5)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_tokenizer_template_and_generation_config_come_along(train, tmp_path):
+    trained = train(chat_template="{{ messages[0].content }}=")
+    # as many bases have it: transformers reads a temperature without do_sample, but refuses to write it
+    path = tmp_path / "base-llama" / "generation_config.json"
+    path.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": [2, 7], "bos_token_id": 1}))
+    folder = write_policy(trained.policy, MergedModel(), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "1+1"}], tokenize=False) == "1+1="
+    settings = GenerationConfig.from_pretrained(folder)
+    assert settings.eos_token_id == [2, 7] and settings.pad_token_id == tokenizer.pad_token_id == 0
+    assert (settings.temperature, settings.top_p, settings.do_sample) == (0.6, 0.9, True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("1+1=", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3).shape[0] == 1
+
+
+def test_other_weights_of_the_same_shape_are_refused(train, tmp_path, make_model):
+    trained = train()
+    make_model("llama", seed=1).save_pretrained(trained.policy.base.model)
+    with pytest.raises(PlanError, match="other weights or another dtype"):
+        write_policy(trained.policy, MergedModel(), tmp_path / "out")
+    assert files(tmp_path) == {"base-llama"}
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "is not finite"), (1e5, r"does not fit torch\.float16")])
+def test_weights_that_a_model_cannot_hold_are_refused(train, tmp_path, value, message):
+    trained = train()
+    weights = {name: weight.clone() for name, weight in trained.policy.weights.items()}
+    weights[f"{PREFIX}{trained.policy.plan.full_modules[0]}.weight"][0, 0] = value
+    policy = dataclasses.replace(trained.policy, weights=weights)
+    with pytest.raises(ModelError, match=rf"{trained.policy.plan.full_modules[0]}\.weight {message}"):
+        write_policy(policy, MergedModel("float16"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_bias_is_noticed(train, tmp_path):
+    trained = train("gpt2", share=1)
+    weights = {name: weight for name, weight in trained.policy.weights.items() if not name.endswith("0.attn.c_attn.bias")}
+    with pytest.raises(CheckpointError, match=r"c_attn\.bias' is missing"):
+        write_policy(dataclasses.replace(trained.policy, weights=weights), MergedModel(), tmp_path / "out")
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ConfigError, match=r"form\.dtype must be one of .*, got 'int8'"):
+        MergedModel("int8")

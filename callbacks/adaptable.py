@@ -40,9 +40,14 @@ def check_adaptable(pl_module: LightningModule) -> None:
             f"HybridAdapterSetup cannot adapt {name}: it needs an attribute adapter_attribute (the name of the model's "
             "attribute) and a method calibration_losses(num_prompts)"
         )
-    pl_module.configure_model()
-    if not isinstance(getattr(pl_module, str(pl_module.adapter_attribute), None), nn.Module):
+    if not _has_model(pl_module):
+        pl_module.configure_model()  # not where the model is there: a module may split it over processes in this hook
+    if not _has_model(pl_module):
         raise ConfigError(
             f"{name}.adapter_attribute is {pl_module.adapter_attribute!r}, but there is no such module; give the name of the "
             "attribute that holds the model"
         )
+
+
+def _has_model(pl_module: LightningModule) -> bool:
+    return isinstance(getattr(pl_module, str(pl_module.adapter_attribute), None), nn.Module)

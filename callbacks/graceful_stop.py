@@ -45,8 +45,9 @@ class GracefulStop(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the checkpoint if this callback stopped the run, and give the signals back."""
-        folder = run_folder(trainer)
-        if isinstance(exception, _RunStopped) and folder is not None:
+        # Asked only then: the processes of a run tell each other its folder, and where one fails the others do not listen.
+        folder = run_folder(trainer) if isinstance(exception, _RunStopped) else None
+        if folder is not None:
             path = folder / "checkpoints" / "stopped.ckpt"
             trainer.save_checkpoint(path)
             console().print(f"Checkpoint saved. Go on with:\n  {resume_command(trainer, path)}", soft_wrap=True)

@@ -28,7 +28,7 @@ from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
 from hybrid_lightning.callbacks.display import console, progress_bar, run_folder, tensorboard_writers
 from hybrid_lightning.callbacks.step_timer import measured
-from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
+from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.modes import evaluation_mode
 
@@ -166,27 +166,41 @@ class HybridAdapterSetup(Callback):
             )
 
     def _make_plan(self, trainer: Trainer, pl_module: LightningModule) -> AdapterPlan:
-        """Score on rank 0, on the device that trains, and tell the other ranks."""
+        """Score on rank 0, on the device that trains, and tell the other ranks; also what went wrong, or they would wait."""
         content: dict[str, Any] = {}
+        error: Exception | None = None
         if trainer.is_global_zero:
-            model = getattr(pl_module, str(pl_module.adapter_attribute)).to(trainer.strategy.root_device)
-            digest = model_digest(model)
-            candidates = find_candidates(model, target_modules=self.target_modules)
-            scores, info = self._score(trainer, pl_module, model, candidates) if self.budget.needs_scores else (None, {})
-            hparams = getattr(pl_module, "hparams", {})
-            content = make_plan(
-                model=str(hparams.get("model", type(model).__name__)),
-                revision=hparams.get("revision"),
-                model_digest=digest,
-                candidates=candidates,
-                budget=self.budget,
-                lora=self.lora,
-                scores=scores,
-                scorer=self.scorer if scores is not None else None,
-                calibration=info,
-                seed=hparams.get("seed"),
-            ).to_dict()
-        return AdapterPlan.from_dict(trainer.strategy.broadcast(content))
+            try:
+                content = self._planned(trainer, pl_module).to_dict()
+            except Exception as raised:
+                if trainer.world_size == 1:
+                    raise
+                error = raised
+        content, reason = trainer.strategy.broadcast((content, None if error is None else f"{type(error).__name__}: {error}"))
+        if error is not None:
+            raise error
+        if reason is not None:
+            raise CalibrationError(f"rank 0 could not score the modules: {reason}")
+        return AdapterPlan.from_dict(content)
+
+    def _planned(self, trainer: Trainer, pl_module: LightningModule) -> AdapterPlan:
+        model = getattr(pl_module, str(pl_module.adapter_attribute)).to(trainer.strategy.root_device)
+        digest = model_digest(model)
+        candidates = find_candidates(model, target_modules=self.target_modules)
+        scores, info = self._score(trainer, pl_module, model, candidates) if self.budget.needs_scores else (None, {})
+        hparams = getattr(pl_module, "hparams", {})
+        return make_plan(
+            model=str(hparams.get("model", type(model).__name__)),
+            revision=hparams.get("revision"),
+            model_digest=digest,
+            candidates=candidates,
+            budget=self.budget,
+            lora=self.lora,
+            scores=scores,
+            scorer=self.scorer if scores is not None else None,
+            calibration=info,
+            seed=hparams.get("seed"),
+        )
 
     def _score(
         self, trainer: Trainer, pl_module: LightningModule, model: nn.Module, candidates: dict[str, Any]

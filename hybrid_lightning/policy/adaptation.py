@@ -1,7 +1,7 @@
 """`AdaptedModule`: what makes a LightningModule with a hybrid adapter save, resume and reload by itself.
 
-A checkpoint holds the trainable weights only, and under the key `hybrid_lightning` the adapter plan and the digest of the
-base model that they belong to.
+A checkpoint holds the trainable weights only, the optimizer's state by the names of its parameters, and under the key
+`hybrid_lightning` the adapter plan and the digest of the base model that they belong to.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,6 +17,8 @@ from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import CheckpointError, PlanError
+from hybrid_lightning.sharding.optimizer_state import name_state
+from hybrid_lightning.sharding.whole_files import write_whole_files
 
 CHECKPOINT_KEY = "hybrid_lightning"
 
@@ -83,10 +85,18 @@ class AdaptedModule(LightningModule):
         with adapter_disabled(cast(PeftModel, self.adapter_target)):
             yield
 
+    def setup(self, stage: str) -> None:
+        """Let checkpoints be written so that none is ever there in part."""
+        write_whole_files(self.trainer.strategy)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trainable weights only, and say which plan and base model they belong to."""
+        """Keep trainable weights, name the optimizer's state of each, and say which plan and base model they belong to."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trainable}
+        if "optimizer_states" in checkpoint:
+            names = {parameter: name for name, parameter in self.named_parameters()}
+            states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [name_state(state, optimizer, names) for state, optimizer in states]
         checkpoint[CHECKPOINT_KEY] = {
             "plan": None if self.plan is None else self.plan.to_dict(),
             "keep_start_weights": self.keep_start_weights,

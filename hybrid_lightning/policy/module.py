@@ -31,6 +31,7 @@ from hybrid_lightning.policy.updated import UpdatedModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.sharding.ranks import gather_objects, sum_over_ranks
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
 
@@ -156,7 +157,8 @@ class PolicyModule(UpdatedModule):
             seed=self.seed,
             rank=rank,
             world_size=trainer.world_size,
-            sum_over_ranks=lambda value: trainer.strategy.reduce(value, reduce_op="sum"),
+            sum_over_ranks=sum_over_ranks,
+            gather_over_ranks=gather_objects,
             epoch=epoch,
             shuffle=trainer.overfit_batches == 0,  # type: ignore[attr-defined]
         )
@@ -181,6 +183,7 @@ class PolicyModule(UpdatedModule):
 
     def setup(self, stage: str) -> None:
         """Check what cannot work before anything is spent (see `check_settings`)."""
+        super().setup(stage)
         self.check_settings()
 
     def check_settings(self) -> None:

@@ -5,37 +5,50 @@ Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order
 
 import torch
 
+from hybrid_lightning.sharding.ranks import gather_columns
 from hybrid_lightning.types import Rewards, Rollouts
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
-    """Scalars of one rollout on this rank.
+    """Scalars of one rollout, of all ranks together; each rank has the same number of prompts.
 
     Returns:
         `reward` (mean over sequences), `reward_std` (mean over groups of the unbiased standard deviation in a group),
         `frac_reward_zero_std` (share of groups whose rewards all tie: they teach nothing), `rewards/{name}/mean` and `/std`,
         `solve_rate/{all,none,mixed}` (shares of groups by correctness), `accuracy`, `completions/*` in tokens, `num_tokens`.
     """
-    groups = rewards.total.view(-1, rollouts.samples_per_prompt)
+    sequences = rollouts.sequences
+    columns = gather_columns(
+        {
+            "total": rewards.total,
+            "correct": rewards.correct,
+            "length": sequences.completion_mask.sum(dim=1),
+            "prompt_length": sequences.prompt_mask.sum(dim=1),
+            "finished": rollouts.finished,
+            **{f"rewards/{name}": part for name, part in rewards.parts.items()},
+        }
+    )
+    groups = columns["total"].view(-1, rollouts.samples_per_prompt)
     std = groups.std(dim=1) if groups.shape[1] > 1 else torch.zeros_like(groups[:, 0])
     ties = groups.amax(dim=1) == groups.amin(dim=1)
-    solved = rewards.correct.view_as(groups).float().mean(dim=1)
-    lengths = rollouts.sequences.completion_mask.sum(dim=1).float()
+    solved = columns["correct"].view_as(groups).float().mean(dim=1)
+    lengths = columns["length"].float()
     metrics = {
-        "reward": rewards.total.mean(),
+        "reward": columns["total"].mean(),
         "reward_std": std.mean(),
         "frac_reward_zero_std": ties.float().mean(),
-        "accuracy": rewards.correct.float().mean(),
+        "accuracy": columns["correct"].float().mean(),
         "solve_rate/all": (solved == 1).float().mean(),
         "solve_rate/none": (solved == 0).float().mean(),
         "solve_rate/mixed": ((solved > 0) & (solved < 1)).float().mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": 1 - rollouts.finished.float().mean(),
-        "num_tokens": lengths.sum() + rollouts.sequences.prompt_mask.sum(),
+        "completions/clipped_ratio": 1 - columns["finished"].float().mean(),
+        "num_tokens": lengths.sum() + columns["prompt_length"].sum(),
     }
-    for name, part in rewards.parts.items():
+    for name in rewards.parts:
+        part = columns[f"rewards/{name}"]
         metrics[f"rewards/{name}/mean"] = part.mean()
         metrics[f"rewards/{name}/std"] = part.std() if len(part) > 1 else torch.zeros(())
     return {name: float(value) for name, value in metrics.items()}

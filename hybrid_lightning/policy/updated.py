@@ -16,10 +16,12 @@ from hybrid_lightning.losses.base import combine_metrics
 from hybrid_lightning.policy.agreement import compare_with_sampler
 from hybrid_lightning.policy.evaluated import EvaluatedModule
 from hybrid_lightning.policy.logprobs import token_logprobs
-from hybrid_lightning.policy.step_metrics import StepMetrics
+from hybrid_lightning.policy.step_metrics import StepMetrics, join_ranks
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.token_budget import default_token_budget
 from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
+from hybrid_lightning.sharding.norms import total_norm
+from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.types import PolicyBatch, Sequences
 
 
@@ -82,6 +84,7 @@ class UpdatedModule(EvaluatedModule):
         """Loss of one micro-batch."""
         ranks = self.trainer.world_size
         runs = split_by_tokens(batch.sequences, self._token_budget())
+        runs_of_ranks = gather_counts(len(runs), self.device)
         if len(runs) > 1:
             self._begin_gradients(batch_idx)
         losses, metrics = [], []
@@ -95,7 +98,7 @@ class UpdatedModule(EvaluatedModule):
             loss = sum(((parameter * 0).sum() for parameter in self._trained()), start=torch.zeros((), device=self.device))
         total = torch.stack(losses).sum() if losses else loss.detach()
         loss = loss + (total - loss.detach())  # the value of all runs, for callbacks; the gradient of the last
-        self._log_step(batch, {"loss": total, **combine_metrics(metrics)})
+        self._log_step(batch, join_ranks({"loss": total, **combine_metrics(metrics)}, runs_of_ranks))
         # Lightning divides by the accumulated micro-batches and DDP/FSDP average over ranks; the loss is a share of a sum.
         return loss * (self.trainer.accumulate_grad_batches * ranks)
 
@@ -133,9 +136,8 @@ class UpdatedModule(EvaluatedModule):
         torch.clear_autocast_cache()
 
     def _log_step(self, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
-        averages = self._step_metrics.update(
-            shares=dict(shares), means={}, micro_batches=self.trainer.accumulate_grad_batches, ranks=self.trainer.world_size
-        )
+        """Log what is the same on every rank: metrics of rollouts and shares have been joined over ranks."""
+        averages = self._step_metrics.update(shares=dict(shares), means={}, micro_batches=self.trainer.accumulate_grad_batches)
         shown: dict[str, Any] = {
             name: batch.metrics[name] for name in ("reward", "completions/mean_length") if name in batch.metrics
         }
@@ -143,7 +145,6 @@ class UpdatedModule(EvaluatedModule):
         options: dict[str, Any] = {
             "on_step": True,
             "on_epoch": False,
-            "sync_dist": self.trainer.world_size > 1,
             "batch_size": max(1, len(batch.sequences)),
         }
         self.log_dict(shown, prog_bar=True, **options)
@@ -153,5 +154,4 @@ class UpdatedModule(EvaluatedModule):
         """Log the gradient norm of each group before clipping."""
         for group in optimizer.param_groups:
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-            self.log(f"grad_norm/{group['name']}", norm, on_step=True, on_epoch=False)
+            self.log(f"grad_norm/{group['name']}", total_norm(gradients), on_step=True, on_epoch=False)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.rollout.dealing import deal
 from hybrid_lightning.rollout.random_state import capture_random_state, restore_random_state
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
@@ -108,6 +109,7 @@ class RolloutLoader:
         rank: This process.
         world_size: Number of processes; each takes its own P / world_size prompts of every rollout.
         sum_over_ranks: Adds a scalar tensor over processes.
+        gather_over_ranks: Gives the value of every process, for a checkpoint.
         epoch: First epoch: a loader that replaces another (`reload_dataloaders_every_n_epochs`) must not begin anew.
         shuffle: False keeps the order of the data (for `overfit_batches`), and starts over at every epoch.
     """
@@ -124,6 +126,7 @@ class RolloutLoader:
         rank: int = 0,
         world_size: int = 1,
         sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
+        gather_over_ranks: Callable[[Any], list[Any]] = lambda value: [value],
         epoch: int = 0,
         shuffle: bool = True,
     ) -> None:
@@ -136,7 +139,7 @@ class RolloutLoader:
         self.generator = generator or torch.Generator()
         self.seed = seed
         self.rank, self.world_size = rank, world_size
-        self.sum_over_ranks = sum_over_ranks
+        self.sum_over_ranks, self.gather_over_ranks = sum_over_ranks, gather_over_ranks
         self.shuffle = shuffle
         self._epoch = epoch
         self._next_prompt = 0  # position in this epoch's permutation
@@ -177,22 +180,28 @@ class RolloutLoader:
             yield self._pending.popleft()
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the prompts, micro-batches not yet consumed, and all random states; plain data and tensors."""
-        return {
-            "prompts": len(self.prompts),
-            "epoch": self._epoch,
-            "next_prompt": self._next_prompt,
+        """Position in the prompts, and of each rank its micro-batches not yet consumed and all random states.
+
+        Plain data and tensors. All ranks have to ask for it together.
+        """
+        mine = {
             "pending": [_to_state(batch) for batch in self._pending],
             "generator": self.generator.get_state(),
             "random": self._resumed_random_state or capture_random_state(),
         }
+        position = {"prompts": len(self.prompts), "epoch": self._epoch, "next_prompt": self._next_prompt}
+        return {**position, "ranks": self.gather_over_ranks(mine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`.
 
+        Another number of ranks takes the rows that are left over among them; a rank that was not there draws new random numbers.
+
         Raises:
-            CheckpointError: If the state was saved with another number of training prompts.
+            CheckpointError: If the state was saved with another number of training prompts, or by an earlier version.
         """
+        if "ranks" not in state:
+            raise CheckpointError("the checkpoint's rollouts were saved by an earlier version; resume with that version")
         if state["prompts"] != len(self.prompts):
             raise CheckpointError(
                 f"the checkpoint was saved with {state['prompts']} training prompts, but data gives {len(self.prompts)}; resume "
@@ -200,9 +209,12 @@ class RolloutLoader:
             )
         self._epoch, self._next_prompt = state["epoch"], state["next_prompt"]
         device = self.generator.device
-        self._pending = deque(_from_state(entry).to(device) for entry in state["pending"])
-        self.generator.set_state(state["generator"].cpu())
-        self._resumed_random_state = state["random"]
+        saved: list[dict[str, Any]] = state["ranks"]
+        pending = [[_from_state(entry).to(device) for entry in one["pending"]] for one in saved]
+        self._pending = deque(deal(pending, self.rank, self.world_size))
+        if self.rank < len(saved):
+            self.generator.set_state(saved[self.rank]["generator"].cpu())
+            self._resumed_random_state = saved[self.rank]["random"]
         self._resumed = True
 
     def _order(self, epoch: int) -> list[int]:
@@ -217,8 +229,8 @@ class RolloutLoader:
         epoch, start = self._epoch, self._next_prompt
         if start + count > len(self.prompts):
             epoch, start = epoch + 1, 0
-        share = count // self.world_size
-        mine = self._order(epoch)[start + self.rank * share : start + (self.rank + 1) * share]
+        # Dealt one by one, so that a minibatch has the same prompts however many ranks share it.
+        mine = self._order(epoch)[start : start + count][self.rank :: self.world_size]
         before = (self.generator.get_state(), capture_random_state())
         try:
             batches = self._split(*self.source.roll_out([self.prompts[i] for i in mine], self.generator))

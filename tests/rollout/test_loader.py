@@ -225,7 +225,7 @@ def test_an_unfinished_rollout_of_an_earlier_version_is_refused():
     loader = build()
     next(iter(loader))
     state = loader.state_dict()
-    del state["pending"][0]["sampling_logprobs"]
+    del state["ranks"][0]["pending"][0]["sampling_logprobs"]
     with pytest.raises(CheckpointError, match=r"lacks sampling_logprobs.*earlier version"):
         build().load_state_dict(state)
 

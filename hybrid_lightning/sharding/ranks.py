@@ -1,0 +1,78 @@
+"""What the processes (ranks) of a run tell each other. A run of one process gets back what it gave, at no cost.
+
+All ranks have to call each of these functions, and in the same order.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of each rank; anything that can be pickled, with tensors on the CPU."""
+    values: list[Any] = [None] * world_size()
+    if len(values) == 1:
+        return [value]
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_counts(count: int, device: torch.device) -> list[int]:
+    """The number of each rank.
+
+    Args:
+        count: Of this rank.
+        device: That the ranks train on.
+    """
+    ranks = world_size()
+    if ranks == 1:
+        return [count]
+    counts = torch.zeros(ranks, dtype=torch.long, device=device)
+    counts[dist.get_rank()] = count
+    dist.all_reduce(counts)
+    return [int(value) for value in counts.tolist()]
+
+
+def gather_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put the rows of all ranks under each other.
+
+    Args:
+        columns: Name -> [B], the same names and the same B on every rank.
+
+    Returns:
+        Name -> [ranks * B], in the dtype of each column.
+    """
+    ranks = world_size()
+    if ranks == 1:
+        return dict(columns)
+    mine = torch.stack([column.double() for column in columns.values()])
+    parts = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(parts, mine)
+    rows = torch.cat(parts, dim=1)
+    return {name: row.to(column.dtype) for (name, column), row in zip(columns.items(), rows, strict=True)}
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum over ranks; what is given stays as it is."""
+    if world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def largest_over_ranks(values: Tensor) -> Tensor:
+    """Entry by entry the largest over ranks; what is given stays as it is."""
+    if world_size() == 1:
+        return values
+    largest = values.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest

@@ -1,0 +1,70 @@
+"""Start a function on several gloo processes, as torchrun would, and collect what each returns.
+
+They are forked from a server that has imported everything: importing takes longer than a tiny training run.
+"""
+
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_context = get_context("forkserver")
+_context.set_forkserver_preload(
+    ["hybrid_lightning.cli", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _work(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    if ranks > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank))
+        os.environ.update(WORLD_SIZE=str(ranks))
+    torch.set_num_threads(1)
+    try:
+        (scratch / f"{rank}.pickle").write_bytes(pickle.dumps(function(**arguments)))
+    except BaseException:
+        (scratch / f"{rank}.error").write_text(traceback.format_exc())
+        raise
+
+
+def start(ranks: int, scratch: Path, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+    """The processes of a run."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    processes = [
+        _context.Process(target=_work, args=(rank, ranks, port, scratch, function, arguments), daemon=True) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def wait(processes: list[Any], timeout_s: float) -> None:
+    """Wait until all have ended; ended by force and an error after the time."""
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    assert not hanging, f"ranks {hanging} still ran after {timeout_s} s"
+
+
+def run(ranks: int, scratch: Path, function: Callable[..., Any], timeout_s: float = 60, **arguments: Any) -> list[Any]:
+    """Call a function on every rank; what each returns."""
+    wait(start(ranks, scratch, function, **arguments), timeout_s)
+    errors = [path.read_text() for path in sorted(scratch.glob("*.error"))]
+    assert not errors, "\n".join(errors)
+    return [pickle.loads((scratch / f"{rank}.pickle").read_bytes()) for rank in range(ranks)]

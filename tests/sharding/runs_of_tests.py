@@ -1,0 +1,147 @@
+"""A tiny training run that does the same work on any number of ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer
+
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import Rollouts, Sequences
+
+
+class ByPrompt(Sampler):
+    """Draws each prompt's completions from numbers of its own, so that they do not depend on who completes it.
+
+    Prompts of even index may answer longer than those of odd index: with two ranks often one has more to do.
+    """
+
+    def sample(self, model, tokenizer, prompts, prompt_ids, samples_per_prompt, *, generator=None, **options):
+        parts = []
+        for prompt, ids in zip(prompts, prompt_ids, strict=True):
+            own = torch.Generator().manual_seed(1000 + prompt.index)
+            sampler = Sampler(max_new_tokens=self.max_new_tokens if prompt.index % 2 == 0 else 2)
+            parts.append(sampler.sample(model, tokenizer, [prompt], [ids], samples_per_prompt, generator=own, **options))
+        return join(parts)
+
+
+def join(parts):
+    def stack(tensors, left=False):
+        width = max(tensor.shape[1] for tensor in tensors)
+        pads = [(width - tensor.shape[1], 0) if left else (0, width - tensor.shape[1]) for tensor in tensors]
+        return torch.cat([torch.nn.functional.pad(tensor, pad) for tensor, pad in zip(tensors, pads, strict=True)])
+
+    sequences = [part.sequences for part in parts]
+    return Rollouts(
+        tuple(prompt for part in parts for prompt in part.prompts),
+        Sequences(
+            stack([s.prompt_ids for s in sequences], left=True),
+            stack([s.prompt_mask for s in sequences], left=True),
+            stack([s.completion_ids for s in sequences]),
+            stack([s.completion_mask for s in sequences]),
+        ),
+        tuple(text for part in parts for text in part.completions),
+        stack([part.sampling_logprobs for part in parts]),
+        torch.cat([part.finished for part in parts]),
+        parts[0].samples_per_prompt,
+    )
+
+
+class OnlyFirstQuarter(RewardFunction):
+    """Advantages for prompts of one rank only; the others tie."""
+
+    def __init__(self, prompts: tuple[int, ...]) -> None:
+        self.prompts = prompts
+
+    def __call__(self, completions, prompts):
+        shares = DigitShare()(completions, prompts)
+        return [share if prompt.index in self.prompts else 0.5 for share, prompt in zip(shares, prompts, strict=True)]
+
+
+class Log(Callback):
+    """What a run did: metrics of every step, and prompts of every rollout."""
+
+    def __init__(self):
+        self.steps, self.prompts, self.runs = [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.prompts.append([prompt.index for prompt in pl_module.last_rollout[0].prompts])
+        self.runs.append(len(batch.sequences))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not trainer.fit_loop._should_accumulate():
+            self.steps.append({n: float(v) for n, v in trainer.callback_metrics.items() if not n.startswith("val/")})
+
+
+def weights(module) -> dict[str, torch.Tensor]:
+    """The whole of every trained weight."""
+    with torch.no_grad():
+        found = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        return {name: whole(p).clone() for name, p in found.items()}
+
+
+def whole(value):
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
+
+
+def train(
+    folder: Path,
+    root: Path,
+    strategy: Any = "auto",
+    devices: int = 1,
+    policy: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+    callbacks: tuple[Callback, ...] = (),
+    ckpt_path: Path | None = None,
+    save: Path | None = None,
+    **flags: Any,
+) -> dict[str, Any]:
+    """Train, validate and say what came out."""
+    torch.manual_seed(11)
+    arguments = {
+        "loss": GSPOLoss(kl_coef=0.02),
+        "sampler": ByPrompt(max_new_tokens=6),
+        "prompts_per_rollout": 12,
+        "minibatches_per_rollout": 2,
+        "epochs_per_rollout": 1,
+        "optimizer": torch.optim.SGD,
+        "lr_full": 0.05,
+        "lr_lora": 0.1,
+        **(policy or {}),
+    }
+    log = Log()
+    module = build_policy(folder / "model", **arguments)
+    trainer = build_trainer(
+        root,
+        build_adapter(**(adapter or {})),
+        log,
+        *callbacks,
+        **{
+            "strategy": strategy() if callable(strategy) else strategy,
+            "devices": devices,
+            "max_steps": 4,
+            "gradient_clip_val": 0.05,
+            "val_check_interval": 4,
+            "check_val_every_n_epoch": None,
+            **flags,
+        },
+    )
+    trainer.fit(module, datamodule=build_data(folder / "sums.jsonl", validation_fraction=0.2), ckpt_path=ckpt_path)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    validation = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    return {
+        "steps": log.steps,
+        "weights": weights(module),
+        "plan": module.plan.to_dict(),
+        "validation": validation,
+        "prompts": log.prompts,
+        "rows": log.runs,
+        "global_step": trainer.global_step,
+    }
+
+
+__all__ = ["ByPrompt", "GRPOLoss", "OnlyFirstQuarter", "StartsWithDigit", "train"]

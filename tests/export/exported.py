@@ -14,6 +14,9 @@ VARIANTS = {
     "dora": LoraSettings(rank=4, alpha=6, use_dora=True),
     "rslora": LoraSettings(rank=4, alpha=6, dropout=0.1, use_rslora=True),
 }
+# Every family at every budget, and every variant in both layouts of weights.
+CASES = [(family, "lora", share) for family in FAMILIES for share in (0, 0.3, 1)]
+CASES += [(family, variant, 0.3) for family in ("llama", "gpt2") for variant in ("dora", "rslora")]
 
 
 def logits(model: nn.Module) -> Tensor:

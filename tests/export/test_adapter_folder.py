@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from exported import FAMILIES, VARIANTS, files, logits
+from exported import CASES, VARIANTS, files, logits
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,9 +23,7 @@ def load(trained, folder, dtype="auto"):
         return PeftModel.from_pretrained(base, folder)
 
 
-@pytest.mark.parametrize("share", [0, 0.3, 1])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "variant", "share"), CASES)
 def test_peft_loads_the_policy(train, tmp_path, family, variant, share):
     trained = train(family, share, VARIANTS[variant])
     folder = write_policy(trained.policy, AdapterFolder(), tmp_path / "out")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from exported import FAMILIES, VARIANTS, files, logits
+from exported import CASES, VARIANTS, files, logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -15,9 +15,7 @@ from hybrid_lightning.export import MergedModel, write_policy
 from hybrid_lightning.export.weights import PREFIX
 
 
-@pytest.mark.parametrize("share", [0, 0.3, 1])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "variant", "share"), CASES)
 def test_transformers_loads_the_policy(train, tmp_path, family, variant, share):
     trained = train(family, share, VARIANTS[variant])
     folder = write_policy(trained.policy, MergedModel("float32"), tmp_path / "out")

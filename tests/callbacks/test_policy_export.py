@@ -1,0 +1,115 @@
+import pytest
+import torch
+from peft import PeftModel
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+from transformers import AutoModelForCausalLM
+
+from hybrid_lightning.callbacks import PolicyExport, RunSummary, StepTimer
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.export import AdapterFolder, LoraFolder, MergedModel
+
+IDS = torch.tensor([[4, 5, 13, 6, 16]])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("exports") / "model")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("exports") / "sums.jsonl", 24)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def exports(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_at_the_end_of_training(model, sums, tmp_path):
+    module = fit(model, sums, tmp_path, RunSummary(), PolicyExport(MergedModel("float32")))
+    folder = tmp_path / "export" / "merged"
+    assert exports(folder) == ["step=2"]
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "step=2")
+    torch.testing.assert_close(logits(loaded), logits(module.model), rtol=0, atol=1e-5)
+    card = (folder / "step=2" / "README.md").read_text()
+    assert "after 2 optimizer steps" in card and str(sums) in card and "DigitShare" in card
+
+
+def test_from_a_running_job_which_goes_on_as_without(model, sums, tmp_path):
+    export, timer = PolicyExport(AdapterFolder(), str(tmp_path / "mine"), every_n_steps=2), StepTimer()
+    policy = {"minibatches_per_rollout": 2}
+    module = fit(model, sums, tmp_path / "a", timer, export, policy=policy, max_steps=5, accumulate_grad_batches=2)
+    without = fit(model, sums, tmp_path / "b", policy=policy, max_steps=5, accumulate_grad_batches=2)
+    assert exports(tmp_path / "mine") == ["step=2", "step=4", "step=5"], "once each, not once a micro-batch"
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), without.parameters(), strict=True))
+    loaded = {}
+    for step in (2, 4, 5):
+        base = AutoModelForCausalLM.from_pretrained(model)
+        loaded[step] = logits(PeftModel.from_pretrained(base, tmp_path / "mine" / f"step={step}"))
+    torch.testing.assert_close(loaded[5], logits(module.model), rtol=0, atol=1e-5)
+    early = fit(model, sums, tmp_path / "c", policy=policy, max_steps=2, accumulate_grad_batches=2)
+    torch.testing.assert_close(loaded[2], logits(early.model), rtol=0, atol=1e-5)
+    assert (loaded[4] - loaded[2]).abs().max() > 1e-3
+    assert timer.totals()["checkpoint"] > 0
+
+
+def test_a_last_step_that_was_exported_is_not_again(model, sums, tmp_path):
+    fit(model, sums, tmp_path, PolicyExport(AdapterFolder(), every_n_steps=1))
+    assert exports(tmp_path / "export" / "adapter") == ["step=1", "step=2"]
+
+
+def test_exports_of_another_run_are_found_before_training(model, sums, tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "step=2").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"has an export of step 2 of another run, and this one begins after step 0"):
+        fit(model, sums, tmp_path, PolicyExport(AdapterFolder(), str(folder)))
+    assert exports(folder) == ["step=2"] and not any((folder / "step=2").iterdir())
+
+
+def test_a_resumed_run_exports_beside_what_is_there(model, sums, tmp_path):
+    def trainer(steps):
+        return build_trainer(tmp_path, build_adapter(), PolicyExport(AdapterFolder(), str(tmp_path / "mine")), max_steps=steps)
+
+    first = trainer(1)
+    torch.manual_seed(11)
+    first.fit(build_policy(model), datamodule=build_data(sums))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    trainer(2).fit(build_policy(model), datamodule=build_data(sums), ckpt_path=tmp_path / "last.ckpt")
+    assert exports(tmp_path / "mine") == ["step=1", "step=2"]
+
+
+def test_a_form_that_cannot_hold_the_plan_is_refused_before_training(model, sums, tmp_path):
+    with pytest.raises(ConfigError, match="form=LoraFolder: the plan trains 3 modules fully"):
+        fit(model, sums, tmp_path, PolicyExport(LoraFolder()))
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_trial_run_leaves_nothing(model, sums, tmp_path):
+    fit(model, sums, tmp_path / "root", PolicyExport(folder=str(tmp_path / "mine")), fast_dev_run=True)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_the_trainer_exports_what_it_has_trained(model, sums, tmp_path):
+    module = build_policy(model)
+    trainer = build_trainer(tmp_path, RunSummary(), build_adapter())
+    trainer.fit(module, datamodule=build_data(sums))
+    trainer.export(module, form=MergedModel("float32"), folder=str(tmp_path / "out"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(module.model), rtol=0, atol=1e-5)
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ConfigError, match="every_n_steps must be at least 1, got 0"):
+        PolicyExport(every_n_steps=0)
+
+
+def test_without_an_adapter_there_is_nothing_to_export(model, sums, tmp_path):
+    module = build_policy(model)
+    module.model.requires_grad_(True)
+    with pytest.raises(ConfigError, match="needs HybridAdapterSetup among"):
+        PolicyExport().on_train_start(build_trainer(tmp_path), module)

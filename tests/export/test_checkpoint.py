@@ -1,0 +1,136 @@
+"""Checkpoints as Lightning writes them, as files and as the folders of sharded ones."""
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from exported import logits
+from shard_writer import write_shard
+from torch.distributed import checkpoint as distributed_checkpoint
+from transformers import AutoModelForCausalLM
+
+from hybrid_lightning.adapters.apply import trainable_state
+from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
+from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
+
+
+def content_of(trained, **changes):
+    state = {f"model.{name}": weight for name, weight in trainable_state(trained.model).items()}
+    return {
+        "state_dict": state,
+        "global_step": 7,
+        "hyper_parameters": {"model": trained.policy.base.model, "revision": None, "dtype": "float32", "lr_lora": 0.5, "_x": 1},
+        "callbacks": {"RunSummary": {"before": {"val/a": 0.1}, "after": {"val/a": 0.9}, "validated_step": 6, "seconds": 1.0}},
+        CHECKPOINT_KEY: {"plan": trained.policy.plan.to_dict(), "keep_start_weights": True, "base_digest": "x"},
+        **changes,
+    }
+
+
+def save_shards(state, folder, prefix):
+    optimizer = {"state": {"model.base_model.model.x.lora_A.default.weight": {"exp_avg": torch.ones(3)}}}
+    distributed_checkpoint.save({prefix: state, "optimizer_0": optimizer}, checkpoint_id=folder, no_dist=True)
+
+
+def assert_same(policy, trained):
+    assert policy.plan == trained.policy.plan and policy.base == trained.policy.base
+    assert policy.weights.keys() == trained.policy.weights.keys()
+    assert all(torch.equal(policy.weights[name], weight) for name, weight in trained.policy.weights.items())
+
+
+@pytest.mark.parametrize("sharded", [None, "state_dict", "model"])
+def test_plan_weights_and_what_the_card_says(train, tmp_path, sharded):
+    """The shards of FSDP2 lie under `state_dict`, those of FSDP1 under `model`."""
+    trained = train(share=0.3)
+    content = content_of(trained)
+    path = tmp_path / "last.ckpt"
+    if sharded is None:
+        torch.save(content, path)
+    else:
+        save_shards(content.pop("state_dict"), path, sharded)
+        torch.save(content, path / "meta.pt")
+    policy = policy_of_checkpoint(path)
+    assert_same(policy, trained)
+    training = policy.training
+    assert (training.steps, training.validated_step, training.before, training.after) == (7, 6, {"val/a": 0.1}, {"val/a": 0.9})
+    assert training.arguments["lr_lora"] == 0.5 and "_x" not in training.arguments
+
+
+def test_one_process_puts_together_what_two_have_written(train, tmp_path):
+    trained = train()
+    content = content_of(trained)
+    state = {name: weight.clone() for name, weight in content.pop("state_dict").items()}
+    multiprocessing.spawn(write_shard, (str(tmp_path / "last.ckpt"), state), nprocs=2)
+    torch.save(content, tmp_path / "last.ckpt" / "meta.pt")
+    assert len(list((tmp_path / "last.ckpt").glob("*.distcp"))) == 2
+    assert_same(policy_of_checkpoint(tmp_path / "last.ckpt"), trained)
+
+
+def test_a_base_that_was_moved_is_given(train, tmp_path):
+    trained = train()
+    torch.save(content_of(trained), tmp_path / "last.ckpt")
+    moved = tmp_path / "moved"
+    (tmp_path / "base-llama").rename(moved)
+    policy = policy_of_checkpoint(tmp_path / "last.ckpt", {"model": str(moved)})
+    folder = write_policy(policy, MergedModel("float32"), tmp_path / "out")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), trained.logits, rtol=0, atol=1e-5)
+
+
+def without(state, part):
+    return {name: weight for name, weight in state.items() if part not in name}
+
+
+def stray(state):
+    return {**state, "model.base_model.model.elsewhere.lora_A.default.weight": torch.zeros(2, 2)}
+
+
+def cut(state):
+    name = next(name for name in state if ".lora_B." in name)
+    return {**state, name: state[name][:1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: without(state, "model.layers.1.mlp.up_proj.lora_A"), "lacks the trained weight '.*up_proj.lora_A.weight'"),
+        (lambda state: without(state, ".modules_to_save."), "lacks the trained weight"),
+        (stray, "has what is not in its plan: the trained weight 'base_model.model.elsewhere"),
+        (cut, r"lora_B\.weight has shape \(1, 4\), where the plan has"),
+    ],
+)
+def test_weights_that_are_not_the_plans_are_refused(train, tmp_path, change, message):
+    content = content_of(train())
+    torch.save({**content, "state_dict": change(content["state_dict"])}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=message):
+        policy_of_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_what_is_no_checkpoint_of_ours_is_refused(train, tmp_path):
+    content = content_of(train())
+    path = tmp_path / "last.ckpt"
+    cases = [
+        (lambda: path.write_text("text"), "cannot be read"),
+        (lambda: torch.save([1], path), "is no checkpoint, but a list"),
+        (lambda: torch.save({"state_dict": {}}, path), "not written by hybrid_lightning"),
+        (lambda: torch.save({**content, CHECKPOINT_KEY: {"plan": None}}, path), "saved without an adapter"),
+    ]
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        policy_of_checkpoint(path)
+    for write, message in cases:
+        write()
+        with pytest.raises(CheckpointError, match=message):
+            policy_of_checkpoint(path)
+    torch.save({**content, "hyper_parameters": {}}, path)
+    with pytest.raises(ConfigError, match="does not say which base model"):
+        policy_of_checkpoint(path)
+
+
+@pytest.mark.parametrize("lost", ["meta.pt", ".metadata", "*.distcp"])
+def test_a_sharded_checkpoint_that_is_not_whole_is_refused(train, tmp_path, lost):
+    content = content_of(train())
+    path = tmp_path / "last.ckpt"
+    save_shards(content.pop("state_dict"), path, "state_dict")
+    torch.save(content, path / "meta.pt")
+    for file in path.glob(lost):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read: it is no"):
+        policy_of_checkpoint(path)

@@ -1,0 +1,121 @@
+"""The model card: what it says is so, and its code runs."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from exported import files, logits
+
+from hybrid_lightning.data import FileSource, HubSource
+from hybrid_lightning.export import AdapterFolder, LoraFolder, MergedModel, write_policy
+from hybrid_lightning.export.licence import base_licence
+from hybrid_lightning.export.model_card import model_card
+from hybrid_lightning.export.trained import BaseModel, Training, training_of
+
+TRAINING = Training(
+    steps=12,
+    arguments={"loss": {"class_path": "GRPOLoss", "init_args": {"clip_low": 0.2}}, "lr_full": 0.5, "model": "secret"},
+    data=FileSource("rows.jsonl").to_config(),
+    before={"val/avg@2": 0.25},
+    after={"val/avg@2": 0.5, "val/reward": 1.0},
+    validated_step=10,
+)
+
+
+def header(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize("form", [MergedModel("float32"), AdapterFolder(), LoraFolder()], ids=lambda form: form.name)
+def test_its_code_loads_the_policy(train, tmp_path, monkeypatch, form):
+    trained = train(share=0)
+    folder = write_policy(trained.policy, form, tmp_path / "out")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    torch.testing.assert_close(logits(names["model"]), trained.logits, rtol=0, atol=1e-5)
+    assert names["tokenizer"]("1+1=")["input_ids"]
+
+
+def test_it_says_what_was_trained_on_what_and_what_came_of_it(train):
+    policy = train(training=TRAINING).policy
+    card = model_card(policy, MergedModel())
+    assert "after 12 optimizer steps" in card
+    assert f"fully trained: {len(policy.plan.full_modules)} of {len(policy.plan.candidates)} linear modules" in card
+    assert all(f"  - `{name}`" in card for name in policy.plan.full_modules)
+    assert f"LoRA: {len(policy.plan.lora_modules)} modules, rank 4, alpha 6" in card
+    assert f"trainable parameters: {policy.plan.trainable_parameters():,}" in card
+    assert "budget: `ModuleBudget(share=0.2)`" in card and "chosen by: `Random(seed=0)`" in card
+    assert "class_path: GRPOLoss" in card and "lr_full: 0.5" in card and "rows.jsonl" in card and "secret" not in card
+    assert "| metric | base | trained (after 10 steps) |" in card
+    assert "| `val/avg@2` | 0.2500 | 0.5000 |" in card and "| `val/reward` | - | 1.0000 |" in card
+
+
+def test_what_is_not_known_is_said_to_be_unknown(train):
+    card = model_card(train(training=Training()).policy, MergedModel())
+    assert "Data: not recorded." in card and "Not measured." in card and "could not be looked up" in card
+    assert header(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["hybrid-lora", "rlvr"],
+    }
+
+
+def test_the_header_names_what_the_hub_can_resolve(train, monkeypatch):
+    policy = train(training=training_of(1, {}, datamodule=type("Data", (), {"source": HubSource("openai/gsm8k", "main")}))).policy
+    policy = type(policy)(policy.plan, policy.weights, BaseModel("Qwen/Qwen3-0.6B", "main"), policy.training)
+    monkeypatch.setattr("hybrid_lightning.export.model_card.base_licence", lambda base: "apache-2.0")
+    for form, relation in ((MergedModel(), "finetune"), (AdapterFolder(), "adapter")):
+        fields = header(model_card(policy, form))
+        assert (fields["base_model"], fields["base_model_relation"]) == ("Qwen/Qwen3-0.6B", relation)
+        assert fields["datasets"] == ["openai/gsm8k"] and fields["license"] == "apache-2.0"
+    assert "(revision main)" in model_card(policy, form) and "revision='main'" in model_card(policy, form)
+
+
+def test_how_a_server_takes_it(train):
+    hybrid, lora = train(share=0.2).policy, train(share=0).policy
+    assert "Servers such as vLLM load this folder" in model_card(hybrid, MergedModel())
+    assert "vLLM refuses adapters with fully trained modules" in model_card(hybrid, AdapterFolder())
+    assert "--enable-lora --max-lora-rank 4" in model_card(lora, AdapterFolder())
+
+
+def test_licence_of_the_base_and_its_files_come_along(train, tmp_path):
+    policy = train().policy
+    base = tmp_path / "base-llama"
+    (base / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# Model\n")
+    (base / "LICENSE.txt").write_text("MIT")
+    (base / "NOTICE").write_text("by me")
+    folder = write_policy(policy, AdapterFolder(), tmp_path / "out")
+    card = (folder / "README.md").read_text()
+    assert header(card)["license"] == "mit" and f"That of the base model `{base}`: mit." in card
+    assert files(folder) >= {"LICENSE.txt", "NOTICE"} and (folder / "NOTICE").read_text() == "by me"
+
+
+@pytest.mark.parametrize(
+    "text", ["# no header\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense:\n- a\n---\n", "---\n"]
+)
+def test_a_card_without_a_licence(train, tmp_path, text):
+    policy = train().policy
+    (tmp_path / "base-llama" / "README.md").write_text(text)
+    assert base_licence(policy.base) is None
+
+
+def test_licence_of_what_is_shipped_and_of_a_gguf_file(tmp_path):
+    assert base_licence(BaseModel("embedded")) == "apache-2.0"
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'hybrid-lightning[gguf]'")
+    for licence in ("mit", None):
+        writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+        if licence is not None:
+            writer.add_license(licence)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert base_licence(BaseModel(str(tmp_path / "model.gguf"))) == licence
+
+
+def test_a_hub_that_cannot_be_reached_is_no_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert base_licence(BaseModel("nobody/has-this-model")) is None

@@ -17,6 +17,7 @@ from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import CheckpointError, PlanError
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.optimizer_state import name_state
 from hybrid_lightning.sharding.whole_files import write_whole_files
 
@@ -88,6 +89,17 @@ class AdaptedModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Let checkpoints be written so that none is ever there in part."""
         write_whole_files(self.trainer.strategy)
+
+    def configure_model(self) -> None:
+        """Let the strategy split the adapted model over ranks, if it does so; Lightning calls this after all setup hooks."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            self.before_sharding()
+            setattr(self, self.adapter_attribute, strategy.shard(self.adapter_target))
+
+    def before_sharding(self) -> None:
+        """Called while every rank still has all weights in one piece."""
+        assert self.base_digest
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trainable weights, name the optimizer's state of each, and say which plan and base model they belong to."""

@@ -15,6 +15,8 @@ from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.rollout.support import supports_packing
+from hybrid_lightning.sharding.forward import with_whole_weights
 from hybrid_lightning.types import Prompt, Rewards, Rollouts
 
 GenerationListener = Callable[[int, int, int], None]
@@ -38,6 +40,12 @@ class EvaluatedModule(AdaptedModule):
         super().__init__()
         self.generation_listeners: list[GenerationListener] = []  # called with (running, decoded, max_new_tokens)
         self._eval_generator: torch.Generator | None = None
+
+    def before_sharding(self) -> None:
+        """Find out what the model can do, which takes forward passes, while it is in one piece."""
+        super().before_sharding()
+        with self._inference():
+            supports_packing(self.model)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, rendered by the chat template if it has messages."""
@@ -75,18 +83,22 @@ class EvaluatedModule(AdaptedModule):
             for listener in self.generation_listeners:
                 listener(running, decoded, self.sampler.max_new_tokens)
 
-        with self._inference(), constant_weights(self.model, _product_dtype(self.model)):
-            return self.sampler.sample(
-                self.model,
-                self.tokenizer,
-                prompts,
-                [self.encode(prompt) for prompt in prompts],
-                samples_per_prompt,
-                generator=generator,
-                greedy=greedy,
-                stop_ids=self.stop_ids,
-                on_token=on_token,
-            )
+        def sample() -> Rollouts:
+            with constant_weights(self.model, _product_dtype(self.model)):
+                return self.sampler.sample(
+                    self.model,
+                    self.tokenizer,
+                    prompts,
+                    [self.encode(prompt) for prompt in prompts],
+                    samples_per_prompt,
+                    generator=generator,
+                    greedy=greedy,
+                    stop_ids=self.stop_ids,
+                    on_token=on_token,
+                )
+
+        with self._inference():
+            return with_whole_weights(self.model, sample)
 
     def score(self, rollouts: Rollouts) -> Rewards:
         """Rewards of rollouts, on their device."""

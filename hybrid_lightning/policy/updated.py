@@ -20,6 +20,7 @@ from hybrid_lightning.policy.step_metrics import StepMetrics, join_ranks
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.token_budget import default_token_budget
 from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
+from hybrid_lightning.sharding.forward import as_forward, is_sharded, with_whole_weights
 from hybrid_lightning.sharding.norms import total_norm
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.types import PolicyBatch, Sequences
@@ -40,7 +41,7 @@ class UpdatedModule(EvaluatedModule):
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities [B, T] with gradient and entropies [B, T] without, under the sampler's temperature."""
-        return token_logprobs(self.model, sequences, self.sampler.temperature)
+        return as_forward(self.model, lambda: token_logprobs(self.model, sequences, self.sampler.temperature))
 
     def takes_part(self, advantages: Tensor) -> Tensor:
         """Rows that an update needs (see `RolloutSource`): those with an advantage, if the loss ignores the others."""
@@ -52,16 +53,22 @@ class UpdatedModule(EvaluatedModule):
         Old ones come from the same forward pass that trains, not from the sampler: on the first minibatch the ratio is then
         exactly 1, which GSPO's narrow clip range needs.
         """
-        old = reference = None
-        if (on_policy and not self.loss.needs_reference) or not len(batch.sequences):
+        if on_policy and not self.loss.needs_reference:
             return batch
-        with self.clock.phase("logprobs"), self._inference():
+
+        def add() -> PolicyBatch:
+            old = reference = None
+            if not len(batch.sequences):
+                return batch
             if not on_policy:
                 old = self._constant_logprobs(batch.sequences)
             if self.loss.needs_reference:
                 with self.start_policy():
                     reference = self._constant_logprobs(batch.sequences)
-        return batch.with_logprobs(old, reference)
+            return batch.with_logprobs(old, reference)
+
+        with self.clock.phase("logprobs"), self._inference():
+            return with_whole_weights(self.model, add)
 
     def _constant_logprobs(self, sequences: Sequences) -> Tensor:
         """Log-probabilities [B, T] in the same runs of rows in which they are trained, so that the same numbers come out."""
@@ -85,22 +92,33 @@ class UpdatedModule(EvaluatedModule):
         ranks = self.trainer.world_size
         runs = split_by_tokens(batch.sequences, self._token_budget())
         runs_of_ranks = gather_counts(len(runs), self.device)
-        if len(runs) > 1:
+        # Where the model is sharded, a forward and a backward pass are made by all ranks together.
+        passes = max(1, *runs_of_ranks) if is_sharded(self.model) else len(runs)
+        if passes > 1:
             self._begin_gradients(batch_idx)
         losses, metrics = [], []
-        for number, run in enumerate(runs):
-            loss, of_run = self._run(batch.rows(run))
-            losses.append(loss.detach())
-            metrics.append(of_run)
-            if number + 1 < len(runs):
+        for number in range(passes):
+            if number < len(runs):
+                loss, of_run = self._run(batch.rows(runs[number]))
+                losses.append(loss.detach())
+                metrics.append(of_run)
+            else:
+                loss = self._idle_run()
+            if number + 1 < passes:
                 self._backward(loss * ranks)
-        if not runs:  # no row has an advantage: the gradient is zero, not missing, or optimizers would skip their decay
+        if not passes:  # no row has an advantage: the gradient is zero, not missing, or optimizers would skip their decay
             loss = sum(((parameter * 0).sum() for parameter in self._trained()), start=torch.zeros((), device=self.device))
         total = torch.stack(losses).sum() if losses else loss.detach()
         loss = loss + (total - loss.detach())  # the value of all runs, for callbacks; the gradient of the last
         self._log_step(batch, join_ranks({"loss": total, **combine_metrics(metrics)}, runs_of_ranks))
         # Lightning divides by the accumulated micro-batches and DDP/FSDP average over ranks; the loss is a share of a sum.
         return loss * (self.trainer.accumulate_grad_batches * ranks)
+
+    def _idle_run(self) -> Tensor:
+        """A loss of zero with a gradient of zero, from a forward pass as short as can be, for a rank with nothing to compute."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        real = torch.ones_like(token, dtype=torch.bool)
+        return self.logprobs(Sequences(token, real, token, real))[0].sum() * 0
 
     def _run(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a run of rows, all of them shares in the optimizer step's."""

@@ -44,7 +44,8 @@ def start(ranks: int, scratch: Path, function: Callable[..., Any], **arguments: 
     scratch.mkdir(parents=True, exist_ok=True)
     port = free_port()
     processes = [
-        _context.Process(target=_work, args=(rank, ranks, port, scratch, function, arguments), daemon=True) for rank in range(ranks)
+        _context.Process(target=_work, args=(rank, ranks, port, scratch, function, arguments), daemon=True)
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()

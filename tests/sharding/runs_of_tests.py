@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer
+from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer
 
-from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Rollouts, Sequences
@@ -16,14 +16,19 @@ from hybrid_lightning.types import Rollouts, Sequences
 class ByPrompt(Sampler):
     """Draws each prompt's completions from numbers of its own, so that they do not depend on who completes it.
 
-    Prompts of even index may answer longer than those of odd index: with two ranks often one has more to do.
+    Args:
+        short: Indices of prompts whose completions end after two tokens.
     """
+
+    def __init__(self, max_new_tokens=6, short=()):
+        super().__init__(max_new_tokens)
+        self.short = short
 
     def sample(self, model, tokenizer, prompts, prompt_ids, samples_per_prompt, *, generator=None, **options):
         parts = []
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             own = torch.Generator().manual_seed(1000 + prompt.index)
-            sampler = Sampler(max_new_tokens=self.max_new_tokens if prompt.index % 2 == 0 else 2)
+            sampler = Sampler(2 if prompt.index in self.short else self.max_new_tokens)
             parts.append(sampler.sample(model, tokenizer, [prompt], [ids], samples_per_prompt, generator=own, **options))
         return join(parts)
 
@@ -50,10 +55,10 @@ def join(parts):
     )
 
 
-class OnlyFirstQuarter(RewardFunction):
-    """Advantages for prompts of one rank only; the others tie."""
+class Only(RewardFunction):
+    """Of these prompts alone completions earn different rewards; the others tie."""
 
-    def __init__(self, prompts: tuple[int, ...]) -> None:
+    def __init__(self, prompts):
         self.prompts = prompts
 
     def __call__(self, completions, prompts):
@@ -103,7 +108,7 @@ def train(
     torch.manual_seed(11)
     arguments = {
         "loss": GSPOLoss(kl_coef=0.02),
-        "sampler": ByPrompt(max_new_tokens=6),
+        "sampler": ByPrompt(),
         "prompts_per_rollout": 12,
         "minibatches_per_rollout": 2,
         "epochs_per_rollout": 1,
@@ -144,4 +149,7 @@ def train(
     }
 
 
-__all__ = ["ByPrompt", "GRPOLoss", "OnlyFirstQuarter", "StartsWithDigit", "train"]
+def train_each(jobs: dict[str, dict[str, Any]], **arguments: Any) -> dict[str, dict[str, Any]]:
+    """Several runs one after another: name -> arguments."""
+    root = arguments.pop("root")
+    return {name: train(root=root / name, **{**arguments, **job}) for name, job in jobs.items()}

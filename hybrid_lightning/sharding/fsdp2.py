@@ -1,0 +1,137 @@
+"""`FSDP2Strategy`: weights, gradients and optimizer state split over all ranks, by torch's `fully_shard`."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from hybrid_lightning.sharding.blocks import decoder_blocks
+from hybrid_lightning.sharding.forward import is_sharded
+from hybrid_lightning.sharding.optimizer_state import check_names, is_of
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, which splits the model by its decoder blocks over all devices of all nodes.
+
+    Checkpoints are one file with whole tensors by name, which every strategy and every number of processes can resume from.
+
+    Args:
+        process_group_backend: Such as `nccl` or `gloo`; None chooses by the device.
+        timeout: How long a process waits for the others before it gives up.
+    """
+
+    def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether Lightning asks for `load_optimizer_state_dict`."""
+        return True
+
+    def setup_environment(self) -> None:
+        """Join the other processes."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        """Split a model that every rank has in full; one that is split already stays as it is."""
+        if is_sharded(model):
+            return model
+        mesh = self.device_mesh["data_parallel"]
+        self._send_trained_weights(model)
+        for block in decoder_blocks(model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+
+    def _send_trained_weights(self, model: nn.Module) -> None:
+        """Each rank has drawn LoRA's start by itself; that of rank 0 counts."""
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                value = parameter.detach().to(self.root_device)
+                dist.broadcast(value, src=0)
+                parameter.data.copy_(value)
+
+    # ---- checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole weights, on rank 0 alone. Frozen ones are left out where the module says that they need not be there."""
+        module = self.lightning_module
+        assert module is not None
+        names = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+        left_out = set() if module.strict_loading else names
+        return {name: self._gather(value) for name, value in module.state_dict().items() if name not in left_out}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State with whole tensors, on rank 0 alone."""
+        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state = optimizer.state_dict()
+        gathered = {
+            number: {key: self._gather(value) for key, value in entry.items()} for number, entry in state["state"].items()
+        }
+        return {**state, "state": gathered}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read the file, on every rank."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take this rank's part of each weight."""
+        module = self.lightning_module
+        assert module is not None
+        parameters = dict(module.named_parameters())
+        state = {
+            name: _part_of(value, parameters[name]) if name in parameters else value
+            for name, value in checkpoint["state_dict"].items()
+        }
+        module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this rank's part of each moment.
+
+        Raises:
+            CheckpointError: If the state is of other parameters.
+        """
+        module = self.lightning_module
+        assert module is not None
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            check_names(saved, optimizer, names)
+            parts: dict[str, dict[str, Any]] = {}
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                entry = saved["state"].get(names[parameter], {})
+                parts[names[parameter]] = {
+                    key: _part_of(value, parameter) if is_of(parameter, value) else value for key, value in entry.items()
+                }
+            optimizer.load_state_dict({**saved, "state": parts})
+
+    def _gather(self, value: Any) -> Any:
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().cpu() if self.is_global_zero else torch.empty(0)
+
+
+def _part_of(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a whole tensor, split as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    # Every rank has read the whole tensor, so none has to be sent one.
+    whole = value.to(parameter.device)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,76 @@
+"""On any number of ranks, a run has the plan, losses, metrics, weights and validation of one process on the same rollouts."""
+
+from functools import partial
+
+import pytest
+import torch
+from ranks_of_tests import run
+from runs_of_tests import ByPrompt, Only, train_each
+from tiny_runs import Constant
+
+from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+
+STRATEGIES = {"ddp": "ddp", "fsdp2": FSDP2Strategy}
+# Where a gradient is nothing but rounding, Adam's step must not be.
+ADAM = {"optimizer": partial(torch.optim.AdamW, eps=1e-3, weight_decay=0.1), "lr_full": 1e-3, "lr_lora": 1e-2}
+
+
+def jobs(of_first_rank):
+    """Runs in which ranks have different amounts of work.
+
+    Args:
+        of_first_rank: Indices of the prompts that the first rank completes in the first rollout.
+    """
+    others = tuple(set(range(24)) - set(of_first_rank))
+    uneven = {"sampler": ByPrompt(12, short=others), "max_tokens_per_micro_batch": 24}
+    return {
+        "kl": {},
+        "longer completions on one rank": {
+            "policy": {**uneven, "loss": GRPOLoss(), **ADAM, "epochs_per_rollout": 2},
+            "accumulate_grad_batches": 2,
+        },
+        "advantages on one rank only": {
+            "policy": {**uneven, "loss": GRPOLoss(), "reward": Only(of_first_rank), "gradient_checkpointing": True},
+            "max_steps": 2,
+        },
+        "no advantage at all": {"policy": {"loss": GRPOLoss(), "reward": Constant(), **ADAM}, "max_steps": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def first_rollout(folder, tmp_path_factory):
+    """Indices of its prompts, in order."""
+    result = train_each({"any": {"max_steps": 1}}, folder=folder, root=tmp_path_factory.mktemp("first"))["any"]
+    assert len(set(result["prompts"][0])) == 12
+    return result["prompts"][0]
+
+
+@pytest.fixture(scope="module")
+def single(folder, first_rollout, tmp_path_factory):
+    """The runs of one process, by number of ranks that they are compared with."""
+    root = tmp_path_factory.mktemp("single")
+    return {ranks: train_each(jobs(first_rollout[::ranks]), folder=folder, root=root / str(ranks)) for ranks in (2, 3)}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_it_is_the_same_run(folder, tmp_path, single, first_rollout, strategy, ranks):
+    work = jobs(first_rollout[::ranks])
+    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": STRATEGIES[strategy], "devices": ranks}
+    results = run(ranks, tmp_path / "ranks", train_each, jobs=work, **arguments)
+    for name in work:
+        whole = single[ranks][name]
+        for rank, result in enumerate(one[name] for one in results):
+            case = f"{name}, rank {rank}"
+            assert result["plan"] == whole["plan"], case
+            assert result["prompts"][0] == whole["prompts"][0][rank::ranks], case
+            assert len(result["steps"]) == len(whole["steps"]), case
+            for one, other in zip(result["steps"], whole["steps"], strict=True):
+                assert one == pytest.approx(other, abs=1e-5, rel=1e-5), case
+            torch.testing.assert_close(
+                result["weights"], whole["weights"], atol=1e-5, rtol=0, msg=lambda text, c=case: f"{c}: {text}"
+            )
+            assert result["validation"] == pytest.approx(whole["validation"], abs=1e-6), case
+    rows = [one["advantages on one rank only"]["rows"] for one in results]
+    assert all(rows[0]) and not any(map(any, rows[1:])), "the case is what it says"

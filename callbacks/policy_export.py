@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 
 from hybrid_lightning.callbacks.display import console, run_folder
 from hybrid_lightning.callbacks.run_summary import RunSummary
@@ -45,12 +46,18 @@ class PolicyExport(Callback):
         """Find out before training what could not be exported after it.
 
         Raises:
-            ConfigError: If the form cannot hold the plan, or the folder has exports of steps that are still to come.
+            ConfigError: If the form cannot hold the plan, the folder has exports of steps that are still to come, or the strategy
+                is FSDP1.
         """
         plan = getattr(pl_module, "plan", None)
         if plan is None:
             raise ConfigError("PolicyExport has nothing to export: it needs HybridAdapterSetup among trainer.callbacks")
         self.form.check(plan)
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise ConfigError(
+                "PolicyExport cannot put together the shards of FSDP1 while it trains; use configs/strategy/fsdp2.yaml, or the "
+                "export command on a checkpoint of the run"
+            )
         self._exported_step = trainer.global_step
         folder = self._folder(trainer)
         if folder is None or not folder.is_dir():

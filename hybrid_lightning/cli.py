@@ -40,7 +40,7 @@ from hybrid_lightning.trainer import Trainer
 _METHOD_ARGUMENTS = ("ckpt_path", "weights_only", "verbose", "return_predictions", "form", "folder")
 
 # An export needs no device: one process reads what any number of them wrote.
-_TRAINER_OF_EXPORT = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+_TRAINER_OF_EXPORT = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None, "logger": False}
 
 
 # What jsonargparse says -> what a reader of one line can use.

@@ -1,5 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from peft import PeftModel
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
 from transformers import AutoModelForCausalLM
@@ -106,6 +109,13 @@ def test_the_trainer_exports_what_it_has_trained(model, sums, tmp_path):
 def test_impossible_settings_are_refused():
     with pytest.raises(ConfigError, match="every_n_steps must be at least 1, got 0"):
         PolicyExport(every_n_steps=0)
+
+
+def test_what_cannot_be_gathered_is_refused_before_training(model, sums, tmp_path):
+    module = fit(model, sums, tmp_path)
+    trainer = SimpleNamespace(strategy=FSDPStrategy(accelerator="cuda"))
+    with pytest.raises(ConfigError, match=r"cannot put together the shards of FSDP1 .* the export command on a checkpoint"):
+        PolicyExport().on_train_start(trainer, module)
 
 
 def test_without_an_adapter_there_is_nothing_to_export(model, sums, tmp_path):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.policy.module import PolicyModule
 
-TRAINING_SETTINGS = ["--trainer.precision=bf16-mixed", "--trainer.devices=4", "--trainer.strategy=fsdp"]  # an export needs none
+TRAINING_SETTINGS = ["--trainer.precision=16-mixed", "--trainer.devices=4", "--trainer.strategy=fsdp"]  # an export needs none
 
 
 @pytest.fixture(scope="module")

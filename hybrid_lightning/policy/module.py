@@ -31,6 +31,7 @@ from hybrid_lightning.policy.updated import UpdatedModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.sharding.checks import check_strategy
 from hybrid_lightning.sharding.ranks import gather_objects, sum_over_ranks
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
@@ -190,9 +191,10 @@ class PolicyModule(UpdatedModule):
         """Called before scoring and before training.
 
         Raises:
-            ConfigError: If the precision cannot work or contradicts the dtype, the KL term has no start policy, or a rollout
-                cannot be split into the micro-batches that the Trainer asks for.
+            ConfigError: If the strategy cannot work, the precision cannot work or contradicts the dtype, the KL term has no start
+                policy, or a rollout cannot be split into the micro-batches that the Trainer asks for.
         """
+        check_strategy(self.trainer, self.optimizer_class)
         precision = str(self.trainer.precision)
         if precision in ("bf16-true", "16-true"):
             raise ConfigError(

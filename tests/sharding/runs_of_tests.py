@@ -73,7 +73,8 @@ class Log(Callback):
         self.steps, self.prompts, self.runs = [], [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.prompts.append([prompt.index for prompt in pl_module.last_rollout[0].prompts])
+        if pl_module.last_rollout is not None:  # a run resumed within a rollout has none yet
+            self.prompts.append([prompt.index for prompt in pl_module.last_rollout[0].prompts])
         self.runs.append(len(batch.sequences))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -1,0 +1,47 @@
+"""What a strategy cannot do, said before anything is spent."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from torch import nn
+from torch.optim import Optimizer
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+
+_OURS = (FSDP2Strategy,)
+
+
+def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer]) -> None:
+    """Check strategy, precision and optimizer together.
+
+    Args:
+        trainer: Has the strategy and the precision.
+        optimizer: Called with parameter groups.
+
+    Raises:
+        ConfigError: If they do not work together.
+    """
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    if isinstance(strategy, ParallelStrategy) and not isinstance(strategy, (DDPStrategy, *_OURS)):
+        raise ConfigError(
+            f"trainer.strategy={name} is not supported: rollouts and checkpoints need what ours do; use ddp where the model, its "
+            "gradients and the optimizer's state fit one device, else --config configs/strategy/fsdp2.yaml"
+        )
+    if not isinstance(strategy, _OURS):
+        return
+    if str(trainer.precision) == "16-mixed":
+        raise ConfigError(
+            f"trainer.precision=16-mixed does not work with {name}, whose ranks would scale their losses apart; use bf16-mixed"
+        )
+    if trainer.state.fn == "fit":
+        group = {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0, "name": "check"}
+        kind = type(optimizer([group]))
+        if kind.__module__.startswith("bitsandbytes"):
+            raise ConfigError(
+                f"model.optimizer={kind.__name__} cannot hold the state of weights that {name} splits over devices; use "
+                "torch.optim.AdamW, whose state is split as well, or trainer.strategy=ddp"
+            )

@@ -1,0 +1,90 @@
+"""A rank that is killed ends the run of all, soon and with a message; the last checkpoint is whole and goes on."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks_of_tests import run, start, wait
+from runs_of_tests import train, train_each
+from test_equal_to_one_process import ADAM, STRATEGIES
+
+from hybrid_lightning.errors import HybridLightningError
+from hybrid_lightning.rewards import RewardFunction
+
+ARGUMENTS = {"policy": {**ADAM, "epochs_per_rollout": 2}, "num_sanity_val_steps": 0, "enable_checkpointing": True, "max_steps": 6}
+
+
+class Die(Callback):
+    """Kills the process of a rank, while it generates or before an update."""
+
+    def __init__(self, rank, batch=None, token=None):
+        self.rank, self.batch, self.token, self.batches, self.tokens = rank, batch, token, 0, 0
+
+    def on_train_start(self, trainer, pl_module):
+        self.mine = trainer.global_rank == self.rank
+        pl_module.generation_listeners.append(self.listen)
+
+    def listen(self, running, decoded, total):
+        self.tokens += 1
+        if self.mine and self.tokens == self.token:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches += 1
+        if self.mine and self.batches == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def saver(folder):
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
+
+
+@pytest.fixture(scope="module")
+def unstopped(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("unstopped")
+    return train_each({"whole": {**ARGUMENTS, "enable_checkpointing": False}}, folder=folder, root=root)["whole"]
+
+
+@pytest.mark.parametrize(("strategy", "rank", "when"), [("ddp", 1, {"batch": 4}), ("fsdp2", 0, {"token": 60})], ids=str)
+def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unstopped, strategy, rank, when):
+    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": STRATEGIES[strategy], "devices": 2}
+    jobs = {"killed": {**ARGUMENTS, "callbacks": (saver(tmp_path / "saved"), Die(rank, **when))}}
+    begin = time.monotonic()
+    processes = start(2, tmp_path / "ranks", train_each, jobs=jobs, **arguments)
+    wait(processes, timeout_s=50)
+    assert time.monotonic() - begin < 50
+    assert processes[rank].exitcode == -signal.SIGKILL and processes[1 - rank].exitcode == 1
+    message = (tmp_path / "ranks" / f"{1 - rank}.error").read_text().splitlines()[-1]
+    assert "RuntimeError" in message or "DistBackendError" in message, message
+    (checkpoint,) = (tmp_path / "saved").glob("*.ckpt")
+    steps = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert 1 <= steps < 6
+    rest = train_each(
+        {"rest": {**ARGUMENTS, "enable_checkpointing": False, "ckpt_path": checkpoint}}, folder=folder, root=tmp_path
+    )
+    assert rest["rest"]["global_step"] == 6 and len(rest["rest"]["steps"]) == 6 - steps
+    torch.testing.assert_close(rest["rest"]["weights"], unstopped["weights"], atol=1e-5, rtol=0)
+
+
+class NoWay(RewardFunction):
+    """Fails on the rank that scores the modules."""
+
+    def __call__(self, completions, prompts):
+        raise ValueError("no way")
+
+
+def train_in_vain(**arguments):
+    with pytest.raises(HybridLightningError) as raised:
+        train(**arguments)
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+def test_every_rank_hears_why_the_modules_could_not_be_scored(folder, tmp_path):
+    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": "ddp", "devices": 2, "policy": {"reward": NoWay()}}
+    first, second = run(2, tmp_path / "ranks", train_in_vain, timeout_s=30, **arguments)
+    assert first.startswith("RewardError") and "no way" in first
+    assert second.startswith("CalibrationError: rank 0 could not score the modules: RewardError") and "no way" in second

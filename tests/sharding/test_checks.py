@@ -1,0 +1,60 @@
+"""What cannot work is refused at start, with the reason and the remedy."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.sharding.blocks import decoder_blocks
+from hybrid_lightning.sharding.checks import check_strategy
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+
+
+def check(strategy, optimizer=torch.optim.AdamW, precision="32-true"):
+    check_strategy(SimpleNamespace(strategy=strategy, precision=precision, state=SimpleNamespace(fn="fit")), optimizer)
+
+
+def test_what_works_is_let_through():
+    check(SingleDeviceStrategy("cpu"))
+    check(DDPStrategy(), precision="16-mixed")
+    check(FSDP2Strategy(), precision="bf16-mixed")
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_lightnings_own_sharding_is_refused(strategy):
+    with pytest.raises(ConfigError, match=rf"{strategy.__name__} is not supported.*configs/strategy/fsdp2\.yaml"):
+        check(strategy())
+
+
+def test_float16_is_refused_under_sharding():
+    with pytest.raises(ConfigError, match=r"16-mixed does not work with FSDP2Strategy.*bf16-mixed"):
+        check(FSDP2Strategy(), precision="16-mixed")
+
+
+def test_an_optimizer_that_cannot_hold_parts_of_weights_is_refused():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    check(DDPStrategy(), bitsandbytes.optim.AdamW8bit)
+    with pytest.raises(ConfigError, match=r"AdamW8bit cannot hold.*torch\.optim\.AdamW"):
+        check(FSDP2Strategy(), bitsandbytes.optim.AdamW8bit)
+
+
+def test_blocks_are_found_by_structure(make_model):
+    from peft import LoraConfig, get_peft_model
+
+    for family, name in (("llama", "LlamaDecoderLayer"), ("gpt2", "GPT2Block"), ("qwen3", "Qwen3DecoderLayer")):
+        model = make_model(family)
+        assert [type(block).__name__ for block in decoder_blocks(model)] == [name] * 2
+        adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", fan_in_fan_out=family == "gpt2"))
+        assert [type(block).__name__ for block in decoder_blocks(adapted)] == [name] * 2
+
+
+def test_lists_within_a_block_are_no_blocks():
+    block = torch.nn.Module()
+    block.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([block])
+    assert decoder_blocks(model) == [block]
+    with pytest.raises(ModelError, match="no numbered decoder blocks"):
+        decoder_blocks(torch.nn.Linear(2, 2))

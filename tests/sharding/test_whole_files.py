@@ -1,0 +1,78 @@
+"""A checkpoint is there whole or not at all, and an old one goes only when the new one is safe."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks_of_tests import start, wait
+from runs_of_tests import train
+
+from hybrid_lightning.sharding.whole_files import WholeFiles, write_whole_files
+
+
+def save_until_killed(path):
+    """Save once, then be killed when half of the next file is on the disk."""
+    files = WholeFiles()
+    files.save_checkpoint({"number": 1}, path)
+    write = torch.save
+
+    def half(content, file):
+        write(content, file)
+        file.flush()
+        os.ftruncate(file.fileno(), file.tell() // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+    files.save_checkpoint({"number": 2, "weights": torch.zeros(10_000)}, path)
+
+
+def test_a_write_that_is_cut_short_leaves_the_old_file(tmp_path):
+    path = tmp_path / "saved" / "last.ckpt"
+    (process,) = processes = start(1, tmp_path, save_until_killed, path=path)
+    wait(processes, timeout_s=30)
+    assert process.exitcode == -signal.SIGKILL
+    assert torch.load(path, weights_only=True) == {"number": 1}
+    assert [file.name for file in path.parent.glob("*.ckpt")] == ["last.ckpt"], "nothing else looks like a checkpoint"
+    WholeFiles().save_checkpoint({"number": 3}, path)
+    assert torch.load(path, weights_only=True) == {"number": 3}
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"], "what was left has been written over"
+
+
+def test_an_old_checkpoint_goes_only_when_the_new_one_is_safe(folder, tmp_path, monkeypatch):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
+    writing, there = [], []
+    save = torch.save
+
+    def until_full(content, file):
+        writing.append(Path(file.name).name.removeprefix(".").removesuffix(".part"))
+        there.append([path.name for path in tmp_path.glob("*.ckpt")])
+        if len(writing) == 3:
+            raise OSError("disk full")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", until_full)
+    with pytest.raises(OSError, match="disk full"):
+        train(folder, tmp_path, callbacks=(saver,), enable_checkpointing=True, max_steps=8)
+    first, second, third = writing
+    assert len({first, second, third}) == 3
+    assert there == [[], [first], [second]], "the last one was there while the next was written"
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == [second]
+    torch.load(tmp_path / second, weights_only=True)
+
+
+def test_a_users_own_way_of_writing_stays():
+    class Strategy:
+        def __init__(self, checkpoint_io):
+            self.checkpoint_io = checkpoint_io
+
+    class Own(TorchCheckpointIO):
+        pass
+
+    plain, own = Strategy(TorchCheckpointIO()), Strategy(Own())
+    for strategy in (plain, own):
+        write_whole_files(strategy)
+    assert type(plain.checkpoint_io) is WholeFiles and type(own.checkpoint_io) is Own

@@ -38,7 +38,7 @@ def write_bad_files(folder):
 
 
 COMMANDS = [
-    ("", r"expected \"subcommand\" to be one of \{fit,validate,test,predict,score\}"),
+    ("", r"expected \"subcommand\" to be one of \{fit,validate,test,predict,score, \.\.\.\}"),
     ("frobnicate", r"invalid choice: 'frobnicate'"),
     ("fit", r"required: loss, reward"),
     ("fit --config nope.yaml", r"File does not exist: .*nope\.yaml"),

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import CalibrationError
 from hybrid_lightning.losses import PolicyLoss
+from hybrid_lightning.rollout.micro_batches import split_by_tokens
 from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.types import LossInputs, Prompt, Sequences
 
@@ -26,13 +27,16 @@ class RewardCalibration:
         advantages: [N].
         loss: The training loss.
         logprobs: Log-probabilities [B, T] with gradient of B sequences.
-        rows: Sequences per loss.
+        max_tokens: Tokens per loss, as in training: scoring should not need more memory.
     """
 
-    def __init__(self, sequences: Sequences, advantages: Tensor, loss: PolicyLoss, logprobs: LogprobFunction, rows: int) -> None:
+    def __init__(
+        self, sequences: Sequences, advantages: Tensor, loss: PolicyLoss, logprobs: LogprobFunction, max_tokens: int
+    ) -> None:
         self.loss, self.logprobs = loss, logprobs
         useful = advantages.nonzero().squeeze(1)
-        self.chunks = [(sequences.rows(index), advantages[index]) for index in useful.split(rows) if len(index)]
+        kept, weights = sequences.rows(useful), advantages[useful]
+        self.chunks = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
         self.old_logprobs: list[Tensor] = []  # of each chunk
         # Shares of which the mean over chunks is the mean over all N sequences, or over all their tokens.
         self.num_sequences = len(sequences) / max(1, len(self.chunks))
@@ -67,7 +71,7 @@ class AnswerCalibration:
         prompt_ids: Their token ids.
         tokenizer: Encodes the answers; its end-of-sequence token ends them.
         logprobs: See `RewardCalibration`.
-        rows: Sequences per loss.
+        max_tokens: See `RewardCalibration`.
         device: Where the sequences go.
 
     Raises:
@@ -80,7 +84,7 @@ class AnswerCalibration:
         prompt_ids: Sequence[Sequence[int]],
         tokenizer: PreTrainedTokenizerBase,
         logprobs: LogprobFunction,
-        rows: int,
+        max_tokens: int,
         device: torch.device,
     ) -> None:
         if any(prompt.answer is None for prompt in prompts):
@@ -92,7 +96,7 @@ class AnswerCalibration:
         pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end)
         answers = [[*tokenizer(str(prompt.answer), add_special_tokens=False)["input_ids"], end] for prompt in prompts]
         self.sequences = Sequences(*pad_left(prompt_ids, pad, device), *pad_right(answers, pad, device))
-        self.chunks = [self.sequences.rows(index) for index in torch.arange(len(prompts), device=device).split(rows)]
+        self.chunks = [self.sequences.rows(run) for run in split_by_tokens(self.sequences, max_tokens)]
         self.logprobs = logprobs
         self.info: dict[str, Any] = {"signal": "answers", "sequences": len(prompts), "useful_sequences": len(prompts)}
 

@@ -247,15 +247,13 @@ class PolicyModule(UpdatedModule):
         rollouts = self.generate(chosen, samples, generator)
         rewards = self.score(rollouts)
         advantages = self.advantage(rewards.total, samples)
-        schedule = self.rollout_schedule
-        rows = max(1, schedule.prompts_per_rollout * samples // schedule.minibatches_per_rollout)
-        rows = max(1, rows // self.trainer.accumulate_grad_batches)
+        max_tokens = self._token_budget()
         losses: RewardCalibration | AnswerCalibration
         if bool(advantages.any()):
-            losses = RewardCalibration(rollouts.sequences, advantages, self.loss, self._calibration_logprobs, rows)
+            losses = RewardCalibration(rollouts.sequences, advantages, self.loss, self._calibration_logprobs, max_tokens)
         else:
             ids = [self.encode(prompt) for prompt in chosen]
-            losses = AnswerCalibration(chosen, ids, self.tokenizer, self._calibration_logprobs, rows, device)
+            losses = AnswerCalibration(chosen, ids, self.tokenizer, self._calibration_logprobs, max_tokens, device)
         losses.info["prompts"] = len(chosen)
         return losses
 

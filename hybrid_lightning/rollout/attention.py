@@ -49,9 +49,11 @@ def shared_attention(
         [P, K, G, R, T, D] in the dtype of the values.
     """
     compute = _by_products if query.device.type == "cpu" or settings.softcap is not None else _by_kernel
-    if not torch.is_grad_enabled():
+    width = own[0].shape[3] + (prompt[0].shape[2] if prompt is not None else 0)
+    if not torch.is_grad_enabled() or width <= query.shape[-1]:
         return compute(query, prompt, own, masks, settings)
-    # Neither scores nor repeated keys are kept for the backward pass: both are larger than all else that a layer keeps.
+    # Neither scores nor repeated keys are kept for the backward pass: where a query sees more keys than it has numbers, both are
+    # larger than all else that a layer keeps.
     result: Tensor = checkpoint(compute, query, prompt, own, masks, settings, use_reentrant=False)  # type: ignore[no-untyped-call]
     return result
 

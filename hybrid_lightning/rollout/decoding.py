@@ -11,6 +11,8 @@ from hybrid_lightning.rollout.forward import last_logits, new_cache, position_id
 class Decoding(Protocol):
     """A model with the keys and values of what it has read so far."""
 
+    leave_together: float  # rows that have ended go when they are this share of the batch: `select` has a price
+
     def prefill(self, samples: int) -> Tensor:
         """Read the P prompts; returns logits [B, V] of the first token of B = P * samples rows."""
         ...
@@ -32,6 +34,8 @@ class RepeatedCacheDecoding:
         ids: Prompts [P, S], left-padded.
         mask: [P, S] bool.
     """
+
+    leave_together = 0.25  # re-indexing the cache costs about one decoding step
 
     def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor) -> None:
         self.model, self.ids, self.mask = model, ids, mask

@@ -1,12 +1,16 @@
 """`PackedSequences`: prompts and completions as one row of tokens, without padding and with every prompt once.
 
-    [prompt 1 | prompt 2 | ... | completion 1 of prompt 1 | completion 2 of prompt 1 | ... | completion 1 of prompt 2 | ...]
+    [prompt 1 | prompt 2 | ... | long completions of prompt 1 | long ones of prompt 2 | ... | short ones of prompt 1 | ...]
 
 A completion's last token is left out: nothing is predicted from it. Attention alone needs rectangles; they are cut out of the row
-by index there. Axes as in `attention.py`, and N tokens in the row, of which the first L are the prompts'.
+by index there. Completions of about the same length lie together in a *band*, so that each band's rectangle holds little padding:
+their scores grow with the square of its length. Axes as in `attention.py`, and N tokens in the row, of which the first L are the
+prompts'.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,6 +78,10 @@ class _Gather(torch.autograd.Function):
         return result, None, None, None
 
 
+# A band holds lengths down to this share of its longest, and does not begin for less than so many tokens.
+_BAND_SHARE, _BAND_STEP = 0.7, 16
+
+
 class PackedSequences:
     """The layout of one packed forward pass; a `Packing`.
 
@@ -93,30 +101,27 @@ class PackedSequences:
         ids = [sequences.prompt_ids[first][prompt_mask]]
         positions = [self.prompts.valid.cumsum(dim=1)[self.prompts.valid] - 1]
         self.prompt_tokens = len(ids[0])
-        self.completions: _Grid | None = None
-        inputs = sequences.completion_mask[:, 1:]
-        starts = prompt_lengths[group]
-        if completions and bool(inputs.any()):
-            rank = torch.arange(len(group), device=device) - first.nonzero().squeeze(1)[group]  # among the prompt's completions
-            valid = torch.zeros(len(prompt_mask), int(rank.max()) + 1, inputs.shape[1], dtype=torch.bool, device=device)
-            valid[group, rank] = inputs
-            self.completions = _Grid.of(valid)
-            ids.append(sequences.completion_ids[:, :-1][inputs])
-            positions.append((starts[:, None] + torch.arange(inputs.shape[1], device=device))[inputs])
+        self.last_prompt_token = prompt_lengths.cumsum(0) - 1  # [P], numbers in the row
+        self.bands: list[_Grid] = []
+        self._numbers = torch.zeros_like(sequences.completion_ids)  # [B, T]: of the token that predicts a completion token
+        self._numbers[:, :1] = self.last_prompt_token[group][:, None]
+        begin = self.prompt_tokens
+        for row_of_cell, valid in _bands(group, sequences.completion_mask[:, 1:].sum(dim=1)) if completions else []:
+            prompt, rank, time = valid.nonzero(as_tuple=True)
+            row = row_of_cell[prompt, rank]
+            self.bands.append(_Grid.of(valid))
+            ids.append(sequences.completion_ids[row, time])
+            positions.append(prompt_lengths[prompt] + time)
+            self._numbers[row, time + 1] = torch.arange(begin, begin + len(row), device=device)
+            begin += len(row)
         self.ids = torch.cat(ids)  # [N]
         self.positions = torch.cat(positions)  # [N]
-        self.last_prompt_token = prompt_lengths.cumsum(0) - 1  # [P], numbers in the row
-        self._predictors = (sequences.completion_mask, group)
-        self._masks: dict[tuple[str, int | None], Masks] = {}
+        self._mask_of_completions = sequences.completion_mask
+        self._masks: dict[tuple[int, int | None], Masks] = {}
 
     def predictors(self) -> Tensor:
         """For each completion token, in the order of `completion_mask` flattened, the number of the token that predicts it."""
-        mask, group = self._predictors
-        numbers = torch.empty(mask.shape, dtype=torch.long, device=mask.device)
-        numbers[:, 0] = self.last_prompt_token[group]
-        later = mask[:, 1:]
-        numbers[:, 1:][later] = torch.arange(self.prompt_tokens, len(self.ids), device=mask.device)
-        return numbers[mask]
+        return self._numbers[self._mask_of_completions]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
@@ -124,24 +129,25 @@ class PackedSequences:
         """See `Packing`."""
         heads, (tokens, all_heads, _) = key.shape[1], query.shape
         grouped = query.view(tokens, heads, all_heads // heads, query.shape[2])
-        cut = self.prompt_tokens
-        queries, keys, values = (_split(part, cut) for part in (grouped, key, value))
+        sizes = [self.prompt_tokens, *(len(band.to_row) for band in self.bands)]
+        queries, keys, values = (part.split(sizes) for part in (grouped, key, value))
         prompt = [self.prompts.cut(part)[:, None] for part in (keys[0], values[0])]  # [P, 1, S, K, D]
         own = [part.permute(0, 3, 1, 2, 4) for part in prompt]  # [P, K, 1, S, D]
         query_grid = self.prompts.cut(queries[0])[:, None].permute(0, 3, 1, 4, 2, 5)  # [P, K, 1, R, S, D]
-        result = shared_attention(query_grid, None, (own[0], own[1]), self._mask("prompt", window), settings)
+        result = shared_attention(query_grid, None, (own[0], own[1]), self._mask(0, window), settings)
         rows = [self.prompts.paste(result.permute(0, 2, 4, 1, 3, 5)[:, 0])]
-        if self.completions is not None:
-            query_grid = self.completions.cut(queries[1]).permute(0, 3, 1, 4, 2, 5)  # [P, K, G, R, T, D]
-            mine = [self.completions.cut(part).permute(0, 3, 1, 2, 4) for part in (keys[1], values[1])]  # [P, K, G, T, D]
-            shared = (own[0][:, :, 0], own[1][:, :, 0])
-            result = shared_attention(query_grid, shared, (mine[0], mine[1]), self._mask("completion", window), settings)
-            rows.append(self.completions.paste(result.permute(0, 2, 4, 1, 3, 5)))
+        shared = (own[0][:, :, 0], own[1][:, :, 0])
+        for number, band in enumerate(self.bands, start=1):
+            query_grid = band.cut(queries[number]).permute(0, 3, 1, 4, 2, 5)  # [P, K, G, R, T, D]
+            mine = [band.cut(part[number]).permute(0, 3, 1, 2, 4) for part in (keys, values)]  # [P, K, G, T, D]
+            result = shared_attention(query_grid, shared, (mine[0], mine[1]), self._mask(number, window), settings)
+            rows.append(band.paste(result.permute(0, 2, 4, 1, 3, 5)))
         return torch.cat(rows).flatten(1, 2).view(query.shape)
 
-    def _mask(self, part: str, window: int | None) -> Masks:
+    def _mask(self, part: int, window: int | None) -> Masks:
         if (part, window) not in self._masks:
-            self._masks[part, window] = self._prompt_masks(window) if part == "prompt" else self._completion_masks(window)
+            masks = self._completion_masks(self.bands[part - 1].shape[2], window) if part else self._prompt_masks(window)
+            self._masks[part, window] = masks
         return self._masks[part, window]
 
     def _prompt_masks(self, window: int | None) -> Masks:
@@ -149,9 +155,8 @@ class PackedSequences:
         index = torch.arange(self.prompts.shape[1], device=self.ids.device)
         return None, visible(index[:, None], index, window)
 
-    def _completion_masks(self, window: int | None) -> Masks:
-        assert self.completions is not None
-        device, length, width = self.ids.device, self.completions.shape[2], self.prompts.shape[1]
+    def _completion_masks(self, length: int, window: int | None) -> Masks:
+        device, width = self.ids.device, self.prompts.shape[1]
         steps = torch.arange(length, device=device)
         own = visible(steps[:, None], steps, window)
         if self.prompts.filled and (window is None or window >= width + length):
@@ -162,8 +167,36 @@ class PackedSequences:
         return seen[:, None, None, None], own
 
 
-def _split(part: Tensor, cut: int) -> tuple[Tensor, ...]:
-    return part.split([cut, len(part) - cut])
+def _bands(group: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut completions into bands.
+
+    Args:
+        group: Number of its prompt for each of B rows, ascending.
+        lengths: Tokens of each row that are read, [B].
+
+    Yields:
+        The row of each cell [P, G], G being the band's rows of a prompt, and which of its tokens there are, [P, G, T].
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]  # by prompt, then the longest first
+    prompts = group[order]
+    counts = group.bincount()
+    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[prompts]
+    # A column of the rectangle is the n-th longest completion of every prompt.
+    longest = lengths.new_zeros(int(counts.max())).scatter_reduce(0, rank, lengths[order], "amax").tolist()
+    begins = [0]
+    for column, length in enumerate(longest):
+        first = longest[begins[-1]]
+        if length <= _BAND_SHARE * first and first - length >= _BAND_STEP:
+            begins.append(column)
+    for begin, end in pairwise([*begins, len(longest)]):
+        inside = (rank >= begin) & (rank < end)
+        row_of_cell = order.new_zeros(len(counts), end - begin)
+        tokens = lengths.new_zeros(len(counts), end - begin)
+        cell = (prompts[inside], rank[inside] - begin)
+        row_of_cell[cell], tokens[cell] = order[inside], lengths[order[inside]]
+        if longest[begin]:
+            yield row_of_cell, torch.arange(longest[begin], device=order.device) < tokens[..., None]
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

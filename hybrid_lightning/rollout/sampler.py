@@ -21,9 +21,6 @@ from hybrid_lightning.rollout.shared_decoding import SharedPromptDecoding
 from hybrid_lightning.rollout.support import supports_packing
 from hybrid_lightning.types import Prompt, Rollouts, Sequences
 
-# The batch shrinks only when this share of it has ended: re-indexing the cache costs about one decoding step.
-_COMPACT_SHARE = 0.25
-
 
 class Sampler(Part):
     """Samples completions.
@@ -186,7 +183,7 @@ class _Decoder:
                 on_token(alive, step + 1)
             if alive == 0 or step + 1 == self.sampler.max_new_tokens:
                 break
-            if alive <= (1 - _COMPACT_SHARE) * len(rows):
+            if alive <= (1 - decoding.leave_together) * len(rows):
                 keep = running.nonzero().squeeze(1)
                 decoding.select(keep)
                 rows, token, running = rows[keep], token[keep], running[keep]

@@ -1,7 +1,8 @@
 """Decoding with one copy of each prompt's keys and values, which all its completions read together.
 
 Axes as in `attention.py`. The running rows lie in *slots* [P, G]: where completions have ended, prompts keep different numbers of
-rows, and slots without a row hold a copy of some other row that nobody reads.
+rows, and slots without a row hold a copy of some other row that nobody reads. A row that ends leaves the linear layers at once;
+its slot is given up later, when many are, since that moves the keys and values of all others.
 """
 
 import torch
@@ -13,6 +14,7 @@ from hybrid_lightning.rollout.packing import PackedSequences, visible
 from hybrid_lightning.types import Sequences
 
 _FIRST_CAPACITY = 32  # tokens; doubled whenever it is full
+_FEWER_SLOTS = 0.6  # slots are given up when this share of them is enough
 
 
 class SharedPromptDecoding:
@@ -24,6 +26,8 @@ class SharedPromptDecoding:
         mask: [P, S] bool.
         max_new_tokens: Longest completion.
     """
+
+    leave_together = 1 / 16
 
     def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
         self.model, self.max_new_tokens = model, max_new_tokens
@@ -52,22 +56,38 @@ class SharedPromptDecoding:
 
     def select(self, rows: Tensor) -> None:
         """See `Decoding`."""
-        slots = self.slot_of_row[rows]
-        samples = self.slots.shape[1]
-        prompt = slots // samples
-        kept, group = torch.unique_consecutive(prompt, return_inverse=True)
+        self.slot_of_row = self.slot_of_row[rows]
+        self._give_up_slots()
+        self.slots = torch.zeros_like(self.slots)
+        self.slots.view(-1)[self.slot_of_row] = torch.arange(len(rows), device=rows.device)
+        self._start_rows()
+
+    def _give_up_slots(self) -> None:
+        """Move the running rows together, if that leaves far fewer slots."""
+        samples, device = self.slots.shape[1], self.slots.device
+        kept, group = torch.unique_consecutive(self.slot_of_row // samples, return_inverse=True)
         counts = torch.bincount(group)
-        rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[group]
-        new = torch.zeros(len(kept), int(counts.max()), dtype=torch.long, device=rows.device)
-        new[group, rank] = torch.arange(len(rows), device=rows.device)
-        source = slots[new]  # the old slot of each new one
+        most = int(counts.max())
+        if len(kept) * most > _FEWER_SLOTS * self.slots.numel():
+            return
+        rank = torch.arange(len(group), device=device) - (counts.cumsum(0) - counts)[group]
+        source = self.slot_of_row[:1].expand(len(kept), most).clone()  # the old slot of each new one
+        source[group, rank] = self.slot_of_row
         for layer, (keys, values) in self.own.items():
-            self.own[layer] = (_take(keys, source, samples), _take(values, source, samples))
+            self.own[layer] = (self._move(keys, source), self._move(values, source))
         # Not in the loop above: rows can end at their first token, when no layer has keys of completions yet.
         self.prompt = {layer: (keys[kept], values[kept]) for layer, (keys, values) in self.prompt.items()}
         self.lengths = self.lengths[kept]
-        self.slots, self.slot_of_row = new, group * new.shape[1] + rank
-        self._start_rows()
+        self.slots, self.slot_of_row = source, group * most + rank
+
+    def _move(self, cache: Tensor, source: Tensor) -> Tensor:
+        """The slots `source` [P', G'], numbered in [P, G], of [P, K, G, capacity, D]."""
+        samples, (_, heads, _, capacity, size) = self.slots.shape[1], cache.shape
+        # Prompt by prompt heads stay together: [P', G', K, tokens, D].
+        taken = cache[..., : self.decoded, :][source // samples, :, source % samples]
+        moved = cache.new_empty(len(source), heads, source.shape[1], capacity, size)
+        moved[..., : self.decoded, :] = taken.transpose(1, 2)
+        return moved
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
@@ -100,10 +120,8 @@ class SharedPromptDecoding:
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> None:
         if layer not in self.own:
-            self.own[layer] = (
-                _allocate(key, _FIRST_CAPACITY, cached_key_dtype(key)),
-                _allocate(value, _FIRST_CAPACITY, value.dtype),
-            )
+            capacity = min(_FIRST_CAPACITY, self.max_new_tokens)
+            self.own[layer] = (_allocate(key, capacity, cached_key_dtype(key)), _allocate(value, capacity, value.dtype))
         keys, values = self.own[layer]
         if keys.shape[3] < self.decoded:
             extra = min(keys.shape[3], max(1, self.max_new_tokens - keys.shape[3]))
@@ -145,14 +163,8 @@ class _Prefill:
 def _allocate(part: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
     """[P, G, K, D] -> room for [P, K, G, capacity, D]."""
     prompts, samples, heads, size = part.shape
-    return part.new_zeros(prompts, heads, samples, capacity, size, dtype=dtype)
+    return part.new_empty(prompts, heads, samples, capacity, size, dtype=dtype)
 
 
 def _grow(cache: Tensor, extra: int) -> Tensor:
-    return torch.cat([cache, cache.new_zeros(*cache.shape[:3], extra, cache.shape[4])], dim=3)
-
-
-def _take(cache: Tensor, source: Tensor, samples: int) -> Tensor:
-    """The slots `source` [P', G'], numbered in [P, G], of [P, K, G, capacity, D]."""
-    # Prompt by prompt heads stay together: [P', G', K, capacity, D], then back.
-    return cache[source // samples, :, source % samples].transpose(1, 2).contiguous()
+    return torch.cat([cache, cache.new_empty(*cache.shape[:3], extra, cache.shape[4])], dim=3)

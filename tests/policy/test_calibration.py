@@ -41,11 +41,12 @@ def sums(tmp_path_factory):
     return write_sums(tmp_path_factory.mktemp("calibration") / "sums.jsonl", 16)
 
 
-def calibrate(model, sums, prompts=8, data=None, accumulate=1, **arguments):
+def calibrate(model, sums, prompts=8, data=None, **arguments):
     """The policy, its rollouts, and the calibration losses; the policy's weights want gradients."""
-    policy = build_policy(model, **{"sampler": Sampler(6, temperature=TEMPERATURE), **arguments})
+    settings = {"sampler": Sampler(6, temperature=TEMPERATURE), "max_tokens_per_micro_batch": 40}
+    policy = build_policy(model, **{**settings, **arguments})
     policy._device = torch.device("meta")  # scoring is where the model is: Lightning has not moved the module itself yet
-    trainer = build_trainer(model.parent, accumulate_grad_batches=accumulate)
+    trainer = build_trainer(model.parent)
     data = data or build_data(sums)
     policy.trainer = trainer
     trainer.datamodule, data.trainer = data, trainer
@@ -93,8 +94,7 @@ def assert_same_gradient(gradient, loss, model):
 @pytest.mark.parametrize("reward", [DigitShare(), EvenOrTied()], ids=["all", "half-tied"])
 @pytest.mark.parametrize("loss", [GRPOLoss(kl_coef=0.1), GSPOLoss(), TokenMeanLoss()], ids=["grpo", "gspo", "token-mean"])
 def test_rewards_give_the_policy_gradient_at_the_start_policy(model, sums, loss, reward):
-    sizes = {"minibatches_per_rollout": 2, "accumulate": 2}
-    policy, rollouts, losses = calibrate(model, sums, loss=loss, reward=reward, **sizes)
+    policy, rollouts, losses = calibrate(model, sums, loss=loss, reward=reward)
     assert isinstance(losses, RewardCalibration) and len(losses) > 2
     base = build_model("llama", std=0.1).requires_grad_(True)
     rewards = torch.tensor(reward(rollouts.completions, [p for p in rollouts.prompts for _ in range(4)])).view(-1, 4)
@@ -193,7 +193,7 @@ def test_answers_of_every_length_are_padded_right(model):
     prompts = [type("P", (), {"answer": answer})() for answer in ("1", "", "123")]
     ids = [[4], [5, 6], [7]]
     losses = AnswerCalibration(
-        prompts, ids, policy.tokenizer, lambda s: torch.ones(s.completion_ids.shape), 2, torch.device("cpu")
+        prompts, ids, policy.tokenizer, lambda s: torch.ones(s.completion_ids.shape), 4, torch.device("cpu")
     )
     assert losses.sequences.completion_mask.sum(1).tolist() == [2, 1, 4]
     assert sum(float(loss) for loss in losses) / len(losses) == pytest.approx(-1)

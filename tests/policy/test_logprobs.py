@@ -1,9 +1,13 @@
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import FAMILIES, VOCABULARY, build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_lightning.policy.logprobs import token_logprobs
+from hybrid_lightning.rollout.packing import PackedSequences
 from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.types import Sequences
 
@@ -121,3 +125,35 @@ def test_rows_cut_padding_that_all_share():
     model = build_model("llama")
     alone, _ = token_logprobs(model, rows, 1.0)
     torch.testing.assert_close(alone[0], plain(model, "separate", 0, 1.0)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padding(family):
+    model = build_model(family).requires_grad_(True)
+    lengths = torch.tensor([3, 60, 1, 33, 58, 2, 30, 1, 64, 5])
+    prompts = torch.randint(3, 30, (2, 6)).repeat_interleave(5, dim=0)
+    prompt_mask = torch.ones_like(prompts, dtype=torch.bool)
+    prompt_mask[:5, :2] = False
+    completions = torch.randint(3, 30, (10, 64))
+    mask = torch.arange(64) < lengths[:, None]
+    sequences = Sequences(prompts, prompt_mask, completions, mask)
+    weights = torch.randn(mask.shape)
+    packed = PackedSequences(sequences)
+    assert len(packed.bands) > 1
+    places = sum(math.prod(band.shape) for band in packed.bands)
+    assert places < 1.6 * int((lengths - 1).sum()) < 10 * 63  # one rectangle would have 10 x 63
+
+    def gradients(logprobs):
+        (logprobs * weights * mask).sum().backward()
+        taken = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+        model.zero_grad()
+        return taken
+
+    together, entropy = token_logprobs(model, sequences, 1.0)
+    found = gradients(together)
+    alone = [token_logprobs(model, sequences.rows(slice(row, row + 1)), 1.0) for row in range(10)]
+    width = mask.shape[1]
+    separate = torch.cat([F.pad(values, (0, width - values.shape[1])) for values, _ in alone])
+    torch.testing.assert_close(together, separate, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, torch.cat([F.pad(h, (0, width - h.shape[1])) for _, h in alone]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, gradients(separate), atol=1e-4, rtol=1e-4)

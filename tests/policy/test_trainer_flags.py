@@ -24,7 +24,8 @@ class Log(Callback):
     """Notes what happened at every micro-batch and validation."""
 
     def __init__(self):
-        self.epochs: list[list[list[str]]] = []  # epoch -> micro-batch -> its prompts
+        # epoch -> micro-batch -> the prompts of its rollout, those without an advantage too, which are in no micro-batch
+        self.epochs: list[list[list[str]]] = []
         self.steps: list[int] = []  # optimizer steps after each micro-batch
         self.metrics: list[dict[str, float]] = []
         self.validations: list[int] = []  # micro-batches before each
@@ -37,10 +38,8 @@ class Log(Callback):
         self.epochs.append([])
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        ids, mask = batch.sequences.prompt_ids, batch.sequences.prompt_mask
-        texts = [pl_module.tokenizer.decode(row[keep]) for row, keep in zip(ids, mask, strict=True)]
-        self.epochs[-1].append(list(dict.fromkeys(texts)))
-        self.seen = [self.seen[0] + len(ids), self.seen[1] + float(batch.sequences.completion_mask.sum())]
+        self.epochs[-1].append([prompt.text for prompt in pl_module.last_rollout[0].prompts])
+        self.seen = [self.seen[0] + len(batch.sequences), self.seen[1] + float(batch.sequences.completion_mask.sum())]
         self.expected = [batch.updated_sequences, batch.updated_tokens]
         self.whole.append(batch.num_sequences)
 

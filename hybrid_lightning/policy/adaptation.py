@@ -17,7 +17,9 @@ from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import CheckpointError, PlanError
+from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.sharding.names import parameter_names, trained_names
 from hybrid_lightning.sharding.optimizer_state import name_state
 from hybrid_lightning.sharding.whole_files import write_whole_files
 
@@ -93,7 +95,7 @@ class AdaptedModule(LightningModule):
     def configure_model(self) -> None:
         """Let the strategy split the adapted model over ranks, if it does so; Lightning calls this after all setup hooks."""
         strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, FSDP2Strategy):
+        if isinstance(strategy, (FSDP2Strategy, FSDP1Strategy)):
             self.before_sharding()
             setattr(self, self.adapter_attribute, strategy.shard(self.adapter_target))
 
@@ -103,10 +105,10 @@ class AdaptedModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trainable weights, name the optimizer's state of each, and say which plan and base model they belong to."""
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trainable = trained_names(self)
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trainable}
         if "optimizer_states" in checkpoint:
-            names = {parameter: name for name, parameter in self.named_parameters()}
+            names = parameter_names(self)
             states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             checkpoint["optimizer_states"] = [name_state(state, optimizer, names) for state, optimizer in states]
         checkpoint[CHECKPOINT_KEY] = {
@@ -145,7 +147,7 @@ class AdaptedModule(LightningModule):
         Raises:
             CheckpointError: If the names do not fit.
         """
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trainable = trained_names(self)
         missing = sorted(trainable - state_dict.keys())
         if missing:
             raise CheckpointError(

@@ -194,7 +194,7 @@ class PolicyModule(UpdatedModule):
             ConfigError: If the strategy cannot work, the precision cannot work or contradicts the dtype, the KL term has no start
                 policy, or a rollout cannot be split into the micro-batches that the Trainer asks for.
         """
-        check_strategy(self.trainer, self.optimizer_class)
+        check_strategy(self.trainer, self.optimizer_class, self.dtype_name)
         precision = str(self.trainer.precision)
         if precision in ("bf16-true", "16-true"):
             raise ConfigError(

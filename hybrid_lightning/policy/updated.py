@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
 from hybrid_lightning.losses.base import combine_metrics
@@ -172,4 +173,5 @@ class UpdatedModule(EvaluatedModule):
         """Log the gradient norm of each group before clipping."""
         for group in optimizer.param_groups:
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-            self.log(f"grad_norm/{group['name']}", total_norm(gradients), on_step=True, on_epoch=False)
+            norm = total_norm(gradients, self.device, local_parts=isinstance(self.model, FullyShardedDataParallel))
+            self.log(f"grad_norm/{group['name']}", norm, on_step=True, on_epoch=False)

@@ -9,17 +9,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
-_OURS = (FSDP2Strategy,)
+_OURS = (FSDP2Strategy, FSDP1Strategy)
 
 
-def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer]) -> None:
-    """Check strategy, precision and optimizer together.
+def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer], dtype: str) -> None:
+    """Check strategy, precision, dtype and optimizer together.
 
     Args:
         trainer: Has the strategy and the precision.
         optimizer: Called with parameter groups.
+        dtype: Of the model as loaded.
 
     Raises:
         ConfigError: If they do not work together.
@@ -36,6 +38,11 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer])
     if str(trainer.precision) == "16-mixed":
         raise ConfigError(
             f"trainer.precision=16-mixed does not work with {name}, whose ranks would scale their losses apart; use bf16-mixed"
+        )
+    if isinstance(strategy, FSDP1Strategy) and dtype != "float32":
+        raise ConfigError(
+            f"model.dtype={dtype} does not work with FSDP1Strategy: trained weights are float32, and FSDP1 wants one dtype "
+            "in a block; use --config configs/strategy/fsdp2.yaml, or model.dtype=float32"
         )
     if trainer.state.fn == "fit":
         group = {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0, "name": "check"}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -17,7 +16,9 @@ from torch.optim import Optimizer
 
 from hybrid_lightning.sharding.blocks import decoder_blocks
 from hybrid_lightning.sharding.forward import is_sharded
+from hybrid_lightning.sharding.names import parameter_names
 from hybrid_lightning.sharding.optimizer_state import check_names, is_of
+from hybrid_lightning.sharding.ranks import send_trained_weights
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -53,19 +54,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         if is_sharded(model):
             return model
         mesh = self.device_mesh["data_parallel"]
-        self._send_trained_weights(model)
+        send_trained_weights(model, self.root_device)
         for block in decoder_blocks(model):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
-
-    def _send_trained_weights(self, model: nn.Module) -> None:
-        """Each rank has drawn LoRA's start by itself; that of rank 0 counts."""
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                value = parameter.detach().to(self.root_device)
-                dist.broadcast(value, src=0)
-                parameter.data.copy_(value)
 
     # ---- checkpoints
 
@@ -109,7 +102,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         module = self.lightning_module
         assert module is not None
-        names = {parameter: name for name, parameter in module.named_parameters()}
+        names = parameter_names(module)
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             check_names(saved, optimizer, names)
             parts: dict[str, dict[str, Any]] = {}

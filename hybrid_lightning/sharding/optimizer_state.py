@@ -17,11 +17,11 @@ def name_state(state: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Pa
     """Replace parameters' numbers by their names.
 
     Args:
-        state: As from `optimizer.state_dict()`; empty on a rank that does not save.
+        state: As from `optimizer.state_dict()`, or by name already; empty on a rank that does not save.
         optimizer: Whose state it is.
         names: Parameter -> name.
     """
-    if not state:
+    if not state or any(isinstance(number, str) for group in state["param_groups"] for number in group["params"]):
         return state
     named: dict[Any, str] = {}
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):

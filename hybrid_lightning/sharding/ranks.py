@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -76,3 +76,19 @@ def largest_over_ranks(values: Tensor) -> Tensor:
     largest = values.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest
+
+
+def send_trained_weights(model: nn.Module, device: torch.device) -> None:
+    """Give every rank the trained weights of rank 0, whatever start of LoRA it has drawn itself.
+
+    Args:
+        model: The same on all ranks but for the values of its trained weights.
+        device: That the ranks train on.
+    """
+    if world_size() == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            value = parameter.detach().to(device)
+            dist.broadcast(value, src=0)
+            parameter.data.copy_(value)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
@@ -84,13 +86,19 @@ class Log(Callback):
 
 def weights(module) -> dict[str, torch.Tensor]:
     """The whole of every trained weight."""
-    with torch.no_grad():
+
+    def copies():
         found = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        return {name: whole(p).clone() for name, p in found.items()}
+        return {name: whole(p.detach()).clone() for name, p in found.items()}
+
+    if isinstance(module.model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(module, writeback=False):
+            return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in copies().items()}
+    return copies()
 
 
 def whole(value):
-    return value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def train(

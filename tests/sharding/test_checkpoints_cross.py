@@ -10,8 +10,8 @@ from hybrid_lightning.policy.module import PolicyModule
 
 # Two passes over two minibatches: after one optimizer step three of a rollout are left, and after the fourth comes a second one.
 ARGUMENTS = {"policy": {**ADAM, "epochs_per_rollout": 2}, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0}
-WRITERS = {"one process": ("auto", 1), "ddp": ("ddp", 2), "fsdp2": (STRATEGIES["fsdp2"], 3)}
-READERS = {"one process": ("auto", 1), "ddp": ("ddp", 3), "fsdp2": (STRATEGIES["fsdp2"], 2)}
+WRITERS = {"one process": ("auto", 1), "ddp": ("ddp", 2), "fsdp2": (STRATEGIES["fsdp2"], 3), "fsdp1": (STRATEGIES["fsdp1"], 2)}
+READERS = {"one process": ("auto", 1), "ddp": ("ddp", 3), "fsdp2": (STRATEGIES["fsdp2"], 2), "fsdp1": (STRATEGIES["fsdp1"], 3)}
 
 
 @pytest.fixture(scope="module")

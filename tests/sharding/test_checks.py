@@ -9,17 +9,20 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.sharding.blocks import decoder_blocks
 from hybrid_lightning.sharding.checks import check_strategy
+from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
 
-def check(strategy, optimizer=torch.optim.AdamW, precision="32-true"):
-    check_strategy(SimpleNamespace(strategy=strategy, precision=precision, state=SimpleNamespace(fn="fit")), optimizer)
+def check(strategy, optimizer=torch.optim.AdamW, precision="32-true", dtype="float32"):
+    trainer = SimpleNamespace(strategy=strategy, precision=precision, state=SimpleNamespace(fn="fit"))
+    check_strategy(trainer, optimizer, dtype)
 
 
 def test_what_works_is_let_through():
     check(SingleDeviceStrategy("cpu"))
     check(DDPStrategy(), precision="16-mixed")
-    check(FSDP2Strategy(), precision="bf16-mixed")
+    check(FSDP2Strategy(), precision="bf16-mixed", dtype="bfloat16")
+    check(FSDP1Strategy(), precision="bf16-mixed")
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
@@ -31,6 +34,11 @@ def test_lightnings_own_sharding_is_refused(strategy):
 def test_float16_is_refused_under_sharding():
     with pytest.raises(ConfigError, match=r"16-mixed does not work with FSDP2Strategy.*bf16-mixed"):
         check(FSDP2Strategy(), precision="16-mixed")
+
+
+def test_two_dtypes_are_refused_where_a_block_can_have_one_only():
+    with pytest.raises(ConfigError, match=r"bfloat16 does not work with FSDP1Strategy.*fsdp2\.yaml"):
+        check(FSDP1Strategy(), precision="bf16-mixed", dtype="bfloat16")
 
 
 def test_an_optimizer_that_cannot_hold_parts_of_weights_is_refused():

@@ -9,9 +9,10 @@ from runs_of_tests import ByPrompt, Only, train_each
 from tiny_runs import Constant
 
 from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
-STRATEGIES = {"ddp": "ddp", "fsdp2": FSDP2Strategy}
+STRATEGIES = {"ddp": "ddp", "fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}
 # Where a gradient is nothing but rounding, Adam's step must not be.
 ADAM = {"optimizer": partial(torch.optim.AdamW, eps=1e-3, weight_decay=0.1), "lr_full": 1e-3, "lr_lora": 1e-2}
 

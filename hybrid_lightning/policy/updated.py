@@ -69,7 +69,7 @@ class UpdatedModule(EvaluatedModule):
             return batch.with_logprobs(old, reference)
 
         with self.clock.phase("logprobs"), self._inference():
-            return with_whole_weights(self.model, add)
+            return with_whole_weights(self.model, add, as_trained=True)
 
     def _constant_logprobs(self, sequences: Sequences) -> Tensor:
         """Log-probabilities [B, T] in the same runs of rows in which they are trained, so that the same numbers come out."""

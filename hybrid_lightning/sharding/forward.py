@@ -5,7 +5,7 @@ call of the module. The policy computes log-probabilities from parts of the mode
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from torch import nn
@@ -45,17 +45,19 @@ def as_forward(model: nn.Module, function: Callable[[], Result]) -> Result:
             restore()
 
 
-def with_whole_weights(model: nn.Module, function: Callable[[], Result]) -> Result:
+def with_whole_weights(model: nn.Module, function: Callable[[], Result], as_trained: bool = False) -> Result:
     """Call a function while every rank holds all weights, so that ranks may compute different things, and differently often.
 
     Args:
         model: Sharded or not.
         function: Computes without gradient.
+        as_trained: Round as a training pass does, where that may differ.
     """
     if isinstance(model, FSDPModule):
         return _with_whole_weights_2(model, function)
     if isinstance(model, FullyShardedDataParallel):
-        return _with_whole_weights_1(model, function)
+        with _all_flagged_as_trained(model) if as_trained else nullcontext():
+            return _with_whole_weights_1(model, function)
     return function()
 
 
@@ -86,6 +88,19 @@ def _with_whole_weights_1(model: FullyShardedDataParallel, function: Callable[[]
         finally:
             for restore in restores:
                 restore()
+
+
+@contextmanager
+def _all_flagged_as_trained(model: nn.Module) -> Iterator[None]:
+    """In a training pass of FSDP1 all weights of a block need a gradient if one does, and LoRA then computes in other steps."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:

@@ -1,6 +1,7 @@
 """`FSDP1Strategy`: weights, gradients and optimizer state split over all ranks, by torch's `FullyShardedDataParallel`.
 
-For clusters that are bound to it; `FSDP2Strategy` needs no uniform dtype, has a smaller state and is the one to choose.
+For clusters that are bound to it. FSDP1 lays all weights of a block into one tensor, which has one dtype and one gradient: the
+frozen weights are float32 and their gradients are computed, too. `FSDP2Strategy` does neither and is the one to choose.
 """
 
 from collections.abc import Iterator, Mapping

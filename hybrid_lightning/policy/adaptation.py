@@ -17,6 +17,7 @@ from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import CheckpointError, PlanError
+from hybrid_lightning.policy.quantization import Quantization, quantize_base
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.names import parameter_names, trained_names
@@ -30,6 +31,7 @@ class AdaptedModule(LightningModule):
     """A LightningModule whose attribute `adapter_attribute` holds a model that a plan can adapt."""
 
     adapter_attribute: str = "model"
+    quantization: Quantization | None = None  # of the base, when a plan is applied to it
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +65,7 @@ class AdaptedModule(LightningModule):
 
         Raises:
             PlanError: If another plan is applied already, or the plan belongs to another model.
+            ConfigError: If the base is to be quantized and the plan leaves nothing of it frozen.
         """
         if self.plan is not None:
             if self.plan.digest != plan.digest:
@@ -76,6 +79,10 @@ class AdaptedModule(LightningModule):
                 f"the plan was made for model {plan.model!r} (digest {plan.model_digest[:12]}), but this model has digest "
                 f"{self.base_digest[:12]}; use the same model, revision and dtype, or make a new plan with the score command"
             )
+        if self.quantization is not None:
+            # Where it is trained, since devices may round a weight differently, and a resumed run must have the same base.
+            device = None if self._trainer is None else self.trainer.strategy.root_device
+            quantize_base(self.adapter_target, self.quantization, plan.full_modules, device)
         setattr(self, self.adapter_attribute, apply_plan(self.adapter_target, plan, keep_start_weights=keep_start_weights))
         self.plan, self.keep_start_weights = plan, keep_start_weights
 
@@ -115,6 +122,7 @@ class AdaptedModule(LightningModule):
             "plan": None if self.plan is None else self.plan.to_dict(),
             "keep_start_weights": self.keep_start_weights,
             "base_digest": self.base_digest,
+            "quantization": self._quantization_name(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -133,6 +141,12 @@ class AdaptedModule(LightningModule):
             if self.plan is not None:
                 raise CheckpointError("the checkpoint was saved without an adapter; resume it without HybridAdapterSetup")
             return
+        quantization, mine = saved.get("quantization"), self._quantization_name()
+        if quantization != mine and self._trainer is not None and self.trainer.state.fn == "fit":
+            raise CheckpointError(
+                f"the checkpoint was trained with model.quantization={quantization or 'null'}, but it is {mine or 'null'} now; "
+                "give the same, or start a new run"
+            )
         plan = AdapterPlan.from_dict(saved["plan"])
         if self.plan is not None and self.plan.digest != plan.digest:
             raise CheckpointError(
@@ -140,6 +154,9 @@ class AdaptedModule(LightningModule):
                 "remove adapter.plan (the checkpoint brings its own), or start a new run"
             )
         self.adapt(plan, saved["keep_start_weights"])
+
+    def _quantization_name(self) -> str | None:
+        return None if self.quantization is None else type(self.quantization).__name__
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights; every trainable one must be there and none may be unknown, whatever `strict` says.

@@ -25,6 +25,7 @@ from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_
 from hybrid_lightning.policy.modes import checkpoint_gradients
 from hybrid_lightning.policy.optim import ConstantSchedule, LearningRateSchedule, OptimizerCallable, build_optimizer
 from hybrid_lightning.policy.prompts import PromptEncoder
+from hybrid_lightning.policy.quantization import Quantization, check_quantization
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.updated import UpdatedModule
@@ -47,6 +48,7 @@ class PolicyModule(UpdatedModule):
         model: `embedded`, a folder, a GGUF file, `package:NAME/FILE`, or a hub id.
         revision: Branch, tag or commit of a hub model.
         dtype: Weights in memory: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed`.
+        quantization: Of the frozen base once the modules are scored, such as `NF4()`; None keeps it in `dtype`.
         attn_implementation: Such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
@@ -81,6 +83,7 @@ class PolicyModule(UpdatedModule):
         model: str = "embedded",
         revision: str | None = None,
         dtype: str = "float32",
+        quantization: Quantization | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         chat_template: str | None = None,
@@ -120,7 +123,7 @@ class PolicyModule(UpdatedModule):
         self.eval_samples, self.seed = eval_samples, seed
         self.optimizer_class, self.lr_full, self.lr_lora = optimizer, lr_full, lr_lora
         self.schedule = schedule or ConstantSchedule()
-        self.dtype_name = dtype
+        self.dtype_name, self.quantization = dtype, quantization
         source = resolve_model(model, revision)
         self.tokenizer = load_tokenizer(source)
         self.encoder = PromptEncoder(self.tokenizer, chat_template, chat_template_kwargs)
@@ -195,6 +198,8 @@ class PolicyModule(UpdatedModule):
                 policy, or a rollout cannot be split into the micro-batches that the Trainer asks for.
         """
         check_strategy(self.trainer, self.optimizer_class, self.dtype_name)
+        if self.quantization is not None:
+            check_quantization(self.quantization, self.trainer)
         precision = str(self.trainer.precision)
         if precision in ("bf16-true", "16-true"):
             raise ConfigError(

@@ -1,0 +1,94 @@
+"""Linear layers whose frozen weight is kept in 4 or 8 bits. Importing this needs bitsandbytes, of which they are layers.
+
+They compute the product of the unpacked weight with the input as it is, in the dtype of autocast:
+
+- A row's result depends neither on the rows beside it nor on the mode of the layer, so that log-probabilities of sampling and
+  training agree. bitsandbytes' own 8-bit layer also rounds its input to 8 bits, with outliers looked for in all rows together.
+- The gradient is there after generation. On CPUs with AVX512-bf16 bitsandbytes' own 4-bit layer, in eval mode, rearranges its
+  weight for a product in bfloat16 without a gradient, and the base of a policy is in eval mode while it is trained.
+"""
+
+from typing import Any
+
+import bitsandbytes
+import torch
+import torch.nn.functional as F
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class NF4Linear(Linear4bit):
+    """4 bits a weight; the scale of each block of 64 is itself kept in 8 bits.
+
+    Args:
+        weight: [m, n] in 16 or 32 bits, n a multiple of 64.
+        bias: [m], kept as it is.
+        device: Where the weight is quantized, and is afterwards.
+    """
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, device: torch.device) -> None:
+        # On the meta device no weight is allocated, nor drawn from the random state.
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, quant_type="nf4", device="meta")
+        packed: Any = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=self)
+        self.weight = packed.to(device)  # which quantizes
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., m]."""
+        x, bias = _cast(x, self.bias)
+        assert self.quant_state is not None
+        result: Tensor = bitsandbytes.matmul_4bit(x, self.weight, quant_state=self.quant_state, bias=bias)
+        return result
+
+
+class Int8Linear(Linear8bitLt):
+    """8 bits a weight, and one scale for each output.
+
+    Args:
+        weight: [m, n] in 16 or 32 bits.
+        bias: [m], kept as it is.
+        device: Where the weight is quantized, and is afterwards.
+    """
+
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, device: torch.device) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, has_fp16_weights=False, device="meta")
+        packed, largest, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.detach().to(device, torch.float16))
+        self.weight = Int8Params(packed, requires_grad=False, has_fp16_weights=False, SCB=largest)
+        self.state.SCB = largest  # for PEFT
+        self.register_buffer("scale", largest / 127, persistent=False)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., m]."""
+        x, bias = _cast(x, self.bias)
+        result: Tensor = _Product.apply(x, self.weight.data, self.scale, bias)  # type: ignore[no-untyped-call]
+        return result
+
+
+def _cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What autocast, which does not know these layers, does for `nn.Linear`."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return x.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _unpack(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return packed.to(dtype).mul_(scale[:, None])  # in place, which rounds once
+
+
+class _Product(torch.autograd.Function):
+    """`F.linear` with a weight that is unpacked in the forward pass, and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(packed, scale)
+        return F.linear(x, _unpack(packed, scale, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        packed, scale = ctx.saved_tensors
+        return gradient @ _unpack(packed, scale, gradient.dtype), None, None, None

@@ -114,7 +114,7 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
 
     Raises:
         ConfigError: If `dtype` is unknown.
-        ModelError: If the model cannot be found, is no causal language model, or lacks some of its weights.
+        ModelError: If the model cannot be found, is no causal language model, is stored quantized, or lacks some of its weights.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
@@ -145,6 +145,12 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
         for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
             if hasattr(owner, attribute):
                 delattr(owner, attribute)
+    packed = sorted({str(parameter.dtype) for parameter in model.parameters()} - {str(known) for known in DTYPES.values()})
+    if packed:
+        raise ModelError(
+            f"{source.location!r} is stored quantized (weights of {packed[0]}), where modules cannot be scored; give the 16-bit model "
+            "that it was made from, and model.quantization=NF4 or Int8 to quantize that once its modules are scored"
+        )
     model.requires_grad_(False)
     return model.eval()
 

@@ -1,0 +1,198 @@
+"""Which modules are quantized and how, and that adapter and start policy are as exact on them as on plain ones."""
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from wide_models import FAMILIES, build_wide_model, write_wide_model
+
+from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, trainable_state
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.digest import model_digest
+from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.planning import make_plan
+from hybrid_lightning.adapters.scorers import Random
+from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.policy.loading import load_model, resolve_model
+from hybrid_lightning.policy.quantization import NF4, Int8, check_quantization, quantize_base
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+
+pytest.importorskip("bitsandbytes")
+
+IDS = torch.randint(3, 40, (3, 9), generator=torch.Generator().manual_seed(7))
+KINDS = [NF4, Int8]
+VARIANTS = {
+    "lora": LoraSettings(rank=4, alpha=6),
+    "dora": LoraSettings(rank=4, alpha=6, use_dora=True),
+    "rslora": LoraSettings(rank=4, alpha=6, use_rslora=True),
+}
+
+
+def plan_of(model, share=0.2, lora=VARIANTS["lora"]):
+    candidates = find_candidates(model)
+    scores = {name: float(number * 7 % 11) for number, name in enumerate(candidates)}
+    budget = ModuleBudget(share)
+    digest = model_digest(model)
+    return make_plan(
+        model="test", model_digest=digest, candidates=candidates, budget=budget, lora=lora, scores=scores, scorer=Random(0)
+    )
+
+
+def packed_modules(model):
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.weight.element_size() == 1}
+
+
+def unpacked_copy(family, quantized):
+    """The same model with plain layers that hold the unpacked weights."""
+    from test_quantized_linear import unpacked
+
+    plain = build_wide_model(family)
+    for name in packed_modules(quantized):
+        weight = unpacked(quantized.get_submodule(name))
+        target = plain.get_submodule(name).weight.data
+        target.copy_(weight.T if family == "gpt2" else weight)
+    return plain
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_but_the_fully_trained_modules_of_the_blocks_are_quantized(family, kind):
+    model = build_wide_model(family)
+    plan = plan_of(model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    quantize_base(model, kind(), plan.full_modules)
+    candidates = {module.name for module in plan.candidates}
+    assert plan.full_modules and packed_modules(model) == candidates - set(plan.full_modules)
+    kept = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] not in packed_modules(model)}
+    assert kept and all(torch.equal(parameter, before[name]) for name, parameter in kept.items())
+    assert not any(module.training for module in model.modules())
+    reference = unpacked_copy(family, model)
+    torch.testing.assert_close(model(IDS).logits, reference(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_are_those_that_transformers_would_load(tmp_path, kind, dtype):
+    folder = write_wide_model(tmp_path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    plan = plan_of(model)
+    quantize_base(model, kind(), plan.full_modules)
+    options = (
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        if kind is NF4
+        else {"load_in_8bit": True}
+    )
+    config = BitsAndBytesConfig(**options, llm_int8_skip_modules=[*plan.full_modules, "lm_head"])
+    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    assert packed_modules(theirs) == packed_modules(model)
+    for (name, mine), (their_name, other) in zip(model.named_parameters(), theirs.named_parameters(), strict=True):
+        assert name == their_name and mine.dtype == other.dtype and torch.equal(mine, other), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_on_it_is_as_exact_as_on_a_plain_base(family, variant, kind):
+    model = build_wide_model(family)
+    plan = plan_of(model, lora=VARIANTS[variant])
+    quantize_base(model, kind(), plan.full_modules)
+    plain = unpacked_copy(family, model)
+    start = model(IDS).logits
+    adapted, reference = apply_plan(model, plan), apply_plan(plain, plan)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4}
+    if variant == "dora":  # whose lengths are divided by norms that are computed anew
+        torch.testing.assert_close(adapted(IDS).logits, start, **tolerance)
+    else:
+        assert torch.equal(adapted(IDS).logits, start)
+    generator = torch.Generator().manual_seed(1)
+    for weight in trainable_state(adapted).values():
+        weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    reference.load_state_dict(trainable_state(adapted), strict=False)
+    weights = torch.randn(start.shape, generator=generator)
+    for each in (adapted, reference):
+        with torch.no_grad():  # as generation does
+            each(IDS)
+        (each(IDS).logits.log_softmax(-1) * weights).sum().backward()
+    torch.testing.assert_close(adapted(IDS).logits, reference(IDS).logits, **tolerance)
+    gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(gradients) == len(trainable_state(adapted)) and all(value.abs().sum() > 0 for value in gradients.values())
+    for name, parameter in reference.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-3 * float(parameter.grad.abs().max()))
+    with adapter_disabled(adapted):
+        assert torch.equal(adapted(IDS).logits, start)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pefts_layers_for_packed_weights_serve_them(kind):
+    model = build_wide_model()
+    plan = plan_of(model)
+    quantize_base(model, kind(), plan.full_modules)
+    adapted = apply_plan(model, plan)
+    names = {type(adapted.get_base_model().get_submodule(name)).__module__ for name in plan.lora_modules}
+    assert names == {"peft.tuners.lora.bnb"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_under_autocast_is_near_float32(kind):
+    model = build_wide_model()
+    plan = plan_of(model)
+    quantize_base(model, kind(), plan.full_modules)
+    adapted = apply_plan(model, plan)
+    exact = adapted(IDS).logits.log_softmax(-1)
+    narrow = build_wide_model().to(torch.bfloat16)
+    quantize_base(narrow, kind(), plan.full_modules)
+    narrow = apply_plan(narrow, plan)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = narrow(IDS).logits
+    logits.float().log_softmax(-1).sum().backward()
+    error = (logits.float().log_softmax(-1) - exact).abs().mean()
+    assert 0 < float(error) < 0.03 * float(exact.abs().mean())
+    trained = [parameter for parameter in narrow.parameters() if parameter.requires_grad]
+    assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in trained)
+
+
+def test_a_base_of_which_nothing_can_be_quantized_is_refused(make_model):
+    model = build_wide_model()
+    with pytest.raises(ConfigError, match=r"NF4 has nothing to quantize, since the plan trains all 14 .* adapter\.budget\.share"):
+        quantize_base(model, NF4(), plan_of(model, share=1).full_modules)
+    with pytest.raises(ConfigError, match=r"NF4 has nothing to quantize: .* multiple of 64.* model\.quantization=Int8"):
+        quantize_base(make_model("llama"), NF4(), ())
+    assert not packed_modules(model)
+
+
+def test_weights_that_nf4_does_not_take_stay_as_they_are(make_model):
+    """48 inputs: blocks of 64 weights span two rows."""
+    model = make_model("llama")
+    model.model.layers[0].mlp.up_proj = nn.Linear(64, 48)
+    model.model.layers[0].mlp.down_proj = nn.Linear(48, 64)
+    quantize_base(model, NF4(), ())
+    assert packed_modules(model) == {"model.layers.0.mlp.up_proj"}
+
+
+@pytest.mark.parametrize("strategy", [FSDP2Strategy, FSDPStrategy])
+def test_strategies_that_split_weights_are_refused(strategy):
+    with pytest.raises(ConfigError, match=rf"NF4 does not work with {strategy.__name__}.*trainer\.strategy=ddp"):
+        check_quantization(NF4(), SimpleNamespace(strategy=strategy()))
+    for fine in (SingleDeviceStrategy("cpu"), DDPStrategy()):
+        check_quantization(NF4(), SimpleNamespace(strategy=fine))
+
+
+def test_a_base_that_is_stored_quantized_is_refused(tmp_path):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    write_wide_model(tmp_path / "plain")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config).save_pretrained(tmp_path / "packed")
+    with pytest.raises(ModelError, match=r"stored quantized \(weights of torch\.uint8\).*16-bit model.*model\.quantization=NF4"):
+        load_model(resolve_model(str(tmp_path / "packed")), "float32", None)
+
+
+def test_bitsandbytes_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr("hybrid_lightning.policy.quantization.find_spec", lambda name: None)
+    assert importlib.util.find_spec("bitsandbytes") is not None
+    with pytest.raises(ConfigError, match=r"Int8 needs the package bitsandbytes.*hybrid-lightning\[quantization\]"):
+        Int8()

@@ -1,5 +1,6 @@
 """A tiny training run that does the same work on any number of ranks."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ def train(
     **flags: Any,
 ) -> dict[str, Any]:
     """Train, validate and say what came out."""
-    torch.manual_seed(11)
+    torch.manual_seed(
+        11 + int(os.environ.get("LOCAL_RANK", 0))
+    )  # each rank draws another start of LoRA: that of the first counts
     arguments = {
         "loss": GSPOLoss(kl_coef=0.02),
         "sampler": ByPrompt(),

@@ -17,26 +17,30 @@ STRATEGIES = {"ddp": "ddp", "fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}
 ADAM = {"optimizer": partial(torch.optim.AdamW, eps=1e-3, weight_decay=0.1), "lr_full": 1e-3, "lr_lora": 1e-2}
 
 
-def jobs(of_first_rank):
+def jobs(first_rollout, ranks):
     """Runs in which ranks have different amounts of work.
 
     Args:
-        of_first_rank: Indices of the prompts that the first rank completes in the first rollout.
+        first_rollout: Indices of the prompts of the first rollout.
+        ranks: How many share them.
     """
+    of_first_rank = first_rollout[::ranks]
     others = tuple(set(range(24)) - set(of_first_rank))
     uneven = {"sampler": ByPrompt(12, short=others), "max_tokens_per_micro_batch": 24}
-    return {
-        "kl": {},
+    work = {
         "longer completions on one rank": {
             "policy": {**uneven, "loss": GRPOLoss(), **ADAM, "epochs_per_rollout": 2},
             "accumulate_grad_batches": 2,
-        },
-        "advantages on one rank only": {
+        }
+    }
+    if ranks == 2:
+        work["kl"] = {}
+        work["advantages on one rank only"] = {
             "policy": {**uneven, "loss": GRPOLoss(), "reward": Only(of_first_rank), "gradient_checkpointing": True},
             "max_steps": 2,
-        },
-        "no advantage at all": {"policy": {"loss": GRPOLoss(), "reward": Constant(), **ADAM}, "max_steps": 2},
-    }
+        }
+        work["no advantage at all"] = {"policy": {"loss": GRPOLoss(), "reward": Constant(), **ADAM}, "max_steps": 2}
+    return work
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +55,13 @@ def first_rollout(folder, tmp_path_factory):
 def single(folder, first_rollout, tmp_path_factory):
     """The runs of one process, by number of ranks that they are compared with."""
     root = tmp_path_factory.mktemp("single")
-    return {ranks: train_each(jobs(first_rollout[::ranks]), folder=folder, root=root / str(ranks)) for ranks in (2, 3)}
+    return {ranks: train_each(jobs(first_rollout, ranks), folder=folder, root=root / str(ranks)) for ranks in (2, 3)}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_it_is_the_same_run(folder, tmp_path, single, first_rollout, strategy, ranks):
-    work = jobs(first_rollout[::ranks])
+    work = jobs(first_rollout, ranks)
     arguments = {"folder": folder, "root": tmp_path / "run", "strategy": STRATEGIES[strategy], "devices": ranks}
     results = run(ranks, tmp_path / "ranks", train_each, jobs=work, **arguments)
     for name in work:
@@ -73,5 +77,6 @@ def test_it_is_the_same_run(folder, tmp_path, single, first_rollout, strategy, r
                 result["weights"], whole["weights"], atol=1e-5, rtol=0, msg=lambda text, c=case: f"{c}: {text}"
             )
             assert result["validation"] == pytest.approx(whole["validation"], abs=1e-6), case
-    rows = [one["advantages on one rank only"]["rows"] for one in results]
-    assert all(rows[0]) and not any(map(any, rows[1:])), "the case is what it says"
+    if ranks == 2:
+        rows = [one["advantages on one rank only"]["rows"] for one in results]
+        assert all(rows[0]) and not any(rows[1]), "the case is what it says"

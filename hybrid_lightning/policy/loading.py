@@ -148,8 +148,8 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
     packed = sorted({str(parameter.dtype) for parameter in model.parameters()} - {str(known) for known in DTYPES.values()})
     if packed:
         raise ModelError(
-            f"{source.location!r} is stored quantized (weights of {packed[0]}), where modules cannot be scored; give the 16-bit model "
-            "that it was made from, and model.quantization=NF4 or Int8 to quantize that once its modules are scored"
+            f"{source.location!r} is stored quantized (weights of {packed[0]}), where modules cannot be scored; give the "
+            "16-bit model that it was made from, and model.quantization=NF4 or Int8 to quantize that once its modules are scored"
         )
     model.requires_grad_(False)
     return model.eval()

@@ -1,0 +1,220 @@
+"""Runs on a quantized base: trained, resumed, loaded, exported, and started by the command line."""
+
+import cli_runs
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_sums
+from transformers import AutoModelForCausalLM
+from wide_models import write_wide_model
+
+from hybrid_lightning.adapters.apply import apply_plan, trainable_state
+from hybrid_lightning.adapters.digest import model_digest
+from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, write_policy
+from hybrid_lightning.export.live import policy_of_module
+from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.quantization import NF4, Int8
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+IDS = torch.randint(3, 40, (3, 9), generator=torch.Generator().manual_seed(7))
+KINDS = [NF4, Int8]
+STEPS = 6
+
+
+class Log(Callback):
+    """Loss and agreement with the sampler of every micro-batch."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        names = ("loss", "sampling/logp_difference/mean", "grad_norm/full", "grad_norm/lora", "kl")
+        self.values.append([float(trainer.callback_metrics.get(name, -1)) for name in names])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    write_wide_model(folder / "model")
+    write_sums(folder / "sums.jsonl")
+    return folder
+
+
+def run(folder, root, quantization, *callbacks, steps=STEPS, ckpt=None, adapter=None, flags=None, **policy):
+    torch.manual_seed(11)
+    arguments = {
+        "loss": GSPOLoss(kl_coef=0.01),
+        "reward": StartsWithDigit(),
+        "optimizer": bitsandbytes.optim.AdamW8bit,
+        "minibatches_per_rollout": 2,
+        "lr_lora": 3e-3,
+    }
+    module = build_policy(folder / "model", quantization=quantization, **{**arguments, **policy})
+    log = Log()
+    saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    trainer = build_trainer(
+        root,
+        build_adapter(**(adapter or {})),
+        saver,
+        log,
+        *callbacks,
+        **{"max_steps": steps, "enable_checkpointing": True, **(flags or {})},
+    )
+    trainer.fit(module, datamodule=build_data(folder / "sums.jsonl"), ckpt_path=ckpt)
+    return log.values, module
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)
+def trained(request, folder):
+    root = folder / request.param.__name__
+    values, module = run(folder, root, request.param())
+    return root, values, module
+
+
+def packed(module):
+    weights = {name: p for name, p in module.named_parameters() if p.element_size() == 1}
+    assert len(weights) == len(module.plan.lora_modules) > 0
+    return weights
+
+
+def test_it_trains_and_agrees_with_its_sampler(trained):
+    _, values, module = trained
+    assert len(values) == STEPS and len({loss for loss, *_ in values}) > 3
+    assert all(difference < 1e-4 for _, difference, *_ in values)
+    assert any(full > 0 and lora > 0 for _, _, full, lora, _ in values)
+    assert values[0][-1] == 0 < values[-1][-1], "the KL to the start policy is zero at the start policy"
+    assert packed(module) and all(p.dtype == torch.float32 for p in module.parameters() if p.requires_grad)
+
+
+def test_resumed_it_goes_on_bit_for_bit(trained, folder, tmp_path):
+    root, values, module = trained
+    rest, resumed = run(folder, tmp_path, module.quantization, ckpt=root / "step=3.ckpt")
+    assert rest == values[3:]
+    weights = dict(resumed.named_parameters())
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def test_the_checkpoint_holds_trained_weights_and_knows_the_sixteen_bit_base(trained, folder):
+    root, _, module = trained
+    content = torch.load(root / f"step={STEPS}.ckpt", weights_only=True)
+    assert content["state_dict"].keys() == {name for name, p in module.named_parameters() if p.requires_grad}
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert content[CHECKPOINT_KEY]["base_digest"] == module.plan.model_digest == model_digest(base)
+    states = content["optimizer_states"][0]["state"]
+    dtypes = {value.dtype for state in states.values() for value in state["__bnb_optimizer_quant_state__"].values()}
+    assert torch.uint8 in dtypes
+
+
+def test_it_loads_alone(trained):
+    root, _, module = trained
+    loaded = PolicyModule.load_from_checkpoint(root / f"step={STEPS}.ckpt").eval()
+    assert type(loaded.quantization) is type(module.quantization)
+    assert torch.equal(loaded.model(IDS).logits, module.eval().model(IDS).logits)
+    with loaded.start_policy(), module.start_policy():
+        assert torch.equal(loaded.model(IDS).logits, module.model(IDS).logits)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_it_is_exported_onto_the_sixteen_bit_base(trained, folder, tmp_path, live):
+    root, _, module = trained
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    expected = apply_plan(base, module.plan)
+    expected.load_state_dict(trainable_state(module.model), strict=False)
+    expected = expected.eval()(IDS).logits
+    policy = policy_of_module(module) if live else policy_of_checkpoint(root / f"step={STEPS}.ckpt")
+    merged = AutoModelForCausalLM.from_pretrained(write_policy(policy, MergedModel("float32"), tmp_path / "merged"))
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=0, atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model")
+    adapter = PeftModel.from_pretrained(plain, write_policy(policy, AdapterFolder(), tmp_path / "adapter"))
+    torch.testing.assert_close(adapter(IDS).logits, expected, rtol=0, atol=1e-5)
+    quantized = module.eval().model(IDS).logits
+    error = (merged(IDS).logits - quantized).norm() / quantized.norm()
+    assert 1e-4 < float(error) < (0.3 if isinstance(module.quantization, NF4) else 0.05), "off by the rounding of the base alone"
+
+
+def test_another_quantization_than_the_checkpoints_is_refused(trained, folder, tmp_path):
+    root, _, module = trained
+    name = type(module.quantization).__name__
+    with pytest.raises(CheckpointError, match=rf"trained with model\.quantization={name}, but it is null now"):
+        run(folder, tmp_path, None, ckpt=root / "step=3.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("policy", "adapter", "flags"),
+    [
+        ({"dtype": "bfloat16", "gradient_checkpointing": True}, {}, {"precision": "bf16-mixed"}),
+        ({"loss": GSPOLoss()}, {"keep_start_weights": False, "use_dora": True}, {}),
+        ({"optimizer": bitsandbytes.optim.PagedAdamW8bit}, {"share": 0.0}, {"gradient_clip_val": 0.5}),
+    ],
+    ids=["bfloat16", "freed start weights and DoRA", "paged optimizer and LoRA alone"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_it_trains_with(folder, tmp_path, kind, policy, adapter, flags):
+    _, module = run(folder, tmp_path, kind(), steps=3, adapter=adapter, flags=flags, **policy)
+    content = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
+    loaded = PolicyModule.load_from_checkpoint(tmp_path / "step=3.ckpt").eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled="precision" in flags):
+        assert torch.equal(loaded.model(IDS).logits, module.eval().model(IDS).logits)
+    up = [weight for name, weight in content["state_dict"].items() if "lora_B" in name]
+    assert up and any(weight.abs().sum() > 0 for weight in up), "B starts at zero"
+
+
+def test_full_fine_tuning_is_refused_before_anything_is_scored(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"NF4 has nothing to quantize, since the plan trains all 14 linear modules fully"):
+        run(folder, tmp_path, NF4(), adapter={"share": 1.0})
+
+
+def test_sharded_weights_are_refused_before_anything_is_scored(folder, tmp_path):
+    flags = {"strategy": FSDP2Strategy("gloo")}
+    with pytest.raises(ConfigError, match=r"NF4 does not work with FSDP2Strategy.*trainer\.strategy=ddp"):
+        run(folder, tmp_path, NF4(), flags=flags, optimizer=torch.optim.AdamW)
+
+
+@pytest.fixture(scope="module")
+def command_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("command")
+    for _ in cli_runs.write_folder(folder):
+        write_wide_model(folder / "model", dtype=torch.bfloat16)
+        yield folder
+
+
+def test_the_command_line_fits_resumes_and_exports(command_folder, request):
+    overlay = request.config.rootpath / "configs" / "quantization" / "nf4.yaml"
+    options = ["--model.optimizer=bitsandbytes.optim.AdamW8bit", "--model.optimizer.weight_decay=0.1"]
+    configs = ["--config", "t.yaml", "--config", overlay]
+    first = cli_runs.run(command_folder, "fit", *configs, *options, "--trainer.max_steps=2")
+    assert first.code == 0, first.err
+    folder = command_folder / "runs" / "default" / "version_0"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["model"]["init_args"]["quantization"] == {"class_path": "hybrid_lightning.policy.quantization.NF4"}
+    last = folder / "checkpoints" / "last.ckpt"
+    again = cli_runs.run(command_folder, "fit", "--config", folder / "config.yaml", "--ckpt_path", last, "--trainer.max_steps=4")
+    assert again.code == 0, again.err
+    last = command_folder / "runs" / "default" / "version_1" / "checkpoints" / "last.ckpt"
+    arguments = ["--config", folder / "config.yaml", "--ckpt_path", last]
+    exported = cli_runs.run(command_folder, "export", *arguments, "--folder=out", "--form=MergedModel", "--form.dtype=float32")
+    assert exported.code == 0, exported.err
+    policy = PolicyModule.load_from_checkpoint(last)
+    assert isinstance(policy.quantization, NF4)
+    merged = AutoModelForCausalLM.from_pretrained(command_folder / "out", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(command_folder / "model", dtype=torch.bfloat16)
+    expected = apply_plan(base, policy.plan)
+    expected.load_state_dict(trainable_state(policy.model), strict=False)
+    torch.testing.assert_close(merged(IDS).logits, expected.float().eval()(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_a_forgotten_overlay_is_noticed_on_the_command_line(command_folder):
+    last = command_folder / "runs" / "default" / "version_0" / "checkpoints" / "last.ckpt"
+    options = ["--model.dtype=bfloat16", "--trainer.precision=bf16-mixed", "--trainer.max_steps=4"]
+    result = cli_runs.run(command_folder, "fit", "--config", "t.yaml", *options, "--ckpt_path", last)
+    assert result.code == 1 and "model.quantization=NF4, but it is null now" in result.last

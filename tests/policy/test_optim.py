@@ -6,6 +6,7 @@ from torch import nn
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.optim import ConstantSchedule, CosineSchedule, LinearSchedule, build_optimizer
+from hybrid_lightning.sharding.optimizer_state import name_state
 
 
 def factors(schedule, total, count=None):
@@ -90,3 +91,57 @@ def test_an_empty_group_is_left_out_and_none_at_all_is_refused():
 def test_an_impossible_schedule_is_refused_before_the_warm_up():
     with pytest.raises(ConfigError, match="run's length"):
         build(schedule=CosineSchedule(warmup_steps=100), total=math.inf, full=(parameters(), 0.1))
+
+
+@pytest.fixture(params=["AdamW8bit", "PagedAdamW8bit"])
+def eight_bit(request):
+    return getattr(pytest.importorskip("bitsandbytes.optim"), request.param)
+
+
+def train_on(optimizer, parameters, steps, seed):
+    """Steps on gradients that are the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def large_parameters():
+    """Of which the state is kept in 8 bits, and one that is too small for it to pay."""
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(64, 128)), nn.Parameter(torch.randn(96, 64)), nn.Parameter(torch.randn(8))]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_optimizers_with_a_state_of_8_bits_keep_groups_and_follow_adam(eight_bit):
+    mine, reference = large_parameters(), large_parameters()
+    start = [parameter.detach().clone() for parameter in mine]
+    built = build(eight_bit, full=(mine[:1], 1e-3), lora=(mine[1:], 1e-2))["optimizer"]
+    assert [(group["name"], group["lr"]) for group in built.param_groups] == [("full", 1e-3), ("lora", 1e-2)]
+    groups = [{"params": reference[:1], "lr": 1e-3}, {"params": reference[1:], "lr": 1e-2}]
+    plain = torch.optim.AdamW(groups, weight_decay=1e-2)
+    train_on(built, mine, 8, seed=1)
+    train_on(plain, reference, 8, seed=1)
+    for before, parameter, expected in zip(start, mine, reference, strict=True):
+        moved = (expected - before).norm()
+        assert float((parameter - expected).norm() / moved) < 0.05
+    dtypes = [built.state[parameter]["state1"].dtype for parameter in mine]
+    assert dtypes == [torch.uint8, torch.uint8, torch.float32]
+    state_bytes = sum(v.nbytes for p in mine[:2] for k, v in built.state[p].items() if k.startswith(("state", "absmax")))
+    assert state_bytes < 0.26 * sum(v.nbytes for p in reference[:2] for k, v in plain.state[p].items() if k.startswith("exp_avg"))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_a_state_of_8_bits_that_is_saved_by_name_goes_on_bit_for_bit(eight_bit, tmp_path):
+    mine = large_parameters()
+    built = build(eight_bit, full=(mine[:1], 1e-3), lora=(mine[1:], 1e-2))["optimizer"]
+    train_on(built, mine, 3, seed=1)
+    names = {parameter: f"weight.{number}" for number, parameter in enumerate(mine)}
+    torch.save(name_state(built.state_dict(), built, names), tmp_path / "state.pt")
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in mine]
+    again = build(eight_bit, full=(copies[:1], 1e-3), lora=(copies[1:], 1e-2))["optimizer"]
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for optimizer, parameters in ((built, mine), (again, copies)):
+        train_on(optimizer, parameters, 3, seed=2)
+    assert all(torch.equal(parameter, copy) for parameter, copy in zip(mine, copies, strict=True))

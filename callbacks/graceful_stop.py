@@ -1,12 +1,14 @@
 """`GracefulStop`: Ctrl-C and SIGTERM end a run with a checkpoint from which it goes on bit for bit."""
 
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.callbacks.display import console, resume_command, run_folder
+from hybrid_lightning.callbacks.lost_contact import lost_contact
 
 
 class GracefulStop(Callback):
@@ -14,7 +16,8 @@ class GracefulStop(Callback):
 
     A checkpoint is whole only between optimizer steps: gradients that are being accumulated are in none. A rollout that is being
     generated is abandoned, and its random numbers given back, so that it is drawn again in the same way. A second signal stops
-    at once, without a checkpoint. Under several processes Lightning's own handling of signals stays in force.
+    at once, without a checkpoint. Under several processes Lightning's own handling of signals stays in force, and a process that
+    loses contact with another, which was killed or has failed, says what to do.
     """
 
     def __init__(self) -> None:
@@ -45,6 +48,8 @@ class GracefulStop(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the checkpoint if this callback stopped the run, and give the signals back."""
+        if trainer.world_size > 1 and (message := lost_contact(trainer, exception)) is not None:
+            sys.stderr.write(message + "\n")
         # Asked only then: the processes of a run tell each other its folder, and where one fails the others do not listen.
         folder = run_folder(trainer) if isinstance(exception, _RunStopped) else None
         if folder is not None:

@@ -103,12 +103,12 @@ class AdaptedModule(LightningModule):
         """Let the strategy split the adapted model over ranks, if it does so; Lightning calls this after all setup hooks."""
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, (FSDP2Strategy, FSDP1Strategy)):
-            self.before_sharding()
+            assert self.base_digest  # taken while the weights are in one piece
             setattr(self, self.adapter_attribute, strategy.shard(self.adapter_target))
+            self.on_sharded()
 
-    def before_sharding(self) -> None:
-        """Called while every rank still has all weights in one piece."""
-        assert self.base_digest
+    def on_sharded(self) -> None:
+        """Called on all ranks together, when the model has been split and lies on its device."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trainable weights, name the optimizer's state of each, and say which plan and base model they belong to."""

@@ -41,11 +41,10 @@ class EvaluatedModule(AdaptedModule):
         self.generation_listeners: list[GenerationListener] = []  # called with (running, decoded, max_new_tokens)
         self._eval_generator: torch.Generator | None = None
 
-    def before_sharding(self) -> None:
-        """Find out what the model can do, which takes forward passes, while it is in one piece."""
-        super().before_sharding()
+    def on_sharded(self) -> None:
+        """Find out what the model can do, which takes forward passes: not in the first training pass, nor on some ranks alone."""
         with self._inference():
-            supports_packing(self.model)
+            with_whole_weights(self.model, lambda: supports_packing(self.model))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, rendered by the chat template if it has messages."""

@@ -12,6 +12,7 @@ from ranks_of_tests import run, start, wait
 from runs_of_tests import train, train_each
 from test_equal_to_one_process import ADAM, STRATEGIES
 
+from hybrid_lightning.callbacks.lost_contact import lost_contact
 from hybrid_lightning.errors import HybridLightningError
 from hybrid_lightning.rewards import RewardFunction
 
@@ -39,6 +40,16 @@ class Die(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Heard(Callback):
+    """Keeps what `GracefulStop` prints."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_exception(self, trainer, pl_module, exception):
+        self.path.write_text(lost_contact(trainer, exception) or "nothing")
+
+
 def saver(folder):
     return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
 
@@ -52,7 +63,7 @@ def unstopped(folder, tmp_path_factory):
 @pytest.mark.parametrize(("strategy", "rank", "when"), [("ddp", 1, {"batch": 4}), ("fsdp2", 0, {"token": 60})], ids=str)
 def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unstopped, strategy, rank, when):
     arguments = {"folder": folder, "root": tmp_path / "run", "strategy": STRATEGIES[strategy], "devices": 2}
-    jobs = {"killed": {**ARGUMENTS, "callbacks": (saver(tmp_path / "saved"), Die(rank, **when))}}
+    jobs = {"killed": {**ARGUMENTS, "callbacks": (saver(tmp_path / "saved"), Die(rank, **when), Heard(tmp_path / "heard"))}}
     begin = time.monotonic()
     processes = start(2, tmp_path / "ranks", train_each, jobs=jobs, **arguments)
     wait(processes, timeout_s=50)
@@ -61,6 +72,8 @@ def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unsto
     message = (tmp_path / "ranks" / f"{1 - rank}.error").read_text().splitlines()[-1]
     assert "RuntimeError" in message or "DistBackendError" in message, message
     (checkpoint,) = (tmp_path / "saved").glob("*.ckpt")
+    heard = (tmp_path / "heard").read_text()
+    assert heard.startswith(f"rank {1 - rank} lost contact with another rank") and heard.endswith(f"--ckpt_path {checkpoint}")
     steps = torch.load(checkpoint, weights_only=True)["global_step"]
     assert 1 <= steps < 6
     rest = train_each(

@@ -1,0 +1,27 @@
+"""What a process says when another one of its run is gone."""
+
+import re
+
+from lightning.pytorch import Trainer
+
+# What gloo, NCCL and torch's watchdog say.
+_SIGNS = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|NCCL|gloo|heartbeat", re.IGNORECASE)
+
+
+def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
+    """One line that names the cause and the checkpoint to go on from; None for errors that a process has by itself.
+
+    Args:
+        trainer: Of this process. Nothing is asked of the others.
+        exception: What ended the run here.
+    """
+    if not isinstance(exception, RuntimeError) or not _SIGNS.search(str(exception)):
+        return None
+    saver = trainer.checkpoint_callback
+    paths = [getattr(saver, name, "") for name in ("last_model_path", "best_model_path")]
+    checkpoint = next((path for path in paths if path), None)
+    remedy = f"go on with --ckpt_path {checkpoint}" if checkpoint else "no checkpoint has been saved yet"
+    return (
+        f"rank {trainer.global_rank} lost contact with another rank, which was killed, has failed or hangs; its own output says "
+        f"why; {remedy}"
+    )

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score` and `export`."""
+"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score`, `export` and `plan`."""
 
 import logging
 import re
@@ -33,14 +33,22 @@ from hybrid_lightning.callbacks import (
 )
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError, HybridLightningError
+from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.trainer import Trainer
 
 # Arguments of the Trainer's methods, which belong to one command and not to the run's config.
-_METHOD_ARGUMENTS = ("ckpt_path", "weights_only", "verbose", "return_predictions", "form", "folder")
+_METHOD_ARGUMENTS = ("ckpt_path", "weights_only", "verbose", "return_predictions", "form", "folder", "prompt_tokens")
 
-# An export needs no device: one process reads what any number of them wrote.
-_TRAINER_OF_EXPORT = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None, "logger": False}
+# An export needs no device: one process reads what any number of them wrote. Nor does a plan, for devices that may not be here.
+_TRAINER_WITHOUT_DEVICE = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": None,
+    "logger": False,
+}
 
 
 # What jsonargparse says -> what a reader of one line can use.
@@ -118,7 +126,8 @@ class HybridLightningCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Commands, each a method of the Trainer, with the arguments that come from the config."""
-        return {**LightningCLI.subcommands(), "score": {"model", "datamodule"}, "export": {"model", "datamodule"}}
+        given = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "score": given, "export": given, "plan": {*given, "flags"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give each callback a group of options of its own."""
@@ -157,8 +166,10 @@ class HybridLightningCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that have no options; those with clocks first, since scoring counts."""
         config = self._get(self.config_init, "trainer")
-        if self.subcommand == "export":
-            for name, value in _TRAINER_OF_EXPORT.items():
+        if self.subcommand == "plan":
+            self._flags = TrainerFlags.of(config)
+        if self.subcommand in ("export", "plan"):
+            for name, value in _TRAINER_WITHOUT_DEVICE.items():
                 config[name] = value
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
@@ -178,8 +189,22 @@ class HybridLightningCLI(LightningCLI):
         """Let go of the weights: the export reads them anew, in the dtype that it wants."""
         self.model.adapter_target.to("meta")
 
+    def _add_instantiators(self) -> None:
+        """Make no policy where its arguments are all that is wanted."""
+        super()._add_instantiators()
+        if self.subcommand == "plan":
+            self.parser.add_instantiator(_arguments_of, PolicyModule, subclasses=True)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        return {**arguments, "flags": self._flags} if subcommand == "plan" else arguments
+
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint silently: Lightning would let it override what the command line says."""
+
+
+def _arguments_of(policy: type, *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:
+    return policy_arguments(policy, *given, **named)
 
 
 def main() -> None:

@@ -47,6 +47,11 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
     return F.linear(rows, weight)
 
 
+def keeps_copies() -> bool:
+    """Whether `constant_product` holds a copy of the weights that lie on this machine's CPU."""
+    return _has_onednn()
+
+
 def constant_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """The product with a weight [m, n] that does not change: a function of rows [N, n] that gives [N, m], without a gradient.
 

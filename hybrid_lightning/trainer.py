@@ -1,4 +1,4 @@
-"""`Trainer`: Lightning's Trainer with the commands `score` and `export`."""
+"""`Trainer`: Lightning's Trainer with the commands `score`, `export` and `plan`."""
 
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from hybrid_lightning.export.form import ExportForm
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.new_folder import check_target
 from hybrid_lightning.export.write import write_policy
+from hybrid_lightning.memory import plan_memory
+from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
+from hybrid_lightning.memory.table import notes, rich_table
 
 
 class Trainer(LightningTrainer):
@@ -84,3 +87,26 @@ class Trainer(LightningTrainer):
         if policy is not None:
             write_policy(policy, form or MergedModel(), folder)
             console().print(f"Policy written to {folder}", soft_wrap=True)
+
+    def plan(
+        self, model: Any, datamodule: LightningDataModule | None = None, *, flags: TrainerFlags, prompt_tokens: int | None = None
+    ) -> None:
+        """Print how much memory a run will take, from the model's config alone: no weights are loaded.
+
+        Args:
+            model: The arguments of the policy, which is not made (see `policy_arguments`).
+            datamodule: Its data, read only to find out how long prompts are.
+            flags: Of the Trainer that the run will have.
+            prompt_tokens: Tokens of each prompt; None takes data.max_prompt_tokens, or else the longest of the training prompts.
+
+        Raises:
+            ConfigError: If no callback HybridAdapterSetup is there, or a value is impossible.
+            ModelError: If there is no such model, or it cannot be traced.
+        """
+        adapters = [callback for callback in self.callbacks if isinstance(callback, HybridAdapterSetup)]  # type: ignore[attr-defined]
+        if not adapters:
+            raise ConfigError("plan needs the callback HybridAdapterSetup among trainer.callbacks")
+        settings = run_settings(model, adapters[0], datamodule, flags, prompt_tokens)
+        methods = plan_memory(settings, flags.sharding)
+        console().print(rich_table(methods, settings, flags.sharding))
+        console().print(notes(methods, settings), soft_wrap=True)

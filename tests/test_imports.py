@@ -19,9 +19,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: GROUND for name in LEAVES},
     "policy": GROUND | LEAVES,
     "export": GROUND | LEAVES | {"policy"},
+    "memory": GROUND | LEAVES | {"policy"},
     "callbacks": GROUND | LEAVES | {"policy", "export"},
-    "trainer": GROUND | LEAVES | {"policy", "export", "callbacks"},
-    "cli": GROUND | LEAVES | {"policy", "export", "callbacks", "trainer"},
+    "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks"},
+    "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer"},
     "__main__": {"cli"},
     "assets.pretrain": GROUND | LEAVES | {"policy"},  # the command that made the assets; nothing imports it
     "__init__": GROUND | {"version"},

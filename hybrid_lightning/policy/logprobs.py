@@ -42,15 +42,25 @@ def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float) -
     if supports_packing(model):
         packed = PackedSequences(sequences)
         hidden = packed_hidden(model, packed.ids, packed.positions, packed)
-        logprobs, entropy = _in_blocks(model, hidden[packed.predictors()], tokens, temperature)
+        logprobs, entropy = logprobs_of_hidden(model, hidden[packed.predictors()], tokens, temperature)
     else:
         logprobs, entropy = _of_logits(_separate_logits(model, sequences)[mask], tokens, temperature)
     padded = torch.zeros(mask.shape, device=mask.device)
     return padded.masked_scatter(mask, logprobs), padded.masked_scatter(mask, entropy)
 
 
-def _in_blocks(model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Hidden states [K, H] before tokens [K] -> log-probabilities [K] and entropies [K]."""
+def logprobs_of_hidden(model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of tokens, without all their logits at once.
+
+    Args:
+        model: Causal language model.
+        hidden: States [K, H] that predict them.
+        tokens: [K].
+        temperature: Divides the logits.
+
+    Returns:
+        Log-probabilities [K] float32 with gradient, and entropies [K] float32 without.
+    """
     rows = max(1, _BLOCK // base_model(model).config.get_text_config().vocab_size)
     pairs = list(zip(hidden.split(rows), tokens.split(rows), strict=True))
     weight = plain_projection(model)

@@ -25,11 +25,21 @@ def default_token_budget(model: nn.Module) -> int:
     Args:
         model: Causal language model, adapted or not.
     """
-    config: Any = base_model(model).config.get_text_config()
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return tokens_of_pass(base_model(model).config.get_text_config(), recomputes_activations(model), on_cpu)
+
+
+def tokens_of_pass(config: Any, recomputes: bool, on_cpu: bool) -> int:
+    """The same from the config of a language model.
+
+    Args:
+        config: Of the text model.
+        recomputes: Whether gradient checkpointing is on.
+        on_cpu: Or on an accelerator.
+    """
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     layer = 16 * hidden + 5 * inner
     layers = config.num_hidden_layers
-    numbers = layers * hidden + layer if recomputes_activations(model) else layers * layer
-    space = _ON_CPU if next(model.parameters()).device.type == "cpu" else _ON_ACCELERATOR
-    return max(_LEAST, int(space / (numbers * _BYTES)))
+    numbers = layers * hidden + layer if recomputes else layers * layer
+    return max(_LEAST, int((_ON_CPU if on_cpu else _ON_ACCELERATOR) / (numbers * _BYTES)))

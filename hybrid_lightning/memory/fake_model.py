@@ -1,0 +1,139 @@
+"""An adapted model of a few layers whose tensors have shapes but no memory, and which computes on them as on a CPU.
+
+Fake tensors pretend to lie on the CPU even where the run will use an accelerator, since a torch without CUDA cannot pretend the
+other. Where the engine itself goes another way on accelerators, `as_on` lets it.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from hybrid_lightning.adapters.apply import apply_plan
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.lora_linear import LoraLinear
+from hybrid_lightning.errors import ModelError
+from hybrid_lightning.memory.live_tensors import LiveTensors
+from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.memory.sizes import meta_model, plan_of_budget
+from hybrid_lightning.policy.modes import checkpoint_gradients
+from hybrid_lightning.rollout import attention
+from hybrid_lightning.rollout.forward import base_model
+from hybrid_lightning.rollout.interface import UnsupportedAttentionError, use_packing
+from hybrid_lightning.rollout.packing import PackedSequences
+
+
+class FakeModel:
+    """A model of `layers` layers, adapted by LoRA or trained fully, or (with neither) as it is scored.
+
+    Args:
+        settings: Of the run.
+        layers: How many.
+        share: 0 for LoRA on all candidates, 1 for all of them trained fully, None for the base model, whose candidates have
+            gradients.
+
+    Raises:
+        ModelError: If the model's attention cannot be told how to attend.
+    """
+
+    def __init__(self, settings: RunSettings, layers: int, share: float | None) -> None:
+        self.settings = settings
+        self.mode = FakeTensorMode()
+        model = meta_model(settings.config, settings.dtype, layers)
+        candidates = find_candidates(model, settings.target_modules)
+        if share is None:
+            for module in candidates.values():
+                module.weight.requires_grad_(True)
+        else:
+            plan = plan_of_budget(candidates, ModuleBudget(share), settings.lora)
+            with torch.device("meta"):
+                model = apply_plan(model, plan, settings.keep_start_weights)
+        if settings.quantization is not None:
+            _use_peft_lora(model)
+        try:
+            use_packing(base_model(model))
+        except UnsupportedAttentionError as error:
+            raise ModelError(f"the memory of a {settings.config.model_type!r} model cannot be planned: {error}") from error
+        if settings.gradient_checkpointing:
+            checkpoint_gradients(base_model(model))
+        self.model = model
+        self._fake_weights()
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same shape and dtype."""
+        result: Tensor = FakeTensor(self.mode, tensor.detach().to("meta"), torch.device("cpu"))
+        return result
+
+    def fake_layout(self, packed: PackedSequences) -> None:
+        """Replace the tensors of a layout; what of them decides about shapes has been read when it was made."""
+        packed.prompts = self._fake_grid(packed.prompts)
+        packed.bands = [self._fake_grid(band) for band in packed.bands]
+        packed.ids, packed.positions = self.fake(packed.ids), self.fake(packed.positions)
+        packed.last_prompt_token = self.fake(packed.last_prompt_token)
+
+    @contextmanager
+    def computing(self) -> Iterator[LiveTensors]:
+        """Within this context the model can be called, under the run's precision; yields the count of what that makes.
+
+        A gradient is freed as soon as it is complete: `plan_memory` counts the gradients by itself.
+        """
+        live = LiveTensors()
+        live.count([*self.model.parameters(), *self.model.buffers()])
+        live.bytes = live.peak = 0  # what computing adds to them
+        hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in self.model.parameters() if p.requires_grad]
+        try:
+            with self.mode, live, as_on(self.settings.on_cpu):
+                yield live
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def autocast(self) -> torch.autocast:
+        """As the Trainer's precision."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.mixed_precision)
+
+    def _fake_weights(self) -> None:
+        made: dict[nn.Parameter, nn.Parameter] = {}  # two modules may share a weight
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    if parameter not in made:
+                        made[parameter] = nn.Parameter(self.fake(parameter), requires_grad=parameter.requires_grad)
+                    module._parameters[name] = made[parameter]
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = self.fake(buffer)
+
+    def _fake_grid(self, grid: Any) -> Any:
+        tensors = {entry.name: getattr(grid, entry.name) for entry in dataclasses.fields(grid)}
+        fakes = {name: self.fake(value) for name, value in tensors.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(grid, **fakes)
+
+
+@contextmanager
+def as_on(cpu: bool) -> Iterator[None]:
+    """Let attention be computed as on a CPU, or as on an accelerator, whatever the device is called."""
+    products = attention._by_products
+    if not cpu:
+        attention._by_products = attention._by_kernel
+    try:
+        yield
+    finally:
+        attention._by_products = products
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _use_peft_lora(model: nn.Module) -> None:
+    """On a quantized base PEFT's own LoRA layers compute, which keep more."""
+    for module in model.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = lora.Linear  # type: ignore[assignment]

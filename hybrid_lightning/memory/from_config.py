@@ -1,0 +1,164 @@
+"""A run's config, with its small parts built but neither policy nor Trainer, as `RunSettings` and `Sharding`."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from transformers import AutoConfig, PretrainedConfig
+
+from hybrid_lightning.adapters.accumulators import ExactGradients
+from hybrid_lightning.errors import ConfigError, DataError, ModelError
+from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
+from hybrid_lightning.policy.loading import DTYPES, load_tokenizer, resolve_model
+from hybrid_lightning.policy.prompts import PromptEncoder
+from hybrid_lightning.rollout.sampler import Sampler
+
+_PROMPTS = 500  # so many are encoded to find out how long they are
+
+
+@dataclass(frozen=True)
+class TrainerFlags:
+    """Flags of a Trainer that was not made, since its devices may not be here."""
+
+    sharding: Sharding
+    on_cpu: bool
+    mixed_precision: bool
+    accumulate_grad_batches: int
+    validates: bool
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> "TrainerFlags":
+        """Read the Trainer's part of a config.
+
+        Raises:
+            ConfigError: If the strategy is none of ours.
+        """
+        kind = flags.get("accelerator") or "auto"
+        on_cpu = kind == "cpu" or (kind == "auto" and not torch.accelerator.is_available())
+        devices = _count(flags.get("devices") or "auto", on_cpu) * int(flags.get("num_nodes") or 1)
+        return cls(
+            sharding=_sharding(flags.get("strategy") or "auto", devices),
+            on_cpu=on_cpu,
+            mixed_precision=str(flags.get("precision")).endswith("mixed"),
+            accumulate_grad_batches=int(flags.get("accumulate_grad_batches") or 1),
+            validates=flags.get("limit_val_batches") != 0,
+        )
+
+
+def policy_arguments(policy: type, *given: Any, **named: Any) -> SimpleNamespace:
+    """What a policy would be made with, defaults included, instead of the policy: as attributes."""
+    bound = inspect.signature(policy).bind(*given, **named)
+    bound.apply_defaults()
+    return SimpleNamespace(**bound.arguments)
+
+
+def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prompt_tokens: int | None = None) -> RunSettings:
+    """Settings of a run.
+
+    Args:
+        policy: Has the arguments of `PolicyModule` as attributes.
+        adapter: The callback `HybridAdapterSetup`.
+        data: The data module.
+        flags: Of the Trainer.
+        prompt_tokens: Of each prompt; None takes `data.max_prompt_tokens`, or else reads the training prompts.
+
+    Raises:
+        ConfigError: If a value is impossible, or the length of the prompts cannot be found out.
+        ModelError: If there is no such model.
+    """
+    if policy.dtype not in DTYPES:
+        raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got {policy.dtype!r}")
+    sampler = policy.sampler or Sampler()
+    gradients = adapter.gradients
+    exact = gradients is None or isinstance(gradients, ExactGradients)
+    scorer = adapter.scorer
+    return RunSettings(
+        config=load_config(policy.model, policy.revision),
+        prompt_tokens=_prompt_tokens(policy, data) if prompt_tokens is None else prompt_tokens,
+        completion_tokens=sampler.max_new_tokens,
+        prompts_per_rollout=policy.prompts_per_rollout,
+        samples_per_prompt=policy.samples_per_prompt,
+        micro_batches=policy.minibatches_per_rollout * flags.accumulate_grad_batches,
+        accumulate_grad_batches=flags.accumulate_grad_batches,
+        eval_prompts=_eval_prompts(data) if flags.validates else 0,
+        eval_samples=policy.eval_samples,
+        calibration_prompts=adapter.calibration_prompts,
+        dtype=DTYPES[policy.dtype],
+        mixed_precision=flags.mixed_precision,
+        on_cpu=flags.on_cpu,
+        max_tokens_per_micro_batch=policy.max_tokens_per_micro_batch,
+        gradient_checkpointing=policy.gradient_checkpointing,
+        quantization=policy.quantization,
+        optimizer=policy.optimizer,
+        budget=adapter.budget,
+        lora=adapter.lora,
+        target_modules=adapter.target_modules,
+        keep_start_weights=adapter.keep_start_weights,
+        plan=adapter.given_plan,
+        scoring_copies=(2 if scorer.needs_halves else 1) * exact + scorer.needs_second_moment if scorer.needs_gradient else 0,
+    )
+
+
+def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
+    """The config of a model, and nothing else of it; the name is as for a policy.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    source = resolve_model(model, revision)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"cannot read the config of {model!r}: {' '.join(str(error).split())[:300]}") from error
+    return config
+
+
+def _prompt_tokens(policy: Any, data: Any) -> int:
+    limit = getattr(data, "max_prompt_tokens", None)
+    if limit is not None:
+        return int(limit)
+    try:
+        prompts = data.train_prompts[:_PROMPTS]
+        tokenizer = load_tokenizer(resolve_model(policy.model, policy.revision))
+        encoder = PromptEncoder(tokenizer, policy.chat_template, policy.chat_template_kwargs)
+        return max(len(encoder.encode(prompt)) for prompt in prompts)
+    except (AttributeError, ValueError, OSError, DataError, ModelError, ConfigError) as error:
+        raise ConfigError(f"give --prompt_tokens, since the length of the prompts cannot be found out: {error}") from error
+
+
+def _eval_prompts(data: Any) -> int:
+    batch = getattr(data, "eval_batch_size", None)
+    limit = getattr(data, "_limits", {}).get("validation")
+    return 0 if batch is None else min(batch, limit or batch)
+
+
+def _count(devices: Any, on_cpu: bool) -> int:
+    """How many devices `trainer.devices` means."""
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        return 1 if on_cpu else max(1, torch.accelerator.device_count())
+    return int(devices)
+
+
+def _sharding(strategy: Any, devices: int) -> Sharding:
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if isinstance(strategy, ModelParallelStrategy):
+        return FSDP2(devices)
+    if isinstance(strategy, FSDPStrategy) or name.startswith("fsdp"):
+        return FSDP1(devices)
+    if isinstance(strategy, DDPStrategy) or name.startswith("ddp"):
+        return DDP(devices)
+    if isinstance(strategy, SingleDeviceStrategy) or name == "auto":
+        return SingleDevice() if devices == 1 else DDP(devices)  # as Lightning chooses
+    raise ConfigError(
+        f"trainer.strategy={name} cannot be planned for; take auto, ddp, --config configs/strategy/fsdp2.yaml or "
+        "--config configs/strategy/fsdp.yaml"
+    )

@@ -1,0 +1,160 @@
+"""The moments of a run at which it takes most, for full fine-tuning, LoRA and hybrid."""
+
+from dataclasses import dataclass, fields
+
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.memory.optimizer_state import OptimizerBytes, optimizer_bytes
+from hybrid_lightning.memory.passes import Traced, passes_of_step, trace_decoding, trace_update
+from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.memory.sizes import FLOAT32, ModelSizes, measure, meta_model, plan_of_budget
+from hybrid_lightning.memory.strategies import Held, Sharding
+from hybrid_lightning.products import keeps_copies
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes on one device, all of them there at the same moment."""
+
+    weights: float = 0.0
+    copies: float = 0.0  # of weights or gradients: gathered, packed, or in buckets
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    cache: float = 0.0  # keys and values while generating
+    logits: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return sum(getattr(self, entry.name) for entry in fields(self))
+
+
+@dataclass(frozen=True)
+class MethodMemory:
+    """What one method takes."""
+
+    method: str
+    parameters: int  # of the base model
+    trainable: int
+    moments: dict[str, Parts]
+
+    @property
+    def peak_moment(self) -> str:
+        """The name of the largest moment."""
+        return max(self.moments, key=lambda name: self.moments[name].total)
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the largest moment."""
+        return self.moments[self.peak_moment].total
+
+    @property
+    def largest(self) -> Parts:
+        """The largest value of each part, which need not be there together."""
+        names = (entry.name for entry in fields(Parts))
+        return Parts(**{name: max(getattr(parts, name) for parts in self.moments.values()) for name in names})
+
+
+def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]:
+    """What full fine-tuning, LoRA and hybrid take on each device; of several the first, which alone scores the modules.
+
+    Completions are taken to have their full length, and every row an advantage; of a budget's choices that with the largest
+    modules. So it is an upper bound for a run, and what a run with such completions takes.
+
+    Raises:
+        ConfigError: If the prompts cannot be dealt to the devices, or the optimizer cannot be asked.
+        ModelError: If the model cannot be traced.
+    """
+    if settings.prompts_per_rollout % sharding.devices:
+        raise ConfigError(
+            f"model.prompts_per_rollout={settings.prompts_per_rollout} must be a multiple of the {sharding.devices} devices"
+        )
+    share = settings.budget.share
+    budgets: dict[str, Budget] = {"FFT": ModuleBudget(1.0), "LoRA": ModuleBudget(0.0)}
+    if settings.plan is not None:
+        budgets["plan"] = settings.budget
+    elif 0 < share < 1:
+        budgets[f"hybrid {share:.0%}"] = settings.budget
+    run = _Run(settings, sharding)
+    return [run.method(name, budget) for name, budget in budgets.items()]
+
+
+class _Run:
+    """What the methods share."""
+
+    def __init__(self, settings: RunSettings, sharding: Sharding) -> None:
+        self.settings, self.sharding = settings, sharding
+        self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimizer)
+        self.candidates = find_candidates(meta_model(settings.config, settings.dtype), settings.target_modules)
+        self.prompts = settings.prompts_per_rollout // sharding.devices
+        self.passes = passes_of_step(settings, self.prompts)
+        self.generated = {"generating": trace_decoding(settings, self.prompts, settings.samples_per_prompt)}
+        if settings.eval_prompts:
+            self.generated["validating"] = trace_decoding(settings, settings.eval_prompts, settings.eval_samples)
+
+    def method(self, name: str, budget: Budget) -> MethodMemory:
+        """All moments of a method."""
+        settings = self.settings
+        given = settings.plan if name == "plan" else None
+        plan: AdapterPlan = given or plan_of_budget(self.candidates, budget, settings.lora)
+        sizes = measure(settings, plan)
+        moments = {label: self._generating(sizes, traced) for label, traced in self.generated.items()}
+        if given is None and budget.needs_scores:
+            moments |= self._scoring(sizes)
+        moments |= self._updating(sizes)
+        return MethodMemory(name, sizes.parameters, sizes.trainable, moments)
+
+    def _generating(self, sizes: ModelSizes, traced: Traced) -> Parts:
+        held = self.sharding.generating(sizes, self.optimizer.state)
+        plain = self.settings.quantization is None and not self.settings.lora.use_dora
+        packed = sizes.lora_base_bytes if self.settings.on_cpu and plain and keeps_copies() else 0
+        return _parts(held, traced, copies=packed)
+
+    def _scoring(self, sizes: ModelSizes) -> dict[str, Parts]:
+        """The first device has the base model as it is loaded, in one piece, and nothing else."""
+        settings = self.settings
+        base = sizes.parameters * settings.dtype.itemsize
+        prompts = settings.calibration_prompts or settings.prompts_per_rollout
+        generated = trace_decoding(settings, prompts, settings.samples_per_prompt, adapted=False)
+        longest = max(passes_of_step(settings, prompts), key=_tokens)
+        traced = trace_update(settings, longest, None)
+        # The sums of gradients are kept in the memory of the host.
+        sums = settings.scoring_copies * FLOAT32 * sizes.candidates if settings.on_cpu else 0
+        return {
+            "calibrating": _parts(Held(base, 0, 0), generated),
+            "scoring": _parts(Held(base, sums, 0), traced),
+        }
+
+    def _updating(self, sizes: ModelSizes) -> dict[str, Parts]:
+        """The first pass of a step has no gradients beside it, unless there is but one: then the last step's are still there."""
+        held = self.sharding.updating(sizes, self.optimizer.state)
+        first, *others = self.passes
+        has_gradients = not others or self.settings.accumulate_grad_batches > 1
+        before = held if has_gradients else Held(held.weights, 0, held.optimizer, held.copies)
+        moments = {"updating": _parts(before, trace_update(self.settings, first, sizes.share_full))}
+        if others:
+            later = _parts(held, trace_update(self.settings, max(others, key=_tokens), sizes.share_full))
+            moments["updating"] = max(moments["updating"], later, key=lambda parts: parts.total)
+        step = self.optimizer.step * sizes.trainable / (1 if self.sharding.whole_on_every_device else self.sharding.devices)
+        if step and not self.settings.on_cpu:
+            moments["optimizer step"] = Parts(held.weights, 0, held.gradients, held.optimizer + step)
+        return moments
+
+
+def _parts(held: Held, traced: Traced, copies: float = 0.0) -> Parts:
+    return Parts(
+        weights=held.weights,
+        copies=held.copies + copies,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
+        activations=traced.activations,
+        cache=traced.cache,
+        logits=traced.logits,
+    )
+
+
+def _tokens(rows: object) -> int:
+    return len(rows)  # type: ignore[arg-type]  # all rows have the same length

@@ -1,0 +1,66 @@
+"""`RunSettings`: what of a run's config decides how much memory it takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import AdamW
+from transformers import PretrainedConfig
+
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
+from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.policy.optim import OptimizerCallable
+from hybrid_lightning.policy.quantization import Quantization
+from hybrid_lightning.policy.token_budget import tokens_of_pass
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Sizes of a run, with the names that the policy, the adapter and the data module have for them."""
+
+    config: PretrainedConfig  # of the model
+    prompt_tokens: int  # of each prompt
+    completion_tokens: int  # of each completion: `sampler.max_new_tokens`, as if all were that long
+    prompts_per_rollout: int = 8  # over all devices
+    samples_per_prompt: int = 8
+    micro_batches: int = 1  # of one pass over a rollout: minibatches_per_rollout x accumulate_grad_batches
+    accumulate_grad_batches: int = 1
+    eval_prompts: int = 0  # prompts of a device that are validated together; 0 where there is no validation
+    eval_samples: int = 8
+    calibration_prompts: int | None = None  # None: as many as a rollout has
+    dtype: torch.dtype = torch.float32  # of the frozen weights
+    mixed_precision: bool = False  # matrix products in bfloat16
+    on_cpu: bool = True
+    max_tokens_per_micro_batch: int | None = None
+    gradient_checkpointing: bool = False
+    optimizer: OptimizerCallable = AdamW
+    budget: Budget = field(default_factory=ModuleBudget)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    target_modules: Sequence[str] | None = None
+    keep_start_weights: bool = True
+    plan: AdapterPlan | None = None  # which modules are trained fully, where that is known
+    quantization: Quantization | None = None  # of the frozen base
+    scoring_copies: int = 1  # float32 copies of all candidates that scoring keeps, in the memory of the host
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "completion_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the config that is about the language model."""
+        return self.config.get_text_config()
+
+    @property
+    def tokens_of_pass(self) -> int:
+        """Tokens that a forward and backward pass may take."""
+        return self.max_tokens_per_micro_batch or tokens_of_pass(self.text_config, self.gradient_checkpointing, self.on_cpu)

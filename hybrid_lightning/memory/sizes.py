@@ -1,0 +1,141 @@
+"""`ModelSizes`: parameters and bytes of a model's parts, with each of the three methods; counted on the meta device."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from hybrid_lightning.adapters.budgets import Budget
+from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
+from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters.planning import make_plan
+from hybrid_lightning.errors import ModelError
+from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.policy.quantization import NF4, Quantization
+from hybrid_lightning.sharding.blocks import decoder_blocks
+
+FLOAT32 = 4  # bytes
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
+    """The model of a config, frozen and without memory.
+
+    Args:
+        config: Of a causal language model.
+        dtype: Of its weights.
+        layers: As if it had so few; None for all.
+
+    Raises:
+        ModelError: If transformers knows no such causal language model.
+    """
+    if layers is not None:
+        config = copy.deepcopy(config)
+        text: Any = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot make a causal language model of this config: {' '.join(str(error).split())[:300]}") from error
+    return model.requires_grad_(False).eval()
+
+
+def plan_of_budget(candidates: Mapping[str, nn.Module], budget: Budget, lora: LoraSettings) -> AdapterPlan:
+    """A plan as a budget would make it if the largest modules had the highest scores: it trains as much as may be."""
+    scores = {name: float(module.weight.numel()) for name, module in candidates.items()}  # type: ignore[operator, union-attr]
+    return make_plan(model="", model_digest="", candidates=candidates, budget=budget, lora=lora, scores=scores)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a model with an adapter holds; all in bytes but for the counts."""
+
+    parameters: int  # of the base
+    trainable: int  # numbers
+    full: int  # of these, in fully trained modules
+    frozen_bytes: int  # base weights that are kept
+    lora_base_bytes: int  # of these, weights of modules with LoRA in the dtype of their products
+    block_bytes: int  # the largest decoder block, with its part of the adapter
+    block_gradients: int  # of that block
+    block_parameters: int  # of that block, trained or not
+    outside_bytes: int  # what is in no block: embeddings, output layer
+    candidates: int  # numbers in all candidates
+    share_full: float  # of the candidates' numbers
+
+    @property
+    def trained_bytes(self) -> int:
+        """The float32 weights that are trained, which are as many bytes as their gradients."""
+        return self.trainable * FLOAT32
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights."""
+        return self.frozen_bytes + self.trained_bytes
+
+
+def measure(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
+    """Sizes of the model of these settings when it is adapted as planned.
+
+    Args:
+        settings: Of the run.
+        plan: Of this model.
+    """
+    model = meta_model(settings.config, settings.dtype)
+    width = settings.dtype.itemsize
+    blocks = decoder_blocks(model)
+    in_block = {id(parameter) for block in blocks for parameter in block.parameters()}
+    outside = sum(p.numel() for p in model.parameters() if id(p) not in in_block)
+    owner = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
+    base = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    frozen = [numbers * width for numbers in base]
+    trained = [0] * len(blocks)
+    full = lora_base = 0
+    planned = {module.name: module for module in plan.candidates}
+    for name, module in find_candidates(model).items():
+        number, shape = owner[id(module)], linear_shape(module)
+        mode = planned[name].mode if name in planned else "frozen"
+        numbers = sum(p.numel() for p in module.parameters())
+        if mode == "full":
+            trained[number] += numbers
+            full += numbers
+            if not settings.keep_start_weights:
+                frozen[number] -= numbers * width
+            continue
+        if mode == "lora":
+            trained[number] += plan.lora.parameters(shape)
+            lora_base += numbers
+        if settings.quantization is not None and settings.quantization.takes(shape):
+            frozen[number] += quantized_bytes(settings.quantization, shape) - shape[0] * shape[1] * width
+    sizes = [kept + FLOAT32 * count for kept, count in zip(frozen, trained, strict=True)]
+    largest = max(range(len(blocks)), key=sizes.__getitem__)
+    candidates = sum(module.parameters for module in plan.candidates)
+    return ModelSizes(
+        parameters=outside + sum(base),
+        trainable=sum(trained),
+        full=full,
+        frozen_bytes=outside * width + sum(frozen),
+        lora_base_bytes=lora_base * (2 if settings.mixed_precision else width),
+        block_bytes=sizes[largest],
+        block_gradients=FLOAT32 * trained[largest],
+        block_parameters=base[largest] + trained[largest],
+        outside_bytes=outside * width,
+        candidates=candidates,
+        share_full=full / candidates,
+    )
+
+
+def quantized_bytes(quantization: Quantization, shape: tuple[int, int]) -> int:
+    """Of a weight of this shape, (outputs, inputs), in the format of the quantization, scales included."""
+    outputs, inputs = shape
+    count = outputs * inputs
+    if isinstance(quantization, NF4):
+        # A scale of 8 bits for 64 weights, and one of 32 bits for 256 of those; and two small tables.
+        return count // 2 + count // 64 + FLOAT32 * (count // (64 * 256) + 256 + 16)
+    return count + 2 * FLOAT32 * outputs

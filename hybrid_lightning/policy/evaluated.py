@@ -16,7 +16,8 @@ from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.support import supports_packing
-from hybrid_lightning.sharding.forward import with_whole_weights
+from hybrid_lightning.sharding.forward import is_sharded, with_whole_weights
+from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.types import Prompt, Rewards, Rollouts
 
 GenerationListener = Callable[[int, int, int], None]
@@ -40,6 +41,7 @@ class EvaluatedModule(AdaptedModule):
         super().__init__()
         self.generation_listeners: list[GenerationListener] = []  # called with (running, decoded, max_new_tokens)
         self._eval_generator: torch.Generator | None = None
+        self._missing_batches = 0  # of a prediction, on this rank, where the model is sharded
 
     def on_sharded(self) -> None:
         """Find out what the model can do, which takes forward passes: not in the first training pass, nor on some ranks alone."""
@@ -145,6 +147,14 @@ class EvaluatedModule(AdaptedModule):
     def on_predict_epoch_start(self) -> None:
         """Start the random draws anew."""
         self._seed_evaluation()
+        if is_sharded(self.model):
+            batches = sum(int(count) for count in self.trainer.num_predict_batches)
+            self._missing_batches = max(gather_counts(batches, self.device)) - batches
+
+    def on_predict_epoch_end(self) -> None:
+        """No prompt is repeated to make the ranks even; those with fewer batches still gather the weights as often."""
+        for _ in range(self._missing_batches):
+            with_whole_weights(self.model, lambda: None)
 
     def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Sampled completions of a batch of prompts with their rewards, as records for JSON."""

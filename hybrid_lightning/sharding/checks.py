@@ -44,6 +44,12 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer],
             f"model.dtype={dtype} does not work with FSDP1Strategy: trained weights are float32, and FSDP1 wants one dtype "
             "in a block; use --config configs/strategy/fsdp2.yaml, or model.dtype=float32"
         )
+    prompts = getattr(trainer.datamodule, "test_prompts", None) if trainer.state.fn == "predict" else None  # type: ignore[attr-defined]
+    if prompts is not None and len(prompts) < trainer.world_size:
+        raise ConfigError(
+            f"{len(prompts)} prompts cannot be predicted on {trainer.world_size} devices by {name}, which need one "
+            "each; use fewer devices"
+        )
     if trainer.state.fn == "fit":
         group = {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0, "name": "check"}
         kind = type(optimizer([group]))

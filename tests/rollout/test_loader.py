@@ -206,6 +206,18 @@ def test_ranks_share_a_rollout_without_overlap():
     assert {batch.num_sequences for batch in batches} == {4.0}
 
 
+def test_a_minibatch_has_the_same_prompts_however_many_ranks_share_it():
+    schedule = RolloutSchedule(12, 2, minibatches_per_rollout=2)
+
+    def prompts(ranks):
+        parts = [list(build(24, schedule=schedule, rank=rank, world_size=ranks)) for rank in range(ranks)]
+        return [
+            sorted(i for batch in step for i in batch.sequences.prompt_ids[:, 0].tolist()) for step in zip(*parts, strict=True)
+        ]
+
+    assert prompts(1) == prompts(2) == prompts(3) and len(prompts(1)) == 4
+
+
 @pytest.mark.parametrize(
     ("build_it", "message"),
     [
@@ -228,6 +240,25 @@ def test_an_unfinished_rollout_of_an_earlier_version_is_refused():
     del state["ranks"][0]["pending"][0]["sampling_logprobs"]
     with pytest.raises(CheckpointError, match=r"lacks sampling_logprobs.*earlier version"):
         build().load_state_dict(state)
+
+
+def test_another_number_of_ranks_takes_over_what_is_left():
+    loaders = [build(rank=rank, world_size=2) for rank in range(2)]
+    left = []
+    for loader in loaders:
+        iterator = iter(loader)
+        next(iterator)
+        left += [row for batch in loader._pending for row in batch.advantages.tolist()]
+    states = [loader.state_dict() for loader in loaders]
+    together = {**states[0], "ranks": [state["ranks"][0] for state in states]}
+    one = build()
+    one.load_state_dict(together)
+    batches = list(one)
+    assert batches[0].advantages.tolist() == left and len(batches) == 6
+    visited = {i for batch in batches[1:5] for i in batch.sequences.prompt_ids[:, 0].tolist()}
+    assert len(visited) == 8, "then the rollouts that follow"
+    with pytest.raises(CheckpointError, match="saved by an earlier version"):
+        one.load_state_dict({name: value for name, value in together.items() if name != "ranks"})
 
 
 def test_other_data_than_the_checkpoints_is_refused():

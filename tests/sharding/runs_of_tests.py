@@ -165,3 +165,13 @@ def train_each(jobs: dict[str, dict[str, Any]], **arguments: Any) -> dict[str, d
     """Several runs one after another: name -> arguments."""
     root = arguments.pop("root")
     return {name: train(root=root / name, **{**arguments, **job}) for name, job in jobs.items()}
+
+
+def predict(folder: Path, root: Path, strategy: Any = "auto", devices: int = 1, batch_size: int = 2) -> list[dict[str, Any]]:
+    """Predictions of the start policy on all test prompts of this rank."""
+    data = build_data(folder / "sums.jsonl", test_fraction=0.2)
+    data.eval_batch_size = batch_size
+    flags = {"strategy": strategy() if callable(strategy) else strategy, "devices": devices}
+    trainer = build_trainer(root, **flags)
+    batches = trainer.predict(build_policy(folder / "model", sampler=ByPrompt()), datamodule=data)
+    return [record for batch in batches for record in batch]

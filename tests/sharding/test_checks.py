@@ -41,6 +41,20 @@ def test_two_dtypes_are_refused_where_a_block_can_have_one_only():
         check(FSDP1Strategy(), precision="bf16-mixed", dtype="bfloat16")
 
 
+def test_fewer_prompts_than_devices_are_refused():
+    trainer = SimpleNamespace(
+        strategy=FSDP2Strategy(),
+        precision="32-true",
+        state=SimpleNamespace(fn="predict"),
+        datamodule=SimpleNamespace(test_prompts=[1, 2]),
+        world_size=3,
+    )
+    with pytest.raises(ConfigError, match=r"2 prompts cannot be predicted on 3 devices.*fewer devices"):
+        check_strategy(trainer, torch.optim.AdamW, "float32")
+    trainer.world_size = 2
+    check_strategy(trainer, torch.optim.AdamW, "float32")
+
+
 def test_an_optimizer_that_cannot_hold_parts_of_weights_is_refused():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     check(DDPStrategy(), bitsandbytes.optim.AdamW8bit)

@@ -73,10 +73,10 @@ def _with_whole_weights_2(model: nn.Module, function: Callable[[], Result]) -> R
     try:
         return as_forward(model, gathered)
     finally:
-        if hasattr(
-            model, "reset_iter_state"
-        ):  # since torch 2.13; before, the record of forward calls grows until a backward pass
-            model.reset_iter_state()
+        # Since torch 2.13; before, the record of forward calls grows until the next backward pass.
+        reset: Any = getattr(model, "reset_iter_state", None)
+        if reset is not None:
+            reset()
         for part in parts:
             part.reshard()
             part.set_reshard_after_forward(part is not model, recurse=False)  # the root's are needed again at once

@@ -11,7 +11,7 @@ from hybrid_lightning.rollout.forward import last_logits, new_cache, position_id
 class Decoding(Protocol):
     """A model with the keys and values of what it has read so far."""
 
-    leave_together: float  # rows that have ended go when they are this share of the batch: `select` has a price
+    leave_together: float  # share of the first batch in whose multiples rows that have ended leave: `select` has a price
 
     def prefill(self, samples: int) -> Tensor:
         """Read the P prompts; returns logits [B, V] of the first token of B = P * samples rows."""

@@ -4,8 +4,8 @@
 
 A completion's last token is left out: nothing is predicted from it. Attention alone needs rectangles; they are cut out of the row
 by index there. Completions of about the same length lie together in a *band*, so that each band's rectangle holds little padding:
-their scores grow with the square of its length. Axes as in `attention.py`, and N tokens in the row, of which the first L are the
-prompts'.
+their scores grow with the square of its length. A few tokens that nobody reads fill the row up to a multiple of 16. Axes as in
+`attention.py`, and N tokens in the row, of which the first L are the prompts'.
 """
 
 from collections.abc import Iterator
@@ -78,6 +78,8 @@ class _Gather(torch.autograd.Function):
         return result, None, None, None
 
 
+# Products of few different sizes: for each new size oneDNN makes code of up to 0.6 MB that it keeps.
+_MULTIPLE = 16
 # A band holds lengths down to this share of its longest, and does not begin for less than so many tokens.
 _BAND_SHARE, _BAND_STEP = 0.7, 16
 
@@ -114,6 +116,9 @@ class PackedSequences:
             positions.append(prompt_lengths[prompt] + time)
             self._numbers[row, time + 1] = torch.arange(begin, begin + len(row), device=device)
             begin += len(row)
+        self.filling = -begin % _MULTIPLE
+        ids.append(ids[0][:1].expand(self.filling))
+        positions.append(positions[0][:1].expand(self.filling))
         self.ids = torch.cat(ids)  # [N]
         self.positions = torch.cat(positions)  # [N]
         self._mask_of_completions = sequences.completion_mask
@@ -129,7 +134,7 @@ class PackedSequences:
         """See `Packing`."""
         heads, (tokens, all_heads, _) = key.shape[1], query.shape
         grouped = query.view(tokens, heads, all_heads // heads, query.shape[2])
-        sizes = [self.prompt_tokens, *(len(band.to_row) for band in self.bands)]
+        sizes = [self.prompt_tokens, *(len(band.to_row) for band in self.bands), self.filling]
         queries, keys, values = (part.split(sizes) for part in (grouped, key, value))
         prompt = [self.prompts.cut(part)[:, None] for part in (keys[0], values[0])]  # [P, 1, S, K, D]
         own = [part.permute(0, 3, 1, 2, 4) for part in prompt]  # [P, K, 1, S, D]
@@ -142,6 +147,7 @@ class PackedSequences:
             mine = [band.cut(part[number]).permute(0, 3, 1, 2, 4) for part in (keys, values)]  # [P, K, G, T, D]
             result = shared_attention(query_grid, shared, (mine[0], mine[1]), self._mask(number, window), settings)
             rows.append(band.paste(result.permute(0, 2, 4, 1, 3, 5)))
+        rows.append(rows[0].new_zeros(self.filling, *rows[0].shape[1:]))
         return torch.cat(rows).flatten(1, 2).view(query.shape)
 
     def _mask(self, part: int, window: int | None) -> Masks:

@@ -172,6 +172,7 @@ class _Decoder:
         lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         tokens = torch.full((batch, self.sampler.max_new_tokens), self.pad_id, device=self.device)
         logprobs = torch.zeros(batch, self.sampler.max_new_tokens, device=self.device)
+        leaving = max(1, round(decoding.leave_together * batch))
         for step in range(self.sampler.max_new_tokens):
             token, logprob = self._choose(logits)
             live = rows[running]
@@ -183,8 +184,10 @@ class _Decoder:
                 on_token(alive, step + 1)
             if alive == 0 or step + 1 == self.sampler.max_new_tokens:
                 break
-            if alive <= (1 - decoding.leave_together) * len(rows):
-                keep = running.nonzero().squeeze(1)
+            remaining = -(-alive // leaving) * leaving
+            if remaining < len(rows):
+                # Rows that have ended fill up what does not leave yet.
+                keep = running.logical_not().long().argsort(stable=True)[:remaining].sort().values
                 decoding.select(keep)
                 rows, token, running = rows[keep], token[keep], running[keep]
             logits = decoding.step(token)

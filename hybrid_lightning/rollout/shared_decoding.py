@@ -27,7 +27,7 @@ class SharedPromptDecoding:
         max_new_tokens: Longest completion.
     """
 
-    leave_together = 1 / 16
+    leave_together = 1 / 16  # not one by one: products of few different sizes, see `packing`
 
     def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
         self.model, self.max_new_tokens = model, max_new_tokens
@@ -102,8 +102,9 @@ class SharedPromptDecoding:
         return slots if self.full else slots.index_select(0, self.slot_of_row)
 
     def store_prompt(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keep the prompts' keys and values, [tokens, K, D] each."""
-        keys, values = (self.layout.prompts.cut(part).transpose(1, 2) for part in (key, value))
+        """Keep the prompts' keys and values, [N, K, D] each."""
+        tokens = self.layout.prompt_tokens
+        keys, values = (self.layout.prompts.cut(part[:tokens]).transpose(1, 2) for part in (key, value))
         self.prompt[layer] = (keys.to(cached_key_dtype(keys)).contiguous(), values.contiguous())
 
     def _start_rows(self) -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields
 
+import torch
+
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.plan import AdapterPlan
@@ -10,7 +12,7 @@ from hybrid_lightning.memory.optimizer_state import OptimizerBytes, optimizer_by
 from hybrid_lightning.memory.passes import Traced, passes_of_step, trace_decoding, trace_update
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import FLOAT32, ModelSizes, measure, meta_model, plan_of_budget
-from hybrid_lightning.memory.strategies import Held, Sharding
+from hybrid_lightning.memory.strategies import FSDP1, Held, Sharding
 from hybrid_lightning.products import keeps_copies
 
 
@@ -68,10 +70,7 @@ def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]
         ConfigError: If the prompts cannot be dealt to the devices, or the optimizer cannot be asked.
         ModelError: If the model cannot be traced.
     """
-    if settings.prompts_per_rollout % sharding.devices:
-        raise ConfigError(
-            f"model.prompts_per_rollout={settings.prompts_per_rollout} must be a multiple of the {sharding.devices} devices"
-        )
+    _check(settings, sharding)
     share = settings.budget.share
     budgets: dict[str, Budget] = {"FFT": ModuleBudget(1.0), "LoRA": ModuleBudget(0.0)}
     if settings.plan is not None:
@@ -80,6 +79,19 @@ def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]
         budgets[f"hybrid {share:.0%}"] = settings.budget
     run = _Run(settings, sharding)
     return [run.method(name, budget) for name, budget in budgets.items()]
+
+
+def _check(settings: RunSettings, sharding: Sharding) -> None:
+    """Refuse what `fit` would."""
+    if settings.prompts_per_rollout % sharding.devices:
+        raise ConfigError(
+            f"model.prompts_per_rollout={settings.prompts_per_rollout} must be a multiple of the {sharding.devices} devices"
+        )
+    if settings.quantization is not None and not sharding.whole_on_every_device:
+        kind = type(settings.quantization).__name__
+        raise ConfigError(f"model.quantization={kind} does not work with {sharding.name}; use trainer.strategy=ddp")
+    if isinstance(sharding, FSDP1) and settings.dtype != torch.float32:
+        raise ConfigError("FSDP1 wants all weights in float32; use --config configs/strategy/fsdp2.yaml, or model.dtype=float32")
 
 
 class _Run:

@@ -1,0 +1,149 @@
+"""Measures what a run holds at its largest moments, part by part; both are those of `hybrid_lightning.memory`."""
+
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from hybrid_lightning.memory.live_tensors import LiveTensors
+from hybrid_lightning.rollout.shared_decoding import SharedPromptDecoding
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class MemoryProbe(Callback):
+    """Notes the largest memory of each moment. It must be the first callback, and `measuring` be open while `fit` runs.
+
+    Attributes:
+        moments: name -> bytes of `tensors` at their peak, of the `process` at its peak, and of each part.
+    """
+
+    def __init__(self) -> None:
+        self.moments: dict[str, dict[str, int]] = {}
+        self.live = LiveTensors()
+        self.policy: Any = None
+        self.trainer: Any = None
+        self._now: str | None = None
+        self._start = self._cache = self._kept = 0
+        self._in_calibration = False
+        self.imported = process_bytes()[0]
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Count the tensors that are made within this context."""
+        original = SharedPromptDecoding.step
+
+        def step(decoding: SharedPromptDecoding, tokens: Tensor) -> Tensor:
+            result = original(decoding, tokens)
+            stored = [part for layers in (decoding.prompt, decoding.own) for pair in layers.values() for part in pair]
+            self._cache = max(self._cache, sum(part.untyped_storage().nbytes() for part in stored))
+            return result
+
+        SharedPromptDecoding.step = step  # type: ignore[method-assign]
+        try:
+            with self.live:
+                yield
+        finally:
+            SharedPromptDecoding.step = original  # type: ignore[method-assign]
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Listen to the policy, before its modules are scored."""
+        self.policy, self.trainer = pl_module, trainer
+        self.live.count([*pl_module.parameters(), *pl_module.buffers()])
+        self._replace("generate", self._generate)
+        self._replace("_run", self._run)
+        self._replace("calibration_losses", self._calibration_losses)
+        self._replace("adapt", self._adapt)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The update begins."""
+        self._begin("updating")
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """All gradients are there."""
+        self._end()
+        self._begin("optimizer step")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """The optimizer step, or a micro-batch before it, is over."""
+        self._end()
+
+    def _generate(self, generate: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        evaluating = self.trainer.validating or self.trainer.sanity_checking
+        self._begin("calibrating" if self._in_calibration else "validating" if evaluating else "generating")
+        result = generate(*arguments, **named)
+        self._end()
+        return result
+
+    def _run(self, run: Callable[..., Any], *arguments: Any) -> Any:
+        before = self.live.bytes
+        result = run(*arguments)
+        self._kept = max(self._kept, self.live.bytes - before)
+        return result
+
+    def _calibration_losses(self, losses: Callable[..., Any], *arguments: Any) -> Any:
+        self._in_calibration = True
+        result = losses(*arguments)
+        self._in_calibration = False
+        self._begin("scoring")
+        return result
+
+    def _adapt(self, adapt: Callable[..., Any], *arguments: Any) -> None:
+        if self._now == "scoring":
+            self._end()
+        adapt(*arguments)
+
+    def _replace(self, name: str, function: Callable[..., Any]) -> None:
+        original = getattr(self.policy, name)
+        object.__setattr__(self.policy, name, lambda *arguments, **named: function(original, *arguments, **named))
+
+    def _begin(self, name: str) -> None:
+        self._now, self._start = name, self.live.bytes
+        self._cache = self._kept = 0
+        self.live.restart_peak()
+        _forget_peak()
+
+    def _end(self) -> None:
+        if self._now is None:
+            return
+        parameters = list(self.policy.parameters())
+        states = [
+            value for optimizer in self.trainer.optimizers for kept in optimizer.state.values() for value in kept.values()
+        ]
+        found = {
+            "tensors": self.live.peak,
+            "process": process_bytes()[1],
+            "weights": tensor_bytes(parameters),
+            "gradients": tensor_bytes([p.grad for p in parameters if p.grad is not None]),
+            "optimizer": tensor_bytes([value for value in states if isinstance(value, Tensor)]),
+            "cache": self._cache,
+            "kept": self._kept,
+            "added": self.live.peak - self._start,
+        }
+        known = self.moments.setdefault(self._now, found)
+        self.moments[self._now] = {name: max(known[name], value) for name, value in found.items()}
+        self._now = None
+
+
+def tensor_bytes(tensors: list[Tensor]) -> int:
+    """What they hold, each storage once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def process_bytes() -> tuple[int, int]:
+    """Resident now, and at most since `_forget_peak`."""
+    if not _STATUS.exists():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak, peak
+    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024
+
+
+def _forget_peak() -> None:
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")

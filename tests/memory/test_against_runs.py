@@ -1,0 +1,55 @@
+"""What is planned is what runs of the embedded policy are measured to hold, part by part and moment by moment."""
+
+import pytest
+import torch
+from tiny_memory import Case
+
+from hybrid_lightning.memory import SingleDevice, plan_memory
+
+CASES = {
+    "lora": Case(),
+    "fft": Case(share=1.0),
+    "fft-without-start-weights": Case(share=1.0, keep_start_weights=False, micro_batches=2),
+    "hybrid": Case(share=0.1),
+    "hybrid-bf16": Case(share=0.1, dtype="bfloat16"),
+    "several-passes": Case(share=1.0, max_tokens=300),
+    "recomputing": Case(checkpointing=True),
+    "long": Case(prompts=4, samples=16, completion_tokens=50),
+    "sgd": Case(optimizer=torch.optim.SGD),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parts_and_peaks_are_as_planned(name, tmp_path):
+    case = CASES[name]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    measured, plan = case.measure(tmp_path)
+    torch.set_num_threads(threads)
+    methods = {method.method: method for method in plan_memory(case.settings(plan), SingleDevice())}
+    planned = dict(methods["plan"].moments)
+    if 0 < case.share < 1:
+        (hybrid,) = [m for m in plan_memory(case.settings(), SingleDevice()) if m.method == "hybrid 10%"]
+        planned |= {moment: hybrid.moments[moment] for moment in ("calibrating", "scoring")}
+    assert planned.keys() == measured.keys() - {"optimizer step"}
+    for moment, parts in planned.items():
+        found = measured[moment]
+        assert parts.weights == found["weights"] and parts.cache == found["cache"], moment
+        if moment in ("generating", "updating"):
+            assert parts.gradients in (0, found["gradients"]), moment  # not all are there at every peak
+            assert parts.optimizer == pytest.approx(found["optimizer"], rel=1e-3, abs=8 * 2 * 40), moment  # and the steps made
+        computed = parts.activations + parts.logits + parts.cache
+        if moment == "scoring" or (moment == "updating" and case.max_tokens):  # then gradients come within the moment
+            computed += parts.gradients
+        assert computed == pytest.approx(found["added"], rel=0.15), moment
+        if moment != "validating":  # which drops gradients, except at the end of a run of the command line
+            assert parts.total - parts.copies == pytest.approx(found["tensors"], rel=0.15), moment
+    assert measured["updating"]["kept"] == pytest.approx(planned["updating"].activations, rel=0.15) or case.checkpointing
+
+
+def test_the_budget_that_is_not_chosen_yet_is_an_upper_bound(tmp_path):
+    measured, plan = CASES["hybrid"].measure(tmp_path)
+    hybrid = plan_memory(CASES["hybrid"].settings(), SingleDevice())[2]
+    assert hybrid.method == "hybrid 10%" and hybrid.trainable >= plan.trainable_parameters()
+    assert 0.85 * measured["updating"]["tensors"] < hybrid.moments["updating"].total < 1.5 * measured["updating"]["tensors"]
+    assert hybrid.peak_moment == "updating" or hybrid.moments["scoring"].total == hybrid.peak

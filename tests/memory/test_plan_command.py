@@ -1,0 +1,103 @@
+"""`python -m hybrid_lightning plan`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runs import run, write_folder
+
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.memory import DDP, FSDP1, FSDP2, SingleDevice
+from hybrid_lightning.memory.from_config import TrainerFlags
+from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+
+STRATEGIES = Path(__file__).parents[2] / "configs" / "strategy"
+FLAGS = ["--trainer.accelerator=gpu", "--trainer.num_nodes=2", "--trainer.devices=2", "--trainer.precision=bf16-mixed"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yield from write_folder(tmp_path_factory.mktemp("plan"))
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+
+
+def cells(result):
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.out.splitlines() if line.startswith("│")]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_no_weights_are_needed(folder):
+    (folder / "model" / "model.safetensors").rename(folder / "elsewhere")
+    try:
+        result = run(folder, "plan", "--config", "t.yaml")
+        refused = run(folder, "score", "--config", "t.yaml")
+    finally:
+        (folder / "elsewhere").rename(folder / "model" / "model.safetensors")
+    assert result.code == 0 and refused.code != 0, result.err
+    assert cells(result).keys() == {"FFT", "LoRA", "hybrid 10%"} and "prompts of 4 tokens" in result.out
+    assert not (folder / "runs").exists() and "A process is larger than its tensors" in result.out
+
+
+def test_devices_that_are_not_here(folder):
+    strategy = ["--config", STRATEGIES / "fsdp2.yaml"]
+    result = run(folder, "plan", "--config", "t.yaml", *strategy, *FLAGS, "--prompt_tokens=50", "--model.dtype=bfloat16")
+    assert result.code == 0, result.err
+    assert "FSDP2 on 4 devices, accelerator, prompts of 50 tokens" in result.out and "A process is larger" not in result.out
+
+
+def test_a_plan_that_is_there_is_planned_for(folder, tmp_path):
+    scored = run(folder, "score", "--config", "t.yaml", f"--trainer.logger.init_args.save_dir={tmp_path}")
+    assert scored.code == 0, scored.err
+    (file,) = tmp_path.rglob("plan.json")
+    result = run(folder, "plan", "--config", "t.yaml", f"--adapter.plan={file}")
+    assert result.code == 0, result.err
+    assert cells(result)["plan"][0] == f"{AdapterPlan.load(file).trainable_parameters():,}"
+    assert json.loads(file.read_text())["candidates"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.strategy=deepspeed"], "trainer.strategy=deepspeed cannot be planned for"),
+        (["--prompt_tokens=0"], "prompt_tokens must be at least 1, got 0"),
+        (["--data.source.train=missing.jsonl"], "give --prompt_tokens, since the length of the prompts cannot be found out"),
+        (["--model.dtype=int7"], "model.dtype must be one of"),
+        (["--model.model=nowhere.gguf"], "does not exist"),
+        (["--trainer.devices=3"], "must be a multiple of the 3 devices"),
+    ],
+)
+def test_what_is_wrong_is_said_in_the_last_line(folder, options, message):
+    result = run(folder, "plan", "--config", "t.yaml", *options)
+    assert result.code == 1 and result.last.startswith("error: ") and message in result.last, result.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "devices"),
+    [
+        ({}, SingleDevice, 1),
+        ({"devices": 4}, DDP, 4),
+        ({"devices": "2", "num_nodes": 3, "strategy": "ddp"}, DDP, 6),
+        ({"devices": [0, 2], "strategy": "fsdp"}, FSDP1, 2),
+        ({"devices": "1,3,5", "strategy": FSDP2Strategy()}, FSDP2, 3),
+        ({"devices": 2, "strategy": FSDP1Strategy()}, FSDP1, 2),
+    ],
+)
+def test_flags_of_the_trainer(flags, kind, devices):
+    found = TrainerFlags.of({"accelerator": "cpu", "precision": "bf16-mixed", **flags})
+    assert (type(found.sharding), found.sharding.devices) == (kind, devices)
+    assert found.on_cpu and found.mixed_precision and found.validates and found.accumulate_grad_batches == 1
+
+
+def test_other_flags():
+    found = TrainerFlags.of({"accelerator": "cuda", "devices": 1, "limit_val_batches": 0, "accumulate_grad_batches": 3})
+    assert not found.on_cpu and not found.mixed_precision and not found.validates and found.accumulate_grad_batches == 3
+    assert TrainerFlags.of({}).on_cpu is not torch.accelerator.is_available()
+    with pytest.raises(ConfigError, match="cannot be planned for"):
+        TrainerFlags.of({"strategy": "deepspeed"})

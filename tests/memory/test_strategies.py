@@ -1,0 +1,69 @@
+"""What each of several devices holds, and what an optimizer keeps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_memory import Case
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.memory import DDP, FSDP1, FSDP2, SingleDevice, plan_memory
+from hybrid_lightning.memory.optimizer_state import optimizer_bytes
+from hybrid_lightning.policy.quantization import NF4
+
+SETTINGS = replace(Case(prompts=8, validation=0).settings(), on_cpu=False)
+
+
+def lora(sharding, settings=SETTINGS):
+    return plan_memory(settings, sharding)[1]
+
+
+def test_ddp_holds_all_and_the_gradients_once_more():
+    one, two = lora(SingleDevice()), lora(DDP(2))
+    for moment in ("generating", "updating"):
+        assert two.moments[moment].weights == one.moments[moment].weights
+        assert two.moments[moment].copies == one.moments[moment].gradients == 4 * one.trainable
+    assert two.moments["generating"].cache == one.moments["generating"].cache / 2, "prompts are dealt"
+
+
+def test_fsdp_holds_a_share_and_the_whole_of_what_computes():
+    one, four = lora(SingleDevice()), lora(FSDP2(4))
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(four.moments["updating"], name) == getattr(one.moments["updating"], name) / 4
+    assert four.moments["generating"].copies == one.moments["generating"].weights
+    assert 0 < four.moments["updating"].copies < four.moments["generating"].copies
+    older = lora(FSDP1(4))
+    assert older.moments["updating"].gradients == one.moments["updating"].weights / 4, "frozen weights have gradients, too"
+    assert older.moments["updating"].copies > four.moments["updating"].copies
+
+
+def test_optimizers_are_asked():
+    assert (optimizer_bytes(torch.optim.AdamW).state, optimizer_bytes(torch.optim.AdamW).step) == (8, 4)
+    fused = optimizer_bytes(lambda groups: torch.optim.AdamW(groups, fused=True))
+    assert (fused.state, fused.step) == (8, 0)
+    assert optimizer_bytes(torch.optim.SGD).state == 0
+    assert optimizer_bytes(lambda groups: torch.optim.SGD(groups, momentum=0.9)).state == 4
+    with pytest.raises(ConfigError, match=r"model\.optimizer cannot be planned for"):
+        optimizer_bytes(lambda groups: torch.optim.LBFGS(groups))
+
+
+def test_eight_bits_of_state():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    found = optimizer_bytes(bitsandbytes.optim.AdamW8bit)
+    assert 2 <= found.state < 2.1 and found.step == 0
+
+
+@pytest.mark.parametrize(
+    ("sharding", "changes", "message"),
+    [
+        (DDP(3), {}, "prompts_per_rollout=8 must be a multiple of the 3 devices"),
+        (FSDP2(2), {"quantization": "NF4"}, "quantization=NF4 does not work with FSDP2"),
+        (FSDP1(2), {"dtype": torch.bfloat16}, "FSDP1 wants all weights in float32"),
+    ],
+)
+def test_what_fit_refuses_is_not_planned(sharding, changes, message):
+    if "quantization" in changes:
+        pytest.importorskip("bitsandbytes")
+        changes = {"quantization": NF4()}
+    with pytest.raises(ConfigError, match=message):
+        plan_memory(replace(SETTINGS, **changes), sharding)

@@ -1,0 +1,126 @@
+"""Runs of which the memory is measured and planned: completions of full length, all with an advantage."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from tiny_runs import build_trainer
+from torch.utils.data import DataLoader
+
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.callbacks import HybridAdapterSetup
+from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.memory import RunSettings
+from hybrid_lightning.memory.from_config import load_config
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import Prompt
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+if str(BENCHMARKS) not in sys.path:
+    sys.path.append(str(BENCHMARKS))
+
+from memory_probe import MemoryProbe  # noqa: E402
+
+
+class AllDifferent(RewardFunction):
+    """No two completions earn the same."""
+
+    measures_correctness = False
+
+    def __call__(self, completions, prompts):
+        return [index / len(completions) for index in range(len(completions))]
+
+
+class Products(LightningDataModule):
+    """Prompts of six characters, which are six tokens of the embedded policy."""
+
+    def __init__(self, validation: int) -> None:
+        super().__init__()
+        self.train_prompts = [Prompt(text=f"{100 + i}*{i % 9}=", index=i) for i in range(64)]
+        self.validation = validation
+
+    def train_dataloader(self):
+        return self.trainer.lightning_module.rollout_loader(self.train_prompts)
+
+    def val_dataloader(self):
+        return DataLoader(self.train_prompts[: self.validation], batch_size=self.validation, collate_fn=list)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a run of the embedded policy."""
+
+    prompts: int = 8
+    samples: int = 4
+    completion_tokens: int = 20
+    micro_batches: int = 1
+    max_tokens: int | None = None
+    validation: int = 12
+    eval_samples: int = 4
+    share: float = 0.0
+    keep_start_weights: bool = True
+    checkpointing: bool = False
+    dtype: str = "float32"
+    optimizer: Any = torch.optim.AdamW
+
+    def settings(self, plan: AdapterPlan | None = None) -> RunSettings:
+        """The same run, to be planned."""
+        return RunSettings(
+            config=load_config("embedded"),
+            prompt_tokens=6,
+            completion_tokens=self.completion_tokens,
+            prompts_per_rollout=self.prompts,
+            samples_per_prompt=self.samples,
+            micro_batches=self.micro_batches,
+            eval_prompts=self.validation,
+            eval_samples=self.eval_samples,
+            dtype=getattr(torch, self.dtype),
+            mixed_precision=self.dtype == "bfloat16",
+            max_tokens_per_micro_batch=self.max_tokens,
+            gradient_checkpointing=self.checkpointing,
+            optimizer=self.optimizer,
+            budget=ModuleBudget(self.share),
+            lora=LoraSettings(rank=8),
+            keep_start_weights=self.keep_start_weights,
+            plan=plan,
+        )
+
+    def measure(self, root: Path) -> tuple[dict[str, dict[str, int]], AdapterPlan]:
+        """Largest memory of each moment, and what was trained."""
+        policy = PolicyModule(
+            loss=GRPOLoss(),
+            reward=AllDifferent(),
+            model="embedded",
+            dtype=self.dtype,
+            sampler=Sampler(max_new_tokens=self.completion_tokens),
+            prompts_per_rollout=self.prompts,
+            samples_per_prompt=self.samples,
+            minibatches_per_rollout=self.micro_batches,
+            max_tokens_per_micro_batch=self.max_tokens,
+            gradient_checkpointing=self.checkpointing,
+            eval_samples=self.eval_samples,
+            optimizer=self.optimizer,
+        )
+        policy.stop_ids = [1_000]  # no such token: nothing ends
+        probe = MemoryProbe()
+        adapter = HybridAdapterSetup(budget=ModuleBudget(self.share), rank=8, keep_start_weights=self.keep_start_weights)
+        trainer = build_trainer(
+            root,
+            probe,
+            adapter,
+            max_steps=3,
+            precision="bf16-mixed" if self.dtype == "bfloat16" else "32-true",
+            num_sanity_val_steps=-1,
+            val_check_interval=3,  # a validation drops gradients, which the next rollout would else find
+            check_val_every_n_epoch=None,
+        )
+        with probe.measuring():
+            trainer.fit(policy, datamodule=Products(self.validation))
+        return probe.moments, policy.plan

@@ -14,6 +14,7 @@ from hybrid_lightning.export.trained import BaseModel, TrainedPolicy, Training
 
 _SHOWN_MODULES = 24  # fully trained ones that the card lists; plan.json has all
 _ARGUMENTS = (
+    "quantization",
     "loss",
     "reward",
     "sampler",

@@ -132,6 +132,7 @@ def test_it_is_exported_onto_the_sixteen_bit_base(trained, folder, tmp_path, liv
     expected = expected.eval()(IDS).logits
     policy = policy_of_module(module) if live else policy_of_checkpoint(root / f"step={STEPS}.ckpt")
     merged = AutoModelForCausalLM.from_pretrained(write_policy(policy, MergedModel("float32"), tmp_path / "merged"))
+    assert f"policy.quantization.{type(module.quantization).__name__}" in (tmp_path / "merged" / "README.md").read_text()
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=0, atol=1e-5)
     plain = AutoModelForCausalLM.from_pretrained(folder / "model")
     adapter = PeftModel.from_pretrained(plain, write_policy(policy, AdapterFolder(), tmp_path / "adapter"))

@@ -1,0 +1,45 @@
+"""What a run reports of its memory is what its tensors take."""
+
+import json
+
+import pytest
+import torch
+from benchmark_modules import FOLDER
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, write_sums
+from wide_models import write_wide_model
+
+from hybrid_lightning.policy.quantization import NF4
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+import quantization  # noqa: E402  (of benchmarks/)
+
+assert str(FOLDER) in quantization.__file__
+
+
+def test_bytes_of_weights_gradients_and_optimizer(tmp_path):
+    write_wide_model(tmp_path / "model")
+    write_sums(tmp_path / "sums.jsonl")
+    reports = {}
+    for name, kind in (("plain", None), ("nf4", NF4())):
+        torch.manual_seed(0)
+        policy = build_policy(tmp_path / "model", quantization=kind)
+        report = quantization.MemoryReport(str(tmp_path / f"{name}.json"))
+        build_trainer(tmp_path, build_adapter(), report).fit(policy, datamodule=build_data(tmp_path / "sums.jsonl"))
+        reports[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    plain, nf4 = reports["plain"], reports["nf4"]
+    trained = 4 * policy.plan.trainable_parameters()
+    for values in reports.values():
+        assert values["trained weights"] == values["gradients"] == trained
+        steps = 4 * sum(parameter.requires_grad for parameter in policy.parameters())  # AdamW counts them in float32
+        assert values["optimizer state"] == 2 * trained + steps
+        assert values["peak of training"] >= values["process at start"] > 10 * values["frozen weights"]
+    quantized = [module.shape[0] * module.shape[1] for module in policy.plan.candidates if module.mode == "lora"]
+    # Half a byte instead of four; a byte for each block of 64 and a float for 256 of these; two tables and an offset.
+    scales = [size // 64 + 4 * -(-size // 64 // 256) + 4 * (16 + 256 + 1) for size in quantized]
+    shared = 4 * (16 + 256) * (len(quantized) - 1)  # the tables may be one for all
+    saved = plain["frozen weights"] - nf4["frozen weights"]
+    assert sum(quantized) * 3.5 - sum(scales) <= saved <= sum(quantized) * 3.5 - sum(scales) + shared
+    assert all(
+        option.split("=")[0] in ("--model.quantization", "--model.optimizer") for o in quantization.CASES.values() for option in o
+    )

@@ -112,9 +112,7 @@ class MemoryProbe(Callback):
         if self._now is None:
             return
         parameters = list(self.policy.parameters())
-        states = [
-            value for optimizer in self.trainer.optimizers for kept in optimizer.state.values() for value in kept.values()
-        ]
+        states = [value for optimizer in self.trainer.optimizers for kept in optimizer.state.values() for value in kept.values()]
         found = {
             "tensors": self.live.peak,
             "process": process_bytes()[1],

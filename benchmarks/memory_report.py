@@ -46,7 +46,9 @@ def _persistent(run: dict[str, Any]) -> float:
 
 def worst(runs: dict[str, Any]) -> float:
     """Largest difference of what is there together, tensors or process, as a share of what was measured."""
-    pairs = [compared(run)[name] for model in runs.values() for run in model["methods"].values() for name in ("tensors", "process")]
+    pairs = [
+        compared(run)[name] for model in runs.values() for run in model["methods"].values() for name in ("tensors", "process")
+    ]
     return max(abs(planned / measured - 1) for planned, measured in pairs)
 
 

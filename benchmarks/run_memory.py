@@ -1,4 +1,4 @@
-"""Worker: trains by one method, measures what that holds, and says as well what `plan` would have said. Prints one line of JSON."""
+"""Worker: trains by one method, measures what that holds, plans the same as `plan` would, and prints both as JSON."""
 
 import json
 import sys

@@ -4,8 +4,7 @@ from typing import Any
 
 from workloads import Workload
 
-# Of TRL's GRPOConfig, but for `attn_implementation`, which is the model's. Not its defaults: gradient checkpointing costs time, and
-# the memory is there.
+# Of TRL's GRPOConfig, but for `attn_implementation`, which is the model's. Gradient checkpointing, a default, costs time.
 _FASTEST: dict[str, Any] = {"gradient_checkpointing": False, "per_device_train_batch_size": 8, "attn_implementation": "eager"}
 _OTHERS: dict[str, dict[str, Any]] = {
     "long_prompt": {

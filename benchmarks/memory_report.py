@@ -109,16 +109,17 @@ def qwen3_table(lines: list[dict[str, Any]]) -> str:
 
 _MEASURED = """\
 Each cell is planned / measured, in MiB. What was measured: three optimizer steps with scoring (hybrid), a validation before and
-after them, every completion of full length and every row with an advantage. *Weights*, *gradients*, *optimizer* and *KV cache* are
-the bytes of those tensors, *activations, logits* what an update computes beside them, and *together* the most bytes of tensors that
-there were at any time of the run, counted at every operator. *Process* is the largest resident memory (VmHWM) in these moments:
-Python, libraries, what malloc keeps for itself and weights packed by oneDNN included. The plan of hybrid takes the largest modules to
-be chosen, since which ones are is not known before scoring, so its weights, gradients and optimizer state are upper bounds."""
+after them, every completion of full length and every row with an advantage. *Weights*, *gradients*, *optimizer* and *KV cache*
+are the bytes of those tensors, *activations, logits* what an update computes beside them, and *together* the most bytes of
+tensors that there were at any time of the run, counted at every operator. *Process* is the largest resident memory (VmHWM) in
+these moments: Python, libraries, what malloc keeps for itself and weights packed by oneDNN included. The plan of hybrid takes
+the largest modules to be chosen, since which ones are is not known before scoring, so its weights, gradients and optimizer
+state are upper bounds."""
 
 _QWEN3 = """\
 GiB on each GPU, the largest of several; planned, not measured (no GPU was at hand). GSPO with the rollouts of
-`configs/gsm8k_qwen3.yaml` (32 prompts of 384 tokens x 8 completions of 512, 4 minibatches x 8 accumulated), bfloat16 base, LoRA of
-rank 16, AdamW, no KL term and no second copy of trained modules (`adapter.keep_start_weights=false`). *Together* is the most at one
-time, *while* says when. Sizes of the models: `config.json` of Qwen/Qwen3-0.6B, -8B and -32B. *Fits* leaves 5% of 80 GB to CUDA and its
-allocator. With FSDP2 every GPU gathers all weights while it generates (*copies*), and the first scores the modules alone, on the whole
-model."""
+`configs/gsm8k_qwen3.yaml` (32 prompts of 384 tokens x 8 completions of 512, 4 minibatches x 8 accumulated), bfloat16 base, LoRA
+of rank 16, AdamW, no KL term and no second copy of trained modules (`adapter.keep_start_weights=false`). *Together* is the most
+at one time, *while* says when. Sizes of the models: `config.json` of Qwen/Qwen3-0.6B, -8B and -32B. *Fits* leaves 5% of 80 GB
+to CUDA and its allocator. With FSDP2 every GPU gathers all weights while it generates (*copies*), and the first scores the
+modules alone, on the whole model."""

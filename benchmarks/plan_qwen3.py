@@ -11,8 +11,8 @@ from hybrid_lightning.adapters.lora import LoraSettings
 from hybrid_lightning.memory import FSDP2, RunSettings, Sharding, SingleDevice, plan_memory
 
 # As in config.json of Qwen/Qwen3-0.6B, Qwen/Qwen3-8B and Qwen/Qwen3-32B on the Hugging Face hub (layers and heads are also in
-# table 1 of the technical report, arXiv 2505.09388): hidden size, feed-forward size, layers, query heads, tied embeddings, and the
-# number of parameters in billions that their model cards give.
+# table 1 of the technical report, arXiv 2505.09388): hidden size, feed-forward size, layers, query heads, tied embeddings, and
+# the number of parameters in billions that their model cards give.
 SIZES = {
     "Qwen3-0.6B": (1024, 3072, 28, 16, True, 0.6),
     "Qwen3-8B": (4096, 12288, 36, 32, False, 8.2),

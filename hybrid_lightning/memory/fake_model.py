@@ -23,7 +23,7 @@ from hybrid_lightning.memory.live_tensors import LiveTensors
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import meta_model, plan_of_budget
 from hybrid_lightning.policy.modes import checkpoint_gradients
-from hybrid_lightning.rollout import attention, shared_decoding
+from hybrid_lightning.rollout import attention
 from hybrid_lightning.rollout.forward import base_model
 from hybrid_lightning.rollout.interface import UnsupportedAttentionError, use_packing
 from hybrid_lightning.rollout.packing import PackedSequences
@@ -119,14 +119,12 @@ class FakeModel:
 @contextmanager
 def as_on(cpu: bool) -> Iterator[None]:
     """Let attention be computed, and its keys be kept, as on a CPU or as on an accelerator, whatever the device is called."""
-    products, key_dtype = attention._by_products, shared_decoding.cached_key_dtype
-    if not cpu:
-        attention._by_products = attention._by_kernel
-        shared_decoding.cached_key_dtype = lambda key: key.dtype
+    original = attention.products_are_faster
+    attention.products_are_faster = lambda device: cpu
     try:
         yield
     finally:
-        attention._by_products, shared_decoding.cached_key_dtype = products, key_dtype
+        attention.products_are_faster = original
 
 
 def _drop_gradient(parameter: Tensor) -> None:

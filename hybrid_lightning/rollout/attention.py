@@ -5,17 +5,19 @@ key-value heads (grouped-query attention: H = K * R), D numbers a head.
 
 Two ways to compute it, which give the same numbers:
 
-- by matrix products over all queries of a prompt at once, whose scores are recomputed in the backward pass. On CPUs this is many
-  times faster than the fused kernel at the lengths of rollouts (measured at S=128, T=64: 50 ms instead of 170 to 250 for forward
-  and backward), and keys and values are never repeated;
+- by matrix products over all queries of a prompt at once, whose backward pass is written out here. On CPUs this is many times
+  faster than the fused kernel at the lengths of rollouts (measured at S=128, T=64: 50 ms instead of 170 to 250 for forward and
+  backward), and keys and values are never repeated;
 - by `scaled_dot_product_attention` with repeated keys and values on accelerators, whose kernels keep no scores.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 KeysValues = tuple[Tensor, Tensor]
@@ -48,50 +50,136 @@ def shared_attention(
     Returns:
         [P, K, G, R, T, D] in the dtype of the values.
     """
-    compute = _by_products if query.device.type == "cpu" or settings.softcap is not None else _by_kernel
+    by_products = products_are_faster(query.device) or settings.softcap is not None  # no kernel has the latter
+    compute = _by_products if by_products else _by_kernel
+    if by_products and settings.softcap is None and settings.dropout == 0 and torch.is_grad_enabled():
+        keys, values = (None, None) if prompt is None else prompt
+        result: Tensor = _Products.apply(query, *own, keys, values, masks, settings)  # type: ignore[no-untyped-call]
+        return result
     width = own[0].shape[3] + (prompt[0].shape[2] if prompt is not None else 0)
     if not torch.is_grad_enabled() or width <= query.shape[-1]:
         return compute(query, prompt, own, masks, settings)
-    # Neither scores nor repeated keys are kept for the backward pass: where a query sees more keys than it has numbers, both are
-    # larger than all else that a layer keeps.
-    result: Tensor = checkpoint(compute, query, prompt, own, masks, settings, use_reentrant=False)  # type: ignore[no-untyped-call]
+    # Neither scores nor repeated keys are kept for the backward pass (see `_Products`).
+    result = checkpoint(compute, query, prompt, own, masks, settings, use_reentrant=False)  # type: ignore[no-untyped-call]
     return result
+
+
+def products_are_faster(device: torch.device) -> bool:
+    """Whether matrix products beat the device's fused kernels, at the lengths of rollouts."""
+    return device.type == "cpu"
 
 
 def cached_key_dtype(key: Tensor) -> torch.dtype:
     """The dtype to keep keys in that many later calls will use: the one that they would else be converted to every time."""
-    return torch.float32 if key.device.type == "cpu" else key.dtype
+    return torch.float32 if products_are_faster(key.device) else key.dtype
 
 
 def _by_products(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings) -> Tensor:
-    prompts, heads, samples, repeats, length, size = query.shape
-    keys, values = own
-    scaling = settings.scaling if settings.scaling is not None else size**-0.5
-    each = (prompts * heads * samples, repeats * length)  # one product for the queries of a completion with its own keys
-    all_of_prompt = (prompts * heads, samples * repeats * length)  # one for those of all completions with the prompt's
-    shape = (prompts, heads, samples, repeats, length)
     with torch.autocast(query.device.type, enabled=False):
-        # Scores in float32, as the fused kernels have them: in bfloat16 a score of 10 is off by up to 0.03.
-        scaled = query.float() * scaling
-        scores = [torch.bmm(scaled.reshape(*each, size), keys.float().flatten(0, 2).transpose(1, 2)).view(*shape, -1)]
-        if prompt is not None:
-            prompt_keys = prompt[0].float().flatten(0, 1).transpose(1, 2)
-            scores.insert(0, torch.bmm(scaled.reshape(*all_of_prompt, size), prompt_keys).view(*shape, -1))
-        if settings.softcap is not None:
-            scores = [settings.softcap * torch.tanh(part / settings.softcap) for part in scores]
-        used = masks if prompt is not None else masks[1:]
-        scores = [
-            part if mask is None else part.masked_fill_(~mask, float("-inf")) for part, mask in zip(scores, used, strict=True)
-        ]
-        joined = torch.cat(scores, dim=-1) if prompt is not None else scores[0]
-        weights = joined.softmax(dim=-1)
-        weights = F.dropout(weights, settings.dropout, training=settings.dropout > 0).to(values.dtype)
-        own_weights = weights[..., -keys.shape[3] :]
-        result = torch.bmm(own_weights.reshape(*each, -1), values.flatten(0, 2)).view_as(query)
-        if prompt is not None:
-            prompt_weights = weights[..., : -keys.shape[3]].reshape(*all_of_prompt, -1)
-            result = result + torch.bmm(prompt_weights, prompt[1].flatten(0, 1)).view_as(query)
+        weights = _weights(_scaled(query, settings), prompt[0] if prompt is not None else None, own[0], masks, settings)
+        weights = F.dropout(weights, settings.dropout, training=settings.dropout > 0).to(own[1].dtype)
+        return _weighted(weights, prompt[1] if prompt is not None else None, own[1])
+
+
+def _scaled(query: Tensor, settings: AttentionSettings) -> Tensor:
+    """Queries in float32 times the factor of the scores."""
+    return (query.float() * (settings.scaling if settings.scaling is not None else query.shape[-1] ** -0.5)).contiguous()
+
+
+def _weights(scaled: Tensor, prompt_keys: Tensor | None, keys: Tensor, masks: Masks, settings: AttentionSettings) -> Tensor:
+    """[P, K, G, R, T, S + M], those of the prompt first.
+
+    Scores are float32, as the fused kernels have them: in bfloat16 a score of 10 is off by up to 0.03.
+    """
+    shape = scaled.shape[:-1]
+    scores = [torch.bmm(_each(scaled), keys.float().flatten(0, 2).transpose(1, 2)).view(*shape, -1)]
+    if prompt_keys is not None:
+        scores.insert(0, torch.bmm(_all_of_prompt(scaled), prompt_keys.float().flatten(0, 1).transpose(1, 2)).view(*shape, -1))
+    if settings.softcap is not None:
+        scores = [settings.softcap * torch.tanh(part / settings.softcap) for part in scores]
+    used = masks if prompt_keys is not None else masks[1:]
+    scores = [part if mask is None else part.masked_fill_(~mask, float("-inf")) for part, mask in zip(scores, used, strict=True)]
+    return (torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]).softmax(dim=-1)
+
+
+def _weighted(weights: Tensor, prompt_values: Tensor | None, values: Tensor) -> Tensor:
+    """The sum of values that the weights say, [P, K, G, R, T, D]."""
+    shape = (*weights.shape[:-1], values.shape[-1])
+    result = torch.bmm(_each(weights[..., -values.shape[3] :]), values.flatten(0, 2)).view(shape)
+    if prompt_values is not None:
+        of_prompt = torch.bmm(_all_of_prompt(weights[..., : -values.shape[3]]), prompt_values.flatten(0, 1))
+        result = result + of_prompt.view(shape)
+    return result
+
+
+def _each(part: Tensor) -> Tensor:
+    """[P, K, G, R, T, x] -> [P K G, R T, x]: one product for the queries of a completion with its own keys."""
+    prompts, heads, samples, repeats, length, _ = part.shape
+    return part.reshape(prompts * heads * samples, repeats * length, -1)
+
+
+def _all_of_prompt(part: Tensor) -> Tensor:
+    """[P, K, G, R, T, x] -> [P K, G R T, x]: one product for the queries of all completions with the prompt's keys."""
+    prompts, heads, samples, repeats, length, _ = part.shape
+    return part.reshape(prompts * heads, samples * repeats * length, -1)
+
+
+class _Products(torch.autograd.Function):
+    """`_by_products` with a gradient, which makes the weights once more where keeping them would cost memory.
+
+    Where a query sees more keys than it has numbers, its weights are larger than all else that a layer keeps.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        prompt_keys: Tensor | None,
+        prompt_values: Tensor | None,
+        masks: Masks,
+        settings: AttentionSettings,
+    ) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            weights = _weights(_scaled(query, settings), prompt_keys, keys, masks, settings)
+            result = _weighted(weights.to(values.dtype), prompt_values, values)
+        kept = weights if weights.shape[-1] <= query.shape[-1] else None
+        ctx.save_for_backward(query, keys, values, prompt_keys, prompt_values, kept)
+        ctx.masks, ctx.settings = masks, settings
         return result
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, keys, values, prompt_keys, prompt_values, weights = ctx.saved_tensors
+        with torch.autocast(query.device.type, enabled=False):
+            scaled = _scaled(query, ctx.settings)
+            if weights is None:
+                weights = _weights(scaled, prompt_keys, keys, ctx.masks, ctx.settings)
+            own = keys.shape[3]
+            gradient = gradient.to(values.dtype).contiguous()
+            used = weights.to(values.dtype)
+            of_values = torch.bmm(_each(used[..., -own:]).transpose(1, 2), _each(gradient)).view_as(values)
+            slopes = [torch.bmm(_each(gradient), values.flatten(0, 2).transpose(1, 2)).view(*weights.shape[:-1], own)]
+            of_prompt_keys = of_prompt_values = None
+            if prompt_keys is not None:
+                whole = _all_of_prompt(gradient)
+                of_prompt_values = torch.bmm(_all_of_prompt(used[..., :-own]).transpose(1, 2), whole).view_as(prompt_values)
+                slopes.insert(0, torch.bmm(whole, prompt_values.flatten(0, 1).transpose(1, 2)).view(*weights.shape[:-1], -1))
+            del used
+            slope = (torch.cat(slopes, dim=-1) if len(slopes) > 1 else slopes[0]).float()
+            del slopes
+            slope = torch._softmax_backward_data(slope, weights, -1, torch.float32)  # of the scores
+            of_keys = torch.bmm(_each(slope[..., -own:]).transpose(1, 2), _each(scaled)).view_as(keys)
+            of_query = torch.bmm(_each(slope[..., -own:]), keys.float().flatten(0, 2)).view(query.shape)
+            if prompt_keys is not None:
+                whole = _all_of_prompt(slope[..., :-own])
+                of_prompt_keys = torch.bmm(whole.transpose(1, 2), _all_of_prompt(scaled)).view_as(prompt_keys)
+                of_prompt_keys = of_prompt_keys.to(prompt_keys.dtype)
+                of_query += torch.bmm(whole, prompt_keys.float().flatten(0, 1)).view(query.shape)
+            of_query *= ctx.settings.scaling if ctx.settings.scaling is not None else query.shape[-1] ** -0.5
+        return of_query.to(query.dtype), of_keys.to(keys.dtype), of_values, of_prompt_keys, of_prompt_values, None, None
 
 
 def _by_kernel(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings) -> Tensor:

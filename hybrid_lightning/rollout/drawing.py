@@ -26,7 +26,10 @@ def draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     token. Running sums are in float64: V small float32 numbers would not add up to 1 well enough.
     """
     width = logits.shape[1]
-    blocks = F.pad(logits.softmax(dim=-1), (0, -width % _BLOCK)).view(len(logits), -1, _BLOCK)
+    probabilities = logits.softmax(dim=-1)
+    if width % _BLOCK:
+        probabilities = F.pad(probabilities, (0, -width % _BLOCK))
+    blocks = probabilities.view(len(logits), -1, _BLOCK)
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
     ends = blocks.sum(dim=2).double().cumsum(dim=1)
     target = uniform * ends[:, -1:]

@@ -96,22 +96,23 @@ class _Constant:
         assert isinstance(base, nn.Linear)
         weight = base.weight.detach().to(dtype)
         down, up = (_weight(part[adapter]).detach() for part in (layer.lora_A, layer.lora_B))
-        self.dtype, self.scaling = dtype, layer.scaling[adapter]
+        self.dtype, scaling = dtype, layer.scaling[adapter]
         self.bias = None if base.bias is None else base.bias.detach().to(dtype)
-        self.low: tuple[Tensor, Tensor] | None = None
+        self.down: Tensor | None = None
         if dtype == torch.float32 and weight.device.type == "cpu":
-            weight = torch.addmm(weight, up, down, alpha=self.scaling)
+            weight = torch.addmm(weight, up, down, alpha=scaling)
         else:
-            self.low = (down.to(dtype).T.contiguous(), up.to(dtype).T.contiguous())
+            # [x, x A'] [W, s B]' is one product instead of two and a sum, and rounded once.
+            self.down = down.to(dtype).T.contiguous()
+            weight = torch.cat([weight, (up * scaling).to(dtype)], dim=1)
         self.product: Callable[[Tensor], Tensor] = constant_product(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m]."""
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        if self.down is not None:
+            rows = torch.cat([rows, rows @ self.down], dim=1)
         result = self.product(rows)
-        if self.low is not None:
-            down, up = self.low
-            result.addmm_(rows @ down, up, alpha=self.scaling)
         if self.bias is not None:
             result += self.bias
         return result.view(*x.shape[:-1], -1)

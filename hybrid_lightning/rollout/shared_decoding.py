@@ -126,7 +126,9 @@ class SharedPromptDecoding:
         keys, values = self.own[layer]
         if keys.shape[3] < self.decoded:
             extra = min(keys.shape[3], max(1, self.max_new_tokens - keys.shape[3]))
-            self.own[layer] = keys, values = (_grow(keys, extra), _grow(values, extra))
+            # One after the other, so that no more than one of them is there twice.
+            self.own[layer] = (keys := _grow(keys, extra), values)
+            self.own[layer] = (keys, values := _grow(values, extra))
         keys[:, :, :, self.decoded - 1] = key.transpose(1, 2)
         values[:, :, :, self.decoded - 1] = value.transpose(1, 2)
 

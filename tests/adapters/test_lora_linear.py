@@ -91,16 +91,18 @@ def test_full_size_copies_are_not_kept_for_the_backward_pass():
 def test_constant_weights_give_the_same_and_leave_no_trace(autocast):
     model = build()
     use_fast_lora(model)
-    ids = torch.arange(5, 25).view(2, 10)
+    ids = torch.arange(5, 25).repeat(4, 1)
     before = {name: p.clone() for name, p in model.state_dict().items()}
 
-    def logits():
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return model(ids).logits
+    def logits(half=autocast):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return model(ids).logits.float()
 
-    expected = logits()
+    expected, exact = logits(), logits(half=False)
     with constant_weights(model, torch.bfloat16 if autocast else None):
-        torch.testing.assert_close(logits(), expected, atol=0.03 if autocast else 1e-5, rtol=0)
+        # Sums are rounded elsewhere in bfloat16, but no worse.
+        off = (logits() - exact).abs().mean()
+        assert off <= (1.1 * (expected - exact).abs().mean() if autocast else 1e-6)
         assert run(model)[1], "a pass with gradients takes the weights themselves"
         with model.disable_adapter():
             torch.testing.assert_close(logits(), expected_of_base(ids, autocast), atol=0, rtol=0)
@@ -113,4 +115,4 @@ def test_constant_weights_give_the_same_and_leave_no_trace(autocast):
 
 def expected_of_base(ids, autocast):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return build_model("llama")(ids).logits
+        return build_model("llama")(ids).logits.float()

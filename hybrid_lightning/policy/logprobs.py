@@ -89,14 +89,11 @@ class _Projected(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            scaled = logits.float() if temperature == 1 else logits.float() / temperature
-            probabilities = scaled.softmax(dim=-1)
-            # log(sum of exp) by the most probable token, so that exp is taken once of all logits.
-            top = scaled.argmax(dim=-1, keepdim=True)
-            total = (scaled.gather(1, top) - probabilities.gather(1, top).log()).squeeze(1)
-            result = scaled.gather(1, tokens[:, None]).squeeze(1) - total
-            entropy = total - torch.linalg.vecdot(probabilities, scaled)
-            del scaled
+            logprobs = (logits.float() if temperature == 1 else logits.float() / temperature).log_softmax(dim=-1)
+            result = logprobs.gather(1, tokens[:, None]).squeeze(1)
+            probabilities = logprobs.exp()
+            entropy = -torch.linalg.vecdot(probabilities, logprobs)
+            del logprobs
             if ctx.needs_input_grad[0]:
                 slope = probabilities.neg_()
                 slope[torch.arange(len(tokens), device=tokens.device), tokens] += 1

@@ -115,11 +115,13 @@ def test_the_ends_of_the_line_need_no_rollouts(model, sums, tmp_path, share):
 
 @pytest.mark.parametrize("kind", [getattr(scorers, name) for name in scorers.__all__ if name != "Scorer"])
 def test_every_scorer_makes_a_plan(model, sums, tmp_path, kind):
-    policy = set_up(model, sums, tmp_path, build_adapter(scorer=kind(), calibration_prompts=12))
+    few = {"max_tokens_per_micro_batch": 100}  # several losses, which SpectrumSNR compares
+    policy = set_up(model, sums, tmp_path, build_adapter(scorer=kind(), calibration_prompts=12), policy=few)
     plan = AdapterPlan.load(tmp_path / "plan.json")
     assert plan.digest == policy.plan.digest and len(plan.full_modules) == 3
     assert plan.scorer["class_path"].endswith(f".{kind.__name__}")
-    assert len({module.score for module in plan.candidates}) >= 7  # noise can hide the signal of a module: SpectrumSNR 0
+    best = sorted((module.score for module in plan.candidates), reverse=True)[:4]
+    assert len(set(best)) == 4, "no tie decides which modules are trained fully"
 
 
 def test_sketched_gradients_make_the_same_choice(model, sums, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runs import run, write_folder
+from rich import get_console
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError
@@ -25,7 +26,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "220")
+    # The console is the process's own; it may have been made, with a width, by another test.
+    monkeypatch.setattr(get_console(), "_width", 220)
+    monkeypatch.setattr(get_console(), "_height", 50)
 
 
 def cells(result):

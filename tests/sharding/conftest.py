@@ -1,4 +1,5 @@
 import pytest
+import torch
 from tiny_runs import write_model, write_sums
 
 
@@ -9,3 +10,12 @@ def folder(tmp_path_factory):
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl", 24)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes of the ranks have it: sums of several threads are rounded otherwise, and then other tokens are drawn."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -28,6 +28,8 @@ def free_port() -> int:
 
 
 def _work(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)  # of another test, when the server was started
     if ranks > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank))
         os.environ.update(WORLD_SIZE=str(ranks))

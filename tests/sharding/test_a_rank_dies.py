@@ -57,7 +57,8 @@ def saver(folder):
 @pytest.fixture(scope="module")
 def unstopped(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("unstopped")
-    return train_each({"whole": {**ARGUMENTS, "enable_checkpointing": False}}, folder=folder, root=root)["whole"]
+    jobs = {"whole": {**ARGUMENTS, "enable_checkpointing": False}}
+    return run(1, root / "process", train_each, jobs=jobs, folder=folder, root=root)[0]["whole"]
 
 
 @pytest.mark.parametrize(("strategy", "rank", "when"), [("ddp", 1, {"batch": 4}), ("fsdp2", 0, {"token": 60})], ids=str)
@@ -76,9 +77,8 @@ def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unsto
     assert heard.startswith(f"rank {1 - rank} lost contact with another rank") and heard.endswith(f"--ckpt_path {checkpoint}")
     steps = torch.load(checkpoint, weights_only=True)["global_step"]
     assert 1 <= steps < 6
-    rest = train_each(
-        {"rest": {**ARGUMENTS, "enable_checkpointing": False, "ckpt_path": checkpoint}}, folder=folder, root=tmp_path
-    )
+    jobs = {"rest": {**ARGUMENTS, "enable_checkpointing": False, "ckpt_path": checkpoint}}
+    (rest,) = run(1, tmp_path / "rest", train_each, jobs=jobs, folder=folder, root=tmp_path)
     assert rest["rest"]["global_step"] == 6 and len(rest["rest"]["steps"]) == 6 - steps
     torch.testing.assert_close(rest["rest"]["weights"], unstopped["weights"], atol=1e-5, rtol=0)
 

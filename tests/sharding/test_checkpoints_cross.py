@@ -24,7 +24,8 @@ CROSSINGS = {
 @pytest.fixture(scope="module")
 def unstopped(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("unstopped")
-    return train_each({"whole": {**ARGUMENTS, "max_steps": 6}}, folder=folder, root=root)["whole"]
+    jobs = {"whole": {**ARGUMENTS, "max_steps": 6}}
+    return run(1, root / "process", train_each, jobs=jobs, folder=folder, root=root)[0]["whole"]
 
 
 @pytest.fixture(scope="module")

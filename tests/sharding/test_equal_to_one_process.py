@@ -46,7 +46,8 @@ def jobs(first_rollout, ranks):
 @pytest.fixture(scope="module")
 def first_rollout(folder, tmp_path_factory):
     """Indices of its prompts, in order."""
-    result = train_each({"any": {"max_steps": 1}}, folder=folder, root=tmp_path_factory.mktemp("first"))["any"]
+    root = tmp_path_factory.mktemp("first")
+    result = run(1, root / "process", train_each, jobs={"any": {"max_steps": 1}}, folder=folder, root=root)[0]["any"]
     assert len(set(result["prompts"][0])) == 12
     return result["prompts"][0]
 
@@ -55,7 +56,12 @@ def first_rollout(folder, tmp_path_factory):
 def single(folder, first_rollout, tmp_path_factory):
     """The runs of one process, by number of ranks that they are compared with."""
     root = tmp_path_factory.mktemp("single")
-    return {ranks: train_each(jobs(first_rollout, ranks), folder=folder, root=root / str(ranks)) for ranks in (2, 3)}
+    return {
+        ranks: run(
+            1, root / f"{ranks}-process", train_each, jobs=jobs(first_rollout, ranks), folder=folder, root=root / f"{ranks}"
+        )[0]
+        for ranks in (2, 3)
+    }
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

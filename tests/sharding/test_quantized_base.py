@@ -17,7 +17,7 @@ def test_ddp_on_a_quantized_base_is_the_same_run(tmp_path, kind):
     write_wide_model(tmp_path / "model")
     write_sums(tmp_path / "sums.jsonl", 24)
     policy = {"quantization": kind(), "lr_full": 0.05, "lr_lora": 0.1}
-    single = train(tmp_path, tmp_path / "single", policy=policy)
+    (single,) = run(1, tmp_path / "process", train, folder=tmp_path, root=tmp_path / "single", policy=policy)
     ranks = run(2, tmp_path / "ranks", train, folder=tmp_path, root=tmp_path / "ddp", strategy="ddp", devices=2, policy=policy)
     for rank in ranks:
         assert rank["plan"] == single["plan"]

@@ -16,13 +16,6 @@ from hybrid_lightning.types import LossInputs, Prompt, Sequences
 LogprobFunction = Callable[[Sequences], Tensor]
 
 
-def _runs(sequences: Sequences, max_tokens: int) -> list[slice]:
-    """Runs of rows of at most `max_tokens` tokens, and at least two: some scorers compare halves."""
-    runs = split_by_tokens(sequences, max_tokens)
-    half = len(sequences) // 2
-    return [slice(0, half), slice(half, len(sequences))] if len(runs) == 1 and half else runs
-
-
 class RewardCalibration:
     """Losses of calibration rollouts; iterating computes them afresh.
 
@@ -43,7 +36,7 @@ class RewardCalibration:
         self.loss, self.logprobs = loss, logprobs
         useful = advantages.nonzero().squeeze(1)
         kept, weights = sequences.rows(useful), advantages[useful]
-        self.chunks = [(kept.rows(run), weights[run]) for run in _runs(kept, max_tokens)]
+        self.chunks = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
         self.old_logprobs: list[Tensor] = []  # of each chunk
         # Shares of which the mean over chunks is the mean over all N sequences, or over all their tokens.
         self.num_sequences = len(sequences) / max(1, len(self.chunks))
@@ -103,7 +96,7 @@ class AnswerCalibration:
         pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end)
         answers = [[*tokenizer(str(prompt.answer), add_special_tokens=False)["input_ids"], end] for prompt in prompts]
         self.sequences = Sequences(*pad_left(prompt_ids, pad, device), *pad_right(answers, pad, device))
-        self.chunks = [self.sequences.rows(run) for run in _runs(self.sequences, max_tokens)]
+        self.chunks = [self.sequences.rows(run) for run in split_by_tokens(self.sequences, max_tokens)]
         self.logprobs = logprobs
         self.info: dict[str, Any] = {"signal": "answers", "sequences": len(prompts), "useful_sequences": len(prompts)}
 

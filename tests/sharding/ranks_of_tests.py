@@ -9,6 +9,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 
 _context = get_context("forkserver")
-_context.set_forkserver_preload(
-    ["hybrid_lightning.cli", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
-)
+_IMPORTED = ["hybrid_lightning.cli", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"]
+_IMPORTED += ["torch.distributed.checkpoint"]
+_context.set_forkserver_preload(_IMPORTED)
 
 
 def free_port() -> int:
@@ -34,6 +35,9 @@ def _work(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank))
         os.environ.update(WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
+    # Where another test has started the server before, and not in the middle of a run: an import may draw random numbers.
+    for name in _IMPORTED:
+        import_module(name)
     try:
         (scratch / f"{rank}.pickle").write_bytes(pickle.dumps(function(**arguments)))
     except BaseException:

@@ -9,7 +9,6 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,13 @@ def free_port() -> int:
 
 
 def _work(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)  # of another test, when the server was started
+    # What another test left before the server was started. Lightning seeds ranks, but not one process, by PL_GLOBAL_SEED again.
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
     if ranks > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank))
         os.environ.update(WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
-    # Where another test has started the server before, and not in the middle of a run: an import may draw random numbers.
-    for name in _IMPORTED:
-        import_module(name)
     try:
         (scratch / f"{rank}.pickle").write_bytes(pickle.dumps(function(**arguments)))
     except BaseException:

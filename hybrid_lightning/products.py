@@ -1,8 +1,9 @@
 """Matrix products by oneDNN, where torch's own are slower on a CPU.
 
 On CPUs with AVX-512 torch multiplies float32 matrices by MKL, which uses AVX2 on processors of other makers: oneDNN took 0.37 ms
-for [950, 128] x [128, 384] where MKL took 0.83 (AMD EPYC, one thread), with sums of the same precision. And a weight that many
-products use can be kept in the order in which oneDNN reads it: in bfloat16 that took 0.8 of the time at 32 rows and 0.6 at 8.
+for [950, 128] x [128, 384] where MKL took 0.83 (AMD EPYC, Zen 5, one thread), with sums of the same precision. On a Zen 4 both
+ran at the processor's peak. And a weight that many products use can be kept in the order in which oneDNN reads it: in bfloat16
+that took 0.8 of the time at 32 rows and 0.6 at 8 (Zen 5).
 
 torch offers oneDNN's products only as the operator that its compiler emits. Where that is missing, and for all else, these
 functions are torch's products.

@@ -7,7 +7,6 @@ It is not tied to `PolicyModule`: see `Adaptable` for what it asks of a Lightnin
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.modes import evaluation_mode
+from hybrid_lightning.sharding.whole_files import is_there, read_content
 
 
 class HybridAdapterSetup(Callback):
@@ -143,13 +143,9 @@ class HybridAdapterSetup(Callback):
 
     def _plan_of_checkpoint(self, trainer: Trainer) -> AdapterPlan | None:
         path = trainer.ckpt_path
-        if not path or not Path(path).exists():  # Lightning itself says that a checkpoint is missing
+        if not path or not is_there(path):  # Lightning itself says that a checkpoint is missing
             return None
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=Path(path).is_file())
-        except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
-            raise CheckpointError(f"{path} cannot be read: it is no checkpoint, or damaged; give another one") from error
-        saved = adapter_state(content)
+        saved = adapter_state(read_content(path))
         plan = None if saved["plan"] is None else AdapterPlan.from_dict(saved["plan"], source=str(path))
         if plan is not None and self.given_plan is not None and plan.digest != self.given_plan.digest:
             raise CheckpointError(

@@ -17,9 +17,8 @@ def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
     """
     if not isinstance(exception, RuntimeError) or not _SIGNS.search(str(exception)):
         return None
-    saver = trainer.checkpoint_callback
-    paths = [getattr(saver, name, "") for name in ("last_model_path", "best_model_path")]
-    checkpoint = next((path for path in paths if path), None)
+    # Not `last_model_path`, which Lightning sets before it writes: that file may be the one whose writing was cut short.
+    checkpoint = getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path
     remedy = f"go on with --ckpt_path {checkpoint}" if checkpoint else "no checkpoint has been saved yet"
     return (
         f"rank {trainer.global_rank} lost contact with another rank, which was killed, has failed or hangs; its own output says "

@@ -4,11 +4,15 @@ A checkpoint holds the trainable weights only, the optimizer's state by the name
 `hybrid_lightning` the adapter plan and the digest of the base model that they belong to.
 """
 
+import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Self, cast
 
+import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from peft import PeftModel
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -22,6 +26,7 @@ from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.names import parameter_names, trained_names
 from hybrid_lightning.sharding.optimizer_state import name_state
+from hybrid_lightning.sharding.sharded_folder import is_folder, read_weights
 from hybrid_lightning.sharding.whole_files import write_whole_files
 
 CHECKPOINT_KEY = "hybrid_lightning"
@@ -157,6 +162,26 @@ class AdaptedModule(LightningModule):
 
     def _quantization_name(self) -> str | None:
         return None if self.quantization is None else type(self.quantization).__name__
+
+    @_restricted_classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **options: Any) -> Self:  # noqa: N805
+        """Make a module from a checkpoint as Lightning does, also from the folder of a sharded one.
+
+        Args:
+            checkpoint_path: File, folder, URL, or an open file.
+            *arguments: As Lightning takes them.
+            **options: As Lightning takes them; those of the module itself replace what the checkpoint says.
+
+        Raises:
+            CheckpointError: If a folder is not whole, or what it holds does not fit.
+        """
+        if is_folder(checkpoint_path):  # which Lightning cannot read
+            file = io.BytesIO()
+            torch.save(read_weights(Path(checkpoint_path)), file)
+            file.seek(0)
+            checkpoint_path = file
+        module: Self = super().load_from_checkpoint(checkpoint_path, *arguments, **options)
+        return module
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights; every trainable one must be there and none may be unknown, whatever `strict` says.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import nn
@@ -39,6 +40,11 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer],
         raise ConfigError(
             f"trainer.precision=16-mixed does not work with {name}, whose ranks would scale their losses apart; use bf16-mixed"
         )
+    for folder in _remote_folders(trainer) if strategy.writes_folders else ():
+        raise ConfigError(
+            f"checkpoint.dirpath={folder} cannot take sharded checkpoints of {name}, which are put in place by renaming; give a "
+            "folder in a file system that all devices share, or write full checkpoints"
+        )
     if isinstance(strategy, FSDP1Strategy) and dtype != "float32":
         raise ConfigError(
             f"model.dtype={dtype} does not work with FSDP1Strategy: trained weights are float32, and FSDP1 wants one dtype "
@@ -58,3 +64,8 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer],
                 f"model.optimizer={kind.__name__} cannot hold the state of weights that {name} splits over devices; use "
                 "torch.optim.AdamW, whose state is split as well, or trainer.strategy=ddp"
             )
+
+
+def _remote_folders(trainer: Trainer) -> list[str]:
+    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return [str(folder) for folder in folders if folder is not None and not _is_local_file_protocol(folder)]

@@ -4,51 +4,64 @@ For clusters that are bound to it. FSDP1 lays all weights of a block into one te
 frozen weights are float32 and their gradients are computed, too. `FSDP2Strategy` does neither and is the one to choose.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
-from torch import nn
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
     FullyShardedDataParallel,
+    ShardedOptimStateDictConfig,
+    ShardedStateDictConfig,
     StateDictType,
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sharding.blocks import decoder_blocks
+from hybrid_lightning.sharding.checkpoints import SplitCheckpoints
 from hybrid_lightning.sharding.forward import is_sharded
-from hybrid_lightning.sharding.names import parameter_names
+from hybrid_lightning.sharding.names import parameter_names, trained_names
 from hybrid_lightning.sharding.optimizer_state import check_names
 from hybrid_lightning.sharding.ranks import send_trained_weights
 
 
-class FSDP1Strategy(FSDPStrategy):
+class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
     """Lightning's strategy for FSDP1, which splits the model by its decoder blocks; all weights are float32.
 
     Checkpoints are as those of `FSDP2Strategy`.
 
     Args:
+        state_dict_type: `full` writes a checkpoint as one file with whole tensors, which are put together on the first process;
+            `sharded` as a folder into which each process writes its part.
         process_group_backend: Such as `nccl` or `gloo`; None chooses by the device.
         timeout: How long a process waits for the others before it gives up.
+
+    Raises:
+        ConfigError: If there is no such type.
     """
 
-    def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout) -> None:
-        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Whether Lightning asks for `load_optimizer_state_dict`."""
-        return True
+    def __init__(
+        self,
+        state_dict_type: Literal["full", "sharded"] = "full",
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        if state_dict_type not in ("full", "sharded"):
+            raise ConfigError(f"trainer.strategy.state_dict_type must be full or sharded, got {state_dict_type!r}")
+        super().__init__(state_dict_type=state_dict_type, process_group_backend=process_group_backend, timeout=timeout)
+        self.writes_folders = state_dict_type == "sharded"
 
     @property
     def precision_plugin(self) -> FSDPPrecision:
@@ -72,27 +85,37 @@ class FSDP1Strategy(FSDPStrategy):
             model,
             auto_wrap_policy=ModuleWrapPolicy(kinds),
             device_id=self.root_device,
+            device_mesh=init_device_mesh(self.root_device.type, (self.world_size,)),  # parts then say what they are part of
             use_orig_params=True,  # frozen and trained weights in one unit
         )
 
     # ---- checkpoints
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights, on rank 0 alone."""
+    def parts(self) -> Mapping[str, Tensor]:
+        """All weights, gathered and split anew by their rows; FSDP1 itself splits all of a block as one."""
         module = self.lightning_module
         assert module is not None
-        with self._whole_states(module, rank0_only=True):
+        if self.world_size == 1:  # which splits nothing
+            return {}
+        with self._states(module, split=True):
+            return dict(module.state_dict())
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Weights, whole and on rank 0 alone unless they go into a folder."""
+        module = self.lightning_module
+        assert module is not None
+        with self._states(module, self._saves_parts, rank0_only=True):
             state = module.state_dict()
-        return state if self.is_global_zero else {}
+        return state if self.is_global_zero or self._saves_parts else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State with whole tensors by name, on rank 0 alone."""
+        """State by name, with whole tensors and on rank 0 alone unless it goes into a folder."""
         module = self.lightning_module
         assert module is not None
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        with self._whole_states(module, rank0_only=True):
+        with self._states(module, self._saves_parts, rank0_only=True):
             state = FullyShardedDataParallel.optim_state_dict(module, optimizer)
-        if not self.is_global_zero:
+        if not self.is_global_zero and not self._saves_parts:
             return {}
         names = parameter_names(module)
         groups = [
@@ -101,16 +124,17 @@ class FSDP1Strategy(FSDPStrategy):
         ]
         return {"state": state["state"], "param_groups": groups}
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the file, on every rank."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
-
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this rank's part of each weight."""
         module = self.lightning_module
         assert module is not None
-        with self._whole_states(module, rank0_only=False):
-            module.load_state_dict(dict(checkpoint["state_dict"]), strict=strict)
+        state = dict(checkpoint["state_dict"])
+        split = any(isinstance(value, DTensor) for value in state.values())
+        if split:  # FSDP1 warns of each weight that it is not given, and the frozen ones are in no checkpoint
+            trained = trained_names(module)
+            state |= {name: value for name, value in self.parts().items() if name not in trained}
+        with self._states(module, split):
+            module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this rank's part of each moment.
@@ -121,22 +145,26 @@ class FSDP1Strategy(FSDPStrategy):
         module = self.lightning_module
         assert module is not None
         names = parameter_names(module)
+        split = any(isinstance(value, DTensor) for value in checkpoint["state_dict"].values())
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             check_names(saved, optimizer, names)
-            with self._whole_states(module, rank0_only=False):
+            with self._states(module, split):
                 state = FullyShardedDataParallel.optim_state_dict_to_load(module, optimizer, saved)
             optimizer.load_state_dict(state)
 
-    @contextmanager
-    def _whole_states(self, module: nn.Module, rank0_only: bool) -> Iterator[None]:
+    @property
+    def _saves_parts(self) -> bool:
+        return self.writes_folders and self.world_size > 1  # one process splits nothing
+
+    def _states(self, module: nn.Module, split: bool, rank0_only: bool = False) -> AbstractContextManager:
+        """Within, states are of parts, or whole and on the CPU."""
+        if split:
+            configs: Any = (ShardedStateDictConfig(), ShardedOptimStateDictConfig())
+            return FullyShardedDataParallel.state_dict_type(module, StateDictType.SHARDED_STATE_DICT, *configs)
         offload = self.root_device.type != "cpu"
-        with FullyShardedDataParallel.state_dict_type(
-            module,
-            StateDictType.FULL_STATE_DICT,
-            FullStateDictConfig(offload_to_cpu=offload, rank0_only=rank0_only and offload),
-            FullOptimStateDictConfig(offload_to_cpu=offload, rank0_only=rank0_only and offload),
-        ):
-            yield
+        options = {"offload_to_cpu": offload, "rank0_only": rank0_only and offload}
+        configs = (FullStateDictConfig(**options), FullOptimStateDictConfig(**options))
+        return FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, *configs)
 
 
 class _Precision(FSDPPrecision):

@@ -2,47 +2,50 @@
 
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from hybrid_lightning.sharding.blocks import decoder_blocks
+from hybrid_lightning.sharding.checkpoints import SplitCheckpoints
 from hybrid_lightning.sharding.forward import is_sharded
 from hybrid_lightning.sharding.names import parameter_names
 from hybrid_lightning.sharding.optimizer_state import check_names, is_of
 from hybrid_lightning.sharding.ranks import send_trained_weights
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
     """Lightning's strategy for FSDP2, which splits the model by its decoder blocks over all devices of all nodes.
 
-    Checkpoints are one file with whole tensors by name, which every strategy and every number of processes can resume from.
+    Checkpoints hold tensors by name, and every strategy and every number of processes can resume from them.
 
     Args:
+        save_distributed_checkpoint: A checkpoint is a folder into which each process writes its part, instead of one file with
+            whole tensors, which are put together on the first.
         process_group_backend: Such as `nccl` or `gloo`; None chooses by the device.
         timeout: How long a process waits for the others before it gives up.
     """
 
-    def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout) -> None:
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
         super().__init__(
             tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
+            save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Whether Lightning asks for `load_optimizer_state_dict`."""
-        return True
+        self.writes_folders = save_distributed_checkpoint
 
     def setup_environment(self) -> None:
         """Join the other processes."""
@@ -63,25 +66,27 @@ class FSDP2Strategy(ModelParallelStrategy):
     # ---- checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights, on rank 0 alone. Frozen ones are left out where the module says that they need not be there."""
+        """Weights, whole and on rank 0 alone unless they go into a folder. Frozen ones are left out where the module says that
+        they need not be there.
+        """
         module = self.lightning_module
         assert module is not None
         names = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
         left_out = set() if module.strict_loading else names
-        return {name: self._gather(value) for name, value in module.state_dict().items() if name not in left_out}
+        return {name: self._as_saved(value) for name, value in module.state_dict().items() if name not in left_out}
+
+    def parts(self) -> Mapping[str, Tensor]:
+        """All parameters, which are split."""
+        module = self.lightning_module
+        assert module is not None
+        return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State with whole tensors, on rank 0 alone."""
+        """State, with whole tensors and on rank 0 alone unless it goes into a folder."""
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = optimizer.state_dict()
-        gathered = {
-            number: {key: self._gather(value) for key, value in entry.items()} for number, entry in state["state"].items()
-        }
-        return {**state, "state": gathered}
-
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the file, on every rank."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        saved = {number: {key: self._as_saved(value) for key, value in entry.items()} for number, entry in state["state"].items()}
+        return {**state, "state": saved}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this rank's part of each weight."""
@@ -113,7 +118,9 @@ class FSDP2Strategy(ModelParallelStrategy):
                 }
             optimizer.load_state_dict({**saved, "state": parts})
 
-    def _gather(self, value: Any) -> Any:
+    def _as_saved(self, value: Any) -> Any:
+        if self.writes_folders:
+            return value.detach() if isinstance(value, Tensor) else value
         if isinstance(value, DTensor):
             value = value.full_tensor()
         if not isinstance(value, Tensor):
@@ -122,8 +129,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def _part_of(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a whole tensor, split as the parameter is."""
-    if not isinstance(parameter, DTensor):
+    """This rank's part of a tensor that is whole, or is that part already, split as the parameter is."""
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
     # Every rank has read the whole tensor, so none has to be sent one.
     whole = value.to(parameter.device)

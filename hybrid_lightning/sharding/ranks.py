@@ -3,12 +3,14 @@
 All ranks have to call each of these functions, and in the same order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from hybrid_lightning.errors import CheckpointError
 
 
 def world_size() -> int:
@@ -23,6 +25,25 @@ def gather_objects(value: Any) -> list[Any]:
         return [value]
     dist.all_gather_object(values, value)
     return values
+
+
+def first_rank_does(function: Callable[[], None]) -> None:
+    """Let rank 0 write something while the others wait. Where it fails it does so on all ranks, so that none waits in vain.
+
+    Raises:
+        CheckpointError: If the function raises, with its message.
+    """
+    failure: list[str | None] = [None]
+    cause: Exception | None = None
+    if world_size() == 1 or dist.get_rank() == 0:
+        try:
+            function()
+        except Exception as error:
+            failure, cause = [f"{type(error).__name__}: {error}"], error
+    if world_size() > 1:
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise CheckpointError(failure[0]) from cause
 
 
 def gather_counts(count: int, device: torch.device) -> list[int]:

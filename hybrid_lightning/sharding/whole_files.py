@@ -1,7 +1,8 @@
-"""Checkpoint files that are there whole or not at all, however the process ends while it writes."""
+"""Checkpoints that are there whole or not at all, however the process ends while it writes or removes one."""
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -9,33 +10,82 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.strategies import Strategy
 
+from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.sharding.in_place import discard, part_of, put_in_place, remove, replaced_by
+from hybrid_lightning.sharding.sharded_folder import is_folder, read_folder, read_meta
+
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes beside the file, waits for the disk, then renames. Lightning's own writes in the folder for temporary files, which
-    may be on another disk, from where a file is not moved in one go.
+    """Writes beside the file, waits for the disk, then renames; and reads the folders of sharded checkpoints, too.
+
+    Lightning's own writes in the folder for temporary files, which may be on another disk, from where a file is not moved in one
+    go, and removes a folder file by file.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Save a checkpoint; a file of this name is replaced once the new one is safe."""
+        """Save a checkpoint; a file or folder of this name is replaced once the new one is safe."""
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
+        part = part_of(path)
+        if part.is_dir():
+            discard(part)
         with part.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name, too
-        finally:
-            os.close(folder)
+        put_in_place(path)
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Read a checkpoint, of a sharded one every tensor whole."""
+        if is_folder(path):
+            return read_folder(Path(path))
+        return super().load_checkpoint(path, *arguments, **options)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint, which has its name no longer when the first of it goes."""
+        if _is_local_file_protocol(path):
+            remove(Path(path))
+        else:
+            super().remove_checkpoint(path)
 
 
 def write_whole_files(strategy: Strategy) -> None:
     """Let a strategy write checkpoints this way, unless it has been given another."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = WholeFiles()
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether there is something at a path.
+
+    Raises:
+        CheckpointError: If there is nothing, because a process was killed as it replaced it.
+    """
+    path = Path(path)
+    if not path.exists() and replaced_by(path).exists():
+        raise CheckpointError(
+            f"{path} is missing, since a process was killed as it put a new one in its place; the one before is whole: rename "
+            f"{replaced_by(path)} to {path.name}"
+        )
+    return path.exists()
+
+
+def read_content(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds; of a sharded one everything but the tensors, and of a file these only when they are used.
+
+    Raises:
+        CheckpointError: If it cannot be read, or is not whole.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_meta(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read: it is no checkpoint, or damaged; give another one") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no checkpoint, but a {type(content).__name__}; give another one")
+    return content

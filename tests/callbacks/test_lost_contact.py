@@ -1,12 +1,16 @@
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hybrid_lightning.callbacks.lost_contact import lost_contact
 
 
-def trainer(**saved):
-    return SimpleNamespace(global_rank=3, checkpoint_callback=SimpleNamespace(**saved) if saved else None)
+def trainer(saved=None, resumed=None):
+    callback = None if saved is None else ModelCheckpoint()
+    if callback is not None:
+        callback._last_checkpoint_saved, callback.last_model_path = saved, "runs/being_written.ckpt"
+    return SimpleNamespace(global_rank=3, checkpoint_callback=callback, ckpt_path=resumed)
 
 
 @pytest.mark.parametrize(
@@ -18,10 +22,11 @@ def trainer(**saved):
     ],
 )
 def test_it_names_the_cause_and_the_checkpoint(text):
-    message = lost_contact(trainer(last_model_path="runs/last.ckpt", best_model_path="runs/best.ckpt"), RuntimeError(text))
+    message = lost_contact(trainer("runs/last.ckpt", "old.ckpt"), RuntimeError(text))
     assert message.startswith("rank 3 lost contact") and message.endswith("--ckpt_path runs/last.ckpt") and "\n" not in message
-    assert lost_contact(trainer(last_model_path="", best_model_path="b.ckpt"), RuntimeError(text)).endswith("b.ckpt")
+    assert lost_contact(trainer("", "old.ckpt"), RuntimeError(text)).endswith("--ckpt_path old.ckpt")
     assert lost_contact(trainer(), RuntimeError(text)).endswith("no checkpoint has been saved yet")
+    assert lost_contact(trainer(""), RuntimeError(text)).endswith("no checkpoint has been saved yet")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("Connection reset by peer"), KeyboardInterrupt()])

@@ -1,17 +1,17 @@
-"""Checkpoints as Lightning writes them, as files and as the folders of sharded ones."""
+"""Checkpoints as files and as the folders of sharded ones."""
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from exported import logits
 from shard_writer import write_shard
-from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.adapters.apply import trainable_state
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
+from hybrid_lightning.sharding.sharded_folder import write_folder
 
 
 def content_of(trained, **changes):
@@ -26,9 +26,8 @@ def content_of(trained, **changes):
     }
 
 
-def save_shards(state, folder, prefix):
-    optimizer = {"state": {"model.base_model.model.x.lora_A.default.weight": {"exp_avg": torch.ones(3)}}}
-    distributed_checkpoint.save({prefix: state, "optimizer_0": optimizer}, checkpoint_id=folder, no_dist=True)
+def optimizer_of(state):
+    return {"state": {name: {"exp_avg": torch.ones_like(weight)} for name, weight in state.items()}, "param_groups": []}
 
 
 def assert_same(policy, trained):
@@ -37,17 +36,16 @@ def assert_same(policy, trained):
     assert all(torch.equal(policy.weights[name], weight) for name, weight in trained.policy.weights.items())
 
 
-@pytest.mark.parametrize("sharded", [None, "state_dict", "model"])
+@pytest.mark.parametrize("sharded", [False, True])
 def test_plan_weights_and_what_the_card_says(train, tmp_path, sharded):
-    """The shards of FSDP2 lie under `state_dict`, those of FSDP1 under `model`."""
     trained = train(share=0.3)
     content = content_of(trained)
+    content["optimizer_states"] = [optimizer_of(content["state_dict"])]
     path = tmp_path / "last.ckpt"
-    if sharded is None:
-        torch.save(content, path)
+    if sharded:
+        write_folder(content, path)
     else:
-        save_shards(content.pop("state_dict"), path, sharded)
-        torch.save(content, path / "meta.pt")
+        torch.save(content, path)
     policy = policy_of_checkpoint(path)
     assert_same(policy, trained)
     training = policy.training
@@ -58,9 +56,8 @@ def test_plan_weights_and_what_the_card_says(train, tmp_path, sharded):
 def test_one_process_puts_together_what_two_have_written(train, tmp_path):
     trained = train()
     content = content_of(trained)
-    state = {name: weight.clone() for name, weight in content.pop("state_dict").items()}
-    multiprocessing.spawn(write_shard, (str(tmp_path / "last.ckpt"), state), nprocs=2)
-    torch.save(content, tmp_path / "last.ckpt" / "meta.pt")
+    content["state_dict"] = {name: weight.clone() for name, weight in content["state_dict"].items()}
+    multiprocessing.spawn(write_shard, (str(tmp_path / "last.ckpt"), content), nprocs=2)
     assert len(list((tmp_path / "last.ckpt").glob("*.distcp"))) == 2
     assert_same(policy_of_checkpoint(tmp_path / "last.ckpt"), trained)
 
@@ -124,13 +121,17 @@ def test_what_is_no_checkpoint_of_ours_is_refused(train, tmp_path):
         policy_of_checkpoint(path)
 
 
-@pytest.mark.parametrize("lost", ["meta.pt", ".metadata", "*.distcp"])
-def test_a_sharded_checkpoint_that_is_not_whole_is_refused(train, tmp_path, lost):
-    content = content_of(train())
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("meta.pt", "cannot be read: it is no sharded checkpoint, or not whole"),
+        (".metadata", "cannot be read: it is no sharded checkpoint, or not whole"),
+        ("__0_0.distcp", "is not whole: __0_0.distcp is missing"),
+    ],
+)
+def test_a_sharded_checkpoint_that_is_not_whole_is_refused(train, tmp_path, lost, message):
     path = tmp_path / "last.ckpt"
-    save_shards(content.pop("state_dict"), path, "state_dict")
-    torch.save(content, path / "meta.pt")
-    for file in path.glob(lost):
-        file.unlink()
-    with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read: it is no"):
+    write_folder(content_of(train()), path)
+    (path / lost).unlink()
+    with pytest.raises(CheckpointError, match=rf"last\.ckpt {message}"):
         policy_of_checkpoint(path)

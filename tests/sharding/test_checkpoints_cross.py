@@ -1,5 +1,7 @@
 """A checkpoint written under one strategy and number of ranks goes on under any other, in the middle of a rollout."""
 
+from functools import partial
+
 import pytest
 import torch
 from ranks_of_tests import run
@@ -7,17 +9,36 @@ from runs_of_tests import train_each
 from test_equal_to_one_process import ADAM, STRATEGIES
 
 from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.sharding.sharded_folder import read_folder
 
 # Two passes over two minibatches: after one optimizer step three of a rollout are left, and after the fourth comes a second one.
 ARGUMENTS = {"policy": {**ADAM, "epochs_per_rollout": 2}, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0}
-WRITERS = {"one process": ("auto", 1), "ddp": ("ddp", 2), "fsdp2": (STRATEGIES["fsdp2"], 3), "fsdp1": (STRATEGIES["fsdp1"], 2)}
-READERS = {"one process": ("auto", 1), "ddp": ("ddp", 3), "fsdp2": (STRATEGIES["fsdp2"], 2), "fsdp1": (STRATEGIES["fsdp1"], 3)}
-# Which checkpoints each goes on from: every writer's under another strategy and number of ranks.
+SHARDED = {
+    "fsdp2 sharded": partial(FSDP2Strategy, save_distributed_checkpoint=True),
+    "fsdp1 sharded": partial(FSDP1Strategy, state_dict_type="sharded"),
+}
+WRITERS = {
+    "one process": ("auto", 1),
+    "ddp": ("ddp", 2),
+    "fsdp2": (STRATEGIES["fsdp2"], 3),
+    "fsdp1": (STRATEGIES["fsdp1"], 2),
+    "fsdp2 sharded": (SHARDED["fsdp2 sharded"], 2),
+    "fsdp1 sharded": (SHARDED["fsdp1 sharded"], 3),
+}
+READERS = {
+    "one process": ("auto", 1),
+    "ddp": ("ddp", 3),
+    "fsdp2": (SHARDED["fsdp2 sharded"], 3),
+    "fsdp1": (SHARDED["fsdp1 sharded"], 2),
+}
+# Which checkpoints each goes on from: every writer's under other strategies and numbers of ranks.
 CROSSINGS = {
     "one process": tuple(WRITERS),
-    "ddp": ("one process", "fsdp1"),
-    "fsdp2": ("one process", "ddp"),
-    "fsdp1": ("fsdp2",),
+    "ddp": ("one process", "fsdp2 sharded"),
+    "fsdp2": ("ddp", "fsdp2 sharded", "fsdp1 sharded"),
+    "fsdp1": ("fsdp2", "fsdp2 sharded", "fsdp1 sharded"),
 }
 
 
@@ -55,13 +76,18 @@ def test_it_goes_on_as_if_it_had_not_been_stopped(folder, tmp_path, saved, unsto
             assert resumed["validation"] == pytest.approx(unstopped["validation"], abs=1e-6), writer
 
 
-def test_it_is_the_same_file_whoever_wrote_it(saved):
-    contents = {name: torch.load(saved / f"{name}.ckpt", weights_only=True) for name in WRITERS}
+def content_of(path):
+    return read_folder(path) if path.is_dir() else torch.load(path, weights_only=True)
+
+
+def test_it_holds_the_same_whoever_wrote_it(saved):
+    contents = {name: content_of(saved / f"{name}.ckpt") for name in WRITERS}
     whole = contents["one process"]
     names = set(whole["state_dict"])
     (state,) = whole["optimizer_states"]
     assert set(state["state"]) == names == {name for group in state["param_groups"] for name in group["params"]}
     for name, content in contents.items():
+        assert content.keys() == whole.keys(), name
         torch.testing.assert_close(content["state_dict"], whole["state_dict"], atol=1e-5, rtol=0)
         (other,) = content["optimizer_states"]
         torch.testing.assert_close(other["state"], state["state"], atol=1e-5, rtol=0)
@@ -69,8 +95,21 @@ def test_it_is_the_same_file_whoever_wrote_it(saved):
         assert content["hybrid_lightning"] == whole["hybrid_lightning"], name
 
 
-def test_a_sharded_runs_checkpoint_loads_alone(saved):
-    loaded = PolicyModule.load_from_checkpoint(saved / "fsdp2.ckpt")
-    weights = torch.load(saved / "fsdp2.ckpt", weights_only=True)["state_dict"]
+@pytest.mark.parametrize("name", SHARDED)
+def test_each_rank_writes_a_part_of_its_own(saved, name):
+    """Of weights and moments none is written twice, and no frozen one at all."""
+    content = read_folder(saved / f"{name}.ckpt")
+    moments = [value for entry in content["optimizer_states"][0]["state"].values() for value in entry.values()]
+    size = 4 * sum(tensor.numel() for tensor in (*content["state_dict"].values(), *moments))
+    files = {path.name: path.stat().st_size for path in (saved / f"{name}.ckpt").iterdir() if path.suffix == ".distcp"}
+    assert set(files) == {f"__{rank}_0.distcp" for rank in range(WRITERS[name][1])}
+    tensors = 5 * len(content["state_dict"]) * WRITERS[name][1]
+    assert size < sum(files.values()) < size + 2000 * tensors, "torch adds a little to every part"
+
+
+@pytest.mark.parametrize("name", ["fsdp2", *SHARDED])
+def test_a_sharded_runs_checkpoint_loads_alone(saved, name):
+    loaded = PolicyModule.load_from_checkpoint(saved / f"{name}.ckpt")
+    weights = content_of(saved / f"{name}.ckpt")["state_dict"]
     parameters = dict(loaded.named_parameters())
     assert weights and all(torch.equal(parameters[name], value) for name, value in weights.items())

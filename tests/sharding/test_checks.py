@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from hybrid_lightning.errors import ConfigError, ModelError
@@ -39,6 +40,23 @@ def test_float16_is_refused_under_sharding():
 def test_two_dtypes_are_refused_where_a_block_can_have_one_only():
     with pytest.raises(ConfigError, match=r"bfloat16 does not work with FSDP1Strategy.*fsdp2\.yaml"):
         check(FSDP1Strategy(), precision="bf16-mixed", dtype="bfloat16")
+
+
+def test_a_remote_folder_is_refused_where_checkpoints_are_folders():
+    trainer = SimpleNamespace(strategy=FSDP2Strategy(), precision="32-true", state=SimpleNamespace(fn="fit"))
+    trainer.checkpoint_callbacks = [ModelCheckpoint("memory://run")]
+    check_strategy(trainer, torch.optim.AdamW, "float32")
+    for strategy in (FSDP2Strategy(save_distributed_checkpoint=True), FSDP1Strategy(state_dict_type="sharded")):
+        trainer.strategy, trainer.checkpoint_callbacks = strategy, [ModelCheckpoint("memory://run")]
+        with pytest.raises(ConfigError, match=r"dirpath=memory://run cannot take sharded checkpoints"):
+            check_strategy(trainer, torch.optim.AdamW, "float32")
+        trainer.checkpoint_callbacks = [ModelCheckpoint("runs"), ModelCheckpoint()]
+        check_strategy(trainer, torch.optim.AdamW, "float32")
+
+
+def test_a_type_of_checkpoint_that_there_is_not_is_refused():
+    with pytest.raises(ConfigError, match=r"state_dict_type must be full or sharded, got 'split'"):
+        FSDP1Strategy(state_dict_type="split")
 
 
 def test_fewer_prompts_than_devices_are_refused():

@@ -1,0 +1,130 @@
+"""At every moment one of two files or folders is there whole, whatever is put in the place of what."""
+
+import os
+import shutil
+
+import pytest
+
+from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.sharding import in_place
+from hybrid_lightning.sharding.in_place import part_of, put_in_place, remove, replaced_by
+from hybrid_lightning.sharding.whole_files import is_there
+
+
+class Killed(BaseException):
+    """Stands for the signal: nothing is tidied up."""
+
+
+def write(path, kind, text):
+    if kind == "folder":
+        path.mkdir()
+        path /= "inside"
+    path.write_text(text)
+
+
+def read(path):
+    return (path / "inside" if path.is_dir() else path).read_text()
+
+
+@pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
+def exchanges(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(in_place, "_exchange", lambda one, other: False)
+    return request.param
+
+
+@pytest.mark.parametrize("new", ["file", "folder"])
+@pytest.mark.parametrize("old", ["nothing", "file", "folder", "link"])
+def test_the_new_takes_the_name_and_the_old_goes(tmp_path, exchanges, old, new):
+    path = tmp_path / "saved" / "last.ckpt"
+    path.parent.mkdir()
+    if old == "link":  # as ModelCheckpoint(save_last="link") makes them
+        write(tmp_path / "step=1.ckpt", "folder", "linked")
+        path.symlink_to("../step=1.ckpt")
+    elif old != "nothing":
+        write(path, old, "old")
+    write(part_of(path), new, "new")
+    put_in_place(path)
+    assert read(path) == "new" and not path.is_symlink()
+    assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
+    assert old != "link" or read(tmp_path / "step=1.ckpt") == "linked"
+
+
+@pytest.mark.parametrize("new", ["file", "folder"])
+@pytest.mark.parametrize("old", ["file", "folder"])
+def test_killed_at_any_call_one_of_them_is_there_whole(tmp_path, exchanges, old, new, monkeypatch):
+    """Before each call that changes the disk, and in the middle of removing a folder."""
+    killed_at, counter = 0, 0
+
+    def countdown(function):
+        def call(*arguments, **options):
+            nonlocal counter
+            counter += 1
+            if counter == killed_at:
+                if function is shutil.rmtree:
+                    (arguments[0] / "inside").unlink()
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    for owner, name in ((type(tmp_path), "rename"), (type(tmp_path), "replace"), (type(tmp_path), "unlink")):
+        monkeypatch.setattr(owner, name, countdown(getattr(owner, name)))
+    monkeypatch.setattr(in_place, "flush", countdown(in_place.flush))
+    monkeypatch.setattr(in_place, "_exchange", countdown(in_place._exchange))
+    monkeypatch.setattr(shutil, "rmtree", countdown(shutil.rmtree))
+    for killed_at in range(1, 12):
+        path = tmp_path / str(killed_at) / "last.ckpt"
+        path.parent.mkdir()
+        write(path, old, "old")
+        write(part_of(path), new, "new")
+        counter = 0
+        try:
+            put_in_place(path)
+        except Killed:
+            pass
+        else:
+            break
+        visible = {entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")}
+        assert visible <= {"last.ckpt"}, "nothing else looks like a checkpoint"
+        if path.exists():
+            assert read(path) in ("old", "new")
+        else:
+            assert not exchanges and read(replaced_by(path)) == "old"
+            with pytest.raises(CheckpointError, match=r"last\.ckpt is missing, .* rename .*\.last\.ckpt\.replaced to last\.ckpt"):
+                is_there(path)
+        counter = 100  # and the next writing tidies up
+        write(path.parent / "other", new, "newest")
+        shutil.rmtree(part_of(path)) if part_of(path).is_dir() else part_of(path).unlink(missing_ok=True)
+        (path.parent / "other").rename(part_of(path))
+        put_in_place(path)
+        assert read(path) == "newest" and os.listdir(path.parent) == ["last.ckpt"]
+    assert 2 < killed_at < 11, "the last time nothing was cut short"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "nothing"])
+def test_what_is_removed_is_gone(tmp_path, kind):
+    path = tmp_path / "step=1.ckpt"
+    if kind == "link":
+        write(tmp_path / "other", "folder", "linked")
+        path.symlink_to("other")
+    elif kind != "nothing":
+        write(path, kind, "old")
+    write(part_of(path), "folder", "left by a process that was killed")
+    remove(path)
+    assert not path.exists() and not path.is_symlink()
+    assert kind != "link" or read(tmp_path / "other") == "linked"
+
+
+def test_a_folder_that_is_half_removed_has_no_name(tmp_path, monkeypatch):
+    path = tmp_path / "step=1.ckpt"
+    write(path, "folder", "old")
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        remove(path)
+    assert not path.exists() and read(part_of(path)) == "old"
+
+
+def test_an_error_of_the_disk_is_not_taken_for_a_system_that_cannot_exchange(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        in_place._exchange(tmp_path / "a", tmp_path / "b")

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from exported import logits
-from shard_writer import write_shard
 from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.adapters.apply import trainable_state
@@ -51,15 +49,6 @@ def test_plan_weights_and_what_the_card_says(train, tmp_path, sharded):
     training = policy.training
     assert (training.steps, training.validated_step, training.before, training.after) == (7, 6, {"val/a": 0.1}, {"val/a": 0.9})
     assert training.arguments["lr_lora"] == 0.5 and "_x" not in training.arguments
-
-
-def test_one_process_puts_together_what_two_have_written(train, tmp_path):
-    trained = train()
-    content = content_of(trained)
-    content["state_dict"] = {name: weight.clone() for name, weight in content["state_dict"].items()}
-    multiprocessing.spawn(write_shard, (str(tmp_path / "last.ckpt"), content), nprocs=2)
-    assert len(list((tmp_path / "last.ckpt").glob("*.distcp"))) == 2
-    assert_same(policy_of_checkpoint(tmp_path / "last.ckpt"), trained)
 
 
 def test_a_base_that_was_moved_is_given(train, tmp_path):

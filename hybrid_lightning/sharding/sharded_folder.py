@@ -115,7 +115,9 @@ def read_folder(path: Path, target: Target | None = None, together: bool = False
         with _quiet():
             distributed_checkpoint.load(tensors, checkpoint_id=path, no_dist=not together)
     except (distributed_checkpoint.CheckpointException, OSError, EOFError, UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_cause(error)}): it is damaged; give another one") from error
+        cause = _cause(error)
+        what = cause if isinstance(cause, OSError) else type(cause).__name__  # torch's own words advise what is not safe
+        raise CheckpointError(f"{path} cannot be read: a part of it is damaged ({what}); give another one") from error
     return _join(content, {keys[name]: tensor for name, tensor in tensors.items()})
 
 

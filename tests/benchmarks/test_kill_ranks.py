@@ -1,0 +1,95 @@
+"""What the table of killed jobs says, and how a job's processes are found."""
+
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from benchmark_modules import FOLDER
+
+import kill_job  # isort: skip  (of benchmarks/)
+import kill_report as report  # isort: skip
+
+assert str(FOLDER) in kill_job.__file__
+ABOUT = {
+    "command": "python benchmarks/kill_ranks.py",
+    "seed": 0,
+    "machine": {"processor": "a CPU", "cores": 2},
+    "versions": {"torch": "2", "lightning": "3", "commit": "abc"},
+}
+RIGHT = report.Outcome("FSDP2, folder", "torchrun", 1, "write 3 + 2 ms", True, 1.5, 1, ("ours", "torchrun"), 3, 4, 0.0)
+
+
+def test_a_job_is_right_only_if_all_is():
+    assert RIGHT.verdict == "right"
+    wrong = {
+        "processes were left": {"seconds": None},
+        "ended with 0": {"code": 0},
+        "said nothing": {"messages": ()},
+        "x is not whole": {"error": "x is not whole"},
+        "other weights": {"difference": 2e-5},
+    }
+    for verdict, change in wrong.items():
+        assert replace(RIGHT, **change).verdict == verdict
+    assert replace(RIGHT, difference=None).verdict == "other weights", "there was something to go on from"
+    assert replace(RIGHT, loaded=0, step=None, difference=None).verdict == "right"
+    assert RIGHT.with_left(2, "broken").verdict == "broken"
+
+
+def test_who_says_that_a_process_is_gone():
+    ours = "rank 0 lost contact with another rank, which was killed; go on with --ckpt_path runs/last.ckpt"
+    assert report.said(f"a\n{ours}\nb") == ("ours",)
+    assert report.said("[rank: 1] Child process with PID 7 terminated with code -9. Forcefully") == ("Lightning",)
+    assert report.said("  traceback : Signal 9 (SIGKILL) received by PID 7") == ("torchrun",)
+    assert report.said("RuntimeError: Connection closed by peer") == ()
+
+
+def test_the_page_counts_what_went_right():
+    outcomes = [RIGHT, replace(RIGHT, seconds=None, writing=False)]
+    page = report.markdown(outcomes, ABOUT, 60.0)
+    assert "1 of 2 jobs went right. 1 were killed while" in page and "gone 1.5 s after the kill at the latest" in page
+    assert "| 2 | FSDP2, folder | torchrun | 1 | write 3 + 2 ms | no | - | 1 |" in page and "processes were left" in page
+    assert report.table(outcomes).count("\n") == 3
+
+
+def test_moments_are_those_of_the_seed_and_of_all_phases():
+    draw = [kill_job.Moment.draw(random.Random(f"0 {number}"), 5.0, 9.0) for number in range(60)]
+    assert draw == [kill_job.Moment.draw(random.Random(f"0 {number}"), 5.0, 9.0) for number in range(60)]
+    phases = {phase: [moment for moment in draw if moment.phase == phase] for phase in ("start", "training", "write")}
+    assert all(len(moments) > 5 for moments in phases.values())
+    assert all(0 <= moment.seconds <= 5 for moment in phases["start"])
+    assert all(5 <= moment.seconds <= 9 for moment in phases["training"])
+
+
+@pytest.fixture
+def job(tmp_path):
+    """One process that starts another, as rank 1."""
+    child = "import subprocess, sys, os; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', 'fit'], "
+    child += "env={**os.environ, 'LOCAL_RANK': '1'}); import time; time.sleep(60)"
+    job = kill_job.Job([sys.executable, "-c", child, "fit"], tmp_path / "job", tmp_path / "log")
+    yield job
+    job.end(0.0)
+
+
+def test_all_processes_of_a_job_are_found_and_ended(job):
+    assert job.wait(lambda: job.rank(1) is not None, 20)
+    first, second = job.rank(0), job.rank(1)
+    assert first == job.main.pid and second not in (first, None)
+    os.kill(first, signal.SIGKILL)
+    assert job.end(0.5) is None, "the second lives still"
+    deadline = time.monotonic() + 5
+    while job.processes() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not job.processes() and job.main.returncode == -signal.SIGKILL
+
+
+def test_a_write_is_seen_as_long_as_it_lasts(job):
+    assert not job.writes()
+    job.checkpoints.mkdir(parents=True)
+    (job.checkpoints / "last.ckpt").mkdir()
+    assert not job.writes()
+    (job.checkpoints / ".last.ckpt.part").mkdir()
+    assert job.writes()

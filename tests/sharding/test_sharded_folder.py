@@ -1,0 +1,134 @@
+"""What is written into a folder is read from it, and what is not whole is refused with the reason."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from ranks_of_tests import run
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.sharding import sharded_folder
+from hybrid_lightning.sharding.sharded_folder import read_folder, read_meta, read_weights, write_folder
+
+
+def content(value=1.0):
+    weights = {"a.b.weight": torch.full((5, 3), value), "c.weight": torch.arange(4.0)}
+    state = {name: {"step": torch.tensor(7.0), "exp_avg": weight / 2, "kind": "adam"} for name, weight in weights.items()}
+    groups = [{"lr": 0.5, "params": list(weights)}]
+    return {"state_dict": weights, "optimizer_states": [{"state": state, "param_groups": groups}], "global_step": 3}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys() and one["global_step"] == other["global_step"]
+    torch.testing.assert_close(one["state_dict"], other["state_dict"], atol=0, rtol=0)
+    for mine, theirs in zip(one.get("optimizer_states", []), other.get("optimizer_states", []), strict=True):
+        assert mine["param_groups"] == theirs["param_groups"] and mine["state"].keys() == theirs["state"].keys()
+        for name, entry in mine["state"].items():
+            assert entry.pop("kind") == theirs["state"][name].pop("kind")
+            torch.testing.assert_close(entry, theirs["state"][name], atol=0, rtol=0)
+
+
+def test_everything_comes_back(tmp_path):
+    path = tmp_path / "new" / "last.ckpt"
+    write_folder(content(), path)
+    assert_same(read_folder(path), content())
+    weights = read_weights(path, lambda name: name.startswith("c"))
+    assert weights["state_dict"].keys() == {"c.weight"}
+    assert weights["optimizer_states"][0]["state"]["c.weight"] == {"kind": "adam"}
+    assert "state_dict" not in read_meta(path) and read_meta(path)["global_step"] == 3
+    write_folder(content(2.0), path)
+    assert_same(read_folder(path), content(2.0))
+    assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_weights_alone_come_back(tmp_path):
+    weights = {name: value for name, value in content().items() if name != "optimizer_states"}
+    write_folder(weights, tmp_path / "last.ckpt")
+    assert_same(read_folder(tmp_path / "last.ckpt"), weights)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("__0_0.distcp", cut, "is not whole: __0_0.distcp is cut short; give another checkpoint"),
+        ("__0_0.distcp", Path.unlink, "is not whole: __0_0.distcp is missing; give another checkpoint"),
+        ("meta.pt", cut, "cannot be read: it is no sharded checkpoint, or not whole"),
+        ("meta.pt", Path.unlink, "cannot be read: it is no sharded checkpoint, or not whole"),
+        ("meta.pt", lambda path: torch.save([1], path), "is no checkpoint, but has a list as meta.pt"),
+        (".metadata", cut, "cannot be read: it is no sharded checkpoint, or not whole"),
+        (".metadata", Path.unlink, "cannot be read: it is no sharded checkpoint, or not whole"),
+    ],
+)
+def test_what_is_not_whole_is_refused(tmp_path, name, damage, message):
+    path = tmp_path / "last.ckpt"
+    write_folder(content(), path)
+    damage(path / name)
+    for read in (read_meta, read_folder, read_weights):
+        with pytest.raises(CheckpointError, match=rf"last\.ckpt {message}"):
+            read(path)
+
+
+def test_a_file_that_is_damaged_inside_is_refused(tmp_path):
+    path = tmp_path / "last.ckpt"
+    write_folder(content(), path)
+    file = path / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read: a part of it is damaged \(\w+\); give another one"):
+        read_folder(path)
+
+
+class Failing:
+    """Takes the place of what writes on one rank; gloo and the other rank know nothing of it."""
+
+    def __call__(self, *arguments, **options):
+        raise OSError(28, "No space left on device")
+
+
+def write_in_vain(path, of):
+    """Write twice on two ranks; the second time one of them cannot. What each rank hears, and what is left."""
+    distributed.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    split = distribute_tensor(torch.arange(10.0).reshape(5, 2), mesh, [Shard(0)])
+    write_folder({"state_dict": {"a": split}, "global_step": 1}, path)
+    if distributed.get_rank() == of:
+        if of == 0:
+            sharded_folder.put_in_place = Failing()
+        else:
+            torch.distributed.checkpoint.filesystem._write_files_from_queue = Failing()
+    with pytest.raises(CheckpointError) as raised:
+        write_folder({"state_dict": {"a": split}, "global_step": 2}, path)
+    distributed.barrier()
+    left = read_folder(path)
+    distributed.destroy_process_group()
+    return str(raised.value), left
+
+
+@pytest.mark.parametrize("of", [0, 1])
+def test_all_ranks_hear_what_went_wrong_on_one_and_the_old_one_stays(tmp_path, of):
+    path = tmp_path / "last.ckpt"
+    for message, left in run(2, tmp_path / "ranks", write_in_vain, timeout_s=40, path=path, of=of):
+        assert message.startswith(f"{path} could not be written: ") and "No space left on device" in message
+        assert left["global_step"] == 1 and torch.equal(left["state_dict"]["a"], torch.arange(10.0).reshape(5, 2))
+
+
+def interrupt(path):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    torch.distributed.checkpoint.filesystem._write_files_from_queue = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(content(), path)
+    return path.exists()
+
+
+def test_ctrl_c_stays_what_it_is(tmp_path):
+    """Torch takes it for a failed write."""
+    assert run(1, tmp_path / "process", interrupt, path=tmp_path / "last.ckpt") == [False]

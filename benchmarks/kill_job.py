@@ -132,10 +132,12 @@ class Job:
             if self.main.poll() is not None and not self.processes():
                 return time.monotonic() - begin
             time.sleep(0.05)
-        for process in self.processes():
-            with suppress(ProcessLookupError):  # has just ended by itself
-                os.kill(process, signal.SIGKILL)
-        self.main.wait()
+        while self.main.poll() is None or self.processes():
+            self.main.kill()
+            for process in self.processes():
+                with suppress(ProcessLookupError):  # has just ended by itself
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.05)
         return None
 
 

@@ -89,10 +89,12 @@ def kill_once(number: int, arguments: argparse.Namespace, whole: dict[str, Undis
         job.end(LIMIT_S)  # it was over before: another moment
     process = job.rank(rank)
     assert process is not None, "it has just been there"
+    alone = job.processes().keys() == {process}
     os.kill(process, signal.SIGKILL)
     writing = job.writes()
     seconds = job.end(LIMIT_S)
-    outcome = Outcome(case, launcher, rank, str(moment), writing, seconds, job.main.returncode, said(job.log.read_text()))
+    messages, code = said(job.log.read_text()), job.main.returncode
+    outcome = Outcome(case, launcher, rank, str(moment), alone, writing, seconds, code, messages)
     return resume(outcome, job, launcher, whole[case], arguments.out / f"{number:02d}_resumed.log")
 
 

@@ -26,6 +26,7 @@ class Outcome:
     launcher: str
     rank: int
     moment: str
+    alone: bool  # whether no other process was left that could say anything
     writing: bool  # whether a half-written or half-removed checkpoint lay there just after the kill
     seconds: float | None  # until nothing of it lived; None if that took too long
     code: int
@@ -46,7 +47,7 @@ class Outcome:
             return "processes were left"
         if self.code == 0:
             return "ended with 0"
-        if not self.messages:
+        if not self.messages and not self.alone:
             return "said nothing"
         if self.error:
             return self.error
@@ -72,7 +73,7 @@ def row(number: int, outcome: Outcome) -> list[str]:
         "yes" if outcome.writing else "no",
         "-" if outcome.seconds is None else f"{outcome.seconds:.1f} s",
         str(outcome.code),
-        ", ".join(outcome.messages) or "nobody",
+        ", ".join(outcome.messages) or ("no other was left" if outcome.alone else "nobody"),
         str(outcome.loaded),
         left,
         "-" if outcome.difference is None else f"{outcome.difference:.1e}",
@@ -108,7 +109,8 @@ Each job trains the embedded policy by `configs/gspo.yaml` with smaller sizes on
 checkpoint after each (the two newest are kept, and `last.ckpt`), and one process gets SIGKILL. A job goes right if
 
 - all of its processes are gone within {limit_s:.0f} s, with a code other than 0 and a message that says that one is gone:
-  `ours` also names the checkpoint to go on from, unless Lightning or torchrun ended the process before it noticed;
+  `ours` also names the checkpoint to go on from, unless Lightning or torchrun ended the process before it noticed. A
+  command that is killed before it has started others leaves nobody to say so;
 - every checkpoint on the disk loads whole;
 - the newest, resumed by the same command with `--ckpt_path`, ends with weights within {TOLERANCE:.0e} of those of a job
   that nobody disturbed.

@@ -80,7 +80,7 @@ def read_content(path: str | Path) -> dict[str, Any]:
         CheckpointError: If it cannot be read, or is not whole.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         return read_meta(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

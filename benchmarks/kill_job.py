@@ -126,12 +126,17 @@ class Job:
         return True
 
     def end(self, limit_s: float) -> float | None:
-        """Wait until nothing of the job lives; the seconds, or None if something lives still, which is killed then."""
-        begin = time.monotonic()
-        while time.monotonic() - begin < limit_s:
+        """Wait until nothing of the job lives; the seconds, or None if something lives still, which is killed then.
+
+        While the whole machine is stopped, or all of its processes, no time counts.
+        """
+        waited = 0.0
+        while waited < limit_s:
+            before = time.monotonic()
             if self.main.poll() is not None and not self.processes():
-                return time.monotonic() - begin
+                return waited
             time.sleep(0.05)
+            waited += min(1.0, time.monotonic() - before)
         while self.main.poll() is None or self.processes():
             self.main.kill()
             for process in self.processes():

@@ -7,8 +7,7 @@ PEFT's own makes a float32 copy of x, multiplies, scales and adds in separate pa
 keeps several of them for the backward pass. Here x is kept once, in the dtype of the product, and sums are written in place.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,19 +16,19 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from hybrid_lightning.products import constant_product, product
+from hybrid_lightning.products import product
 
 
 class LoraLinear(lora.Linear):
     """A `peft.tuners.lora.Linear` that computes plain LoRA on a plain linear layer faster; all else is left to PEFT."""
 
-    _constant: "_Constant | None" = None  # see `constant_weights`
+    constant: Callable[[Tensor], Tensor] | None = None  # see `constant_weights`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., n] -> [..., m]."""
-        if self._constant is not None and not torch.is_grad_enabled() and not self.disable_adapters:
-            return self._constant(x)
-        adapter = self._plain_adapter() if not args and not kwargs else None
+        if self.constant is not None and not torch.is_grad_enabled() and not self.disable_adapters:
+            return self.constant(x)
+        adapter = self.plain_adapter() if not args and not kwargs else None
         if adapter is None:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
@@ -37,13 +36,13 @@ class LoraLinear(lora.Linear):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         base = self.base_layer
         assert isinstance(base, nn.Linear)
-        down, up = _weight(self.lora_A[adapter]), _weight(self.lora_B[adapter])
+        down, up = weight_of(self.lora_A[adapter]), weight_of(self.lora_B[adapter])
         bias = None if base.bias is None else base.bias.to(dtype)
         parts = (x.to(dtype), base.weight.to(dtype), bias, down.to(dtype), up.to(dtype))
         output: Tensor = _Product.apply(*parts, self.scaling[adapter])  # type: ignore[no-untyped-call]
         return output
 
-    def _plain_adapter(self) -> str | None:
+    def plain_adapter(self) -> str | None:
         """The only active adapter, if what is to be computed is y = x W' + s (x A') B' and the base is frozen."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.base_layer
@@ -62,63 +61,8 @@ def use_fast_lora(model: PeftModel) -> None:
             module.__class__ = LoraLinear
 
 
-@contextmanager
-def constant_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Within this context weights do not change, so that what products need of them is made once.
-
-    For the thousands of small products of decoding; the weights themselves are not touched. On CPUs it holds a copy of each base
-    weight in the order in which products read it.
-
-    Args:
-        model: With or without LoRA layers.
-        dtype: Of the products; None takes that of each base weight.
-    """
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear) and module._plain_adapter() is not None]
-    for layer in layers:
-        layer._constant = _Constant(layer, _weight(layer.base_layer).dtype if dtype is None else dtype)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._constant = None
-
-
-class _Constant:
-    """The product of a layer whose weights do not change.
-
-    In float32 on a CPU, where a copy of the base weight is made anyway, LoRA is merged into the copy: it is the same to 1e-6. Not
-    in bfloat16: on SmolLM2-135M that decoded 10% faster, but the sum is rounded, and log-probabilities differed from those of
-    training by 0.064 on average instead of 0.022.
-    """
-
-    def __init__(self, layer: LoraLinear, dtype: torch.dtype) -> None:
-        base, adapter = layer.base_layer, layer.active_adapters[0]
-        assert isinstance(base, nn.Linear)
-        weight = base.weight.detach().to(dtype)
-        down, up = (_weight(part[adapter]).detach() for part in (layer.lora_A, layer.lora_B))
-        self.dtype, scaling = dtype, layer.scaling[adapter]
-        self.bias = None if base.bias is None else base.bias.detach().to(dtype)
-        self.down: Tensor | None = None
-        if dtype == torch.float32 and weight.device.type == "cpu":
-            weight = torch.addmm(weight, up, down, alpha=scaling)
-        else:
-            # [x, x A'] [W, s B]' is one product instead of two and a sum, and rounded once.
-            self.down = down.to(dtype).T.contiguous()
-            weight = torch.cat([weight, (up * scaling).to(dtype)], dim=1)
-        self.product: Callable[[Tensor], Tensor] = constant_product(weight)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., m]."""
-        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        if self.down is not None:
-            rows = torch.cat([rows, rows @ self.down], dim=1)
-        result = self.product(rows)
-        if self.bias is not None:
-            result += self.bias
-        return result.view(*x.shape[:-1], -1)
-
-
-def _weight(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear layer, [m, n]."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight

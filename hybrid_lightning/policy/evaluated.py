@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_lightning.adapters.lora_linear import constant_weights
+from hybrid_lightning.adapters.constant_weights import constant_weights
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
 from hybrid_lightning.policy.modes import evaluation_mode

@@ -1,12 +1,15 @@
 """One forward pass of a Hugging Face causal language model, padded or packed; sampling and training share it."""
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from hybrid_lightning.products import constant_product
 from hybrid_lightning.rollout.interface import AttentionCalls, Packing, no_mask
 
 
@@ -63,9 +66,22 @@ def last_logits(
 def packed_hidden(
     model: nn.Module, ids: Tensor, positions: Tensor, packing: Packing, attention_calls: AttentionCalls | None = None
 ) -> Tensor:
-    """Hidden states [N, H] before the output layer of N tokens in one row; for the rest see `packed_logits`."""
+    """Hidden states [N, H] before the output layer of N tokens in one row.
+
+    Args:
+        model: Causal language model that `supports_packing`.
+        ids: [N].
+        positions: [N].
+        packing: Who attends to whom; it keeps keys and values itself, if it wants them later.
+        attention_calls: Takes note of the layers' attention.
+    """
     base = base_model(model)
-    arguments = _packed_arguments(ids, positions, packing)
+    arguments: dict[str, Any] = {
+        "input_ids": ids[None],
+        "position_ids": positions[None],
+        "attention_mask": no_mask(ids.device),
+        "packing": packing,
+    }
     if attention_calls is not None:
         arguments["attention_calls"] = attention_calls
     hidden: Tensor = base.get_decoder()(**arguments, use_cache=False)[0]
@@ -106,28 +122,15 @@ def _changes_of_logits(base: PreTrainedModel) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def packed_logits(model: nn.Module, ids: Tensor, positions: Tensor, packing: Packing, keep: Tensor) -> Tensor:
-    """Logits [K, V] of the tokens numbered `keep` [K], of N tokens in one row.
-
-    Args:
-        model: Causal language model that `supports_packing`.
-        ids: [N].
-        positions: [N].
-        packing: Who attends to whom; it keeps keys and values itself, if it wants them later.
-        keep: [K].
-    """
-    arguments = _packed_arguments(ids, positions, packing)
-    logits: Tensor = model(**arguments, logits_to_keep=keep, use_cache=False).logits
-    return logits[0]
-
-
-def _packed_arguments(ids: Tensor, positions: Tensor, packing: Packing) -> dict[str, Any]:
-    return {
-        "input_ids": ids[None],
-        "position_ids": positions[None],
-        "attention_mask": no_mask(ids.device),
-        "packing": packing,
-    }
+def constant_projection(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`project` for many calls between which weights do not change, without a gradient. It may hold a copy of the weight."""
+    weight = plain_projection(model)
+    if weight is None:
+        return partial(project, model)
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    product = constant_product(weight.detach().to(dtype))
+    return lambda hidden: product(hidden.to(dtype))
 
 
 def _cache_name(base: PreTrainedModel) -> str:

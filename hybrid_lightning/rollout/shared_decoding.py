@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_lightning.rollout.attention import AttentionSettings, Masks, cached_key_dtype, shared_attention
-from hybrid_lightning.rollout.forward import packed_logits
+from hybrid_lightning.rollout.forward import constant_projection, packed_hidden
 from hybrid_lightning.rollout.packing import PackedSequences, visible
 from hybrid_lightning.types import Sequences
 
@@ -31,6 +31,7 @@ class SharedPromptDecoding:
 
     def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
         self.model, self.max_new_tokens = model, max_new_tokens
+        self.project = constant_projection(model)
         self.layout = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, S, D]
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, G, capacity, D]
@@ -41,7 +42,8 @@ class SharedPromptDecoding:
     def prefill(self, samples: int) -> Tensor:
         """See `Decoding`."""
         layout, prompts, device = self.layout, len(self.lengths), self.lengths.device
-        logits = packed_logits(self.model, layout.ids, layout.positions, _Prefill(self), layout.last_prompt_token)
+        hidden = packed_hidden(self.model, layout.ids, layout.positions, _Prefill(self))
+        logits = self.project(hidden[layout.last_prompt_token])
         self.slots = torch.arange(prompts * samples, device=device).view(prompts, samples)  # the row in each slot
         self.slot_of_row = self.slots.flatten()
         self._start_rows()
@@ -52,7 +54,7 @@ class SharedPromptDecoding:
         self.decoded += 1
         self._masks = {}
         positions = self.row_lengths + self.decoded - 1
-        return packed_logits(self.model, tokens, positions, self, self.all_rows)
+        return self.project(packed_hidden(self.model, tokens, positions, self))
 
     def select(self, rows: Tensor) -> None:
         """See `Decoding`."""
@@ -111,7 +113,6 @@ class SharedPromptDecoding:
         self.full = self.slots.numel() == len(self.slot_of_row)
         samples = self.slots.shape[1]
         self.row_lengths = self.lengths[self.slot_of_row // samples]
-        self.all_rows = torch.arange(len(self.slot_of_row), device=self.lengths.device)
 
     def _to_slots(self, rows: Tensor) -> Tensor:
         """[B, heads, D] -> [P, G, heads, D]."""

@@ -1,0 +1,136 @@
+"""Products of LoRA layers while their weights do not change: the thousands of small products of decoding.
+
+Layers that get the same input, such as the projections to queries, keys and values, are then one product instead of two or three,
+which is faster the fewer rows there are: at 8 to 32 rows of SmolLM2-135M it took 0.6 to 0.9 of the time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_lightning.adapters.lora_linear import LoraLinear, weight_of
+from hybrid_lightning.products import constant_product, copies_pay
+
+# Names, beside each other in one module, of layers with the same input. A layer that gets another one is still computed right.
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@contextmanager
+def constant_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Within this context weights do not change, so that what products need of them is made once.
+
+    The weights themselves are not touched. On CPUs it holds a copy of each base weight in the order in which products read it;
+    elsewhere of none that has the products' dtype.
+
+    Args:
+        model: With or without LoRA layers.
+        dtype: Of the products; None takes that of each base weight.
+    """
+    groups = list(_groups(model))
+    for layers in groups:
+        products = _Products(layers, weight_of(layers[0].base_layer).dtype if dtype is None else dtype)
+        for number, layer in enumerate(layers):
+            layer.constant = partial(products, number)
+    try:
+        yield
+    finally:
+        for layers in groups:
+            for layer in layers:
+                layer.constant = None
+
+
+def _groups(model: nn.Module) -> Iterator[list[LoraLinear]]:
+    """All layers of plain LoRA; those that are multiplied at once together."""
+    for module in model.modules():
+        plain = {
+            name: child
+            for name, child in module.named_children()
+            if isinstance(child, LoraLinear) and child.plain_adapter() is not None
+        }
+        for names in _SAME_INPUT:
+            layers = [plain.pop(name) for name in names if name in plain]
+            if layers and copies_pay(weight_of(layers[0].base_layer).device):
+                yield layers
+            else:
+                yield from ([layer] for layer in layers)
+        yield from ([layer] for layer in plain.values())
+
+
+class _Products:
+    """The products of layers that get the same input.
+
+    In float32 on a CPU, where a copy of the base weight is made anyway, LoRA is merged into the copy: it is the same to 1e-6. Not
+    in bfloat16: on SmolLM2-135M that decoded 10% faster, but the sum is rounded, and log-probabilities differed from those of
+    training by 0.064 on average instead of 0.022.
+
+    On an accelerator the base weights are multiplied where they are: a copy of them would take as much as the model.
+    """
+
+    def __init__(self, layers: Sequence[LoraLinear], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.down: Callable[[Tensor], Tensor] | None = None
+        self.up: Tensor | None = None
+        self.bias = _joined_bias(layers, dtype)
+        self.sizes = [layer.base_layer.out_features for layer in layers]  # type: ignore[union-attr]
+        # [m, n], [r, n] and s B: [m, r]; m and r of all layers together.
+        base = [weight_of(layer.base_layer).detach().to(dtype) for layer in layers]
+        downs = [weight_of(layer.lora_A[_adapter(layer)]).detach() for layer in layers]
+        ups = [_scaled_up(layer) for layer in layers]
+        copies = copies_pay(base[0].device)
+        if copies and dtype == torch.float32:
+            pairs = zip(base, ups, downs, strict=True)
+            weight = torch.cat([torch.addmm(part, up, down) for part, up, down in pairs])
+        else:
+            self.down = constant_product(torch.cat(downs).to(dtype))
+            if copies:
+                # [x, x A'] [W, s B]' is one product instead of two and a sum, and rounded once.
+                weight = torch.cat([torch.cat(base), torch.block_diag(*ups).to(dtype)], dim=1)
+            else:
+                (weight,), self.up = base, ups[0].to(dtype).T
+        self.product: Callable[[Tensor], Tensor] = constant_product(weight)
+        self.x: Tensor | None = None  # whose products wait to be fetched
+        self.waiting: dict[int, Tensor] = {}
+
+    def __call__(self, number: int, x: Tensor) -> Tensor:
+        """The product of one of the layers with x: [..., n] -> [..., m]."""
+        if self.x is not x or number not in self.waiting:
+            result = self._all(x.reshape(-1, x.shape[-1]).to(self.dtype))
+            self.waiting = dict(enumerate(result.split(self.sizes, dim=1)))
+            self.x = x
+        mine = self.waiting.pop(number)
+        if not self.waiting:
+            self.x = None
+        return mine.view(*x.shape[:-1], -1)
+
+    def _all(self, rows: Tensor) -> Tensor:
+        if self.down is not None and self.up is not None:
+            result = self.product(rows).addmm_(self.down(rows), self.up)
+        elif self.down is not None:
+            result = self.product(torch.cat([rows, self.down(rows)], dim=1))
+        else:
+            result = self.product(rows)
+        if self.bias is not None:
+            result += self.bias
+        return result
+
+
+def _adapter(layer: LoraLinear) -> str:
+    name = layer.plain_adapter()
+    assert name is not None
+    return name
+
+
+def _scaled_up(layer: LoraLinear) -> Tensor:
+    adapter = _adapter(layer)
+    return weight_of(layer.lora_B[adapter]).detach() * layer.scaling[adapter]
+
+
+def _joined_bias(layers: Sequence[LoraLinear], dtype: torch.dtype) -> Tensor | None:
+    bases = [layer.base_layer for layer in layers]
+    if all(base.bias is None for base in bases):
+        return None
+    parts = [weight_of(base).new_zeros(base.out_features) if base.bias is None else base.bias.detach() for base in bases]  # type: ignore[arg-type, union-attr, operator]
+    return torch.cat(parts).to(dtype)

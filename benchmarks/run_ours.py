@@ -3,6 +3,10 @@
 import tempfile
 from typing import Any
 
+from hybrid_lightning.process import prepare_process
+
+prepare_process()  # as `python -m hybrid_lightning` does
+
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch import Callback, LightningModule

@@ -61,8 +61,10 @@ def logprobs_of_hidden(model: nn.Module, hidden: Tensor, tokens: Tensor, tempera
     Returns:
         Log-probabilities [K] float32 with gradient, and entropies [K] float32 without.
     """
-    rows = max(1, _BLOCK // base_model(model).config.get_text_config().vocab_size)
-    pairs = list(zip(hidden.split(rows), tokens.split(rows), strict=True))
+    most = max(1, _BLOCK // base_model(model).config.get_text_config().vocab_size)
+    # Blocks of one size: a small last one would read the whole weight for a few rows.
+    count = max(1, -(-len(tokens) // most))
+    pairs = list(zip(hidden.tensor_split(count), tokens.tensor_split(count), strict=True))
     weight = plain_projection(model)
     if weight is not None and not weight.requires_grad:
         blocks = [_Projected.apply(part, weight, ids, temperature) for part, ids in pairs]  # type: ignore[no-untyped-call]

@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": GROUND | LEAVES | {"policy", "export"},
     "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks"},
     "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer"},
-    "__main__": {"cli", "sharding"},
+    "process": set(),
+    "__main__": {"cli", "process", "sharding"},
     "assets.pretrain": GROUND | LEAVES | {"policy"},  # the command that made the assets; nothing imports it
     "__init__": GROUND | {"version"},
 }

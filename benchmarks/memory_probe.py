@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.memory.live_tensors import LiveTensors
 from hybrid_lightning.rollout.shared_decoding import SharedPromptDecoding
@@ -46,7 +48,7 @@ class MemoryProbe(Callback):
 
         SharedPromptDecoding.step = step  # type: ignore[method-assign]
         try:
-            with self.live:
+            with self.live, _storages_that_resize(self.live):
                 yield
         finally:
             SharedPromptDecoding.step = original  # type: ignore[method-assign]
@@ -128,8 +130,26 @@ class MemoryProbe(Callback):
         self._now = None
 
 
+@contextmanager
+def _storages_that_resize(live: LiveTensors) -> Iterator[None]:
+    """FSDP gives memory back, and takes it again, behind tensors that stay."""
+    original = torch.UntypedStorage.resize_
+
+    def resize(storage: torch.UntypedStorage, size: int) -> Any:
+        result = original(storage, size)
+        live.count_storage(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+
 def tensor_bytes(tensors: list[Tensor]) -> int:
-    """What they hold, each storage once."""
+    """What this process holds of them, each storage once."""
+    tensors = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

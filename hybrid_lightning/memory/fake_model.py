@@ -5,15 +5,18 @@ other. Where the engine itself goes another way on accelerators, `as_on` lets it
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from hybrid_lightning.adapters import constant_weights
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
@@ -23,7 +26,7 @@ from hybrid_lightning.memory.live_tensors import LiveTensors
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import meta_model, plan_of_budget
 from hybrid_lightning.policy.modes import checkpoint_gradients
-from hybrid_lightning.rollout import attention
+from hybrid_lightning.rollout import attention, forward
 from hybrid_lightning.rollout.forward import base_model
 from hybrid_lightning.rollout.interface import UnsupportedAttentionError, use_packing
 from hybrid_lightning.rollout.packing import PackedSequences
@@ -118,13 +121,26 @@ class FakeModel:
 
 @contextmanager
 def as_on(cpu: bool) -> Iterator[None]:
-    """Let attention be computed, and its keys be kept, as on a CPU or as on an accelerator, whatever the device is called."""
-    original = attention.products_are_faster
-    attention.products_are_faster = lambda device: cpu
+    """Let the engine go the way, and keep the copies of weights, that it would on a CPU or on an accelerator."""
+
+    def constant_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+        kept = weight.clone() if cpu else weight  # a CPU's is packed, by an operator that knows no fake tensors
+        return lambda rows: F.linear(rows, kept)
+
+    replaced: list[tuple[ModuleType, str, Any]] = [
+        (attention, "products_are_faster", lambda device: cpu),
+        (constant_weights, "copies_pay", lambda device: cpu),
+        (constant_weights, "constant_product", constant_product),
+        (forward, "constant_product", constant_product),
+    ]
+    originals = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, value in replaced:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        attention.products_are_faster = original
+        for (module, name, _), original in zip(replaced, originals, strict=True):
+            setattr(module, name, original)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

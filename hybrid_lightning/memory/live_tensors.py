@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,9 +46,13 @@ class LiveTensors(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor) -> None:
-        if tensor.layout is not torch.strided:
-            return  # oneDNN's own, which has no storage
-        storage = tensor.untyped_storage()
+        if isinstance(tensor, DTensor):
+            tensor = tensor._local_tensor
+        if tensor.layout is torch.strided:  # and not oneDNN's own, which has no storage
+            self.count_storage(tensor.untyped_storage())
+
+    def count_storage(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage that was made before, or has another size now."""
         key, size = storage._cdata, storage.nbytes()
         if key in self._sizes:
             self.bytes += size - self._sizes[key]

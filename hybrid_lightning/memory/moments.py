@@ -9,11 +9,10 @@ from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.optimizer_state import OptimizerBytes, optimizer_bytes
-from hybrid_lightning.memory.passes import Traced, passes_of_step, trace_decoding, trace_update
+from hybrid_lightning.memory.passes import Traced, Traces, passes_of_scoring, passes_of_step
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import FLOAT32, ModelSizes, measure, meta_model, plan_of_budget
 from hybrid_lightning.memory.strategies import FSDP1, Held, Sharding
-from hybrid_lightning.products import keeps_copies
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,8 @@ class Parts:
     """Bytes on one device, all of them there at the same moment."""
 
     weights: float = 0.0
-    copies: float = 0.0  # of weights or gradients: gathered, packed, or in buckets
+    copies: float = 0.0  # of weights or gradients: gathered, or in buckets
+    packed: float = 0.0  # copies of weights in the order or dtype in which decoding reads them
     gradients: float = 0.0
     optimizer: float = 0.0
     activations: float = 0.0
@@ -102,10 +102,11 @@ class _Run:
         self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimizer)
         self.candidates = find_candidates(meta_model(settings.config, settings.dtype), settings.target_modules)
         self.prompts = settings.prompts_per_rollout // sharding.devices
+        self.traces = Traces(settings)
         self.passes = passes_of_step(settings, self.prompts)
-        self.generated = {"generating": trace_decoding(settings, self.prompts, settings.samples_per_prompt)}
+        self.generated = {"generating": (self.prompts, settings.samples_per_prompt)}
         if settings.eval_prompts:
-            self.generated["validating"] = trace_decoding(settings, settings.eval_prompts, settings.eval_samples)
+            self.generated["validating"] = (settings.eval_prompts, settings.eval_samples)
 
     def method(self, name: str, budget: Budget) -> MethodMemory:
         """All moments of a method."""
@@ -113,26 +114,24 @@ class _Run:
         given = settings.plan if name == "plan" else None
         plan: AdapterPlan = given or plan_of_budget(self.candidates, budget, settings.lora)
         sizes = measure(settings, plan)
-        moments = {label: self._generating(sizes, traced) for label, traced in self.generated.items()}
+        moments = {label: self._generating(sizes, *counts) for label, counts in self.generated.items()}
         if given is None and budget.needs_scores:
             moments |= self._scoring(sizes)
         moments |= self._updating(sizes)
         return MethodMemory(name, sizes.parameters, sizes.trainable, moments)
 
-    def _generating(self, sizes: ModelSizes, traced: Traced) -> Parts:
+    def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Parts:
         held = self.sharding.generating(sizes, self.optimizer.state)
-        plain = self.settings.quantization is None and not self.settings.lora.use_dora
-        packed = sizes.lora_base_bytes if self.settings.on_cpu and plain and keeps_copies() else 0
-        return _parts(held, traced, copies=packed)
+        return _parts(held, self.traces.decoding(prompts, samples, sizes.share_full))
 
     def _scoring(self, sizes: ModelSizes) -> dict[str, Parts]:
         """The first device has the base model as it is loaded, in one piece, and nothing else."""
         settings = self.settings
         base = sizes.parameters * settings.dtype.itemsize
         prompts = settings.calibration_prompts or settings.prompts_per_rollout
-        generated = trace_decoding(settings, prompts, settings.samples_per_prompt, adapted=False)
-        longest = max(passes_of_step(settings, prompts), key=_tokens)
-        traced = trace_update(settings, longest, None)
+        generated = self.traces.decoding(prompts, settings.samples_per_prompt, None)
+        longest = max(passes_of_scoring(settings, prompts), key=_tokens)
+        traced = self.traces.update(longest, None)
         # The sums of gradients are kept in the memory of the host.
         sums = settings.scoring_copies * FLOAT32 * sizes.candidates if settings.on_cpu else 0
         return {
@@ -146,9 +145,9 @@ class _Run:
         first, *others = self.passes
         has_gradients = not others or self.settings.accumulate_grad_batches > 1
         before = held if has_gradients else Held(held.weights, 0, held.optimizer, held.copies)
-        moments = {"updating": _parts(before, trace_update(self.settings, first, sizes.share_full))}
+        moments = {"updating": _parts(before, self.traces.update(first, sizes.share_full))}
         if others:
-            later = _parts(held, trace_update(self.settings, max(others, key=_tokens), sizes.share_full))
+            later = _parts(held, self.traces.update(max(others, key=_tokens), sizes.share_full))
             moments["updating"] = max(moments["updating"], later, key=lambda parts: parts.total)
         step = self.optimizer.step * sizes.trainable / (1 if self.sharding.whole_on_every_device else self.sharding.devices)
         if step and not self.settings.on_cpu:
@@ -156,10 +155,11 @@ class _Run:
         return moments
 
 
-def _parts(held: Held, traced: Traced, copies: float = 0.0) -> Parts:
+def _parts(held: Held, traced: Traced) -> Parts:
     return Parts(
         weights=held.weights,
-        copies=held.copies + copies,
+        copies=held.copies,
+        packed=traced.packed,
         gradients=held.gradients,
         optimizer=held.optimizer,
         activations=traced.activations,

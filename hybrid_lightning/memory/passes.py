@@ -3,19 +3,20 @@
 Each is traced with one layer and with two; what one layer more adds is what each of the others adds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from hybrid_lightning.memory.fake_model import FakeModel
+from hybrid_lightning.adapters.constant_weights import constant_weights
+from hybrid_lightning.memory.fake_model import FakeModel, as_on
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.policy.logprobs import logprobs_of_hidden
 from hybrid_lightning.rollout.drawing import draw, filter_logits
-from hybrid_lightning.rollout.forward import packed_hidden
+from hybrid_lightning.rollout.forward import constant_projection, packed_hidden
 from hybrid_lightning.rollout.micro_batches import split_by_tokens
-from hybrid_lightning.rollout.packing import PackedSequences
+from hybrid_lightning.rollout.packing import PackedSequences, begins_group
 from hybrid_lightning.rollout.shared_decoding import SharedPromptDecoding
 from hybrid_lightning.types import Sequences
 
@@ -27,6 +28,7 @@ class Traced:
     activations: float
     logits: float
     cache: float = 0.0  # keys and values
+    packed: float = 0.0  # copies of weights in the order or dtype in which products read them
 
     def combine(self, other: "Traced", function: Callable[[float, float], float]) -> "Traced":
         """Field by field."""
@@ -41,42 +43,61 @@ def passes_of_step(settings: RunSettings, prompts: int) -> list[Sequences]:
         prompts: Of one device in a rollout.
     """
     rows = _sequences(prompts, settings.samples_per_prompt, settings.prompt_tokens, settings.completion_tokens)
-    first = rows.rows(slice(0, max(1, len(rows) // settings.micro_batches)))
-    return [first.rows(run) for run in split_by_tokens(first, settings.tokens_of_pass)]
+    return _cut(rows.rows(slice(0, max(1, len(rows) // settings.micro_batches))), settings)
 
 
-def trace_update(settings: RunSettings, rows: Sequences, share_full: float | None) -> Traced:
-    """Forward and backward pass over rows.
-
-    Args:
-        settings: Of the run.
-        rows: Of the pass.
-        share_full: Of the candidates' numbers, how many are trained fully; the others by LoRA. None: as in scoring.
-    """
-    if share_full is None or share_full in (0, 1):
-        return _over_layers(settings, lambda layers: _update(FakeModel(settings, layers, share_full), rows))
-    lora, full = (trace_update(settings, rows, share) for share in (0.0, 1.0))
-    return lora.combine(full, lambda few, many: few + share_full * (many - few))
+def passes_of_scoring(settings: RunSettings, prompts: int) -> list[Sequences]:
+    """The same for calibration, which cuts a rollout by the token budget alone."""
+    return _cut(_sequences(prompts, settings.samples_per_prompt, settings.prompt_tokens, settings.completion_tokens), settings)
 
 
-def trace_decoding(settings: RunSettings, prompts: int, samples: int, adapted: bool = True) -> Traced:
-    """Sampling completions of full length.
+class Traces:
+    """What passes of a run hold, each found out once.
 
     Args:
         settings: Of the run.
-        prompts: Completed together on one device.
-        samples: Completions of each.
-        adapted: Or the base model as it is.
     """
-    share = 0.0 if adapted else None
-    return _over_layers(settings, lambda layers: _decoding(FakeModel(settings, layers, share), prompts, samples))
 
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings = settings
+        self._known: dict[Hashable, Traced] = {}
 
-def _over_layers(settings: RunSettings, trace: Callable[[int], Traced]) -> Traced:
-    one = trace(1)
-    if settings.layers == 1:
-        return one
-    return one.combine(trace(2), lambda first, both: first + (settings.layers - 1) * (both - first))
+    def update(self, rows: Sequences, share_full: float | None) -> Traced:
+        """Forward and backward pass over rows.
+
+        Args:
+            rows: Of the pass.
+            share_full: Of the candidates' numbers, how many are trained fully; the others are by LoRA. None for the base model,
+                as it is scored.
+        """
+        sizes = (len(rows), int(begins_group(rows).sum()), rows.prompt_ids.shape[1], rows.completion_ids.shape[1])
+        return self._of_share(("update", *sizes), share_full, lambda fake: _update(fake, rows))
+
+    def decoding(self, prompts: int, samples: int, share_full: float | None) -> Traced:
+        """Sampling completions of full length.
+
+        Args:
+            prompts: Completed together on one device.
+            samples: Completions of each.
+            share_full: See `update`.
+        """
+        return self._of_share(("decoding", prompts, samples), share_full, lambda fake: _decoding(fake, prompts, samples))
+
+    def _of_share(self, name: tuple[str | int, ...], share_full: float | None, trace: Callable[[FakeModel], Traced]) -> Traced:
+        if share_full is None or share_full in (0, 1):
+            return self._of_layers((*name, share_full), share_full, trace)
+        lora, full = (self._of_layers((*name, share), share, trace) for share in (0, 1))
+        return lora.combine(full, lambda few, many: few + share_full * (many - few))
+
+    def _of_layers(self, name: Hashable, share_full: float | None, trace: Callable[[FakeModel], Traced]) -> Traced:
+        if name not in self._known:
+            layers = self.settings.layers
+            one = trace(FakeModel(self.settings, 1, share_full))
+            if layers > 1:
+                two = trace(FakeModel(self.settings, 2, share_full))
+                one = one.combine(two, lambda first, both: first + (layers - 1) * (both - first))
+            self._known[name] = one
+        return self._known[name]
 
 
 def _update(fake: FakeModel, rows: Sequences) -> Traced:
@@ -102,10 +123,15 @@ def _update(fake: FakeModel, rows: Sequences) -> Traced:
 def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
     settings = fake.settings
     rows = _sequences(prompts, 1, settings.prompt_tokens, 1)
-    decoding = SharedPromptDecoding(fake.model, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
+    with as_on(settings.on_cpu):
+        decoding = SharedPromptDecoding(fake.model, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
     fake.fake_layout(decoding.layout)
     decoding.lengths = fake.fake(decoding.lengths)
-    with fake.computing() as live, torch.no_grad(), fake.autocast():
+    dtype = torch.bfloat16 if settings.mixed_precision else None
+    with fake.computing() as live, torch.no_grad(), fake.autocast(), constant_weights(fake.model, dtype):
+        decoding.project = constant_projection(fake.model)
+        packed = live.bytes
+        live.restart_peak()
         logits = decoding.prefill(samples)
         reading = live.peak
         if settings.completion_tokens > 1:
@@ -120,9 +146,9 @@ def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
         token = draw(filter_logits(scaled, 0, 1.0), None)
         scaled.log_softmax(dim=-1).gather(1, token[:, None])
         of_logits = live.peak - before
-        peak = max(reading, forward, live.peak)
+        peak = max(reading, forward, live.peak) - packed
         del logits, scaled, token
-    return Traced(activations=max(0.0, peak - cache - of_logits), logits=of_logits, cache=cache)
+    return Traced(activations=max(0.0, peak - cache - of_logits), logits=of_logits, cache=cache, packed=packed)
 
 
 def _fill_cache(decoding: SharedPromptDecoding, rows: int) -> None:
@@ -140,6 +166,10 @@ def _fill_cache(decoding: SharedPromptDecoding, rows: int) -> None:
 
 def _cache(decoding: SharedPromptDecoding) -> list[Tensor]:
     return [part for layers in (decoding.prompt, decoding.own) for pair in layers.values() for part in pair]
+
+
+def _cut(rows: Sequences, settings: RunSettings) -> list[Sequences]:
+    return [rows.rows(run) for run in split_by_tokens(rows, settings.tokens_of_pass)]
 
 
 def _sequences(prompts: int, samples: int, prompt_tokens: int, completion_tokens: int) -> Sequences:

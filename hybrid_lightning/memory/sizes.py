@@ -61,7 +61,6 @@ class ModelSizes:
     trainable: int  # numbers
     full: int  # of these, in fully trained modules
     frozen_bytes: int  # base weights that are kept
-    lora_base_bytes: int  # of these, weights of modules with LoRA in the dtype of their products
     block_bytes: int  # the largest decoder block, with its part of the adapter
     block_gradients: int  # of that block
     block_parameters: int  # of that block, trained or not
@@ -96,7 +95,7 @@ def measure(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
     base = [sum(p.numel() for p in block.parameters()) for block in blocks]
     frozen = [numbers * width for numbers in base]
     trained = [0] * len(blocks)
-    full = lora_base = 0
+    full = 0
     planned = {module.name: module for module in plan.candidates}
     for name, module in find_candidates(model).items():
         number, shape = owner[id(module)], linear_shape(module)
@@ -110,7 +109,6 @@ def measure(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
             continue
         if mode == "lora":
             trained[number] += plan.lora.parameters(shape)
-            lora_base += numbers
         if settings.quantization is not None and settings.quantization.takes(shape):
             frozen[number] += quantized_bytes(settings.quantization, shape) - shape[0] * shape[1] * width
     sizes = [kept + FLOAT32 * count for kept, count in zip(frozen, trained, strict=True)]
@@ -121,7 +119,6 @@ def measure(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
         trainable=sum(trained),
         full=full,
         frozen_bytes=outside * width + sum(frozen),
-        lora_base_bytes=lora_base * (2 if settings.mixed_precision else width),
         block_bytes=sizes[largest],
         block_gradients=FLOAT32 * trained[largest],
         block_parameters=base[largest] + trained[largest],

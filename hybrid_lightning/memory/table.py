@@ -86,5 +86,5 @@ def size(count: float) -> str:
 
 
 def _parts(parts: Parts) -> list[float]:
-    names = ("weights", "copies", "gradients", "optimizer", "activations", "cache", "logits")
-    return [getattr(parts, name) for name in names]
+    copies = parts.copies + parts.packed
+    return [parts.weights, copies, parts.gradients, parts.optimizer, parts.activations, parts.cache, parts.logits]

@@ -43,7 +43,7 @@ def test_parts_and_peaks_are_as_planned(name, tmp_path):
             computed += parts.gradients
         assert computed == pytest.approx(found["added"], rel=0.15), moment
         if moment != "validating":  # which drops gradients, except at the end of a run of the command line
-            assert parts.total - parts.copies == pytest.approx(found["tensors"], rel=0.15), moment
+            assert parts.total - parts.packed == pytest.approx(found["tensors"], rel=0.15), moment
     assert measured["updating"]["kept"] == pytest.approx(planned["updating"].activations, rel=0.15) or case.checkpointing
 
 

@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, build_model
 
 from hybrid_lightning.memory import RunSettings, SingleDevice, plan_memory
 from hybrid_lightning.memory.fake_model import FakeModel
-from hybrid_lightning.memory.passes import _update, passes_of_step, trace_decoding, trace_update
+from hybrid_lightning.memory.passes import Traces, _update, passes_of_step
 from hybrid_lightning.policy.token_budget import default_token_budget
 
 SETTINGS = Case(prompts=4, samples=4).settings()
@@ -32,27 +32,27 @@ def test_two_layers_tell_what_all_hold(share):
     settings = replace(SETTINGS, config=copy.deepcopy(SETTINGS.config))
     settings.config.num_hidden_layers = 6
     (rows,) = passes_of_step(settings, 4)
-    direct, found = _update(FakeModel(settings, 6, share), rows), trace_update(settings, rows, share)
+    direct, found = _update(FakeModel(settings, 6, share), rows), Traces(settings).update(rows, share)
     assert found.activations == pytest.approx(direct.activations, rel=0.01)
     assert found.logits == pytest.approx(direct.logits, rel=0.01)
 
 
 def test_keys_and_values_are_counted_as_they_lie():
     """4 layers, 4 heads of 32 numbers; each prompt once, and 20 places for each of its completions; keys and values, float32."""
-    assert trace_decoding(SETTINGS, 5, 7).cache == 4 * 4 * 32 * (5 * 6 + 5 * 7 * 20) * 2 * 4
+    assert Traces(SETTINGS).decoding(5, 7, 0).cache == 4 * 4 * 32 * (5 * 6 + 5 * 7 * 20) * 2 * 4
     sixteen = replace(SETTINGS, mixed_precision=True, dtype=torch.bfloat16, on_cpu=False)
-    assert trace_decoding(sixteen, 5, 7).cache == 4 * 4 * 32 * (5 * 6 + 5 * 7 * 20) * 2 * 2
-    assert trace_decoding(replace(SETTINGS, completion_tokens=1), 5, 7).cache == 4 * 4 * 32 * 5 * 6 * 2 * 4
+    assert Traces(sixteen).decoding(5, 7, 0).cache == 4 * 4 * 32 * (5 * 6 + 5 * 7 * 20) * 2 * 2
+    assert Traces(replace(SETTINGS, completion_tokens=1)).decoding(5, 7, 0).cache == 4 * 4 * 32 * 5 * 6 * 2 * 4
 
 
 def test_a_part_of_the_tokens_keeps_a_part_of_the_activations():
     rows = passes_of_step(SETTINGS, 4)[0]
-    whole, half = trace_update(SETTINGS, rows, 0.0), trace_update(SETTINGS, rows.rows(slice(0, 8)), 0.0)
+    whole, half = Traces(SETTINGS).update(rows, 0.0), Traces(SETTINGS).update(rows.rows(slice(0, 8)), 0.0)
     assert 0.45 < half.activations / whole.activations < 0.6
-    recomputed = trace_update(replace(SETTINGS, gradient_checkpointing=True), rows, 0.0)
+    recomputed = Traces(replace(SETTINGS, gradient_checkpointing=True)).update(rows, 0.0)
     assert recomputed.activations < 0.5 * whole.activations
-    hybrid = trace_update(SETTINGS, rows, 0.5)
-    full = trace_update(SETTINGS, rows, 1.0)
+    hybrid = Traces(SETTINGS).update(rows, 0.5)
+    full = Traces(SETTINGS).update(rows, 1.0)
     assert hybrid.activations == pytest.approx((whole.activations + full.activations) / 2)
 
 

@@ -45,6 +45,11 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer],
             f"checkpoint.dirpath={folder} cannot take sharded checkpoints of {name}, which are put in place by renaming; give a "
             "folder in a file system that all devices share, or write full checkpoints"
         )
+    if isinstance(strategy, FSDP1Strategy) and trainer.world_size == 1:
+        raise ConfigError(
+            "FSDP1Strategy has nothing to split on one device, and torch cannot save what it leaves whole; use "
+            "trainer.strategy=auto, more devices, or --config configs/strategy/fsdp2.yaml"
+        )
     if isinstance(strategy, FSDP1Strategy) and dtype != "float32":
         raise ConfigError(
             f"model.dtype={dtype} does not work with FSDP1Strategy: trained weights are float32, and FSDP1 wants one dtype "

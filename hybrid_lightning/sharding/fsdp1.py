@@ -95,8 +95,6 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
         """All weights, gathered and split anew by their rows; FSDP1 itself splits all of a block as one."""
         module = self.lightning_module
         assert module is not None
-        if self.world_size == 1:  # which splits nothing
-            return {}
         with self._states(module, split=True):
             return dict(module.state_dict())
 
@@ -104,18 +102,18 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
         """Weights, whole and on rank 0 alone unless they go into a folder."""
         module = self.lightning_module
         assert module is not None
-        with self._states(module, self._saves_parts, rank0_only=True):
+        with self._states(module, self.writes_folders, rank0_only=True):
             state = module.state_dict()
-        return state if self.is_global_zero or self._saves_parts else {}
+        return state if self.is_global_zero or self.writes_folders else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State by name, with whole tensors and on rank 0 alone unless it goes into a folder."""
         module = self.lightning_module
         assert module is not None
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        with self._states(module, self._saves_parts, rank0_only=True):
+        with self._states(module, self.writes_folders, rank0_only=True):
             state = FullyShardedDataParallel.optim_state_dict(module, optimizer)
-        if not self.is_global_zero and not self._saves_parts:
+        if not self.is_global_zero and not self.writes_folders:
             return {}
         names = parameter_names(module)
         groups = [
@@ -151,10 +149,6 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
             with self._states(module, split):
                 state = FullyShardedDataParallel.optim_state_dict_to_load(module, optimizer, saved)
             optimizer.load_state_dict(state)
-
-    @property
-    def _saves_parts(self) -> bool:
-        return self.writes_folders and self.world_size > 1  # one process splits nothing
 
     def _states(self, module: nn.Module, split: bool, rank0_only: bool = False) -> AbstractContextManager:
         """Within, states are of parts, or whole and on the CPU."""

@@ -14,8 +14,8 @@ from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
 
-def check(strategy, optimizer=torch.optim.AdamW, precision="32-true", dtype="float32"):
-    trainer = SimpleNamespace(strategy=strategy, precision=precision, state=SimpleNamespace(fn="fit"))
+def check(strategy, optimizer=torch.optim.AdamW, precision="32-true", dtype="float32", devices=2):
+    trainer = SimpleNamespace(strategy=strategy, precision=precision, state=SimpleNamespace(fn="fit"), world_size=devices)
     check_strategy(trainer, optimizer, dtype)
 
 
@@ -32,6 +32,12 @@ def test_lightnings_own_sharding_is_refused(strategy):
         check(strategy())
 
 
+def test_one_device_is_refused_where_there_must_be_parts():
+    check(FSDP2Strategy(), devices=1)
+    with pytest.raises(ConfigError, match=r"FSDP1Strategy has nothing to split on one device.*strategy=auto"):
+        check(FSDP1Strategy(), devices=1)
+
+
 def test_float16_is_refused_under_sharding():
     with pytest.raises(ConfigError, match=r"16-mixed does not work with FSDP2Strategy.*bf16-mixed"):
         check(FSDP2Strategy(), precision="16-mixed")
@@ -43,7 +49,7 @@ def test_two_dtypes_are_refused_where_a_block_can_have_one_only():
 
 
 def test_a_remote_folder_is_refused_where_checkpoints_are_folders():
-    trainer = SimpleNamespace(strategy=FSDP2Strategy(), precision="32-true", state=SimpleNamespace(fn="fit"))
+    trainer = SimpleNamespace(strategy=FSDP2Strategy(), precision="32-true", state=SimpleNamespace(fn="fit"), world_size=2)
     trainer.checkpoint_callbacks = [ModelCheckpoint("memory://run")]
     check_strategy(trainer, torch.optim.AdamW, "float32")
     for strategy in (FSDP2Strategy(save_distributed_checkpoint=True), FSDP1Strategy(state_dict_type="sharded")):

@@ -1,9 +1,9 @@
 """A plan becomes an adapter: one `PeftModel` with LoRA on some modules and trainable copies of others.
 
 PEFT matches names loosely (by suffix, for `modules_to_save` without a dot boundary) and ignores those that it does
-not find, so what has been wrapped is compared with the plan afterwards. All trainable weights are float32, where
-small steps do not vanish; the base keeps its dtype, so that a bfloat16 base has to run under autocast, and merging
-leaves the fully trained modules float32.
+not find, so what has been wrapped is compared with the plan afterwards. All trainable weights are float32, unless another
+dtype is asked for: in bfloat16 small steps vanish. The base keeps its dtype, so that a bfloat16 base with float32
+weights beside it has to run under autocast, and merging leaves the fully trained modules float32.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,9 @@ from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 ADAPTER = "default"  # PEFT's name for the only adapter
 
 
-def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = True) -> PeftModel:
+def apply_plan(
+    model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = True, dtype: torch.dtype = torch.float32
+) -> PeftModel:
     """Adapt a base model as planned. Its outputs stay the same bit for bit until the first optimizer step.
 
     Fully training a module includes its bias; LoRA leaves biases alone.
@@ -38,6 +40,7 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
         plan: made for this model.
         keep_start_weights: keep the original weights of fully trained modules, which `adapter_disabled` (a reference
             policy for a KL term) needs; without them full fine-tuning takes no more memory than elsewhere.
+        dtype: of all trainable weights; bfloat16 needs a base in bfloat16, and an optimizer that loses no small steps.
 
     Returns:
         The adapted model; only the adapter is trainable.
@@ -59,14 +62,14 @@ def apply_plan(model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = T
             wrapper.original_module = FreedStartWeights(name)
             for key, weight in start[name].items():
                 copy.register_parameter(key, nn.Parameter(weight))
-        copy.to(torch.float32)
+    full, lora = parameter_groups(adapted)
+    for parameter in (*full.values(), *lora.values()):
+        parameter.data = parameter.data.to(dtype)
     _set_dora_lengths(adapted)
     use_fast_lora(adapted)
     use_lean_layers(adapted)
-    full, lora = parameter_groups(adapted)
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trainable == {*full, *lora}, "PEFT made other parameters trainable than those of the adapter"
-    assert all(parameter.dtype == torch.float32 for parameter in (*full.values(), *lora.values()))
     return adapted
 
 

@@ -56,7 +56,7 @@ class FakeModel:
         else:
             plan = plan_of_budget(candidates, ModuleBudget(share), settings.lora)
             with torch.device("meta"):
-                model = apply_plan(model, plan, settings.keep_start_weights)
+                model = apply_plan(model, plan, settings.keep_start_weights, settings.trained_dtype)
         if settings.quantization is not None:
             _use_peft_lora(model)
         try:

@@ -15,6 +15,7 @@ from hybrid_lightning.errors import ConfigError, DataError, ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
 from hybrid_lightning.policy.loading import DTYPES, load_tokenizer, resolve_model
+from hybrid_lightning.policy.precision import check_precision, dtype_of_precision
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.rollout.sampler import Sampler
 
@@ -27,7 +28,7 @@ class TrainerFlags:
 
     sharding: Sharding
     on_cpu: bool
-    mixed_precision: bool
+    precision: str
     accumulate_grad_batches: int
     validates: bool
 
@@ -44,7 +45,7 @@ class TrainerFlags:
         return cls(
             sharding=_sharding(flags.get("strategy") or "auto", devices),
             on_cpu=on_cpu,
-            mixed_precision=str(flags.get("precision")).endswith("mixed"),
+            precision=str(flags.get("precision") or "32-true"),
             accumulate_grad_batches=int(flags.get("accumulate_grad_batches") or 1),
             validates=flags.get("limit_val_batches") != 0,
         )
@@ -73,6 +74,7 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
     """
     if policy.dtype not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got {policy.dtype!r}")
+    check_precision(flags.precision, policy.dtype, policy.optimizer)
     sampler = policy.sampler or Sampler()
     gradients = adapter.gradients
     exact = gradients is None or isinstance(gradients, ExactGradients)
@@ -89,7 +91,8 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
         eval_samples=policy.eval_samples,
         calibration_prompts=adapter.calibration_prompts,
         dtype=DTYPES[policy.dtype],
-        mixed_precision=flags.mixed_precision,
+        trained_dtype=dtype_of_precision(flags.precision),
+        mixed_precision=flags.precision.endswith("mixed"),
         on_cpu=flags.on_cpu,
         max_tokens_per_micro_batch=policy.max_tokens_per_micro_batch,
         gradient_checkpointing=policy.gradient_checkpointing,

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, fields
 
-import torch
-
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.plan import AdapterPlan
@@ -90,8 +88,11 @@ def _check(settings: RunSettings, sharding: Sharding) -> None:
     if settings.quantization is not None and not sharding.whole_on_every_device:
         kind = type(settings.quantization).__name__
         raise ConfigError(f"model.quantization={kind} does not work with {sharding.name}; use trainer.strategy=ddp")
-    if isinstance(sharding, FSDP1) and settings.dtype != torch.float32:
-        raise ConfigError("FSDP1 wants all weights in float32; use --config configs/strategy/fsdp2.yaml, or model.dtype=float32")
+    if isinstance(sharding, FSDP1) and settings.dtype != settings.trained_dtype:
+        raise ConfigError(
+            f"FSDP1 wants one dtype, but trained weights are {settings.trained_dtype} and the others {settings.dtype}; use "
+            "--config configs/strategy/fsdp2.yaml, model.dtype=float32, or model.dtype=bfloat16 with trainer.precision=bf16-true"
+        )
 
 
 class _Run:
@@ -99,7 +100,7 @@ class _Run:
 
     def __init__(self, settings: RunSettings, sharding: Sharding) -> None:
         self.settings, self.sharding = settings, sharding
-        self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimizer)
+        self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimizer, settings.trained_dtype)
         self.candidates = find_candidates(meta_model(settings.config, settings.dtype), settings.target_modules)
         self.prompts = settings.prompts_per_rollout // sharding.devices
         self.traces = Traces(settings)

@@ -32,7 +32,8 @@ class RunSettings:
     eval_samples: int = 8
     calibration_prompts: int | None = None  # None: as many as a rollout has
     dtype: torch.dtype = torch.float32  # of the frozen weights
-    mixed_precision: bool = False  # matrix products in bfloat16
+    trained_dtype: torch.dtype = torch.float32  # of the trained weights
+    mixed_precision: bool = False  # matrix products in bfloat16, by autocast
     on_cpu: bool = True
     max_tokens_per_micro_batch: int | None = None
     gradient_checkpointing: bool = False

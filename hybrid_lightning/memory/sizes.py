@@ -60,6 +60,7 @@ class ModelSizes:
     parameters: int  # of the base
     trainable: int  # numbers
     full: int  # of these, in fully trained modules
+    trained_width: int  # bytes of a trained number, and of its gradient
     frozen_bytes: int  # base weights that are kept
     block_bytes: int  # the largest decoder block, with its part of the adapter
     block_gradients: int  # of that block
@@ -70,8 +71,8 @@ class ModelSizes:
 
     @property
     def trained_bytes(self) -> int:
-        """The float32 weights that are trained, which are as many bytes as their gradients."""
-        return self.trainable * FLOAT32
+        """The weights that are trained, which are as many bytes as their gradients."""
+        return self.trainable * self.trained_width
 
     @property
     def weight_bytes(self) -> int:
@@ -87,7 +88,7 @@ def measure(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
         plan: Of this model.
     """
     model = meta_model(settings.config, settings.dtype)
-    width = settings.dtype.itemsize
+    width, trained_width = settings.dtype.itemsize, settings.trained_dtype.itemsize
     blocks = decoder_blocks(model)
     in_block = {id(parameter) for block in blocks for parameter in block.parameters()}
     outside = sum(p.numel() for p in model.parameters() if id(p) not in in_block)
@@ -111,16 +112,17 @@ def measure(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
             trained[number] += plan.lora.parameters(shape)
         if settings.quantization is not None and settings.quantization.takes(shape):
             frozen[number] += quantized_bytes(settings.quantization, shape) - shape[0] * shape[1] * width
-    sizes = [kept + FLOAT32 * count for kept, count in zip(frozen, trained, strict=True)]
+    sizes = [kept + trained_width * count for kept, count in zip(frozen, trained, strict=True)]
     largest = max(range(len(blocks)), key=sizes.__getitem__)
     candidates = sum(module.parameters for module in plan.candidates)
     return ModelSizes(
         parameters=outside + sum(base),
         trainable=sum(trained),
         full=full,
+        trained_width=trained_width,
         frozen_bytes=outside * width + sum(frozen),
         block_bytes=sizes[largest],
-        block_gradients=FLOAT32 * trained[largest],
+        block_gradients=trained_width * trained[largest],
         block_parameters=base[largest] + trained[largest],
         outside_bytes=outside * width,
         candidates=candidates,

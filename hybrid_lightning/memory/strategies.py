@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hybrid_lightning.memory.sizes import FLOAT32, ModelSizes
+from hybrid_lightning.memory.sizes import ModelSizes
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class FSDP2(Sharding):
 
 
 class FSDP1(FSDP2):
-    """As FSDP2, but all weights are float32, and frozen ones have gradients of zero."""
+    """As FSDP2, but all weights have one dtype, and frozen ones have gradients of zero."""
 
     name = "FSDP1"
 
     def updating(self, sizes: ModelSizes, optimizer: float) -> Held:
         """See `Sharding`."""
-        whole = 2 * sizes.block_bytes + sizes.outside_bytes + 2 * FLOAT32 * sizes.block_parameters
+        whole = 2 * sizes.block_bytes + sizes.outside_bytes + 2 * sizes.trained_width * sizes.block_parameters
         return self._shares(sizes, optimizer, whole)
 
     def _shares(self, sizes: ModelSizes, optimizer: float, whole: float) -> Held:

@@ -21,6 +21,7 @@ from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import CheckpointError, PlanError
+from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.policy.quantization import Quantization, quantize_base
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
@@ -88,7 +89,8 @@ class AdaptedModule(LightningModule):
             # Where it is trained, since devices may round a weight differently, and a resumed run must have the same base.
             device = None if self._trainer is None else self.trainer.strategy.root_device
             quantize_base(self.adapter_target, self.quantization, plan.full_modules, device)
-        setattr(self, self.adapter_attribute, apply_plan(self.adapter_target, plan, keep_start_weights=keep_start_weights))
+        dtype = self._trained_dtype()
+        setattr(self, self.adapter_attribute, apply_plan(self.adapter_target, plan, keep_start_weights, dtype))
         self.plan, self.keep_start_weights = plan, keep_start_weights
 
     @contextmanager
@@ -128,6 +130,7 @@ class AdaptedModule(LightningModule):
             "keep_start_weights": self.keep_start_weights,
             "base_digest": self.base_digest,
             "quantization": self._quantization_name(),
+            "trained_dtype": str(self._trained_dtype()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -146,12 +149,8 @@ class AdaptedModule(LightningModule):
             if self.plan is not None:
                 raise CheckpointError("the checkpoint was saved without an adapter; resume it without HybridAdapterSetup")
             return
-        quantization, mine = saved.get("quantization"), self._quantization_name()
-        if quantization != mine and self._trainer is not None and self.trainer.state.fn == "fit":
-            raise CheckpointError(
-                f"the checkpoint was trained with model.quantization={quantization or 'null'}, but it is {mine or 'null'} now; "
-                "give the same, or start a new run"
-            )
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self._check_resumable(saved)
         plan = AdapterPlan.from_dict(saved["plan"])
         if self.plan is not None and self.plan.digest != plan.digest:
             raise CheckpointError(
@@ -159,6 +158,23 @@ class AdaptedModule(LightningModule):
                 "remove adapter.plan (the checkpoint brings its own), or start a new run"
             )
         self.adapt(plan, saved["keep_start_weights"])
+
+    def _trained_dtype(self) -> torch.dtype:
+        return torch.float32 if self._trainer is None else dtype_of_precision(str(self.trainer.precision))
+
+    def _check_resumable(self, saved: Mapping[str, Any]) -> None:
+        quantization, mine = saved.get("quantization"), self._quantization_name()
+        if quantization != mine:
+            raise CheckpointError(
+                f"the checkpoint was trained with model.quantization={quantization or 'null'}, but it is {mine or 'null'} now; "
+                "give the same, or start a new run"
+            )
+        dtype, now = saved.get("trained_dtype", "torch.float32"), str(self._trained_dtype())
+        if dtype != now:
+            raise CheckpointError(
+                f"the checkpoint has trained weights of {dtype}, and trainer.precision={self.trainer.precision} trains them as "
+                f"{now}; give the precision of the run that wrote it (bf16-true is that of bfloat16), or start a new run"
+            )
 
     def _quantization_name(self) -> str | None:
         return None if self.quantization is None else type(self.quantization).__name__

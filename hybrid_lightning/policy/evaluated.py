@@ -20,6 +20,8 @@ from hybrid_lightning.sharding.forward import is_sharded, with_whole_weights
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.types import Prompt, Rewards, Rollouts
 
+_HALF = (torch.bfloat16, torch.float16)
+
 GenerationListener = Callable[[int, int, int], None]
 
 
@@ -59,7 +61,11 @@ class EvaluatedModule(AdaptedModule):
             yield
 
     def _precision(self) -> Any:
-        return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+        """The Trainer's; without one that of the base model, beside which trained weights are float32."""
+        if self._trainer is not None:
+            return self.trainer.precision_plugin.forward_context()
+        weight = next(self.model.parameters())
+        return torch.autocast(weight.device.type, weight.dtype) if weight.dtype in _HALF else nullcontext()
 
     def generate(
         self,

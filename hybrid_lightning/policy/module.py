@@ -24,6 +24,7 @@ from hybrid_lightning.policy.evaluation import EvaluationMetrics
 from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model, stop_token_ids
 from hybrid_lightning.policy.modes import checkpoint_gradients
 from hybrid_lightning.policy.optim import ConstantSchedule, LearningRateSchedule, OptimizerCallable, build_optimizer
+from hybrid_lightning.policy.precision import check_precision, use_bfloat16_precision
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.policy.quantization import Quantization, check_quantization
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
@@ -47,7 +48,7 @@ class PolicyModule(UpdatedModule):
         reward: Scores completions.
         model: `embedded`, a folder, a GGUF file, `package:NAME/FILE`, or a hub id.
         revision: Branch, tag or commit of a hub model.
-        dtype: Weights in memory: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed`.
+        dtype: Weights in memory: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
         quantization: Of the frozen base once the modules are scored, such as `NF4()`; None keeps it in `dtype`.
         attn_implementation: Such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
@@ -200,21 +201,8 @@ class PolicyModule(UpdatedModule):
         check_strategy(self.trainer, self.optimizer_class, self.dtype_name)
         if self.quantization is not None:
             check_quantization(self.quantization, self.trainer)
-        precision = str(self.trainer.precision)
-        if precision in ("bf16-true", "16-true"):
-            raise ConfigError(
-                f"trainer.precision={precision} would round the trainable weights to 16 bits, where small steps vanish; use "
-                "trainer.precision=bf16-mixed with model.dtype=bfloat16"
-            )
-        if precision != "32-true" and not precision.endswith("-mixed"):
-            raise ConfigError(
-                f"trainer.precision={precision} is not supported: rollouts and losses are float32; use 32-true or bf16-mixed"
-            )
-        if self.dtype_name != "float32" and not precision.endswith("-mixed"):
-            raise ConfigError(
-                f"model.dtype={self.dtype_name} needs trainer.precision=bf16-mixed (trainable weights are float32), got "
-                f"trainer.precision={precision}"
-            )
+        check_precision(str(self.trainer.precision), self.dtype_name, self.optimizer_class)
+        use_bfloat16_precision(self.trainer.strategy)
         if self.loss.needs_reference and self.plan is not None and not self.keep_start_weights:
             raise ConfigError(
                 "the loss has a KL term (kl_coef > 0), which needs the start policy; set adapter.keep_start_weights=true"

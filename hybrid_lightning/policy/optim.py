@@ -5,12 +5,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.parts import Part
+from hybrid_lightning.policy.master_weights import MasterWeights
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 
@@ -111,15 +113,23 @@ def build_optimizer(
     Raises:
         ConfigError: If no parameter is trainable.
     """
-    parameter_groups = [{"params": parameters, "lr": lr, "name": name} for name, (parameters, lr) in groups.items() if parameters]
+    parameter_groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": lr, "name": name} for name, (parameters, lr) in groups.items() if parameters
+    ]
     if not parameter_groups:
         raise ConfigError(
             "the policy has no trainable parameter; add the callback HybridAdapterSetup (a budget of share 1 is full fine-tuning)"
         )
-    built = optimizer(parameter_groups)
+    built = make_optimizer(optimizer, parameter_groups)
     schedule.factor(schedule.warmup_steps, total_steps)  # an impossible combination is said now and not after the warm-up
     scheduler = LambdaLR(built, lambda step: schedule.factor(step, total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+
+def make_optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer of these groups; `MasterWeights` around it where weights are bfloat16."""
+    bfloat16 = any(weight.dtype == torch.bfloat16 for group in groups for weight in group["params"])
+    return MasterWeights(optimizer, groups) if bfloat16 else optimizer(groups)
 
 
 def _check_final_factor(value: float) -> float:

@@ -2,12 +2,13 @@
 
 More tokens at a time than keep the device busy only take memory. What a decoder keeps for the backward pass is, for each token
 and layer, at most about 16 vectors of the hidden size and 5 of the feed-forward layer's (counted on transformers' Llama with LoRA
-on all linear layers: 1.0 MB a token of SmolLM2-135M; `lean_layers` keep 0.54); with gradient checkpointing one of the hidden size,
-and those of one layer.
+on all linear layers: 1.0 MB a token of SmolLM2-135M; `lean_layers` keep 0.54); with gradient checkpointing one of the hidden
+size, and those of one layer.
 """
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from hybrid_lightning.rollout.forward import base_model, recomputes_activations
@@ -19,14 +20,15 @@ _BYTES = 2  # of a number: activations are 16 bits wide under autocast, and floa
 _LEAST = 256
 
 
-def default_token_budget(model: nn.Module) -> int:
-    """Tokens of a pass for this model, where it lies: at least 256, and more the smaller the model is.
+def default_token_budget(model: nn.Module, device: torch.device) -> int:
+    """Tokens of a pass for this model: at least 256, and more the smaller the model is.
 
     Args:
         model: Causal language model, adapted or not.
+        device: That computes; the weights may lie elsewhere.
     """
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return tokens_of_pass(base_model(model).config.get_text_config(), recomputes_activations(model), on_cpu)
+    text = base_model(model).config.get_text_config()
+    return tokens_of_pass(text, recomputes_activations(model), device.type == "cpu")
 
 
 def tokens_of_pass(config: Any, recomputes: bool, on_cpu: bool) -> int:

@@ -77,7 +77,7 @@ class UpdatedModule(EvaluatedModule):
         return join_rows([self.logprobs(sequences.rows(run))[0] for run in runs], sequences.completion_ids.shape[1])
 
     def _token_budget(self) -> int:
-        return self.max_tokens_per_micro_batch or default_token_budget(self.model)
+        return self.max_tokens_per_micro_batch or default_token_budget(self.model, self.device)
 
     def on_train_epoch_start(self) -> None:
         """An epoch begins with an optimizer step, also after one that was cut short within a step."""

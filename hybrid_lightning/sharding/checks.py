@@ -36,10 +36,6 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer],
         )
     if not isinstance(strategy, _OURS):
         return
-    if str(trainer.precision) == "16-mixed":
-        raise ConfigError(
-            f"trainer.precision=16-mixed does not work with {name}, whose ranks would scale their losses apart; use bf16-mixed"
-        )
     for folder in _remote_folders(trainer) if strategy.writes_folders else ():
         raise ConfigError(
             f"checkpoint.dirpath={folder} cannot take sharded checkpoints of {name}, which are put in place by renaming; give a "
@@ -50,10 +46,11 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer],
             "FSDP1Strategy has nothing to split on one device, and torch cannot save what it leaves whole; use "
             "trainer.strategy=auto, more devices, or --config configs/strategy/fsdp2.yaml"
         )
-    if isinstance(strategy, FSDP1Strategy) and dtype != "float32":
+    if isinstance(strategy, FSDP1Strategy) and dtype != "float32" and str(trainer.precision) != "bf16-true":
         raise ConfigError(
-            f"model.dtype={dtype} does not work with FSDP1Strategy: trained weights are float32, and FSDP1 wants one dtype "
-            "in a block; use --config configs/strategy/fsdp2.yaml, or model.dtype=float32"
+            f"model.dtype={dtype} does not work with FSDP1Strategy and trainer.precision={trainer.precision}: trained weights "
+            "are float32, and FSDP1 wants one dtype in a block; use trainer.precision=bf16-true, where all are bfloat16, "
+            "model.dtype=float32, or --config configs/strategy/fsdp2.yaml"
         )
     prompts = getattr(trainer.datamodule, "test_prompts", None) if trainer.state.fn == "predict" else None  # type: ignore[attr-defined]
     if prompts is not None and len(prompts) < trainer.world_size:

@@ -1,7 +1,8 @@
 """`FSDP1Strategy`: weights, gradients and optimizer state split over all ranks, by torch's `FullyShardedDataParallel`.
 
 For clusters that are bound to it. FSDP1 lays all weights of a block into one tensor, which has one dtype and one gradient: the
-frozen weights are float32 and their gradients are computed, too. `FSDP2Strategy` does neither and is the one to choose.
+frozen weights are float32 as the trained ones are, or all are bfloat16 (`bf16-true`), and the gradients of the frozen ones are
+computed, too. `FSDP2Strategy` does neither and is the one to choose.
 """
 
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import (
     ShardedStateDictConfig,
     StateDictType,
 )
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -38,7 +40,7 @@ from hybrid_lightning.sharding.ranks import send_trained_weights
 
 
 class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
-    """Lightning's strategy for FSDP1, which splits the model by its decoder blocks; all weights are float32.
+    """Lightning's strategy for FSDP1, which splits the model by its decoder blocks; all weights have one dtype.
 
     Checkpoints are as those of `FSDP2Strategy`.
 
@@ -162,11 +164,19 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
 
 
 class _Precision(FSDPPrecision):
-    """Lightning's refuses to clip by norm, since it does not know the root, casts on CUDA only, and takes no frozen batch."""
+    """Lightning's refuses to clip by norm, since it does not know the root, casts and scales on CUDA only, and takes no frozen
+    batch.
+    """
 
     def __init__(self, strategy: FSDP1Strategy, precision: Any) -> None:
         super().__init__(precision)
         self.strategy = strategy
+
+    def connect(self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]) -> tuple[Any, Any, Any]:
+        """Scale losses on the device that there is, which is known by now; all ranks leave out a step together."""
+        if self.scaler is not None:
+            self.scaler = ShardedGradScaler(self.strategy.root_device.type)
+        return super().connect(model, optimizers, lr_schedulers)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clip by the norm over all ranks."""
@@ -176,10 +186,14 @@ class _Precision(FSDPPrecision):
         for root in roots:
             root.clip_grad_norm_(clip_val)
 
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Weights have their dtype, and buffers such as the frequencies of positions keep theirs."""
+        return module
+
     def forward_context(self) -> AbstractContextManager:
         """Autocast, where the precision is mixed."""
-        enabled = self.precision == "bf16-mixed"
-        return torch.autocast(self.strategy.root_device.type, dtype=torch.bfloat16, enabled=enabled)
+        dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
+        return torch.autocast(self.strategy.root_device.type, dtype=dtype, enabled=self.precision.endswith("mixed"))
 
     def convert_input(self, data: Any) -> Any:
         """Rollouts are float32 where they are floating-point numbers."""

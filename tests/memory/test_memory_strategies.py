@@ -37,11 +37,28 @@ def test_fsdp_holds_a_share_and_the_whole_of_what_computes():
     assert older.moments["updating"].copies > four.moments["updating"].copies
 
 
+def test_weights_of_one_narrow_dtype_are_half_and_keep_their_lower_halves():
+    wide, narrow = (
+        lora(FSDP1(4), replace(SETTINGS, dtype=dtype, trained_dtype=dtype)).moments["updating"]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert (narrow.weights, narrow.gradients, narrow.copies) == (wide.weights / 2, wide.gradients / 2, wide.copies / 2)
+    assert narrow.optimizer == wide.optimizer * 10 / 8
+    mixed, true = (
+        lora(SingleDevice(), replace(SETTINGS, dtype=torch.bfloat16, trained_dtype=dtype, mixed_precision=mixed))
+        for dtype, mixed in ((torch.float32, True), (torch.bfloat16, False))
+    )
+    states = [sum((m.weights, m.gradients, m.optimizer)) for m in (mixed.moments["updating"], true.moments["updating"])]
+    assert states[0] - states[1] == 2 * true.trainable
+
+
 def test_optimizers_are_asked():
     assert (optimizer_bytes(torch.optim.AdamW).state, optimizer_bytes(torch.optim.AdamW).step) == (8, 4)
     fused = optimizer_bytes(lambda groups: torch.optim.AdamW(groups, fused=True))
     assert (fused.state, fused.step) == (8, 0)
     assert optimizer_bytes(torch.optim.SGD).state == 0
+    halves = optimizer_bytes(torch.optim.AdamW, torch.bfloat16)
+    assert (halves.state, halves.step) == (10, 0)
     assert optimizer_bytes(lambda groups: torch.optim.SGD(groups, momentum=0.9)).state == 4
     with pytest.raises(ConfigError, match=r"model\.optimizer cannot be planned for"):
         optimizer_bytes(lambda groups: torch.optim.LBFGS(groups))
@@ -58,7 +75,7 @@ def test_eight_bits_of_state():
     [
         (DDP(3), {}, "prompts_per_rollout=8 must be a multiple of the 3 devices"),
         (FSDP2(2), {"quantization": "NF4"}, "quantization=NF4 does not work with FSDP2"),
-        (FSDP1(2), {"dtype": torch.bfloat16}, "FSDP1 wants all weights in float32"),
+        (FSDP1(2), {"dtype": torch.bfloat16}, r"FSDP1 wants one dtype, but trained weights are torch\.float32"),
     ],
 )
 def test_what_fit_refuses_is_not_planned(sharding, changes, message):

@@ -95,12 +95,12 @@ def test_what_is_wrong_is_said_in_the_last_line(folder, options, message):
 def test_flags_of_the_trainer(flags, kind, devices):
     found = TrainerFlags.of({"accelerator": "cpu", "precision": "bf16-mixed", **flags})
     assert (type(found.sharding), found.sharding.devices) == (kind, devices)
-    assert found.on_cpu and found.mixed_precision and found.validates and found.accumulate_grad_batches == 1
+    assert found.on_cpu and found.precision == "bf16-mixed" and found.validates and found.accumulate_grad_batches == 1
 
 
 def test_other_flags():
     found = TrainerFlags.of({"accelerator": "cuda", "devices": 1, "limit_val_batches": 0, "accumulate_grad_batches": 3})
-    assert not found.on_cpu and not found.mixed_precision and not found.validates and found.accumulate_grad_batches == 3
+    assert not found.on_cpu and found.precision == "32-true" and not found.validates and found.accumulate_grad_batches == 3
     assert TrainerFlags.of({}).on_cpu is not torch.accelerator.is_available()
     with pytest.raises(ConfigError, match="cannot be planned for"):
         TrainerFlags.of({"strategy": "deepspeed"})

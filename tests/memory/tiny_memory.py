@@ -18,6 +18,7 @@ from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.from_config import load_config
 from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
@@ -68,6 +69,7 @@ class Case:
     keep_start_weights: bool = True
     checkpointing: bool = False
     dtype: str = "float32"
+    precision: str = "32-true"
     optimizer: Any = torch.optim.AdamW
 
     def settings(self, plan: AdapterPlan | None = None) -> RunSettings:
@@ -82,7 +84,8 @@ class Case:
             eval_prompts=self.validation,
             eval_samples=self.eval_samples,
             dtype=getattr(torch, self.dtype),
-            mixed_precision=self.dtype == "bfloat16",
+            trained_dtype=dtype_of_precision(self.precision),
+            mixed_precision=self.precision.endswith("mixed"),
             max_tokens_per_micro_batch=self.max_tokens,
             gradient_checkpointing=self.checkpointing,
             optimizer=self.optimizer,
@@ -116,7 +119,7 @@ class Case:
             probe,
             adapter,
             max_steps=3,
-            precision="bf16-mixed" if self.dtype == "bfloat16" else "32-true",
+            precision=self.precision,
             num_sanity_val_steps=-1,
             val_check_interval=3,  # a validation drops gradients, which the next rollout would else find
             check_val_every_n_epoch=None,

@@ -158,8 +158,8 @@ def test_a_bf16_base_trains_float32_weights_and_begins_on_policy(model, sums, tm
 @pytest.mark.parametrize(
     ("policy", "flags", "message"),
     [
-        ({}, {"precision": "bf16-true"}, r"trainer\.precision=bf16-true would round"),
-        ({}, {"precision": "16-true"}, r"trainer\.precision=16-true would round"),
+        ({}, {"precision": "bf16-true"}, r"trainer\.precision=bf16-true needs model\.dtype=bfloat16"),
+        ({}, {"precision": "16-true"}, r"trainer\.precision=16-true is not supported"),
         ({}, {"precision": "64-true"}, r"trainer\.precision=64-true is not supported: .* use 32-true"),
         ({"dtype": "bfloat16"}, {}, r"model\.dtype=bfloat16 needs trainer\.precision=bf16-mixed"),
         ({}, {"accumulate_grad_batches": 3}, r"16 completions .* cannot be split evenly into 3 micro-batches"),

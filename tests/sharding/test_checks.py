@@ -23,7 +23,9 @@ def test_what_works_is_let_through():
     check(SingleDeviceStrategy("cpu"))
     check(DDPStrategy(), precision="16-mixed")
     check(FSDP2Strategy(), precision="bf16-mixed", dtype="bfloat16")
+    check(FSDP2Strategy(), precision="16-mixed", dtype="float16")
     check(FSDP1Strategy(), precision="bf16-mixed")
+    check(FSDP1Strategy(), precision="bf16-true", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
@@ -36,11 +38,6 @@ def test_one_device_is_refused_where_there_must_be_parts():
     check(FSDP2Strategy(), devices=1)
     with pytest.raises(ConfigError, match=r"FSDP1Strategy has nothing to split on one device.*strategy=auto"):
         check(FSDP1Strategy(), devices=1)
-
-
-def test_float16_is_refused_under_sharding():
-    with pytest.raises(ConfigError, match=r"16-mixed does not work with FSDP2Strategy.*bf16-mixed"):
-        check(FSDP2Strategy(), precision="16-mixed")
 
 
 def test_two_dtypes_are_refused_where_a_block_can_have_one_only():

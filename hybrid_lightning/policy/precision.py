@@ -1,0 +1,96 @@
+"""What `trainer.precision` means for a policy, and what of it works.
+
+| trainer.precision | model.dtype       | trained weights, gradients | products are computed in            |
+|-------------------|-------------------|----------------------------|-------------------------------------|
+| `32-true`         | float32           | float32                    | float32                             |
+| `bf16-mixed`      | float32, bfloat16 | float32                    | bfloat16, by autocast               |
+| `bf16-true`       | bfloat16          | bfloat16                   | bfloat16, without autocast          |
+| `16-mixed`        | float32, float16  | float32                    | float16, by autocast                |
+
+Under `16-mixed` the loss is scaled, so that small gradients do not vanish; where one becomes too large for float16 the step is
+left out, by all processes together. On a CPU Lightning makes `bf16-mixed` of it, and with FSDP2 it takes it as a plugin only:
+
+    --trainer.plugins=lightning.pytorch.plugins.MixedPrecision --trainer.plugins.precision=16-mixed --trainer.plugins.device=cuda
+
+Losses, log-probabilities, scores of attention and the optimizer's moments are float32 under all of them. Under `bf16-true`, too,
+no step is rounded off: see `MasterWeights`. What is lost against `bf16-mixed` is that the gradients of an optimizer step are
+added up in bfloat16, where it is made of several forward and backward passes, and over processes.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from lightning.pytorch.plugins.precision import HalfPrecision, Precision
+from lightning.pytorch.strategies import Strategy
+from torch import nn
+from torch.optim import Optimizer
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.sharding.norms import total_norm
+
+_BFLOAT16 = "bf16-true"
+
+
+class Bfloat16Precision(Precision):
+    """`bf16-true` for a model that is loaded in bfloat16.
+
+    Lightning's own would make every new tensor bfloat16, and turn each batch into it: advantages and log-probabilities, whose
+    differences are what a policy learns from, would be rounded to three digits.
+    """
+
+    precision = "bf16-true"
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """Clip by a norm in float32."""
+        weights = [weight for weight in self.main_params(optimizer) if weight.grad is not None]
+        if weights:
+            norm = total_norm([weight.grad for weight in weights if weight.grad is not None], weights[0].device)
+            torch.nn.utils.clip_grads_with_norm_(weights, clip_val, norm)
+
+
+def use_bfloat16_precision(strategy: Strategy) -> None:
+    """Let a strategy have `Bfloat16Precision` in place of Lightning's own for `bf16-true`."""
+    plugin = strategy.precision_plugin
+    if isinstance(plugin, HalfPrecision) and plugin.precision == _BFLOAT16:
+        strategy.precision_plugin = Bfloat16Precision()
+
+
+def dtype_of_precision(precision: str) -> torch.dtype:
+    """Dtype of the weights that are trained under a precision of the Trainer."""
+    return torch.bfloat16 if precision == _BFLOAT16 else torch.float32
+
+
+def check_precision(precision: str, dtype: str, optimizer: Callable[[Iterable], Optimizer]) -> None:
+    """Check precision, dtype and optimizer together.
+
+    Args:
+        precision: Of the Trainer.
+        dtype: Of the model as loaded.
+        optimizer: Called with parameter groups.
+
+    Raises:
+        ConfigError: If they do not work together.
+    """
+    if precision == "16-true":
+        raise ConfigError(
+            "trainer.precision=16-true is not supported: small gradients vanish in float16; use 16-mixed, which scales the loss, "
+            "or bf16-true"
+        )
+    if precision not in ("32-true", _BFLOAT16) and not precision.endswith("-mixed"):
+        raise ConfigError(
+            f"trainer.precision={precision} is not supported: rollouts and losses are float32; use 32-true or bf16-mixed"
+        )
+    if precision == _BFLOAT16 and dtype != "bfloat16":
+        raise ConfigError(f"trainer.precision=bf16-true needs model.dtype=bfloat16, got model.dtype={dtype}; or use bf16-mixed")
+    if dtype != "float32" and precision == "32-true":
+        raise ConfigError(
+            f"model.dtype={dtype} needs trainer.precision=bf16-mixed (trained weights are float32) or bf16-true (all weights are "
+            f"bfloat16), got trainer.precision={precision}"
+        )
+    if precision == "16-mixed":
+        built = optimizer([{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0, "name": "check"}])
+        if getattr(built, "_step_supports_amp_scaling", False):
+            raise ConfigError(
+                "model.optimizer.fused=true does not work with trainer.precision=16-mixed: it takes the scale from gradients in "
+                "its step, after they have been clipped; set it to false, or use bf16-mixed"
+            )

@@ -1,0 +1,211 @@
+"""`bf16-true`: all weights are bfloat16, and training is that of float32 weights under autocast."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins.precision import HalfPrecision
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+from transformers import AutoModelForCausalLM
+from wide_models import write_wide_model
+
+from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
+from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.precision import Bfloat16Precision, check_precision, use_bfloat16_precision
+from hybrid_lightning.types import Prompt
+
+IDS = torch.tensor([[4, 5, 13, 6, 16]])
+TRUE = "bf16-true"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("precision") / "model")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("precision") / "sums.jsonl", 16)
+
+
+class Log(Callback):
+    """Metrics and dtypes of every micro-batch."""
+
+    def __init__(self):
+        self.metrics, self.dtypes = [], set()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        given = (batch.advantages, batch.old_logprobs, batch.ref_logprobs, outputs["loss"])
+        self.dtypes |= {tensor.dtype for tensor in given if tensor is not None} | {torch.get_default_dtype()}
+
+
+def run(model, sums, root, precision=TRUE, policy=None, adapter=None, **flags):
+    log = Log()
+    arguments = {"dtype": "bfloat16", "loss": GSPOLoss(kl_coef=0.01), "minibatches_per_rollout": 2, **(policy or {})}
+    flags = {"max_steps": 6, "precision": precision, **flags}
+    return fit(model, sums, root, log, build_adapter(**(adapter or {})), policy=arguments, **flags), log
+
+
+def trained(module):
+    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "policy"),
+    [
+        ({}, {}),
+        ({"share": 1.0}, {}),
+        ({"share": 0.0}, {"gradient_checkpointing": True}),
+        ({"keep_start_weights": False}, {"loss": GSPOLoss(), "optimizer": partial(torch.optim.AdamW, fused=True)}),
+    ],
+    ids=["hybrid", "full", "lora", "freed start weights"],
+)
+def test_with_one_pass_a_step_it_is_the_mixed_run_bit_for_bit(model, sums, tmp_path, adapter, policy):
+    mixed, before = run(model, sums, tmp_path / "mixed", "bf16-mixed", policy, adapter)
+    module, log = run(model, sums, tmp_path / "true", TRUE, policy, adapter)
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+    assert log.dtypes == {torch.float32}, "neither batches nor new tensors are rounded"
+    for name, weight in trained(mixed).items():
+        assert weight.dtype == torch.float32 and torch.equal(weight.bfloat16(), trained(module)[name]), name
+    # Norms of gradients come from torch's own function there, and from float32 sums of bfloat16 here: the same to rounding.
+    for mine, theirs in zip(log.metrics, before.metrics, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    assert log.metrics[0]["ratio/max"] == log.metrics[2]["ratio/max"] == 1 != log.metrics[1]["ratio/max"]
+
+
+def masters(module):
+    """The float32 weights of a run under bf16-true."""
+    optimizer = module.optimizers(use_pl_optimizer=False)
+    state = optimizer.state_dict()["state"]
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {names[parameter]: state[number]["master_weight"] for number, parameter in enumerate(parameters)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "flags"),
+    [({"max_tokens_per_micro_batch": 24}, {}), ({}, {"accumulate_grad_batches": 2}), ({}, {"gradient_clip_val": 0.05})],
+    ids=["several passes", "accumulated", "clipped"],
+)
+def test_otherwise_sums_of_gradients_are_rounded_and_no_more(model, sums, tmp_path, policy, flags):
+    policy = {"optimizer": torch.optim.SGD, "lr_full": 0.02, "lr_lora": 0.05, **policy}
+    start, _ = run(model, sums, tmp_path / "start", "bf16-mixed", {**policy, "lr_full": 0.0, "lr_lora": 0.0}, max_steps=1)
+    mixed, _ = run(model, sums, tmp_path / "mixed", "bf16-mixed", policy, max_steps=1, **flags)
+    module, _ = run(model, sums, tmp_path / "true", TRUE, policy, max_steps=1, **flags)
+    found = masters(module)
+    for name, weight in trained(mixed).items():
+        step = weight - trained(start)[name]
+        if step.any():  # LoRA's A begins with a gradient of zero
+            assert 0 < (found[name] - weight).norm() < 0.005 * step.norm(), name
+
+
+def test_it_begins_as_the_base_model_with_dora_too(model, sums, tmp_path):
+    rates = {"lr_full": 0.0, "lr_lora": 0.0}
+    module, log = run(model, sums, tmp_path, policy=rates, adapter={"use_dora": True}, max_steps=1)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        assert torch.equal(module.model.eval()(IDS).logits, base(IDS).logits)
+    assert log.metrics[0]["kl"] == 0
+    _, log = run(model, sums, tmp_path, adapter={"use_dora": True}, max_steps=2)
+    assert log.metrics[1]["kl"] > 0
+
+
+def test_sampling_and_training_agree_as_in_mixed_precision(model, sums, tmp_path):
+    logs = [run(model, sums, tmp_path / name, name, {"lr_lora": 0.02}, max_steps=8)[1] for name in (TRUE, "bf16-mixed")]
+    true, mixed = ([step["sampling/logp_difference/mean"] for step in log.metrics] for log in logs)
+    assert 0 < max(true) < 0.02 and true == pytest.approx(mixed, abs=2e-3)
+
+
+def save(model, sums, root, **options):
+    module, _ = run(model, sums, root, max_steps=4, **options)
+    module.trainer.save_checkpoint(root / "last.ckpt")
+    return module, root / "last.ckpt"
+
+
+def resume(model, sums, root, path, precision):
+    log = Log()
+    torch.manual_seed(12)
+    policy = build_policy(model, dtype="bfloat16", loss=GSPOLoss(kl_coef=0.01), minibatches_per_rollout=2)
+    trainer = build_trainer(root, build_adapter(), log, max_steps=6, precision=precision)
+    trainer.fit(policy, datamodule=build_data(sums), ckpt_path=path)
+    return policy, log
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(model, sums, tmp_path):
+    unstopped, expected = run(model, sums, tmp_path / "whole")
+    _, path = save(model, sums, tmp_path / "part")
+    module, log = resume(model, sums, tmp_path / "rest", path, TRUE)
+    assert [step["loss"] for step in log.metrics] == [step["loss"] for step in expected.metrics[4:]]
+    for name, weight in masters(unstopped).items():
+        assert torch.equal(weight, masters(module)[name]), name
+
+
+def test_a_checkpoint_goes_on_in_its_own_precision(model, sums, tmp_path):
+    _, path = save(model, sums, tmp_path / "true")
+    with pytest.raises(CheckpointError, match=r"trained weights of torch\.bfloat16.*precision=bf16-mixed.*give the precision"):
+        resume(model, sums, tmp_path, path, "bf16-mixed")
+    _, path = save(model, sums, tmp_path / "mixed", precision="bf16-mixed")
+    with pytest.raises(CheckpointError, match=r"trained weights of torch\.float32.*precision=bf16-true"):
+        resume(model, sums, tmp_path, path, TRUE)
+
+
+@pytest.mark.parametrize("precision", [TRUE, "bf16-mixed"])
+def test_a_checkpoint_is_evaluated_in_any_precision_alone_and_exported(model, sums, tmp_path, precision):
+    module, path = save(model, sums, tmp_path / "run")
+    policy = build_policy(model, dtype="bfloat16")
+    data = build_data(sums, test_fraction=0.25)
+    build_trainer(tmp_path, build_adapter(), precision=precision).test(policy, datamodule=data, ckpt_path=path, verbose=False)
+    assert all(torch.equal(weight.bfloat16(), trained(module)[name]) for name, weight in trained(policy).items())
+    alone = PolicyModule.load_from_checkpoint(path)
+    greedy = [policy.generate([Prompt(text="1+2=")], greedy=True) for policy in (alone, module)]
+    assert greedy[0].completions == greedy[1].completions
+    write_policy(policy_of_checkpoint(path), MergedModel("float32"), tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(IDS).logits, alone.model.eval().float()(IDS).logits, atol=1e-5, rtol=0)
+
+
+def test_a_quantized_base(sums, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from hybrid_lightning.policy.quantization import NF4
+
+    wide = write_wide_model(tmp_path / "wide")
+    policy = {"quantization": NF4(), "optimizer": bitsandbytes.optim.AdamW8bit}
+    module, log = run(wide, sums, tmp_path, policy=policy)
+    assert {weight.dtype for weight in trained(module).values()} == {torch.bfloat16}
+    assert log.metrics[0]["ratio/max"] == 1 and log.metrics[0]["kl"] == 0 < log.metrics[1]["kl"]
+
+
+def test_other_precisions_of_a_strategy_stay():
+    class Strategy:
+        precision_plugin = HalfPrecision("16-true")
+
+    use_bfloat16_precision(Strategy)
+    assert Strategy.precision_plugin.precision == "16-true"
+    Strategy.precision_plugin = HalfPrecision("bf16-true")
+    use_bfloat16_precision(Strategy)
+    assert type(Strategy.precision_plugin) is Bfloat16Precision and Strategy.precision_plugin.precision == "bf16-true"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "message"),
+    [
+        ("bf16-true", "float32", r"bf16-true needs model\.dtype=bfloat16, got model\.dtype=float32; or use bf16-mixed"),
+        ("bf16-true", "float16", r"bf16-true needs model\.dtype=bfloat16"),
+        ("16-true", "float16", r"16-true is not supported: small gradients vanish in float16; use 16-mixed"),
+        ("64-true", "float32", r"precision=64-true is not supported"),
+        ("32-true", "bfloat16", r"model\.dtype=bfloat16 needs trainer\.precision=bf16-mixed .* or bf16-true"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(precision, dtype, message):
+    with pytest.raises(ConfigError, match=message):
+        check_precision(precision, dtype, torch.optim.AdamW)
+
+
+def test_what_fits_together():
+    for precision, dtype in (("32-true", "float32"), ("bf16-mixed", "float32"), ("bf16-mixed", "bfloat16"), (TRUE, "bfloat16")):
+        check_precision(precision, dtype, torch.optim.AdamW)

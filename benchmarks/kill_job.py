@@ -14,9 +14,10 @@ from uuid import uuid4
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+STEPS = 16
 SIZES = [
     "--trainer.accelerator=cpu",
-    "--trainer.max_steps=16",
+    f"--trainer.max_steps={STEPS}",
     "--trainer.limit_val_batches=0",
     "--trainer.num_sanity_val_steps=0",
     "--trainer.enable_progress_bar=false",

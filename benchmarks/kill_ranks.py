@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from commands import UsageError, check_at_least, tell
-from kill_job import CASES, LAUNCHERS, ROOT, Job, Moment
+from kill_job import CASES, LAUNCHERS, ROOT, STEPS, Job, Moment
 from kill_report import Outcome, markdown, said, table
 from report import command_line, machine, versions
 from torch import Tensor
@@ -78,27 +78,33 @@ def kill_once(number: int, arguments: argparse.Namespace, whole: dict[str, Undis
     generator = random.Random(f"{arguments.seed} {number}")
     case = list(CASES)[number % len(CASES)]
     launcher = list(LAUNCHERS)[number // len(CASES) % len(LAUNCHERS)]
-    folder = arguments.out / f"{number:02d}"
-    while True:
-        shutil.rmtree(folder, ignore_errors=True)
+    outcome = None
+    while outcome is None:  # where the job was over before, another moment
+        shutil.rmtree(arguments.out / f"{number:02d}", ignore_errors=True)
+        job = Job(CASES[case].command(launcher), arguments.out / f"{number:02d}", arguments.out / f"{number:02d}.log")
         rank = generator.randrange(2)
-        moment = Moment.draw(generator, whole[case].first_write_s, whole[case].end_s)
-        job = Job(CASES[case].command(launcher), folder, arguments.out / f"{number:02d}.log")
-        if moment.wait(job, JOB_LIMIT_S) and job.wait(lambda job=job, rank=rank: job.rank(rank) is not None, JOB_LIMIT_S):
-            break
-        job.end(LIMIT_S)  # it was over before: another moment
+        outcome = kill(job, case, launcher, rank, Moment.draw(generator, whole[case].first_write_s, whole[case].end_s))
+    return resume(outcome, job, whole[case], arguments.out / f"{number:02d}_resumed.log")
+
+
+def kill(job: Job, case: str, launcher: str, rank: int, moment: Moment) -> Outcome | None:
+    """Kill a rank of a job that runs, and wait for its end; None if it had done all its work by then."""
+    if not moment.wait(job, JOB_LIMIT_S) or not job.wait(lambda: job.rank(rank) is not None, JOB_LIMIT_S):
+        job.end(LIMIT_S)
+        return None
     process = job.rank(rank)
     assert process is not None, "it has just been there"
     alone = job.processes().keys() == {process}
     os.kill(process, signal.SIGKILL)
     writing = job.writes()
     seconds = job.end(LIMIT_S)
-    messages, code = said(job.log.read_text()), job.main.returncode
-    outcome = Outcome(case, launcher, rank, str(moment), alone, writing, seconds, code, messages)
-    return resume(outcome, job, launcher, whole[case], arguments.out / f"{number:02d}_resumed.log")
+    code = job.main.returncode
+    if code == 0 and load(job.checkpoints / "last.ckpt")["global_step"] == STEPS:
+        return None
+    return Outcome(case, launcher, rank, str(moment), alone, writing, seconds, code, said(job.log.read_text()))
 
 
-def resume(outcome: Outcome, job: Job, launcher: str, whole: Undisturbed, log: Path) -> Outcome:
+def resume(outcome: Outcome, job: Job, whole: Undisturbed, log: Path) -> Outcome:
     """Load all that is left, and go on from the newest."""
     steps: dict[Path, int] = {}
     for path in sorted(job.checkpoints.glob("*.ckpt")):
@@ -109,12 +115,13 @@ def resume(outcome: Outcome, job: Job, launcher: str, whole: Undisturbed, log: P
     if not steps:
         return outcome.with_left(0)
     newest = max(steps, key=lambda path: (steps[path], path.name))
-    rest = Job(CASES[outcome.case].command(launcher, "--ckpt_path", str(newest.absolute())), job.folder, log)
+    rest = Job(CASES[outcome.case].command(outcome.launcher, "--ckpt_path", str(newest.absolute())), job.folder, log)
     rest.wait(lambda: False, JOB_LIMIT_S)
     rest.end(LIMIT_S)
     if rest.main.returncode:
         return outcome.with_left(len(steps), f"going on from {newest.name} ended with {rest.main.returncode}: {log}")
-    weights = load(job.folder / "runs" / "gspo" / "version_1" / "checkpoints" / "last.ckpt")["state_dict"]
+    final = job.folder / "runs" / "gspo" / "version_1" / "checkpoints" / "last.ckpt"
+    weights = load(final if steps[newest] < STEPS else newest)["state_dict"]  # after the last step nothing is written any more
     assert weights.keys() == whole.weights.keys()
     difference = max(float((weights[name] - value).abs().max()) for name, value in whole.weights.items())
     return outcome.with_left(len(steps), step=steps[newest], difference=difference)

@@ -10,8 +10,8 @@ import sys
 
 # How often a thread looks for work before it sleeps. OpenMP's default of 300,000 times takes the time that working threads need
 # where something else runs on the same cores: a step of the embedded policy beside a busy process took 20 s instead of 0.4. Few
-# are slow on idle cores: SmolLM2-135M generated for 6.5 s with 1,000, for 5.7 with 4,000, for 5.5 with 20,000 and for 5.3 with the
-# default; the embedded policy beside a busy process for 0.25, 0.37 and 1.0.
+# are slow on idle cores: SmolLM2-135M generated for 6.5 s with 1,000, for 5.7 with 4,000, for 5.5 with 20,000 and for 5.3 with
+# the default; the embedded policy beside a busy process for 0.25, 0.37 and 1.0.
 _SPINS = "20000"
 
 # Of glibc's `mallopt`: numbers of its parameters, and values in bytes. Older versions take 32 MiB at most for the second.

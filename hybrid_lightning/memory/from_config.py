@@ -43,7 +43,7 @@ class TrainerFlags:
         on_cpu = kind == "cpu" or (kind == "auto" and not torch.accelerator.is_available())
         devices = _count(flags.get("devices") or "auto", on_cpu) * int(flags.get("num_nodes") or 1)
         return cls(
-            sharding=_sharding(flags.get("strategy") or "auto", devices),
+            sharding=_sharding(flags.get("strategy") or "auto", devices, on_cpu),
             on_cpu=on_cpu,
             precision=str(flags.get("precision") or "32-true"),
             accumulate_grad_batches=int(flags.get("accumulate_grad_batches") or 1),
@@ -151,12 +151,14 @@ def _count(devices: Any, on_cpu: bool) -> int:
     return int(devices)
 
 
-def _sharding(strategy: Any, devices: int) -> Sharding:
+def _sharding(strategy: Any, devices: int, on_cpu: bool) -> Sharding:
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    offload = getattr(strategy, "cpu_offload", False)
+    offload = bool(getattr(offload, "offload_params", offload)) and not on_cpu  # FSDP1's flag is in an object
     if isinstance(strategy, ModelParallelStrategy):
-        return FSDP2(devices)
+        return FSDP2(devices, offload)
     if isinstance(strategy, FSDPStrategy) or name.startswith("fsdp"):
-        return FSDP1(devices)
+        return FSDP1(devices, offload)
     if isinstance(strategy, DDPStrategy) or name.startswith("ddp"):
         return DDP(devices)
     if isinstance(strategy, SingleDeviceStrategy) or name == "auto":

@@ -40,6 +40,7 @@ class MethodMemory:
     parameters: int  # of the base model
     trainable: int
     moments: dict[str, Parts]
+    host: float = 0.0  # bytes in the memory of the host, of what would else be on the device
 
     @property
     def peak_moment(self) -> str:
@@ -119,7 +120,8 @@ class _Run:
         if given is None and budget.needs_scores:
             moments |= self._scoring(sizes)
         moments |= self._updating(sizes)
-        return MethodMemory(name, sizes.parameters, sizes.trainable, moments)
+        host = self.sharding.updating(sizes, self.optimizer.state).host
+        return MethodMemory(name, sizes.parameters, sizes.trainable, moments, host)
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Parts:
         held = self.sharding.generating(sizes, self.optimizer.state)
@@ -151,7 +153,7 @@ class _Run:
             later = _parts(held, self.traces.update(max(others, key=_tokens), sizes.share_full))
             moments["updating"] = max(moments["updating"], later, key=lambda parts: parts.total)
         step = self.optimizer.step * sizes.trainable / (1 if self.sharding.whole_on_every_device else self.sharding.devices)
-        if step and not self.settings.on_cpu:
+        if step and not self.settings.on_cpu and not held.host:
             moments["optimizer step"] = Parts(held.weights, 0, held.gradients, held.optimizer + step)
         return moments
 

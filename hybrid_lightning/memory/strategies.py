@@ -15,6 +15,7 @@ class Held:
     gradients: float
     optimizer: float
     copies: float = 0.0  # of weights or gradients, for a while
+    host: float = 0.0  # of what would be on the device, in the memory of its host
 
 
 class Sharding(ABC):
@@ -69,10 +70,19 @@ class DDP(SingleDevice):
 
 
 class FSDP2(Sharding):
-    """A share of all, and the whole of what is computed with: every weight while generating, two blocks while updating."""
+    """A share of all, and the whole of what is computed with: every weight while generating, two blocks while updating.
+
+    Args:
+        devices: N, over all nodes.
+        cpu_offload: The share lies in the memory of the host, which is another than that of the device.
+    """
 
     name = "FSDP2"
     whole_on_every_device = False
+
+    def __init__(self, devices: int = 1, cpu_offload: bool = False) -> None:
+        super().__init__(devices)
+        self.cpu_offload = cpu_offload
 
     def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
         """See `Sharding`."""
@@ -87,8 +97,12 @@ class FSDP2(Sharding):
         return self._shares(sizes, optimizer, 2 * sizes.block_bytes + sizes.outside_bytes + 2 * sizes.block_gradients)
 
     def _shares(self, sizes: ModelSizes, optimizer: float, whole: float) -> Held:
-        count = self.devices
-        return Held(sizes.weight_bytes / count, sizes.trained_bytes / count, sizes.trainable * optimizer / count, copies=whole)
+        return self._held(sizes.weight_bytes, sizes.trained_bytes, sizes.trainable * optimizer, whole)
+
+    def _held(self, weights: float, gradients: float, optimizer: float, whole: float) -> Held:
+        """What one device has if all have so much together, and the whole of what it computes with."""
+        held = Held(weights / self.devices, gradients / self.devices, optimizer / self.devices, whole)
+        return Held(0, 0, 0, whole, held.weights + held.gradients + held.optimizer) if self.cpu_offload else held
 
 
 class FSDP1(FSDP2):
@@ -102,5 +116,6 @@ class FSDP1(FSDP2):
         return self._shares(sizes, optimizer, whole)
 
     def _shares(self, sizes: ModelSizes, optimizer: float, whole: float) -> Held:
-        held = super()._shares(sizes, optimizer, whole)
-        return Held(held.weights, sizes.weight_bytes / self.devices, held.optimizer, held.copies)
+        # On the host the sums of the trained weights' gradients are kept beside those of a pass.
+        gradients = sizes.weight_bytes + (sizes.trained_bytes if self.cpu_offload else 0)
+        return self._held(sizes.weight_bytes, gradients, sizes.trainable * optimizer, whole)

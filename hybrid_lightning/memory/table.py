@@ -43,7 +43,8 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def title(methods: Sequence[MethodMemory], settings: RunSettings, sharding: Sharding) -> str:
     """What is planned, in one line."""
     where = "CPU" if settings.on_cpu else "accelerator"
-    devices = f"{sharding.name}, {where}" if sharding.devices == 1 else f"{sharding.name} on {sharding.devices} devices, {where}"
+    name = f"{sharding.name} with CPU offload" if any(method.host for method in methods) else sharding.name
+    devices = f"{name}, {where}" if sharding.devices == 1 else f"{name} on {sharding.devices} devices, {where}"
     return f"Memory of each device: {methods[0].parameters:,} parameters, {devices}, prompts of {settings.prompt_tokens} tokens"
 
 
@@ -54,6 +55,9 @@ def notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
         "every row is updated, and of a budget's choices the largest modules are taken: a run takes at most this.",
         "copies: weights gathered from other devices, or packed for decoding on a CPU, and gradients in DDP's buckets.",
     ]
+    if any(method.host for method in methods):
+        hosts = ", ".join(f"{method.method} {size(method.host)}" for method in methods)
+        lines.append(f"Weights, gradients and optimizer state that lie on the host take there, for each device: {hosts}.")
     if settings.on_cpu:
         processes = ", ".join(f"{m.method} {size(process_bytes(m.peak))}" for m in methods)
         lines.append(

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffload,
     FullOptimStateDictConfig,
     FullStateDictConfig,
     FullyShardedDataParallel,
@@ -47,6 +48,8 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
     Args:
         state_dict_type: `full` writes a checkpoint as one file with whole tensors, which are put together on the first process;
             `sharded` as a folder into which each process writes its part.
+        cpu_offload: Keep each device's part of weights, gradients and optimizer state in the memory of the host, as
+            `FSDP2Strategy` does.
         process_group_backend: Such as `nccl` or `gloo`; None chooses by the device.
         timeout: How long a process waits for the others before it gives up.
 
@@ -57,13 +60,26 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
     def __init__(
         self,
         state_dict_type: Literal["full", "sharded"] = "full",
+        cpu_offload: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         if state_dict_type not in ("full", "sharded"):
             raise ConfigError(f"trainer.strategy.state_dict_type must be full or sharded, got {state_dict_type!r}")
-        super().__init__(state_dict_type=state_dict_type, process_group_backend=process_group_backend, timeout=timeout)
+        super().__init__(
+            state_dict_type=state_dict_type,
+            cpu_offload=cpu_offload,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
         self.writes_folders = state_dict_type == "sharded"
+        self._sums: dict[nn.Parameter, Tensor] = {}  # of gradients, where weights are offloaded
+
+    @property
+    def offloads(self) -> bool:
+        """Whether weights lie elsewhere than where they are computed with; for that FSDP1 pins memory, which a CPU cannot."""
+        assert self.cpu_offload is not None
+        return self.cpu_offload.offload_params and self.root_device.type != "cpu"
 
     @property
     def precision_plugin(self) -> FSDPPrecision:
@@ -86,10 +102,33 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
         return FullyShardedDataParallel(
             model,
             auto_wrap_policy=ModuleWrapPolicy(kinds),
+            cpu_offload=CPUOffload(self.offloads),
             device_id=self.root_device,
             device_mesh=init_device_mesh(self.root_device.type, (self.world_size,)),  # parts then say what they are part of
             use_orig_params=True,  # frozen and trained weights in one unit
         )
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *arguments: Any, **options: Any) -> Tensor:
+        """Run a backward pass, after which gradients are those of all passes since the last optimizer step.
+
+        With weights on the host FSDP1 has those of the last pass alone, as its documentation says: it cannot add on the device to
+        what lies on the host.
+        """
+        loss = super().backward(closure_loss, optimizer, *arguments, **options)
+        module = self.lightning_module
+        assert module is not None
+        for weight in module.parameters() if self.offloads else ():
+            if weight.grad is not None:
+                earlier = self._sums.get(weight)
+                self._sums[weight] = weight.grad.clone() if earlier is None else earlier.add_(weight.grad)
+                weight.grad.copy_(self._sums[weight])
+        return loss
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **options: Any) -> Any:
+        """Make a step, after which gradients begin anew."""
+        result = super().optimizer_step(optimizer, closure, model, **options)
+        self._sums = {}
+        return result
 
     # ---- checkpoints
 

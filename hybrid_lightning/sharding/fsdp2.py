@@ -9,10 +9,12 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sharding.blocks import decoder_blocks
 from hybrid_lightning.sharding.checkpoints import SplitCheckpoints
 from hybrid_lightning.sharding.forward import is_sharded
@@ -29,6 +31,8 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
     Args:
         save_distributed_checkpoint: A checkpoint is a folder into which each process writes its part, instead of one file with
             whole tensors, which are put together on the first.
+        cpu_offload: Keep each device's part of weights, gradients and optimizer state in the memory of the host. Weights are
+            copied to the device a block at a time, gradients back, and the host makes the optimizer's step.
         process_group_backend: Such as `nccl` or `gloo`; None chooses by the device.
         timeout: How long a process waits for the others before it gives up.
     """
@@ -36,6 +40,7 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
     def __init__(
         self,
         save_distributed_checkpoint: bool = False,
+        cpu_offload: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -46,11 +51,45 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
             timeout=timeout,
         )
         self.writes_folders = save_distributed_checkpoint
+        self.cpu_offload = cpu_offload
+
+    @property
+    def offloads(self) -> bool:
+        """Whether weights lie elsewhere than where they are computed with."""
+        return self.cpu_offload and self.root_device.type != "cpu"
 
     def setup_environment(self) -> None:
         """Join the other processes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def _setup_distributed(self) -> None:
+        super()._setup_distributed()
+        group = torch.distributed.group.WORLD
+        if self.offloads and group is not None:
+            # A group that is bound to a device is split into groups for that device alone (or, before torch 2.9, not at all).
+            group.bound_device_id = None
+
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        if not self.offloads or "cpu:" in backend:
+            return backend
+        if self._process_group_backend is not None:
+            raise ConfigError(
+                f"trainer.strategy.process_group_backend={backend} does not work with cpu_offload, where norms of gradients and "
+                f"checkpoints are gathered on the CPU; give cpu:gloo,{self.root_device.type}:{backend}, or null"
+            )
+        return f"cpu:gloo,{self.root_device.type}:{backend}"
+
+    def model_to_device(self) -> None:
+        """Move what is not split, such as metrics, and leave the parts on the host."""
+        assert self.model is not None
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        for module in self.model.modules():
+            if isinstance(module, Metric):
+                module.to(self.root_device)
 
     def shard(self, model: nn.Module) -> nn.Module:
         """Split a model that every rank has in full; one that is split already stays as it is."""
@@ -58,9 +97,11 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
             return model
         mesh = self.device_mesh["data_parallel"]
         send_trained_weights(model, self.root_device)
+        # Memory is pinned for an accelerator.
+        policy = CPUOffloadPolicy(pin_memory=self.offloads) if self.cpu_offload else OffloadPolicy()
         for block in decoder_blocks(model):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, offload_policy=policy)
+        fully_shard(model, mesh=mesh, offload_policy=policy)
         return model
 
     # ---- checkpoints

@@ -22,7 +22,12 @@ def test_it_goes_over_every_config(config, strategy, here, monkeypatch):  # noqa
     parsed = parse(["fit", "--config", str(config), "--config", str(strategy), *nodes], monkeypatch)
     named = yaml.safe_load(strategy.read_text())["trainer"]["strategy"]
     found = parsed.trainer.strategy
-    assert found == named if isinstance(named, str) else found.class_path == named["class_path"]
+    if isinstance(named, str):
+        assert found == named
+    else:
+        given = named.get("init_args", {})
+        assert found.class_path == named["class_path"]
+        assert {name: found.init_args[name] for name in given} == given
     assert str(parsed.trainer.devices) == "8" and parsed.trainer.num_nodes == 4
     assert parsed.trainer.max_steps == yaml.safe_load(config.read_text())["trainer"]["max_steps"]
 

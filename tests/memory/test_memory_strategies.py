@@ -37,6 +37,19 @@ def test_fsdp_holds_a_share_and_the_whole_of_what_computes():
     assert older.moments["updating"].copies > four.moments["updating"].copies
 
 
+@pytest.mark.parametrize("kind", [FSDP2, FSDP1])
+def test_what_is_offloaded_is_not_on_the_device(kind):
+    plain, offloaded = lora(kind(4)), lora(kind(4, cpu_offload=True))
+    assert plain.host == 0 and "optimizer step" not in offloaded.moments
+    for moment in ("generating", "updating"):
+        one, other = plain.moments[moment], offloaded.moments[moment]
+        assert other.weights == other.gradients == other.optimizer == 0
+        assert (other.copies, other.activations, other.cache) == (one.copies, one.activations, one.cache)
+    held = plain.moments["updating"]
+    sums = plain.trainable if kind is FSDP1 else 0  # of gradients, which FSDP1 does not add there
+    assert offloaded.host == held.weights + held.gradients + held.optimizer + sums
+
+
 def test_weights_of_one_narrow_dtype_are_half_and_keep_their_lower_halves():
     wide, narrow = (
         lora(FSDP1(4), replace(SETTINGS, dtype=dtype, trained_dtype=dtype)).moments["updating"]

@@ -1,6 +1,7 @@
 """`python -m hybrid_lightning plan`."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,16 @@ def test_devices_that_are_not_here(folder):
     result = run(folder, "plan", "--config", "t.yaml", *strategy, *FLAGS, "--prompt_tokens=50", "--model.dtype=bfloat16")
     assert result.code == 0, result.err
     assert "FSDP2 on 4 devices, accelerator, prompts of 50 tokens" in result.out and "A process is larger" not in result.out
+    assert "on the host" not in result.out
+
+
+def test_parts_on_the_host(folder):
+    strategy = ["--config", STRATEGIES / "fsdp2_cpu_offload.yaml"]
+    result = run(folder, "plan", "--config", "t.yaml", *strategy, *FLAGS, "--prompt_tokens=50", "--model.dtype=bfloat16")
+    assert result.code == 0, result.err
+    assert "FSDP2 with CPU offload on 4 devices" in result.out
+    assert re.search(r"lie on the host take there, for each device: FFT [\d.]+ MiB, LoRA [\d.]+ MiB, hybrid", result.out)
+    assert cells(result)["LoRA"][1] == "-" == cells(result)["LoRA"][4], "neither weights nor optimizer state of its own"
 
 
 def test_a_plan_that_is_there_is_planned_for(folder, tmp_path):
@@ -90,12 +101,21 @@ def test_what_is_wrong_is_said_in_the_last_line(folder, options, message):
         ({"devices": [0, 2], "strategy": "fsdp"}, FSDP1, 2),
         ({"devices": "1,3,5", "strategy": FSDP2Strategy()}, FSDP2, 3),
         ({"devices": 2, "strategy": FSDP1Strategy()}, FSDP1, 2),
+        ({"devices": 2, "strategy": FSDP2Strategy(cpu_offload=True)}, FSDP2, 2),
     ],
 )
 def test_flags_of_the_trainer(flags, kind, devices):
     found = TrainerFlags.of({"accelerator": "cpu", "precision": "bf16-mixed", **flags})
     assert (type(found.sharding), found.sharding.devices) == (kind, devices)
     assert found.on_cpu and found.precision == "bf16-mixed" and found.validates and found.accumulate_grad_batches == 1
+
+
+@pytest.mark.parametrize("strategy", [FSDP1Strategy, FSDP2Strategy])
+def test_only_another_memory_than_the_hosts_is_offloaded(strategy):
+    for accelerator, offloads in (("cpu", False), ("cuda", True)):
+        found = TrainerFlags.of({"accelerator": accelerator, "devices": 2, "strategy": strategy(cpu_offload=True)})
+        assert found.sharding.cpu_offload is offloads
+        assert not TrainerFlags.of({"accelerator": accelerator, "devices": 2, "strategy": strategy()}).sharding.cpu_offload
 
 
 def test_other_flags():

@@ -4,6 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from cli_runs import run as command
+from cli_runs import write_folder
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
@@ -97,3 +99,11 @@ def test_a_resumed_run_goes_on_with_its_scale(model, sums, tmp_path):
 def test_a_fused_optimizer_is_refused(model, sums, tmp_path):
     with pytest.raises(ConfigError, match=r"fused=true does not work with trainer\.precision=16-mixed"):
         run(model, sums, tmp_path, policy={"optimizer": partial(torch.optim.AdamW, fused=True)})
+
+
+def test_the_command_line_takes_the_plugin(tmp_path):
+    plugins = "--trainer.plugins=lightning.pytorch.plugins.MixedPrecision"
+    options = [plugins, "--trainer.plugins.precision=16-mixed", "--trainer.plugins.device=cpu", "--trainer.max_steps=1"]
+    for folder in write_folder(tmp_path):
+        result = command(folder, "fit", "--config", "t.yaml", *options)
+        assert result.code == 0, result.err

@@ -1,0 +1,144 @@
+"""Parts of the model on the host: the same run, and what a device that is not the host asks for besides."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from ranks_of_tests import run
+from runs_of_tests import ByPrompt, train, train_each
+from test_equal_to_one_process import ADAM
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDataParallel
+from torchmetrics import MeanMetric
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+
+# Several passes a micro-batch and several micro-batches a step: gradients add up on the host.
+POLICY = {**ADAM, "loss": GRPOLoss(kl_coef=0.02), "sampler": ByPrompt(12), "max_tokens_per_micro_batch": 24}
+ARGUMENTS = {"policy": {**POLICY, "epochs_per_rollout": 2}, "accumulate_grad_batches": 2, "max_steps": 4}
+
+
+class FSDP1OnTheHost(FSDP1Strategy):
+    """Lets torch's FSDP1 offload where the device is the host, which has neither pinned memory nor streams to wait for, and do
+    with gradients what it does on a device: those of a pass take the place of those that are there.
+    """
+
+    offloads = True
+
+    def shard(self, model):
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor
+        torch.cpu.Stream.synchronize = lambda stream: None
+        sharded = super().shard(model)
+        units = [unit for unit in sharded.modules() if isinstance(unit, FullyShardedDataParallel)]
+        assert units and all(unit.cpu_offload.offload_params for unit in units)
+        return sharded
+
+    def backward(self, *arguments, **options):
+        for weight in self.lightning_module.parameters():
+            weight.grad = None
+        return super().backward(*arguments, **options)
+
+
+def fsdp2():
+    return FSDP2Strategy(cpu_offload=True)
+
+
+def fsdp1():
+    return FSDP1OnTheHost(cpu_offload=True)
+
+
+OFFLOADING = {"fsdp2": fsdp2, "fsdp1": fsdp1}
+
+
+class Policies(Callback):
+    """Makes sure that FSDP2 offloads at all."""
+
+    def on_train_start(self, trainer, pl_module):
+        parts = [module for module in pl_module.modules() if isinstance(module, FSDPModule)]
+        groups = [group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            assert groups and all(type(group.offload_policy) is CPUOffloadPolicy for group in groups)
+
+
+@pytest.fixture(scope="module")
+def single(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("offload")
+    jobs = {"run": ARGUMENTS}
+    return run(1, root / "process", train_each, jobs=jobs, folder=folder, root=root)[0]["run"]
+
+
+@pytest.mark.parametrize("strategy", OFFLOADING)
+def test_it_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(folder, tmp_path, single, strategy):
+    part = {**ARGUMENTS, "max_steps": 2, "save": tmp_path / "part.ckpt"}
+    jobs = {"run": ARGUMENTS, "part": part, "rest": {**ARGUMENTS, "ckpt_path": tmp_path / "part.ckpt"}}
+    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": OFFLOADING[strategy], "devices": 2}
+    for found in run(2, tmp_path / "ranks", train_each, jobs=jobs, callbacks=(Policies(),), timeout_s=120, **arguments):
+        for name in ("run", "rest"):
+            assert found[name]["plan"] == single["plan"]
+            steps = single["steps"][-len(found[name]["steps"]) :]
+            assert len(steps) == (4 if name == "run" else 2)
+            for one, other in zip(found[name]["steps"], steps, strict=True):
+                assert one == pytest.approx(other, abs=1e-5, rel=1e-5), name
+            torch.testing.assert_close(found[name]["weights"], single["weights"], atol=1e-5, rtol=0)
+            assert found[name]["validation"] == pytest.approx(single["validation"], abs=1e-6)
+
+
+def train_narrow(**arguments):
+    fused = partial(torch.optim.AdamW, eps=1e-3, fused=True)  # which is what makes the host's step fast
+    policy = {**ADAM, "optimizer": fused, "dtype": "bfloat16"}
+    return [
+        train(strategy=make, policy=policy, precision="bf16-true", max_steps=3, **arguments)["weights"]
+        for make in (FSDP2Strategy, fsdp2)
+    ]
+
+
+def test_weights_of_sixteen_bits_are_offloaded_too(folder, tmp_path):
+    for plain, offloaded in run(2, tmp_path / "ranks", train_narrow, folder=folder, root=tmp_path / "run", devices=2):
+        assert all(torch.equal(weight, offloaded[name]) for name, weight in plain.items())
+
+
+def on(kind, strategy, backend=None):
+    """A strategy as on the first device of a kind that is not here."""
+    made = strategy(cpu_offload=True, process_group_backend=backend)
+    made.parallel_devices = [torch.device(kind, 0) if kind != "cpu" else torch.device("cpu")]
+    made.cluster_environment = SimpleNamespace(local_rank=lambda: 0)
+    return made
+
+
+def test_collectives_are_there_for_the_host_and_the_device():
+    assert on("cuda", FSDP2Strategy)._get_process_group_backend() == "cpu:gloo,cuda:nccl"
+    assert on("cuda", FSDP2Strategy, "cuda:nccl,cpu:mpi")._get_process_group_backend() == "cuda:nccl,cpu:mpi"
+    assert on("cpu", FSDP2Strategy)._get_process_group_backend() == "gloo"
+    assert FSDP2Strategy.offloads.fget(on("cuda", FSDP2Strategy)) and not on("cpu", FSDP2Strategy).offloads
+    # FSDP1 gathers on the device alone.
+    assert on("cuda", FSDP1Strategy)._get_process_group_backend() == "nccl"
+    assert on("cuda", FSDP1Strategy).offloads and not on("cpu", FSDP1Strategy).offloads
+
+
+def test_collectives_for_the_device_alone_are_refused():
+    with pytest.raises(ConfigError, match=r"process_group_backend=nccl does not work with cpu_offload.*give cpu:gloo,cuda:nccl"):
+        on("cuda", FSDP2Strategy, "nccl")._get_process_group_backend()
+
+
+def test_the_group_is_bound_to_no_device(monkeypatch):
+    group = SimpleNamespace(bound_device_id=torch.device("cuda", 0))
+    monkeypatch.setattr(ModelParallelStrategy, "_setup_distributed", lambda strategy: None)
+    monkeypatch.setattr(torch.distributed, "group", SimpleNamespace(WORLD=group))
+    on("cpu", FSDP2Strategy)._setup_distributed()
+    assert group.bound_device_id is not None
+    on("cuda", FSDP2Strategy)._setup_distributed()
+    assert group.bound_device_id is None
+
+
+def test_only_what_is_not_split_moves_to_the_device():
+    strategy = on("meta", FSDP2Strategy)
+    strategy.model = nn.ModuleDict({"linear": nn.Linear(2, 2), "metric": MeanMetric()})
+    strategy.model_to_device()
+    assert strategy.model["linear"].weight.device.type == "cpu"
+    assert strategy.model["metric"].device.type == "meta"

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from hybrid_lightning.errors import ConfigError
+
 MASTER = "master_weight"  # its name in saved states
 _LOW = "low_bits"  # and that of its lower half in memory
 # Numbers that are joined at a time: what a step needs beside the state is 64 MiB for each copy, or one module's.
@@ -56,6 +58,9 @@ class MasterWeights(Optimizer):
 
         Args:
             closure: Computes the gradients and returns the loss.
+
+        Raises:
+            ConfigError: If the optimizer does not take each parameter for itself.
         """
         loss = None
         if closure is not None:
@@ -65,7 +70,16 @@ class MasterWeights(Optimizer):
             inner.update({name: value for name, value in mine.items() if name != "params"})
         for chunk in self._chunks():
             self._step(chunk)
+            self._check_groups()
         return loss
+
+    def _check_groups(self) -> None:
+        for mine, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            if mine.keys() != inner.keys() or any(inner[name] is not mine[name] for name in mine.keys() - {"params"}):
+                raise ConfigError(
+                    f"model.optimizer={type(self._inner).__name__} keeps a state of whole groups, which would be changed by each "
+                    "part of a step under trainer.precision=bf16-true; use torch.optim.AdamW, or bf16-mixed"
+                )
 
     def _step(self, chunk: list[tuple[int, nn.Parameter]]) -> None:
         """A step of some weights, each given with the number of its group."""

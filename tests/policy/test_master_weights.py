@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hybrid_lightning.policy.master_weights as module
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.master_weights import MASTER, MasterWeights
 from hybrid_lightning.policy.optim import make_optimizer
 
@@ -124,6 +125,21 @@ def test_a_weight_without_gradient_is_left_alone():
     loss = optimizer.step(lambda: 0.25)
     assert loss == 0.25 and torch.equal(parameters[1], before) and parameters[1] not in optimizer.state
     assert optimizer.state_dict()["state"].keys() == {0, 2}
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a count that all of a group share."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+
+
+def test_an_optimizer_with_a_state_of_groups_is_refused_at_the_first_step():
+    optimizer, parameters = build(Counting, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"optimizer=Counting keeps a state of whole groups.*use torch\.optim\.AdamW"):
+        steps(optimizer, parameters, 1)
 
 
 def kept(optimizer):

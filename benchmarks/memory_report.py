@@ -95,7 +95,7 @@ def section(name: str, run: dict[str, Any]) -> str:
 
 def qwen3_table(lines: list[dict[str, Any]]) -> str:
     """A line for each model, strategy and method."""
-    header = ["model", "GPUs", "method", "trainable", "weights", "copies", "gradients", "optimizer"]
+    header = ["model", "GPUs", "method", "trainable", "weights", "copies", "packed", "gradients", "optimizer"]
     header += ["activations", "KV cache", "logits", "together", "while", "fits"]
     cells = []
     for line in lines:

@@ -31,7 +31,7 @@ def compared(run: dict[str, Any]) -> dict[str, tuple[float, float]]:
         measured["updating"]["tensors"] - _persistent(run),
     )
     pairs["tensors"] = (
-        max(planned[name]["total"] - planned[name]["copies"] for name in moments),
+        max(planned[name]["total"] - planned[name]["packed"] for name in moments),
         max(measured[name]["tensors"] for name in moments),
     )
     pairs["process"] = (run["planned_process"], run["process"])

@@ -19,7 +19,7 @@ from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import RunSettings, SingleDevice, plan_memory
 from hybrid_lightning.memory.from_config import load_config
-from hybrid_lightning.memory.process import process_bytes
+from hybrid_lightning.memory.process import START
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.sampler import Sampler
@@ -123,7 +123,7 @@ def plan(workload: Workload, folder: str, method: str, prompt_tokens: int) -> di
     )
     (found,) = [planned for planned in plan_memory(settings, SingleDevice()) if planned.method == method]
     moments = {name: {**asdict(parts), "total": parts.total} for name, parts in found.moments.items()}
-    return {"planned": moments, "planned_process": process_bytes(found.peak), "planned_trainable": found.trainable}
+    return {"planned": moments, "planned_process": START + found.process, "planned_trainable": found.trainable}
 
 
 def main() -> None:

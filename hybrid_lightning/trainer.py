@@ -18,7 +18,7 @@ from hybrid_lightning.export.new_folder import check_target
 from hybrid_lightning.export.write import write_policy
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
-from hybrid_lightning.memory.table import notes, rich_table
+from hybrid_lightning.memory.table import notes, rich_table, title
 
 
 class Trainer(LightningTrainer):
@@ -108,5 +108,6 @@ class Trainer(LightningTrainer):
             raise ConfigError("plan needs the callback HybridAdapterSetup among trainer.callbacks")
         settings = run_settings(model, adapters[0], datamodule, flags, prompt_tokens)
         methods = plan_memory(settings, flags.sharding)
-        console().print(rich_table(methods, settings, flags.sharding))
+        console().print(title(methods, settings, flags.sharding), soft_wrap=True)
+        console().print(rich_table(methods))
         console().print(notes(methods, settings), soft_wrap=True)

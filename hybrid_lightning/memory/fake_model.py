@@ -98,8 +98,8 @@ class FakeModel:
                 hook.remove()
 
     def autocast(self) -> torch.autocast:
-        """As the Trainer's precision."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.mixed_precision)
+        """As the Trainer's precision, by which no cast weight is kept for its next use."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.mixed_precision, cache_enabled=False)
 
     def _fake_weights(self) -> None:
         made: dict[nn.Parameter, nn.Parameter] = {}  # two modules may share a weight

@@ -1,6 +1,6 @@
 """The moments of a run at which it takes most, for full fine-tuning, LoRA and hybrid."""
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
@@ -8,6 +8,7 @@ from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.optimizer_state import OptimizerBytes, optimizer_bytes
 from hybrid_lightning.memory.passes import Traced, Traces, passes_of_scoring, passes_of_step
+from hybrid_lightning.memory.process import Growth, growth
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import FLOAT32, ModelSizes, measure, meta_model, plan_of_budget
 from hybrid_lightning.memory.strategies import FSDP1, Held, Sharding
@@ -41,6 +42,7 @@ class MethodMemory:
     trainable: int
     moments: dict[str, Parts]
     host: float = 0.0  # bytes in the memory of the host, of what would else be on the device
+    growth: Growth | None = None  # of the process, beside its tensors, on a CPU
 
     @property
     def peak_moment(self) -> str:
@@ -51,6 +53,12 @@ class MethodMemory:
     def peak(self) -> float:
         """Bytes of the largest moment."""
         return self.moments[self.peak_moment].total
+
+    @property
+    def process(self) -> float:
+        """Bytes by which a process on a CPU grows: its tensors and what comes with them."""
+        assert self.growth is not None, "only on a CPU do tensors lie in the memory of the process"
+        return self.peak + sum(asdict(self.growth).values())
 
     @property
     def largest(self) -> Parts:
@@ -120,8 +128,21 @@ class _Run:
         if given is None and budget.needs_scores:
             moments |= self._scoring(sizes)
         moments |= self._updating(sizes)
-        host = self.sharding.updating(sizes, self.optimizer.state).host
-        return MethodMemory(name, sizes.parameters, sizes.trainable, moments, host)
+        host = self.sharding.forward(sizes, self.optimizer.state).host
+        found = MethodMemory(name, sizes.parameters, sizes.trainable, moments, host)
+        return replace(found, growth=self._growth(found, sizes)) if settings.on_cpu else found
+
+    def _growth(self, found: MethodMemory, sizes: ModelSizes) -> Growth:
+        batches = set(self.generated.values())
+        if "validating" in self.generated:
+            batches.add((self.settings.eval_prompts, 1))  # the greedy completions
+        if "calibrating" in found.moments:
+            batches.add((self._calibration_prompts, self.settings.samples_per_prompt))
+        return growth(self.settings, sizes, found.peak, batches, not self.sharding.whole_on_every_device)
+
+    @property
+    def _calibration_prompts(self) -> int:
+        return self.settings.calibration_prompts or self.settings.prompts_per_rollout
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Parts:
         held = self.sharding.generating(sizes, self.optimizer.state)
@@ -131,31 +152,44 @@ class _Run:
         """The first device has the base model as it is loaded, in one piece, and nothing else."""
         settings = self.settings
         base = sizes.parameters * settings.dtype.itemsize
-        prompts = settings.calibration_prompts or settings.prompts_per_rollout
+        prompts = self._calibration_prompts
         generated = self.traces.decoding(prompts, settings.samples_per_prompt, None)
         longest = max(passes_of_scoring(settings, prompts), key=_tokens)
-        traced = self.traces.update(longest, None)
         # The sums of gradients are kept in the memory of the host.
         sums = settings.scoring_copies * FLOAT32 * sizes.candidates if settings.on_cpu else 0
+        held = Held(base, sums, 0)
         return {
             "calibrating": _parts(Held(base, 0, 0), generated),
-            "scoring": _parts(Held(base, sums, 0), traced),
+            "scoring": _largest((held, held, held), self.traces.update(longest, None)),
         }
 
     def _updating(self, sizes: ModelSizes) -> dict[str, Parts]:
-        """The first pass of a step has no gradients beside it, unless there is but one: then the last step's are still there."""
-        held = self.sharding.updating(sizes, self.optimizer.state)
+        """Gradients of the last step are there until a pass of the next goes backward, or its second pass begins."""
+        sharding, state = self.sharding, self.optimizer.state
+        begin, forward, backward = (way(sizes, state) for way in (sharding.begin, sharding.forward, sharding.backward))
         first, *others = self.passes
-        has_gradients = not others or self.settings.accumulate_grad_batches > 1
-        before = held if has_gradients else Held(held.weights, 0, held.optimizer, held.copies)
-        moments = {"updating": _parts(before, self.traces.update(first, sizes.share_full))}
+        cleared = [replace(held, gradients=0) for held in (begin, forward, backward)]
+        if self.settings.accumulate_grad_batches > 1:
+            ways = (begin, forward, backward)
+        else:
+            ways = (cleared[0], cleared[1], cleared[2]) if others else (begin, forward, cleared[2])
+        parts = [_largest(ways, self.traces.update(first, sizes.share_full))]
         if others:
-            later = _parts(held, self.traces.update(max(others, key=_tokens), sizes.share_full))
-            moments["updating"] = max(moments["updating"], later, key=lambda parts: parts.total)
+            longest = self.traces.update(max(others, key=_tokens), sizes.share_full)
+            parts.append(_largest((begin, forward, backward), longest))
+        moments = {"updating": max(parts, key=lambda each: each.total)}
         step = self.optimizer.step * sizes.trainable / (1 if self.sharding.whole_on_every_device else self.sharding.devices)
-        if step and not self.settings.on_cpu and not held.host:
-            moments["optimizer step"] = Parts(held.weights, 0, held.gradients, held.optimizer + step)
+        if step and not self.settings.on_cpu and not forward.host:
+            moments["optimizer step"] = Parts(forward.weights, gradients=forward.gradients, optimizer=forward.optimizer + step)
         return moments
+
+
+def _largest(ways: tuple[Held, Held, Held], traced: Traced) -> Parts:
+    """The largest of the beginning of a forward pass, the pass, and its backward pass."""
+    begin, forward, backward = ways
+    nothing = replace(traced, activations=0.0, logits=0.0)
+    moments = [_parts(begin, nothing), _parts(forward, traced), _parts(backward, replace(nothing, activations=traced.backward))]
+    return max(moments, key=lambda parts: parts.total)
 
 
 def _parts(held: Held, traced: Traced) -> Parts:

@@ -27,6 +27,7 @@ class Traced:
 
     activations: float
     logits: float
+    backward: float = 0.0  # all that the backward pass holds at its peak
     cache: float = 0.0  # keys and values
     packed: float = 0.0  # copies of weights in the order or dtype in which products read them
 
@@ -115,9 +116,8 @@ def _update(fake: FakeModel, rows: Sequences) -> Traced:
         with_logits = live.peak
         live.restart_peak()
         loss.backward()  # type: ignore[no-untyped-call]
-        peak = max(before, with_logits, live.peak)
     logits = with_logits - kept
-    return Traced(activations=peak - logits, logits=logits)
+    return Traced(activations=max(before, with_logits) - logits, logits=logits, backward=live.peak)
 
 
 def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:

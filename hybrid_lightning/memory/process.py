@@ -1,16 +1,65 @@
-"""How much larger than its tensors a process on a CPU is.
+"""How much a process on a CPU grows by a model and its training: by tensors and by what comes with them.
 
-Measured by `benchmarks/memory.py` on Linux with glibc, torch 2.13 for CPUs and transformers 5.24; see results/memory_plan.md.
+The level is that of a process which has imported everything and loaded no model. What comes with tensors was measured on Linux
+with glibc, torch 2.13 for CPUs and transformers 5.24: by `benchmarks/memory.py`, and by glibc's own account (`mallinfo2`).
+
+- libraries: pages of their files that are touched only now, and Python's objects for the model;
+- oneDNN compiles a product anew for each size of its matrices, and keeps 1,024 of them. In float32 only LoRA's go that way, in 16
+  bits all do. What multiplies by the keys of a completion does so at another size for each token. Rows that end one after
+  another, which a plan does not know, make more sizes and less of all else;
+- the allocator: memory between tensors that live on, in which no other finds room;
+- gloo gathers weights into memory of its own before they are copied, which is then such a gap, as the next are of other sizes.
 """
 
-PROCESS_BYTES = 530 * 2**20  # Python, libraries and what they load on the way
-ALLOCATOR_SHARE = 0.2  # of the tensors at their peak: freed pieces that malloc keeps, and oneDNN's code and scratch memory
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.memory.sizes import ModelSizes
+
+_MIB = 2**20
+START = 440 * _MIB  # Python and libraries before a model is loaded
+_LIBRARIES = 37 * _MIB
+_LAYER = 0.8 * _MIB  # Python's objects for a decoder layer
+_KERNEL = 0.53 * _MIB  # a compiled product
+_MOST_KERNELS = 1024
+_KERNELS = {"float32": (19, 68), "16 bits": (53, 98)}  # sizes of products, without LoRA and with it
+GAPS = 0.13  # of the tensors that the allocator has placed
+_GATHERED = 2  # times what is outside of blocks, which is gathered at once
 
 
-def process_bytes(tensors: float) -> float:
-    """Resident bytes of a process at its peak.
+@dataclass(frozen=True)
+class Growth:
+    """Bytes that come with the tensors of a process."""
+
+    libraries: float
+    kernels: float
+    gaps: float
+    mapped: float  # weights that no tensor holds any more, in the file that is mapped for others
+
+
+def growth(settings: RunSettings, sizes: ModelSizes, peak: float, batches: Collection[tuple[int, int]], split: bool) -> Growth:
+    """What comes with the tensors.
 
     Args:
-        tensors: Bytes of them at their peak.
+        settings: Of the run.
+        sizes: Of the model.
+        peak: Bytes of tensors at their peak.
+        batches: Prompts and completions of each that are sampled together.
+        split: Whether weights are split over processes; else they stay in the file that they are read from.
     """
-    return PROCESS_BYTES + (1 + ALLOCATOR_SHARE) * tensors
+    narrow = settings.mixed_precision or settings.dtype != torch.float32
+    kernels = _KERNELS["16 bits" if narrow else "float32"][sizes.share_full < 1]
+    if narrow:
+        kernels += settings.completion_tokens * len(set(batches))
+    base = sizes.parameters * settings.dtype.itemsize
+    in_file = 0 if split or settings.quantization is not None else min(base, sizes.frozen_bytes)
+    freed = 0 if split or settings.quantization is not None or settings.dtype == settings.trained_dtype else base - in_file
+    return Growth(
+        libraries=_LIBRARIES + _LAYER * settings.layers,
+        kernels=_KERNEL * min(kernels, _MOST_KERNELS),
+        gaps=GAPS * (peak - in_file) + (_GATHERED * sizes.outside_bytes if split else 0),
+        mapped=freed,
+    )

@@ -40,9 +40,17 @@ class Sharding(ABC):
             optimizer: Bytes of state for each trained number.
         """
 
+    def begin(self, sizes: ModelSizes, optimizer: float) -> Held:
+        """As a forward pass that trains begins, when it has computed nothing yet."""
+        return self.forward(sizes, optimizer)
+
     @abstractmethod
-    def updating(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """In forward and backward passes, with all gradients there."""
+    def forward(self, sizes: ModelSizes, optimizer: float) -> Held:
+        """At the end of a forward pass that trains, with all gradients of earlier ones."""
+
+    def backward(self, sizes: ModelSizes, optimizer: float) -> Held:
+        """In a backward pass."""
+        return self.forward(sizes, optimizer)
 
 
 class SingleDevice(Sharding):
@@ -54,7 +62,7 @@ class SingleDevice(Sharding):
         """See `Sharding`."""
         return Held(sizes.weight_bytes, sizes.trained_bytes, sizes.trainable * optimizer)
 
-    def updating(self, sizes: ModelSizes, optimizer: float) -> Held:
+    def forward(self, sizes: ModelSizes, optimizer: float) -> Held:
         """See `Sharding`."""
         return self.generating(sizes, optimizer)
 
@@ -70,7 +78,7 @@ class DDP(SingleDevice):
 
 
 class FSDP2(Sharding):
-    """A share of all, and the whole of what is computed with: every weight while generating, two blocks while updating.
+    """A share of all, and the whole of what is computed with: every weight while generating, one or two blocks while updating.
 
     Args:
         devices: N, over all nodes.
@@ -85,16 +93,24 @@ class FSDP2(Sharding):
         self.cpu_offload = cpu_offload
 
     def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`."""
-        return self._shares(sizes, optimizer, sizes.weight_bytes)
+        """See `Sharding`. What is outside of blocks is there twice: torch keeps what it received beside what it made of it."""
+        return self._shares(sizes, optimizer, sizes.weight_bytes + sizes.outside_bytes)
 
-    def updating(self, sizes: ModelSizes, optimizer: float) -> Held:
+    def begin(self, sizes: ModelSizes, optimizer: float) -> Held:
+        """See `Sharding`. The first block comes while what is outside of blocks is there twice."""
+        return self._shares(sizes, optimizer, 2 * (sizes.outside_bytes + sizes.block_bytes))
+
+    def forward(self, sizes: ModelSizes, optimizer: float) -> Held:
+        """See `Sharding`. What is outside of blocks is there, and the last block as it was received."""
+        return self._shares(sizes, optimizer, sizes.outside_bytes + sizes.block_bytes)
+
+    def backward(self, sizes: ModelSizes, optimizer: float) -> Held:
         """See `Sharding`.
 
-        Beside the block that computes, the next one is gathered, and what is outside of blocks; a block's gradients are whole
-        until they are summed and given to their devices.
+        Beside the block that computes, the next one is gathered; a block's gradients are whole until they are summed and given to
+        their devices.
         """
-        return self._shares(sizes, optimizer, 2 * sizes.block_bytes + sizes.outside_bytes + 2 * sizes.block_gradients)
+        return self._shares(sizes, optimizer, sizes.outside_bytes + 2 * sizes.block_bytes + 2 * sizes.block_gradients)
 
     def _shares(self, sizes: ModelSizes, optimizer: float, whole: float) -> Held:
         return self._held(sizes.weight_bytes, sizes.trained_bytes, sizes.trainable * optimizer, whole)
@@ -106,16 +122,24 @@ class FSDP2(Sharding):
 
 
 class FSDP1(FSDP2):
-    """As FSDP2, but all weights have one dtype, and frozen ones have gradients of zero."""
+    """As FSDP2, but all weights have one dtype, and frozen ones in blocks have gradients of zero."""
 
     name = "FSDP1"
 
-    def updating(self, sizes: ModelSizes, optimizer: float) -> Held:
+    def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
         """See `Sharding`."""
-        whole = 2 * sizes.block_bytes + sizes.outside_bytes + 2 * sizes.trained_width * sizes.block_parameters
+        return self._shares(sizes, optimizer, sizes.weight_bytes)
+
+    def begin(self, sizes: ModelSizes, optimizer: float) -> Held:
+        """See `Sharding`."""
+        return self.forward(sizes, optimizer)
+
+    def backward(self, sizes: ModelSizes, optimizer: float) -> Held:
+        """See `Sharding`."""
+        whole = sizes.outside_bytes + 2 * sizes.block_bytes + 2 * sizes.trained_width * sizes.block_parameters
         return self._shares(sizes, optimizer, whole)
 
     def _shares(self, sizes: ModelSizes, optimizer: float, whole: float) -> Held:
-        # On the host the sums of the trained weights' gradients are kept beside those of a pass.
-        gradients = sizes.weight_bytes + (sizes.trained_bytes if self.cpu_offload else 0)
+        # Outside of blocks nothing is trained. On the host the sums of the trained weights' gradients are beside those of a pass.
+        gradients = sizes.weight_bytes - sizes.outside_bytes + (sizes.trained_bytes if self.cpu_offload else 0)
         return self._held(sizes.weight_bytes, gradients, sizes.trainable * optimizer, whole)

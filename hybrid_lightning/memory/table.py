@@ -1,43 +1,36 @@
-"""Planned memory as a table: for the screen (rich) and for Markdown files."""
+"""Planned memory as a table, a column for each method."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from hybrid_lightning.memory.moments import MethodMemory, Parts
-from hybrid_lightning.memory.process import ALLOCATOR_SHARE, PROCESS_BYTES, process_bytes
+from hybrid_lightning.memory.moments import MethodMemory
+from hybrid_lightning.memory.process import START
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import Sharding
 
-_COLUMNS = (
-    "method",
-    "trainable",
-    "weights",
-    "copies",
-    "gradients",
-    "optimizer",
-    "activations",
-    "KV cache",
-    "logits",
-    "together",
-    "while",
-)
+# Of `Parts`, with what they are called.
+_PARTS = {
+    "weights": ("weights",),
+    "copies": ("copies", "packed"),
+    "gradients": ("gradients",),
+    "optimizer": ("optimizer",),
+    "activations": ("activations",),
+    "KV cache": ("cache",),
+    "logits": ("logits",),
+}
 
 
-def rich_table(methods: Sequence[MethodMemory], settings: RunSettings, sharding: Sharding) -> Table:
-    """One line a method."""
-    table = Table(title=title(methods, settings, sharding), title_justify="left")
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column in ("method", "while") else "right")
-    for cells in rows(methods):
-        table.add_row(*cells)
+def rich_table(methods: Sequence[MethodMemory]) -> Table:
+    """For the screen."""
+    table = Table("")
+    for method in methods:
+        table.add_column(method.method, justify="right")
+    for group in (parts(methods), moments(methods), totals(methods)):
+        for name, cells in group:
+            table.add_row(name, *cells)
+        table.add_section()
     return table
-
-
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table; all columns but the first are numbers."""
-    marks = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, marks, *lines]) + "\n"
 
 
 def title(methods: Sequence[MethodMemory], settings: RunSettings, sharding: Sharding) -> str:
@@ -48,33 +41,49 @@ def title(methods: Sequence[MethodMemory], settings: RunSettings, sharding: Shar
     return f"Memory of each device: {methods[0].parameters:,} parameters, {devices}, prompts of {settings.prompt_tokens} tokens"
 
 
+def parts(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
+    """What is trained, and the largest that each part becomes."""
+    yield "trained numbers", [f"{method.trainable:,}" for method in methods]
+    for name, fields in _PARTS.items():
+        yield name, [size(sum(getattr(method.largest, field) for field in fields)) for method in methods]
+
+
+def moments(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
+    """What is there together in each moment."""
+    names = {name: None for method in methods for name in method.moments}
+    for name in names:
+        yield name, [size(method.moments[name].total) if name in method.moments else "-" for method in methods]
+
+
+def totals(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
+    """The most that is there together; on a CPU also by how much the process grows."""
+    yield "tensors together", [size(method.peak) for method in methods]
+    if all(method.growth is not None for method in methods):
+        yield "growth of the process", [size(method.process) for method in methods]
+
+
 def notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
     """What the numbers mean, and what they leave out."""
     lines = [
-        "Each part is the largest that it becomes; together is the most that is there at one time. Completions have full length, "
-        "every row is updated, and of a budget's choices the largest modules are taken: a run takes at most this.",
+        "First the largest that each part becomes, then what is there together in each moment, last the most of it. Completions "
+        "have full length, every row is updated, and of a budget's choices the largest modules are taken: a run's tensors "
+        "take at most this.",
         "copies: weights gathered from other devices, or packed for decoding on a CPU, and gradients in DDP's buckets.",
     ]
     if any(method.host for method in methods):
         hosts = ", ".join(f"{method.method} {size(method.host)}" for method in methods)
         lines.append(f"Weights, gradients and optimizer state that lie on the host take there, for each device: {hosts}.")
-    if settings.on_cpu:
-        processes = ", ".join(f"{m.method} {size(process_bytes(m.peak))}" for m in methods)
+    if methods[0].growth is not None:
         lines.append(
-            f"A process is larger than its tensors, by Python and libraries ({size(PROCESS_BYTES)}) and what the allocator keeps "
-            f"for itself ({ALLOCATOR_SHARE:.0%} of tensors): {processes}."
+            "tensors together leaves out torch, Python and all libraries. growth of the process has in it what comes with "
+            "tensors: by so much its resident memory at the peak exceeds what it was before the model was loaded. That was about "
+            f"{size(START)}, Python and libraries, where this was measured; each process takes both."
         )
     else:
-        lines.append("The accelerator's own context, about 0.5 GiB, and what its allocator keeps for itself are not in it.")
+        lines.append(
+            "Not in it: the accelerator's context and torch's code there, about 0.5 GiB, and what the allocator keeps for itself."
+        )
     return "\n".join(lines)
-
-
-def rows(methods: Sequence[MethodMemory]) -> list[list[str]]:
-    """The cells of each method: the largest value of each part, and what is there together at the largest moment."""
-    return [
-        [m.method, f"{m.trainable:,}", *(size(value) for value in _parts(m.largest)), size(m.peak), m.peak_moment]
-        for m in methods
-    ]
 
 
 def size(count: float) -> str:
@@ -87,8 +96,3 @@ def size(count: float) -> str:
     if count <= 0:
         return "-"
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
-
-
-def _parts(parts: Parts) -> list[float]:
-    copies = parts.copies + parts.packed
-    return [parts.weights, copies, parts.gradients, parts.optimizer, parts.activations, parts.cache, parts.logits]

@@ -1,14 +1,17 @@
 """What each of several devices holds, and what an optimizer keeps."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny_memory import Case
 
+from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory import DDP, FSDP1, FSDP2, SingleDevice, plan_memory
 from hybrid_lightning.memory.optimizer_state import optimizer_bytes
+from hybrid_lightning.memory.sizes import measure, meta_model, plan_of_budget
 from hybrid_lightning.policy.quantization import NF4
 
 SETTINGS = replace(Case(prompts=8, validation=0).settings(), on_cpu=False)
@@ -22,19 +25,36 @@ def test_ddp_holds_all_and_the_gradients_once_more():
     one, two = lora(SingleDevice()), lora(DDP(2))
     for moment in ("generating", "updating"):
         assert two.moments[moment].weights == one.moments[moment].weights
-        assert two.moments[moment].copies == one.moments[moment].gradients == 4 * one.trainable
+        assert two.moments[moment].copies == 4 * one.trainable
+        assert one.moments[moment].copies == 0
     assert two.moments["generating"].cache == one.moments["generating"].cache / 2, "prompts are dealt"
 
 
 def test_fsdp_holds_a_share_and_the_whole_of_what_computes():
     one, four = lora(SingleDevice()), lora(FSDP2(4))
     for name in ("weights", "gradients", "optimizer"):
-        assert getattr(four.moments["updating"], name) == getattr(one.moments["updating"], name) / 4
-    assert four.moments["generating"].copies == one.moments["generating"].weights
+        assert getattr(four.moments["generating"], name) == getattr(one.moments["generating"], name) / 4 > 0
+    config, whole = SETTINGS.config, one.moments["generating"].weights
+    outside = 4 * (2 * config.vocab_size + 1) * config.hidden_size  # embeddings, output layer and the last norm
+    assert four.moments["generating"].copies == whole + outside
     assert 0 < four.moments["updating"].copies < four.moments["generating"].copies
     older = lora(FSDP1(4))
-    assert older.moments["updating"].gradients == one.moments["updating"].weights / 4, "frozen weights have gradients, too"
-    assert older.moments["updating"].copies > four.moments["updating"].copies
+    assert older.moments["generating"].gradients == (whole - outside) / 4, "frozen weights of blocks have gradients, too"
+    assert older.moments["generating"].copies == whole
+
+
+def test_where_memory_is_largest_within_a_pass_of_fsdp2():
+    """At its beginning, where what is outside of blocks is wide and little is computed; at its end; or where it goes backward."""
+    config = copy.deepcopy(SETTINGS.config)
+    config.vocab_size = 100_000
+    few = replace(SETTINGS, config=config, completion_tokens=2, samples_per_prompt=1, prompts_per_rollout=2)
+    sizes = measure(few, plan_of_budget(find_candidates(meta_model(config, few.dtype)), few.budget, few.lora))
+    begin, forward, backward = (way(sizes, 8.0) for way in (FSDP2(2).begin, FSDP2(2).forward, FSDP2(2).backward))
+    assert begin.copies == 2 * (sizes.outside_bytes + sizes.block_bytes) and forward.copies == begin.copies / 2
+    assert backward.copies - forward.copies == sizes.block_bytes + 2 * sizes.block_gradients
+    assert lora(FSDP2(2), few).moments["updating"].copies == pytest.approx(begin.copies, rel=0.05)
+    narrow = lora(FSDP2(2)).moments["updating"].copies
+    assert backward.copies - sizes.outside_bytes < narrow < 1.1 * (backward.copies - sizes.outside_bytes)
 
 
 @pytest.mark.parametrize("kind", [FSDP2, FSDP1])
@@ -45,14 +65,14 @@ def test_what_is_offloaded_is_not_on_the_device(kind):
         one, other = plain.moments[moment], offloaded.moments[moment]
         assert other.weights == other.gradients == other.optimizer == 0
         assert (other.copies, other.activations, other.cache) == (one.copies, one.activations, one.cache)
-    held = plain.moments["updating"]
+    held = plain.moments["generating"]
     sums = plain.trainable if kind is FSDP1 else 0  # of gradients, which FSDP1 does not add there
     assert offloaded.host == held.weights + held.gradients + held.optimizer + sums
 
 
 def test_weights_of_one_narrow_dtype_are_half_and_keep_their_lower_halves():
     wide, narrow = (
-        lora(FSDP1(4), replace(SETTINGS, dtype=dtype, trained_dtype=dtype)).moments["updating"]
+        lora(FSDP1(4), replace(SETTINGS, dtype=dtype, trained_dtype=dtype)).moments["generating"]
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert (narrow.weights, narrow.gradients, narrow.copies) == (wide.weights / 2, wide.gradients / 2, wide.copies / 2)
@@ -61,7 +81,7 @@ def test_weights_of_one_narrow_dtype_are_half_and_keep_their_lower_halves():
         lora(SingleDevice(), replace(SETTINGS, dtype=torch.bfloat16, trained_dtype=dtype, mixed_precision=mixed))
         for dtype, mixed in ((torch.float32, True), (torch.bfloat16, False))
     )
-    states = [sum((m.weights, m.gradients, m.optimizer)) for m in (mixed.moments["updating"], true.moments["updating"])]
+    states = [sum((m.weights, m.gradients, m.optimizer)) for m in (mixed.moments["generating"], true.moments["generating"])]
     assert states[0] - states[1] == 2 * true.trainable
 
 

@@ -1,7 +1,7 @@
 """Compares planned with measured memory, and plans that of Qwen3: `python benchmarks/memory.py`.
 
-Trains the embedded policy and SmolLM2 by each method in a process of its own, and writes all numbers as JSON and the tables as
-Markdown. benchmarks/README.md says what the numbers mean.
+Trains models of several kinds and sizes by each method in processes of their own, and writes all numbers as JSON and the tables
+as Markdown. benchmarks/README.md says what the numbers mean.
 """
 
 import argparse
@@ -10,29 +10,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from commands import UsageError, check_at_least, check_common_options, tell
-from memory_report import METHODS, markdown, worst
-from pairs import HERE, BenchmarkError, Plan, environment, last_line, prepare
+from memory_cases import CASES, MODELS, MemoryCase
+from memory_report import markdown, summarize, worst
+from pairs import HERE, BenchmarkError, environment, last_line
 from report import command_line, machine, versions
-from workloads import SMOLLM2, WORKLOADS, Workload
-
-# Completions of full length, which is what is planned for.
-MEASURED = {
-    "embedded": replace(WORKLOADS["tiny"], name="embedded", mean_tokens=20),
-    "SmolLM2-135M": replace(WORKLOADS["main"], name="smollm2"),
-}
+from workloads import SMOLLM2
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="memory.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--models", nargs="+", choices=MEASURED, default=list(MEASURED), help="to measure (default: both)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="to measure (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="of each process (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
     parser.add_argument("--out", type=Path, default=Path("runs/memory"), help="folder of results and logs (default: %(default)s)")
     return parser.parse_args(arguments)
 
@@ -49,54 +44,62 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure and plan, and write the JSON."""
+    """Plan and measure, and write the JSON."""
     logs = arguments.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    plan = Plan(0, "cpu", arguments.threads, arguments.seed, (), logs)
     about = {"command": command_line(), "machine": machine(), "versions": versions(), "threads": arguments.threads}
-    runs: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="memory_") as root:
-        for name in arguments.models:
-            workload = MEASURED[name]
-            tell(f"{name}: preparing model and prompts")
-            (folder,) = prepare([workload], Path(root), plan)
-            runs[name] = {"settings": asdict(workload), "methods": {}}
-            for method in METHODS:
-                tell(f"{name}: training by {method}")
-                runs[name]["methods"][method] = measure(workload, folder, method, plan)
+    cases = [case for case in CASES if case.model in arguments.models]
+    results = []
+    with tempfile.TemporaryDirectory(prefix="memory_") as place:
+        root = Path(place)
+        for number, case in enumerate(cases, start=1):
+            tell(f"{number} of {len(cases)}: {case.model}, {case.name}")
+            found = compare(case, root, logs / f"{number}", arguments)
+            results.append({"case": asdict(case), "name": case.name, **found, **summarize(found)})
     tell("planning Qwen3")
-    qwen3 = answer([sys.executable, str(HERE / "plan_qwen3.py")], logs / "qwen3.log", plan)
-    result = {**about, "runs": runs, "qwen3": qwen3}
+    lines = start([HERE / "plan_qwen3.py", "--json"], logs / "qwen3.log", arguments.threads)
+    result = {**about, "cases": results, "qwen3": json.loads(lines.splitlines()[-1])}
     (arguments.out / "memory.json").write_text(json.dumps(result, indent=1))
     return result
 
 
-def measure(workload: Workload, folder: Path, method: str, plan: Plan) -> dict[str, Any]:
-    """One method of one model, in a process of its own."""
-    request = {"workload": asdict(workload), "folder": str(folder), "method": method, "threads": plan.threads}
-    log = plan.logs / f"{workload.name}_{method.split()[0]}.log"
-    found: dict[str, Any] = answer([sys.executable, str(HERE / "run_memory.py"), json.dumps(request)], log, plan)
+def compare(case: MemoryCase, root: Path, log: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Plan a case, count its tensors, and look at its process: of each, what every rank has found."""
+    request = {"cases": [asdict(case)], "root": str(root), "seed": arguments.seed}
+    start([HERE / "memory_models.py", json.dumps(request)], log.with_suffix(".model.log"), arguments.threads)
+    found = {}
+    for what in ("plan", "tensors", "process"):
+        with tempfile.TemporaryDirectory(prefix="memory_") as out:
+            job = {
+                "case": asdict(case),
+                "folder": str(root / case.folder),
+                "threads": arguments.threads,
+                "what": what,
+                "out": out,
+            }
+            start([HERE / "run_memory.py", json.dumps(job)], log.with_suffix(f".{what}.log"), arguments.threads)
+            found[what] = [json.loads(file.read_text()) for file in sorted(Path(out).iterdir())]
     return found
 
 
-def answer(command: list[str], log: Path, plan: Plan) -> Any:
-    """The last line that a worker prints.
+def start(command: Sequence[str | Path], log: Path, threads: int) -> str:
+    """What a worker prints.
 
     Raises:
         BenchmarkError: If it fails.
     """
     with log.open("w") as errors:
         done = subprocess.run(
-            command,
+            [sys.executable, *map(str, command)],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**environment(plan.threads), "HF_HUB_OFFLINE": "1"},
+            env={**environment(threads), "HF_HUB_OFFLINE": "1"},
             check=False,
         )
     if done.returncode != 0:
-        raise BenchmarkError(f"{Path(command[1]).name} failed: {last_line(log)} (its output is in {log})")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise BenchmarkError(f"{Path(command[0]).name} failed: {last_line(log)} (its output is in {log})")
+    return done.stdout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = markdown(result)
     (parsed.out / "memory_plan.md").write_text(text)
     print(text)
-    print(f"Furthest from what was measured: {worst(result['runs']):.0%}")
+    for name, share in worst(result["cases"]).items():
+        print(f"{name}: planned at most {share:.0%} beside what was measured")
     print(f"Written: {parsed.out / 'memory.json'}, {parsed.out / 'memory_plan.md'}")
     return 0
 

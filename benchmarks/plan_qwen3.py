@@ -1,10 +1,15 @@
-"""Worker: plans the memory of GSPO with Qwen3-0.6B, 8B and 32B on 1 and 8 GPUs, by their configs alone, and prints it as JSON."""
+"""Plans the memory of GSPO with Qwen3-0.6B, 8B and 32B on 1 and 8 GPUs, by their configs alone.
 
+`python benchmarks/plan_qwen3.py` prints two tables in Markdown, in half a minute; with `--json` it prints the numbers.
+"""
+
+import argparse
 import json
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from qwen3_report import long_table, short_table
 from transformers import Qwen3Config
 
 from hybrid_lightning.adapters.lora import LoraSettings
@@ -75,5 +80,14 @@ def plan(name: str, sharding: Sharding) -> list[dict[str, Any]]:
     ]
 
 
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="plan_qwen3.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in one line")
+    given = parser.parse_args()
+    lines = [line for name in SIZES for sharding in (SingleDevice(), FSDP2(8)) for line in plan(name, sharding)]
+    print(json.dumps(lines) if given.json else f"{short_table(lines)}\n\n{long_table(lines)}")
+
+
 if __name__ == "__main__":
-    print(json.dumps([line for name in SIZES for sharding in (SingleDevice(), FSDP2(8)) for line in plan(name, sharding)]))
+    main()

@@ -1,43 +1,56 @@
-"""Worker: trains by one method, measures what that holds, plans the same as `plan` would, and prints both as JSON."""
+"""Worker: trains a case and measures what that holds, or plans the same as `plan` would; writes what it finds as JSON.
+
+Of several ranks each writes its own. Tensors are counted in one run and the process is looked at in another, since counting takes
+memory, too.
+"""
+
+from hybrid_lightning.process import prepare_process
+
+prepare_process()  # as `python -m hybrid_lightning` does
 
 import json
+import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from memory_probe import MemoryProbe
-from reward import hashed_reward
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from memory_cases import SHARES, MemoryCase
+from memory_probe import MemoryProbe, process_bytes
 from torch.utils.data import DataLoader
-from workloads import Workload
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora import LoraSettings
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.memory import RunSettings, SingleDevice, plan_memory
+from hybrid_lightning.memory import DDP, FSDP1, FSDP2, RunSettings, Sharding, SingleDevice, plan_memory
 from hybrid_lightning.memory.from_config import load_config
-from hybrid_lightning.memory.process import START
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.trainer import Trainer
 from hybrid_lightning.types import Prompt
 
-SHARES = {"FFT": 1.0, "LoRA": 0.0, "hybrid 10%": 0.1}
-STEPS = 3
+ROLLOUTS = 2
+_STRATEGIES = {"ddp": DDPStrategy, "fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}
+_SHARDINGS: dict[str, type[Sharding]] = {"ddp": DDP, "fsdp2": FSDP2, "fsdp1": FSDP1}
 
 
-class HashedReward(RewardFunction):
+class AllDifferent(RewardFunction):
     """Every completion earns something else, so that every row is updated."""
 
     measures_correctness = False
 
     def __call__(self, completions: Any, prompts: Any) -> list[float]:
         """Args: texts of the completions, and the prompt of each."""
-        return [value + 1e-3 * index for index, value in enumerate(hashed_reward(completions))]
+        return [number / len(completions) for number in range(len(completions))]
 
 
 class Prompts(LightningDataModule):
@@ -58,81 +71,93 @@ class Prompts(LightningDataModule):
         return DataLoader(self.train_prompts[: self.validated], batch_size=self.validated, collate_fn=list)  # type: ignore[arg-type]
 
 
-def measure(workload: Workload, folder: str, method: str) -> dict[str, Any]:
+def measure(case: MemoryCase, folder: Path, counted: bool) -> dict[str, Any]:
     """Train a few steps, with everything that a run does before them."""
-    with open(f"{folder}/prompts.json", encoding="utf-8") as file:
-        prompts: list[str] = json.load(file)
-    mixed = workload.dtype == "bfloat16"
+    prompts: list[str] = json.loads((folder / f"prompts_{case.prompt_tokens}.json").read_text())
+    before = process_bytes()[0]
     policy = PolicyModule(
-        loss=GRPOLoss(),
-        reward=HashedReward(),
-        model=folder,
-        dtype=workload.dtype,
-        sampler=Sampler(max_new_tokens=workload.max_new_tokens),
-        prompts_per_rollout=workload.prompts,
-        samples_per_prompt=workload.samples,
-        minibatches_per_rollout=workload.minibatches,
-        eval_samples=workload.samples,
+        loss=GRPOLoss(kl_coef=case.kl_coef),
+        reward=AllDifferent(),
+        model=str(folder),
+        dtype=case.dtype,
+        sampler=Sampler(max_new_tokens=case.new_tokens),
+        prompts_per_rollout=case.prompts,
+        samples_per_prompt=case.samples,
+        minibatches_per_rollout=case.minibatches,
+        max_tokens_per_micro_batch=case.max_tokens,
+        gradient_checkpointing=case.checkpointing,
+        eval_samples=case.samples,
     )
+    policy.stop_ids = [10**9]  # no such token: nothing ends
     probe = MemoryProbe()
-    adapter = HybridAdapterSetup(budget=ModuleBudget(SHARES[method]), rank=workload.rank, alpha=workload.alpha)
+    budget = ModuleBudget(SHARES[case.method])
+    adapter = HybridAdapterSetup(budget=budget, rank=case.rank, alpha=2 * case.rank, keep_start_weights=case.keep_start_weights)
     with tempfile.TemporaryDirectory() as root:
         trainer = Trainer(
             accelerator="cpu",
-            devices=1,
-            precision="bf16-mixed" if mixed else "32-true",
-            max_steps=STEPS,
+            devices=case.ranks,
+            strategy=strategy(case),
+            precision=case.precision,  # type: ignore[arg-type]
+            max_steps=ROLLOUTS * case.minibatches,
             gradient_clip_val=1.0,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            num_sanity_val_steps=-1,
-            val_check_interval=STEPS,
-            check_val_every_n_epoch=None,
+            num_sanity_val_steps=-1 if case.validates else 0,
+            limit_val_batches=1.0 if case.validates else 0,
+            val_check_interval=ROLLOUTS * case.minibatches if case.validates else None,
+            check_val_every_n_epoch=None if case.validates else 1,
             default_root_dir=root,
             callbacks=[probe, adapter],
         )
-        with probe.measuring():
-            trainer.fit(policy, datamodule=Prompts(prompts, workload.prompts))
+        with probe.measuring() if counted else nullcontext():
+            trainer.fit(policy, datamodule=Prompts(prompts, case.prompts))
     assert policy.plan is not None
-    lengths = {len(policy.encode(Prompt(text=text))) for text in prompts}
-    return {
-        "measured": probe.moments,
-        "process": max(moment["process"] for moment in probe.moments.values()),
-        "imported": probe.imported,
-        "trainable": policy.plan.trainable_parameters(),
-        "prompt_tokens": max(lengths),
-    }
+    peak = max(moment["process"] for moment in probe.moments.values())
+    found = {"before": before, "growth": peak - before, "trainable": policy.plan.trainable_parameters()}
+    return {"moments": probe.moments, **found}
 
 
-def plan(workload: Workload, folder: str, method: str, prompt_tokens: int) -> dict[str, Any]:
+def strategy(case: MemoryCase) -> Strategy | str:
+    """Lightning's, or this project's."""
+    return "auto" if case.strategy is None else _STRATEGIES[case.strategy](process_group_backend="gloo")
+
+
+def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
     """The same run, planned."""
+    share = SHARES[case.method]
     settings = RunSettings(
-        config=load_config(folder),
-        prompt_tokens=prompt_tokens,
-        completion_tokens=workload.max_new_tokens,
-        prompts_per_rollout=workload.prompts,
-        samples_per_prompt=workload.samples,
-        micro_batches=workload.minibatches,
-        eval_prompts=workload.prompts,
-        eval_samples=workload.samples,
-        dtype=getattr(torch, workload.dtype),
-        mixed_precision=workload.dtype == "bfloat16",
-        lora=LoraSettings(workload.rank, workload.alpha),
+        config=load_config(str(folder)),
+        prompt_tokens=case.prompt_tokens,
+        completion_tokens=case.new_tokens,
+        prompts_per_rollout=case.prompts,
+        samples_per_prompt=case.samples,
+        micro_batches=case.minibatches,
+        eval_prompts=case.prompts if case.validates else 0,
+        eval_samples=case.samples,
+        dtype=getattr(torch, case.dtype),
+        mixed_precision=case.precision == "bf16-mixed",
+        max_tokens_per_micro_batch=case.max_tokens,
+        gradient_checkpointing=case.checkpointing,
+        budget=ModuleBudget(share),
+        lora=LoraSettings(case.rank, 2 * case.rank),
+        keep_start_weights=case.keep_start_weights,
     )
-    (found,) = [planned for planned in plan_memory(settings, SingleDevice()) if planned.method == method]
+    sharding = SingleDevice() if case.strategy is None else _SHARDINGS[case.strategy](case.ranks)
+    (found,) = [planned for planned in plan_memory(settings, sharding) if planned.method == case.method]
     moments = {name: {**asdict(parts), "total": parts.total} for name, parts in found.moments.items()}
-    return {"planned": moments, "planned_process": START + found.process, "planned_trainable": found.trainable}
+    assert found.growth is not None
+    return {"moments": moments, "growth": found.process, "beside tensors": asdict(found.growth), "trainable": found.trainable}
 
 
 def main() -> None:
-    """Argument: `{"workload": {...}, "folder": path, "method": name, "threads": N}`."""
+    """Argument: `{"case": {...}, "folder": path, "threads": N, "what": "tensors", "process" or "plan", "out": folder}`."""
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
-    workload = Workload(**request["workload"])
-    result = measure(workload, request["folder"], request["method"])
-    print(json.dumps({**result, **plan(workload, request["folder"], request["method"], result["prompt_tokens"])}))
+    case, folder = MemoryCase(**request["case"]), Path(request["folder"])
+    result = plan(case, folder) if request["what"] == "plan" else measure(case, folder, counted=request["what"] == "tensors")
+    (Path(request["out"]) / f"{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,11 @@ class LossInputs(_TensorContainer):
     num_tokens: float | None = None  # completion tokens in the optimizer step, likewise
     updated_sequences: float | None = None  # of `num_sequences`, those that take part in the update: what metrics are means over
     updated_tokens: float | None = None  # of `num_tokens`, likewise
-    importance_weights: Tensor | None = None  # [B, T] factors of the policy term (see `ImportanceCorrection`); None: all 1
+    importance_weights: Tensor | None = None  # [B, T] factors of the policy term (see `PolicyLoss`); None: all 1
+    entropy: Tensor | None = None  # [B, T] in nats, with gradient; needed when `entropy_coef` is not 0
+    max_completion_tokens: float | None = None  # longest completion that the sampler makes; `DrGRPOLoss` needs it
+    micro_batch_tokens: float | None = None  # completion tokens in the micro-batch of these rows; None: those here
+    num_micro_batches: float | None = None  # micro-batches in the optimizer step, over ranks; None: 1
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Policy losses: swap them by class, write your own from `PolicyLoss` and the functions in `functional`.
 
-And importance corrections, which weigh the policy term of any loss.
+Beside them what weighs the policy term of any loss: importance corrections, and the choice of tokens by entropy.
 """
 
-from hybrid_lightning.losses.base import PolicyLoss, combine_metrics
+from hybrid_lightning.losses.base import PolicyLoss
+from hybrid_lightning.losses.bnpo import BNPOLoss
+from hybrid_lightning.losses.cispo import CISPOLoss
 from hybrid_lightning.losses.clipped import ClippedLoss
 from hybrid_lightning.losses.correction import (
     ImportanceCorrection,
@@ -12,18 +14,33 @@ from hybrid_lightning.losses.correction import (
     TokenMask,
     TokenTruncation,
 )
+from hybrid_lightning.losses.dapo import DAPOLoss
+from hybrid_lightning.losses.dr_grpo import DrGRPOLoss
 from hybrid_lightning.losses.grpo import GRPOLoss
 from hybrid_lightning.losses.gspo import GSPOLoss
+from hybrid_lightning.losses.gspo_token import GSPOTokenLoss
+from hybrid_lightning.losses.sapo import SAPOLoss
+from hybrid_lightning.losses.shares import combine_metrics
+from hybrid_lightning.losses.token_clipped import TokenClippedLoss
+from hybrid_lightning.losses.top_entropy import TopEntropyMask
 
 __all__ = [
+    "BNPOLoss",
+    "CISPOLoss",
     "ClippedLoss",
+    "DAPOLoss",
+    "DrGRPOLoss",
     "GRPOLoss",
     "GSPOLoss",
+    "GSPOTokenLoss",
     "ImportanceCorrection",
     "PolicyLoss",
+    "SAPOLoss",
     "SequenceMask",
     "SequenceTruncation",
+    "TokenClippedLoss",
     "TokenMask",
     "TokenTruncation",
+    "TopEntropyMask",
     "combine_metrics",
 ]

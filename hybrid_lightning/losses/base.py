@@ -1,33 +1,38 @@
 """`PolicyLoss`: what every policy loss shares, so that a new one is a class of about ten lines.
 
-    loss = aggregate(importance_weights * policy_term + kl_coef * kl)
+    loss = aggregate(importance_weights * policy_term + kl_coef * kl) - entropy_coef * entropy
 
 A subclass gives `policy_term`, and may give `aggregate` (default: mean over sequences of the mean over tokens) and
-`policy_metrics`. The base checks the inputs, up-casts half precision, empties the padding, adds the KL term, and logs.
+`policy_metrics`. The base checks the inputs, up-casts half precision, empties the padding, adds the KL and entropy terms, and
+logs.
 
 Shares. What a call returns is the *share* of its sequences in the optimizer step's loss: the denominators are those of the
 whole step (`LossInputs.num_sequences`, `num_tokens`), so that the shares of all micro-batches and ranks add up to the loss,
-and how a step is split never changes its gradient. Metrics are shares likewise: sums over micro-batches and ranks are
-the step's values, except names ending in "/max" or "/min", of which the largest or smallest counts. `combine_metrics` does that.
+and how a step is split never changes its gradient. Metrics are shares likewise (see `shares`).
 
 The KL estimate is k3 (see `functional.k3_kl`), GRPO's (arXiv 2402.03300, equation 4): inside the aggregation, outside the
 clip. With `kl_importance_weight` it is multiplied by the differentiable ratio, which corrects k3 for tokens that the old
 policy sampled (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
 
-Importance weights, if there are any, correct for a sampler that is not quite the policy (see `correction`). They multiply the
-policy term of each token after its clip, without gradient; the KL and the metrics stay as they are (as in TRL).
+The entropy bonus is the mean entropy of the policy over all completion tokens of the optimizer step, whatever the
+aggregation, so that its weight means the same for every loss (as in TRL, whose mean is over a micro-batch; verl aggregates it
+as the loss).
+
+Importance weights, if there are any, correct for a sampler that is not quite the policy (see `correction`), or leave tokens
+out (see `top_entropy`). They multiply the policy term of each token after its clip, without gradient; the KL, the entropy
+bonus and the metrics stay as they are (as in TRL, but for its bonus, which is then over the tokens that are left).
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import functional as F
+from hybrid_lightning.losses.inputs import check_inputs, clean_inputs
+from hybrid_lightning.losses.shares import largest, share
 from hybrid_lightning.parts import Part
 from hybrid_lightning.types import LossInputs, LossOutput
 
@@ -38,9 +43,10 @@ class PolicyLoss(Part, ABC):
     Args:
         kl_coef: weight of the KL to the start policy; 0 leaves the term out, and no reference is computed.
         kl_importance_weight: multiply the KL by the importance ratio, gradient included.
+        entropy_coef: weight of the entropy bonus; 0 leaves it out, and costs nothing.
 
     Raises:
-        ConfigError: if `kl_coef` is negative or not finite.
+        ConfigError: if a weight is negative or not finite.
 
     Example:
         >>> class ReinforceLoss(PolicyLoss):
@@ -55,12 +61,15 @@ class PolicyLoss(Part, ABC):
         [[-0.25, -0.25], [0.5, 0.0]]
     """
 
-    def __init__(self, kl_coef: float = 0.0, kl_importance_weight: bool = False) -> None:
+    def __init__(self, kl_coef: float = 0.0, kl_importance_weight: bool = False, entropy_coef: float = 0.0) -> None:
         name = type(self).__name__
         if not (math.isfinite(kl_coef) and kl_coef >= 0):
             raise ConfigError(f"{name}: kl_coef={kl_coef} is not a weight: use 0 for no KL term, or e.g. 0.001.")
+        if not (math.isfinite(entropy_coef) and entropy_coef >= 0):
+            raise ConfigError(f"{name}: entropy_coef={entropy_coef} is not a weight: use 0 for no entropy bonus, or e.g. 0.001.")
         self.kl_coef = kl_coef
         self.kl_importance_weight = kl_importance_weight
+        self.entropy_coef = entropy_coef
 
     @property
     def needs_reference(self) -> bool:
@@ -68,12 +77,22 @@ class PolicyLoss(Part, ABC):
         return self.kl_coef != 0
 
     @property
+    def needs_entropy(self) -> bool:
+        """Whether `LossInputs.entropy` must be given."""
+        return self.entropy_coef != 0
+
+    @property
     def ignores_zero_advantage(self) -> bool:
         """Whether a sequence of advantage 0 adds exactly nothing to the loss and its gradient, so that it can be left out.
 
-        A loss whose policy term is a multiple of the advantage, and which adds nothing else, may say so.
+        A loss whose policy term is a multiple of the advantage may return `is_policy_term_alone`.
         """
         return False
+
+    @property
+    def is_policy_term_alone(self) -> bool:
+        """Whether there is neither a KL term nor an entropy bonus, to which sequences of advantage 0 add as well."""
+        return not (self.needs_reference or self.needs_entropy)
 
     @abstractmethod
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,10 +127,10 @@ class PolicyLoss(Part, ABC):
             term "kl" (mean over tokens, with its importance weight if it has one), and those of `policy_metrics`.
 
         Raises:
-            ConfigError: if shapes or dtypes do not fit together, or the KL term lacks its reference.
+            ConfigError: if shapes or dtypes do not fit together, or the KL term lacks its reference or the bonus its entropy.
         """
-        _check(inputs, type(self).__name__, self.needs_reference)
-        inputs = _clean(inputs)
+        check_inputs(inputs, type(self).__name__, self.needs_reference, self.needs_entropy)
+        inputs = clean_inputs(inputs)
         old_logprobs = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
         term, ratio = self.policy_term(inputs, old_logprobs)
         self._check_shape("policy_term", "loss", term, inputs.logprobs.shape, inputs.advantages.shape)
@@ -126,6 +145,9 @@ class PolicyLoss(Part, ABC):
             metrics["kl"] = F.mean_over_tokens(kl, inputs.completion_mask, inputs.num_tokens)
         loss = self.aggregate(per_token_loss, inputs)
         self._check_shape("aggregate", "loss", loss, torch.Size())
+        if self.needs_entropy:
+            assert inputs.entropy is not None, "checked before"
+            loss = loss - self.entropy_coef * F.mean_over_tokens(inputs.entropy, inputs.completion_mask, inputs.num_tokens)
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
     def _check_shape(self, method: str, what: str, value: Tensor, *allowed: torch.Size) -> None:
@@ -143,109 +165,3 @@ class PolicyLoss(Part, ABC):
     def _ratio_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
         """Mean and largest ratio."""
         return {"ratio/mean": share(ratio, inputs), "ratio/max": largest(ratio, inputs)}
-
-
-def share(values: Tensor, inputs: LossInputs) -> Tensor:
-    """Share of these values in the optimizer step's mean, over tokens if they are [B, T], over sequences if they are [B].
-
-    The mean is over the sequences that take part in the update, where some do not.
-    """
-    if values.dim() == 2:
-        tokens = inputs.num_tokens if inputs.updated_tokens is None else inputs.updated_tokens
-        return F.mean_over_tokens(values, inputs.completion_mask, tokens)
-    return F.mean_over_sequences(values, inputs.num_sequences if inputs.updated_sequences is None else inputs.updated_sequences)
-
-
-def largest(values: Tensor, inputs: LossInputs) -> Tensor:
-    """Largest of these values, none of them negative, [B, T] or [B]; of no token at all 0, which never wins over another's."""
-    return _used_or(0.0, values, inputs).max()
-
-
-def smallest(values: Tensor, inputs: LossInputs) -> Tensor:
-    """Smallest of these ratios or weights, [B, T] or [B]; of no token at all 1, where nothing differs."""
-    lowest = _used_or(math.inf, values, inputs).min()
-    return torch.where(lowest.isinf(), 1.0, lowest)
-
-
-def _used_or(other: float, values: Tensor, inputs: LossInputs) -> Tensor:
-    """Flat values, with `other` for padding or sequences without tokens, and once more at the end, so that one is there."""
-    used = inputs.completion_mask if values.dim() == 2 else inputs.completion_mask.any(dim=1)
-    return torch.cat([torch.where(used, values, other).flatten(), values.new_full((1,), other)])
-
-
-def is_extreme(name: str) -> bool:
-    """Whether of a metric of this name the largest or smallest counts, and not the sum."""
-    return name.endswith(("/max", "/min"))
-
-
-def join(name: str, one: Tensor, other: Tensor) -> Tensor:
-    """Join two micro-batches' values of the metric `name`."""
-    if is_extreme(name):
-        return torch.maximum(one, other) if name.endswith("/max") else torch.minimum(one, other)
-    return one + other
-
-
-def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Join the metrics of an optimizer step's micro-batches: extremes of names ending in "/max" or "/min", sums of all others.
-
-    Args:
-        parts: the `LossOutput.metrics` of each micro-batch, computed with the step's denominators.
-
-    Returns:
-        The metrics of all of them together, again a share if the step has more micro-batches.
-
-    Example:
-        >>> parts = [{"kl": torch.tensor(0.5), "ratio/max": torch.tensor(2.0)}, {"kl": torch.tensor(0.25)}]
-        >>> {name: value.item() for name, value in combine_metrics(parts).items()}
-        {'kl': 0.75, 'ratio/max': 2.0}
-    """
-    joined: dict[str, Tensor] = {}
-    for part in parts:
-        for name, value in part.items():
-            joined[name] = join(name, joined[name], value) if name in joined else value
-    return joined
-
-
-def _clean(inputs: LossInputs) -> LossInputs:
-    """Compute in float32 at least, without gradient except through `logprobs`, and with 0 for everything padded."""
-    dtype = torch.promote_types(inputs.logprobs.dtype, torch.float32)
-
-    def unpad(values: Tensor) -> Tensor:
-        return torch.where(inputs.completion_mask, values.to(dtype), 0.0)
-
-    old, ref, weights = inputs.old_logprobs, inputs.ref_logprobs, inputs.importance_weights
-    return replace(
-        inputs,
-        logprobs=unpad(inputs.logprobs),
-        advantages=inputs.advantages.detach().to(dtype),
-        old_logprobs=None if old is None else unpad(old.detach()),
-        ref_logprobs=None if ref is None else unpad(ref.detach()),
-        importance_weights=None if weights is None else unpad(weights.detach()),
-    )
-
-
-def _check(inputs: LossInputs, name: str, needs_reference: bool) -> None:
-    """Refuse tensors that would broadcast into something else than meant."""
-    shape = tuple(inputs.logprobs.shape)
-    if len(shape) != 2:
-        raise ConfigError(f"{name}: logprobs has shape {shape}: give one log-probability a completion token, [B, T].")
-    per_token = ("logprobs", "old_logprobs", "ref_logprobs", "importance_weights")
-    floating = {"advantages": shape[:1], **dict.fromkeys(per_token, shape)}
-    for field, want in {**floating, "completion_mask": shape}.items():
-        value = getattr(inputs, field)
-        if value is not None and tuple(value.shape) != want:
-            raise ConfigError(f"{name}: {field} has shape {tuple(value.shape)}, but logprobs {shape}: it must be {want}.")
-    if inputs.completion_mask.dtype != torch.bool:
-        raise ConfigError(f"{name}: completion_mask is {inputs.completion_mask.dtype}: convert it with `.bool()`.")
-    for field in floating:
-        value = getattr(inputs, field)
-        if value is not None and not value.is_floating_point():
-            raise ConfigError(f"{name}: {field} is {value.dtype}: convert it with `.float()`.")
-    for field in ("num_sequences", "num_tokens", "updated_sequences", "updated_tokens"):
-        value = getattr(inputs, field)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{name}: {field}={value} is no count: give that of the optimizer step, or None.")
-    if needs_reference and inputs.ref_logprobs is None:
-        raise ConfigError(
-            f"{name}: kl_coef is not 0, but ref_logprobs is None: give the start policy's log-probabilities, or set kl_coef=0."
-        )

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import functional as F
-from hybrid_lightning.losses.base import PolicyLoss, share
+from hybrid_lightning.losses.base import PolicyLoss
+from hybrid_lightning.losses.shares import share
 from hybrid_lightning.types import LossInputs
 
 
@@ -26,6 +27,7 @@ class ClippedLoss(PolicyLoss):
         dual_clip: the ratio counts up to this where A < 0; None for no bound.
         kl_coef: weight of the KL to the start policy.
         kl_importance_weight: multiply the KL by the importance ratio.
+        entropy_coef: weight of the entropy bonus.
 
     Raises:
         ConfigError: if a value is out of its range.
@@ -38,8 +40,9 @@ class ClippedLoss(PolicyLoss):
         dual_clip: float | None = None,
         kl_coef: float = 0.0,
         kl_importance_weight: bool = False,
+        entropy_coef: float = 0.0,
     ) -> None:
-        super().__init__(kl_coef=kl_coef, kl_importance_weight=kl_importance_weight)
+        super().__init__(kl_coef, kl_importance_weight, entropy_coef)
         name = type(self).__name__
         if not 0 <= clip_low < 1:
             raise ConfigError(f"{name}: clip_low={clip_low} must be at least 0 and below 1, since a ratio is never negative.")
@@ -54,8 +57,8 @@ class ClippedLoss(PolicyLoss):
 
     @property
     def ignores_zero_advantage(self) -> bool:
-        """True without a KL term."""
-        return not self.needs_reference
+        """True without KL term and entropy bonus."""
+        return self.is_policy_term_alone
 
     @abstractmethod
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:

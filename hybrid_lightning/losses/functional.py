@@ -170,6 +170,38 @@ def mean_over_tokens(values: Tensor, mask: Tensor, num_tokens: float | None = No
     return total / (mask.sum().clamp(min=1) if num_tokens is None else _denominator(num_tokens, 1))
 
 
+def mean_over_positions(values: Tensor, mask: Tensor, max_tokens: float, num_sequences: float | None = None) -> Tensor:
+    """Share of these tokens in a mean over all positions that a completion could fill (Dr. GRPO).
+
+    Args:
+        values: [B, T].
+        mask: [B, T] bool, True on completion tokens.
+        max_tokens: positions of a sequence, whatever T is here; those without a token count as 0.
+        num_sequences: as in `mean_over_sequences`.
+
+    Returns:
+        Scalar. The shares of all micro-batches and ranks add up to the mean.
+    """
+    return mean_over_sequences(torch.where(mask, values, 0.0).sum(dim=1), num_sequences) / _denominator(max_tokens, 1)
+
+
+def mean_of_micro_batch_means(
+    values: Tensor, mask: Tensor, micro_batch_tokens: float | None = None, num_micro_batches: float | None = None
+) -> Tensor:
+    """Share of these tokens in a mean over micro-batches of the mean over a micro-batch's tokens (TRL's "bnpo").
+
+    Args:
+        values: [B, T].
+        mask: [B, T] bool, True on completion tokens.
+        micro_batch_tokens: tokens in the micro-batch that these rows are of; None: those here.
+        num_micro_batches: micro-batches that the whole mean is over; None: this one.
+
+    Returns:
+        Scalar. The shares of the parts of a micro-batch, and of all micro-batches and ranks, add up to the mean.
+    """
+    return mean_over_tokens(values, mask, micro_batch_tokens) / _denominator(num_micro_batches, 1)
+
+
 def per_token(values: Tensor, mask: Tensor) -> Tensor:
     """Give every token its sequence's value: [B] becomes [B, T]; [B, T] stays as it is."""
     return values.unsqueeze(1).expand(mask.shape) if values.dim() == 1 else values

@@ -5,23 +5,14 @@
 
 Departures from the paper: two clip ranges (equal by default); an optional dual clip on r; kl_coef is 0 by default instead of
 0.04, as later work with verifiable rewards found the term unneeded (DAPO, Dr. GRPO), and it costs a reference forward pass;
-an optional importance weight on the KL. "Mean over sequences" is over all sequences of the optimizer step and not of one
-group: with groups of equal size it is the paper's mean over groups.
+an optional importance weight on the KL; an optional entropy bonus. "Mean over sequences" is over all sequences of the
+optimizer step and not of one group: with groups of equal size it is the paper's mean over groups.
 """
 
-from torch import Tensor
-
-from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses.clipped import ClippedLoss
-from hybrid_lightning.losses.functional import token_ratio
-from hybrid_lightning.types import LossInputs
-
-# Published GRPO ranges are 0.1 to 0.3, GSPO's about 4e-4. A single token's ratio easily moves by more than 1% in one update:
-# with less, most tokens would be clipped after the first minibatch and the policy would hardly learn, without saying why.
-SMALLEST_CLIP = 0.01
+from hybrid_lightning.losses.token_clipped import TokenClippedLoss
 
 
-class GRPOLoss(ClippedLoss):
+class GRPOLoss(TokenClippedLoss):
     """Clipped surrogate with one importance ratio a token, mean over sequences of the mean over tokens.
 
     Args:
@@ -30,6 +21,7 @@ class GRPOLoss(ClippedLoss):
         dual_clip: a token's ratio counts up to this where A < 0; None for no bound.
         kl_coef: weight of the KL to the start policy.
         kl_importance_weight: multiply the KL by the importance ratio.
+        entropy_coef: weight of the entropy bonus.
 
     Raises:
         ConfigError: if a value is out of its range, or the clip range is one of GSPO.
@@ -42,14 +34,6 @@ class GRPOLoss(ClippedLoss):
         dual_clip: float | None = None,
         kl_coef: float = 0.0,
         kl_importance_weight: bool = False,
+        entropy_coef: float = 0.0,
     ) -> None:
-        super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight)
-        if min(clip_low, clip_high) < SMALLEST_CLIP:
-            raise ConfigError(
-                f"{type(self).__name__}: clip_low={clip_low:g}, clip_high={clip_high:g} is too small for ratios of single "
-                f"tokens (below {SMALLEST_CLIP}), as if left over from a GSPO config: set clip_low=0.2 and clip_high=0.2."
-            )
-
-    def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
-        """One ratio a token, [B, T]."""
-        return token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
+        super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)

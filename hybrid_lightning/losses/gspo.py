@@ -4,7 +4,7 @@
     s = exp( (1/|o|) sum_t (l_t - l_old_t) )
 
 Departures from the paper, which has no KL term: an optional one, per token as in GRPO (and in TRL), optionally weighted by
-s; an optional dual clip on s. "Mean over sequences" is over all sequences of the optimizer step.
+s; an optional dual clip on s and entropy bonus. "Mean over sequences" is over all sequences of the optimizer step.
 
 With one minibatch a rollout s is exactly 1 and nothing is ever clipped: use several.
 """
@@ -21,6 +21,15 @@ from hybrid_lightning.types import LossInputs
 CLIP_LIMIT = 0.1
 
 
+def check_sequence_range(name: str, clip_low: float, clip_high: float) -> None:
+    """Raise ConfigError, naming the loss, if a clip range is one of single tokens' ratios."""
+    if max(clip_low, clip_high) >= CLIP_LIMIT:
+        raise ConfigError(
+            f"{name}: clip_low={clip_low:g}, clip_high={clip_high:g} is too large for ratios of whole sequences ({CLIP_LIMIT} or "
+            "more), as if left over from a GRPO config: set clip_low=3e-4 and clip_high=4e-4."
+        )
+
+
 class GSPOLoss(ClippedLoss):
     """Clipped surrogate with one length-normalised importance ratio a sequence, mean over sequences.
 
@@ -30,6 +39,7 @@ class GSPOLoss(ClippedLoss):
         dual_clip: a sequence's ratio counts up to this where A < 0; None for no bound.
         kl_coef: weight of the KL to the start policy.
         kl_importance_weight: multiply the KL by the importance ratio.
+        entropy_coef: weight of the entropy bonus.
 
     Raises:
         ConfigError: if a value is out of its range, or the clip range is one of GRPO.
@@ -42,13 +52,10 @@ class GSPOLoss(ClippedLoss):
         dual_clip: float | None = None,
         kl_coef: float = 0.0,
         kl_importance_weight: bool = False,
+        entropy_coef: float = 0.0,
     ) -> None:
-        super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight)
-        if max(clip_low, clip_high) >= CLIP_LIMIT:
-            raise ConfigError(
-                f"{type(self).__name__}: clip_low={clip_low:g}, clip_high={clip_high:g} is too large for ratios of whole "
-                f"sequences ({CLIP_LIMIT} or more), as if left over from a GRPO config: set clip_low=3e-4 and clip_high=4e-4."
-            )
+        super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
+        check_sequence_range(type(self).__name__, clip_low, clip_high)
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
         """One ratio a sequence, [B]."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hybrid_lightning.losses import ImportanceCorrection
 from hybrid_lightning.losses import functional as F
-from hybrid_lightning.losses.base import largest, share, smallest
+from hybrid_lightning.losses.shares import largest, share, smallest
 from hybrid_lightning.types import LossInputs, PolicyBatch
 
 
@@ -24,7 +24,7 @@ def compare_with_sampler(
         correction: Weighs the policy term; None leaves it as it is.
 
     Returns:
-        The inputs, and metrics that are shares in the optimizer step (see `losses.base`): `sampling/logp_difference/mean` and
+        The inputs, and metrics that are shares in the optimizer step (see `losses.shares`): `sampling/logp_difference/mean` and
         `/max`, of |l_train - l_sample| over tokens; with a correction `sampling/importance_weight/mean`, `/min` and `/max`, over
         sequences where it has one weight a sequence, else over tokens.
     """

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hybrid_lightning.losses.base import is_extreme, join
+from hybrid_lightning.losses.shares import is_extreme, join
 from hybrid_lightning.sharding.ranks import gather_objects, largest_over_ranks, sum_over_ranks
 
 

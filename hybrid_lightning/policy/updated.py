@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
-from hybrid_lightning.losses.base import combine_metrics
+from hybrid_lightning.losses.shares import combine_metrics
 from hybrid_lightning.policy.agreement import compare_with_sampler
 from hybrid_lightning.policy.evaluated import EvaluatedModule
 from hybrid_lightning.policy.logprobs import token_logprobs

@@ -1,0 +1,69 @@
+"""CISPO: Clipped IS-weight Policy Optimization (MiniMax-M1, arXiv 2506.13585).
+
+    L = 1/(tokens of the optimizer step) sum over sequences sum_t -sg[min(r_t, cap)] A l_t
+    r_t = exp(l_t - l_old_t),      sg = without gradient
+
+The importance weight is bounded, and no token's gradient is stopped: a rare token that opens a new line of thought, and whose
+ratio leaves the range of GRPO at once, goes on being learned.
+
+`cap` bounds the ratio itself. ScaleRL (arXiv 2510.13786) and TRL count likewise (5.0); the paper writes it 1 + eps_high, and
+sets no bound below in its experiments, which is the form here. The name differs from `clip_high` of the other losses, a
+distance from 1, on purpose: a class switched on the command line inherits arguments of the same name, and a cap of 0.28 would
+scale the policy term down.
+
+Departures: optional KL term (the paper has none) and entropy bonus; denominators as in `DAPOLoss`. A dual clip would add
+nothing to the cap.
+"""
+
+import math
+
+from torch import Tensor
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses.base import PolicyLoss
+from hybrid_lightning.losses.functional import mean_over_tokens, token_ratio
+from hybrid_lightning.losses.shares import share
+from hybrid_lightning.types import LossInputs
+
+
+class CISPOLoss(PolicyLoss):
+    """Log-probability weighted by the advantage and a bounded importance ratio, mean over the tokens of the optimizer step.
+
+    Args:
+        cap: largest importance weight of a token.
+        kl_coef: weight of the KL to the start policy.
+        kl_importance_weight: multiply the KL by the importance ratio.
+        entropy_coef: weight of the entropy bonus.
+
+    Raises:
+        ConfigError: if a value is out of its range.
+    """
+
+    def __init__(
+        self, cap: float = 5.0, kl_coef: float = 0.0, kl_importance_weight: bool = False, entropy_coef: float = 0.0
+    ) -> None:
+        super().__init__(kl_coef, kl_importance_weight, entropy_coef)
+        if not (math.isfinite(cap) and cap > 1):
+            raise ConfigError(
+                f"{type(self).__name__}: cap={cap} must be finite and above 1, the ratio where nothing has changed; set e.g. 5."
+            )
+        self.cap = cap
+
+    @property
+    def ignores_zero_advantage(self) -> bool:
+        """True without KL term and entropy bonus."""
+        return self.is_policy_term_alone
+
+    def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted log-probabilities, [B, T], and the ratio of each token."""
+        ratio = token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
+        return -ratio.detach().clamp(max=self.cap) * inputs.advantages[:, None] * inputs.logprobs, ratio
+
+    def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
+        """Mean over all tokens of the optimizer step."""
+        return mean_over_tokens(per_token_loss, inputs.completion_mask, inputs.num_tokens)
+
+    def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
+        """Part of the tokens whose weight was capped, of those with A > 0 (as TRL)."""
+        capped = (ratio > self.cap) & (inputs.advantages[:, None] > 0)
+        return {"cispo_clip_ratio": share(capped.to(ratio.dtype), inputs)}

@@ -1,0 +1,61 @@
+"""SAPO: Soft Adaptive Policy Optimization (arXiv 2511.20347).
+
+    L = mean over sequences of (1/|o|) sum_t -A (4/tau) sigmoid(tau (r_t - 1)),      tau = tau_positive if A > 0 else tau_negative
+    r_t = exp(l_t - l_old_t)
+
+A soft gate in place of the clip: on-policy its slope is exactly 1, and it falls off smoothly as the ratio leaves 1, faster
+where A < 0, since pushing one token down raises all the others of the vocabulary.
+
+Departures: optional KL term and entropy bonus, which the paper has not. A dual clip would add nothing: the gate is bounded.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses.base import PolicyLoss
+from hybrid_lightning.losses.functional import token_ratio
+from hybrid_lightning.types import LossInputs
+
+
+class SAPOLoss(PolicyLoss):
+    """Sigmoid gate over one importance ratio a token, mean over sequences of the mean over tokens.
+
+    Args:
+        tau_positive: steepness of the gate where A > 0.
+        tau_negative: steepness of the gate elsewhere.
+        kl_coef: weight of the KL to the start policy.
+        kl_importance_weight: multiply the KL by the importance ratio.
+        entropy_coef: weight of the entropy bonus.
+
+    Raises:
+        ConfigError: if a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        tau_positive: float = 1.0,
+        tau_negative: float = 1.05,
+        kl_coef: float = 0.0,
+        kl_importance_weight: bool = False,
+        entropy_coef: float = 0.0,
+    ) -> None:
+        super().__init__(kl_coef, kl_importance_weight, entropy_coef)
+        for name, tau in (("tau_positive", tau_positive), ("tau_negative", tau_negative)):
+            if not (math.isfinite(tau) and tau > 0):
+                raise ConfigError(f"{type(self).__name__}: {name}={tau} must be finite and above 0; set e.g. 1.0.")
+        self.tau_positive, self.tau_negative = tau_positive, tau_negative
+
+    @property
+    def ignores_zero_advantage(self) -> bool:
+        """True without KL term and entropy bonus."""
+        return self.is_policy_term_alone
+
+    def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """Gated advantages, [B, T], and the ratio of each token."""
+        ratio = token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
+        advantages = inputs.advantages[:, None]
+        tau = torch.full_like(advantages, self.tau_negative).masked_fill(advantages > 0, self.tau_positive)
+        return -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, ratio

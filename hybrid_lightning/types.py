@@ -26,6 +26,30 @@ class Prompt:
         assert (self.text is None) != (self.messages is None), "a Prompt has either text or messages"
 
 
+class Completion(str):
+    """The text of a completion, which also knows how many tokens it took and whether it came to an end.
+
+    To whoever needs neither it is a plain string.
+
+    Example:
+        >>> completion = Completion("12", num_tokens=3, finished=True)
+        >>> completion == "12", completion.num_tokens
+        (True, 3)
+    """
+
+    num_tokens: int  # as in `Sequences.completion_mask`: up to and including the stop token
+    finished: bool  # True if ended by a stop token, False if cut at the maximum length
+
+    def __new__(cls, text: str, num_tokens: int, finished: bool) -> Self:
+        """A string with two attributes."""
+        self = super().__new__(cls, text)
+        self.num_tokens, self.finished = num_tokens, finished
+        return self
+
+    def __getnewargs__(self) -> tuple[str, int, bool]:  # type: ignore[override]  # what copies and pickles are made from
+        return str(self), self.num_tokens, self.finished
+
+
 class _TensorContainer:
     """Moves every tensor of a dataclass, nested ones included (Lightning's batch transfer calls `to`)."""
 
@@ -72,7 +96,7 @@ class Rollouts:
 
     prompts: tuple[Prompt, ...]  # P
     sequences: Sequences  # B = P * G rows
-    completions: tuple[str, ...]  # B decoded texts without special tokens
+    completions: tuple[Completion, ...]  # B decoded texts without special tokens
     sampling_logprobs: Tensor  # [B, T] float32: log-probability of each token when it was sampled (see `Sampler`)
     finished: Tensor  # [B] bool: True if ended by a stop token, False if cut at the maximum length
     samples_per_prompt: int  # G
@@ -85,6 +109,7 @@ class Rewards(_TensorContainer):
     total: Tensor  # [B] float32, the training signal
     parts: dict[str, Tensor]  # name -> [B] float32 before weighting; a single reward has one part
     correct: Tensor  # [B] bool: the parts that measure correctness are all fully earned
+    weights: dict[str, float] = field(default_factory=dict)  # name -> of the part in `total`; 1 for names that are not there
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from hybrid_lightning.rewards.evaluate import evaluate_reward
 from hybrid_lightning.rewards.exact_match import ExactMatch
 from hybrid_lightning.rewards.format_reward import FormatReward
 from hybrid_lightning.rewards.math_match import MathMatch
+from hybrid_lightning.rewards.overlong import OverlongPenalty
 from hybrid_lightning.rewards.reasoning_gym import ReasoningGymReward
 from hybrid_lightning.rewards.weighted_sum import WeightedSum
 
@@ -12,6 +13,7 @@ __all__ = [
     "ExactMatch",
     "FormatReward",
     "MathMatch",
+    "OverlongPenalty",
     "ReasoningGymReward",
     "RewardFunction",
     "WeightedSum",

@@ -37,7 +37,8 @@ class RewardFunction(Part, ABC):
         """Score completions.
 
         Args:
-            completions: B texts without special tokens.
+            completions: B texts without special tokens. Those of a rollout are `Completion`, with `num_tokens` and `finished`
+                for rewards that depend on length (see `OverlongPenalty`).
             prompts: The prompt of each completion, B as well.
 
         Returns:

@@ -32,14 +32,15 @@ def evaluate_reward(reward: RewardFunction, completions: Sequence[str], prompts:
     total = torch.zeros(len(completions))
     correct = None
     parts: dict[str, Tensor] = {}
+    weights: dict[str, float] = {}
     for term, weight in reward.terms():
         values = _call(term, completions, prompts)
-        parts[term.name] = values
+        parts[term.name], weights[term.name] = values, weight
         total = total + weight * values
         if term.measures_correctness:
             earned = values >= 1.0
             correct = earned if correct is None else correct & earned
-    return Rewards(total=total, parts=parts, correct=total >= 1.0 if correct is None else correct)
+    return Rewards(total=total, parts=parts, correct=total >= 1.0 if correct is None else correct, weights=weights)
 
 
 def _call(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:

@@ -19,7 +19,7 @@ from hybrid_lightning.rollout.drawing import draw, filter_logits
 from hybrid_lightning.rollout.padding import pad_left
 from hybrid_lightning.rollout.shared_decoding import SharedPromptDecoding
 from hybrid_lightning.rollout.support import supports_packing
-from hybrid_lightning.types import Prompt, Rollouts, Sequences
+from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
 
 
 class Sampler(Part):
@@ -108,14 +108,15 @@ class Sampler(Part):
             tokens,
             completion_mask,
         )
-        texts = [
-            self._cut(text)
-            for text in tokenizer.batch_decode(
-                [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)],
-                skip_special_tokens=True,
-            )
-        ]
-        return Rollouts(tuple(prompts), sequences, tuple(texts), logprobs, finished, samples_per_prompt)
+        counts = lengths.tolist()
+        texts = tokenizer.batch_decode(
+            [row[:length] for row, length in zip(tokens.tolist(), counts, strict=True)], skip_special_tokens=True
+        )
+        completions = tuple(
+            Completion(self._cut(text), length, ended)
+            for text, length, ended in zip(texts, counts, finished.tolist(), strict=True)
+        )
+        return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
 
     def stop_criteria(self, tokenizer: PreTrainedTokenizerBase) -> StopStringCriteria | None:
         """The (cached) test for stop strings; None if there are none."""

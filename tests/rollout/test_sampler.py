@@ -151,3 +151,11 @@ def test_impossible_settings_are_refused(settings, message):
 def test_a_prompt_that_leaves_no_room_is_refused(tokenizer):
     with pytest.raises(ConfigError, match="128 positions"):
         sample(tokenizer, max_new_tokens=126)
+
+
+def test_completions_know_their_tokens_and_whether_they_ended(tokenizer):
+    rollouts = sample(tokenizer, samples=8, max_new_tokens=5)
+    counts = rollouts.sequences.completion_mask.sum(dim=1).tolist()
+    assert [completion.num_tokens for completion in rollouts.completions] == counts
+    assert [completion.finished for completion in rollouts.completions] == rollouts.finished.tolist()
+    assert {completion.finished for completion in rollouts.completions} == {True, False}

@@ -1,0 +1,57 @@
+"""DAPO's soft overlong punishment (arXiv 2503.14476, equation 13): the nearer to the length limit, the more it costs.
+
+0                                            up to max_tokens - buffer_tokens
+(max_tokens - buffer_tokens - |o|) / buffer_tokens      then, down to
+-1                                           from max_tokens on
+"""
+
+from collections.abc import Sequence
+
+from hybrid_lightning.errors import ConfigError, RewardError
+from hybrid_lightning.rewards.base import RewardFunction
+from hybrid_lightning.types import Completion, Prompt
+
+
+class OverlongPenalty(RewardFunction):
+    """0 for a completion that keeps its distance from the length limit, falling to -1 at the limit.
+
+    For a `WeightedSum`, beside a reward for correctness. The paper has 20,480 and 4,096 tokens, and weighs it as the accuracy,
+    which is -1 or 1 there.
+
+    Args:
+        max_tokens: The limit, usually the sampler's `max_new_tokens`; the stop token counts.
+        buffer_tokens: How far before the limit the penalty begins.
+        name: What it is logged as; None for `overlong_penalty`.
+
+    Raises:
+        ConfigError: If the buffer is not within the limit.
+
+    Example:
+        >>> texts = [Completion("short", 5, True), Completion("longer", 9, True), Completion("cut off", 10, False)]
+        >>> OverlongPenalty(max_tokens=10, buffer_tokens=4)(texts, [Prompt(text="?")] * 3)
+        [0.0, -0.75, -1.0]
+    """
+
+    measures_correctness = False
+
+    def __init__(self, max_tokens: int, buffer_tokens: int, name: str | None = None) -> None:
+        if not 1 <= buffer_tokens <= max_tokens:
+            raise ConfigError(
+                f"OverlongPenalty: buffer_tokens={buffer_tokens} must be from 1 to max_tokens={max_tokens}; set max_tokens to "
+                "the sampler's max_new_tokens and buffer_tokens to e.g. a fifth of it"
+            )
+        self.max_tokens, self.buffer_tokens = max_tokens, buffer_tokens
+        self._name = name
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
+        """Penalty of each completion, of B."""
+        return [self._penalty(completion) for completion in completions]
+
+    def _penalty(self, completion: str) -> float:
+        if not isinstance(completion, Completion):
+            raise RewardError(
+                "OverlongPenalty: completions are plain strings, whose tokens are not known: give those of a rollout, or make "
+                "them Completion(text, num_tokens, finished)"
+            )
+        over = completion.num_tokens - (self.max_tokens - self.buffer_tokens)
+        return -min(max(over, 0), self.buffer_tokens) / self.buffer_tokens + 0.0

@@ -29,6 +29,10 @@ class RewardError(HybridLightningError, RuntimeError):
     """A reward function raised, or returned something other than one finite number per completion."""
 
 
+class SandboxError(HybridLightningError, RuntimeError):
+    """Untrusted programs cannot be isolated on this machine, or not be run at all."""
+
+
 class CalibrationError(HybridLightningError, RuntimeError):
     """The calibration rollouts carry no signal from which modules could be scored."""
 

@@ -12,11 +12,12 @@ import hybrid_lightning
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
 GROUND = {"types", "errors", "parts", "products"}
-LEAVES = {"data", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding"}
+LEAVES = {"data", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding", "sandbox"}
 # Top-level name within the package -> names that it may import; itself is always allowed.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
     **{name: GROUND for name in LEAVES},
+    "rewards": GROUND | {"sandbox"},
     "policy": GROUND | LEAVES,
     "export": GROUND | LEAVES | {"policy"},
     "memory": GROUND | LEAVES | {"policy"},

@@ -146,7 +146,11 @@ class PromptDataModule(LightningDataModule):
         if split not in self._prompts:
             self._splits = self._splits or self.source.load()
             prompts = [self.format.format(row) for row in getattr(self._splits, split)]
-            self._prompts[split] = self._draw(split, self._short_enough(split, prompts))
+            prompts = self._draw(split, self._short_enough(split, prompts))
+            check = getattr(self.trainer and self.trainer.lightning_module, "check_prompts", None)
+            if check is not None:  # a row that its reward cannot score, before it is drawn after hours
+                check(prompts)
+            self._prompts[split] = prompts
         return self._prompts[split]
 
     def _short_enough(self, split: str, prompts: list[Prompt]) -> list[Prompt]:

@@ -54,6 +54,12 @@ class EvaluatedModule(AdaptedModule):
         """Token ids of a prompt, rendered by the chat template if it has messages."""
         return self.encoder.encode(prompt)
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Make sure that the reward can score completions of these prompts (see `RewardFunction.check_prompt`)."""
+        for term, _ in self.reward.terms():
+            for prompt in prompts:
+                term.check_prompt(prompt)
+
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """Eval mode, no gradient, the Trainer's precision; all put back afterwards."""

@@ -1,6 +1,7 @@
 """Verifiable rewards: what a completion earns."""
 
 from hybrid_lightning.rewards.base import RewardFunction
+from hybrid_lightning.rewards.code_tests import CodeTests
 from hybrid_lightning.rewards.evaluate import evaluate_reward
 from hybrid_lightning.rewards.exact_match import ExactMatch
 from hybrid_lightning.rewards.format_reward import FormatReward
@@ -10,6 +11,7 @@ from hybrid_lightning.rewards.reasoning_gym import ReasoningGymReward
 from hybrid_lightning.rewards.weighted_sum import WeightedSum
 
 __all__ = [
+    "CodeTests",
     "ExactMatch",
     "FormatReward",
     "MathMatch",

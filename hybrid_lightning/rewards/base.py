@@ -45,6 +45,13 @@ class RewardFunction(Part, ABC):
             B finite numbers, in the same order. A reward that measures correctness gives 1.0 to a right answer.
         """
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Make sure that completions of a prompt can be scored; asked of every prompt before training begins.
+
+        Raises:
+            DataError: If they cannot; the message names the row.
+        """
+
     @property
     def name(self) -> str:
         """What the reward is logged as: the name given to it, or its class in snake_case."""

@@ -1,0 +1,151 @@
+"""The tests of a coding problem, read from the columns of its row."""
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from hybrid_lightning.rewards.code_names import (
+    count_asserts,
+    defined_names,
+    defines_check,
+    expression_names,
+    parse,
+    tested_builtins,
+    used_names,
+)
+from hybrid_lightning.sandbox.programs import CallTests, StandardStreamTests
+
+
+def read_problem(
+    columns: Mapping[str, Any],
+    test_column: str,
+    entry_point_column: str | None,
+    setup_column: str | None,
+    count_all: bool,
+) -> CallTests | StandardStreamTests:
+    """Make tests of a row.
+
+    Args:
+        columns: The row.
+        test_column: Column with the tests, in one of the forms that `CodeTests` names.
+        entry_point_column: Column with the expression that is tested; only needed for a function `check`.
+        setup_column: Column with code that comes before the program and the tests; may be missing.
+        count_all: Whether each `assert` in a function `check` is a test of its own.
+
+    Raises:
+        ValueError: If there are no tests in it; the message names the column and what is wrong.
+    """
+    try:
+        tests = _plain(columns.get(test_column))
+    except ValueError as error:
+        raise ValueError(f"column {test_column!r} {error}") from None
+    setup = _setup(columns, setup_column)
+    pairs = _pairs(test_column, tests)
+    if pairs is not None:
+        return StandardStreamTests(pairs, setup)
+    codes = [tests] if isinstance(tests, str) else tests
+    trees = [parse(code, f"column {test_column!r}") for code in codes]
+    entry_point = _entry_point(columns, entry_point_column)
+    if any(map(defines_check, trees)):
+        if entry_point is None:
+            raise ValueError(
+                f"column {test_column!r} defines check(...), so entry_point_column must name a column with what it is called "
+                f"with, such as Solution().twoSum; {entry_point_column!r} has nothing"
+            )
+        whole = parse("\n".join(codes), f"column {test_column!r}")
+        names, imports = used_names(whole, defined_names(setup) - expression_names(entry_point))
+        code = count_asserts(whole) if count_all else "\n".join(codes)
+        return CallTests((code,), setup, "\n".join(imports), tuple(sorted(names & expression_names(entry_point))), entry_point)
+    return _asserts(test_column, trees, setup, expression_names(entry_point) if entry_point else set())
+
+
+def _asserts(column: str, trees: list[ast.Module], setup: str, entry_names: set[str]) -> CallTests:
+    statements = [node for tree in trees for node in tree.body]
+    if not any(isinstance(node, ast.Assert) for statement in statements for node in ast.walk(statement)):
+        raise ValueError(f"column {column!r} has no assert: give code such as assert f(1) == 2, or a function check(candidate)")
+    whole = ast.Module(statements, [])
+    names, imports = used_names(whole, defined_names(setup) - entry_names)
+    names |= entry_names & {node.id for node in ast.walk(whole) if isinstance(node, ast.Name)}
+    tests = [ast.Module([node], []) for node in statements]
+    if not names:
+        names = tested_builtins([test for test in tests if isinstance(test.body[0], ast.Assert)])
+        names = names if len(names) == 1 else set()
+    if not names:
+        raise ValueError(f"column {column!r} calls nothing that the program could define; name it by entry_point_column")
+    # What is no assert prepares the next one.
+    codes, before = [], ""
+    for test in tests:
+        before += ast.unparse(test) + "\n"
+        if isinstance(test.body[0], ast.Assert) or test is tests[-1]:
+            codes.append(before)
+            before = ""
+    return CallTests(tuple(codes), setup, "\n".join(imports), tuple(sorted(names)))
+
+
+def _plain(tests: Any) -> Any:
+    """Tests as a text of code, a list of such texts, or pairs; JSON in a text is read."""
+    if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
+        with suppress(json.JSONDecodeError):  # code may begin like this
+            tests = json.loads(tests)
+    if isinstance(tests, str) and tests.strip():
+        return tests
+    if isinstance(tests, Mapping) and tests:
+        return tests
+    if isinstance(tests, Sequence) and not isinstance(tests, str) and tests:
+        texts = all(isinstance(test, str) and test.strip() for test in tests)
+        if texts or all(isinstance(test, Mapping) for test in tests):
+            return list(tests)
+    if tests is None or not tests or isinstance(tests, str):
+        raise ValueError("is missing or empty")
+    raise ValueError(f"is neither code, nor a list of asserts, nor inputs and outputs, but a {type(tests).__name__}")
+
+
+def _pairs(column: str, tests: Any) -> tuple[tuple[str, str], ...] | None:
+    """Standard streams, of `{"inputs": [...], "outputs": [...]}` or `[{"input": ..., "output": ...}, ...]`; None for code."""
+    if isinstance(tests, Mapping):
+        if tests.get("fn_name"):
+            raise ValueError(
+                f"column {column!r} has inputs of a function (fn_name), not of standard input; write them as asserts"
+            )
+        inputs, outputs = tests.get("inputs"), tests.get("outputs")
+        if not isinstance(inputs, Sequence) or not isinstance(outputs, Sequence) or not inputs or len(inputs) != len(outputs):
+            raise ValueError(f'column {column!r} must have as many "inputs" as "outputs", at least one')
+    elif isinstance(tests, list) and isinstance(tests[0], Mapping):
+        if not all("input" in test and "output" in test for test in tests):
+            raise ValueError(f'each test in column {column!r} must have an "input" and an "output"')
+        inputs, outputs = [test["input"] for test in tests], [test["output"] for test in tests]
+    else:
+        return None
+    if not all(isinstance(text, str) for text in (*inputs, *outputs)):
+        raise ValueError(f"the inputs and outputs in column {column!r} must be text, as they stand in the standard streams")
+    return tuple(zip(inputs, outputs, strict=True))
+
+
+def _setup(columns: Mapping[str, Any], column: str | None) -> str:
+    code = None if column is None else columns.get(column)
+    if code is None:
+        return ""
+    if isinstance(code, Sequence) and not isinstance(code, str) and all(isinstance(line, str) for line in code):
+        code = "\n".join(code)
+    if not isinstance(code, str):
+        raise ValueError(f"column {column!r} holds a {type(code).__name__}, not code")
+    try:
+        parse(code, f"column {column!r}")
+    except ValueError as error:
+        raise ValueError(f"{error}; set setup_column to the column with imports and helpers, or to null") from None
+    return code
+
+
+def _entry_point(columns: Mapping[str, Any], column: str | None) -> str | None:
+    value = None if column is None else columns.get(column)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"column {column!r} holds a {type(value).__name__}, not an expression")
+    try:
+        expression_names(value)
+    except ValueError as error:
+        raise ValueError(f"column {column!r}: {value!r} {error}") from None
+    return value.strip()

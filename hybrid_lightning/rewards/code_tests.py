@@ -1,0 +1,127 @@
+"""A program that passes its problem's tests."""
+
+import logging
+import os
+from collections.abc import Sequence
+
+from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.rewards.base import RewardFunction
+from hybrid_lightning.rewards.code_extraction import extract_program
+from hybrid_lightning.rewards.code_problem import read_problem
+from hybrid_lightning.rewards.extraction import compile_pattern, extract
+from hybrid_lightning.sandbox.isolation import require_isolation
+from hybrid_lightning.sandbox.limits import Limits
+from hybrid_lightning.sandbox.programs import CallTests, Outcome, StandardStreamTests, run_programs
+from hybrid_lightning.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+
+class CodeTests(RewardFunction):
+    r"""1.0 if the completion's Python program passes all tests of its problem, else 0.0.
+
+    The tests are a column of the row, in one of these forms:
+
+    - code that defines `check(candidate)`, and a column with the entry point (LeetCodeDataset, HumanEval);
+    - code with asserts, or a list of asserts, which call the program's functions by name (MBPP);
+    - pairs of standard input and output: `{"inputs": [...], "outputs": [...]}` or `[{"input": ..., "output": ...}, ...]`,
+      also as JSON in a text (APPS, TACO). Lines are compared without space at their ends, and the program must end without error.
+
+    Programs run in a sandbox (see `hybrid_lightning.sandbox.isolation`), with the standard library alone and without sockets and
+    other processes. The tests run in another process than the program, in a sandbox as well, and only plain data goes between
+    them: a program cannot see, change or outwit the tests. So results are compared as built-in types and classes of the set-up
+    code, such as ListNode; other objects of a program, such as a stack class, can be made, called and asked for attributes, but
+    no operator reaches them, and a function of the tests cannot be handed to the program.
+
+    Args:
+        test_column: Column with the tests.
+        entry_point_column: Column with the expression that `check` is called with, such as `Solution().twoSum`; a row may lack it
+            if its tests define no `check`.
+        setup_column: Column with code that runs before the program and the tests, such as imports; a row may lack it. None for
+            none.
+        pattern: Regular expression with one group, the program; the last match counts, no match earns nothing, `.` also matches
+            line breaks. None: the last fenced block of Python, else the last fenced block, else the whole completion.
+        partial_credit: Whether the share of the tests that pass is the reward. A program that ends or runs out of time
+            before its tests are done earns nothing.
+        cpu_seconds: CPU time of a program, in whole seconds; of each run, where it runs once for each input.
+        wall_seconds: Time of a program from start to end. Programs that compute are stopped by `cpu_seconds`, whatever else the
+            machine does; this stops those that wait.
+        memory_mb: Memory of a program, in MiB.
+        workers: Programs that run at the same time; None for the number of processors that this process may use. Give fewer
+            where several ranks share a machine.
+        allow_without_isolation: Whether programs may run where they cannot be isolated. They can then do whatever you can.
+        name: What it is logged as; None for `code_tests`.
+
+    Raises:
+        ConfigError: If an argument is out of range.
+        SandboxError: If programs cannot be isolated on this machine.
+
+    Example:
+        >>> prompt = Prompt(text="Double x.", columns={"test": "assert double(2) == 4"})
+        >>> CodeTests()(["def double(x): return 2 * x", "def double(x): return x"], [prompt] * 2)
+        [1.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        test_column: str = "test",
+        entry_point_column: str | None = "entry_point",
+        setup_column: str | None = "prompt",
+        pattern: str | None = None,
+        partial_credit: bool = False,
+        cpu_seconds: int = 5,
+        wall_seconds: float = 15.0,
+        memory_mb: int = 512,
+        workers: int | None = None,
+        allow_without_isolation: bool = False,
+        name: str | None = None,
+    ) -> None:
+        if workers is not None and workers < 1:
+            raise ConfigError(f"workers={workers}: give at least 1, or null for one a processor")
+        if memory_mb < 64:
+            raise ConfigError(f"memory_mb={memory_mb}: give at least 64")
+        self.test_column = test_column
+        self.entry_point_column = entry_point_column
+        self.setup_column = setup_column
+        self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
+        self.partial_credit = partial_credit
+        self.limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_bytes=memory_mb * 2**20)
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self.mechanisms = require_isolation(allow_without_isolation).mechanisms
+        self._name = name
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Make sure that the row has tests which can be run."""
+        self._problem(prompt)
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
+        """Run the program of each completion, of B."""
+        problems: dict[int, CallTests | StandardStreamTests] = {}
+        programs, positions = [], []
+        for position, (completion, prompt) in enumerate(zip(completions, prompts, strict=True)):
+            if id(prompt) not in problems:
+                problems[id(prompt)] = self._problem(prompt)
+            source = extract_program(completion) if self.pattern is None else extract(self.pattern, completion)
+            if source is not None and source.strip():
+                programs.append((source, problems[id(prompt)]))
+                positions.append(position)
+        rewards = [0.0] * len(completions)
+        outcomes = run_programs(programs, self.mechanisms, self.limits, self.workers, self.partial_credit)
+        for position, outcome in zip(positions, outcomes, strict=True):
+            rewards[position] = self._reward(outcome)
+            if outcome.reason:
+                prompt = prompts[position]
+                logger.debug("%s: %s row %s: %s", self.name, prompt.source or "a prompt", prompt.index, outcome.reason)
+        return rewards
+
+    def _reward(self, outcome: Outcome) -> float:
+        return outcome.share if self.partial_credit else float(outcome.passed == outcome.total)
+
+    def _problem(self, prompt: Prompt) -> CallTests | StandardStreamTests:
+        try:
+            return read_problem(prompt.columns, self.test_column, self.entry_point_column, self.setup_column, self.partial_credit)
+        except ValueError as error:
+            raise DataError(
+                f"{prompt.source or 'a prompt'}, row {prompt.index} (the first is 0): CodeTests: {error}; correct or remove the "
+                f"row, or name the right columns; it has {', '.join(prompt.columns) or 'none'}"
+            ) from error

@@ -1,0 +1,1 @@
+"""Runs untrusted Python programs in isolation; needs nothing but the standard library, of which each start loads little."""

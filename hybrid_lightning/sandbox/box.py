@@ -1,0 +1,140 @@
+"""One box: a process in which nothing can be reached but what it was given, and the process that waits for it."""
+
+import fcntl
+import io
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+from hybrid_lightning.sandbox import candidate, harness, landlock, namespaces, privileges, seccomp
+
+# Descriptors in a box: the standard three, its job, two pipes to the other box, and two files that only tests and set-up write.
+JOB, REPLIES_OR_REQUESTS_IN, OUT, VERDICT, REPORT = 3, 4, 5, 6, 7
+_SETUP_FAILED, _OUT_OF_TIME, _SIGNALLED = 125, 124, 128
+
+
+def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number: int) -> int:
+    """Start a box.
+
+    Args:
+        spec: See `launcher.main`.
+        role: "candidate", "tests" or "script".
+        descriptors: What it gets as descriptors 0 to 7; None for none.
+        number: Of the box, which makes its user differ from those of other boxes.
+
+    Returns:
+        Process id of the one that waits for it; its exit code says how the box ended (see `describe`).
+    """
+    launcher = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    try:
+        _place(descriptors)
+    except BaseException:
+        os._exit(_SETUP_FAILED)  # without a place to say why
+    try:
+        privileges.die_with_parent(launcher)
+        root = os.geteuid() == 0
+        if "namespaces" in spec["mechanisms"]:
+            namespaces.unshare()
+        # Root of a user namespace has no other user that it could become.
+        user = None if os.geteuid() else privileges.FIRST_USER + (launcher * 2 + number) % privileges.USERS
+        inner = os.fork()
+        if inner == 0:
+            _confine(spec, user, threads=user is not None or ("namespaces" in spec["mechanisms"] and not root))
+            job = _read_job()
+    except BaseException as error:
+        os.write(REPORT, f"{type(error).__name__}: {error}\n".encode())
+        os._exit(_SETUP_FAILED)
+    if inner:
+        os.closerange(0, REPORT + 1)
+        _wait(inner, spec["limits"]["cpu_seconds"])
+    _run(role, job)
+    sys.exit(0)
+
+
+def _place(descriptors: list[int | None]) -> None:
+    """Give the descriptors their numbers, and close all others."""
+    high = [None if source is None else fcntl.fcntl(source, fcntl.F_DUPFD, 64) for source in descriptors]
+    for number, source in enumerate(high):
+        if source is None:
+            os.closerange(number, number + 1)  # whether it is open or not
+        else:
+            os.dup2(source, number)
+    os.closerange(len(high), 2**20)
+
+
+def _confine(spec: dict[str, Any], user: int | None, threads: bool) -> None:
+    """Apply every mechanism to this process.
+
+    Args:
+        spec: See `launcher.main`.
+        user: Number of the user to become; None to stay.
+        threads: Whether it may start threads: the system counts them by user, in a user namespace or for a user of its own, and
+            never for root.
+    """
+    mechanisms, limits = spec["mechanisms"], spec["limits"]
+    writable = []
+    if "namespaces" in mechanisms:
+        namespaces.change_root(spec["readable"], limits["temporary_bytes"])
+        writable = [namespaces.TEMPORARY]
+    elif "landlock" in mechanisms:
+        os.chdir("/")
+    privileges.drop(user)
+    privileges.die_with_parent()
+    if "landlock" in mechanisms:
+        landlock.restrict(spec["readable"], writable)
+    os.environ.clear()
+    limits = {name: limits[name] for name in ("cpu_seconds", "memory_bytes", "file_bytes", "threads")}
+    privileges.limit(**limits)
+    if "seccomp" in mechanisms:
+        seccomp.install(threads)
+
+
+def _read_job() -> dict[str, Any]:
+    with open(JOB, "rb") as stream:
+        return dict(json.load(stream))
+
+
+def _run(role: str, job: dict[str, Any]) -> None:
+    """Run what the box is for."""
+    if role == "tests":
+        os.close(REPORT)
+        harness.write_verdict(harness.run_tests(job, OUT, REPLIES_OR_REQUESTS_IN), VERDICT)
+    os.close(REPORT)
+    sys.stdin = _stream(0, "r", "surrogateescape")
+    sys.stdout = _stream(1, "w", "surrogateescape")
+    sys.stderr = _stream(2, "w", "backslashreplace")
+    sys.argv = ["solution.py"]
+    if role == "candidate":
+        candidate.run_function(job["setup"], job["source"], REPLIES_OR_REQUESTS_IN, OUT)
+    candidate.run_script(job["setup"], job["source"])
+
+
+def _stream(descriptor: int, mode: str, errors: str) -> io.TextIOWrapper:
+    binary = open(descriptor, mode + "b", closefd=False)  # noqa: SIM115  (open as long as the program runs)
+    return io.TextIOWrapper(binary, encoding="utf-8", errors=errors)
+
+
+def _wait(pid: int, cpu_seconds: int) -> None:
+    """Wait for the box and end as it did."""
+    _, status, usage = os.wait4(pid, 0)
+    used = usage.ru_utime + usage.ru_stime
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        os._exit(_OUT_OF_TIME if number == signal.SIGKILL and used > cpu_seconds - 0.5 else _SIGNALLED + number)
+    code = os.WEXITSTATUS(status)
+    os._exit(code if code in (0, _SETUP_FAILED) else 1)
+
+
+def describe(code: int) -> str:
+    """How a box ended, by the exit code of the process that waited for it; empty if all is well."""
+    if code == _OUT_OF_TIME:
+        return "out of CPU time"
+    if code > _SIGNALLED:
+        return f"ended by signal {code - _SIGNALLED}"
+    return "" if code == 0 else "could not be set up" if code == _SETUP_FAILED else "ended with an error"

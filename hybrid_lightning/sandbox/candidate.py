@@ -1,0 +1,119 @@
+"""The process of the untrusted program: answers what the tests' process asks, by plain data.
+
+Nothing here is trusted once the program runs: it may change all of it, and can do no more with that than send data.
+"""
+
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from hybrid_lightning.sandbox import wire
+
+RECURSION_LIMIT = 100_000  # judges of programming problems raise it as well
+MAIN, MODULE = "__main__", "solution"
+
+
+def compile_program(setup: str, source: str) -> list[types.CodeType]:
+    """The program's parts in the order in which they run.
+
+    A completion may be a body that continues the last function of the set-up code, as for HumanEval.
+
+    Raises:
+        SyntaxError: If it is no Python.
+    """
+    before = compile(setup, "<setup>", "exec", dont_inherit=True)
+    try:
+        return [before, compile(source, "<solution>", "exec", dont_inherit=True)]
+    except SyntaxError as error:
+        try:
+            return [compile(f"{setup}\n{source}", "<solution>", "exec", dont_inherit=True)]
+        except SyntaxError:
+            raise error from None
+
+
+class Server:
+    """Evaluates names, calls functions and reads attributes for the tests."""
+
+    def __init__(self, requests: int, replies: int) -> None:
+        self.requests, self.replies = requests, replies
+        self.kept: list[Any] = []
+        self.numbers: dict[int, int] = {}
+        self.classes: frozenset[str] = frozenset()
+        self.module = types.ModuleType(MODULE)
+        sys.modules[MODULE] = self.module
+
+    def load(self, setup: str, source: str) -> None:
+        """Run the program's top level."""
+        *before, program = compile_program(setup, source)
+        names = self.module.__dict__
+        for code in before:
+            exec(code, names)
+        self.classes = frozenset(name for name, value in names.items() if isinstance(value, type) and value.__module__ == MODULE)
+        exec(program, names)
+
+    def keep(self, value: Any) -> int:
+        """Number of an object that the tests can only refer to."""
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.kept)
+            self.kept.append(value)
+        return self.numbers[id(value)]
+
+    def serve(self, first: Callable[[], None]) -> None:
+        """Load the program, say how that went, and answer requests until there are no more."""
+        self.send(self.attempt(first))
+        with open(self.requests, "rb", closefd=False) as stream:
+            for body in wire.frames(stream.read):
+                self.send(self.attempt(lambda body=body: self.answer(body)))  # type: ignore[misc]
+
+    def attempt(self, action: Callable[[], Any]) -> bytes:
+        """What to reply: the result of an action, or its exception."""
+        try:
+            return wire.encode(["ok", action()], self.keep, self.classes)
+        except BaseException as error:
+            return wire.encode(["error", type(error).__name__, str(error)[:500]], self.keep, self.classes)
+
+    def answer(self, body: bytes) -> Any:
+        """Do what a request asks; mutable arguments of a function that returns None go back as it leaves them."""
+        known = self.module.__dict__
+        operation, *operands = wire.decode(body, self.kept.__getitem__, self.kept.__getitem__, known)
+        if operation == "evaluate":
+            return [eval(operands[0], known), None]
+        if operation == "get":
+            return [getattr(*operands), None]
+        if operation == "set":
+            return [setattr(*operands), None]  # type: ignore[func-returns-value]
+        function, arguments, keywords = operands
+        result = function(*arguments, **keywords)
+        return [result, [arguments, keywords] if result is None else None]
+
+    def send(self, body: bytes) -> None:
+        """Write a reply."""
+        data = wire.frame(body)
+        while data:
+            data = data[os.write(self.replies, data) :]
+
+
+def run_function(setup: str, source: str, requests: int, replies: int) -> None:
+    """Serve the functions of a program.
+
+    Args:
+        setup: Code that runs before the program, in the same module.
+        source: The program.
+        requests: File descriptor to read requests from.
+        replies: File descriptor to write replies to.
+    """
+    sys.setrecursionlimit(RECURSION_LIMIT)
+    server = Server(requests, replies)
+    server.serve(lambda: server.load(setup, source))
+    os._exit(0)
+
+
+def run_script(setup: str, source: str) -> None:
+    """Run a program as Python runs a script: it reads standard input, writes standard output, and ends as it likes."""
+    sys.setrecursionlimit(RECURSION_LIMIT)
+    module = types.ModuleType(MAIN)
+    sys.modules[MAIN] = module
+    for code in compile_program(setup, source):
+        exec(code, module.__dict__)

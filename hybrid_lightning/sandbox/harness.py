@@ -1,0 +1,194 @@
+"""The process of the tests: runs them here, in an interpreter that the program never enters, and asks the program by plain data.
+
+The verdict goes into a file that only this process holds. So nothing that the program prints, exits with, patches, compares or
+inspects can change it: the program knows neither the tests nor what they expect, and answers with values that are rebuilt here
+from built-in types and the classes of the set-up code.
+"""
+
+import builtins
+import json
+import os
+import types
+from typing import Any
+
+from hybrid_lightning.sandbox import wire
+
+MODULE = "tests"
+RESULTS = "__results__"  # in the tests' namespace: a bool for each test, where they are counted
+
+# These would end loops of the tests early, as if they had passed, or are no errors.
+_NEVER_RAISED = (StopIteration, StopAsyncIteration, AssertionError)
+
+
+class Proxy(wire.Remote):
+    """An object of the program, to be called and asked for attributes.
+
+    Operators do not reach it: an object that says it is equal to everything is equal to itself alone.
+    """
+
+    def __init__(self, peer: "Peer", number: int) -> None:
+        self.__dict__["wire_number_"] = number
+        self.__dict__["wire_peer_"] = peer
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Call it in the program's process."""
+        return self.wire_peer_.call(self, arguments, keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        """Read an attribute in the program's process."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.__dict__["wire_peer_"].ask("get", self, name)[0]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute in the program's process."""
+        self.wire_peer_.ask("set", self, name, value)
+
+
+class Peer:
+    """The program's process, seen from here."""
+
+    def __init__(self, requests: int, replies: int) -> None:
+        self.requests = requests
+        self.frames = wire.frames(open(replies, "rb", closefd=False).read)  # noqa: SIM115  (open as long as this process)
+        self.classes: dict[str, type] = {}
+        self.proxies: dict[int, Proxy] = {}
+        self.calls = 0
+        self.broken = ""  # why nothing more can be had; tests that catch exceptions must not hide it
+
+    def proxy(self, number: int) -> Proxy:
+        """What stands for an object of the program, the same each time."""
+        return self.proxies.setdefault(number, Proxy(self, number))
+
+    def reply(self) -> Any:
+        """The next answer.
+
+        Raises:
+            RuntimeError: If there is none, or it is no value.
+            Exception: Whatever the program raised, if it is of a built-in class.
+        """
+        try:
+            body = next(self.frames, None)
+            if body is None:
+                raise wire.WireError("it ended before it answered")
+            status, *content = wire.decode(body, _nothing, self.proxy, self.classes)
+            if status == "error":
+                name, message = (str(part)[:500] for part in content)
+            elif status == "ok" and len(content) == 1:
+                return content[0]
+            else:
+                raise wire.WireError("it answered with something else")
+        except (wire.WireError, ValueError, MemoryError) as error:
+            self.broken = f"the program cannot be asked: {error}"
+            raise RuntimeError(self.broken) from None
+        kind = getattr(builtins, name, None)
+        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _NEVER_RAISED):
+            try:
+                raised: Exception = kind(message)
+            except TypeError:  # UnicodeDecodeError and its like need more
+                raised = RuntimeError(f"{name}: {message}")
+            raise raised
+        raise RuntimeError(f"{name}: {message}")
+
+    def ask(self, *request: Any) -> Any:
+        """Send a request and wait for the answer."""
+        if self.broken:
+            raise RuntimeError(self.broken)
+        data = wire.frame(wire.encode(list(request), _refuse, frozenset(self.classes)))
+        try:
+            while data:
+                data = data[os.write(self.requests, data) :]
+        except BrokenPipeError:
+            self.broken = "the program has ended"
+            raise RuntimeError(self.broken) from None
+        answer = self.reply()
+        if not isinstance(answer, list) or len(answer) != 2:
+            self.broken = "the program cannot be asked: it answered with something else"
+            raise RuntimeError(self.broken)
+        return answer
+
+    def call(self, function: Proxy, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Call a function of the program; what returns None may change its arguments in place."""
+        self.calls += 1
+        result, changed = self.ask("call", function, list(arguments), keywords)
+        if result is None and isinstance(changed, list) and len(changed) == 2:
+            pairs = [*zip(arguments, changed[0], strict=False), *((keywords[key], changed[1].get(key)) for key in keywords)]
+            for old, new in pairs:
+                if type(old) is type(new):
+                    _overwrite(old, new)
+        return result
+
+
+def _overwrite(old: Any, new: Any) -> None:
+    if isinstance(old, list):
+        old[:] = new
+    elif isinstance(old, (dict, set)):
+        old.clear()
+        old.update(new)
+    elif type(old).__module__ == MODULE:
+        for name, value in wire.attributes(new).items():
+            setattr(old, name, value)
+
+
+def _nothing(number: int) -> Any:
+    raise wire.WireError("this process keeps no objects for the program")
+
+
+def _refuse(value: Any) -> int:
+    raise TypeError(f"a {type(value).__name__} cannot be handed to the program: only plain data can")
+
+
+def run_tests(job: dict[str, Any], requests: int, replies: int) -> dict[str, Any]:
+    """Run tests against the program behind two pipes.
+
+    Args:
+        job: `setup` (code before the tests), `tests` (their code, a list: each is a test of its own), `names` (what they call of
+            the program), `entry_point` (expression for the argument of `check`; None if the tests define no such function).
+        requests: File descriptor to write requests to.
+        replies: File descriptor to read replies from.
+
+    Returns:
+        `passed` and `total` tests, and `reason` why not all passed.
+    """
+    peer = Peer(requests, replies)
+    module = types.ModuleType(MODULE)
+    names = module.__dict__
+    exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), names)
+    peer.classes = {name: value for name, value in names.items() if isinstance(value, type) and value.__module__ == MODULE}
+    results: list[bool] = []
+    names[RESULTS] = results
+    reason = ""
+    try:
+        peer.reply()  # how loading the program went
+        for name in job["names"]:
+            names[name] = peer.ask("evaluate", name)[0]
+        if job["entry_point"] is not None:
+            candidate = peer.ask("evaluate", job["entry_point"])[0]
+    except BaseException as error:
+        return {"passed": 0, "total": max(1, len(job["tests"])), "reason": _describe(error)}
+    for code in job["tests"]:
+        before = len(results)
+        try:
+            exec(compile(code, "<tests>", "exec", dont_inherit=True), names)
+            if job["entry_point"] is not None:
+                names["check"](candidate)
+            if len(results) == before:
+                results.append(True)
+        except BaseException as error:
+            results.append(False)
+            reason = reason or _describe(error)
+        if not job["all"] and not all(results):
+            break
+    if not peer.calls or peer.broken:  # tests that never asked say nothing
+        return {"passed": 0, "total": max(1, len(results)), "reason": peer.broken or "the tests never called the program"}
+    return {"passed": sum(results), "total": len(results), "reason": reason or ("" if all(results) else "a test failed")}
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def write_verdict(verdict: dict[str, Any], file: int) -> None:
+    """Write the verdict and end this process."""
+    os.write(file, json.dumps(verdict).encode())
+    os._exit(0)

@@ -1,0 +1,119 @@
+"""Which mechanisms isolate a program here, and whether they are enough.
+
+Enough is: no network; no reading of files but those of the Python installation and the system's libraries; no writing but into a
+temporary folder of its own, or none at all; no seeing, signalling or tracing of other processes; no process that outlives it; no
+more CPU time, memory, threads and output than the limits say. Two ways lead there, both with a filter of system calls (seccomp):
+
+- namespaces, with Landlock on top where the kernel has it;
+- Landlock alone, which containers allow that forbid namespaces; a program then has no temporary folder.
+"""
+
+import os
+import platform
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from hybrid_lightning.errors import SandboxError
+from hybrid_lightning.sandbox.launch import Box, launch, probe
+from hybrid_lightning.sandbox.limits import Limits
+
+# Tried at start, in the sandbox itself; prints the names of those that work.
+_ATTEMPTS = """
+import os, statistics
+def attempt(name, action):
+    try:
+        action()
+    except (OSError, PermissionError):
+        return
+    print(name)
+def write():
+    with open({beside!r}, "w") as stream:
+        stream.write("written")
+def connect():
+    import socket
+    socket.socket()
+attempt("reading a file of this process", lambda: open({secret!r}).read())
+attempt("changing a file of this process", lambda: open({secret!r}, "r+").write("changed"))
+try:
+    write()  # the same path in a folder of its own would do no harm: seen from outside
+except OSError:
+    pass
+attempt("making a process", os.fork)
+attempt("opening a socket", connect)
+attempt("signalling another process", lambda: os.kill({parent}, 0))
+print("done")
+"""
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How programs are isolated."""
+
+    mechanisms: tuple[str, ...]  # those used
+    missing: tuple[str, ...]  # the others, each with why it does not work
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether untrusted programs may run."""
+        return "seccomp" in self.mechanisms and ("namespaces" in self.mechanisms or "landlock" in self.mechanisms)
+
+
+def require_isolation(allow_without_isolation: bool = False) -> Isolation:
+    """Find out how programs can be isolated here, and that it holds.
+
+    Args:
+        allow_without_isolation: Whether programs may run where it is not enough.
+
+    Raises:
+        SandboxError: If it is not enough, and that is not allowed, or if it does not hold when tried.
+    """
+    if platform.system() != "Linux":
+        raise SandboxError(
+            f"programs of a model cannot be isolated on {platform.system()}: the sandbox needs Linux: train there, in a "
+            "container or a virtual machine, or take a reward that runs no code"
+        )
+    isolation = _found()
+    if isolation.is_enough:
+        _attempts_fail(isolation)
+    elif not allow_without_isolation:
+        raise SandboxError(
+            f"programs of a model cannot be isolated on this machine ({'; '.join(isolation.missing)}). It needs seccomp, and "
+            "either user namespaces (sysctl user.max_user_namespaces above 0, kernel.unprivileged_userns_clone=1, "
+            "kernel.apparmor_restrict_unprivileged_userns=0) or Landlock of Linux 6.2 or later; in a container, allow these "
+            "system calls. allow_without_isolation=true runs the programs with what there is, and then they can do whatever this "
+            "user can"
+        )
+    return isolation
+
+
+@cache
+def _found() -> Isolation:
+    reasons = probe()
+    return Isolation(
+        tuple(name for name, reason in reasons.items() if not reason),
+        tuple(f"{name}: {reason}" for name, reason in reasons.items() if reason),
+    )
+
+
+@cache
+def _attempts_fail(isolation: Isolation) -> None:
+    """Try to get out, with the very calls that programs run by."""
+    with tempfile.TemporaryDirectory(prefix="sandbox_") as folder:
+        secret, beside = Path(folder, "secret"), Path(folder, "beside")
+        secret.write_text("secret")
+        for path, mode in ((Path(folder), 0o777), (secret, 0o666)):  # what stops a program is not that it is another user's
+            path.chmod(mode)
+        source = _ATTEMPTS.format(secret=str(secret), beside=str(beside), parent=os.getpid())
+        ran = launch([Box("script", {"setup": "", "source": source})], isolation.mechanisms, Limits())
+        lines = ran.stdout.decode(errors="replace").splitlines()
+        if beside.exists() or secret.read_text() != "secret":
+            lines.insert(0, "writing outside")
+    if lines != ["done"]:
+        stopped = lines[-1:] != ["done"]
+        said = ran.stderr.decode(errors="replace")[-300:] or str(ran.endings) if stopped else ", ".join(lines[:-1])
+        raise SandboxError(
+            f"the sandbox of {', '.join(isolation.mechanisms)} does not hold on this machine, or runs nothing: {said}. Use a "
+            "Python that any user may read (not one under /root), or another machine"
+        )

@@ -1,0 +1,62 @@
+"""Limits that a process can never leave again: resources, user, capabilities, and that it dies with its parent."""
+
+import os
+import resource
+import signal
+import struct
+
+from hybrid_lightning.sandbox import libc
+
+FIRST_USER, USERS = 61184, 4336  # the range of systemd's dynamic users, which no person and no other service has
+OPEN_FILES = 64
+STACK_BYTES = 64 * 2**20  # for deep recursion through C code, such as functools.cache
+
+
+def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) -> None:
+    """Set the resource limits, soft and hard alike.
+
+    Args:
+        cpu_seconds: CPU time, after which the kernel kills the process.
+        memory_bytes: Address space.
+        file_bytes: Size of any file written, standard output included.
+        threads: Threads of the user, unless the user is root.
+    """
+    for name, value in (
+        (resource.RLIMIT_CPU, cpu_seconds),
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_FSIZE, file_bytes),
+        (resource.RLIMIT_NPROC, threads),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_STACK, min(STACK_BYTES, memory_bytes // 4)),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        hard = resource.getrlimit(name)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (value, value))
+
+
+def drop(user: int | None) -> None:
+    """Give up root and all capabilities, and the way to get them back.
+
+    Args:
+        user: Number of the user and group to become; None to stay the same user.
+    """
+    if user is not None:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+    libc.call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", 0, 0, 0, 0, 0, 0))
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when its parent ends; a change of user would undo this.
+
+    Args:
+        parent: Process id of the parent, to find out that it has ended already; None where it cannot be seen.
+    """
+    libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)

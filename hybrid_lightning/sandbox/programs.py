@@ -1,0 +1,130 @@
+"""Runs untrusted programs against tests, many at a time."""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from hybrid_lightning.sandbox.launch import Box, Ran, launch
+from hybrid_lightning.sandbox.limits import Limits
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CallTests:
+    """Tests that call functions of the program."""
+
+    tests: tuple[str, ...]  # Python code; each is a test of its own
+    setup: str = ""  # code before the program: imports, classes such as ListNode
+    test_setup: str = ""  # code before the tests, after `setup`
+    names: tuple[str, ...] = ()  # what the tests call of the program by name
+    entry_point: str | None = None  # expression for the argument of the function `check` that each test defines; None: no such
+
+    def run(self, source: str, mechanisms: Sequence[str], limits: Limits, count_all: bool) -> "Outcome":
+        """Run a program against the tests (see `run_programs`)."""
+        tests = {
+            "setup": f"{self.setup}\n{self.test_setup}",
+            "tests": self.tests,
+            "names": self.names,
+            "entry_point": self.entry_point,
+            "all": count_all,
+        }
+        boxes = [Box("candidate", {"setup": self.setup, "source": source}), Box("tests", tests)]
+        ran = launch(boxes, mechanisms, limits)
+        if not ran.in_time:
+            return Outcome(0, len(self.tests), f"not done after {limits.wall_seconds:g} s")
+        if not ran.verdict:  # also where tests of the data set use up the limits
+            return Outcome(0, len(self.tests), f"the tests: {ran.endings.get('tests') or 'no verdict'}")
+        verdict = json.loads(ran.verdict)
+        reason = str(verdict["reason"])
+        ending = ran.endings.get("candidate", "")
+        return Outcome(int(verdict["passed"]), int(verdict["total"]), f"{ending}: {reason}" if reason and ending else reason)
+
+
+@dataclass(frozen=True)
+class StandardStreamTests:
+    """Pairs of what a program reads and what it must print; lines are compared without space at their ends."""
+
+    pairs: tuple[tuple[str, str], ...]  # (standard input, standard output)
+    setup: str = ""  # code before the program
+
+    def run(self, source: str, mechanisms: Sequence[str], limits: Limits, count_all: bool) -> "Outcome":
+        """Run a program on each input; the outputs are compared here, where it never was (see `run_programs`)."""
+        passed, reason = 0, ""
+        for given, expected in self.pairs:
+            box = Box("script", {"setup": self.setup, "source": source}, stdin=given.encode("utf-8", "surrogateescape"))
+            ran = launch([box], mechanisms, limits)
+            failure = _failure(ran, limits, expected)
+            passed += not failure
+            reason = reason or failure
+            # One that runs out of time would do so on the other inputs too, and hold up all others.
+            if failure and (not count_all or not ran.in_time or ran.endings["script"]):
+                break
+        return Outcome(passed, len(self.pairs), reason)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program did."""
+
+    passed: int  # tests
+    total: int
+    reason: str  # why not all passed, empty if they did
+
+    @property
+    def share(self) -> float:
+        """Share of the tests that passed."""
+        return self.passed / self.total
+
+
+def _failure(ran: Ran, limits: Limits, expected: str) -> str:
+    if not ran.in_time:
+        return f"not done after {limits.wall_seconds:g} s"
+    if ran.endings["script"]:
+        said = ran.stderr.decode(errors="replace").strip().splitlines()
+        return f"{ran.endings['script']}: {said[-1][:300] if said else 'it said nothing'}"
+    same = _lines(ran.stdout.decode(errors="replace")) == _lines(expected)
+    return "" if same else "another output"
+
+
+def _lines(text: str) -> list[str]:
+    lines = [line.rstrip() for line in text.rstrip().split("\n")]
+    return lines
+
+
+def run_programs(
+    programs: Sequence[tuple[str, CallTests | StandardStreamTests]],
+    mechanisms: Sequence[str],
+    limits: Limits,
+    workers: int,
+    count_all: bool = False,
+) -> list[Outcome]:
+    """Run programs against their tests, some at a time.
+
+    All is done after at most `wall_seconds` for each program and each pair of standard streams, divided by the workers.
+
+    Args:
+        programs: Source code, and its tests.
+        mechanisms: Of isolation (see `isolation.Isolation`).
+        limits: Of each program.
+        workers: Programs that run at the same time.
+        count_all: Whether all tests run, and not only those up to the first that fails.
+
+    Returns:
+        How each did, in the same order.
+
+    Raises:
+        SandboxError: If they cannot be run, which says nothing about them.
+    """
+    return _in_parallel([lambda s=s, t=t: t.run(s, mechanisms, limits, count_all) for s, t in programs], workers)  # type: ignore[misc]
+
+
+def _in_parallel(actions: Sequence[Callable[[], T]], workers: int) -> list[T]:
+    pool = ThreadPoolExecutor(max(1, min(workers, len(actions))), thread_name_prefix="sandbox")
+    try:
+        futures = [pool.submit(action) for action in actions]
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)  # after an error or Ctrl-C: no more are started

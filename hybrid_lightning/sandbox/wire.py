@@ -1,0 +1,243 @@
+"""Values as bytes between the tests' process and the program's: plain data, never code and never a class of the sender.
+
+A value is a JSON list: the value itself, then every container that it refers to as `[tag, item, ...]`. An item is a JSON scalar,
+or `[n]` for container number n. So nesting has no depth, and what is shared or circular stays so.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+MAX_BYTES = 64 * 2**20
+
+Unknown = Callable[[Any], int]  # object -> number by which its owner finds it again
+
+_BUILTINS: dict[str, type] = {
+    kind.__name__: kind for kind in (bool, bytes, complex, dict, float, frozenset, int, list, object, set, str, tuple)
+}
+_BY_VALUE: dict[str, Callable[[Any], list[Any]]] = {  # standard library classes: what their constructors need
+    "complex": lambda value: [value.real, value.imag],
+    "Decimal": lambda value: [str(value)],
+    "Fraction": lambda value: [value.numerator, value.denominator],
+    "date": lambda value: [value.year, value.month, value.day],
+    "timedelta": lambda value: [value.days, value.seconds, value.microseconds],
+    "deque": lambda value: [list(value), value.maxlen],
+}
+_MODULES = {"Decimal": "decimal", "Fraction": "fractions", "date": "datetime", "timedelta": "datetime", "deque": "collections"}
+_ITERATORS = {
+    **dict.fromkeys(("generator", "map", "filter", "zip", "enumerate", "reversed", "list_iterator", "dict_values"), "iterator"),
+    **dict.fromkeys(("chain", "islice", "permutations", "combinations", "product"), "iterator"),
+    "dict_keys": "keys",
+    "dict_items": "items",
+}
+_TEXTS: dict[str, Callable[[str], Any]] = {
+    "int": lambda text: int(text, 16),
+    "float": float.fromhex,
+    "str": str,
+    "bytes": bytes.fromhex,
+    "bytearray": bytearray.fromhex,
+}
+
+
+class WireError(Exception):
+    """The other side sent what is no value."""
+
+
+class Remote:
+    """Stands for an object that the other side keeps."""
+
+    wire_number_: int  # a name that no test uses for an attribute of the object itself
+
+
+class _Encoder:
+    def __init__(self, unknown: Unknown, classes: frozenset[str]) -> None:
+        self.unknown, self.classes = unknown, classes
+        self.entries: list[Any] = []
+        self.numbers: dict[int, int] = {}
+        self.waiting: list[tuple[int, Any]] = []
+        self.alive: list[Any] = []  # an id is only unique while its object lives
+
+    def item(self, value: Any) -> Any:
+        kind = type(value)
+        if value is None or kind is bool or kind is str or kind is float or (kind is int and -(2**63) < value < 2**63):
+            return value
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.entries)
+            self.alive.append(value)
+            self.waiting.append((len(self.entries), value))
+            self.entries.append(None)
+        return [self.numbers[id(value)]]
+
+    def run(self, value: Any) -> list[Any]:
+        first = self.item(value)
+        while self.waiting:
+            number, value = self.waiting.pop()
+            self.entries[number] = self.container(value)
+        return [first, *self.entries]
+
+    def container(self, value: Any) -> list[Any]:
+        for kind, tag in ((list, "list"), (tuple, "tuple"), (set, "set"), (frozenset, "frozenset")):
+            if isinstance(value, kind):
+                return [tag, *map(self.item, value)]
+        if isinstance(value, dict):
+            return ["dict", *(self.item(part) for pair in value.items() for part in pair)]
+        if isinstance(value, int):
+            return ["int", hex(int(value))]
+        if isinstance(value, float):
+            return ["float", float(value).hex()]
+        if isinstance(value, str):
+            return ["str", str.__str__(value)]
+        if isinstance(value, (bytes, bytearray)):
+            return [type(value).__name__, bytes(value).hex()]
+        return self.other(value)
+
+    def other(self, value: Any) -> list[Any]:
+        name = type(value).__name__
+        if isinstance(value, Remote):
+            return ["known", value.wire_number_]
+        if isinstance(value, type) and _BUILTINS.get(value.__name__) is value:
+            return ["type", value.__name__]
+        if isinstance(value, range):
+            return ["range", *map(self.item, (value.start, value.stop, value.step))]
+        if name in _ITERATORS:  # read to their end
+            return [_ITERATORS[name], *map(self.item, list(value))]
+        if name in _BY_VALUE and type(value).__module__ in ("builtins", _MODULES.get(name), f"_{_MODULES.get(name)}"):
+            return [name, *map(self.item, _BY_VALUE[name](value))]
+        if name in self.classes:
+            return ["object", name, *(part for key, held in attributes(value).items() for part in (key, self.item(held)))]
+        return ["unknown", self.unknown(value), callable(value)]
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """Attributes of an object, those in slots included."""
+    slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ()) if hasattr(value, name)]
+    return {**{name: getattr(value, name) for name in slots if not name.startswith("__")}, **getattr(value, "__dict__", {})}
+
+
+def encode(value: Any, unknown: Unknown, classes: frozenset[str]) -> bytes:
+    """Write a value.
+
+    Args:
+        value: Anything.
+        unknown: Gives a number to an object that is no plain data.
+        classes: Names of the classes whose objects are plain data too, by their attributes.
+    """
+    return json.dumps(_Encoder(unknown, classes).run(value), separators=(",", ":")).encode()
+
+
+class _Decoder:
+    def __init__(
+        self, entries: list[Any], known: Callable[[int], Any], remote: Callable[[int], Any], classes: Mapping[str, type]
+    ):
+        self.entries, self.known, self.remote, self.classes = entries, known, remote, classes
+        self.values: dict[int, Any] = {}
+        self.targets: dict[int, Any] = {}  # what is to be filled: an iterator is filled by its list
+        self.unfilled: list[int] = []
+
+    def item(self, item: Any) -> Any:
+        if not isinstance(item, list):
+            return item
+        (number,) = item
+        if number not in self.values:
+            self.values[number] = self.shell(number)
+        return self.values[number]
+
+    def shell(self, number: int) -> Any:
+        """The container, whole if it is immutable, else still empty."""
+        if not 0 <= number < len(self.entries):
+            raise WireError("no such container")
+        tag, *items = self.entries[number]
+        if tag in ("list", "dict", "set", "iterator", "object"):
+            self.unfilled.append(number)
+            if tag == "object":
+                kind = self.classes[items[0]]
+                return object.__new__(kind)
+            empty = {"list": list, "dict": dict, "set": set, "iterator": list}[tag]()
+            self.targets[number] = empty
+            return iter(empty) if tag == "iterator" else empty
+        return self.whole(tag, items)
+
+    def whole(self, tag: str, items: list[Any]) -> Any:
+        if tag in _TEXTS:
+            (text,) = items
+            return _TEXTS[tag](text)
+        if tag in ("tuple", "frozenset"):
+            return (tuple if tag == "tuple" else frozenset)(map(self.item, items))
+        if tag == "known":
+            return self.known(items[0])
+        if tag == "unknown":
+            return self.remote(int(items[0]))
+        if tag == "type":
+            return _BUILTINS[items[0]]
+        if tag == "range":
+            return range(*map(self.item, items))
+        arguments = list(map(self.item, items))
+        if tag in ("keys", "items"):
+            return dict.fromkeys(arguments).keys() if tag == "keys" else dict(arguments).items()
+        if tag in _BY_VALUE:
+            kind: Any = complex if tag == "complex" else getattr(__import__(_MODULES[tag]), tag)
+            self.fill()  # a deque is made of a list
+            return kind(*arguments)
+        raise WireError(f"unknown tag {tag!r:.40}")
+
+    def fill(self) -> None:
+        while self.unfilled:
+            number = self.unfilled.pop()
+            value: Any = self.targets.get(number, self.values.get(number))
+            tag, *items = self.entries[number]
+            if tag in ("list", "iterator"):
+                value.extend(map(self.item, items))
+            elif tag == "set":
+                value.update(map(self.item, items))
+            elif tag == "dict":
+                parts = map(self.item, items)
+                value.update(zip(parts, parts, strict=True))
+            else:
+                for name, item in zip(items[1::2], items[2::2], strict=True):
+                    if name.startswith("__"):
+                        raise WireError(f"attribute {name!r:.40}")
+                    setattr(value, name, self.item(item))
+
+
+def decode(data: bytes, known: Callable[[int], Any], remote: Callable[[int], Any], classes: Mapping[str, type]) -> Any:
+    """Read a value.
+
+    Args:
+        data: From `encode` of the other side, or anything that it made up.
+        known: Number of an object of this side -> the object.
+        remote: Number of an object of the other side -> what stands for it here.
+        classes: Name -> class of objects that are plain data.
+
+    Raises:
+        WireError: If it is no value.
+    """
+    try:
+        first, *entries = json.loads(data)
+        decoder = _Decoder(entries, known, remote, classes)
+        value = decoder.item(first)
+        decoder.fill()
+        return value
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
+        raise WireError(f"{type(error).__name__}: {error}"[:200]) from None
+
+
+def frames(read: Callable[[int], bytes]) -> Iterator[bytes]:
+    """Messages, each after its length, until the other side has closed its end.
+
+    Args:
+        read: Reads that many bytes, fewer at the end.
+    """
+    while len(head := read(4)) == 4:
+        (length,) = struct.unpack(">I", head)
+        if length > MAX_BYTES:
+            raise WireError(f"a message of {length} bytes")
+        body = read(length)
+        if len(body) < length:
+            return
+        yield body
+
+
+def frame(body: bytes) -> bytes:
+    """A message with its length before it."""
+    return struct.pack(">I", len(body)) + body

@@ -81,6 +81,12 @@ def gather_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: row.to(column.dtype) for (name, column), row in zip(columns.items(), rows, strict=True)}
 
 
+def own_rows(rows: Tensor) -> Tensor:
+    """Of rows that `gather_columns` has put under each other, those of this rank."""
+    ranks = world_size()
+    return rows if ranks == 1 else rows.tensor_split(ranks)[dist.get_rank()]
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum over ranks; what is given stays as it is."""
     if world_size() == 1:

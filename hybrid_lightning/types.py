@@ -154,6 +154,7 @@ class PolicyBatch(_TensorContainer):
     updated_sequences: float  # of `num_sequences`, those in a micro-batch: rows without advantage may be left out
     updated_tokens: float  # of `num_tokens`, likewise
     metrics: dict[str, float] = field(default_factory=dict)  # of the rollout that these rows come from, for logging
+    policy_mask: Tensor | None = None  # [B, T] bool: tokens that get a policy gradient (see `TopEntropyMask`); None: all
 
     def with_logprobs(self, old_logprobs: Tensor | None, ref_logprobs: Tensor | None) -> "PolicyBatch":
         """The same batch with log-probabilities of the sampling and the start policy, [B, T] each."""
@@ -174,6 +175,7 @@ class PolicyBatch(_TensorContainer):
             sampling_logprobs=self.sampling_logprobs[index][:, :width],
             old_logprobs=cut(self.old_logprobs),
             ref_logprobs=cut(self.ref_logprobs),
+            policy_mask=cut(self.policy_mask),
         )
 
     def loss_inputs(self, logprobs: Tensor) -> LossInputs:
@@ -188,4 +190,5 @@ class PolicyBatch(_TensorContainer):
             num_tokens=self.num_tokens,
             updated_sequences=self.updated_sequences,
             updated_tokens=self.updated_tokens,
+            importance_weights=None if self.policy_mask is None else self.policy_mask.to(logprobs.dtype),
         )

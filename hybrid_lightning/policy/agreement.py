@@ -44,4 +44,7 @@ def compare_with_sampler(
         "sampling/importance_weight/min": smallest(weights, inputs),
         "sampling/importance_weight/max": largest(weights, inputs),
     }
-    return replace(inputs, importance_weights=F.per_token(weights, mask)), metrics
+    weights = F.per_token(weights, mask)
+    if inputs.importance_weights is not None:  # tokens that are left out stay left out
+        weights = weights * inputs.importance_weights
+    return replace(inputs, importance_weights=weights), metrics

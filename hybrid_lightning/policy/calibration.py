@@ -13,28 +13,38 @@ from hybrid_lightning.rollout.micro_batches import split_by_tokens
 from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.types import LossInputs, Prompt, Sequences
 
-LogprobFunction = Callable[[Sequences], Tensor]
+LogprobFunction = Callable[[Sequences], tuple[Tensor, Tensor]]
 
 
 class RewardCalibration:
     """Losses of calibration rollouts; iterating computes them afresh.
 
-    Rows without advantage are left out: their gradient is exactly zero. The first iteration is at the start policy and keeps its
-    log-probabilities as the old ones, so that later iterations measure how far changed weights improve the objective.
+    Rows without advantage are left out, unless there is an entropy bonus: their gradient is exactly zero. The first iteration
+    is at the start policy and keeps its log-probabilities as the old ones, so that later iterations measure how far changed
+    weights improve the objective.
 
     Args:
-        sequences: N sequences of calibration rollouts.
+        sequences: N sequences of calibration rollouts; masked ones have no tokens.
         advantages: [N].
         loss: The training loss.
-        logprobs: Log-probabilities [B, T] with gradient of B sequences.
+        logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
         max_tokens: Tokens per loss, as in training: scoring should not need more memory.
+        max_completion_tokens: Longest completion that the sampler makes.
     """
 
     def __init__(
-        self, sequences: Sequences, advantages: Tensor, loss: PolicyLoss, logprobs: LogprobFunction, max_tokens: int
+        self,
+        sequences: Sequences,
+        advantages: Tensor,
+        loss: PolicyLoss,
+        logprobs: LogprobFunction,
+        max_tokens: int,
+        max_completion_tokens: int,
     ) -> None:
         self.loss, self.logprobs = loss, logprobs
-        useful = advantages.nonzero().squeeze(1)
+        self.max_completion_tokens = float(max_completion_tokens)
+        teaches = torch.ones_like(advantages, dtype=torch.bool) if loss.needs_entropy else advantages != 0
+        useful = (teaches & sequences.completion_mask.any(dim=1)).nonzero().squeeze(1)
         kept, weights = sequences.rows(useful), advantages[useful]
         self.chunks = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
         self.old_logprobs: list[Tensor] = []  # of each chunk
@@ -48,7 +58,7 @@ class RewardCalibration:
 
     def __iter__(self) -> Iterator[Tensor]:
         for number, (sequences, advantages) in enumerate(self.chunks):
-            logprobs = self.logprobs(sequences)
+            logprobs, entropy = self.logprobs(sequences)
             if number == len(self.old_logprobs):
                 self.old_logprobs.append(logprobs.detach())
             inputs = LossInputs(
@@ -59,6 +69,9 @@ class RewardCalibration:
                 ref_logprobs=self.old_logprobs[number],  # the start policy is the policy that sampled
                 num_sequences=self.num_sequences,
                 num_tokens=self.num_tokens,
+                entropy=entropy,
+                max_completion_tokens=self.max_completion_tokens,
+                micro_batch_tokens=self.num_tokens,  # all of the calibration rollouts are one micro-batch
             )
             yield self.loss(inputs).loss
 
@@ -107,5 +120,5 @@ class AnswerCalibration:
         share = len(self.chunks) / len(self.sequences)
         for sequences in self.chunks:
             mask = sequences.completion_mask
-            token_mean = (self.logprobs(sequences) * mask).sum(dim=1) / mask.sum(dim=1)
+            token_mean = (self.logprobs(sequences)[0] * mask).sum(dim=1) / mask.sum(dim=1)
             yield -token_mean.sum() * share

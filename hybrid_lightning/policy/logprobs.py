@@ -23,7 +23,9 @@ from hybrid_lightning.types import Sequences
 _BLOCK = 2**23
 
 
-def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model: nn.Module, sequences: Sequences, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every completion token.
 
     Where the model `supports_packing`, the forward and backward pass of a prompt is shared by neighbouring rows that have it, and
@@ -33,23 +35,26 @@ def token_logprobs(model: nn.Module, sequences: Sequences, temperature: float) -
         model: Causal language model with the Hugging Face forward.
         sequences: B prompts (left-padded) and completions (right-padded, T tokens).
         temperature: Divides the logits; must be that of the sampling.
+        entropy_gradient: Whether entropies have a gradient, which keeps as many numbers a token again as it has hidden states.
 
     Returns:
-        Log-probabilities [B, T] float32 with gradient, and entropies [B, T] float32 in nats without; both 0 at padding.
+        Log-probabilities [B, T] float32 with gradient, and entropies [B, T] float32 in nats; both 0 at padding.
     """
     mask = sequences.completion_mask
     tokens = sequences.completion_ids[mask]
     if supports_packing(model):
         packed = PackedSequences(sequences)
         hidden = packed_hidden(model, packed.ids, packed.positions, packed)
-        logprobs, entropy = logprobs_of_hidden(model, hidden[packed.predictors()], tokens, temperature)
+        logprobs, entropy = logprobs_of_hidden(model, hidden[packed.predictors()], tokens, temperature, entropy_gradient)
     else:
-        logprobs, entropy = _of_logits(_separate_logits(model, sequences)[mask], tokens, temperature)
+        logprobs, entropy = _of_logits(_separate_logits(model, sequences)[mask], tokens, temperature, entropy_gradient)
     padded = torch.zeros(mask.shape, device=mask.device)
     return padded.masked_scatter(mask, logprobs), padded.masked_scatter(mask, entropy)
 
 
-def logprobs_of_hidden(model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def logprobs_of_hidden(
+    model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of tokens, without all their logits at once.
 
     Args:
@@ -57,9 +62,10 @@ def logprobs_of_hidden(model: nn.Module, hidden: Tensor, tokens: Tensor, tempera
         hidden: States [K, H] that predict them.
         tokens: [K].
         temperature: Divides the logits.
+        entropy_gradient: See `token_logprobs`.
 
     Returns:
-        Log-probabilities [K] float32 with gradient, and entropies [K] float32 without.
+        Log-probabilities [K] float32 with gradient, and entropies [K] float32.
     """
     most = max(1, _BLOCK // base_model(model).config.get_text_config().vocab_size)
     # Blocks of one size: a small last one would read the whole weight for a few rows.
@@ -67,54 +73,68 @@ def logprobs_of_hidden(model: nn.Module, hidden: Tensor, tokens: Tensor, tempera
     pairs = list(zip(hidden.tensor_split(count), tokens.tensor_split(count), strict=True))
     weight = plain_projection(model)
     if weight is not None and not weight.requires_grad:
-        blocks = [_Projected.apply(part, weight, ids, temperature) for part, ids in pairs]  # type: ignore[no-untyped-call]
+        options = (temperature, entropy_gradient)
+        blocks = [_Projected.apply(part, weight, ids, *options) for part, ids in pairs]  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled():  # recomputed in the backward pass, so that one block's logits live at a time
-        blocks = [checkpoint(_project, model, part, ids, temperature, use_reentrant=False) for part, ids in pairs]
+        options = (temperature, entropy_gradient)
+        blocks = [checkpoint(_project, model, part, ids, *options, use_reentrant=False) for part, ids in pairs]
     else:
-        blocks = [_project(model, part, ids, temperature) for part, ids in pairs]
+        blocks = [_project(model, part, ids, temperature, False) for part, ids in pairs]
     return torch.cat([values for values, _ in blocks]), torch.cat([values for _, values in blocks])
 
 
-def _project(model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return _of_logits(project(model, hidden), tokens, temperature)
+def _project(
+    model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    return _of_logits(project(model, hidden), tokens, temperature, entropy_gradient)
 
 
 class _Projected(torch.autograd.Function):
-    """Log-probability under a frozen output layer. Its gradient, but for a factor a token, is known in the forward pass:
+    """Log-probability and entropy H under a frozen output layer. Gradients, but for a factor a token, are known in its forward:
 
         d log p(token) / d hidden = (onehot(token) - p) W / temperature
+        d H / d hidden = -p (log p + H) W / temperature
 
     so that logits are made once and neither kept nor made again.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
             logprobs = (logits.float() if temperature == 1 else logits.float() / temperature).log_softmax(dim=-1)
             result = logprobs.gather(1, tokens[:, None]).squeeze(1)
             probabilities = logprobs.exp()
             entropy = -torch.linalg.vecdot(probabilities, logprobs)
-            del logprobs
             if ctx.needs_input_grad[0]:
+                slopes = []
+                if entropy_gradient:
+                    slope = logprobs.add_(entropy[:, None]).mul_(probabilities).neg_()
+                    slopes.append(slope.to(logits.dtype) @ weight.to(logits.dtype))
+                del logprobs
                 slope = probabilities.neg_()
                 slope[torch.arange(len(tokens), device=tokens.device), tokens] += 1
-                ctx.save_for_backward(slope.to(logits.dtype) @ weight.to(logits.dtype))
+                ctx.save_for_backward(slope.to(logits.dtype) @ weight.to(logits.dtype), *slopes)
                 ctx.temperature, ctx.dtype = temperature, hidden.dtype
-        ctx.mark_non_differentiable(entropy)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return result, entropy
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return (slope * (gradient[:, None] / ctx.temperature)).to(ctx.dtype), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        slopes = ctx.saved_tensors
+        parts = [slope * (gradient[:, None] / ctx.temperature) for slope, gradient in zip(slopes, gradients, strict=False)]
+        return sum(parts[1:], start=parts[0]).to(ctx.dtype), None, None, None, None
 
 
-def _of_logits(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _of_logits(logits: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
     """Logits [K, V], tokens [K] -> log-probabilities [K] and entropies [K], float32."""
     logprobs = (logits.float() / temperature).log_softmax(dim=-1)
-    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+    wanted = entropy_gradient and torch.is_grad_enabled()
+    with torch.set_grad_enabled(wanted), torch.autocast(logits.device.type, enabled=False):
         entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
     return logprobs.gather(1, tokens[:, None]).squeeze(1), entropy
 

@@ -17,10 +17,11 @@ from torch.optim import AdamW
 from hybrid_lightning.adapters.apply import parameter_groups
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
-from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
+from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
+from hybrid_lightning.policy.calibrated import CalibratedModule
 from hybrid_lightning.policy.describe import describe_arguments
 from hybrid_lightning.policy.evaluation import EvaluationMetrics
+from hybrid_lightning.policy.group_advantages import advantages_over_ranks
 from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model, stop_token_ids
 from hybrid_lightning.policy.modes import checkpoint_gradients
 from hybrid_lightning.policy.optim import ConstantSchedule, LearningRateSchedule, OptimizerCallable, build_optimizer
@@ -29,7 +30,6 @@ from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.policy.quantization import Quantization, check_quantization
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
 from hybrid_lightning.policy.step_times import PhaseClock
-from hybrid_lightning.policy.updated import UpdatedModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.sampler import Sampler
@@ -38,7 +38,7 @@ from hybrid_lightning.sharding.ranks import gather_objects, sum_over_ranks
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
 
-class PolicyModule(UpdatedModule):
+class PolicyModule(CalibratedModule):
     """Trains a language model by reinforcement learning with verifiable rewards.
 
     The model is frozen as loaded; `HybridAdapterSetup` makes part of it trainable.
@@ -58,6 +58,10 @@ class PolicyModule(UpdatedModule):
         advantage: Advantage estimator; None takes `GroupAdvantage()`.
         correction: Weighs the policy term where sampling and training probabilities differ, such as `TokenTruncation()`: in
             bfloat16, or with merged weights while sampling, if `sampling/logp_difference` is not small; None for none.
+        token_mask: Gives a policy gradient to the most entropic tokens alone, such as `TopEntropyMask()`; None for all tokens.
+        mask_truncated_completions: Whether completions that were cut at the sampler's `max_new_tokens` are left out of the loss
+            (DAPO's overlong filtering). Their rewards still count in their group, and they in the number of sequences, but their
+            tokens nowhere (as in TRL).
         prompts_per_rollout: P, over all devices.
         samples_per_prompt: G.
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
@@ -92,6 +96,8 @@ class PolicyModule(UpdatedModule):
         sampler: Sampler | None = None,
         advantage: AdvantageEstimator | None = None,
         correction: ImportanceCorrection | None = None,
+        token_mask: TopEntropyMask | None = None,
+        mask_truncated_completions: bool = False,
         prompts_per_rollout: int = 8,
         samples_per_prompt: int = 8,
         minibatches_per_rollout: int = 1,
@@ -120,7 +126,8 @@ class PolicyModule(UpdatedModule):
         self.loss, self.reward = loss, reward
         self.sampler = sampler or Sampler()
         self.advantage = advantage or GroupAdvantage()
-        self.correction = correction
+        self.correction, self.token_mask = correction, token_mask
+        self.mask_truncated_completions = mask_truncated_completions
         self.eval_samples, self.seed = eval_samples, seed
         self.optimizer_class, self.lr_full, self.lr_lora = optimizer, lr_full, lr_lora
         self.schedule = schedule or ConstantSchedule()
@@ -176,9 +183,9 @@ class PolicyModule(UpdatedModule):
             rollouts = self.generate(prompts, self.rollout_schedule.samples_per_prompt, generator)
         with self.clock.phase("reward"):
             rewards = self.score(rollouts)
-            advantages = self.advantage(rewards.total, rollouts.samples_per_prompt)
+            advantages = advantages_over_ranks(self.advantage, rewards, rollouts.samples_per_prompt)
         self.last_rollout = (rollouts, rewards, advantages)
-        return rollouts.sequences, rollouts.sampling_logprobs, advantages, rollout_metrics(rollouts, rewards)
+        return self.taught_sequences(rollouts), rollouts.sampling_logprobs, advantages, rollout_metrics(rollouts, rewards)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Two parameter groups, `full` and `lora`, each with its learning rate."""
@@ -213,53 +220,3 @@ class PolicyModule(UpdatedModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Prompts have nothing to move."""
         return batch.to(device) if isinstance(batch, PolicyBatch) else batch
-
-    # ---- calibration
-
-    def calibration_losses(self, num_prompts: int | None = None) -> RewardCalibration | AnswerCalibration:
-        """Losses whose mean gradient scores the modules: of rollouts of the start policy on training prompts.
-
-        Where all rewards tie there is no gradient; then the reference answers are used (supervised), where the data has them.
-
-        Args:
-            num_prompts: Training prompts to use; fewer if there are not as many. None: as many as one rollout has.
-
-        Raises:
-            ConfigError: If the run itself could not work.
-            CalibrationError: If rewards tie and there are no answers.
-        """
-        self.check_settings()
-        prompts = self._train_prompts()
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
-        count = self.rollout_schedule.prompts_per_rollout if num_prompts is None else num_prompts
-        chosen = [prompts[i] for i in order[:count]]
-        # Not self.device: the callback has moved the model, and Lightning moves this module only after the setup hooks.
-        device = next(self.model.parameters()).device
-        generator = torch.Generator(device=device).manual_seed(self.seed + 7919)
-        samples = self.rollout_schedule.samples_per_prompt
-        rollouts = self.generate(chosen, samples, generator)
-        rewards = self.score(rollouts)
-        advantages = self.advantage(rewards.total, samples)
-        max_tokens = self._token_budget()
-        losses: RewardCalibration | AnswerCalibration
-        if bool(advantages.any()):
-            losses = RewardCalibration(rollouts.sequences, advantages, self.loss, self._calibration_logprobs, max_tokens)
-        else:
-            ids = [self.encode(prompt) for prompt in chosen]
-            losses = AnswerCalibration(chosen, ids, self.tokenizer, self._calibration_logprobs, max_tokens, device)
-        losses.info["prompts"] = len(chosen)
-        return losses
-
-    def _train_prompts(self) -> list[Prompt]:
-        prompts = getattr(self.trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
-        if prompts is None:
-            raise ConfigError(
-                "modules are scored on the train_prompts of the data module, but trainer.datamodule has none; give "
-                "trainer.fit(datamodule=PromptDataModule(...)), or a plan to HybridAdapterSetup"
-            )
-        self.rollout_schedule.check_prompts(len(prompts))
-        return list(prompts)
-
-    def _calibration_logprobs(self, sequences: Sequences) -> Tensor:
-        with self._precision():
-            return self.logprobs(sequences)[0]

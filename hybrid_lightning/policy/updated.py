@@ -5,26 +5,28 @@ be more tokens than memory holds activations for, so `training_step` cuts them i
 `max_tokens_per_micro_batch` tokens. All but the last run go backward at once; the loss of the last is returned to Lightning.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss
-from hybrid_lightning.losses.shares import combine_metrics
+from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
+from hybrid_lightning.losses.shares import combine_metrics, share
 from hybrid_lightning.policy.agreement import compare_with_sampler
 from hybrid_lightning.policy.evaluated import EvaluatedModule
 from hybrid_lightning.policy.logprobs import token_logprobs
 from hybrid_lightning.policy.step_metrics import StepMetrics, join_ranks
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.token_budget import default_token_budget
+from hybrid_lightning.policy.token_choice import mask_tokens
 from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
 from hybrid_lightning.sharding.forward import as_forward, is_sharded, with_whole_weights
 from hybrid_lightning.sharding.norms import total_norm
 from hybrid_lightning.sharding.ranks import gather_counts
-from hybrid_lightning.types import PolicyBatch, Sequences
+from hybrid_lightning.types import PolicyBatch, Rollouts, Sequences
 
 
 class UpdatedModule(EvaluatedModule):
@@ -32,6 +34,8 @@ class UpdatedModule(EvaluatedModule):
 
     loss: PolicyLoss
     correction: ImportanceCorrection | None
+    token_mask: TopEntropyMask | None
+    mask_truncated_completions: bool
     max_tokens_per_micro_batch: int | None
     clock: PhaseClock
 
@@ -41,40 +45,53 @@ class UpdatedModule(EvaluatedModule):
         self._gradients_begun = False
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [B, T] with gradient and entropies [B, T] without, under the sampler's temperature."""
-        return as_forward(self.model, lambda: token_logprobs(self.model, sequences, self.sampler.temperature))
+        """Log-probabilities and entropies [B, T] under the sampler's temperature; entropies have a gradient if the loss asks."""
+        with_gradient = self.loss.needs_entropy
+        return as_forward(self.model, lambda: token_logprobs(self.model, sequences, self.sampler.temperature, with_gradient))
+
+    def taught_sequences(self, rollouts: Rollouts) -> Sequences:
+        """The sequences of rollouts as the loss sees them: a completion that is masked has no tokens."""
+        sequences = rollouts.sequences
+        if not self.mask_truncated_completions:
+            return sequences
+        return replace(sequences, completion_mask=sequences.completion_mask & rollouts.finished[:, None])
 
     def takes_part(self, advantages: Tensor) -> Tensor:
         """Rows that an update needs (see `RolloutSource`): those with an advantage, if the loss ignores the others."""
         return advantages != 0 if self.loss.ignores_zero_advantage else torch.ones_like(advantages, dtype=torch.bool)
 
-    def add_logprobs(self, batch: PolicyBatch, on_policy: bool) -> PolicyBatch:
-        """Fill in old and reference log-probabilities, where they are needed (see `RolloutSource`).
+    def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
+        """Fill in old and reference log-probabilities and the mask of tokens, where they are needed (see `RolloutSource`).
 
         Old ones come from the same forward pass that trains, not from the sampler: on the first minibatch the ratio is then
         exactly 1, which GSPO's narrow clip range needs.
         """
-        if on_policy and not self.loss.needs_reference:
-            return batch
+        if on_policy and not self.loss.needs_reference and self.token_mask is None:
+            return list(batches)
 
-        def add() -> PolicyBatch:
+        def add(batch: PolicyBatch) -> tuple[PolicyBatch, Tensor]:
             old = reference = None
+            entropy = torch.zeros(batch.sequences.completion_mask.shape, device=self.device)
             if not len(batch.sequences):
-                return batch
-            if not on_policy:
-                old = self._constant_logprobs(batch.sequences)
+                return batch, entropy
+            if not on_policy or self.token_mask is not None:
+                old, entropy = self._constant_logprobs(batch.sequences)
             if self.loss.needs_reference:
                 with self.start_policy():
-                    reference = self._constant_logprobs(batch.sequences)
-            return batch.with_logprobs(old, reference)
+                    reference, _ = self._constant_logprobs(batch.sequences)
+            return batch.with_logprobs(None if on_policy else old, reference), entropy
 
         with self.clock.phase("logprobs"), self._inference():
-            return with_whole_weights(self.model, add, as_trained=True)
+            filled = with_whole_weights(self.model, lambda: [add(batch) for batch in batches], as_trained=True)
+        batches = [batch for batch, _ in filled]
+        return batches if self.token_mask is None else mask_tokens(batches, [entropy for _, entropy in filled], self.token_mask)
 
-    def _constant_logprobs(self, sequences: Sequences) -> Tensor:
-        """Log-probabilities [B, T] in the same runs of rows in which they are trained, so that the same numbers come out."""
+    def _constant_logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """What `logprobs` gives, in the same runs of rows in which they are trained, so that the same numbers come out."""
         runs = split_by_tokens(sequences, self._token_budget())
-        return join_rows([self.logprobs(sequences.rows(run))[0] for run in runs], sequences.completion_ids.shape[1])
+        width = sequences.completion_ids.shape[1]
+        logprobs, entropies = zip(*(self.logprobs(sequences.rows(run)) for run in runs), strict=True)
+        return join_rows(logprobs, width), join_rows(entropies, width)
 
     def _token_budget(self) -> int:
         return self.max_tokens_per_micro_batch or default_token_budget(self.model, self.device)
@@ -97,10 +114,11 @@ class UpdatedModule(EvaluatedModule):
         passes = max(1, *runs_of_ranks) if is_sharded(self.model) else len(runs)
         if passes > 1:
             self._begin_gradients(batch_idx)
+        tokens = float(batch.sequences.completion_mask.sum())
         losses, metrics = [], []
         for number in range(passes):
             if number < len(runs):
-                loss, of_run = self._run(batch.rows(runs[number]))
+                loss, of_run = self._run(batch.rows(runs[number]), tokens)
                 losses.append(loss.detach())
                 metrics.append(of_run)
             else:
@@ -121,14 +139,22 @@ class UpdatedModule(EvaluatedModule):
         real = torch.ones_like(token, dtype=torch.bool)
         return self.logprobs(Sequences(token, real, token, real))[0].sum() * 0
 
-    def _run(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a run of rows, all of them shares in the optimizer step's."""
+    def _run(self, batch: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a run of rows of a micro-batch, all of them shares in the optimizer step's."""
         logprobs, entropy = self.logprobs(batch.sequences)
-        inputs, agreement = compare_with_sampler(batch, logprobs, self.correction)
+        inputs, metrics = compare_with_sampler(batch, logprobs, self.correction)
+        inputs = replace(
+            inputs,
+            entropy=entropy,
+            max_completion_tokens=float(self.sampler.max_new_tokens),
+            micro_batch_tokens=micro_batch_tokens,
+            num_micro_batches=float(self.trainer.accumulate_grad_batches * self.trainer.world_size),
+        )
+        metrics["entropy"] = share(entropy.detach(), inputs)
+        if batch.policy_mask is not None:
+            metrics["top_entropy/share"] = share(batch.policy_mask.to(entropy.dtype), inputs)
         output = self.loss(inputs)
-        mask = batch.sequences.completion_mask
-        mean_entropy = (entropy * mask).sum() / max(batch.updated_tokens, 1.0)
-        return output.loss, {**output.metrics, **agreement, "entropy": mean_entropy}
+        return output.loss, {**output.metrics, **metrics}
 
     def _trained(self) -> list[Tensor]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -64,4 +64,5 @@ def _join(parts: Sequence[PolicyBatch]) -> PolicyBatch:
         sampling_logprobs=sampling_logprobs,
         old_logprobs=right([part.old_logprobs for part in parts]),
         ref_logprobs=right([part.ref_logprobs for part in parts]),
+        policy_mask=right([part.policy_mask for part in parts]),
     )

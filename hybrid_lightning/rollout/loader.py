@@ -88,8 +88,12 @@ class RolloutSource(Protocol):
         """[B] bool: the rows that an update needs."""
         ...
 
-    def add_logprobs(self, batch: PolicyBatch, on_policy: bool) -> PolicyBatch:
-        """Fill in `old_logprobs` (unless the micro-batch is exactly on-policy) and `ref_logprobs` (if the loss needs them)."""
+    def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
+        """Fill in what is known of the micro-batches of one optimizer step before it begins.
+
+        That is `old_logprobs` (unless the step is exactly on-policy), and `ref_logprobs` and `policy_mask` (if they are needed).
+        All ranks call it together.
+        """
         ...
 
 
@@ -250,7 +254,8 @@ class RolloutLoader:
         self.schedule.check_split(accumulate, self.world_size)
         minibatches, epochs = self.schedule.minibatches_per_rollout, self.schedule.epochs_per_rollout
         rows = len(sequences) // minibatches
-        takes_part = self.source.takes_part(advantages)
+        # A completion without tokens (a masked one) counts among the sequences, and adds nothing to any loss.
+        takes_part = self.source.takes_part(advantages) & sequences.completion_mask.any(dim=1)
         one_pass: list[PolicyBatch] = []
         for step in range(minibatches):
             of_step = torch.arange(step * rows, (step + 1) * rows, device=advantages.device)
@@ -271,7 +276,7 @@ class RolloutLoader:
             # passes over the rollout they are needed again.
             on_policy = step == 0 and epochs == 1
             parts = [whole.rows(index) for index in updated.tensor_split(accumulate)]
-            one_pass.extend(self.source.add_logprobs(part, on_policy) for part in parts)
+            one_pass.extend(self.source.add_logprobs(parts, on_policy))
         return one_pass * epochs
 
     def _sum(self, values: Tensor) -> float:

@@ -1,5 +1,7 @@
 """Micro-batches by tokens: how many rows a forward and backward pass takes depends on how long they are."""
 
+from collections.abc import Sequence
+
 import torch
 
 from hybrid_lightning.rollout.packing import begins_group
@@ -33,6 +35,6 @@ def split_by_tokens(sequences: Sequences, max_tokens: int) -> list[slice]:
     return [*runs, slice(start, len(prompts))] if prompts else []
 
 
-def join_rows(parts: list[torch.Tensor], width: int) -> torch.Tensor:
+def join_rows(parts: Sequence[torch.Tensor], width: int) -> torch.Tensor:
     """Stack [b, t] tensors of consecutive rows to [B, width], with zeros where a part is narrower."""
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])

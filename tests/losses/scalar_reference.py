@@ -1,12 +1,30 @@
-"""GRPO and GSPO once more, number by number in Python loops, straight from the equations; and random inputs for both."""
+"""Every loss once more, number by number in Python loops, straight from the equations; and random inputs for them."""
 
 import math
 
 import torch
 
+from hybrid_lightning.losses import (
+    BNPOLoss,
+    CISPOLoss,
+    DAPOLoss,
+    DrGRPOLoss,
+    GRPOLoss,
+    GSPOLoss,
+    GSPOTokenLoss,
+    PolicyLoss,
+    SAPOLoss,
+)
 from hybrid_lightning.types import LossInputs
 
-CLIPS = (0.02, 0.03)  # a range that both GRPOLoss and GSPOLoss accept
+CLIPS = (0.02, 0.03)  # a range that losses over ratios of tokens and of sequences both accept
+CLIPPED = [GRPOLoss, GSPOLoss, GSPOTokenLoss, DAPOLoss, DrGRPOLoss, BNPOLoss]
+# Each loss with settings that random inputs reach.
+SETTINGS = {
+    **{cls: dict(zip(("clip_low", "clip_high"), CLIPS, strict=True)) for cls in CLIPPED},
+    CISPOLoss: {"cap": 1.1},
+    SAPOLoss: {},
+}
 
 
 def make_inputs(
@@ -27,55 +45,73 @@ def make_inputs(
         completion_mask=torch.arange(t)[None, :] < lengths[:, None],
         old_logprobs=old.to(dtype),
         ref_logprobs=ref.to(dtype),
+        entropy=normal(b, t).abs().to(dtype).requires_grad_(),
+        max_completion_tokens=t + 2.0,
     )
 
 
-def scalar_loss(
-    inputs: LossInputs,
-    *,
-    sequence_level: bool,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None = None,
-    kl_coef: float = 0.0,
-    kl_importance_weight: bool = False,
-) -> dict[str, float]:
-    """Loss, clip ratios, KL and ratio statistics."""
+def scalar_loss(inputs: LossInputs, loss: PolicyLoss) -> dict[str, float]:
+    """Loss and metrics of all these sequences as one optimizer step of one micro-batch."""
+    fields = ("logprobs", "old_logprobs", "ref_logprobs", "entropy")
     rows = [
         (
             inputs.advantages[i].item(),
             [
-                (inputs.logprobs[i, t].item(), inputs.old_logprobs[i, t].item(), inputs.ref_logprobs[i, t].item())
+                tuple(getattr(inputs, name)[i, t].item() for name in fields)
                 for t in range(inputs.completion_mask.shape[1])
                 if inputs.completion_mask[i, t]
             ],
         )
         for i in range(len(inputs.advantages))
     ]
-    loss, kls, ratios = 0.0, [], []
+    sums, kls, ratios, entropies = [], [], [], []
     for advantage, tokens in rows:
-        of_sequence = math.exp(sum(new - old for new, old, _ in tokens) / len(tokens))
+        of_sequence = math.exp(sum(new - old for new, old, _, _ in tokens) / len(tokens))
         row = 0.0
-        for new, old, ref in tokens:
-            ratio = of_sequence if sequence_level else math.exp(new - old)
-            bounded = ratio if dual_clip is None else min(ratio, dual_clip)
-            clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
-            kl = (math.exp(ref - new) - (ref - new) - 1) * (ratio if kl_importance_weight else 1.0)
+        for new, old, ref, entropy in tokens:
+            ratio = of_sequence if isinstance(loss, (GSPOLoss, GSPOTokenLoss)) else math.exp(new - old)
+            kl = (math.exp(ref - new) - (ref - new) - 1) * (ratio if loss.kl_importance_weight else 1.0)
             kls.append(kl)
-            row += -min(bounded * advantage, clipped * advantage) + kl_coef * kl
-            if not sequence_level:
+            entropies.append(entropy)
+            row += token_loss(loss, ratio, advantage, new) + loss.kl_coef * kl
+            if not isinstance(loss, GSPOLoss):
                 ratios.append((ratio, advantage))
-        if sequence_level:
+        if isinstance(loss, GSPOLoss):
             ratios.append((of_sequence, advantage))
-        loss += row / len(tokens)
-    low = [ratio < 1 - clip_low and advantage < 0 for ratio, advantage in ratios]
-    high = [ratio > 1 + clip_high and advantage > 0 for ratio, advantage in ratios]
-    return {
-        "loss": loss / len(rows),
-        "kl": sum(kls) / len(kls),
-        "clip_ratio/low_mean": sum(low) / len(ratios),
-        "clip_ratio/high_mean": sum(high) / len(ratios),
-        "clip_ratio/region_mean": (sum(low) + sum(high)) / len(ratios),
+        sums.append((row, len(tokens)))
+    value = reduce_rows(loss, sums, inputs.max_completion_tokens) - loss.entropy_coef * sum(entropies) / len(entropies)
+    result = {
+        "loss": value,
         "ratio/mean": sum(ratio for ratio, _ in ratios) / len(ratios),
         "ratio/max": max(ratio for ratio, _ in ratios),
     }
+    if loss.kl_coef:
+        result["kl"] = sum(kls) / len(kls)
+    if isinstance(loss, CISPOLoss):
+        result["cispo_clip_ratio"] = sum(ratio > loss.cap and advantage > 0 for ratio, advantage in ratios) / len(ratios)
+    elif not isinstance(loss, SAPOLoss):
+        low = sum(ratio < 1 - loss.clip_low and advantage < 0 for ratio, advantage in ratios) / len(ratios)
+        high = sum(ratio > 1 + loss.clip_high and advantage > 0 for ratio, advantage in ratios) / len(ratios)
+        result |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+    return result
+
+
+def token_loss(loss: PolicyLoss, ratio: float, advantage: float, logprob: float) -> float:
+    """The policy term of one token."""
+    if isinstance(loss, CISPOLoss):
+        return -min(ratio, loss.cap) * advantage * logprob
+    if isinstance(loss, SAPOLoss):
+        tau = loss.tau_positive if advantage > 0 else loss.tau_negative
+        return -advantage * (4 / tau) / (1 + math.exp(-tau * (ratio - 1)))
+    bounded = ratio if loss.dual_clip is None else min(ratio, loss.dual_clip)
+    clipped = min(max(ratio, 1 - loss.clip_low), 1 + loss.clip_high)
+    return -min(bounded * advantage, clipped * advantage)
+
+
+def reduce_rows(loss: PolicyLoss, rows: list[tuple[float, int]], max_tokens: float) -> float:
+    """The loss of sequences, each given as the sum over its tokens and their number."""
+    if isinstance(loss, (DAPOLoss, CISPOLoss, BNPOLoss)):
+        return sum(row for row, _ in rows) / sum(length for _, length in rows)
+    if isinstance(loss, DrGRPOLoss):
+        return sum(row for row, _ in rows) / (len(rows) * max_tokens)
+    return sum(row / length for row, length in rows) / len(rows)

@@ -1,57 +1,16 @@
-"""Values against a scalar loop, gradients against finite differences, and the ranges of the constructors."""
+"""The clip ranges that the constructors take."""
 
 import math
-import pickle
-from copy import deepcopy
 
 import pytest
-import torch
 from jsonargparse import ArgumentParser
-from scalar_reference import CLIPS, make_inputs, scalar_loss
+from scalar_reference import CLIPPED, make_inputs
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import GRPOLoss, GSPOLoss, PolicyLoss
-from hybrid_lightning.types import LossInputs
+from hybrid_lightning.losses import CISPOLoss, DAPOLoss, GSPOLoss, GSPOTokenLoss, PolicyLoss, SAPOLoss
 
-CASES = [
-    {},
-    {"dual_clip": 1.1},
-    {"kl_coef": 0.3},
-    {"kl_coef": 0.3, "kl_importance_weight": True},
-    {"kl_coef": 0.3, "kl_importance_weight": True, "dual_clip": 1.1},
-]
-
-
-@pytest.mark.parametrize("options", CASES)
-@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
-def test_values_equal_a_scalar_loop(cls, options):
-    inputs = make_inputs(seed=1, b=8, t=6, spread=0.3)
-    output = cls(*CLIPS, **options)(inputs)
-    level = cls is GSPOLoss
-    want = scalar_loss(inputs, sequence_level=level, clip_low=CLIPS[0], clip_high=CLIPS[1], **options)
-    assert output.loss.item() == pytest.approx(want.pop("loss"), rel=1e-12)
-    assert want["clip_ratio/low_mean"] > 0 and want["clip_ratio/high_mean"] > 0 and want["ratio/max"] > 1.1
-    if not options.get("kl_coef"):
-        del want["kl"]
-    assert {name: value.item() for name, value in output.metrics.items()} == pytest.approx(want, rel=1e-12)
-
-
-@pytest.mark.parametrize("options", CASES)
-@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_gradcheck(cls, options, seed):
-    inputs = make_inputs(seed=seed, b=4, t=4, spread=0.15)
-    loss = cls(*CLIPS, **options)
-    ratios = loss.ratio(inputs, inputs.old_logprobs).detach()
-    kinks = torch.tensor([1 - CLIPS[0], 1 + CLIPS[1], 1.1], dtype=torch.float64)
-    assert (ratios[..., None] - kinks).abs().min() > 1e-4, "finite differences must not step over a kink"
-
-    def value(logprobs):
-        return loss(
-            LossInputs(logprobs, inputs.advantages, inputs.completion_mask, inputs.old_logprobs, inputs.ref_logprobs, 5.0, 20.0)
-        ).loss
-
-    assert torch.autograd.gradcheck(value, inputs.logprobs)
+SEQUENCE_RATIOS = [GSPOLoss, GSPOTokenLoss]
+TOKEN_RATIOS = [cls for cls in CLIPPED if cls not in SEQUENCE_RATIOS]
 
 
 def test_one_ratio_a_sequence_moves_all_its_tokens_alike():
@@ -62,7 +21,7 @@ def test_one_ratio_a_sequence_moves_all_its_tokens_alike():
         assert row[mask].unique().numel() == 1 and (row[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
+@pytest.mark.parametrize("cls", CLIPPED)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -83,15 +42,17 @@ def test_values_out_of_range_are_refused(cls, options, message):
 
 
 @pytest.mark.parametrize("clips", [(0.2, 0.2), (0.1, 0.1), (3e-4, 0.28), (0.2, 4e-4)])
-def test_gspo_refuses_a_clip_range_of_grpo(clips):
-    with pytest.raises(ConfigError, match=r"GSPOLoss: .*set clip_low=3e-4 and clip_high=4e-4"):
-        GSPOLoss(*clips)
+@pytest.mark.parametrize("cls", SEQUENCE_RATIOS)
+def test_losses_over_ratios_of_sequences_refuse_a_clip_range_of_grpo(cls, clips):
+    with pytest.raises(ConfigError, match=rf"{cls.__name__}: .*set clip_low=3e-4 and clip_high=4e-4"):
+        cls(*clips)
 
 
 @pytest.mark.parametrize("clips", [(3e-4, 4e-4), (0.0, 0.2), (0.2, 5e-3)])
-def test_grpo_refuses_a_clip_range_of_gspo(clips):
-    with pytest.raises(ConfigError, match=r"GRPOLoss: .*set clip_low=0.2 and clip_high=0.2"):
-        GRPOLoss(*clips)
+@pytest.mark.parametrize("cls", TOKEN_RATIOS)
+def test_losses_over_ratios_of_tokens_refuse_a_clip_range_of_gspo(cls, clips):
+    with pytest.raises(ConfigError, match=rf"{cls.__name__}: .*set clip_low=0.2 and clip_high=0.2"):
+        cls(*clips)
 
 
 @pytest.mark.parametrize(("yaml", "switched"), [("GRPOLoss", "GSPOLoss"), ("GSPOLoss", "GRPOLoss")])
@@ -113,15 +74,34 @@ def test_a_class_switched_on_the_command_line_notices_the_range_of_the_yaml(yaml
     assert type(loss).__name__ == switched and (loss.clip_low, loss.clip_high) == (low, high)
 
 
-def test_defaults_are_the_papers():
-    grpo, gspo = GRPOLoss(), GSPOLoss()
-    assert (grpo.clip_low, grpo.clip_high, grpo.dual_clip, grpo.kl_coef) == (0.2, 0.2, None, 0.0)
-    assert (gspo.clip_low, gspo.clip_high, gspo.dual_clip, gspo.kl_coef) == (3e-4, 4e-4, None, 0.0)
+@pytest.mark.parametrize("cls", CLIPPED)
+def test_defaults_are_the_papers(cls):
+    loss = cls()
+    clips = (3e-4, 4e-4) if cls in SEQUENCE_RATIOS else (0.2, 0.28) if cls is DAPOLoss else (0.2, 0.2)
+    assert (loss.clip_low, loss.clip_high, loss.dual_clip, loss.kl_coef, loss.entropy_coef) == (*clips, None, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
-def test_losses_copy_pickle_and_describe_themselves(cls):
-    loss = cls(*CLIPS, kl_coef=0.1)
-    for copy in (deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-        assert vars(copy) == vars(loss)
-    assert loss.to_config()["init_args"] == {"clip_low": 0.02, "clip_high": 0.03, "kl_coef": 0.1}
+@pytest.mark.parametrize("switched", [CISPOLoss, SAPOLoss])
+def test_a_loss_without_clip_range_does_not_inherit_one(switched, tmp_path):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--loss", type=PolicyLoss)
+    path = tmp_path / "loss.yaml"
+    path.write_text("loss:\n  class_path: GRPOLoss\n  init_args: {clip_low: 0.2, clip_high: 0.2, kl_coef: 0.1}\n")
+    loss = parser.instantiate(parser.parse_args([f"--config={path}", f"--loss={switched.__name__}"])).loss
+    plain = {name: value for name, value in vars(switched(kl_coef=0.1)).items() if name != "_init_args"}
+    assert type(loss) is switched and {name: vars(loss)[name] for name in plain} == plain
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CISPOLoss(cap=1.0), r"CISPOLoss: cap=1.0 must be finite and above 1"),
+        (lambda: CISPOLoss(cap=math.nan), r"cap=nan"),
+        (lambda: SAPOLoss(tau_positive=0.0), r"SAPOLoss: tau_positive=0.0 must be finite and above 0"),
+        (lambda: SAPOLoss(tau_negative=math.inf), r"tau_negative=inf"),
+    ],
+)
+def test_settings_of_the_unclipped_losses(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -33,9 +33,9 @@ class Source:
     def takes_part(self, advantages):
         return torch.ones_like(advantages, dtype=torch.bool)
 
-    def add_logprobs(self, batch, on_policy):
-        self.on_policy.append(on_policy)
-        return batch
+    def add_logprobs(self, batches, on_policy):
+        self.on_policy += [on_policy] * len(batches)
+        return batches
 
 
 def build(prompts=12, source=None, schedule=None, accumulate=1, **arguments):

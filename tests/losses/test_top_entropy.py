@@ -1,0 +1,27 @@
+import math
+
+import pytest
+import torch
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import TopEntropyMask
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 10, 11, 101])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0])
+def test_it_keeps_the_share_and_what_trls_quantile_keeps(share, count):
+    entropies = torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    kept = entropies >= TopEntropyMask(share).threshold(entropies)
+    assert kept.sum() == math.floor(share * (count - 1) + 1e-9) + 1
+    assert kept.equal(entropies >= torch.quantile(entropies, 1 - share) - 1e-12)
+
+
+def test_ties_at_the_threshold_are_kept_and_nothing_keeps_nothing():
+    assert TopEntropyMask(0.25).threshold(torch.tensor([0.5, 0.5, 0.5, 0.1])) == 0.5
+    assert TopEntropyMask(0.25).threshold(torch.zeros(0)) == math.inf
+
+
+@pytest.mark.parametrize("share", [0.0, -0.2, 1.01, math.nan, 20])
+def test_bad_share(share):
+    with pytest.raises(ConfigError, match=rf"TopEntropyMask: share={share} must be above 0 and at most 1"):
+        TopEntropyMask(share)

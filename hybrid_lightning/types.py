@@ -21,6 +21,7 @@ class Prompt:
     index: int = 0  # number of the row in its source, before any split or filter: identifies the problem
     source: str = ""  # where the row comes from, for error messages
     columns: dict[str, Any] = field(default_factory=dict)  # the whole row, for rewards that need more than the answer
+    set_name: str = ""  # the named set that the problem belongs to, which evaluation reports on its own; "" if there is one set
 
     def __post_init__(self) -> None:
         assert (self.text is None) != (self.messages is None), "a Prompt has either text or messages"

@@ -5,6 +5,7 @@ A template is text with the names of columns in braces: `"{question}\nAnswer:"`.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import fields
 from typing import Any
 
 from hybrid_lightning.data.splitting import Row
@@ -50,7 +51,7 @@ class PromptFormat(Part, ABC):
 
     @abstractmethod
     def format(self, row: Row) -> Prompt:
-        """Make the prompt of a row, keeping its answer, index, source and columns."""
+        """Make the prompt of a row, keeping all else that a row has."""
 
     def question(self, row: Row) -> str:
         """Fill the template with a row."""
@@ -95,7 +96,7 @@ class PlainFormat(PromptFormat):
         pieces = [self.system_prompt] if self.system_prompt else []
         pieces += [question + answer for question, answer in self.examples]
         text = self.separator.join([*pieces, self.question(row)])
-        return Prompt(text=text, answer=row.answer, index=row.index, source=row.source, columns=row.columns)
+        return Prompt(text=text, **_of_row(row))
 
 
 class ChatFormat(PromptFormat):
@@ -119,4 +120,9 @@ class ChatFormat(PromptFormat):
             turns += [("user", question), ("assistant", answer)]
         turns.append(("user", self.question(row)))
         messages = tuple({"role": role, "content": content} for role, content in turns)
-        return Prompt(messages=messages, answer=row.answer, index=row.index, source=row.source, columns=row.columns)
+        return Prompt(messages=messages, **_of_row(row))
+
+
+def _of_row(row: Row) -> dict[str, Any]:
+    """What a prompt keeps of its row beside the question."""
+    return {field.name: getattr(row, field.name) for field in fields(row) if field.name != "question"}

@@ -31,7 +31,7 @@ class PromptDataModule(LightningDataModule):
 
     Rollouts are the training data: `train_dataloader` is the policy's `rollout_loader` of `train_prompts`. The other
     dataloaders give lists of `Prompt`. The sampler that Lightning puts into them under several ranks may repeat prompts;
-    `Prompt.index` is unique within a split, so that metrics can count each once.
+    `Prompt.index` is unique within a split and set, so that metrics can count each once.
 
     Args:
         source: Where the problems come from.

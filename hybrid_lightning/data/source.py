@@ -53,8 +53,8 @@ class PromptSource(Part, ABC):
 
 
 def _check_indices(name: str, rows: list[Row]) -> None:
-    seen: set[int] = set()
+    seen: set[tuple[str, int]] = set()
     for row in rows:
-        if row.index in seen:
+        if (row.set_name, row.index) in seen:
             raise DataError(f"two {name} rows from {row.source!r} have the index {row.index}: number them apart")
-        seen.add(row.index)
+        seen.add((row.set_name, row.index))

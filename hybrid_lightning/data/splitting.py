@@ -21,9 +21,10 @@ class Row:
 
     question: str  # identifies the problem: holds all that makes it another problem
     answer: str | None = None  # the reference answer alone, None where the data has none
-    index: int = 0  # number of the row in its source, the first is 0; unique within a split
+    index: int = 0  # number of the row in its source, the first is 0; unique within a split and set
     source: str = ""  # where the row comes from, for error messages
     columns: dict[str, Any] = field(default_factory=dict)  # the whole row: plain JSON values, since prompts are pickled
+    set_name: str = ""  # of the set that it belongs to, where a source joins several (see `Prompt.set_name`)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,14 @@ from hybrid_lightning.advantages import (
     BatchStdAdvantage,
     GroupAdvantage,
     GroupMeanAdvantage,
+    LeaveOneOutAdvantage,
+    PerRewardAdvantage,
     centred,
 )
 from hybrid_lightning.errors import ConfigError, RewardError
+from hybrid_lightning.types import Rewards
 
-ESTIMATORS = [GroupAdvantage(), GroupMeanAdvantage(), BatchStdAdvantage()]
+ESTIMATORS = [GroupAdvantage(), GroupMeanAdvantage(), BatchStdAdvantage(), LeaveOneOutAdvantage(), PerRewardAdvantage()]
 
 
 @st.composite
@@ -27,6 +30,9 @@ def grouped_rewards(draw):
 
 
 def scalar_advantages(estimator: AdvantageEstimator, rewards: list[float], samples: int) -> list[float]:
+    if isinstance(estimator, PerRewardAdvantage):
+        normalised = scalar_advantages(GroupAdvantage(), rewards, samples)
+        return [value / (statistics.stdev(normalised) + 1e-4) for value in normalised]
     advantages = []
     for start in range(0, len(rewards), samples):
         group = rewards[start : start + samples]
@@ -34,6 +40,7 @@ def scalar_advantages(estimator: AdvantageEstimator, rewards: list[float], sampl
             GroupAdvantage: lambda group=group: statistics.stdev(group) + 1e-4,
             GroupMeanAdvantage: lambda: 1.0,
             BatchStdAdvantage: lambda: statistics.stdev(rewards) + 1e-4,
+            LeaveOneOutAdvantage: lambda: (samples - 1) / samples,
         }[type(estimator)]()
         advantages += [(reward - statistics.mean(group)) / scale for reward in group]
     return advantages
@@ -120,7 +127,69 @@ def test_a_reward_that_is_no_number_is_named(bad):
 
 
 @pytest.mark.parametrize("eps", [0.0, -1.0, math.nan, math.inf])
-@pytest.mark.parametrize("cls", [GroupAdvantage, BatchStdAdvantage])
+@pytest.mark.parametrize("cls", [GroupAdvantage, BatchStdAdvantage, PerRewardAdvantage])
 def test_bad_eps(cls, eps):
     with pytest.raises(ConfigError, match=rf"{cls.__name__}: eps={eps}"):
         cls(eps)
+
+
+def test_leave_one_out_by_hand():
+    advantages = LeaveOneOutAdvantage()(torch.tensor([1.0, 0.0, 0.5, 0.0]), 4)
+    assert advantages.tolist() == pytest.approx([1 - 0.5 / 3, -1.5 / 3, 0.5 - 1 / 3, -1.5 / 3])
+
+
+def of_parts(estimator, samples=2, weights=None, **parts):
+    columns = {name: torch.tensor(values) for name, values in parts.items()}
+    total = sum((weights or {}).get(name, 1.0) * column for name, column in columns.items())
+    return estimator.of_rewards(Rewards(total, columns, total > 0, weights or {}), samples)
+
+
+def test_per_reward_tells_apart_what_a_sum_does_not():
+    """The example of the paper: one of two rewards earned, or both; the sum's advantage is the same in both groups."""
+    parts = {"a": [0.0, 1.0, 0.0, 1.0], "b": [0.0, 0.0, 0.0, 1.0]}
+    of_sum, apart = of_parts(GroupAdvantage(), **parts), of_parts(PerRewardAdvantage(), **parts)
+    assert of_sum[1] == pytest.approx(float(of_sum[3]), abs=1e-3)
+    assert apart[3] == pytest.approx(2 * float(apart[1]), rel=1e-6) and apart.std() == pytest.approx(1, abs=1e-3)
+
+
+def test_per_reward_by_hand():
+    """One group of two: each part is 1/sqrt(2) above or below its mean in units of its std."""
+    advantages = of_parts(
+        PerRewardAdvantage(eps=1e-9), weights={"a": 1.0, "b": -0.5}, a=[3.0, 1.0, 0.0, 0.0], b=[0.0, 0.1, 5.0, 0.0]
+    )
+    sums = torch.tensor([1.5, -1.5, -0.5, 0.5]) / math.sqrt(2)
+    torch.testing.assert_close(advantages, sums / sums.std(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_reward_counts_by_its_weight_and_not_by_its_spread():
+    wide, narrow = ([1000.0, 0.0, 0.0, 300.0], [1.0, 0.0, 0.0, 0.3])
+    other = [0.0, 1.0, 0.5, 0.0]
+    torch.testing.assert_close(
+        of_parts(PerRewardAdvantage(), 4, a=wide, b=other),
+        of_parts(PerRewardAdvantage(), 4, a=narrow, b=other),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    weighted = of_parts(PerRewardAdvantage(), 4, weights={"b": 0.0}, a=narrow, b=other)
+    torch.testing.assert_close(weighted, PerRewardAdvantage()(torch.tensor(narrow), 4))
+
+
+@pytest.mark.parametrize("reward", [0.1, 1 / 3])
+def test_groups_whose_every_part_ties_get_exactly_zero(reward):
+    advantages = of_parts(PerRewardAdvantage(), 3, a=[reward] * 3 + [0.0, 1.0, 0.5], b=[0.7] * 3 + [0.2, 0.0, 0.4])
+    assert (advantages[:3] == 0).all() and (advantages[3:] != 0).any()
+    assert (of_parts(PerRewardAdvantage(), 3, a=[reward] * 3, b=[0.7] * 3) == 0).all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS[:4])
+def test_the_others_look_at_the_total_alone(estimator):
+    parts = {"a": [0.0, 1.0, 0.3, 1.0], "b": [0.5, 0.0, 0.0, 1.0]}
+    total = torch.tensor(parts["a"]) + 2 * torch.tensor(parts["b"])
+    assert torch.equal(of_parts(estimator, weights={"b": 2.0}, **parts), estimator(total, 2))
+
+
+def test_a_part_that_is_no_number_is_named():
+    with pytest.raises(RewardError, match="reward of completion 1 is nan"):
+        PerRewardAdvantage().of_rewards(
+            Rewards(torch.zeros(2), {"a": torch.tensor([0.0, math.nan])}, torch.zeros(2, dtype=torch.bool)), 2
+        )

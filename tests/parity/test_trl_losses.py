@@ -11,15 +11,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage, GroupMeanAdvantage
-from hybrid_lightning.losses import GRPOLoss, GSPOLoss, SequenceMask, SequenceTruncation, TokenMask, TokenTruncation
+from hybrid_lightning.losses import (
+    BNPOLoss,
+    CISPOLoss,
+    DAPOLoss,
+    DrGRPOLoss,
+    GRPOLoss,
+    GSPOLoss,
+    GSPOTokenLoss,
+    SAPOLoss,
+    SequenceMask,
+    SequenceTruncation,
+    TokenMask,
+    TokenTruncation,
+    TopEntropyMask,
+)
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.types import LossInputs
 
 pytest.importorskip("trl", reason="parity needs trl: pip install 'hybrid-lightning[test]'")
-from trl.trainer.grpo_trainer import GRPOTrainer, nanstd
+from trl.trainer.grpo_trainer import GRPOTrainer
 
-B, T = 8, 6
+B, T, LONGEST = 8, 6, 9
 # TRL's arguments beside ours. "wide" ratios reach the dual clip, "near" ones straddle GSPO's own clip range.
 CASES = {
     "plain": {},
@@ -37,8 +50,30 @@ CASES = {
     "on-policy, kl": {"on_policy": True, "kl_coef": 0.5},
     "on-policy, kl, bias-corrected": {"on_policy": True, "kl_coef": 0.5, "kl_importance_weight": True},
 }
-CLIPS = {GRPOLoss: (0.2, 0.28), GSPOLoss: (3e-4, 4e-4)}
-SPREADS = {GRPOLoss: 0.3, GSPOLoss: 1e-3}
+CASES |= {
+    "entropy": {"entropy_coef": 0.1},
+    "entropy, kl": {"entropy_coef": 0.1, "kl_coef": 0.04},
+}
+# TRL's `loss_type`. It has no GSPO-token, which is to give what its GSPO gives.
+TYPES = {
+    GRPOLoss: "grpo",
+    GSPOLoss: "grpo",
+    GSPOTokenLoss: "grpo",
+    DAPOLoss: "dapo",
+    DrGRPOLoss: "dr_grpo",
+    BNPOLoss: "bnpo",
+    CISPOLoss: "cispo",
+    SAPOLoss: "sapo",
+}
+OF_SEQUENCES = (GSPOLoss, GSPOTokenLoss)
+SETTINGS = {cls: {"clip_low": 0.2, "clip_high": 0.28} for cls in TYPES}
+SETTINGS |= {cls: {"clip_low": 3e-4, "clip_high": 4e-4} for cls in OF_SEQUENCES}
+SETTINGS |= {CISPOLoss: {"cap": 1.2}, SAPOLoss: {"tau_positive": 1.0, "tau_negative": 1.05}}
+SPREADS = {cls: 1e-3 if cls in OF_SEQUENCES else 0.3 for cls in TYPES}
+UNCLIPPED = (CISPOLoss, SAPOLoss)
+# GSPO-token weighs a KL by the token's ratio, TRL by the sequence's: equal in value, and not in gradient.
+LACKING = {cls: "dual_clip" for cls in UNCLIPPED} | {GSPOTokenLoss: "kl_importance_weight"}
+PAIRS = [(case, cls) for case, options in CASES.items() for cls in TYPES if LACKING.get(cls) not in options]
 
 
 def make(dtype, seed, spread, on_policy):
@@ -56,30 +91,49 @@ def make(dtype, seed, spread, on_policy):
         completion_mask=torch.arange(T)[None] < lengths[:, None],
         old_logprobs=None if on_policy else noisy(spread),
         ref_logprobs=noisy(0.3),
+        entropy=noisy(0.3).abs().requires_grad_(),
+        max_completion_tokens=float(LONGEST),
     )
 
 
-def trl_loss(inputs: LossInputs, loss, accumulation: int = 1):
+def trl_loss(inputs: LossInputs, loss, accumulation: int = 1, tokens: float | None = None, top_entropy: float = 1.0):
     """`GRPOTrainer._compute_loss` on the same tensors and settings, and the metrics that it logs."""
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (inputs.logprobs, torch.zeros_like(inputs.logprobs), None),
-        args=SimpleNamespace(use_bias_correction_kl=loss.kl_importance_weight, delta=loss.dual_clip),
+        _get_per_token_logps_and_entropies=lambda *a, **k: (inputs.logprobs, inputs.entropy, None),
+        args=SimpleNamespace(
+            use_bias_correction_kl=loss.kl_importance_weight,
+            delta=getattr(loss, "dual_clip", None),
+            steps_per_generation=accumulation,
+            # As tensors, since TRL rounds plain numbers to float32, whatever the dtype of the rest.
+            sapo_temperature_pos=torch.tensor(getattr(loss, "tau_positive", 1.0), dtype=inputs.logprobs.dtype),
+            sapo_temperature_neg=torch.tensor(getattr(loss, "tau_negative", 1.0), dtype=inputs.logprobs.dtype),
+        ),
         model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(reduce=lambda x, reduction: x, gather=lambda x: x, num_processes=1),
+        accelerator=SimpleNamespace(
+            reduce=lambda x, reduction: x,
+            gather=lambda x: x,
+            pad_across_processes=lambda x, **k: x,
+            num_processes=1,
+            sync_gradients=True,
+        ),
         current_gradient_accumulation_steps=accumulation,
-        loss_type="grpo",
-        importance_sampling_level="sequence" if isinstance(loss, GSPOLoss) else "token",
-        epsilon_low=loss.clip_low,
-        epsilon_high=loss.clip_high,
+        loss_type=TYPES[type(loss)],
+        importance_sampling_level="sequence" if isinstance(loss, OF_SEQUENCES) else "token",
+        epsilon_low=getattr(loss, "clip_low", None),
+        epsilon_high=loss.cap if isinstance(loss, CISPOLoss) else getattr(loss, "clip_high", None),
+        max_completion_length=LONGEST,
+        entropy_coef=loss.entropy_coef,
+        use_adaptive_entropy=False,
         beta=loss.kl_coef,
         aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
+        top_entropy_quantile=top_entropy,
         off_policy_mask_threshold=None,
         use_vllm=inputs.importance_weights is not None,
         vllm_importance_sampling_correction=True,
-        _entropy_bonus_enabled=False,
+        _entropy_bonus_enabled=loss.needs_entropy,
         _metrics={"train": defaultdict(list)},
     )
+    trainer.get_high_entropy_mask = lambda *a: GRPOTrainer.get_high_entropy_mask(trainer, *a)
     empty = torch.zeros(len(inputs.advantages), 1, dtype=torch.long)
     batch = {
         "prompt_ids": empty,
@@ -90,54 +144,99 @@ def trl_loss(inputs: LossInputs, loss, accumulation: int = 1):
         "old_per_token_logps": inputs.old_logprobs,
         "ref_per_token_logps": inputs.ref_logprobs,
         "importance_sampling_ratio": inputs.importance_weights,
+        "num_items_in_batch": inputs.completion_mask.sum() if tokens is None else torch.tensor(tokens),
     }
     value = GRPOTrainer._compute_loss(trainer, None, batch)
     return value, {name: values[0] for name, values in trainer._metrics["train"].items()}
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
-@pytest.mark.parametrize("case", CASES)
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+each_loss = pytest.mark.parametrize("cls", TYPES)
+
+
+def build(cls, **options):
+    return cls(**SETTINGS[cls], **options)
+
+
+def assert_same(inputs, ours, theirs, tolerance=TIGHT):
+    """Equal losses with equal gradients; returns that of the log-probabilities."""
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    leaves = (inputs.logprobs, inputs.entropy)
+    gradients = [torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True) for value in (ours, theirs)]
+    torch.testing.assert_close(*gradients, **tolerance)
+    return gradients[0][0]
+
+
+@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float64, 1)])
+@pytest.mark.parametrize(("case", "cls"), PAIRS)
 def test_loss_gradient_and_metrics_equal_trl(case, cls, dtype, seed):
     options = dict(CASES[case])
     inputs = make(dtype, seed, options.pop("spread", SPREADS[cls]), options.pop("on_policy", False))
-    loss = cls(*CLIPS[cls], **options)
+    loss = build(cls, **options)
     ours, (theirs, their_metrics) = loss(inputs), trl_loss(inputs, loss)
-    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(ours.loss, theirs, **tolerance)
-    gradients = [torch.autograd.grad(value, inputs.logprobs)[0] for value in (ours.loss, theirs)]
-    torch.testing.assert_close(*gradients, **tolerance)
-    assert gradients[0].abs().max() > 1e-3
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else TIGHT
+    assert assert_same(inputs, ours.loss, theirs, tolerance).abs().max() > 1e-3
     shared = set(ours.metrics) & set(their_metrics)
-    assert shared >= {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
+    if cls is CISPOLoss:
+        assert "cispo_clip_ratio" in shared
+    elif cls is not SAPOLoss:
+        assert shared >= {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
     assert ("kl" in shared) == loss.needs_reference
-    for name in shared:
+    for name in shared - ({name for name in shared if "clip" in name} if cls is GSPOTokenLoss else set()):  # ours: of tokens
         assert ours.metrics[name].item() == pytest.approx(their_metrics[name], rel=1e-5, abs=1e-7), name
 
 
 def test_the_cases_reach_the_clips():
     """Else the parity above would be one of unclipped ratios."""
-    for cls in CLIPS:
-        metrics = [cls(*CLIPS[cls])(make(torch.float64, seed, SPREADS[cls], False)).metrics for seed in range(3)]
-        for name in ("low", "high"):
-            assert 0.1 < sum(part[f"clip_ratio/{name}_mean"] for part in metrics) < 2
-        wide = make(torch.float64, 0, 1.0, False)
-        capped, free = (cls(*CLIPS[cls], dual_clip=dual)(wide).loss for dual in (1.5, None))
-        assert capped < free
+    for cls in (cls for cls in TYPES if cls is not SAPOLoss):
+        metrics = [build(cls)(make(torch.float64, seed, SPREADS[cls], False)).metrics for seed in range(3)]
+        for name in ["cispo_clip_ratio"] if cls is CISPOLoss else ["clip_ratio/low_mean", "clip_ratio/high_mean"]:
+            assert 0.1 < sum(part[name] for part in metrics) < 2
+        if cls is not CISPOLoss:
+            wide = make(torch.float64, 0, 1.0, False)
+            capped, free = (build(cls, dual_clip=dual)(wide).loss for dual in (1.5, None))
+            assert capped < free
 
 
-@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
+@each_loss
 def test_accumulated_micro_batches_equal_trl(cls):
     inputs = make(torch.float64, 3, SPREADS[cls], False)
-    loss = cls(*CLIPS[cls], kl_coef=0.1)
-    names = ("logprobs", "advantages", "completion_mask", "old_logprobs", "ref_logprobs")
-    halves = [[getattr(inputs, name)[rows] for name in names] for rows in (slice(0, B // 2), slice(B // 2, B))]
-    ours = sum(loss(LossInputs(*half, num_sequences=float(B))).loss for half in halves)
-    theirs = sum(trl_loss(LossInputs(*half), loss, accumulation=2)[0] for half in halves)
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    gradients = [torch.autograd.grad(value, inputs.logprobs)[0] for value in (ours, theirs)]
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    loss, tokens = build(cls, kl_coef=0.1), float(inputs.completion_mask.sum())
+    names = ("logprobs", "advantages", "completion_mask", "old_logprobs", "ref_logprobs", "entropy")
+    counts = {"num_sequences": float(B), "num_tokens": tokens, "num_micro_batches": 2.0}
+    parts = [slice(0, B // 2), slice(B // 2, B)]
+    halves = [replace(inputs, **{name: getattr(inputs, name)[rows] for name in names}, **counts) for rows in parts]
+    ours = sum(loss(half).loss for half in halves)
+    assert_same(inputs, ours, sum(trl_loss(half, loss, 2, tokens)[0] for half in halves))
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.1}], ids=["plain", "kl"])
+@each_loss
+def test_masked_truncated_completions_equal_trl(cls, options):
+    """TRL empties the mask of their rows; here the rows are left out, and count among the sequences alone."""
+    inputs, loss = make(torch.float64, 5, SPREADS[cls], False), build(cls, **options)
+    finished = torch.tensor([True, False, True, True, False, True, True, True])
+    masked = replace(inputs, completion_mask=inputs.completion_mask & finished[:, None])
+    names = ("logprobs", "advantages", "completion_mask", "old_logprobs", "ref_logprobs", "entropy")
+    kept = {name: getattr(inputs, name)[finished] for name in names}
+    counts = {"num_sequences": float(B), "num_tokens": float(masked.completion_mask.sum())}
+    assert_same(inputs, loss(replace(inputs, **kept, **counts)).loss, trl_loss(masked, loss)[0])
+    assert not torch.allclose(loss(masked).loss, loss(inputs).loss)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.1}], ids=["plain", "kl"])
+@pytest.mark.parametrize("cls", [cls for cls in TYPES if cls is not GSPOTokenLoss])  # which parts from GSPO here, on purpose
+def test_the_top_entropy_mask_equals_trl(cls, options, share):
+    inputs, loss = make(torch.float64, 6, SPREADS[cls], False), build(cls, **options)
+    mask = inputs.completion_mask
+    kept = mask & (inputs.entropy.detach() >= TopEntropyMask(share).threshold(inputs.entropy.detach()[mask].float()))
+    weights = kept.to(torch.float64)
+    gradient = assert_same(
+        inputs, loss(replace(inputs, importance_weights=weights)).loss, trl_loss(inputs, loss, top_entropy=share)[0]
+    )
+    if cls is not GSPOLoss and not options:
+        assert (gradient[~kept] == 0).all() and 0.3 * share < kept.sum() / mask.sum() < 1.2 * share
 
 
 MODES = {
@@ -179,13 +278,13 @@ def trl_weights(inputs, sampling_logprobs, mode, cap, floor):
 
 @pytest.mark.parametrize("bounds", [{"cap": 1.1}, {"cap": 1.1, "floor": 0.8}], ids=["cap", "both"])
 @pytest.mark.parametrize("options", [{}, {"kl_coef": 0.04}, {"kl_coef": 0.5, "kl_importance_weight": True}], ids=str)
-@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
+@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss, CISPOLoss])
 @pytest.mark.parametrize("correction", MODES)
 def test_corrected_loss_and_gradient_equal_trl(correction, cls, options, bounds):
     inputs = make(torch.float64, 4, SPREADS[cls], False)
     noise = torch.randn(B, T, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     sampling_logprobs = inputs.old_logprobs + 0.1 * noise
-    mask, loss = inputs.completion_mask, cls(*CLIPS[cls], **options)
+    mask, loss = inputs.completion_mask, build(cls, **options)
     weights = F.per_token(correction(**bounds)(inputs.old_logprobs, sampling_logprobs, mask), mask)
     theirs = trl_weights(inputs, sampling_logprobs, MODES[correction], bounds["cap"], bounds.get("floor")).expand(B, T)
     torch.testing.assert_close(weights[mask], theirs[mask], rtol=1e-12, atol=0)
@@ -199,18 +298,3 @@ def test_corrected_loss_and_gradient_equal_trl(correction, cls, options, bounds)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
     uncorrected = torch.autograd.grad(loss(inputs).loss, inputs.logprobs)[0]
     assert (gradients[0] - uncorrected).abs().max() > 1e-3, "the weights matter"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_advantages_equal_trl(dtype):
-    """TRL's formula stands in the middle of a method of 600 lines; this is it, with TRL's own `nanstd`."""
-    samples = 8
-    rewards = torch.rand(5 * samples, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
-    groups = rewards.view(-1, samples)
-    centre = rewards - torch.nanmean(groups, dim=1).repeat_interleave(samples)
-    for estimator, scale in (
-        (GroupAdvantage(), nanstd(groups, dim=1).repeat_interleave(samples) + 1e-4),
-        (BatchStdAdvantage(), nanstd(rewards) + 1e-4),
-        (GroupMeanAdvantage(), 1.0),
-    ):
-        torch.testing.assert_close(estimator(rewards, samples), centre / scale, rtol=1e-6, atol=1e-6)

@@ -8,13 +8,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hybrid_lightning.losses import GRPOLoss, GSPOLoss, SequenceMask, SequenceTruncation, TokenMask, TokenTruncation
+from hybrid_lightning.losses import (
+    BNPOLoss,
+    CISPOLoss,
+    DAPOLoss,
+    DrGRPOLoss,
+    GRPOLoss,
+    GSPOLoss,
+    GSPOTokenLoss,
+    SAPOLoss,
+    SequenceMask,
+    SequenceTruncation,
+    TokenMask,
+    TokenTruncation,
+)
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.types import LossInputs, LossOutput
 
 OPTIONS = [{}, {"dual_clip": 1.2}, {"kl_coef": 0.2}, {"kl_coef": 0.2, "kl_importance_weight": True}]
 LOSSES = [cls(0.02, 0.03, **options) for cls in (GRPOLoss, GSPOLoss) for options in OPTIONS]
-IDS = [f"{type(loss).__name__}-{i % len(OPTIONS)}" for i, loss in enumerate(LOSSES)]
+LOSSES += [
+    GSPOTokenLoss(0.02, 0.03, kl_coef=0.2),
+    DAPOLoss(0.02, 0.03, dual_clip=1.2),
+    DrGRPOLoss(0.02, 0.03, kl_coef=0.2, kl_importance_weight=True),
+    BNPOLoss(0.02, 0.03, entropy_coef=0.1),
+    CISPOLoss(cap=1.1, kl_coef=0.2),
+    SAPOLoss(entropy_coef=0.1),
+]
+IDS = [f"{type(loss).__name__}-{i}" for i, loss in enumerate(LOSSES)]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=IDS)
 few = settings(max_examples=15, deadline=None)
 
@@ -37,12 +58,15 @@ def loss_inputs(draw, max_tokens: int = 6, min_tokens: int = 0) -> LossInputs:
         old_logprobs=logprobs + spread * normal(b, t) if draw(st.booleans()) else None,
         ref_logprobs=logprobs + spread * normal(b, t),
         importance_weights=0.1 + normal(b, t).abs() if draw(st.booleans()) else None,
+        entropy=normal(b, t).abs(),
+        max_completion_tokens=10.0,
     )
 
 
 def evaluate(loss, inputs: LossInputs) -> tuple[LossOutput, Tensor]:
-    """The output, and the gradient with respect to the log-probabilities."""
-    inputs = replace(inputs, logprobs=inputs.logprobs.detach().requires_grad_())
+    """The output, and the gradient with respect to the log-probabilities, on which the entropy depends too."""
+    logprobs = inputs.logprobs.detach().requires_grad_()
+    inputs = replace(inputs, logprobs=logprobs, entropy=inputs.entropy - 0.3 * logprobs)
     output = loss(inputs)
     return output, torch.autograd.grad(output.loss, inputs.logprobs)[0]
 
@@ -92,7 +116,8 @@ def test_order_of_sequences_does_not_matter(loss, inputs, data):
 def test_splitting_into_micro_batches_does_not_matter(loss, inputs, data):
     b = len(inputs.advantages)
     cuts = sorted(data.draw(st.sets(st.integers(1, b - 1)))) if b > 1 else []
-    counts = {"num_sequences": float(b), "num_tokens": float(inputs.completion_mask.sum())}
+    tokens = float(inputs.completion_mask.sum())
+    counts = {"num_sequences": float(b), "num_tokens": tokens, "micro_batch_tokens": tokens, "num_micro_batches": 1.0}
     whole, gradient = evaluate(loss, inputs)
     parts = []
     for start, end in zip([0, *cuts], [*cuts, b], strict=True):
@@ -139,7 +164,12 @@ def test_no_advantage_no_gradient(loss, inputs):
     if loss.needs_reference:  # the KL alone pulls then, and to nowhere if the policy is the reference
         inputs = replace(inputs, ref_logprobs=inputs.logprobs)
     output, gradient = evaluate(loss, replace(inputs, advantages=torch.zeros_like(inputs.advantages)))
-    assert output.loss == 0 and (gradient == 0).all()
+    if loss.needs_entropy:
+        mask = inputs.completion_mask
+        bonus = -0.1 * F.mean_over_tokens(inputs.entropy - 0.3 * inputs.logprobs, mask)
+        assert close(output.loss, bonus) and close(gradient, 0.03 * mask.double() / mask.sum().clamp(min=1))
+    else:
+        assert output.loss == 0 and (gradient == 0).all()
 
 
 @pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
@@ -156,6 +186,27 @@ def test_the_clip_stops_the_gradient_on_the_right_side_only(cls, inputs, beyond)
         flagged = stopped.double() if cls is GSPOLoss else (stopped & inputs.completion_mask).double()
         count = len(sign) if cls is GSPOLoss else inputs.completion_mask.sum()
         assert close(output.metrics["clip_ratio/region_mean"], flagged.sum() / count)
+
+
+@few
+@given(inputs=loss_inputs())
+def test_every_loss_begins_with_the_same_gradient_of_each_token_but_for_its_denominator(inputs):
+    """On-policy all of them are REINFORCE with the advantage as reward."""
+    on_policy = replace(inputs, old_logprobs=None, importance_weights=None)
+    mask, tokens = inputs.completion_mask, inputs.completion_mask.sum().clamp(min=1)
+    by_length = -inputs.advantages[:, None] * mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / len(mask)
+    by_token, by_position = -inputs.advantages[:, None] * mask / tokens, -inputs.advantages[:, None] * mask / (10.0 * len(mask))
+    for loss, want in (
+        (GRPOLoss(), by_length),
+        (GSPOLoss(), by_length),
+        (GSPOTokenLoss(), by_length),
+        (SAPOLoss(), by_length),
+        (DAPOLoss(), by_token),
+        (CISPOLoss(), by_token),
+        (BNPOLoss(), by_token),
+        (DrGRPOLoss(), by_position),
+    ):
+        assert close(evaluate(loss, on_policy)[1], want), loss
 
 
 @few

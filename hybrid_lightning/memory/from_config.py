@@ -102,6 +102,7 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
         lora=adapter.lora,
         target_modules=adapter.target_modules,
         keep_start_weights=adapter.keep_start_weights,
+        entropy_gradient=policy.loss.needs_entropy,
         plan=adapter.given_plan,
         scoring_copies=(2 if scorer.needs_halves else 1) * exact + scorer.needs_second_moment if scorer.needs_gradient else 0,
     )

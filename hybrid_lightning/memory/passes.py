@@ -110,8 +110,10 @@ def _update(fake: FakeModel, rows: Sequences) -> Traced:
             hidden = packed_hidden(fake.model, packed.ids, packed.positions, packed)
             kept, before = live.bytes, live.peak
             live.restart_peak()
-            logprobs, _ = logprobs_of_hidden(fake.model, hidden[predictors], tokens, 1.0)
-            loss = logprobs.mean()
+            bonus = fake.settings.entropy_gradient
+            logprobs, entropy = logprobs_of_hidden(fake.model, hidden[predictors], tokens, 1.0, bonus)
+            loss = logprobs.mean() + entropy.mean() if bonus else logprobs.mean()
+            del entropy
             del hidden
         with_logits = live.peak
         live.restart_peak()

@@ -42,6 +42,7 @@ class RunSettings:
     lora: LoraSettings = field(default_factory=LoraSettings)
     target_modules: Sequence[str] | None = None
     keep_start_weights: bool = True
+    entropy_gradient: bool = False  # whether the loss has an entropy bonus
     plan: AdapterPlan | None = None  # which modules are trained fully, where that is known
     quantization: Quantization | None = None  # of the frozen base
     scoring_copies: int = 1  # float32 copies of all candidates that scoring keeps, in the memory of the host

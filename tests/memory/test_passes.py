@@ -62,3 +62,10 @@ def test_passes_are_cut_as_in_training():
     assert [len(rows) for rows in passes] == [4, 4] and len(passes_of_step(replace(settings, micro_batches=1), 4)) == 4
     model = build_model("llama")
     assert RunSettings(model.config, 1, 1).tokens_of_pass == default_token_budget(model, torch.device("cpu"))
+
+
+def test_an_entropy_bonus_keeps_one_more_number_a_token_and_hidden_state():
+    rows = passes_of_step(SETTINGS, 4)[0]
+    plain, bonus = (Traces(replace(SETTINGS, entropy_gradient=asked)).update(rows, 0.0) for asked in (False, True))
+    hidden = int(rows.completion_mask.sum()) * SETTINGS.text_config.hidden_size * 4
+    assert bonus.activations + bonus.logits - plain.activations - plain.logits == pytest.approx(hidden, rel=0.2)

@@ -158,3 +158,30 @@ def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padd
     torch.testing.assert_close(together, separate, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropy, torch.cat([F.pad(h, (0, width - h.shape[1])) for _, h in alone]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found, gradients(separate), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen-output-layer"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "separate-rows"])
+def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, frozen, monkeypatch):
+    monkeypatch.setattr("hybrid_lightning.policy.logprobs._BLOCK", 4 * VOCABULARY)
+    if not packed:
+        monkeypatch.setattr("hybrid_lightning.policy.logprobs.supports_packing", lambda model: False)
+    model = build_model("llama").requires_grad_(True)
+    if frozen:
+        model.get_output_embeddings().requires_grad_(False)
+    sequences = build_sequences("shared")
+    weights = torch.randn(sequences.completion_mask.shape, generator=torch.Generator().manual_seed(0)) * sequences.completion_mask
+    logprobs, entropy = token_logprobs(model, sequences, 0.7, entropy_gradient=True)
+    torch.testing.assert_close((logprobs, entropy), token_logprobs(model, sequences, 0.7))
+    (2 * (logprobs * weights).sum() - (entropy * weights.flip(0)).sum()).backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for row, completion in enumerate(CASES["shared"][1]):
+        alone, its_entropy = plain(model, "shared", row, 0.7)
+        length = len(completion)
+        (2 * (alone * weights[row, :length]).sum() - (its_entropy * weights.flip(0)[row, :length]).sum()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(together[name], parameter.grad, atol=2e-5, rtol=1e-4)
+    with torch.no_grad():
+        assert not token_logprobs(model, sequences, 0.7, entropy_gradient=True)[1].requires_grad

@@ -2,7 +2,7 @@
 
 from hybrid_lightning.rewards.base import RewardFunction
 from hybrid_lightning.rewards.code_tests import CodeTests
-from hybrid_lightning.rewards.evaluate import evaluate_reward
+from hybrid_lightning.rewards.evaluate import evaluate_reward, extract_answers
 from hybrid_lightning.rewards.exact_match import ExactMatch
 from hybrid_lightning.rewards.format_reward import FormatReward
 from hybrid_lightning.rewards.math_match import MathMatch
@@ -20,4 +20,5 @@ __all__ = [
     "RewardFunction",
     "WeightedSum",
     "evaluate_reward",
+    "extract_answers",
 ]

@@ -45,6 +45,17 @@ class RewardFunction(Part, ABC):
             B finite numbers, in the same order. A reward that measures correctness gives 1.0 to a right answer.
         """
 
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """What a completion answers: a majority vote (`maj@k`) counts completions of a prompt with the same answer together.
+
+        A reward that takes an answer out of the text says so here, in a form in which equal answers are equal texts; otherwise
+        the whole text is the answer.
+
+        Returns:
+            The answer; None where the completion gives none, which then has no vote.
+        """
+        return completion.strip() or None
+
     def check_prompt(self, prompt: Prompt) -> None:
         """Make sure that completions of a prompt can be scored; asked of every prompt before training begins.
 

@@ -114,6 +114,11 @@ class CodeTests(RewardFunction):
                 logger.debug("%s: %s row %s: %s", self.name, prompt.source or "a prompt", prompt.index, outcome.reason)
         return rewards
 
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """The program; two agree if they are the same text."""
+        source = extract_program(completion) if self.pattern is None else extract(self.pattern, completion)
+        return None if source is None else source.strip() or None
+
     def _reward(self, outcome: Outcome) -> float:
         return outcome.share if self.partial_credit else float(outcome.passed == outcome.total)
 

@@ -43,6 +43,40 @@ def evaluate_reward(reward: RewardFunction, completions: Sequence[str], prompts:
     return Rewards(total=total, parts=parts, correct=total >= 1.0 if correct is None else correct, weights=weights)
 
 
+def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[str | None]:
+    """What completions answer, by the first part of the reward that measures correctness, or else the first of all.
+
+    Args:
+        reward: The reward.
+        completions: B texts.
+        prompts: The prompt of each completion, B as well.
+
+    Returns:
+        B answers; None for a completion without one (see `RewardFunction.extract_answer`).
+
+    Raises:
+        RewardError: If the part raises, or returns neither a text nor None.
+    """
+    terms = [term for term, _ in reward.terms()]
+    term = next((term for term in terms if term.measures_correctness), terms[0])
+    answers = []
+    for completion, prompt in zip(completions, prompts, strict=True):
+        try:
+            answer = term.extract_answer(completion, prompt)
+        except HybridLightningError:
+            raise
+        except Exception as error:
+            message = f"{_title(term)}.extract_answer raised {_describe(error)} {_place(completion, prompt)}"
+            raise RewardError(message) from error
+        if answer is not None and not isinstance(answer, str):
+            raise RewardError(
+                f"{_title(term)}.extract_answer returned {_shorten(answer)} {_place(completion, prompt)}; it must return the "
+                "answer as text, or None if there is none"
+            )
+        answers.append(answer)
+    return answers
+
+
 def _call(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
     """Values of one term, [B] float32."""
     try:

@@ -34,10 +34,14 @@ class ExactMatch(RewardFunction):
         """Compare each completion, of B, with its prompt's answer."""
         return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
 
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """What is compared with the reference answer."""
+        answer = extract(self.pattern, completion)
+        return None if answer is None else self._normalize(answer) or None
+
     def _score(self, completion: str, prompt: Prompt) -> float:
         wanted = self._normalize(reference_answer(type(self).__name__, prompt))
-        answer = extract(self.pattern, completion)
-        return float(answer is not None and self._normalize(answer) == wanted)
+        return float(self.extract_answer(completion, prompt) == wanted)
 
     def _normalize(self, text: str) -> str:
         text = " ".join(text.split())

@@ -44,6 +44,11 @@ class MathMatch(RewardFunction):
         """Compare each completion, of B, with its prompt's answer."""
         return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
 
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """The number or formula that is compared: 0.5 and 1/2 agree."""
+        text = extract(self.pattern, completion)
+        return None if text is None or not text.strip() else _verifier(self.cpu_seconds).value(text)
+
     def _score(self, completion: str, prompt: Prompt) -> float:
         verifier = _verifier(self.cpu_seconds)
         gold = reference_answer(type(self).__name__, prompt)

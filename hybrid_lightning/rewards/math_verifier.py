@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from hybrid_lightning.errors import RewardError
 
@@ -36,9 +37,15 @@ class MathVerifier:
 
     def equal(self, gold: str, text: str) -> bool | None:
         """Whether the answer in a text equals the reference answer; None if that took more than the time or memory allowed."""
-        return self._ask([gold, text])
+        reply = self._ask([gold, text])
+        return None if reply is None else bool(reply)
 
-    def _ask(self, request: list[str]) -> bool | None:
+    def value(self, text: str) -> str | None:
+        """The answer in a text, written in one way for equal numbers; None if there is none, or it took more than allowed."""
+        reply = self._ask({"value": text})
+        return None if reply is None else str(reply)
+
+    def _ask(self, request: list[str] | dict[str, str]) -> Any:
         with self._lock:
             for _ in range(2):  # once more if it was not the request that ended the process, but the system or another user
                 process = self._running()
@@ -48,7 +55,7 @@ class MathVerifier:
                     self._close()
                     raise
                 if reply:
-                    return bool(json.loads(reply))
+                    return json.loads(reply)
                 out_of_time = process.wait() == -signal.SIGPROF
                 self._close()
                 if out_of_time:

@@ -1,8 +1,9 @@
 """A process that compares mathematical answers by the library math-verify; `MathVerifier` starts it as a script.
 
 It reads one request a line, JSON: `[gold]` asks whether the gold answer is one that can be compared with, `[gold, text]` whether
-the answer in the text equals it; it writes `true` or `false`. A request that uses more than the CPU time given as argument ends
-the process by the default action of SIGPROF, which nothing in sympy can delay or catch.
+the answer in the text equals it, and it writes `true` or `false`; `{"value": text}` asks for the answer in the text itself. A
+request that uses more than the CPU time given as argument ends the process by the default action of SIGPROF, which nothing in
+sympy can delay or catch.
 
 It stands apart from the package (imports nothing of ours) so that it starts in a third of a second.
 """
@@ -14,9 +15,11 @@ import resource
 import signal
 import sys
 from functools import lru_cache
+from math import isfinite
 from typing import Any
 
 from math_verify import parse, verify
+from sympy import Eq
 
 MEMORY_BYTES = 4 * 2**30  # 9^9^9 and its like are refused memory before they take the machine's
 
@@ -82,6 +85,21 @@ def answer(request: list[str]) -> bool:
     return bool(verify(gold, found, timeout_seconds=None))
 
 
+def value(text: str) -> str | None:
+    """The answer in a text, numbers to the six places that they are compared to; None if there is none."""
+    parsed = parse(normalize(text), parsing_timeout=None)
+    if not parsed:
+        return None
+    found = parsed[0]
+    if isinstance(found, Eq) and found.lhs.is_Symbol:  # x = 5, which is compared as 5
+        found = found.rhs
+    try:
+        number = float(found.evalf())
+    except (AttributeError, TypeError, ValueError, OverflowError):  # a formula
+        return str(found)
+    return f"{round(number, 6) + 0.0:.6f}" if isfinite(number) else str(found)
+
+
 def main() -> None:
     """Serve until standard input ends."""
     cpu_seconds = float(sys.argv[1])
@@ -97,7 +115,8 @@ def main() -> None:
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-        result = answer(json.loads(line))
+        request = json.loads(line)
+        result = value(request["value"]) if isinstance(request, dict) else answer(request)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(result), file=replies, flush=True)
 

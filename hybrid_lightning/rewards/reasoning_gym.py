@@ -32,9 +32,14 @@ class ReasoningGymReward(RewardFunction):
         """Verify each completion, of B."""
         return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
 
-    def _score(self, completion: str, prompt: Prompt) -> float:
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """What the verifier is given."""
         answer = extract(self.pattern, completion)
-        if answer is None or not answer.strip():
+        return None if answer is None else answer.strip() or None
+
+    def _score(self, completion: str, prompt: Prompt) -> float:
+        answer = self.extract_answer(completion, prompt)
+        if answer is None:
             return 0.0
         try:
             task, config, item = (prompt.columns[column] for column in ("task", "config", "item"))
@@ -50,7 +55,7 @@ class ReasoningGymReward(RewardFunction):
                 f"ReasoningGymReward: reasoning-gym task {task!r} made another problem {item} than for {prompt.source} row "
                 f"{prompt.index}: it is not reproducible, choose another task"
             )
-        return float(dataset.score_answer(answer.strip(), deepcopy(entry)))
+        return float(dataset.score_answer(answer, deepcopy(entry)))
 
 
 @lru_cache(maxsize=16)

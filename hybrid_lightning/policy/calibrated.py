@@ -8,7 +8,7 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
 from hybrid_lightning.policy.updated import UpdatedModule
 from hybrid_lightning.rollout.loader import RolloutSchedule
-from hybrid_lightning.types import Prompt, Sequences
+from hybrid_lightning.types import Sequences
 
 
 class CalibratedModule(UpdatedModule):
@@ -16,10 +16,6 @@ class CalibratedModule(UpdatedModule):
 
     advantage: AdvantageEstimator
     rollout_schedule: RolloutSchedule
-
-    def check_settings(self) -> None:
-        """Raise ConfigError for what cannot work, before anything is spent."""
-        raise NotImplementedError
 
     def calibration_losses(self, num_prompts: int | None = None) -> RewardCalibration | AnswerCalibration:
         """Losses whose mean gradient scores the modules: of rollouts of the start policy on training prompts.
@@ -35,6 +31,7 @@ class CalibratedModule(UpdatedModule):
         """
         self.check_settings()
         prompts = self._train_prompts()
+        self.rollout_schedule.check_prompts(len(prompts))
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
         count = self.rollout_schedule.prompts_per_rollout if num_prompts is None else num_prompts
         chosen = [prompts[i] for i in order[:count]]
@@ -62,16 +59,6 @@ class CalibratedModule(UpdatedModule):
             losses = AnswerCalibration(chosen, ids, self.tokenizer, self._calibration_logprobs, max_tokens, device)
         losses.info["prompts"] = len(chosen)
         return losses
-
-    def _train_prompts(self) -> list[Prompt]:
-        prompts = getattr(self.trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
-        if prompts is None:
-            raise ConfigError(
-                "modules are scored on the train_prompts of the data module, but trainer.datamodule has none; give "
-                "trainer.fit(datamodule=PromptDataModule(...)), or a plan to HybridAdapterSetup"
-            )
-        self.rollout_schedule.check_prompts(len(prompts))
-        return list(prompts)
 
     def _calibration_logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         with self._precision():

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.constant_weights import constant_weights
-from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
+from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
-from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.support import supports_packing
@@ -25,15 +23,11 @@ _HALF = (torch.bfloat16, torch.float16)
 GenerationListener = Callable[[int, int, int], None]
 
 
-class EvaluatedModule(AdaptedModule):
+class EvaluatedModule(LanguageModule):
     """Generation, rewards, and the hooks of validation, test and prediction; a subclass sets the attributes."""
 
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    encoder: PromptEncoder
     sampler: Sampler
     reward: RewardFunction
-    stop_ids: list[int]
     eval_samples: int
     seed: int
     validation_metrics: EvaluationMetrics

@@ -10,32 +10,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW
 
-from hybrid_lightning.adapters.apply import parameter_groups
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.policy.calibrated import CalibratedModule
-from hybrid_lightning.policy.describe import describe_arguments
 from hybrid_lightning.policy.evaluation import EvaluationMetrics
 from hybrid_lightning.policy.group_advantages import advantages_over_ranks
-from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model, stop_token_ids
-from hybrid_lightning.policy.modes import checkpoint_gradients
-from hybrid_lightning.policy.optim import ConstantSchedule, LearningRateSchedule, OptimizerCallable, build_optimizer
-from hybrid_lightning.policy.precision import check_precision, use_bfloat16_precision
-from hybrid_lightning.policy.prompts import PromptEncoder
-from hybrid_lightning.policy.quantization import Quantization, check_quantization
+from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
+from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.checks import check_strategy
 from hybrid_lightning.sharding.ranks import gather_objects, sum_over_ranks
-from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
 
 class PolicyModule(CalibratedModule):
@@ -117,40 +109,26 @@ class PolicyModule(CalibratedModule):
         )
         if eval_samples < 1:
             raise ConfigError(f"model.eval_samples must be at least 1, got {eval_samples}")
-        if max_tokens_per_micro_batch is not None and max_tokens_per_micro_batch < 1:
-            raise ConfigError(f"model.max_tokens_per_micro_batch must be at least 1, got {max_tokens_per_micro_batch}")
-        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
-        for name, value in (("lr_full", lr_full), ("lr_lora", lr_lora)):
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"model.{name} must be a non-negative number, got {value}")
         self.loss, self.reward = loss, reward
         self.sampler = sampler or Sampler()
         self.advantage = advantage or GroupAdvantage()
         self.correction, self.token_mask = correction, token_mask
         self.mask_truncated_completions = mask_truncated_completions
         self.eval_samples, self.seed = eval_samples, seed
-        self.optimizer_class, self.lr_full, self.lr_lora = optimizer, lr_full, lr_lora
-        self.schedule = schedule or ConstantSchedule()
-        self.dtype_name, self.quantization = dtype, quantization
-        source = resolve_model(model, revision)
-        self.tokenizer = load_tokenizer(source)
-        self.encoder = PromptEncoder(self.tokenizer, chat_template, chat_template_kwargs)
-        self.model: nn.Module = load_model(source, dtype, attn_implementation)
-        self.base_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.stop_ids = stop_token_ids(self.model, self.tokenizer)
-        if gradient_checkpointing:
-            checkpoint_gradients(self.model)
+        self._train_with(optimizer, lr_full, lr_lora, schedule, max_tokens_per_micro_batch)
+        self._load(
+            model,
+            revision,
+            dtype,
+            quantization,
+            attn_implementation,
+            gradient_checkpointing,
+            chat_template,
+            chat_template_kwargs,
+        )
         self.validation_metrics, self.test_metrics = EvaluationMetrics(eval_samples), EvaluationMetrics(eval_samples)
         self.last_rollout: tuple[Rollouts, Rewards, Tensor] | None = None  # for callbacks that show samples
         self.clock = PhaseClock()  # StepTimer gives its own
-
-    def _save_arguments(self) -> None:
-        self.save_hyperparameters()
-        if "_instantiator" not in self.hparams:  # made in Python and not by the command line, which saves its config
-            plain = describe_arguments(dict(self.hparams))
-            plain["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
-            self._set_hparams(plain)
-            self._hparams_initial = self._to_hparams_dict(plain)
 
     # ---- training data
 
@@ -187,36 +165,13 @@ class PolicyModule(CalibratedModule):
         self.last_rollout = (rollouts, rewards, advantages)
         return self.taught_sequences(rollouts), rollouts.sampling_logprobs, advantages, rollout_metrics(rollouts, rewards)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Two parameter groups, `full` and `lora`, each with its learning rate."""
-        full, lora = parameter_groups(self.model)
-        groups = {"full": (list(full.values()), self.lr_full), "lora": (list(lora.values()), self.lr_lora)}
-        return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
-
-    def setup(self, stage: str) -> None:
-        """Check what cannot work before anything is spent (see `check_settings`)."""
-        super().setup(stage)
-        self.check_settings()
-
     def check_settings(self) -> None:
         """Called before scoring and before training.
 
         Raises:
-            ConfigError: If the strategy cannot work, the precision cannot work or contradicts the dtype, the KL term has no start
-                policy, or a rollout cannot be split into the micro-batches that the Trainer asks for.
+            ConfigError: For the reasons of `LanguageModule`, or if a rollout cannot be split into the micro-batches that the
+                Trainer asks for.
         """
-        check_strategy(self.trainer, self.optimizer_class, self.dtype_name)
-        if self.quantization is not None:
-            check_quantization(self.quantization, self.trainer)
-        check_precision(str(self.trainer.precision), self.dtype_name, self.optimizer_class)
-        use_bfloat16_precision(self.trainer.strategy)
-        if self.loss.needs_reference and self.plan is not None and not self.keep_start_weights:
-            raise ConfigError(
-                "the loss has a KL term (kl_coef > 0), which needs the start policy; set adapter.keep_start_weights=true"
-            )
+        super().check_settings()
         if self.trainer.state.fn == "fit":
             self.rollout_schedule.check_split(self.trainer.accumulate_grad_batches, self.trainer.world_size)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Prompts have nothing to move."""
-        return batch.to(device) if isinstance(batch, PolicyBatch) else batch

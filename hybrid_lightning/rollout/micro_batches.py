@@ -8,7 +8,7 @@ from hybrid_lightning.rollout.packing import begins_group
 from hybrid_lightning.types import Sequences
 
 
-def split_by_tokens(sequences: Sequences, max_tokens: int) -> list[slice]:
+def split_by_tokens(sequences: Sequences, max_tokens: int, together: int = 1) -> list[slice]:
     """Cut rows into runs of neighbours of at most `max_tokens` tokens, which a single longer row exceeds.
 
     A prompt counts once for the neighbours that share it, as in the packed forward pass; a prompt whose completions are cut apart
@@ -17,6 +17,7 @@ def split_by_tokens(sequences: Sequences, max_tokens: int) -> list[slice]:
     Args:
         sequences: B rows.
         max_tokens: Tokens of prompts and completions in a run.
+        together: So many rows, counted from the first, are never cut apart; B is a multiple of it.
 
     Returns:
         Slices of the rows, in order.
@@ -25,13 +26,15 @@ def split_by_tokens(sequences: Sequences, max_tokens: int) -> list[slice]:
     completions = sequences.completion_mask.sum(dim=1).tolist()
     begins: list[bool] = begins_group(sequences).tolist() if len(sequences) else []
     runs, start, used = [], 0, 0
-    for row, (prompt, completion, new_prompt) in enumerate(zip(prompts, completions, begins, strict=True)):
-        needed = completion + (prompt if new_prompt or row == start else 0)
+    for row in range(0, len(prompts), together):
+        unit = range(row, row + together)
+        needed = sum(completions[i] + (prompts[i] if begins[i] else 0) for i in unit)
+        alone = needed + (0 if begins[row] else prompts[row])  # where it begins a run
         if row > start and used + needed > max_tokens:
             runs.append(slice(start, row))
-            start, used = row, prompt + completion
+            start, used = row, alone
         else:
-            used += needed
+            used += alone if row == start else needed
     return [*runs, slice(start, len(prompts))] if prompts else []
 
 

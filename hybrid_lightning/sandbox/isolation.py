@@ -40,7 +40,7 @@ try:
     write()  # the same path in a folder of its own would do no harm: seen from outside
 except OSError:
     pass
-attempt("making a process", os.fork)
+attempt("making a process", lambda: os.fork() or os._exit(0))
 attempt("opening a socket", connect)
 attempt("signalling another process", lambda: os.kill({parent}, 0))
 print("done")
@@ -75,15 +75,19 @@ def require_isolation(allow_without_isolation: bool = False) -> Isolation:
             "container or a virtual machine, or take a reward that runs no code"
         )
     isolation = _found()
-    if isolation.is_enough:
-        _attempts_fail(isolation)
-    elif not allow_without_isolation:
+    if not isolation.is_enough and not allow_without_isolation:
         raise SandboxError(
             f"programs of a model cannot be isolated on this machine ({'; '.join(isolation.missing)}). It needs seccomp, and "
             "either user namespaces (sysctl user.max_user_namespaces above 0, kernel.unprivileged_userns_clone=1, "
             "kernel.apparmor_restrict_unprivileged_userns=0) or Landlock of Linux 6.2 or later; in a container, allow these "
             "system calls. allow_without_isolation=true runs the programs with what there is, and then they can do whatever this "
             "user can"
+        )
+    escaped = _try(isolation)
+    if isolation.is_enough and escaped:
+        raise SandboxError(
+            f"the sandbox of {', '.join(isolation.mechanisms)} does not hold on this machine: a program succeeded in {escaped}. "
+            "Use another machine, and report this"
         )
     return isolation
 
@@ -98,8 +102,15 @@ def _found() -> Isolation:
 
 
 @cache
-def _attempts_fail(isolation: Isolation) -> None:
-    """Try to get out, with the very calls that programs run by."""
+def _try(isolation: Isolation) -> str:
+    """Try to get out, with the very calls that programs run by.
+
+    Returns:
+        In what it succeeded, empty if in nothing.
+
+    Raises:
+        SandboxError: If no program runs.
+    """
     with tempfile.TemporaryDirectory(prefix="sandbox_") as folder:
         secret, beside = Path(folder, "secret"), Path(folder, "beside")
         secret.write_text("secret")
@@ -108,12 +119,11 @@ def _attempts_fail(isolation: Isolation) -> None:
         source = _ATTEMPTS.format(secret=str(secret), beside=str(beside), parent=os.getpid())
         ran = launch([Box("script", {"setup": "", "source": source})], isolation.mechanisms, Limits())
         lines = ran.stdout.decode(errors="replace").splitlines()
-        if beside.exists() or secret.read_text() != "secret":
-            lines.insert(0, "writing outside")
-    if lines != ["done"]:
-        stopped = lines[-1:] != ["done"]
-        said = ran.stderr.decode(errors="replace")[-300:] or str(ran.endings) if stopped else ", ".join(lines[:-1])
-        raise SandboxError(
-            f"the sandbox of {', '.join(isolation.mechanisms)} does not hold on this machine, or runs nothing: {said}. Use a "
-            "Python that any user may read (not one under /root), or another machine"
-        )
+        if lines[-1:] != ["done"]:
+            said = ran.stderr.decode(errors="replace").strip().splitlines()
+            raise SandboxError(
+                f"no program runs in the sandbox of {', '.join(isolation.mechanisms) or 'nothing'}: "
+                f"{said[-1] if said else ran.endings}. Use a Python that any user may read (not one under /root)"
+            )
+        changed = ["writing outside"] if beside.exists() or secret.read_text() != "secret" else []
+        return ", ".join(changed + lines[:-1])

@@ -1,0 +1,192 @@
+# ruff: noqa: E501  (a program is one entry, however long)
+"""Programs that try to get out, to learn what is not theirs, or to use more than they may.
+
+Each is the body of a `try`: it must raise where it is held. `$NAME` stands for what the test sets up: `$secret` and `$folder`, a
+file and its folder, which anyone may read and write; `$pid`, the test's process; `$victim`, a process that waits; `$port` and
+`$socket`, on which something listens.
+"""
+
+_LIBC = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
+_CHECKED = (
+    _LIBC
+    + """
+def system_call(number, *arguments):
+    result = libc.syscall(ctypes.c_long(number), *(ctypes.c_long(argument) for argument in arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+"""
+)
+
+FILES = {
+    "read a file": "open('$secret').read()",
+    "read by descriptor": "import os; os.open('$secret', os.O_RDONLY)",
+    "read the users": "open('/etc/passwd').read()",
+    "read the passwords": "open('/etc/shadow').read()",
+    "read the host's name": "open('/etc/hostname').read()",
+    "list the folder": "import os; assert os.listdir('$folder')",
+    "list the home of root": "import os; os.listdir('/root') and open('/root/.bashrc').read()",
+    "list processes": "import os; assert [name for name in os.listdir('/proc') if name.isdigit()]",
+    "read the parent's environment": "open('/proc/$pid/environ').read()",
+    "read the parent's memory": "open('/proc/$pid/mem', 'rb').seek(4096)",
+    "read the parent's command": "open('/proc/$pid/cmdline').read()",
+    "read the memory of all": "open('/proc/kcore', 'rb').read(1)",
+    "write its own memory": "open('/proc/self/mem', 'r+b')",
+    "the root of another process": "import os; os.listdir('/proc/1/root/')",
+    "a relative way up": "open('../../../../../../..$secret').read()",
+    "a symbolic link": "import os; os.symlink('$secret', 'link'); open('link').read()",
+    "a hard link": "import os; os.link('$secret', 'link'); open('link').read()",
+    "another library": "import torch",
+    "the package of the sandbox": "import hybrid_lightning.rewards",
+    "change a file": "open('$secret', 'r+').write('changed')",
+    "append to a file": "open('$secret', 'a').close()",
+    "make a file": "open('$folder/made', 'w').close()",
+    "delete a file": "import os; os.remove('$secret')",
+    "delete a folder": "import shutil; shutil.rmtree('$folder')",
+    "move a file out": "import os; open('made', 'w').close(); os.rename('made', '$folder/made')",
+    "cut a file off": "import os; os.truncate('$secret', 0)",
+    "change a mode": "import os; os.chmod('$secret', 0)",
+    "change an owner": "import os; os.chown('$secret', 0, 0)",
+    "change a time": "import os; os.utime('$secret', (1, 1))",
+    "write into the system": "open('/usr/lib/made', 'w').close()",
+    "write into the standard library": "import os; open(os.__file__, 'a').close()",
+    "write into the root": "open('/made', 'w').close()",
+    "make a device": "import os, stat; os.mknod('disk', stat.S_IFBLK | 0o600, os.makedev(254, 0)); open('disk', 'rb').read(1)",
+    "read the disk": "open('/dev/vda', 'rb').read(1)",
+    "shared memory": "from multiprocessing import shared_memory; shared_memory.SharedMemory('sandbox', True, 10)",
+    "change the root": "import os; os.chroot('/tmp')",
+    "descriptors left open": "import os; assert any(os.fstat(n) for n in range(3, 4096))",
+    "its environment": "import os; assert os.environ",
+    "its environment by libc": _LIBC + "libc.getenv.restype = ctypes.c_char_p; assert libc.getenv(b'SANDBOX_SECRET')",
+}
+
+NETWORK = {
+    "connect": "import socket; socket.create_connection(('127.0.0.1', $port), 1)",
+    "connect by libc": _LIBC + "assert libc.socket(2, 1, 0) >= 0",
+    "connect to a file": "import socket; socket.socket(socket.AF_UNIX).connect('$socket')",
+    "an abstract socket": "import socket; socket.socket(socket.AF_UNIX).bind('\\0sandbox')",
+    "datagrams": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', $port))",
+    "raw packets": "import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
+    "the kernel's socket": "import socket; socket.socket(socket.AF_NETLINK)",
+    "listen": "import socket; socket.create_server(('', 0))",
+    "a pair of sockets": "import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+    "ask for a page": "import urllib.request; urllib.request.urlopen('http://127.0.0.1:$port', timeout=1)",
+    "ask for a name": "import socket; socket.getaddrinfo('example.com', 80)",
+    "an event loop": "import asyncio; asyncio.new_event_loop()",
+}
+
+PROCESSES = {
+    "fork": "import os; os.fork()",
+    "a fork bomb": "import os\nwhile True: os.fork()",
+    "fork by libc": _LIBC + "assert libc.fork() >= 0",
+    "clone by libc": _CHECKED + "system_call(56, 17, 0, 0, 0, 0)",
+    "a namespace by clone": _CHECKED + "system_call(56, 0x10000011, 0, 0, 0, 0)",
+    "a command": "import subprocess; subprocess.run(['true'])",
+    "a shell": "import os; assert os.system('true') == 0",
+    "spawn": "import os; os.posix_spawn('/bin/sh', ['sh'], {})",
+    "exec": "import os, sys; os.execv('/bin/sh', ['sh'])",
+    "exec of what it wrote": "import os; open('x', 'w').write('#!/bin/sh'); os.execv('x', ['x'])",
+    "multiprocessing": "import multiprocessing as m; p = m.Process(target=print); p.start(); p.join()",
+    "a pool": "from concurrent.futures import ProcessPoolExecutor as P; P(1).submit(abs, 1).result(1)",
+    "a daemon": "import os\nif os.fork() == 0:\n    os.setsid()\n    os.fork()\n    while True: pass",
+    "a session of its own": "import os; os.setsid()",
+    "a group of its own": "import os; os.setpgid(0, 0)",
+    "signal the parent": "import os; os.kill($pid, 0)",
+    "kill another": "import os; os.kill($victim, 9)",
+    "kill all": "import os; os.kill(-1, 9)",
+    "kill the group": "import os; os.killpg(0, 9)",
+    "kill the one who waits": "import os; os.kill(os.getppid(), 9)",
+    "signal a thread": _CHECKED + "system_call(200, $victim, 9)",
+    "signal with a value": _CHECKED + "system_call(129, $victim, 9, 0)",
+    "signal by descriptor": "import os, signal; signal.pidfd_send_signal(os.pidfd_open($victim), 9)",
+    "signals by a pipe": "import fcntl, os; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, $victim)",
+    "the signal of a pipe": "import fcntl, os; fcntl.fcntl(os.pipe()[0], 10, 9)",
+    "trace": _CHECKED + "system_call(101, 16, $victim, 0, 0)",
+    "limits of another": "import resource; resource.prlimit($victim, resource.RLIMIT_CPU, (1, 1))",
+    "priority of another": "import os; os.setpriority(os.PRIO_PROCESS, $victim, 19)",
+    "processors of another": "import os; os.sched_setaffinity($victim, {0})",
+    "become root": "import os; os.setuid(0); assert os.getuid() == 0",
+    "outlive the parent": _LIBC + "assert libc.prctl(1, 0, 0, 0, 0) == 0",
+    "lift a limit": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))",
+    "lift the memory limit": "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))",
+}
+
+# By number on x86_64.
+SYSTEM_CALLS = {
+    name: _CHECKED + f"system_call({number}, {', '.join(map(str, arguments))})"
+    for name, number, arguments in (
+        ("mount", 165, (0, 0, 0, 0, 0)),
+        ("umount", 166, (0, 0)),
+        ("pivot_root", 155, (0, 0)),
+        ("unshare", 272, (0,)),
+        ("a user namespace", 272, (0x10000000,)),
+        ("setns", 308, (0, 0)),
+        ("clone3", 435, (0, 0)),
+        ("process_vm_readv", 310, (1, 0, 0, 0, 0, 0)),
+        ("process_vm_writev", 311, (1, 0, 0, 0, 0, 0)),
+        ("pidfd_getfd", 438, (0, 0, 0)),
+        ("kcmp", 312, (1, 1, 0, 0, 0)),
+        ("bpf", 321, (0, 0, 0)),
+        ("perf_event_open", 298, (0, 0, 0, 0, 0)),
+        ("io_uring_setup", 425, (1, 0)),
+        ("userfaultfd", 323, (0,)),
+        ("keyctl", 250, (0, 0, 0, 0, 0)),
+        ("add_key", 248, (0, 0, 0, 0, 0)),
+        ("memfd_create", 319, (0, 0)),
+        ("shmget", 29, (0, 4096, 0o1000)),
+        ("msgget", 68, (0, 0o1000)),
+        ("mq_open", 240, (0, 0, 0, 0)),
+        ("open_by_handle_at", 304, (0, 0, 0)),
+        ("fanotify_init", 300, (0, 0)),
+        ("inotify_init", 253, ()),
+        ("init_module", 175, (0, 0, 0)),
+        ("kexec_load", 246, (0, 0, 0, 0)),
+        ("reboot", 169, (0, 0, 0, 0)),
+        ("swapon", 167, (0, 0)),
+        ("sethostname", 170, (0, 0)),
+        ("settimeofday", 164, (0, 0)),
+        ("ptrace of oneself", 101, (0, 0, 0, 0)),
+        ("seccomp", 317, (0, 0, 0)),
+        ("landlock", 444, (0, 0, 1)),
+        ("personality", 135, (0xFFFFFFFF,)),
+        ("sendmsg", 46, (1, 0, 0)),
+        ("a terminal's input", 16, (0, 0x5412, 0)),
+        ("the owner of a descriptor", 16, (0, 0x8901, 0)),
+    )
+}
+
+RESOURCES = {
+    "memory": "bytearray(2**30)",
+    "memory bit by bit": "held = []\nwhile True: held.append(bytearray(2**22))",
+    "a list": "[0] * 10**9",
+    "text": "'x' * 10**10",
+    "mapped memory": "import mmap; mmap.mmap(-1, 2**31)",
+    "a long file": "open('long', 'wb').write(bytes(2**23))",
+    "a long file with a hole": "open('long', 'wb').truncate(2**40)",
+    "many files": "for number in range(5000): open(str(number), 'w').close()",
+    "much in files": "for number in range(40): open(str(number), 'wb').write(bytes(2**20))",
+    "deep folders": "import os\nfor number in range(3000):\n    os.mkdir('x'); os.chdir('x')",
+    "many descriptors": "held = [open('/dev/null') for number in range(1000)]",
+    "many threads": "import threading, time\nfor number in range(500):\n    threading.Thread(target=time.sleep, args=(0.3,), daemon=True).start()",
+    "many small threads": "import threading, time; threading.stack_size(2**15)\n"
+    "for number in range(5000):\n    threading.Thread(target=time.sleep, args=(0.3,), daemon=True).start()",
+    "much output": "import sys\nwhile True: sys.stdout.write('x' * 2**20)",
+    "deep recursion": "def f(): return f() + 1\nf()",
+}
+
+# These end by force, or not at all: whatever comes after them is never printed.
+ENDLESS = {
+    "loop": "while True: pass",
+    "loop against signals": "import signal\nfor number in range(1, 32):\n"
+    "    if number not in (9, 19): signal.signal(number, signal.SIG_IGN)\nwhile True: pass",
+    "sleep": "import time; time.sleep(1000)",
+    "wait for a thread": "import threading; threading.Event().wait()",
+    "a backtracking pattern": "import re; re.match('(a+)+$', 'a' * 40 + 'b')",
+    "a large power": "9 ** 9 ** 9",
+    "crash": "import ctypes; ctypes.string_at(0)",
+    "crash in threads": "import ctypes, threading\nfor _ in range(8): threading.Thread(target=ctypes.string_at, args=(0,)).start()",
+    "abort": "import os; os.abort()",
+    "the other system calls": _CHECKED + "system_call(0x40000000 + 39)",
+    # mov eax, 20; int 0x80; ret: getpid as a 32-bit program would ask for it
+    "the calls of 32 bits": "import ctypes, mmap; page = mmap.mmap(-1, 4096, prot=7); page.write(bytes.fromhex('b814000000cd80c3'))\n"
+    "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()",
+}

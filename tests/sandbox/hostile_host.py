@@ -1,0 +1,77 @@
+"""Runs the hostile programs of `escapes.py`; as a script, for a user and a Python that are not those of the tests."""
+
+import json
+import os
+import string
+import sys
+import textwrap
+from pathlib import Path
+
+from hybrid_lightning.sandbox.launch import Box, launch
+from hybrid_lightning.sandbox.limits import Limits
+from hybrid_lightning.sandbox.programs import CallTests
+
+_EACH = """
+import json, os
+for name, body in json.loads(ATTEMPTS).items():
+    try:
+        exec(body, {})
+    except BaseException:
+        print(json.dumps([name, "held"]), flush=True)
+    else:
+        print(json.dumps([name, "escaped"]), flush=True)
+"""
+
+
+def whole(body):
+    """A program that says whether it got out."""
+    return (
+        f"try:\n{textwrap.indent(body, '    ')}\nexcept BaseException as error:\n    print('held')\nelse:\n    print('escaped')"
+    )
+
+
+def in_one(attempts, names):
+    """One program of many attempts."""
+    filled = {name: string.Template(body).safe_substitute(names) for name, body in attempts.items()}
+    return f"ATTEMPTS = {json.dumps(filled)!r}\n{_EACH}"
+
+
+def results(source, mechanisms):
+    """Name of an attempt -> "held" or "escaped"."""
+    ran = launch([Box("script", {"setup": "", "source": source})], mechanisms, Limits())
+    assert ran.in_time and not any(ran.endings.values()), ran
+    lines = [json.loads(line) for line in ran.stdout.decode().splitlines()]
+    assert len(lines) == len(dict(lines)), "a program went on twice"
+    return dict(lines)
+
+
+def main():
+    import escapes
+
+    mechanisms, folder = sys.argv[1].split(","), Path(sys.argv[2])
+    secret = folder / "secret"
+    secret.write_text("secret")
+    secret.chmod(0o666)
+    names = {
+        "secret": secret,
+        "folder": folder,
+        "socket": folder / "socket",
+        "pid": os.getpid(),
+        "victim": os.getppid(),
+        "port": 9,
+    }
+    attempts = {**escapes.FILES, **escapes.NETWORK, **escapes.PROCESSES}
+    if os.uname().machine == "x86_64":
+        attempts |= escapes.SYSTEM_CALLS
+    held = results(in_one(attempts, names), mechanisms)
+    assert held.keys() == attempts.keys()
+    escaped = [name for name, said in held.items() if said != "held"]
+    assert secret.read_text() == "secret"
+    for program, passed in (("def double(x): return 2 * x", 1), ("def double(x): return x", 0)):
+        outcome = CallTests(("assert double(21) == 42",), names=("double",)).run(program, mechanisms, Limits(), False)
+        assert outcome.passed == passed, outcome
+    print(escaped or "all held")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Programs that cheat the tests earn nothing, in a run that gives honest ones their reward."""
+
+import pytest
+from cheats import CHEATS, TESTS, WITH_HELPERS
+
+from hybrid_lightning.rewards import CodeTests
+from hybrid_lightning.types import Prompt
+
+HONEST = {
+    "plain": "def double(x): return 2 * x",
+    "a lambda": "double = lambda x: x + x",
+    "with prints": "print('PASSED')\ndef double(x):\n    print(x)\n    return x * 2",
+    "with threads": "from concurrent.futures import ThreadPoolExecutor\n"
+    "def double(x): return ThreadPoolExecutor(2).submit(lambda: x * 2).result()",
+    "with a class": "class S:\n    def twice(self, x): return x * 2\ndouble = S().twice",
+    "with files": "def double(x):\n    open('x', 'w').write('2')\n    return x * int(open('x').read())",
+    "a subclass": "class N(int): pass\ndef double(x): return N(2 * x) if isinstance(x, int) else x * 2",
+}
+CHECK = "def check(candidate):\n    " + "\n    ".join(TESTS).replace("double(", "candidate(")
+STREAM = {"inputs": ["21\n"], "outputs": ["42\n"]}
+# Programs for standard streams: right output, wrong end.
+STREAM_CHEATS = {
+    "both answers": "print(21)\nprint(42)",
+    "fails afterwards": "print(42)\nraise ValueError",
+    "exits with an error": "print(42)\nimport sys; sys.exit(1)",
+    "dies afterwards": "print(42, flush=True)\nimport ctypes; ctypes.string_at(0)",
+    "never ends": "print(42, flush=True)\nwhile True: pass",
+    "reads the answer": "print(open('/proc/self/fd/1').read())",
+    "reads its output": "import os\nprint(os.pread(1, 100, 0).decode())",
+    "prints on the wrong stream": "import sys\nprint(42, file=sys.stderr)",
+    "writes elsewhere": "import os\nfor n in range(2, 64):\n    try: os.write(n, b'42')\n    except OSError: pass",
+}
+
+
+# What might differ where the tests are a function that gets the candidate.
+BY_CHECK = ["nothing", "wrong", "exit", "raise AssertionError", "equal to all", "patch the harness", "own check", "trace"]
+
+
+def fenced(program):
+    return f"```python\n{program}\n```"
+
+
+def score(programs, tests, entry_point=None, partial_credit=False, wall_seconds=20.0):
+    prompt = Prompt(text="Double x.", columns={"test": tests, "entry_point": entry_point})
+    reward = CodeTests(cpu_seconds=1, wall_seconds=wall_seconds, memory_mb=128, partial_credit=partial_credit)
+    return dict(zip(programs, reward([fenced(program) for program in programs.values()], [prompt] * len(programs)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def cheated():
+    return score(CHEATS, TESTS, wall_seconds=3.0)
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_no_cheat_passes(name, cheated):
+    assert cheated[name] == 0.0
+
+
+def test_honest_programs_pass():
+    assert score(HONEST, TESTS) == dict.fromkeys(HONEST, 1.0)
+
+
+def test_the_same_holds_for_a_function_that_checks():
+    programs = {name: CHEATS[name] for name in BY_CHECK}
+    assert score({**programs, **HONEST}, CHECK, "double") == {**dict.fromkeys(programs, 0.0), **dict.fromkeys(HONEST, 1.0)}
+
+
+def test_a_share_is_earned_by_what_passes():
+    programs = {name: CHEATS[name] for name in ("wrong", "right once", "right but for the last", "exit at once in the function")}
+    thirds = {"wrong": 1 / 3, "right once": 1 / 3, "right but for the last": 2 / 3, "exit at once in the function": 0.0}
+    for tests, entry_point in ((TESTS, None), (CHECK, "double")):
+        assert score(programs, tests, entry_point, partial_credit=True) == pytest.approx(thirds)
+
+
+@pytest.mark.parametrize(("tests", "program"), WITH_HELPERS.values(), ids=WITH_HELPERS)
+def test_no_program_brings_what_the_tests_compare_with(tests, program):
+    assert score({"it": program}, tests) == {"it": 0.0}
+
+
+def test_streams_are_compared_outside_of_the_sandbox():
+    rewards = score({**STREAM_CHEATS, "honest": "print(2 * int(input()))"}, STREAM)
+    assert rewards.pop("honest") == 1.0
+    assert not any(rewards.values()), rewards

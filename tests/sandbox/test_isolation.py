@@ -1,0 +1,124 @@
+"""Where programs cannot be isolated, that is said at once, with what is missing and what to do."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from hybrid_lightning.errors import ConfigError, SandboxError
+from hybrid_lightning.rewards import CodeTests
+from hybrid_lightning.sandbox import isolation, seccomp
+from hybrid_lightning.sandbox.launch import launch, probe
+from hybrid_lightning.sandbox.limits import Limits
+from hybrid_lightning.sandbox.programs import StandardStreamTests, run_programs
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Makes mechanisms fail."""
+
+    def fail(*names):
+        reasons = {name: "OSError: not here" if name in names else "" for name in ("namespaces", "landlock", "seccomp")}
+        monkeypatch.setattr(isolation, "probe", lambda: reasons)
+        isolation._found.cache_clear()
+
+    yield fail
+    isolation._found.cache_clear()
+
+
+@pytest.mark.parametrize("missing", [("seccomp",), ("namespaces", "landlock"), ("namespaces", "landlock", "seccomp")])
+def test_it_refuses_what_is_not_enough(without, missing):
+    without(*missing)
+    with pytest.raises(SandboxError, match=f"{missing[0]}: OSError: not here.*user namespaces.*allow_without_isolation"):
+        CodeTests()
+    with pytest.raises(SandboxError, match="Landlock"):
+        isolation.require_isolation()
+
+
+def test_it_runs_with_what_there_is_only_if_told_so(without):
+    without("seccomp")
+    mechanisms = isolation.require_isolation(allow_without_isolation=True).mechanisms
+    assert mechanisms == ("namespaces", "landlock")
+    tests = StandardStreamTests((("3\n", "6\n"),))
+    (outcome,) = run_programs([("print(2 * int(input()))", tests)], mechanisms, Limits(), 1)
+    assert outcome.share == 1.0
+    (outcome,) = run_programs([("while True: pass", tests)], mechanisms, Limits(cpu_seconds=1), 1)
+    assert outcome.share == 0.0 and "out of CPU time" in outcome.reason
+
+
+@pytest.mark.parametrize("missing", [(), ("landlock",)])
+def test_each_way_is_enough(without, missing):
+    without(*missing)
+    found = isolation.require_isolation()
+    assert set(found.mechanisms) == {"namespaces", "landlock", "seccomp"} - set(missing)
+    assert len(found.missing) == len(missing)
+
+
+def test_a_sandbox_that_does_not_hold_is_found_out(without, monkeypatch):
+    """The attempts run by the same calls as programs: without a filter of system calls some of them succeed."""
+    without("seccomp")
+    monkeypatch.setattr(isolation.Isolation, "is_enough", True)
+    with pytest.raises(SandboxError, match="does not hold on this machine: a program succeeded in making a process"):
+        isolation.require_isolation()
+
+
+def test_a_sandbox_in_which_no_program_runs_is_found_out(monkeypatch):
+    monkeypatch.setattr(isolation, "_ATTEMPTS", "import no_such_module_{secret!r:.0}")
+    isolation._try.cache_clear()
+    with pytest.raises(SandboxError, match=r"no program runs in the sandbox of .*no_such_module"):
+        isolation.require_isolation()
+
+
+def test_other_systems_are_refused(monkeypatch):
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    with pytest.raises(SandboxError, match="on Darwin: the sandbox needs Linux"):
+        isolation.require_isolation(allow_without_isolation=True)
+
+
+def test_other_machines_are_refused():
+    with pytest.raises(OSError, match="no table of system calls for machine type riscv64"):
+        seccomp.build("riscv64", 1, True)
+    assert len(seccomp.build("aarch64", 1, True)) % 8 == 0
+
+
+def test_a_launcher_that_does_not_start_is_no_failure_of_the_program(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(SandboxError, match=r"ended without a report \(exit code 1\)"):
+        probe()
+    with pytest.raises(SandboxError, match="ended without a report"):
+        run_programs([("", StandardStreamTests((("", ""),)))], ("namespaces", "seccomp"), Limits(), 1)
+
+
+def test_a_box_that_cannot_be_made_is_no_failure_of_the_program(monkeypatch):
+    monkeypatch.setattr("hybrid_lightning.sandbox.launch.readable_files", lambda: ("/etc/ld.so.cache",) * 2)
+    with pytest.raises(SandboxError, match="cannot be set up: FileExistsError"):
+        launch([isolation.Box("script", {"setup": "", "source": ""})], ("namespaces", "seccomp"), Limits())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cpu_seconds": 0}, "cpu_seconds=0"),
+        ({"cpu_seconds": 1.5}, "whole number"),
+        ({"wall_seconds": float("inf")}, "wall_seconds=inf"),
+        ({"wall_seconds": float("nan")}, "wall_seconds=nan"),
+        ({"memory_mb": 1}, "memory_mb=1: give at least 64"),
+        ({"workers": 0}, "workers=0"),
+        ({"pattern": "("}, "no regular expression"),
+        ({"pattern": "x"}, "0 groups"),
+    ],
+)
+def test_a_wrong_argument_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        CodeTests(**arguments)
+
+
+def test_nothing_but_the_standard_library_is_needed():
+    """The launcher starts in some hundredths of a second, since it loads little."""
+    loaded = "[name for name in ('torch', 'dataclasses', 'subprocess') if name in sys.modules]"
+    code = f"import hybrid_lightning.sandbox.launcher, sys; print({loaded})"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=isolation.__file__.rsplit("/", 3)[0], capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n", done.stderr

@@ -1,0 +1,82 @@
+"""Every loss overlay goes over a config of another loss and trains, and every class of a loss is there by its short name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_runs import run, write_folder
+from jsonargparse import ArgumentParser
+
+import hybrid_lightning.advantages
+import hybrid_lightning.losses
+from hybrid_lightning.advantages import AdvantageEstimator
+from hybrid_lightning.losses import PolicyLoss, TopEntropyMask
+
+OVERLAYS = sorted((Path(__file__).parents[2] / "configs" / "loss").glob("*.yaml"))
+SHORT = [
+    "--trainer.max_steps=2",
+    "--trainer.limit_val_batches=0",
+    "--adapter.calibration_prompts=4",
+    "--model.sampler.max_new_tokens=4",
+]
+REWARD = """
+model:
+  reward:
+    class_path: WeightedSum
+    init_args:
+      rewards:
+        - {class_path: my_parts.StartsWithDigit}
+        - {class_path: OverlongPenalty, init_args: {max_tokens: 6, buffer_tokens: 3}}
+      weights: [1.0, 0.5]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yield from write_folder(tmp_path_factory.mktemp("losses"))
+
+
+def short(part):
+    return part["class_path"].rpartition(".")[2], part.get("init_args", {})
+
+
+# What is given beside an overlay, so that a run shows more than one thing.
+BESIDE = {
+    "dapo": ["--config", "reward.yaml"],
+    "top_entropy": ["--config", "reward.yaml", "--model.loss.entropy_coef=0.01", "--model.advantage=PerRewardAdvantage"],
+}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_an_overlay_trains_over_a_config_of_another_loss(folder, overlay):
+    (folder / "reward.yaml").write_text(REWARD)
+    given = ["--config", "t.yaml", "--config", overlay, *BESIDE.get(overlay.stem, [])]
+    result = run(folder, "fit", *given, *SHORT, f"--trainer.logger.init_args.name={overlay.stem}")
+    assert result.code == 0, result.err
+    root = folder / "runs" / overlay.stem / "version_0"
+    assert json.loads((root / "summary.json").read_text())["steps"] == 2
+    used = yaml.safe_load((root / "config.yaml").read_text())["model"]["init_args"]
+    for name, wanted in yaml.safe_load(overlay.read_text())["model"].items():
+        if isinstance(wanted, dict):
+            (cls, arguments), (found, resolved) = short(wanted), short(used[name])
+            assert found == cls and {key: resolved[key] for key in arguments} == arguments
+        else:
+            assert used[name] == wanted
+    if overlay.stem == "top_entropy":
+        assert used["loss"]["init_args"]["entropy_coef"] == 0.01 and short(used["advantage"])[0] == "PerRewardAdvantage"
+
+
+ABSTRACT = ("PolicyLoss", "ClippedLoss", "TokenClippedLoss")
+LOSSES = [name for name in hybrid_lightning.losses.__all__ if name.endswith("Loss") and name not in ABSTRACT]
+ESTIMATORS = [name for name in hybrid_lightning.advantages.__all__ if name.endswith("Advantage")]
+NAMES = [(hybrid_lightning.losses, name, PolicyLoss) for name in LOSSES]
+NAMES += [(hybrid_lightning.advantages, name, AdvantageEstimator) for name in ESTIMATORS]
+NAMES += [(hybrid_lightning.losses, "TopEntropyMask", TopEntropyMask)]
+
+
+@pytest.mark.parametrize(("module", "name", "base"), NAMES, ids=[name for _, name, _ in NAMES])
+def test_each_class_is_found_by_its_short_name(module, name, base):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--part", type=base)
+    assert type(parser.instantiate(parser.parse_args([f"--part={name}"])).part) is getattr(module, name)

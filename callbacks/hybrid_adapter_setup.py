@@ -158,7 +158,7 @@ class HybridAdapterSetup(Callback):
         loss = getattr(pl_module, "loss", None)
         if getattr(loss, "needs_reference", False) and not self.keep_start_weights:
             raise ConfigError(
-                "the loss has a KL term (kl_coef > 0), which needs the start policy; set adapter.keep_start_weights=true"
+                "the loss needs the start policy (a KL term with kl_coef > 0, or DPO); set adapter.keep_start_weights=true"
             )
 
     def _make_plan(self, trainer: Trainer, pl_module: LightningModule) -> AdapterPlan:

@@ -35,6 +35,9 @@ from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
 from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.preference import PreferenceModule  # noqa: F401  (as above)
+from hybrid_lightning.policy.stepped import SteppedModule
+from hybrid_lightning.policy.supervised import SupervisedModule  # noqa: F401  (as above)
 from hybrid_lightning.trainer import Trainer
 
 # Arguments of the Trainer's methods, which belong to one command and not to the run's config.
@@ -111,7 +114,7 @@ class HybridLightningCLI(LightningCLI):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
-            PolicyModule,
+            SteppedModule,
             PromptDataModule,
             save_config_callback=SaveRunConfig,
             trainer_class=Trainer,
@@ -193,7 +196,7 @@ class HybridLightningCLI(LightningCLI):
         """Make no policy where its arguments are all that is wanted."""
         super()._add_instantiators()
         if self.subcommand == "plan":
-            self.parser.add_instantiator(_arguments_of, PolicyModule, subclasses=True)
+            self.parser.add_instantiator(_arguments_of, SteppedModule, subclasses=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
@@ -204,6 +207,8 @@ class HybridLightningCLI(LightningCLI):
 
 
 def _arguments_of(policy: type, *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:
+    if not issubclass(policy, PolicyModule):
+        raise ConfigError(f"plan knows the memory of PolicyModule alone, and model is a {policy.__name__}; plan its config for RL")
     return policy_arguments(policy, *given, **named)
 
 

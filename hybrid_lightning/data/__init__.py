@@ -2,6 +2,8 @@
 
 from hybrid_lightning.data.arithmetic import ArithmeticSource
 from hybrid_lightning.data.columns import GSM8K_ANSWER, TableSource
+from hybrid_lightning.data.conversations import ConversationFormat
+from hybrid_lightning.data.examples import DemonstrationFormat, PreferenceFormat
 from hybrid_lightning.data.files import FileSource
 from hybrid_lightning.data.formatting import ChatFormat, PlainFormat, PromptFormat
 from hybrid_lightning.data.hub import HubSource
@@ -15,9 +17,12 @@ __all__ = [
     "GSM8K_ANSWER",
     "ArithmeticSource",
     "ChatFormat",
+    "ConversationFormat",
+    "DemonstrationFormat",
     "FileSource",
     "HubSource",
     "PlainFormat",
+    "PreferenceFormat",
     "ProductSource",
     "PromptDataModule",
     "PromptFormat",

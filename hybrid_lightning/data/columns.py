@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from hybrid_lightning.data.conversations import asked_text, is_conversation
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits, check_fractions, split_rows
 from hybrid_lightning.data.tables import Table
@@ -25,7 +26,8 @@ class TableSource(PromptSource):
     """Base of the sources that read tables; a subclass says where the tables come from.
 
     Args:
-        question_column: Column with the question; not read if there is a `template`.
+        question_column: Column with the question, or with the turns of a conversation (see `ConversationFormat`); not read if
+            there is a `template`.
         answer_column: Column with the reference answer, None if there is none. Numbers are written without exponent and
             without a zero fractional part: 5.0 gives "5".
         template: Makes the question from several columns, such as `"{Body} {Question}"`.
@@ -143,7 +145,8 @@ class TableSource(PromptSource):
 
 def _text(where: str, name: str, column: str, columns: dict[str, Any]) -> str:
     try:
-        text = to_text(columns.get(column)).strip()
+        value = columns.get(column)
+        text = (asked_text(value) if is_conversation(value) else to_text(value)).strip()
         if not text:
             raise ValueError("is empty")
     except ValueError as error:

@@ -96,7 +96,7 @@ class PlainFormat(PromptFormat):
         pieces = [self.system_prompt] if self.system_prompt else []
         pieces += [question + answer for question, answer in self.examples]
         text = self.separator.join([*pieces, self.question(row)])
-        return Prompt(text=text, **_of_row(row))
+        return Prompt(text=text, **of_row(row))
 
 
 class ChatFormat(PromptFormat):
@@ -120,9 +120,9 @@ class ChatFormat(PromptFormat):
             turns += [("user", question), ("assistant", answer)]
         turns.append(("user", self.question(row)))
         messages = tuple({"role": role, "content": content} for role, content in turns)
-        return Prompt(messages=messages, **_of_row(row))
+        return Prompt(messages=messages, **of_row(row))
 
 
-def _of_row(row: Row) -> dict[str, Any]:
+def of_row(row: Row) -> dict[str, Any]:
     """What a prompt keeps of its row beside the question."""
     return {field.name: getattr(row, field.name) for field in fields(row) if field.name != "question"}

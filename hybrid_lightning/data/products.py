@@ -1,6 +1,7 @@
 """Products of a number and a digit: the task of the embedded default."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import product
 
 from hybrid_lightning.data.operands import OperandSource, arithmetic_row, hashed_split
@@ -17,7 +18,7 @@ class ProductSource(OperandSource):
     Which split a product belongs to is fixed by a hash of its operands, whatever the seed: what the embedded policy was
     pretrained on is never in validation or test.
 
-    Each row has the columns `a`, `b`, `question` (`"347*6="`) and `answer` (`"2082"`).
+    Each row has the columns `a`, `b`, `question` (`"347*6="`), `answer` (`"2082"`) and `worked` (`"[42 28 20]2082"`).
 
     Args:
         low: Smallest number.
@@ -61,9 +62,26 @@ class ProductSource(OperandSource):
 
     def row(self, a: int, b: int) -> Row:
         """The product of a number and a digit."""
-        return arithmetic_row(a, "*", b, a * b, index=a * 10 + b, source=type(self).__name__)
+        row = arithmetic_row(a, "*", b, a * b, index=a * 10 + b, source=type(self).__name__)
+        return replace(row, columns={**row.columns, "worked": worked_answer(a, b)})
 
 
 def product_split(a: int, b: int) -> str:
     """The split that a product belongs to: `train`, `validation` or `test`."""
     return hashed_split(f"{a}*{b}")
+
+
+def worked_answer(a: int, b: int) -> str:
+    """The partial products in brackets, units first and with the carry added, and the product behind them.
+
+    Example:
+        >>> worked_answer(347, 6)
+        '[42 28 20]2082'
+    """
+    partial_products = []
+    carry = 0
+    for digit in reversed(str(a)):
+        partial = int(digit) * b + carry
+        partial_products.append(f"{partial:02d}")
+        carry = partial // 10
+    return f"[{' '.join(partial_products)}]{a * b}"

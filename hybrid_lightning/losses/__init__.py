@@ -1,6 +1,7 @@
 """Policy losses: swap them by class, write your own from `PolicyLoss` and the functions in `functional`.
 
-Beside them what weighs the policy term of any loss: importance corrections, and the choice of tokens by entropy.
+Beside them `SupervisedLoss` and `DPOLoss` for completions that the data has, and what weighs the policy term of any policy loss:
+importance corrections, and the choice of tokens by entropy.
 """
 
 from hybrid_lightning.losses.base import PolicyLoss
@@ -16,6 +17,7 @@ from hybrid_lightning.losses.correction import (
 )
 from hybrid_lightning.losses.dapo import DAPOLoss
 from hybrid_lightning.losses.dr_grpo import DrGRPOLoss
+from hybrid_lightning.losses.examples import DPOLoss, ExampleLoss, SupervisedLoss
 from hybrid_lightning.losses.grpo import GRPOLoss
 from hybrid_lightning.losses.gspo import GSPOLoss
 from hybrid_lightning.losses.gspo_token import GSPOTokenLoss
@@ -29,7 +31,9 @@ __all__ = [
     "CISPOLoss",
     "ClippedLoss",
     "DAPOLoss",
+    "DPOLoss",
     "DrGRPOLoss",
+    "ExampleLoss",
     "GRPOLoss",
     "GSPOLoss",
     "GSPOTokenLoss",
@@ -38,6 +42,7 @@ __all__ = [
     "SAPOLoss",
     "SequenceMask",
     "SequenceTruncation",
+    "SupervisedLoss",
     "TokenClippedLoss",
     "TokenMask",
     "TokenTruncation",

@@ -7,7 +7,6 @@ from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
 from hybrid_lightning.policy.updated import UpdatedModule
-from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.types import Sequences
 
 
@@ -15,7 +14,6 @@ class CalibratedModule(UpdatedModule):
     """Calibration losses for `HybridAdapterSetup`; a subclass sets the attributes."""
 
     advantage: AdvantageEstimator
-    rollout_schedule: RolloutSchedule
 
     def calibration_losses(self, num_prompts: int | None = None) -> RewardCalibration | AnswerCalibration:
         """Losses whose mean gradient scores the modules: of rollouts of the start policy on training prompts.

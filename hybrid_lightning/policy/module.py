@@ -24,9 +24,8 @@ from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
+from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.ranks import gather_objects, sum_over_ranks
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
 
@@ -131,27 +130,6 @@ class PolicyModule(CalibratedModule):
         self.clock = PhaseClock()  # StepTimer gives its own
 
     # ---- training data
-
-    def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
-        """The train dataloader: rollouts of these prompts. A data module's `train_dataloader` returns it."""
-        trainer = self.trainer
-        rank = trainer.global_rank
-        epoch = trainer.current_epoch
-        generator = torch.Generator(device=self.device).manual_seed(self.seed * 100_003 + rank + 1_000_000_007 * epoch)
-        return RolloutLoader(
-            prompts,
-            self,
-            self.rollout_schedule,
-            accumulate_grad_batches=lambda: trainer.accumulate_grad_batches,
-            generator=generator,
-            seed=self.seed,
-            rank=rank,
-            world_size=trainer.world_size,
-            sum_over_ranks=sum_over_ranks,
-            gather_over_ranks=gather_objects,
-            epoch=epoch,
-            shuffle=trainer.overfit_batches == 0,  # type: ignore[attr-defined]
-        )
 
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator

@@ -1,5 +1,6 @@
 """From `Prompt` to token ids, by the policy's tokenizer and chat template."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -70,6 +71,50 @@ class PromptEncoder:
         if not ids:
             raise DataError(f"the prompt of {_place(prompt)} is empty; remove the row, or give data.format a template with text")
         return ids
+
+    def encode_completion(self, prompt: Prompt, text: str, stop_ids: Sequence[int]) -> list[int]:
+        """Token ids of what is said to a prompt, with the token that ends it: as a rollout of that text would be.
+
+        The completion is tokenized by itself, as what the policy samples after a prompt is. In a chat it is what the template
+        writes for the assistant's turn after the prompt, up to the last token that ends a completion.
+
+        Args:
+            prompt: What is answered.
+            text: The answer.
+            stop_ids: Tokens that end a completion.
+
+        Raises:
+            ConfigError: If the chat template writes the prompt otherwise once it is answered.
+            DataError: If the answer has no tokens.
+        """
+        if prompt.messages is not None:
+            asked, whole = self.render(prompt), self._render_answered(prompt, text)
+            if not whole.startswith(asked):
+                raise ConfigError(
+                    f"the chat template writes the prompt of {_place(prompt)} otherwise once it is answered, so that completions "
+                    "could not be told from prompts; set model.chat_template to one that adds the answer behind the prompt"
+                )
+            text = whole.removeprefix(asked)
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise DataError(f"a completion of {_place(prompt)} has no tokens; correct or remove the row")
+        last = max((place for place, token in enumerate(ids) if token in stop_ids), default=None)
+        if prompt.messages is not None and last is not None:
+            return ids[: last + 1]  # behind it a template may write a line break, which no policy has to learn
+        return ids if ids[-1] in stop_ids else [*ids, int(self.tokenizer.eos_token_id)]
+
+    def _render_answered(self, prompt: Prompt, text: str) -> str:
+        messages = [*(prompt.messages or ()), {"role": "assistant", "content": text}]
+        try:
+            whole = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, tokenize=False, **self.chat_template_kwargs
+            )
+        except TemplateError as error:
+            raise ConfigError(
+                f"the chat template refuses the answer of {_place(prompt)}: {error}; change model.chat_template"
+            ) from error
+        assert isinstance(whole, str)
+        return whole
 
 
 def _place(prompt: Prompt) -> str:

@@ -5,8 +5,8 @@ be more tokens than memory holds activations for, so `training_step` cuts them i
 `max_tokens_per_micro_batch` tokens. All but the last run go backward at once; the loss of the last is returned to Lightning.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,23 +17,47 @@ from hybrid_lightning.policy.evaluated import EvaluatedModule
 from hybrid_lightning.policy.step_metrics import StepMetrics, join_ranks
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.token_budget import default_token_budget
+from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
 from hybrid_lightning.sharding.forward import is_sharded
 from hybrid_lightning.sharding.norms import total_norm
-from hybrid_lightning.sharding.ranks import gather_counts
-from hybrid_lightning.types import PolicyBatch, Sequences
+from hybrid_lightning.sharding.ranks import gather_counts, gather_objects, sum_over_ranks
+from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 
 class SteppedModule(EvaluatedModule):
-    """The training hooks; a subclass gives `logprobs` and `_run`, and sets the attributes."""
+    """The training hooks; a subclass is a `RolloutSource`, gives `logprobs` and `_run`, and sets the attributes."""
 
+    rollout_schedule: RolloutSchedule
     clock: PhaseClock
+    shown_metrics: tuple[str, ...] = ("reward", "completions/mean_length")  # beside the progress bar
     rows_together = 1  # so many neighbouring rows are never cut apart: the pairs of a preference loss
 
     def __init__(self) -> None:
         super().__init__()
         self._step_metrics = StepMetrics()
         self._gradients_begun = False
+
+    def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
+        """The train dataloader: rollouts of these prompts. A data module's `train_dataloader` returns it."""
+        trainer = self.trainer
+        rank = trainer.global_rank
+        epoch = trainer.current_epoch
+        generator = torch.Generator(device=self.device).manual_seed(self.seed * 100_003 + rank + 1_000_000_007 * epoch)
+        return RolloutLoader(
+            prompts,
+            cast(RolloutSource, self),
+            self.rollout_schedule,
+            accumulate_grad_batches=lambda: trainer.accumulate_grad_batches,
+            generator=generator,
+            seed=self.seed,
+            rank=rank,
+            world_size=trainer.world_size,
+            sum_over_ranks=sum_over_ranks,
+            gather_over_ranks=gather_objects,
+            epoch=epoch,
+            shuffle=trainer.overfit_batches == 0,  # type: ignore[attr-defined]
+        )
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities with gradient and entropies of completions, [B, T] each."""
@@ -131,17 +155,15 @@ class SteppedModule(EvaluatedModule):
     def _log_step(self, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
         """Log what is the same on every rank: metrics of rollouts and shares have been joined over ranks."""
         averages = self._step_metrics.update(shares=dict(shares), means={}, micro_batches=self.trainer.accumulate_grad_batches)
-        shown: dict[str, Any] = {
-            name: batch.metrics[name] for name in ("reward", "completions/mean_length") if name in batch.metrics
-        }
-        hidden = {name: value for name, value in batch.metrics.items() if name not in shown}
+        values: dict[str, Any] = {**batch.metrics, **averages}
+        shown = {name: values[name] for name in self.shown_metrics if name in values}
         options: dict[str, Any] = {
             "on_step": True,
             "on_epoch": False,
             "batch_size": max(1, len(batch.sequences)),
         }
         self.log_dict(shown, prog_bar=True, **options)
-        self.log_dict({**hidden, **averages}, **options)
+        self.log_dict({name: value for name, value in values.items() if name not in shown}, **options)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm of each group before clipping."""

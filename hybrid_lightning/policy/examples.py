@@ -1,0 +1,243 @@
+"""`ExampleModule`: a policy that is trained on completions that the data has, instead of its own.
+
+    examples -> PolicyBatch -> loss -> optimizer
+
+All is as for a policy that samples (`RolloutLoader`, micro-batches, packed rows in which a prompt is shared by its completions,
+denominators of the whole optimizer step), but that a "rollout" is looked up: each prompt comes with its completions
+(`Prompt.completions`), and one rollout is one optimizer step. Examples are complete or an error: none is cut.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.losses import ExampleLoss
+from hybrid_lightning.policy.evaluation import EvaluationMetrics
+from hybrid_lightning.policy.example_calibration import ExampleCalibration
+from hybrid_lightning.policy.example_metrics import ExampleMetrics
+from hybrid_lightning.policy.logprobs import token_logprobs
+from hybrid_lightning.policy.step_times import PhaseClock
+from hybrid_lightning.policy.stepped import SteppedModule
+from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout.forward import base_model
+from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
+from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.sharding.forward import as_forward, with_whole_weights
+from hybrid_lightning.types import LossInputs, PolicyBatch, Prompt, Sequences
+
+
+class ExampleModule(SteppedModule):
+    """Training and held-out loss on examples; a subclass sets the attributes and `completions_wanted`."""
+
+    loss: ExampleLoss
+    reward: RewardFunction | None  # type: ignore[assignment]  # of generated completions, which are then evaluated too
+    examples_per_step: int
+    completions_wanted: str  # how an example has to look, for error messages
+
+    def _set_examples(
+        self,
+        loss: ExampleLoss,
+        reward: RewardFunction | None,
+        sampler: Sampler | None,
+        examples_per_step: int,
+        eval_samples: int,
+        seed: int,
+    ) -> None:
+        for name, value in (("examples_per_step", examples_per_step), ("eval_samples", eval_samples)):
+            if value < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {value}")
+        self.loss, self.reward, self.sampler = loss, reward, sampler or Sampler()
+        self.examples_per_step, self.eval_samples, self.seed = examples_per_step, eval_samples, seed
+        self.rows_together = loss.rows_per_example
+        self.rollout_schedule = RolloutSchedule(examples_per_step, loss.rows_per_example)
+        self.example_metrics = torch.nn.ModuleDict({"val": ExampleMetrics(), "test": ExampleMetrics()})
+        self.validation_metrics, self.test_metrics = EvaluationMetrics(eval_samples), EvaluationMetrics(eval_samples)
+        self.clock = PhaseClock()  # StepTimer gives its own
+
+    # ---- training data
+
+    def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
+        """The train dataloader: optimizer steps of these examples. A data module's `train_dataloader` returns it."""
+        self._check_enough(prompts)
+        return super().rollout_loader(prompts)
+
+    def roll_out(
+        self, prompts: Sequence[Prompt], generator: torch.Generator
+    ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
+        """Look up the completions of prompts (see `RolloutSource`); they have no rewards, and advantages of 1."""
+        sequences = self.example_sequences(prompts, self.device)
+        ones = torch.ones(len(sequences), device=self.device)
+        return sequences, torch.zeros(sequences.completion_ids.shape, device=self.device), ones, {}
+
+    def takes_part(self, advantages: Tensor) -> Tensor:
+        """All rows."""
+        return torch.ones_like(advantages, dtype=torch.bool)
+
+    def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
+        """Fill in log-probabilities under the start policy, where the loss compares with it (see `RolloutSource`)."""
+        if not self.loss.needs_reference:
+            return list(batches)
+
+        def add(batch: PolicyBatch) -> PolicyBatch:
+            with self.start_policy():
+                return batch.with_logprobs(None, self._constant_logprobs(batch.sequences)[0])
+
+        with self.clock.phase("logprobs"), self._inference():
+            return with_whole_weights(self.model, lambda: [add(batch) for batch in batches], as_trained=True)
+
+    def example_sequences(self, prompts: Sequence[Prompt], device: torch.device) -> Sequences:
+        """Prompts and completions as tokens, the completions of a prompt below each other.
+
+        Raises:
+            DataError: If a row lacks its completions, or is longer than the model can read.
+        """
+        rows = [self._tokens(prompt) for prompt in prompts]
+        pad = self.tokenizer.pad_token_id
+        pad = int(self.tokenizer.eos_token_id if pad is None else pad)
+        asked = [ids for ids, completions in rows for _ in completions]
+        said = [ids for _, completions in rows for ids in completions]
+        return Sequences(*pad_left(asked, pad, device), *pad_right(said, pad, device))
+
+    def _tokens(self, prompt: Prompt) -> tuple[list[int], list[list[int]]]:
+        where = f"{prompt.source or 'the data'} row {prompt.index}"
+        if len(prompt.completions) != self.loss.rows_per_example:
+            raise DataError(
+                f"{where} has {len(prompt.completions)} completions, but {type(self).__name__} needs {self.completions_wanted}"
+            )
+        asked = self.encode(prompt)
+        said = [self.encoder.encode_completion(prompt, text, self.stop_ids) for text in prompt.completions]
+        longest = len(asked) + max(map(len, said))
+        limit = getattr(base_model(self.model).config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise DataError(
+                f"{where} has {longest} tokens ({len(asked)} of the prompt), more than the {limit} that the model reads; shorten or "
+                "remove the row, or drop long prompts by data.max_prompt_tokens (examples are never cut)"
+            )
+        return asked, said
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Make sure that all examples can be trained on, and their answers be rewarded, before anything is spent."""
+        if self.reward is not None:
+            super().check_prompts(prompts)
+        for prompt in prompts:
+            self._tokens(prompt)
+
+    def check_settings(self) -> None:
+        """Called before scoring and before training.
+
+        Raises:
+            ConfigError: For the reasons of `LanguageModule`, or if examples of a step cannot be dealt evenly.
+        """
+        super().check_settings()
+        if self.trainer.state.fn == "predict" and self.reward is None:
+            raise ConfigError("predict scores completions: give model.reward, such as ExactMatch")
+        if self.trainer.state.fn == "fit":
+            devices, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
+            if self.examples_per_step % (devices * accumulate):
+                raise ConfigError(
+                    f"model.examples_per_step={self.examples_per_step} must be a multiple of the {devices} devices x "
+                    f"trainer.accumulate_grad_batches={accumulate}; change one"
+                )
+
+    def _train_prompts(self) -> list[Prompt]:
+        prompts = super()._train_prompts()
+        self._check_enough(prompts)
+        return prompts
+
+    def _check_enough(self, prompts: Sequence[Prompt]) -> None:
+        if len(prompts) < self.examples_per_step:
+            raise ConfigError(
+                f"model.examples_per_step={self.examples_per_step} is more than the {len(prompts)} training examples; lower it "
+                "or give more data"
+            )
+
+    # ---- loss
+
+    def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Log-probabilities with gradient and entropies [B, T] of completions."""
+        return as_forward(self.model, lambda: token_logprobs(self.model, sequences, 1.0))
+
+    def _run(self, batch: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, entropy = self.logprobs(batch.sequences)
+        output = self.loss(replace(batch.loss_inputs(logprobs), entropy=entropy.detach()))
+        return output.loss, output.metrics
+
+    def calibration_losses(self, num_prompts: int | None = None) -> ExampleCalibration:
+        """Losses whose mean gradient scores the modules: the training loss of training examples under the start policy.
+
+        Args:
+            num_prompts: Training examples to use; fewer if there are not as many. None: as many as one optimizer step has.
+
+        Raises:
+            ConfigError: If the run itself could not work.
+        """
+        self.check_settings()
+        prompts = self._train_prompts()
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
+        chosen = [prompts[i] for i in order[: num_prompts or self.examples_per_step]]
+        # Not self.device: the callback has moved the model, and Lightning moves this module only after the setup hooks.
+        sequences = self.example_sequences(chosen, next(self.model.parameters()).device)
+        losses = ExampleCalibration(sequences, self._runs(sequences), self.loss, self._calibration_logprobs)
+        losses.info["prompts"] = len(chosen)
+        return losses
+
+    def _calibration_logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        with self._precision():
+            return self.logprobs(sequences)
+
+    # ---- validation and test: the loss of examples, and where there is a reward what the policy makes of their prompts
+
+    def _measure(self, prompts: Sequence[Prompt], metrics: ExampleMetrics) -> None:
+        sequences = self.example_sequences(prompts, self.device)
+
+        def terms() -> LossInputs:
+            logprobs, entropy = self._constant_logprobs(sequences)
+            reference = None
+            if self.loss.needs_reference:
+                with self.start_policy():
+                    reference, _ = self._constant_logprobs(sequences)
+            ones = torch.ones(len(sequences), device=self.device)
+            return LossInputs(logprobs, ones, sequences.completion_mask, ref_logprobs=reference, entropy=entropy)
+
+        with self._inference():
+            inputs = with_whole_weights(self.model, terms)
+        identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in prompts]
+        weights = self.loss.weights(sequences.completion_mask)
+        metrics.update(torch.tensor(identity, device=self.device), weights, self.loss.terms(inputs))
+
+    def validation_step(self, batch: Sequence[Prompt], *place: Any, **places: Any) -> None:
+        """Loss of a batch of examples, and completions of their prompts if there is a reward."""
+        self._measure(batch, self.example_metrics["val"])  # type: ignore[arg-type]
+        if self.reward is not None:
+            super().validation_step(batch, *place, **places)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/...`."""
+        self._log_measured("val")
+        if self.reward is not None:
+            super().on_validation_epoch_end()
+
+    def test_step(self, batch: Sequence[Prompt], *place: Any, **places: Any) -> None:
+        """As in validation."""
+        self._measure(batch, self.example_metrics["test"])  # type: ignore[arg-type]
+        if self.reward is not None:
+            super().test_step(batch, *place, **places)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/...`."""
+        self._log_measured("test")
+        if self.reward is not None:
+            super().on_test_epoch_end()
+
+    def _log_measured(self, prefix: str) -> None:
+        metrics: Any = self.example_metrics[prefix]
+        # Every rank has the same values; `sync_dist` lets Lightning know.
+        values = {f"{prefix}/{name}": value for name, value in metrics.compute().items()}
+        self.log_dict(values, sync_dist=self.trainer.world_size > 1)
+        metrics.reset()

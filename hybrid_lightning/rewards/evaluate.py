@@ -1,5 +1,6 @@
 """Calls a reward and checks what it returns: nothing but one finite number per completion gets into training."""
 
+import inspect
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from hybrid_lightning.errors import HybridLightningError, RewardError
 from hybrid_lightning.rewards.base import RewardFunction
+from hybrid_lightning.rewards.messages import describe, place, shorten
+from hybrid_lightning.rewards.time_limit import run_async
 from hybrid_lightning.types import Prompt, Rewards
 
 
@@ -66,11 +69,11 @@ def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts:
         except HybridLightningError:
             raise
         except Exception as error:
-            message = f"{_title(term)}.extract_answer raised {_describe(error)} {_place(completion, prompt)}"
+            message = f"{_title(term)}.extract_answer raised {describe(error)} {place(completion, prompt)}"
             raise RewardError(message) from error
         if answer is not None and not isinstance(answer, str):
             raise RewardError(
-                f"{_title(term)}.extract_answer returned {_shorten(answer)} {_place(completion, prompt)}; it must return the "
+                f"{_title(term)}.extract_answer returned {shorten(answer)} {place(completion, prompt)}; it must return the "
                 "answer as text, or None if there is none"
             )
         answers.append(answer)
@@ -80,7 +83,7 @@ def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts:
 def _call(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
     """Values of one term, [B] float32."""
     try:
-        values = reward(completions, prompts)
+        values = _awaited(reward(completions, prompts))
     except HybridLightningError:
         raise  # it says already what is wrong, and where
     except Exception as error:
@@ -92,8 +95,13 @@ def _call(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[
     for number, completion, prompt in zip(numbers, completions, prompts, strict=True):
         problem = _problem(number)
         if problem:
-            raise RewardError(f"{_title(reward)} {problem} {_place(completion, prompt)}; it must return a finite number")
+            raise RewardError(f"{_title(reward)} {problem} {place(completion, prompt)}; it must return a finite number")
     return torch.tensor([float(number) for number in numbers], dtype=torch.float32)
+
+
+def _awaited(values: Any) -> Any:
+    """What a reward whose `__call__` is `async` returns in the end."""
+    return run_async(values) if inspect.iscoroutine(values) else values
 
 
 def _numbers(values: Any, count: int) -> list[Any]:
@@ -103,7 +111,7 @@ def _numbers(values: Any, count: int) -> list[Any]:
             raise ValueError(f"returned shape {shape} for {count} completions")
         return list(values.tolist())
     if not isinstance(values, Sequence) or isinstance(values, str):
-        raise ValueError(f"returned {_shorten(values)} for {count} completions")
+        raise ValueError(f"returned {shorten(values)} for {count} completions")
     if len(values) != count:
         raise ValueError(f"returned {len(values)} values for {count} completions")
     return [value.item() if getattr(value, "shape", None) == () else value for value in values]
@@ -111,7 +119,7 @@ def _numbers(values: Any, count: int) -> list[Any]:
 
 def _problem(number: Any) -> str | None:
     if not isinstance(number, Real):
-        return f"returned {_shorten(number)}, which is no number,"
+        return f"returned {shorten(number)}, which is no number,"
     # Also finite in float32, which is what the training signal is.
     return None if torch.tensor(float(number), dtype=torch.float32).isfinite() else f"returned {number!r}"
 
@@ -120,29 +128,16 @@ def _culprit(reward: RewardFunction, completions: Sequence[str], prompts: Sequen
     """Find the completion that a reward fails on, by giving it one at a time."""
     for completion, prompt in zip(completions, prompts, strict=True):
         try:
-            reward([completion], [prompt])
+            _awaited(reward([completion], [prompt]))
         except Exception as single:
-            return RewardError(f"{_title(reward)} raised {_describe(single)} {_place(completion, prompt)}")
+            return RewardError(f"{_title(reward)} raised {describe(single)} {place(completion, prompt)}")
     return RewardError(
-        f"{_title(reward)} raised {_describe(error)} for a batch of {len(completions)} completions, the first "
-        f"{_place(completions[0], prompts[0])}; for each of them alone it did not"
+        f"{_title(reward)} raised {describe(error)} for a batch of {len(completions)} completions, the first "
+        f"{place(completions[0], prompts[0])}; for each of them alone it did not"
         if completions
-        else f"{_title(reward)} raised {_describe(error)} for an empty batch"
+        else f"{_title(reward)} raised {describe(error)} for an empty batch"
     )
 
 
 def _title(reward: RewardFunction) -> str:
     return f"reward {type(reward).__name__} ({reward.name})"
-
-
-def _place(completion: str, prompt: Prompt) -> str:
-    return f"for {prompt.source or 'a prompt'} row {prompt.index} with completion {_shorten(completion)}"
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _shorten(value: Any, length: int = 100) -> str:
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"

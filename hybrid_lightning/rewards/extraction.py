@@ -1,9 +1,10 @@
 """The part of a completion that counts as its answer."""
 
 import re
+from collections.abc import Sequence
 
 from hybrid_lightning.errors import ConfigError, RewardError
-from hybrid_lightning.types import Prompt
+from hybrid_lightning.types import Completion, Prompt
 
 
 def compile_pattern(pattern: str, groups: int | None = None) -> re.Pattern[str]:
@@ -44,6 +45,16 @@ def extract(pattern: re.Pattern[str] | None, completion: str) -> str | None:
     return matches[-1] if matches else None
 
 
+def after_thinking(completion: str) -> str:
+    """What a completion says after its reasoning in `<think> </think>`; reasoning that has no end is no answer.
+
+    Example:
+        >>> after_thinking("<think>5? No.</think>6"), after_thinking("<think>5?"), after_thinking("6")
+        ('6', '', '6')
+    """
+    return completion.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def reference_answer(reward: str, prompt: Prompt) -> str:
     """The answer to compare with.
 
@@ -56,3 +67,18 @@ def reference_answer(reward: str, prompt: Prompt) -> str:
             "answer_column of the data source, or take a reward that needs no answer"
         )
     return prompt.answer
+
+
+def token_counts(reward: str, completions: Sequence[str]) -> list[int]:
+    """Tokens of each completion, of B; the stop token counts.
+
+    Raises:
+        RewardError: If a completion is a plain string.
+    """
+    for completion in completions:
+        if not isinstance(completion, Completion):
+            raise RewardError(
+                f"{reward}: completions are plain strings, whose tokens are not known: give those of a rollout, or make them "
+                "Completion(text, num_tokens, finished)"
+            )
+    return [completion.num_tokens for completion in completions if isinstance(completion, Completion)]

@@ -6,7 +6,8 @@ from functools import cache
 
 from hybrid_lightning.errors import ConfigError, RewardError
 from hybrid_lightning.rewards.base import RewardFunction
-from hybrid_lightning.rewards.extraction import compile_pattern, extract, reference_answer
+from hybrid_lightning.rewards.choices import CHOICES, extract_choice, reference_choice
+from hybrid_lightning.rewards.extraction import after_thinking, compile_pattern, extract, reference_answer
 from hybrid_lightning.rewards.math_verifier import MathVerifier
 from hybrid_lightning.types import Prompt
 
@@ -19,7 +20,11 @@ class MathMatch(RewardFunction):
     The answer of a completion is what is in `\boxed{}` (several different boxes are one set of answers, equal to no single
     one), else its last number, plain expression or LaTeX formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and
     `\frac{10}{2}` are 5; "1,234" and "1 234" are 1234; "50%" is 50 and 0.5. Decimals are compared to six places, as math-verify
-    does. The reference answer is a number, perhaps with a unit, or a formula, with or without LaTeX delimiters.
+    does. An interval may also be an inequality, and of numbers with a base, such as `2516_8`, the bases must agree where both are
+    given. What stands in `<think> </think>` is not looked at.
+
+    The reference answer is a number, perhaps with a unit, or a formula, with or without LaTeX delimiters; or a letter from A to
+    J, which is compared with the letter that the completion chooses, as `MultipleChoice` does.
 
     Args:
         pattern: Regular expression with one group, the answer; the last match counts, no match earns nothing, `.` also matches
@@ -45,25 +50,39 @@ class MathMatch(RewardFunction):
         return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """The number or formula that is compared: 0.5 and 1/2 agree."""
-        text = extract(self.pattern, completion)
-        return None if text is None or not text.strip() else _verifier(self.cpu_seconds).value(text)
+        """The number, formula or letter that is compared: 0.5 and 1/2 agree."""
+        text = extract(self.pattern, after_thinking(completion))
+        if text is None or not text.strip():
+            return None
+        if _is_choice(reference_answer(type(self).__name__, prompt)):
+            return extract_choice(text, CHOICES)
+        return _verifier(self.cpu_seconds).value(text)
 
-    def _score(self, completion: str, prompt: Prompt) -> float:
-        verifier = _verifier(self.cpu_seconds)
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Make sure that the reference answer is one that can be compared with."""
         gold = reference_answer(type(self).__name__, prompt)
-        if not verifier.is_gold(gold):
+        if not _is_choice(gold) and not _verifier(self.cpu_seconds).is_gold(gold):
             raise RewardError(
                 f"MathMatch: the reference answer {gold!r} of {prompt.source or 'a prompt'} row {prompt.index} is neither a "
                 "number nor a formula; correct the row or the source's answer_pattern, or use ExactMatch"
             )
-        text = extract(self.pattern, completion)
+
+    def _score(self, completion: str, prompt: Prompt) -> float:
+        self.check_prompt(prompt)
+        gold = reference_answer(type(self).__name__, prompt)
+        text = extract(self.pattern, after_thinking(completion))
         if text is None or not text.strip():
             return 0.0
-        equal = verifier.equal(gold, text)
+        if _is_choice(gold):
+            return float(extract_choice(text, CHOICES) == reference_choice(gold))
+        equal = _verifier(self.cpu_seconds).equal(gold, text)
         if equal is None:
             logger.warning("MathMatch gave up after %g s of CPU time on a completion ending %r", self.cpu_seconds, text[-80:])
         return float(bool(equal))
+
+
+def _is_choice(gold: str) -> bool:
+    return (reference_choice(gold) or "none") in CHOICES
 
 
 @cache

@@ -30,6 +30,14 @@ NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
+MIXED = re.compile(r"(?<![\w./,$}])(\d+) (\d+)/(\d+)(?![\w/])")  # 1 1/2
+MIXED_PERCENT = re.compile(r"(?<![\w}.])(\d+)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}(?=\s*\\?%)")  # 33\frac{1}{3}\%
+REPEATING = re.compile(r"(?<![\w.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}")  # 0.1\overline{6}
+TUPLE = re.compile(
+    r"(?<![\w$\\({\[])[(\[]\s*(?:NUMBER)(?:\s*,\s*(?:NUMBER))+\s*[)\]]".replace("NUMBER", r"-?\d+(?:\.\d+)?(?:/\d+)?")
+)
+LATEX = re.compile(r"[$]|\\[(\[]|\\boxed")
+BASE = re.compile(r"\d_\{?(\d+)\}?")  # 2516_8
 DATE = re.compile(r"\d{4}-\d\d?-\d\d?")  # no subtraction
 REWRITES = [
     (re.compile("[\u2212\u2012\u2013\ufe63\uff0d]"), "-"),  # minus sign, dashes
@@ -48,6 +56,25 @@ REWRITES = [
     ),  # 1,2345 is two numbers, or a typing error, and not 1,234 and a 5
     (re.compile(r"(?<![\d.])\d+(?:\.\d+){2,}"), "x"),  # 1.000.000 or 1.2.3 is neither 1.000 nor 1.2
     (re.compile(r"(?<=[A-Za-z]):(?=[-$\d\\])"), ": "),  # Answer:5
+    (re.compile(r"\\fbox(?=\s*\{)"), r"\\boxed"),
+    # \boxed{\textbf{(B)}\ 27}: the value is the answer, and not the letter that it has among the choices
+    (
+        re.compile(
+            r"(?<=\\boxed\{)\s*(?:\\(?:text|textbf|mathrm|mathbf|rm)\s*\{\s*)?\([A-J]\)"
+            r"[\s}]*(?:\\[ ,;:!]|\\q?quad|[~:\s])*(?=[^\s}])"
+        ),
+        "",
+    ),
+    (re.compile(r"(?<=\d)\.(?=\s*\}\s*(?:\$|\\[)\]]|\Z|[.,\s]))"), ""),  # \boxed{5.}
+    (re.compile(r"\\\$\s*(?=[\d.])"), ""),  # \$5
+    # 5 \text{ m/s}, 5 m/s, 5 cm^2, 5 \frac{\text{m}}{\text{s}}, 73 \pmod{100}
+    (re.compile(r"(?<=[\d}])(?:\\[ ,;:!]|[~\s])*\\(?:text|mathrm|mbox)\s*\{[ A-Za-z.]*/[ A-Za-z.]*\}(?=\s*[}$]|\s*\\[)\]])"), ""),
+    (re.compile(r"(?<=\d)\s+(?:[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}\^\{?[23]\}?)(?=\s*\})"), ""),
+    (
+        re.compile(r"(?<=[\d}])(?:\\[ ,;:!]|[~\s])*\\frac\{\\(?:text|mathrm)\{[ A-Za-z]+\}\}\{\\(?:text|mathrm)\{[ A-Za-z]+\}\}"),
+        "",
+    ),
+    (re.compile(r"(?<=\d)(?:\\[ ,;:!]|[~\s])*\\pmod\s*\{?\d+\}?"), ""),
     # math-verify takes what follows the word "answer" before anything later; here the last value counts, so that
     # "the answer is 12 or 13" is not right about 12.
     (re.compile("answer", re.IGNORECASE), "result"),
@@ -58,7 +85,38 @@ def normalize(text: str) -> str:
     """Write what math-verify would misread, such as 1e5 as 1, in a way that it reads."""
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
-    return text
+    text = REPEATING.sub(repeating, MIXED_PERCENT.sub(mixed, MIXED.sub(mixed, text)))
+    # A point or an interval is LaTeX to math-verify, which would take the last number in it.
+    return text if LATEX.search(text) else TUPLE.sub(r"$\g<0>$", text)
+
+
+def mixed(match: re.Match[str]) -> str:
+    """A whole number and a proper fraction as one fraction."""
+    whole, numerator, denominator = map(int, match.groups())
+    if not 0 < numerator < denominator:
+        return match[0]
+    improper = whole * denominator + numerator
+    return rf"\frac{{{improper}}}{{{denominator}}}" if "\\" in match[0] else f"{improper}/{denominator}"
+
+
+def repeating(match: re.Match[str]) -> str:
+    """A decimal number whose last digits repeat, as a fraction."""
+    whole, once, period = match.groups()
+    numerator = int(whole + once + period) - int(whole + once or "0")
+    return rf"\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(once)}}}"
+
+
+def same_base(gold: str, text: str) -> bool:
+    """Whether the last number of a text has the base of the reference answer, where both say one."""
+    wanted, found = BASE.findall(gold), BASE.findall(text)
+    return not wanted or not found or wanted[-1] == found[-1]
+
+
+def same_brackets(gold: str, found: str) -> bool:
+    """Whether neither is a set in braces while the other is a point or an interval, which math-verify takes for a set."""
+    return not any(
+        one.startswith(r"\{") and re.match(r"(?:\\left)?\s*[(\[].*,", other) for one, other in ((gold, found), (found, gold))
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -68,7 +126,7 @@ def parse_gold(gold: str) -> Any:
     if DATE.search(text):
         return None
     if not re.search(r"\\boxed|\\\(|\\\[|\$.*\$", text) and not (NUMBER.fullmatch(text) and re.search(r"\d", text)):
-        formula = re.sub(r"\\(?:text|mathrm|mbox)\{[^}]*\}", "", text)
+        formula = re.sub(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^}]*\}", "", text)
         if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", formula):
             return None  # words, which LaTeX would read as products of letters
         text = f"${text}$"
@@ -81,8 +139,12 @@ def answer(request: list[str]) -> bool:
     gold = parse_gold(request[0])
     if gold is None:
         return False
-    found = gold if len(request) == 1 else parse(normalize(request[1]), parsing_timeout=None)
-    return bool(verify(gold, found, timeout_seconds=None))
+    if len(request) == 1:
+        return bool(verify(gold, gold, timeout_seconds=None))
+    found = parse(normalize(request[1]), parsing_timeout=None)
+    if not same_base(*request) or not same_brackets(str(gold[-1]), str(found[-1]) if found else ""):
+        return False
+    return bool(verify(gold, found, allow_set_relation_comp=True, timeout_seconds=None))
 
 
 def value(text: str) -> str | None:

@@ -7,9 +7,10 @@
 
 from collections.abc import Sequence
 
-from hybrid_lightning.errors import ConfigError, RewardError
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rewards.base import RewardFunction
-from hybrid_lightning.types import Completion, Prompt
+from hybrid_lightning.rewards.extraction import token_counts
+from hybrid_lightning.types import Prompt
 
 
 class OverlongPenalty(RewardFunction):
@@ -27,6 +28,7 @@ class OverlongPenalty(RewardFunction):
         ConfigError: If the buffer is not within the limit.
 
     Example:
+        >>> from hybrid_lightning.types import Completion
         >>> texts = [Completion("short", 5, True), Completion("longer", 9, True), Completion("cut off", 10, False)]
         >>> OverlongPenalty(max_tokens=10, buffer_tokens=4)(texts, [Prompt(text="?")] * 3)
         [0.0, -0.75, -1.0]
@@ -45,13 +47,8 @@ class OverlongPenalty(RewardFunction):
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
         """Penalty of each completion, of B."""
-        return [self._penalty(completion) for completion in completions]
+        return [self._penalty(length) for length in token_counts(type(self).__name__, completions)]
 
-    def _penalty(self, completion: str) -> float:
-        if not isinstance(completion, Completion):
-            raise RewardError(
-                "OverlongPenalty: completions are plain strings, whose tokens are not known: give those of a rollout, or make "
-                "them Completion(text, num_tokens, finished)"
-            )
-        over = completion.num_tokens - (self.max_tokens - self.buffer_tokens)
+    def _penalty(self, length: int) -> float:
+        over = length - (self.max_tokens - self.buffer_tokens)
         return -min(max(over, 0), self.buffer_tokens) / self.buffer_tokens + 0.0

@@ -1,0 +1,70 @@
+"""Each set of a mixture with a reward of its own."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.rewards.base import RewardFunction
+from hybrid_lightning.types import Prompt
+
+
+class RewardBySet(RewardFunction):
+    """Scores a completion by the reward of its prompt's set: mathematics by `MathMatch`, code by `CodeTests`, and so on.
+
+    Args:
+        rewards: Name of the set (as in the data source `Mixture`) -> its reward. Not a sum: what all sets share, such as a
+            format reward, stands beside this one in a `WeightedSum`.
+        name: What it is logged as; None for `reward_by_set`.
+
+    Raises:
+        ConfigError: If there is no set, a reward is a sum, or only some of them measure correctness.
+    """
+
+    def __init__(self, rewards: dict[str, RewardFunction], name: str | None = None) -> None:
+        if not rewards:
+            raise ConfigError("RewardBySet: rewards={}: give each set a reward, as in rewards: {gsm8k: MathMatch}")
+        for set_name, reward in rewards.items():
+            if reward.terms() != [(reward, 1.0)]:
+                raise ConfigError(
+                    f"RewardBySet: the reward of set {set_name!r} is a sum: give it one reward, and put RewardBySet and what all "
+                    "sets share into a WeightedSum"
+                )
+        if len({reward.measures_correctness for reward in rewards.values()}) > 1:
+            kinds = ", ".join(f"{key}: {value.measures_correctness}" for key, value in rewards.items())
+            raise ConfigError(f"RewardBySet: all rewards must measure correctness, or none ({kinds})")
+        self.rewards = rewards
+        self.measures_correctness = next(iter(rewards.values())).measures_correctness
+        self._name = name
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
+        """Score B completions, those of each set together."""
+        positions: dict[str, list[int]] = defaultdict(list)
+        for position, prompt in enumerate(prompts):
+            positions[prompt.set_name].append(position)
+            self._reward(prompt)
+        values = torch.zeros(len(completions), dtype=torch.float64)
+        for set_name, rows in positions.items():
+            own = self.rewards[set_name]([completions[row] for row in rows], [prompts[row] for row in rows])
+            if len(own) != len(rows):
+                raise ValueError(f"the reward of set {set_name!r} returned {len(own)} values for {len(rows)} completions")
+            values[rows] = torch.as_tensor(own, dtype=torch.float64)
+        return values
+
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """As the reward of the set does."""
+        return self._reward(prompt).extract_answer(completion, prompt)
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """As the reward of the set does."""
+        self._reward(prompt).check_prompt(prompt)
+
+    def _reward(self, prompt: Prompt) -> RewardFunction:
+        if prompt.set_name not in self.rewards:
+            raise DataError(
+                f"RewardBySet: {prompt.source or 'a prompt'} row {prompt.index} is of set {prompt.set_name!r}, which has no "
+                f"reward; there is one for {', '.join(self.rewards)}: name the sets as the data source does"
+            )
+        return self.rewards[prompt.set_name]

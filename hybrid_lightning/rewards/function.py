@@ -1,0 +1,158 @@
+"""A plain Python function as a reward."""
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from hybrid_lightning.errors import ConfigError, DataError, RewardError
+from hybrid_lightning.rewards.base import RewardFunction
+from hybrid_lightning.rewards.messages import describe, place
+from hybrid_lightning.rewards.time_limit import await_all, call_within, run_async
+from hybrid_lightning.rewards.user_function import load_function
+from hybrid_lightning.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+_BATCH, _SINGLE = ("completions", "prompts"), ("completion", "prompt")
+
+
+class FunctionReward(RewardFunction):
+    """What a function of yours says, for example
+
+        def brevity(completions, **columns): return [float(len(text) < 200) for text in completions]
+        def close(completion, answer, tolerance): return float(abs(float(completion) - float(answer)) < tolerance)
+
+    A function with a parameter `completions` gets all B at once and returns B numbers; one with `completion` is called for each.
+    The other parameters are found by name: `prompts` or `prompt` (of `Prompt`), `answer` (the reference answer), `set_name`, and
+    any column of the data; in a function of `completions` they are lists of B, as TRL hands them, and `**columns` takes all
+    columns. A parameter with a default may be missing from the data. Completions are texts.
+
+    A function may be `async`. One of `completion` is then awaited for all completions at the same time.
+
+    Args:
+        function: `package.module.function` or `path/to/file.py:function`.
+        timeout_s: Time for each call, in seconds of wall time, so for the batch or for one completion; None for no limit. An
+            asynchronous function is cancelled; another goes on in its thread, where it can still take processor time.
+        on_timeout: What a completion earns whose call is out of time; None: training stops with an error that names the row.
+        concurrency: Asynchronous calls that are awaited at the same time.
+        measures_correctness: Whether a value of 1.0 says that the answer is right, which accuracy is made from.
+        name: What it is logged as; None for the function's name.
+
+    Raises:
+        ConfigError: If there is no such function, or it has neither `completions` nor `completion`.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        timeout_s: float | None = None,
+        on_timeout: float | None = None,
+        concurrency: int = 64,
+        measures_correctness: bool = True,
+        name: str | None = None,
+    ) -> None:
+        if timeout_s is not None and not timeout_s > 0:
+            raise ConfigError(f"FunctionReward: timeout_s={timeout_s}: give a positive number of seconds, or null for no limit")
+        if on_timeout is not None and timeout_s is None:
+            raise ConfigError(f"FunctionReward: on_timeout={on_timeout} needs a timeout_s")
+        if concurrency < 1:
+            raise ConfigError(f"FunctionReward: concurrency={concurrency}: give at least 1")
+        self.function = function
+        self.timeout_s, self.on_timeout, self.concurrency = timeout_s, on_timeout, concurrency
+        self.measures_correctness = measures_correctness
+        loaded = load_function(function)
+        self._name = name or getattr(loaded, "__name__", None)
+        parameters = inspect.signature(loaded).parameters
+        self.batched = "completions" in parameters
+        if self.batched == ("completion" in parameters):
+            raise ConfigError(
+                f"function={function!r} has the parameters {', '.join(parameters) or 'none'}: call one of them completions, to "
+                "get all of a batch, or completion, to be called for each"
+            )
+        self._own = _BATCH if self.batched else _SINGLE
+        named = [entry for entry in parameters.values() if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)]
+        self.needed = [entry.name for entry in named if entry.default is entry.empty and entry.name not in self._own]
+        self.wanted = [entry.name for entry in named if entry.default is not entry.empty]
+        self.takes_prompts = self._own[1] in parameters
+        self.takes_all = any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
+        call = loaded if inspect.isroutine(loaded) else type(loaded).__call__
+        self.asynchronous = inspect.iscoroutinefunction(call)
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Make sure that the row has every column that the function needs."""
+        values = _values(prompt)
+        for name in self.needed:
+            if name not in values:
+                raise DataError(
+                    f"reward function {self.function} needs {name!r}, but {prompt.source or 'a prompt'} row {prompt.index} has "
+                    f"no such column; it has {', '.join(values) or 'none'}; rename the parameter, or give it a default"
+                )
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Any:
+        """Call the function for B completions; what it returns is checked by `evaluate_reward`."""
+        for prompt in prompts:
+            self.check_prompt(prompt)
+        return self._batch(completions, prompts) if self.batched else self._each(completions, prompts)
+
+    def _batch(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Any:
+        rows = [_values(prompt) for prompt in prompts]
+        there = dict.fromkeys(name for row in rows for name in row)
+        names = [name for name in there if name in self.needed or name in self.wanted or self.takes_all]
+        arguments: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
+        call = self._call(completions, prompts, arguments)
+        try:
+            if not self.asynchronous:
+                return call_within(call, self.timeout_s)
+            (value,) = run_async(await_all([call], self.timeout_s, 1))
+            if isinstance(value, BaseException):
+                raise value
+            return value
+        except TimeoutError as error:
+            if self.timeout_s is None or not completions:
+                raise
+            where = f"for a batch of {len(completions)} completions, the first {place(completions[0], prompts[0])}"
+            return [self._late(where, error)] * len(completions)
+
+    def _each(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[Any]:
+        calls = []
+        for completion, prompt in zip(completions, prompts, strict=True):
+            row = _values(prompt)
+            names = [name for name in row if name in self.needed or name in self.wanted or self.takes_all]
+            calls.append(self._call(completion, prompt, {name: row[name] for name in names}))
+        if self.asynchronous:
+            values = run_async(await_all(calls, self.timeout_s, self.concurrency))
+        else:
+            values = [self._caught(call) for call in calls]
+        return [self._checked(*row) for row in zip(values, completions, prompts, strict=True)]
+
+    def _caught(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call_within(call, self.timeout_s)
+        except Exception as error:
+            return error
+
+    def _call(self, completions: Any, prompts: Any, arguments: dict[str, Any]) -> Callable[[], Any]:
+        own = {self._own[0]: completions, **({self._own[1]: prompts} if self.takes_prompts or self.takes_all else {})}
+        return partial(load_function(self.function), **{**arguments, **own})
+
+    def _checked(self, value: Any, completion: str, prompt: Prompt) -> Any:
+        if isinstance(value, TimeoutError) and self.timeout_s is not None:
+            return self._late(place(completion, prompt), value)
+        if isinstance(value, BaseException):
+            raise RewardError(f"reward function {self.function} raised {describe(value)} {place(completion, prompt)}") from value
+        return value
+
+    def _late(self, where: str, error: BaseException) -> float:
+        late = f"reward function {self.function} took more than timeout_s={self.timeout_s:g} s {where}"
+        if self.on_timeout is None:
+            raise RewardError(f"{late}; raise timeout_s, or set on_timeout to what such a completion earns") from error
+        logger.warning("%s: it earns on_timeout=%g", late, self.on_timeout)
+        return self.on_timeout
+
+
+def _values(prompt: Prompt) -> dict[str, Any]:
+    """What a function can ask for by name, of one prompt."""
+    answer = {} if prompt.answer is None else {"answer": prompt.answer}
+    return {**prompt.columns, **answer, "set_name": prompt.set_name}

@@ -1,0 +1,219 @@
+import asyncio
+import pickle
+import time
+from copy import deepcopy
+
+import pytest
+
+from hybrid_lightning.errors import ConfigError, DataError, RewardError
+from hybrid_lightning.rewards import ExactMatch, FunctionReward, RewardFunction, WeightedSum, evaluate_reward
+from hybrid_lightning.types import Prompt
+
+MINE = """
+import asyncio, time
+from dataclasses import dataclass
+
+@dataclass
+class Limits:
+    words: int = 2
+
+def batch(completions, answer, tolerance, **columns):
+    assert set(columns) == {"prompts", "set_name", "note"}, columns
+    return [float(abs(float(c) - float(a)) <= t) for c, a, t in zip(completions, answer, tolerance, strict=True)]
+
+def trl_like(prompts, completions, tolerance, **kwargs):
+    return [float(len(text)) for text in completions]
+
+def each(completion, prompt, answer, note="none", missing=3):
+    return float(completion == answer and prompt.answer == answer and note in ("n0", "n1") and missing == 3)
+
+def brief(completion):
+    return float(len(completion.split()) <= Limits().words)
+
+async def judge(completion, answer):
+    await asyncio.sleep(0.2)
+    return float(completion == answer)
+
+async def judge_batch(completions, answer):
+    return [float(c == a) for c, a in zip(completions, answer)]
+
+async def slow(completion):
+    await asyncio.sleep(30 if completion == "slow" else 0)
+    return 1.0
+
+def sleepy(completion):
+    time.sleep(30 if completion == "slow" else 0)
+    return 1.0
+
+def sleepy_batch(completions):
+    time.sleep(30)
+
+async def slow_batch(completions):
+    await asyncio.sleep(30)
+
+def careless(completion): return 1 / int(completion)
+async def careless_async(completion): return 1 / int(completion)
+def careless_batch(completions): return [1 / int(text) for text in completions]
+def nothing(completion): return None
+def wrong_count(completions): return [1.0]
+def neither(text): return 1.0
+def both(completion, completions): return 1.0
+clients = []
+
+async def with_client(completion):
+    loop = asyncio.get_running_loop()
+    clients.append(loop)
+    return float(all(client is loop and not client.is_closed() for client in clients))
+
+value = 3
+"""
+PROMPTS = [
+    Prompt(text="?", answer="12", index=number, source="rows.jsonl", columns={"tolerance": number, "note": f"n{number}"})
+    for number in range(2)
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def scores(function, completions, **arguments):
+    reward = FunctionReward(f"my_rewards.py:{function}", **arguments)
+    prompts = (PROMPTS * len(completions))[: len(completions)]
+    return evaluate_reward(reward, completions, prompts).total.tolist()
+
+
+def test_a_batch_with_columns_by_name(here):
+    assert scores("batch", ["12", "13", "13"]) == [1.0, 1.0, 0.0]
+    assert scores("trl_like", ["a", "bc"]) == [1.0, 2.0]
+
+
+def test_one_completion_at_a_time(here):
+    assert scores("each", ["12", "12", "13"]) == [1.0, 1.0, 0.0]
+    assert scores("brief", ["a b", "a b c"]) == [1.0, 0.0]
+
+
+def test_a_module_by_its_dotted_name(here, monkeypatch):
+    (here / "pack").mkdir()
+    (here / "pack" / "__init__.py").write_text("")
+    (here / "pack" / "parts.py").write_text("def one(completion): return 1.0")
+    monkeypatch.syspath_prepend(here)
+    for path in ("pack.parts.one", "pack.parts:one"):
+        reward = FunctionReward(path)
+        assert reward(["x"], PROMPTS[:1]) == [1.0] and reward.name == "one"
+
+
+def test_it_is_called_after_the_function_and_says_what_it_measures(here):
+    reward = FunctionReward("my_rewards.py:brief", measures_correctness=False)
+    result = evaluate_reward(WeightedSum([ExactMatch(), reward], [1.0, 0.5]), ["12", "13"], PROMPTS)
+    assert result.parts["brief"].tolist() == [1.0, 1.0] and result.total.tolist() == [1.5, 0.5]
+    assert result.correct.tolist() == [True, False]
+    assert FunctionReward("my_rewards.py:brief", name="short").name == "short"
+
+
+def test_asynchronous_calls_wait_together(here):
+    start = time.monotonic()
+    assert scores("judge", ["12", "13"] * 10) == [1.0, 0.0] * 10
+    assert time.monotonic() - start < 20 * 0.2 / 2
+    assert scores("judge_batch", ["12", "13"]) == [1.0, 0.0]
+
+
+def test_they_wait_in_turns(here):
+    start = time.monotonic()
+    assert scores("judge", ["12"] * 4, concurrency=2, timeout_s=5) == [1.0] * 4
+    assert time.monotonic() - start >= 0.4
+
+
+def test_all_calls_share_one_event_loop_even_within_another(here):
+    async def in_a_notebook():
+        return scores("with_client", ["a", "b"])
+
+    assert scores("with_client", ["a", "b"]) == [1.0, 1.0] and asyncio.run(in_a_notebook()) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("function", ["slow", "sleepy"])
+def test_one_that_is_out_of_time_earns_what_was_said(here, function, caplog):
+    start = time.monotonic()
+    assert scores(function, ["a", "slow", "b"], timeout_s=0.3, on_timeout=-1.0) == [1.0, -1.0, 1.0]
+    assert time.monotonic() - start < 15
+    assert "took more than timeout_s=0.3 s for rows.jsonl row 1 with completion 'slow': it earns on_timeout=-1" in caplog.text
+
+
+@pytest.mark.parametrize("function", ["slow", "sleepy"])
+def test_or_stops_with_the_row(here, function):
+    with pytest.raises(RewardError, match=r"more than timeout_s=0\.2 s for rows\.jsonl row 1 .*'slow'; raise timeout_s, or set"):
+        scores(function, ["a", "slow"], timeout_s=0.2)
+
+
+@pytest.mark.parametrize("function", ["slow_batch", "sleepy_batch"])
+def test_batches_have_a_time_limit_too(here, function):
+    assert scores(function, ["a", "b"], timeout_s=0.2, on_timeout=0.0) == [0.0, 0.0]
+    with pytest.raises(RewardError, match=r"for a batch of 2 completions, the first for rows\.jsonl row 0"):
+        scores(function, ["a", "b"], timeout_s=0.2)
+
+
+@pytest.mark.parametrize("function", ["careless", "careless_async", "careless_batch"])
+def test_an_exception_names_the_row(here, function):
+    with pytest.raises(RewardError, match=r"raised ZeroDivisionError: .* for rows\.jsonl row 1 with completion '0'"):
+        scores(function, ["1", "0"])
+
+
+def test_what_is_no_number_names_the_row(here):
+    with pytest.raises(RewardError, match=r"\(nothing\) returned None, which is no number, for rows\.jsonl row 0"):
+        scores("nothing", ["1"])
+    with pytest.raises(RewardError, match="returned 1 values for 2 completions"):
+        scores("wrong_count", ["1", "2"])
+
+
+def test_a_missing_column_is_named_before_training(here):
+    reward = FunctionReward("my_rewards.py:batch")
+    reward.check_prompt(PROMPTS[0])
+    with pytest.raises(DataError, match=r"needs 'tolerance', but x\.csv row 7 has no such column; it has a, answer, set_name"):
+        reward.check_prompt(Prompt(text="?", answer="1", index=7, source="x.csv", columns={"a": 1}))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("no_file.py:f", "there is no file .*no_file.py"),
+        ("my_rewards.py:absent", "has no function 'absent'; it has .*batch.*brief"),
+        ("my_rewards.py:value", "has no function 'value'"),
+        ("my_rewards.py:neither", "has the parameters text: call one of them completions"),
+        ("my_rewards.py:both", "call one of them completions"),
+        ("no_such_module.f", "there is no module 'no_such_module'"),
+        ("broken.py:f", "importing broken.py raised SyntaxError"),
+        ("needs.py:f", "needs.py needs the module 'no_such_library', which is not installed"),
+        ("function", "give package.module.function or path/to/file.py:function"),
+    ],
+)
+def test_what_cannot_be_found_is_said_at_start(here, function, message):
+    (here / "broken.py").write_text("def f(:")
+    (here / "needs.py").write_text("import no_such_library")
+    with pytest.raises(ConfigError, match=message):
+        FunctionReward(function)
+
+
+@pytest.mark.parametrize("arguments", [{"timeout_s": 0}, {"on_timeout": 1.0}, {"concurrency": 0}])
+def test_bad_arguments(here, arguments):
+    with pytest.raises(ConfigError, match="FunctionReward: "):
+        FunctionReward("my_rewards.py:brief", **arguments)
+
+
+def test_it_can_be_copied(here):
+    reward = FunctionReward("my_rewards.py:brief")
+    for other in (deepcopy(reward), pickle.loads(pickle.dumps(reward))):
+        assert other(["a", "a b c"], PROMPTS) == [1.0, 0.0]
+
+
+def test_a_class_may_be_asynchronous_too():
+    class Judge(RewardFunction):
+        async def __call__(self, completions, prompts):
+            await asyncio.sleep(0)
+            return [1.0 / len(text) for text in completions]
+
+    assert evaluate_reward(Judge(), ["a", "bc"], PROMPTS).total.tolist() == [1.0, 0.5]
+    with pytest.raises(RewardError, match=r"Judge \(judge\) raised ZeroDivisionError: .* row 1 with completion ''"):
+        evaluate_reward(Judge(), ["a", ""], PROMPTS)

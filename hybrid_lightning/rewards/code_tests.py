@@ -11,7 +11,8 @@ from hybrid_lightning.rewards.code_problem import read_problem
 from hybrid_lightning.rewards.extraction import compile_pattern, extract
 from hybrid_lightning.sandbox.isolation import require_isolation
 from hybrid_lightning.sandbox.limits import Limits
-from hybrid_lightning.sandbox.programs import CallTests, Outcome, StandardStreamTests, run_programs
+from hybrid_lightning.sandbox.packages import find_packages
+from hybrid_lightning.sandbox.programs import CallTests, Outcome, Settings, StandardStreamTests, run_programs
 from hybrid_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class CodeTests(RewardFunction):
     - pairs of standard input and output: `{"inputs": [...], "outputs": [...]}` or `[{"input": ..., "output": ...}, ...]`,
       also as JSON in a text (APPS, TACO). Lines are compared without space at their ends, and the program must end without error.
 
-    Programs run in a sandbox (see `hybrid_lightning.sandbox.isolation`), with the standard library alone and without sockets and
+    Programs run in a sandbox (see `hybrid_lightning.sandbox.isolation`), with the standard library and without sockets and
     other processes. The tests run in another process than the program, in a sandbox as well, and only plain data goes between
     them: a program cannot see, change or outwit the tests. So results are compared as built-in types and classes of the set-up
     code, such as ListNode; other objects of a program, such as a stack class, can be made, called and asked for attributes, but
@@ -47,6 +48,8 @@ class CodeTests(RewardFunction):
         wall_seconds: Time of a program from start to end. Programs that compute are stopped by `cpu_seconds`, whatever else the
             machine does; this stops those that wait.
         memory_mb: Memory of a program, in MiB.
+        packages: Installed packages that programs and tests may import, such as `[sortedcontainers]`, which LeetCode offers; None
+            for none.
         workers: Programs that run at the same time; None for the number of processors that this process may use. Give fewer
             where several ranks share a machine.
         allow_without_isolation: Whether programs may run where they cannot be isolated. They can then do whatever you can.
@@ -72,6 +75,7 @@ class CodeTests(RewardFunction):
         cpu_seconds: int = 5,
         wall_seconds: float = 15.0,
         memory_mb: int = 512,
+        packages: list[str] | None = None,
         workers: int | None = None,
         allow_without_isolation: bool = False,
         name: str | None = None,
@@ -85,9 +89,13 @@ class CodeTests(RewardFunction):
         self.setup_column = setup_column
         self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
         self.partial_credit = partial_credit
-        self.limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_bytes=memory_mb * 2**20)
+        self.settings = Settings(
+            mechanisms=require_isolation(allow_without_isolation).mechanisms,
+            limits=Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_bytes=memory_mb * 2**20),
+            packages=find_packages(packages or []),
+            count_all=partial_credit,
+        )
         self.workers = workers or len(os.sched_getaffinity(0))
-        self.mechanisms = require_isolation(allow_without_isolation).mechanisms
         self._name = name
 
     def check_prompt(self, prompt: Prompt) -> None:
@@ -106,7 +114,7 @@ class CodeTests(RewardFunction):
                 programs.append((source, problems[id(prompt)]))
                 positions.append(position)
         rewards = [0.0] * len(completions)
-        outcomes = run_programs(programs, self.mechanisms, self.limits, self.workers, self.partial_credit)
+        outcomes = run_programs(programs, self.settings, self.workers)
         for position, outcome in zip(positions, outcomes, strict=True):
             rewards[position] = self._reward(outcome)
             if outcome.reason:

@@ -78,17 +78,23 @@ def _confine(spec: dict[str, Any], user: int | None, threads: bool) -> None:
             never for root.
     """
     mechanisms, limits = spec["mechanisms"], spec["limits"]
+    within = tuple(f"{path}/" for path in spec["readable"])
+    readable = [*spec["readable"], *(path for path in spec["packages"] if not path.startswith(within))]
+    listable = sorted({os.path.dirname(path) for path in spec["packages"]})
     writable = []
     if "namespaces" in mechanisms:
-        namespaces.change_root(spec["readable"], limits["temporary_bytes"])
+        namespaces.change_root(readable, limits["temporary_bytes"])
         writable = [namespaces.TEMPORARY]
     elif "landlock" in mechanisms:
         os.chdir("/")
     privileges.drop(user)
     privileges.die_with_parent()
     if "landlock" in mechanisms:
-        landlock.restrict(spec["readable"], writable)
+        landlock.restrict(readable, writable, listable)
     os.environ.clear()
+    if listable:
+        sys.path += listable
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy starts a thread a processor otherwise
     limits = {name: limits[name] for name in ("cpu_seconds", "memory_bytes", "file_bytes", "threads")}
     privileges.limit(**limits)
     if "seccomp" in mechanisms:

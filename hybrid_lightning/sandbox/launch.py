@@ -51,13 +51,14 @@ def readable_files() -> tuple[str, ...]:
     return (*sorted(outer), "/etc/ld.so.cache")
 
 
-def launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits) -> Ran:
+def launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, packages: Sequence[str] = ()) -> Ran:
     """Run one program in its boxes.
 
     Args:
         boxes: A script; or a candidate and its tests, which are connected by two pipes.
         mechanisms: Of isolation, those of "namespaces", "landlock" and "seccomp" that are to be used.
         limits: Of each box.
+        packages: Files and folders that may be imported from beside the standard library (see `find_packages`).
 
     Raises:
         SandboxError: If the boxes cannot be made, which says nothing about the program.
@@ -82,7 +83,7 @@ def launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits) -> R
             if box.role == "tests":
                 entry["verdict"] = file()
             entries.append(entry)
-        spec = {"mechanisms": list(mechanisms), "limits": limits.as_dict(), "boxes": entries}
+        spec = {"mechanisms": list(mechanisms), "limits": limits.as_dict(), "boxes": entries, "packages": list(packages)}
         outcome = _start(spec, file(), file(), limits.wall_seconds + _GRACE_S)
         if outcome["error"] or "could not be set up" in outcome["endings"].values():
             said = outcome["error"] or outcome["endings"]

@@ -30,8 +30,8 @@ def main() -> None:
     """Run what the first argument asks for, JSON.
 
     Its keys: `parent` (process id), `probe` (true to report which mechanisms work, and nothing else), `report` (descriptor to
-    write the outcome to), `mechanisms`, `readable`, `limits`, `boxes` (list of `role`, `stdin`, `stdout`, `stderr`, `job`,
-    `verdict`; descriptors, or null for /dev/null).
+    write the outcome to), `mechanisms`, `readable`, `packages`, `limits`, `boxes` (list of `role`, `stdin`, `stdout`, `stderr`,
+    `job`, `verdict`; descriptors, or null for /dev/null).
     """
     spec = json.loads(sys.argv[1])
     privileges.die_with_parent(spec["parent"])

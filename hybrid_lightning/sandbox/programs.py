@@ -3,13 +3,23 @@
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from hybrid_lightning.sandbox.launch import Box, Ran, launch
 from hybrid_lightning.sandbox.limits import Limits
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How programs are run."""
+
+    mechanisms: tuple[str, ...]  # of isolation (see `isolation.Isolation`)
+    limits: Limits = field(default_factory=Limits)  # of each program
+    packages: tuple[str, ...] = ()  # that it may import (see `packages.find_packages`)
+    count_all: bool = False  # whether all tests run, and not only those up to the first that fails
 
 
 @dataclass(frozen=True)
@@ -22,19 +32,19 @@ class CallTests:
     names: tuple[str, ...] = ()  # what the tests call of the program by name
     entry_point: str | None = None  # expression for the argument of the function `check` that each test defines; None: no such
 
-    def run(self, source: str, mechanisms: Sequence[str], limits: Limits, count_all: bool) -> "Outcome":
+    def run(self, source: str, settings: "Settings") -> "Outcome":
         """Run a program against the tests (see `run_programs`)."""
         tests = {
             "setup": f"{self.setup}\n{self.test_setup}",
             "tests": self.tests,
             "names": self.names,
             "entry_point": self.entry_point,
-            "all": count_all,
+            "all": settings.count_all,
         }
         boxes = [Box("candidate", {"setup": self.setup, "source": source}), Box("tests", tests)]
-        ran = launch(boxes, mechanisms, limits)
+        ran = launch(boxes, settings.mechanisms, settings.limits, settings.packages)
         if not ran.in_time:
-            return Outcome(0, len(self.tests), f"not done after {limits.wall_seconds:g} s")
+            return Outcome(0, len(self.tests), f"not done after {settings.limits.wall_seconds:g} s")
         if not ran.verdict:  # also where tests of the data set use up the limits
             return Outcome(0, len(self.tests), f"the tests: {ran.endings.get('tests') or 'no verdict'}")
         verdict = json.loads(ran.verdict)
@@ -50,17 +60,17 @@ class StandardStreamTests:
     pairs: tuple[tuple[str, str], ...]  # (standard input, standard output)
     setup: str = ""  # code before the program
 
-    def run(self, source: str, mechanisms: Sequence[str], limits: Limits, count_all: bool) -> "Outcome":
+    def run(self, source: str, settings: "Settings") -> "Outcome":
         """Run a program on each input; the outputs are compared here, where it never was (see `run_programs`)."""
         passed, reason = 0, ""
         for given, expected in self.pairs:
             box = Box("script", {"setup": self.setup, "source": source}, stdin=given.encode("utf-8", "surrogateescape"))
-            ran = launch([box], mechanisms, limits)
-            failure = _failure(ran, limits, expected)
+            ran = launch([box], settings.mechanisms, settings.limits, settings.packages)
+            failure = _failure(ran, settings.limits, expected)
             passed += not failure
             reason = reason or failure
             # One that runs out of time would do so on the other inputs too, and hold up all others.
-            if failure and (not count_all or not ran.in_time or ran.endings["script"]):
+            if failure and (not settings.count_all or not ran.in_time or ran.endings["script"]):
                 break
         return Outcome(passed, len(self.pairs), reason)
 
@@ -95,11 +105,7 @@ def _lines(text: str) -> list[str]:
 
 
 def run_programs(
-    programs: Sequence[tuple[str, CallTests | StandardStreamTests]],
-    mechanisms: Sequence[str],
-    limits: Limits,
-    workers: int,
-    count_all: bool = False,
+    programs: Sequence[tuple[str, CallTests | StandardStreamTests]], settings: Settings, workers: int
 ) -> list[Outcome]:
     """Run programs against their tests, some at a time.
 
@@ -107,10 +113,8 @@ def run_programs(
 
     Args:
         programs: Source code, and its tests.
-        mechanisms: Of isolation (see `isolation.Isolation`).
-        limits: Of each program.
+        settings: How each is run.
         workers: Programs that run at the same time.
-        count_all: Whether all tests run, and not only those up to the first that fails.
 
     Returns:
         How each did, in the same order.
@@ -118,7 +122,7 @@ def run_programs(
     Raises:
         SandboxError: If they cannot be run, which says nothing about them.
     """
-    return _in_parallel([lambda s=s, t=t: t.run(s, mechanisms, limits, count_all) for s, t in programs], workers)  # type: ignore[misc]
+    return _in_parallel([lambda s=s, t=t: t.run(s, settings) for s, t in programs], workers)  # type: ignore[misc]
 
 
 def _in_parallel(actions: Sequence[Callable[[], T]], workers: int) -> list[T]:

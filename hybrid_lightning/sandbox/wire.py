@@ -104,6 +104,8 @@ class _Encoder:
             return [_ITERATORS[name], *map(self.item, list(value))]
         if name in _BY_VALUE and type(value).__module__ in ("builtins", _MODULES.get(name), f"_{_MODULES.get(name)}"):
             return [name, *map(self.item, _BY_VALUE[name](value))]
+        if getattr(value, "shape", None) == () and hasattr(value, "item"):
+            return self.container(value.item())  # a scalar of numpy
         if name in self.classes:
             return ["object", name, *(part for key, held in attributes(value).items() for part in (key, self.item(held)))]
         return ["unknown", self.unknown(value), callable(value)]

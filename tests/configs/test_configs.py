@@ -28,7 +28,27 @@ _CHAT = (
 _QUESTIONS = [(f"Tom has {n} pens and gets {n + 2} more. How many has he?", 2 * n + 2) for n in range(30)]
 _MAWPS_ROWS = [{"input": question, "target": float(answer)} for question, answer in _QUESTIONS]
 _GSM8K_ROWS = [{"question": question, "answer": f"He has\n#### {answer}"} for question, answer in _QUESTIONS]
+_LEETCODE_ROWS = [
+    {
+        "query": f"Add {n}.\n```python\nclass Solution:\n    def add(self, x: int) -> int:\n```",
+        "prompt": "from typing import *",
+        "entry_point": "Solution().add",
+        "test": f"def check(candidate):\n    assert candidate(x = 1) == {n + 1}\n",
+        "completion": f"class Solution:\n    def add(self, x: int) -> int:\n        return x + {n}\n",
+    }
+    for n in range(30)
+]
 STAND_INS = {
+    "leetcode_qwen3": (
+        _LEETCODE_ROWS,
+        [
+            "--data.source=FileSource",
+            "--data.source.train=rows.jsonl",
+            "--data.source.validation_fraction=0.2",
+            "--data.source.question_column=query",
+            "--data.source.answer_column=completion",
+        ],
+    ),
     "smollm2_mawps": (_MAWPS_ROWS, ["--data.source.train=rows.jsonl"]),
     "gsm8k_qwen3": (
         _GSM8K_ROWS,
@@ -42,16 +62,22 @@ STAND_INS = {
 }
 
 
+def settings(config):
+    """Arguments of the model, whose class is PolicyModule unless the config names another."""
+    return config["model"].get("init_args", config["model"])
+
+
 def small(config):
     """Overrides that make two steps of a few short completions, with a validation, of any config."""
-    minibatches = config["model"].get("minibatches_per_rollout", 1)
+    sizes = ["--model.prompts_per_rollout=4", "--model.samples_per_prompt=4"]
+    sizes.append(f"--model.minibatches_per_rollout={min(settings(config).get('minibatches_per_rollout', 1), 2)}")
+    if "examples_per_step" in settings(config):
+        sizes = ["--model.examples_per_step=8"]
     limits = ["--data.validation_prompts=2", "--data.eval_batch_size=2", "--trainer.num_sanity_val_steps=0"]
     if config["data"].get("max_prompt_tokens"):
         limits.append("--data.max_prompt_tokens=2000")  # one token a character
     return [
-        "--model.prompts_per_rollout=4",
-        "--model.samples_per_prompt=4",
-        f"--model.minibatches_per_rollout={min(minibatches, 2)}",
+        *sizes,
         "--model.sampler.max_new_tokens=6",
         "--adapter.calibration_prompts=4",
         "--trainer.max_steps=2",
@@ -113,8 +139,8 @@ def parse(arguments, monkeypatch):
 def test_it_parses_as_it_is(path, here, monkeypatch):
     config = yaml.safe_load(path.read_text())
     parsed = parse(["fit", "--config", str(path)], monkeypatch)
-    assert parsed.model.init_args.model == config["model"]["model"]
-    assert parsed.model.init_args.lr_lora == config["model"]["lr_lora"]
+    assert parsed.model.init_args.model == settings(config)["model"]
+    assert parsed.model.init_args.lr_lora == settings(config)["lr_lora"]
     assert parsed.trainer.max_steps == config["trainer"]["max_steps"]
 
 
@@ -129,7 +155,7 @@ def test_an_answer_pattern_that_begins_with_a_hash_is_kept(here, monkeypatch):
 def test_it_trains(path, tiny, here, monkeypatch):
     config = yaml.safe_load(path.read_text())
     arguments = ["fit", "--config", str(path)]
-    if config["model"]["model"] != "embedded":
+    if settings(config)["model"] != "embedded":
         arguments.append(f"--model.model={tiny}")
     if path.stem in STAND_INS:
         rows, options = STAND_INS[path.stem]
@@ -140,7 +166,7 @@ def test_it_trains(path, tiny, here, monkeypatch):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 2 and 0 <= summary["accuracy_after"] <= 1
     assert summary["full_modules"] and summary["lora_modules"] and (folder / "plan.png").is_file()
-    assert summary["loss"] == config["model"]["loss"]["class_path"]
+    assert summary["loss"] == settings(config)["loss"]["class_path"]
     # The accuracy that picks the best checkpoint is one that is measured.
     assert config["checkpoint"]["monitor"] in summary["validation"]["after"] and config["checkpoint"]["mode"] == "max"
     assert {file.name for file in (folder / "checkpoints").iterdir()} == {"last.ckpt", "step=2.ckpt"}
@@ -149,8 +175,8 @@ def test_it_trains(path, tiny, here, monkeypatch):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_its_rollouts_can_be_split_as_it_says(path):
     config = yaml.safe_load(path.read_text())
-    model, accumulate = config["model"], config["trainer"].get("accumulate_grad_batches", 1)
-    rows = model["prompts_per_rollout"] * model["samples_per_prompt"]
+    model, accumulate = settings(config), config["trainer"].get("accumulate_grad_batches", 1)
+    rows = model["examples_per_step"] if "examples_per_step" in model else model["prompts_per_rollout"] * model["samples_per_prompt"]
     assert rows % (model.get("minibatches_per_rollout", 1) * accumulate) == 0
     assert config["trainer"]["val_check_interval"] % accumulate == 0, "a validation falls between optimizer steps"
     assert config["trainer"]["logger"]["init_args"]["name"] == path.stem

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hybrid_lightning.sandbox.launch import Box, launch
 from hybrid_lightning.sandbox.limits import Limits
-from hybrid_lightning.sandbox.programs import CallTests
+from hybrid_lightning.sandbox.programs import CallTests, Settings
 
 _EACH = """
 import json, os
@@ -68,7 +68,7 @@ def main():
     escaped = [name for name, said in held.items() if said != "held"]
     assert secret.read_text() == "secret"
     for program, passed in (("def double(x): return 2 * x", 1), ("def double(x): return x", 0)):
-        outcome = CallTests(("assert double(21) == 42",), names=("double",)).run(program, mechanisms, Limits(), False)
+        outcome = CallTests(("assert double(21) == 42",), names=("double",)).run(program, Settings(tuple(mechanisms)))
         assert outcome.passed == passed, outcome
     print(escaped or "all held")
 

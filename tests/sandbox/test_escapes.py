@@ -16,7 +16,7 @@ from hostile_host import in_one, results, whole
 
 from hybrid_lightning.sandbox.isolation import require_isolation
 from hybrid_lightning.sandbox.limits import Limits
-from hybrid_lightning.sandbox.programs import StandardStreamTests, run_programs
+from hybrid_lightning.sandbox.programs import Settings, StandardStreamTests, run_programs
 
 ROOT = Path(__file__).parents[2]
 X86 = platform.machine() == "x86_64"
@@ -50,7 +50,7 @@ def run(tmp_path_factory):
         programs = {name: whole(body) for name, body in {**RESOURCES, **ENDLESS}.items()}
         # More at a time than processors: some only wait.
         limits = Limits(cpu_seconds=1, wall_seconds=3, memory_bytes=192 * 2**20)
-        outcomes = run_programs([(source, ENDED) for source in programs.values()], mechanisms, limits, workers=6)
+        outcomes = run_programs([(source, ENDED) for source in programs.values()], Settings(mechanisms, limits), workers=6)
         server.settimeout(0)
         try:
             connected = server.accept()
@@ -141,9 +141,9 @@ def test_programs_die_with_the_one_who_started_them():
     code = (
         "from hybrid_lightning.sandbox.isolation import require_isolation\n"
         "from hybrid_lightning.sandbox.limits import Limits\n"
-        "from hybrid_lightning.sandbox.programs import StandardStreamTests, run_programs\n"
+        "from hybrid_lightning.sandbox.programs import Settings, StandardStreamTests, run_programs\n"
         "run_programs([('import time; time.sleep(1000)', StandardStreamTests((('', ''),)))], "
-        "require_isolation().mechanisms, Limits(wall_seconds=1000), 1)"
+        "Settings(require_isolation().mechanisms, Limits(wall_seconds=1000)), 1)"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         try:

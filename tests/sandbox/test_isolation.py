@@ -11,7 +11,7 @@ from hybrid_lightning.rewards import CodeTests
 from hybrid_lightning.sandbox import isolation, seccomp
 from hybrid_lightning.sandbox.launch import launch, probe
 from hybrid_lightning.sandbox.limits import Limits
-from hybrid_lightning.sandbox.programs import StandardStreamTests, run_programs
+from hybrid_lightning.sandbox.programs import Settings, StandardStreamTests, run_programs
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def test_it_runs_with_what_there_is_only_if_told_so(without):
     mechanisms = isolation.require_isolation(allow_without_isolation=True).mechanisms
     assert mechanisms == ("namespaces", "landlock")
     tests = StandardStreamTests((("3\n", "6\n"),))
-    (outcome,) = run_programs([("print(2 * int(input()))", tests)], mechanisms, Limits(), 1)
+    (outcome,) = run_programs([("print(2 * int(input()))", tests)], Settings(mechanisms), 1)
     assert outcome.share == 1.0
-    (outcome,) = run_programs([("while True: pass", tests)], mechanisms, Limits(cpu_seconds=1), 1)
+    (outcome,) = run_programs([("while True: pass", tests)], Settings(mechanisms, Limits(cpu_seconds=1)), 1)
     assert outcome.share == 0.0 and "out of CPU time" in outcome.reason
 
 
@@ -87,7 +87,7 @@ def test_a_launcher_that_does_not_start_is_no_failure_of_the_program(monkeypatch
     with pytest.raises(SandboxError, match=r"ended without a report \(exit code 1\)"):
         probe()
     with pytest.raises(SandboxError, match="ended without a report"):
-        run_programs([("", StandardStreamTests((("", ""),)))], ("namespaces", "seccomp"), Limits(), 1)
+        run_programs([("", StandardStreamTests((("", ""),)))], Settings(("namespaces", "seccomp")), 1)
 
 
 def test_a_box_that_cannot_be_made_is_no_failure_of_the_program(monkeypatch):

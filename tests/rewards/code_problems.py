@@ -1,0 +1,157 @@
+"""Problems in the form of LeetCodeDataset, each with a right and a subtly wrong solution."""
+
+PREAMBLE = """
+from typing import *
+from functools import *
+from collections import *
+from itertools import *
+from heapq import *
+from bisect import *
+from math import *
+inf = float('inf')
+
+class ListNode:
+    def __init__(self, val=0, next=None):
+        self.val = val
+        self.next = next
+
+def list_node(values: list):
+    head = p = ListNode()
+    for value in values:
+        p.next = ListNode(value)
+        p = p.next
+    return head.next
+
+def is_same_list(p1, p2):
+    while p1 and p2:
+        if p1.val != p2.val:
+            return False
+        p1, p2 = p1.next, p2.next
+    return p1 is None and p2 is None
+
+class TreeNode:
+    def __init__(self, val=0, left=None, right=None):
+        self.val = val
+        self.left = left
+        self.right = right
+
+def tree_node(values: list):
+    if not values:
+        return None
+    root = TreeNode(values[0])
+    waiting, i = deque([root]), 1
+    while waiting and i < len(values):
+        node = waiting.popleft()
+        for side in ("left", "right"):
+            if i < len(values) and values[i] is not None:
+                setattr(node, side, TreeNode(values[i]))
+                waiting.append(getattr(node, side))
+            i += 1
+    return root
+
+def is_same_tree(p, q):
+    if not p or not q:
+        return p is q
+    return p.val == q.val and is_same_tree(p.left, q.left) and is_same_tree(p.right, q.right)
+"""
+
+
+def _problem(method, cases, right, wrong):
+    """Cases are what `candidate(...)` gets and equals, or whole conditions."""
+    lines = [f"    assert {case if isinstance(case, str) else f'candidate({case[0]}) == {case[1]}'}" for case in cases]
+    solution = "class Solution:\n    def {}(self, {}):\n{}".format
+    arguments, right_body = right
+    return {
+        "test": "def check(candidate):\n" + "\n".join(lines) + "\n",
+        "entry_point": f"Solution().{method}",
+        "right": solution(method, arguments, right_body),
+        "wrong": solution(method, arguments, wrong),
+    }
+
+
+LEETCODE = {
+    "two sum": _problem(
+        "twoSum",
+        [("nums = [2,7,11,15], target = 9", "[0, 1]"), ("nums = [3,3], target = 6", "[0, 1]")],
+        ("nums: List[int], target: int", "        seen = {}\n        for i, x in enumerate(nums):\n"
+         "            if target - x in seen: return [seen[target - x], i]\n            seen[x] = i"),
+        "        return [nums.index(x) for x in nums if target - x in nums][:2]",
+    ),
+    "reverse a list": _problem(
+        "reverseList",
+        ["is_same_list(candidate(head = list_node([1,2,3])), list_node([3,2,1]))", "candidate(head = None) is None"],
+        ("head: Optional[ListNode]", "        p = None\n"
+         "        while head: head.next, p, head = p, head, head.next\n        return p"),
+        "        return head",
+    ),
+    "merge lists": _problem(
+        "mergeTwoLists",
+        ["is_same_list(candidate(a = list_node([1,4]), b = list_node([2,3,5])), list_node([1,2,3,4,5]))"],
+        ("a, b", "        if not a or not b: return a or b\n        if a.val > b.val: a, b = b, a\n"
+         "        a.next = self.mergeTwoLists(a.next, b)\n        return a"),
+        "        if not a or not b: return a or b\n        a.next = self.mergeTwoLists(a.next, b)\n        return a",
+    ),
+    "invert a tree": _problem(
+        "invertTree",
+        ["is_same_tree(candidate(root = tree_node([4,2,7,1,None,6])), tree_node([4,7,2,None,6,None,1]))"],
+        ("root: Optional[TreeNode]", "        if root:\n            root.left, root.right = self.invertTree(root.right), "
+         "self.invertTree(root.left)\n        return root"),
+        "        if root: root.left, root.right = root.right, root.left\n        return root",
+    ),
+    "depth": _problem(
+        "maxDepth",
+        [("root = tree_node([3,9,20,None,None,15,7])", "3"), ("root = tree_node([])", "0")],
+        ("root", "        return 1 + max(self.maxDepth(root.left), self.maxDepth(root.right)) if root else 0"),
+        "        return 1 + self.maxDepth(root.left) if root else 0",
+    ),
+    "climbing": _problem(
+        "climbStairs",
+        [("n = 2", "2"), ("n = 45", "1836311903")],
+        ("n: int", "        a = b = 1\n        for _ in range(n): a, b = b, a + b\n        return a"),
+        "        a = b = 1\n        for _ in range(n - 1): a, b = b, a + b\n        return a if n > 2 else n",
+    ),
+    "median": _problem(
+        "findMedian",
+        [("nums = [1, 3]", "2.0"), ("nums = [1, 2]", "1.5")],
+        ("nums", "        nums.sort()\n        h = len(nums) // 2\n        return (nums[h] + nums[~h]) / 2"),
+        "        nums.sort()\n        h = len(nums) // 2\n        return (nums[h] + nums[~h]) // 2",
+    ),
+    "groups": _problem(
+        "groupAnagrams",
+        ["sorted(map(sorted, candidate(strs = ['ab', 'ba', 'c']))) == [['ab', 'ba'], ['c']]"],
+        ("strs", "        groups = defaultdict(list)\n        for s in strs: groups[tuple(sorted(s))].append(s)\n"
+         "        return groups.values()"),
+        "        groups = defaultdict(list)\n        for s in strs: groups[s[0]].append(s)\n        return groups.values()",
+    ),
+    "transpose": _problem(
+        "transpose",
+        [("matrix = [[1,2],[3,4]]", "[[1,3],[2,4]]")],
+        ("matrix", "        return [list(row) for row in zip(*matrix)]"),
+        "        return list(zip(*matrix))",
+    ),
+    "valid": _problem(
+        "isValid",
+        [("s = '()[]'", "True"), ("s = '([)]'", "False"), ("s = '('", "False")],
+        ("s: str", "        stack = []\n        for c in s:\n            if c in '([': stack.append(c)\n"
+         "            elif not stack or stack.pop() + c not in ('()', '[]'): return False\n        return not stack"),
+        "        return s.count('(') == s.count(')') and s.count('[') == s.count(']')",
+    ),
+    "deep recursion": _problem(
+        "count",
+        [("n = 20000", "20000")],
+        ("n", "        return 1 + self.count(n - 1) if n else 0"),
+        "        return 1 + self.count(n - 1) if n > 1 else 0",
+    ),
+    "large values": _problem(
+        "power",
+        [("n = 3000", "2 ** 3000"), ("n = 0", "1")],
+        ("n: int", "        return 1 << n"),
+        "        return 2.0 ** n if n < 1000 else (1 << n) - 1",
+    ),
+    "a float": _problem(
+        "average",
+        ["abs(candidate(xs = [1, 2]) - 1.5) < 1e-5", "candidate(xs = []) == inf"],
+        ("xs", "        return sum(xs) / len(xs) if xs else inf"),
+        "        return sum(xs) / len(xs) if xs else nan",
+    ),
+}  # fmt: skip

@@ -8,7 +8,8 @@ from ranks_of_tests import run
 from runs_of_tests import ByPrompt, Only, train_each
 from tiny_runs import Constant
 
-from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.advantages import BatchStdAdvantage
+from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TopEntropyMask
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
@@ -37,6 +38,17 @@ def jobs(first_rollout, ranks):
         work["kl"] = {}
         work["advantages on one rank only"] = {
             "policy": {**uneven, "loss": GRPOLoss(), "reward": Only(of_first_rank), "gradient_checkpointing": True},
+            "max_steps": 2,
+        }
+        work["masks and an entropy bonus"] = {
+            "policy": {
+                "sampler": ByPrompt(20),  # long enough for some to end
+                "max_tokens_per_micro_batch": 24,
+                "loss": DAPOLoss(entropy_coef=0.02),
+                "token_mask": TopEntropyMask(0.5),
+                "mask_truncated_completions": True,
+                "advantage": BatchStdAdvantage(),
+            },
             "max_steps": 2,
         }
         work["no advantage at all"] = {"policy": {"loss": GRPOLoss(), "reward": Constant(), **ADAM}, "max_steps": 2}

@@ -62,7 +62,7 @@ def read_problem(
 
 
 def _asserts(column: str, trees: list[ast.Module], setup: str, entry_names: set[str]) -> CallTests:
-    statements = [node for tree in trees for node in tree.body]
+    statements = [node for tree in trees for node in tree.body if not _imports_solution(node)]
     if not any(isinstance(node, ast.Assert) for statement in statements for node in ast.walk(statement)):
         raise ValueError(f"column {column!r} has no assert: give code such as assert f(1) == 2, or a function check(candidate)")
     whole = ast.Module(statements, [])
@@ -77,11 +77,21 @@ def _asserts(column: str, trees: list[ast.Module], setup: str, entry_names: set[
     # What is no assert prepares the next one.
     codes, before = [], ""
     for test in tests:
+        (statement,) = test.body
         before += ast.unparse(test) + "\n"
-        if isinstance(test.body[0], ast.Assert) or test is tests[-1]:
+        is_test = isinstance(statement, ast.Assert)
+        if isinstance(statement, ast.FunctionDef) and statement.name.startswith("test") and not statement.args.args:
+            before += f"{statement.name}()\n"  # as pytest would call it
+            is_test = True
+        if is_test or test is tests[-1]:
             codes.append(before)
             before = ""
     return CallTests(tuple(codes), setup, "\n".join(imports), tuple(sorted(names)))
+
+
+def _imports_solution(node: ast.stmt) -> bool:
+    """Whether it is the import by which tests for pytest name the program, as in `from solution import add`."""
+    return isinstance(node, ast.ImportFrom) and node.module == "solution"
 
 
 def _plain(tests: Any) -> Any:

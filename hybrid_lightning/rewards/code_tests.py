@@ -24,7 +24,8 @@ class CodeTests(RewardFunction):
     The tests are a column of the row, in one of these forms:
 
     - code that defines `check(candidate)`, and a column with the entry point (LeetCodeDataset, HumanEval);
-    - code with asserts, or a list of asserts, which call the program's functions by name (MBPP);
+    - code with asserts, or a list of asserts, which call the program's functions by name (MBPP), also within functions
+      `test_...()` as for pytest (KodCode);
     - pairs of standard input and output: `{"inputs": [...], "outputs": [...]}` or `[{"input": ..., "output": ...}, ...]`,
       also as JSON in a text (APPS, TACO). Lines are compared without space at their ends, and the program must end without error.
 
@@ -73,7 +74,7 @@ class CodeTests(RewardFunction):
         pattern: str | None = None,
         partial_credit: bool = False,
         cpu_seconds: int = 5,
-        wall_seconds: float = 15.0,
+        wall_seconds: float = 10.0,
         memory_mb: int = 512,
         packages: list[str] | None = None,
         workers: int | None = None,

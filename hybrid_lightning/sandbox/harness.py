@@ -8,10 +8,12 @@ from built-in types and the classes of the set-up code.
 import builtins
 import json
 import os
+import sys
 import types
 from typing import Any
 
 from hybrid_lightning.sandbox import wire
+from hybrid_lightning.sandbox.candidate import RECURSION_LIMIT
 
 MODULE = "tests"
 RESULTS = "__results__"  # in the tests' namespace: a bool for each test, where they are counted
@@ -150,6 +152,7 @@ def run_tests(job: dict[str, Any], requests: int, replies: int) -> dict[str, Any
     Returns:
         `passed` and `total` tests, and `reason` why not all passed.
     """
+    sys.setrecursionlimit(RECURSION_LIMIT)
     peer = Peer(requests, replies)
     module = types.ModuleType(MODULE)
     names = module.__dict__

@@ -14,6 +14,7 @@ _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_DIR, _REMOVE_FILE, _MAKE_DIR, _MAKE_
 _REFER, _TRUNCATE = 1 << 13, 1 << 14
 _FILE_RIGHTS = {3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}  # by ABI: all rights over files that it knows
 _READ = _READ_FILE | _READ_DIR
+_NULL = _READ_FILE | _WRITE_FILE | _TRUNCATE  # of the device that forgets what is written
 _WRITE = _READ | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _REFER | _TRUNCATE
 
 
@@ -39,12 +40,12 @@ def restrict(readable: Iterable[str], writable: Iterable[str], listable: Iterabl
     # Handled, and granted to nobody: all rights over files, TCP bind and connect, signals and abstract sockets to outside.
     handled = struct.pack("QQQ", _FILE_RIGHTS[min(version, 5)], 3, 3)
     ruleset = libc.syscall(_CREATE_RULESET, handled, 8 if version < 4 else 16 if version < 6 else 24, 0)
-    for paths, rights in ((readable, _READ), (writable, _WRITE), (listable, _READ_DIR)):
+    for paths, rights in ((readable, _READ), (writable, _WRITE), (listable, _READ_DIR), ([os.devnull], _NULL)):
         for path in paths:
             if not os.path.exists(path):
                 continue
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            allowed = rights if os.path.isdir(path) else _READ_FILE
+            allowed = rights if os.path.isdir(path) or rights == _NULL else _READ_FILE
             libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, opened), 0)
             os.close(opened)
     libc.syscall(_RESTRICT_SELF, ruleset, 0)

@@ -14,7 +14,7 @@ class Limits:
     """
 
     cpu_seconds: int = 5  # CPU time; whole seconds, as the kernel counts
-    wall_seconds: float = 15.0  # from start to end, waiting included
+    wall_seconds: float = 10.0  # from start to end, waiting included
     memory_bytes: int = 512 * 2**20  # address space
     file_bytes: int = 4 * 2**20  # size of any file, and of what it prints
     temporary_bytes: int = 16 * 2**20  # of all files together

@@ -6,6 +6,7 @@ By user namespaces, without any privilege, or as root without them (Linux `names
 import os
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 
 from hybrid_lightning.sandbox import libc
 
@@ -46,6 +47,7 @@ def change_root(readable: Iterable[str], temporary_bytes: int) -> None:
     sources = [None if os.path.islink(path) else os.open(path, os.O_PATH | os.O_CLOEXEC) for path in kept]
     links = [os.readlink(path) if os.path.islink(path) else "" for path in kept]
     folders = [os.path.isdir(path) for path in kept]
+    null = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
     root = "/proc/self/fd/{}"
     base = "/tmp"
     _mount("tmpfs", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,nr_inodes=1k,mode=755")
@@ -62,6 +64,11 @@ def change_root(readable: Iterable[str], temporary_bytes: int) -> None:
         _mount(root.format(source), target, None, _MS_BIND | _MS_REC)
         _restrict(target)
         os.close(source)
+    os.makedirs(f"{base}/dev", mode=0o755)
+    open(base + os.devnull, "x").close()
+    with suppress(OSError):  # some containers forbid it, and a program can do without
+        _mount(root.format(null), base + os.devnull, None, _MS_BIND)
+    os.close(null)
     os.makedirs(base + TEMPORARY, mode=0o755, exist_ok=True)
     options = f"size={temporary_bytes},nr_inodes=1k,mode=1777"
     _mount("tmpfs", base + TEMPORARY, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options)

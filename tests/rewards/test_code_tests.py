@@ -77,6 +77,8 @@ def test_humaneval(reward, completion, value):
         (["x = [3, 1, 2]\norder(x)\nassert x == [1, 2, 3]"], "def order(x): x.sort()"),
         (["try:\n    root(-1)\n    assert False\nexcept ValueError:\n    assert True"],
          "def root(x):\n    if x < 0: raise ValueError('negative')\n    return x ** 0.5"),
+        ("from solution import f\n\ndef test_two():\n    assert f(2) == 4\n\ndef test_three():\n    assert f(3) == 6\n",
+         "def f(x): return 2 * x"),
         (["assert list(first(3)) == [0, 1, 2]"], "def first(n):\n    for i in range(n): yield i"),
         (["assert f(1, key='b') == {'b': (1, {2})}"], "def f(x, key): return {key: (x, {x + 1})}"),
     ],

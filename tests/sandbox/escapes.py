@@ -165,7 +165,7 @@ RESOURCES = {
     "many files": "for number in range(5000): open(str(number), 'w').close()",
     "much in files": "for number in range(40): open(str(number), 'wb').write(bytes(2**20))",
     "deep folders": "import os\nfor number in range(3000):\n    os.mkdir('x'); os.chdir('x')",
-    "many descriptors": "held = [open('/dev/null') for number in range(1000)]",
+    "many descriptors": "import os; held = [os.dup(0) for number in range(1000)]",
     "many threads": "import threading, time\nfor number in range(500):\n    threading.Thread(target=time.sleep, args=(0.3,), daemon=True).start()",
     "many small threads": "import threading, time; threading.stack_size(2**15)\n"
     "for number in range(5000):\n    threading.Thread(target=time.sleep, args=(0.3,), daemon=True).start()",

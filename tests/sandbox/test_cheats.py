@@ -14,6 +14,7 @@ HONEST = {
     "def double(x): return ThreadPoolExecutor(2).submit(lambda: x * 2).result()",
     "with a class": "class S:\n    def twice(self, x): return x * 2\ndouble = S().twice",
     "with files": "def double(x):\n    open('x', 'w').write('2')\n    return x * int(open('x').read())",
+    "with the null device": "import os\ndef double(x):\n    print(x, file=open(os.devnull, 'w'))\n    return x * 2",
     "a subclass": "class N(int): pass\ndef double(x): return N(2 * x) if isinstance(x, int) else x * 2",
 }
 CHECK = "def check(candidate):\n    " + "\n    ".join(TESTS).replace("double(", "candidate(")

@@ -102,6 +102,12 @@ def children():
     return subprocess.run(["ps", "-ewwo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
 
 
+def running(parent):
+    """Processes of programs that may run for long, started by a process."""
+    marks = f'"parent": {parent}', '"wall_seconds": 1000'
+    return [line for line in children().splitlines() if all(mark in line for mark in marks)]
+
+
 def test_nothing_is_left_behind(run):
     assert "hybrid_lightning.sandbox.launcher" not in children()
     zombies = [
@@ -147,13 +153,12 @@ def test_programs_die_with_the_one_who_started_them():
     )
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         try:
-            marker = f'"parent": {process.pid}'
             deadline = time.monotonic() + 30
-            while children().count(marker) < 3 and time.monotonic() < deadline:
+            while len(running(process.pid)) < 3 and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert children().count(marker) == 3  # the launcher, the one who waits, the program
+            assert len(running(process.pid)) == 3  # the launcher, the one who waits, the program
         finally:
             process.kill()
-    while marker in children() and time.monotonic() < deadline:
+    while running(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert marker not in children()
+    assert not running(process.pid)

@@ -22,7 +22,8 @@ class Prompt:
     source: str = ""  # where the row comes from, for error messages
     columns: dict[str, Any] = field(default_factory=dict)  # the whole row, for rewards that need more than the answer
     set_name: str = ""  # the named set that the problem belongs to, which evaluation reports on its own; "" if there is one set
-    completions: tuple[str, ...] = ()  # to train on: a demonstration, or the chosen and the rejected one; none where rewards train
+    set_weight: float | None = None  # what training draws of its set, relative to other sets; None: in proportion to its size
+    completions: tuple[str, ...] = ()  # to train on: a demonstration, or the chosen and the rejected one; none for rewards
 
     def __post_init__(self) -> None:
         assert (self.text is None) != (self.messages is None), "a Prompt has either text or messages"

@@ -7,6 +7,7 @@ from hybrid_lightning.data.examples import DemonstrationFormat, PreferenceFormat
 from hybrid_lightning.data.files import FileSource
 from hybrid_lightning.data.formatting import ChatFormat, PlainFormat, PromptFormat
 from hybrid_lightning.data.hub import HubSource
+from hybrid_lightning.data.mixture import Mixture
 from hybrid_lightning.data.module import PromptDataModule
 from hybrid_lightning.data.products import ProductSource
 from hybrid_lightning.data.reasoning_gym import ReasoningGymSource
@@ -21,6 +22,7 @@ __all__ = [
     "DemonstrationFormat",
     "FileSource",
     "HubSource",
+    "Mixture",
     "PlainFormat",
     "PreferenceFormat",
     "ProductSource",

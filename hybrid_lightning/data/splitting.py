@@ -25,6 +25,7 @@ class Row:
     source: str = ""  # where the row comes from, for error messages
     columns: dict[str, Any] = field(default_factory=dict)  # the whole row: plain JSON values, since prompts are pickled
     set_name: str = ""  # of the set that it belongs to, where a source joins several (see `Prompt.set_name`)
+    set_weight: float | None = None  # of that set in training (see `Prompt.set_weight`)
 
 
 @dataclass(frozen=True)

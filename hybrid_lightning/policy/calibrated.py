@@ -7,6 +7,7 @@ from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
 from hybrid_lightning.policy.updated import UpdatedModule
+from hybrid_lightning.rollout.prompt_order import PromptOrder
 from hybrid_lightning.types import Sequences
 
 
@@ -30,7 +31,7 @@ class CalibratedModule(UpdatedModule):
         self.check_settings()
         prompts = self._train_prompts()
         self.rollout_schedule.check_prompts(len(prompts))
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
+        order = PromptOrder(prompts, seed=0).of(self.seed + 7919)
         count = self.rollout_schedule.prompts_per_rollout if num_prompts is None else num_prompts
         chosen = [prompts[i] for i in order[:count]]
         # Not self.device: the callback has moved the model, and Lightning moves this module only after the setup hooks.

@@ -4,8 +4,9 @@ Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order
 """
 
 import torch
+from torch import Tensor
 
-from hybrid_lightning.sharding.ranks import gather_columns
+from hybrid_lightning.sharding.ranks import gather_columns, gather_objects
 from hybrid_lightning.types import Rewards, Rollouts
 
 
@@ -15,7 +16,8 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
     Returns:
         `reward` (mean over sequences), `reward_std` (mean over groups of the unbiased standard deviation in a group),
         `frac_reward_zero_std` (share of groups whose rewards all tie: they teach nothing), `rewards/{name}/mean` and `/std`,
-        `solve_rate/{all,none,mixed}` (shares of groups by correctness), `accuracy`, `completions/*` in tokens, `num_tokens`.
+        `solve_rate/{all,none,mixed}` (shares of groups by correctness), `accuracy`, `completions/*` in tokens, `num_tokens`;
+        for each set of a mixture `sets/{name}/{reward,accuracy,mean_length}`.
     """
     sequences = rollouts.sequences
     columns = gather_columns(
@@ -51,4 +53,17 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
         part = columns[f"rewards/{name}"]
         metrics[f"rewards/{name}/mean"] = part.mean()
         metrics[f"rewards/{name}/std"] = part.std() if len(part) > 1 else torch.zeros(())
+    for name, rows in _sets(rollouts, groups.device).items():
+        metrics[f"sets/{name}/reward"] = columns["total"][rows].mean()
+        metrics[f"sets/{name}/accuracy"] = columns["correct"][rows].float().mean()
+        metrics[f"sets/{name}/mean_length"] = lengths[rows].mean()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _sets(rollouts: Rollouts, device: torch.device) -> dict[str, Tensor]:
+    """Sequences of each named set, of all ranks together; none where the data is one set."""
+    if not rollouts.prompts[0].set_name:
+        return {}
+    names = [name for rank in gather_objects([prompt.set_name for prompt in rollouts.prompts]) for name in rank]
+    of_sequence = [name for name in names for _ in range(rollouts.samples_per_prompt)]
+    return {name: torch.tensor([other == name for other in of_sequence], device=device) for name in dict.fromkeys(names)}

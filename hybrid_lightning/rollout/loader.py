@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.rollout.dealing import deal
+from hybrid_lightning.rollout.prompt_order import PromptOrder
 from hybrid_lightning.rollout.random_state import capture_random_state, restore_random_state
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
@@ -100,8 +101,8 @@ class RolloutSource(Protocol):
 class RolloutLoader:
     """Iterable of `PolicyBatch` micro-batches with a length and a resumable state.
 
-    An epoch visits a fresh permutation of the prompts; the last prompts that do not fill a rollout are left out of it. The
-    order depends on `seed` and the epoch alone.
+    An epoch visits a fresh permutation of the prompts, or draws from sets in proportion to their weights (see `PromptOrder`); the
+    last prompts that do not fill a rollout are left out of it. The order depends on `seed` and the epoch alone.
 
     Args:
         prompts: The training prompts, the same on every rank.
@@ -145,6 +146,7 @@ class RolloutLoader:
         self.rank, self.world_size = rank, world_size
         self.sum_over_ranks, self.gather_over_ranks = sum_over_ranks, gather_over_ranks
         self.shuffle = shuffle
+        self._prompt_order = PromptOrder(prompts, seed)
         self._epoch = epoch
         self._next_prompt = 0  # position in this epoch's permutation
         self._pending: deque[PolicyBatch] = deque()
@@ -224,9 +226,7 @@ class RolloutLoader:
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(len(self.prompts)))
-        # Mixed by arithmetic and not by Python's hash(), which differs between processes for some types.
-        order = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(len(self.prompts), generator=order).tolist()
+        return self._prompt_order.of(epoch)
 
     def _roll_out(self) -> deque[PolicyBatch]:
         count = self.schedule.prompts_per_rollout

@@ -12,9 +12,9 @@ TOTAL = [1.0, 0.0, 0.5, 0.25, 0.25, 0.25, 1.0, 1.5, 1.0]
 FINISHED = [True, False, True, True, True, True, True, True, False]
 
 
-def build(samples=3, total=TOTAL, correct=None, parts=None):
+def build(samples=3, total=TOTAL, correct=None, parts=None, sets=("", "", "")):
     count = len(total)
-    prompts = [Prompt(text=str(i), index=i) for i in range(count // samples)]
+    prompts = [Prompt(text=str(i), index=i, set_name=sets[i % 3]) for i in range(count // samples)]
     ids = [[5] * PROMPT_LENGTHS[row // samples % 3] for row in range(count)]
     completions = [[6] * LENGTHS[row] for row in range(count)]
     sequences = Sequences(*pad_left(ids, 0, "cpu"), *pad_right(completions, 0, "cpu"))
@@ -63,3 +63,20 @@ def test_rewards_that_tie_up_to_rounding_count_as_ties():
 def test_one_sample_has_no_spread():
     metrics = rollout_metrics(*build(samples=1, total=[0.5]))
     assert metrics["reward_std"] == metrics["rewards/match/std"] == 0 and metrics["frac_reward_zero_std"] == 1
+
+
+def test_sets_of_a_mixture_are_told_apart():
+    metrics = rollout_metrics(*build(sets=("sums", "quiz", "sums")))
+    of_sets = {name: value for name, value in metrics.items() if name.startswith("sets/")}
+    sums, lengths = TOTAL[:3] + TOTAL[6:], LENGTHS[:3] + LENGTHS[6:]
+    assert of_sets == pytest.approx(
+        {
+            "sets/sums/reward": statistics.mean(sums),
+            "sets/sums/accuracy": 4 / 6,
+            "sets/sums/mean_length": statistics.mean(lengths),
+            "sets/quiz/reward": statistics.mean(TOTAL[3:6]),
+            "sets/quiz/accuracy": 0.0,
+            "sets/quiz/mean_length": statistics.mean(LENGTHS[3:6]),
+        }
+    )
+    assert not any(name.startswith("sets/") for name in rollout_metrics(*build()))

@@ -1,0 +1,92 @@
+"""In which order training prompts are drawn: each once an epoch, or sets in the proportions that they were given.
+
+The order is a function of seed and epoch alone, so that a position in it is all that a checkpoint has to hold.
+"""
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from hybrid_lightning.types import Prompt
+
+
+class PromptOrder:
+    """Positions of prompts, epoch by epoch; an epoch is as many draws as there are prompts.
+
+    Without weights an epoch is a permutation. With weights (`Prompt.set_weight`) the sets take turns: of the first n draws of an
+    epoch each set has its share of n, to within less than one. Each set is gone through in permutations of its own, one after the
+    other and over epochs, so that all prompts of a set are drawn equally often, to within one.
+
+    Args:
+        prompts: The training prompts, the same on every rank.
+        seed: Of the permutations.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        self.seed = seed
+        self._size = len(prompts)
+        self._last: tuple[int, list[int]] | None = None  # of an epoch many rollouts are drawn
+        self._members: dict[str, list[int]] = {}
+        weights: dict[str, float] = {}
+        for position, prompt in enumerate(prompts):
+            if prompt.set_weight is not None:
+                self._members.setdefault(prompt.set_name, []).append(position)
+                weights[prompt.set_name] = prompt.set_weight
+        assert sum(map(len, self._members.values())) in (0, self._size), "all prompts have a weight, or none"
+        self._turns = take_turns(weights, self._size)
+
+    def of(self, epoch: int) -> list[int]:
+        """Positions of the prompts in the order of an epoch."""
+        if self._last is None or self._last[0] != epoch:
+            self._last = (epoch, self._mixed(epoch) if self._members else self._permutation(epoch))
+        return self._last[1]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        # Mixed by arithmetic and not by Python's hash(), which differs between processes for some types.
+        order = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(self._size, generator=order).tolist()
+
+    def _mixed(self, epoch: int) -> list[int]:
+        streams = {}
+        for name, members in self._members.items():
+            draws = self._turns.count(name)
+            streams[name] = iter(self._stream(name, members, epoch * draws, draws))
+        return [next(streams[name]) for name in self._turns]
+
+    def _stream(self, name: str, members: list[int], start: int, count: int) -> list[int]:
+        """Draws `start` to `start + count` of a set."""
+        cycle, skip = divmod(start, len(members))
+        drawn: list[int] = []
+        while len(drawn) < skip + count:
+            drawn += random.Random(f"{self.seed}/{name}/{cycle}").sample(members, len(members))
+            cycle += 1
+        return drawn[skip : skip + count]
+
+
+def take_turns(weights: dict[str, float], count: int) -> list[str]:
+    """Names in the proportions of their weights: of the first n turns each has its share of n, to within less than one.
+
+    Tijdeman's solution of the chairman assignment problem (Discrete Mathematics 32, 1980): among those that lag behind enough,
+    next is whoever would soonest lag by too much.
+
+    Args:
+        weights: Name -> positive number; only their ratios count.
+        count: How many turns.
+
+    Example:
+        >>> "".join(take_turns({"a": 3, "b": 1}, 8))
+        'aabaaaba'
+    """
+    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    enough = 1 / max(1, 2 * len(shares) - 2) - 1e-9  # less what sums of shares are rounded by
+    owed = dict.fromkeys(shares, 0.0)
+    turns = []
+    for _ in range(count if shares else 0):
+        for name, share in shares.items():
+            owed[name] += share
+        waiting = [name for name in shares if owed[name] >= enough]
+        chosen = min(waiting, key=lambda name: (1 - enough - owed[name]) / shares[name])
+        owed[chosen] -= 1
+        turns.append(chosen)
+    return turns

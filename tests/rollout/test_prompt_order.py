@@ -1,0 +1,65 @@
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_lightning.rollout.prompt_order import PromptOrder, take_turns
+from hybrid_lightning.types import Prompt
+
+
+def prompts(**sets):
+    """Name -> (rows, weight)."""
+    return [
+        Prompt(text=f"{name}{index}", index=index, set_name=name, set_weight=weight)
+        for name, (rows, weight) in sets.items()
+        for index in range(rows)
+    ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=7), st.integers(1, 200))
+def test_every_beginning_has_the_proportions(weights, count):
+    weights = {str(number): weight for number, weight in enumerate(weights)}
+    turns = take_turns(weights, count)
+    assert len(turns) == count
+    drawn = Counter()
+    for number, name in enumerate(turns, start=1):
+        drawn[name] += 1
+        for other, weight in weights.items():
+            assert abs(drawn[other] - number * weight / sum(weights.values())) < 1
+
+
+def test_of_an_epoch_each_set_has_its_share_however_many_rows_it_has():
+    data = prompts(small=(5, 1), large=(70, 2), none=(25, 1))
+    order = PromptOrder(data, seed=3)
+    for epoch in range(3):
+        assert Counter(data[position].set_name for position in order.of(epoch)) == {"small": 25, "large": 50, "none": 25}
+
+
+def test_all_rows_of_a_set_are_drawn_equally_often_over_epochs():
+    data = prompts(small=(7, 1), large=(43, 1))
+    order = PromptOrder(data, seed=0)
+    drawn = [data[position] for epoch in range(8) for position in order.of(epoch)]
+    for name, rows in (("small", 7), ("large", 43)):
+        indices = [prompt.index for prompt in drawn if prompt.set_name == name]
+        assert len(indices) == 200
+        for start in range(0, 200 - rows, rows):  # one permutation after the other, across epochs
+            assert sorted(indices[start : start + rows]) == list(range(rows))
+        assert indices[:rows] != indices[rows : 2 * rows]
+
+
+def test_it_depends_on_seed_and_epoch_alone():
+    data = prompts(a=(10, 1), b=(30, 3))
+    one, other = PromptOrder(data, seed=1), PromptOrder(data, seed=1)
+    fourth = one.of(4)
+    assert [other.of(epoch) for epoch in range(5)][4] == fourth == one.of(4)
+    assert one.of(0) != PromptOrder(data, seed=2).of(0) and one.of(0) != one.of(1)
+
+
+@pytest.mark.parametrize("names", [("", ""), ("a", "b")])
+def test_without_weights_an_epoch_is_a_permutation(names):
+    data = [Prompt(text=str(i), index=i, set_name=names[i % 2]) for i in range(20)]
+    expected = torch.randperm(20, generator=torch.Generator().manual_seed(5 * 1_000_003 + 2)).tolist()
+    assert PromptOrder(data, seed=5).of(2) == expected

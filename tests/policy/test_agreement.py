@@ -1,5 +1,7 @@
 """Sampling and training log-probabilities of the same tokens under the same weights: measured, and corrected for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -167,3 +169,14 @@ def test_on_policy_the_current_logprobs_are_those_that_sampled():
     assert metrics == expected and torch.equal(inputs.importance_weights[mask], of_old.importance_weights[mask])
     assert inputs.old_logprobs is None and not inputs.importance_weights.requires_grad
     assert not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("correction", [None, TokenTruncation(cap=1.2), SequenceMask(cap=1.5)], ids=["none", "token", "sequence"])
+def test_tokens_that_are_left_out_stay_left_out_whatever_the_correction(correction):
+    batch, _ = make_batch([5, 2, 3])
+    chosen = batch.sequences.completion_mask & (torch.arange(5) % 2 == 0)
+    plain, _ = compare_with_sampler(batch, torch.zeros(3, 5), correction)
+    masked, _ = compare_with_sampler(replace(batch, policy_mask=chosen), torch.zeros(3, 5), correction)
+    weights = torch.ones(3, 5) if correction is None else plain.importance_weights
+    assert torch.equal(masked.importance_weights[chosen], weights[chosen])
+    assert (masked.importance_weights[batch.sequences.completion_mask & ~chosen] == 0).all()

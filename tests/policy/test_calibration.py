@@ -8,7 +8,7 @@ from tiny_runs import Constant, DigitShare, build_adapter, build_data, build_pol
 
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.errors import CalibrationError, ConfigError
-from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.losses import DAPOLoss, GRPOLoss, GSPOLoss
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
 from hybrid_lightning.rollout.sampler import Sampler
@@ -108,6 +108,29 @@ def test_rewards_give_the_policy_gradient_at_the_start_policy(model, sums, loss,
         total = sum(a * row.mean() for a, row in zip(advantages, logprobs, strict=True)) / 32
     # at the start policy the ratio is 1 and its gradient that of the log-probability; the KL term has none
     assert_same_gradient(mean_gradient(policy, losses), -total, base)
+
+
+def completion_entropies(model, rollouts, row):
+    sequences = rollouts.sequences
+    prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist()
+    completion = sequences.completion_ids[row][sequences.completion_mask[row]].tolist()
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+    return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+
+
+def test_an_entropy_bonus_is_part_of_the_objective_and_masked_completions_are_not(model, sums):
+    settings = {"mask_truncated_completions": True, "reward": EvenOrTied(), "sampler": Sampler(20, temperature=TEMPERATURE)}
+    policy, rollouts, losses = calibrate(model, sums, loss=DAPOLoss(entropy_coef=0.3), **settings)
+    finished = rollouts.finished.nonzero().flatten().tolist()
+    assert 2 < len(finished) < 32 and losses.info["useful_sequences"] == len(finished)
+    base = build_model("llama", std=0.1).requires_grad_(True)
+    rewards = torch.tensor(EvenOrTied()(rollouts.completions, [p for p in rollouts.prompts for _ in range(4)]))
+    advantages = policy.advantage(rewards, 4)
+    total, tokens = torch.zeros(()), 0
+    for row in finished:
+        logprobs, entropies = completion_logprobs(base, rollouts, row), completion_entropies(base, rollouts, row)
+        total, tokens = total + advantages[row] * logprobs.sum() + 0.3 * entropies.sum(), tokens + len(logprobs)
+    assert_same_gradient(mean_gradient(policy, losses), -total / tokens, base)
 
 
 def test_iterating_twice_gives_the_same_losses(model, sums):

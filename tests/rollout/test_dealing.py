@@ -1,5 +1,7 @@
 """Whatever number of ranks saved micro-batches, another number gets the same rows, each once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -63,3 +65,10 @@ def test_rows_without_old_logprobs_stay_without():
 def test_a_step_without_any_row_stays_empty():
     dealt = [deal([[batch(0, 1)], [batch(0, 2)]], rank, 3)[0] for rank in range(3)]
     assert [len(part.sequences) for part in dealt] == [0, 0, 0]
+
+
+def test_masks_are_dealt_with_their_rows():
+    saved = [[replace(one, policy_mask=one.sequences.completion_ids % 2 == 0)] for one in (batch(4, 1), batch(5, 5))]
+    for part in (deal(saved, rank, 3)[0] for rank in range(3)):
+        mask = part.sequences.completion_mask
+        assert torch.equal(part.policy_mask[mask], (part.sequences.completion_ids % 2 == 0)[mask])

@@ -145,7 +145,8 @@ def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
         forward, before = live.peak, live.bytes - logits.nbytes
         live.restart_peak()
         scaled = logits.float()
-        token = draw(filter_logits(scaled, 0, 1.0), None)
+        uniform = torch.rand(len(scaled), 1, dtype=torch.float64, device=scaled.device)
+        token = draw(filter_logits(scaled, 0, 1.0), uniform)
         scaled.log_softmax(dim=-1).gather(1, token[:, None])
         of_logits = live.peak - before
         peak = max(reading, forward, live.peak) - packed

@@ -11,7 +11,8 @@ from hybrid_lightning.adapters.constant_weights import constant_weights
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
-from hybrid_lightning.rewards import RewardFunction, evaluate_reward
+from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
+from hybrid_lightning.rollout.prompt_draws import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.support import supports_packing
 from hybrid_lightning.sharding.forward import is_sharded, with_whole_weights
@@ -36,7 +37,7 @@ class EvaluatedModule(LanguageModule):
     def __init__(self) -> None:
         super().__init__()
         self.generation_listeners: list[GenerationListener] = []  # called with (running, decoded, max_new_tokens)
-        self._eval_generator: torch.Generator | None = None
+        self.last_evaluation: dict[str, dict[str, float]] = {}  # set -> metric -> value; "" for all sets
         self._missing_batches = 0  # of a prediction, on this rank, where the model is sharded
 
     def on_sharded(self) -> None:
@@ -71,7 +72,7 @@ class EvaluatedModule(LanguageModule):
         self,
         prompts: Sequence[Prompt],
         samples_per_prompt: int = 1,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | PromptDraws | None = None,
         greedy: bool = False,
     ) -> Rollouts:
         """Complete prompts with the policy as it is now.
@@ -79,7 +80,7 @@ class EvaluatedModule(LanguageModule):
         Args:
             prompts: P prompts.
             samples_per_prompt: G; 1 if `greedy`.
-            generator: Random generator on the model's device.
+            generator: Random generator on the model's device, or `PromptDraws` of these prompts.
             greedy: Most probable tokens instead of sampled ones.
 
         Returns:
@@ -112,23 +113,28 @@ class EvaluatedModule(LanguageModule):
         prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
         return evaluate_reward(self.reward, rollouts.completions, prompts).to(rollouts.sequences.completion_ids.device)
 
-    def _evaluate(self, prompts: Sequence[Prompt], metrics: EvaluationMetrics) -> None:
-        greedy = self.generate(prompts, 1, greedy=True)
-        sampled = self.generate(prompts, self.eval_samples, self._eval_generator)
-        metrics.update((greedy, self.score(greedy)), (sampled, self.score(sampled)))
+    def answers(self, rollouts: Rollouts) -> list[str | None]:
+        """What each completion answers, as the reward takes it out of the text (see `RewardFunction.extract_answer`)."""
+        return extract_answers(self.reward, rollouts.completions, repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt))
 
-    def _seed_evaluation(self) -> None:
+    def _evaluate(self, prompts: Sequence[Prompt], metrics: EvaluationMetrics) -> None:
+        greedy, sampled = self.generate(prompts, 1, greedy=True), self._sample(prompts)
+        metrics.update((greedy, self.score(greedy)), (sampled, self.score(sampled)), self.answers(sampled))
+
+    def _sample(self, prompts: Sequence[Prompt]) -> Rollouts:
         # The same draws at every evaluation, and none from the generators that training uses.
-        self._eval_generator = torch.Generator(device=self.device).manual_seed(self.seed + 104_729 + self.global_rank)
+        draws = PromptDraws(prompts, self.eval_samples, self.seed + 104_729)
+        return self.generate(prompts, self.eval_samples, draws)
 
     def _log_evaluation(self, prefix: str, metrics: EvaluationMetrics) -> None:
-        values = {f"{prefix}/{name}": value for name, value in metrics.compute().items()}
+        """Log PREFIX/METRIC over all sets, and PREFIX/SET/METRIC for each that has a name."""
+        found = {name: {key: float(value) for key, value in part.items()} for name, part in metrics.compute().items()}
+        values = {
+            "/".join(filter(None, (prefix, name, key))): value for name, part in found.items() for key, value in part.items()
+        }
         self.log_dict(values, sync_dist=self.trainer.world_size > 1, prog_bar=False)
+        self.last_evaluation = found
         metrics.reset()
-
-    def on_validation_epoch_start(self) -> None:
-        """Start the evaluation's random draws anew."""
-        self._seed_evaluation()
 
     def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         """Greedy and sampled completions of a batch of prompts."""
@@ -137,10 +143,6 @@ class EvaluatedModule(LanguageModule):
     def on_validation_epoch_end(self) -> None:
         """Log `val/...`."""
         self._log_evaluation("val", self.validation_metrics)
-
-    def on_test_epoch_start(self) -> None:
-        """Start the evaluation's random draws anew."""
-        self._seed_evaluation()
 
     def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         """Greedy and sampled completions of a batch of prompts."""
@@ -151,8 +153,7 @@ class EvaluatedModule(LanguageModule):
         self._log_evaluation("test", self.test_metrics)
 
     def on_predict_epoch_start(self) -> None:
-        """Start the random draws anew."""
-        self._seed_evaluation()
+        """Find out how many batches other ranks have more than this one."""
         if is_sharded(self.model):
             batches = sum(int(count) for count in self.trainer.num_predict_batches)
             self._missing_batches = max(gather_counts(batches, self.device)) - batches
@@ -164,8 +165,9 @@ class EvaluatedModule(LanguageModule):
 
     def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Sampled completions of a batch of prompts with their rewards, as records for JSON."""
-        rollouts = self.generate(batch, self.eval_samples, self._eval_generator)
-        return prediction_records(rollouts, self.score(rollouts), [self.encoder.render(prompt) for prompt in batch])
+        rollouts = self._sample(batch)
+        texts = [self.encoder.render(prompt) for prompt in batch]
+        return prediction_records(rollouts, self.score(rollouts), texts, self.answers(rollouts))
 
 
 def _product_dtype(model: nn.Module) -> torch.dtype | None:

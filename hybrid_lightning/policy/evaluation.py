@@ -1,16 +1,19 @@
 """Evaluation of the policy on prompts: greedy and sampled completions, their rewards, and the metrics."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.metrics import CompletionMetrics
+from hybrid_lightning.metrics import ProblemMeans, completion_draws, completion_values
 from hybrid_lightning.types import Prompt, Rewards, Rollouts
+
+Answers = Sequence[str | None]
 
 
 class EvaluationMetrics(nn.Module):
-    """The two metrics of one evaluation: greedy completions, and n sampled ones.
+    """The metrics of one evaluation, of greedy completions and of n sampled ones.
 
     Args:
         samples: n.
@@ -18,48 +21,60 @@ class EvaluationMetrics(nn.Module):
 
     def __init__(self, samples: int) -> None:
         super().__init__()
-        self.greedy = CompletionMetrics(1)
-        self.sampled = CompletionMetrics(samples)
+        self.means = ProblemMeans({"greedy_accuracy": 1, "greedy_reward": None, **completion_draws(samples)})
 
-    def update(self, greedy: tuple[Rollouts, Rewards], sampled: tuple[Rollouts, Rewards]) -> None:
-        """Add the prompts of one batch."""
-        for metric, (rollouts, rewards) in ((self.greedy, greedy), (self.sampled, sampled)):
-            shape = (len(rollouts.prompts), rollouts.samples_per_prompt)
-            lengths = rollouts.sequences.completion_mask.sum(dim=1)
-            index = torch.tensor([prompt.index for prompt in rollouts.prompts], device=lengths.device)
-            metric.update(index, rewards.correct.view(shape), rewards.total.view(shape), lengths.view(shape))
+    def update(self, greedy: tuple[Rollouts, Rewards], sampled: tuple[Rollouts, Rewards], answers: Answers) -> None:
+        """Add the prompts of one batch.
 
-    def compute(self) -> dict[str, Tensor]:
-        """`greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `reward`, `completion_length`."""
-        greedy, sampled = self.greedy.compute(), self.sampled.compute()
-        if not greedy:
-            return {}
-        length = sampled.pop("length")
-        return {
-            "greedy_accuracy": greedy["avg@1"],
-            "greedy_reward": greedy["reward"],
-            **sampled,
-            "completion_length": length,
-        }
+        Args:
+            greedy: P completions, one for each prompt.
+            sampled: P * n completions of the same prompts.
+            answers: What each of the P * n completions answers, None for nothing.
+        """
+        rollouts, rewards = sampled
+        shape = (len(rollouts.prompts), rollouts.samples_per_prompt)
+        lengths = rollouts.sequences.completion_mask.sum(dim=1)
+        correct = rewards.correct.view(shape)
+        values = completion_values(
+            correct,
+            [answers[start : start + shape[1]] for start in range(0, len(answers), shape[1])],
+            rewards.total.view(shape),
+            lengths.view(shape),
+            rollouts.finished.view(shape),
+        )
+        values |= {"greedy_accuracy": greedy[1].correct, "greedy_reward": greedy[1].total}
+        index = torch.tensor([prompt.index for prompt in rollouts.prompts], device=lengths.device)
+        self.means.update([prompt.set_name for prompt in rollouts.prompts], index, values)
+
+    def compute(self) -> dict[str, dict[str, Tensor]]:
+        """Set -> name -> value, "" for all sets together (see `ProblemMeans`).
+
+        The names: `problems`, `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`,
+        `truncation_rate`, and the ends of confidence intervals.
+        """
+        return self.means.compute()
 
     def reset(self) -> None:
         """Forget all prompts."""
-        self.greedy.reset()
-        self.sampled.reset()
+        self.means.reset()
 
 
-def prediction_records(rollouts: Rollouts, rewards: Rewards, texts: list[str]) -> list[dict[str, Any]]:
-    """One record per prompt, ready for JSON: prompt, answer, completions, rewards (total and parts), correct."""
+def prediction_records(rollouts: Rollouts, rewards: Rewards, texts: list[str], answers: Answers) -> list[dict[str, Any]]:
+    """One record per prompt, ready for JSON: what it is, and a list of each thing that is known of its completions."""
     samples = rollouts.samples_per_prompt
     records = []
     for number, (prompt, text) in enumerate(zip(rollouts.prompts, texts, strict=True)):
         rows = slice(number * samples, (number + 1) * samples)
         records.append(
             {
+                "set": prompt.set_name,
                 "index": prompt.index,
                 "prompt": text,
                 "answer": prompt.answer,
                 "completions": list(rollouts.completions[rows]),
+                "extracted_answers": list(answers[rows]),
+                "lengths": rollouts.sequences.completion_mask[rows].sum(dim=1).tolist(),
+                "finished": rollouts.finished[rows].tolist(),
                 "rewards": rewards.total[rows].tolist(),
                 "reward_parts": {name: part[rows].tolist() for name, part in rewards.parts.items()},
                 "correct": rewards.correct[rows].tolist(),

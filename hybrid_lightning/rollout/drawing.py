@@ -18,11 +18,11 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token [B] per row of logits [B, V], by inverting the distribution function.
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One token [B] per row of logits [B, V] for uniform numbers [B, 1] float64, by inverting the distribution function.
 
     `torch.multinomial` draws V exponential numbers for a token, which for a vocabulary of 50,000 takes longer on a CPU than the
-    model's output layer; this draws one, and looks it up in blocks of tokens first, so that only one block is summed up token by
+    model's output layer; this takes one, and looks it up in blocks of tokens first, so that only one block is summed up token by
     token. Running sums are in float64: V small float32 numbers would not add up to 1 well enough.
     """
     width = logits.shape[1]
@@ -30,7 +30,6 @@ def draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     if width % _BLOCK:
         probabilities = F.pad(probabilities, (0, -width % _BLOCK))
     blocks = probabilities.view(len(logits), -1, _BLOCK)
-    uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
     ends = blocks.sum(dim=2).double().cumsum(dim=1)
     target = uniform * ends[:, -1:]
     block = torch.searchsorted(ends, target, right=True).clamp(max=blocks.shape[1] - 1)

@@ -17,6 +17,7 @@ from hybrid_lightning.parts import Part
 from hybrid_lightning.rollout.decoding import Decoding, RepeatedCacheDecoding
 from hybrid_lightning.rollout.drawing import draw, filter_logits
 from hybrid_lightning.rollout.padding import pad_left
+from hybrid_lightning.rollout.prompt_draws import PromptDraws
 from hybrid_lightning.rollout.shared_decoding import SharedPromptDecoding
 from hybrid_lightning.rollout.support import supports_packing
 from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
@@ -70,7 +71,7 @@ class Sampler(Part):
         prompt_ids: Sequence[Sequence[int]],
         samples_per_prompt: int,
         *,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | PromptDraws | None = None,
         greedy: bool = False,
         stop_ids: Sequence[int] | None = None,
         on_token: Callable[[int, int], None] | None = None,
@@ -83,7 +84,8 @@ class Sampler(Part):
             prompts: P prompts, for the record in the result.
             prompt_ids: Their token ids.
             samples_per_prompt: G.
-            generator: Source of randomness on the model's device; None takes torch's global one.
+            generator: Source of randomness: a generator on the model's device, or `PromptDraws` of these prompts; None takes
+                torch's global generator.
             greedy: Take the most probable token instead of sampling (`samples_per_prompt` must then be 1).
             stop_ids: Token ids that end a completion; None takes the tokenizer's end-of-sequence token.
             on_token: Called after every token with (sequences still running, tokens decoded), for progress bars; what it
@@ -148,7 +150,7 @@ class _Decoder:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Sequence[int],
-        generator: torch.Generator | None,
+        generator: torch.Generator | PromptDraws | None,
         greedy: bool,
     ) -> None:
         self.sampler, self.model, self.generator, self.greedy = sampler, model, generator, greedy
@@ -175,7 +177,7 @@ class _Decoder:
         logprobs = torch.zeros(batch, self.sampler.max_new_tokens, device=self.device)
         leaving = max(1, round(decoding.leave_together * batch))
         for step in range(self.sampler.max_new_tokens):
-            token, logprob = self._choose(logits)
+            token, logprob = self._choose(logits, rows, step)
             live = rows[running]
             tokens[live, step], logprobs[live, step] = token[running], logprob[running]
             lengths[live] += 1
@@ -197,14 +199,19 @@ class _Decoder:
         longest = int(lengths.max())
         return tokens[:, :longest], logprobs[:, :longest], lengths, finished
 
-    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         scaled = logits.float() if self.sampler.temperature == 1 else logits.float() / self.sampler.temperature
         if self.greedy:
             token = scaled.argmax(dim=-1)
         else:
             kept = filter_logits(scaled, self.sampler.top_k, self.sampler.top_p)
-            token = draw(kept, self.generator)
+            token = draw(kept, self._uniform(rows, step))
         return token, scaled.log_softmax(dim=-1).gather(1, token[:, None]).squeeze(1)
+
+    def _uniform(self, rows: Tensor, step: int) -> Tensor:
+        if isinstance(self.generator, PromptDraws):
+            return self.generator.numbers(rows, step)
+        return torch.rand(len(rows), 1, dtype=torch.float64, device=self.device, generator=self.generator)
 
     def _ended(self, token: Tensor, completion: Tensor) -> Tensor:
         ended = torch.isin(token, self.stop_ids)

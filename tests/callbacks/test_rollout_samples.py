@@ -30,7 +30,8 @@ SCALARS = {
     "lr/full", "lr/lora", "grad_norm/full", "grad_norm/lora", "time/generate_s", "time/reward_s", "time/logprobs_s",
     "time/update_s", "time/other_s", "time/step_s", "throughput/generated_tokens_per_second",
     "throughput/trained_tokens_per_second", "throughput/tokens_per_second",
-    "val/greedy_accuracy", "val/greedy_reward", "val/avg@2", "val/pass@2", "val/reward", "val/completion_length",
+    "val/greedy_accuracy", "val/greedy_reward", "val/avg@2", "val/pass@1", "val/pass@2", "val/maj@1", "val/maj@2", "val/reward",
+    "val/completion_length", "val/truncation_rate", "val/problems",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Two gloo processes give the metrics of one, although the sampler repeats a prompt to make the ranks even."""
+"""Two gloo processes give the metrics of one, although the sampler repeats a prompt and no rank sees all sets."""
 
 import json
 import os
@@ -9,25 +9,30 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from hybrid_lightning.metrics import CompletionMetrics
+from hybrid_lightning.metrics import ProblemMeans
 
-INDEX = torch.tensor([3, 8, 21])
-CORRECT = torch.tensor([[True, False], [True, True], [False, False]])
-LENGTH = torch.tensor([[1, 3], [5, 7], [2, 2]])
+SETS = ["quiz", "riddles", "riddles"]
+INDEX = torch.tensor([3, 3, 21])
+SHARE = torch.tensor([0.5, 1.0, 0.0])
+LENGTH = torch.tensor([2.0, 6.0, 2.0])
 
 
 def update(metric, rows):
-    metric.update(INDEX[rows], CORRECT[rows], CORRECT[rows].float() * 2, LENGTH[rows])
+    metric.update([SETS[row] for row in rows], INDEX[rows], {"share": SHARE[rows], "length": LENGTH[rows]})
+
+
+def values_of(metric):
+    return {name: {key: float(value) for key, value in part.items()} for name, part in metric.compute().items()}
 
 
 def work(rank, port, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    metric = CompletionMetrics(2)
-    update(metric, [[0, 2], [1, 0]][rank])  # as DistributedSampler deals three prompts to two ranks: prompt 0 twice
-    result = {name: float(value) for name, value in metric.compute().items()}
-    (path / f"{rank}.json").write_text(json.dumps(result))
+    metric = ProblemMeans({"share": 2, "length": None})
+    for rows in [[[0, 1], [0]], [[2, 2, 2]]][rank]:  # problem 0 twice, problem 2 three times, and no quiz on rank 1
+        update(metric, rows)
+    (path / f"{rank}.json").write_text(json.dumps(values_of(metric)))
     dist.destroy_process_group()
 
 
@@ -37,11 +42,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_every_prompt_counts_once_whatever_rank_saw_it(tmp_path):
+def test_every_problem_counts_once_whatever_rank_saw_it(tmp_path):
     mp.spawn(work, args=(free_port(), tmp_path), nprocs=2)
-    single = CompletionMetrics(2)
+    single = ProblemMeans({"share": 2, "length": None})
     update(single, [0, 1, 2])
-    expected = {name: float(value) for name, value in single.compute().items()}
-    assert expected == pytest.approx({"avg@2": 0.5, "pass@2": 2 / 3, "reward": 1.0, "length": 10 / 3})
+    expected = values_of(single)
+    assert expected["riddles"]["share"] == 0.5 and expected["riddles"]["length"] == 4.0 and expected["quiz"]["problems"] == 1
+    assert expected[""]["share"] == 0.5 and expected[""]["length"] == pytest.approx(3.0)
     for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(expected)
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected

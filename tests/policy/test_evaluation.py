@@ -7,51 +7,77 @@ from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_rec
 from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
+ANSWERS = {0: ["7", "7", "5", "6"], 1: ["5", None, "5", "6"], 2: ["9"] * 4}
 
-def build(indices, correct, lengths):
-    """Rollouts of prompts with these indices; `correct` and `lengths` hold one list a prompt."""
+
+def build(indices, correct, lengths, sets=""):
+    """Rollouts of prompts with these indices; `correct` and `lengths` hold one list a prompt. What is 5 tokens long was cut."""
     samples = len(correct[0])
-    prompts = tuple(Prompt(text=f"q{i}", answer=f"a{i}", index=i) for i in indices)
+    prompts = tuple(Prompt(text=f"q{i}", answer=f"a{i}", index=i, set_name=sets) for i in indices)
     flat = [value for row in correct for value in row]
     completions = [[6] * length for row in lengths for length in row]
     sequences = Sequences(*pad_left([[5]] * len(flat), 0, "cpu"), *pad_right(completions, 0, "cpu"))
     shape = sequences.completion_ids.shape
     texts = tuple(f"c{number}" for number in range(len(flat)))
-    rollouts = Rollouts(prompts, sequences, texts, torch.zeros(shape), torch.ones(len(flat), dtype=torch.bool), samples)
+    finished = sequences.completion_mask.sum(dim=1) < 5
+    rollouts = Rollouts(prompts, sequences, texts, torch.zeros(shape), finished, samples)
     values = torch.tensor([float(value) for value in flat])
     return rollouts, Rewards(values / 2, {"match": values, "half": values / 2}, torch.tensor(flat))
 
 
 BATCHES = [
-    (([0, 1], [[1], [0]], [[3], [3]]), ([0, 1], [[1, 1, 0, 0], [0, 0, 0, 0]], [[1, 2, 3, 4], [2, 2, 2, 2]])),
+    (([0, 1], [[1], [0]], [[3], [3]]), ([0, 1], [[1, 1, 0, 0], [0, 0, 0, 0]], [[1, 2, 3, 4], [2, 2, 2, 5]])),
     (([2], [[1]], [[3]]), ([2], [[1, 1, 1, 1]], [[4, 4, 4, 4]])),
 ]
 EXPECTED = {
+    "problems": 3,
     "greedy_accuracy": 2 / 3,
     "greedy_reward": 1 / 3,
     "avg@4": 0.5,
+    "pass@1": 0.5,
     "pass@2": (5 / 6 + 0 + 1) / 3,
     "pass@4": 2 / 3,
+    "maj@1": 0.5,
+    "maj@2": (1 / 6 + 4 / 6 * 0.5 + 0 + 1) / 3,
+    "maj@4": 2 / 3,
     "reward": 0.25,
-    "completion_length": (2.5 + 2 + 4) / 3,
+    "completion_length": (2.5 + 2.75 + 4) / 3,
+    "truncation_rate": 1 / 12,
 }
 
 
-def evaluate(batches):
+def evaluate(batches, sets=""):
     metrics = EvaluationMetrics(4)
     for greedy, sampled in batches:
-        metrics.update(*(build(i, [[bool(c) for c in row] for row in correct], n) for i, correct, n in (greedy, sampled)))
+        rollouts = (build(i, [[bool(c) for c in row] for row in correct], n, sets) for i, correct, n in (greedy, sampled))
+        metrics.update(*rollouts, [answer for index in sampled[0] for answer in ANSWERS[index]])
     return metrics
 
 
+def values_of(metrics, name=""):
+    return {key: float(value) for key, value in metrics.compute()[name].items() if "/" not in key}
+
+
 def test_metrics_are_over_all_prompts_and_not_over_batches():
-    values = {name: float(value) for name, value in evaluate(BATCHES).compute().items()}
-    assert values == pytest.approx(EXPECTED)
+    assert values_of(evaluate(BATCHES)) == pytest.approx(EXPECTED)
 
 
 def test_a_prompt_seen_twice_counts_once():
-    values = {name: float(value) for name, value in evaluate([*BATCHES, BATCHES[1]]).compute().items()}
-    assert values == pytest.approx(EXPECTED)
+    assert values_of(evaluate([*BATCHES, BATCHES[1]])) == pytest.approx(EXPECTED)
+
+
+def test_every_share_has_an_interval_around_it_and_nothing_else_has():
+    values = evaluate(BATCHES).compute()[""]
+    shares = {name for name in EXPECTED if "@" in name} | {"greedy_accuracy", "truncation_rate"}
+    assert {name.partition("/")[0] for name in values if "/" in name} == shares
+    for name in shares:
+        assert 0 <= float(values[f"{name}/ci_low"]) <= float(values[name]) <= float(values[f"{name}/ci_high"]) <= 1
+
+
+def test_prompts_of_a_named_set_are_told_by_its_name():
+    metrics = evaluate(BATCHES, sets="quiz")
+    assert list(metrics.compute()) == ["", "quiz"]
+    assert values_of(metrics, "quiz") == values_of(metrics) == pytest.approx(EXPECTED)
 
 
 def test_nothing_seen_gives_nothing_also_after_a_reset():
@@ -65,14 +91,21 @@ def test_the_metrics_are_no_part_of_a_checkpoint():
     assert evaluate(BATCHES).state_dict() == {}
 
 
+SHOWN = ["shown 4", "shown 9"]
+
+
 def test_records_hold_each_prompts_own_completions_and_survive_json():
-    rollouts, rewards = build([4, 9], [[True, False], [False, True]], [[1, 1], [1, 1]])
-    records = [json.loads(json.dumps(record)) for record in prediction_records(rollouts, rewards, ["shown 4", "shown 9"])]
+    rollouts, rewards = build([4, 9], [[True, False], [False, True]], [[1, 1], [2, 5]], "quiz")
+    records = [json.loads(json.dumps(record)) for record in prediction_records(rollouts, rewards, SHOWN, ["7", None, "", "5"])]
     assert records[1] == {
+        "set": "quiz",
         "index": 9,
         "prompt": "shown 9",
         "answer": "a9",
         "completions": ["c2", "c3"],
+        "extracted_answers": ["", "5"],
+        "lengths": [2, 5],
+        "finished": [True, False],
         "rewards": [0.0, 0.5],
         "reward_parts": {"match": [0.0, 1.0], "half": [0.0, 0.5]},
         "correct": [False, True],

@@ -1,0 +1,99 @@
+"""Means of values over problems, for each named set of problems and over sets, as a torchmetrics metric."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from hybrid_lightning.errors import DataError
+from hybrid_lightning.metrics.intervals import confidence_interval
+
+OVERALL = ""  # what means over all sets go by; also the one set of prompts that belong to no named one
+LOWER, UPPER = "ci_low", "ci_high"
+_NAME_BYTES = 64
+
+
+class ProblemMeans(Metric):
+    """Means over problems, with 95% confidence intervals, reduced once over all ranks.
+
+    Each problem counts once, by its set and index: the distributed sampler of Lightning repeats prompts to give every rank the
+    same number, and repeated ones must not weigh double. The mean over named sets gives each set the same weight, whatever its
+    size.
+
+    Args:
+        draws: Name of each value -> how many completions it is made from, for shares from 0 to 1, which get an interval; None for
+            values that get none.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    identity: list[Tensor]
+    rows: list[Tensor]
+
+    def __init__(self, draws: Mapping[str, int | None], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.draws = dict(draws)
+        # Tensors alone, names included: every rank has rows, and so something to send in each state.
+        self.add_state("identity", default=[], dist_reduce_fx="cat")
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    def update(self, sets: Sequence[str], index: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Add problems.
+
+        Args:
+            sets: P names of the sets that they belong to; "" for none.
+            index: [P] int64, what identifies each within its set.
+            values: Name -> [P], all that were announced.
+
+        Raises:
+            DataError: If a name is longer than 64 bytes.
+        """
+        names = torch.tensor([_encode(name) for name in sets], dtype=torch.long, device=index.device)
+        self.identity.append(torch.cat((names, index.long()[:, None]), dim=1))
+        self.rows.append(torch.stack([values[name].double() for name in self.draws], dim=1))
+
+    def compute(self) -> dict[str, dict[str, Tensor]]:
+        """Set -> name -> mean, float32; beside it NAME/ci_low and NAME/ci_high, and the number of `problems`.
+
+        Where sets have names, `OVERALL` is the mean over sets. Nothing was seen: nothing at all.
+        """
+        if len(self.identity) == 0:  # a list, or a tensor once ranks have been gathered
+            return {}
+        identity, rows = dim_zero_cat(self.identity), dim_zero_cat(self.rows)
+        problems, inverse = identity.unique(dim=0, return_inverse=True)  # in the order of names
+        first = torch.full((len(problems),), len(identity), device=identity.device)
+        first = first.scatter_reduce(0, inverse, torch.arange(len(identity), device=identity.device), "amin")
+        values = rows[first].cpu()
+        sets: dict[str, list[int]] = {}
+        for position, name in enumerate(problems[:, :-1].tolist()):
+            sets.setdefault(_decode(name), []).append(position)
+        if set(sets) != {OVERALL}:
+            sets = {name or "unnamed": positions for name, positions in sets.items()}
+        parts = {name: values[positions] for name, positions in sets.items()}
+        return {OVERALL: self._means(list(parts.values())), **{n: self._means([p]) for n, p in parts.items() if n != OVERALL}}
+
+    def _means(self, sets: Sequence[Tensor]) -> dict[str, Tensor]:
+        result = {"problems": float(sum(len(values) for values in sets))}
+        for column, (name, draws) in enumerate(self.draws.items()):
+            one = [values[:, column] for values in sets]
+            result[name] = sum(float(values.mean()) for values in one) / len(one)
+            if draws is not None:
+                low, high = confidence_interval(one, draws)
+                result |= {f"{name}/{LOWER}": low, f"{name}/{UPPER}": high}
+        return {name: torch.tensor(value, dtype=torch.float32) for name, value in result.items()}
+
+
+def _encode(name: str) -> list[int]:
+    """A name as numbers, so that ranks can tell each other which sets they saw, in a state of tensors."""
+    encoded = name.encode()
+    if len(encoded) > _NAME_BYTES:
+        raise DataError(f"the set name {name!r} is too long: give one of at most {_NAME_BYTES} bytes")
+    return list(encoded) + [0] * (_NAME_BYTES - len(encoded))
+
+
+def _decode(numbers: Sequence[int]) -> str:
+    return bytes(numbers).rstrip(b"\0").decode()

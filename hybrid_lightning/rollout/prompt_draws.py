@@ -1,0 +1,50 @@
+"""Random numbers that belong to a prompt, so that its completions do not depend on which others it is completed with."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.types import Prompt
+
+_STEPS = 64  # drawn at once: neither one call a token, nor numbers for the longest completion from the start
+
+
+class PromptDraws:
+    """Uniform numbers for the completions of one batch, from a generator for each prompt.
+
+    Evaluation draws from them: batch size, number of ranks and order of prompts then change nothing but how logits are rounded.
+
+    Args:
+        prompts: P, told apart by set and index.
+        samples_per_prompt: G.
+        seed: Of all of them.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> None:
+        self._generators = [torch.Generator().manual_seed(_seed_of(prompt, seed)) for prompt in prompts]
+        self._samples = samples_per_prompt
+        self._block = torch.empty(0)
+        self._next = 0  # the step that comes after the block
+
+    def numbers(self, rows: Tensor, step: int) -> Tensor:
+        """Numbers in [0, 1) for the token that comes next.
+
+        Args:
+            rows: [R] int64, which of the P * G completions still run.
+            step: Tokens that they have; one more at each call.
+
+        Returns:
+            [R, 1] float64 on the device of `rows`.
+        """
+        if step == self._next:
+            size = (self._samples, _STEPS)
+            parts = [torch.rand(size, dtype=torch.float64, generator=generator) for generator in self._generators]
+            self._block, self._next = torch.cat(parts).to(rows.device), self._next + _STEPS
+        return self._block[rows, step - self._next + _STEPS, None]
+
+
+def _seed_of(prompt: Prompt, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{prompt.set_name}/{prompt.index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1

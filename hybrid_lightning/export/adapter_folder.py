@@ -73,5 +73,10 @@ class LoraFolder(AdapterFolder):
 
 def _location(base: BaseModel) -> str:
     """Hub id, or the absolute path of the folder, since an adapter is loaded from anywhere."""
+    if base.source.adapter is not None:
+        raise ConfigError(
+            f"form=AdapterFolder: the run started from the adapter {base.model!r}, and PEFT puts no adapter on another: export "
+            "form=MergedModel"
+        )
     location = base.source.location
     return str(Path(location).absolute()) if Path(location).exists() else location

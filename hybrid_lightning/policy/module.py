@@ -37,7 +37,7 @@ class PolicyModule(CalibratedModule):
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
         reward: Scores completions.
-        model: `embedded`, a folder, a GGUF file, `package:NAME/FILE`, or a hub id.
+        model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
         revision: Branch, tag or commit of a hub model.
         dtype: Weights in memory: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
         quantization: Of the frozen base once the modules are scored, such as `NF4()`; None keeps it in `dtype`.

@@ -1,0 +1,74 @@
+"""A folder that holds an adapter alone, as `AdapterFolder` exports it and PEFT saves it: its base model, and the two made one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, get_peft_model
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from transformers import PreTrainedModel
+
+from hybrid_lightning.errors import ModelError
+
+CONFIG = "adapter_config.json"
+
+
+def base_of_adapter(folder: Path) -> tuple[str, str | None]:
+    """The base model that an adapter belongs to, as `resolve_model` takes it, and its revision.
+
+    Raises:
+        ModelError: If the folder does not say so, or what it names is not there.
+    """
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{str(folder / CONFIG)!r} does not name its base model: set base_model_name_or_path in it")
+    local = Path(base)
+    if local.is_absolute() and not local.exists():
+        raise ModelError(
+            f"the adapter {str(folder)!r} belongs to the model {base!r}, which is not there: correct base_model_name_or_path in "
+            f"its {CONFIG}, or export the run as a MergedModel"
+        )
+    if local.is_dir() and not (local / "config.json").is_file():  # a GGUF file is named by its folder
+        files = sorted(local.glob("*.gguf"))
+        if len(files) != 1:
+            raise ModelError(
+                f"the adapter {str(folder)!r} belongs to a model in {base!r}, which has {len(files)} GGUF files and no "
+                f"config.json: name the file as base_model_name_or_path in its {CONFIG}"
+            )
+        base = str(files[0])
+    return base, None if Path(base).exists() else config.get("revision")
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Put an adapter into the weights of its base model: one ordinary model, as fast as any.
+
+    Args:
+        model: The base, changed in place.
+        folder: Of the adapter.
+
+    Returns:
+        The model in its own dtype.
+
+    Raises:
+        ModelError: If the adapter is of another model, or damaged.
+    """
+    dtype = model.dtype
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        adapted = get_peft_model(model, config)
+        weights = load_peft_weights(str(folder), device="cpu")
+        result = set_peft_model_state_dict(adapted, weights)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise ModelError(f"cannot put the adapter {str(folder)!r} on its base: {' '.join(str(error).split())[:400]}") from error
+    missing = [name for name in result.missing_keys if ".lora_" in name or ".modules_to_save." in name]
+    if missing or result.unexpected_keys:
+        name = (missing or result.unexpected_keys)[0]
+        raise ModelError(
+            f"the adapter {str(folder)!r} does not fit its base model: {'it lacks' if missing else 'the base has no place for'} "
+            f"{name!r}; its files are damaged, or {CONFIG} names another base"
+        )
+    merged: PreTrainedModel = adapted.merge_and_unload().to(dtype)
+    if hasattr(merged, "peft_config"):  # of a model that has no adapter any more
+        del merged.peft_config
+    return merged

@@ -83,8 +83,8 @@ class CodeTests(RewardFunction):
     ) -> None:
         if workers is not None and workers < 1:
             raise ConfigError(f"workers={workers}: give at least 1, or null for one a processor")
-        if memory_mb < 64:
-            raise ConfigError(f"memory_mb={memory_mb}: give at least 64")
+        if memory_mb < 128:
+            raise ConfigError(f"memory_mb={memory_mb}: give at least 128")
         self.test_column = test_column
         self.entry_point_column = entry_point_column
         self.setup_column = setup_column
@@ -120,7 +120,8 @@ class CodeTests(RewardFunction):
             rewards[position] = self._reward(outcome)
             if outcome.reason:
                 prompt = prompts[position]
-                logger.debug("%s: %s row %s: %s", self.name, prompt.source or "a prompt", prompt.index, outcome.reason)
+                level = logging.WARNING if outcome.unusable else logging.DEBUG  # no program can earn anything by such a row
+                logger.log(level, "%s: %s row %s: %s", self.name, prompt.source or "a prompt", prompt.index, outcome.reason)
         return rewards
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:

@@ -133,8 +133,7 @@ def _wait(pid: int, cpu_seconds: int) -> None:
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         os._exit(_OUT_OF_TIME if number == signal.SIGKILL and used > cpu_seconds - 0.5 else _SIGNALLED + number)
-    code = os.WEXITSTATUS(status)
-    os._exit(code if code in (0, _SETUP_FAILED) else 1)
+    os._exit(min(os.WEXITSTATUS(status), 1))  # the program's own codes must not pass for ours
 
 
 def describe(code: int) -> str:

@@ -150,13 +150,16 @@ def run_tests(job: dict[str, Any], requests: int, replies: int) -> dict[str, Any
         replies: File descriptor to read replies from.
 
     Returns:
-        `passed` and `total` tests, and `reason` why not all passed.
+        `passed` and `total` tests, `reason` why not all passed, and `unusable` if that lies in the set-up code.
     """
     sys.setrecursionlimit(RECURSION_LIMIT)
     peer = Peer(requests, replies)
     module = types.ModuleType(MODULE)
     names = module.__dict__
-    exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), names)
+    try:
+        exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), names)
+    except BaseException as error:
+        return {"passed": 0, "total": 1, "reason": f"the set-up code of the tests fails: {_describe(error)}", "unusable": True}
     peer.classes = {name: value for name, value in names.items() if isinstance(value, type) and value.__module__ == MODULE}
     results: list[bool] = []
     names[RESULTS] = results

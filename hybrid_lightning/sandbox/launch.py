@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from hybrid_lightning.errors import SandboxError
 from hybrid_lightning.sandbox.limits import Limits
 
 _GRACE_S = 10.0  # beyond the program's own time: to start, on a busy machine, and to clean up
+_PAUSE_S = 1.0
 _ROOT = str(Path(__file__).parents[2])
 _COMMAND = f"import sys; sys.path.append({_ROOT!r}); from hybrid_lightning.sandbox.launcher import main; sys.path.pop(); main()"
 
@@ -61,8 +63,16 @@ def launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, pack
         packages: Files and folders that may be imported from beside the standard library (see `find_packages`).
 
     Raises:
-        SandboxError: If the boxes cannot be made, which says nothing about the program.
+        SandboxError: If the boxes cannot be made, twice, which says nothing about the program.
     """
+    try:
+        return _launch(boxes, mechanisms, limits, packages)
+    except SandboxError:  # hours of training should not end because the machine was short of something for a moment
+        time.sleep(_PAUSE_S)
+        return _launch(boxes, mechanisms, limits, packages)
+
+
+def _launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, packages: Sequence[str]) -> Ran:
     with ExitStack() as stack:
 
         def file(content: bytes = b"") -> int:
@@ -113,16 +123,19 @@ def _start(spec: dict[str, Any], report: int, errors: int, timeout_s: float) -> 
     boxes = spec.get("boxes", [])
     passed = [report, *(value for entry in boxes for value in entry.values() if isinstance(value, int))]
     # Nothing of this process's environment: it may hold keys. A fixed hash seed: the same program gets the same order of a set.
-    process = subprocess.Popen(
-        [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", _COMMAND, json.dumps(spec)],
-        env={"PYTHONHASHSEED": "0"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=errors,
-        pass_fds=passed,
-        start_new_session=True,
-        cwd="/",
-    )
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", _COMMAND, json.dumps(spec)],
+            env={"PYTHONHASHSEED": "0"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            pass_fds=passed,
+            start_new_session=True,
+            cwd="/",
+        )
+    except OSError as error:
+        raise SandboxError(f"the sandbox's launcher cannot be started: {error}") from error
     try:
         handle = os.pidfd_open(process.pid)
         try:

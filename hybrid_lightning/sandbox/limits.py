@@ -24,7 +24,7 @@ class Limits:
         least = {
             "cpu_seconds": 1,
             "wall_seconds": 0.1,
-            "memory_bytes": 64 * 2**20,
+            "memory_bytes": 128 * 2**20,
             "file_bytes": 2**10,
             "temporary_bytes": 2**16,
             "threads": 1,

@@ -50,7 +50,8 @@ class CallTests:
         verdict = json.loads(ran.verdict)
         reason = str(verdict["reason"])
         ending = ran.endings.get("candidate", "")
-        return Outcome(int(verdict["passed"]), int(verdict["total"]), f"{ending}: {reason}" if reason and ending else reason)
+        reason = f"{ending}: {reason}" if reason and ending else reason
+        return Outcome(int(verdict["passed"]), int(verdict["total"]), reason, bool(verdict.get("unusable")))
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Outcome:
     passed: int  # tests
     total: int
     reason: str  # why not all passed, empty if they did
+    unusable: bool = False  # whether the tests cannot be run against any program
 
     @property
     def share(self) -> float:

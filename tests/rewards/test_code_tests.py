@@ -122,6 +122,12 @@ def test_installed_packages_can_be_allowed():
         CodeTests(packages=["no_such_package"])
 
 
+def test_set_up_code_that_fails_is_shown(reward, caplog):
+    row = prompt(test="assert f() == 1", prompt="import no_such_module")
+    assert reward(["def f(): return 1"], [row]) == [0.0]
+    assert "rows.jsonl row 3: the set-up code of the tests fails: ModuleNotFoundError" in caplog.text
+
+
 def test_the_order_of_a_set_is_the_same_each_time(reward):
     row = prompt(test={"inputs": [""], "outputs": [str(list({"one", "two", "three", "four"}))]})
     got = reward(["print(list({'one', 'two', 'three', 'four'}))"] * 4, [row] * 4)

@@ -25,6 +25,8 @@ CHEATS = {
     # ends that look well
     "exit": "import sys; sys.exit(0)",
     "exit at once": "import os; os._exit(0)",
+    "exit as if it could not be set up": "import os; os._exit(125)",
+    "exit as if out of time": "import os; os._exit(124)",
     "exit in the function": "import sys\ndef double(x): sys.exit(0)",
     "exit at once in the function": "import os\ndef double(x): os._exit(0)",
     "exit when left": "import atexit, os; atexit.register(os._exit, 0)\n" + _WRONG,

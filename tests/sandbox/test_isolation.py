@@ -9,6 +9,7 @@ import pytest
 from hybrid_lightning.errors import ConfigError, SandboxError
 from hybrid_lightning.rewards import CodeTests
 from hybrid_lightning.sandbox import isolation, seccomp
+from hybrid_lightning.sandbox import launch as launch_module
 from hybrid_lightning.sandbox.launch import launch, probe
 from hybrid_lightning.sandbox.limits import Limits
 from hybrid_lightning.sandbox.programs import Settings, StandardStreamTests, run_programs
@@ -82,7 +83,34 @@ def test_other_machines_are_refused():
     assert len(seccomp.build("aarch64", 1, True)) % 8 == 0
 
 
-def test_a_launcher_that_does_not_start_is_no_failure_of_the_program(monkeypatch):
+@pytest.fixture
+def no_pause(monkeypatch):
+    monkeypatch.setattr(launch_module, "_PAUSE_S", 0.0)
+
+
+def test_what_fails_once_is_tried_again(monkeypatch, no_pause):
+    real, calls = launch_module._start, []
+
+    def start(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise SandboxError("short of memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(launch_module, "_start", start)
+    (outcome,) = run_programs([("print(input())", StandardStreamTests((("1", "1"),)))], Settings(("namespaces", "seccomp")), 1)
+    assert outcome.share == 1.0 and len(calls) == 2
+
+
+@pytest.mark.parametrize("code", range(120, 130))
+def test_no_exit_code_of_a_program_passes_for_one_of_ours(code):
+    ran = launch(
+        [isolation.Box("script", {"setup": "", "source": f"import os; os._exit({code})"})], ("namespaces", "seccomp"), Limits()
+    )
+    assert ran.in_time and ran.endings == {"script": "ended with an error"}
+
+
+def test_a_launcher_that_does_not_start_is_no_failure_of_the_program(monkeypatch, no_pause):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(SandboxError, match=r"ended without a report \(exit code 1\)"):
         probe()
@@ -90,7 +118,7 @@ def test_a_launcher_that_does_not_start_is_no_failure_of_the_program(monkeypatch
         run_programs([("", StandardStreamTests((("", ""),)))], Settings(("namespaces", "seccomp")), 1)
 
 
-def test_a_box_that_cannot_be_made_is_no_failure_of_the_program(monkeypatch):
+def test_a_box_that_cannot_be_made_is_no_failure_of_the_program(monkeypatch, no_pause):
     monkeypatch.setattr("hybrid_lightning.sandbox.launch.readable_files", lambda: ("/etc/ld.so.cache",) * 2)
     with pytest.raises(SandboxError, match="cannot be set up: FileExistsError"):
         launch([isolation.Box("script", {"setup": "", "source": ""})], ("namespaces", "seccomp"), Limits())
@@ -103,7 +131,7 @@ def test_a_box_that_cannot_be_made_is_no_failure_of_the_program(monkeypatch):
         ({"cpu_seconds": 1.5}, "whole number"),
         ({"wall_seconds": float("inf")}, "wall_seconds=inf"),
         ({"wall_seconds": float("nan")}, "wall_seconds=nan"),
-        ({"memory_mb": 1}, "memory_mb=1: give at least 64"),
+        ({"memory_mb": 1}, "memory_mb=1: give at least 128"),
         ({"workers": 0}, "workers=0"),
         ({"pattern": "("}, "no regular expression"),
         ({"pattern": "x"}, "0 groups"),

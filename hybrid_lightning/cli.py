@@ -21,6 +21,7 @@ import hybrid_lightning.export
 import hybrid_lightning.losses
 import hybrid_lightning.rewards  # noqa: F401  (a class is found by its short name once its module is imported)
 from hybrid_lightning.callbacks import (
+    EvaluationReport,
     GracefulStop,
     HybridAdapterSetup,
     PredictionWriter,
@@ -176,7 +177,7 @@ class HybridLightningCLI(LightningCLI):
                 config[name] = value
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        fixed: list[Callback] = [StepTimer(), RunSummary(), GracefulStop()]
+        fixed: list[Callback] = [StepTimer(), RunSummary(), EvaluationReport(), GracefulStop()]
         if config["logger"] and not config["fast_dev_run"]:
             fixed += [LearningRateMonitor(logging_interval="step"), TensorBoardOverview()]
         if config["enable_progress_bar"] is not False:
@@ -187,6 +188,12 @@ class HybridLightningCLI(LightningCLI):
             raise ConfigError(f"trainer: {error}") from error
         assert isinstance(trainer, Trainer)
         return trainer
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # Lightning's own table, of what EvaluationReport shows
+        return parser
 
     def before_export(self) -> None:
         """Let go of the weights: the export reads them anew, in the dtype that it wants."""
@@ -208,7 +215,7 @@ class HybridLightningCLI(LightningCLI):
 
 def _arguments_of(policy: type, *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:
     if not issubclass(policy, PolicyModule):
-        raise ConfigError(f"plan knows the memory of PolicyModule alone, and model is a {policy.__name__}; plan its config for RL")
+        raise ConfigError(f"plan knows the memory of PolicyModule, but model is a {policy.__name__}; give a config of RL")
     return policy_arguments(policy, *given, **named)
 
 

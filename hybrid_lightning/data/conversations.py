@@ -96,9 +96,7 @@ class ConversationFormat(PromptFormat):
             )
         messages = asked_turns(turns)
         if not messages:
-            raise DataError(
-                f"{where}: column {self.column!r} answers nothing: no turn is before it; correct or remove the row"
-            )
+            raise DataError(f"{where}: column {self.column!r} answers nothing: no turn is before it; correct or remove the row")
         if self.system_prompt:
             messages = ({"role": "system", "content": self.system_prompt}, *messages)
         return Prompt(messages=messages, **of_row(row))

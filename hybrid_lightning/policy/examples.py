@@ -116,8 +116,8 @@ class ExampleModule(SteppedModule):
         limit = getattr(base_model(self.model).config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise DataError(
-                f"{where} has {longest} tokens ({len(asked)} of the prompt), more than the {limit} that the model reads; shorten or "
-                "remove the row, or drop long prompts by data.max_prompt_tokens (examples are never cut)"
+                f"{where} has {longest} tokens ({len(asked)} of the prompt), more than the {limit} that the model reads; shorten "
+                "or remove the row, or drop long prompts by data.max_prompt_tokens (examples are never cut)"
             )
         return asked, said
 

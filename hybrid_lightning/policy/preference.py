@@ -16,8 +16,8 @@ class PreferenceModule(ExampleModule):
     """Preference alignment by a loss of pairs, such as DPO.
 
     Data is a `PromptDataModule` whose format is a `PreferenceFormat`; chosen and rejected completion share their prompt's forward
-    and backward pass. The start policy, with which the loss compares, is the model with its adapter switched off: there is no second
-    one. `HybridAdapterSetup` scores the modules by the gradient of the loss at the start policy.
+    and backward pass. The start policy, with which the loss compares, is the model with its adapter switched off: there is no
+    second one. `HybridAdapterSetup` scores the modules by the gradient of the loss at the start policy.
 
     Args:
         loss: Loss of pairs; None takes `DPOLoss()`.

@@ -1,0 +1,111 @@
+"""Demonstrations and preferences out of rows, plain and conversational, and what is wrong with bad ones."""
+
+import json
+
+import pytest
+
+from hybrid_lightning.data import (
+    ChatFormat,
+    ConversationFormat,
+    DemonstrationFormat,
+    FileSource,
+    PlainFormat,
+    PreferenceFormat,
+    Row,
+)
+from hybrid_lightning.errors import ConfigError, DataError
+
+USER, BOT = {"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}
+OTHER = {"role": "assistant", "content": "8"}
+
+
+def row(**columns):
+    return Row(str(columns.get("prompt", "q")), index=5, source="rows.jsonl", columns=columns)
+
+
+def test_a_plain_demonstration_keeps_the_row_and_uses_any_column():
+    example = DemonstrationFormat(PlainFormat("{prompt} ="), " {completion} ({n})").format(row(prompt="3", completion="7", n=2.0))
+    assert (example.text, example.completions) == ("3 =", (" 7 (2)",))
+    assert (example.index, example.source, example.columns["n"]) == (5, "rows.jsonl", 2.0)
+
+
+def test_a_chat_demonstration_of_plain_text():
+    example = DemonstrationFormat(ChatFormat("{prompt}", "Add."), "{completion}").format(row(prompt="3+4?", completion="7"))
+    assert example.messages == ({"role": "system", "content": "Add."}, USER) and example.completions == ("7",)
+
+
+@pytest.mark.parametrize(
+    ("columns", "column", "completion"),
+    [
+        ({"prompt": [USER], "completion": [BOT]}, "prompt", "{completion}"),
+        ({"messages": [USER, BOT]}, "messages", "{messages}"),
+    ],
+)
+def test_conversations(columns, column, completion):
+    example = DemonstrationFormat(ConversationFormat(column), completion).format(row(**columns))
+    assert example.messages == (USER,) and example.completions == ("7",)
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt"),
+    [
+        ({"prompt": "3+4?", "chosen": "7", "rejected": "8"}, ChatFormat("{prompt}")),
+        ({"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]}, ConversationFormat("prompt")),
+        ({"chosen": [USER, BOT], "rejected": [USER, OTHER]}, ConversationFormat("chosen")),
+        ({"chosen": [USER, BOT], "rejected": [USER, OTHER]}, ConversationFormat("rejected", "Add.")),
+    ],
+)
+def test_preferences(columns, prompt):
+    example = PreferenceFormat(prompt).format(row(**columns))
+    assert example.messages[-1] == USER and example.completions == ("7", "8")
+
+
+@pytest.mark.parametrize(
+    ("format", "columns", "error", "message"),
+    [
+        (DemonstrationFormat(), {"answer": "7"}, ConfigError, "uses {completion}, which rows.jsonl, row 5 does not have; it has"),
+        (
+            DemonstrationFormat(),
+            {"completion": "  "},
+            DataError,
+            "row 5: the completion that completion=.* makes is empty",
+        ),
+        (DemonstrationFormat(), {"completion": None}, DataError, "row 5: column 'completion'.* is missing"),
+        (DemonstrationFormat(), {"completion": [USER]}, DataError, "ends with a turn of 'user', not of 'assistant'"),
+        (DemonstrationFormat(), {"completion": [BOT, USER, BOT]}, DataError, "is an answer of 3 turns; give one"),
+        (
+            DemonstrationFormat(ConversationFormat("x")),
+            {"completion": "7"},
+            DataError,
+            "has no column 'x': correct",
+        ),
+        (DemonstrationFormat(ConversationFormat("prompt")), {"prompt": "hi"}, DataError, "must be a list of turns"),
+        (DemonstrationFormat(ConversationFormat("m")), {"m": [BOT]}, DataError, "answers nothing: no turn is before it"),
+        (
+            PreferenceFormat(ConversationFormat("chosen")),
+            {"chosen": [USER, BOT], "rejected": [{**USER, "content": "5+5?"}, BOT]},
+            DataError,
+            "'rejected' answers other turns than the prompt has",
+        ),
+    ],
+)
+def test_bad_rows(format, columns, error, message):
+    with pytest.raises(error, match=message):
+        format.format(row(**columns))
+
+
+def test_a_completion_that_is_the_same_for_all_is_refused():
+    with pytest.raises(ConfigError, match="chosen='yes' uses no column"):
+        PreferenceFormat(chosen="yes")
+
+
+def test_a_file_of_conversations_is_split_by_what_is_asked(tmp_path):
+    rows = [{"messages": [{**USER, "content": f"{n}+1?"}, {**BOT, "content": answer}]} for n in range(10) for answer in "78"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = FileSource(
+        str(tmp_path / "rows.jsonl"), question_column="messages", answer_column=None, validation_fraction=0.3, split_seed=1
+    )
+    splits = source.load()
+    assert splits.train[0].question.startswith("user: ") and "assistant" not in splits.train[0].question
+    asked = [{row.question for row in part} for part in (splits.train, splits.validation)]
+    assert len(asked[0]) == 7 and len(asked[1]) == 3 and not asked[0] & asked[1]

@@ -1,0 +1,122 @@
+"""Supervised and DPO losses against scalar loops, their gradients, and that no split of a step changes them."""
+
+import math
+
+import pytest
+import torch
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import DPOLoss, SupervisedLoss
+from hybrid_lightning.losses.shares import combine_metrics
+from hybrid_lightning.types import LossInputs
+
+B, T = 8, 5
+LOSSES = [SupervisedLoss(), DPOLoss(), DPOLoss(beta=0.7, label_smoothing=0.2)]
+IDS = ["supervised", "dpo", "dpo smoothed"]
+
+
+def make(seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, T + 1, (B,), generator=generator)
+    logprobs, reference = (-3 * torch.rand(B, T, generator=generator, dtype=dtype) for _ in range(2))
+    mask = torch.arange(T)[None] < lengths[:, None]
+    entropy = torch.rand(B, T, generator=generator, dtype=dtype)
+    return LossInputs(logprobs, torch.ones(B), mask, ref_logprobs=reference, entropy=entropy)
+
+
+def parts(inputs, sizes, **denominators):
+    begin = 0
+    for size in sizes:
+        rows = slice(begin, begin + size)
+        begin += size
+        fields = {n: getattr(inputs, n)[rows] for n in ("logprobs", "advantages", "completion_mask", "ref_logprobs", "entropy")}
+        yield LossInputs(**fields, **denominators)
+
+
+def by_hand(loss, inputs):
+    rows = [row[mask].tolist() for row, mask in zip(inputs.logprobs, inputs.completion_mask, strict=True)]
+    if isinstance(loss, SupervisedLoss):
+        return -sum(sum(row) for row in rows) / sum(len(row) for row in rows)
+    reference = [sum(row[mask].tolist()) for row, mask in zip(inputs.ref_logprobs, inputs.completion_mask, strict=True)]
+    total = 0.0
+    for pair in range(B // 2):
+        chosen, rejected = (sum(rows[i]) - reference[i] for i in (2 * pair, 2 * pair + 1))
+        margin = loss.beta * (chosen - rejected)
+        smooth = loss.label_smoothing
+        total += (1 - smooth) * math.log(1 + math.exp(-margin)) + smooth * math.log(1 + math.exp(margin))
+    return total / (B // 2)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+def test_the_value_is_that_of_a_scalar_loop(loss):
+    inputs = make()
+    assert float(loss(inputs).loss) == pytest.approx(by_hand(loss, inputs), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+def test_the_gradient_is_that_of_finite_differences_and_zero_on_padding(loss):
+    inputs = make(1)
+
+    def value(logprobs):
+        return loss(LossInputs(logprobs, inputs.advantages, inputs.completion_mask, ref_logprobs=inputs.ref_logprobs)).loss
+
+    logprobs = inputs.logprobs.clone().requires_grad_()
+    assert torch.autograd.gradcheck(value, logprobs)
+    (gradient,) = torch.autograd.grad(value(logprobs), logprobs)
+    assert not gradient[~inputs.completion_mask].any() and gradient[inputs.completion_mask].all()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+@pytest.mark.parametrize("sizes", [(2, 6), (4, 2, 2), (0, 8)])
+def test_shares_add_up_however_a_step_is_split(loss, sizes):
+    inputs = make(2)
+    whole = loss(inputs)
+    denominators = {"num_tokens": float(inputs.completion_mask.sum()), "num_sequences": float(B)}
+    outputs = [loss(part) for part in parts(inputs, sizes, **denominators)]
+    assert float(sum(output.loss for output in outputs)) == pytest.approx(float(whole.loss), rel=1e-12)
+    joined = combine_metrics(output.metrics for output in outputs)
+    assert joined.keys() == whole.metrics.keys() and joined
+    for name, value in whole.metrics.items():
+        assert float(joined[name]) == pytest.approx(float(value), rel=1e-9), name
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+def test_what_padding_holds_does_not_matter(loss):
+    inputs = make(3)
+    filled = torch.where(inputs.completion_mask, inputs.logprobs, torch.nan)
+    other = LossInputs(filled, inputs.advantages, inputs.completion_mask, ref_logprobs=inputs.ref_logprobs.clone())
+    assert torch.equal(loss(other).loss, loss(inputs).loss)
+
+
+def test_at_the_start_policy_every_pair_costs_log_2():
+    inputs = make()
+    same = LossInputs(inputs.ref_logprobs, inputs.advantages, inputs.completion_mask, ref_logprobs=inputs.ref_logprobs)
+    output = DPOLoss(beta=0.3)(same)
+    assert float(output.loss) == pytest.approx(math.log(2))
+    assert {name: float(value) for name, value in output.metrics.items() if name.startswith("rewards/")} == {
+        "rewards/chosen": 0,
+        "rewards/rejected": 0,
+        "rewards/accuracies": 0,
+        "rewards/margins": 0,
+    }
+
+
+def test_a_batch_without_tokens_gives_a_differentiable_zero():
+    logprobs = torch.zeros(2, 3, requires_grad=True)
+    output = SupervisedLoss()(LossInputs(logprobs, torch.ones(2), torch.zeros(2, 3, dtype=torch.bool)))
+    output.loss.backward()
+    assert output.loss == 0 and not logprobs.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: DPOLoss(beta=0.0), "beta=0.0 must be positive"),
+        (lambda: DPOLoss(label_smoothing=0.5), "label_smoothing=0.5 must be at least 0 and below 0.5"),
+        (lambda: DPOLoss()(next(parts(make(), (3,)))), "needs 2 rows an example, got 3 rows"),
+        (lambda: DPOLoss()(LossInputs(torch.zeros(2, 1), torch.ones(2), torch.ones(2, 1) > 0)), "compares with the start policy"),
+    ],
+)
+def test_what_is_refused(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()

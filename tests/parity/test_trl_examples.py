@@ -1,0 +1,130 @@
+"""Supervised and DPO losses and gradients against the code of TRL's own trainers, called with a stand-in for the trainer."""
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hybrid_lightning.losses import DPOLoss, SupervisedLoss
+from hybrid_lightning.types import LossInputs
+
+pytest.importorskip("trl", reason="parity needs trl: pip install 'hybrid-lightning[test]'")
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_trainer import SFTTrainer
+
+B, T = 6, 5
+
+
+class Accelerator:
+    num_processes, device, parallelism_config = 1, "cpu", None
+    gather = gather_for_metrics = staticmethod(lambda value: value)
+    unwrap_model = staticmethod(lambda model: model)
+
+
+def make(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, T + 1, (B,), generator=generator)
+    logprobs, reference, entropy = (torch.rand(B, T, generator=generator, dtype=torch.float64) * 3 for _ in range(3))
+    mask = torch.arange(T)[None] < lengths[:, None]
+    return LossInputs(-logprobs.requires_grad_(), torch.ones(B), mask, ref_logprobs=-reference, entropy=entropy)
+
+
+def outputs(logprobs, mask, entropy):
+    """What TRL's models return: a value for each token that is predicted, zero where none is learned."""
+    filled = {"log_probs": logprobs, "entropy": entropy, "mean_logits": logprobs.detach(), "is_top1": mask}
+    return SimpleNamespace(label_mask=mask, **{name: value * mask for name, value in filled.items()})
+
+
+def trl_dpo(inputs, **arguments):
+    """`DPOTrainer._compute_loss` of the same log-probabilities, of which TRL has the chosen rows first."""
+    order = torch.cat([torch.arange(0, B, 2), torch.arange(1, B, 2)])
+    mask = inputs.completion_mask[order]
+    trainer = SimpleNamespace(
+        model=torch.nn.Identity(),
+        accelerator=Accelerator(),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=False,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        ref_model=lambda **_: outputs(inputs.ref_logprobs[order], mask, inputs.entropy[order]),
+        f_divergence_type="reverse_kl",
+        loss_weights=[1.0],
+        use_weighting=False,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        **arguments,
+    )
+    trainer.model.is_gradient_checkpointing = False
+    completion_mask = torch.cat([torch.zeros(B, 1, dtype=torch.bool), mask], dim=1)  # TRL's begins with the prompt's last token
+    batch = {
+        "input_ids": torch.zeros(B, T + 1, dtype=torch.long),
+        "attention_mask": torch.ones(B, T + 1),
+        "completion_mask": completion_mask,
+    }
+    model = lambda **_: outputs(inputs.logprobs[order], mask, inputs.entropy[order])  # noqa: E731
+    loss = DPOTrainer._compute_loss(trainer, model, batch, return_outputs=False)
+    return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def gradient(loss, inputs):
+    return torch.autograd.grad(loss, inputs.logprobs, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
+def test_dpo(beta):
+    inputs = make()
+    theirs, metrics = trl_dpo(inputs, loss_types=["sigmoid"], beta=beta, label_smoothing=0.0)
+    ours = DPOLoss(beta)(inputs)
+    torch.testing.assert_close(ours.loss, theirs, atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradient(ours.loss, inputs), gradient(theirs, inputs), atol=1e-12, rtol=0)
+    assert len(ours.metrics) == 6
+    for name, value in ours.metrics.items():
+        assert float(value) == pytest.approx(metrics[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
+def test_label_smoothing_is_robust_dpo_with_the_other_sign(smoothing):
+    """TRL's `robust`: ((1 - e) f(m) - e f(-m)) / (1 - 2 e), where ours is (1 - e) f(m) + e f(-m)."""
+    inputs = make(1)
+    robust, _ = trl_dpo(inputs, loss_types=["robust"], beta=0.4, label_smoothing=smoothing)
+    plain, _ = trl_dpo(inputs, loss_types=["sigmoid"], beta=0.4, label_smoothing=0.0)
+    ours = DPOLoss(0.4, smoothing)(inputs).loss
+    expected = 2 * (1 - smoothing) * plain - (1 - 2 * smoothing) * robust
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradient(ours, inputs), gradient(expected, inputs), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("num_tokens", [None, 40])
+def test_supervised(num_tokens):
+    """With and without tokens of other micro-batches in the denominator."""
+    inputs = make(2)
+    labels = torch.cat([torch.zeros(B, 1), inputs.completion_mask], dim=1)
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=Accelerator(),
+        aux_loss_enabled=False,
+        compute_loss_func=None,
+        label_smoother=None,
+        args=SimpleNamespace(loss_type="nll", average_tokens_across_devices=True),
+        get_tp_size=lambda: 1,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    model = lambda **_: outputs(inputs.logprobs, inputs.completion_mask, inputs.entropy)  # noqa: E731
+    batch = {"labels": labels, "attention_mask": torch.ones(B, T + 1)}
+    theirs = SFTTrainer.compute_loss(trainer, model, batch, num_items_in_batch=num_tokens)
+    given = LossInputs(
+        inputs.logprobs,
+        inputs.advantages,
+        inputs.completion_mask,
+        entropy=inputs.entropy,
+        num_tokens=None if num_tokens is None else float(num_tokens),
+    )
+    ours = SupervisedLoss()(given)
+    torch.testing.assert_close(ours.loss, theirs, atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradient(ours.loss, inputs), gradient(theirs, inputs), atol=1e-12, rtol=0)
+    if num_tokens is None:  # TRL's metrics are of the micro-batch
+        assert float(ours.metrics["entropy"]) == pytest.approx(trainer._metrics["train"]["entropy"][-1])

@@ -1,0 +1,188 @@
+"""Supervised and preference training against losses and gradients of separate, unpadded sequences."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from examples_of_tests import KINDS, build_examples, build_module, fit, weights, write_rows
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_models import build_model, build_tokenizer
+from tiny_runs import StartsWithDigit, build_adapter, build_trainer, write_model
+
+from hybrid_lightning.policy.logprobs import token_logprobs
+from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
+
+BETA = 0.5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("examples") / "model")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("examples") / "rows.jsonl")
+
+
+def plain_sum(model, prompt, text):
+    """Log-probability of a completion with its end, by an unpadded forward pass of characters; and how many tokens it has."""
+    tokenizer = build_tokenizer()
+    asked, said = tokenizer(prompt).input_ids, [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    logits = model(torch.tensor([asked + said])).logits[0, len(asked) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(said)), said].sum(), len(said)
+
+
+def loss_by_hand(kind, model, base, prompts):
+    """The loss of examples, sequence by sequence."""
+    if kind == "supervised":
+        values, tokens = zip(*(plain_sum(model, prompt.text, prompt.completions[0]) for prompt in prompts), strict=True)
+        return -sum(values) / sum(tokens)
+    losses = []
+    for prompt in prompts:
+        ratios = [plain_sum(model, prompt.text, text)[0] - plain_sum(base, prompt.text, text)[0] for text in prompt.completions]
+        losses.append(-F.logsigmoid(BETA * (ratios[0] - ratios[1])))
+    return sum(losses) / len(losses)
+
+
+class ByHand(Callback):
+    """Compares every step's gradient with that of separate sequences."""
+
+    def __init__(self, kind):
+        self.kind, self.base, self.steps, self.losses = kind, build_model("llama", std=0.1), 0, []
+
+    def on_train_start(self, trainer, pl_module):
+        self.prompts = []
+        look_up = pl_module.roll_out
+
+        def noting(prompts, generator):
+            self.prompts = list(prompts)
+            return look_up(prompts, generator)
+
+        pl_module.roll_out = noting
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        trained = {name: p for name, p in pl_module.model.named_parameters() if p.requires_grad}
+        expected = loss_by_hand(self.kind, pl_module.model, self.base, self.prompts)
+        gradients = torch.autograd.grad(expected, list(trained.values()))
+        for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+        self.expected, self.steps = float(expected.detach()), self.steps + 1
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not trainer.fit_loop._should_accumulate():
+            self.losses.append(float(trainer.callback_metrics["loss"]))
+            assert self.losses[-1] == pytest.approx(self.expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("max_tokens", "accumulate"), [(None, 1), (20, 2)], ids=["whole", "split"])
+def test_a_step_is_that_of_separate_sequences(kind, max_tokens, accumulate, model, rows, tmp_path):
+    check = ByHand(kind)
+    arguments = {"max_tokens_per_micro_batch": max_tokens}
+    fit(kind, model, rows, tmp_path, check, arguments=arguments, accumulate_grad_batches=accumulate, max_steps=2)
+    assert check.steps == 2 and check.losses[0] != check.losses[1]
+    if kind == "preference":
+        assert check.losses[0] == pytest.approx(0.6931, abs=1e-4), "it begins at the start policy"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_takes_no_packed_rows_is_trained_padded(kind, model, rows, tmp_path, monkeypatch):
+    packed = weights(fit(kind, model, rows, tmp_path / "a", max_steps=1))
+    padded = []
+
+    def no(model):
+        padded.append(True)
+        return False
+
+    monkeypatch.setattr("hybrid_lightning.policy.logprobs.supports_packing", no)
+    other = weights(fit(kind, model, rows, tmp_path / "b", max_steps=1))
+    assert padded
+    torch.testing.assert_close(other, packed, atol=1e-5, rtol=0)
+
+
+def test_chosen_and_rejected_share_their_prompt(model, rows):
+    module = build_module("preference", model)
+    data = build_examples("preference", rows)
+    sequences = module.example_sequences(data.train_prompts[:4], torch.device("cpu"))
+    width = sequences.completion_ids.shape[1]
+    separate = [token_logprobs(module.model, sequences.rows(slice(row, row + 1)), 1.0)[0] for row in range(8)]
+    tokens = []
+    forward = module.model.get_decoder().forward
+
+    def counting(*arguments, **options):
+        tokens.append(options["input_ids"].numel())
+        return forward(*arguments, **options)
+
+    module.model.get_decoder().forward = counting
+    shared, _ = token_logprobs(module.model, sequences, 1.0)
+    torch.testing.assert_close(shared, join_rows(separate, width), atol=1e-5, rtol=0)
+    needed = int(sequences.prompt_mask[0::2].sum()) + int(sequences.completion_mask.sum()) - 8
+    assert needed <= tokens[0] < needed + 16, "each prompt once, no completion's last token, and up to 15 tokens of filling"
+
+
+def test_a_pair_is_never_cut(model, rows):
+    module = build_module("preference", model)
+    prompts = build_examples("preference", rows).train_prompts[:3]
+    sequences = module.example_sequences([prompts[0], prompts[0], prompts[1]], torch.device("cpu"))  # the first two share it
+    prompt, pairs = 4, sequences.completion_mask.sum(dim=1).view(3, 2).sum(dim=1).tolist()
+    assert split_by_tokens(sequences, 1, 2) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    first_two = prompt + pairs[0] + pairs[1]
+    assert split_by_tokens(sequences, first_two, 2) == [slice(0, 4), slice(4, 6)]
+    assert split_by_tokens(sequences, first_two - 1, 2)[0] == slice(0, 2)
+    assert split_by_tokens(sequences, first_two + prompt + pairs[2], 2) == [slice(0, 6)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_goes_on_bit_for_bit(kind, model, rows, tmp_path):
+    """With LoRA dropout, which draws random numbers, and over the end of an epoch."""
+    flags = {"accumulate_grad_batches": 2, "max_steps": 5, "enable_checkpointing": True}
+
+    def run(root, ckpt=None):
+        saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        torch.manual_seed(11 if ckpt is None else 12)
+        module = build_module(kind, model, optimizer=torch.optim.AdamW, lr_full=1e-3, lr_lora=1e-2)
+        trainer = build_trainer(root, build_adapter(dropout=0.2), saver, **flags)
+        trainer.fit(module, datamodule=build_examples(kind, rows), ckpt_path=ckpt)
+        return weights(module)
+
+    whole = run(tmp_path / "a")
+    resumed = run(tmp_path / "b", tmp_path / "a" / "step=3.ckpt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_validation_measures_held_out_examples(kind, model, rows, tmp_path):
+    module = build_module(kind, model, reward=StartsWithDigit(), eval_samples=2)
+    module.sampler.max_new_tokens = 4
+    data = build_examples(kind, rows, validation_fraction=0.25)
+    data.eval_batch_size = 4
+    (found,) = build_trainer(tmp_path).validate(module, datamodule=data, verbose=False)
+    base = build_model("llama", std=0.1)
+    with torch.no_grad():
+        assert found["val/loss"] == pytest.approx(float(loss_by_hand(kind, base, base, data.validation_prompts)), abs=1e-5)
+    assert 0 <= found["val/avg@2"] <= 1 and "val/greedy_accuracy" in found
+    without = build_module(kind, model)
+    (found,) = build_trainer(tmp_path).validate(without, datamodule=data, verbose=False)
+    assert "val/loss" in found and not any("accuracy" in name for name in found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_are_scored_by_the_gradient_of_the_loss_itself(kind, model, rows, tmp_path):
+    module = build_module(kind, model, max_tokens_per_micro_batch=20)
+    data = build_examples(kind, rows)
+    trainer = build_trainer(tmp_path)
+    trainer.strategy._lightning_module, trainer.datamodule, module.trainer = module, data, trainer
+    data.trainer = trainer
+    losses = module.calibration_losses(6)
+    total = 6 * module.rows_together
+    assert losses.info == {"signal": "examples", "sequences": total, "useful_sequences": total, "prompts": 6}
+    module.model.requires_grad_(True)
+    (sum(losses) / len(losses)).backward()
+    weight = module.model.model.layers[0].mlp.down_proj.weight
+    base = build_model("llama", std=0.1).requires_grad_(True)
+    reference = build_model("llama", std=0.1)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(7919)).tolist()[:6]
+    loss_by_hand(kind, base, reference, [data.train_prompts[i] for i in order]).backward()
+    assert len(losses) > 1
+    torch.testing.assert_close(weight.grad, base.model.layers[0].mlp.down_proj.weight.grad, atol=1e-6, rtol=1e-4)

@@ -50,17 +50,36 @@ class HubSource(TableSource):
         }
 
     def _read(self, parameter: str, split: str) -> Table:
-        from datasets import load_dataset  # slow to import, and only needed here
+        return read_hub_split(parameter, split, self.path, self.name, self.revision, self.max_rows)
 
-        where = f"{parameter}={split!r} of data set {self.path!r}"
-        try:
-            data = load_dataset(self.path, self.name, revision=self.revision, split=split)
-            table = list(data.select(range(min(self.max_rows or len(data), len(data)))))
-        except Exception as error:  # datasets, huggingface_hub and pyarrow raise dozens of types
-            raise DataError(
-                f"{where} cannot be loaded: {type(error).__name__}: {one_line(error)}; check path, name, revision and split, "
-                "and that the hub can be reached or the data set is in the cache"
-            ) from error
-        if not table:
-            raise DataError(f"{where} has no rows: name a split with at least one")
-        return table
+
+def read_hub_split(
+    parameter: str, split: str, path: str, name: str | None = None, revision: str | None = None, max_rows: int | None = None
+) -> Table:
+    """Read one split of a data set, from the hub or its cache.
+
+    Args:
+        parameter: Name of the parameter that names the split, for error messages.
+        split: Its name, or a slice of it.
+        path: Hub id or local folder.
+        name: Configuration of the data set.
+        revision: Branch, tag or commit.
+        max_rows: Read only the first so many rows.
+
+    Raises:
+        DataError: If it cannot be loaded, or has no rows.
+    """
+    from datasets import load_dataset  # slow to import, and only needed here
+
+    where = f"{parameter}={split!r} of data set {path!r}"
+    try:
+        data = load_dataset(path, name, revision=revision, split=split)
+        table = list(data.select(range(min(max_rows or len(data), len(data)))))
+    except Exception as error:  # datasets, huggingface_hub and pyarrow raise dozens of types
+        raise DataError(
+            f"{where} cannot be loaded: {type(error).__name__}: {one_line(error)}; check path, name, revision and split, "
+            "and that the hub can be reached or the data set is in the cache"
+        ) from error
+    if not table:
+        raise DataError(f"{where} has no rows: name a split with at least one")
+    return table

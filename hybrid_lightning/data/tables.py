@@ -51,6 +51,13 @@ def read_table(name: str, path: str) -> Table:
     return rows
 
 
+def is_table(file: Path) -> bool:
+    """Whether a file can be read, by its name."""
+    packed = file.suffix == ".gz"
+    suffix = (Path(file.stem) if packed else file).suffix.lower()
+    return file.is_file() and suffix in _READERS and not (packed and suffix == ".parquet")
+
+
 def _open(file: Path, packed: bool) -> IO[str]:
     # utf-8-sig: some editors write a byte order mark, which is no part of the first column's name.
     return (gzip.open if packed else open)(file, "rt", encoding="utf-8-sig", newline="")  # type: ignore[operator,no-any-return]

@@ -1,0 +1,27 @@
+"""Data sets by name: where they lie on the hub, and which of their columns are question and answer.
+
+| class | hub id | training | validation | test |
+|---|---|---|---|---|
+| `GSM8K` | openai/gsm8k, main | train, 7,473 rows | | test, 1,319 |
+| `MATH` | DigitalLearningGmbH/MATH-lighteval | train, 7,500 | | test, 5,000 |
+| `MATH500` | HuggingFaceH4/MATH-500 | | | test, 500 |
+| `DAPOMath17k` | open-r1/DAPO-Math-17k-Processed, all | train, about 17,000 | | |
+| `AIME24` | HuggingFaceH4/aime_2024 | | | train, 30 |
+| `AIME25` | math-ai/aime25 | | | test, 30 |
+| `AMC23` | math-ai/amc23 | | | test, 40 |
+| `MMLUPro` | TIGER-Lab/MMLU-Pro | | validation, 70 | test, 12,032 |
+| `LeetCode` | newfacade/LeetCodeDataset | train, 2,641 | | test, 228 |
+
+Which split serves what can be changed, and a local copy used instead (see `PresetSource`).
+"""
+
+from hybrid_lightning.data.presets.aime import AIME24, AIME25
+from hybrid_lightning.data.presets.amc import AMC23
+from hybrid_lightning.data.presets.base import PresetSource
+from hybrid_lightning.data.presets.dapo_math import DAPOMath17k
+from hybrid_lightning.data.presets.gsm8k import GSM8K
+from hybrid_lightning.data.presets.leetcode import LeetCode
+from hybrid_lightning.data.presets.math import MATH, MATH500
+from hybrid_lightning.data.presets.mmlu_pro import MMLUPro
+
+__all__ = ["AIME24", "AIME25", "AMC23", "GSM8K", "MATH", "MATH500", "DAPOMath17k", "LeetCode", "MMLUPro", "PresetSource"]

@@ -1,0 +1,397 @@
+"""Presets on rows in the layout that the data sets have on the hub, and on copies that are laid out otherwise."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hybrid_lightning.data import AIME24, AIME25, AMC23, GSM8K, MATH, MATH500, DAPOMath17k, HubSource, LeetCode, MMLUPro
+from hybrid_lightning.data.presets import base
+from hybrid_lightning.data.presets.cells import last_boxed
+from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.rewards import CodeTests, MathMatch, MultipleChoice
+from hybrid_lightning.types import Prompt
+
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+    "(without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+DAPO_PROBLEM = "In triangle $ABC$, $\\sin A = \\frac{4}{5}$.\n\nFind $m+n$."
+SOLUTION = "class Solution:\n    def addOne(self, x: int) -> int:\n        return x + 1\n"
+QUERY = (
+    "Add one.\nPlease complete the following python code precisely:\n"
+    "```python\nclass Solution:\n    def addOne(self, x: int) -> int:\n```"
+)
+# Preset, a row in the layout of the hub, the question, the reference answer, a right completion and a wrong one, the reward.
+ROWS = {
+    "gsm8k": (
+        GSM8K,
+        {
+            "question": "Natalia sold 48 clips, and half as many in May. How many?",
+            "answer": "48/2 = <<48/2=24>>24\n48+1,152\n#### 1,200",
+        },
+        "Natalia sold 48 clips, and half as many in May. How many?",
+        "1,200",
+        ("She sold 1200 clips.", "She sold 120 clips."),
+        MathMatch,
+    ),
+    "math": (
+        MATH,
+        {
+            "problem": "Compute $\\dbinom{8}{4}/140$.",
+            "level": "Level 1",
+            "type": "Counting & Probability",
+            "solution": "$\\boxed{70}$ halves: it is $\\boxed{\\frac{1}{2}}$.",
+        },
+        "Compute $\\dbinom{8}{4}/140$.",
+        "\\frac{1}{2}",
+        ("\\boxed{0.5}", "\\boxed{70}"),
+        MathMatch,
+    ),
+    "math500": (
+        MATH500,
+        {
+            "problem": "Convert the point $(0,3)$ to polar coordinates.",
+            "solution": "\\[\\boxed{\\left( 3, \\frac{\\pi}{2} \\right)}.\\]",
+            "answer": "\\left( 3, \\frac{\\pi}{2} \\right)",
+            "subject": "Precalculus",
+            "level": 2,
+            "unique_id": "test/precalculus/807.json",
+        },
+        "Convert the point $(0,3)$ to polar coordinates.",
+        "\\left( 3, \\frac{\\pi}{2} \\right)",
+        ("\\boxed{(3, \\pi/2)}", "\\boxed{(\\pi/2, 3)}"),
+        MathMatch,
+    ),
+    "dapo": (
+        DAPOMath17k,
+        {
+            "prompt": DAPO_PROBLEM,
+            "solution": "34",
+            "data_source": "math_dapo",
+            "source_prompt": [{"content": DAPO.format(DAPO_PROBLEM), "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": "9a9b6eb4-a1cb-49d1-8c1e-62eaf2f74079"},
+        },
+        DAPO_PROBLEM,
+        "34",
+        ("Answer: 34", "Answer: 43"),
+        MathMatch,
+    ),
+    "dapo original": (
+        DAPOMath17k,
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"content": DAPO.format(DAPO_PROBLEM), "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": "9a9b6eb4-a1cb-49d1-8c1e-62eaf2f74079"},
+        },
+        DAPO_PROBLEM,
+        "34",
+        ("\\boxed{34}", "\\boxed{35}"),
+        MathMatch,
+    ),
+    "aime24": (
+        AIME24,
+        {
+            "id": 60,
+            "problem": "Find $m+n$.",
+            "solution": "so \\boxed{073}.",
+            "answer": "073",
+            "url": "https://a.b",
+            "year": "2024",
+        },
+        "Find $m+n$.",
+        "073",
+        ("\\boxed{73}", "\\boxed{37}"),
+        MathMatch,
+    ),
+    "aime24 Maxwell-Jia": (
+        AIME24,
+        {"ID": "2024-II-4", "Problem": "Find $m+n$.", "Solution": "so 33", "Answer": 33},
+        "Find $m+n$.",
+        "33",
+        ("33", "3.3"),
+        MathMatch,
+    ),
+    "aime24 math-ai": (
+        AIME24,
+        {"id": 60, "problem": "Find $m+n$.", "solution": "\\boxed{204}", "url": "https://a.b"},
+        "Find $m+n$.",
+        "204",
+        ("\\boxed{204}", "\\boxed{402}"),
+        MathMatch,
+    ),
+    "aime25": (
+        AIME25,
+        {"problem": "Sum of all bases $b>9$?", "answer": "70", "id": "0"},
+        "Sum of all bases $b>9$?",
+        "70",
+        ("\\boxed{70}", "\\boxed{7}"),
+        MathMatch,
+    ),
+    "aime25 opencompass": (
+        AIME25,
+        {"question": "Sum of all bases?", "answer": "588"},
+        "Sum of all bases?",
+        "588",
+        ("588", "589"),
+        MathMatch,
+    ),
+    "amc23": (
+        AMC23,
+        {"id": 0, "answer": "27.0", "url": "https://a.b/2023_AMC_12A_Problems/Problem_1", "question": "How many miles?"},
+        "How many miles?",
+        "27.0",
+        ("\\boxed{\\textbf{(E) } 27}", "\\boxed{\\textbf{(E) } 28}"),
+        MathMatch,
+    ),
+    "amc23 numbers": (AMC23, {"id": 0, "problem": "How many?", "answer": 9.0}, "How many?", "9", ("9", "6"), MathMatch),
+    "amc23 letters": (AMC23, {"question": "(A) 1 (B) 2", "answer": "B"}, "(A) 1 (B) 2", "B", ("(B)", "(A)"), MathMatch),
+    "mmlu_pro": (
+        MMLUPro,
+        {
+            "question_id": 70,
+            "question": "Typical advertising bodies warn of ...",
+            "options": ["Safe practices", "Unsafe practices", "Fear", "Jealousy", "Distress", "Joy", "Trivial", "a", "b", "c"],
+            "answer": "I",
+            "answer_index": 8,
+            "cot_content": "",
+            "category": "business",
+            "src": "ori_mmlu-business_ethics",
+        },
+        "Typical advertising bodies warn of ...\n\nA. Safe practices\nB. Unsafe practices\nC. Fear\nD. Jealousy\nE. Distress\n"
+        "F. Joy\nG. Trivial\nH. a\nI. b\nJ. c",
+        "I",
+        ("The answer is (I).", "I think it is (B)"),
+        MultipleChoice,
+    ),
+    "leetcode": (
+        LeetCode,
+        {
+            "task_id": "add-one",
+            "question_id": 1,
+            "difficulty": "Easy",
+            "tags": ["Math"],
+            "problem_description": "Add one.",
+            "starter_code": "class Solution:\n    def addOne(self, x: int) -> int:\n        ",
+            "estimated_date": "2015-08-07",
+            "prompt": "import math\nfrom typing import *\n",
+            "completion": SOLUTION,
+            "entry_point": "Solution().addOne",
+            "test": "def check(candidate):\n    assert candidate(x = 1) == 2\n    assert candidate(x = -1) == 0\n",
+            "input_output": [{"input": "x = 1", "output": "2"}],
+            "query": QUERY,
+            "response": f"```python\n{SOLUTION}```",
+        },
+        QUERY,
+        SOLUTION.strip(),
+        (f"```python\n{SOLUTION}```", f"```python\n{SOLUTION.replace('+ 1', '+ 2')}```"),
+        CodeTests,
+    ),
+}
+
+
+def write(folder, name, *rows):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def only_test(preset, path, **options):
+    splits = {"train_split": None, "validation_split": None, "test_split": "test"}
+    return preset(local_path=path, **splits, **options).load().test
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_row(case, tmp_path):
+    preset, columns, question, answer, _, _ = ROWS[case]
+    (row,) = only_test(preset, write(tmp_path, "test.jsonl", columns))
+    assert (row.question, row.answer) == (question, answer) and row.columns == columns and row.index == 0
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_its_reward_tells_right_from_wrong(case, tmp_path):
+    preset, columns, _, _, completions, reward = ROWS[case]
+    (row,) = only_test(preset, write(tmp_path, "test.jsonl", columns))
+    prompt = Prompt(text=row.question, answer=row.answer, columns=row.columns)
+    scores = reward()
+    scores.check_prompt(prompt)
+    assert list(scores(completions, [prompt] * 2)) == [1.0, 0.0]
+
+
+HUB = {
+    GSM8K: ("openai/gsm8k", "main", {"train_split": "train", "test_split": "test"}),
+    MATH: ("DigitalLearningGmbH/MATH-lighteval", "default", {"train_split": "train", "test_split": "test"}),
+    MATH500: ("HuggingFaceH4/MATH-500", None, {"test_split": "test"}),
+    DAPOMath17k: ("open-r1/DAPO-Math-17k-Processed", "all", {"train_split": "train"}),
+    AIME24: ("HuggingFaceH4/aime_2024", None, {"test_split": "train"}),
+    AIME25: ("math-ai/aime25", None, {"test_split": "test"}),
+    AMC23: ("math-ai/amc23", None, {"test_split": "test"}),
+    MMLUPro: ("TIGER-Lab/MMLU-Pro", None, {"validation_split": "validation", "test_split": "test"}),
+    LeetCode: ("newfacade/LeetCodeDataset", None, {"train_split": "train", "test_split": "test"}),
+}
+
+
+@pytest.mark.parametrize("preset", HUB)
+def test_what_is_asked_of_the_hub(preset, monkeypatch):
+    asked = []
+    columns = next(row[1] for row in ROWS.values() if row[0] is preset)
+    question = (
+        "problem" if "problem" in columns else "query" if "query" in columns else "prompt" if "prompt" in columns else "question"
+    )
+
+    def read(parameter, split, path, name, revision, max_rows):
+        asked.append((path, name, parameter, split, revision, max_rows))
+        return [{**columns, question: f"{parameter} {columns[question]}"}]
+
+    monkeypatch.setattr(base, "read_hub_split", read)
+    splits = preset(revision="v1", max_rows=7).load()
+    path, name, wanted = HUB[preset]
+    assert asked == [(path, name, parameter, split, "v1", 7) for parameter, split in wanted.items()]
+    for parameter in wanted:
+        (row,) = getattr(splits, parameter.removesuffix("_split"))
+        assert row.source == f"{path} {wanted[parameter]}"
+
+
+def test_a_clone_of_the_repository(tmp_path):
+    rows = [{"question": f"q{n}", "answer": f"#### {n}"} for n in range(6)]
+    write(tmp_path, "main/train-00000-of-00002.jsonl", *rows[:2])
+    write(tmp_path, "main/train-00001-of-00002.jsonl", *rows[2:4])
+    write(tmp_path, "main/test-00000-of-00001.jsonl", *rows[4:])
+    write(tmp_path, "socratic/train-00000-of-00001.jsonl", {"question": "socratic", "answer": "#### 1"})
+    write(tmp_path, ".cache/train.jsonl", {"question": "hidden", "answer": "#### 1"})
+    splits = GSM8K(local_path=str(tmp_path)).load()
+    assert [row.question for row in splits.train] == ["q0", "q1", "q2", "q3"] and [row.answer for row in splits.test] == [
+        "4",
+        "5",
+    ]
+    assert splits.train[0].source == str(tmp_path / "main") and splits.test[0].source.endswith("test-00000-of-00001.jsonl")
+
+
+def test_the_only_file_serves_the_only_split_whatever_its_name(tmp_path):
+    row = ROWS["aime24"][1]
+    for name in ("aime.jsonl", "test.jsonl", "train.jsonl"):
+        folder = tmp_path / name.removesuffix(".jsonl")
+        path = write(folder, name, row)
+        assert len(AIME24(local_path=path).load().test) == len(AIME24(local_path=str(folder)).load().test) == 1
+
+
+def test_parquet_as_the_hub_has_it(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list([ROWS["mmlu_pro"][1]]).to_parquet(str(tmp_path / "test-00000-of-00001.parquet"))
+    (row,) = only_test(MMLUPro, str(tmp_path))
+    assert row.answer == "I" and row.question == ROWS["mmlu_pro"][2]
+
+
+def test_a_split_may_serve_something_else_and_be_split(tmp_path):
+    rows = [{"question": f"q{n}", "options": ["x", "y"], "answer": "A"} for n in range(20)]
+    write(tmp_path, "test.jsonl", *rows)
+    splits = MMLUPro("test", None, None, local_path=str(tmp_path), validation_fraction=0.1, test_fraction=0.2).load()
+    assert [len(part) for part in vars(splits).values()] == [14, 2, 4]
+
+
+def test_problems_of_dapo_are_kept_once(tmp_path):
+    row = ROWS["dapo original"][1]
+    other = {**row, "prompt": [{"role": "user", "content": DAPO.format("Another one.")}]}
+    path = write(tmp_path, "dapo-math-17k.jsonl", row, other, row, row)
+    splits = DAPOMath17k(local_path=path).load()
+    assert [(row.question, row.index) for row in splits.train] == [(DAPO_PROBLEM, 0), ("Another one.", 1)]
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("gsm8k", {"answer": "no mark"}, "column 'answer' has no answer after ####: 'no mark'"),
+        ("gsm8k", {"answer": None}, "column 'answer' is missing"),
+        ("math", {"solution": "no box"}, r"the solution has no \\boxed\{\} with an answer"),
+        ("math", {"problem": " "}, "column 'problem' is empty"),
+        ("aime24", {"answer": "1/2"}, "'1/2' is no whole number from 0 to 999"),
+        ("aime25", {"answer": 1000}, "'1000' is no whole number from 0 to 999"),
+        ("mmlu_pro", {"answer": "K"}, "column 'answer' is 'K', which is no letter of the 10 options"),
+        ("mmlu_pro", {"answer_index": 0}, "column 'answer' is 'I', but 'answer_index' is 0"),
+        ("mmlu_pro", {"options": "A, B"}, "column 'options' must be a list of 2 to 26 options, not 'A, B'"),
+        ("dapo", {"reward_model": "x"}, "column 'reward_model' is no JSON"),
+        ("dapo", {"reward_model": {}}, "there is no column 'ground_truth'"),
+        ("leetcode", {"test": ""}, "column 'test' is empty"),
+    ],
+)
+def test_a_bad_row_is_named_or_skipped(case, change, message, tmp_path):
+    preset, columns = ROWS[case][:2]
+    path = write(tmp_path, "test.jsonl", columns, {**columns, **change})
+    with pytest.raises(DataError, match=rf"test\.jsonl, row 1 \(the first is 0\): {preset.__name__}: .*{message}.*skip_bad_rows"):
+        only_test(preset, path)
+    assert len(only_test(preset, path, skip_bad_rows=True)) == 1
+
+
+def test_a_missing_column_is_named(tmp_path):
+    with pytest.raises(
+        DataError, match="AIME25: there is no column 'problem' or 'Problem' or 'question'; the columns are answer"
+    ):
+        only_test(AIME25, write(tmp_path, "test.jsonl", {"answer": "7"}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"local_path": "nowhere"}, DataError, "local_path='nowhere' does not exist"),
+        (
+            {"local_path": "."},
+            DataError,
+            "has no file for train_split='train': name one train.jsonl, .* the files are test.jsonl",
+        ),
+        ({"local_path": ".", "train_split": "train[:5]"}, ConfigError, r"train_split='train\[:5\]': slices are for the hub"),
+        ({"train_split": None, "test_split": None}, ConfigError, "set at least one of train_split"),
+    ],
+)
+def test_what_cannot_be_found(arguments, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "test.jsonl", ROWS["gsm8k"][1])
+    with pytest.raises(error, match=message):
+        GSM8K(**arguments).load()
+
+
+def test_dapo_has_three_subsets():
+    assert DAPOMath17k(subset="en").hub_name == "en" and DAPOMath17k().hub_name == "all"
+    with pytest.raises(ConfigError, match="subset='fr': give one of all, en, cn"):
+        DAPOMath17k(subset="fr")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{1} and \boxed{2}", "2"),
+        (r"$\boxed{\left\{\frac{1}{2}\right\}}$", r"\left\{\frac{1}{2}\right\}"),
+        (r"$\boxed 7$.", "7"),
+        (r"\fbox{ 3 }", "3"),
+        (r"\boxed{1} \boxed{2", "1"),
+        ("none", None),
+    ],
+)
+def test_the_last_box(text, answer):
+    assert last_boxed(text) == answer
+
+
+def test_presets_are_no_hub_sources():
+    """A config that changes from one to the other inherits arguments of the same name: `path` must be none of them."""
+    assert not isinstance(GSM8K(), HubSource) and not hasattr(GSM8K(), "path")
+
+
+@pytest.mark.parametrize(
+    ("preset", "path", "options", "count"),
+    [
+        (GSM8K, "gsm8k", {}, 1319),
+        (AIME24, "aime24/test.jsonl", {}, 30),
+        (LeetCode, "leetcode", {"train_split": None, "max_rows": 50}, 50),
+    ],
+)
+def test_all_rows_of_the_data_sets_themselves(preset, path, options, count):
+    path = Path(__file__).parents[3] / "shared" / "data" / path
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    assert len(preset(local_path=str(path), **options).load().test) == count

@@ -8,13 +8,16 @@ its slot is given up later, when many are, since that moves the keys and values 
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.rollout.attention import AttentionSettings, Masks, cached_key_dtype, shared_attention
+from hybrid_lightning.rollout.attention import AttentionSettings, Masks, cached_key_dtype, products_are_faster, shared_attention
 from hybrid_lightning.rollout.forward import constant_projection, packed_hidden
 from hybrid_lightning.rollout.packing import PackedSequences, visible
 from hybrid_lightning.types import Sequences
 
 _FIRST_CAPACITY = 32  # tokens; doubled whenever it is full
 _FEWER_SLOTS = 0.6  # slots are given up when this share of them is enough
+# Where attention is by products they see this many tokens more at a time, the last of them masked. oneDNN makes code for each new
+# size and keeps it: without, every length of a completion had its own, and a process grew by 0.5 MB with each.
+_WIDTH_STEP = 16
 
 
 class SharedPromptDecoding:
@@ -37,6 +40,7 @@ class SharedPromptDecoding:
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, G, capacity, D]
         self.lengths = mask.sum(dim=1)  # tokens of each prompt
         self.decoded = 0  # tokens in `own`, the same for all running rows
+        self.own_width = 0  # of these and of zeros behind them, that attention gets
         self._masks: dict[int | None, Masks] = {}
 
     def prefill(self, samples: int) -> Tensor:
@@ -52,6 +56,7 @@ class SharedPromptDecoding:
     def step(self, tokens: Tensor) -> Tensor:
         """See `Decoding`."""
         self.decoded += 1
+        self.own_width = self._own_width()
         self._masks = {}
         positions = self.row_lengths + self.decoded - 1
         return self.project(packed_hidden(self.model, tokens, positions, self))
@@ -87,7 +92,7 @@ class SharedPromptDecoding:
         samples, (_, heads, _, capacity, size) = self.slots.shape[1], cache.shape
         # Prompt by prompt heads stay together: [P', G', K, tokens, D].
         taken = cache[..., : self.decoded, :][source // samples, :, source % samples]
-        moved = cache.new_empty(len(source), heads, source.shape[1], capacity, size)
+        moved = cache.new_zeros(len(source), heads, source.shape[1], capacity, size)
         moved[..., : self.decoded, :] = taken.transpose(1, 2)
         return moved
 
@@ -98,7 +103,7 @@ class SharedPromptDecoding:
         heads, (_, all_heads, size) = key.shape[1], query.shape
         grouped = self._to_slots(query).view(*self.slots.shape, heads, all_heads // heads, 1, size)
         self._append(layer, self._to_slots(key), self._to_slots(value))
-        own = (self.own[layer][0][..., : self.decoded, :], self.own[layer][1][..., : self.decoded, :])
+        own = (self.own[layer][0][..., : self.own_width, :], self.own[layer][1][..., : self.own_width, :])
         result = shared_attention(grouped.permute(0, 2, 1, 3, 4, 5), self.prompt[layer], own, self._mask(window), settings)
         slots = result.permute(0, 2, 1, 3, 4, 5).reshape(self.slots.numel(), all_heads, size)
         return slots if self.full else slots.index_select(0, self.slot_of_row)
@@ -120,12 +125,17 @@ class SharedPromptDecoding:
             rows = rows.index_select(0, self.slots.flatten())
         return rows.reshape(*self.slots.shape, *rows.shape[1:])
 
+    def _own_width(self) -> int:
+        if not products_are_faster(self.lengths.device):
+            return self.decoded
+        return min(-(-self.decoded // _WIDTH_STEP) * _WIDTH_STEP, self.max_new_tokens)
+
     def _append(self, layer: int, key: Tensor, value: Tensor) -> None:
         if layer not in self.own:
             capacity = min(_FIRST_CAPACITY, self.max_new_tokens)
             self.own[layer] = (_allocate(key, capacity, cached_key_dtype(key)), _allocate(value, capacity, value.dtype))
         keys, values = self.own[layer]
-        if keys.shape[3] < self.decoded:
+        if keys.shape[3] < self.own_width:
             extra = min(keys.shape[3], max(1, self.max_new_tokens - keys.shape[3]))
             # One after the other, so that no more than one of them is there twice.
             self.own[layer] = (keys := _grow(keys, extra), values)
@@ -141,13 +151,15 @@ class SharedPromptDecoding:
     def _build_masks(self, window: int | None) -> Masks:
         width = self.layout.prompts.shape[1]
         narrow = window is not None and window < width + self.decoded
-        if self.layout.prompts.filled and not narrow:
-            return None, None
         device, lengths = self.lengths.device, self.lengths[:, None]
+        own = None
+        if narrow or self.own_width > self.decoded:
+            own = visible(torch.tensor(self.decoded - 1, device=device), torch.arange(self.own_width, device=device), window)
+        if self.layout.prompts.filled and not narrow:
+            return None, own
         prompt = torch.arange(width, device=device)[None]
-        own = torch.arange(self.decoded, device=device)
         seen = visible(lengths + self.decoded - 1, prompt, window) & (prompt < lengths)  # [P, S]
-        return seen[:, None, None, None, None], visible(torch.tensor(self.decoded - 1, device=device), own, window)
+        return seen[:, None, None, None, None], own
 
 
 class _Prefill:
@@ -167,8 +179,8 @@ class _Prefill:
 def _allocate(part: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
     """[P, G, K, D] -> room for [P, K, G, capacity, D]."""
     prompts, samples, heads, size = part.shape
-    return part.new_empty(prompts, heads, samples, capacity, size, dtype=dtype)
+    return part.new_zeros(prompts, heads, samples, capacity, size, dtype=dtype)
 
 
 def _grow(cache: Tensor, extra: int) -> Tensor:
-    return torch.cat([cache, cache.new_empty(*cache.shape[:3], extra, cache.shape[4])], dim=3)
+    return torch.cat([cache, cache.new_zeros(*cache.shape[:3], extra, cache.shape[4])], dim=3)

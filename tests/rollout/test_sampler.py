@@ -30,7 +30,9 @@ def sample(tokenizer, family="llama", samples=3, seed=0, texts=TEXTS, **settings
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_logprobs_are_those_of_a_plain_unpadded_forward_pass(tokenizer, family):
     temperature = 0.7
-    rollouts = sample(tokenizer, family, temperature=temperature)
+    # Long enough that decoding widens what it attends to, and moves its cache.
+    rollouts = sample(tokenizer, family, temperature=temperature, max_new_tokens=40)
+    assert rollouts.sequences.completion_mask.sum(dim=1).max() > 32
     model, sequences = build_model(family), rollouts.sequences
     for row in range(len(sequences)):
         prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]]

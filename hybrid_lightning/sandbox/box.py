@@ -41,8 +41,7 @@ def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number
         root = os.geteuid() == 0
         if "namespaces" in spec["mechanisms"]:
             namespaces.unshare()
-        # Root of a user namespace has no other user that it could become.
-        user = None if os.geteuid() else privileges.FIRST_USER + (launcher * 2 + number) % privileges.USERS
+        user = privileges.other_user(launcher * 2 + number)
         inner = os.fork()
         if inner == 0:
             _confine(spec, user, threads=user is not None or ("namespaces" in spec["mechanisms"] and not root))

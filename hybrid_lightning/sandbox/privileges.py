@@ -7,7 +7,7 @@ import struct
 
 from hybrid_lightning.sandbox import libc
 
-FIRST_USER, USERS = 61184, 4336  # the range of systemd's dynamic users, which no person and no other service has
+_FIRST_USER, _USERS = 61184, 4336  # the range of systemd's dynamic users, which no person and no other service has
 OPEN_FILES = 64
 STACK_BYTES = 64 * 2**20  # for deep recursion through C code, such as functools.cache
 
@@ -35,6 +35,20 @@ def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) ->
         hard = resource.getrlimit(name)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(name, (value, value))
+
+
+def other_user(number: int) -> int | None:
+    """Number of the user that a box of root becomes; None if this process is another user already, or may not change it.
+
+    Args:
+        number: Differs between boxes that run at the same time.
+    """
+    if os.geteuid():
+        return None
+    with open("/proc/self/status") as stream:
+        capabilities = next(int(line.split()[1], 16) for line in stream if line.startswith("CapEff"))
+    may_change = all(capabilities >> bit & 1 for bit in (6, 7))  # CAP_SETGID, CAP_SETUID
+    return _FIRST_USER + number % _USERS if may_change else None
 
 
 def drop(user: int | None) -> None:

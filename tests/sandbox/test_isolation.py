@@ -150,3 +150,9 @@ def test_nothing_but_the_standard_library_is_needed():
         [sys.executable, "-S", "-c", code], cwd=isolation.__file__.rsplit("/", 3)[0], capture_output=True, text=True
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_sandbox_does_not_load_torch():
+    code = "import hybrid_lightning.sandbox.isolation, hybrid_lightning.sandbox.packages, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

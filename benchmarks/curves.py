@@ -32,7 +32,7 @@ def draw(out: Path, title: str, folders: list[Path]) -> None:
         first = method not in colours
         colour = colours.setdefault(method, COLOURS[len(colours) % len(COLOURS)])
         curves = read(folder)
-        sampled = next(tag for tag in curves if tag.startswith("val/avg@"))
+        sampled = next(tag for tag in curves if tag.rstrip("0123456789") == "val/avg@")
         for tag, style, label in ((sampled, "-", sampled.removeprefix("val/")), ("val/greedy_accuracy", "--", "greedy")):
             steps, values = zip(*curves[tag], strict=True)
             held_out.plot(steps, [100 * v for v in values], style, color=colour, label=f"{method}, {label}" if first else None)

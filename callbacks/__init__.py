@@ -1,6 +1,7 @@
 """Lightning callbacks; imported as `hybrid_lightning.callbacks`, which is a link to this folder."""
 
 from hybrid_lightning.callbacks.adaptable import Adaptable
+from hybrid_lightning.callbacks.evaluation_report import EvaluationReport
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.policy_export import PolicyExport
@@ -14,6 +15,7 @@ from hybrid_lightning.callbacks.tensorboard_overview import TensorBoardOverview
 
 __all__ = [
     "Adaptable",
+    "EvaluationReport",
     "GracefulStop",
     "HybridAdapterSetup",
     "PolicyExport",

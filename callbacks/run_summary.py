@@ -124,7 +124,7 @@ class RunSummary(Callback):
 
     def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:
         if trainer.is_global_zero and metrics:
-            values = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in metrics.items())
+            values = "  ".join(f"{name} {value:.3f}" for name, value in _headline(metrics).items())
             console().print(f"Validation ({when}): {values}", soft_wrap=True)
 
     def _print(self, summary: dict[str, Any]) -> None:
@@ -152,6 +152,15 @@ class RunSummary(Callback):
 
 def _validation_metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def _headline(metrics: dict[str, float]) -> dict[str, float]:
+    """What fits a line: of all sets together, without intervals, and of each `METRIC@k` the one with the largest k."""
+    overall = {name.removeprefix("val/"): value for name, value in metrics.items() if name.count("/") == 1}
+    largest = max((int(name.partition("@")[2]) for name in overall if "@" in name), default=0)
+    return {
+        name: value for name, value in overall.items() if name != "problems" and ("@" not in name or name.endswith(f"@{largest}"))
+    }
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -43,6 +43,7 @@ class TensorBoardOverview(Callback):
             return
         for number, name_or_stem in enumerate(wanted, start=first):
             for name, value in trainer.callback_metrics.items():
-                if name == name_or_stem or (name_or_stem.endswith("@") and name.startswith(name_or_stem)):
+                stem = name.rstrip("0123456789") if name_or_stem.endswith("@") else name
+                if stem == name_or_stem:
                     for writer in tensorboard_writers(trainer):
                         writer.add_scalar(f"{GROUP}/{number} {name.replace('/', ' ')}", float(value), trainer.global_step)

@@ -11,6 +11,7 @@ from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.export.form import ExportForm
 from hybrid_lightning.export.licence import base_licence
 from hybrid_lightning.export.trained import BaseModel, TrainedPolicy, Training
+from hybrid_lightning.metrics import LOWER, UPPER
 
 _SHOWN_MODULES = 24  # fully trained ones that the card lists; plan.json has all
 _ARGUMENTS = (
@@ -94,7 +95,7 @@ def _data(training: Training) -> str:
 
 
 def _metrics(training: Training) -> str:
-    names = sorted({*training.before, *training.after})
+    names = sorted(name for name in {*training.before, *training.after} if not name.endswith((f"/{LOWER}", f"/{UPPER}")))
     if not names:
         return "Not measured."
     rows = [f"| `{name}` | {_number(training.before, name)} | {_number(training.after, name)} |" for name in names]

@@ -4,13 +4,14 @@ from hybrid_lightning.metrics.completions import completion_draws, completion_va
 from hybrid_lightning.metrics.intervals import confidence_interval
 from hybrid_lightning.metrics.maj_at_k import maj_at_k
 from hybrid_lightning.metrics.pass_at_k import pass_at_k
-from hybrid_lightning.metrics.problem_means import LOWER, OVERALL, UPPER, ProblemMeans
+from hybrid_lightning.metrics.problem_means import LOWER, OVERALL, UPPER, ProblemMeans, check_set_name
 
 __all__ = [
     "LOWER",
     "OVERALL",
     "UPPER",
     "ProblemMeans",
+    "check_set_name",
     "completion_draws",
     "completion_values",
     "confidence_interval",

@@ -87,11 +87,20 @@ class ProblemMeans(Metric):
         return {name: torch.tensor(value, dtype=torch.float32) for name, value in result.items()}
 
 
+def check_set_name(name: str) -> None:
+    """Make sure that results can be told by it.
+
+    Raises:
+        DataError: If not.
+    """
+    if len(name.encode()) > _NAME_BYTES:
+        raise DataError(f"the set name {name!r} is too long: give one of at most {_NAME_BYTES} bytes")
+
+
 def _encode(name: str) -> list[int]:
     """A name as numbers, so that ranks can tell each other which sets they saw, in a state of tensors."""
+    check_set_name(name)
     encoded = name.encode()
-    if len(encoded) > _NAME_BYTES:
-        raise DataError(f"the set name {name!r} is too long: give one of at most {_NAME_BYTES} bytes")
     return list(encoded) + [0] * (_NAME_BYTES - len(encoded))
 
 

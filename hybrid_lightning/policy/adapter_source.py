@@ -58,7 +58,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         config = PeftConfig.from_pretrained(str(folder))
         adapted = get_peft_model(model, config)
         weights = load_peft_weights(str(folder), device="cpu")
-        result = set_peft_model_state_dict(adapted, weights)
+        result: Any = set_peft_model_state_dict(adapted, weights)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise ModelError(f"cannot put the adapter {str(folder)!r} on its base: {' '.join(str(error).split())[:400]}") from error
     missing = [name for name in result.missing_keys if ".lora_" in name or ".modules_to_save." in name]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hybrid_lightning.adapters.constant_weights import constant_weights
+from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
@@ -50,7 +51,9 @@ class EvaluatedModule(LanguageModule):
         return self.encoder.encode(prompt)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Make sure that the reward can score completions of these prompts (see `RewardFunction.check_prompt`)."""
+        """Make sure that completions of these prompts can be scored (see `RewardFunction.check_prompt`) and reported on."""
+        for name in {prompt.set_name for prompt in prompts}:
+            check_set_name(name)
         for term, _ in self.reward.terms():
             for prompt in prompts:
                 term.check_prompt(prompt)

@@ -27,6 +27,7 @@ def read(tmp_path):
 
 def test_the_overview_comes_first_and_holds_training_and_validation(tmp_path):
     metrics = {"reward": 0.5, "entropy": 2.0, "time/generate_s": 9.0, "time/step_s": 12.0, "val/avg@8": 0.25, "val/reward": 7.0}
+    metrics |= {"val/avg@8/ci_low": 0.125, "val/quiz/avg@8": 0.75}
     trainer = build_trainer(tmp_path, False, metrics)
     overview = TensorBoardOverview()
     overview.on_train_batch_end(trainer, None, None, None, 0)

@@ -1,0 +1,101 @@
+"""`EvaluationReport`: how good the policy is at each set of problems, as a table and as JSON."""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from hybrid_lightning.callbacks.display import console, run_folder
+from hybrid_lightning.metrics import LOWER, OVERALL, UPPER
+
+Scores = Mapping[str, Mapping[str, float]]
+_OVERALL_TITLE = "mean of sets"
+
+
+class EvaluationReport(Callback):
+    """Prints a table after `validate` and `test`, in `fit` where sets have names, and writes `evaluation.json` into the folder.
+
+    The numbers are those of TensorBoard, under the names that they have there after `val/` or `test/`: `overall` is the mean over
+    named sets, each with the same weight, or the only set if none has a name. Shares come with 95% confidence intervals over
+    problems (see `hybrid_lightning.metrics.intervals`). The file holds the last evaluation of the run.
+
+    The module gives them as `last_evaluation`: set -> metric -> value, with "" for all sets together.
+    """
+
+    def __init__(self) -> None:
+        self._start = 0.0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report."""
+        self._report(trainer, pl_module, "validation")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report."""
+        self._report(trainer, pl_module, "test")
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
+        scores: Any = getattr(pl_module, "last_evaluation", None)
+        folder = run_folder(trainer)  # by every process, since they tell each other the folder
+        if not scores or not trainer.is_global_zero:
+            return
+        fitting, out = trainer.state.fn == "fit", console()
+        if not fitting or len(scores) > 1:
+            step = f" (step {trainer.global_step})" if fitting else ""
+            table = score_table(scores, f"{split.capitalize()}{step}")
+            # In a file or pipe nothing has to fit a screen.
+            (out if out.is_terminal else Console(width=10_000)).print(table)
+        if folder is None or trainer.sanity_checking:
+            return
+        report = {
+            "split": split,
+            "model": str(pl_module.hparams.get("model", "")),
+            "checkpoint": None if fitting or not trainer.ckpt_path else str(trainer.ckpt_path),
+            "step": trainer.global_step if fitting else None,
+            "seconds": round(time.perf_counter() - self._start, 2),
+            "overall": scores[OVERALL],
+            "sets": {name: values for name, values in scores.items() if name != OVERALL},
+        }
+        path = folder / "evaluation.json"
+        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        if not fitting:
+            out.print(f"Written to {path} in {report['seconds']:.1f} s of evaluation", soft_wrap=True)
+
+
+def score_table(scores: Scores, title: str) -> Table:
+    """Metrics as rows and sets as columns; shares in percent, with their intervals.
+
+    Args:
+        scores: Set -> metric -> value.
+        title: Above the table.
+    """
+    names = [name for name in scores if name != OVERALL]
+    columns = {name: scores[name] for name in names} | {_OVERALL_TITLE if names else "": scores[OVERALL]}
+    table = Table(title=title, title_justify="left", caption="shares in percent, with 95% confidence intervals over problems")
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for metric in scores[OVERALL]:
+        if not metric.endswith((f"/{LOWER}", f"/{UPPER}")):
+            table.add_row(metric, *(_cell(values, metric) for values in columns.values()))
+    return table
+
+
+def _cell(values: Mapping[str, float], metric: str) -> str:
+    value = values[metric]
+    if metric == "problems":
+        return f"{value:.0f}"
+    if f"{metric}/{LOWER}" not in values:
+        return f"{value:.3f}"
+    return f"{100 * value:.1f} [{100 * values[f'{metric}/{LOWER}']:.1f}, {100 * values[f'{metric}/{UPPER}']:.1f}]"

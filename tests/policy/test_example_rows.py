@@ -1,7 +1,7 @@
 """Examples as tokens, and what is refused at start."""
 
 import pytest
-from examples_of_tests import build_examples, build_module, write_rows
+from tiny_examples import build_examples, build_module, write_rows
 from tiny_models import build_tokenizer
 from tiny_runs import build_adapter, build_trainer, write_model
 

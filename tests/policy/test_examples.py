@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from examples_of_tests import KINDS, build_examples, build_module, fit, weights, write_rows
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_examples import KINDS, build_examples, build_module, fit, weights, write_rows
 from tiny_models import build_model, build_tokenizer
 from tiny_runs import StartsWithDigit, build_adapter, build_trainer, write_model
 

@@ -1,0 +1,169 @@
+"""Every data overlay is read over a config of another data set, and gives prompts that its reward can score."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_runs import run, write_folder
+from jsonargparse import ArgumentParser
+
+import hybrid_lightning.data
+import hybrid_lightning.rewards
+from hybrid_lightning.data import PromptFormat, PromptSource
+from hybrid_lightning.rewards import RewardFunction
+
+ROOT = Path(__file__).parents[2]
+OVERLAYS = sorted((ROOT / "configs" / "data").glob("*.yaml"))
+CHECK = "def check(candidate):\n    assert candidate(x = 1) == {}\n"
+# File of a local copy -> rows in the layout of the hub.
+COPIES = {
+    "GSM8K": {
+        "train": [{"question": f"{n} and {n}?", "answer": f"It is\n#### {2 * n}"} for n in range(60)],
+        "test": [{"question": "70 and 70?", "answer": "#### 140"}],
+    },
+    "MATH": {"train": [{"problem": f"Half of ${n}$?", "solution": rf"$\boxed{{\frac{{{n}}}{{2}}}}$"} for n in range(60)]},
+    "MATH500": {
+        "test": [{"problem": "Half of  $3$ ?", "answer": r"\frac{3}{2}"}, {"problem": "Half of $-3$?", "answer": "-1.5"}]
+    },
+    "DAPOMath17k": {"train": [{"prompt": f"Double {n}.", "solution": str(2 * n)} for n in range(300)]},
+    "AIME24": {"train": [{"problem": "Double 100.", "answer": "200"}, {"problem": "Find $m+n$.", "answer": "073"}]},
+    "AIME25": {"test": [{"problem": "Find $m-n$.", "answer": "70"}]},
+    "AMC23": {"test": [{"question": "How many?", "answer": "27.0"}]},
+    "MMLUPro": {
+        "validation": [{"question": "Which?", "options": ["x", "y"], "answer": "B", "answer_index": 1}],
+        "test": [{"question": f"Which of {n}?", "options": ["x", "y", "z"], "answer": "C", "answer_index": 2} for n in range(20)],
+    },
+    "LeetCode": {
+        split: [
+            {
+                "query": f"Add {n}.",
+                "prompt": "",
+                "entry_point": "Solution().add",
+                "test": CHECK.format(n + 1),
+                "completion": f"class Solution:\n    def add(self, x): return x + {n}",
+            }
+            for n in numbers
+        ]
+        for split, numbers in (("train", range(30)), ("test", range(40, 42)))
+    },
+}
+# Rows for training, validation and test of each set.
+SIZES = {
+    "gsm8k": {"": (58, 2, 1)},
+    "math": {"math": (57, 2, 0), "math500": (0, 0, 2)},
+    "dapo_math": {"dapo": (299, 0, 0), "aime24": (0, 2, 0), "aime25": (0, 0, 1), "amc23": (0, 0, 1), "math500": (0, 0, 2)},
+    "mmlu_pro": {"": (16, 1, 4)},
+    "leetcode": {"": (29, 1, 2)},
+    "mixture": {"dapo": (297, 2, 0), "aime24": (0, 0, 2), "leetcode": (29, 1, 2), "mmlu_pro": (16, 1, 4)},
+}
+
+SHORT = [
+    "--trainer.max_steps=2",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.limit_val_batches=0",
+    "--adapter.calibration_prompts=4",
+    "--adapter.scorer=Random",
+    "--model.sampler.max_new_tokens=4",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for preset, splits in COPIES.items():
+        for split, rows in splits.items():
+            path = folder / preset / f"{split}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    yield from write_folder(folder)
+
+
+def local(part):
+    """The same source on local copies."""
+    given = dict(part.get("init_args", {}))
+    if "sources" in given:
+        return {**part, "init_args": {**given, "sources": {name: local(source) for name, source in given["sources"].items()}}}
+    return {**part, "init_args": {**given, "local_path": part["class_path"]}}
+
+
+def over(base, overlay, folder, monkeypatch):
+    """Reward, source and format of the two configs, as the command line merges them."""
+    from hybrid_lightning import cli
+
+    config = yaml.safe_load(overlay.read_text())
+    config["data"]["source"] = local(config["data"]["source"])
+    (folder / "overlay.yaml").write_text(yaml.safe_dump(config))
+    made = []
+
+    def stop(self):
+        made.append(self)
+        raise StopIteration
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(cli.HybridLightningCLI, "before_instantiate_classes", stop)
+    monkeypatch.setattr("sys.argv", ["hybrid_lightning", "fit", "--config", str(base), "--config", "overlay.yaml"])
+    with pytest.raises(StopIteration):
+        cli.HybridLightningCLI()
+    parsed = made[0].config["fit"]
+    parser = ArgumentParser(exit_on_error=False)
+    for name, kind in (("reward", RewardFunction), ("source", PromptSource), ("format", PromptFormat)):
+        parser.add_argument(f"--{name}", type=kind)
+    data = parsed.data.init_args
+    given = {"reward": parsed.model.init_args.reward, "source": data.source, "format": data.format}
+    made = parser.instantiate(parser.parse_object(given))
+    return made.reward, made.source, made.format
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_an_overlay_gives_prompts_that_its_reward_can_score(overlay, folder, monkeypatch):
+    reward, source, formats = over(ROOT / "configs" / "gsm8k_qwen3.yaml", overlay, folder, monkeypatch)
+    splits = source.load()
+    for name, sizes in SIZES[overlay.stem].items():
+        assert tuple(sum(row.set_name == name for row in rows) for rows in vars(splits).values()) == sizes, name
+    assert {row.set_name for rows in vars(splits).values() for row in rows} == set(SIZES[overlay.stem])
+    for rows in vars(splits).values():
+        for row in rows[:40]:
+            prompt = formats.format(row)
+            reward.check_prompt(prompt)
+            assert prompt.messages[-1] == {"role": "user", "content": row.question} and prompt.set_name == row.set_name
+
+
+def test_a_mixture_trains_with_each_set_logged(folder):
+    config = yaml.safe_load((ROOT / "configs" / "data" / "mixture.yaml").read_text())
+    config["data"]["source"] = local(config["data"]["source"])
+    (folder / "mixture.yaml").write_text(yaml.safe_dump(config))
+    chat = "--model.chat_template={% for message in messages %}{{ message.content }}{% endfor %}"
+    result = run(folder, "fit", "--config", "t.yaml", "--config", "mixture.yaml", chat, *SHORT)
+    assert result.code == 0, result.err
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((folder / "runs" / "default").glob("version_*"))))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    for name in ("dapo", "leetcode", "mmlu_pro"):
+        assert any(tag.endswith(f"sets/{name}/accuracy") for tag in tags), sorted(tags)
+
+
+def built_without_arguments(module, base):
+    """Names of concrete classes; overlays and other tests give those with required arguments theirs."""
+    found = []
+    for name in module.__all__:
+        cls = getattr(module, name)
+        if isinstance(cls, type) and issubclass(cls, base) and not inspect.isabstract(cls):
+            parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+            if all(entry.default is not entry.empty or entry.kind is entry.VAR_KEYWORD for entry in parameters):
+                found.append((base, name))
+    return found
+
+
+NAMES = built_without_arguments(hybrid_lightning.data, PromptSource)
+NAMES += built_without_arguments(hybrid_lightning.rewards, RewardFunction)
+
+
+@pytest.mark.parametrize(("base", "name"), NAMES, ids=[name for _, name in NAMES])
+def test_each_class_is_found_by_its_short_name(base, name):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--part", type=base)
+    assert parser.parse_args([f"--part={name}"]).part.class_path.endswith(f".{name}")

@@ -56,6 +56,7 @@ class EvaluationReport(Callback):
             table = score_table(scores, f"{split.capitalize()}{step}")
             # In a file or pipe nothing has to fit a screen.
             (out if out.is_terminal else Console(width=10_000)).print(table)
+            out.print("Shares in percent, with 95% confidence intervals over problems.", soft_wrap=True)
         if folder is None or trainer.sanity_checking:
             return
         report = {
@@ -82,7 +83,7 @@ def score_table(scores: Scores, title: str) -> Table:
     """
     names = [name for name in scores if name != OVERALL]
     columns = {name: scores[name] for name in names} | {_OVERALL_TITLE if names else "": scores[OVERALL]}
-    table = Table(title=title, title_justify="left", caption="shares in percent, with 95% confidence intervals over problems")
+    table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")

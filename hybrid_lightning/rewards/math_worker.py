@@ -14,6 +14,7 @@ import re
 import resource
 import signal
 import sys
+from decimal import Decimal
 from functools import lru_cache
 from math import isfinite
 from typing import Any
@@ -30,6 +31,8 @@ NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
+LARGE = re.compile(r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?)\s*(thousand|million|billion|trillion)\b", re.IGNORECASE)
+ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 MIXED = re.compile(r"(?<![\w./,$}])(\d+) (\d+)/(\d+)(?![\w/])")  # 1 1/2
 MIXED_PERCENT = re.compile(r"(?<![\w}.])(\d+)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}(?=\s*\\?%)")  # 33\frac{1}{3}\%
 REPEATING = re.compile(r"(?<![\w.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}")  # 0.1\overline{6}
@@ -56,6 +59,7 @@ REWRITES = [
     ),  # 1,2345 is two numbers, or a typing error, and not 1,234 and a 5
     (re.compile(r"(?<![\d.])\d+(?:\.\d+){2,}"), "x"),  # 1.000.000 or 1.2.3 is neither 1.000 nor 1.2
     (re.compile(r"(?<=[A-Za-z]):(?=[-$\d\\])"), ": "),  # Answer:5
+    (re.compile(r"\\(?:mathbf|boldsymbol|bf)\s*\{(\w*)\}"), r"\1"),
     (re.compile(r"\\fbox(?=\s*\{)"), r"\\boxed"),
     # \boxed{\textbf{(B)}\ 27}: the value is the answer, and not the letter that it has among the choices
     (
@@ -85,9 +89,15 @@ def normalize(text: str) -> str:
     """Write what math-verify would misread, such as 1e5 as 1, in a way that it reads."""
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
+    text = LARGE.sub(large, text)
     text = REPEATING.sub(repeating, MIXED_PERCENT.sub(mixed, MIXED.sub(mixed, text)))
     # A point or an interval is LaTeX to math-verify, which would take the last number in it.
     return text if LATEX.search(text) else TUPLE.sub(r"$\g<0>$", text)
+
+
+def large(match: re.Match[str]) -> str:
+    """A number such as 1.5 million in digits."""
+    return format(Decimal(match[1].replace(",", "")).scaleb(ZEROS[match[2].lower()]), "f")
 
 
 def mixed(match: re.Match[str]) -> str:

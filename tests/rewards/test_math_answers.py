@@ -15,9 +15,10 @@ GSM8K = {
             "**72**",
             "72 clips altogether in April and May",
         ],
-        ["#### 27", "#### 72.5", "#### -72", "#### 720", "72 or 73", "seventy-two"],
+        ["72 million", "72,5", "72:30", "72 + 1", "#### 27", "#### 72.5", "#### -72", "#### 720", "72 or 73", "seventy-two"],
     ),
     "1,200": (["#### 1200", "$1,200.00", r"\$1{,}200", "1,200 dollars"], ["12000", "1.200", "1,2000", "120"]),
+    "1500000": (["1.5 million", r"1{,}500{,}000", "1,500 thousand"], ["1.5", "15 million", "1.5 billion"]),
     "3.5": (["3.50", "3 1/2", r"\boxed{3\frac{1}{2}}", "7/2"], ["31/2", "3 2/1", "35"]),
 }
 MATH = {
@@ -67,7 +68,14 @@ MATH = {
 AIME = {
     "073": (["73", r"\boxed{073}", r"\boxed{73}", "so $m+n=70+3=73$"], ["730", "7.3", r"\boxed{37}"]),
     "204": (
-        [r"$\boxed{204}$ minutes.", r"$m+n=100+104=\boxed{204}$", r"\boxed{204.}", r"\boxed{\textbf{204}}", "Answer: 204"],
+        [
+            r"$\boxed{204}$ minutes.",
+            r"$m+n=100+104=\boxed{204}$",
+            r"\boxed{204.}",
+            r"\boxed{\textbf{204}}",
+            r"\boxed{\mathbf{204}}",
+            "204°",
+        ],
         [r"\boxed{240}", r"\boxed{2.04}", r"\boxed{-204}", r"\boxed{203.9999}", "Answer: 204 or 205", r"\boxed{204i}"],
     ),
     "21": ([r"\boxed{21 \pmod{1000}}"], [r"\boxed{21^2}"]),
@@ -75,8 +83,15 @@ AIME = {
 }
 AMC = {
     "27.0": (
-        [r"\boxed{27}", r"\boxed{\textbf{(B)}\ 27}", r"\boxed{\text{(B)} 27}", r"\boxed{(B) 27}", r"\boxed{\mathrm{(B)}~27}"],
-        [r"\boxed{\textbf{(B)}\ 72}", r"\boxed{B}", r"\boxed{27.1}"],
+        [
+            r"\boxed{27}",
+            r"\boxed{\textbf{(B)}\ 27}",
+            r"\boxed{\text{(B)} 27}",
+            "(B) 27",
+            r"\boxed{(B) 27}",
+            r"\boxed{\mathrm{(B)}~27}",
+        ],
+        ["(27) B) 28", r"\boxed{\textbf{(B)}\ 72}", r"\boxed{B}", r"\boxed{27.1}"],
     ),
     "B": (
         [r"\boxed{\textbf{(B)}\ 27}", r"\boxed{\text{B}}", "The answer is B.", "(B)", r"\boxed{(B)}"],

@@ -38,7 +38,7 @@ def in_one(attempts, names):
 
 def results(source, mechanisms):
     """Name of an attempt -> "held" or "escaped"."""
-    ran = launch([Box("script", {"setup": "", "source": source})], mechanisms, Limits())
+    ran = launch([Box("script", {"setup": "", "source": source})], mechanisms, Limits(wall_seconds=30.0))
     assert ran.in_time and not any(ran.endings.values()), ran
     lines = [json.loads(line) for line in ran.stdout.decode().splitlines()]
     assert len(lines) == len(dict(lines)), "a program went on twice"

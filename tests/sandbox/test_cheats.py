@@ -47,14 +47,8 @@ def score(programs, tests, entry_point=None, partial_credit=False, wall_seconds=
     return dict(zip(programs, reward([fenced(program) for program in programs.values()], [prompt] * len(programs)), strict=True))
 
 
-@pytest.fixture(scope="module")
-def cheated():
-    return score(CHEATS, TESTS, wall_seconds=3.0)
-
-
-@pytest.mark.parametrize("name", CHEATS)
-def test_no_cheat_passes(name, cheated):
-    assert cheated[name] == 0.0
+def test_no_cheat_passes():
+    assert score(CHEATS, TESTS, wall_seconds=3.0) == dict.fromkeys(CHEATS, 0.0) and len(CHEATS) > 60
 
 
 def test_honest_programs_pass():

@@ -83,7 +83,7 @@ def score_table(scores: Scores, title: str) -> Table:
     """
     names = [name for name in scores if name != OVERALL]
     columns = {name: scores[name] for name in names} | {_OVERALL_TITLE if names else "": scores[OVERALL]}
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", show_header=bool(names))
     table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
@@ -94,6 +94,8 @@ def score_table(scores: Scores, title: str) -> Table:
 
 
 def _cell(values: Mapping[str, float], metric: str) -> str:
+    if metric not in values:  # the loss of given completions is over all sets
+        return "-"
     value = values[metric]
     if metric == "problems":
         return f"{value:.0f}"

@@ -1,0 +1,54 @@
+"""The config of evaluation alone takes a model and rows, and nothing else."""
+
+import json
+
+import pytest
+from test_configs import ROOT, here, parse, run, tiny  # noqa: F401  (fixtures)
+
+EVALUATE = ["--config", str(ROOT / "configs" / "evaluate.yaml")]
+SMALL = ["--model.sampler.max_new_tokens=5", "--model.eval_samples=2", "--trainer.accelerator=cpu", "--trainer.devices=1"]
+SMALL += ["--trainer.enable_progress_bar=false"]
+SETS = """
+data:
+  source:
+    class_path: Mixture
+    init_args:
+      sources:
+        quiz: {class_path: FileSource, init_args: {test: rows.jsonl}}
+        riddles: {class_path: FileSource, init_args: {test: rows.jsonl, max_rows: 2}}
+"""
+
+
+@pytest.fixture
+def rows(here):  # noqa: F811
+    (here / "rows.jsonl").write_text("".join(f'{{"question": "{n} + 1?", "answer": {n + 1}}}\n' for n in range(3)))
+    (here / "sets.yaml").write_text(SETS)
+
+
+def test_a_model_and_rows_are_enough(tiny, rows, here, monkeypatch, capsys):  # noqa: F811
+    run(["test", *EVALUATE, f"--model.model={tiny}", "--data.source.test=rows.jsonl", *SMALL], monkeypatch)
+    report = json.loads((here / "runs" / "evaluate" / "version_0" / "evaluation.json").read_text())
+    assert report["model"] == str(tiny) and report["overall"]["problems"] == 3 and report["sets"] == {}
+    assert {"avg@2", "pass@2", "maj@2", "greedy_accuracy/ci_high"} < report["overall"].keys()
+    assert "adapter plan" not in capsys.readouterr().out.lower(), "nothing is adapted"
+
+
+def test_several_named_sets_go_over_it(tiny, rows, here, monkeypatch):  # noqa: F811
+    run(["test", *EVALUATE, "--config", "sets.yaml", f"--model.model={tiny}", *SMALL], monkeypatch)
+    report = json.loads((here / "runs" / "evaluate" / "version_0" / "evaluation.json").read_text())
+    assert {name: values["problems"] for name, values in report["sets"].items()} == {"quiz": 3, "riddles": 2}
+
+
+def test_without_rows_it_says_what_is_missing(tiny, here, monkeypatch, capsys):  # noqa: F811
+    with pytest.raises(SystemExit):
+        run(["test", *EVALUATE, f"--model.model={tiny}", *SMALL], monkeypatch)
+    assert "no data: set at least one of train, validation, test" in capsys.readouterr().err
+
+
+def test_the_benchmarks_have_a_reward_and_a_format_each_and_nothing_to_train_on(here, monkeypatch):  # noqa: F811
+    overlay = ["--config", str(ROOT / "configs" / "evaluation" / "benchmarks.yaml")]
+    parsed = parse(["test", *EVALUATE, *overlay], monkeypatch)
+    source, layout = parsed.data.init_args.source.init_args, parsed.data.init_args.format.init_args
+    assert source.sources.keys() == layout.formats.keys() == parsed.model.init_args.reward.init_args.rewards.keys()
+    assert all(part.init_args.train_split is None and part.init_args.test_split for part in source.sources.values())
+    assert parsed.model.init_args.sampler.init_args.max_new_tokens == 8192

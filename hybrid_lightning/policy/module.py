@@ -25,7 +25,9 @@ from hybrid_lightning.policy.rollout_metrics import rollout_metrics
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.loader import RolloutSchedule
+from hybrid_lightning.rollout.prompt_draws import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.sharding.ranks import world_size
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
 
@@ -136,7 +138,11 @@ class PolicyModule(CalibratedModule):
     ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
         """Complete and score prompts (see `RolloutSource`)."""
         with self.clock.phase("generate"):
-            rollouts = self.generate(prompts, self.rollout_schedule.samples_per_prompt, generator)
+            # So that a prompt is completed alike however many ranks there are.
+            seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+            places = range(self.global_rank, len(prompts) * world_size(), world_size())
+            samples = self.rollout_schedule.samples_per_prompt
+            rollouts = self.generate(prompts, samples, PromptDraws(prompts, samples, seed, places))
         with self.clock.phase("reward"):
             rewards = self.score(rollouts)
             advantages = advantages_over_ranks(self.advantage, rewards, rollouts.samples_per_prompt)

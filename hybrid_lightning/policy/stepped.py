@@ -41,9 +41,8 @@ class SteppedModule(EvaluatedModule):
     def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
         """The train dataloader: rollouts of these prompts. A data module's `train_dataloader` returns it."""
         trainer = self.trainer
-        rank = trainer.global_rank
         epoch = trainer.current_epoch
-        generator = torch.Generator(device=self.device).manual_seed(self.seed * 100_003 + rank + 1_000_000_007 * epoch)
+        generator = torch.Generator(device=self.device).manual_seed(self.seed * 100_003 + 1_000_000_007 * epoch)
         return RolloutLoader(
             prompts,
             cast(RolloutSource, self),
@@ -51,7 +50,7 @@ class SteppedModule(EvaluatedModule):
             accumulate_grad_batches=lambda: trainer.accumulate_grad_batches,
             generator=generator,
             seed=self.seed,
-            rank=rank,
+            rank=trainer.global_rank,
             world_size=trainer.world_size,
             sum_over_ranks=sum_over_ranks,
             gather_over_ranks=gather_objects,

@@ -80,6 +80,10 @@ class RolloutSource(Protocol):
     ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
         """Complete and score prompts.
 
+        Args:
+            prompts: Of this rank: number `rank` of the rollout's and then each `world_size`-th.
+            generator: In the same state on every rank, and to be left so.
+
         Returns:
             Sequences (B), the sampler's log-probabilities [B, T], advantages [B], and metrics to log with each of their steps.
         """
@@ -109,7 +113,8 @@ class RolloutLoader:
         source: Makes rollouts; the policy.
         schedule: Sizes.
         accumulate_grad_batches: Returns the Trainer's current value (it can change between epochs).
-        generator: Random generator of the sampling, on the model's device; its state is part of `state_dict`.
+        generator: Random generator of the sampling, on the model's device and the same on every rank; its state is part of
+            `state_dict`.
         seed: Of the prompt order.
         rank: This process.
         world_size: Number of processes; each takes its own P / world_size prompts of every rollout.
@@ -201,7 +206,7 @@ class RolloutLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`.
 
-        Another number of ranks takes the rows that are left over among them; a rank that was not there draws new random numbers.
+        Another number of ranks takes the rows that are left over among them, and goes on to sample the same completions.
 
         Raises:
             CheckpointError: If the state was saved with another number of training prompts, or by an earlier version.
@@ -218,8 +223,8 @@ class RolloutLoader:
         saved: list[dict[str, Any]] = state["ranks"]
         pending = [[_from_state(entry).to(device) for entry in one["pending"]] for one in saved]
         self._pending = deque(deal(pending, self.rank, self.world_size))
+        self.generator.set_state(saved[0]["generator"].cpu())
         if self.rank < len(saved):
-            self.generator.set_state(saved[self.rank]["generator"].cpu())
             self._resumed_random_state = saved[self.rank]["random"]
         self._resumed = True
 

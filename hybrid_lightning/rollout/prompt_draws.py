@@ -14,16 +14,24 @@ _STEPS = 64  # drawn at once: neither one call a token, nor numbers for the long
 class PromptDraws:
     """Uniform numbers for the completions of one batch, from a generator for each prompt.
 
-    Evaluation draws from them: batch size, number of ranks and order of prompts then change nothing but how logits are rounded.
+    Batch size, number of ranks and order of prompts then change nothing but how logits are rounded.
 
     Args:
-        prompts: P, told apart by set and index.
+        prompts: P.
         samples_per_prompt: G.
         seed: Of all of them.
+        places: What tells the prompts apart, such as their numbers in a rollout over all ranks, which may have a prompt twice;
+            None takes set and index.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> None:
-        self._generators = [torch.Generator().manual_seed(_seed_of(prompt, seed)) for prompt in prompts]
+    def __init__(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, seed: int, places: Sequence[int] | None = None
+    ) -> None:
+        names = (
+            [f"{prompt.set_name}/{prompt.index}" for prompt in prompts] if places is None else [str(place) for place in places]
+        )
+        assert len(names) == len(prompts)
+        self._generators = [torch.Generator().manual_seed(_seed_of(name, seed)) for name in names]
         self._samples = samples_per_prompt
         self._block = torch.empty(0)
         self._next = 0  # the step that comes after the block
@@ -45,6 +53,6 @@ class PromptDraws:
         return self._block[rows, step - self._next + _STEPS, None]
 
 
-def _seed_of(prompt: Prompt, seed: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{prompt.set_name}/{prompt.index}".encode(), digest_size=8).digest()
+def _seed_of(name: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

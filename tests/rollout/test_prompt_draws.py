@@ -46,3 +46,11 @@ def test_a_prompt_is_completed_the_same_alone_and_among_others(tokenizer, family
     assert [text for prompt in reversed(PROMPTS) for text in completions([prompt])] == [
         text for position in reversed(range(6)) for text in together[3 * position : 3 * position + 3]
     ]
+
+
+def test_a_prompt_that_is_twice_in_a_rollout_has_other_numbers_at_each_place():
+    twice = [PROMPTS[0], PROMPTS[0], PROMPTS[1]]
+    of_all, of_second_rank = PromptDraws(twice, 2, 0, range(3)), PromptDraws(twice[1:2], 2, 0, [1])
+    values = of_all.numbers(torch.arange(6), 0)
+    assert len(values.unique()) == 6
+    assert torch.equal(of_second_rank.numbers(torch.arange(2), 0), values[2:4])

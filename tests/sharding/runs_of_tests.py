@@ -120,7 +120,7 @@ def train(
     )  # each rank draws another start of LoRA: that of the first counts
     arguments = {
         "loss": GSPOLoss(kl_coef=0.02),
-        "sampler": ByPrompt(),
+        "sampler": Sampler(6),
         "prompts_per_rollout": 12,
         "minibatches_per_rollout": 2,
         "epochs_per_rollout": 1,
@@ -173,5 +173,5 @@ def predict(folder: Path, root: Path, strategy: Any = "auto", devices: int = 1, 
     data.eval_batch_size = batch_size
     flags = {"strategy": strategy() if callable(strategy) else strategy, "devices": devices}
     trainer = build_trainer(root, **flags)
-    batches = trainer.predict(build_policy(folder / "model", sampler=ByPrompt()), datamodule=data)
+    batches = trainer.predict(build_policy(folder / "model", sampler=Sampler(6)), datamodule=data)
     return [record for batch in batches for record in batch]

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks_of_tests import run
-from runs_of_tests import ByPrompt, train, train_each
+from runs_of_tests import train, train_each
 from test_equal_to_one_process import ADAM
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDataParallel
@@ -16,11 +16,12 @@ from torchmetrics import MeanMetric
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
 # Several passes a micro-batch and several micro-batches a step: gradients add up on the host.
-POLICY = {**ADAM, "loss": GRPOLoss(kl_coef=0.02), "sampler": ByPrompt(12), "max_tokens_per_micro_batch": 24}
+POLICY = {**ADAM, "loss": GRPOLoss(kl_coef=0.02), "sampler": Sampler(12), "max_tokens_per_micro_batch": 24}
 ARGUMENTS = {"policy": {**POLICY, "epochs_per_rollout": 2}, "accumulate_grad_batches": 2, "max_steps": 4}
 
 

@@ -1,4 +1,4 @@
-"""On any number of ranks, a run has the plan, losses, metrics, weights and validation of one process on the same rollouts."""
+"""On any number of ranks, a run has the plan, losses, metrics, weights and validation of one process."""
 
 from functools import partial
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from hybrid_lightning.callbacks.display import console, run_folder, test_command
 from hybrid_lightning.callbacks.step_timer import find_step_timer
+from hybrid_lightning.metrics import LOWER, UPPER
 
 
 class RunSummary(Callback):
@@ -124,14 +126,18 @@ class RunSummary(Callback):
 
     def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:
         if trainer.is_global_zero and metrics:
-            values = "  ".join(f"{name} {value:.3f}" for name, value in _headline(metrics).items())
+            sets = getattr(trainer.lightning_module, "last_evaluation", {})
+            values = "  ".join(f"{name} {value:.3f}" for name, value in _headline(metrics, sets).items())
             console().print(f"Validation ({when}): {values}", soft_wrap=True)
 
     def _print(self, summary: dict[str, Any]) -> None:
         table = Table(title="What happened", title_justify="left", show_header=False)
         samples = summary["eval_samples"]
-        table.add_row(f"accuracy (avg@{samples})", _change(summary["accuracy_before"], summary["accuracy_after"]))
-        table.add_row("greedy accuracy", _change(summary["greedy_before"], summary["greedy_after"]))
+        for name, value in _loss_changes(summary["validation"]["before"], summary["validation"]["after"]).items():
+            table.add_row(name, value)
+        if summary["accuracy_before"] is not None or summary["accuracy_after"] is not None or table.row_count == 0:
+            table.add_row(f"accuracy (avg@{samples})", _change(summary["accuracy_before"], summary["accuracy_after"]))
+            table.add_row("greedy accuracy", _change(summary["greedy_before"], summary["greedy_after"]))
         modules = ", ".join(name.removeprefix("model.") for name in summary["full_modules"][:6])
         more = len(summary["full_modules"]) - 6
         table.add_row("fully trained", (modules + (f" and {more} more" if more > 0 else "")) or "none")
@@ -154,19 +160,31 @@ def _validation_metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 
-def _headline(metrics: dict[str, float]) -> dict[str, float]:
+def _headline(metrics: dict[str, float], sets: Iterable[str]) -> dict[str, float]:
     """What fits a line: of all sets together, without intervals, and of each `METRIC@k` the one with the largest k."""
-    overall = {name.removeprefix("val/"): value for name, value in metrics.items() if name.count("/") == 1}
+    hidden = tuple(f"{name}/" for name in sets if name)
+    names = (name.removeprefix("val/") for name in metrics)
+    overall = [name for name in names if not name.startswith(hidden) and not name.endswith((f"/{LOWER}", f"/{UPPER}"))]
     largest = max((int(name.partition("@")[2]) for name in overall if "@" in name), default=0)
-    return {
-        name: value for name, value in overall.items() if name != "problems" and ("@" not in name or name.endswith(f"@{largest}"))
-    }
+    chosen = (name for name in overall if name != "problems" and ("@" not in name or name.endswith(f"@{largest}")))
+    return {name: metrics[f"val/{name}"] for name in chosen}
 
 
 def _change(before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return f"{'not measured' if before is None else f'{before:.1%}'} -> {'not measured' if after is None else f'{after:.1%}'}"
     return f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points)"
+
+
+def _loss_changes(before: dict[str, float], after: dict[str, float]) -> dict[str, str]:
+    """Of training on given completions: their held-out loss, and the share of pairs of which the chosen one is preferred."""
+    changes = {}
+    if "val/loss" in after:
+        first = f"{before['val/loss']:.4f}" if "val/loss" in before else "not measured"
+        changes["held-out loss"] = f"{first} -> {after['val/loss']:.4f}"
+    if "val/rewards/accuracies" in after:
+        changes["preferred as chosen"] = _change(before.get("val/rewards/accuracies"), after["val/rewards/accuracies"])
+    return changes
 
 
 def _time(summary: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from hybrid_lightning.callbacks.display import tensorboard_writers
 # TensorBoard orders groups and cards by name, and digits come first.
 GROUP = "0_overview"
 _VALIDATION = ("val/avg@", "val/greedy_accuracy")  # avg@ of whatever number of samples
+_EXAMPLES = ("val/loss", "val/rewards/accuracies")  # of training on given completions
 _TRAINING = (
     "reward",
     "completions/mean_length",
@@ -37,6 +38,7 @@ class TensorBoardOverview(Callback):
         """Repeat the accuracies of validations during `fit`, the one before training included."""
         if trainer.state.fn == "fit":
             self._write(trainer, _VALIDATION, first=1)
+            self._write(trainer, _EXAMPLES, first=len(_VALIDATION) + len(_TRAINING) + 1)
 
     def _write(self, trainer: Trainer, wanted: tuple[str, ...], first: int) -> None:
         if not trainer.is_global_zero:

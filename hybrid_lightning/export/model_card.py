@@ -24,6 +24,7 @@ _ARGUMENTS = (
     "prompts_per_rollout",
     "samples_per_prompt",
     "minibatches_per_rollout",
+    "examples_per_step",
     "optimizer",
     "lr_full",
     "lr_lora",
@@ -54,7 +55,8 @@ def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
 
 def _header(policy: TrainedPolicy, form: ExportForm, licence: str | None) -> str:
     """What the hub reads: only what it can resolve."""
-    header: dict[str, Any] = {"library_name": form.library, "pipeline_tag": "text-generation", "tags": ["hybrid-lora", "rlvr"]}
+    tags = ["hybrid-lora"] if "examples_per_step" in policy.training.arguments else ["hybrid-lora", "rlvr"]
+    header: dict[str, Any] = {"library_name": form.library, "pipeline_tag": "text-generation", "tags": tags}
     if not Path(policy.base.source.location).exists():
         header |= {"base_model": policy.base.model, "base_model_relation": form.relation}
     if licence is not None:

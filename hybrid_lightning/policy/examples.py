@@ -219,9 +219,9 @@ class ExampleModule(SteppedModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/...`."""
-        self._log_measured("val")
         if self.reward is not None:
             super().on_validation_epoch_end()
+        self._log_measured("val")
 
     def test_step(self, batch: Sequence[Prompt], *place: Any, **places: Any) -> None:
         """As in validation."""
@@ -231,13 +231,15 @@ class ExampleModule(SteppedModule):
 
     def on_test_epoch_end(self) -> None:
         """Log `test/...`."""
-        self._log_measured("test")
         if self.reward is not None:
             super().on_test_epoch_end()
+        self._log_measured("test")
 
     def _log_measured(self, prefix: str) -> None:
         metrics: Any = self.example_metrics[prefix]
+        measured = {name: float(value) for name, value in metrics.compute().items()}
         # Every rank has the same values; `sync_dist` lets Lightning know.
-        values = {f"{prefix}/{name}": value for name, value in metrics.compute().items()}
-        self.log_dict(values, sync_dist=self.trainer.world_size > 1)
+        self.log_dict({f"{prefix}/{name}": value for name, value in measured.items()}, sync_dist=self.trainer.world_size > 1)
+        evaluation = self.last_evaluation if self.reward is not None else {}
+        self.last_evaluation = {**evaluation, "": {**measured, **evaluation.get("", {})}}
         metrics.reset()

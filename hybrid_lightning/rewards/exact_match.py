@@ -39,6 +39,10 @@ class ExactMatch(RewardFunction):
         answer = extract(self.pattern, completion)
         return None if answer is None else self._normalize(answer) or None
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Make sure that there is a reference answer."""
+        reference_answer(type(self).__name__, prompt)
+
     def _score(self, completion: str, prompt: Prompt) -> float:
         wanted = self._normalize(reference_answer(type(self).__name__, prompt))
         return float(self.extract_answer(completion, prompt) == wanted)

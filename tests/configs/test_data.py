@@ -133,6 +133,10 @@ def test_an_overlay_gives_prompts_that_its_reward_can_score(overlay, folder, mon
 def test_a_mixture_trains_with_each_set_logged(folder):
     config = yaml.safe_load((ROOT / "configs" / "data" / "mixture.yaml").read_text())
     config["data"]["source"] = local(config["data"]["source"])
+    # A user's own reward for one set, in a file beside the config.
+    (folder / "mine.py").write_text("async def digits(completion, answer):\n    return float(completion[:1] == answer[:1])\n")
+    own = {"class_path": "FunctionReward", "init_args": {"function": "mine.py:digits", "timeout_s": 20}}
+    config["model"]["reward"]["init_args"]["rewards"]["dapo"] = own
     (folder / "mixture.yaml").write_text(yaml.safe_dump(config))
     chat = "--model.chat_template={% for message in messages %}{{ message.content }}{% endfor %}"
     result = run(folder, "fit", "--config", "t.yaml", "--config", "mixture.yaml", chat, *SHORT)

@@ -1,7 +1,9 @@
 import pytest
 from tiny_models import build_tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
+from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.types import Prompt
@@ -67,3 +69,10 @@ def test_a_template_that_fails_names_the_row(template):
 def test_an_empty_prompt_is_refused(prompt):
     with pytest.raises(DataError, match="prompt of the data row 3 is empty"):
         PromptEncoder(build_tokenizer(), "{# nothing #}").encode(prompt)
+
+
+def test_what_the_vocabulary_lacks_is_said():
+    encoder = PromptEncoder(AutoTokenizer.from_pretrained(embedded_policy_path()))
+    assert encoder.encode(Prompt(text="12*3="))
+    with pytest.raises(DataError, match=r"cannot encode the prompt of q\.csv row 3: .*take another model or other data"):
+        encoder.encode(Prompt(text="How many?", index=3, source="q.csv"))

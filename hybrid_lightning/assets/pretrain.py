@@ -12,16 +12,21 @@ work; the task asks with "=", where it mostly answers directly, and mostly wrong
 """
 
 import argparse
-import math
 import random
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from hybrid_lightning.data.products import FACTORS, product_split
+from hybrid_lightning.data import DemonstrationFormat, PromptDataModule, PromptSource, Row, Splits
+from hybrid_lightning.data.products import FACTORS, product_split, worked_answer
+from hybrid_lightning.policy.optim import CosineSchedule, build_optimizer
+from hybrid_lightning.policy.supervised import SupervisedModule
 
 WORKED_CUE_SHARE = 0.6  # lines with ":"
 WORKED_SHARE = 0.3  # worked lines among those with "="
@@ -63,22 +68,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def worked_answer(a: int, b: int) -> str:
-    """The partial products in brackets, units first and with the carry added, and the product behind them.
-
-    Example:
-        >>> worked_answer(347, 6)
-        '[42 28 20]2082'
-    """
-    partial_products = []
-    carry = 0
-    for digit in reversed(str(a)):
-        partial = int(digit) * b + carry
-        partial_products.append(f"{partial:02d}")
-        carry = partial // 10
-    return f"[{' '.join(partial_products)}]{a * b}"
-
-
 def corpus_line(rng: random.Random) -> tuple[str, str]:
     """A question of the training split and its answer; numbers of two and of three digits are equally frequent."""
     while True:
@@ -91,41 +80,68 @@ def corpus_line(rng: random.Random) -> tuple[str, str]:
     return f"{a}*{b}=", worked_answer(a, b) if rng.random() < WORKED_SHARE else str(a * b)
 
 
-def corpus_batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[Tensor, Tensor]:
-    """Ids [B, L] and labels [B, L] (-100 on the question and the padding) of lines of the corpus, right-padded."""
-    lines = [corpus_line(rng) for _ in range(size)]
-    questions = [tokenizer(question).input_ids for question, _ in lines]
-    answers = [[*tokenizer(answer).input_ids, tokenizer.eos_token_id] for _, answer in lines]
-    width = max(len(q) + len(a) for q, a in zip(questions, answers, strict=True))
-    ids = torch.full((size, width), tokenizer.pad_token_id)
-    labels = torch.full((size, width), -100)
-    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        ids[row, : len(question) + len(answer)] = torch.tensor(question + answer)
-        labels[row, len(question) : len(question) + len(answer)] = torch.tensor(answer)
-    return ids, labels
+class CorpusSource(PromptSource):
+    """Lines of the corpus as rows: the question, and the answer in the column `completion`.
+
+    Args:
+        lines: How many.
+        seed: Of their draw.
+    """
+
+    def __init__(self, lines: int, seed: int) -> None:
+        self.lines, self.seed = lines, seed
+
+    def read(self) -> Splits:
+        """All of them to train on."""
+        rng = random.Random(self.seed)
+        lines = [corpus_line(rng) for _ in range(self.lines)]
+        rows = [
+            Row(question, index=n, source="corpus", columns={"completion": answer}) for n, (question, answer) in enumerate(lines)
+        ]
+        return Splits(train=rows)
 
 
-def pretrain(seed: int, steps: int, batch_size: int, lr: float) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train by next-token prediction on the answers, with a warm-up and a cosine to zero."""
+class Pretraining(SupervisedModule):
+    """Supervised training of all weights, embeddings and norms included, instead of an adapter's."""
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One group, with the learning rate of fully trained modules."""
+        self.model.requires_grad_(True)
+        groups = {"full": (list(self.model.parameters()), self.lr_full)}
+        return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
+
+
+def pretrain(
+    seed: int, steps: int, batch_size: int, lr: float, progress: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Train a new model on the answers of the corpus, each line seen once, with a warm-up and a cosine to zero."""
     torch.manual_seed(seed)
-    rng = random.Random(seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(steps):
-        factor = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * factor
-        ids, labels = corpus_batch(rng, tokenizer, batch_size)
-        logits = model(input_ids=ids).logits[:, :-1]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
-    return model.eval(), tokenizer
+    with TemporaryDirectory() as folder:
+        build_model(tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        module = Pretraining(
+            model=folder,
+            examples_per_step=batch_size,
+            optimizer=partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.01),
+            lr_full=lr,
+            schedule=CosineSchedule(warmup_steps=100),
+            seed=seed,
+        )
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=steps,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress,
+            default_root_dir=folder,
+        )
+        trainer.fit(module, datamodule=PromptDataModule(CorpusSource(steps * batch_size, seed), DemonstrationFormat()))
+    assert isinstance(module.model, PreTrainedModel)
+    return module.model.eval(), tokenizer
 
 
 def main() -> None:
@@ -138,7 +154,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the sums of several threads are rounded in another order: the weights would differ
-    model, tokenizer = pretrain(arguments.seed, arguments.steps, arguments.batch_size, arguments.lr)
+    model, tokenizer = pretrain(arguments.seed, arguments.steps, arguments.batch_size, arguments.lr, progress=True)
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters saved to {arguments.out}")

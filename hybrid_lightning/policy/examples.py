@@ -28,6 +28,7 @@ from hybrid_lightning.rollout.forward import base_model
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.rollout.source import DrawPrompts
 from hybrid_lightning.sharding.forward import as_forward, with_whole_weights
 from hybrid_lightning.types import LossInputs, PolicyBatch, Prompt, Sequences
 
@@ -68,7 +69,7 @@ class ExampleModule(SteppedModule):
         return super().rollout_loader(prompts)
 
     def roll_out(
-        self, prompts: Sequence[Prompt], generator: torch.Generator
+        self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
     ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
         """Look up the completions of prompts (see `RolloutSource`); they have no rewards, and advantages of 1."""
         sequences = self.example_sequences(prompts, self.device)

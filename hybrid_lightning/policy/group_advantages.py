@@ -22,12 +22,20 @@ def advantages_over_ranks(estimator: AdvantageEstimator, rewards: Rewards, sampl
     Returns:
         [B], those of this rank.
     """
+    return own_rows(estimator.of_rewards(gather_rewards(rewards), samples_per_prompt))
+
+
+def gather_rewards(rewards: Rewards) -> Rewards:
+    """The rewards of all ranks' completions, those of each rank below each other; all ranks have to call it.
+
+    Args:
+        rewards: Of this rank's B completions; as many on every rank.
+    """
     parts = {f"parts/{name}": part for name, part in rewards.parts.items()}
     columns = gather_columns({"total": rewards.total, "correct": rewards.correct, **parts})
-    of_all = replace(
+    return replace(
         rewards,
         total=columns["total"],
         correct=columns["correct"],
         parts={name: columns[f"parts/{name}"] for name in rewards.parts},
     )
-    return own_rows(estimator.of_rewards(of_all, samples_per_prompt))

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from hybrid_lightning.rollout.joining import join_sequences
 from hybrid_lightning.rollout.micro_batches import join_rows
-from hybrid_lightning.types import PolicyBatch, Sequences
+from hybrid_lightning.types import PolicyBatch
 
 
 def deal(batches: Sequence[Sequence[PolicyBatch]], rank: int, ranks: int) -> list[PolicyBatch]:
@@ -35,34 +35,16 @@ def _share(batch: PolicyBatch, rank: int, ranks: int) -> PolicyBatch:
 def _join(parts: Sequence[PolicyBatch]) -> PolicyBatch:
     parts = [part for part in parts if len(part.sequences)] or parts[:1]
     width = max(part.sequences.completion_ids.shape[1] for part in parts)
-    start = max(part.sequences.prompt_ids.shape[1] for part in parts)
 
-    def left(values: list[Tensor]) -> Tensor:
-        return torch.cat([pad(value, (start - value.shape[1], 0)) for value in values])
-
-    def right(values: list[Tensor | None]) -> Tensor | None:
+    def joined(values: list[Tensor | None]) -> Tensor | None:
         return None if values[0] is None else join_rows([value for value in values if value is not None], width)
 
-    sequences = [part.sequences for part in parts]
-    completion_ids, completion_mask, sampling_logprobs = (
-        join_rows(values, width)
-        for values in (
-            [part.completion_ids for part in sequences],
-            [part.completion_mask for part in sequences],
-            [part.sampling_logprobs for part in parts],
-        )
-    )
     return replace(
         parts[0],
-        sequences=Sequences(
-            left([part.prompt_ids for part in sequences]),
-            left([part.prompt_mask for part in sequences]),
-            completion_ids,
-            completion_mask,
-        ),
+        sequences=join_sequences([part.sequences for part in parts]),
         advantages=torch.cat([part.advantages for part in parts]),
-        sampling_logprobs=sampling_logprobs,
-        old_logprobs=right([part.old_logprobs for part in parts]),
-        ref_logprobs=right([part.ref_logprobs for part in parts]),
-        policy_mask=right([part.policy_mask for part in parts]),
+        sampling_logprobs=join_rows([part.sampling_logprobs for part in parts], width),
+        old_logprobs=joined([part.old_logprobs for part in parts]),
+        ref_logprobs=joined([part.ref_logprobs for part in parts]),
+        policy_mask=joined([part.policy_mask for part in parts]),
     )

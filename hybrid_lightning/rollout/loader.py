@@ -12,15 +12,17 @@ micro-batches and over all ranks: how a batch is split never changes the gradien
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.rollout.batch_state import from_state, to_state
 from hybrid_lightning.rollout.dealing import deal
-from hybrid_lightning.rollout.prompt_order import PromptOrder
+from hybrid_lightning.rollout.prompt_cursor import PromptCursor
 from hybrid_lightning.rollout.random_state import capture_random_state, restore_random_state
+from hybrid_lightning.rollout.source import RolloutSource
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 
@@ -72,41 +74,12 @@ class RolloutSchedule:
             )
 
 
-class RolloutSource(Protocol):
-    """What the loader asks of the policy."""
-
-    def roll_out(
-        self, prompts: Sequence[Prompt], generator: torch.Generator
-    ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
-        """Complete and score prompts.
-
-        Args:
-            prompts: Of this rank: number `rank` of the rollout's and then each `world_size`-th.
-            generator: In the same state on every rank, and to be left so.
-
-        Returns:
-            Sequences (B), the sampler's log-probabilities [B, T], advantages [B], and metrics to log with each of their steps.
-        """
-        ...
-
-    def takes_part(self, advantages: Tensor) -> Tensor:
-        """[B] bool: the rows that an update needs."""
-        ...
-
-    def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
-        """Fill in what is known of the micro-batches of one optimizer step before it begins.
-
-        That is `old_logprobs` (unless the step is exactly on-policy), and `ref_logprobs` and `policy_mask` (if they are needed).
-        All ranks call it together.
-        """
-        ...
-
-
 class RolloutLoader:
     """Iterable of `PolicyBatch` micro-batches with a length and a resumable state.
 
-    An epoch visits a fresh permutation of the prompts, or draws from sets in proportion to their weights (see `PromptOrder`); the
-    last prompts that do not fill a rollout are left out of it. The order depends on `seed` and the epoch alone.
+    The order of prompts is a fresh permutation for each pass over them, or draws from sets in proportion to their weights (see
+    `PromptOrder`); the last prompts that do not fill a rollout are left out. It depends on `seed` and the number of the pass
+    alone. An epoch has as many rollouts as one pass gives; with `DynamicSampling`, which draws more, passes go by sooner.
 
     Args:
         prompts: The training prompts, the same on every rank.
@@ -121,7 +94,8 @@ class RolloutLoader:
         sum_over_ranks: Adds a scalar tensor over processes.
         gather_over_ranks: Gives the value of every process, for a checkpoint.
         epoch: First epoch: a loader that replaces another (`reload_dataloaders_every_n_epochs`) must not begin anew.
-        shuffle: False keeps the order of the data (for `overfit_batches`), and starts over at every epoch.
+        shuffle: False keeps the order of the data (for `overfit_batches`), starts over at every epoch, and lets no rollout draw
+            more prompts, which would not be the ones to overfit.
     """
 
     def __init__(
@@ -147,13 +121,10 @@ class RolloutLoader:
         self.schedule = schedule
         self.accumulate_grad_batches = accumulate_grad_batches
         self.generator = generator or torch.Generator()
-        self.seed = seed
         self.rank, self.world_size = rank, world_size
         self.sum_over_ranks, self.gather_over_ranks = sum_over_ranks, gather_over_ranks
         self.shuffle = shuffle
-        self._prompt_order = PromptOrder(prompts, seed)
-        self._epoch = epoch
-        self._next_prompt = 0  # position in this epoch's permutation
+        self._cursor = PromptCursor(prompts, seed, epoch, shuffle, rank, world_size)
         self._pending: deque[PolicyBatch] = deque()
         self._resumed_random_state: dict[str, Any] | None = None
         self._resumed = False
@@ -178,7 +149,7 @@ class RolloutLoader:
         """
         if not self._resumed:
             if not self.shuffle:
-                self._next_prompt, self._pending = 0, deque()
+                self._cursor.position, self._pending = (self._cursor.position[0], 0), deque()
             for _ in range(len(self._pending) % self.accumulate_grad_batches()):
                 self._pending.popleft()
         for _ in range(len(self)):
@@ -196,11 +167,12 @@ class RolloutLoader:
         Plain data and tensors. All ranks have to ask for it together.
         """
         mine = {
-            "pending": [_to_state(batch) for batch in self._pending],
+            "pending": [to_state(batch) for batch in self._pending],
             "generator": self.generator.get_state(),
             "random": self._resumed_random_state or capture_random_state(),
         }
-        position = {"prompts": len(self.prompts), "epoch": self._epoch, "next_prompt": self._next_prompt}
+        epoch, next_prompt = self._cursor.position
+        position = {"prompts": len(self.prompts), "epoch": epoch, "next_prompt": next_prompt}
         return {**position, "ranks": self.gather_over_ranks(mine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -218,39 +190,29 @@ class RolloutLoader:
                 f"the checkpoint was saved with {state['prompts']} training prompts, but data gives {len(self.prompts)}; resume "
                 "with the data settings in the config.yaml of its run folder"
             )
-        self._epoch, self._next_prompt = state["epoch"], state["next_prompt"]
+        self._cursor.position = (state["epoch"], state["next_prompt"])
         device = self.generator.device
         saved: list[dict[str, Any]] = state["ranks"]
-        pending = [[_from_state(entry).to(device) for entry in one["pending"]] for one in saved]
+        pending = [[from_state(entry).to(device) for entry in one["pending"]] for one in saved]
         self._pending = deque(deal(pending, self.rank, self.world_size))
         self.generator.set_state(saved[0]["generator"].cpu())
         if self.rank < len(saved):
             self._resumed_random_state = saved[self.rank]["random"]
         self._resumed = True
 
-    def _order(self, epoch: int) -> list[int]:
-        if not self.shuffle:
-            return list(range(len(self.prompts)))
-        return self._prompt_order.of(epoch)
-
     def _roll_out(self) -> deque[PolicyBatch]:
-        count = self.schedule.prompts_per_rollout
-        epoch, start = self._epoch, self._next_prompt
-        if start + count > len(self.prompts):
-            epoch, start = epoch + 1, 0
-        # Dealt one by one, so that a minibatch has the same prompts however many ranks share it.
-        mine = self._order(epoch)[start : start + count][self.rank :: self.world_size]
-        before = (self.generator.get_state(), capture_random_state())
+        before = (self._cursor.position, self.generator.get_state(), capture_random_state())
         try:
-            batches = self._split(*self.source.roll_out([self.prompts[i] for i in mine], self.generator))
+            prompts = self._cursor.draw(self.schedule.prompts_per_rollout)
+            more = self._cursor.draw if self.shuffle else None
+            return deque(self._split(*self.source.roll_out(prompts, self.generator, more)))
         except BaseException:
             # A stop during generation leaves the state at the last optimizer step, so that a checkpoint saved now resumes
             # as if this rollout had never been begun.
-            self.generator.set_state(before[0])
-            restore_random_state(before[1])
+            self._cursor.position = before[0]
+            self.generator.set_state(before[1])
+            restore_random_state(before[2])
             raise
-        self._epoch, self._next_prompt = epoch, start + count
-        return deque(batches)
 
     def _split(
         self, sequences: Sequences, sampling_logprobs: Tensor, advantages: Tensor, metrics: dict[str, float]
@@ -286,20 +248,3 @@ class RolloutLoader:
 
     def _sum(self, values: Tensor) -> float:
         return float(self.sum_over_ranks(values.sum()))
-
-
-def _to_state(batch: PolicyBatch) -> dict[str, Any]:
-    state = {entry.name: getattr(batch, entry.name) for entry in fields(batch) if entry.name != "sequences"}
-    sequences = {entry.name: getattr(batch.sequences, entry.name).cpu() for entry in fields(batch.sequences)}
-    state = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
-    return {**state, "sequences": sequences}
-
-
-def _from_state(state: dict[str, Any]) -> PolicyBatch:
-    missing = {entry.name for entry in fields(PolicyBatch)} - state.keys()
-    if missing:
-        raise CheckpointError(
-            f"the checkpoint's unfinished rollout lacks {', '.join(sorted(missing))}, so an earlier version wrote it; resume "
-            "with that version, or from a checkpoint between two rollouts"
-        )
-    return PolicyBatch(**{**state, "sequences": Sequences(**state["sequences"])})

@@ -55,7 +55,7 @@ class ByHand(Callback):
         self.prompts = []
         look_up = pl_module.roll_out
 
-        def noting(prompts, generator):
+        def noting(prompts, generator, draw_more):
             self.prompts = list(prompts)
             return look_up(prompts, generator)
 

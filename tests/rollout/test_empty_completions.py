@@ -10,7 +10,7 @@ from hybrid_lightning.rollout.loader import RolloutSchedule
 
 def test_completions_without_tokens_count_as_sequences_alone():
     class Masked(Source):
-        def roll_out(self, prompts, generator):
+        def roll_out(self, prompts, generator, draw_more=None):
             sequences, *rest = super().roll_out(prompts, generator)
             self.kept = torch.arange(len(sequences)) % 3 > 0
             return (replace(sequences, completion_mask=sequences.completion_mask & self.kept[:, None]), *rest)

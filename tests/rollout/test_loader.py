@@ -14,7 +14,7 @@ class Source:
     def __init__(self, samples, fail_at=None):
         self.samples, self.fail_at, self.calls, self.on_policy = samples, fail_at, 0, []
 
-    def roll_out(self, prompts, generator):
+    def roll_out(self, prompts, generator, draw_more=None):
         self.calls += 1
         rows = len(prompts) * self.samples
         tokens = torch.randint(1000, (rows, 4), generator=generator)

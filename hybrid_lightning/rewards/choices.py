@@ -84,8 +84,8 @@ class _Patterns:
 
     def __init__(self, letters: str) -> None:
         both = letters + letters.lower()
-        macro = r"\\(?:text|textbf|textit|mathrm|mathbf|rm|bf)\s*\{?"
-        wrap = rf"(?:[\s*_$\"'`]|{macro})*"
+        macro = r"\\(?:textbf|textit|text|mathrm|mathbf|rm|bf)(?![A-Za-z])\s*\{?"
+        wrap = rf"(?:[\s*_$\"'`]|{macro})*+"  # possessive: no text is gone through twice
         end = r"(?![\w]*[A-Za-z0-9]|'[a-z]|-[A-Za-z])"
         self.alone = re.compile(rf"(?<![\w\\])_*([{letters}]){end}")
         self.leading = re.compile(rf"{wrap}(?:[(\[{{]{wrap}([{both}])[\s}}]*[)\]}}]|([{letters}]){end})")

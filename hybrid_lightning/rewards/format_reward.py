@@ -11,7 +11,8 @@ class FormatReward(RewardFunction):
     r"""1.0 if a regular expression is found in the completion, else 0.0.
 
     A policy finds the cheapest way to earn this, so give it a small weight beside a reward for correctness, and anchor the
-    pattern: `\A<think>.+</think>\s*\S` rather than `</think>`.
+    pattern: `\A<think>.+</think>\s*\S` rather than `</think>`. One pair of tags and then another:
+    `\A\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*\Z`.
 
     Args:
         pattern: Regular expression, searched anywhere in the completion; `.` also matches line breaks.

@@ -27,7 +27,7 @@ class FunctionReward(RewardFunction):
     A function with a parameter `completions` gets all B at once and returns B numbers; one with `completion` is called for each.
     The other parameters are found by name: `prompts` or `prompt` (of `Prompt`), `answer` (the reference answer), `set_name`, and
     any column of the data; in a function of `completions` they are lists of B, as TRL hands them, and `**columns` takes all
-    columns. A parameter with a default may be missing from the data. Completions are texts.
+    columns. A parameter with a default may be missing from the data. Completions are texts, also where prompts are messages.
 
     A function may be `async`. One of `completion` is then awaited for all completions at the same time.
 
@@ -64,6 +64,10 @@ class FunctionReward(RewardFunction):
         self.measures_correctness = measures_correctness
         loaded = load_function(function)
         self._name = name or getattr(loaded, "__name__", None)
+        if isinstance(loaded, type):
+            raise ConfigError(
+                f"function={function!r} is a class: a reward of your own class is given by class_path, without this"
+            )
         parameters = inspect.signature(loaded).parameters
         self.batched = "completions" in parameters
         if self.batched == ("completion" in parameters):

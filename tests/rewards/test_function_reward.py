@@ -183,6 +183,7 @@ def test_a_missing_column_is_named_before_training(here):
         ("my_rewards.py:value", "has no function 'value'"),
         ("my_rewards.py:neither", "has the parameters text: call one of them completions"),
         ("my_rewards.py:both", "call one of them completions"),
+        ("my_rewards.py:Limits", "is a class: .* given by class_path"),
         ("no_such_module.f", "there is no module 'no_such_module'"),
         ("broken.py:f", "importing broken.py raised SyntaxError"),
         ("needs.py:f", "needs.py needs the module 'no_such_library', which is not installed"),

@@ -83,10 +83,8 @@ def check_precision(precision: str, dtype: str, optimizer: Callable[[Iterable], 
     if precision == _BFLOAT16 and dtype != "bfloat16":
         raise ConfigError(f"trainer.precision=bf16-true needs model.dtype=bfloat16, got model.dtype={dtype}; or use bf16-mixed")
     if dtype != "float32" and precision == "32-true":
-        raise ConfigError(
-            f"model.dtype={dtype} needs trainer.precision=bf16-mixed (trained weights are float32) or bf16-true (all weights are "
-            f"bfloat16), got trainer.precision={precision}"
-        )
+        fitting = "16-mixed" if dtype == "float16" else "bf16-mixed (trained weights are float32) or bf16-true (all are bfloat16)"
+        raise ConfigError(f"model.dtype={dtype} needs trainer.precision={fitting}, got trainer.precision={precision}")
     if precision == "16-mixed":
         built = optimizer([{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0, "name": "check"}])
         if getattr(built, "_step_supports_amp_scaling", False):

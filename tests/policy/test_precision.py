@@ -198,6 +198,7 @@ def test_other_precisions_of_a_strategy_stay():
         ("bf16-true", "float16", r"bf16-true needs model\.dtype=bfloat16"),
         ("16-true", "float16", r"16-true is not supported: small gradients vanish in float16; use 16-mixed"),
         ("64-true", "float32", r"precision=64-true is not supported"),
+        ("32-true", "float16", r"model\.dtype=float16 needs trainer\.precision=16-mixed, got"),
         ("32-true", "bfloat16", r"model\.dtype=bfloat16 needs trainer\.precision=bf16-mixed .* or bf16-true"),
     ],
 )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -22,11 +23,14 @@ from hybrid_lightning.policy.group_advantages import advantages_over_ranks
 from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
 from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
+from hybrid_lightning.policy.sampled_groups import choose_trained, sample_groups
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, teaching_groups
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.prompt_draws import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.rollout.source import DrawPrompts
 from hybrid_lightning.sharding.ranks import world_size
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
@@ -55,6 +59,8 @@ class PolicyModule(CalibratedModule):
         mask_truncated_completions: Whether completions that were cut at the sampler's `max_new_tokens` are left out of the loss
             (DAPO's overlong filtering). Their rewards still count in their group, and they in the number of sequences, but their
             tokens nowhere (as in TRL).
+        dynamic_sampling: Replaces groups of completions that teach nothing, since all of them succeed or all fail, by those of
+            further prompts, such as `DynamicSampling()`; None trains on all groups. Not used in scoring and evaluation.
         prompts_per_rollout: P, over all devices.
         samples_per_prompt: G.
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
@@ -91,6 +97,7 @@ class PolicyModule(CalibratedModule):
         correction: ImportanceCorrection | None = None,
         token_mask: TopEntropyMask | None = None,
         mask_truncated_completions: bool = False,
+        dynamic_sampling: DynamicSampling | None = None,
         prompts_per_rollout: int = 8,
         samples_per_prompt: int = 8,
         minibatches_per_rollout: int = 1,
@@ -110,11 +117,17 @@ class PolicyModule(CalibratedModule):
         )
         if eval_samples < 1:
             raise ConfigError(f"model.eval_samples must be at least 1, got {eval_samples}")
+        if dynamic_sampling is not None and samples_per_prompt < 2:
+            raise ConfigError(
+                f"model.samples_per_prompt={samples_per_prompt}: model.dynamic_sampling looks for prompts whose completions "
+                "differ; set samples_per_prompt to 2 or more"
+            )
         self.loss, self.reward = loss, reward
         self.sampler = sampler or Sampler()
         self.advantage = advantage or GroupAdvantage()
         self.correction, self.token_mask = correction, token_mask
-        self.mask_truncated_completions = mask_truncated_completions
+        self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
+        self._warned_of_ties = False
         self.eval_samples, self.seed = eval_samples, seed
         self._train_with(optimizer, lr_full, lr_lora, schedule, max_tokens_per_micro_batch)
         self._load(
@@ -134,9 +147,18 @@ class PolicyModule(CalibratedModule):
     # ---- training data
 
     def roll_out(
-        self, prompts: Sequence[Prompt], generator: torch.Generator
+        self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
     ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
-        """Complete and score prompts (see `RolloutSource`)."""
+        """Complete and score prompts (see `RolloutSource`); metrics are those of all completions, trained on or not."""
+        if self.dynamic_sampling is not None:
+            return self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more)
+        rollouts, rewards = self._complete(prompts, generator)
+        with self.clock.phase("reward"):
+            advantages = advantages_over_ranks(self.advantage, rewards, rollouts.samples_per_prompt)
+        self.last_rollout = (rollouts, rewards, advantages)
+        return self.taught_sequences(rollouts), rollouts.sampling_logprobs, advantages, rollout_metrics(rollouts, rewards)
+
+    def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
         with self.clock.phase("generate"):
             # So that a prompt is completed alike however many ranks there are.
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
@@ -144,10 +166,32 @@ class PolicyModule(CalibratedModule):
             samples = self.rollout_schedule.samples_per_prompt
             rollouts = self.generate(prompts, samples, PromptDraws(prompts, samples, seed, places))
         with self.clock.phase("reward"):
-            rewards = self.score(rollouts)
-            advantages = advantages_over_ranks(self.advantage, rewards, rollouts.samples_per_prompt)
-        self.last_rollout = (rollouts, rewards, advantages)
-        return self.taught_sequences(rollouts), rollouts.sampling_logprobs, advantages, rollout_metrics(rollouts, rewards)
+            return rollouts, self.score(rollouts)
+
+    def _roll_out_dynamically(
+        self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
+    ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
+        groups = sample_groups(rule, prompts, draw_more, lambda some: self._complete(some, generator), self._teaching_groups)
+        with self.clock.phase("reward"):
+            minibatches = self.rollout_schedule.minibatches_per_rollout
+            taught = self.taught_sequences(groups.rollouts)
+            trained = choose_trained(groups, taught, self.advantage, minibatches, self.global_rank)
+        self.last_rollout = (groups.rollouts, groups.rewards, trained.of_sampled)
+        metrics = {**rollout_metrics(groups.rollouts, groups.rewards), **groups.metrics()}
+        if metrics["sampling/filled_groups"] and draw_more is not None and not self._warned_of_ties:
+            self._warned_of_ties = True
+            rank_zero_warn(
+                f"{metrics['sampling/filled_groups']:.0%} of a rollout's groups teach nothing, although "
+                f"{groups.extra_rollouts} extra rollouts looked for others: the prompts are too easy or too hard for the policy; give other data, raise "
+                "model.samples_per_prompt or model.dynamic_sampling.max_extra_rollouts. Later rollouts say so as "
+                "sampling/filled_groups alone"
+            )
+        return trained.sequences, trained.sampling_logprobs, trained.advantages, metrics
+
+    def _teaching_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
+        correctness = [rewards.parts[term.name] for term, _ in self.reward.terms() if term.measures_correctness]
+        taught = self.taught_sequences(rollouts).completion_mask.any(dim=1)
+        return teaching_groups(rewards.total, correctness, taught, rollouts.samples_per_prompt)
 
     def check_settings(self) -> None:
         """Called before scoring and before training.

@@ -80,3 +80,15 @@ def test_sets_of_a_mixture_are_told_apart():
         }
     )
     assert not any(name.startswith("sets/") for name in rollout_metrics(*build()))
+
+
+def test_sets_of_other_ranks_count_too(monkeypatch):
+    """This rank has no quiz, the other nothing else; each has nine sequences."""
+    module = "hybrid_lightning.policy.rollout_metrics"
+    gathered = lambda columns: {name: torch.cat([column, column.flip(0)]) for name, column in columns.items()}  # noqa: E731
+    monkeypatch.setattr(f"{module}.gather_columns", gathered)
+    monkeypatch.setattr(f"{module}.gather_objects", lambda names: [names, ["quiz", "quiz", "riddles"]])
+    metrics = rollout_metrics(*build(sets=("sums", "riddles", "riddles")))
+    assert metrics["sets/sums/reward"] == pytest.approx(statistics.mean(TOTAL[:3]))
+    assert metrics["sets/quiz/reward"] == pytest.approx(statistics.mean(TOTAL[3:]))
+    assert metrics["sets/riddles/reward"] == pytest.approx(statistics.mean(TOTAL[3:] + TOTAL[:3]))

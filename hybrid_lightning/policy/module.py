@@ -181,9 +181,9 @@ class PolicyModule(CalibratedModule):
         if metrics["sampling/filled_groups"] and draw_more is not None and not self._warned_of_ties:
             self._warned_of_ties = True
             rank_zero_warn(
-                f"{metrics['sampling/filled_groups']:.0%} of a rollout's groups teach nothing, although "
-                f"{groups.extra_rollouts} extra rollouts looked for others: the prompts are too easy or too hard for the policy; give other data, raise "
-                "model.samples_per_prompt or model.dynamic_sampling.max_extra_rollouts. Later rollouts say so as "
+                f"{metrics['sampling/filled_groups']:.0%} of a rollout's groups teach nothing, although {groups.extra_rollouts} "
+                "extra rollouts looked for others: the prompts are too easy or too hard for the policy; give other data, or "
+                "raise model.samples_per_prompt or model.dynamic_sampling.max_extra_rollouts. Later rollouts say so as "
                 "sampling/filled_groups alone"
             )
         return trained.sequences, trained.sampling_logprobs, trained.advantages, metrics

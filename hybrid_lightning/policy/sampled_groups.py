@@ -33,9 +33,9 @@ class SampledGroups:
         """What became of the groups.
 
         Returns:
-            `sampling/extra_rollouts`; of the groups that were sampled, `sampling/kept_groups` (share that teach and are trained on)
-            and `sampling/surplus_groups` (share that teach and are too many); of those trained on, `sampling/filled_groups` (share
-            that teach nothing).
+            `sampling/extra_rollouts`; of the groups that were sampled, `sampling/kept_groups` (share that teach and are trained
+            on) and `sampling/surplus_groups` (share that teach and are too many); of those that are trained on,
+            `sampling/filled_groups` (share that teach nothing).
         """
         sampled, useful = len(self.useful), int(self.useful.sum())
         kept = min(useful, self.wanted)

@@ -64,6 +64,10 @@ _REWRITES = (
     (r"\s*Given value type:.*?Given value: (.*)", r"; got \1"),
     (r"Expected a <class '([\w.]+)'>", r"expected \1"),
     (r"- Expected a typing\.Literal\[(.*?)\]", r"or one of \1"),
+    (
+        r"Expected an instantiatable class, but \S*?(\w+) is abstract; got NestedArg\(key='(\w+)'.*",
+        r"before its argument \2 say which \1, as in --form MergedModel --form.dtype=float32",
+    ),
     (r"^Unexpected config:\s*$", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is empty"),
     (r"^Unexpected config:\s*", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is: "),
     (r'(Parser key "\S+":)\s*(?:-\s+)+', r"\1 "),

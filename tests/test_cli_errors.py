@@ -47,6 +47,10 @@ COMMANDS = [
     ("fit --config empty.yaml", r"a config must be a mapping such as .* but is empty"),
     ("score --config t.yaml --ckpt_path=x", r"unrecognized arguments: --ckpt_path=x"),
     ("test --config t.yaml --data.source.init_args.test_fraction=0", r"FileSource has no test rows, which test needs"),
+    (
+        "export --config t.yaml --folder=x --form.dtype=float32",
+        r"before its argument dtype say which ExportForm, as in --form MergedModel",
+    ),
     ("predict --config t.yaml --predictions.path=.", r"predictions\.path='\.' is a folder; give a file name"),
 ]
 

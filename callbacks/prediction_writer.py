@@ -12,7 +12,8 @@ from hybrid_lightning.errors import ConfigError
 
 
 class PredictionWriter(Callback):
-    """Writes one line per prompt: index, prompt, answer, completions, rewards (total and parts), correct.
+    """Writes one line per prompt: its set, index, text and answer, and of its completions the text, what they answer, length in
+    tokens, whether they came to an end, rewards (total and parts), and whether they are correct.
 
     Args:
         path: File to write, replaced if it exists; None takes `predictions.jsonl` in the run folder. With several processes each

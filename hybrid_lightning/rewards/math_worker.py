@@ -39,8 +39,10 @@ REPEATING = re.compile(r"(?<![\w.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}")  # 0.1\o
 TUPLE = re.compile(
     r"(?<![\w$\\({\[])[(\[]\s*(?:NUMBER)(?:\s*,\s*(?:NUMBER))+\s*[)\]]".replace("NUMBER", r"-?\d+(?:\.\d+)?(?:/\d+)?")
 )
-LATEX = re.compile(r"[$]|\\[(\[]|\\boxed")
+LATEX = re.compile(r"[$]|\\[(\[]|\\[A-Za-z]")
 BASE = re.compile(r"\d_\{?(\d+)\}?")  # 2516_8
+WORDS = re.compile(r"\$?\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*[A-Za-z][^{}]*)\}\$?")
+BOXES = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 DATE = re.compile(r"\d{4}-\d\d?-\d\d?")  # no subtraction
 REWRITES = [
     (re.compile("[\u2212\u2012\u2013\ufe63\uff0d]"), "-"),  # minus sign, dashes
@@ -59,6 +61,9 @@ REWRITES = [
     ),  # 1,2345 is two numbers, or a typing error, and not 1,234 and a 5
     (re.compile(r"(?<![\d.])\d+(?:\.\d+){2,}"), "x"),  # 1.000.000 or 1.2.3 is neither 1.000 nor 1.2
     (re.compile(r"(?<=[A-Za-z]):(?=[-$\d\\])"), ": "),  # Answer:5
+    (re.compile(r"(?<=\d) : (?=\d)"), "/"),  # 2 : 3
+    (re.compile(r"\+\s*(?=\\infty)"), ""),
+    (re.compile(r"(?<![A-Za-z\\])[A-Za-z]\s*\\in\s*(?=[(\[]|\\left|\\\{)"), ""),  # x \in (1, 2)
     (re.compile(r"\\(?:mathbf|boldsymbol|bf)\s*\{(\w*)\}"), r"\1"),
     (re.compile(r"\\fbox(?=\s*\{)"), r"\\boxed"),
     # \boxed{\textbf{(B)}\ 27}: the value is the answer, and not the letter that it has among the choices
@@ -90,9 +95,14 @@ def normalize(text: str) -> str:
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
     text = LARGE.sub(large, text)
-    text = REPEATING.sub(repeating, MIXED_PERCENT.sub(mixed, MIXED.sub(mixed, text)))
+    return REPEATING.sub(repeating, MIXED_PERCENT.sub(mixed, MIXED.sub(mixed, text)))
+
+
+def find(text: str) -> Any:
+    """Parse the answer in a completion; an empty list if it has none."""
+    text = normalize(text)
     # A point or an interval is LaTeX to math-verify, which would take the last number in it.
-    return text if LATEX.search(text) else TUPLE.sub(r"$\g<0>$", text)
+    return parse(text if LATEX.search(text) else TUPLE.sub(r"$\g<0>$", text), parsing_timeout=None)
 
 
 def large(match: re.Match[str]) -> str:
@@ -114,6 +124,19 @@ def repeating(match: re.Match[str]) -> str:
     whole, once, period = match.groups()
     numerator = int(whole + once + period) - int(whole + once or "0")
     return rf"\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(once)}}}"
+
+
+def same_words(gold: str, text: str) -> bool:
+    r"""Whether the reference answer is words, as in \text{June 20}, and all boxes of a text say these."""
+    words = WORDS.fullmatch(gold.strip())
+    boxes = {_words(box) for box in BOXES.findall(text)}
+    return words is not None and boxes == {_words(words[1])}
+
+
+def _words(text: str) -> str:
+    return " ".join(
+        re.sub(r"\\(?:text|textbf|mathrm|mbox)(?![a-z])|\\[ ,]|[{}~]", " ", text).casefold().replace(",", " ").split()
+    )
 
 
 def same_base(gold: str, text: str) -> bool:
@@ -151,7 +174,9 @@ def answer(request: list[str]) -> bool:
         return False
     if len(request) == 1:
         return bool(verify(gold, gold, timeout_seconds=None))
-    found = parse(normalize(request[1]), parsing_timeout=None)
+    if same_words(*request):
+        return True
+    found = find(request[1])
     if not same_base(*request) or not same_brackets(str(gold[-1]), str(found[-1]) if found else ""):
         return False
     return bool(verify(gold, found, allow_set_relation_comp=True, timeout_seconds=None))
@@ -159,7 +184,7 @@ def answer(request: list[str]) -> bool:
 
 def value(text: str) -> str | None:
     """The answer in a text, numbers to the six places that they are compared to; None if there is none."""
-    parsed = parse(normalize(text), parsing_timeout=None)
+    parsed = find(text)
     if not parsed:
         return None
     found = parsed[0]

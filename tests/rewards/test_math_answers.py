@@ -32,8 +32,12 @@ MATH = {
     "(5,-2)": (["The point is (5, -2).", r"\boxed{(5,-2)}"], ["The point is (-2, 5).", r"\boxed{(-2,5)}", "5"]),
     "[0,1)": ([r"\boxed{[0,1)}", r"\boxed{0 \le x < 1}", "[0, 1)"], [r"\boxed{[0,1]}", r"\boxed{0 < x \le 1}", "(0, 1)"]),
     r"(-\infty,-1)\cup(1,\infty)": (
-        [r"\boxed{(1,\infty)\cup(-\infty,-1)}"],
+        [r"\boxed{(1,\infty)\cup(-\infty,-1)}", r"\boxed{x \in (-\infty, -1) \cup (1, +\infty)}"],
         [r"\boxed{(-\infty,-1)\cup[1,\infty)}", r"\boxed{(-\infty,-1)}"],
+    ),
+    r"(-2,1)\cup(3,\infty)": (
+        [r"\boxed{(-2, 1) \cup (3, +\infty)}", r"\boxed{x \in (3,\infty) \cup (-2,1)}"],
+        [r"\boxed{(-2,1]\cup(3,\infty)}", r"\boxed{(-2,1)}", r"\boxed{(-2,1)\cap(3,\infty)}"],
     ),
     r"\{1,2\}": ([r"\boxed{\{2,1\}}", r"\boxed{1 \text{ and } 2}"], [r"\boxed{(1,2)}", r"\boxed{[1,2]}", r"\boxed{\{1,2,3\}}"]),
     "1,-2": ([r"\boxed{x=1 \text{ or } x=-2}", r"\boxed{-2, 1}"], [r"\boxed{1}", r"\boxed{1, 2}"]),
@@ -62,6 +66,10 @@ MATH = {
     "10000": ([r"\boxed{10{,}000}", r"\boxed{10^4}"], [r"\boxed{1,000}", r"\boxed{10.000}"]),
     "2516_8": ([r"\boxed{2516_8}", r"\boxed{2516_{8}}", r"\boxed{2516}"], [r"\boxed{2517_8}", r"\boxed{2516_9}"]),
     r"0.\overline{3}": ([r"\boxed{\frac13}", r"\boxed{0.\overline{3}}"], [r"\boxed{0.3}", r"\boxed{0.0\overline{3}}"]),
+    r"\text{June 20}": (
+        [r"\boxed{\text{June 20}}", r"\boxed{June 20}", r"\boxed{\text{June } 20}"],
+        [r"\boxed{June 21}", r"\boxed{20}"],
+    ),
     r"\text{Evelyn}": ([r"\boxed{\text{Evelyn}}"], [r"\boxed{\text{Briana}}"]),
     r"\text{(C)}": ([r"\boxed{C}", r"\boxed{\text{(C)}}", "The answer is (C)."], [r"\boxed{B}", "The answer is C or D"]),
 }

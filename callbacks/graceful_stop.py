@@ -50,6 +50,7 @@ class GracefulStop(Callback):
         """Save the checkpoint if this callback stopped the run, and give the signals back."""
         if trainer.world_size > 1 and (message := lost_contact(trainer, exception)) is not None:
             sys.stderr.write(message + "\n")
+            exception.add_note(message)  # the last line of its traceback, too, above which the other would be lost
         # Asked only then: the processes of a run tell each other its folder, and where one fails the others do not listen.
         folder = run_folder(trainer) if isinstance(exception, _RunStopped) else None
         if folder is not None:

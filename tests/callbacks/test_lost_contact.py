@@ -1,8 +1,10 @@
+import traceback
 from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from hybrid_lightning.callbacks import GracefulStop
 from hybrid_lightning.callbacks.lost_contact import lost_contact
 
 
@@ -10,7 +12,7 @@ def trainer(saved=None, resumed=None):
     callback = None if saved is None else ModelCheckpoint()
     if callback is not None:
         callback._last_checkpoint_saved, callback.last_model_path = saved, "runs/being_written.ckpt"
-    return SimpleNamespace(global_rank=3, checkpoint_callback=callback, ckpt_path=resumed)
+    return SimpleNamespace(global_rank=3, world_size=4, checkpoint_callback=callback, ckpt_path=resumed)
 
 
 @pytest.mark.parametrize(
@@ -32,3 +34,10 @@ def test_it_names_the_cause_and_the_checkpoint(text):
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("Connection reset by peer"), KeyboardInterrupt()])
 def test_other_errors_are_a_processs_own(error):
     assert lost_contact(trainer(), error) is None
+
+
+def test_it_is_said_at_once_and_at_the_end_of_the_traceback(capsys):
+    error = RuntimeError("Connection closed by peer [127.0.0.1]:22445")
+    GracefulStop().on_exception(trainer("runs/last.ckpt"), None, error)
+    line = capsys.readouterr().err
+    assert line.startswith("rank 3 lost contact") and "".join(traceback.format_exception(error)).endswith(line)

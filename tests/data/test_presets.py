@@ -226,9 +226,9 @@ def test_its_reward_tells_right_from_wrong(case, tmp_path):
 
 HUB = {
     GSM8K: ("openai/gsm8k", "main", {"train_split": "train", "test_split": "test"}),
-    MATH: ("DigitalLearningGmbH/MATH-lighteval", "default", {"train_split": "train", "test_split": "test"}),
+    MATH: ("DigitalLearningGmbH/MATH-lighteval", None, {"train_split": "train", "test_split": "test"}),
     MATH500: ("HuggingFaceH4/MATH-500", None, {"test_split": "test"}),
-    DAPOMath17k: ("open-r1/DAPO-Math-17k-Processed", "all", {"train_split": "train"}),
+    DAPOMath17k: ("open-r1/DAPO-Math-17k-Processed", None, {"train_split": "train"}),
     AIME24: ("HuggingFaceH4/aime_2024", None, {"test_split": "train"}),
     AIME25: ("math-ai/aime25", None, {"test_split": "test"}),
     AMC23: ("math-ai/amc23", None, {"test_split": "test"}),
@@ -271,6 +271,14 @@ def test_a_clone_of_the_repository(tmp_path):
         "5",
     ]
     assert splits.train[0].source == str(tmp_path / "main") and splits.test[0].source.endswith("test-00000-of-00001.jsonl")
+
+
+@pytest.mark.parametrize("whole", ["", "data/"])
+def test_subsets_in_a_clone_do_not_repeat_the_whole(tmp_path, whole):
+    rows = [{"problem": f"p{n}", "solution": rf"\boxed{{{n}}}"} for n in range(4)]
+    write(tmp_path, f"{whole}train.jsonl", *rows)
+    write(tmp_path, "algebra/train.jsonl", *rows[:2])
+    assert len(MATH(local_path=str(tmp_path), test_split=None).load().train) == 4
 
 
 def test_the_only_file_serves_the_only_split_whatever_its_name(tmp_path):
@@ -357,7 +365,7 @@ def test_what_cannot_be_found(arguments, error, message, tmp_path, monkeypatch):
 
 
 def test_dapo_has_three_subsets():
-    assert DAPOMath17k(subset="en").hub_name == "en" and DAPOMath17k().hub_name == "all"
+    assert DAPOMath17k(subset="en").hub_name == "en" and DAPOMath17k().hub_name is None
     with pytest.raises(ConfigError, match="subset='fr': give one of all, en, cn"):
         DAPOMath17k(subset="fr")
 

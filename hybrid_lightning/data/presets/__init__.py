@@ -5,7 +5,7 @@
 | `GSM8K` | openai/gsm8k, main | train, 7,473 rows | | test, 1,319 |
 | `MATH` | DigitalLearningGmbH/MATH-lighteval | train, 7,500 | | test, 5,000 |
 | `MATH500` | HuggingFaceH4/MATH-500 | | | test, 500 |
-| `DAPOMath17k` | open-r1/DAPO-Math-17k-Processed, all | train, about 17,000 | | |
+| `DAPOMath17k` | open-r1/DAPO-Math-17k-Processed | train, about 17,000 | | |
 | `AIME24` | HuggingFaceH4/aime_2024 | | | train, 30 |
 | `AIME25` | math-ai/aime25 | | | test, 30 |
 | `AMC23` | math-ai/amc23 | | | test, 40 |

@@ -46,7 +46,7 @@ class DAPOMath17k(PresetSource):
         if subset not in _SUBSETS:
             raise ConfigError(f"DAPOMath17k: subset={subset!r}: give one of {', '.join(_SUBSETS)}")
         super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
-        self.hub_name = subset
+        self.hub_name = None if subset == "all" else subset  # what the hub gives without a name is all
 
     def read(self) -> Splits:
         """Read all splits, each problem once."""

@@ -38,6 +38,8 @@ def local_split(path: str, subset: str | None, parameter: str, split: str, alone
     else:
         raise DataError(f"local_path={path!r} does not exist (looked for {place.absolute()}): correct the path")
     named = [file for file in files if (match := _SPLIT.search(file.name.lower())) and match[1] == split]
+    for folder in (place, place / "data"):  # rather than subsets, which repeat what the whole has
+        named = [file for file in named if file.parent == folder] or named
     if not named and alone and len(files) == 1:
         named = files
     if not named:

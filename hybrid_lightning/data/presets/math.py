@@ -22,7 +22,6 @@ class MATH(PresetSource):
     """
 
     hub_path: ClassVar[str] = "DigitalLearningGmbH/MATH-lighteval"
-    hub_name = "default"
 
     def __init__(
         self,

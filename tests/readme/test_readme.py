@@ -69,6 +69,7 @@ def tree():
 def here(tmp_path, monkeypatch):
     """A folder with the README's own parts and the project's configs, which is the working directory."""
     (tmp_path / "mine.py").write_text("\n\n".join(example(name) for name in PARTS))
+    (tmp_path / "my_reward.py").write_text(example("function"))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "extra.yaml").write_text(example("yaml", "yaml"))
     monkeypatch.chdir(tmp_path)
@@ -128,6 +129,13 @@ def test_a_part_of_ones_own_has_ten_lines_and_trains(name, here, monkeypatch):
     assert summary["steps"] == 1 and len(summary["full_modules"]) == 3
 
 
+def test_a_function_of_ones_own_rewards(here, monkeypatch):
+    (arguments,) = [command for command in commands() if "--model.reward.function=my_reward.py:close" in command]
+    run([*arguments, *SMALL], monkeypatch)
+    (saved,) = here.glob("runs/*/*/summary.json")
+    assert json.loads(saved.read_text())["steps"] == 1
+
+
 def test_the_config_on_top_of_another_trains(here, monkeypatch):
     run(["fit", "--config", "configs/gspo.yaml", "--config", "extra.yaml", *SMALL], monkeypatch)
     (saved,) = here.glob("runs/*/*/config.yaml")
@@ -154,7 +162,7 @@ def test_the_module_that_is_no_policy_is_adapted(here, capsys):
 def test_every_python_and_yaml_block_is_run():
     marked = re.findall(r"^<!-- run: (\w+) -->\n```(python|yaml)$", README, re.MULTILINE)
     assert len(marked) == len(blocks("python")) + len(blocks("yaml"))
-    assert {name for name, _ in marked} == {*PARTS, "yaml", "python", "adaptable"}, "each needs a test here"
+    assert {name for name, _ in marked} == {*PARTS, "function", "yaml", "python", "adaptable"}, "each needs a test here"
 
 
 def test_every_path_exists():

@@ -5,7 +5,8 @@
 
 This class is its objective: a range that is wider above ("clip-higher", 0.2 and 0.28), and every token of the optimizer step
 counting the same, so that a long completion weighs more than a short one. The rest of the paper's recipe lies elsewhere: its
-overlong filtering is `PolicyModule.mask_truncated_completions`, its soft overlong punishment the reward `OverlongPenalty`.
+dynamic sampling is `PolicyModule.dynamic_sampling`, its overlong filtering `PolicyModule.mask_truncated_completions`, its soft
+overlong punishment the reward `OverlongPenalty`.
 
 Departures: the denominator is the tokens of the whole optimizer step, over its micro-batches and ranks, where the paper's sum
 is over one group and TRL takes an average step of the generation batch (tokens of the batch / its steps), so that TRL's steps

@@ -12,6 +12,8 @@ import hybrid_lightning.advantages
 import hybrid_lightning.losses
 from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.losses import PolicyLoss, TopEntropyMask
+from hybrid_lightning.rollout import dynamic_sampling
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 
 OVERLAYS = sorted((Path(__file__).parents[2] / "configs" / "loss").glob("*.yaml"))
 SHORT = [
@@ -73,7 +75,7 @@ LOSSES = [name for name, part in CLASSES.items() if issubclass(part, PolicyLoss)
 ESTIMATORS = [name for name in hybrid_lightning.advantages.__all__ if name.endswith("Advantage")]
 NAMES = [(hybrid_lightning.losses, name, PolicyLoss) for name in LOSSES]
 NAMES += [(hybrid_lightning.advantages, name, AdvantageEstimator) for name in ESTIMATORS]
-NAMES += [(hybrid_lightning.losses, "TopEntropyMask", TopEntropyMask)]
+NAMES += [(hybrid_lightning.losses, "TopEntropyMask", TopEntropyMask), (dynamic_sampling, "DynamicSampling", DynamicSampling)]
 
 
 @pytest.mark.parametrize(("module", "name", "base"), NAMES, ids=[name for _, name, _ in NAMES])

@@ -10,6 +10,7 @@ from tiny_runs import Constant
 
 from hybrid_lightning.advantages import BatchStdAdvantage
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TopEntropyMask
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
@@ -50,6 +51,16 @@ def jobs(first_rollout, ranks):
                 "advantage": BatchStdAdvantage(),
             },
             "max_steps": 2,
+        }
+        # Of the first prompts, those of the first rank alone teach: it has 7 of the 8 groups that are trained on.
+        work["groups replaced and moved"] = {
+            "policy": {
+                "sampler": ByPrompt(12),
+                "reward": Only(sorted(set(range(24)) - set(first_rollout[1::2]))),
+                "prompts_per_rollout": 8,
+                "dynamic_sampling": DynamicSampling(2),
+                "advantage": BatchStdAdvantage(),
+            }
         }
         work["no advantage at all"] = {"policy": {"loss": GRPOLoss(), "reward": Constant(), **ADAM}, "max_steps": 2}
     return work
@@ -98,3 +109,7 @@ def test_it_is_the_same_run(folder, tmp_path, single, first_rollout, strategy, r
     if ranks == 2:
         rows = [one["advantages on one rank only"]["rows"] for one in results]
         assert all(rows[0]) and not any(rows[1]), "the case is what it says"
+        replaced = [one["groups replaced and moved"] for one in results]
+        assert [one["rows"] for one in replaced] == [[8] * 4] * 2, "equal work"
+        shares = ("sampling/extra_rollouts", "sampling/kept_groups", "sampling/surplus_groups", "sampling/filled_groups")
+        assert [replaced[0]["steps"][0][name] for name in shares] == [1.0, 8 / 16, 2 / 16, 0.0]

@@ -1,6 +1,7 @@
 """Checkpoints that are there whole or not at all, however the process ends while it writes or removes one."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -23,19 +24,28 @@ class WholeFiles(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Save a checkpoint; a file or folder of this name is replaced once the new one is safe."""
+        """Save a checkpoint; a file or folder of this name is replaced once the new one is safe.
+
+        Raises:
+            CheckpointError: If it could not be written; what was there stays.
+        """
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = part_of(path)
-        if part.is_dir():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             discard(part)
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch ends the file after the first, and fails again
+            with suppress(OSError):
+                discard(part)  # it takes what room there is
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise CheckpointError(f"{path} could not be written: {cause}; what was there before is as it was") from error
         put_in_place(path)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:

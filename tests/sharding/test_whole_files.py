@@ -1,6 +1,7 @@
 """A checkpoint is there whole or not at all, and an old one goes only when the new one is safe."""
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks_of_tests import start, wait
 from runs_of_tests import train
 
+from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.sharding.whole_files import WholeFiles, write_whole_files
 
 
@@ -42,6 +44,22 @@ def test_a_write_that_is_cut_short_leaves_the_old_file(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"], "what was left has been written over"
 
 
+def test_a_disk_without_room_leaves_the_old_file_alone(tmp_path):
+    path, weights = tmp_path / "last.ckpt", torch.zeros(100_000)
+    WholeFiles().save_checkpoint({"number": 1}, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # as a full disk, but with another number
+        with pytest.raises(
+            CheckpointError, match=r"last\.ckpt could not be written: .*too large; what was there before is as it was"
+        ):
+            WholeFiles().save_checkpoint({"weights": weights}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(path, weights_only=True) == {"number": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"], "no part takes what room there is"
+
+
 def test_an_old_checkpoint_goes_only_when_the_new_one_is_safe(folder, tmp_path, monkeypatch):
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
     writing, there = [], []
@@ -55,7 +73,7 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_safe(folder, tmp_path, 
         save(content, file)
 
     monkeypatch.setattr(torch, "save", until_full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="could not be written: disk full"):
         train(folder, tmp_path, callbacks=(saver,), enable_checkpointing=True, max_steps=8)
     first, second, third = writing
     assert len({first, second, third}) == 3

@@ -35,9 +35,9 @@ from hybrid_lightning.callbacks import (
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
+from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.preference import PreferenceModule  # noqa: F401  (as above)
-from hybrid_lightning.policy.stepped import SteppedModule
 from hybrid_lightning.policy.supervised import SupervisedModule  # noqa: F401  (as above)
 from hybrid_lightning.trainer import Trainer
 
@@ -119,7 +119,7 @@ class HybridLightningCLI(LightningCLI):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
-            SteppedModule,
+            LanguageModule,
             PromptDataModule,
             save_config_callback=SaveRunConfig,
             trainer_class=Trainer,
@@ -207,7 +207,7 @@ class HybridLightningCLI(LightningCLI):
         """Make no policy where its arguments are all that is wanted."""
         super()._add_instantiators()
         if self.subcommand == "plan":
-            self.parser.add_instantiator(_arguments_of, SteppedModule, subclasses=True)
+            self.parser.add_instantiator(_arguments_of, LanguageModule, subclasses=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)

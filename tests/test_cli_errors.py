@@ -80,7 +80,7 @@ OPTIONS = [
     ("model.loss=GRPOLos", r'"loss": unknown class GRPOLos; give module\.Class, or a class of ours'),
     ("model.loss=my_parts.Missing", r"module 'my_parts' has no attribute 'Missing'"),
     ("model.loss=my_parts.NotALoss", r"my_parts\.NotALoss does not correspond to a subclass of PolicyLoss"),
-    ("model=my_parts.NotALoss", r"does not correspond to a subclass of PolicyModule; got my_parts\.NotALoss"),
+    ("model=my_parts.NotALoss", r"does not correspond to a subclass of LanguageModule; got my_parts\.NotALoss"),
     ("model.optimizer=torch.optim.Foo", r"module 'torch\.optim' has no attribute 'Foo'"),
     # a loss that is switched on the command line keeps the other one's clip range
     ("model.loss=GSPOLoss", r"clip_low=0\.2, clip_high=0\.25 is too large .* left over from a GRPO config: set clip_low=3e-4"),

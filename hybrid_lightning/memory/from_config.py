@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from transformers import AutoConfig, PretrainedConfig
 
 from hybrid_lightning.adapters.accumulators import ExactGradients
@@ -18,6 +18,9 @@ from hybrid_lightning.policy.loading import DTYPES, load_tokenizer, resolve_mode
 from hybrid_lightning.policy.precision import check_precision, dtype_of_precision
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.sharding.checks import NOTHING_TO_SPLIT, check_optimizer
+from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
 _PROMPTS = 500  # so many are encoded to find out how long they are
 
@@ -37,11 +40,11 @@ class TrainerFlags:
         """Read the Trainer's part of a config.
 
         Raises:
-            ConfigError: If the strategy is none of ours.
+            ConfigError: If the strategy is none of ours, or there is no device.
         """
         kind = flags.get("accelerator") or "auto"
         on_cpu = kind == "cpu" or (kind == "auto" and not torch.accelerator.is_available())
-        devices = _count(flags.get("devices") or "auto", on_cpu) * int(flags.get("num_nodes") or 1)
+        devices = _count(flags.get("devices", "auto"), on_cpu) * _at_least_one("num_nodes", flags.get("num_nodes", 1))
         return cls(
             sharding=_sharding(flags.get("strategy") or "auto", devices, on_cpu),
             on_cpu=on_cpu,
@@ -75,6 +78,8 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
     if policy.dtype not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got {policy.dtype!r}")
     check_precision(flags.precision, policy.dtype, policy.optimizer)
+    if isinstance(flags.sharding, FSDP2):  # FSDP1 too
+        check_optimizer(policy.optimizer, flags.sharding.name)
     sampler = policy.sampler or Sampler()
     gradients = adapter.gradients
     exact = gradients is None or isinstance(gradients, ExactGradients)
@@ -147,20 +152,29 @@ def _count(devices: Any, on_cpu: bool) -> int:
         return len([part for part in devices.split(",") if part.strip()])
     if isinstance(devices, (list, tuple)):
         return len(devices)
-    if str(devices) in ("auto", "-1"):
+    if str(devices) in ("auto", "-1", "None"):
         return 1 if on_cpu else max(1, torch.accelerator.device_count())
-    return int(devices)
+    return _at_least_one("devices", devices)
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    count = 1 if value is None else int(value)
+    if count < 1:
+        raise ConfigError(f"trainer.{name}={value} leaves no device; give at least 1")
+    return count
 
 
 def _sharding(strategy: Any, devices: int, on_cpu: bool) -> Sharding:
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     offload = getattr(strategy, "cpu_offload", False)
     offload = bool(getattr(offload, "offload_params", offload)) and not on_cpu  # FSDP1's flag is in an object
-    if isinstance(strategy, ModelParallelStrategy):
+    if isinstance(strategy, FSDP2Strategy):
         return FSDP2(devices, offload)
-    if isinstance(strategy, FSDPStrategy) or name.startswith("fsdp"):
+    if isinstance(strategy, FSDP1Strategy):
+        if devices == 1:
+            raise ConfigError(NOTHING_TO_SPLIT)
         return FSDP1(devices, offload)
-    if isinstance(strategy, DDPStrategy) or name.startswith("ddp"):
+    if isinstance(strategy, DDPStrategy) or (name.startswith("ddp") and name in StrategyRegistry.available_strategies()):
         return DDP(devices)
     if isinstance(strategy, SingleDeviceStrategy) or name == "auto":
         return SingleDevice() if devices == 1 else DDP(devices)  # as Lightning chooses

@@ -12,6 +12,8 @@ from hybrid_lightning.memory.process import Growth, growth
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import FLOAT32, ModelSizes, measure, meta_model, plan_of_budget
 from hybrid_lightning.memory.strategies import FSDP1, Held, Sharding
+from hybrid_lightning.rollout.loader import RolloutSchedule
+from hybrid_lightning.rollout.sampler import check_positions
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,10 @@ def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]
 
 def _check(settings: RunSettings, sharding: Sharding) -> None:
     """Refuse what `fit` would."""
-    if settings.prompts_per_rollout % sharding.devices:
-        raise ConfigError(
-            f"model.prompts_per_rollout={settings.prompts_per_rollout} must be a multiple of the {sharding.devices} devices"
-        )
+    minibatches = settings.micro_batches // settings.accumulate_grad_batches
+    schedule = RolloutSchedule(settings.prompts_per_rollout, settings.samples_per_prompt, minibatches)
+    schedule.check_split(settings.accumulate_grad_batches, sharding.devices)
+    check_positions(settings.text_config, settings.prompt_tokens, settings.completion_tokens)
     if settings.quantization is not None and not sharding.whole_on_every_device:
         kind = type(settings.quantization).__name__
         raise ConfigError(f"model.quantization={kind} does not work with {sharding.name}; use trainer.strategy=ddp")

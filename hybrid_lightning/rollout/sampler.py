@@ -7,6 +7,7 @@ in float32, and a random generator of its own whose state a checkpoint can hold.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ class Sampler(Part):
         decoder = _Decoder(self, model, tokenizer, stop_ids or [int(tokenizer.eos_token_id)], generator, greedy)
         device = next(model.parameters()).device
         ids, mask = pad_left(prompt_ids, decoder.pad_id, device)
-        self._check_length(model, ids.shape[1])
+        check_positions(getattr(model, "config", None), ids.shape[1], self.max_new_tokens)
         tokens, logprobs, lengths, finished = decoder.run(ids, mask, samples_per_prompt, on_token)
         completion_mask = torch.arange(tokens.shape[1], device=device)[None] < lengths[:, None]
         sequences = Sequences(
@@ -132,13 +133,21 @@ class Sampler(Part):
         ends = [text.index(stop) for stop in self.stop if stop in text]
         return text[: min(ends)] if ends else text
 
-    def _check_length(self, model: nn.Module, prompt_length: int) -> None:
-        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if limit is not None and prompt_length + self.max_new_tokens > limit:
-            raise ConfigError(
-                f"a prompt of {prompt_length} tokens and max_new_tokens={self.max_new_tokens} exceed the model's {limit} "
-                "positions; lower data.max_prompt_tokens or sampler.max_new_tokens"
-            )
+
+def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise ConfigError unless a prompt and its completion fit into the positions of a model.
+
+    Args:
+        config: Of the model.
+        prompt_tokens: Of the prompt.
+        max_new_tokens: Longest completion.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + max_new_tokens > limit:
+        raise ConfigError(
+            f"a prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} exceed the model's {limit} positions; lower "
+            "data.max_prompt_tokens or sampler.max_new_tokens"
+        )
 
 
 class _Decoder:

@@ -14,6 +14,10 @@ from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
 _OURS = (FSDP2Strategy, FSDP1Strategy)
+NOTHING_TO_SPLIT = (
+    "FSDP1Strategy has nothing to split on one device, and torch cannot save what it leaves whole; use trainer.strategy=auto, "
+    "more devices, or --config configs/strategy/fsdp2.yaml"
+)
 
 
 def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer], dtype: str) -> None:
@@ -42,10 +46,7 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer],
             "folder in a file system that all devices share, or write full checkpoints"
         )
     if isinstance(strategy, FSDP1Strategy) and trainer.world_size == 1:
-        raise ConfigError(
-            "FSDP1Strategy has nothing to split on one device, and torch cannot save what it leaves whole; use "
-            "trainer.strategy=auto, more devices, or --config configs/strategy/fsdp2.yaml"
-        )
+        raise ConfigError(NOTHING_TO_SPLIT)
     if isinstance(strategy, FSDP1Strategy) and dtype != "float32" and str(trainer.precision) != "bf16-true":
         raise ConfigError(
             f"model.dtype={dtype} does not work with FSDP1Strategy and trainer.precision={trainer.precision}: trained weights "
@@ -59,13 +60,26 @@ def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer],
             "each; use fewer devices"
         )
     if trainer.state.fn == "fit":
-        group = {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0, "name": "check"}
-        kind = type(optimizer([group]))
-        if kind.__module__.startswith("bitsandbytes"):
-            raise ConfigError(
-                f"model.optimizer={kind.__name__} cannot hold the state of weights that {name} splits over devices; use "
-                "torch.optim.AdamW, whose state is split as well, or trainer.strategy=ddp"
-            )
+        check_optimizer(optimizer, name)
+
+
+def check_optimizer(optimizer: Callable[[Iterable], Optimizer], strategy: str) -> None:
+    """Check that the state of an optimizer can be split over devices.
+
+    Args:
+        optimizer: Called with parameter groups.
+        strategy: What splits it, for the message.
+
+    Raises:
+        ConfigError: If not.
+    """
+    group = {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0, "name": "check"}
+    kind = type(optimizer([group]))
+    if kind.__module__.startswith("bitsandbytes"):
+        raise ConfigError(
+            f"model.optimizer={kind.__name__} cannot hold the state of weights that {strategy} splits over devices; use "
+            "torch.optim.AdamW, whose state is split as well, or trainer.strategy=ddp"
+        )
 
 
 def _remote_folders(trainer: Trainer) -> list[str]:

@@ -87,6 +87,15 @@ def test_a_plan_that_is_there_is_planned_for(folder, tmp_path):
         (["--model.dtype=int7"], "model.dtype must be one of"),
         (["--model.model=nowhere.gguf"], "does not exist"),
         (["--trainer.devices=3"], "must be a multiple of the 3 devices"),
+        (["--trainer.devices=0"], "trainer.devices=0 leaves no device"),
+        (["--trainer.num_nodes=0"], "trainer.num_nodes=0 leaves no device"),
+        (["--model.minibatches_per_rollout=7"], "cannot be split evenly"),
+        (
+            ["--config", str(STRATEGIES / "fsdp2.yaml"), "--trainer.devices=2", "--model.optimizer=bitsandbytes.optim.AdamW8bit"],
+            "model.optimizer=AdamW8bit cannot hold the state of weights that FSDP2 splits",
+        ),
+        (["--trainer.strategy=fsdp2"], "trainer.strategy=fsdp2 cannot be planned for"),
+        (["--prompt_tokens=100000"], "positions; lower"),
     ],
 )
 def test_what_is_wrong_is_said_in_the_last_line(folder, options, message):
@@ -100,7 +109,7 @@ def test_what_is_wrong_is_said_in_the_last_line(folder, options, message):
         ({}, SingleDevice, 1),
         ({"devices": 4}, DDP, 4),
         ({"devices": "2", "num_nodes": 3, "strategy": "ddp"}, DDP, 6),
-        ({"devices": [0, 2], "strategy": "fsdp"}, FSDP1, 2),
+        ({"devices": [0, 2], "strategy": FSDP1Strategy()}, FSDP1, 2),
         ({"devices": "1,3,5", "strategy": FSDP2Strategy()}, FSDP2, 3),
         ({"devices": 2, "strategy": FSDP1Strategy()}, FSDP1, 2),
         ({"devices": 2, "strategy": FSDP2Strategy(cpu_offload=True)}, FSDP2, 2),
@@ -126,3 +135,7 @@ def test_other_flags():
     assert TrainerFlags.of({}).on_cpu is not torch.accelerator.is_available()
     with pytest.raises(ConfigError, match="cannot be planned for"):
         TrainerFlags.of({"strategy": "deepspeed"})
+    with pytest.raises(ConfigError, match="nothing to split on one device"):
+        TrainerFlags.of({"strategy": FSDP1Strategy(), "devices": 1})
+    with pytest.raises(ConfigError, match=r"trainer.devices=-3 leaves no device"):
+        TrainerFlags.of({"accelerator": "cpu", "devices": -3})

@@ -19,7 +19,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "full", "dora"), [("full", 1, False), ("lora", 0, False), ("dora", 0, True)])
 def test_an_overlay_trains_all_modules_one_way(folder, name, full, dora):
-    result = run(folder, "fit", "--config", "t.yaml", "--config", OVERLAYS[name], *SHORT, f"--trainer.logger.init_args.name={name}")
+    result = run(
+        folder, "fit", "--config", "t.yaml", "--config", OVERLAYS[name], *SHORT, f"--trainer.logger.init_args.name={name}"
+    )
     assert result.code == 0, result.err
     root = folder / "runs" / name / "version_0"
     plan = AdapterPlan.load(root / "plan.json")

@@ -176,7 +176,9 @@ def test_it_trains(path, tiny, here, monkeypatch):
 def test_its_rollouts_can_be_split_as_it_says(path):
     config = yaml.safe_load(path.read_text())
     model, accumulate = settings(config), config["trainer"].get("accumulate_grad_batches", 1)
-    rows = model["examples_per_step"] if "examples_per_step" in model else model["prompts_per_rollout"] * model["samples_per_prompt"]
+    rows = (
+        model["examples_per_step"] if "examples_per_step" in model else model["prompts_per_rollout"] * model["samples_per_prompt"]
+    )
     assert rows % (model.get("minibatches_per_rollout", 1) * accumulate) == 0
     assert config["trainer"]["val_check_interval"] % accumulate == 0, "a validation falls between optimizer steps"
     assert config["trainer"]["logger"]["init_args"]["name"] == path.stem

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_updated import run
+from tiny_models import VOCABULARY
 from tiny_runs import write_model, write_sums
 
 from hybrid_lightning.errors import ConfigError
@@ -24,6 +25,13 @@ def sums(tmp_path_factory):
     return write_sums(tmp_path_factory.mktemp("masks") / "sums.jsonl", 16)
 
 
+class OftenDone(Sampler):
+    """Every fourth token ends a completion, so that some of few tokens end and some do not, whatever is drawn."""
+
+    def sample(self, *args, **options):
+        return super().sample(*args, **{**options, "stop_ids": list(range(2, VOCABULARY, 4))})
+
+
 class NeverDone(Sampler):
     """No token ends a completion."""
 
@@ -34,7 +42,7 @@ class NeverDone(Sampler):
 def test_splitting_a_step_changes_nothing(model, sums, tmp_path):
     loss = DAPOLoss(entropy_coef=0.02)
     masks = {"token_mask": TopEntropyMask(0.5), "mask_truncated_completions": True}
-    policy = {"loss": loss, "sampler": Sampler(24), **masks}
+    policy = {"loss": loss, "sampler": OftenDone(4), **masks}
     whole, weights = run(model, sums, tmp_path, policy, max_steps=2)
     split, same = run(model, sums, tmp_path, {**policy, "max_tokens_per_micro_batch": 12}, accumulate_grad_batches=2, max_steps=2)
     assert max(split.passes) > 1 and len(split.passes) == 4
@@ -62,7 +70,7 @@ def test_truncated_completions_are_left_out_and_count_as_sequences_alone(model, 
         "hybrid_lightning.policy.updated.UpdatedModule.add_logprobs",
         lambda self, parts, on_policy: batches.append((self.last_rollout[0], parts)) or list(parts),
     )
-    policy = {"loss": GRPOLoss(), "sampler": Sampler(3), "mask_truncated_completions": True, "minibatches_per_rollout": 1}
+    policy = {"loss": GRPOLoss(), "sampler": OftenDone(3), "mask_truncated_completions": True, "minibatches_per_rollout": 1}
     run(model, sums, tmp_path, policy, max_steps=1)
     (rollouts, (batch,)) = batches[0]
     tokens = rollouts.sequences.completion_mask.sum(dim=1)

@@ -38,7 +38,8 @@ def run(prepare, **environment):
 def test_freed_memory_is_used_again_without_faults():
     pages = 8 * 2**22 // os.sysconf("SC_PAGE_SIZE")
     assert run("", MALLOC_MMAP_THRESHOLD_="100000")[1] > pages / 2, "given back and taken again"
-    assert run("prepare_process()")[1] < pages / 20
+    # Eight blocks of 4 MiB, of which at most one may be new: where others have taken the process's memory meanwhile.
+    assert run("prepare_process()")[1] < pages / 6
 
 
 def test_what_the_environment_says_stays():

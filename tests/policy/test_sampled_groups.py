@@ -186,6 +186,7 @@ def test_where_nothing_teaches_it_ends_at_the_bound_and_warns_once(model, sums, 
     assert len(said) == 1 and said[0].startswith("100% of a rollout's groups teach nothing, although 2 extra rollouts")
 
 
+@pytest.mark.filterwarnings("ignore:.*of a rollout's groups teach nothing")
 @pytest.mark.parametrize("flags", [{"fast_dev_run": True}, {"overfit_batches": 1}, {"limit_train_batches": 1}], ids=str)
 def test_short_runs(model, sums, tmp_path, flags):
     log, policy = Log(), {"reward": Constant(), "dynamic_sampling": DynamicSampling(1)}

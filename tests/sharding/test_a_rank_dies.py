@@ -61,7 +61,7 @@ def unstopped(folder, tmp_path_factory):
     return run(1, root / "process", train_each, jobs=jobs, folder=folder, root=root)[0]["whole"]
 
 
-@pytest.mark.parametrize(("strategy", "rank", "when"), [("ddp", 1, {"batch": 4}), ("fsdp2", 0, {"token": 60})], ids=str)
+@pytest.mark.parametrize(("strategy", "rank", "when"), [("ddp", 1, {"batch": 4}), ("fsdp2", 0, {"token": 20})], ids=str)
 def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unstopped, strategy, rank, when):
     arguments = {"folder": folder, "root": tmp_path / "run", "strategy": STRATEGIES[strategy], "devices": 2}
     jobs = {"killed": {**ARGUMENTS, "callbacks": (saver(tmp_path / "saved"), Die(rank, **when), Heard(tmp_path / "heard"))}}

@@ -34,7 +34,8 @@ def train_scaled(scales, strategy="auto", **arguments):
         mine = {"precision": "16-mixed"} if strategy is STRATEGIES["fsdp1"] else {"plugins": [MixedPrecision("16-mixed", "cpu")]}
         # Of some prompts alone completions earn different rewards, so that ranks overflow one by one.
         policy = {**ADAM, "loss": GRPOLoss(kl_coef=0.02), "reward": Only(PROMPTS), "epochs_per_rollout": 2}
-        found = train(strategy=strategy, policy=policy, callbacks=(log,), max_steps=6, **mine, **arguments)
+        # The steps of one rollout: of weights that differ by float16's rounding the next one may draw another token.
+        found = train(strategy=strategy, policy=policy, callbacks=(log,), max_steps=4, **mine, **arguments)
         results.append({**found, "scales": log.scales})
     return results
 
@@ -51,7 +52,7 @@ def test_it_is_the_run_of_one_process(folder, tmp_path, single, strategy):
     ranks = run(2, tmp_path / "ranks", train_scaled, scales=[2.0**10, 2.0**22], **arguments)
     for found, _ in ranks:
         (expected,) = single
-        assert found["plan"] == expected["plan"] and found["scales"] == expected["scales"] == [2.0**10] * 6
+        assert found["plan"] == expected["plan"] and found["scales"] == expected["scales"] == [2.0**10] * 4
         for one, other in zip(found["steps"], expected["steps"], strict=True):
             assert one == pytest.approx(other, rel=5e-3, abs=1e-3)
         for name, weight in expected["weights"].items():

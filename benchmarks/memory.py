@@ -49,17 +49,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     logs.mkdir(parents=True, exist_ok=True)
     about = {"command": command_line(), "machine": machine(), "versions": versions(), "threads": arguments.threads}
     cases = [case for case in CASES if case.model in arguments.models]
-    results = []
+    tell("planning Qwen3")
+    lines = start([HERE / "plan_qwen3.py", "--json"], logs / "qwen3.log", arguments.threads)
+    result: dict[str, Any] = {**about, "cases": [], "qwen3": json.loads(lines.splitlines()[-1])}
     with tempfile.TemporaryDirectory(prefix="memory_") as place:
         root = Path(place)
         for number, case in enumerate(cases, start=1):
             tell(f"{number} of {len(cases)}: {case.model}, {case.name}")
             found = compare(case, root, logs / f"{number}", arguments)
-            results.append({"case": asdict(case), "name": case.name, **found, **summarize(found)})
-    tell("planning Qwen3")
-    lines = start([HERE / "plan_qwen3.py", "--json"], logs / "qwen3.log", arguments.threads)
-    result = {**about, "cases": results, "qwen3": json.loads(lines.splitlines()[-1])}
-    (arguments.out / "memory.json").write_text(json.dumps(result, indent=1))
+            result["cases"].append({"case": asdict(case), "name": case.name, **found, **summarize(found)})
+            # After each: all of them take an hour or more, and one that fails must not take the others along.
+            (arguments.out / "memory.json").write_text(json.dumps(result, indent=1))
     return result
 
 

@@ -16,7 +16,6 @@ CASES = {
     "several-passes": Case(share=1.0, max_tokens=300),
     "recomputing": Case(checkpointing=True),
     "long": Case(prompts=4, samples=16, completion_tokens=50),
-    "sgd": Case(optimizer=torch.optim.SGD),
 }
 
 

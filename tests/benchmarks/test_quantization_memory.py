@@ -33,7 +33,8 @@ def test_bytes_of_weights_gradients_and_optimizer(tmp_path):
         assert values["trained weights"] == values["gradients"] == trained
         steps = 4 * sum(parameter.requires_grad for parameter in policy.parameters())  # AdamW counts them in float32
         assert values["optimizer state"] == 2 * trained + steps
-        assert values["peak of training"] >= values["process at start"] > values["frozen weights"]
+        # The kernel counts pages in batches of a thread: a peak may be some of them short.
+        assert values["peak of training"] + 2**20 >= values["process at start"] > values["frozen weights"]
     quantized = [module.shape[0] * module.shape[1] for module in policy.plan.candidates if module.mode == "lora"]
     # Half a byte instead of four; a byte for each block of 64 and a float for 256 of these; two tables and an offset.
     scales = [size // 64 + 4 * -(-size // 64 // 256) + 4 * (16 + 256 + 1) for size in quantized]

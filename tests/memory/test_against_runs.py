@@ -19,7 +19,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "hybrid"])  # which the other test measures
 def test_parts_and_peaks_are_as_planned(name, tmp_path):
     case = CASES[name]
     threads = torch.get_num_threads()

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,9 @@ def test_the_walk_sees_every_kind_of_import(tmp_path, monkeypatch):
     monkeypatch.setitem(FILES, f"{PACKAGE}.module", path)
     expected = {"a.b", "c", PACKAGE, f"{PACKAGE}.errors", f"{PACKAGE}.policy.optim", "lazy"}
     assert imports_of(f"{PACKAGE}.module") == expected
+
+
+def test_every_package_is_in_the_wheel():
+    settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    packages = {path.parent.relative_to(ROOT.parent) for path in ROOT.rglob("__init__.py")}
+    assert set(settings["tool"]["setuptools"]["packages"]) == {".".join(path.parts) for path in packages} | {f"{PACKAGE}.callbacks"}

@@ -145,4 +145,6 @@ def test_the_walk_sees_every_kind_of_import(tmp_path, monkeypatch):
 def test_every_package_is_in_the_wheel():
     settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     packages = {path.parent.relative_to(ROOT.parent) for path in ROOT.rglob("__init__.py")}
-    assert set(settings["tool"]["setuptools"]["packages"]) == {".".join(path.parts) for path in packages} | {f"{PACKAGE}.callbacks"}
+    assert set(settings["tool"]["setuptools"]["packages"]) == {".".join(path.parts) for path in packages} | {
+        f"{PACKAGE}.callbacks"
+    }

@@ -16,7 +16,7 @@ SMALLEST_CLIP = 0.01
 
 
 class TokenClippedLoss(ClippedLoss):
-    """Clipped surrogate with one importance ratio a token; a subclass gives the range and the aggregation.
+    """Clipped surrogate with one importance ratio a token; a subclass may give another range and another aggregation.
 
     Args:
         clip_low: a token's ratio counts down to 1 - clip_low where A < 0.
@@ -32,8 +32,8 @@ class TokenClippedLoss(ClippedLoss):
 
     def __init__(
         self,
-        clip_low: float,
-        clip_high: float,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
         dual_clip: float | None = None,
         kl_coef: float = 0.0,
         kl_importance_weight: bool = False,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import ExampleLoss
@@ -21,6 +22,8 @@ from hybrid_lightning.policy.evaluation import EvaluationMetrics
 from hybrid_lightning.policy.example_calibration import ExampleCalibration
 from hybrid_lightning.policy.example_metrics import ExampleMetrics
 from hybrid_lightning.policy.logprobs import token_logprobs
+from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
+from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.stepped import SteppedModule
 from hybrid_lightning.rewards import RewardFunction
@@ -34,12 +37,77 @@ from hybrid_lightning.types import LossInputs, PolicyBatch, Prompt, Sequences
 
 
 class ExampleModule(SteppedModule):
-    """Training and held-out loss on examples; a subclass sets the attributes and `completions_wanted`."""
+    """Training and held-out loss on examples; a subclass says which loss is meant and what an example has to look like.
 
+    Args:
+        loss: Loss of examples; None takes the class's own (`default_loss`).
+        model: `embedded`, a folder, a GGUF file, `package:NAME/FILE`, or a hub id.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Weights in memory: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
+        quantization: Of the frozen base once the modules are scored, such as `NF4()`; None keeps it in `dtype`.
+        attn_implementation: Such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
+        chat_template_kwargs: Variables of the chat template.
+        examples_per_step: Examples (of a loss of pairs: pairs) of an optimizer step, over all devices and micro-batches.
+        max_tokens_per_micro_batch: Tokens that one forward and backward pass takes, which changes memory and not the gradient.
+            None chooses by the sizes of the model (see `default_token_budget`).
+        reward: Scores completions of held-out prompts; validation and test then generate, too. None measures the loss alone.
+        sampler: Decoding parameters of that evaluation; None takes `Sampler()`.
+        eval_samples: Completions per prompt in that evaluation (the n of avg@n), beside the greedy one.
+        optimizer: Called with the parameter groups.
+        lr_full: Learning rate of fully trained modules.
+        lr_lora: Learning rate of LoRA weights, about 10 times `lr_full`.
+        schedule: Learning rate schedule; None takes `ConstantSchedule()`.
+        seed: Of the order of examples and of the evaluation.
+
+    Raises:
+        ConfigError: If a value is impossible.
+        ModelError: If the model cannot be loaded.
+    """
+
+    default_loss: type[ExampleLoss]
     loss: ExampleLoss
     reward: RewardFunction | None  # type: ignore[assignment]  # of generated completions, which are then evaluated too
     examples_per_step: int
     completions_wanted: str  # how an example has to look, for error messages
+
+    def __init__(
+        self,
+        loss: ExampleLoss | None = None,
+        model: str = "embedded",
+        revision: str | None = None,
+        dtype: str = "float32",
+        quantization: Quantization | None = None,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        examples_per_step: int = 32,
+        max_tokens_per_micro_batch: int | None = None,
+        reward: RewardFunction | None = None,
+        sampler: Sampler | None = None,
+        eval_samples: int = 8,
+        optimizer: OptimizerCallable = AdamW,
+        lr_full: float = 1e-5,
+        lr_lora: float = 1e-4,
+        schedule: LearningRateSchedule | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._save_arguments()
+        self._set_examples(loss or self.default_loss(), reward, sampler, examples_per_step, eval_samples, seed)
+        self._train_with(optimizer, lr_full, lr_lora, schedule, max_tokens_per_micro_batch)
+        self._load(
+            model,
+            revision,
+            dtype,
+            quantization,
+            attn_implementation,
+            gradient_checkpointing,
+            chat_template,
+            chat_template_kwargs,
+        )
 
     def _set_examples(
         self,

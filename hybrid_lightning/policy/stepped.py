@@ -5,6 +5,7 @@ be more tokens than memory holds activations for, so `training_step` cuts them i
 `max_tokens_per_micro_batch` tokens. All but the last run go backward at once; the loss of the last is returned to Lightning.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from hybrid_lightning.sharding.ranks import gather_counts, gather_objects, sum_o
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 
-class SteppedModule(EvaluatedModule):
+class SteppedModule(EvaluatedModule, ABC):
     """The training hooks; a subclass is a `RolloutSource`, gives `logprobs` and `_run`, and sets the attributes."""
 
     rollout_schedule: RolloutSchedule
@@ -59,10 +60,11 @@ class SteppedModule(EvaluatedModule):
             shuffle=trainer.overfit_batches == 0,  # type: ignore[attr-defined]
         )
 
+    @abstractmethod
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities with gradient and entropies of completions, [B, T] each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _run(self, batch: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a run of rows of a micro-batch, all of them shares in the optimizer step's.
 
@@ -70,7 +72,6 @@ class SteppedModule(EvaluatedModule):
             batch: The rows.
             micro_batch_tokens: Completion tokens of the whole micro-batch.
         """
-        raise NotImplementedError
 
     def _runs(self, sequences: Sequences) -> list[slice]:
         return split_by_tokens(sequences, self._token_budget(), self.rows_together)

@@ -1,5 +1,6 @@
 """`SplitCheckpoints`: what strategies that split a model have in common as they write and read checkpoints."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ class SplitCheckpoints(ParallelStrategy):
 
     writes_folders: bool = False
 
+    @abstractmethod
     def parts(self) -> Mapping[str, Tensor]:
         """Name -> parameter or buffer as `lightning_module_state_dict` splits it, of what is split."""
-        raise NotImplementedError
 
     @property
     def lightning_restore_optimizer(self) -> bool:

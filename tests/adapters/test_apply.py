@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, parameter_groups, trainable_state
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora import LoraSettings
-from hybrid_lightning.errors import ConfigError, ModelError, PlanError
+from hybrid_lightning.errors import ConfigError, PlanError
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "gpt2"]
 SETTINGS = {
@@ -264,42 +264,3 @@ def test_tied_embeddings_stay_tied(make_model, plan_for, batches):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     adapted = apply_plan(model, plan_for(model)).get_base_model()
     assert adapted.lm_head.weight is adapted.model.embed_tokens.weight
-
-
-def test_an_adapted_model_is_refused(make_model, plan_for):
-    model = make_model("llama")
-    plan = plan_for(model)
-    adapted = apply_plan(model, plan)
-    for again in (adapted, adapted.get_base_model(), nn.ModuleList([adapted])):
-        with pytest.raises(ModelError, match="already carries"):
-            apply_plan(again, plan)
-
-
-def test_another_model_is_refused(make_model, plan_for):
-    with pytest.raises(PlanError, match="no such module"):
-        apply_plan(make_model("gpt2"), plan_for(make_model("llama")))
-
-
-class TwoTowers(nn.Module):
-    """Two stacks, the name of one ending like that of the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-        self.other = nn.Module()
-        self.other.layers = nn.ModuleList([nn.Linear(4, 4)])
-
-    def prepare_inputs_for_generation(self) -> None: ...
-
-
-@pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("listed", [True, False])
-def test_names_that_peft_cannot_tell_apart_are_noticed(plan_for, mode, listed):
-    """Whether or not the plan knows both modules."""
-    model = TwoTowers()
-    plan = plan_for(model, ModuleBudget(0.3))
-    modes = {"layers.0": mode, "layers.1": "lora", "other.layers.0": "frozen"}
-    candidates = tuple(dataclasses.replace(m, mode=modes[m.name]) for m in plan.candidates if listed or "other" not in m.name)
-    message = r"PEFT would not leave other\.layers\.0" if listed else r"difference starts with other\.layers\.0"
-    with pytest.raises(PlanError, match=message):
-        apply_plan(model, dataclasses.replace(plan, candidates=candidates))

@@ -55,6 +55,7 @@ def main():
     names = {
         "secret": secret,
         "folder": folder,
+        "home": Path.home(),
         "socket": folder / "socket",
         "pid": os.getpid(),
         "victim": os.getppid(),

@@ -48,7 +48,8 @@ def host(tmp_path, monkeypatch):
 
 
 def test_none_gets_out_or_harms_the_host(host):
-    names = {"secret": host.secret, "folder": host.folder, "socket": host.local, "pid": os.getpid(), "victim": host.victim.pid}
+    names = {"secret": host.secret, "folder": host.folder, "home": Path.home(), "socket": host.local}
+    names |= {"pid": os.getpid(), "victim": host.victim.pid}
     before = host.secret.stat()
     held = results(in_one(ATTEMPTS, {**names, "port": host.server.getsockname()[1]}), require_isolation().mechanisms)
     assert held == dict.fromkeys(ATTEMPTS, "held") and len(ATTEMPTS) > 80

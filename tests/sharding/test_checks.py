@@ -19,13 +19,26 @@ def check(strategy, optimizer=torch.optim.AdamW, precision="32-true", dtype="flo
     check_strategy(trainer, optimizer, dtype)
 
 
-def test_what_works_is_let_through():
-    check(SingleDeviceStrategy("cpu"))
-    check(DDPStrategy(), precision="16-mixed")
-    check(FSDP2Strategy(), precision="bf16-mixed", dtype="bfloat16")
-    check(FSDP2Strategy(), precision="16-mixed", dtype="float16")
-    check(FSDP1Strategy(), precision="bf16-mixed")
-    check(FSDP1Strategy(), precision="bf16-true", dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("strategy", "precision", "dtype"),
+    [
+        (lambda: SingleDeviceStrategy("cpu"), "32-true", "float32"),
+        (DDPStrategy, "16-mixed", "float32"),
+        (FSDP2Strategy, "bf16-mixed", "bfloat16"),
+        (FSDP2Strategy, "16-mixed", "float16"),
+        (FSDP1Strategy, "bf16-mixed", "float32"),
+        (FSDP1Strategy, "bf16-true", "bfloat16"),
+    ],
+)
+def test_what_works_is_let_through_and_looked_at(strategy, precision, dtype):
+    asked = []
+
+    def optimizer(groups):
+        asked.append(groups)
+        return torch.optim.AdamW(groups)
+
+    check(strategy(), optimizer, precision, dtype)
+    assert len(asked) == isinstance(strategy(), (FSDP1Strategy, FSDP2Strategy)), "these alone depend on the optimizer"
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])

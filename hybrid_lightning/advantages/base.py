@@ -65,13 +65,24 @@ class AdvantageEstimator(Part, ABC):
         """
         return self(rewards.total, samples_per_prompt)
 
-    def groups(self, rewards: Tensor, samples_per_prompt: int) -> Tensor:
-        """Checked rewards as [P, G]; arguments and errors as in `__call__`."""
+    def check_samples(self, samples_per_prompt: int) -> None:
+        """Make sure that there are completions to compare; asked before anything is generated.
+
+        Args:
+            samples_per_prompt: G.
+
+        Raises:
+            ConfigError: if G is below 2.
+        """
         if samples_per_prompt < 2:
             raise ConfigError(
                 f"samples_per_prompt={samples_per_prompt}: {type(self).__name__} compares the completions of a prompt with "
                 "each other; set samples_per_prompt to 2 or more."
             )
+
+    def groups(self, rewards: Tensor, samples_per_prompt: int) -> Tensor:
+        """Checked rewards as [P, G]; arguments and errors as in `__call__`."""
+        self.check_samples(samples_per_prompt)
         if rewards.dim() != 1 or len(rewards) % samples_per_prompt:
             raise ConfigError(
                 f"rewards have shape {tuple(rewards.shape)}, which is not [prompts * {samples_per_prompt}]: give one reward a "

@@ -18,10 +18,11 @@ from tiny_runs import (
     write_sums,
 )
 
-from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage
+from hybrid_lightning.advantages import BatchStdAdvantage, GroupAdvantage, LeaveOneOutAdvantage
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss
+from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.sampled_groups import choose_trained, sample_groups
 from hybrid_lightning.rewards import OverlongPenalty, RewardFunction, WeightedSum
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
@@ -220,3 +221,10 @@ def test_a_single_completion_cannot_differ_from_others(model):
         ConfigError, match=r"samples_per_prompt=1: model.dynamic_sampling looks for prompts whose completions differ"
     ):
         build_policy(model, samples_per_prompt=1, dynamic_sampling=DynamicSampling())
+
+
+@pytest.mark.parametrize("estimator", [GroupAdvantage(), LeaveOneOutAdvantage()], ids=lambda one: type(one).__name__)
+def test_a_single_completion_is_refused_before_anything_is_generated(model, sums, tmp_path, monkeypatch, estimator):
+    monkeypatch.setattr(PolicyModule, "generate", lambda *_: pytest.fail("generated"))
+    with pytest.raises(ConfigError, match=rf"samples_per_prompt=1: {type(estimator).__name__} compares .* to 2 or more"):
+        fit(model, sums, tmp_path, policy={"samples_per_prompt": 1, "advantage": estimator})

@@ -13,6 +13,8 @@ is over one group and TRL takes an average step of the generation batch (tokens 
 weigh the more the longer their own completions are; optional dual clip, KL term (the paper removes it) and entropy bonus.
 """
 
+import warnings
+
 from torch import Tensor
 
 from hybrid_lightning.losses.functional import mean_over_tokens
@@ -33,6 +35,9 @@ class DAPOLoss(TokenClippedLoss):
 
     Raises:
         ConfigError: if a value is out of its range, or the clip range is one of GSPO.
+
+    Warns:
+        UserWarning: if the range is not wider above, as where a class switched on the command line keeps that of `GRPOLoss`.
     """
 
     def __init__(
@@ -45,6 +50,12 @@ class DAPOLoss(TokenClippedLoss):
         entropy_coef: float = 0.0,
     ) -> None:
         super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
+        if clip_high <= clip_low:
+            warnings.warn(
+                f"{type(self).__name__}: clip_high={clip_high:g} is not above clip_low={clip_low:g}, so that there is no "
+                "clip-higher, as if left over from a GRPO config; DAPO has clip_low=0.2 and clip_high=0.28",
+                stacklevel=2,
+            )
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
         """Mean over all tokens of the optimizer step."""

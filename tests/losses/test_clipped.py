@@ -1,6 +1,7 @@
 """The clip ranges that the constructors take."""
 
 import math
+import warnings
 
 import pytest
 from jsonargparse import ArgumentParser
@@ -105,3 +106,12 @@ def test_a_loss_without_clip_range_does_not_inherit_one(switched, tmp_path):
 def test_settings_of_the_unclipped_losses(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_dapo_without_clip_higher_is_told_of():
+    """A range of `GRPOLoss` that is left over is one that DAPO may have on purpose too, so it is no error."""
+    with pytest.warns(UserWarning, match=r"clip_high=0.2 is not above clip_low=0.2, .* no clip-higher"):
+        DAPOLoss(0.2, 0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DAPOLoss(0.2, 0.28)

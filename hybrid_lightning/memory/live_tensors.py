@@ -40,10 +40,18 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
+        if isinstance(result, Tensor):  # as of nearly every operator
+            self._count(result)
+        else:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self._count(leaf)
         return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch else guards each call against compilers, which takes as long as counting; nothing is compiled in here."""
+        return False
 
     def _count(self, tensor: Tensor) -> None:
         if isinstance(tensor, DTensor):

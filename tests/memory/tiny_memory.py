@@ -114,14 +114,14 @@ class Case:
         policy.stop_ids = [1_000]  # no such token: nothing ends
         probe = MemoryProbe()
         adapter = HybridAdapterSetup(budget=ModuleBudget(self.share), rank=8, keep_start_weights=self.keep_start_weights)
+        steps = self.micro_batches + 1  # to the first of the second rollout, which finds gradients and optimizer state
         trainer = build_trainer(
             root,
             probe,
             adapter,
-            max_steps=3,
+            max_steps=steps,
             precision=self.precision,
-            num_sanity_val_steps=-1,
-            val_check_interval=3,  # a validation drops gradients, which the next rollout would else find
+            val_check_interval=steps,  # a validation drops gradients, which the next rollout would else find
             check_val_every_n_epoch=None,
         )
         with probe.measuring():

@@ -34,9 +34,9 @@ CHARACTERS = "0123456789*=:[] "
 SPECIAL = ("<pad>", "<eos>")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
     """One token per character, padding on the left; other characters than those of the corpus are an error."""
-    vocabulary = {token: number for number, token in enumerate((*SPECIAL, *CHARACTERS))}
+    vocabulary = {token: number for number, token in enumerate((*SPECIAL, *characters))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -111,14 +111,34 @@ class Pretraining(SupervisedModule):
         return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
 
 
-def pretrain(
-    seed: int, steps: int, batch_size: int, lr: float, progress: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Train a new model on the answers of the corpus, each line seen once, with a warm-up and a cosine to zero."""
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
+def pretrain_on(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: PromptSource,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    progress: bool = False,
+) -> PreTrainedModel:
+    """Train all weights of a new model on the completions of a corpus, with a warm-up and a cosine to zero.
+
+    Args:
+        model: New, in float32.
+        tokenizer: Of the model.
+        corpus: Rows with the column `completion`.
+        seed: Of the order of the lines.
+        steps: Optimizer steps.
+        batch_size: Lines in each of them.
+        lr: Peak learning rate of AdamW.
+        progress: Whether a progress bar is shown.
+
+    Returns:
+        The trained model, in eval mode.
+    """
     with TemporaryDirectory() as folder:
-        build_model(tokenizer).save_pretrained(folder)
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         module = Pretraining(
             model=folder,
@@ -139,9 +159,22 @@ def pretrain(
             enable_progress_bar=progress,
             default_root_dir=folder,
         )
-        trainer.fit(module, datamodule=PromptDataModule(CorpusSource(steps * batch_size, seed), DemonstrationFormat()))
+        trainer.fit(module, datamodule=PromptDataModule(corpus, DemonstrationFormat()))
     assert isinstance(module.model, PreTrainedModel)
-    return module.model.eval(), tokenizer
+    return module.model.eval()
+
+
+def pretrain(
+    seed: int, steps: int, batch_size: int, lr: float, progress: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Make the embedded policy: each line of the corpus is seen once."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    corpus = CorpusSource(steps * batch_size, seed)
+    model = pretrain_on(
+        build_model(tokenizer), tokenizer, corpus, seed=seed, steps=steps, batch_size=batch_size, lr=lr, progress=progress
+    )
+    return model, tokenizer
 
 
 def main() -> None:

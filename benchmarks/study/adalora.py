@@ -1,0 +1,72 @@
+"""AdaLoRA (arXiv 2303.10512) by PEFT's own implementation, as a baseline under the same training loop.
+
+Each candidate module gets an update P diag(e) Q whose rank starts at 1.5 times the rank of the task; in the first half of the run
+the least important entries of e are masked until the ranks of all modules have that rank on average.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from peft import AdaLoraConfig, AdaLoraModel, PeftModel, get_peft_model
+from torch import Tensor
+
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.supervised import SupervisedModule
+
+ORTHOGONALITY = 0.1  # weight of |P'P - 1| + |QQ' - 1|, the paper's choice on most tasks
+
+
+class _AdaLoRA(LightningModule):
+    """Puts AdaLoRA where the plan has LoRA; the plan has nothing else."""
+
+    model: Any
+    _allocated_step = 0
+
+    def adapt(self, plan: AdapterPlan, keep_start_weights: bool = True) -> None:
+        assert self.base_digest == plan.model_digest and not plan.full_modules  # type: ignore[attr-defined]
+        steps, rank = self.trainer.max_steps, plan.lora.rank
+        config = AdaLoraConfig(
+            target_modules=list(plan.lora_modules),
+            init_r=max(rank + 1, int(1.5 * rank)),
+            target_r=rank,
+            lora_alpha=plan.lora.alpha,
+            tinit=steps // 10,
+            tfinal=steps // 2,
+            total_step=steps,
+            orth_reg_weight=ORTHOGONALITY,
+        )
+        self.model = get_peft_model(self.model, config)
+        self.plan = plan
+
+    def training_step(self, *arguments: Any) -> Tensor:
+        """The loss, and PEFT's regularisation, which it adds only to losses that the model itself computes."""
+        loss: Tensor = super().training_step(*arguments)
+        return loss + ORTHOGONALITY * distance_from_orthogonal(self.model)
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        """Mask what is least important, after each optimizer step and while its gradient is still there."""
+        super().on_train_batch_end(*arguments)
+        layers: AdaLoraModel = self.model.base_model
+        if self.trainer.global_step > self._allocated_step:
+            self._allocated_step = self.trainer.global_step
+            layers.update_and_allocate(self._allocated_step)
+
+
+class AdaLoRAPolicy(_AdaLoRA, PolicyModule):
+    """`PolicyModule` with AdaLoRA; arguments are the same."""
+
+
+class AdaLoRASupervised(_AdaLoRA, SupervisedModule):
+    """`SupervisedModule` with AdaLoRA; arguments are the same."""
+
+
+def distance_from_orthogonal(model: PeftModel) -> Tensor:
+    """Mean Frobenius distance of the matrices P and Q of all modules from orthogonal ones."""
+    distances = []
+    for name, parameter in model.named_parameters():
+        if ".lora_A" in name or ".lora_B" in name:
+            square = parameter @ parameter.T if ".lora_A" in name else parameter.T @ parameter
+            distances.append(torch.linalg.matrix_norm(square - torch.eye(len(square), device=square.device)))
+    return torch.stack(distances).mean()

@@ -1,0 +1,56 @@
+"""Scores to compare with: the modules that the default score likes least, and rules that need no gradient."""
+
+import re
+
+from hybrid_lightning.adapters.scorers import Scorer, TailEnergy
+from hybrid_lightning.adapters.statistics import ModuleStatistics
+
+
+class Bottom(TailEnergy):
+    """The negative of `TailEnergy`: chooses the modules that it would choose last."""
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:
+        return -super().score(statistics, rank)
+
+
+class EarlyOutputs(Scorer):
+    """`o_proj` and `down_proj` of the first layers: what most winners at toy scale have in common (see the design)."""
+
+    needs_gradient = False
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:
+        return float(statistics.name.endswith(("o_proj", "down_proj"))) - layer_of(statistics.name) / 1e3
+
+
+class Early(Scorer):
+    """Every module of the first layers."""
+
+    needs_gradient = False
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:
+        return -float(layer_of(statistics.name))
+
+
+class Late(Scorer):
+    """Every module of the last layers."""
+
+    needs_gradient = False
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:
+        return float(layer_of(statistics.name))
+
+
+class Largest(Scorer):
+    """The modules with the most weights, for which low rank is the lowest in relation."""
+
+    needs_gradient = False
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:
+        return float(statistics.parameters)
+
+
+def layer_of(name: str) -> int:
+    """Number of the decoder block that a module lies in."""
+    found = re.search(r"\.(\d+)\.", name)
+    assert found, name
+    return int(found[1])

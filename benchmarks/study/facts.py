@@ -1,0 +1,114 @@
+"""Facts that a policy half knows: the tasks on which full fine-tuning and LoRA can be told apart.
+
+A question names some keys, `c?k=`, and the answer has the digit of each, `407`. The table has one digit for each key. The policy
+was pretrained on answers that draw each digit from a few candidates of its key, the right one among them: it knows the format
+and what is plausible, and reinforcement has to teach which candidate is right, key by key. That is much to learn and of high
+rank, unlike making an answer likelier that is the likeliest already.
+
+Which questions are held out is fixed by a hash of their keys, so that no question of validation or test was ever an example; the
+facts in them were seen in other questions.
+"""
+
+import random
+import string
+from itertools import product
+
+from hybrid_lightning.data import PromptSource, Row, Splits
+from hybrid_lightning.data.operands import hashed_split
+from hybrid_lightning.errors import ConfigError
+
+# One token each; none differs from another in case alone, since questions are compared without it.
+KEYS = string.ascii_lowercase + "!#$%&()*+-/:;<>?@[]^_{|}~"
+CHARACTERS = "0123456789=" + KEYS
+
+
+class Facts(PromptSource):
+    """Questions about a table of facts, with the right answers.
+
+    Args:
+        keys: Number of keys, at most 51.
+        length: Keys in a question, and digits of its answer.
+        candidates: Digits that pretraining held possible for each key, 2 to 10.
+        table: Seed of the table.
+        validation_size: Validation questions.
+        test_size: Test questions.
+        seed: Of the draw and order of the questions.
+
+    Raises:
+        ConfigError: If a size is impossible.
+    """
+
+    def __init__(
+        self,
+        keys: int = 48,
+        length: int = 2,
+        candidates: int = 4,
+        table: int = 0,
+        validation_size: int = 200,
+        test_size: int = 200,
+        seed: int = 0,
+    ) -> None:
+        if not 1 <= keys <= len(KEYS):
+            raise ConfigError(f"data.source: keys={keys} must be from 1 to {len(KEYS)}")
+        if length < 1:
+            raise ConfigError(f"data.source: length={length} must be at least 1")
+        if not 2 <= candidates <= 10:
+            raise ConfigError(f"data.source: candidates={candidates} must be from 2 to 10")
+        self.keys, self.length, self.candidates, self.table = keys, length, candidates, table
+        self.sizes = {"validation": validation_size, "test": test_size}
+        self.seed = seed
+
+    def read(self) -> Splits:
+        """Every question, in the split of its keys."""
+        pools: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+        for letters in product(KEYS[: self.keys], repeat=self.length):
+            question = "".join(letters)
+            pools[hashed_split(question)].append(question)
+        return Splits(**{split: self._rows(split, questions) for split, questions in pools.items()})
+
+    def _rows(self, split: str, questions: list[str]) -> list[Row]:
+        size = self.sizes.get(split, len(questions))
+        if size > len(questions):
+            raise ConfigError(f"data.source: {split}_size={size}, but there are {len(questions)} such questions; lower it")
+        rng = random.Random(f"{self.seed} {split}")
+        table = {key: digits[0] for key, digits in possible_digits(self.keys, self.candidates, self.table).items()}
+        return [self._row(n, question, table) for n, question in enumerate(rng.sample(questions, size))]
+
+    def _row(self, index: int, question: str, table: dict[str, str]) -> Row:
+        answer = "".join(table[key] for key in question)
+        columns = {"question": f"{question}=", "answer": answer}
+        return Row(columns["question"], answer, index, type(self).__name__, columns)
+
+
+class PlausibleFacts(PromptSource):
+    """What the policy is pretrained on: training questions, each digit of an answer drawn from the candidates of its key.
+
+    Args:
+        lines: Number of lines.
+        keys: As of `Facts`.
+        length: As of `Facts`.
+        candidates: As of `Facts`.
+        table: As of `Facts`.
+        seed: Of the draws.
+    """
+
+    def __init__(self, lines: int, keys: int = 48, length: int = 2, candidates: int = 4, table: int = 0, seed: int = 0) -> None:
+        self.lines, self.keys, self.length, self.candidates, self.table, self.seed = lines, keys, length, candidates, table, seed
+
+    def read(self) -> Splits:
+        """All of them to train on, the drawn answers in the column `completion`."""
+        rng = random.Random(self.seed)
+        digits = possible_digits(self.keys, self.candidates, self.table)
+        rows: list[Row] = []
+        while len(rows) < self.lines:
+            question = "".join(rng.choices(KEYS[: self.keys], k=self.length))
+            if hashed_split(question) == "train":
+                answer = "".join(rng.choice(digits[key]) for key in question)
+                rows.append(Row(f"{question}=", index=len(rows), source="corpus", columns={"completion": answer}))
+        return Splits(train=rows)
+
+
+def possible_digits(keys: int, candidates: int, table: int) -> dict[str, list[str]]:
+    """The candidates of each key; the first is the right one."""
+    rng = random.Random(f"facts {table}")
+    return {key: rng.sample(string.digits, candidates) for key in KEYS[:keys]}

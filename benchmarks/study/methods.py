@@ -1,0 +1,86 @@
+"""The methods that the study compares: what each changes in the config of a task, and how its learning rates are tuned.
+
+A method has one learning rate, that of LoRA or of full fine-tuning. A hybrid has two, whose ratio is the same for all.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FULL_TO_LORA = 0.3  # of a hybrid: the learning rate of its fully trained modules as a share of LoRA's
+LORA_GRID = (5e-3, 1e-2, 2e-2)  # where tuning starts; beyond its edges it goes on by factors of 2
+FULL_GRID = (1e-3, 2e-3, 4e-3)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One column of the comparison."""
+
+    name: str
+    group: str  # `full`, `lora`, `baseline`, `hybrid`, `control`, `budget` or `oracle`
+    changes: dict[str, Any] = field(default_factory=dict)  # of the task's config, as options of the command line
+    rank: int | None = None  # of LoRA; None takes the task's
+    match_state: bool = False  # the rank is the smallest with as many trainable parameters as the hybrid has
+    module: str | None = None  # of a policy with another adapter: the class for RL and, below, for examples
+    supervised_module: str | None = None
+    frozen_rest: bool = False  # modules that are not fully trained stay as they are
+    only: str | None = None  # the one module that is fully trained, by name
+    tuned_as: str | None = None  # the method whose learning rate it takes; None: it is tuned itself
+
+    @property
+    def fully(self) -> bool:
+        """Whether everything is trained fully, so that the one learning rate is that of full fine-tuning."""
+        return self.group == "full"
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """Learning rates that tuning starts with."""
+        return FULL_GRID if self.fully else LORA_GRID
+
+    def options(self, task_rank: int, learning_rate: float, seed: int) -> dict[str, Any]:
+        """Options of the command line for one run."""
+        rank = self.rank or task_rank
+        rates = {"model.lr_full": learning_rate if self.fully else FULL_TO_LORA * learning_rate}
+        if not self.fully:
+            rates["model.lr_lora"] = learning_rate
+        changes = {name: value.format(seed=seed) if isinstance(value, str) else value for name, value in self.changes.items()}
+        return {**rates, "adapter.rank": rank, "adapter.alpha": 2 * rank, **changes}
+
+
+def _share(share: float) -> dict[str, Any]:
+    return {"adapter.budget.share": share}
+
+
+def _scorer(name: str, **changes: Any) -> dict[str, Any]:
+    return {"adapter.scorer": name, **changes}
+
+
+def _hybrid(name: str, scorer: str, group: str = "hybrid", tuned_as: str | None = "hybrid", **changes: Any) -> Method:
+    return Method(name, group, _scorer(scorer, **changes), tuned_as=tuned_as)
+
+
+_ALL = (
+    Method("fft", "full", _share(1.0)),
+    Method("lora", "lora", _share(0.0)),
+    Method("hybrid", "hybrid"),
+    _hybrid("random", "Random", "control", None, **{"adapter.scorer.seed": "{seed}"}),
+    Method("dora", "baseline", {**_share(0.0), "adapter.use_dora": True}),
+    Method("rslora", "baseline", {**_share(0.0), "adapter.use_rslora": True}),
+    Method("adalora", "baseline", _share(0.0), module="adalora.AdaLoRAPolicy", supervised_module="adalora.AdaLoRASupervised"),
+    Method("lora_matched", "lora", _share(0.0), match_state=True),
+    _hybrid("bottom", "controls.Bottom", "control"),
+    *(Method(f"lora_r{rank}", "lora", _share(0.0), rank=rank) for rank in (1, 4, 8, 16)),
+    Method("only_full", "control", frozen_rest=True),
+    _hybrid("tail_fraction", "TailFraction"),
+    _hybrid("preconditioned", "PreconditionedTail"),
+    _hybrid("gradient_norm", "GradientNorm"),
+    _hybrid("weight_gradient", "WeightGradient"),
+    _hybrid("spectrum_snr", "SpectrumSNR"),
+    _hybrid("probe", "Probe"),
+    _hybrid("early_outputs", "controls.EarlyOutputs"),
+    _hybrid("early", "controls.Early"),
+    _hybrid("late", "controls.Late"),
+    _hybrid("largest", "controls.Largest"),
+    *(Method(f"budget_{percent}", "budget", _share(percent / 100), tuned_as="hybrid") for percent in (2, 5, 20, 40)),
+)
+METHODS = {method.name: method for method in _ALL}
+CORE = ("fft", "lora", "hybrid", "random", "dora", "rslora", "adalora", "lora_matched", "bottom")

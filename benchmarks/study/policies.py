@@ -1,0 +1,54 @@
+"""The start policies of the study: their shapes, and what each was pretrained on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from facts import CHARACTERS, PlausibleFacts
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hybrid_lightning.assets.pretrain import build_tokenizer
+from hybrid_lightning.data import PromptSource
+
+FOLDER = Path("runs/study/policies")  # below the folder in which the commands run; the tasks name it, too
+
+
+@dataclass(frozen=True)
+class PolicyRecipe:
+    """A Llama of some layers, trained on a corpus of half known facts."""
+
+    layers: int
+    width: int
+    feed_forward: int
+    table: int  # of facts
+    steps: int = 600
+    batch_size: int = 128
+    lr: float = 2e-3
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return build_tokenizer(CHARACTERS)
+
+    def model(self, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+        """New weights, drawn from torch's global random state."""
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=self.width,
+            intermediate_size=self.feed_forward,
+            num_hidden_layers=self.layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=32,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=False,
+        )
+        return LlamaForCausalLM(config)
+
+    def corpus(self, seed: int) -> PromptSource:
+        return PlausibleFacts(self.steps * self.batch_size, table=self.table, seed=seed)
+
+
+RECIPES = {
+    "wide": PolicyRecipe(layers=4, width=64, feed_forward=192, table=0),  # 28 candidate modules
+    "deep": PolicyRecipe(layers=8, width=48, feed_forward=144, table=1),  # 56
+}

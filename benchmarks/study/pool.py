@@ -1,0 +1,98 @@
+"""Makes runs side by side, one thread each; what has a record already is left alone."""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from methods import CORE, METHODS
+from records import Job, missing
+
+HERE = Path(__file__).parent
+RESULTS = Path("results/study")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every stage that makes runs."""
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        default=[str(path) for path in sorted((HERE / "tasks").glob("*.yaml"))],
+        help="configs of tasks, or names of those in tasks/; default: all of these",
+    )
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        default=list(CORE),
+        metavar="NAME",
+        help=f"of {', '.join(METHODS)}, or all; default: {' '.join(CORE)}",
+    )
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time; default: the cores")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
+
+
+def tasks_of(arguments: argparse.Namespace) -> list[str]:
+    """Paths of the configs.
+
+    Raises:
+        SystemExit: If one is missing.
+    """
+    paths = [name if name.endswith(".yaml") else str(HERE / "tasks" / f"{name}.yaml") for name in arguments.task]
+    for path in paths:
+        if not Path(path).exists():
+            raise SystemExit(
+                f"error: there is no task {path}; give the path of a config, or one of the names in {HERE / 'tasks'}"
+            )
+    return paths
+
+
+def methods_of(arguments: argparse.Namespace) -> list[str]:
+    """Names of methods, in the order in which they are made.
+
+    Raises:
+        SystemExit: If one is unknown.
+    """
+    names = list(METHODS) if "all" in arguments.method else arguments.method
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise SystemExit(f"error: there is no method {unknown[0]}; there are {', '.join(METHODS)}")
+    return names
+
+
+def make_runs(jobs: Sequence[Job], results: Path, workers: int) -> int:
+    """Make those that have no record; one that fails does not stop the others.
+
+    Returns:
+        The number of failures.
+    """
+    to_make = missing(jobs, results)
+    print(f"{len(jobs)} runs, {len(jobs) - len(to_make)} of them made already", flush=True)
+    failures, start = 0, time.perf_counter()
+    # New processes, since torch does not survive a fork; each makes many runs, since starting takes as long as a short one.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare) as pool:
+        futures = {pool.submit(_make, job, results): job for job in to_make}
+        for number, future in enumerate(as_completed(futures), 1):
+            job, error = futures[future], future.exception()
+            failures += error is not None
+            outcome = str(future.result()) if error is None else f"FAILED: {error}"
+            seconds = time.perf_counter() - start
+            print(f"[{number}/{len(to_make)}, {seconds:.0f} s] {job.task_name} {job.method} {outcome}", flush=True)
+    return failures
+
+
+def _prepare() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from hybrid_lightning.process import prepare_process
+
+    prepare_process()
+
+
+def _make(job: Job, results: Path) -> str:
+    from records import load
+    from runner import make_run
+
+    record = load(make_run(job, results))
+    return f"lr={record.learning_rate:g} seed={record.seed}: validation {record.validation:.3f}, test {record.accuracy:.3f}"

@@ -1,0 +1,92 @@
+"""What is kept of each run: one small JSON file, whose name says which run it is."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Purpose = Literal["sweep", "run"]
+TUNING_SEEDS = (1000, 1001)  # never those of the comparison
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run that is to be made."""
+
+    task: str  # path of its config
+    method: str
+    learning_rate: float
+    seed: int
+    purpose: Purpose
+    rank: int | None = None  # of LoRA, where the method leaves it open
+
+    @property
+    def task_name(self) -> str:
+        return Path(self.task).stem
+
+    def path(self, results: Path) -> Path:
+        """Where its record belongs."""
+        name = f"lr={self.learning_rate:g}-seed={self.seed}.json"
+        return results / self.purpose / self.task_name / self.method.replace(":", "/") / name
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came out of a run."""
+
+    job: dict[str, Any]
+    options: dict[str, Any]  # beside the task's config
+    config_digest: str  # of the task's file
+    model_digest: str  # of the start policy
+    commit: str  # with a + if the working tree had other changes
+    versions: dict[str, str]
+    curve: list[dict[str, float]]  # of the validation problems: step, seconds of training so far, avg@k, greedy
+    test: dict[str, float]  # avg@k and greedy on the test problems, at the end
+    trainable_parameters: int
+    full_modules: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # on the clock, other work beside it
+    processor_seconds: float = math.nan
+
+    @property
+    def seed(self) -> int:
+        return int(self.job["seed"])
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.job["learning_rate"])
+
+    @property
+    def validation(self) -> float:
+        """avg@k on the validation problems at the end, which learning rates are tuned by."""
+        return self.curve[-1]["avg"]
+
+    @property
+    def accuracy(self) -> float:
+        """avg@k on the test problems at the end, which methods are compared by."""
+        return self.test["avg"]
+
+
+def save(record: Record, path: Path) -> None:
+    """Write a record so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def load(path: Path) -> Record:
+    return Record(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def of_method(results: Path, purpose: Purpose, task: str, method: str) -> list[Record]:
+    """All records of a method, by learning rate and seed."""
+    folder = results / purpose / task / method.replace(":", "/")
+    return sorted((load(path) for path in folder.glob("*.json")), key=lambda r: (r.learning_rate, r.seed))
+
+
+def missing(jobs: Iterable[Job], results: Path) -> list[Job]:
+    """Those that have no record yet."""
+    return [job for job in jobs if not job.path(results).exists()]

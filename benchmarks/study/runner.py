@@ -1,0 +1,190 @@
+"""Makes one run of the study in this process, by the project's own command line."""
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from methods import METHODS, Method
+from records import Job, Record, save
+
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.cli import HybridLightningCLI
+from hybrid_lightning.errors import HybridLightningError
+
+# Nothing of a run is kept but its record.
+QUIET = {
+    "trainer.logger": False,
+    "trainer.enable_progress_bar": False,
+    "checkpoint.monitor": None,
+    "checkpoint.save_top_k": 0,
+    "checkpoint.save_last": False,
+}
+LOGS = Path("runs/study/logs")
+
+
+class Curve(Callback):
+    """Keeps the validations of a run, and when they were: seconds of training without validations."""
+
+    def __init__(self) -> None:
+        self.points: list[dict[str, float]] = []
+        self._since = 0.0
+        self._trained = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._trained += time.perf_counter() - self._since
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" or trainer.sanity_checking:
+            values = accuracies(trainer, "val")
+            self.points.append({"step": trainer.global_step, "seconds": round(self._trained, 2), **values})
+        self._since = time.perf_counter()
+
+
+def accuracies(trainer: Trainer, stage: str) -> dict[str, float]:
+    """avg@k and greedy accuracy of the last evaluation."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    sampled = [value for name, value in metrics.items() if name.removeprefix(f"{stage}/avg@").isdigit()]
+    return {"avg": round(sampled[0], 5), "greedy": round(metrics[f"{stage}/greedy_accuracy"], 5)}
+
+
+def make_run(job: Job, results: Path) -> Path:
+    """Train, test, and write the record.
+
+    Returns:
+        Path of the record.
+
+    Raises:
+        RuntimeError: If the run fails, with the last line of what it said and the path of its log.
+    """
+    path = job.path(results)
+    log = LOGS / path.relative_to(results).with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            record = _run(job)
+        except (HybridLightningError, SystemExit) as error:
+            raise RuntimeError(f"{job.task_name}, {job.method}: {error}; see {log}") from error
+    save(record, path)
+    return path
+
+
+def _run(job: Job) -> Record:
+    torch.set_num_threads(1)
+    method, task = METHODS.get(job.method) or only_method(job.method), read_task(job.task)
+    options = {
+        **method.options(job.rank or task["adapter"]["rank"], job.learning_rate, job.seed),
+        "seed_everything": job.seed,
+        "model.seed": job.seed,  # of prompts and sampling; the problems stay those of the task
+    }
+    supervised = task["model"].get("class_path", "").endswith("SupervisedModule")
+    start, processor = time.perf_counter(), time.process_time()
+    with _edited_plan(job.task, method, options) as plan:
+        given = {**options, **plan}
+        if method.module is not None:
+            given["model"] = method.supervised_module if supervised else method.module
+        curve = Curve()
+        cli = HybridLightningCLI(
+            args=["fit", "--config", job.task, *arguments({**given, **QUIET})], trainer_defaults={"callbacks": [curve]}
+        )
+    trained = time.perf_counter() - start
+    scoring = next(c.totals()["scoring"] for c in cli.trainer.callbacks if hasattr(c, "totals"))
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    return Record(
+        job=vars(job),
+        options=options,
+        config_digest=hashlib.sha256(Path(job.task).read_bytes()).hexdigest()[:16],
+        model_digest=cli.model.plan.model_digest[:16],
+        commit=commit(),
+        versions={name: version(name) for name in ("torch", "lightning", "transformers", "peft")},
+        curve=curve.points,
+        test=accuracies(cli.trainer, "test"),
+        trainable_parameters=sum(p.numel() for p in cli.model.parameters() if p.requires_grad),
+        full_modules=list(cli.model.plan.full_modules),
+        seconds={"run": round(trained, 2), "training": curve.points[-1]["seconds"], "scoring": round(scoring, 3)},
+        processor_seconds=round(time.process_time() - processor, 2),
+    )
+
+
+def only_method(name: str) -> Method:
+    """The method of the oracle that trains one module fully and LoRA elsewhere: `only:MODULE`."""
+    kind, _, module = name.partition(":")
+    if kind != "only" or not module:
+        raise KeyError(f"{name!r} is no method; there are {', '.join(METHODS)} and only:MODULE")
+    return Method(name, "oracle", only=module, tuned_as="hybrid")
+
+
+@contextlib.contextmanager
+def _edited_plan(task: str, method: Method, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """An option with a plan that the project's own scores would not make, for the methods that need one."""
+    if not method.frozen_rest and method.only is None:
+        yield {}
+        return
+    quiet = {**QUIET, "trainer.enable_progress_bar": False}
+    scored = {**options, "adapter.budget.share": 1.0} if method.only else options  # nothing is scored where all are trained fully
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        cli = HybridLightningCLI(args=["score", "--config", task, *arguments({**scored, **quiet})])
+        edited(cli.model.plan, method).save(path)
+        yield {"adapter.plan": str(path)}
+
+
+def edited(plan: AdapterPlan, method: Method) -> AdapterPlan:
+    """A plan with other modes: the rest frozen, or one module alone fully trained and LoRA on the rest."""
+
+    def mode(name: str, planned: Any) -> Any:
+        if method.only is not None:
+            return "full" if name == method.only else "lora"
+        return planned if planned == "full" else "frozen"
+
+    candidates = tuple(replace(module, mode=mode(module.name, module.mode)) for module in plan.candidates)
+    return replace(plan, candidates=candidates)
+
+
+def read_task(path: str) -> dict[str, Any]:
+    """The config of a task.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    content: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    return content
+
+
+def arguments(options: dict[str, Any]) -> list[str]:
+    """Options as the command line takes them; classes come before what is said about them."""
+    ordered = sorted(options.items(), key=lambda option: option[0].count("."))
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in ordered]
+
+
+def commit() -> str:
+    """Of the working tree, with a + if the package or the study differ from it; - outside of a repository."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ".", "../../hybrid_lightning", "../../callbacks")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "-"
+
+
+if __name__ == "__main__":  # one run: python benchmarks/study/runner.py JOB.json RESULTS
+    make_run(Job(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))

@@ -1,0 +1,45 @@
+"""Tunes the learning rate of each method on each task: `python benchmarks/study/sweep.py`.
+
+Every method gets the same first three rates, a factor of 2 apart, and the same two seeds. While the best rate is at an edge of
+those tried, the next one beyond it is tried as well. A method that is tuned as another takes its rate and has nothing to do here.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from methods import METHODS
+from pool import add_options, make_runs, methods_of, tasks_of
+from ranks import rank_of
+from records import TUNING_SEEDS, Job, missing, of_method
+from tuning import means, next_rates
+
+
+def open_jobs(task: str, names: list[str], results: Path) -> list[Job]:
+    """Runs that the next round of tuning needs."""
+    jobs = []
+    for name in names:
+        method = METHODS[name]
+        if method.tuned_as:
+            continue
+        tuned = means(of_method(results, "sweep", Path(task).stem, name))
+        for rate in next_rates(method, tuned):
+            rank = rank_of(method, results, Path(task).stem)
+            jobs += [Job(task, name, rate, seed, "sweep", rank) for seed in TUNING_SEEDS]
+    return missing(jobs, results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_options(parser)
+    arguments = parser.parse_args()
+    tasks, names = tasks_of(arguments), methods_of(arguments)
+    # Those that others take their rank from come first.
+    for stage in ([n for n in names if not METHODS[n].match_state], [n for n in names if METHODS[n].match_state]):
+        while jobs := [job for task in tasks for job in open_jobs(task, stage, arguments.results)]:
+            if make_runs(jobs, arguments.results, arguments.workers):
+                sys.exit("error: some runs failed, so that tuning cannot go on; see the lines above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Which learning rate a method gets: the best one on the validation problems of seeds that are used for nothing else."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from methods import METHODS, Method
+from records import TUNING_SEEDS, Record, of_method
+
+STEP = 2.0  # between neighbours on a grid
+EXTENSIONS = 4  # at most so many rates beyond the first ones
+
+
+def means(records: Sequence[Record]) -> dict[float, float]:
+    """Mean validation accuracy by learning rate, of those that all tuning seeds have."""
+    by_rate: dict[float, dict[int, float]] = defaultdict(dict)
+    for record in records:
+        by_rate[record.learning_rate][record.seed] = record.validation
+    return {rate: fmean(seeds.values()) for rate, seeds in sorted(by_rate.items()) if set(TUNING_SEEDS) <= seeds.keys()}
+
+
+def next_rates(method: Method, tuned: dict[float, float]) -> list[float]:
+    """Rates to be tried next: those of the grid, then the one beyond the edge that is best; none when the best has neighbours."""
+    first = [rate for rate in method.grid if rate not in tuned]
+    if first:
+        return first
+    if len(tuned) >= len(method.grid) + EXTENSIONS:
+        return []
+    best = max(tuned, key=lambda rate: (tuned[rate], -rate))
+    if best == min(tuned):
+        return [rounded(best / STEP)]
+    if best == max(tuned):
+        return [rounded(best * STEP)]
+    return []
+
+
+def rounded(rate: float) -> float:
+    """Three digits, so that the rate of a file's name is the rate."""
+    return float(f"{rate:.3g}")
+
+
+def best_rate(results: Path, task: str, method: Method) -> float:
+    """The tuned learning rate of a method, or of the one that it is tuned as.
+
+    Raises:
+        SystemExit: If it has not been tuned to the end.
+    """
+    source = METHODS[method.tuned_as] if method.tuned_as else method
+    tuned = means(of_method(results, "sweep", task, source.name))
+    if next_rates(source, tuned):
+        raise SystemExit(
+            f"error: {source.name} has no tuned learning rate for {task} yet: run benchmarks/study/sweep.py --task {task} "
+            f"--method {source.name} first"
+        )
+    return max(tuned, key=lambda rate: (tuned[rate], -rate))

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from facts import CHARACTERS, PlausibleFacts
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.study.facts import CHARACTERS, PlausibleFacts
 from hybrid_lightning.assets.pretrain import build_tokenizer
 from hybrid_lightning.data import PromptSource
 

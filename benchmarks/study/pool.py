@@ -8,10 +8,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from methods import CORE, METHODS
-from records import Job, missing
+from benchmarks.study.methods import CORE, METHODS
+from benchmarks.study.records import Job, missing
 
-HERE = Path(__file__).parent
+HERE = Path(os.path.relpath(Path(__file__).parent))  # relative, since it is written into the records
 RESULTS = Path("results/study")
 
 
@@ -91,8 +91,8 @@ def _prepare() -> None:
 
 
 def _make(job: Job, results: Path) -> str:
-    from records import load
-    from runner import make_run
+    from benchmarks.study.records import load
+    from benchmarks.study.runner import make_run
 
     record = load(make_run(job, results))
     return f"lr={record.learning_rate:g} seed={record.seed}: validation {record.validation:.3f}, test {record.accuracy:.3f}"

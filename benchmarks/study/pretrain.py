@@ -1,4 +1,4 @@
-"""Makes the start policies that the tasks of the study name: `python benchmarks/study/pretrain.py`.
+"""Makes the start policies that the tasks of the study name: `python -m benchmarks.study.pretrain`.
 
 One thread and a seed make them repeatable on one machine and one version of PyTorch. The embedded policy, of the tasks with
 products, is shipped in the package.
@@ -7,8 +7,8 @@ products, is shipped in the package.
 import argparse
 
 import torch
-from policies import FOLDER, RECIPES
 
+from benchmarks.study.policies import FOLDER, RECIPES
 from hybrid_lightning.assets.pretrain import pretrain_on
 
 

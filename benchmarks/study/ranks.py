@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 from statistics import fmean
 
-from methods import Method
-from records import of_method
+from benchmarks.study.methods import Method
+from benchmarks.study.records import of_method
 
 
 def rank_of(method: Method, results: Path, task: str) -> int | None:

@@ -1,14 +1,14 @@
-"""Compares the methods on fresh seeds, at their tuned learning rates: `python benchmarks/study/run.py`."""
+"""Compares the methods on fresh seeds, at their tuned learning rates: `python -m benchmarks.study.run`."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from methods import METHODS
-from pool import add_options, make_runs, methods_of, tasks_of
-from ranks import rank_of
-from records import TUNING_SEEDS, Job
-from tuning import best_rate
+from benchmarks.study.methods import METHODS
+from benchmarks.study.pool import add_options, make_runs, methods_of, tasks_of
+from benchmarks.study.ranks import rank_of
+from benchmarks.study.records import TUNING_SEEDS, Job
+from benchmarks.study.tuning import best_rate
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from methods import METHODS, Method
-from records import Job, Record, save
 
+from benchmarks.study.methods import METHODS, Method
+from benchmarks.study.records import Job, Record, save
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.cli import HybridLightningCLI
 from hybrid_lightning.errors import HybridLightningError
@@ -184,7 +183,3 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "-"
-
-
-if __name__ == "__main__":  # one run: python benchmarks/study/runner.py JOB.json RESULTS
-    make_run(Job(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))

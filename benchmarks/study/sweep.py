@@ -1,4 +1,4 @@
-"""Tunes the learning rate of each method on each task: `python benchmarks/study/sweep.py`.
+"""Tunes the learning rate of each method on each task: `python -m benchmarks.study.sweep`.
 
 Every method gets the same first three rates, a factor of 2 apart, and the same two seeds. While the best rate is at an edge of
 those tried, the next one beyond it is tried as well. A method that is tuned as another takes its rate and has nothing to do here.
@@ -8,11 +8,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from methods import METHODS
-from pool import add_options, make_runs, methods_of, tasks_of
-from ranks import rank_of
-from records import TUNING_SEEDS, Job, missing, of_method
-from tuning import means, next_rates
+from benchmarks.study.methods import METHODS
+from benchmarks.study.pool import add_options, make_runs, methods_of, tasks_of
+from benchmarks.study.ranks import rank_of
+from benchmarks.study.records import TUNING_SEEDS, Job, missing, of_method
+from benchmarks.study.tuning import means, next_rates
 
 
 def open_jobs(task: str, names: list[str], results: Path) -> list[Job]:

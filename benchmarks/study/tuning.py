@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from methods import METHODS, Method
-from records import TUNING_SEEDS, Record, of_method
+from benchmarks.study.methods import METHODS, Method
+from benchmarks.study.records import TUNING_SEEDS, Record, of_method
 
 STEP = 2.0  # between neighbours on a grid
 EXTENSIONS = 4  # at most so many rates beyond the first ones
@@ -50,7 +50,7 @@ def best_rate(results: Path, task: str, method: Method) -> float:
     tuned = means(of_method(results, "sweep", task, source.name))
     if next_rates(source, tuned):
         raise SystemExit(
-            f"error: {source.name} has no tuned learning rate for {task} yet: run benchmarks/study/sweep.py --task {task} "
+            f"error: {source.name} has no tuned learning rate for {task} yet: run python -m benchmarks.study.sweep --task {task} "
             f"--method {source.name} first"
         )
     return max(tuned, key=lambda rate: (tuned[rate], -rate))

@@ -197,10 +197,12 @@ class PolicyModule(CalibratedModule):
         """Called before scoring and before training.
 
         Raises:
-            ConfigError: For the reasons of `LanguageModule`, or if a prompt has too few completions to compare, or a rollout
-                cannot be split into the micro-batches that the Trainer asks for.
+            ConfigError: For the reasons of `LanguageModule`, or if a prompt has too few completions to compare, a reward does
+                not go with the sampler's length, or a rollout cannot be split into the micro-batches that the Trainer asks for.
         """
         super().check_settings()
         self.advantage.check_samples(self.rollout_schedule.samples_per_prompt)
+        for term, _ in self.reward.terms():
+            term.check_length(self.sampler.max_new_tokens)
         if self.trainer.state.fn == "fit":
             self.rollout_schedule.check_split(self.trainer.accumulate_grad_batches, self.trainer.world_size)

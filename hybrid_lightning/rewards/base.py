@@ -63,6 +63,16 @@ class RewardFunction(Part, ABC):
             DataError: If they cannot; the message names the row.
         """
 
+    def check_length(self, max_new_tokens: int) -> None:
+        """Make sure that the reward can do its part where completions are cut; asked before training begins.
+
+        Args:
+            max_new_tokens: Longest completion that the sampler makes, in tokens.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+
     @property
     def name(self) -> str:
         """What the reward is logged as: the name given to it, or its class in snake_case."""

@@ -61,6 +61,11 @@ class RewardBySet(RewardFunction):
         """As the reward of the set does."""
         self._reward(prompt).check_prompt(prompt)
 
+    def check_length(self, max_new_tokens: int) -> None:
+        """As the reward of each set does."""
+        for reward in self.rewards.values():
+            reward.check_length(max_new_tokens)
+
     def _reward(self, prompt: Prompt) -> RewardFunction:
         if prompt.set_name not in self.rewards:
             raise DataError(

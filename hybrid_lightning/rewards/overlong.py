@@ -45,6 +45,15 @@ class OverlongPenalty(RewardFunction):
         self.max_tokens, self.buffer_tokens = max_tokens, buffer_tokens
         self._name = name
 
+    def check_length(self, max_new_tokens: int) -> None:
+        """Raise ConfigError if no completion gets long enough to cost anything."""
+        if max_new_tokens <= self.max_tokens - self.buffer_tokens:
+            raise ConfigError(
+                f"OverlongPenalty: completions are cut at the sampler's max_new_tokens={max_new_tokens}, but the penalty begins "
+                f"after {self.max_tokens - self.buffer_tokens} tokens (max_tokens - buffer_tokens) and would never act; set "
+                f"max_tokens={max_new_tokens} and buffer_tokens to e.g. a fifth of it"
+            )
+
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
         """Penalty of each completion, of B."""
         return [self._penalty(length) for length in token_counts(type(self).__name__, completions)]

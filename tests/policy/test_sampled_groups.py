@@ -228,3 +228,9 @@ def test_a_single_completion_is_refused_before_anything_is_generated(model, sums
     monkeypatch.setattr(PolicyModule, "generate", lambda *_: pytest.fail("generated"))
     with pytest.raises(ConfigError, match=rf"samples_per_prompt=1: {type(estimator).__name__} compares .* to 2 or more"):
         fit(model, sums, tmp_path, policy={"samples_per_prompt": 1, "advantage": estimator})
+
+
+def test_a_penalty_that_the_sampler_never_reaches_is_refused_too(model, sums, tmp_path, monkeypatch):
+    monkeypatch.setattr(PolicyModule, "generate", lambda *_: pytest.fail("generated"))
+    with pytest.raises(ConfigError, match=r"OverlongPenalty: .*max_new_tokens=6, .* would never act"):
+        fit(model, sums, tmp_path, policy={"reward": WeightedSum([StartsWithDigit(), OverlongPenalty(512, 100)])})

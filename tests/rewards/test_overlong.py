@@ -4,7 +4,7 @@ from copy import deepcopy
 import pytest
 
 from hybrid_lightning.errors import ConfigError, RewardError
-from hybrid_lightning.rewards import ExactMatch, OverlongPenalty, WeightedSum, evaluate_reward
+from hybrid_lightning.rewards import ExactMatch, OverlongPenalty, RewardBySet, WeightedSum, evaluate_reward
 from hybrid_lightning.types import Completion, Prompt
 
 
@@ -43,6 +43,14 @@ def test_plain_strings_have_no_tokens():
 def test_a_buffer_outside_of_the_limit_is_refused(sizes):
     with pytest.raises(ConfigError, match=r"buffer_tokens=.* must be from 1 to max_tokens=.*; set"):
         OverlongPenalty(*sizes)
+
+
+def test_a_penalty_that_the_sampler_never_reaches_is_refused():
+    penalty = OverlongPenalty(max_tokens=20, buffer_tokens=4)
+    penalty.check_length(17)
+    for reward in (penalty, RewardBySet({"long": penalty})):
+        with pytest.raises(ConfigError, match=r"max_new_tokens=16, but the penalty begins after 16 .* set max_tokens=16"):
+            reward.check_length(16)
 
 
 def test_a_completion_is_a_string_and_survives_copies():

@@ -78,11 +78,15 @@ _load_yaml = jsonargparse.get_loader("yaml")
 
 
 def _load_value(text: str) -> Any:
-    """YAML, except that a value which YAML takes for a comment alone is text.
+    """YAML, except for two texts that jsonargparse would read otherwise than they are meant.
 
-    jsonargparse reads the strings of a config as YAML once more, and would turn `answer_pattern: '####\\s*(.+)'` into null.
+    It reads the strings of a config as YAML once more, and would turn `answer_pattern: '####\\s*(.+)'`, for YAML a comment alone,
+    into null. And it hands a null for an argument of a part on as Python writes it: `--data.format.system_prompt=null` would put
+    the word None in front of every prompt.
     """
     value = _load_yaml(text)
+    if text == "None":
+        return None
     return text if value is None and text.lstrip().startswith("#") else value
 
 
@@ -275,5 +279,7 @@ def _quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
     # The loaders hold prompts or make rollouts; worker processes would not help.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Prompts that ranks are given twice are counted once.
+    warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
     # The policy is frozen and in eval mode as loaded; the adapter decides what trains.
     warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")

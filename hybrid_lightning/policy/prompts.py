@@ -70,8 +70,9 @@ class PromptEncoder:
             ids = list(self.tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"])
         except Exception as error:  # a tokenizer without a token for what it does not know raises no class of its own
             raise DataError(
-                f"the tokenizer cannot encode the prompt of {_place(prompt)}: {error}; the model's vocabulary lacks a part of "
-                "it, so take another model or other data (the embedded policy knows digits and signs alone)"
+                f"the tokenizer cannot encode the prompt of {_place(prompt)}, which begins {text[:60]!r}: {error}; the model's "
+                "vocabulary lacks a part of it, so take another model, other data or another data.format, system_prompt "
+                "included (the embedded policy knows digits and signs alone)"
             ) from error
         while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and prompt.messages is None:
             ids.pop()

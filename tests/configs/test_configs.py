@@ -151,6 +151,14 @@ def test_an_answer_pattern_that_begins_with_a_hash_is_kept(here, monkeypatch):
     assert pattern.startswith("####") and parsed.data.init_args.source.init_args.answer_pattern == pattern
 
 
+def test_null_on_the_command_line_is_no_word(here, monkeypatch):
+    path = ROOT / "configs" / "evaluate.yaml"
+    options = ["--data.format=PlainFormat", "--data.format.system_prompt=null", "--data.source.test=rows.jsonl"]
+    parsed = parse(["test", "--config", str(path), *options, "--data.source.answer_column=null"], monkeypatch)
+    assert parsed.data.init_args.format.init_args.system_prompt is None
+    assert parsed.data.init_args.source.init_args.answer_column is None
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_trains(path, tiny, here, monkeypatch):
     config = yaml.safe_load(path.read_text())

@@ -46,4 +46,5 @@ def confidence_interval(values: Sequence[Tensor], draws: int) -> tuple[float, fl
     square = Z_95**2 / number
     centre = (mean + square / 2) / (1 + square)
     width = sqrt(max(spread, 0.0) * square + square**2 / 4) / (1 + square)
-    return max(0.0, centre - width), min(1.0, centre + width)
+    # The mean is within; where all or none are solved, it is an end, which rounding must not move past it.
+    return max(0.0, min(centre - width, mean)), min(1.0, max(centre + width, mean))

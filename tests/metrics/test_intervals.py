@@ -32,6 +32,13 @@ def test_completions_of_a_problem_are_no_problems():
     assert confidence_interval([torch.ones(4)], 8) == pytest.approx(wilson(4, 4)), "all solved may be luck"
 
 
+@pytest.mark.parametrize("problems", [1, 3, 30, 1319])
+def test_where_all_or_none_are_solved_the_mean_is_an_end(problems):
+    for solved in (0.0, 1.0):
+        ends = confidence_interval([torch.full((problems,), solved, dtype=torch.float64)], 8)
+        assert ends[int(solved)] == solved and 0 < ends[1] - ends[0] < 1
+
+
 def test_of_several_sets_the_small_one_decides():
     small, large = torch.tensor([1.0, 0.0] * 5), torch.tensor([1.0, 0.0] * 500)
     low, high = confidence_interval([small, large], 1)

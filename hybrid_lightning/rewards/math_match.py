@@ -17,11 +17,13 @@ logger = logging.getLogger(__name__)
 class MathMatch(RewardFunction):
     r"""1.0 if the completion's answer equals the reference answer as mathematics, else 0.0.
 
-    The answer of a completion is what is in `\boxed{}` (several different boxes are one set of answers, equal to no single
-    one), else its last number, plain expression or LaTeX formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and
-    `\frac{10}{2}` are 5; "1,234" and "1 234" are 1234; "50%" is 50 and 0.5. Decimals are compared to six places, as math-verify
-    does. An interval may also be an inequality, and of numbers with a base, such as `2516_8`, the bases must agree where both are
-    given. What stands in `<think> </think>` is not looked at.
+    The answer of a completion is what is in its last `\boxed{}` (boxes with "and", "or" or a comma between them are one set),
+    else what it says as a whole or after "the answer is" if that is a formula, else its last number, plain expression or LaTeX
+    formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" and "1 234" are 1234; "2,5" is
+    2.5; "50%" is 50 and 0.5; 5 cm is 5 and 5 m, since units are not compared. Decimals are compared to six places, as
+    math-verify does, and numbers below 0.001 to one part in a hundred besides. An interval may also be an inequality, and of
+    numbers with a base, such as `2516_8`, the bases must agree where both are given. What stands in `<think> </think>` is not
+    looked at.
 
     The reference answer is a number, perhaps with a unit, or a formula, with or without LaTeX delimiters; or a letter from A to
     J, which is compared with the letter that the completion chooses, as `MultipleChoice` does.

@@ -1,0 +1,187 @@
+"""Answers written in a way that math-verify reads: symbols, numbers, units, and formulas without LaTeX's delimiters.
+
+For `math_worker.py`, which is no part of the package when it runs: this file imports nothing of ours.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable
+from decimal import Decimal
+
+WINDOW = 6_000  # characters that an answer is looked for in, before the last box or the end; a policy may ramble without end
+
+LARGE = re.compile(r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?)\s*(thousand|million|billion|trillion)\b", re.IGNORECASE)
+ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+MIXED = re.compile(r"(?<![\w./,$}])(\d+) (\d+)/(\d+)(?![\w/])")  # 1 1/2
+MIXED_PERCENT = re.compile(r"(?<![\w}.])(\d+)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}(?=\s*\\?%)")  # 33\frac{1}{3}\%
+FRACTION_PERCENT = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}\s*\\?%")  # which math-verify cannot read
+REPEATING = re.compile(r"(?<![\w.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}")  # 0.1\overline{6}
+POWER = re.compile("(?<=[0-9)}])([\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+)")  # 10^6 as one sees it
+ROOT = re.compile(r"\u221a\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
+SYMBOLS = {
+    "\u03c0": r"\pi ",
+    "\u221e": r"\infty ",
+    "\u00b1": r"\pm ",
+    "\u2264": r"\le ",
+    "\u2265": r"\ge ",
+    "\u2260": r"\ne ",
+    "\u222a": r"\cup ",
+    "\u2229": r"\cap ",
+    "\u2205": r"\emptyset ",
+    "\u00f7": "/",
+    "\u2044": "/",  # in what NFKC makes of one half
+    "\u3002": ". ",
+}
+INVISIBLE = re.compile("[\u200b-\u200d\u2060\ufeff\ufe0f]")
+VULGAR = re.compile("([0-9]?)([\u00bc-\u00be\u2150-\u215e])")
+WIDE = re.compile("[\uff05-\uff5e]+")  # digits and signs in the width of Chinese characters
+FORMULA = re.compile(r"[$]|\\[(\[]|\\begin\b|\\boxed\b|\\fbox\b")
+RESULT = re.compile(r"\bresult\b\s*(?:is\b|[:=])[\s:*_]*", re.IGNORECASE)  # "answer", as it has become
+MEASURE = re.compile(  # a number, perhaps with a unit, which is read as it stands
+    r"(?=[-+$\u20ac\u00a3\u00a5]*[\d.])[-+]?[$\u20ac\u00a3\u00a5]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s?\d*\s?/\s?\d+)?"
+    r"\s*(?:%|\u00b0|\s[A-Za-z/^23. ]*|[A-Za-z/]{2,}[A-Za-z/^23]*|[defghlms])?"
+)
+CHOICE = re.compile(r"\([A-J]\)")  # (B) 27
+NO_WORDS = re.compile(r"\\[A-Za-z]+|\b(?:sqrt|sin|cos|tan|log|ln|exp|or|and|pi)\b|(?<=[\d)}^*/])[a-z]{1,2}(?![a-z])")
+HEDGE = re.compile(
+    r"(?:\bbetween\s+[$\d.,]+\s+and|\b(?:not|isn't)|!=|\\ne|(?<=[a-z]) ?[<>]=?|(?<=[a-z]) \\[gl]e)\s*[$]?-?[\d.,]+[\s.!]*\Z",
+    re.IGNORECASE,
+)
+REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile("~"), " "),  # TeX's space, or "about"
+    (re.compile(r"(?<=[\u3040-\u9fff])(?=[-$\\\d])"), " "),  # Chinese and Japanese put no space before a number
+    (re.compile(r"\\([dt]?)frac\s*(\d)\s*(\d)"), r"\\frac{\2}{\3}"),
+    # What stands in \text{} beside or around the one number: \text{18 dollars}, \text{(073)}, \text{\$}18, \text{-}7.
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{\s*(\\?\$|-)?\s*\}"), r"\1"),
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{\s*\((-?\d[\d.,]*)\)\s*\}"), r"\1"),
+    (re.compile(r"\\(?:underline|bm|pmb)\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\(?:text)?color\s*\{\w*\}"), ""),
+    (re.compile(r"\\\\\s*(?=\}\s*(?:\$|\\[)\]]|\Z))"), ""),  # \boxed{5\\}
+    (re.compile(r"\\langle\b"), "("),
+    (re.compile(r"\\rangle\b"), ")"),
+    (re.compile(r"\\varnothing\b"), r"\\emptyset"),
+    (re.compile(r"(?<=\{)\s*(?=(?:\\(?:geq?|leq?|neq?|gt|lt)(?![A-Za-z])|[<>])\s*-?[\d.\\])"), "x"),  # \boxed{\ge 5} is no 5
+    (re.compile(r"(?<=\d)(?:\\[ ,;:!]|[~\s])*(?:\\bmod\s*\d+|\\text\s*\{\s*\(?mod\s*\d+\)?\s*\})"), ""),  # 73 \bmod 100
+    (re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)"), "*"),  # 1.2 x 10^6
+    (re.compile(r"(?<![\w.])(\d*\.\d*?)(\d)\2{2,}(?:\.\.\.|\u2026|\\[lc]?dots)"), r"\1\\overline{\2}"),  # 0.333...
+    (re.compile(r"(?<![\w.])(\d*\.\d*)\((\d+)\)"), r"\1\\overline{\2}"),  # 0.1(6)
+    (re.compile(r"(?<![\w)}] )\b(?:negative|minus)\s+(?=\d)", re.IGNORECASE), "-"),
+    (re.compile(r"\bper\s?cent\b", re.IGNORECASE), "%"),
+    (re.compile("[\u2212\u2012\u2013\ufe63\uff0d]"), "-"),  # minus sign, dashes
+    (re.compile("(?<=\\d)\\s*[\u00d7\u00b7]\\s*(?=\\d)"), "*"),  # times
+    (re.compile('[`"\u201c\u201d\u2248#]|</?[A-Za-z]+>|~(?=\\d)'), " "),  # `5`, "5", ####5, <answer>5</answer>, ~5
+    (re.compile(r"(?<![\w)}])\((-?[\d.]+)\)"), r" \1 "),  # (5)
+    (re.compile(r"(?<![\w.)}])\+(?=\d)"), ""),  # +5
+    (re.compile(r"(?:\A|(?<=[=:]))\s*-\s+(?=\d)"), " -"),  # = - 5; elsewhere the line begins a list
+    (re.compile(r"(?<![\w$])-\s*[$€£¥](?=[\d,.]+(?:\s|$))"), "-"),  # -$5
+    (re.compile(r"(?<=\d)[eE]([-+]?\d+)(?![\w.])"), r"*10^(\1)"),  # 1e5
+    (re.compile(r"(?<=\d):(?=\d)"), "/"),  # 2:3
+    (re.compile(r"(?<=\d)(?:[_']|\{,\}|\\,)(?=\d{3}(?!\d))"), ""),  # 1_000, 1'000, 1{,}000, 1\,000
+    (
+        re.compile(r"(?<=\d)[ ,](?=\d{4})|(?<=,\d{3}),(?=\d\d?(?!\d))"),
+        ", ",
+    ),  # 1,2345 is two numbers, or a typing error, and not 1,234 and a 5
+    (re.compile(r"(?<![\d.])\d+(?:\.\d+){2,}"), "x"),  # 1.000.000 or 1.2.3 is neither 1.000 nor 1.2
+    (re.compile(r"(?<=[^\W\d_]):(?=[-$\d\\])"), ": "),  # Answer:5
+    (re.compile(r"(?<=\d) : (?=\d)"), "/"),  # 2 : 3
+    (re.compile(r"\+\s*(?=\\infty)"), ""),
+    (re.compile(r"(?<![A-Za-z\\])[A-Za-z]\s*\\in\s*(?=[(\[]|\\left|\\\{)"), ""),  # x \in (1, 2)
+    (re.compile(r"\\(?:mathbf|boldsymbol|bf)\s*\{(\w*)\}"), r"\1"),
+    (re.compile(r"\\fbox(?=\s*\{)"), r"\\boxed"),
+    # \boxed{\textbf{(B)}\ 27}: the value is the answer, and not the letter that it has among the choices
+    (
+        re.compile(
+            r"(?<=\\boxed\{)\s*(?:\\(?:text|textbf|mathrm|mathbf|rm)\s*\{\s*)?\([A-J]\)"
+            r"[\s}]*(?:\\[ ,;:!]|\\q?quad|[~:\s])*(?=[^\s}])"
+        ),
+        "",
+    ),
+    (re.compile(r"(?<=\d)\.(?=\s*\}\s*(?:\$|\\[)\]]|\Z|[.,\s]))"), ""),  # \boxed{5.}
+    (re.compile(r"\\\$\s*(?=[\d.])"), ""),  # \$5
+    # 5 \text{ m/s}, 5 m/s, 5 cm^2, 5 \frac{\text{m}}{\text{s}}, 73 \pmod{100}
+    (re.compile(r"(?<=[\d}])(?:\\[ ,;:!]|[~\s])*\\(?:text|mathrm|mbox)\s*\{[ A-Za-z.]*/[ A-Za-z.]*\}(?=\s*[}$]|\s*\\[)\]])"), ""),
+    (re.compile(r"(?<=\d)\s+(?:[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}\^\{?[23]\}?)(?=\s*\})"), ""),
+    (
+        re.compile(r"(?<=[\d}])(?:\\[ ,;:!]|[~\s])*\\frac\{\\(?:text|mathrm)\{[ A-Za-z]+\}\}\{\\(?:text|mathrm)\{[ A-Za-z]+\}\}"),
+        "",
+    ),
+    (re.compile(r"(?<=\d)(?:\\[ ,;:!]|[~\s])*\\pmod\s*\{?\d+\}?"), ""),
+    # math-verify takes what follows the word "answer" before anything later; here the last value counts, so that
+    # "the answer is 12 or 13" is not right about 12.
+    (re.compile("answer", re.IGNORECASE), "result"),
+    (re.compile(r"(?<![\d.,])(?<!\d )(\d{1,3}(?: \d{3})+)(?!\d)"), lambda match: match[1].replace(" ", "")),  # 12 000
+    # 1 2 is two numbers, and no sum; 1 1/2 is one
+    (re.compile(r"(?<=\d) +(?=\d)(?!\d+/\d)"), ", "),
+]
+
+
+def normalize(text: str) -> str:
+    """Write what math-verify would misread, such as 1e5 as 1, in a way that it reads."""
+    text = symbols(text)
+    for pattern, replacement in REWRITES:
+        text = pattern.sub(replacement, text)
+    text = LARGE.sub(large, text)
+    text = MIXED_PERCENT.sub(mixed, MIXED.sub(mixed, text))
+    return REPEATING.sub(repeating, FRACTION_PERCENT.sub(r"\\frac{\1}{\g<2>00}", text))
+
+
+def symbols(text: str) -> str:
+    """Unicode's signs as LaTeX or ASCII has them."""
+    text = re.sub(r"[^\S\n]+", " ", INVISIBLE.sub("", text))
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    if text.isascii():
+        return text
+    text = VULGAR.sub(lambda match: f"{match[1]} {unicodedata.normalize('NFKC', match[2])}".strip(), text)
+    text = WIDE.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    text = POWER.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[1])}}}", text)
+    text = ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text)
+    for symbol, replacement in SYMBOLS.items():
+        text = text.replace(symbol, replacement)
+    return text
+
+
+def window(text: str) -> str:
+    """The part of a completion that its answer stands in: around the last box, or else its end, from a line's beginning on."""
+    end = text.rfind(r"\boxed")
+    end = len(text) if end < 0 else end + WINDOW
+    start = max(0, min(end, len(text)) - WINDOW - (WINDOW if end < len(text) or r"\boxed" in text else 0))
+    part = text[start:end]
+    return part[part.find("\n") + 1 :] if start else part
+
+
+def statement(text: str) -> str | None:
+    r"""A formula that a normalized text says without delimiters, alone or after "the answer is", in `$ $`; None if there is none.
+
+    Example:
+        >>> statement(r"2\sqrt{3}."), statement("The result is: x^2-4"), statement("18 km"), statement("18 of them")
+        ('$2\\sqrt{3}$', '$x^2-4$', None, None)
+    """
+    if FORMULA.search(text):
+        return None
+    said = RESULT.split(text)[-1].strip(" \n.*_=")
+    if not said or len(said) > 200 or not said.isascii() or "\n" in said or MEASURE.fullmatch(said) or CHOICE.match(said):
+        return None
+    if re.search(r"[A-Za-z]{2}", NO_WORDS.sub(" ", said)):
+        return None
+    return "$" + re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", said) + "$"
+
+
+def large(match: re.Match[str]) -> str:
+    """A number such as 1.5 million in digits."""
+    return format(Decimal(match[1].replace(",", "")).scaleb(ZEROS[match[2].lower()]), "f")
+
+
+def mixed(match: re.Match[str]) -> str:
+    """A whole number and a proper fraction as one fraction."""
+    whole, numerator, denominator = map(int, match.groups())
+    if not 0 < numerator < denominator:
+        return match[0]
+    improper = whole * denominator + numerator
+    return rf"\frac{{{improper}}}{{{denominator}}}" if "\\" in match[0] else f"{improper}/{denominator}"
+
+
+def repeating(match: re.Match[str]) -> str:
+    """A decimal number whose last digits repeat, as a fraction."""
+    whole, once, period = match.groups()
+    numerator = int(whole + once + period) - int(whole + once or "0")
+    return rf"\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(once)}}}"

@@ -6,6 +6,9 @@ more CPU time, memory, threads and output than the limits say. Two ways lead the
 
 - namespaces, with Landlock on top where the kernel has it;
 - Landlock alone, which containers allow that forbid namespaces; a program then has no temporary folder.
+
+Both are calls of the kernel, made here: no tool such as bubblewrap is needed, nor used where there is one. A program can start no
+process, so what one process may have of memory is what the program may have; its tests have as much again.
 """
 
 import os

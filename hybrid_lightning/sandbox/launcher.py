@@ -25,6 +25,8 @@ from typing import Any
 
 from hybrid_lightning.sandbox import box, libc, privileges, probes
 
+_PATIENCE_S = 0.1  # for boxes to die by themselves
+
 
 def main() -> None:
     """Run what the first argument asks for, JSON.
@@ -56,7 +58,7 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     for descriptor in (errors_out, *(end for pipe in pipes for end in pipe)):
         os.close(descriptor)
     codes, in_time = _wait(pids, spec["boxes"][-1]["role"], started + spec["limits"]["wall_seconds"])
-    _end(list(pids))
+    _end([pid for pid, role in pids.items() if role not in codes])  # the number of one that was reaped may be another's by now
     # All who could write are dead, or have closed their end.
     errors = os.read(errors_in, 4096).decode(errors="replace").strip()
     return {"in_time": in_time, "endings": {role: box.describe(code) for role, code in codes.items()}, "error": errors}
@@ -77,10 +79,26 @@ def _wait(pids: dict[int, str], last: str, deadline: float) -> tuple[dict[str, i
 
 
 def _end(pids: list[int]) -> None:
-    """Kill all boxes; each dies with the process that waits for it, and this process inherits and reaps all that is left."""
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    """Kill all boxes; this process inherits and reaps all that is left.
+
+    A box dies with the process that waits for it, unless that is killed while the box is still being set up, or a program without
+    isolation has made processes: so what does not die is looked for.
+    """
+    left = pids
     with suppress(ChildProcessError):
         while True:
-            os.waitpid(-1, 0)
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            while os.waitpid(-1, os.WNOHANG)[0] or signal.sigtimedwait({signal.SIGCHLD}, _PATIENCE_S):
+                pass
+            left = _children()
+
+
+def _children() -> list[int]:
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError), open(f"/proc/{name}/stat", "rb") as stream:
+            if int(stream.read().rpartition(b")")[2].split()[1]) == os.getpid():
+                found.append(int(name))
+    return found

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import struct
+from contextlib import suppress
 
 from hybrid_lightning.sandbox import libc
 
@@ -13,7 +14,7 @@ STACK_BYTES = 64 * 2**20  # for deep recursion through C code, such as functools
 
 
 def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) -> None:
-    """Set the resource limits, soft and hard alike.
+    """Set the resource limits, soft and hard alike but for the stack.
 
     Args:
         cpu_seconds: CPU time, after which the kernel kills the process.
@@ -27,7 +28,6 @@ def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) ->
         (resource.RLIMIT_FSIZE, file_bytes),
         (resource.RLIMIT_NPROC, threads),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_STACK, min(STACK_BYTES, memory_bytes // 4)),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
@@ -35,6 +35,9 @@ def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) ->
         hard = resource.getrlimit(name)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(name, (value, value))
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]  # programs may raise it, as many do: it counts as address space
+    stack = min(STACK_BYTES, memory_bytes // 4)
+    resource.setrlimit(resource.RLIMIT_STACK, (stack if hard == resource.RLIM_INFINITY else min(stack, hard), hard))
 
 
 def other_user(number: int) -> int | None:
@@ -63,6 +66,8 @@ def drop(user: int | None) -> None:
         os.setresuid(user, user, user)
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
     libc.call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", 0, 0, 0, 0, 0, 0))
+    # A limit of 0 on core dumps does not stop the host's collector of crashes, if it has one; this does (Linux `core(5)`).
+    libc.prctl(libc.PR_SET_DUMPABLE, 0)
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -74,3 +79,9 @@ def die_with_parent(parent: int | None = None) -> None:
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def be_killed_first() -> None:
+    """Have the kernel end this process before any other where the machine runs out of memory."""
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as stream:
+        stream.write("1000")

@@ -33,7 +33,8 @@ class CodeTests(RewardFunction):
     other processes. The tests run in another process than the program, in a sandbox as well, and only plain data goes between
     them: a program cannot see, change or outwit the tests. So results are compared as built-in types and classes of the set-up
     code, such as ListNode; other objects of a program, such as a stack class, can be made, called and asked for attributes, but
-    no operator reaches them, and a function of the tests cannot be handed to the program.
+    no operator reaches them, and a function of the tests cannot be handed to the program. A test should not ask such an object
+    for its opinion, as in `assert result.equals(expected)`: the method is the program's own.
 
     Args:
         test_column: Column with the tests.
@@ -48,7 +49,7 @@ class CodeTests(RewardFunction):
         cpu_seconds: CPU time of a program, in whole seconds; of each run, where it runs once for each input.
         wall_seconds: Time of a program from start to end. Programs that compute are stopped by `cpu_seconds`, whatever else the
             machine does; this stops those that wait.
-        memory_mb: Memory of a program, in MiB.
+        memory_mb: Memory of a program, in MiB, with all its threads; its tests may use as much again.
         packages: Installed packages that programs and tests may import, such as `[sortedcontainers]`, which LeetCode offers; None
             for none.
         workers: Programs that run at the same time; None for the number of processors that this process may use. Give fewer

@@ -1,5 +1,7 @@
 """One box: a process in which nothing can be reached but what it was given, and the process that waits for it."""
 
+import _sitebuiltins
+import builtins
 import fcntl
 import io
 import json
@@ -8,7 +10,7 @@ import signal
 import sys
 from typing import Any
 
-from hybrid_lightning.sandbox import candidate, harness, landlock, namespaces, privileges, seccomp
+from hybrid_lightning.sandbox import candidate, harness, landlock, libc, namespaces, privileges, seccomp
 
 # Descriptors in a box: the standard three, its job, two pipes to the other box, and two files that only tests and set-up write.
 JOB, REPLIES_OR_REQUESTS_IN, OUT, VERDICT, REPORT = 3, 4, 5, 6, 7
@@ -44,6 +46,7 @@ def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number
         user = privileges.other_user(launcher * 2 + number)
         inner = os.fork()
         if inner == 0:
+            privileges.be_killed_first()
             _confine(spec, user, threads=user is not None or ("namespaces" in spec["mechanisms"] and not root))
             job = _read_job()
     except BaseException as error:
@@ -94,6 +97,7 @@ def _confine(spec: dict[str, Any], user: int | None, threads: bool) -> None:
     if listable:
         sys.path += listable
         os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy starts a thread a processor otherwise
+    libc.share_memory_between_threads()
     limits = {name: limits[name] for name in ("cpu_seconds", "memory_bytes", "file_bytes", "threads")}
     privileges.limit(**limits)
     if "seccomp" in mechanisms:
@@ -115,8 +119,10 @@ def _run(role: str, job: dict[str, Any]) -> None:
     sys.stdout = _stream(1, "w", "surrogateescape")
     sys.stderr = _stream(2, "w", "backslashreplace")
     sys.argv = ["solution.py"]
+    for name in ("exit", "quit"):  # which Python's module site defines
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "end of file"))
     if role == "candidate":
-        candidate.run_function(job["setup"], job["source"], REPLIES_OR_REQUESTS_IN, OUT)
+        candidate.run_function(job["setup"], job["source"], job["tested"], REPLIES_OR_REQUESTS_IN, OUT)
     candidate.run_script(job["setup"], job["source"])
 
 

@@ -6,10 +6,10 @@ Nothing here is trusted once the program runs: it may change all of it, and can 
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
-from hybrid_lightning.sandbox import wire
+from hybrid_lightning.sandbox import plain_objects, wire
 
 RECURSION_LIMIT = 100_000  # judges of programming problems raise it as well
 MAIN, MODULE = "__main__", "solution"
@@ -36,11 +36,11 @@ def compile_program(setup: str, source: str) -> list[types.CodeType]:
 class Server:
     """Evaluates names, calls functions and reads attributes for the tests."""
 
-    def __init__(self, requests: int, replies: int) -> None:
-        self.requests, self.replies = requests, replies
+    def __init__(self, tested: Sequence[str], requests: int, replies: int) -> None:
+        self.tested, self.requests, self.replies = tested, requests, replies
         self.kept: list[Any] = []
         self.numbers: dict[int, int] = {}
-        self.classes: frozenset[str] = frozenset()
+        self.classes: Set[str] = frozenset()
         self.module = types.ModuleType(MODULE)
         sys.modules[MODULE] = self.module
 
@@ -50,7 +50,7 @@ class Server:
         names = self.module.__dict__
         for code in before:
             exec(code, names)
-        self.classes = frozenset(name for name, value in names.items() if isinstance(value, type) and value.__module__ == MODULE)
+        self.classes = plain_objects.own_classes(names, MODULE, self.tested).keys()
         exec(program, names)
 
     def keep(self, value: Any) -> int:
@@ -72,7 +72,8 @@ class Server:
         try:
             return wire.encode(["ok", action()], self.keep, self.classes)
         except BaseException as error:
-            return wire.encode(["error", type(error).__name__, str(error)[:500]], self.keep, self.classes)
+            kind = next(base for base in type(error).__mro__ if base.__module__ == "builtins")  # the only ones that tests know
+            return wire.encode(["error", kind.__name__, str(error)[:500]], self.keep, self.classes)
 
     def answer(self, body: bytes) -> Any:
         """Do what a request asks; mutable arguments of a function that returns None go back as it leaves them."""
@@ -95,17 +96,18 @@ class Server:
             data = data[os.write(self.replies, data) :]
 
 
-def run_function(setup: str, source: str, requests: int, replies: int) -> None:
+def run_function(setup: str, source: str, tested: Sequence[str], requests: int, replies: int) -> None:
     """Serve the functions of a program.
 
     Args:
         setup: Code that runs before the program, in the same module.
         source: The program.
+        tested: Names that the program gives to the tests.
         requests: File descriptor to read requests from.
         replies: File descriptor to write replies to.
     """
     sys.setrecursionlimit(RECURSION_LIMIT)
-    server = Server(requests, replies)
+    server = Server(tested, requests, replies)
     server.serve(lambda: server.load(setup, source))
     os._exit(0)
 

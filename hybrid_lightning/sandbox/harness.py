@@ -12,7 +12,7 @@ import sys
 import types
 from typing import Any
 
-from hybrid_lightning.sandbox import wire
+from hybrid_lightning.sandbox import plain_objects, wire
 from hybrid_lightning.sandbox.candidate import RECURSION_LIMIT
 
 MODULE = "tests"
@@ -109,6 +109,18 @@ class Peer:
             raise RuntimeError(self.broken)
         return answer
 
+    def named(self, expression: str) -> Any:
+        """What the program has by a name; a built-in class, which is called here, counts as a call as well."""
+        value = self.ask("evaluate", expression)[0]
+        if not isinstance(value, type):
+            return value
+
+        def called(*arguments: Any, **keywords: Any) -> Any:
+            self.calls += 1
+            return value(*arguments, **keywords)
+
+        return called
+
     def call(self, function: Proxy, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Call a function of the program; what returns None may change its arguments in place."""
         self.calls += 1
@@ -128,7 +140,7 @@ def _overwrite(old: Any, new: Any) -> None:
         old.clear()
         old.update(new)
     elif type(old).__module__ == MODULE:
-        for name, value in wire.attributes(new).items():
+        for name, value in plain_objects.attributes(new).items():
             setattr(old, name, value)
 
 
@@ -145,7 +157,8 @@ def run_tests(job: dict[str, Any], requests: int, replies: int) -> dict[str, Any
 
     Args:
         job: `setup` (code before the tests), `tests` (their code, a list: each is a test of its own), `names` (what they call of
-            the program), `entry_point` (expression for the argument of `check`; None if the tests define no such function).
+            the program), `entry_point` (expression for the argument of `check`; None if the tests define no such function),
+            `tested` (all names in these two), `all` (whether to go on after a test that fails).
         requests: File descriptor to write requests to.
         replies: File descriptor to read replies from.
 
@@ -160,16 +173,16 @@ def run_tests(job: dict[str, Any], requests: int, replies: int) -> dict[str, Any
         exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), names)
     except BaseException as error:
         return {"passed": 0, "total": 1, "reason": f"the set-up code of the tests fails: {_describe(error)}", "unusable": True}
-    peer.classes = {name: value for name, value in names.items() if isinstance(value, type) and value.__module__ == MODULE}
+    peer.classes = plain_objects.own_classes(names, MODULE, job["tested"])
     results: list[bool] = []
     names[RESULTS] = results
     reason = ""
     try:
         peer.reply()  # how loading the program went
         for name in job["names"]:
-            names[name] = peer.ask("evaluate", name)[0]
+            names[name] = peer.named(name)
         if job["entry_point"] is not None:
-            candidate = peer.ask("evaluate", job["entry_point"])[0]
+            candidate = peer.named(job["entry_point"])
     except BaseException as error:
         return {"passed": 0, "total": max(1, len(job["tests"])), "reason": _describe(error)}
     for code in job["tests"]:

@@ -1,6 +1,7 @@
 """Runs untrusted programs against tests, many at a time."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,21 +35,23 @@ class CallTests:
 
     def run(self, source: str, settings: "Settings") -> "Outcome":
         """Run a program against the tests (see `run_programs`)."""
+        tested = sorted({*self.names, *re.findall(r"\w+", self.entry_point or "")})
         tests = {
             "setup": f"{self.setup}\n{self.test_setup}",
             "tests": self.tests,
             "names": self.names,
             "entry_point": self.entry_point,
+            "tested": tested,
             "all": settings.count_all,
         }
-        boxes = [Box("candidate", {"setup": self.setup, "source": source}), Box("tests", tests)]
+        boxes = [Box("candidate", {"setup": self.setup, "source": source, "tested": tested}), Box("tests", tests)]
         ran = launch(boxes, settings.mechanisms, settings.limits, settings.packages)
         if not ran.in_time:
             return Outcome(0, len(self.tests), f"not done after {settings.limits.wall_seconds:g} s")
         if not ran.verdict:  # also where tests of the data set use up the limits
             return Outcome(0, len(self.tests), f"the tests: {ran.endings.get('tests') or 'no verdict'}")
         verdict = json.loads(ran.verdict)
-        reason = str(verdict["reason"])
+        reason = _printable(str(verdict["reason"]))
         ending = ran.endings.get("candidate", "")
         reason = f"{ending}: {reason}" if reason and ending else reason
         return Outcome(int(verdict["passed"]), int(verdict["total"]), reason, bool(verdict.get("unusable")))
@@ -65,7 +68,7 @@ class StandardStreamTests:
         """Run a program on each input; the outputs are compared here, where it never was (see `run_programs`)."""
         passed, reason = 0, ""
         for given, expected in self.pairs:
-            box = Box("script", {"setup": self.setup, "source": source}, stdin=given.encode("utf-8", "surrogateescape"))
+            box = Box("script", {"setup": self.setup, "source": source}, stdin=given.encode("utf-8", "surrogatepass"))
             ran = launch([box], settings.mechanisms, settings.limits, settings.packages)
             failure = _failure(ran, settings.limits, expected)
             passed += not failure
@@ -96,9 +99,14 @@ def _failure(ran: Ran, limits: Limits, expected: str) -> str:
         return f"not done after {limits.wall_seconds:g} s"
     if ran.endings["script"]:
         said = ran.stderr.decode(errors="replace").strip().splitlines()
-        return f"{ran.endings['script']}: {said[-1][:300] if said else 'it said nothing'}"
+        return f"{ran.endings['script']}: {_printable(said[-1][:300]) if said else 'it said nothing'}"
     same = _lines(ran.stdout.decode(errors="replace")) == _lines(expected)
     return "" if same else "another output"
+
+
+def _printable(text: str) -> str:
+    """A program's words without what would control a terminal, or look like another line of a log."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _lines(text: str) -> list[str]:

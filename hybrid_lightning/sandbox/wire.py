@@ -6,8 +6,10 @@ or `[n]` for container number n. So nesting has no depth, and what is shared or 
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
+
+from hybrid_lightning.sandbox import plain_objects
 
 MAX_BYTES = 64 * 2**20
 
@@ -51,7 +53,7 @@ class Remote:
 
 
 class _Encoder:
-    def __init__(self, unknown: Unknown, classes: frozenset[str]) -> None:
+    def __init__(self, unknown: Unknown, classes: Set[str]) -> None:
         self.unknown, self.classes = unknown, classes
         self.entries: list[Any] = []
         self.numbers: dict[int, int] = {}
@@ -106,24 +108,20 @@ class _Encoder:
             return [name, *map(self.item, _BY_VALUE[name](value))]
         if getattr(value, "shape", None) == () and hasattr(value, "item"):
             return self.container(value.item())  # a scalar of numpy
-        if name in self.classes:
-            return ["object", name, *(part for key, held in attributes(value).items() for part in (key, self.item(held)))]
+        named = next((base.__name__ for base in type(value).__mro__ if base.__name__ in self.classes), None)
+        if named:
+            held = plain_objects.attributes(value)
+            return ["object", named, *(part for key, value in held.items() for part in (key, self.item(value)))]
         return ["unknown", self.unknown(value), callable(value)]
 
 
-def attributes(value: Any) -> dict[str, Any]:
-    """Attributes of an object, those in slots included."""
-    slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ()) if hasattr(value, name)]
-    return {**{name: getattr(value, name) for name in slots if not name.startswith("__")}, **getattr(value, "__dict__", {})}
-
-
-def encode(value: Any, unknown: Unknown, classes: frozenset[str]) -> bytes:
+def encode(value: Any, unknown: Unknown, classes: Set[str]) -> bytes:
     """Write a value.
 
     Args:
         value: Anything.
         unknown: Gives a number to an object that is no plain data.
-        classes: Names of the classes whose objects are plain data too, by their attributes.
+        classes: Names of the classes whose objects, and those of their subclasses, are plain data too, by their attributes.
     """
     return json.dumps(_Encoder(unknown, classes).run(value), separators=(",", ":")).encode()
 
@@ -199,7 +197,8 @@ class _Decoder:
                 for name, item in zip(items[1::2], items[2::2], strict=True):
                     if name.startswith("__"):
                         raise WireError(f"attribute {name!r:.40}")
-                    setattr(value, name, self.item(item))
+                    if not plain_objects.is_computed(type(value), name):
+                        setattr(value, name, self.item(item))
 
 
 def decode(data: bytes, known: Callable[[int], Any], remote: Callable[[int], Any], classes: Mapping[str, type]) -> Any:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,9 @@ def test_humaneval(reward, completion, value):
          "def f(x): return 2 * x"),
         (["assert list(first(3)) == [0, 1, 2]"], "def first(n):\n    for i in range(n): yield i"),
         (["assert f(1, key='b') == {'b': (1, {2})}"], "def f(x, key): return {key: (x, {x + 1})}"),
+        (["assert to_int('3') == 3"], "to_int = int"),
+        (["try:\n    f()\n    assert False\nexcept KeyError:\n    pass\nassert f"],
+         "class Missing(KeyError): pass\ndef f(): raise Missing"),
     ],
 )  # fmt: skip
 def test_asserts(reward, tests, program):
@@ -102,9 +106,33 @@ def test_standard_streams(reward, tests):
         "    a, b = map(int, sys.stdin.read().split())\n    print(a + b, ' ')\n    sys.exit()",
         "import threading\nthreading.stack_size(2**26)\n"
         "threading.Thread(target=lambda: print(sum(map(int, open(0).read().split())))).start()",
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_STACK, (2**28, 2**28))\nsys.setrecursionlimit(10**6)\n"
+        "from concurrent.futures import ThreadPoolExecutor\nimport time\n"
+        "with ThreadPoolExecutor(16) as pool: list(pool.map(lambda n: time.sleep(0.01), range(32)))\n"
+        "print(sum(map(int, input().split())))\nexit()",
         "print(3)\nprint()\nprint(3)",
     ]
-    assert reward(programs, [prompt(test=tests)] * 4) == [1.0, 1.0, 1.0, 0.0]
+    assert reward(programs, [prompt(test=tests)] * 5) == [1.0, 1.0, 1.0, 1.0, 0.0]
+
+
+def test_a_class_that_the_set_up_code_leaves_unfinished_is_the_programs(reward):
+    skeleton = 'class Counter:\n    def add(self, n):\n        """Add n."""\n'
+    row = {"prompt": skeleton, "entry_point": "Counter"}
+    by_check = prompt(test="def check(make):\n    c = make()\n    c.add(2)\n    assert c.add(3) == 5", **row)
+    by_name = prompt(test="c = Counter()\nc.add(2)\nassert c.add(3) == 5", **row)
+    right = "class Counter:\n    n = 0\n    def add(self, n):\n        self.n += n\n        return self.n"
+    assert reward([right, right, right.replace("+=", "=")], [by_check, by_name, by_name]) == [1.0, 1.0, 0.0]
+
+
+def test_a_result_is_judged_by_the_set_up_codes_methods(reward):
+    """Whatever the program hangs onto an object of that class."""
+    same = "class Node:\n    def __init__(self, n): self.n = n\n    def same(self, other): return self.n == other.n"
+    row = prompt(prompt=same, test="def check(f):\n    assert f(3).same(Node(6))", entry_point="f")
+    right = "def f(x): return Node(2 * x)"
+    cheat = "def f(x):\n    node = Node(x)\n    node.same = {}\n    return node"
+    changed = "class Node:\n    def same(self, other): return True\ndef f(x):\n    node = Node()\n    node.n = x\n    return node"
+    rewards = reward([right, cheat.format("bool"), cheat.format("lambda other: True"), changed], [row] * 4)
+    assert rewards == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_the_share_that_passes_can_be_the_reward():
@@ -150,6 +178,13 @@ def test_the_order_of_a_set_is_the_same_each_time(reward):
 )
 def test_the_program_in_a_completion(completion, program):
     assert extract_program(completion) == program
+
+
+@pytest.mark.parametrize("text", ["```" + "a" * 200_000, "`" * 200_000, "```" + " " * 200_000 + "x"])
+def test_a_long_line_does_not_hold_up_training(text):
+    started = time.monotonic()
+    extract_program(text)
+    assert time.monotonic() - started < 5
 
 
 def test_a_pattern_takes_the_program_out():

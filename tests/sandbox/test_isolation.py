@@ -3,6 +3,8 @@
 import platform
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -108,6 +110,35 @@ def test_no_exit_code_of_a_program_passes_for_one_of_ours(code):
         [isolation.Box("script", {"setup": "", "source": f"import os; os._exit({code})"})], ("namespaces", "seccomp"), Limits()
     )
     assert ran.in_time and ran.endings == {"script": "ended with an error"}
+
+
+def test_what_a_program_says_cannot_control_a_terminal():
+    source = "import sys\nsys.stderr.write('\\x1b]0;title\\x07 \\x1b[31m\\u202e red')\nsys.exit(1)"
+    (outcome,) = run_programs([(source, StandardStreamTests((("", ""),)))], Settings(("namespaces", "seccomp")), 1)
+    assert outcome.reason.isprintable() and "\\x1b[31m\\u202e red" in outcome.reason
+
+
+_WITHOUT_ANYTHING = """
+import ctypes, os, time
+print(open("/proc/self/oom_score_adj").read().strip(), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), flush=True)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+        time.sleep(1000)
+    os._exit(0)
+time.sleep(0.3)
+"""
+
+
+def test_what_holds_without_isolation():
+    """The first to go when memory runs short, no core dump (PR_GET_DUMPABLE), and even a daemon is found and ended."""
+    started = time.monotonic()
+    ran = launch([isolation.Box("script", {"setup": "", "source": _WITHOUT_ANYTHING})], (), Limits(threads=10**5))
+    assert ran.endings == {"script": ""} and time.monotonic() - started < 8, ran
+    score, dumpable, daemon = ran.stdout.split()
+    assert (score, dumpable) == (b"1000", b"0")
+    assert not Path("/proc", daemon.decode()).exists()
 
 
 def test_a_launcher_that_does_not_start_is_no_failure_of_the_program(monkeypatch, no_pause):

@@ -4,6 +4,7 @@ import collections
 import datetime
 import decimal
 import fractions
+import functools
 import json
 
 import pytest
@@ -135,6 +136,33 @@ def test_objects_of_named_classes_arrive_by_their_attributes():
     assert type(arrived) is Node and arrived.following.value == 2 and arrived.following.following is arrived
     assert there(Slotted([3]), {"Slotted": Slotted}).value == [3]
     assert there(first) == "remote 7"
+
+
+class Judge:
+    def __init__(self, value):
+        self.value = value
+
+    def equals(self, other):
+        return self.value == other.value
+
+    @functools.cached_property
+    def twice(self):
+        return 2 * self.value
+
+
+def test_no_data_replaces_what_a_class_computes():
+    liar = Judge(1)
+    vars(liar).update(equals=bool, twice=6)
+    arrived = there(liar, {"Judge": Judge})
+    assert not arrived.equals(Judge(3)) and arrived.twice == 2
+
+
+def test_an_object_of_a_subclass_is_one_of_the_class():
+    class Longer(Node):
+        pass
+
+    arrived = there(Longer(3), {"Node": Node})
+    assert type(arrived) is Node and arrived.value == 3
 
 
 @pytest.mark.parametrize(

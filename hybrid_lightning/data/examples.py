@@ -106,3 +106,19 @@ class PreferenceFormat(ExampleFormat):
 
     def __init__(self, prompt: PromptFormat | None = None, chosen: str = "{chosen}", rejected: str = "{rejected}") -> None:
         super().__init__(prompt, {"chosen": chosen, "rejected": rejected})
+
+    def format(self, row: Row) -> Prompt:
+        """Format the prompt and fill in the completions.
+
+        Raises:
+            ConfigError: As in `ExampleFormat`.
+            DataError: Likewise, and if both completions are the same, of which neither can be preferred.
+        """
+        prompt = super().format(row)
+        chosen, rejected = prompt.completions
+        if chosen == rejected:
+            raise DataError(
+                f"{row.source}, row {row.index}: the chosen completion is also the rejected one ({chosen[:60]!r}), which says "
+                "nothing of what is preferred; correct or remove the row"
+            )
+        return prompt

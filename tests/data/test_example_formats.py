@@ -87,6 +87,18 @@ def test_preferences(columns, prompt):
             DataError,
             "'rejected' answers other turns than the prompt has",
         ),
+        (
+            PreferenceFormat(),
+            {"chosen": "7", "rejected": "7"},
+            DataError,
+            r"row 5: the chosen completion is also the rejected one",
+        ),
+        (
+            PreferenceFormat(ConversationFormat("chosen")),
+            {"chosen": [USER, BOT], "rejected": [USER, BOT]},
+            DataError,
+            "says nothing of what is preferred; correct or remove the row",
+        ),
     ],
 )
 def test_bad_rows(format, columns, error, message):

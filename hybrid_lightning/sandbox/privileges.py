@@ -51,7 +51,20 @@ def other_user(number: int) -> int | None:
     with open("/proc/self/status") as stream:
         capabilities = next(int(line.split()[1], 16) for line in stream if line.startswith("CapEff"))
     may_change = all(capabilities >> bit & 1 for bit in (6, 7))  # CAP_SETGID, CAP_SETUID
-    return _FIRST_USER + number % _USERS if may_change else None
+    user = _FIRST_USER + number % _USERS
+    return user if may_change and _has_number("uid", user) and _has_number("gid", user) and _may_set_groups() else None
+
+
+def _has_number(kind: str, number: int) -> bool:
+    """Whether a user or group has that number here: a user namespace, as of a container without root, may know but one."""
+    with open(f"/proc/self/{kind}_map") as stream:
+        ranges = [(int(first), int(count)) for first, _, count in map(str.split, stream)]
+    return any(first <= number < first + count for first, count in ranges)
+
+
+def _may_set_groups() -> bool:
+    with open("/proc/self/setgroups") as stream:
+        return stream.read().strip() == "allow"
 
 
 def drop(user: int | None) -> None:

@@ -198,7 +198,7 @@ class _Decoder:
                     if name.startswith("__"):
                         raise WireError(f"attribute {name!r:.40}")
                     if not plain_objects.is_computed(type(value), name):
-                        setattr(value, name, self.item(item))
+                        object.__setattr__(value, name, self.item(item))  # objects of a frozen dataclass as well
 
 
 def decode(data: bytes, known: Callable[[int], Any], remote: Callable[[int], Any], classes: Mapping[str, type]) -> Any:

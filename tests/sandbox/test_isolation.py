@@ -1,6 +1,7 @@
 """Where programs cannot be isolated, that is said at once, with what is missing and what to do."""
 
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -71,6 +72,15 @@ def test_a_sandbox_in_which_no_program_runs_is_found_out(monkeypatch):
     isolation._try.cache_clear()
     with pytest.raises(SandboxError, match=r"no program runs in the sandbox of .*no_such_module"):
         isolation.require_isolation()
+
+
+def test_root_of_a_container_that_knows_no_other_user_can_isolate():
+    alone = ["unshare", "--user", "--map-root-user"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs unshare, and user namespaces")
+    code = "from hybrid_lightning.sandbox.isolation import require_isolation; print(require_isolation().is_enough)"
+    done = subprocess.run([*alone, sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_other_systems_are_refused(monkeypatch):

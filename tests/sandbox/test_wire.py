@@ -1,6 +1,7 @@
 """Values between the processes: what is sent arrives equal and of built-in types; what is no value is refused."""
 
 import collections
+import dataclasses
 import datetime
 import decimal
 import fractions
@@ -122,6 +123,11 @@ class Node:
         self.value, self.following = value, following
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    value: int
+
+
 class Slotted:
     __slots__ = ("value",)
 
@@ -135,6 +141,7 @@ def test_objects_of_named_classes_arrive_by_their_attributes():
     arrived = there(first, {"Node": Node})
     assert type(arrived) is Node and arrived.following.value == 2 and arrived.following.following is arrived
     assert there(Slotted([3]), {"Slotted": Slotted}).value == [3]
+    assert there(Frozen(3), {"Frozen": Frozen}) == Frozen(3)
     assert there(first) == "remote 7"
 
 

@@ -32,6 +32,8 @@ def evaluate_reward(reward: RewardFunction, completions: Sequence[str], prompts:
             where it can be found, the row and the completion.
     """
     assert len(completions) == len(prompts), f"{len(completions)} completions for {len(prompts)} prompts"
+    # A reward that sorts or empties what it is given must not change what others, and training, see.
+    completions, prompts = tuple(completions), tuple(prompts)
     total = torch.zeros(len(completions))
     correct = None
     parts: dict[str, Tensor] = {}
@@ -86,7 +88,7 @@ def _call(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[
         values = _awaited(reward(completions, prompts))
     except HybridLightningError:
         raise  # it says already what is wrong, and where
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # whoever calls sys.exit in a reward does not mean to end training without a word
         raise _culprit(reward, completions, prompts, error) from error
     try:
         numbers = _numbers(values, len(completions))
@@ -95,7 +97,10 @@ def _call(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[
     for number, completion, prompt in zip(numbers, completions, prompts, strict=True):
         problem = _problem(number)
         if problem:
-            raise RewardError(f"{_title(reward)} {problem} {place(completion, prompt)}; it must return a finite number")
+            raise RewardError(
+                f"{_title(reward)} {problem} {place(completion, prompt)}; it must return a finite number, 0.0 where it does not "
+                "apply"
+            )
     return torch.tensor([float(number) for number in numbers], dtype=torch.float32)
 
 
@@ -124,12 +129,12 @@ def _problem(number: Any) -> str | None:
     return None if torch.tensor(float(number), dtype=torch.float32).isfinite() else f"returned {number!r}"
 
 
-def _culprit(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt], error: Exception) -> RewardError:
+def _culprit(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt], error: BaseException) -> RewardError:
     """Find the completion that a reward fails on, by giving it one at a time."""
     for completion, prompt in zip(completions, prompts, strict=True):
         try:
             _awaited(reward([completion], [prompt]))
-        except Exception as single:
+        except (Exception, SystemExit) as single:
             return RewardError(f"{_title(reward)} raised {describe(single)} {place(completion, prompt)}")
     return RewardError(
         f"{_title(reward)} raised {describe(error)} for a batch of {len(completions)} completions, the first "

@@ -76,6 +76,9 @@ class FunctionReward(RewardFunction):
                 "get all of a batch, or completion, to be called for each"
             )
         self._own = _BATCH if self.batched else _SINGLE
+        own = parameters[self._own[0]]
+        if own.kind not in (own.POSITIONAL_OR_KEYWORD, own.KEYWORD_ONLY):
+            raise ConfigError(f"function={function!r} takes {own} by position alone: write the parameter as {own.name}")
         named = [entry for entry in parameters.values() if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)]
         self.needed = [entry.name for entry in named if entry.default is entry.empty and entry.name not in self._own]
         self.wanted = [entry.name for entry in named if entry.default is not entry.empty]
@@ -105,7 +108,7 @@ class FunctionReward(RewardFunction):
         there = dict.fromkeys(name for row in rows for name in row)
         names = [name for name in there if name in self.needed or name in self.wanted or self.takes_all]
         arguments: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
-        call = self._call(completions, prompts, arguments)
+        call = self._call(list(completions), list(prompts), arguments)
         try:
             if not self.asynchronous:
                 return call_within(call, self.timeout_s)

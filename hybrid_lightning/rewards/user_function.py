@@ -20,6 +20,8 @@ def load_function(path: str) -> Callable[..., Any]:
     Raises:
         ConfigError: If there is no such file, module or function, or it cannot be imported.
     """
+    if path.endswith(".py"):
+        raise ConfigError(f"function={path!r} is a file without a function: name one of it, as in {path}:function")
     place, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
     if not place or not name.isidentifier():
         raise ConfigError(f"function={path!r}: give package.module.function or path/to/file.py:function")
@@ -34,7 +36,7 @@ def load_function(path: str) -> Callable[..., Any]:
                 "or give its file, as in my_rewards.py:function"
             ) from error
         raise ConfigError(f"function={path!r}: {place} needs the module {error.name!r}, which is not installed") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SystemExit: a script that parses arguments, without `if __name__ == "__main__"`
         raise ConfigError(f"function={path!r}: importing {place} raised {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):

@@ -58,6 +58,9 @@ def nothing(completion): return None
 def wrong_count(completions): return [1.0]
 def neither(text): return 1.0
 def both(completion, completions): return 1.0
+def by_place(completions, /): return [1.0 for _ in completions]
+def sorts(completions): completions.sort(); return [float(len(text)) for text in completions]
+def leaves(completion): raise SystemExit(2)
 clients = []
 
 async def with_client(completion):
@@ -168,6 +171,22 @@ def test_what_is_no_number_names_the_row(here):
         scores("wrong_count", ["1", "2"])
 
 
+def test_none_is_answered_with_what_to_return_instead(here):
+    with pytest.raises(RewardError, match=r"returned None, .* row 0 .*, 0\.0 where it does not apply"):
+        scores("nothing", ["a"])
+
+
+def test_leaving_is_an_error_like_others(here):
+    with pytest.raises(RewardError, match=r"raised SystemExit: 2 for rows\.jsonl row 0"):
+        scores("leaves", ["a"])
+
+
+def test_what_a_function_does_to_its_lists_stays_with_it(here):
+    texts = ["bb", "a"]
+    reward = WeightedSum([FunctionReward("my_rewards.py:sorts"), FunctionReward("my_rewards.py:brief")])
+    assert evaluate_reward(reward, texts, PROMPTS).parts["sorts"].tolist() == [1.0, 2.0] and texts == ["bb", "a"]
+
+
 def test_a_missing_column_is_named_before_training(here):
     reward = FunctionReward("my_rewards.py:batch")
     reward.check_prompt(PROMPTS[0])
@@ -183,6 +202,9 @@ def test_a_missing_column_is_named_before_training(here):
         ("my_rewards.py:value", "has no function 'value'"),
         ("my_rewards.py:neither", "has the parameters text: call one of them completions"),
         ("my_rewards.py:both", "call one of them completions"),
+        ("my_rewards.py:by_place", "takes completions by position alone"),
+        ("my_rewards.py", r"is a file without a function: name one of it, as in my_rewards.py:function"),
+        ("leaves.py:f", "importing leaves.py raised SystemExit: 2"),
         ("my_rewards.py:Limits", "is a class: .* given by class_path"),
         ("no_such_module.f", "there is no module 'no_such_module'"),
         ("broken.py:f", "importing broken.py raised SyntaxError"),
@@ -192,6 +214,7 @@ def test_a_missing_column_is_named_before_training(here):
 )
 def test_what_cannot_be_found_is_said_at_start(here, function, message):
     (here / "broken.py").write_text("def f(:")
+    (here / "leaves.py").write_text("raise SystemExit(2)")
     (here / "needs.py").write_text("import no_such_library")
     with pytest.raises(ConfigError, match=message):
         FunctionReward(function)

@@ -1,0 +1,46 @@
+"""The verifiers of reasoning-gym's tasks, with what they do not foresee."""
+
+import pytest
+
+from hybrid_lightning.data import ReasoningGymSource
+from hybrid_lightning.errors import RewardError
+from hybrid_lightning.rewards import ReasoningGymReward
+from hybrid_lightning.types import Prompt
+
+pytest.importorskip("reasoning_gym")
+
+
+def prompts(task, size=2):
+    rows = ReasoningGymSource(task, size=size, validation_size=0, test_size=0).load().train
+    return [Prompt(text=row.question, answer=row.answer, columns=row.columns, index=row.index, source=row.source) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "task", ["leg_counting", "prime_factorization", "basic_arithmetic", "word_sorting", "family_relationships"]
+)
+def test_own_answers_are_right_and_others_are_not(task):
+    reward, asked = ReasoningGymReward(), prompts(task)
+    for prompt in asked:
+        reward.check_prompt(prompt)
+    assert reward([prompt.answer for prompt in asked], asked) == [1.0, 1.0]
+    assert max(reward(["no idea", ""], asked)) < 1.0
+
+
+def test_where_the_verifier_raises_nothing_is_earned(caplog):
+    (prompt,) = prompts("prime_factorization", 1)
+    assert ReasoningGymReward()(["two times three"], [prompt]) == [0.0]
+    assert "verifier raised ValueError" in caplog.text and "row 0" in caplog.text
+
+
+def test_more_than_all_is_not_earned():
+    (prompt,) = prompts("spell_backward", 1)
+    assert ReasoningGymReward()([prompt.answer + "7"], [prompt])[0] <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("game_of_life_halting", "takes any text for right"), ("list_functions", "is not reproducible, choose another task")],
+)
+def test_tasks_that_cannot_be_trained_on_are_refused_at_start(task, message):
+    with pytest.raises(RewardError, match=message):
+        ReasoningGymReward().check_prompt(prompts(task, 1)[0])

@@ -7,8 +7,8 @@ more CPU time, memory, threads and output than the limits say. Two ways lead the
 - namespaces, with Landlock on top where the kernel has it;
 - Landlock alone, which containers allow that forbid namespaces; a program then has no temporary folder.
 
-Threads are to be had where the kernel counts them: not with Landlock alone for a user other than root, nor for a root that may not
-become another user.
+Threads are to be had where the kernel counts them: not with Landlock alone for a user other than root, nor for a root that may
+not become another user.
 
 Both are calls of the kernel, made here: no tool such as bubblewrap is needed, nor used where there is one. A program can start no
 process, so what one process may have of memory is what the program may have; its tests have as much again.

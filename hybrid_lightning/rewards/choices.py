@@ -71,7 +71,7 @@ def extract_choice(text: str, letters: str) -> str | None:
     for phrase in reversed(list(_PHRASE.finditer(text))):
         match = patterns.leading.match(text, phrase.end())
         if match and not _is_word(text, match):
-            return None if _joined(text, match, patterns) else (match[1] or match[2]).upper()
+            return None if _joined(text, match, patterns) else (match[1] or match[2] or match[3]).upper()
     whole = patterns.whole.fullmatch(text)
     if whole:
         return whole[1].upper()
@@ -88,7 +88,8 @@ class _Patterns:
         wrap = rf"(?:[\s*_$\"'`]|{macro})*+"  # possessive: no text is gone through twice
         end = r"(?![\w]*[A-Za-z0-9]|'[a-z]|-[A-Za-z])"
         self.alone = re.compile(rf"(?<![\w\\])_*([{letters}]){end}")
-        self.leading = re.compile(rf"{wrap}(?:[(\[{{]{wrap}([{both}])[\s}}]*[)\]}}]|([{letters}]){end})")
+        lower = rf"[{letters.lower()}](?=[.!)*_$\"'`]*\s*(?:\n|\Z))"  # "the answer is c.", where nothing follows
+        self.leading = re.compile(rf"{wrap}(?:[(\[{{]{wrap}([{both}])[\s}}]*[)\]}}]|([{letters}]){end}|({lower}))")
         self.whole = re.compile(rf"{wrap}[(\[{{]?{wrap}([{both}])[\s)\]}}.:*_$\"'`]*")
         self.boxed = re.compile(rf"{wrap}[(\[]?{wrap}([{both}])(?:[\s}})\].:]|\\(?=[ ,;:!q]))")
 

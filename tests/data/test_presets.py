@@ -10,6 +10,7 @@ from hybrid_lightning.data import AIME24, AIME25, AMC23, GSM8K, MATH, MATH500, D
 from hybrid_lightning.data.presets import base
 from hybrid_lightning.data.presets.cells import last_boxed
 from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.rewards import MathMatch
 from hybrid_lightning.types import Prompt
 
 
@@ -141,6 +142,8 @@ def test_problems_of_dapo_are_kept_once(tmp_path):
         ("aime25", {"answer": 1000}, "'1000' is no whole number from 0 to 999"),
         ("mmlu_pro", {"answer": "K"}, "column 'answer' is 'K', which is no letter of the 10 options"),
         ("mmlu_pro", {"answer_index": 0}, "column 'answer' is 'I', but 'answer_index' is 0"),
+        ("mmlu_pro", {"answer_index": 8.5}, "column 'answer' is 'I', but 'answer_index' is 8.5"),
+        ("mmlu_pro", {"options": ["a"] * 9 + [None]}, "column 'options' must hold texts or numbers, not None"),
         ("mmlu_pro", {"options": "A, B"}, "column 'options' must be a list of 2 to 26 options, not 'A, B'"),
         ("dapo", {"reward_model": "x"}, "column 'reward_model' is no JSON"),
         ("dapo", {"reward_model": {}}, "there is no column 'ground_truth'"),
@@ -153,6 +156,20 @@ def test_a_bad_row_is_named_or_skipped(case, change, message, tmp_path):
     with pytest.raises(DataError, match=rf"test\.jsonl, row 1 \(the first is 0\): {preset.__name__}: .*{message}.*skip_bad_rows"):
         only_test(preset, path)
     assert len(only_test(preset, path, skip_bad_rows=True)) == 1
+
+
+@pytest.mark.parametrize("answer", [r"336^\circ", "336^{\\circ}", "336\u00b0", "336.0", 336.0, "$336$", "$336.0$"])
+def test_what_copies_put_around_an_answer_of_aime_is_left_out(answer, tmp_path):
+    assert only_test(AIME25, write(tmp_path, "test.jsonl", {"question": "?", "answer": answer}))[0].answer == "336"
+
+
+@pytest.mark.parametrize("answer", ["even", "No roots", "Tuesday."])
+def test_an_answer_of_math_in_words_is_one_that_can_be_compared_with(answer, tmp_path):
+    row = {"problem": "?", "solution": rf"It is $\boxed{{{answer}}}$.", "answer": answer}
+    for preset in (MATH, MATH500):
+        prompt = Prompt(text="?", answer=only_test(preset, write(tmp_path, "test.jsonl", row))[0].answer)
+        MathMatch().check_prompt(prompt)
+        assert MathMatch()([row["solution"], r"\boxed{odd}", rf"\boxed{{\text{{{answer}}}}}"], [prompt] * 3) == [1.0, 0.0, 1.0]
 
 
 def test_a_missing_column_is_named(tmp_path):

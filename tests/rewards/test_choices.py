@@ -19,6 +19,8 @@ FOUND = {
     "C": [
         "The answer is (C).",
         "the answer is (c)",
+        "the answer is c.",
+        "answer: c",
         r"$\boxed{\text{C}}$",
         r"\boxed{C} and again \boxed{C}",
         "C) 5 m/s",
@@ -54,6 +56,8 @@ NOT_FOUND = [
     r"\boxed{A, B}",
     r"\boxed{A \text{ or } B}",
     "The answer is not C.",
+    "the answer is a cat",
+    "the answer is c minus b",
     "It is not C",
     "None of the above",
     "The answer is Boron",

@@ -6,6 +6,9 @@ from typing import Any, ClassVar
 from hybrid_lightning.data.presets.base import PresetSource
 from hybrid_lightning.data.presets.cells import boxed_cell, cell
 
+# opencompass/AIME2025 has 336^\circ; other copies are made of floats, or keep LaTeX's delimiters.
+_AROUND = re.compile(r"\A\$|\^\s*\{?\s*\\circ\s*\}?|\u00b0|\.0+(?=\$?\Z)|\$\Z")
+
 
 class AIME24(PresetSource):
     r"""Columns `problem` and `answer`; for `MathMatch`, to which 073 is 73.
@@ -65,6 +68,7 @@ class AIME25(PresetSource):
 def _problem(columns: dict[str, Any]) -> tuple[str, str]:
     spelled = any(name in columns for name in ("answer", "Answer"))
     answer = cell(columns, "answer", "Answer") if spelled else boxed_cell(columns, "solution", "Solution")
-    if not re.fullmatch(r"\d{1,3}", answer):
+    number = _AROUND.sub("", answer)
+    if not re.fullmatch(r"\d{1,3}", number):
         raise ValueError(f"the answer {answer!r} is no whole number from 0 to 999")
-    return cell(columns, "problem", "Problem", "question"), answer
+    return cell(columns, "problem", "Problem", "question"), number

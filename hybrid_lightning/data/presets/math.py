@@ -5,6 +5,7 @@ split on which Lightman et al. 2023 (arXiv 2305.20050) evaluate: whoever tests o
 `Mixture` of the two drops what they have in common.
 """
 
+import re
 from typing import Any, ClassVar
 
 from hybrid_lightning.data.presets.base import PresetSource
@@ -35,7 +36,7 @@ class MATH(PresetSource):
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
         """The problem, and the answer of its own column or else the last box of the solution."""
         answer = cell(columns, "answer") if "answer" in columns else boxed_cell(columns, "solution")
-        return cell(columns, "problem", "question"), answer
+        return cell(columns, "problem", "question"), _marked(answer)
 
 
 class MATH500(PresetSource):
@@ -61,4 +62,10 @@ class MATH500(PresetSource):
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
         """The problem and its answer."""
-        return cell(columns, "problem", "question"), cell(columns, "answer")
+        return cell(columns, "problem", "question"), _marked(cell(columns, "answer"))
+
+
+def _marked(answer: str) -> str:
+    r"""An answer in words, such as `even`, as most rows have it: `\text{even}`, which `MathMatch` compares as words."""
+    words = re.fullmatch(r"[A-Za-z][A-Za-z ,'-]*\.?", answer) and re.search(r"[A-Za-z]{3}", answer)
+    return rf"\text{{{answer}}}" if words else answer

@@ -37,12 +37,15 @@ class MMLUPro(PresetSource):
         options = columns.get("options")
         if not isinstance(options, Sequence) or isinstance(options, str) or not 2 <= len(options) <= 26:
             raise ValueError(f"column 'options' must be a list of 2 to 26 options, not {shorten(options)}")
+        for option in options:
+            if not isinstance(option, (str, int, float)):
+                raise ValueError(f"column 'options' must hold texts or numbers, not {shorten(option)}")
         letters = [chr(ord("A") + number) for number in range(len(options))]
         answer = cell(columns, "answer")
         if answer not in letters:
             raise ValueError(f"column 'answer' is {answer!r}, which is no letter of the {len(options)} options")
         index = columns.get("answer_index")
-        if index is not None and int(index) != letters.index(answer):
+        if index is not None and to_text(index) != str(letters.index(answer)):
             raise ValueError(f"column 'answer' is {answer!r}, but 'answer_index' is {index}")
         lines = [f"{letter}. {to_text(option).strip()}" for letter, option in zip(letters, options, strict=True)]
         return "\n".join([cell(columns, "question"), "", *lines]), answer

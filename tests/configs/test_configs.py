@@ -50,6 +50,10 @@ STAND_INS = {
         ],
     ),
     "smollm2_mawps": (_MAWPS_ROWS, ["--data.source.train=rows.jsonl"]),
+    "qwen3": (
+        [{"question": question, "answer": answer} for question, answer in _QUESTIONS],
+        ["--data.source=FileSource", "--data.source.train=rows.jsonl", "--data.source.validation_fraction=0.2"],
+    ),
     "gsm8k_qwen3": (
         _GSM8K_ROWS,
         [

@@ -30,9 +30,9 @@ class Prompt:
 
 
 class Completion(str):
-    """The text of a completion, which also knows how many tokens it took and whether it came to an end.
+    """The text of a completion, which also knows how many tokens it took, whether it came to an end and how it began.
 
-    To whoever needs neither it is a plain string.
+    To whoever needs none of it it is a plain string.
 
     Example:
         >>> completion = Completion("12", num_tokens=3, finished=True)
@@ -42,15 +42,16 @@ class Completion(str):
 
     num_tokens: int  # as in `Sequences.completion_mask`: up to and including the stop token
     finished: bool  # True if ended by a stop token, False if cut at the maximum length
+    thinking: bool  # True if the prompt ends in <think>, as chat templates of some reasoning models write it
 
-    def __new__(cls, text: str, num_tokens: int, finished: bool) -> Self:
-        """A string with two attributes."""
+    def __new__(cls, text: str, num_tokens: int, finished: bool, thinking: bool = False) -> Self:
+        """A string with three attributes."""
         self = super().__new__(cls, text)
-        self.num_tokens, self.finished = num_tokens, finished
+        self.num_tokens, self.finished, self.thinking = num_tokens, finished, thinking
         return self
 
-    def __getnewargs__(self) -> tuple[str, int, bool]:  # type: ignore[override]  # what copies and pickles are made from
-        return str(self), self.num_tokens, self.finished
+    def __getnewargs__(self) -> tuple[str, int, bool, bool]:  # type: ignore[override]  # what copies and pickles are made from
+        return str(self), self.num_tokens, self.finished, self.thinking
 
 
 class _TensorContainer:

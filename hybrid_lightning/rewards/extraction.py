@@ -48,10 +48,14 @@ def extract(pattern: re.Pattern[str] | None, completion: str) -> str | None:
 def after_thinking(completion: str) -> str:
     """What a completion says after its reasoning in `<think> </think>`; reasoning that has no end is no answer.
 
+    A prompt may have opened the reasoning already (`Completion.thinking`).
+
     Example:
         >>> after_thinking("<think>5? No.</think>6"), after_thinking("<think>5?"), after_thinking("6")
         ('6', '', '6')
     """
+    if getattr(completion, "thinking", False) and "</think>" not in completion:
+        return ""
     return completion.rpartition("</think>")[2].partition("<think>")[0]
 
 

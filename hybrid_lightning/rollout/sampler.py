@@ -115,9 +115,9 @@ class Sampler(Part):
         texts = tokenizer.batch_decode(
             [row[:length] for row, length in zip(tokens.tolist(), counts, strict=True)], skip_special_tokens=True
         )
+        thinking = [_ends_in_thinking(tokenizer, ids) for ids in prompt_ids for _ in range(samples_per_prompt)]
         completions = tuple(
-            Completion(self._cut(text), length, ended)
-            for text, length, ended in zip(texts, counts, finished.tolist(), strict=True)
+            Completion(self._cut(text), *rest) for text, *rest in zip(texts, counts, finished.tolist(), thinking, strict=True)
         )
         return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
 
@@ -132,6 +132,10 @@ class Sampler(Part):
     def _cut(self, text: str) -> str:
         ends = [text.index(stop) for stop in self.stop if stop in text]
         return text[: min(ends)] if ends else text
+
+
+def _ends_in_thinking(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
+    return str(tokenizer.decode(list(ids[-16:]))).rstrip().endswith("<think>")
 
 
 def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> None:

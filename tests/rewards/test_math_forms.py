@@ -1,9 +1,11 @@
 """Right and subtly wrong answers by the form that they are written in; `test_math_answers.py` has them by data set."""
 
+import pickle
+
 import pytest
 
-from hybrid_lightning.rewards import MathMatch
-from hybrid_lightning.types import Prompt
+from hybrid_lightning.rewards import MathMatch, MultipleChoice
+from hybrid_lightning.types import Completion, Prompt
 
 
 def boxed(*answers):
@@ -134,3 +136,14 @@ def test_what_stands_far_before_the_end_or_the_last_box_is_not_looked_at():
         "7 \\boxed{8} " * 3_000 + "\n" + r"\boxed{12}",
     ]
     assert MathMatch(cpu_seconds=2.0)(texts, [prompt] * 3) == [1.0, 1.0, 1.0]
+
+
+def test_reasoning_that_the_prompt_began_and_that_has_no_end_is_no_answer():
+    for reward, answer in ((MathMatch(), "12"), (MultipleChoice(), "C")):
+        prompt = Prompt(text="?", answer=answer)
+        texts = [f"It is {answer}, or so", f"It is 5</think>{answer}", f"It is {answer}</think>5"]
+        cut = [Completion(text, num_tokens=9, finished=False, thinking=True) for text in texts]
+        assert reward(cut, [prompt] * 3) == [0.0, 1.0, 0.0]
+        assert reward(pickle.loads(pickle.dumps(cut)), [prompt] * 3) == [0.0, 1.0, 0.0]
+        assert reward.extract_answer(cut[0], prompt) is None
+        assert reward([Completion(texts[0], num_tokens=9, finished=True)], [prompt]) == [1.0]

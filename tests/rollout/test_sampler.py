@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import FAMILIES, build_model
+from tiny_models import FAMILIES, build_model, build_tokenizer
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.sampler import Sampler
@@ -161,3 +161,13 @@ def test_completions_know_their_tokens_and_whether_they_ended(tokenizer):
     assert [completion.num_tokens for completion in rollouts.completions] == counts
     assert [completion.finished for completion in rollouts.completions] == rollouts.finished.tolist()
     assert {completion.finished for completion in rollouts.completions} == {True, False}
+
+
+def test_a_completion_knows_that_its_prompt_began_the_reasoning():
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    model = build_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    texts = ("12+3=", "12+3=<think>\n", "12+3=<think>\n\n</think>\n\n")
+    rollouts = Sampler(max_new_tokens=3).sample(model, tokenizer, prompts_of(*texts), ids_of(tokenizer, *texts), 2)
+    assert [completion.thinking for completion in rollouts.completions] == [False, False, True, True, False, False]

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 import yaml
-from test_configs import ROOT, here, run, tiny  # noqa: F811, F401  (fixtures)
+from test_configs import ROOT, here, run, tiny  # noqa: F401  (fixtures)
 
 from hybrid_lightning import cli
 from hybrid_lightning.callbacks import HybridAdapterSetup

@@ -1,8 +1,8 @@
 """Facts that a policy half knows: the tasks on which full fine-tuning and LoRA can be told apart.
 
-A question names some keys, `c?k=`, and the answer has the digit of each, `407`. The table has one digit for each key. The policy
-was pretrained on answers that draw each digit from a few candidates of its key, the right one among them: it knows the format
-and what is plausible, and reinforcement has to teach which candidate is right, key by key. That is much to learn and of high
+A question names a relation and some keys, `3c?=`, and the answer has a digit for each key, `40`. There is a table for each relation. The policy
+was pretrained on answers that draw each digit from a few candidates of its fact, the right one among them: it knows the format
+and what is plausible, and reinforcement has to teach which candidate is right, fact by fact. That is much to learn and of high
 rank, unlike making an answer likelier that is the likeliest already.
 
 Which questions are held out is fixed by a hash of their keys, so that no question of validation or test was ever an example; the
@@ -26,10 +26,11 @@ class Facts(PromptSource):
     """Questions about a table of facts, with the right answers.
 
     Args:
+        relations: Number of tables, at most 10.
         keys: Number of keys, at most 51.
         length: Keys in a question, and digits of its answer.
-        candidates: Digits that pretraining held possible for each key, 2 to 10.
-        table: Seed of the table.
+        candidates: Digits that pretraining held possible for each fact, 2 to 10.
+        table: Seed of the tables.
         validation_size: Validation questions.
         test_size: Test questions.
         seed: Of the draw and order of the questions.
@@ -40,6 +41,7 @@ class Facts(PromptSource):
 
     def __init__(
         self,
+        relations: int = 4,
         keys: int = 48,
         length: int = 2,
         candidates: int = 4,
@@ -48,20 +50,23 @@ class Facts(PromptSource):
         test_size: int = 200,
         seed: int = 0,
     ) -> None:
+        if not 1 <= relations <= 10:
+            raise ConfigError(f"data.source: relations={relations} must be from 1 to 10")
         if not 1 <= keys <= len(KEYS):
             raise ConfigError(f"data.source: keys={keys} must be from 1 to {len(KEYS)}")
         if length < 1:
             raise ConfigError(f"data.source: length={length} must be at least 1")
         if not 2 <= candidates <= 10:
             raise ConfigError(f"data.source: candidates={candidates} must be from 2 to 10")
-        self.keys, self.length, self.candidates, self.table = keys, length, candidates, table
+        self.relations, self.keys, self.length = relations, keys, length
+        self.candidates, self.table = candidates, table
         self.sizes = {"validation": validation_size, "test": test_size}
         self.seed = seed
 
     def read(self) -> Splits:
         """Every question, in the split of its keys."""
         pools: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-        for letters in product(KEYS[: self.keys], repeat=self.length):
+        for letters in product(string.digits[: self.relations], *(KEYS[: self.keys],) * self.length):
             question = "".join(letters)
             pools[hashed_split(question)].append(question)
         return Splits(**{split: self._rows(split, questions) for split, questions in pools.items()})
@@ -71,11 +76,12 @@ class Facts(PromptSource):
         if size > len(questions):
             raise ConfigError(f"data.source: {split}_size={size}, but there are {len(questions)} such questions; lower it")
         rng = random.Random(f"{self.seed} {split}")
-        table = {key: digits[0] for key, digits in possible_digits(self.keys, self.candidates, self.table).items()}
+        possible = possible_digits(self.relations, self.keys, self.candidates, self.table)
+        table = {fact: digits[0] for fact, digits in possible.items()}
         return [self._row(n, question, table) for n, question in enumerate(rng.sample(questions, size))]
 
     def _row(self, index: int, question: str, table: dict[str, str]) -> Row:
-        answer = "".join(table[key] for key in question)
+        answer = "".join(table[question[0] + key] for key in question[1:])
         columns = {"question": f"{question}=", "answer": answer}
         return Row(columns["question"], answer, index, type(self).__name__, columns)
 
@@ -85,6 +91,7 @@ class PlausibleFacts(PromptSource):
 
     Args:
         lines: Number of lines.
+        relations: As of `Facts`.
         keys: As of `Facts`.
         length: As of `Facts`.
         candidates: As of `Facts`.
@@ -92,23 +99,34 @@ class PlausibleFacts(PromptSource):
         seed: Of the draws.
     """
 
-    def __init__(self, lines: int, keys: int = 48, length: int = 2, candidates: int = 4, table: int = 0, seed: int = 0) -> None:
-        self.lines, self.keys, self.length, self.candidates, self.table, self.seed = lines, keys, length, candidates, table, seed
+    def __init__(
+        self,
+        lines: int,
+        relations: int = 4,
+        keys: int = 48,
+        length: int = 2,
+        candidates: int = 4,
+        table: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.lines, self.relations, self.keys, self.length = lines, relations, keys, length
+        self.candidates, self.table, self.seed = candidates, table, seed
 
     def read(self) -> Splits:
         """All of them to train on, the drawn answers in the column `completion`."""
         rng = random.Random(self.seed)
-        digits = possible_digits(self.keys, self.candidates, self.table)
+        digits = possible_digits(self.relations, self.keys, self.candidates, self.table)
         rows: list[Row] = []
         while len(rows) < self.lines:
-            question = "".join(rng.choices(KEYS[: self.keys], k=self.length))
+            relation = rng.choice(string.digits[: self.relations])
+            question = relation + "".join(rng.choices(KEYS[: self.keys], k=self.length))
             if hashed_split(question) == "train":
-                answer = "".join(rng.choice(digits[key]) for key in question)
+                answer = "".join(rng.choice(digits[relation + key]) for key in question[1:])
                 rows.append(Row(f"{question}=", index=len(rows), source="corpus", columns={"completion": answer}))
         return Splits(train=rows)
 
 
-def possible_digits(keys: int, candidates: int, table: int) -> dict[str, list[str]]:
-    """The candidates of each key; the first is the right one."""
+def possible_digits(relations: int, keys: int, candidates: int, table: int) -> dict[str, list[str]]:
+    """The candidates of each fact, which is a relation and a key; the first is the right one."""
     rng = random.Random(f"facts {table}")
-    return {key: rng.sample(string.digits, candidates) for key in KEYS[:keys]}
+    return {relation + key: rng.sample(string.digits, candidates) for relation in string.digits[:relations] for key in KEYS[:keys]}

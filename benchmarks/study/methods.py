@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FULL_TO_LORA = 0.3  # of a hybrid: the learning rate of its fully trained modules as a share of LoRA's
-LORA_GRID = (5e-3, 1e-2, 2e-2)  # where tuning starts; beyond its edges it goes on by factors of 2
-FULL_GRID = (1e-3, 2e-3, 4e-3)
+LORA_GRID = (2.5e-3, 5e-3, 1e-2)  # where tuning starts; beyond its edges it goes on by factors of 2
+FULL_GRID = (2.5e-4, 5e-4, 1e-3)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class PolicyRecipe:
     width: int
     feed_forward: int
     table: int  # of facts
-    steps: int = 600
+    steps: int = 800
     batch_size: int = 128
     lr: float = 2e-3
 

@@ -1,15 +1,17 @@
 """Makes runs side by side, one thread each; what has a record already is left alone."""
 
 import argparse
+import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from benchmarks.study.methods import CORE, METHODS
-from benchmarks.study.records import Job, missing
+from benchmarks.study.records import Job
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # relative, since it is written into the records
 RESULTS = Path("results/study")
@@ -62,25 +64,48 @@ def methods_of(arguments: argparse.Namespace) -> list[str]:
     return names
 
 
-def make_runs(jobs: Sequence[Job], results: Path, workers: int) -> int:
-    """Make those that have no record; one that fails does not stop the others.
+class Work(Protocol):
+    """What has a record when it is done."""
+
+    def path(self, results: Path) -> Path: ...
+
+
+W = TypeVar("W", bound=Work)
+
+
+def work_side_by_side(make: Callable[[W, Path], str], works: Sequence[W], results: Path, workers: int) -> int:
+    """Make what has no record; one that fails does not stop the others.
+
+    Args:
+        make: Makes one and writes its record; returns what is shown of it.
+        works: All that are wanted.
+        results: Folder of the records.
+        workers: How many at a time.
 
     Returns:
         The number of failures.
     """
-    to_make = missing(jobs, results)
-    print(f"{len(jobs)} runs, {len(jobs) - len(to_make)} of them made already", flush=True)
+    to_make = [work for work in works if not work.path(results).exists()]
+    print(f"{len(works)} wanted, {len(works) - len(to_make)} of them made already", flush=True)
     failures, start = 0, time.perf_counter()
     # New processes, since torch does not survive a fork; each makes many runs, since starting takes as long as a short one.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare) as pool:
-        futures = {pool.submit(_make, job, results): job for job in to_make}
+        futures = [pool.submit(make, work, results) for work in to_make]
         for number, future in enumerate(as_completed(futures), 1):
-            job, error = futures[future], future.exception()
+            error = future.exception()
             failures += error is not None
-            outcome = str(future.result()) if error is None else f"FAILED: {error}"
-            seconds = time.perf_counter() - start
-            print(f"[{number}/{len(to_make)}, {seconds:.0f} s] {job.task_name} {job.method} {outcome}", flush=True)
+            outcome = future.result() if error is None else f"FAILED: {error}"
+            print(f"[{number}/{len(to_make)}, {time.perf_counter() - start:.0f} s] {outcome}", flush=True)
     return failures
+
+
+def make_runs(jobs: Sequence[Job], results: Path, workers: int) -> int:
+    """Make the runs that have no record.
+
+    Returns:
+        The number of failures.
+    """
+    return work_side_by_side(_make, jobs, results, workers)
 
 
 def _prepare() -> None:
@@ -88,6 +113,7 @@ def _prepare() -> None:
     from hybrid_lightning.process import prepare_process
 
     prepare_process()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 def _make(job: Job, results: Path) -> str:
@@ -95,4 +121,5 @@ def _make(job: Job, results: Path) -> str:
     from benchmarks.study.runner import make_run
 
     record = load(make_run(job, results))
-    return f"lr={record.learning_rate:g} seed={record.seed}: validation {record.validation:.3f}, test {record.accuracy:.3f}"
+    settings = f"lr={record.learning_rate:g} seed={record.seed}"
+    return f"{job.task_name} {job.method} {settings}: validation {record.validation:.3f}, test {record.accuracy:.3f}"

@@ -1,9 +1,7 @@
 """What is kept of each run: one small JSON file, whose name says which run it is."""
 
 import json
-import math
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +46,7 @@ class Record:
     trainable_parameters: int
     full_modules: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # on the clock, other work beside it
-    processor_seconds: float = math.nan
+    processor_seconds: float = 0.0
 
     @property
     def seed(self) -> int:
@@ -85,8 +83,3 @@ def of_method(results: Path, purpose: Purpose, task: str, method: str) -> list[R
     """All records of a method, by learning rate and seed."""
     folder = results / purpose / task / method.replace(":", "/")
     return sorted((load(path) for path in folder.glob("*.json")), key=lambda r: (r.learning_rate, r.seed))
-
-
-def missing(jobs: Iterable[Job], results: Path) -> list[Job]:
-    """Those that have no record yet."""
-    return [job for job in jobs if not job.path(results).exists()]

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.study.methods import METHODS
 from benchmarks.study.pool import add_options, make_runs, methods_of, tasks_of
 from benchmarks.study.ranks import rank_of
-from benchmarks.study.records import TUNING_SEEDS, Job, missing, of_method
+from benchmarks.study.records import TUNING_SEEDS, Job, of_method
 from benchmarks.study.tuning import means, next_rates
 
 
@@ -26,7 +26,7 @@ def open_jobs(task: str, names: list[str], results: Path) -> list[Job]:
         for rate in next_rates(method, tuned):
             rank = rank_of(method, results, Path(task).stem)
             jobs += [Job(task, name, rate, seed, "sweep", rank) for seed in TUNING_SEEDS]
-    return missing(jobs, results)
+    return [job for job in jobs if not job.path(results).exists()]
 
 
 def main() -> None:

@@ -1,0 +1,68 @@
+"""Makes tables and figures of all records: `python -m benchmarks.study.analyse`.
+
+Reads the records alone, so that whoever doubts a number can make it again from them. Writes `tables.md`, `accuracy.png` and
+`curves.png` beside them, and puts the headline table and the targets between their marks in the pages that have such marks.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.study import score_tables
+from benchmarks.study.comparison import Comparison, compare
+from benchmarks.study.cost_table import cost_table
+from benchmarks.study.figures import draw_accuracies, draw_curves
+from benchmarks.study.tables import headline, of_task, targets
+
+PAGES = (Path("README.md"), Path("results/README.md"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--results", type=Path, default=Path("results/study"), help="folder of the records (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pages", type=Path, nargs="*", default=PAGES, help="with marks to put tables between (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    tasks = sorted(folder.name for folder in (arguments.results / "run").glob("*") if folder.is_dir())
+    comparisons = [comparison for task in tasks if (comparison := compare(arguments.results, task)).rows]
+    if not comparisons:
+        sys.exit(f"error: no runs in {arguments.results}/run; make some with python -m benchmarks.study.run")
+    parts = {"headline": headline(comparisons), "targets": targets(comparisons)}
+    page_text = _page(arguments.results, comparisons, parts)
+    (arguments.results / "tables.md").write_text(page_text, encoding="utf-8")
+    draw_accuracies(comparisons, arguments.results / "accuracy.png")
+    draw_curves(comparisons, arguments.results / "curves.png")
+    for page in arguments.pages:
+        if page.exists():
+            page.write_text(_filled(page.read_text(encoding="utf-8"), parts), encoding="utf-8")
+    print(page_text)
+
+
+def _page(results: Path, comparisons: list[Comparison], parts: dict[str, str]) -> str:
+    sections = [f"## {comparison.task}\n\n{of_task(comparison)}\n" for comparison in comparisons]
+    for folder in sorted((results / "scores").glob("*")):
+        sections.append(f"## Scores on {folder.name}\n\n{score_tables.of_task(results, folder.name)}\n")
+    if (results / "cost").is_dir():
+        sections.append(f"## Cost\n\n{cost_table(results)}\n")
+    text = "Made by `python -m benchmarks.study.analyse` of the records beside this file. Intervals are of 95%."
+    return "\n".join(["# Tables of the study\n", f"{text}\n", parts["headline"] + "\n", parts["targets"] + "\n", *sections])
+
+
+def _filled(page: str, parts: dict[str, str]) -> str:
+    """A page with each part between its marks, `<!-- study: NAME -->` and `<!-- end -->`."""
+    for name, text in parts.items():
+        page = re.sub(
+            rf"(<!-- study: {name} -->\n).*?(\n<!-- end -->)",
+            lambda found, text=text: found[1] + text + found[2],
+            page,
+            flags=re.DOTALL,
+        )
+    return page
+
+
+if __name__ == "__main__":
+    main()

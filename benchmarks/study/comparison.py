@@ -1,0 +1,88 @@
+"""The numbers of one task, from its records: what each method reached, and what the project set out to reach."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks.study.estimates import Estimate, difference, gap_closed, mean
+from benchmarks.study.methods import METHODS
+from benchmarks.study.records import Record, of_method
+
+BASELINES = ("lora", "dora", "rslora", "adalora")  # the four that only adapt
+WANTED_GAP = 0.9  # of the gap between LoRA and full fine-tuning, closed by the hybrid
+WANTED_GAIN = 0.0436  # over the best baseline, relative: what the paper reports on average
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one task."""
+
+    method: str
+    records: list[Record]
+    accuracy: Estimate
+    over_lora: Estimate | None  # paired by seed
+    over_random: Estimate | None
+    gap: Estimate | None  # share of the gap between LoRA and FFT
+
+    @property
+    def learning_rate(self) -> float:
+        return self.records[0].learning_rate
+
+    @property
+    def trainable(self) -> float:
+        return fmean(record.trainable_parameters for record in self.records)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All methods on one task."""
+
+    task: str
+    rows: dict[str, Row]
+
+    @property
+    def gap(self) -> Estimate | None:
+        """FFT less LoRA."""
+        fft, lora = self.rows.get("fft"), self.rows.get("lora")
+        return difference(_by_seed(fft.records), _by_seed(lora.records)) if fft and lora else None
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether LoRA falls short of FFT, beyond chance."""
+        return self.gap is not None and self.gap.low > 0
+
+    @property
+    def best_baseline(self) -> Row | None:
+        """The best of the methods that only adapt; of the task's rank, as the hybrid is."""
+        there = [self.rows[name] for name in BASELINES if name in self.rows]
+        return max(there, key=lambda row: row.accuracy.value) if len(there) == len(BASELINES) else None
+
+    @property
+    def relative_gain(self) -> float | None:
+        """Of the hybrid over the best baseline."""
+        best, ours = self.best_baseline, self.rows.get("hybrid")
+        return None if best is None or ours is None else ours.accuracy.value / best.accuracy.value - 1
+
+
+def compare(results: Path, task: str) -> Comparison:
+    """Read the runs of a task; methods without any are left out."""
+    records = {name: of_method(results, "run", task, name) for name in METHODS}
+    seeds = {name: _by_seed(found) for name, found in records.items() if found}
+    nothing: dict[int, float] = {}
+    lora, random, fft = (seeds.get(name, nothing) for name in ("lora", "random", "fft"))
+    rows = {
+        name: Row(
+            name,
+            records[name],
+            mean(list(accuracies.values())),
+            difference(accuracies, lora),
+            difference(accuracies, random),
+            gap_closed(accuracies, lora, fft),
+        )
+        for name, accuracies in seeds.items()
+    }
+    return Comparison(task, rows)
+
+
+def _by_seed(records: list[Record]) -> dict[int, float]:
+    return {record.seed: record.accuracy for record in records}

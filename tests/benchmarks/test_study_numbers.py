@@ -1,0 +1,186 @@
+"""What the study makes of its records."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy", reason="the study's intervals need scipy")
+
+from benchmarks.study import score_tables, tables, tuning
+from benchmarks.study.comparison import compare
+from benchmarks.study.estimates import correlation, difference, gap_closed, mean
+from benchmarks.study.methods import CORE, METHODS
+from benchmarks.study.ranks import rank_of
+from benchmarks.study.records import TUNING_SEEDS, Job, Record, load, of_method, save
+
+ROOT = Path(__file__).parents[2]
+
+
+def record(method="lora", rate=1e-2, seed=0, purpose="run", accuracy=0.5, validation=None, trainable=100, rank=None):
+    job = Job("tasks/sums.yaml", method, rate, seed, purpose, rank)
+    points = [{"step": 0, "seconds": 0.0, "avg": 0.1, "greedy": 0.1}]
+    points.append({"step": 60, "seconds": 5.0, "avg": accuracy if validation is None else validation, "greedy": accuracy})
+    return job, Record(
+        job=vars(job),
+        options={"adapter.rank": rank or 2},
+        config_digest="0",
+        model_digest="0",
+        commit="abc",
+        versions={},
+        curve=points,
+        test={"avg": accuracy, "greedy": accuracy},
+        trainable_parameters=trainable,
+    )
+
+
+def keep(results, *records):
+    for job, made in records:
+        save(made, job.path(results))
+
+
+def test_a_record_comes_back_as_it_was_saved(tmp_path):
+    job, made = record(method="only:model.layers.0.mlp.up_proj")
+    save(made, job.path(tmp_path))
+    assert load(job.path(tmp_path)) == made
+    assert of_method(tmp_path, "run", "sums", "only:model.layers.0.mlp.up_proj") == [made]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_the_interval_of_a_mean_is_students():
+    estimate = mean([1.0, 2.0, 3.0, 4.0])
+    half = 3.182446 * math.sqrt(5 / 3) / 2  # t at 97.5% with 3 degrees of freedom
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((2.5, 2.5 - half, 2.5 + half), rel=1e-6)
+    assert math.isnan(mean([1.0]).low)
+
+
+def test_a_difference_is_over_the_seeds_that_both_have():
+    estimate = difference({0: 0.5, 1: 0.7, 9: 0.0}, {0: 0.4, 1: 0.5, 8: 1.0})
+    assert estimate is not None
+    assert estimate.value == pytest.approx(0.15) and estimate.number == 2
+    assert difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_the_share_of_a_gap_and_its_interval():
+    low, high = {s: 0.2 + 0.01 * s for s in range(8)}, {s: 0.6 + 0.01 * s for s in range(8)}
+    half_way = {s: 0.4 + 0.01 * s for s in range(8)}
+    estimate = gap_closed(half_way, low, high)
+    assert estimate is not None
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.5, 0.5, 0.5))
+    noisy = gap_closed({**half_way, 0: 0.9}, low, high)
+    assert noisy is not None and noisy.low < noisy.value < noisy.high
+
+
+def test_rank_correlation_sees_order_alone():
+    assert correlation([1, 2, 3, 4, 5, 6], [1, 4, 9, 16, 25, 36]).value == pytest.approx(1)
+    assert correlation([1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]).value == pytest.approx(-1)
+
+
+def test_tuning_tries_the_grid_then_goes_beyond_a_best_edge():
+    lora = METHODS["lora"]
+    assert tuning.next_rates(lora, {}) == list(lora.grid)
+    tuned = dict(zip(lora.grid, (0.1, 0.2, 0.3), strict=True))
+    assert tuning.next_rates(lora, tuned) == [0.02]
+    assert tuning.next_rates(lora, {**tuned, 0.02: 0.25}) == []
+    assert tuning.next_rates(lora, dict(zip(lora.grid, (0.3, 0.2, 0.1), strict=True))) == [0.00125]
+    rising = {rate: n for n, rate in enumerate((*lora.grid, 0.02, 0.04, 0.08, 0.16))}
+    assert tuning.next_rates(lora, rising) == []  # not for ever
+
+
+def test_a_rate_counts_when_all_tuning_seeds_have_it(tmp_path):
+    first, second = TUNING_SEEDS
+    keep(
+        tmp_path, record(rate=0.01, seed=first, purpose="sweep", validation=0.2), record(rate=0.01, seed=second, purpose="sweep")
+    )
+    keep(tmp_path, record(rate=0.02, seed=first, purpose="sweep"))
+    assert tuning.means(of_method(tmp_path, "sweep", "sums", "lora")) == {0.01: pytest.approx(0.35)}
+    with pytest.raises(SystemExit, match="sweep --task sums"):
+        tuning.best_rate(tmp_path, "sums", METHODS["lora"])
+
+
+def test_a_method_may_take_the_rate_of_another(tmp_path):
+    for rate, value in zip(METHODS["hybrid"].grid, (0.1, 0.3, 0.2), strict=True):
+        keep(tmp_path, *(record("hybrid", rate, seed, "sweep", value) for seed in TUNING_SEEDS))
+    assert tuning.best_rate(tmp_path, "sums", METHODS["bottom"]) == METHODS["hybrid"].grid[1]
+
+
+def test_matched_lora_trains_as_much_as_the_hybrid(tmp_path):
+    keep(tmp_path, record("hybrid", purpose="sweep", trainable=1010), record("lora", purpose="sweep", trainable=200, rank=2))
+    assert rank_of(METHODS["lora_matched"], tmp_path, "sums") == 11
+    assert rank_of(METHODS["lora"], tmp_path, "sums") is None
+
+
+def results_with_a_gap(folder, seeds=8):
+    means = {"fft": 0.8, "lora": 0.5, "dora": 0.51, "rslora": 0.49, "adalora": 0.4, "hybrid": 0.78, "random": 0.6}
+    for place, (name, value) in enumerate(means.items()):
+        keep(folder, *(record(name, seed=s, accuracy=value + 0.002 * ((s * 5 + place) % seeds)) for s in range(seeds)))
+
+
+def test_a_comparison_by_hand(tmp_path):
+    results_with_a_gap(tmp_path)
+    comparison = compare(tmp_path, "sums")
+    assert comparison.has_gap
+    hybrid, lora, fft = (comparison.rows[name] for name in ("hybrid", "lora", "fft"))
+    assert hybrid.accuracy.value == pytest.approx(0.787) and hybrid.over_lora is not None
+    assert hybrid.over_lora.value == pytest.approx(hybrid.accuracy.value - lora.accuracy.value)
+    assert hybrid.gap is not None
+    assert hybrid.gap.value == pytest.approx(hybrid.over_lora.value / (fft.accuracy.value - lora.accuracy.value))
+    assert comparison.best_baseline is comparison.rows["dora"]
+    assert comparison.relative_gain == pytest.approx(0.787 / 0.517 - 1)
+    text = tables.targets([comparison])
+    assert "closes 90% of the gap on sums | 93% [" in text and "+52.2%" in text and "**no**" not in text
+
+
+def test_what_is_not_reached_is_said(tmp_path):
+    results_with_a_gap(tmp_path)
+    comparison = compare(tmp_path, "sums")
+    weak = {**comparison.rows, "hybrid": comparison.rows["random"]}
+    assert tables.targets([replace(comparison, rows=weak)]).count("**no**") == 2  # the gap, and the random choice itself
+
+
+def test_scores_beside_the_oracle(tmp_path):
+    modules = [f"model.layers.{n}.mlp.up_proj" for n in range(10)]
+    for n, module in enumerate(modules):
+        keep(tmp_path, *(record(f"only:{module}", seed=s, accuracy=0.3 + 0.02 * n) for s in range(2)))
+    for seed in range(2):
+        path = tmp_path / "scores" / "sums" / "TailEnergy" / f"seed={seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scores = ", ".join(f'"{module}": {n + seed}' for n, module in enumerate(modules))
+        path.write_text(f'{{"scores": {{{scores}}}}}')
+    text = score_tables.of_task(tmp_path, "sums")
+    assert "| TailEnergy | 1.00 [1.00, 1.00] | - | 1.00 | 9.mlp.up_proj |" in text
+
+
+def test_the_analysis_makes_pages_of_records_alone(tmp_path):
+    results_with_a_gap(tmp_path / "results")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n<!-- study: headline -->\nold\n<!-- end -->\nbetween\n<!-- study: targets -->\n\n<!-- end -->\nafter\n"
+    )
+    command = (sys.executable, "-m", "benchmarks.study.analyse", "--results", tmp_path / "results", "--pages", page)
+    for _ in range(2):  # again changes nothing
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    text = page.read_text()
+    assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
+    assert text.count("| sums | ") == 1 and text.count("closes 90%") == 1
+    written = {path.name for path in (tmp_path / "results").iterdir()}
+    assert {"tables.md", "accuracy.png", "curves.png"} <= written
+
+
+def test_a_stage_without_what_it_needs_says_so(tmp_path):
+    for stage, words in (
+        ("run", "has no tuned learning rate"),
+        ("analyse", "no runs in"),
+        ("oracle", "sweep fft on facts first"),
+    ):
+        command = (sys.executable, "-m", f"benchmarks.study.{stage}", "--results", tmp_path)
+        failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert failed.returncode == 1 and words in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_the_core_is_there_and_every_method_has_a_rate_of_some_method():
+    assert set(CORE) <= METHODS.keys()
+    assert all(method.tuned_as is None or METHODS[method.tuned_as].tuned_as is None for method in METHODS.values())

@@ -1,0 +1,83 @@
+"""Runs of the study."""
+
+import pytest
+import yaml
+
+pytest.importorskip("scipy", reason="the study's intervals need scipy")
+
+from benchmarks.study.facts import Facts, PlausibleFacts, possible_digits
+from benchmarks.study.methods import METHODS
+from benchmarks.study.records import Job, load
+from benchmarks.study.runner import LOGS, make_run
+from hybrid_lightning.errors import ConfigError
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """The products task of the study, made small."""
+    from benchmarks.study.pool import HERE
+
+    config = yaml.safe_load((HERE / "tasks" / "products.yaml").read_text())
+    config["trainer"].update(max_steps=2, val_check_interval=2)
+    config["model"].update(prompts_per_rollout=4, samples_per_prompt=4)
+    config["adapter"]["calibration_prompts"] = 8
+    config["data"]["validation_prompts"] = 4
+    config["data"]["source"]["init_args"].update(validation_size=4, test_size=4)
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    return str(path)
+
+
+def test_a_run_leaves_its_record_and_nothing_else(task, tmp_path):
+    job = Job(task, "hybrid", 1e-2, 3, "run")
+    record = load(make_run(job, tmp_path / "results"))
+    assert [point["step"] for point in record.curve] == [0, 2]
+    assert set(record.test) == {"avg", "greedy"} and 0 <= record.accuracy <= 1
+    assert len(record.full_modules) == 3 and record.seed == 3
+    assert record.options["model.lr_full"] == pytest.approx(3e-3) and record.options["adapter.rank"] == 2
+    assert not list(tmp_path.rglob("*.ckpt")) and (tmp_path / LOGS).is_dir()
+
+
+@pytest.mark.parametrize("method", ["adalora", "only_full", "only:model.layers.1.mlp.down_proj"])
+def test_methods_that_need_more_than_options(task, tmp_path, method):
+    record = load(make_run(Job(task, method, 1e-2, 0, "run"), tmp_path / "results"))
+    whole = {"adalora": [], "only:model.layers.1.mlp.down_proj": ["model.layers.1.mlp.down_proj"]}
+    if method == "only_full":
+        assert len(record.full_modules) == 3
+        assert record.trainable_parameters == sum(  # and no LoRA beside them
+            128 * (384 if ".mlp." in name else 128) for name in record.full_modules
+        )
+    else:
+        assert record.full_modules == whole[method]
+
+
+def test_a_run_that_cannot_be_made_names_its_log(task, tmp_path):
+    job = Job(task, "hybrid", -1.0, 0, "run")
+    with pytest.raises(RuntimeError, match=r"small, hybrid: .*\.log"):
+        make_run(job, tmp_path / "results")
+    assert not job.path(tmp_path / "results").exists()
+
+
+def test_pretraining_never_saw_a_question_that_is_held_out():
+    splits = Facts(keys=20, validation_size=10, test_size=10).load()
+    seen = {row.question for row in PlausibleFacts(2000, keys=20).read().train}
+    assert seen and not seen & {row.question for row in (*splits.validation, *splits.test)}
+
+
+def test_the_right_digit_is_one_of_those_that_pretraining_held_possible():
+    digits = possible_digits(20, 4, 0)
+    for row in Facts(keys=20, validation_size=10, test_size=10).load().train:
+        assert row.answer == "".join(digits[key][0] for key in row.question.removesuffix("="))
+    for row in PlausibleFacts(200, keys=20).read().train:
+        assert all(digit in digits[key] for digit, key in zip(row.columns["completion"], row.question, strict=False))
+
+
+@pytest.mark.parametrize("wrong", [{"keys": 0}, {"keys": 60}, {"length": 0}, {"candidates": 1}, {"candidates": 11}])
+def test_impossible_sizes_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"data.source: {next(iter(wrong))}="):
+        Facts(**wrong)
+
+
+def test_every_random_run_draws_modules_of_its_own():
+    assert METHODS["random"].options(2, 1e-2, 5)["adapter.scorer.seed"] == "5"

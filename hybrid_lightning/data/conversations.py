@@ -35,6 +35,11 @@ def asked_turns(turns: Any) -> tuple[Turn, ...]:
     return kept[:-1] if kept[-1]["role"] == "assistant" else kept
 
 
+def without_system(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns without a system turn in front."""
+    return turns[1:] if turns and turns[0]["role"] == "system" else turns
+
+
 def asked_text(turns: Any) -> str:
     """What is asked as one text, which tells conversations apart.
 
@@ -67,7 +72,7 @@ class ConversationFormat(PromptFormat):
 
     Args:
         column: Its name.
-        system_prompt: Instruction in front of the turns; None for none.
+        system_prompt: Instruction in front of the turns, in place of a system turn that they begin with; None for theirs, if any.
 
     Example:
         >>> turns = [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}]
@@ -98,5 +103,6 @@ class ConversationFormat(PromptFormat):
         if not messages:
             raise DataError(f"{where}: column {self.column!r} answers nothing: no turn is before it; correct or remove the row")
         if self.system_prompt:
-            messages = ({"role": "system", "content": self.system_prompt}, *messages)
+            # Chat templates know one system turn, if any.
+            messages = ({"role": "system", "content": self.system_prompt}, *without_system(messages))
         return Prompt(messages=messages, **of_row(row))

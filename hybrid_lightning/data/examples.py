@@ -18,7 +18,7 @@ The source needs a question that tells problems apart: `question_column: prompt`
 
 from dataclasses import replace
 
-from hybrid_lightning.data.conversations import answered_text, asked_turns, is_conversation
+from hybrid_lightning.data.conversations import answered_text, asked_turns, is_conversation, without_system
 from hybrid_lightning.data.formatting import PlainFormat, PromptFormat
 from hybrid_lightning.data.splitting import Row
 from hybrid_lightning.data.template import render, template_fields
@@ -60,7 +60,7 @@ class ExampleFormat(PromptFormat):
             if not is_conversation(turns):
                 continue
             values[column] = answered_text(turns, f"{where}: column {column!r}")
-            context = asked_turns(turns)
+            context = without_system(asked_turns(turns))  # the format may have put another in its place
             if context and context != (prompt.messages or ())[-len(context) :]:
                 raise DataError(
                     f"{where}: column {column!r} answers other turns than the prompt has; correct or remove the row, or give "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Prompt
 
 
@@ -21,6 +22,9 @@ class PromptOrder:
     Args:
         prompts: The training prompts, the same on every rank.
         seed: Of the permutations.
+
+    Raises:
+        ConfigError: If a weight is so small that an epoch, and so any, has no draw of its set.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
@@ -35,6 +39,12 @@ class PromptOrder:
                 weights[prompt.set_name] = prompt.set_weight
         assert sum(map(len, self._members.values())) in (0, self._size), "all prompts have a weight, or none"
         self._turns = take_turns(weights, self._size)
+        for name, weight in weights.items():
+            if name not in self._turns:
+                raise ConfigError(
+                    f"the weight {weight:g} of set {name!r} gives it no draw in an epoch of {self._size} prompts, so that it "
+                    "would never be trained on: raise it, or leave the set out"
+                )
 
     def of(self, epoch: int) -> list[int]:
         """Positions of the prompts in the order of an epoch."""

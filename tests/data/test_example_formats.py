@@ -121,3 +121,10 @@ def test_a_file_of_conversations_is_split_by_what_is_asked(tmp_path):
     assert splits.train[0].question.startswith("user: ") and "assistant" not in splits.train[0].question
     asked = [{row.question for row in part} for part in (splits.train, splits.validation)]
     assert len(asked[0]) == 7 and len(asked[1]) == 3 and not asked[0] & asked[1]
+
+
+def test_a_system_prompt_takes_the_place_of_one_that_the_row_has():
+    turns = [{"role": "system", "content": "Be nice."}, USER, BOT]
+    example = DemonstrationFormat(ConversationFormat("messages", system_prompt="Add."), "{messages}").format(row(messages=turns))
+    assert example.messages == ({"role": "system", "content": "Add."}, USER) and example.completions == (BOT["content"],)
+    assert ConversationFormat("messages").format(row(messages=turns)).messages == tuple(turns[:2])

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.prompt_order import PromptOrder, take_turns
 from hybrid_lightning.types import Prompt
 
@@ -63,3 +64,8 @@ def test_without_weights_an_epoch_is_a_permutation(names):
     data = [Prompt(text=str(i), index=i, set_name=names[i % 2]) for i in range(20)]
     expected = torch.randperm(20, generator=torch.Generator().manual_seed(5 * 1_000_003 + 2)).tolist()
     assert PromptOrder(data, seed=5).of(2) == expected
+
+
+def test_a_set_that_would_never_be_drawn_is_refused():
+    with pytest.raises(ConfigError, match=r"the weight 0\.001 of set 'a' gives it no draw in an epoch of 55 prompts"):
+        PromptOrder(prompts(a=(5, 0.001), b=(50, 1)), seed=0)

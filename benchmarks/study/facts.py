@@ -1,9 +1,9 @@
 """Facts that a policy half knows: the tasks on which full fine-tuning and LoRA can be told apart.
 
-A question names a relation and some keys, `3c?=`, and the answer has a digit for each key, `40`. There is a table for each relation. The policy
-was pretrained on answers that draw each digit from a few candidates of its fact, the right one among them: it knows the format
-and what is plausible, and reinforcement has to teach which candidate is right, fact by fact. That is much to learn and of high
-rank, unlike making an answer likelier that is the likeliest already.
+A question names a relation and some keys, `3c?=`, and the answer has a digit for each key, `40`; there is a table for each
+relation. Pretraining was on answers that draw each digit from a few candidates of its fact, the right one among them: the policy
+knows the format and what is plausible, and reinforcement has to teach which candidate is right, fact by fact. That is much, and
+of high rank, unlike making an answer likelier that is the likeliest already.
 
 Which questions are held out is fixed by a hash of their keys, so that no question of validation or test was ever an example; the
 facts in them were seen in other questions.
@@ -129,4 +129,6 @@ class PlausibleFacts(PromptSource):
 def possible_digits(relations: int, keys: int, candidates: int, table: int) -> dict[str, list[str]]:
     """The candidates of each fact, which is a relation and a key; the first is the right one."""
     rng = random.Random(f"facts {table}")
-    return {relation + key: rng.sample(string.digits, candidates) for relation in string.digits[:relations] for key in KEYS[:keys]}
+    return {
+        relation + key: rng.sample(string.digits, candidates) for relation in string.digits[:relations] for key in KEYS[:keys]
+    }

@@ -6,6 +6,7 @@ import json
 import subprocess
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,7 +21,6 @@ from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.records import Job, Record, save
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.cli import HybridLightningCLI
-from hybrid_lightning.errors import HybridLightningError
 
 # Nothing of a run is kept but its record.
 QUIET = {
@@ -69,7 +69,7 @@ def make_run(job: Job, results: Path) -> Path:
         Path of the record.
 
     Raises:
-        RuntimeError: If the run fails, with the last line of what it said and the path of its log.
+        RuntimeError: If the run fails, with the cause and the path of its log.
     """
     path = job.path(results)
     log = LOGS / path.relative_to(results).with_suffix(".log")
@@ -77,8 +77,10 @@ def make_run(job: Job, results: Path) -> Path:
     with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             record = _run(job)
-        except (HybridLightningError, SystemExit) as error:
-            raise RuntimeError(f"{job.task_name}, {job.method}: {error}; see {log}") from error
+        except (Exception, SystemExit) as error:  # whatever it is, the other runs go on
+            traceback.print_exc()
+            cause = error.__cause__ or error  # below jsonargparse's account of the whole config
+            raise RuntimeError(f"{job.task_name}, {job.method}: {type(cause).__name__}: {cause}; see {log}") from None
     save(record, path)
     return path
 

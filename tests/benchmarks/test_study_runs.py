@@ -18,7 +18,7 @@ def task(tmp_path, monkeypatch):
     from benchmarks.study.pool import HERE
 
     config = yaml.safe_load((HERE / "tasks" / "products.yaml").read_text())
-    config["trainer"].update(max_steps=2, val_check_interval=2)
+    config["trainer"].update(max_steps=4, val_check_interval=4)
     config["model"].update(prompts_per_rollout=4, samples_per_prompt=4)
     config["adapter"]["calibration_prompts"] = 8
     config["data"]["validation_prompts"] = 4
@@ -32,7 +32,7 @@ def task(tmp_path, monkeypatch):
 def test_a_run_leaves_its_record_and_nothing_else(task, tmp_path):
     job = Job(task, "hybrid", 1e-2, 3, "run")
     record = load(make_run(job, tmp_path / "results"))
-    assert [point["step"] for point in record.curve] == [0, 2]
+    assert [point["step"] for point in record.curve] == [0, 4]
     assert set(record.test) == {"avg", "greedy"} and 0 <= record.accuracy <= 1
     assert len(record.full_modules) == 3 and record.seed == 3
     assert record.options["model.lr_full"] == pytest.approx(3e-3) and record.options["adapter.rank"] == 2
@@ -54,7 +54,7 @@ def test_methods_that_need_more_than_options(task, tmp_path, method):
 
 def test_a_run_that_cannot_be_made_names_its_log(task, tmp_path):
     job = Job(task, "hybrid", -1.0, 0, "run")
-    with pytest.raises(RuntimeError, match=r"small, hybrid: .*\.log"):
+    with pytest.raises(RuntimeError, match=r"small, hybrid: ConfigError: model.lr_full must be .*\.log"):
         make_run(job, tmp_path / "results")
     assert not job.path(tmp_path / "results").exists()
 
@@ -66,14 +66,19 @@ def test_pretraining_never_saw_a_question_that_is_held_out():
 
 
 def test_the_right_digit_is_one_of_those_that_pretraining_held_possible():
-    digits = possible_digits(20, 4, 0)
+    digits = possible_digits(4, 20, 4, 0)
     for row in Facts(keys=20, validation_size=10, test_size=10).load().train:
-        assert row.answer == "".join(digits[key][0] for key in row.question.removesuffix("="))
+        assert row.answer == "".join(digits[row.question[0] + key][0] for key in row.question[1:-1])
     for row in PlausibleFacts(200, keys=20).read().train:
-        assert all(digit in digits[key] for digit, key in zip(row.columns["completion"], row.question, strict=False))
+        assert all(
+            digit in digits[row.question[0] + key]
+            for digit, key in zip(row.columns["completion"], row.question[1:-1], strict=True)
+        )
 
 
-@pytest.mark.parametrize("wrong", [{"keys": 0}, {"keys": 60}, {"length": 0}, {"candidates": 1}, {"candidates": 11}])
+@pytest.mark.parametrize(
+    "wrong", [{"relations": 0}, {"keys": 0}, {"keys": 60}, {"length": 0}, {"candidates": 1}, {"candidates": 11}]
+)
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(ConfigError, match=f"data.source: {next(iter(wrong))}="):
         Facts(**wrong)

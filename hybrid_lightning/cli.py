@@ -122,6 +122,9 @@ class HybridLightningCLI(LightningCLI):
     """`python -m hybrid_lightning <command> --config ...`."""
 
     def __init__(self, **kwargs: Any) -> None:
+        arguments = kwargs.get("args") or sys.argv[1:]
+        # The command, where it comes first, as it nearly always does.
+        self._asked = arguments[0] if isinstance(arguments, list) and arguments else None
         super().__init__(
             LanguageModule,
             PromptDataModule,
@@ -198,6 +201,8 @@ class HybridLightningCLI(LightningCLI):
         return trainer
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._asked in self.subcommands() and subcommand != self._asked:
+            return self.init_parser(**kwargs)  # a name among the choices: making all its options takes long
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # Lightning's own table, of what EvaluationReport shows

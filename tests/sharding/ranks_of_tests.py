@@ -3,6 +3,7 @@
 They are forked from a server that has imported everything: importing takes longer than a tiny training run.
 """
 
+import gc
 import os
 import pickle
 import socket
@@ -17,7 +18,7 @@ import torch
 
 _context = get_context("forkserver")
 _IMPORTED = ["hybrid_lightning.cli", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"]
-_IMPORTED += ["torch.distributed.checkpoint"]
+_IMPORTED += ["torch.distributed.checkpoint", "torch.utils.tensorboard", "rich._emoji_codes", "pytest"]
 _context.set_forkserver_preload(_IMPORTED)
 
 
@@ -35,6 +36,7 @@ def _work(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank))
         os.environ.update(WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported is not looked through, nor copied for it
     try:
         (scratch / f"{rank}.pickle").write_bytes(pickle.dumps(function(**arguments)))
     except BaseException:

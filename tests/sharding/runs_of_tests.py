@@ -161,10 +161,10 @@ def train(
     }
 
 
-def train_each(jobs: dict[str, dict[str, Any]], **arguments: Any) -> dict[str, dict[str, Any]]:
-    """Several runs one after another: name -> arguments."""
+def train_each(jobs: dict[Any, dict[str, Any]], **arguments: Any) -> dict[Any, dict[str, Any]]:
+    """Several runs one after another: name -> arguments, each of which may have a strategy of its own."""
     root = arguments.pop("root")
-    return {name: train(root=root / name, **{**arguments, **job}) for name, job in jobs.items()}
+    return {name: train(root=root / str(name), **{**arguments, **job}) for name, job in jobs.items()}
 
 
 def predict(folder: Path, root: Path, strategy: Any = "auto", devices: int = 1, batch_size: int = 2) -> list[dict[str, Any]]:

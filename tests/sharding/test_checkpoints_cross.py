@@ -44,31 +44,42 @@ CROSSINGS = {
 
 
 @pytest.fixture(scope="module")
-def unstopped(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("unstopped")
-    jobs = {"whole": {**ARGUMENTS, "max_steps": 6}}
-    return run(1, root / "process", train_each, jobs=jobs, folder=folder, root=root)[0]["whole"]
+def runs(folder, tmp_path_factory):
+    """Where the writers' checkpoints after the first step are, and what each reader's ranks found: {name: result}."""
+    root = tmp_path_factory.mktemp("saved")
+    write = {
+        name: {**ARGUMENTS, "strategy": strategy, "max_steps": 1, "save": root / f"{name}.ckpt"}
+        for name, (strategy, _) in WRITERS.items()
+    }
+    read = {
+        (reader, writer): {**ARGUMENTS, "strategy": strategy, "max_steps": 6, "ckpt_path": root / f"{writer}.ckpt"}
+        for reader, (strategy, _) in READERS.items()
+        for writer in CROSSINGS[reader]
+    }
+    found = {}
+    # As many ranks as write, and in the end read, do so one after the other: a start costs as much as a run.
+    for turn, (ranks, jobs) in enumerate(((1, write), (3, write), (2, {**write, **read}), (3, read), (1, read))):
+        mine = {name: job for name, job in jobs.items() if ranks == (READERS[name[0]] if name in read else WRITERS[name])[1]}
+        if turn == 0:
+            mine = {"unstopped": {**ARGUMENTS, "max_steps": 6}, **mine}
+        arguments = {"folder": folder, "root": root / "runs", "devices": ranks}
+        results = run(ranks, root / f"ranks {turn}", train_each, timeout_s=240, jobs=mine, **arguments)
+        found |= {name: [result[name] for result in results] for name in mine}
+    return root, found
 
 
 @pytest.fixture(scope="module")
-def saved(folder, tmp_path_factory):
-    """A checkpoint of each writer after the first step."""
-    root = tmp_path_factory.mktemp("saved")
-    for name, (strategy, ranks) in WRITERS.items():
-        job = {name: {**ARGUMENTS, "max_steps": 1, "save": root / f"{name}.ckpt"}}
-        arguments = {"folder": folder, "root": root / "run", "strategy": strategy, "devices": ranks}
-        run(ranks, root / "ranks" / name, train_each, jobs=job, **arguments)
-    return root
+def saved(runs):
+    return runs[0]
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_it_goes_on_as_if_it_had_not_been_stopped(folder, tmp_path, saved, unstopped, reader):
-    strategy, ranks = READERS[reader]
-    jobs = {name: {**ARGUMENTS, "max_steps": 6, "ckpt_path": saved / f"{name}.ckpt"} for name in CROSSINGS[reader]}
-    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": strategy, "devices": ranks}
-    for result in run(ranks, tmp_path / "ranks", train_each, jobs=jobs, **arguments):
-        for writer in CROSSINGS[reader]:
-            resumed = result[writer]
+def test_it_goes_on_as_if_it_had_not_been_stopped(runs, reader):
+    _, found = runs
+    (unstopped,) = found["unstopped"]
+    for writer in CROSSINGS[reader]:
+        assert len(found[reader, writer]) == READERS[reader][1]
+        for resumed in found[reader, writer]:
             assert resumed["global_step"] == 6 and len(resumed["steps"]) == 5, writer
             assert resumed["plan"] == unstopped["plan"]
             for one, other in zip(resumed["steps"], unstopped["steps"][1:], strict=True):

@@ -77,24 +77,35 @@ def first_rollout(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(folder, first_rollout, tmp_path_factory):
-    """The runs of one process, by number of ranks that they are compared with."""
+    """The runs of one process: (number of ranks that they are compared with, name) -> result."""
     root = tmp_path_factory.mktemp("single")
-    return {
-        ranks: run(
-            1, root / f"{ranks}-process", train_each, jobs=jobs(first_rollout, ranks), folder=folder, root=root / f"{ranks}"
-        )[0]
-        for ranks in (2, 3)
+    work = {(ranks, name): job for ranks in (2, 3) for name, job in jobs(first_rollout, ranks).items()}
+    return run(1, root / "process", train_each, timeout_s=120, jobs=work, folder=folder, root=root)[0]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def sharded(folder, first_rollout, tmp_path_factory, ranks):
+    """The runs of each rank, which trains under one strategy after the other: (strategy, name) -> result."""
+    root = tmp_path_factory.mktemp("sharded")
+    work = {
+        (strategy, name): {**job, "strategy": made}
+        for strategy, made in STRATEGIES.items()
+        for name, job in jobs(first_rollout, ranks).items()
     }
+    return run(ranks, root / "ranks", train_each, timeout_s=240, jobs=work, folder=folder, root=root / "run", devices=ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_it_is_the_same_run(folder, tmp_path, single, first_rollout, strategy, ranks):
+def test_it_is_the_same_run(sharded, single, first_rollout, strategy, ranks):
     work = jobs(first_rollout, ranks)
-    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": STRATEGIES[strategy], "devices": ranks}
-    results = run(ranks, tmp_path / "ranks", train_each, jobs=work, **arguments)
+    results = [{name: one[strategy, name] for name in work} for one in sharded]
     for name in work:
-        whole = single[ranks][name]
+        whole = single[ranks, name]
         for rank, result in enumerate(one[name] for one in results):
             case = f"{name}, rank {rank}"
             assert result["plan"] == whole["plan"], case

@@ -1,0 +1,186 @@
+"""Losses beside GRPO and GSPO in a run: the gradient of each optimizer step from the equation, token by token without padding.
+
+With an advantage estimator and masks each, computed once more here, over two passes of two minibatches of two micro-batches.
+"""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from test_step_masks import OftenDone
+from tiny_runs import StartsWithDigit, fit, write_model, write_sums
+
+from hybrid_lightning.advantages import (
+    BatchStdAdvantage,
+    GroupAdvantage,
+    GroupMeanAdvantage,
+    LeaveOneOutAdvantage,
+    PerRewardAdvantage,
+)
+from hybrid_lightning.losses import (
+    BNPOLoss,
+    CISPOLoss,
+    DAPOLoss,
+    DrGRPOLoss,
+    GSPOTokenLoss,
+    SAPOLoss,
+    TopEntropyMask,
+)
+from hybrid_lightning.rewards import RewardFunction, WeightedSum
+
+G, LONGEST, MINIBATCHES, MICRO_BATCHES = 4, 6, 2, 2
+ENTROPY = 0.05
+
+
+class Brevity(RewardFunction):
+    """A second reward, of another spread."""
+
+    measures_correctness = False
+
+    def __call__(self, completions, prompts):
+        return [0.1 * (LONGEST - completion.num_tokens) for completion in completions]
+
+
+# ---- terms of a token's loss from new and old log-probabilities [t] and the advantage
+
+
+def clipped(ratio, advantage, low, high):
+    return -torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def of_tokens(low, high):
+    return lambda new, old, advantage: clipped((new - old).exp(), advantage, low, high)
+
+
+def gspo_token(new, old, advantage):
+    return clipped((new - old).mean().exp().detach() * (new - new.detach()).exp(), advantage, 0.08, 0.09)
+
+
+def cispo(new, old, advantage):
+    return -(new - old).exp().detach().clamp(max=1.1) * advantage * new
+
+
+def sapo(new, old, advantage):
+    tau = 1.0 if advantage > 0 else 1.05
+    return -advantage * 4 / tau * torch.sigmoid(tau * ((new - old).exp() - 1))
+
+
+# ---- weight of each row's tokens, from how many tokens the rows of the optimizer step have, [R]
+
+
+def mean_of_means(lengths):
+    return 1 / (len(lengths) * lengths.clamp(min=1))
+
+
+def mean_over_tokens(lengths):
+    return torch.ones(len(lengths)) / lengths.sum()
+
+
+def mean_over_positions(lengths):
+    return torch.full((len(lengths),), 1 / (len(lengths) * LONGEST))
+
+
+def mean_of_micro_batches(lengths):
+    return torch.cat([torch.ones(len(half)) / half.sum() / MICRO_BATCHES for half in lengths.chunk(MICRO_BATCHES)])
+
+
+# ---- advantages of groups [P, G]
+
+
+def normalised(groups):
+    return (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+
+
+def gdpo(rewards):
+    first, second = (part.view(-1, G) for part in rewards.parts.values())
+    whole = normalised(first) + 0.5 * normalised(second)
+    return whole / (whole.std() + 1e-4)
+
+
+ADVANTAGES = {
+    GroupAdvantage: lambda rewards: normalised(rewards.total.view(-1, G)),
+    GroupMeanAdvantage: lambda rewards: rewards.total.view(-1, G) - rewards.total.view(-1, G).mean(1, keepdim=True),
+    BatchStdAdvantage: lambda rewards: ADVANTAGES[GroupMeanAdvantage](rewards) / (rewards.total.std() + 1e-4),
+    LeaveOneOutAdvantage: lambda rewards: ADVANTAGES[GroupMeanAdvantage](rewards) * G / (G - 1),
+    PerRewardAdvantage: gdpo,
+}
+MASKED, TOP = {"mask_truncated_completions": True}, {"token_mask": TopEntropyMask(0.5)}
+CASES = [
+    (GSPOTokenLoss(0.08, 0.09), gspo_token, mean_of_means, GroupAdvantage(), TOP),
+    (DAPOLoss(entropy_coef=ENTROPY), of_tokens(0.2, 0.28), mean_over_tokens, LeaveOneOutAdvantage(), MASKED),
+    (DrGRPOLoss(), of_tokens(0.2, 0.2), mean_over_positions, GroupMeanAdvantage(), MASKED),
+    (BNPOLoss(), of_tokens(0.2, 0.2), mean_of_micro_batches, BatchStdAdvantage(), {}),
+    (CISPOLoss(cap=1.1), cispo, mean_over_tokens, BatchStdAdvantage(), TOP | MASKED),
+    (SAPOLoss(entropy_coef=ENTROPY), sapo, mean_of_means, PerRewardAdvantage(), TOP),
+]
+
+
+def completion(model, sequences, row):
+    """Log-probabilities and entropies of one completion, [t] each."""
+    prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]]
+    tokens = sequences.completion_ids[row][sequences.completion_mask[row]]
+    logprobs = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logprobs.gather(1, tokens[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
+
+
+class ByEquation(Callback):
+    def __init__(self, loss, term, weights, advantage, masks):
+        self.loss, self.term, self.weights, self.masks = loss, term, weights, masks
+        self.advantages = ADVANTAGES[type(advantage)]
+        self.rollout, self.minibatch, self.steps, self.ratios = None, 0, 0, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.last_rollout is not self.rollout:
+            self.rollout, self.minibatch = pl_module.last_rollout, 0
+            with torch.no_grad():
+                sequences = self.rollout[0].sequences
+                self.old = [completion(pl_module.model, sequences, row) for row in range(len(sequences))]
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        (rollouts, rewards, _), first = self.rollout, self.minibatch % MINIBATCHES * 8
+        self.minibatch += 1
+        rows, advantages = range(first, first + 8), self.advantages(rewards).flatten()
+        kept = rollouts.finished if "mask_truncated_completions" in self.masks else torch.ones(16, dtype=torch.bool)
+        lengths = torch.tensor([len(self.old[row][0]) * int(kept[row]) for row in rows])
+        teaching = [self.old[row][1] for row in rows if kept[row] and abs(advantages[row]) > 1e-5]
+        share = self.masks["token_mask"].share if "token_mask" in self.masks else 1.0
+        threshold = torch.quantile(torch.cat(teaching), 1 - share) - 1e-6 if teaching else torch.tensor(torch.inf)
+        total = torch.zeros(())
+        for row, weight in zip(rows, self.weights(lengths), strict=True):
+            if kept[row]:
+                new, entropy = completion(pl_module.model, rollouts.sequences, row)
+                old, old_entropy = self.old[row]
+                self.ratios += (new - old).exp().tolist()
+                chosen = old_entropy >= threshold if share < 1 else torch.ones_like(old, dtype=torch.bool)
+                total = total + weight * (self.term(new, old, advantages[row]) * chosen).sum()
+                total = total - self.loss.entropy_coef * entropy.sum() / lengths.sum()
+        trained = [parameter for parameter in pl_module.model.parameters() if parameter.requires_grad]
+        wanted = torch.autograd.grad(total, trained)
+        scale = max(float(gradient.abs().max()) for gradient in wanted)
+        for parameter, gradient in zip(trained, wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, atol=1e-4 * scale, rtol=0)
+        torch.testing.assert_close(trainer.callback_metrics["loss"], total.detach(), atol=2e-5, rtol=1e-4)
+        self.steps += scale > 1e-3
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("each")
+    return write_model(folder / "model"), write_sums(folder / "sums.jsonl", 16)
+
+
+@pytest.mark.parametrize(("loss", "term", "weights", "advantage", "masks"), CASES, ids=[type(case[0]).__name__ for case in CASES])
+def test_gradients_are_those_of_the_equation(files, tmp_path, loss, term, weights, advantage, masks):
+    by_equation = ByEquation(loss, term, weights, advantage, masks)
+    policy = {
+        "loss": loss,
+        "advantage": advantage,
+        "reward": WeightedSum([StartsWithDigit(), Brevity()], [1.0, 0.5]),
+        "sampler": OftenDone(LONGEST),
+        "minibatches_per_rollout": MINIBATCHES,
+        "epochs_per_rollout": 2,
+        "max_tokens_per_micro_batch": 24,
+        **masks,
+    }
+    fit(*files, tmp_path, by_equation, policy=policy, max_steps=4, accumulate_grad_batches=MICRO_BATCHES)
+    assert by_equation.steps >= 3, "of four; in one all may be clipped"
+    assert min(by_equation.ratios) < 0.95 and max(by_equation.ratios) > 1.05, "two passes over a rollout are off-policy"

@@ -64,6 +64,6 @@ class CISPOLoss(PolicyLoss):
         return mean_over_tokens(per_token_loss, inputs.completion_mask, inputs.num_tokens)
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """Part of the tokens whose weight was capped, of those with A > 0 (as TRL)."""
+        """Part of all tokens whose weight was capped and whose A is above 0 (as TRL)."""
         capped = (ratio > self.cap) & (inputs.advantages[:, None] > 0)
         return {"cispo_clip_ratio": share(capped.to(ratio.dtype), inputs)}

@@ -8,7 +8,8 @@ are left to average the noise of the gradient out. So more prompts are sampled u
 - What ties: a group is judged by the parts of the reward that measure correctness, so that one whose completions differ in a
   penalty for length alone is replaced, as in the paper; by the whole reward where no part measures correctness. Right and wrong
   are taken as the values of these parts: partial credit (of code that passes some of its tests) tells completions apart too. A
-  group whose whole rewards tie, or whose completions are all left out of the loss, teaches nothing either.
+  group whose whole rewards tie, or whose completions are all left out of the loss, is replaced too (with `PerRewardAdvantage`,
+  whose parts may differ where their sum ties, it might have taught something).
 - Replacements are the next prompts of the order. An extra rollout asks for as many as should make up for what is missing at the
   yield of this rollout so far, in quarters of P (so that some are to spare, and a run is the same on any number of ranks that
   divides a quarter), and for at most P.

@@ -121,6 +121,7 @@ import torch
 from hybrid_lightning.advantages import GroupAdvantage
 from hybrid_lightning.adapters.scorers import TailEnergy
 from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.types import LossInputs
 model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))

@@ -56,8 +56,11 @@ def test_what_the_environment_says_stays():
 
 
 def test_python_dash_m_prepares_its_process():
-    code = "import os, runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_module('hybrid_lightning', run_name='__main__')\n"
-    code += "except SystemExit: print('spins', os.environ['GOMP_SPINCOUNT'])"
+    """Before it imports anything else; the command line's place is taken by what prints this."""
+    code = "import os, runpy, sys, types; loaded = lambda: 'torch' in sys.modules\n"
+    code += "main = lambda: print('spins', os.environ['GOMP_SPINCOUNT'], loaded())\n"
+    code += "sys.modules['hybrid_lightning.cli'] = types.SimpleNamespace(main=main)\n"
+    code += "runpy.run_module('hybrid_lightning', run_name='__main__')"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
-    assert f"spins {process._SPINS}" in done.stdout
+    assert f"spins {process._SPINS} False" in done.stdout

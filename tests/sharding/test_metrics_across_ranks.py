@@ -1,13 +1,11 @@
 """Two gloo processes give the metrics of one, although the sampler repeats a prompt and no rank sees all sets."""
 
-import json
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks_of_tests import run
 
 from hybrid_lightning.metrics import ProblemMeans
 
@@ -25,29 +23,22 @@ def values_of(metric):
     return {name: {key: float(value) for key, value in part.items()} for name, part in metric.compute().items()}
 
 
-def work(rank, port, path):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def work():
+    rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=2)
     metric = ProblemMeans({"share": 2, "length": None})
     for rows in [[[0, 1], [0]], [[2, 2, 2]]][rank]:  # problem 0 twice, problem 2 three times, and no quiz on rank 1
         update(metric, rows)
-    (path / f"{rank}.json").write_text(json.dumps(values_of(metric)))
+    found = values_of(metric)
     dist.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return found
 
 
 def test_every_problem_counts_once_whatever_rank_saw_it(tmp_path):
-    mp.spawn(work, args=(free_port(), tmp_path), nprocs=2)
+    ranks = run(2, tmp_path, work)
     single = ProblemMeans({"share": 2, "length": None})
     update(single, [0, 1, 2])
     expected = values_of(single)
     assert expected["riddles"]["share"] == 0.5 and expected["riddles"]["length"] == 4.0 and expected["quiz"]["problems"] == 1
     assert expected[""]["share"] == 0.5 and expected[""]["length"] == pytest.approx(3.0)
-    for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
+    assert ranks == [expected] * 2

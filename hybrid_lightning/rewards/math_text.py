@@ -44,13 +44,20 @@ MEASURE = re.compile(  # a number, perhaps with a unit, which is read as it stan
 CHOICE = re.compile(r"\([A-J]\)")  # (B) 27
 NO_WORDS = re.compile(r"\\[A-Za-z]+|\b(?:sqrt|sin|cos|tan|log|ln|exp|or|and|pi)\b|(?<=[\d)}^*/])[a-z]{1,2}(?![a-z])")
 HEDGE = re.compile(
-    r"(?:\bbetween\s+[$\d.,]+\s+and|\b(?:not|isn't)|!=|\\ne|(?<=[a-z]) ?[<>]=?|(?<=[a-z]) \\[gl]e)\s*[$]?-?[\d.,]+[\s.!]*\Z",
+    r"(?:\bbetween\s+[-$\d.,]+\s+and|\b(?:not|isn't)|!=|\\ne|(?<=[a-z]) ?[<>]=?|(?<=[a-z]) \\[gl]e)\s*[$]?-?[\d.,]+[\s.!]*\Z",
     re.IGNORECASE,
 )
+ONE = r"\\(?!sqrt|[dt]?frac|text|math|left|binom|log|sin|cos|tan|ln)[a-z]+(?![a-zA-Z])|\d|[a-z](?![a-z])"  # without braces
+
+
+def _fraction(match: re.Match[str]) -> str:
+    return rf"\frac{{{match[1].strip('{}')}}}{{{match[2].strip('{}')}}}"
+
+
 REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile("~"), " "),  # TeX's space, or "about"
     (re.compile(r"(?<=[\u3040-\u9fff])(?=[-$\\\d])"), " "),  # Chinese and Japanese put no space before a number
-    (re.compile(r"\\([dt]?)frac\s*(\d)\s*(\d)"), r"\\frac{\2}{\3}"),
+    (re.compile(r"\\[dt]?frac\s*(ONE|\{[^{}]*\})\s*(ONE|\{[^{}]*\})".replace("ONE", ONE)), _fraction),  # \frac12, \frac \pi4
     # What stands in \text{} beside or around the one number: \text{18 dollars}, \text{(073)}, \text{\$}18, \text{-}7.
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{\s*(\\?\$|-)?\s*\}"), r"\1"),
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{\s*\((-?\d[\d.,]*)\)\s*\}"), r"\1"),

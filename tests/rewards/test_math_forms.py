@@ -62,6 +62,7 @@ FORMS = {
             ],
         ),
         "18": (["less 2 makes 18"], ["between 17 and 18", "It is between $17 and $18."]),
+        "-3": (["It is -3."], ["between -4 and -3"]),
         r"x \ge 5": ([*boxed(r"x\geq5", r"[5,\infty)", r"5\le x"), "x \u2265 5"], boxed("x>5", r"(5,\infty)", r"x\le5")),
     },
     "formulas without delimiters": {
@@ -81,6 +82,19 @@ FORMS = {
         "3": ([], boxed("1 2", "1, 2")),
         "25": ([], boxed("12 13")),
         "12000": (boxed("12 000", "12,000", r"12\,000"), boxed("12 00", "12 0000")),
+        r"\frac \pi4 + 2 - \sqrt2": (
+            boxed(r"\frac{\pi}{4}+2-\sqrt{2}", r"2-\sqrt2+\frac\pi4"),
+            boxed(r"\frac \pi4 + 2 + \sqrt2", r"\frac \pi4 + 2 - \sqrt3", r"\frac4 + 2 - \sqrt2", r"\frac{\pi}{4}"),
+        ),
+        r"\frac{\pi}{4}": (
+            boxed(r"\frac\pi{4}", r"\frac{\pi}4", r"\dfrac\pi4", r"\frac{2\pi}8"),
+            boxed(r"\frac4\pi", r"\frac{\pi}{5}", r"\frac\pi{40}"),
+        ),
+        r"\frac{x}{y}": (boxed(r"\frac xy", r"\frac x{y}"), boxed(r"\frac yx", "xy")),
+        r"\frac{\sqrt3}{2}": (
+            boxed(r"\frac{\sqrt3}2", r"\frac{\sqrt{3}}{2}", r"\sqrt{\frac34}"),
+            boxed(r"\frac32", r"\frac{\sqrt2}{3}"),
+        ),
         r"\frac{3}{4}": (boxed(r"\frac 3 4", r"\frac34", r"\frac{3}4"), boxed("3 4", r"\frac 4 3")),
     },
     "digits": {

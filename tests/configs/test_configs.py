@@ -164,6 +164,14 @@ def test_null_on_the_command_line_is_no_word(here, monkeypatch):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_calibration_samples_no_more_at_once_than_a_rollout(path):
+    """Which the memory that a config names has room for: those that calibrate are not divided among devices."""
+    config = yaml.safe_load(path.read_text())
+    if "prompts_per_rollout" in settings(config) and settings(config)["model"] != "embedded":
+        assert config["adapter"]["calibration_prompts"] <= settings(config)["prompts_per_rollout"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_trains(path, tiny, here, monkeypatch):
     config = yaml.safe_load(path.read_text())
     arguments = ["fit", "--config", str(path)]

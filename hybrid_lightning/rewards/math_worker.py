@@ -145,7 +145,7 @@ def number(parsed: Any) -> float | None:
     if isinstance(parsed, Eq) and parsed.lhs.is_Symbol:  # x = 5, which is compared as 5
         parsed = parsed.rhs
     try:
-        result = float(parsed.evalf())
+        result = float(parsed.evalf().doit())  # a percentage stays a product, whose factors evalf alone leaves apart
     except (AttributeError, TypeError, ValueError, OverflowError):  # a formula
         return None
     return result if isfinite(result) else None

@@ -31,7 +31,7 @@ def test_exact_match_counts_what_it_compares():
 
 
 def test_numbers_and_formulas_agree_however_they_are_written():
-    spellings = ["It is 0.75.", r"so $\frac{6}{8}$", r"\boxed{3/4}", "$x = 0.75$", "0.7500001"]
+    spellings = ["It is 0.75.", r"so $\frac{6}{8}$", r"\boxed{3/4}", "$x = 0.75$", "0.7500001", r"\boxed{75\%}"]
     assert len(set(answers(MathMatch(), *spellings))) == 1
     assert len(set(answers(MathMatch(), "0.75", "0.76", "-0.75", "75", "$x+1$", "$1 + x$"))) == 5
     assert answers(MathMatch(), "", "no idea", " ") == [None] * 3

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from benchmark_modules import FOLDER
+from benchmark_modules import FOLDER, prepare_here
 
 # isort: split
 import commands
@@ -214,14 +214,20 @@ def test_the_tables_show_them(load):
 # ---- the whole
 
 
-def test_a_small_comparison_from_beginning_to_end(tmp_path):
+def test_it_is_a_command():
+    done = subprocess.run([sys.executable, str(FOLDER / "methods.py"), "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--max-new-tokens" in done.stdout, done.stderr
+
+
+def test_a_small_comparison_from_beginning_to_end(capsys, monkeypatch, tmp_path):
+    prepare_here(monkeypatch)
     sizes = ["--prompts", "2", "--samples", "2", "--prompt-tokens", "8", "--max-new-tokens", "5"]
-    command = [sys.executable, str(FOLDER / "methods.py"), "--model", "embedded", "--rounds", "1", "--threads", "1", *sizes]
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [line.split("  ")[0] for line in done.stdout.splitlines()[2:5]] == ["LoRA", "hybrid 10%", "FFT"]
+    code = methods.main(["--model", "embedded", "--rounds", "1", "--threads", "1", *sizes, "--out", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert [line.split("  ")[0] for line in out.splitlines()[2:5]] == ["LoRA", "hybrid 10%", "FFT"]
     written = json.loads((tmp_path / "methods.json").read_text())
-    turns = [line.split(" ")[-7] for line in done.stderr.splitlines() if ", warm-up:" in line or ", round " in line]
+    turns = [line.split(" ")[-7] for line in err.splitlines() if ", warm-up:" in line or ", round " in line]
     assert turns == ["lora", "hybrid", "fft"] * 2
     for name, fact in written["facts"].items():
         warm_up, step = written["steps"][name]

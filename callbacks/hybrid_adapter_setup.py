@@ -246,11 +246,14 @@ class HybridAdapterSetup(Callback):
     def _show(self, plan: AdapterPlan, folder: Path | None) -> None:
         if folder is not None:
             plan.save(folder / "plan.json")
-            if any(module.score is not None for module in plan.candidates):
-                draw_heatmap(plan).savefig(folder / "plan.png", dpi=150)
+            self._draw(plan, folder / "plan.png")
         console().print(plan.table())
         if folder is not None:
             console().print(f"Plan written to {folder / 'plan.json'}", soft_wrap=True)
+
+    def _draw(self, plan: AdapterPlan, path: Path) -> None:
+        if any(module.score is not None for module in plan.candidates):
+            draw_heatmap(plan).savefig(path, dpi=150)
 
 
 def _counted(losses: Iterable[Tensor], advance: Any) -> Iterator[Tensor]:

@@ -34,7 +34,7 @@ def sums(tmp_path_factory):
 def set_up(model, sums, root, adapter=None, policy=None, **flags):
     """The policy after the setup of a fit, with nothing trained."""
     module = build_policy(model, **(policy or {}))
-    trainer = build_trainer(root, adapter or build_adapter(), **{"max_steps": 0, **flags})
+    trainer = build_trainer(root, adapter or build_adapter(picture=True), **{"max_steps": 0, **flags})
     trainer.fit(module, datamodule=build_data(sums, validation_fraction=0.2, test_fraction=0.2))
     return module.eval()
 
@@ -108,7 +108,7 @@ def test_the_start_policy_is_the_base_model_bit_for_bit(model, sums, tmp_path, a
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_ends_of_the_line_need_no_rollouts(model, sums, tmp_path, share):
-    policy = set_up(model, sums, tmp_path, build_adapter(share), policy={"reward": Constant()})
+    policy = set_up(model, sums, tmp_path, build_adapter(share, picture=True), policy={"reward": Constant()})
     assert policy.plan.scorer is None and all(module.score is None for module in policy.plan.candidates)
     assert policy.last_rollout is None and not (tmp_path / "plan.png").exists()
 

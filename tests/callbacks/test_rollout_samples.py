@@ -69,7 +69,7 @@ def run(tmp_path_factory):
         StepTimer(),
         RunSummary(),
         LearningRateMonitor("step"),
-        build_adapter(),
+        build_adapter(picture=True),
         RolloutSamples(2, prompts=3, completions=2),
     ]
     flags = {"max_steps": 8, "logger": logger, "log_every_n_steps": 1, "num_sanity_val_steps": -1}

@@ -7,9 +7,11 @@ import pytest
 import torch
 from tiny_memory import Case
 
+from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory import DDP, FSDP1, FSDP2, SingleDevice, plan_memory
+from hybrid_lightning.memory.moments import _Run
 from hybrid_lightning.memory.optimizer_state import optimizer_bytes
 from hybrid_lightning.memory.sizes import measure, meta_model, plan_of_budget
 from hybrid_lightning.policy.quantization import NF4
@@ -18,7 +20,12 @@ SETTINGS = replace(Case(prompts=8, validation=0).settings(), on_cpu=False)
 
 
 def lora(sharding, settings=SETTINGS):
-    return plan_memory(settings, sharding)[1]
+    """Of the methods that `plan_memory` gives this one alone, since tracing each takes half a second."""
+    return _Run(settings, sharding).method("LoRA", ModuleBudget(0.0))
+
+
+def test_it_is_the_method_of_the_plan():
+    assert plan_memory(SETTINGS, FSDP2(2))[1] == lora(FSDP2(2))
 
 
 def test_ddp_holds_all_and_the_gradients_once_more():

@@ -40,16 +40,27 @@ def train_scaled(scales, strategy="auto", **arguments):
     return results
 
 
+def train_under_each(root, **arguments):
+    return {name: train_scaled(root=root / name, strategy=strategy, **arguments) for name, strategy in STRATEGIES.items()}
+
+
 @pytest.fixture(scope="module")
 def single(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("float16")
     return run(1, root / "process", train_scaled, scales=[2.0**10], folder=folder, root=root / "one")[0]
 
 
+@pytest.fixture(scope="module")
+def sharded(folder, tmp_path_factory):
+    """The runs of each rank, by strategy."""
+    root = tmp_path_factory.mktemp("sharded")
+    arguments = {"folder": folder, "root": root / "run", "devices": 2, "scales": [2.0**10, 2.0**22]}
+    return run(2, root / "ranks", train_under_each, timeout_s=240, **arguments)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_it_is_the_run_of_one_process(folder, tmp_path, single, strategy):
-    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": STRATEGIES[strategy], "devices": 2}
-    ranks = run(2, tmp_path / "ranks", train_scaled, scales=[2.0**10, 2.0**22], **arguments)
+def test_it_is_the_run_of_one_process(single, sharded, strategy):
+    ranks = [found[strategy] for found in sharded]
     for found, _ in ranks:
         (expected,) = single
         assert found["plan"] == expected["plan"] and found["scales"] == expected["scales"] == [2.0**10] * 4

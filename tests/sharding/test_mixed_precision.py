@@ -17,13 +17,16 @@ ONE_DTYPE = ["float32 bf16-mixed", "bfloat16 bf16-true"]  # in a block, as FSDP1
 
 @pytest.fixture(scope="module")
 def results(folder, tmp_path_factory):
+    """Of the first rank, which trains under one strategy after the other: strategy -> kind -> result."""
     root = tmp_path_factory.mktemp("mixed")
-    found = {}
-    for name, strategy in STRATEGIES.items():
-        jobs = {kind: job for kind, job in JOBS.items() if name != "fsdp1" or kind in ONE_DTYPE}
-        arguments = {"folder": folder, "root": root / name, "strategy": strategy, "devices": 2}
-        found[name] = run(2, root / "ranks" / name, train_each, timeout_s=120, jobs=jobs, **arguments)[0]
-    return found
+    jobs = {
+        (name, kind): {**job, "strategy": strategy}
+        for name, strategy in STRATEGIES.items()
+        for kind, job in JOBS.items()
+        if name != "fsdp1" or kind in ONE_DTYPE
+    }
+    found = run(2, root / "ranks", train_each, timeout_s=240, jobs=jobs, folder=folder, root=root / "run", devices=2)[0]
+    return {name: {kind: found[name, kind] for kind in JOBS if (name, kind) in found} for name in STRATEGIES}
 
 
 @pytest.mark.parametrize("kind", JOBS)

@@ -3,10 +3,12 @@
 import argparse
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -109,11 +111,20 @@ def make_runs(jobs: Sequence[Job], results: Path, workers: int) -> int:
 
 
 def _prepare() -> None:
+    threading.Thread(target=_end_with_starter, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     from hybrid_lightning.process import prepare_process
 
     prepare_process()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+def _end_with_starter() -> None:
+    """A worker whose starter was killed would go on with what it has been given."""
+    starter = parent_process()
+    assert starter is not None
+    wait([starter.sentinel])
+    os._exit(1)
 
 
 def _make(job: Job, results: Path) -> str:

@@ -148,7 +148,7 @@ def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
     (found,) = [planned for planned in plan_memory(settings, sharding) if planned.method == case.method]
     moments = {name: {**asdict(parts), "total": parts.total} for name, parts in found.moments.items()}
     assert found.growth is not None
-    return {"moments": moments, "growth": found.process, "beside tensors": asdict(found.growth), "trainable": found.trainable}
+    return {"moments": moments, "growth": found.process, "in the process": asdict(found.growth), "trainable": found.trainable}
 
 
 def main() -> None:

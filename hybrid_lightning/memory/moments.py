@@ -1,6 +1,6 @@
 """The moments of a run at which it takes most, for full fine-tuning, LoRA and hybrid."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
@@ -58,9 +58,9 @@ class MethodMemory:
 
     @property
     def process(self) -> float:
-        """Bytes by which a process on a CPU grows: its tensors and what comes with them."""
+        """Bytes by which a process on a CPU grows: the tensors of a moment and what comes with them."""
         assert self.growth is not None, "only on a CPU do tensors lie in the memory of the process"
-        return self.peak + sum(asdict(self.growth).values())
+        return self.growth.total
 
     @property
     def largest(self) -> Parts:
@@ -140,7 +140,15 @@ class _Run:
             batches.add((self.settings.eval_prompts, 1))  # the greedy completions
         if "calibrating" in found.moments:
             batches.add((self._calibration_prompts, self.settings.samples_per_prompt))
-        return growth(self.settings, sizes, found.peak, batches, not self.sharding.whole_on_every_device)
+        split = not self.sharding.whole_on_every_device
+        # Scoring comes before weights are split over processes.
+        return max(
+            (
+                growth(self.settings, sizes, parts.total, batches, split and moment not in ("calibrating", "scoring"))
+                for moment, parts in found.moments.items()
+            ),
+            key=lambda of_moment: of_moment.total,
+        )
 
     @property
     def _calibration_prompts(self) -> int:

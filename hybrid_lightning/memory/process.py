@@ -5,8 +5,8 @@ with glibc, torch 2.13 for CPUs and transformers 5.24: by `benchmarks/memory.py`
 
 - libraries: pages of their files that are touched only now, and Python's objects for the model;
 - oneDNN compiles a product anew for each size of its matrices, and keeps 1,024 of them. In float32 only LoRA's go that way, in 16
-  bits all do. What multiplies by the keys of a completion does so at another size for each token. Rows that end one after
-  another, which a plan does not know, make more sizes and less of all else;
+  bits all do. What multiplies by the keys of a completion does so at new sizes as it grows, by steps of several tokens. Rows that
+  end one after another, which a plan does not know, make more sizes and less of all else;
 - the allocator: memory between tensors that live on, in which no other finds room;
 - gloo gathers weights into memory of its own before they are copied, which is then such a gap, as the next are of other sizes.
 """
@@ -26,40 +26,48 @@ _LAYER = 0.8 * _MIB  # Python's objects for a decoder layer
 _KERNEL = 0.53 * _MIB  # a compiled product
 _MOST_KERNELS = 1024
 _KERNELS = {"float32": (19, 68), "16 bits": (53, 98)}  # sizes of products, without LoRA and with it
+_SIZES = 0.6  # that are new, for each token of a completion
 GAPS = 0.13  # of the tensors that the allocator has placed
 _GATHERED = 2  # times what is outside of blocks, which is gathered at once
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Bytes that come with the tensors of a process."""
+    """Bytes that come with the tensors of a process in some moment."""
 
+    tensors: float
     libraries: float
     kernels: float
     gaps: float
     mapped: float  # weights that no tensor holds any more, in the file that is mapped for others
 
+    @property
+    def total(self) -> float:
+        """Bytes of the tensors and of what comes with them."""
+        return self.tensors + self.libraries + self.kernels + self.gaps + self.mapped
 
-def growth(settings: RunSettings, sizes: ModelSizes, peak: float, batches: Collection[tuple[int, int]], split: bool) -> Growth:
-    """What comes with the tensors.
+
+def growth(settings: RunSettings, sizes: ModelSizes, tensors: float, batches: Collection[tuple[int, int]], split: bool) -> Growth:
+    """What comes with the tensors of a moment.
 
     Args:
         settings: Of the run.
         sizes: Of the model.
-        peak: Bytes of tensors at their peak.
+        tensors: Bytes of tensors in the moment.
         batches: Prompts and completions of each that are sampled together.
-        split: Whether weights are split over processes; else they stay in the file that they are read from.
+        split: Whether weights are split over processes by then; else they stay in the file that they are read from.
     """
     narrow = settings.mixed_precision or settings.dtype != torch.float32
     kernels = _KERNELS["16 bits" if narrow else "float32"][sizes.share_full < 1]
     if narrow:
-        kernels += settings.completion_tokens * len(set(batches))
+        kernels += int(_SIZES * settings.completion_tokens * len(set(batches)))
     base = sizes.parameters * settings.dtype.itemsize
     in_file = 0 if split or settings.quantization is not None else min(base, sizes.frozen_bytes)
     freed = 0 if split or settings.quantization is not None or settings.dtype == settings.trained_dtype else base - in_file
     return Growth(
+        tensors=tensors,
         libraries=_LIBRARIES + _LAYER * settings.layers,
         kernels=_KERNEL * min(kernels, _MOST_KERNELS),
-        gaps=GAPS * (peak - in_file) + (_GATHERED * sizes.outside_bytes if split else 0),
+        gaps=GAPS * (tensors - in_file) + (_GATHERED * sizes.outside_bytes if split else 0),
         mapped=freed,
     )

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.study.facts import CHARACTERS, PlausibleFacts
-from hybrid_lightning.assets.pretrain import build_tokenizer
+from hybrid_lightning.assets.pretrain import build_model, build_tokenizer
 from hybrid_lightning.data import PromptSource
 
 FOLDER = Path("runs/study/policies")  # below the folder in which the commands run; the tasks name it, too
@@ -29,20 +29,7 @@ class PolicyRecipe:
 
     def model(self, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         """New weights, drawn from torch's global random state."""
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=self.width,
-            intermediate_size=self.feed_forward,
-            num_hidden_layers=self.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=32,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=False,
-        )
-        return LlamaForCausalLM(config)
+        return build_model(tokenizer, self.layers, self.width, self.feed_forward, positions=32)
 
     def corpus(self, seed: int) -> PromptSource:
         return PlausibleFacts(self.steps * self.batch_size, table=self.table, seed=seed)

@@ -50,16 +50,18 @@ def build_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Four layers of width 128: 28 candidate modules, of which 10% are 3."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, layers: int = 4, width: int = 128, feed_forward: int = 384, positions: int = 64
+) -> LlamaForCausalLM:
+    """New weights, from torch's global random state; by default four layers of width 128: 28 candidate modules, of which 10% are 3."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        hidden_size=width,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -53,7 +53,7 @@ def build_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
 def build_model(
     tokenizer: PreTrainedTokenizerFast, layers: int = 4, width: int = 128, feed_forward: int = 384, positions: int = 64
 ) -> LlamaForCausalLM:
-    """New weights, from torch's global random state; by default four layers of width 128: 28 candidate modules, of which 10% are 3."""
+    """New weights, from torch's global random state. By default 28 candidate modules, of which 10% are 3."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,

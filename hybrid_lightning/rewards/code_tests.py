@@ -33,8 +33,9 @@ class CodeTests(RewardFunction):
     other processes. The tests run in another process than the program, in a sandbox as well, and only plain data goes between
     them: a program cannot see, change or outwit the tests. So results are compared as built-in types and classes of the set-up
     code, such as ListNode; other objects of a program, such as a stack class, can be made, called and asked for attributes, but
-    no operator reaches them, and a function of the tests cannot be handed to the program. A test should not ask such an object
-    for its opinion, as in `assert result.equals(expected)`: the method is the program's own.
+    no operator reaches them, and a function of the tests cannot be handed to the program. What a function returns is not asked
+    for its own opinion where a test expects data: `result.equals(expected)` or `result.startswith("a")` of an object of the
+    program fails. Methods of a class that the tests name, such as `Bank()`, are what is tested, and are believed.
 
     Args:
         test_column: Column with the tests.

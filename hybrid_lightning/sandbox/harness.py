@@ -8,8 +8,10 @@ from built-in types and the classes of the set-up code.
 import builtins
 import json
 import os
+import re
 import sys
 import types
+from collections.abc import MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
 from hybrid_lightning.sandbox import plain_objects, wire
@@ -21,16 +23,28 @@ RESULTS = "__results__"  # in the tests' namespace: a bool for each test, where 
 # These would end loops of the tests early, as if they had passed, or are no errors.
 _NEVER_RAISED = (StopIteration, StopAsyncIteration, AssertionError)
 
+# What an object that a function returned may not say of itself: tests that ask for this expect data, whose methods are Python's.
+_OF_CONTAINERS = {
+    name for kind in (MutableSequence, MutableMapping, MutableSet) for name in vars(kind)
+}  # a program may have its own
+_OF_CONTAINERS |= {"copy", "get", "items", "keys", "sort", "values"}
+_OF_DATA = {name for kind in (str, bytes, int, float, list, dict, set) for name in dir(kind)} - _OF_CONTAINERS
+_EQUALITY = re.compile(r"equal|equiv|same|identical|matches|compare|cmp|is_?close|all_?close|\Aeq\Z", re.IGNORECASE)
+
 
 class Proxy(wire.Remote):
     """An object of the program, to be called and asked for attributes.
 
     Operators do not reach it: an object that says it is equal to everything is equal to itself alone.
+
+    Args:
+        peer: The program's process.
+        number: The object's there.
+        of_class: Whether it is a class that the tests name, such as Bank, or comes of one: its methods are what is tested.
     """
 
-    def __init__(self, peer: "Peer", number: int) -> None:
-        self.__dict__["wire_number_"] = number
-        self.__dict__["wire_peer_"] = peer
+    def __init__(self, peer: "Peer", number: int, of_class: bool) -> None:
+        self.__dict__.update(wire_number_=number, wire_peer_=peer, wire_of_class_=of_class)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Call it in the program's process."""
@@ -40,7 +54,10 @@ class Proxy(wire.Remote):
         """Read an attribute in the program's process."""
         if name.startswith("__"):
             raise AttributeError(name)
-        return self.__dict__["wire_peer_"].ask("get", self, name)[0]
+        value = self.__dict__["wire_peer_"].ask("get", self, name)[0]
+        if isinstance(value, Proxy) and not self.wire_of_class_ and (name in _OF_DATA or _EQUALITY.search(name)):
+            raise TypeError(f"the program returned an object with its own {name}() where the tests expect data")
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute in the program's process."""
@@ -55,12 +72,13 @@ class Peer:
         self.frames = wire.frames(open(replies, "rb", closefd=False).read)  # noqa: SIM115  (open as long as this process)
         self.classes: dict[str, type] = {}
         self.proxies: dict[int, Proxy] = {}
+        self.of_class = False  # whether what comes next is, or comes of, a class that the tests name
         self.calls = 0
         self.broken = ""  # why nothing more can be had; tests that catch exceptions must not hide it
 
     def proxy(self, number: int) -> Proxy:
         """What stands for an object of the program, the same each time."""
-        return self.proxies.setdefault(number, Proxy(self, number))
+        return self.proxies.setdefault(number, Proxy(self, number, self.of_class))
 
     def reply(self) -> Any:
         """The next answer.
@@ -92,11 +110,12 @@ class Peer:
             raise raised
         raise RuntimeError(f"{name}: {message}")
 
-    def ask(self, *request: Any) -> Any:
-        """Send a request and wait for the answer."""
+    def ask(self, operation: str, subject: Any, *operands: Any) -> Any:
+        """Send a request about an object, or an expression, and wait for the answer."""
         if self.broken:
             raise RuntimeError(self.broken)
-        data = wire.frame(wire.encode(list(request), _refuse, frozenset(self.classes)))
+        self.of_class = subject.wire_of_class_ if isinstance(subject, Proxy) else _names_class(subject)
+        data = wire.frame(wire.encode([operation, subject, *operands], _refuse, frozenset(self.classes)))
         try:
             while data:
                 data = data[os.write(self.requests, data) :]
@@ -142,6 +161,11 @@ def _overwrite(old: Any, new: Any) -> None:
     elif type(old).__module__ == MODULE:
         for name, value in plain_objects.attributes(new).items():
             setattr(old, name, value)
+
+
+def _names_class(expression: str) -> bool:
+    """Whether an expression such as Bank names a class by Python's custom; Solution is LeetCode's for a function."""
+    return expression[:1].isupper() and not re.match(r"Solution\b", expression)
 
 
 def _nothing(number: int) -> Any:

@@ -18,15 +18,21 @@ Unknown = Callable[[Any], int]  # object -> number by which its owner finds it a
 _BUILTINS: dict[str, type] = {
     kind.__name__: kind for kind in (bool, bytes, complex, dict, float, frozenset, int, list, object, set, str, tuple)
 }
-_BY_VALUE: dict[str, Callable[[Any], list[Any]]] = {  # standard library classes: what their constructors need
+_BY_VALUE: dict[str, Callable[[Any], list[Any]]] = {  # standard library classes: what they are made of again
     "complex": lambda value: [value.real, value.imag],
     "Decimal": lambda value: [str(value)],
     "Fraction": lambda value: [value.numerator, value.denominator],
-    "date": lambda value: [value.year, value.month, value.day],
+    "date": lambda value: [value.isoformat()],
+    "datetime": lambda value: [value.isoformat()],
+    "time": lambda value: [value.isoformat()],
     "timedelta": lambda value: [value.days, value.seconds, value.microseconds],
     "deque": lambda value: [list(value), value.maxlen],
+    "Counter": lambda value: [dict(value)],
 }
-_MODULES = {"Decimal": "decimal", "Fraction": "fractions", "date": "datetime", "timedelta": "datetime", "deque": "collections"}
+_MODULES = {
+    **{"Decimal": "decimal", "Fraction": "fractions", "deque": "collections", "Counter": "collections"},
+    **dict.fromkeys(("date", "datetime", "time", "timedelta"), "datetime"),
+}
 _ITERATORS = {
     **dict.fromkeys(("generator", "map", "filter", "zip", "enumerate", "reversed", "list_iterator", "dict_values"), "iterator"),
     **dict.fromkeys(("chain", "islice", "permutations", "combinations", "product"), "iterator"),
@@ -79,6 +85,9 @@ class _Encoder:
         return [first, *self.entries]
 
     def container(self, value: Any) -> list[Any]:
+        name = type(value).__name__
+        if name in _BY_VALUE and type(value).__module__ in ("builtins", _MODULES.get(name), f"_{_MODULES.get(name)}"):
+            return [name, *map(self.item, _BY_VALUE[name](value))]
         for kind, tag in ((list, "list"), (tuple, "tuple"), (set, "set"), (frozenset, "frozenset")):
             if isinstance(value, kind):
                 return [tag, *map(self.item, value)]
@@ -104,8 +113,6 @@ class _Encoder:
             return ["range", *map(self.item, (value.start, value.stop, value.step))]
         if name in _ITERATORS:  # read to their end
             return [_ITERATORS[name], *map(self.item, list(value))]
-        if name in _BY_VALUE and type(value).__module__ in ("builtins", _MODULES.get(name), f"_{_MODULES.get(name)}"):
-            return [name, *map(self.item, _BY_VALUE[name](value))]
         if getattr(value, "shape", None) == () and hasattr(value, "item"):
             return self.container(value.item())  # a scalar of numpy
         named = next((base.__name__ for base in type(value).__mro__ if base.__name__ in self.classes), None)
@@ -178,7 +185,7 @@ class _Decoder:
         if tag in _BY_VALUE:
             kind: Any = complex if tag == "complex" else getattr(__import__(_MODULES[tag]), tag)
             self.fill()  # a deque is made of a list
-            return kind(*arguments)
+            return getattr(kind, "fromisoformat", kind)(*arguments)
         raise WireError(f"unknown tag {tag!r:.40}")
 
     def fill(self) -> None:

@@ -115,6 +115,8 @@ CHEATS = {
     "right but for the last": "def double(x): return 2 * x if x else 1",
 }
 
+_JUDGE = "class J:\n    def __getattr__(self, name): return lambda *others: True\ndef half(x): return J()"
+
 # (tests, program): what a program could do where a test computes what it expects, or takes a helper for granted
 WITH_HELPERS = {
     "its own isclose": ("assert isclose(half(3), 1.5)", "def isclose(a, b): return True\ndef half(x): return x"),
@@ -134,4 +136,19 @@ WITH_HELPERS = {
         "class Node: pass\nnode = Node(); node.value = 1\nassert half(node) == node",
         "class Node:\n    def __eq__(self, other): return True\ndef half(x): return Node()",
     ),
+    # an object that judges itself, where the tests expect data
+    "equals": ("assert half([2]).equals([1])", _JUDGE),
+    "is_equal_to": ("assert half([2]).is_equal_to([1])", _JUDGE),
+    "a list of them": ("assert all(part.equals(1) for part in half([2]))", _JUDGE.replace("J()", "[J()]")),
+    "startswith": ("assert half('abcd').startswith('ab')", _JUDGE),
+    "isdigit": ("assert half('12').isdigit()", _JUDGE),
+    "issubset": ("assert half({1, 2}).issubset({1, 2})", _JUDGE),
+    "union": ("assert half({1, 2}).union({3}) == {3}", _JUDGE.replace("True", "others[0]")),
+    "index": ("assert half('ab').index('a') < half('ab').index('b')", _JUDGE.replace("True", "ord(others[0])")),
+    "count": ("assert half([1, 1]).count(1) == 1", _JUDGE),
+    "a method of Solution": (
+        "assert Solution().half([2]).equals([1])",
+        f"class Solution:\n    def half(self, x): return J()\n{_JUDGE}",
+    ),
+    "the function's own": ("assert half.equals([1]) or half(2) == 1", _JUDGE + "\nhalf = J()"),
 }

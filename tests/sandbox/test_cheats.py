@@ -72,6 +72,46 @@ def test_no_program_brings_what_the_tests_compare_with(tests, program):
     assert score({"it": program}, tests) == {"it": 0.0}
 
 
+BANK = """
+class Account:
+    def __init__(self, owner): self.owner, self.balance = owner, 0
+    def deposit(self, n):
+        self.balance += n
+        return self
+    def equals(self, other): return self.balance == other.balance
+    def index(self): return 7
+class Bank:
+    def __init__(self): self.accounts = {}
+    def open(self, owner): return self.accounts.setdefault(owner, Account(owner))
+def counter():
+    n = 0
+    def add(k=1):
+        nonlocal n
+        n += k
+        return n
+    return add
+def opened(owner): return Account(owner)
+def pattern(): return __import__("re").compile("a+")
+def stack(*items): return type("S", (), {"pop": lambda self: items[-1], "size": len(items)})()
+"""
+# Tests that ask the program's own objects, as the problem wants it.
+ASKED = {
+    "an object of an object": "bank = Bank()\nbank.open('A').deposit(5)\nassert bank.open('A').balance == 5",
+    "equal by the class under test": "bank = Bank()\nassert bank.open('A').deposit(5).equals(bank.open('B').deposit(5))",
+    "a method named like one of data": "assert Bank().open('A').index() == 7",
+    "a closure": "add = counter()\nadd()\nassert add(4) == 5",
+    "what a function makes": "account = opened('A')\naccount.deposit(3)\nassert account.balance == 3 and account.owner == 'A'",
+    "a container that a function makes": "assert stack(1, 2).pop() == 2 and stack(1).size == 1",
+    "a pattern": "assert pattern().fullmatch('aaa') and not pattern().match('b')",
+}
+
+
+def test_objects_that_the_problem_asks_for_may_speak_for_themselves():
+    tests = list(ASKED.values())
+    wrong = BANK.replace("+= n", "+= n + 1").replace("+= k", "+= 2").replace("items[-1]", "items[0]")
+    assert score({"honest": BANK, "wrong": wrong}, tests, partial_credit=True) == {"honest": 1.0, "wrong": pytest.approx(3 / 7)}
+
+
 def test_streams_are_compared_outside_of_the_sandbox():
     rewards = score({**STREAM_CHEATS, "honest": "print(2 * int(input()))"}, STREAM)
     assert rewards.pop("honest") == 1.0

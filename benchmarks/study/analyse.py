@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.study import score_tables
 from benchmarks.study.comparison import Comparison, compare
 from benchmarks.study.cost_table import cost_table
+from benchmarks.study.equal_cost import equal_memory, equal_time
 from benchmarks.study.figures import draw_accuracies, draw_curves
 from benchmarks.study.tables import headline, of_task, targets
 
@@ -43,7 +44,12 @@ def main() -> None:
 
 
 def _page(results: Path, comparisons: list[Comparison], parts: dict[str, str]) -> str:
-    sections = [f"## {comparison.task}\n\n{of_task(comparison)}\n" for comparison in comparisons]
+    sections = []
+    for comparison in comparisons:
+        sections.append(f"## {comparison.task}\n\n{of_task(comparison)}\n")
+        sections.append(f"At equal memory of what is trained (weights, gradients, Adam):\n\n{equal_memory(comparison)}\n")
+        if in_time := equal_time(results, comparison):
+            sections.append(f"At equal time, as measured on an idle machine:\n\n{in_time}\n")
     for folder in sorted((results / "scores").glob("*")):
         sections.append(f"## Scores on {folder.name}\n\n{score_tables.of_task(results, folder.name)}\n")
     if (results / "cost").is_dir():

@@ -24,6 +24,8 @@ class Estimate:
     def text(self, scale: float = 100.0, digits: int = 1) -> str:
         """Value and interval, by default in percent."""
         value, low, high = (scale * number for number in (self.value, self.low, self.high))
+        if math.isnan(value):
+            return "-"
         if math.isnan(low):
             return f"{value:.{digits}f}"
         return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -50,8 +52,10 @@ def resampled(seeds: Sequence[int], statistic: Callable[[Sequence[int]], float])
     if len(seeds) < 2:
         return Estimate(value, math.nan, math.nan, len(seeds))
     rng = random.Random(0)
-    drawn = [statistic(rng.choices(seeds, k=len(seeds))) for _ in range(RESAMPLES)]
-    cuts = quantiles([number for number in drawn if math.isfinite(number)], n=40)
+    drawn = [number for _ in range(RESAMPLES) if math.isfinite(number := statistic(rng.choices(seeds, k=len(seeds))))]
+    if len(drawn) < 2:  # such as the share of no gap
+        return Estimate(value, math.nan, math.nan, len(seeds))
+    cuts = quantiles(drawn, n=40)
     return Estimate(value, cuts[0], cuts[-1], len(seeds))
 
 

@@ -1,5 +1,6 @@
 """What the study makes of its records."""
 
+import json
 import math
 import subprocess
 import sys
@@ -12,6 +13,7 @@ pytest.importorskip("scipy", reason="the study's intervals need scipy")
 
 from benchmarks.study import score_tables, tables, tuning
 from benchmarks.study.comparison import compare
+from benchmarks.study.equal_cost import equal_memory, equal_time
 from benchmarks.study.estimates import correlation, difference, gap_closed, mean
 from benchmarks.study.methods import CORE, METHODS
 from benchmarks.study.ranks import rank_of
@@ -72,6 +74,8 @@ def test_the_share_of_a_gap_and_its_interval():
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.5, 0.5, 0.5))
     noisy = gap_closed({**half_way, 0: 0.9}, low, high)
     assert noisy is not None and noisy.low < noisy.value < noisy.high
+    none = gap_closed(low, low, low)
+    assert none is not None and none.text() == "-"
 
 
 def test_rank_correlation_sees_order_alone():
@@ -111,6 +115,37 @@ def test_matched_lora_trains_as_much_as_the_hybrid(tmp_path):
     keep(tmp_path, record("hybrid", purpose="sweep", trainable=1010), record("lora", purpose="sweep", trainable=200, rank=2))
     assert rank_of(METHODS["lora_matched"], tmp_path, "sums") == 11
     assert rank_of(METHODS["lora"], tmp_path, "sums") is None
+
+
+def test_equal_time_is_read_off_the_curve_where_a_slower_method_would_be(tmp_path):
+    keep(tmp_path, *(record(name, seed=s, accuracy=0.5) for name in ("lora", "hybrid", "fft") for s in range(2)))
+    (tmp_path / "cost").mkdir()
+    rounds = {
+        "lora": [{"seconds_per_step": 1.0, "scoring_seconds": 0.0}],
+        "fft": [{"seconds_per_step": 0.5, "scoring_seconds": 0.0}],
+    }
+    rounds["hybrid"] = [{"seconds_per_step": step, "scoring_seconds": 30.0} for step in (0.9, 1.0, 9.0)]
+    (tmp_path / "cost" / "sums.json").write_text(json.dumps({"rounds": rounds}))
+    table = equal_time(tmp_path, compare(tmp_path, "sums"))
+    # LoRA takes 60 s; the hybrid is half way then, between 10% and 50%, and FFT ended before.
+    assert table.splitlines()[0].endswith("after 60.0 s |")
+    assert "| hybrid | 1000 | 30.0 [30.0, 30.0] |" in table and "| fft | 500 | 50.0 [50.0, 50.0] |" in table
+    assert equal_time(tmp_path / "none", compare(tmp_path, "sums")) == ""
+
+
+def test_equal_memory_names_the_best_method_that_trains_no_more(tmp_path):
+    for name, trainable, accuracy in (
+        ("lora", 2**16, 0.5),
+        ("lora_matched", 2**17, 0.7),
+        ("hybrid", 2**17, 0.6),
+        ("fft", 2**20, 0.6),
+    ):
+        keep(tmp_path, *(record(name, seed=s, accuracy=accuracy, trainable=trainable) for s in range(2)))
+    best = {line.split(" | ")[0].strip("| "): line for line in equal_memory(compare(tmp_path, "sums")).splitlines()}
+    assert best["lora"].endswith("| lora, 50.0 [50.0, 50.0] |") and "| 1.00 |" in best["lora"]
+    assert best["hybrid"].endswith("| lora_matched, 70.0 [70.0, 70.0] |") and best["fft"].endswith(
+        "| lora_matched, 70.0 [70.0, 70.0] |"
+    )
 
 
 def results_with_a_gap(folder, seeds=8):

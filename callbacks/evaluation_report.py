@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_lightning.callbacks.display import console, run_folder
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import LOWER, OVERALL, UPPER
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -24,6 +25,10 @@ class EvaluationReport(Callback):
     problems (see `hybrid_lightning.metrics.intervals`). The file holds the last evaluation of the run.
 
     The module gives them as `last_evaluation`: set -> metric -> value, with "" for all sets together.
+
+    Raises:
+        ConfigError: If a checkpoint or another callback monitors what the validation before training does not measure. Lightning
+            says so at the first checkpoint only, which may be hours later.
     """
 
     def __init__(self) -> None:
@@ -40,6 +45,8 @@ class EvaluationReport(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report."""
         self._report(trainer, pl_module, "validation")
+        if trainer.sanity_checking:
+            _check_monitors(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report."""
@@ -72,6 +79,18 @@ class EvaluationReport(Callback):
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         if not fitting:
             out.print(f"Written to {path} in {report['seconds']:.1f} s of evaluation", soft_wrap=True)
+
+
+def _check_monitors(trainer: Trainer) -> None:
+    measured = [name for name in trainer.callback_metrics if name.startswith("val/")]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        if monitor and monitor.startswith("val/") and monitor not in measured:
+            names = [name for name in measured if not name.endswith((f"/{LOWER}", f"/{UPPER}", "/problems"))] or ["null"]
+            raise ConfigError(
+                f"{type(callback).__name__} has monitor={monitor}, which validation does not measure; "
+                f"give it (as in --checkpoint.monitor={names[0]}) one of {', '.join(names)}, or null"
+            )
 
 
 def score_table(scores: Scores, title: str) -> Table:

@@ -11,6 +11,7 @@ from tiny_runs import StartsWithDigit, build_adapter, build_policy, build_traine
 
 from hybrid_lightning.callbacks import EvaluationReport, RunSummary
 from hybrid_lightning.data import FileSource, Mixture, PlainFormat, PromptDataModule
+from hybrid_lightning.errors import ConfigError
 
 ROWS = ["problems", "greedy_accuracy", "greedy_reward", "avg@2", "pass@1", "pass@2", "maj@1", "maj@2"]
 ROWS += ["reward", "completion_length", "truncation_rate"]
@@ -115,6 +116,15 @@ def test_a_fit_shows_named_sets_and_monitors_either_name(folder, tmp_path, capsy
     after = json.loads((tmp_path / "summary.json").read_text())["validation"]["after"]
     assert report["step"] == 2 and report["sets"]["hard"]["avg@2"] == after["val/hard/avg@2"]
     assert float(best.best_model_score) >= after["val/hard/avg@2"] and stop.best_score >= after["val/avg@2"]
+
+
+def test_a_monitor_that_nothing_measures_is_refused_before_the_first_step(folder, tmp_path):
+    saver = ModelCheckpoint(tmp_path, monitor="val/avg@8", mode="max")
+    flags = {"max_steps": 2, "num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 2}
+    trainer = build_trainer(tmp_path, EvaluationReport(), build_adapter(), saver, enable_checkpointing=True, **flags)
+    with pytest.raises(ConfigError, match=r"ModelCheckpoint .*val/avg@8.* not measure.*val/avg@2.*val/hard/avg@2.*or null"):
+        trainer.fit(build_policy(folder / "model", reward=StartsWithDigit()), datamodule=data(folder, split="validation"))
+    assert trainer.global_step == 0
 
 
 def test_a_trial_run_leaves_nothing(folder, tmp_path):

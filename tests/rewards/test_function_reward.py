@@ -159,9 +159,11 @@ def test_batches_have_a_time_limit_too(here, function):
 
 
 @pytest.mark.parametrize("function", ["careless", "careless_async", "careless_batch"])
-def test_an_exception_names_the_row(here, function):
-    with pytest.raises(RewardError, match=r"raised ZeroDivisionError: .* for rows\.jsonl row 1 with completion '0'"):
-        scores(function, ["1", "0"])
+@pytest.mark.parametrize("limit", [{}, {"timeout_s": 5.0}], ids=str)
+def test_an_exception_names_the_line_and_the_row(here, function, limit):
+    line = next(number for number, text in enumerate(MINE.splitlines(), 1) if f"def {function}(" in text)
+    with pytest.raises(RewardError, match=rf"zero \(\w+\.py line {line}\) for rows\.jsonl row 1 with completion '0'"):
+        scores(function, ["1", "0"], **limit)
 
 
 def test_what_is_no_number_names_the_row(here):
@@ -177,7 +179,7 @@ def test_none_is_answered_with_what_to_return_instead(here):
 
 
 def test_leaving_is_an_error_like_others(here):
-    with pytest.raises(RewardError, match=r"raised SystemExit: 2 for rows\.jsonl row 0"):
+    with pytest.raises(RewardError, match=r"raised SystemExit: 2 \(\w+\.py line \d+\) for rows\.jsonl row 0"):
         scores("leaves", ["a"])
 
 

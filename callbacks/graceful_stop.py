@@ -1,4 +1,4 @@
-"""`GracefulStop`: Ctrl-C and SIGTERM end a run with a checkpoint from which it goes on bit for bit."""
+"""`GracefulStop`: Ctrl-C, SIGTERM and a reward that fails end a run with a checkpoint from which it goes on bit for bit."""
 
 import signal
 import sys
@@ -9,15 +9,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.callbacks.display import console, resume_command, run_folder
 from hybrid_lightning.callbacks.lost_contact import lost_contact
+from hybrid_lightning.errors import RewardError
 
 
 class GracefulStop(Callback):
     """Saves `checkpoints/stopped.ckpt` at the next optimizer step, or at once during a generation, and ends the run.
 
     A checkpoint is whole only between optimizer steps: gradients that are being accumulated are in none. A rollout that is being
-    generated is abandoned, and its random numbers given back, so that it is drawn again in the same way. A second signal stops
-    at once, without a checkpoint. Under several processes Lightning's own handling of signals stays in force, and a process that
-    loses contact with another, which was killed or has failed, says what to do.
+    generated is abandoned, and its random numbers given back, so that it is drawn again in the same way; so is one that the
+    reward failed on, and the run goes on once that is mended. A second signal stops at once, without a checkpoint. Under several
+    processes Lightning's own handling of signals stays in force, a failed reward leaves no checkpoint, and a process that loses
+    contact with another, which was killed or has failed, says what to do.
     """
 
     def __init__(self) -> None:
@@ -47,12 +49,12 @@ class GracefulStop(Callback):
         self._release(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the checkpoint if this callback stopped the run, and give the signals back."""
+        """Save the checkpoint if this callback or a reward stopped the run, and give the signals back."""
         if trainer.world_size > 1 and (message := lost_contact(trainer, exception)) is not None:
             sys.stderr.write(message + "\n")
             exception.add_note(message)  # the last line of its traceback, too, above which the other would be lost
         # Asked only then: the processes of a run tell each other its folder, and where one fails the others do not listen.
-        folder = run_folder(trainer) if isinstance(exception, _RunStopped) else None
+        folder = run_folder(trainer) if isinstance(exception, _RunStopped) or _reward_failed(trainer, exception) else None
         if folder is not None:
             path = folder / "checkpoints" / "stopped.ckpt"
             trainer.save_checkpoint(path)
@@ -83,3 +85,8 @@ class GracefulStop(Callback):
 
 class _RunStopped(KeyboardInterrupt):
     """Unwinds to Lightning, which ends the run as for any Ctrl-C and tells the callbacks."""
+
+
+def _reward_failed(trainer: Trainer, exception: BaseException) -> bool:
+    """Whether it did in training, after at least one step, and in the only process."""
+    return isinstance(exception, RewardError) and trainer.training and trainer.global_step > 0 and trainer.world_size == 1

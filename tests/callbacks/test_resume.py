@@ -14,7 +14,7 @@ from tiny_models import build_model, build_tokenizer
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.callbacks import GracefulStop, HybridAdapterSetup, RunSummary
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
-from hybrid_lightning.errors import CheckpointError, PlanError
+from hybrid_lightning.errors import CheckpointError, PlanError, RewardError
 from hybrid_lightning.losses import GSPOLoss, TokenTruncation
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.optim import CosineSchedule
@@ -148,6 +148,27 @@ def test_a_signal_leaves_a_checkpoint_that_resumes_exactly(folder, tmp_path, uns
     assert len(first) % 2 == 0, "a checkpoint lies between optimizer steps"
     rest, policy = run(folder, tmp_path, ckpt=checkpoint)
     assert_same(first + rest, unstopped, policy)
+
+
+def test_a_reward_that_fails_leaves_a_checkpoint_that_resumes_exactly(folder, tmp_path, unstopped, monkeypatch):
+    calls = []
+
+    def failing(self, completions, prompts):
+        calls.append(len(completions))
+        if calls.count(16) > 1:  # of a rollout; validation and calibration have others
+            raise ValueError("the quota is used up")
+        return working(self, completions, prompts)
+
+    working = DigitShare.__call__
+    monkeypatch.setattr(DigitShare, "__call__", failing)
+    with pytest.raises(RewardError, match=r"the quota is used up \(test_resume.py line \d+\)"):
+        run(folder, tmp_path)
+    monkeypatch.undo()
+    checkpoint = tmp_path / "checkpoints" / "stopped.ckpt"
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    rest, policy = run(folder, tmp_path, ckpt=checkpoint)
+    assert step > 0
+    assert_same(unstopped[0][: 2 * step] + rest, unstopped, policy)
 
 
 @pytest.mark.parametrize("every", [1, 3, 5])

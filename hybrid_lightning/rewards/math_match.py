@@ -20,10 +20,16 @@ class MathMatch(RewardFunction):
     The answer of a completion is what is in its last `\boxed{}` (boxes with "and", "or" or a comma between them are one set),
     else what it says as a whole or after "the answer is" if that is a formula, else its last number, plain expression or LaTeX
     formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" and "1 234" are 1234; "2,5" is
-    2.5; "50%" is 50 and 0.5; 5 cm is 5 and 5 m, since units are not compared. Decimals are compared to six places, as
-    math-verify does, and numbers below 0.001 to one part in a hundred besides. An interval may also be an inequality, and of
-    numbers with a base, such as `2516_8`, the bases must agree where both are given. What stands in `<think> </think>` is not
-    looked at.
+    2.5; "50%" is 50 and 0.5. Decimals are compared to six places, as math-verify does, and numbers below 0.001 to one part in a
+    hundred besides. An interval may also be an inequality, and of numbers with a base, such as `2516_8`, the bases must agree
+    where both are given. What stands in `<think> </think>` is not looked at.
+
+    - Units must agree where both answers have one of those in `math_units.py`; they are converted within a dimension: 15 cm are
+      0.15 m and no 15 m. "$5 per hour" may be "$5", but 5 m/s is no 5 m. Other units, such as apples, are not compared.
+    - A bound is no number: "the answer is at least 18", "more than 18", "18 or more" and "18+" are wrong for 18. After other
+      verbs, "at least 18" says how many are needed and is 18: "She needs at least 18 eggs".
+    - Of "18 dollars (9 eggs at $2)", as a whole or after "the answer is", the answer is what stands before the brackets.
+    - "x = 2 and y = 3" is (2, 3), whatever the order, and without a box also the last of the two values, if one is asked for.
 
     The reference answer is a number, perhaps with a unit, or a formula, with or without LaTeX delimiters; or a letter from A to
     J, which is compared with the letter that the completion chooses, as `MultipleChoice` does.

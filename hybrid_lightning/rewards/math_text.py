@@ -36,18 +36,38 @@ INVISIBLE = re.compile("[\u200b-\u200d\u2060\ufeff\ufe0f]")
 VULGAR = re.compile("([0-9]?)([\u00bc-\u00be\u2150-\u215e])")
 WIDE = re.compile("[\uff05-\uff5e]+")  # digits and signs in the width of Chinese characters
 FORMULA = re.compile(r"[$]|\\[(\[]|\\begin\b|\\boxed\b|\\fbox\b")
-RESULT = re.compile(r"\bresult\b\s*(?:is\b|[:=])[\s:*_]*", re.IGNORECASE)  # "answer", as it has become
+RESULT = re.compile(  # "answer", as it has become
+    r"\b(?:result\b\s*(?:is\b|[:=])|(?:results|solutions|roots|zeros)\s+are\b)[\s:*_]*", re.IGNORECASE
+)
 MEASURE = re.compile(  # a number, perhaps with a unit, which is read as it stands
     r"(?=[-+$\u20ac\u00a3\u00a5]*[\d.])[-+]?[$\u20ac\u00a3\u00a5]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s?\d*\s?/\s?\d+)?"
-    r"\s*(?:%|\u00b0|\s[A-Za-z/^23. ]*|[A-Za-z/]{2,}[A-Za-z/^23]*|[defghlms])?"
+    r"\s*(?:%|\u00b0|\s(?!(?:and|or)\b)[A-Za-z/^23. ]*|[A-Za-z/]{2,}[A-Za-z/^23]*|[defghlms])?"
 )
 CHOICE = re.compile(r"\([A-J]\)")  # (B) 27
 NO_WORDS = re.compile(r"\\[A-Za-z]+|\b(?:sqrt|sin|cos|tan|log|ln|exp|or|and|pi)\b|(?<=[\d)}^*/])[a-z]{1,2}(?![a-z])")
-HEDGE = re.compile(
-    r"(?:\bbetween\s+[-$\d.,]+\s+and|\b(?:not|isn't)|!=|\\ne|(?<=[a-z]) ?[<>]=?|(?<=[a-z]) \\[gl]e)\s*[$]?-?[\d.,]+[\s.!]*\Z",
-    re.IGNORECASE,
-)
 ONE = r"\\(?!sqrt|[dt]?frac|text|math|left|binom|log|sin|cos|tan|ln)[a-z]+(?![a-zA-Z])|\d|[a-z](?![a-z])"  # without braces
+
+WRAPPED = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|operatorname|rm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+PLAIN: list[tuple[re.Pattern[str], str]] = [
+    (re.compile(r"\{,\}|\\!|\\(?:left|right|displaystyle)(?![A-Za-z])"), ""),
+    (re.compile(r"\\(?:[ ,;:]|q?quad(?![A-Za-z]))|~"), " "),
+    (re.compile(r"\{\}\s*(?=\^)"), ""),
+    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\(?:degree|circ)(?![A-Za-z])"), "\u00b0"),
+    (
+        re.compile(r"\\[dt]?frac\s*\{\s*([^\W\d_]+(?:\s*\^\s*\{?\d\}?)?)\s*\}\s*\{\s*([^\W\d_]+(?:\s*\^\s*\{?\d\}?)?)\s*\}"),
+        r" \1/\2",
+    ),
+    (re.compile(r"\\%"), "%"),
+    (re.compile(r"\*\*+|__+"), ""),
+    (re.compile(r"\\(?:cdot|times)(?![A-Za-z])|[\u22c5\u2022*]"), "\u00b7"),
+    (re.compile(r"\u00b0\s*(?=[CF]\b)|\bdegrees?\s+(?=(?:[CF]|celsius|fahrenheit)\b)", re.IGNORECASE), " "),
+    (re.compile(r"\bfl(?:uid|\.)?\s*(?:oz|ounces?)\b", re.IGNORECASE), "floz"),
+    (re.compile(r"\bmph\b", re.IGNORECASE), "miles/hour"),
+    (re.compile(r"\bkm?ph\b|\bkmh\b", re.IGNORECASE), "km/h"),
+    (re.compile(r"\bper\s+cent\b", re.IGNORECASE), "percent"),
+    (re.compile(r"\b(?:kWh|kilowatt[- ]hours?)\b"), "kwh"),
+    (re.compile(r"\b(?:US|U\.S\.|American)\s*(?=dollars?\b|\$)"), ""),
+]
 
 
 def _fraction(match: re.Match[str]) -> str:
@@ -55,6 +75,7 @@ def _fraction(match: re.Match[str]) -> str:
 
 
 REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile(r"\bUSD?\s?(?=\\?\$)"), ""),
     (re.compile("~"), " "),  # TeX's space, or "about"
     (re.compile(r"(?<=[\u3040-\u9fff])(?=[-$\\\d])"), " "),  # Chinese and Japanese put no space before a number
     (re.compile(r"\\[dt]?frac\s*(ONE|\{[^{}]*\})\s*(ONE|\{[^{}]*\})".replace("ONE", ONE)), _fraction),  # \frac12, \frac \pi4
@@ -88,6 +109,7 @@ REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         re.compile(r"(?<=\d)[ ,](?=\d{4})|(?<=,\d{3}),(?=\d\d?(?!\d))"),
         ", ",
     ),  # 1,2345 is two numbers, or a typing error, and not 1,234 and a 5
+    (re.compile(r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?![\d,])"), lambda match: match[0].replace(",", "")),  # $x = 1,234$
     (re.compile(r"(?<![\d.])\d+(?:\.\d+){2,}"), "x"),  # 1.000.000 or 1.2.3 is neither 1.000 nor 1.2
     (re.compile(r"(?<=[^\W\d_]):(?=[-$\d\\])"), ": "),  # Answer:5
     (re.compile(r"(?<=\d) : (?=\d)"), "/"),  # 2 : 3
@@ -144,6 +166,14 @@ def symbols(text: str) -> str:
     text = ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text)
     for symbol, replacement in SYMBOLS.items():
         text = text.replace(symbol, replacement)
+    return text
+
+
+def plain(text: str) -> str:
+    r"""Units as ASCII has them: 5 m/s for `5\ \frac{\text{m}}{\text{s}}`. Only to look for units in: formulas suffer."""
+    text = WRAPPED.sub(r" \1", WRAPPED.sub(r" \1", text))
+    for pattern, replacement in PLAIN:
+        text = pattern.sub(replacement, text)
     return text
 
 

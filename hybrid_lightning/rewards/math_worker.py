@@ -5,7 +5,8 @@ the answer in the text equals it, and it writes `true` or `false`; `{"value": te
 request that uses more than the CPU time given as argument ends the process by the default action of SIGPROF, which nothing in
 sympy can delay or catch.
 
-It stands apart from the package (imports nothing of ours but `math_text.py`) so that it starts in a third of a second.
+It stands apart from the package so that it starts in a third of a second: it imports nothing of ours but `math_text.py`,
+`math_phrases.py` and `math_units.py`, which import nothing else of ours.
 """
 
 import json
@@ -15,7 +16,7 @@ import resource
 import signal
 import sys
 from functools import lru_cache
-from math import isfinite
+from math import isclose, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from math_verify import parse, verify
 from sympy import Eq
 
 sys.path.append(str(Path(__file__).parent))  # at the end: what lies here hides no module of another name
-from math_text import HEDGE, normalize, statement, symbols, window  # type: ignore[import-not-found]
+from math_phrases import HEDGE, is_bound, without_remark  # type: ignore[import-not-found]
+from math_text import normalize, plain, statement, symbols, window  # type: ignore[import-not-found]
+from math_units import scales, unit, without_unit  # type: ignore[import-not-found]
 
 MEMORY_BYTES = 4 * 2**30  # 9^9^9 and its like are refused memory before they take the machine's
 
@@ -50,9 +53,16 @@ BOXES = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 DATE = re.compile(r"\d{4}-\d\d?-\d\d?")  # no subtraction
 
 
+def said(completion: str) -> str:
+    """The part of a completion that its answer stands in, without a remark behind it."""
+    return str(without_remark(window(symbols(completion))))
+
+
 def find(text: str) -> Any:
-    """Parse the answer in a completion; an empty list if it has none."""
-    text = TEXT.sub(r"\1", normalize(window(symbols(text))))
+    """Parse the answer in what `said` leaves of a completion; an empty list if it has none."""
+    if is_bound(text):
+        return []
+    text = TEXT.sub(r"\1", normalize(text))
     formula = statement(text)
     if formula and (parsed := parse(formula, parsing_timeout=None)):
         return parsed
@@ -96,7 +106,8 @@ def same_brackets(gold: str, found: str) -> bool:
 @lru_cache(maxsize=4096)
 def parse_gold(gold: str) -> Any:
     """Parse a reference answer: a number, perhaps with a unit, or else a formula; None if it is neither."""
-    text = normalize(gold.strip())
+    gold = symbols(gold.strip())
+    text = normalize(without_unit(plain(gold)) or gold)
     if DATE.search(text):
         return None
     if not re.search(r"\\boxed|\\\(|\\\[|\$.*\$", text) and not (NUMBER.fullmatch(text) and re.search(r"\d", text)):
@@ -119,25 +130,70 @@ def answer(request: list[str]) -> bool:
         return True
     if not same_base(*request) or not same_half_day(*request):
         return False
-    if equal(gold, find(request[1])):
+    text = said(request[1])
+    if number(gold[0]) is not None:  # 5m + 3s has letters and no units
+        wanted, given = plain(symbols(request[0])), plain(text)
+        factors = scales(wanted, given)
+        if unit(wanted) is not None:
+            text = without_unit(given) or text
+        if 1.0 not in factors:
+            return any(converts(gold, find(text), factor) for factor in factors)
+    found = find(text)
+    if equal(gold, found) or equal(gold, last_equation(found, text)):
         return True
     # 12.5% is 12.5 where one of the two leaves the sign out, as math-verify has it for whole numbers.
     if ("%" in request[0]) == ("%" in request[1]):
         return False
     gold = parse_gold(PERCENT.sub("", request[0]))
-    return gold is not None and equal(gold, find(PERCENT.sub("", request[1])))
+    return gold is not None and equal(gold, find(PERCENT.sub("", text)))
 
 
 def equal(gold: Any, found: Any) -> bool:
     """Whether two parsed answers are equal, small numbers in what they begin with and not just in six places."""
     if not same_brackets(str(gold[-1]), str(found[-1]) if found else ""):
         return False
-    if not verify(gold, found, allow_set_relation_comp=True, timeout_seconds=None):
+    if not verify(gold, in_order(found), allow_set_relation_comp=True, timeout_seconds=None):
         return False
     wanted, given = number(gold[0]), number(found[0])
     if wanted is None or given is None or not 0 < abs(wanted) < SMALL:
         return True
     return any(abs(given * scale - wanted) <= 0.01 * abs(wanted) for scale in (1, 0.01, 100))  # percent
+
+
+def equations(found: Any) -> list[Eq]:
+    """The equations of a parsed answer that has several, with a left side of its own each, as they were written; else none."""
+    parts = list(getattr(found[0], "_unsorted_args", [])) if found else []
+    if all(isinstance(part, Eq) for part in parts) and len({part.lhs for part in parts}) == len(parts) > 1:
+        return parts
+    return []
+
+
+def in_order(found: Any) -> Any:
+    """A parsed answer such as "y = 3 and x = 2" in the order of a point's coordinates, which math-verify compares it with."""
+    parts = equations(found)
+    names = {str(part.lhs) for part in parts}
+    if not parts or not (names <= set("xyz") or names <= set("abcd")):
+        return found
+    return [type(found[0])(*sorted(parts, key=lambda part: str(part.lhs))), *found[1:]]
+
+
+def last_equation(found: Any, text: str) -> Any:
+    """The last of several equations of a text without a box, such as "x = 2 and y = 3" where y is asked for; else nothing."""
+    parts = equations(found)
+    if (
+        not parts
+        or r"\boxed" in text
+        or re.search(r"\bor\b", text.rsplit("\n", 1)[-1])
+        or any("_" in str(part.lhs) for part in parts)
+    ):
+        return []  # "x_1 = 2 and x_2 = 3" are two answers
+    return [parts[-1].rhs, str(parts[-1].rhs)]
+
+
+def converts(gold: Any, found: Any, factor: float) -> bool:
+    """Whether a parsed answer times a factor is the reference answer, which is in another unit: 90 minutes are 1.5 hours."""
+    wanted, given = (number(parsed[0]) if parsed else None for parsed in (gold, found))
+    return wanted is not None and given is not None and isclose(given * factor, wanted, rel_tol=1e-6)
 
 
 def number(parsed: Any) -> float | None:
@@ -153,7 +209,7 @@ def number(parsed: Any) -> float | None:
 
 def value(text: str) -> str | None:
     """The answer in a text, numbers to the six places that they are compared to; None if there is none."""
-    parsed = find(text)
+    parsed = find(said(text))
     if not parsed:
         return None
     found = number(parsed[0])

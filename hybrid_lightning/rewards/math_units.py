@@ -162,7 +162,7 @@ def unit(text: str) -> Unit | None:
 
 
 def without_unit(text: str) -> str | None:
-    r"""A text that is only a quantity, or its last box if that is one, without its unit; None if there is none known.
+    r"""A text that is only a quantity, or its only box if that is one, without its unit; None if there is none known.
 
     Example:
         >>> without_unit("5 km/h"), without_unit(r"It is \boxed{5m^2}."), without_unit("5 km from here")
@@ -171,7 +171,7 @@ def without_unit(text: str) -> str | None:
     boxes = BOXED.findall(text)
     whole = boxes[-1] if boxes else text
     found, start, end = _last(whole)
-    if found is None or start == end or whole[end:].strip(" .$") or (("percent", 1),) in found.above:
+    if len(boxes) > 1 or found is None or start == end or whole[end:].strip(" .$") or (("percent", 1),) in found.above:
         return None
     number = whole[:start].strip(" $")
     if boxes:
@@ -196,10 +196,8 @@ def _last(text: str) -> tuple[Unit | None, int, int]:
 
 def _after(text: str, at: int, money: str) -> tuple[Unit | None, int]:
     """The unit at a place in a text, where one was written before the number if `money` is not empty, and its end."""
-    above: Readings | None
-    if money:
-        above = SYMBOLS[money]
-    else:
+    above: Readings | None = SYMBOLS.get(money)
+    if not money:
         gap = re.compile(r"(?:[ \u00b7$]|\\\))*-?").match(text, at)
         above, at = _factor(text, gap.end() if gap else at)
         while above is not None and (product := re.compile(r" *\u00b7 *| +(?=[A-Za-z]+ *\^ *\{? *-)").match(text, at)):

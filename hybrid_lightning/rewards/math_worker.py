@@ -134,7 +134,7 @@ def answer(request: list[str]) -> bool:
     if number(gold[0]) is not None:  # 5m + 3s has letters and no units
         wanted, given = plain(symbols(request[0])), plain(text)
         factors = scales(wanted, given)
-        if unit(wanted) is not None:
+        if unit(wanted) is not None and not is_bound(text):
             text = without_unit(given) or text
         if 1.0 not in factors:
             return any(converts(gold, find(text), factor) for factor in factors)

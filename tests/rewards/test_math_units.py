@@ -147,6 +147,17 @@ UNITS = {
     "5 apples": (["5 apples", "5 oranges", "5 m", "5", "5 pieces"], ["6 apples"]),
     "3 m": (["3 m of rope", "3 meters long", "300 cm", "3 m", "3", "3m", "3 metres"], ["3 mm", "3 miles", "3 cm"]),
     "7 days": (["7 days", "1 week", "7", "168 hours", "7 days in a row", "7-day"], ["7 weeks", "7 hours"]),
+    "6 m": (
+        [r"$\boxed{6\text{ m}}$ and again $\boxed{6\text{ m}}$", "We get m \\boxed{6}", "6\nA man"],
+        [
+            r"$\boxed{5\text{ m}}$ or $\boxed{6\text{ m}}$",
+            r"$\boxed{5\text{ m}}$ or $\boxed{600\text{ cm}}$",
+            r"It is at least \boxed{6\text{ m}}.",
+            r"\boxed{\text{more than }6\text{ m}}",
+            r"\boxed{6^2\text{ m}}",
+            r"\boxed{5\text{ m or }6\text{ m}}",
+        ],
+    ),
     "2 cm": (
         ["The side is 2 cm, so it is half of the other.", "20 mm", "s = 2 cm", "2 centimeters (the side of the square)"],
         ["2 mm", "2 inches"],

@@ -136,6 +136,9 @@ class HybridAdapterSetup(Callback):
             return None
         self._check_start_weights(pl_module)
         if plan is None:
+            check_settings = getattr(pl_module, "check_settings", None)
+            if check_settings is not None:
+                check_settings()  # by every rank, so that each ends with the cause and none waits for rank 0's scores
             with measured(trainer, "scoring"):
                 plan = self._make_plan(trainer, pl_module)
         self._apply(pl_module, plan)

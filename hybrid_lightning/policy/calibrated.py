@@ -25,10 +25,9 @@ class CalibratedModule(UpdatedModule):
             num_prompts: Training prompts to use; fewer if there are not as many. None: as many as one rollout has.
 
         Raises:
-            ConfigError: If the run itself could not work, or all completions are masked.
+            ConfigError: If there are too few training prompts, or all completions are masked.
             CalibrationError: If rewards tie and there are no answers.
         """
-        self.check_settings()
         prompts = self._train_prompts()
         self.rollout_schedule.check_prompts(len(prompts))
         order = PromptOrder(prompts, seed=0).of(self.seed + 7919)

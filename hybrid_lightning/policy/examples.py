@@ -244,9 +244,8 @@ class ExampleModule(SteppedModule):
             num_prompts: Training examples to use; fewer if there are not as many. None: as many as one optimizer step has.
 
         Raises:
-            ConfigError: If the run itself could not work.
+            ConfigError: If there are no training examples.
         """
-        self.check_settings()
         prompts = self._train_prompts()
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
         chosen = [prompts[i] for i in order[: num_prompts or self.examples_per_step]]

@@ -90,14 +90,22 @@ class NoWay(RewardFunction):
         raise ValueError("no way")
 
 
-def train_in_vain(**arguments):
-    with pytest.raises(HybridLightningError) as raised:
-        train(**arguments)
-    return f"{type(raised.value).__name__}: {raised.value}"
+def train_in_vain(jobs, **arguments):
+    """What each job says that cannot train."""
+    said = {}
+    for name, policy in jobs.items():
+        with pytest.raises(HybridLightningError) as raised:
+            train(policy=policy, **arguments)
+        said[name] = f"{type(raised.value).__name__}: {raised.value}"
+    return said
 
 
-def test_every_rank_hears_why_the_modules_could_not_be_scored(folder, tmp_path):
-    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": "ddp", "devices": 2, "policy": {"reward": NoWay()}}
-    first, second = run(2, tmp_path / "ranks", train_in_vain, timeout_s=30, **arguments)
-    assert first.startswith("RewardError") and "no way" in first
-    assert second.startswith("CalibrationError: rank 0 could not score the modules: RewardError") and "no way" in second
+def test_every_rank_hears_why_it_cannot_train(folder, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    jobs = {"reward": {"reward": NoWay()}, "optimizer": {"optimizer": bitsandbytes.optim.AdamW8bit}}
+    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": STRATEGIES["fsdp2"], "devices": 2, "jobs": jobs}
+    first, second = run(2, tmp_path / "ranks", train_in_vain, timeout_s=40, **arguments)
+    assert first["reward"].startswith("RewardError") and "no way" in first["reward"]
+    told = second["reward"]
+    assert told.startswith("CalibrationError: rank 0 could not score the modules: RewardError") and "no way" in told
+    assert first["optimizer"] == second["optimizer"] and "AdamW8bit cannot hold the state of weights" in first["optimizer"]

@@ -71,6 +71,11 @@ _REWRITES = (
     (r"^Unexpected config:\s*$", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is empty"),
     (r"^Unexpected config:\s*", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is: "),
     (r'(Parser key "\S+":)\s*(?:-\s+)+', r"\1 "),
+    (r"(Option '\S+' is not accepted)\s*$", r"\1; --KEY.help=CLASS lists those of a class, as in --model.reward.help=ExactMatch"),
+    (
+        r"(?:Import path (\S+) does not correspond to a subclass of RewardFunction|Unexpected import path format: (\S+\.py:\w+))",
+        r"\1\2 is no class derived from RewardFunction; a function is given by class_path FunctionReward with function: \1\2",
+    ),
 )
 
 

@@ -70,7 +70,7 @@ def _read_jsonl(file: Path, packed: bool) -> Table:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip("\r\n"))  # an error at the end is in this line, not at the start of the next
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{file}, line {number} is no valid JSON: {error.msg} at column {error.colno}; correct it"

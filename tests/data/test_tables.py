@@ -42,7 +42,7 @@ def test_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.jsonl", '{"a": 1}\n{"a": \n', "t.jsonl, line 2 is no valid JSON: Expecting value at column"),
+        ("t.jsonl", '{"a": 1}\n{"a": \n', "t.jsonl, line 2 is no valid JSON: Expecting value at column 7"),
         ("t.jsonl", '{"a": 1}{"a": 2}\n', "line 1 is no valid JSON: Extra data"),
         ("t.jsonl", "\n[1, 2]\n", r"line 2 must be a JSON object .* not \[1, 2\]"),
         ("t.jsonl", "", "has no rows"),

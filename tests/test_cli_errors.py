@@ -73,7 +73,7 @@ OPTIONS = [
     ("trainer.max_epoch=3", r"unrecognized arguments: --trainer\.max_epoch=3"),
     ("model.nonsense=1", r"Option 'nonsense' is not accepted"),
     ("model.reward=ExactMatch model.reward.bogus=3", r"Option 'bogus' is not accepted; .* --model\.reward\.help=ExactMatch"),
-    ("model.reward=json.dumps", r"json\.dumps is no class derived from RewardFunction; .* FunctionReward with function: json\.dumps$"),
+    ("model.reward=json.dumps", r"json\.dumps is no class derived .* FunctionReward with function: json\.dumps$"),
     ("model.reward=mine.py:close", r"mine\.py:close is no class .* FunctionReward with function: mine\.py:close$"),
     ("model.lr_full=abc", r'"lr_full": expected float\. Got value: abc'),
     ("trainer.precision=nonsense", r"one of .*'bf16-mixed'.*; got nonsense"),

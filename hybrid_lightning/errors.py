@@ -39,3 +39,7 @@ class CalibrationError(HybridLightningError, RuntimeError):
 
 class CheckpointError(HybridLightningError, RuntimeError):
     """A checkpoint does not belong to this model, plan or run."""
+
+
+class TrainingError(HybridLightningError, RuntimeError):
+    """Training has diverged: a gradient is not finite."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from hybrid_lightning.errors import TrainingError
 from hybrid_lightning.losses.shares import combine_metrics
 from hybrid_lightning.policy.evaluated import EvaluatedModule
 from hybrid_lightning.policy.step_metrics import StepMetrics, join_ranks
@@ -167,8 +168,20 @@ class SteppedModule(EvaluatedModule, ABC):
         self.log_dict({name: value for name, value in values.items() if name not in shown}, **options)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient norm of each group before clipping."""
+        """Log the gradient norm of each group before clipping.
+
+        Raises:
+            TrainingError: If one is not finite: a step by it would make all weights nan. The scaler of float16 leaves such a
+                step out and tries a smaller scale.
+        """
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         for group in optimizer.param_groups:
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
             norm = total_norm(gradients, self.device, local_parts=isinstance(self.model, FullyShardedDataParallel))
             self.log(f"grad_norm/{group['name']}", norm, on_step=True, on_epoch=False)
+            if not scaled and not torch.isfinite(norm):
+                raise TrainingError(
+                    f"the gradient of optimizer step {self.trainer.global_step + 1} is {float(norm)} (grad_norm/{group['name']}), "
+                    "so no step was made. Look at a loss of your own, or lower model.lr_full and model.lr_lora and go on from an "
+                    "earlier checkpoint"
+                )

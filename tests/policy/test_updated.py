@@ -1,11 +1,23 @@
 """Splitting by tokens and leaving out rows change how an update is computed, and never the update."""
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_runs import Constant, StartsWithDigit, build_adapter, fit, write_model, write_sums
+from tiny_runs import (
+    Constant,
+    StartsWithDigit,
+    build_adapter,
+    build_data,
+    build_policy,
+    build_trainer,
+    fit,
+    write_model,
+    write_sums,
+)
 
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, TrainingError
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
 from hybrid_lightning.rollout.micro_batches import split_by_tokens
 from hybrid_lightning.rollout.padding import pad_left, pad_right
@@ -81,6 +93,22 @@ def test_a_token_budget_works_in_mixed_precision(model, sums, tmp_path):
     for name, gradient in whole.gradients[0].items():
         assert (split.gradients[0][name] - gradient).norm() <= 0.05 * gradient.norm() + 1e-6, name
     assert all(step["ratio/max"] == 1 for step in (split.metrics[0], whole.metrics[0])), "begins on-policy"
+
+
+class NanOnceOffPolicy(GRPOLoss):
+    def policy_term(self, inputs, old_logprobs):
+        term, ratio = super().policy_term(inputs, old_logprobs)
+        return term * (math.nan if (ratio != 1).any() else 1.0), ratio
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(model, sums, tmp_path):
+    """The weights would be nan, and the next rollout fail on that."""
+    watch = Watch()
+    arguments = {"loss": NanOnceOffPolicy(), "minibatches_per_rollout": 2}
+    policy, trainer = build_policy(model, **arguments), build_trainer(tmp_path, build_adapter(), watch, max_steps=4)
+    with pytest.raises(TrainingError, match=r"gradient of optimizer step 2 is nan \(grad_norm/\w+\), so no step was made"):
+        trainer.fit(policy, datamodule=build_data(sums))
+    assert trainer.global_step == 1 and all(p.isfinite().all() for p in policy.parameters())
 
 
 @pytest.mark.parametrize("budget", [10_000, 12])

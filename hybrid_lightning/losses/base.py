@@ -132,7 +132,11 @@ class PolicyLoss(Part, ABC):
         check_inputs(inputs, type(self).__name__, self.needs_reference, self.needs_entropy)
         inputs = clean_inputs(inputs)
         old_logprobs = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
-        term, ratio = self.policy_term(inputs, old_logprobs)
+        returned = self.policy_term(inputs, old_logprobs)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            what = f"{len(returned)} values" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
+            raise ConfigError(f"{type(self).__name__}.policy_term returned {what}: return two tensors, the loss and the ratio.")
+        term, ratio = returned
         self._check_shape("policy_term", "loss", term, inputs.logprobs.shape, inputs.advantages.shape)
         self._check_shape("policy_term", "ratio", ratio, inputs.logprobs.shape, inputs.advantages.shape)
         per_token_loss = F.per_token(term, inputs.completion_mask)
@@ -148,6 +152,11 @@ class PolicyLoss(Part, ABC):
         if self.needs_entropy:
             assert inputs.entropy is not None, "checked before"
             loss = loss - self.entropy_coef * F.mean_over_tokens(inputs.entropy, inputs.completion_mask, inputs.num_tokens)
+        if inputs.logprobs.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
+            raise ConfigError(
+                f"{type(self).__name__}: the loss has no gradient: compute policy_term from inputs.logprobs, and detach "
+                "weights alone."
+            )
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
     def _check_shape(self, method: str, what: str, value: Tensor, *allowed: torch.Size) -> None:

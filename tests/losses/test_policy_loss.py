@@ -192,6 +192,30 @@ def test_a_policy_term_of_wrong_shape_names_its_class(what):
         Flat()(make_inputs())
 
 
+@pytest.mark.parametrize(("returned", "message"), [(lambda x: -x, "a Tensor"), (lambda x: (x, x, x), "3 values")])
+def test_a_policy_term_without_its_ratio_says_what_to_return(returned, message):
+    class Forgetful(PolicyLoss):
+        def policy_term(self, inputs, old_logprobs):
+            return returned(inputs.logprobs)
+
+    with pytest.raises(
+        ConfigError, match=rf"Forgetful.policy_term returned {message}: return two tensors, the loss and the ratio"
+    ):
+        Forgetful()(make_inputs())
+
+
+def test_a_loss_without_a_gradient_names_its_class():
+    class Detached(PolicyLoss):
+        def policy_term(self, inputs, old_logprobs):
+            return -inputs.logprobs.detach(), inputs.logprobs.detach().exp()
+
+    inputs = make_inputs()
+    with pytest.raises(ConfigError, match=r"Detached: the loss has no gradient: compute policy_term from inputs\.logprobs"):
+        Detached()(replace(inputs, logprobs=inputs.logprobs.detach().requires_grad_()))
+    with torch.no_grad():
+        assert Detached()(inputs).loss.isfinite(), "where none is wanted"
+
+
 def test_an_aggregation_that_is_no_number_names_its_class():
     class Unreduced(SoftLoss):
         def aggregate(self, per_token_loss, inputs):

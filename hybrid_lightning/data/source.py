@@ -1,6 +1,7 @@
 """Where problems come from: `PromptSource`, the part that a config swaps to train on other data."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -40,9 +41,11 @@ class PromptSource(Part, ABC):
             Splits without a common question.
 
         Raises:
-            DataError: If a split has two rows of the same index, or is left empty by this.
+            DataError: If a split has two rows of the same index, or is left empty by this, or `read` returns something
+                else than splits of rows of text.
         """
         splits = self.read()
+        _check_types(type(self).__name__, splits)
         for name, rows in vars(splits).items():
             _check_indices(name, rows)
         splits, dropped = without_overlap(splits)
@@ -50,6 +53,20 @@ class PromptSource(Part, ABC):
             if count:
                 rank_zero_info(f"{type(self).__name__}: dropped {count} {name} rows whose question is also held out from {name}")
         return splits
+
+
+def _check_types(name: str, splits: Any) -> None:
+    """What a source of one's own easily gets wrong, and what would come out far from there."""
+    if not isinstance(splits, Splits):
+        raise DataError(f"{name}.read returned a {type(splits).__name__}: return Splits(train=[Row(...), ...], ...)")
+    for split, rows in vars(splits).items():
+        for position, row in enumerate(rows):
+            if not isinstance(row, Row):
+                raise DataError(f"{name}.read: {split} row {position} is a {type(row).__name__}: make it a Row(question, answer)")
+            for field, allowed in (("question", str), ("answer", (str, type(None)))):
+                value = getattr(row, field)
+                if not isinstance(value, allowed):
+                    raise DataError(f"{name}.read: the {field} of {split} row {position} is {value!r}: give text, as in str(...)")
 
 
 def _check_indices(name: str, rows: list[Row]) -> None:

@@ -91,6 +91,24 @@ def test_fit_without_validation_rows_skips_validation(tmp_path):
     assert policy.seen == ["train"] * 2
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([Row("1+1=", "2")], r"Mine\.read returned a list: return Splits\("),
+        (Splits(train=[("1+1=", "2")]), r"Mine\.read: train row 0 is a tuple: make it a Row\(question, answer\)"),
+        (Splits(test=[Row("1+1=", 2)]), r"Mine\.read: the answer of test row 0 is 2: give text"),
+        (Splits(train=[Row("2+1=", "3"), Row(None, "3", 1)]), r"Mine\.read: the question of train row 1 is None: give text"),
+    ],
+)
+def test_what_a_source_of_ones_own_gets_wrong_is_said(returned, message):
+    class Mine(PromptSource):
+        def read(self):
+            return returned
+
+    with pytest.raises(DataError, match=message):
+        Mine().load()
+
+
 def test_long_prompts_are_dropped_with_a_count_and_never_cut(caplog):
     data = PromptDataModule(Words(train=10, validation=2), PlainFormat(), max_prompt_tokens=4)
     with caplog.at_level("INFO"):

@@ -181,7 +181,7 @@ class SteppedModule(EvaluatedModule, ABC):
             self.log(f"grad_norm/{group['name']}", norm, on_step=True, on_epoch=False)
             if not scaled and not torch.isfinite(norm):
                 raise TrainingError(
-                    f"the gradient of optimizer step {self.trainer.global_step + 1} is {float(norm)} (grad_norm/{group['name']}), "
+                    f"the gradient of step {self.trainer.global_step + 1} is {float(norm)} (grad_norm/{group['name']}), "
                     "so no step was made. Look at a loss of your own, or lower model.lr_full and model.lr_lora and go on from an "
                     "earlier checkpoint"
                 )

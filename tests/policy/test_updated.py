@@ -106,7 +106,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(model, sums, tmp_pa
     watch = Watch()
     arguments = {"loss": NanOnceOffPolicy(), "minibatches_per_rollout": 2}
     policy, trainer = build_policy(model, **arguments), build_trainer(tmp_path, build_adapter(), watch, max_steps=4)
-    with pytest.raises(TrainingError, match=r"gradient of optimizer step 2 is nan \(grad_norm/\w+\), so no step was made"):
+    with pytest.raises(TrainingError, match=r"gradient of step 2 is nan \(grad_norm/\w+\), so no step was made"):
         trainer.fit(policy, datamodule=build_data(sums))
     assert trainer.global_step == 1 and all(p.isfinite().all() for p in policy.parameters())
 

@@ -21,6 +21,7 @@ from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.records import Job, Record, save
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.cli import HybridLightningCLI
+from hybrid_lightning.errors import TrainingError
 
 # Nothing of a run is kept but its record.
 QUIET = {
@@ -36,12 +37,16 @@ LOGS = Path("runs/study/logs")
 class Curve(Callback):
     """Keeps the validations of a run, and when they were: seconds of training without validations."""
 
+    trainer: Trainer
+    module: Any
+
     def __init__(self) -> None:
         self.points: list[dict[str, float]] = []
         self._since = 0.0
         self._trained = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.trainer, self.module = trainer, pl_module
         self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,6 +58,17 @@ class Curve(Callback):
             values = accuracies(trainer, "val")
             self.points.append({"step": trainer.global_step, "seconds": round(self._trained, 2), **values})
         self._since = time.perf_counter()
+
+    def fail(self) -> None:
+        """Note that the rest of the run, which has diverged, would get nothing right."""
+        trainer = self.trainer
+        every, last = int(trainer.val_check_interval or trainer.max_steps), trainer.max_steps
+        steps = [*range(every, last, every), last]
+        self.points += [
+            {"step": step, "seconds": round(self._trained, 2), "avg": 0.0, "greedy": 0.0}
+            for step in steps
+            if step > self.points[-1]["step"]
+        ]
 
 
 def accuracies(trainer: Trainer, stage: str) -> dict[str, float]:
@@ -99,24 +115,31 @@ def _run(job: Job) -> Record:
         given = {**options, **plan}
         if method.module is not None:
             given["model"] = method.supervised_module if supervised else method.module
-        curve = Curve()
-        cli = HybridLightningCLI(
-            args=["fit", "--config", job.task, *arguments({**given, **QUIET})], trainer_defaults={"callbacks": [curve]}
-        )
+        curve, diverged = Curve(), False
+        try:
+            HybridLightningCLI(
+                args=["fit", "--config", job.task, *arguments({**given, **QUIET})], trainer_defaults={"callbacks": [curve]}
+            )
+        except TrainingError:  # of too large a learning rate: that is a result
+            diverged = True
+            curve.fail()
     trained = time.perf_counter() - start
-    scoring = next(c.totals()["scoring"] for c in cli.trainer.callbacks if hasattr(c, "totals"))
-    cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    trainer, module = curve.trainer, curve.module
+    scoring = next(c.totals()["scoring"] for c in trainer.callbacks if hasattr(c, "totals"))  # type: ignore[attr-defined]
+    if not diverged:
+        trainer.test(module, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
     return Record(
         job=vars(job),
         options=options,
         config_digest=hashlib.sha256(Path(job.task).read_bytes()).hexdigest()[:16],
-        model_digest=cli.model.plan.model_digest[:16],
+        model_digest=module.plan.model_digest[:16],
         commit=commit(),
         versions={name: version(name) for name in ("torch", "lightning", "transformers", "peft")},
         curve=curve.points,
-        test=accuracies(cli.trainer, "test"),
-        trainable_parameters=sum(p.numel() for p in cli.model.parameters() if p.requires_grad),
-        full_modules=list(cli.model.plan.full_modules),
+        test={"avg": 0.0, "greedy": 0.0} if diverged else accuracies(trainer, "test"),
+        trainable_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
+        diverged=diverged,
+        full_modules=list(module.plan.full_modules),
         seconds={"run": round(trained, 2), "training": curve.points[-1]["seconds"], "scoring": round(scoring, 3)},
         processor_seconds=round(time.process_time() - processor, 2),
     )

@@ -59,6 +59,13 @@ def test_a_run_that_cannot_be_made_names_its_log(task, tmp_path):
     assert not job.path(tmp_path / "results").exists()
 
 
+def test_a_run_that_diverges_is_a_result_and_gets_nothing_right(task, tmp_path):
+    record = load(make_run(Job(task, "fft", 1e30, 0, "sweep"), tmp_path / "results"))
+    assert record.diverged and record.validation == record.accuracy == 0.0
+    assert [point["step"] for point in record.curve] == [0, 4] and record.curve[0]["avg"] > 0
+    assert record.trainable_parameters > 800_000 and len(record.full_modules) == 28
+
+
 def test_pretraining_never_saw_a_question_that_is_held_out():
     splits = Facts(keys=20, validation_size=10, test_size=10).load()
     seen = {row.question for row in PlausibleFacts(2000, keys=20).read().train}

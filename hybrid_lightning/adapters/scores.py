@@ -48,7 +48,7 @@ def score_modules(
         Full dotted name -> score; higher is more sensitive.
 
     Raises:
-        ConfigError: if the rank is not positive, or the scorer needs what is not there.
+        ConfigError: if the rank is not positive, or the scorer needs what is not there or returns no number.
         CalibrationError: if the losses carry no signal, or a score is not finite.
     """
     if rank < 1:
@@ -73,7 +73,11 @@ def score_modules(
         accumulator = collected.pop(name, None)  # its memory is free once the module is scored
         if accumulator is not None and not accumulator.received:
             return 0.0
-        return float(scorer.score(_statistics(name, candidates[name], accumulator, scorer, evaluate_loss), rank))
+        value = scorer.score(_statistics(name, candidates[name], accumulator, scorer, evaluate_loss), rank)
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{type(scorer).__name__}.score returned {value!r:.60} for {name}: return a number") from error
 
     together = [name for name in collected if scorer.concurrent and _small_on_cpu(collected[name])]
     scores = dict(zip(together, map_on_workers(score, together), strict=True))

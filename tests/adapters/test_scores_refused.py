@@ -36,6 +36,21 @@ def test_an_unused_module_scores_zero_with_a_warning():
     assert scores["layers.2"] == 0 and min(scores["layers.0"], scores["layers.1"]) > 0
 
 
+class Own(TailEnergy):
+    def __init__(self, value):
+        self.value = value
+
+    def score(self, statistics, rank):
+        return self.value
+
+
+@pytest.mark.parametrize(("value", "error"), [("high", ConfigError), (None, ConfigError), (float("nan"), CalibrationError)])
+def test_a_scorer_of_ones_own_gives_numbers(value, error):
+    model = Blocks()
+    with pytest.raises(error, match=r"Own(\.score returned .* for layers\.0: return a number| gave layers\.0 the score nan)"):
+        score_modules(model, {"layers.0": model.layers[0]}, [model.loss()], Own(value), 1)
+
+
 def test_no_signal_is_an_error():
     model = Blocks()
     candidates = find_candidates(model)

@@ -156,7 +156,14 @@ class PolicyModule(CalibratedModule):
         with self.clock.phase("reward"):
             advantages = advantages_over_ranks(self.advantage, rewards, rollouts.samples_per_prompt)
         self.last_rollout = (rollouts, rewards, advantages)
-        return self.taught_sequences(rollouts), rollouts.sampling_logprobs, advantages, rollout_metrics(rollouts, rewards)
+        taught = self.taught_sequences(rollouts)
+        if len(taught) and not taught.completion_mask.any():
+            rank_zero_warn(
+                f"all {len(taught)} completions of a rollout were cut at max_new_tokens={self.sampler.max_new_tokens}, and "
+                "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
+                "model.sampler.max_new_tokens"
+            )
+        return taught, rollouts.sampling_logprobs, advantages, rollout_metrics(rollouts, rewards)
 
     def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
         with self.clock.phase("generate"):

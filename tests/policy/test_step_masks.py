@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_updated import run
 from tiny_models import VOCABULARY
-from tiny_runs import write_model, write_sums
+from tiny_runs import build_adapter, fit, write_model, write_sums
 
+from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import BNPOLoss, DAPOLoss, GRPOLoss, TopEntropyMask
 from hybrid_lightning.policy.token_choice import mask_tokens
@@ -100,3 +101,9 @@ def test_where_every_completion_is_cut_and_masked_the_run_ends_before_it_begins(
     policy = {"sampler": NeverDone(2), "mask_truncated_completions": True}
     with pytest.raises(ConfigError, match=r"all 16 calibration completions were cut at max_new_tokens=2.*; raise model.sampler"):
         run(model, sums, tmp_path, policy, max_steps=1)
+
+
+def test_where_the_plan_is_given_it_says_so(model, sums, tmp_path):
+    policy = {"sampler": NeverDone(2), "mask_truncated_completions": True}
+    with pytest.warns(UserWarning, match=r"all 16 completions of a rollout were cut at max_new_tokens=2.*nothing is learned"):
+        fit(model, sums, tmp_path, build_adapter(scorer=Random(seed=0)), policy=policy, max_steps=1)  # which needs no rollouts

@@ -19,6 +19,7 @@ here, the energy is simply ||X||^2.
 """
 
 import hashlib
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -93,9 +94,8 @@ class SketchForm(GradientForm):
             q = torch.linalg.qr(y).Q
             psi_q = psi @ q
             x = torch.linalg.lstsq(psi_q, w).solution
-            squares = torch.linalg.svdvals(x).square()
         missed = float((w - psi_q @ x).square().sum()) / (size + 1)  # ||E||_F^2; l - k = k + 1
-        return SketchedGradient(self._shape, float(squares.sum()), (squares - missed / size).clamp(min=0))
+        return SketchedGradient(q, x, missed)
 
     def _test_matrices(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(self._device).manual_seed(self._seed)
@@ -105,25 +105,38 @@ class SketchForm(GradientForm):
 
 
 class SketchedGradient(Gradient):
-    """Energies of a gradient, as its sketches tell them.
+    """What sketches tell of a gradient, G ~ Q X.
 
     Args:
-        shape: (m, n) of the gradient.
-        energy: squared Frobenius norm.
-        spectrum: the k leading squared singular values, descending.
+        basis: Q, [m, k] float64.
+        coefficients: X, [k, n] float64.
+        missed: R, the estimate of ||E||_F^2, which is also the energy of the noise in X.
     """
 
-    def __init__(self, shape: tuple[int, int], energy: float, spectrum: Tensor) -> None:
-        self.shape, self._energy, self._spectrum = shape, energy, spectrum
+    def __init__(self, basis: Tensor, coefficients: Tensor, missed: float) -> None:
+        self.shape = (basis.shape[0], coefficients.shape[1])
+        self._basis, self._coefficients, self._missed = basis, coefficients, missed
 
     def energy(self) -> float:  # noqa: D102
-        return self._energy
+        return float(self._squares.sum())
 
     def spectrum(self) -> Tensor:  # noqa: D102
-        return self._spectrum
+        return (self._squares - self._missed / len(self._coefficients)).clamp(min=0)
 
     def matrix(self) -> Tensor:  # noqa: D102
         raise ConfigError(
             "this scorer needs whole gradients, but only sketches were kept: score with ExactGradients, or choose a "
             "scorer such as TailEnergy that works on sketches."
         )
+
+    def scaled(self, rows: Tensor, columns: Tensor) -> Gradient:
+        """diag(rows) G diag(columns); what the sketch missed, and its noise, are taken to be spread evenly."""
+        rows, columns = rows.to(self._basis), columns.to(self._basis)
+        q, r = torch.linalg.qr(rows[:, None] * self._basis)
+        missed = self._missed * float(rows.square().mean() * columns.square().mean())
+        return SketchedGradient(q, r @ self._coefficients * columns, missed)
+
+    @cached_property
+    def _squares(self) -> Tensor:
+        with few_threads(len(self._coefficients)):
+            return torch.linalg.svdvals(self._coefficients).square()

@@ -42,6 +42,10 @@ class Gradient(ABC):
             ConfigError: if only a sketch of G was kept.
         """
 
+    @abstractmethod
+    def scaled(self, rows: Tensor, columns: Tensor) -> "Gradient":
+        """diag(rows) G diag(columns), with rows [m] and columns [n]."""
+
     def tail_energy(self, rank: int) -> float:
         """The energy that no matrix of this rank can capture, T_r(G) = ||G||_F^2 - sum_{i<=r} sigma_i(G)^2.
 
@@ -76,6 +80,10 @@ class ExactGradient(Gradient):
     def matrix(self) -> Tensor:  # noqa: D102
         return self._matrix
 
+    def scaled(self, rows: Tensor, columns: Tensor) -> Gradient:  # noqa: D102
+        matrix = self._matrix.double()
+        return ExactGradient(rows.to(matrix)[:, None] * matrix * columns.to(matrix))
+
     def tail_energy(self, rank: int) -> float:  # noqa: D102
         if rank >= min(self.shape):
             return 0.0
@@ -93,7 +101,7 @@ class ModuleStatistics:
     parameters: int  # entries of weight and bias
     gradient: Gradient | None = None  # mean over the calibration losses
     noise: Gradient | None = None  # difference of the mean gradients of even and odd losses, scaled to the noise in `gradient`
-    second_moment: Tensor | None = None  # [m, n] float32, mean over the losses of the squared gradient
+    second_moment: tuple[Tensor, Tensor] | None = None  # mean over the losses of the squared gradient: of rows [m], columns [n]
     evaluate_loss: Callable[[], float] | None = None  # calibration loss of the model with its weights as they are now
 
 

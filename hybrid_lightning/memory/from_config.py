@@ -109,7 +109,7 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
         keep_start_weights=adapter.keep_start_weights,
         entropy_gradient=policy.loss.needs_entropy,
         plan=adapter.given_plan,
-        scoring_copies=(2 if scorer.needs_halves else 1) * exact + scorer.needs_second_moment if scorer.needs_gradient else 0,
+        scoring_copies=(2 if scorer.needs_halves else 1) * exact if scorer.needs_gradient else 0,
     )
 
 

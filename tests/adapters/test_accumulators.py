@@ -28,7 +28,8 @@ def test_noise_has_no_signal_and_the_variance_of_the_mean(count):
 def test_noise_of_equal_halves_is_half_their_difference():
     a, b = torch.tensor([[1.0, 4.0]]), torch.tensor([[3.0, -2.0]])
     torch.testing.assert_close(accumulated([a, b]).noise().matrix(), (a - b) / 2)
-    torch.testing.assert_close(accumulated([a, b]).second_moment(), (a.square() + b.square()) / 2)
+    squares = (a.square() + b.square()) / 2
+    torch.testing.assert_close(accumulated([a, b]).second_moment(), (squares.mean(1), squares.mean(0)))
     with pytest.raises(CalibrationError, match="only one loss"):
         accumulated([a]).noise()
 

@@ -52,10 +52,26 @@ def test_magnitude_scores_by_hand():
 
 
 def test_preconditioned_tail_by_hand():
-    second_moment = torch.full((3, 3), 4.0)
-    assert PreconditionedTail(eps=1.0).score(statistics(second_moment=second_moment), 1) == pytest.approx(5 / 9)
-    unused = torch.zeros(3, 3)
-    assert PreconditionedTail().score(statistics(torch.zeros(3, 3), second_moment=unused), 1) == 0
+    # One loss: the second moment is G squared, whose rows have the means 3, 4/3 and 1/3, as the columns have; all 14/9.
+    moments = torch.tensor([3.0, 4 / 3, 1 / 3])
+    # Each diagonal entry becomes its value over r times the root of the mean, (1, 3/2, 3) * root of 14/9.
+    expected = (1 + 9 / 4) * 14 / 9
+    assert PreconditionedTail().score(statistics(second_moment=(moments, moments)), 1) == pytest.approx(expected)
+    nothing = torch.zeros(3)
+    assert PreconditionedTail().score(statistics(torch.zeros(3, 3), second_moment=(nothing, nothing)), 1) == 0
+
+
+def test_preconditioned_tail_does_not_depend_on_the_scale_of_rows_and_columns():
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(6, 9, generator=generator)
+    scaled = torch.rand(6, 1, generator=generator).add(0.1) * gradient
+
+    def score(matrix):
+        squares = matrix.square()
+        return PreconditionedTail().score(statistics(matrix, second_moment=(squares.mean(1), squares.mean(0))), 2)
+
+    assert score(1e-3 * gradient) == pytest.approx(score(gradient)) and score(gradient.T) == pytest.approx(score(gradient))
+    assert score(scaled) == pytest.approx(score(gradient), rel=0.1)
 
 
 def test_snr_compares_the_tails_of_signal_and_noise():
@@ -120,8 +136,6 @@ def test_what_was_not_collected_is_named(scorer):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ConfigError, match="eps=0"):
-        PreconditionedTail(eps=0)
     with pytest.raises(ConfigError, match="step=-1"):
         Probe(step=-1)
 

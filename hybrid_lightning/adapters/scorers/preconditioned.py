@@ -1,31 +1,31 @@
 """Tail energy of the step that Adam would take, rather than of the gradient.
 
-With v the mean over calibration micro-batches of the squared gradient (entry by entry),
+Adam divides the gradient by the root of its second moment, entry by entry, so that a module's step has about the same size
+however large its gradient is; what then counts is how many directions it takes. The second moment is kept as Adafactor does
+(Shazeer and Stern 2018, arXiv 1804.04235): with r the means of its rows, c those of its columns and s the mean of all,
 
-P = G / (sqrt(v) + eps),    score = T_r(P) = ||P||_F^2 - sum_{i<=r} sigma_i(P)^2.
+P = diag(r)^(-1/2) G diag(c)^(-1/2) s^(1/2),    score = T_r(P) = ||P||_F^2 - sum_{i<=r} sigma_i(P)^2.
 """
 
+import torch
+from torch import Tensor
+
 from hybrid_lightning.adapters.scorers.base import Scorer
-from hybrid_lightning.adapters.statistics import ExactGradient, ModuleStatistics, require
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.adapters.statistics import ModuleStatistics, require
 
 
 class PreconditionedTail(Scorer):
-    """T_r of the Adam-preconditioned gradient; needs whole gradients and 4 more bytes per candidate parameter.
-
-    Args:
-        eps: added to the root of the second moment, as in Adam.
-    """
+    """T_r of the Adam-preconditioned gradient; works on sketches too, and needs m + n numbers more for each module."""
 
     needs_second_moment = True
     concurrent = True
 
-    def __init__(self, eps: float = 1e-8) -> None:
-        if not eps > 0:
-            raise ConfigError(f"eps={eps}: must be positive, such as Adam's 1e-8.")
-        self.eps = eps
-
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
-        gradient = require(statistics.gradient, "the gradient", self).matrix().double()
-        second_moment = require(statistics.second_moment, "the second moment", self).to(gradient)
-        return ExactGradient(gradient / (second_moment.sqrt() + self.eps)).tail_energy(rank)
+        gradient = require(statistics.gradient, "the gradient", self)
+        rows, columns = require(statistics.second_moment, "the second moment", self)
+        return gradient.scaled(_inverse_root(rows) * rows.double().mean().sqrt(), _inverse_root(columns)).tail_energy(rank)
+
+
+def _inverse_root(moments: Tensor) -> Tensor:
+    """Zero where the moment is, as all gradients are there."""
+    return torch.where(moments > 0, moments.double().rsqrt(), 0.0)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from worker import Gate, Settings
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.scorers import TailEnergy
+from hybrid_lightning.adapters.scorers import PreconditionedTail
 from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
 from hybrid_lightning.policy.module import PolicyModule
 
@@ -117,7 +117,7 @@ def build_adapter(method: str, rank: int, alpha: int) -> HybridAdapterSetup:
     if method == "lora":
         return HybridAdapterSetup(budget=ModuleBudget(share=0.0), rank=rank, alpha=alpha)
     if method == "hybrid":
-        return HybridAdapterSetup(budget=ModuleBudget(share=0.1), scorer=TailEnergy(), rank=rank, alpha=alpha)
+        return HybridAdapterSetup(budget=ModuleBudget(share=0.1), scorer=PreconditionedTail(), rank=rank, alpha=alpha)
     assert method == "fft"
     # The float32 weights take the place of the bfloat16 ones, as in any full fine-tuning without a KL term.
     return HybridAdapterSetup(budget=ModuleBudget(share=1.0), rank=rank, alpha=alpha, keep_start_weights=False)

@@ -22,7 +22,7 @@ from hybrid_lightning.adapters.heatmap import draw_heatmap
 from hybrid_lightning.adapters.lora import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.planning import make_plan
-from hybrid_lightning.adapters.scorers import Scorer, TailEnergy
+from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
 from hybrid_lightning.callbacks.display import console, progress_bar, run_folder, tensorboard_writers
@@ -41,7 +41,7 @@ class HybridAdapterSetup(Callback):
 
     Args:
         budget: How many modules are fully trained; None takes `ModuleBudget(share=0.1)`. Share 0 is LoRA, 1 full fine-tuning.
-        scorer: None takes `TailEnergy()`.
+        scorer: None takes `PreconditionedTail()`.
         gradients: How gradients are held while scoring; None takes `ExactGradients()`.
         rank: LoRA rank r.
         alpha: LoRA scale: alpha / rank.
@@ -77,7 +77,7 @@ class HybridAdapterSetup(Callback):
         if calibration_prompts is not None and calibration_prompts < 1:
             raise ConfigError(f"adapter.calibration_prompts must be at least 1, got {calibration_prompts}")
         self.budget = budget or ModuleBudget()
-        self.scorer = scorer or TailEnergy()
+        self.scorer = scorer or PreconditionedTail()
         self.gradients = gradients
         self.lora = LoraSettings(rank, alpha, dropout, use_dora, use_rslora)
         self.target_modules = target_modules

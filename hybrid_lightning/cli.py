@@ -168,7 +168,7 @@ class HybridLightningCLI(LightningCLI):
                 },
                 "data": {"class_path": "hybrid_lightning.data.PromptDataModule"},
                 "adapter.budget": {"class_path": "hybrid_lightning.adapters.budgets.ModuleBudget"},
-                "adapter.scorer": {"class_path": "hybrid_lightning.adapters.scorers.TailEnergy"},
+                "adapter.scorer": {"class_path": "hybrid_lightning.adapters.scorers.PreconditionedTail"},
                 "adapter.gradients": {"class_path": "hybrid_lightning.adapters.accumulators.ExactGradients"},
                 "checkpoint.save_last": True,
                 "checkpoint.filename": "step={step}",

@@ -2,12 +2,12 @@
 
 import re
 
-from hybrid_lightning.adapters.scorers import Scorer, TailEnergy
+from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.adapters.statistics import ModuleStatistics
 
 
-class Bottom(TailEnergy):
-    """The negative of `TailEnergy`: chooses the modules that it would choose last."""
+class Bottom(PreconditionedTail):
+    """The negative of `PreconditionedTail`: chooses the modules that it would choose last."""
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
         return -super().score(statistics, rank)

@@ -77,7 +77,7 @@ _ALL = (
     *(Method(f"lora_r{rank}", "lora", _share(0.0), rank=rank) for rank in (1, 4, 8, 16)),
     Method("only_full", "control", frozen_rest=True),
     _hybrid("tail_fraction", "TailFraction"),
-    _hybrid("preconditioned", "PreconditionedTail"),
+    _hybrid("tail_energy", "TailEnergy"),
     _hybrid("gradient_norm", "GradientNorm"),
     _hybrid("weight_gradient", "WeightGradient"),
     _hybrid("spectrum_snr", "SpectrumSNR"),

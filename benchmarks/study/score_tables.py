@@ -10,7 +10,7 @@ from benchmarks.study.estimates import Estimate, correlation, mean
 from benchmarks.study.records import of_method
 from benchmarks.study.tables import markdown
 
-DEFAULT = "TailEnergy"
+DEFAULT = "PreconditionedTail"
 Scores = Mapping[str, float]  # of each module
 
 

@@ -18,9 +18,9 @@ from benchmarks.study.pool import RESULTS, tasks_of, work_side_by_side
 from benchmarks.study.runner import QUIET, arguments, commit, read_task
 
 SCORERS = (
+    "PreconditionedTail",
     "TailEnergy",
     "TailFraction",
-    "PreconditionedTail",
     "GradientNorm",
     "WeightGradient",
     "SpectrumSNR",

@@ -126,7 +126,7 @@ class SketchedGradient(Gradient):
     def matrix(self) -> Tensor:  # noqa: D102
         raise ConfigError(
             "this scorer needs whole gradients, but only sketches were kept: score with ExactGradients, or choose a "
-            "scorer such as TailEnergy that works on sketches."
+            "scorer such as PreconditionedTail that works on sketches."
         )
 
     def scaled(self, rows: Tensor, columns: Tensor) -> Gradient:

@@ -181,12 +181,12 @@ def test_scores_beside_the_oracle(tmp_path):
     for n, module in enumerate(modules):
         keep(tmp_path, *(record(f"only:{module}", seed=s, accuracy=0.3 + 0.02 * n) for s in range(2)))
     for seed in range(2):
-        path = tmp_path / "scores" / "sums" / "TailEnergy" / f"seed={seed}.json"
+        path = tmp_path / "scores" / "sums" / "PreconditionedTail" / f"seed={seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         scores = ", ".join(f'"{module}": {n + seed}' for n, module in enumerate(modules))
         path.write_text(f'{{"scores": {{{scores}}}}}')
     text = score_tables.of_task(tmp_path, "sums")
-    assert "| TailEnergy | 1.00 [1.00, 1.00] | - | 1.00 | 9.mlp.up_proj |" in text
+    assert "| PreconditionedTail | 1.00 [1.00, 1.00] | - | 1.00 | 9.mlp.up_proj |" in text
 
 
 def test_the_analysis_makes_pages_of_records_alone(tmp_path):

@@ -77,7 +77,7 @@ def test_it_is_adapted_and_learns(tmp_path):
     before = float(Supervised().loss(DATA))
     module, _ = trained(tmp_path, steps=12)
     assert float(module.loss(DATA)) < before - 0.3
-    assert len(module.plan.full_modules) == 3 and module.plan.scorer["class_path"].endswith("TailEnergy")
+    assert len(module.plan.full_modules) == 3 and module.plan.scorer["class_path"].endswith("PreconditionedTail")
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert trainable == module.plan.trainable_parameters()
     assert AdapterPlan.load(tmp_path / "plan.json") == module.plan

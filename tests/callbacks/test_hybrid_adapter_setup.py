@@ -83,7 +83,7 @@ def test_the_plan_is_that_of_an_independent_singular_value_decomposition(gradien
         assert module.score == pytest.approx(expected[module.name], rel=1e-3)
     best = sorted(expected, key=lambda name: -expected[name])[:3]
     assert set(plan.full_modules) == set(best) and set(plan.lora_modules) == NAMES - set(best)
-    assert plan.scorer["class_path"].endswith("TailEnergy") and plan.calibration["signal"] == "reward"
+    assert plan.scorer["class_path"].endswith("PreconditionedTail") and plan.calibration["signal"] == "reward"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hybrid_lightning.adapters.statistics import ModuleStatistics, require
 
 
 class PreconditionedTail(Scorer):
-    """T_r of the Adam-preconditioned gradient; works on sketches too, and needs m + n numbers more for each module."""
+    """T_r of the Adam-preconditioned gradient, the default; works on sketches too, with m + n numbers more for each module."""
 
     needs_second_moment = True
     concurrent = True

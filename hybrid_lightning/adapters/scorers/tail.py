@@ -12,7 +12,7 @@ from hybrid_lightning.adapters.statistics import ModuleStatistics, require
 
 
 class TailEnergy(Scorer):
-    """T_r(G), the default: what rank r leaves behind, in the unit in which modules compete, energy of the gradient."""
+    """T_r(G): what rank r leaves behind, in the unit in which modules compete under plain gradient descent."""
 
     concurrent = True
 

@@ -9,7 +9,7 @@ from tiny_runs import build_adapter, build_trainer
 from torch.utils.data import DataLoader
 
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.adapters.scorers import Probe
+from hybrid_lightning.adapters.scorers import Probe, TailEnergy
 from hybrid_lightning.callbacks import Adaptable, HybridAdapterSetup
 from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
 
@@ -84,7 +84,7 @@ def test_it_is_adapted_and_learns(tmp_path):
 
 
 def test_its_plan_is_that_of_the_mean_gradient(tmp_path):
-    module, _ = trained(tmp_path, build_adapter(calibration_prompts=16), steps=1)
+    module, _ = trained(tmp_path, build_adapter(calibration_prompts=16, scorer=TailEnergy()), steps=1)
     base = build_model("llama", std=0.1).double().requires_grad_(True)
     base(DATA, labels=DATA).loss.backward()
     for planned in module.plan.candidates:

@@ -7,6 +7,7 @@ import torch
 from tiny_models import build_model, build_tokenizer
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.scorers import TailEnergy
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.losses import GRPOLoss
@@ -68,7 +69,8 @@ def build_data(path: Path, **arguments: Any) -> PromptDataModule:
 
 def build_adapter(share: float = 0.2, picture: bool = False, **arguments: Any) -> HybridAdapterSetup:
     """A hybrid adapter of rank 2, scored on 4 prompts. The picture of its plan takes as long as a fifth of a run."""
-    adapter = HybridAdapterSetup(**{"budget": ModuleBudget(share), "rank": 2, "calibration_prompts": 4, **arguments})
+    defaults = {"budget": ModuleBudget(share), "scorer": TailEnergy(), "rank": 2, "calibration_prompts": 4}
+    adapter = HybridAdapterSetup(**{**defaults, **arguments})
     if not picture:
         adapter._draw = lambda plan, path: None
     return adapter

@@ -84,14 +84,12 @@ class ModuleAccumulator:
     Args:
         form: how gradients are kept.
         halves: keep even and odd losses apart, for `noise`.
-        second_moment: also keep the row and column sums of squared gradients, m + n numbers, whatever the form.
         shape: (m, n).
     """
 
-    def __init__(self, form: GradientForm, shape: tuple[int, int], halves: bool, second_moment: bool) -> None:
+    def __init__(self, form: GradientForm, shape: tuple[int, int], halves: bool) -> None:
         self._form, self.shape = form, shape
         self._sums = [form.zeros() for _ in range(2 if halves else 1)]
-        self._squares = [torch.zeros(size) for size in shape] if second_moment else []  # of rows, and of columns
         self.received = torch.zeros(())  # gradients taken: stays 0 where the calibration losses do not use the module
         self.losses = torch.zeros(len(self._sums))  # losses in each half, set when all have been seen
 
@@ -99,16 +97,12 @@ class ModuleAccumulator:
         """Take the gradient [m, n] of the loss with this index."""
         for total, part in zip(self._sums[index % len(self._sums)], self._form.compress(gradient), strict=True):
             total.add_(part.to(total.device))
-        if self._squares:
-            squares = gradient.to(torch.float32).square()
-            for total, dimension in zip(self._squares, (1, 0), strict=True):
-                total.add_(squares.sum(dimension).to(total.device))
         self.received += 1
 
     def tensors(self) -> list[Tensor]:
         """Everything that has been summed: may itself be summed over ranks, in place."""
         sums = [tensor for half in self._sums for tensor in half]
-        return [*sums, *self._squares, self.received, self.losses]
+        return [*sums, self.received, self.losses]
 
     def has_signal(self) -> bool:
         """Whether any kept sum of gradients is not zero."""
@@ -135,13 +129,6 @@ class ModuleAccumulator:
             )
         ratio, total = math.sqrt(odd / even), even + odd
         return self._combine([ratio / total, -1.0 / (ratio * total)])
-
-    def second_moment(self) -> tuple[Tensor, Tensor]:
-        """Mean over the losses of the squared gradient, as the means of its rows [m] and of its columns [n]."""
-        assert self._squares, "no second moment was accumulated"
-        rows, columns = self._squares
-        losses = float(self.losses.sum())
-        return rows / (losses * len(columns)), columns / (losses * len(rows))
 
     def _combine(self, factors: list[float]) -> Gradient:
         kept = []

@@ -22,7 +22,6 @@ def collect_gradients(
     rank: int,
     *,
     halves: bool = False,
-    second_moment: bool = False,
     sum_over_ranks: Callable[[Tensor], object] | None = None,
 ) -> dict[str, ModuleAccumulator]:
     """Average the candidates' gradients over the calibration losses.
@@ -39,7 +38,6 @@ def collect_gradients(
         mode: how much of each gradient to keep.
         rank: LoRA rank (sketches are sized by it).
         halves: keep even and odd losses apart.
-        second_moment: also average the squared gradients.
         sum_over_ranks: sums a tensor over processes in place, such as `torch.distributed.all_reduce`; each process
             then gives losses of its own, and all get the same result.
 
@@ -56,7 +54,7 @@ def collect_gradients(
         if not weight.is_floating_point():
             raise ModelError(f"the weight of {name} is {weight.dtype}: score the model before it is quantized.")
         form = mode.form(name, weight, rank)
-        accumulators[name] = ModuleAccumulator(form, (weight.shape[0], weight.shape[1]), halves, second_moment)
+        accumulators[name] = ModuleAccumulator(form, (weight.shape[0], weight.shape[1]), halves)
     with _only_candidates_trainable(model, candidates), torch.enable_grad():
         counts = _backward_all(candidates, accumulators, losses)
     for accumulator in accumulators.values():

@@ -64,7 +64,6 @@ def score_modules(
             ExactGradients() if mode is None else mode,
             rank,
             halves=scorer.needs_halves,
-            second_moment=scorer.needs_second_moment,
             sum_over_ranks=sum_over_ranks,
         )
     _warn_unused(collected)
@@ -106,7 +105,6 @@ def _statistics(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         gradient=accumulator.mean() if accumulator else None,
         noise=accumulator.noise() if accumulator and scorer.needs_halves else None,
-        second_moment=accumulator.second_moment() if accumulator and scorer.needs_second_moment else None,
         evaluate_loss=evaluate_loss,
     )
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hybrid_lightning.adapters.accumulators import ExactForm, GradientForm, GradientMode
 from hybrid_lightning.adapters.spectra import few_threads
-from hybrid_lightning.adapters.statistics import Gradient
+from hybrid_lightning.adapters.statistics import Gradient, preconditioner
 from hybrid_lightning.errors import ConfigError
 
 
@@ -95,13 +95,22 @@ class SketchForm(GradientForm):
             psi_q = psi @ q
             x = torch.linalg.lstsq(psi_q, w).solution
         missed = float((w - psi_q @ x).square().sum()) / (size + 1)  # ||E||_F^2; l - k = k + 1
-        return SketchedGradient(q, x, missed)
+        # Energy of rows and of columns: that of Q X without its noise, and of what was missed the share that the sketches have.
+        energy = x.square().sum()
+        captured = (1 - missed / energy).clamp(min=0) if energy > 0 else energy
+        rows = ((q @ (x @ x.T)) * q).sum(1) * captured + missed * _shares(y.square().sum(1))
+        columns = x.square().sum(0) * captured + missed * _shares(w.square().sum(0))
+        return SketchedGradient(q, x, missed, (rows / len(columns), columns / len(rows)))
 
     def _test_matrices(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(self._device).manual_seed(self._seed)
         (rows, columns), size = self._shape, self._size
         omega = torch.randn(columns, size, generator=generator, device=self._device)
         return omega, torch.randn(2 * size + 1, rows, generator=generator, device=self._device)
+
+
+def _shares(energies: Tensor) -> Tensor:
+    return energies / energies.sum().clamp(min=torch.finfo(energies.dtype).tiny)
 
 
 class SketchedGradient(Gradient):
@@ -111,11 +120,12 @@ class SketchedGradient(Gradient):
         basis: Q, [m, k] float64.
         coefficients: X, [k, n] float64.
         missed: R, the estimate of ||E||_F^2, which is also the energy of the noise in X.
+        moments: means of the squares of G's rows [m] and columns [n].
     """
 
-    def __init__(self, basis: Tensor, coefficients: Tensor, missed: float) -> None:
+    def __init__(self, basis: Tensor, coefficients: Tensor, missed: float, moments: tuple[Tensor, Tensor]) -> None:
         self.shape = (basis.shape[0], coefficients.shape[1])
-        self._basis, self._coefficients, self._missed = basis, coefficients, missed
+        self._basis, self._coefficients, self._missed, self._moments = basis, coefficients, missed, moments
 
     def energy(self) -> float:  # noqa: D102
         return float(self._squares.sum())
@@ -129,12 +139,13 @@ class SketchedGradient(Gradient):
             "scorer such as PreconditionedTail that works on sketches."
         )
 
-    def scaled(self, rows: Tensor, columns: Tensor) -> Gradient:
-        """diag(rows) G diag(columns); what the sketch missed, and its noise, are taken to be spread evenly."""
-        rows, columns = rows.to(self._basis), columns.to(self._basis)
+    def preconditioned(self) -> Gradient:
+        """As the sketches tell it; what they missed, and their noise, are taken to be spread evenly."""
+        rows, columns = preconditioner(*self._moments)
         q, r = torch.linalg.qr(rows[:, None] * self._basis)
         missed = self._missed * float(rows.square().mean() * columns.square().mean())
-        return SketchedGradient(q, r @ self._coefficients * columns, missed)
+        even = (torch.ones_like(rows), torch.ones_like(columns))
+        return SketchedGradient(q, r @ self._coefficients * columns, missed, even)
 
     @cached_property
     def _squares(self) -> Tensor:

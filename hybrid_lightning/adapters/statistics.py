@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from hybrid_lightning.adapters.krylov import krylov_tail_energy
@@ -43,8 +44,8 @@ class Gradient(ABC):
         """
 
     @abstractmethod
-    def scaled(self, rows: Tensor, columns: Tensor) -> "Gradient":
-        """diag(rows) G diag(columns), with rows [m] and columns [n]."""
+    def preconditioned(self) -> "Gradient":
+        """The direction of Adam's first step, by a second moment of rank one (see `scorers.preconditioned`)."""
 
     def tail_energy(self, rank: int) -> float:
         """The energy that no matrix of this rank can capture, T_r(G) = ||G||_F^2 - sum_{i<=r} sigma_i(G)^2.
@@ -80,9 +81,10 @@ class ExactGradient(Gradient):
     def matrix(self) -> Tensor:  # noqa: D102
         return self._matrix
 
-    def scaled(self, rows: Tensor, columns: Tensor) -> Gradient:  # noqa: D102
+    def preconditioned(self) -> Gradient:  # noqa: D102
         matrix = self._matrix.double()
-        return ExactGradient(rows.to(matrix)[:, None] * matrix * columns.to(matrix))
+        rows, columns = preconditioner(matrix.square().mean(1), matrix.square().mean(0))
+        return ExactGradient(rows[:, None] * matrix * columns)
 
     def tail_energy(self, rank: int) -> float:  # noqa: D102
         if rank >= min(self.shape):
@@ -90,6 +92,23 @@ class ExactGradient(Gradient):
         tail = krylov_tail_energy(self._matrix, rank) if min(self.shape) >= KRYLOV_FROM else None
         # summed from the far end rather than subtracted: no cancellation where nearly all energy is in the first values
         return float(self.spectrum()[rank:].sum()) if tail is None else tail
+
+
+def preconditioner(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """What rows and columns are multiplied by, so that each entry is divided by the root of its second moment.
+
+    Args:
+        rows: means of the squares of each row, [m] float64.
+        columns: of each column, [n].
+
+    Returns:
+        Factors [m] and [n]; zero where the moment is, as all entries are there.
+    """
+
+    def inverse_root(moments: Tensor) -> Tensor:
+        return torch.where(moments > 0, moments.rsqrt(), 0.0)
+
+    return inverse_root(rows) * rows.mean().sqrt(), inverse_root(columns)
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,6 @@ class ModuleStatistics:
     parameters: int  # entries of weight and bias
     gradient: Gradient | None = None  # mean over the calibration losses
     noise: Gradient | None = None  # difference of the mean gradients of even and odd losses, scaled to the noise in `gradient`
-    second_moment: tuple[Tensor, Tensor] | None = None  # mean over the losses of the squared gradient: of rows [m], columns [n]
     evaluate_loss: Callable[[], float] | None = None  # calibration loss of the model with its weights as they are now
 
 

@@ -52,13 +52,10 @@ def test_magnitude_scores_by_hand():
 
 
 def test_preconditioned_tail_by_hand():
-    # One loss: the second moment is G squared, whose rows have the means 3, 4/3 and 1/3, as the columns have; all 14/9.
-    moments = torch.tensor([3.0, 4 / 3, 1 / 3])
-    # Each diagonal entry becomes its value over r times the root of the mean, (1, 3/2, 3) * root of 14/9.
-    expected = (1 + 9 / 4) * 14 / 9
-    assert PreconditionedTail().score(statistics(second_moment=(moments, moments)), 1) == pytest.approx(expected)
-    nothing = torch.zeros(3)
-    assert PreconditionedTail().score(statistics(torch.zeros(3, 3), second_moment=(nothing, nothing)), 1) == 0
+    # The squares of G have rows with the means 3, 4/3 and 1/3, as the columns have; all have 14/9. So the diagonal becomes
+    # its value over these, (1, 3/2, 3), times the root of 14/9.
+    assert PreconditionedTail().score(statistics(), 1) == pytest.approx((1 + 9 / 4) * 14 / 9)
+    assert PreconditionedTail().score(statistics(torch.zeros(3, 3)), 1) == 0
 
 
 def test_preconditioned_tail_does_not_depend_on_the_scale_of_rows_and_columns():
@@ -67,8 +64,7 @@ def test_preconditioned_tail_does_not_depend_on_the_scale_of_rows_and_columns():
     scaled = torch.rand(6, 1, generator=generator).add(0.1) * gradient
 
     def score(matrix):
-        squares = matrix.square()
-        return PreconditionedTail().score(statistics(matrix, second_moment=(squares.mean(1), squares.mean(0))), 2)
+        return PreconditionedTail().score(statistics(matrix), 2)
 
     assert score(1e-3 * gradient) == pytest.approx(score(gradient)) and score(gradient.T) == pytest.approx(score(gradient))
     assert score(scaled) == pytest.approx(score(gradient), rel=0.1)

@@ -52,13 +52,12 @@ def test_scores_against_full_gradients(make_model, losses, family):
     model = make_model(family)
     each = full_gradients(model, losses)
     gradients = mean(each)
-    squares = {name: torch.stack([one[name] for one in each]).square().mean(0) for name in gradients}
     noise = {n: (g - 2 * torch.stack([one[n] for one in each[1::2]]).sum(0) / len(each)) for n, g in gradients.items()}
     weights = {name: module.weight.double() for name, module in find_candidates(model).items()}
     expected = {
         TailEnergy: {name: tail(g) for name, g in gradients.items()},
         TailFraction: {name: tail(g) / float(g.square().sum()) for name, g in gradients.items()},
-        PreconditionedTail: {name: tail(g / factored(squares[name]).sqrt()) for name, g in gradients.items()},
+        PreconditionedTail: {name: tail(g / factored(g.square()).sqrt()) for name, g in gradients.items()},
         GradientNorm: {name: float(g.norm()) for name, g in gradients.items()},
         WeightGradient: {name: float((weights[name] * g).abs().sum()) for name, g in gradients.items()},
         SpectrumSNR: {n: max(tail(g) - tail(noise[n]), 0) / (tail(g) + tail(noise[n])) for n, g in gradients.items()},
@@ -69,13 +68,21 @@ def test_scores_against_full_gradients(make_model, losses, family):
         assert scores == {name: pytest.approx(value, rel=2e-3, abs=1e-6) for name, value in values.items()}, scorer
 
 
-@pytest.mark.parametrize("scorer", [TailEnergy(), PreconditionedTail()])
-def test_sketch_and_exact_rank_alike(make_model, losses, scorer):
+@pytest.mark.parametrize("scorer", [TailEnergy, PreconditionedTail])
+def test_it_does_not_matter_how_rollouts_are_cut_into_losses(make_model, losses, scorer):
+    model = make_model("llama")
+    candidates = find_candidates(model)
+    each = score_modules(model, candidates, losses(model), scorer(), RANK)
+    together = score_modules(model, candidates, [sum(losses(model)) / 6], scorer(), RANK)
+    assert each == {name: pytest.approx(score, rel=1e-3) for name, score in together.items()}
+
+
+def test_sketch_and_exact_rank_alike(make_model, losses):
     """Sketches of 12 directions, where rank 2 and 32 x 48 weights leave a real tail."""
     model = make_model("llama")
     candidates = find_candidates(model)
-    exact = score_modules(model, candidates, losses(model), scorer, RANK)
-    sketched = score_modules(model, candidates, losses(model), scorer, RANK, SketchedGradients(size=7))
+    exact = score_modules(model, candidates, losses(model), TailEnergy(), RANK)
+    sketched = score_modules(model, candidates, losses(model), TailEnergy(), RANK, SketchedGradients(size=7))
     best = sorted(exact, key=exact.__getitem__)[-3:]
     assert sorted(sketched, key=sketched.__getitem__)[-3:] == best
     ranks = [torch.tensor(list(scores.values())).argsort().argsort().double() for scores in (exact, sketched)]
@@ -167,7 +174,7 @@ def test_sums_over_ranks_are_those_of_one_process(make_model, losses, mode):
         return (loss for index, loss in enumerate(losses(model)) if index in indices)
 
     def sums(indices, sum_over_ranks=None):
-        options = {"halves": True, "second_moment": True, "sum_over_ranks": sum_over_ranks}
+        options = {"halves": True, "sum_over_ranks": sum_over_ranks}
         return collect_gradients(model, candidates, some(indices), mode, RANK, **options)
 
     second = [t for accumulator in sums([4, 5]).values() for t in accumulator.tensors()]

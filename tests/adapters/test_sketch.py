@@ -45,6 +45,23 @@ def test_tail_energy_is_close_at_the_default_size(power):
     assert sketch(matrix, size=2 * 8 + 10).tail_energy(8) == pytest.approx(ExactGradient(matrix).tail_energy(8), rel=0.15)
 
 
+def test_adams_step_is_told_from_sketches_of_the_gradient():
+    """Gradients of few and of many directions, whose rows and columns differ in size: the tails compare alike."""
+    exact, sketched = [], []
+    for number in range(16):
+        generator = torch.Generator().manual_seed(number)
+        directions = (8, 16, 32, 90)[number % 4]
+        matrix = torch.randn(ROWS, directions, generator=generator) @ torch.randn(directions, COLUMNS, generator=generator)
+        scale = 0.1 * (number // 4 + 1)
+        rows, columns = (torch.randn(size, generator=generator).mul(scale).exp() for size in (ROWS, COLUMNS))
+        matrix = rows[:, None] * matrix * columns
+        exact.append(ExactGradient(matrix).preconditioned().tail_energy(4))
+        sketched.append(sketch(matrix, size=30, seed=number).preconditioned().tail_energy(4))
+    assert sketched == pytest.approx(exact, rel=0.15)
+    ranks = [torch.tensor(values).argsort().argsort().double() for values in (exact, sketched)]
+    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.95
+
+
 def test_linear_in_the_gradient():
     form = SketchForm("layer", (ROWS, COLUMNS), torch.device("cpu"), 6, 3)
     a, b = decaying_matrix(1.0, 1), decaying_matrix(0.3, 2)

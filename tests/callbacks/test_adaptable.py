@@ -8,6 +8,7 @@ from tiny_models import build_model
 from tiny_runs import build_adapter, build_trainer
 from torch.utils.data import DataLoader
 
+from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.scorers import Probe, TailEnergy
 from hybrid_lightning.callbacks import Adaptable, HybridAdapterSetup
@@ -75,7 +76,7 @@ def trained(root, adapter=None, steps=4, trainer=None, **arguments):
 def test_it_is_adapted_and_learns(tmp_path):
     assert isinstance(Supervised(), Adaptable)
     before = float(Supervised().loss(DATA))
-    module, _ = trained(tmp_path, steps=12)
+    module, _ = trained(tmp_path, HybridAdapterSetup(budget=ModuleBudget(0.2), rank=2), steps=12)
     assert float(module.loss(DATA)) < before - 0.3
     assert len(module.plan.full_modules) == 3 and module.plan.scorer["class_path"].endswith("PreconditionedTail")
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)

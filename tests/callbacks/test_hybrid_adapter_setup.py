@@ -61,9 +61,11 @@ def gradients(model, sums, tmp_path_factory):
 
     policy = build_policy(model)
     policy.__class__ = Listening
-    build_trainer(tmp_path_factory.mktemp("gradients"), build_adapter(calibration_prompts=12), max_steps=0).fit(
-        policy, datamodule=build_data(sums)
-    )
+    build_trainer(
+        tmp_path_factory.mktemp("gradients"),
+        build_adapter(calibration_prompts=12, scorer=scorers.PreconditionedTail()),
+        max_steps=0,
+    ).fit(policy, datamodule=build_data(sums))
     (rollout,) = rollouts
     base = build_model("llama", std=0.1).double().requires_grad_(True)
     shares = [sum(c.isdigit() for c in text) / max(1, len(text)) for text in rollout.completions]
@@ -80,7 +82,7 @@ def test_the_plan_is_that_of_an_independent_singular_value_decomposition(gradien
     assert {module.name for module in plan.candidates} == NAMES == set(matrices)
 
     def tail_of_adams_step(gradient):
-        squares = gradient.square()  # of the one loss that there is
+        squares = gradient.square()
         second_moment = squares.mean(1, keepdim=True) * squares.mean(0) / squares.mean()
         return float(torch.linalg.svdvals(gradient / second_moment.sqrt())[2:].square().sum())
 

@@ -25,7 +25,6 @@ class Scorer(Part, ABC):
 
     needs_gradient: ClassVar[bool] = True  # `gradient`: without it no calibration pass is made
     needs_halves: ClassVar[bool] = False  # `noise`
-    needs_second_moment: ClassVar[bool] = False  # `second_moment`: m + n numbers a module
     needs_loss: ClassVar[bool] = False  # `evaluate_loss`
     concurrent: ClassVar[bool] = False  # `score` may run for several modules at a time: it only reads, and keeps nothing
 

@@ -140,10 +140,11 @@ class SketchedGradient(Gradient):
         )
 
     def preconditioned(self) -> Gradient:
-        """As the sketches tell it; what they missed, and their noise, are taken to be spread evenly."""
+        """As the sketches tell it; what they missed, and their noise, are taken to be spread over rows and columns as G is."""
         rows, columns = preconditioner(*self._moments)
         q, r = torch.linalg.qr(rows[:, None] * self._basis)
-        missed = self._missed * float(rows.square().mean() * columns.square().mean())
+        mean = float(self._moments[0].mean())  # of the squares of all entries, which becomes 1
+        missed = self._missed / mean if mean > 0 else 0.0
         even = (torch.ones_like(rows), torch.ones_like(columns))
         return SketchedGradient(q, r @ self._coefficients * columns, missed, even)
 

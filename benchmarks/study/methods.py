@@ -9,6 +9,7 @@ from typing import Any
 FULL_TO_LORA = 0.3  # of a hybrid: the learning rate of its fully trained modules as a share of LoRA's
 LORA_GRID = (2.5e-3, 5e-3, 1e-2)  # where tuning starts; beyond its edges it goes on by factors of 2
 FULL_GRID = (2.5e-4, 5e-4, 1e-3)
+SEVERAL_LOSSES = {"model.max_tokens_per_micro_batch": 512}  # of calibration, whose halves SpectrumSNR compares
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ _ALL = (
     _hybrid("tail_energy", "TailEnergy"),
     _hybrid("gradient_norm", "GradientNorm"),
     _hybrid("weight_gradient", "WeightGradient"),
-    _hybrid("spectrum_snr", "SpectrumSNR"),
+    _hybrid("spectrum_snr", "SpectrumSNR", **SEVERAL_LOSSES),
     _hybrid("probe", "Probe"),
     _hybrid("early_outputs", "benchmarks.study.controls.EarlyOutputs"),
     _hybrid("early", "benchmarks.study.controls.Early"),

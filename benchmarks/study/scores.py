@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.methods import METHODS
+from benchmarks.study.methods import METHODS, SEVERAL_LOSSES
 from benchmarks.study.pool import RESULTS, tasks_of, work_side_by_side
 from benchmarks.study.runner import QUIET, arguments, commit, read_task
 
@@ -53,7 +53,8 @@ class Scoring:
 def variants(task: str) -> dict[str, dict[str, Any]]:
     """Options of every variant, by name."""
     prompts = read_task(task)["adapter"]["calibration_prompts"]
-    by_scorer = {scorer.rpartition(".")[2]: {"adapter.scorer": scorer} for scorer in SCORERS}
+    by_scorer: dict[str, dict[str, Any]] = {scorer.rpartition(".")[2]: {"adapter.scorer": scorer} for scorer in SCORERS}
+    by_scorer["SpectrumSNR"] |= SEVERAL_LOSSES
     sizes = {f"prompts={n}": {"adapter.calibration_prompts": n} for n in (prompts // 4, prompts // 2, 2 * prompts, 4 * prompts)}
     ranks = {f"rank={r}": {"adapter.rank": r} for r in (1, 4, 8, 16)}
     return {**by_scorer, **sizes, **ranks, "sketched": {"adapter.gradients": "SketchedGradients"}, "supervised": SUPERVISED}

@@ -24,9 +24,8 @@ RESULTS = "__results__"  # in the tests' namespace: a bool for each test, where 
 _NEVER_RAISED = (StopIteration, StopAsyncIteration, AssertionError)
 
 # What an object that a function returned may not say of itself: tests that ask for this expect data, whose methods are Python's.
-_OF_CONTAINERS = {
-    name for kind in (MutableSequence, MutableMapping, MutableSet) for name in vars(kind)
-}  # a program may have its own
+# A container of the program's own may have these all the same.
+_OF_CONTAINERS = {name for kind in (MutableSequence, MutableMapping, MutableSet) for name in vars(kind)}
 _OF_CONTAINERS |= {"copy", "get", "items", "keys", "sort", "values"}
 _OF_DATA = {name for kind in (str, bytes, int, float, list, dict, set) for name in dir(kind)} - _OF_CONTAINERS
 _EQUALITY = re.compile(r"equal|equiv|same|identical|matches|compare|cmp|is_?close|all_?close|\Aeq\Z", re.IGNORECASE)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FULL_TO_LORA = 0.3  # of a hybrid: the learning rate of its fully trained modules as a share of LoRA's
-LORA_GRID = (2.5e-3, 5e-3, 1e-2)  # where tuning starts; beyond its edges it goes on by factors of 2
-FULL_GRID = (2.5e-4, 5e-4, 1e-3)
 SEVERAL_LOSSES = {"model.max_tokens_per_micro_batch": 512}  # of calibration, whose halves SpectrumSNR compares
 
 
@@ -31,11 +29,6 @@ class Method:
     def fully(self) -> bool:
         """Whether everything is trained fully, so that the one learning rate is that of full fine-tuning."""
         return self.group == "full"
-
-    @property
-    def grid(self) -> tuple[float, ...]:
-        """Learning rates that tuning starts with."""
-        return FULL_GRID if self.fully else LORA_GRID
 
     def options(self, task_rank: int, learning_rate: float, seed: int) -> dict[str, Any]:
         """Options of the command line for one run."""

@@ -1,7 +1,8 @@
 """Tunes the learning rate of each method on each task: `python -m benchmarks.study.sweep`.
 
-Every method gets the same first three rates, a factor of 2 apart, and the same two seeds. While the best rate is at an edge of
-those tried, the next one beyond it is tried as well. A method that is tuned as another takes its rate and has nothing to do here.
+Every method gets the same two seeds and three rates, those of the task and their neighbours a factor of 2 apart. While the best
+rate is at an edge of those tried, the next one beyond it is tried as well. A method that is tuned as another takes its rate and
+has nothing to do here.
 """
 
 import argparse
@@ -12,7 +13,8 @@ from benchmarks.study.methods import METHODS
 from benchmarks.study.pool import add_options, make_runs, methods_of, tasks_of
 from benchmarks.study.ranks import rank_of
 from benchmarks.study.records import TUNING_SEEDS, Job, of_method
-from benchmarks.study.tuning import means, next_rates
+from benchmarks.study.runner import read_task
+from benchmarks.study.tuning import first_rates, means, next_rates
 
 
 def open_jobs(task: str, names: list[str], results: Path) -> list[Job]:
@@ -23,7 +25,7 @@ def open_jobs(task: str, names: list[str], results: Path) -> list[Job]:
         if method.tuned_as:
             continue
         tuned = means(of_method(results, "sweep", Path(task).stem, name))
-        for rate in next_rates(method, tuned):
+        for rate in next_rates(first_rates(method, read_task(task)), tuned):
             rank = rank_of(method, results, Path(task).stem)
             jobs += [Job(task, name, rate, seed, "sweep", rank) for seed in TUNING_SEEDS]
     return [job for job in jobs if not job.path(results).exists()]

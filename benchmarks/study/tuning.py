@@ -1,14 +1,18 @@
 """Which learning rate a method gets: the best one on the validation problems of seeds that are used for nothing else."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.records import TUNING_SEEDS, Record, of_method
+from hybrid_lightning.policy.module import PolicyModule
 
 STEP = 2.0  # between neighbours on a grid
+FIRST = 3  # rates that tuning starts with
 EXTENSIONS = 4  # at most so many rates beyond the first ones
 
 
@@ -20,12 +24,19 @@ def means(records: Sequence[Record]) -> dict[float, float]:
     return {rate: fmean(seeds.values()) for rate, seeds in sorted(by_rate.items()) if set(TUNING_SEEDS) <= seeds.keys()}
 
 
-def next_rates(method: Method, tuned: dict[float, float]) -> list[float]:
-    """Rates to be tried next: those of the grid, then the one beyond the edge that is best; none when the best has neighbours."""
-    first = [rate for rate in method.grid if rate not in tuned]
-    if first:
-        return first
-    if len(tuned) >= len(method.grid) + EXTENSIONS:
+def first_rates(method: Method, task: dict[str, Any]) -> list[float]:
+    """Rates that tuning starts with: the task's own, of full fine-tuning or of LoRA, and its neighbours."""
+    name = "lr_full" if method.fully else "lr_lora"
+    model = task["model"]
+    own = float(model.get("init_args", model).get(name, inspect.signature(PolicyModule).parameters[name].default))
+    return [rounded(own / STEP), rounded(own), rounded(own * STEP)]
+
+
+def next_rates(first: Sequence[float], tuned: dict[float, float]) -> list[float]:
+    """Rates to be tried next: the first ones, then the one beyond the edge that is best; none when the best has neighbours."""
+    if len(tuned) < FIRST:
+        return [rate for rate in first if rate not in tuned]
+    if len(tuned) >= FIRST + EXTENSIONS:
         return []
     best = max(tuned, key=lambda rate: (tuned[rate], -rate))
     if best == min(tuned):
@@ -48,7 +59,7 @@ def best_rate(results: Path, task: str, method: Method) -> float:
     """
     source = METHODS[method.tuned_as] if method.tuned_as else method
     tuned = means(of_method(results, "sweep", task, source.name))
-    if next_rates(source, tuned):
+    if len(tuned) < FIRST or next_rates((), tuned):
         raise SystemExit(
             f"error: {source.name} has no tuned learning rate for {task} yet: run python -m benchmarks.study.sweep --task {task} "
             f"--method {source.name} first"

@@ -83,15 +83,25 @@ def test_rank_correlation_sees_order_alone():
     assert correlation([1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]).value == pytest.approx(-1)
 
 
-def test_tuning_tries_the_grid_then_goes_beyond_a_best_edge():
-    lora = METHODS["lora"]
-    assert tuning.next_rates(lora, {}) == list(lora.grid)
-    tuned = dict(zip(lora.grid, (0.1, 0.2, 0.3), strict=True))
-    assert tuning.next_rates(lora, tuned) == [0.02]
-    assert tuning.next_rates(lora, {**tuned, 0.02: 0.25}) == []
-    assert tuning.next_rates(lora, dict(zip(lora.grid, (0.3, 0.2, 0.1), strict=True))) == [0.00125]
-    rising = {rate: n for n, rate in enumerate((*lora.grid, 0.02, 0.04, 0.08, 0.16))}
-    assert tuning.next_rates(lora, rising) == []  # not for ever
+def test_tuning_starts_at_the_rates_of_the_task():
+    rl = {"model": {"lr_full": 1e-5, "lr_lora": 3e-4}}
+    assert tuning.first_rates(METHODS["fft"], rl) == [5e-6, 1e-5, 2e-5]
+    assert tuning.first_rates(METHODS["hybrid"], rl) == [1.5e-4, 3e-4, 6e-4]
+    supervised = {"model": {"class_path": "SupervisedModule", "init_args": {"lr_lora": 2e-3}}}
+    assert tuning.first_rates(METHODS["lora"], supervised) == [1e-3, 2e-3, 4e-3]
+    assert tuning.first_rates(METHODS["fft"], supervised) == [5e-6, 1e-5, 2e-5]  # what the module takes when nothing is said
+
+
+def test_tuning_tries_the_first_rates_then_goes_beyond_a_best_edge():
+    first = [2.5e-3, 5e-3, 1e-2]
+    assert tuning.next_rates(first, {}) == first
+    assert tuning.next_rates(first, {5e-3: 0.1}) == [2.5e-3, 1e-2]
+    tuned = dict(zip(first, (0.1, 0.2, 0.3), strict=True))
+    assert tuning.next_rates(first, tuned) == [0.02]
+    assert tuning.next_rates(first, {**tuned, 0.02: 0.25}) == []
+    assert tuning.next_rates(first, dict(zip(first, (0.3, 0.2, 0.1), strict=True))) == [0.00125]
+    rising = {rate: n for n, rate in enumerate((*first, 0.02, 0.04, 0.08, 0.16))}
+    assert tuning.next_rates(first, rising) == []  # not for ever
 
 
 def test_a_rate_counts_when_all_tuning_seeds_have_it(tmp_path):
@@ -106,9 +116,9 @@ def test_a_rate_counts_when_all_tuning_seeds_have_it(tmp_path):
 
 
 def test_a_method_may_take_the_rate_of_another(tmp_path):
-    for rate, value in zip(METHODS["hybrid"].grid, (0.1, 0.3, 0.2), strict=True):
+    for rate, value in ((1e-3, 0.1), (2e-3, 0.3), (4e-3, 0.2)):
         keep(tmp_path, *(record("hybrid", rate, seed, "sweep", value) for seed in TUNING_SEEDS))
-    assert tuning.best_rate(tmp_path, "sums", METHODS["bottom"]) == METHODS["hybrid"].grid[1]
+    assert tuning.best_rate(tmp_path, "sums", METHODS["bottom"]) == 2e-3
 
 
 def test_matched_lora_trains_as_much_as_the_hybrid(tmp_path):

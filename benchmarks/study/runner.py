@@ -23,9 +23,10 @@ from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.cli import HybridLightningCLI
 from hybrid_lightning.errors import TrainingError
 
-# Nothing of a run is kept but its record.
+# Nothing of a run is kept but its record and its log.
 QUIET = {
     "trainer.logger": False,
+    "trainer.default_root_dir": "runs/study/last",  # where the plan and the config of the last run lie
     "trainer.enable_progress_bar": False,
     "checkpoint.monitor": None,
     "checkpoint.save_top_k": 0,
@@ -159,11 +160,10 @@ def _edited_plan(task: str, method: Method, options: dict[str, Any]) -> Iterator
     if not method.frozen_rest and method.only is None:
         yield {}
         return
-    quiet = {**QUIET, "trainer.enable_progress_bar": False}
     scored = {**options, "adapter.budget.share": 1.0} if method.only else options  # nothing is scored where all are trained fully
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
-        cli = HybridLightningCLI(args=["score", "--config", task, *arguments({**scored, **quiet})])
+        cli = HybridLightningCLI(args=["score", "--config", task, *arguments({**scored, **QUIET})])
         edited(cli.model.plan, method).save(path)
         yield {"adapter.plan": str(path)}
 

@@ -14,7 +14,7 @@ from benchmarks.study.pool import add_options, make_runs, methods_of, tasks_of
 from benchmarks.study.ranks import rank_of
 from benchmarks.study.records import TUNING_SEEDS, Job, of_method
 from benchmarks.study.runner import read_task
-from benchmarks.study.tuning import first_rates, means, next_rates
+from benchmarks.study.tuning import first_rates, means, next_rates, outcome
 
 
 def open_jobs(task: str, names: list[str], results: Path) -> list[Job]:
@@ -41,6 +41,11 @@ def main() -> None:
         while jobs := [job for task in tasks for job in open_jobs(task, stage, arguments.results)]:
             if make_runs(jobs, arguments.results, arguments.workers):
                 sys.exit("error: some runs failed, so that tuning cannot go on; see the lines above")
+    for task in tasks:
+        for method in (METHODS[name] for name in names if not METHODS[name].tuned_as):
+            print(
+                f"{Path(task).stem}, {method.name}: {outcome(means(of_method(arguments.results, 'sweep', Path(task).stem, method.name)))}"
+            )
 
 
 if __name__ == "__main__":

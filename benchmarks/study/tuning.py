@@ -46,6 +46,13 @@ def next_rates(first: Sequence[float], tuned: dict[float, float]) -> list[float]
     return []
 
 
+def outcome(tuned: dict[float, float]) -> str:
+    """The best rate in words, and whether a better one may lie beyond those tried."""
+    best = max(tuned, key=lambda rate: (tuned[rate], -rate))
+    edge = f", at the edge of the {len(tuned)} tried" if best in (min(tuned), max(tuned)) else ""
+    return f"best learning rate {best:g}, validation {tuned[best]:.3f}{edge}"
+
+
 def rounded(rate: float) -> float:
     """Three digits, so that the rate of a file's name is the rate."""
     return float(f"{rate:.3g}")

@@ -102,6 +102,8 @@ def test_tuning_tries_the_first_rates_then_goes_beyond_a_best_edge():
     assert tuning.next_rates(first, dict(zip(first, (0.3, 0.2, 0.1), strict=True))) == [0.00125]
     rising = {rate: n for n, rate in enumerate((*first, 0.02, 0.04, 0.08, 0.16))}
     assert tuning.next_rates(first, rising) == []  # not for ever
+    assert tuning.outcome(rising).endswith(", at the edge of the 7 tried")
+    assert tuning.outcome({**tuned, 0.02: 0.25}) == "best learning rate 0.01, validation 0.300"
 
 
 def test_a_rate_counts_when_all_tuning_seeds_have_it(tmp_path):

@@ -37,6 +37,7 @@ def test_a_run_leaves_its_record_and_nothing_else(task, tmp_path):
     assert len(record.full_modules) == 3 and record.seed == 3
     assert record.options["model.lr_full"] == pytest.approx(3e-3) and record.options["adapter.rank"] == 2
     assert not list(tmp_path.rglob("*.ckpt")) and (tmp_path / LOGS).is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"small.yaml", "results", "runs"}
 
 
 @pytest.mark.parametrize("method", ["adalora", "only_full", "only:model.layers.1.mlp.down_proj"])

@@ -43,9 +43,8 @@ def main() -> None:
                 sys.exit("error: some runs failed, so that tuning cannot go on; see the lines above")
     for task in tasks:
         for method in (METHODS[name] for name in names if not METHODS[name].tuned_as):
-            print(
-                f"{Path(task).stem}, {method.name}: {outcome(means(of_method(arguments.results, 'sweep', Path(task).stem, method.name)))}"
-            )
+            tuned = means(of_method(arguments.results, "sweep", Path(task).stem, method.name))
+            print(f"{Path(task).stem}, {method.name}: {outcome(tuned)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Makes tables and figures of all records: `python -m benchmarks.study.analyse`.
 
-Reads the records alone, so that whoever doubts a number can make it again from them. Writes `tables.md`, `accuracy.png` and
-`curves.png` beside them, and puts the headline table and the targets between their marks in the pages that have such marks.
+Reads the records alone, so that whoever doubts a number can make it again from them. Writes `tables.md` and the figures
+`accuracy.png`, `curves.png` and `sizes.png` beside them, and puts the headline table and the targets between their marks in the
+pages that have such marks.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from benchmarks.study import score_tables
 from benchmarks.study.comparison import Comparison, compare
 from benchmarks.study.cost_table import cost_table
 from benchmarks.study.equal_cost import equal_memory, equal_time
-from benchmarks.study.figures import draw_accuracies, draw_curves
+from benchmarks.study.figures import draw_accuracies, draw_curves, draw_sizes
 from benchmarks.study.tables import headline, of_task, targets
 
 PAGES = (Path("README.md"), Path("results/README.md"))
@@ -37,6 +38,7 @@ def main() -> None:
     (arguments.results / "tables.md").write_text(page_text, encoding="utf-8")
     draw_accuracies(comparisons, arguments.results / "accuracy.png")
     draw_curves(comparisons, arguments.results / "curves.png")
+    draw_sizes(comparisons, arguments.results / "sizes.png")
     for page in arguments.pages:
         if page.exists():
             page.write_text(_filled(page.read_text(encoding="utf-8"), parts), encoding="utf-8")

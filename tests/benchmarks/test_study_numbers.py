@@ -214,7 +214,7 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path):
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert text.count("| sums | ") == 1 and text.count("closes 90%") == 1
     written = {path.name for path in (tmp_path / "results").iterdir()}
-    assert {"tables.md", "accuracy.png", "curves.png"} <= written
+    assert {"tables.md", "accuracy.png", "curves.png", "sizes.png"} <= written
 
 
 def test_a_stage_without_what_it_needs_says_so(tmp_path):

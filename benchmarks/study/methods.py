@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FULL_TO_LORA = 0.3  # of a hybrid: the learning rate of its fully trained modules as a share of LoRA's
-SEVERAL_LOSSES = {"model.max_tokens_per_micro_batch": 512}  # of calibration, whose halves SpectrumSNR compares
+SEVERAL_LOSSES = {"model.max_tokens_per_micro_batch": 256}  # of calibration, whose halves SpectrumSNR compares
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import yaml
+
 from benchmarks.study.methods import CORE, METHODS
+from benchmarks.study.policies import FOLDER
 from benchmarks.study.records import Job
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # relative, since it is written into the records
@@ -42,13 +45,19 @@ def tasks_of(arguments: argparse.Namespace) -> list[str]:
     """Paths of the configs.
 
     Raises:
-        SystemExit: If one is missing.
+        SystemExit: If one is missing, or its start policy.
     """
     paths = [name if name.endswith(".yaml") else str(HERE / "tasks" / f"{name}.yaml") for name in arguments.task]
     for path in paths:
         if not Path(path).exists():
             raise SystemExit(
                 f"error: there is no task {path}; give the path of a config, or one of the names in {HERE / 'tasks'}"
+            )
+        model = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["model"]
+        policy = Path(str(model.get("init_args", model).get("model")))
+        if policy.parent == FOLDER and not policy.exists():
+            raise SystemExit(
+                f"error: {path} starts from {policy}, which is not there yet: run python -m benchmarks.study.pretrain"
             )
     return paths
 

@@ -1,5 +1,7 @@
 """Runs of the study."""
 
+import argparse
+
 import pytest
 import yaml
 
@@ -7,6 +9,7 @@ pytest.importorskip("scipy", reason="the study's intervals need scipy")
 
 from benchmarks.study.facts import Facts, PlausibleFacts, possible_digits
 from benchmarks.study.methods import METHODS
+from benchmarks.study.pool import HERE, tasks_of
 from benchmarks.study.records import Job, load
 from benchmarks.study.runner import LOGS, make_run
 from hybrid_lightning.errors import ConfigError
@@ -15,8 +18,6 @@ from hybrid_lightning.errors import ConfigError
 @pytest.fixture
 def task(tmp_path, monkeypatch):
     """The products task of the study, made small."""
-    from benchmarks.study.pool import HERE
-
     config = yaml.safe_load((HERE / "tasks" / "products.yaml").read_text())
     config["trainer"].update(max_steps=4, val_check_interval=4)
     config["model"].update(prompts_per_rollout=4, samples_per_prompt=4)
@@ -65,6 +66,13 @@ def test_a_run_that_diverges_is_a_result_and_gets_nothing_right(task, tmp_path):
     assert record.diverged and record.validation == record.accuracy == 0.0
     assert [point["step"] for point in record.curve] == [0, 4] and record.curve[0]["avg"] > 0
     assert record.trainable_parameters > 800_000 and len(record.full_modules) == 28
+
+
+def test_a_task_without_its_start_policy_says_how_to_make_it(tmp_path, monkeypatch):
+    facts = str((HERE / "tasks" / "facts.yaml").absolute())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"starts from runs/study/policies/wide.*run python -m benchmarks.study.pretrain"):
+        tasks_of(argparse.Namespace(task=[facts]))
 
 
 def test_pretraining_never_saw_a_question_that_is_held_out():

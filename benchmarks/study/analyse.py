@@ -1,7 +1,7 @@
 """Makes tables and figures of all records: `python -m benchmarks.study.analyse`.
 
 Reads the records alone, so that whoever doubts a number can make it again from them. Writes `tables.md` and the figures
-`accuracy.png`, `curves.png` and `sizes.png` beside them, and puts the headline table and the targets between their marks in the
+`accuracy.png`, `curves.png` and `sizes.png` beside them, and puts the tables of all tasks between their marks in the
 pages that have such marks.
 """
 
@@ -15,7 +15,7 @@ from benchmarks.study.comparison import Comparison, compare
 from benchmarks.study.cost_table import cost_table
 from benchmarks.study.equal_cost import equal_memory, equal_time
 from benchmarks.study.figures import draw_accuracies, draw_curves, draw_sizes
-from benchmarks.study.tables import headline, of_task, targets
+from benchmarks.study.tables import choices, headline, of_task, targets
 
 PAGES = (Path("README.md"), Path("results/README.md"))
 
@@ -33,7 +33,7 @@ def main() -> None:
     comparisons = [comparison for task in tasks if (comparison := compare(arguments.results, task)).rows]
     if not comparisons:
         sys.exit(f"error: no runs in {arguments.results}/run; make some with python -m benchmarks.study.run")
-    parts = {"headline": headline(comparisons), "targets": targets(comparisons)}
+    parts = {"headline": headline(comparisons), "targets": targets(comparisons), "choices": choices(comparisons)}
     page_text = _page(arguments.results, comparisons, parts)
     (arguments.results / "tables.md").write_text(page_text, encoding="utf-8")
     draw_accuracies(comparisons, arguments.results / "accuracy.png")
@@ -57,7 +57,16 @@ def _page(results: Path, comparisons: list[Comparison], parts: dict[str, str]) -
     if (results / "cost").is_dir():
         sections.append(f"## Cost\n\n{cost_table(results)}\n")
     text = "Made by `python -m benchmarks.study.analyse` of the records beside this file. Intervals are of 95%."
-    return "\n".join(["# Tables of the study\n", f"{text}\n", parts["headline"] + "\n", parts["targets"] + "\n", *sections])
+    return "\n".join(
+        [
+            "# Tables of the study\n",
+            f"{text}\n",
+            parts["headline"] + "\n",
+            parts["targets"] + "\n",
+            parts["choices"] + "\n",
+            *sections,
+        ]
+    )
 
 
 def _filled(page: str, parts: dict[str, str]) -> str:

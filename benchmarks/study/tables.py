@@ -1,9 +1,11 @@
 """The study's tables as Markdown."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from benchmarks.study.comparison import WANTED_GAIN, WANTED_GAP, Comparison, Row
 from benchmarks.study.estimates import Estimate
+from benchmarks.study.methods import METHODS
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -49,6 +51,32 @@ def headline(comparisons: Sequence[Comparison]) -> str:
         for comparison in comparisons
     ]
     return markdown(header, rows)
+
+
+def choices(comparisons: Sequence[Comparison]) -> str:
+    """What each way to choose 10% of the modules gains over LoRA, in points, best first by the mean over tasks with a gap."""
+    gained = {
+        name: {
+            comparison.task: row.over_lora for comparison in comparisons if (row := comparison.rows.get(name)) and row.over_lora
+        }
+        for name, method in METHODS.items()
+        if name in ("hybrid", "random") or (method.tuned_as == "hybrid" and method.group != "budget")
+    }
+    gaps = [comparison.task for comparison in comparisons if comparison.has_gap]
+    means = {
+        name: fmean(by_task[task].value for task in gaps)
+        for name, by_task in gained.items()
+        if gaps and by_task.keys() >= set(gaps)
+    }
+    rows = [
+        (
+            name,
+            *(_text(gained[name].get(comparison.task)) for comparison in comparisons),
+            f"{100 * means[name]:.1f}" if name in means else "-",
+        )
+        for name in sorted((name for name in gained if gained[name]), key=lambda name: -means.get(name, -1.0))
+    ]
+    return markdown(("10% chosen by", *(comparison.task for comparison in comparisons), "mean where there is a gap"), rows)
 
 
 def targets(comparisons: Sequence[Comparison]) -> str:

@@ -188,6 +188,15 @@ def test_what_is_not_reached_is_said(tmp_path):
     assert tables.targets([replace(comparison, rows=weak)]).count("**no**") == 2  # the gap, and the random choice itself
 
 
+def test_choices_are_ranked_by_what_they_gain_where_there_is_a_gap(tmp_path):
+    results_with_a_gap(tmp_path)
+    keep(tmp_path, *(record("late", seed=s, accuracy=0.9) for s in range(8)))
+    keep(tmp_path, *(record("budget_20", seed=s, accuracy=0.95) for s in range(8)))
+    lines = tables.choices([compare(tmp_path, "sums")]).splitlines()[2:]
+    assert [line.split(" | ")[0].strip("| ") for line in lines] == ["late", "hybrid", "random"]
+    assert lines[0].startswith("| late | 39.3 [") and lines[0].endswith("| 39.3 |")  # LoRA has 50.7 on average
+
+
 def test_scores_beside_the_oracle(tmp_path):
     modules = [f"model.layers.{n}.mlp.up_proj" for n in range(10)]
     for n, module in enumerate(modules):
@@ -218,12 +227,12 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path):
 
 
 def test_a_stage_without_what_it_needs_says_so(tmp_path):
-    for stage, words in (
-        ("run", "has no tuned learning rate"),
-        ("analyse", "no runs in"),
-        ("oracle", "sweep fft on facts first"),
+    for stage, options, words in (
+        ("run", ["--task", "products"], "has no tuned learning rate"),
+        ("analyse", [], "no runs in"),
+        ("oracle", ["--task", "products"], "sweep fft on products first"),
     ):
-        command = (sys.executable, "-m", f"benchmarks.study.{stage}", "--results", tmp_path)
+        command = (sys.executable, "-m", f"benchmarks.study.{stage}", "--results", tmp_path, *options)
         failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert failed.returncode == 1 and words in failed.stderr and "Traceback" not in failed.stderr
 

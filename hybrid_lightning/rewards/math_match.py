@@ -26,6 +26,7 @@ class MathMatch(RewardFunction):
 
     - Units must agree where both answers have one of those in `math_units.py`; they are converted within a dimension: 15 cm are
       0.15 m and no 15 m. "$5 per hour" may be "$5", but 5 m/s is no 5 m. Other units, such as apples, are not compared.
+      "1 hour and 30 minutes" is 90 minutes, and 90 or 1.5 where the reference answer has no unit.
     - A bound is no number: "the answer is at least 18", "more than 18", "18 or more" and "18+" are wrong for 18. After other
       verbs, "at least 18" says how many are needed and is 18: "She needs at least 18 eggs".
     - Of "18 dollars (9 eggs at $2)", as a whole or after "the answer is", the answer is what stands before the brackets.

@@ -6,7 +6,7 @@ request that uses more than the CPU time given as argument ends the process by t
 sympy can delay or catch.
 
 It stands apart from the package so that it starts in a third of a second: it imports nothing of ours but `math_text.py`,
-`math_phrases.py` and `math_units.py`, which import nothing else of ours.
+`math_phrases.py`, `math_units.py` and `math_compound.py`, which import nothing else of ours.
 """
 
 import json
@@ -24,6 +24,7 @@ from math_verify import parse, verify
 from sympy import Eq
 
 sys.path.append(str(Path(__file__).parent))  # at the end: what lies here hides no module of another name
+from math_compound import in_one_unit  # type: ignore[import-not-found]
 from math_phrases import HEDGE, is_bound, without_remark  # type: ignore[import-not-found]
 from math_text import normalize, plain, statement, symbols, window  # type: ignore[import-not-found]
 from math_units import scales, unit, without_unit  # type: ignore[import-not-found]
@@ -106,7 +107,7 @@ def same_brackets(gold: str, found: str) -> bool:
 @lru_cache(maxsize=4096)
 def parse_gold(gold: str) -> Any:
     """Parse a reference answer: a number, perhaps with a unit, or else a formula; None if it is neither."""
-    gold = symbols(gold.strip())
+    gold = in_one_unit(symbols(gold.strip()))[0]
     text = normalize(without_unit(plain(gold)) or gold)
     if DATE.search(text):
         return None
@@ -130,9 +131,14 @@ def answer(request: list[str]) -> bool:
         return True
     if not same_base(*request) or not same_half_day(*request):
         return False
-    text = said(request[1])
+    # A reference answer without a unit may be in either.
+    return any(answers(request[0], text, gold) for text in dict.fromkeys(in_one_unit(said(request[1]))))
+
+
+def answers(reference: str, text: str, gold: Any) -> bool:
+    """Whether the answer in what `said` leaves of a completion equals the reference answer, parsed and as it stands."""
     if number(gold[0]) is not None:  # 5m + 3s has letters and no units
-        wanted, given = plain(symbols(request[0])), plain(text)
+        wanted, given = plain(in_one_unit(symbols(reference))[0]), plain(text)
         factors = scales(wanted, given)
         if unit(wanted) is not None and not is_bound(text):
             text = without_unit(given) or text
@@ -142,9 +148,9 @@ def answer(request: list[str]) -> bool:
     if equal(gold, found) or equal(gold, last_equation(found, text)):
         return True
     # 12.5% is 12.5 where one of the two leaves the sign out, as math-verify has it for whole numbers.
-    if ("%" in request[0]) == ("%" in request[1]):
+    if ("%" in reference) == ("%" in text):
         return False
-    gold = parse_gold(PERCENT.sub("", request[0]))
+    gold = parse_gold(PERCENT.sub("", reference))
     return gold is not None and equal(gold, find(PERCENT.sub("", text)))
 
 
@@ -209,7 +215,7 @@ def number(parsed: Any) -> float | None:
 
 def value(text: str) -> str | None:
     """The answer in a text, numbers to the six places that they are compared to; None if there is none."""
-    parsed = find(said(text))
+    parsed = find(in_one_unit(said(text))[0])
     if not parsed:
         return None
     found = number(parsed[0])

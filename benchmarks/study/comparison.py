@@ -1,5 +1,6 @@
 """The numbers of one task, from its records: what each method reached, and what the project set out to reach."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -82,6 +83,20 @@ def compare(results: Path, task: str) -> Comparison:
         for name, accuracies in seeds.items()
     }
     return Comparison(task, rows)
+
+
+def over_tasks(comparisons: Sequence[Comparison], method: str, other: str) -> Estimate | None:
+    """Mean over tasks of the difference of two methods, with the interval over seeds; None where a task lacks one of them."""
+    if not comparisons or any(name not in comparison.rows for comparison in comparisons for name in (method, other)):
+        return None
+    ours, theirs = (_mean_by_seed([comparison.rows[name].records for comparison in comparisons]) for name in (method, other))
+    return difference(ours, theirs)
+
+
+def _mean_by_seed(tasks: Sequence[list[Record]]) -> dict[int, float]:
+    accuracies = [_by_seed(records) for records in tasks]
+    common = set.intersection(*(set(by_seed) for by_seed in accuracies))
+    return {seed: fmean(by_seed[seed] for by_seed in accuracies) for seed in common}
 
 
 def _by_seed(records: list[Record]) -> dict[int, float]:

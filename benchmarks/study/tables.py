@@ -1,9 +1,8 @@
 """The study's tables as Markdown."""
 
 from collections.abc import Sequence
-from statistics import fmean
 
-from benchmarks.study.comparison import WANTED_GAIN, WANTED_GAP, Comparison, Row
+from benchmarks.study.comparison import WANTED_GAIN, WANTED_GAP, Comparison, Row, over_tasks
 from benchmarks.study.estimates import Estimate
 from benchmarks.study.methods import METHODS
 
@@ -55,28 +54,19 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 
 def choices(comparisons: Sequence[Comparison]) -> str:
     """What each way to choose 10% of the modules gains over LoRA, in points, best first by the mean over tasks with a gap."""
-    gained = {
-        name: {
-            comparison.task: row.over_lora for comparison in comparisons if (row := comparison.rows.get(name)) and row.over_lora
-        }
-        for name, method in METHODS.items()
-        if name in ("hybrid", "random") or (method.tuned_as == "hybrid" and method.group != "budget")
-    }
-    gaps = [comparison.task for comparison in comparisons if comparison.has_gap]
-    means = {
-        name: fmean(by_task[task].value for task in gaps)
-        for name, by_task in gained.items()
-        if gaps and by_task.keys() >= set(gaps)
-    }
-    rows = [
-        (
-            name,
-            *(_text(gained[name].get(comparison.task)) for comparison in comparisons),
-            f"{100 * means[name]:.1f}" if name in means else "-",
-        )
-        for name in sorted((name for name in gained if gained[name]), key=lambda name: -means.get(name, -1.0))
-    ]
-    return markdown(("10% chosen by", *(comparison.task for comparison in comparisons), "mean where there is a gap"), rows)
+    with_gap = [comparison for comparison in comparisons if comparison.has_gap]
+    rows = []
+    for name, method in METHODS.items():
+        if name not in ("hybrid", "random") and (method.tuned_as != "hybrid" or method.group == "budget"):
+            continue
+        gained = [row.over_lora if (row := comparison.rows.get(name)) else None for comparison in comparisons]
+        if any(gained):
+            over_lora = over_tasks(with_gap, name, "lora")
+            over_random = over_tasks(with_gap, name, "random") if name != "random" else None
+            cells = (name, *map(_text, (*gained, over_lora, over_random)))
+            rows.append((over_lora.value if over_lora else -1.0, cells))
+    header = ("10% chosen by", *(comparison.task for comparison in comparisons), "where there is a gap", "over random there")
+    return markdown(header, [cells for _, cells in sorted(rows, key=lambda row: -row[0])])
 
 
 def targets(comparisons: Sequence[Comparison]) -> str:
@@ -99,6 +89,9 @@ def targets(comparisons: Sequence[Comparison]) -> str:
         each = ", ".join(f"{gain:+.1%}" for gain in gains)
         name = f"beats the best of LoRA, DoRA, rsLoRA and AdaLoRA by {WANTED_GAIN:.2%} on average of the tasks with a gap"
         rows.append((name, f"{average:+.1%} ({each})", _yes(average >= WANTED_GAIN)))
+    if over_random := over_tasks(with_gap, "hybrid", "random"):
+        name = "beats a random choice on average of the tasks with a gap, the interval without zero"
+        rows.append((name, _text(over_random) + " points", _yes(over_random.low > 0)))
     for comparison in comparisons:
         hybrid = comparison.rows.get("hybrid")
         if hybrid is None:

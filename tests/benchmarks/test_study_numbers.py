@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("scipy", reason="the study's intervals need scipy")
 
 from benchmarks.study import score_tables, tables, tuning
-from benchmarks.study.comparison import compare
+from benchmarks.study.comparison import compare, over_tasks
 from benchmarks.study.equal_cost import equal_memory, equal_time
 from benchmarks.study.estimates import correlation, difference, gap_closed, mean
 from benchmarks.study.methods import CORE, METHODS
@@ -185,7 +185,7 @@ def test_what_is_not_reached_is_said(tmp_path):
     results_with_a_gap(tmp_path)
     comparison = compare(tmp_path, "sums")
     weak = {**comparison.rows, "hybrid": comparison.rows["random"]}
-    assert tables.targets([replace(comparison, rows=weak)]).count("**no**") == 2  # the gap, and the random choice itself
+    assert tables.targets([replace(comparison, rows=weak)]).count("**no**") == 3  # the gap, and twice the random choice itself
 
 
 def test_choices_are_ranked_by_what_they_gain_where_there_is_a_gap(tmp_path):
@@ -194,7 +194,16 @@ def test_choices_are_ranked_by_what_they_gain_where_there_is_a_gap(tmp_path):
     keep(tmp_path, *(record("budget_20", seed=s, accuracy=0.95) for s in range(8)))
     lines = tables.choices([compare(tmp_path, "sums")]).splitlines()[2:]
     assert [line.split(" | ")[0].strip("| ") for line in lines] == ["late", "hybrid", "random"]
-    assert lines[0].startswith("| late | 39.3 [") and lines[0].endswith("| 39.3 |")  # LoRA has 50.7 on average
+    assert lines[0].startswith("| late | 39.3 [") and "| 29.3 [" in lines[0]  # LoRA has 50.7 on average
+
+
+def test_differences_over_tasks_are_of_seeds_that_all_have(tmp_path):
+    for task, gains in (("one", {0: 0.1, 1: 0.2, 2: 0.9}), ("two", {0: 0.3, 1: 0.0})):
+        for seed, gain in gains.items():
+            keep(tmp_path / task, record("hybrid", seed=seed, accuracy=0.4 + gain), record("lora", seed=seed, accuracy=0.4))
+    estimate = over_tasks([compare(tmp_path / task, "sums") for task in ("one", "two")], "hybrid", "lora")
+    assert estimate is not None and estimate.number == 2 and estimate.value == pytest.approx(0.15)
+    assert over_tasks([compare(tmp_path / "one", "sums")], "hybrid", "random") is None
 
 
 def test_scores_beside_the_oracle(tmp_path):

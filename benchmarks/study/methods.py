@@ -1,12 +1,13 @@
 """The methods that the study compares: what each changes in the config of a task, and how its learning rates are tuned.
 
-A method has one learning rate, that of LoRA or of full fine-tuning. A hybrid has two, whose ratio is the same for all.
+A method has one learning rate, that of LoRA or of full fine-tuning. A hybrid has two, whose ratio is the same for all but those
+that take one rate for both.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-FULL_TO_LORA = 0.3  # of a hybrid: the learning rate of its fully trained modules as a share of LoRA's
+FULL_TO_LORA = 0.3  # of most hybrids: the learning rate of their fully trained modules as a share of LoRA's
 SEVERAL_LOSSES = {"model.max_tokens_per_micro_batch": 256}  # of calibration, whose halves SpectrumSNR compares
 
 
@@ -21,6 +22,7 @@ class Method:
     match_state: bool = False  # the rank is the smallest with as many trainable parameters as the hybrid has
     module: str | None = None  # of a policy with another adapter: the class for RL and, below, for examples
     supervised_module: str | None = None
+    full_to_lora: float = FULL_TO_LORA
     frozen_rest: bool = False  # modules that are not fully trained stay as they are
     only: str | None = None  # the one module that is fully trained, by name
     tuned_as: str | None = None  # the method whose learning rate it takes; None: it is tuned itself
@@ -33,7 +35,7 @@ class Method:
     def options(self, task_rank: int, learning_rate: float, seed: int) -> dict[str, Any]:
         """Options of the command line for one run."""
         rank = self.rank or task_rank
-        rates = {"model.lr_full": learning_rate if self.fully else FULL_TO_LORA * learning_rate}
+        rates = {"model.lr_full": learning_rate if self.fully else self.full_to_lora * learning_rate}
         if not self.fully:
             rates["model.lr_lora"] = learning_rate
         changes = {name: value.format(seed=seed) if isinstance(value, str) else value for name, value in self.changes.items()}
@@ -57,6 +59,8 @@ _ALL = (
     Method("lora", "lora", _share(0.0)),
     Method("hybrid", "hybrid"),
     _hybrid("random", "Random", "control", None, **{"adapter.scorer.seed": "{seed}"}),
+    Method("hybrid_one_rate", "hybrid", full_to_lora=1.0),
+    Method("random_one_rate", "control", {**_scorer("Random"), "adapter.scorer.seed": "{seed}"}, full_to_lora=1.0),
     Method("dora", "baseline", {**_share(0.0), "adapter.use_dora": True}),
     Method("rslora", "baseline", {**_share(0.0), "adapter.use_rslora": True}),
     Method(

@@ -73,8 +73,8 @@ def _filled(page: str, parts: dict[str, str]) -> str:
     """A page with each part between its marks, `<!-- study: NAME -->` and `<!-- end -->`."""
     for name, text in parts.items():
         page = re.sub(
-            rf"(<!-- study: {name} -->\n).*?(\n<!-- end -->)",
-            lambda found, text=text: found[1] + text + found[2],
+            rf"(<!-- study: {name} -->\n).*?(<!-- end -->)",
+            lambda found, text=text: f"{found[1]}{text}\n{found[2]}",
             page,
             flags=re.DOTALL,
         )

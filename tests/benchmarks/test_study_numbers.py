@@ -223,7 +223,7 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path):
     results_with_a_gap(tmp_path / "results")
     page = tmp_path / "page.md"
     page.write_text(
-        "before\n<!-- study: headline -->\nold\n<!-- end -->\nbetween\n<!-- study: targets -->\n\n<!-- end -->\nafter\n"
+        "before\n<!-- study: headline -->\nold\n<!-- end -->\nbetween\n<!-- study: targets -->\n<!-- end -->\nafter\n"
     )
     command = (sys.executable, "-m", "benchmarks.study.analyse", "--results", tmp_path / "results", "--pages", page)
     for _ in range(2):  # again changes nothing

@@ -161,6 +161,18 @@ def unit(text: str) -> Unit | None:
     return _after(re.sub(r"\A(?:[ $]|\\[)\]])+", " ", text[box.end() :]), 0, money)[0]
 
 
+def ratio(large: str, small: str) -> float | None:
+    """How many of one unit make another; None if they have no dimension in common, or more than one number may be meant.
+
+    Example:
+        >>> ratio("hour", "minutes"), ratio("minute", "hours"), ratio("hour", "feet")
+        (60.0, None, None)
+    """
+    one, other = (SYMBOLS.get(name) or WORDS.get(name.casefold()) or {} for name in (large, small))
+    found = {round(a / b, 9) for kind in one.keys() & other.keys() for a in one[kind] for b in other[kind]}
+    return number if len(found) == 1 and (number := found.pop()) > 1 and number.is_integer() else None
+
+
 def without_unit(text: str) -> str | None:
     r"""A text that is only a quantity, or its only box if that is one, without its unit; None if there is none known.
 

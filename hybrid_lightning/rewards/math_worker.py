@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).parent))  # at the end: what lies here hides 
 from math_compound import in_one_unit  # type: ignore[import-not-found]
 from math_phrases import HEDGE, is_bound, without_remark  # type: ignore[import-not-found]
 from math_text import normalize, plain, statement, symbols, window  # type: ignore[import-not-found]
-from math_units import scales, unit, without_unit  # type: ignore[import-not-found]
+from math_units import ratio, scales, unit, without_unit  # type: ignore[import-not-found]
 
 MEMORY_BYTES = 4 * 2**30  # 9^9^9 and its like are refused memory before they take the machine's
 
@@ -107,7 +107,7 @@ def same_brackets(gold: str, found: str) -> bool:
 @lru_cache(maxsize=4096)
 def parse_gold(gold: str) -> Any:
     """Parse a reference answer: a number, perhaps with a unit, or else a formula; None if it is neither."""
-    gold = in_one_unit(symbols(gold.strip()))[0]
+    gold = in_one_unit(symbols(gold.strip()), ratio)[0]
     text = normalize(without_unit(plain(gold)) or gold)
     if DATE.search(text):
         return None
@@ -132,13 +132,13 @@ def answer(request: list[str]) -> bool:
     if not same_base(*request) or not same_half_day(*request):
         return False
     # A reference answer without a unit may be in either.
-    return any(answers(request[0], text, gold) for text in dict.fromkeys(in_one_unit(said(request[1]))))
+    return any(answers(request[0], text, gold) for text in dict.fromkeys(in_one_unit(said(request[1]), ratio)))
 
 
 def answers(reference: str, text: str, gold: Any) -> bool:
     """Whether the answer in what `said` leaves of a completion equals the reference answer, parsed and as it stands."""
     if number(gold[0]) is not None:  # 5m + 3s has letters and no units
-        wanted, given = plain(in_one_unit(symbols(reference))[0]), plain(text)
+        wanted, given = plain(in_one_unit(symbols(reference), ratio)[0]), plain(text)
         factors = scales(wanted, given)
         if unit(wanted) is not None and not is_bound(text):
             text = without_unit(given) or text
@@ -215,7 +215,7 @@ def number(parsed: Any) -> float | None:
 
 def value(text: str) -> str | None:
     """The answer in a text, numbers to the six places that they are compared to; None if there is none."""
-    parsed = find(in_one_unit(said(text))[0])
+    parsed = find(in_one_unit(said(text), ratio)[0])
     if not parsed:
         return None
     found = number(parsed[0])

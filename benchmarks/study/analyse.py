@@ -57,16 +57,7 @@ def _page(results: Path, comparisons: list[Comparison], parts: dict[str, str]) -
     if (results / "cost").is_dir():
         sections.append(f"## Cost\n\n{cost_table(results)}\n")
     text = "Made by `python -m benchmarks.study.analyse` of the records beside this file. Intervals are of 95%."
-    return "\n".join(
-        [
-            "# Tables of the study\n",
-            f"{text}\n",
-            parts["headline"] + "\n",
-            parts["targets"] + "\n",
-            parts["choices"] + "\n",
-            *sections,
-        ]
-    )
+    return "\n".join(["# Tables of the study\n", f"{text}\n", *(f"{part}\n" for part in parts.values()), *sections])
 
 
 def _filled(page: str, parts: dict[str, str]) -> str:

@@ -15,7 +15,7 @@ from benchmarks.study.comparison import Comparison, compare
 from benchmarks.study.cost_table import cost_table
 from benchmarks.study.equal_cost import equal_memory, equal_time
 from benchmarks.study.figures import draw_accuracies, draw_curves, draw_sizes
-from benchmarks.study.tables import choices, headline, of_task, targets
+from benchmarks.study.tables import choices, headline, of_task, ratios, targets
 
 PAGES = (Path("README.md"), Path("results/README.md"))
 
@@ -33,7 +33,12 @@ def main() -> None:
     comparisons = [comparison for task in tasks if (comparison := compare(arguments.results, task)).rows]
     if not comparisons:
         sys.exit(f"error: no runs in {arguments.results}/run; make some with python -m benchmarks.study.run")
-    parts = {"headline": headline(comparisons), "targets": targets(comparisons), "choices": choices(comparisons)}
+    parts = {
+        "headline": headline(comparisons),
+        "targets": targets(comparisons),
+        "choices": choices(comparisons),
+        "ratios": ratios(comparisons),
+    }
     page_text = _page(arguments.results, comparisons, parts)
     (arguments.results / "tables.md").write_text(page_text, encoding="utf-8")
     draw_accuracies(comparisons, arguments.results / "accuracy.png")

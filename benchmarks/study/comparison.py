@@ -8,8 +8,11 @@ from statistics import fmean
 from benchmarks.study.estimates import Estimate, difference, gap_closed, mean
 from benchmarks.study.methods import METHODS
 from benchmarks.study.records import Record, of_method
+from benchmarks.study.tuning import means
 
 BASELINES = ("lora", "dora", "rslora", "adalora")  # the four that only adapt
+# Each has variants that differ in the ratio of the two rates, all tuned; the tuning seeds say which one a task takes.
+RATIO_TUNED = {"hybrid_tuned_ratio": ("hybrid", "hybrid_one_rate"), "random_tuned_ratio": ("random", "random_one_rate")}
 WANTED_GAP = 0.9  # of the gap between LoRA and full fine-tuning, closed by the hybrid
 WANTED_GAIN = 0.0436  # over the best baseline, relative: what the paper reports on average
 
@@ -24,6 +27,10 @@ class Row:
     over_lora: Estimate | None  # paired by seed
     over_random: Estimate | None
     gap: Estimate | None  # share of the gap between LoRA and FFT
+
+    @property
+    def group(self) -> str:
+        return METHODS[RATIO_TUNED.get(self.method, (self.method,))[0]].group
 
     @property
     def learning_rate(self) -> float:
@@ -58,16 +65,18 @@ class Comparison:
         there = [self.rows[name] for name in BASELINES if name in self.rows]
         return max(there, key=lambda row: row.accuracy.value) if len(there) == len(BASELINES) else None
 
-    @property
-    def relative_gain(self) -> float | None:
-        """Of the hybrid over the best baseline."""
-        best, ours = self.best_baseline, self.rows.get("hybrid")
+    def relative_gain(self, method: str = "hybrid") -> float | None:
+        """Of a hybrid over the best baseline."""
+        best, ours = self.best_baseline, self.rows.get(method)
         return None if best is None or ours is None else ours.accuracy.value / best.accuracy.value - 1
 
 
 def compare(results: Path, task: str) -> Comparison:
     """Read the runs of a task; methods without any are left out."""
     records = {name: of_method(results, "run", task, name) for name in METHODS}
+    for name, variants in RATIO_TUNED.items():
+        if all(records[variant] for variant in variants):
+            records[name] = records[_best_tuned(results, task, variants)]
     seeds = {name: _by_seed(found) for name, found in records.items() if found}
     nothing: dict[int, float] = {}
     lora, random, fft = (seeds.get(name, nothing) for name in ("lora", "random", "fft"))
@@ -83,6 +92,15 @@ def compare(results: Path, task: str) -> Comparison:
         for name, accuracies in seeds.items()
     }
     return Comparison(task, rows)
+
+
+def _best_tuned(results: Path, task: str, methods: Sequence[str]) -> str:
+    """The method whose best learning rate has the best validation on the tuning seeds; the first of equals."""
+
+    def best(method: str) -> float:
+        return max(means(of_method(results, "sweep", task, method)).values(), default=0.0)
+
+    return max(methods, key=best)
 
 
 def over_tasks(comparisons: Sequence[Comparison], method: str, other: str) -> Estimate | None:

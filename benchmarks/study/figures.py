@@ -14,6 +14,7 @@ from benchmarks.study.comparison import Comparison, Row
 from benchmarks.study.methods import METHODS
 
 COLOURS = {
+    "start": "#222222",
     "full": "#d1495b",
     "lora": "#66a182",
     "baseline": "#3b7f5f",
@@ -54,7 +55,7 @@ def _figure(number: int, height: float) -> tuple[Figure, list[Axes]]:
 def _accuracies(axes: Axes, comparison: Comparison) -> None:
     rows = sorted(comparison.rows.values(), key=lambda row: row.accuracy.value)
     for place, row in enumerate(rows):
-        colour = COLOURS[METHODS[row.method].group]
+        colour = COLOURS[row.group]
         value = row.accuracy
         axes.plot([100 * value.low, 100 * value.high], [place, place], color=colour, linewidth=2)
         axes.plot(

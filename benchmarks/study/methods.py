@@ -16,7 +16,7 @@ class Method:
     """One column of the comparison."""
 
     name: str
-    group: str  # `full`, `lora`, `baseline`, `hybrid`, `control`, `budget` or `oracle`
+    group: str  # `start`, `full`, `lora`, `baseline`, `hybrid`, `control`, `budget` or `oracle`
     changes: dict[str, Any] = field(default_factory=dict)  # of the task's config, as options of the command line
     rank: int | None = None  # of LoRA; None takes the task's
     match_state: bool = False  # the rank is the smallest with as many trainable parameters as the hybrid has
@@ -28,12 +28,19 @@ class Method:
     tuned_as: str | None = None  # the method whose learning rate it takes; None: it is tuned itself
 
     @property
+    def untrained(self) -> bool:
+        """Whether the start policy is tested as it is, so that there is no learning rate."""
+        return self.group == "start"
+
+    @property
     def fully(self) -> bool:
         """Whether everything is trained fully, so that the one learning rate is that of full fine-tuning."""
         return self.group == "full"
 
     def options(self, task_rank: int, learning_rate: float, seed: int) -> dict[str, Any]:
         """Options of the command line for one run."""
+        if self.untrained:
+            return {}
         rank = self.rank or task_rank
         rates = {"model.lr_full": learning_rate if self.fully else self.full_to_lora * learning_rate}
         if not self.fully:
@@ -55,6 +62,7 @@ def _hybrid(name: str, scorer: str, group: str = "hybrid", tuned_as: str | None 
 
 
 _ALL = (
+    Method("start", "start"),
     Method("fft", "full", _share(1.0)),
     Method("lora", "lora", _share(0.0)),
     Method("hybrid", "hybrid"),

@@ -125,7 +125,8 @@ def _prepare() -> None:
     from hybrid_lightning.process import prepare_process
 
     prepare_process()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _end_with_starter() -> None:

@@ -46,16 +46,18 @@ class Curve(Callback):
         self._since = 0.0
         self._trained = 0.0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.trainer, self.module = trainer, pl_module
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._trained += time.perf_counter() - self._since
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" or trainer.sanity_checking:
+        if trainer.state.fn in ("fit", "validate"):
             values = accuracies(trainer, "val")
             self.points.append({"step": trainer.global_step, "seconds": round(self._trained, 2), **values})
         self._since = time.perf_counter()
@@ -110,22 +112,24 @@ def _run(job: Job) -> Record:
         "seed_everything": job.seed,
         "model.seed": job.seed,  # of prompts and sampling; the problems stay those of the task
     }
+    command = "validate" if method.untrained else "fit"
     supervised = task["model"].get("class_path", "").endswith("SupervisedModule")
     start, processor = time.perf_counter(), time.process_time()
-    with _edited_plan(job.task, method, options) as plan:
-        given = {**options, **plan}
+    with _edited_plan(job.task, method, options) as plan_option:
+        given = {**options, **plan_option}
         if method.module is not None:
             given["model"] = method.supervised_module if supervised else method.module
         curve, diverged = Curve(), False
         try:
             HybridLightningCLI(
-                args=["fit", "--config", job.task, *arguments({**given, **QUIET})], trainer_defaults={"callbacks": [curve]}
+                args=[command, "--config", job.task, *arguments({**given, **QUIET})], trainer_defaults={"callbacks": [curve]}
             )
         except TrainingError:  # of too large a learning rate: that is a result
             diverged = True
             curve.fail()
     trained = time.perf_counter() - start
     trainer, module = curve.trainer, curve.module
+    plan = module.plan  # none where nothing is trained
     scoring = next(c.totals()["scoring"] for c in trainer.callbacks if hasattr(c, "totals"))  # type: ignore[attr-defined]
     if not diverged:
         trainer.test(module, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
@@ -133,14 +137,14 @@ def _run(job: Job) -> Record:
         job=vars(job),
         options=options,
         config_digest=hashlib.sha256(Path(job.task).read_bytes()).hexdigest()[:16],
-        model_digest=module.plan.model_digest[:16],
+        model_digest=module.base_digest[:16],
         commit=commit(),
         versions={name: version(name) for name in ("torch", "lightning", "transformers", "peft")},
         curve=curve.points,
         test={"avg": 0.0, "greedy": 0.0} if diverged else accuracies(trainer, "test"),
-        trainable_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
+        trainable_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad) if plan else 0,
         diverged=diverged,
-        full_modules=list(module.plan.full_modules),
+        full_modules=list(plan.full_modules) if plan else [],
         seconds={"run": round(trained, 2), "training": curve.points[-1]["seconds"], "scoring": round(scoring, 3)},
         processor_seconds=round(time.process_time() - processor, 2),
     )

@@ -1,8 +1,8 @@
 """Tunes the learning rate of each method on each task: `python -m benchmarks.study.sweep`.
 
-Every method gets the same two seeds and three rates, those of the task and their neighbours a factor of 2 apart. While the best
-rate is at an edge of those tried, the next one beyond it is tried as well. A method that is tuned as another takes its rate and
-has nothing to do here.
+Every method gets the same two seeds (or one, where runs take long: `--seeds 1000`) and three rates, those of the task and their
+neighbours a factor of 2 apart. While the best rate is at an edge of those tried, the next one beyond it is tried as well. A
+method that is tuned as another takes its rate and has nothing to do here.
 """
 
 import argparse
@@ -17,32 +17,35 @@ from benchmarks.study.runner import read_task
 from benchmarks.study.tuning import first_rates, means, next_rates, outcome
 
 
-def open_jobs(task: str, names: list[str], results: Path) -> list[Job]:
+def open_jobs(task: str, names: list[str], seeds: list[int], results: Path) -> list[Job]:
     """Runs that the next round of tuning needs."""
     jobs = []
     for name in names:
         method = METHODS[name]
-        if method.tuned_as:
+        if method.untrained or method.tuned_as:
             continue
-        tuned = means(of_method(results, "sweep", Path(task).stem, name))
+        tuned = means(of_method(results, "sweep", Path(task).stem, name), seeds)
         for rate in next_rates(first_rates(method, read_task(task)), tuned):
             rank = rank_of(method, results, Path(task).stem)
-            jobs += [Job(task, name, rate, seed, "sweep", rank) for seed in TUNING_SEEDS]
+            jobs += [Job(task, name, rate, seed, "sweep", rank) for seed in seeds]
     return [job for job in jobs if not job.path(results).exists()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_options(parser)
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=list(TUNING_SEEDS), choices=TUNING_SEEDS, help="default: both of them"
+    )
     arguments = parser.parse_args()
     tasks, names = tasks_of(arguments), methods_of(arguments)
     # Those that others take their rank from come first.
     for stage in ([n for n in names if not METHODS[n].match_state], [n for n in names if METHODS[n].match_state]):
-        while jobs := [job for task in tasks for job in open_jobs(task, stage, arguments.results)]:
+        while jobs := [job for task in tasks for job in open_jobs(task, stage, arguments.seeds, arguments.results)]:
             if make_runs(jobs, arguments.results, arguments.workers):
                 sys.exit("error: some runs failed, so that tuning cannot go on; see the lines above")
     for task in tasks:
-        for method in (METHODS[name] for name in names if not METHODS[name].tuned_as):
+        for method in (METHODS[name] for name in names if not METHODS[name].untrained and not METHODS[name].tuned_as):
             tuned = means(of_method(arguments.results, "sweep", Path(task).stem, method.name))
             print(f"{Path(task).stem}, {method.name}: {outcome(tuned)}")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from benchmarks.study.comparison import WANTED_GAIN, WANTED_GAP, Comparison, Row, over_tasks
+from benchmarks.study.comparison import RATIO_TUNED, WANTED_GAIN, WANTED_GAP, Comparison, Row, over_tasks
 from benchmarks.study.estimates import Estimate
 from benchmarks.study.methods import METHODS
 
@@ -43,7 +43,7 @@ def _row(row: Row, has_gap: bool) -> tuple[str, ...]:
 
 def headline(comparisons: Sequence[Comparison]) -> str:
     """The methods that most people ask about, on every task."""
-    names = ("fft", "hybrid", "random", "lora", "dora", "rslora", "adalora")
+    names = ("start", "fft", "hybrid", "random", "lora", "dora", "rslora", "adalora")
     header = ("task", *names)
     rows = [
         (comparison.task, *(comparison.rows[name].accuracy.text() if name in comparison.rows else "-" for name in names))
@@ -69,6 +69,27 @@ def choices(comparisons: Sequence[Comparison]) -> str:
     return markdown(header, [cells for _, cells in sorted(rows, key=lambda row: -row[0])])
 
 
+def ratios(comparisons: Sequence[Comparison]) -> str:
+    """The hybrid where the ratio of its two rates is fixed, is 1, or is tuned; each beside a random choice treated alike."""
+    variants = {"0.3": ("hybrid", "random"), "1": ("hybrid_one_rate", "random_one_rate"), "tuned": tuple(RATIO_TUNED)}
+    with_gap = [comparison for comparison in comparisons if comparison.has_gap]
+    rows = []
+    for ratio, (ours, chance) in variants.items():
+        for comparison in with_gap:
+            row, other = comparison.rows.get(ours), comparison.rows.get(chance)
+            if row is None or other is None:
+                continue
+            gain = comparison.relative_gain(ours)
+            over_chance = over_tasks([comparison], ours, chance)
+            over_best = "-" if gain is None else f"{gain:+.1%}"
+            cells = (row.accuracy.text(), _text(row.gap, digits=0), over_best, _text(over_chance))
+            rows.append((ratio, comparison.task, *cells))
+        if over_chance := over_tasks(with_gap, ours, chance):
+            rows.append((ratio, "mean of these", "-", "-", "-", _text(over_chance)))
+    header = ("ratio", "task", "accuracy %", "gap closed %", "over the best baseline", "over random, points")
+    return markdown(header, rows)
+
+
 def targets(comparisons: Sequence[Comparison]) -> str:
     """What the project set out to reach, and what it did."""
     with_gap = [comparison for comparison in comparisons if comparison.has_gap and "hybrid" in comparison.rows]
@@ -83,7 +104,7 @@ def targets(comparisons: Sequence[Comparison]) -> str:
                 _yes(gap.value >= WANTED_GAP),
             )
         )
-    gains = [comparison.relative_gain for comparison in with_gap if comparison.relative_gain is not None]
+    gains = [gain for comparison in with_gap if (gain := comparison.relative_gain()) is not None]
     if gains:
         average = sum(gains) / len(gains)
         each = ", ".join(f"{gain:+.1%}" for gain in gains)

@@ -2,13 +2,13 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from benchmarks.study.methods import METHODS, Method
-from benchmarks.study.records import TUNING_SEEDS, Record, of_method
+from benchmarks.study.records import Record, of_method
 from hybrid_lightning.policy.module import PolicyModule
 
 STEP = 2.0  # between neighbours on a grid
@@ -16,12 +16,14 @@ FIRST = 3  # rates that tuning starts with
 EXTENSIONS = 4  # at most so many rates beyond the first ones
 
 
-def means(records: Sequence[Record]) -> dict[float, float]:
-    """Mean validation accuracy by learning rate, of those that all tuning seeds have."""
+def means(records: Sequence[Record], seeds: Iterable[int] | None = None) -> dict[float, float]:
+    """Mean validation accuracy by learning rate, of those that all these seeds have; None: all seeds that there are."""
+    wanted = {record.seed for record in records} if seeds is None else set(seeds)
     by_rate: dict[float, dict[int, float]] = defaultdict(dict)
     for record in records:
         by_rate[record.learning_rate][record.seed] = record.validation
-    return {rate: fmean(seeds.values()) for rate, seeds in sorted(by_rate.items()) if set(TUNING_SEEDS) <= seeds.keys()}
+    complete = {rate: by_seed for rate, by_seed in sorted(by_rate.items()) if wanted <= by_seed.keys()}
+    return {rate: fmean(by_seed[seed] for seed in wanted) for rate, by_seed in complete.items()}
 
 
 def first_rates(method: Method, task: dict[str, Any]) -> list[float]:
@@ -59,11 +61,13 @@ def rounded(rate: float) -> float:
 
 
 def best_rate(results: Path, task: str, method: Method) -> float:
-    """The tuned learning rate of a method, or of the one that it is tuned as.
+    """The tuned learning rate of a method, or of the one that it is tuned as; 0 of the start policy.
 
     Raises:
         SystemExit: If it has not been tuned to the end.
     """
+    if method.untrained:
+        return 0.0
     source = METHODS[method.tuned_as] if method.tuned_as else method
     tuned = means(of_method(results, "sweep", task, source.name))
     if len(tuned) < FIRST or next_rates((), tuned):

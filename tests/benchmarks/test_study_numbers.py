@@ -176,7 +176,7 @@ def test_a_comparison_by_hand(tmp_path):
     assert hybrid.gap is not None
     assert hybrid.gap.value == pytest.approx(hybrid.over_lora.value / (fft.accuracy.value - lora.accuracy.value))
     assert comparison.best_baseline is comparison.rows["dora"]
-    assert comparison.relative_gain == pytest.approx(0.787 / 0.517 - 1)
+    assert comparison.relative_gain() == pytest.approx(0.787 / 0.517 - 1)
     text = tables.targets([comparison])
     assert "closes 90% of the gap on sums | 93 [" in text and "+52.2%" in text and "**no**" not in text
 

@@ -102,3 +102,11 @@ def test_impossible_sizes_are_refused(wrong):
 
 def test_every_random_run_draws_modules_of_its_own():
     assert METHODS["random"].options(2, 1e-2, 5)["adapter.scorer.seed"] == "5"
+
+
+def test_the_start_policy_is_tested_as_it_is(task, tmp_path):
+    record = load(make_run(Job(task, "start", 0.0, 3, "run"), tmp_path / "results"))
+    assert [point["step"] for point in record.curve] == [0]
+    assert record.trainable_parameters == 0 and record.full_modules == []
+    trained = load(make_run(Job(task, "lora", 1e-2, 3, "run"), tmp_path / "results"))
+    assert record.model_digest == trained.model_digest and record.curve == trained.curve[:1]

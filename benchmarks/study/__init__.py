@@ -1,0 +1,6 @@
+"""Whether the method holds, and at what cost: see results/README.md."""
+
+import logging
+
+# Advice about 4-bit kernels, which every process of the study would give again.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -7,7 +7,6 @@ denominators of the whole optimizer step), but that a "rollout" is looked up: ea
 (`Prompt.completions`), and one rollout is one optimizer step. Examples are complete or an error: none is cut.
 """
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,12 +19,12 @@ from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import ExampleLoss
 from hybrid_lightning.policy.evaluation import EvaluationMetrics
 from hybrid_lightning.policy.example_calibration import ExampleCalibration
+from hybrid_lightning.policy.example_evaluation import EvaluatedExamples
 from hybrid_lightning.policy.example_metrics import ExampleMetrics
 from hybrid_lightning.policy.logprobs import token_logprobs
 from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
 from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.policy.step_times import PhaseClock
-from hybrid_lightning.policy.stepped import SteppedModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.forward import base_model
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
@@ -33,10 +32,10 @@ from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.source import DrawPrompts
 from hybrid_lightning.sharding.forward import as_forward, with_whole_weights
-from hybrid_lightning.types import LossInputs, PolicyBatch, Prompt, Sequences
+from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 
-class ExampleModule(SteppedModule):
+class ExampleModule(EvaluatedExamples):
     """Training and held-out loss on examples; a subclass says which loss is meant and what an example has to look like.
 
     Args:
@@ -67,8 +66,6 @@ class ExampleModule(SteppedModule):
     """
 
     default_loss: type[ExampleLoss]
-    loss: ExampleLoss
-    reward: RewardFunction | None  # type: ignore[assignment]  # of generated completions, which are then evaluated too
     examples_per_step: int
     completions_wanted: str  # how an example has to look, for error messages
 
@@ -258,56 +255,3 @@ class ExampleModule(SteppedModule):
     def _calibration_logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         with self._precision():
             return self.logprobs(sequences)
-
-    # ---- validation and test: the loss of examples, and where there is a reward what the policy makes of their prompts
-
-    def _measure(self, prompts: Sequence[Prompt], metrics: ExampleMetrics) -> None:
-        sequences = self.example_sequences(prompts, self.device)
-
-        def terms() -> LossInputs:
-            logprobs, entropy = self._constant_logprobs(sequences)
-            reference = None
-            if self.loss.needs_reference:
-                with self.start_policy():
-                    reference, _ = self._constant_logprobs(sequences)
-            ones = torch.ones(len(sequences), device=self.device)
-            return LossInputs(logprobs, ones, sequences.completion_mask, ref_logprobs=reference, entropy=entropy)
-
-        with self._inference():
-            inputs = with_whole_weights(self.model, terms)
-        identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in prompts]
-        weights = self.loss.weights(sequences.completion_mask)
-        metrics.update(torch.tensor(identity, device=self.device), weights, self.loss.terms(inputs))
-
-    def validation_step(self, batch: Sequence[Prompt], *place: Any, **places: Any) -> None:
-        """Loss of a batch of examples, and completions of their prompts if there is a reward."""
-        self._measure(batch, self.example_metrics["val"])  # type: ignore[arg-type]
-        if self.reward is not None:
-            super().validation_step(batch, *place, **places)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log `val/...`."""
-        if self.reward is not None:
-            super().on_validation_epoch_end()
-        self._log_measured("val")
-
-    def test_step(self, batch: Sequence[Prompt], *place: Any, **places: Any) -> None:
-        """As in validation."""
-        self._measure(batch, self.example_metrics["test"])  # type: ignore[arg-type]
-        if self.reward is not None:
-            super().test_step(batch, *place, **places)
-
-    def on_test_epoch_end(self) -> None:
-        """Log `test/...`."""
-        if self.reward is not None:
-            super().on_test_epoch_end()
-        self._log_measured("test")
-
-    def _log_measured(self, prefix: str) -> None:
-        metrics: Any = self.example_metrics[prefix]
-        measured = {name: float(value) for name, value in metrics.compute().items()}
-        # Every rank has the same values; `sync_dist` lets Lightning know.
-        self.log_dict({f"{prefix}/{name}": value for name, value in measured.items()}, sync_dist=self.trainer.world_size > 1)
-        evaluation = self.last_evaluation if self.reward is not None else {}
-        self.last_evaluation = {**evaluation, "": {**measured, **evaluation.get("", {})}}
-        metrics.reset()

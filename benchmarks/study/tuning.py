@@ -35,16 +35,16 @@ def first_rates(method: Method, task: dict[str, Any]) -> list[float]:
 
 
 def next_rates(first: Sequence[float], tuned: dict[float, float]) -> list[float]:
-    """Rates to be tried next: the first ones, then the one beyond the edge that is best; none when the best has neighbours."""
+    """Rates to be tried next: the first ones, then the one beyond an edge that no other beats; none when the best has neighbours."""
     if len(tuned) < FIRST:
         return [rate for rate in first if rate not in tuned]
     if len(tuned) >= FIRST + EXTENSIONS:
         return []
-    best = max(tuned, key=lambda rate: (tuned[rate], -rate))
-    if best == min(tuned):
-        return [rounded(best / STEP)]
-    if best == max(tuned):
-        return [rounded(best * STEP)]
+    lowest, highest, best = min(tuned), max(tuned), max(tuned.values())
+    if tuned[lowest] == best:
+        return [rounded(lowest / STEP)]
+    if tuned[highest] == best:
+        return [rounded(highest * STEP)]
     return []
 
 

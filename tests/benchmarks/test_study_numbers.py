@@ -100,6 +100,7 @@ def test_tuning_tries_the_first_rates_then_goes_beyond_a_best_edge():
     assert tuning.next_rates(first, tuned) == [0.02]
     assert tuning.next_rates(first, {**tuned, 0.02: 0.25}) == []
     assert tuning.next_rates(first, dict(zip(first, (0.3, 0.2, 0.1), strict=True))) == [0.00125]
+    assert tuning.next_rates(first, dict(zip(first, (0.2, 0.3, 0.3), strict=True))) == [0.02]  # as good as its neighbour
     rising = {rate: n for n, rate in enumerate((*first, 0.02, 0.04, 0.08, 0.16))}
     assert tuning.next_rates(first, rising) == []  # not for ever
     assert tuning.outcome(rising).endswith(", at the edge of the 7 tried")

@@ -35,7 +35,7 @@ def first_rates(method: Method, task: dict[str, Any]) -> list[float]:
 
 
 def next_rates(first: Sequence[float], tuned: dict[float, float]) -> list[float]:
-    """Rates to be tried next: the first ones, then the one beyond an edge that no other beats; none when the best has neighbours."""
+    """Rates to be tried next: the first ones, then the one beyond an edge that no other rate beats."""
     if len(tuned) < FIRST:
         return [rate for rate in first if rate not in tuned]
     if len(tuned) >= FIRST + EXTENSIONS:

@@ -1,8 +1,8 @@
 """Makes tables and figures of all records: `python -m benchmarks.study.analyse`.
 
 Reads the records alone, so that whoever doubts a number can make it again from them. Writes `tables.md` and the figures
-`accuracy.png`, `curves.png` and `sizes.png` beside them, and puts the tables of all tasks between their marks in the
-pages that have such marks.
+`accuracy.png`, `curves.png` and `sizes.png` beside them, and puts the tables of all tasks, and those of one task, between
+their marks in the pages that have such marks.
 """
 
 import argparse
@@ -44,9 +44,10 @@ def main() -> None:
     draw_accuracies(comparisons, arguments.results / "accuracy.png")
     draw_curves(comparisons, arguments.results / "curves.png")
     draw_sizes(comparisons, arguments.results / "sizes.png")
+    marked = {**parts, **{comparison.task: of_task(comparison) for comparison in comparisons}}
     for page in arguments.pages:
         if page.exists():
-            page.write_text(_filled(page.read_text(encoding="utf-8"), parts), encoding="utf-8")
+            page.write_text(_filled(page.read_text(encoding="utf-8"), marked), encoding="utf-8")
     print(page_text)
 
 

@@ -12,7 +12,7 @@ from benchmarks.study.tuning import means
 
 BASELINES = ("lora", "dora", "rslora", "adalora")  # the four that only adapt
 # Each has variants that differ in the ratio of the two rates, all tuned; the tuning seeds say which one a task takes.
-RATIO_TUNED = {"hybrid_tuned_ratio": ("hybrid", "hybrid_one_rate"), "random_tuned_ratio": ("random", "random_one_rate")}
+RATIO_TUNED = {f"{name}_tuned_ratio": (name, f"{name}_one_rate", f"{name}_own_ratio") for name in ("hybrid", "random")}
 WANTED_GAP = 0.9  # of the gap between LoRA and full fine-tuning, closed by the hybrid
 WANTED_GAIN = 0.0436  # over the best baseline, relative: what the paper reports on average
 
@@ -75,8 +75,11 @@ def compare(results: Path, task: str) -> Comparison:
     """Read the runs of a task; methods without any are left out."""
     records = {name: of_method(results, "run", task, name) for name in METHODS}
     for name, variants in RATIO_TUNED.items():
-        if all(records[variant] for variant in variants):
-            records[name] = records[_best_tuned(results, task, variants)]
+        tuned = {
+            variant: values for variant in variants if (values := means(of_method(results, "sweep", task, variant)).values())
+        }
+        if len(tuned) > 1:
+            records[name] = records[max(tuned, key=lambda variant: max(tuned[variant]))]
     seeds = {name: _by_seed(found) for name, found in records.items() if found}
     nothing: dict[int, float] = {}
     lora, random, fft = (seeds.get(name, nothing) for name in ("lora", "random", "fft"))
@@ -92,15 +95,6 @@ def compare(results: Path, task: str) -> Comparison:
         for name, accuracies in seeds.items()
     }
     return Comparison(task, rows)
-
-
-def _best_tuned(results: Path, task: str, methods: Sequence[str]) -> str:
-    """The method whose best learning rate has the best validation on the tuning seeds; the first of equals."""
-
-    def best(method: str) -> float:
-        return max(means(of_method(results, "sweep", task, method)).values(), default=0.0)
-
-    return max(methods, key=best)
 
 
 def over_tasks(comparisons: Sequence[Comparison], method: str, other: str) -> Estimate | None:

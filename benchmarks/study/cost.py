@@ -27,7 +27,7 @@ def measure(task: str, name: str, rank: int | None, threads: int) -> dict[str, f
     supervised = read_task(task)["model"].get("class_path", "").endswith("SupervisedModule")
     with tempfile.TemporaryDirectory() as folder:
         options = {
-            **method.options(rank or read_task(task)["adapter"]["rank"], 1e-4, 0),
+            **method.options(read_task(task), rank, 1e-4, 0),
             "trainer.max_steps": STEPS,
             "trainer.limit_val_batches": 0,
             "trainer.enable_progress_bar": False,

@@ -1,11 +1,14 @@
 """The methods that the study compares: what each changes in the config of a task, and how its learning rates are tuned.
 
 A method has one learning rate, that of LoRA or of full fine-tuning. A hybrid has two, whose ratio is the same for all but those
-that take one rate for both.
+that take one rate for both, or the ratio that the task has.
 """
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
+
+from hybrid_lightning.policy.module import PolicyModule
 
 FULL_TO_LORA = 0.3  # of most hybrids: the learning rate of their fully trained modules as a share of LoRA's
 SEVERAL_LOSSES = {"model.max_tokens_per_micro_batch": 256}  # of calibration, whose halves SpectrumSNR compares
@@ -22,7 +25,7 @@ class Method:
     match_state: bool = False  # the rank is the smallest with as many trainable parameters as the hybrid has
     module: str | None = None  # of a policy with another adapter: the class for RL and, below, for examples
     supervised_module: str | None = None
-    full_to_lora: float = FULL_TO_LORA
+    full_to_lora: float | None = FULL_TO_LORA  # None: as the task's config has it
     frozen_rest: bool = False  # modules that are not fully trained stay as they are
     only: str | None = None  # the one module that is fully trained, by name
     tuned_as: str | None = None  # the method whose learning rate it takes; None: it is tuned itself
@@ -37,16 +40,23 @@ class Method:
         """Whether everything is trained fully, so that the one learning rate is that of full fine-tuning."""
         return self.group == "full"
 
-    def options(self, task_rank: int, learning_rate: float, seed: int) -> dict[str, Any]:
-        """Options of the command line for one run."""
+    def options(self, task: dict[str, Any], rank: int | None, learning_rate: float, seed: int) -> dict[str, Any]:
+        """Options of the command line for one run; a rank of None is the method's or the task's."""
         if self.untrained:
             return {}
-        rank = self.rank or task_rank
-        rates = {"model.lr_full": learning_rate if self.fully else self.full_to_lora * learning_rate}
+        rank = rank or self.rank or task["adapter"]["rank"]
+        ratio = own_rate(task, "lr_full") / own_rate(task, "lr_lora") if self.full_to_lora is None else self.full_to_lora
+        rates = {"model.lr_full": learning_rate if self.fully else ratio * learning_rate}
         if not self.fully:
             rates["model.lr_lora"] = learning_rate
         changes = {name: value.format(seed=seed) if isinstance(value, str) else value for name, value in self.changes.items()}
         return {**rates, "adapter.rank": rank, "adapter.alpha": 2 * rank, **changes}
+
+
+def own_rate(task: dict[str, Any], name: str) -> float:
+    """`lr_full` or `lr_lora` of a task's config; where it has none, what the policy takes then."""
+    model = task["model"]
+    return float(model.get("init_args", model).get(name, inspect.signature(PolicyModule).parameters[name].default))
 
 
 def _share(share: float) -> dict[str, Any]:
@@ -61,14 +71,23 @@ def _hybrid(name: str, scorer: str, group: str = "hybrid", tuned_as: str | None 
     return Method(name, group, _scorer(scorer, **changes), tuned_as=tuned_as)
 
 
+def _of_ratio(name: str, full_to_lora: float | None) -> tuple[Method, Method]:
+    """A hybrid and a random choice with another ratio of their rates."""
+    random = {**_scorer("Random"), "adapter.scorer.seed": "{seed}"}
+    return (
+        Method(f"hybrid_{name}", "hybrid", full_to_lora=full_to_lora),
+        Method(f"random_{name}", "control", random, full_to_lora=full_to_lora),
+    )
+
+
 _ALL = (
     Method("start", "start"),
     Method("fft", "full", _share(1.0)),
     Method("lora", "lora", _share(0.0)),
     Method("hybrid", "hybrid"),
     _hybrid("random", "Random", "control", None, **{"adapter.scorer.seed": "{seed}"}),
-    Method("hybrid_one_rate", "hybrid", full_to_lora=1.0),
-    Method("random_one_rate", "control", {**_scorer("Random"), "adapter.scorer.seed": "{seed}"}, full_to_lora=1.0),
+    *_of_ratio("one_rate", 1.0),
+    *_of_ratio("own_ratio", None),
     Method("dora", "baseline", {**_share(0.0), "adapter.use_dora": True}),
     Method("rslora", "baseline", {**_share(0.0), "adapter.use_rslora": True}),
     Method(

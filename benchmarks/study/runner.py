@@ -108,7 +108,7 @@ def _run(job: Job) -> Record:
     torch.set_num_threads(1)
     method, task = METHODS.get(job.method) or only_method(job.method), read_task(job.task)
     options = {
-        **method.options(job.rank or task["adapter"]["rank"], job.learning_rate, job.seed),
+        **method.options(task, job.rank, job.learning_rate, job.seed),
         "seed_everything": job.seed,
         "model.seed": job.seed,  # of prompts and sampling; the problems stay those of the task
     }

@@ -48,6 +48,7 @@ def headline(comparisons: Sequence[Comparison]) -> str:
     rows = [
         (comparison.task, *(comparison.rows[name].accuracy.text() if name in comparison.rows else "-" for name in names))
         for comparison in comparisons
+        if "hybrid" in comparison.rows
     ]
     return markdown(header, rows)
 
@@ -71,7 +72,10 @@ def choices(comparisons: Sequence[Comparison]) -> str:
 
 def ratios(comparisons: Sequence[Comparison]) -> str:
     """The hybrid where the ratio of its two rates is fixed, is 1, or is tuned; each beside a random choice treated alike."""
-    variants = {"0.3": ("hybrid", "random"), "1": ("hybrid_one_rate", "random_one_rate"), "tuned": tuple(RATIO_TUNED)}
+    hybrids, randoms = RATIO_TUNED.values()
+    variants = dict(zip(("0.3", "1", "the task's"), zip(hybrids, randoms, strict=True), strict=True)) | {
+        "tuned": tuple(RATIO_TUNED)
+    }
     with_gap = [comparison for comparison in comparisons if comparison.has_gap]
     rows = []
     for ratio, (ours, chance) in variants.items():

@@ -1,15 +1,13 @@
 """Which learning rate a method gets: the best one on the validation problems of seeds that are used for nothing else."""
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.study.methods import METHODS, Method
+from benchmarks.study.methods import METHODS, Method, own_rate
 from benchmarks.study.records import Record, of_method
-from hybrid_lightning.policy.module import PolicyModule
 
 STEP = 2.0  # between neighbours on a grid
 FIRST = 3  # rates that tuning starts with
@@ -28,9 +26,7 @@ def means(records: Sequence[Record], seeds: Iterable[int] | None = None) -> dict
 
 def first_rates(method: Method, task: dict[str, Any]) -> list[float]:
     """Rates that tuning starts with: the task's own, of full fine-tuning or of LoRA, and its neighbours."""
-    name = "lr_full" if method.fully else "lr_lora"
-    model = task["model"]
-    own = float(model.get("init_args", model).get(name, inspect.signature(PolicyModule).parameters[name].default))
+    own = own_rate(task, "lr_full" if method.fully else "lr_lora")
     return [rounded(own / STEP), rounded(own), rounded(own * STEP)]
 
 

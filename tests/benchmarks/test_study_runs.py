@@ -100,8 +100,28 @@ def test_impossible_sizes_are_refused(wrong):
         Facts(**wrong)
 
 
+TASK = {"model": {"lr_full": 1e-5, "lr_lora": 3e-4}, "adapter": {"rank": 2}}
+
+
 def test_every_random_run_draws_modules_of_its_own():
-    assert METHODS["random"].options(2, 1e-2, 5)["adapter.scorer.seed"] == "5"
+    assert METHODS["random"].options(TASK, None, 1e-2, 5)["adapter.scorer.seed"] == "5"
+
+
+def test_the_ratio_of_rates_is_one_for_all_or_the_task_has_it():
+    def rates(name):
+        options = METHODS[name].options(TASK, None, 3e-3, 0)
+        return options["model.lr_full"], options["model.lr_lora"]
+
+    assert rates("hybrid") == pytest.approx((9e-4, 3e-3))
+    assert rates("hybrid_one_rate") == pytest.approx((3e-3, 3e-3))
+    assert rates("hybrid_own_ratio") == rates("random_own_ratio") == pytest.approx((1e-4, 3e-3))
+
+
+def test_a_rank_is_the_runs_or_the_methods_or_the_tasks():
+    options = [
+        METHODS[name].options(TASK, rank, 1e-3, 0) for name, rank in (("lora", None), ("lora_r8", None), ("lora_matched", 5))
+    ]
+    assert [(given["adapter.rank"], given["adapter.alpha"]) for given in options] == [(2, 4), (8, 16), (5, 10)]
 
 
 def test_the_start_policy_is_tested_as_it_is(task, tmp_path):

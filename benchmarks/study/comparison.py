@@ -83,6 +83,7 @@ def compare(results: Path, task: str) -> Comparison:
     seeds = {name: _by_seed(found) for name, found in records.items() if found}
     nothing: dict[int, float] = {}
     lora, random, fft = (seeds.get(name, nothing) for name in ("lora", "random", "fft"))
+    random = random or seeds.get("random_own_ratio", nothing)  # where the hybrids have the ratio of the task
     rows = {
         name: Row(
             name,

@@ -22,8 +22,9 @@ COLOURS = {
     "control": "#8d8d8d",
     "budget": "#8a5aa8",
 }
-CURVES = ("fft", "hybrid", "random", "lora")
-STYLES = {"random": "--"}
+CURVES = ("fft", "hybrid", "hybrid_own_ratio", "random", "random_own_ratio", "lora")
+STYLES = {"random": "--", "random_own_ratio": "--"}
+ALONE = ("random", "fft", "hybrid_own_ratio", "random_own_ratio")  # beside the families, where a task has them
 # What is compared at every size: more rank for all modules, or more modules fully trained.
 FAMILIES = {
     "LoRA, by rank": ("lora", ("lora", "lora_matched", "lora_r1", "lora_r4", "lora_r8", "lora_r16")),
@@ -92,13 +93,13 @@ def draw_curves(comparisons: Sequence[Comparison], out: Path) -> None:
 
 
 def draw_sizes(comparisons: Sequence[Comparison], out: Path) -> None:
-    """Accuracy by number of trained parameters: LoRA of several ranks, hybrids of several budgets, a random choice and FFT."""
+    """Accuracy by number of trained parameters: LoRA of several ranks, hybrids of several budgets, and methods of one size."""
     figure, places = _figure(len(comparisons), 3.6)
     for axes, comparison in zip(places, comparisons, strict=True):
         for label, (group, names) in FAMILIES.items():
             rows = sorted((comparison.rows[name] for name in names if name in comparison.rows), key=lambda row: row.trainable)
             _sizes(axes, rows, label, COLOURS[group], "o-")
-        for name in ("random", "fft"):
+        for name in ALONE:
             if name in comparison.rows:
                 _sizes(axes, [comparison.rows[name]], name, COLOURS[METHODS[name].group], "D")
         axes.set(title=comparison.task, xlabel="trained parameters", ylabel="accuracy on test problems, %", xscale="log")

@@ -33,12 +33,8 @@ def main() -> None:
     comparisons = [comparison for task in tasks if (comparison := compare(arguments.results, task)).rows]
     if not comparisons:
         sys.exit(f"error: no runs in {arguments.results}/run; make some with python -m benchmarks.study.run")
-    parts = {
-        "headline": headline(comparisons),
-        "targets": targets(comparisons),
-        "choices": choices(comparisons),
-        "ratios": ratios(comparisons),
-    }
+    of_hybrid = [comparison for comparison in comparisons if "hybrid" in comparison.rows]  # others have another ratio of rates alone
+    parts = {table.__name__: table(of_hybrid) for table in (headline, targets, choices, ratios)}
     page_text = _page(arguments.results, comparisons, parts)
     (arguments.results / "tables.md").write_text(page_text, encoding="utf-8")
     draw_accuracies(comparisons, arguments.results / "accuracy.png")

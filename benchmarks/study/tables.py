@@ -48,7 +48,6 @@ def headline(comparisons: Sequence[Comparison]) -> str:
     rows = [
         (comparison.task, *(comparison.rows[name].accuracy.text() if name in comparison.rows else "-" for name in names))
         for comparison in comparisons
-        if "hybrid" in comparison.rows
     ]
     return markdown(header, rows)
 

@@ -33,7 +33,8 @@ def main() -> None:
     comparisons = [comparison for task in tasks if (comparison := compare(arguments.results, task)).rows]
     if not comparisons:
         sys.exit(f"error: no runs in {arguments.results}/run; make some with python -m benchmarks.study.run")
-    of_hybrid = [comparison for comparison in comparisons if "hybrid" in comparison.rows]  # others have another ratio of rates alone
+    # Others have hybrids of another ratio of rates alone.
+    of_hybrid = [comparison for comparison in comparisons if "hybrid" in comparison.rows]
     parts = {table.__name__: table(of_hybrid) for table in (headline, targets, choices, ratios)}
     page_text = _page(arguments.results, comparisons, parts)
     (arguments.results / "tables.md").write_text(page_text, encoding="utf-8")

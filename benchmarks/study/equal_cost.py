@@ -58,7 +58,7 @@ def equal_time(results: Path, comparison: Comparison) -> str:
 
 def equal_memory(comparison: Comparison) -> str:
     """Every method, and the best one that trains no more than it does."""
-    rows = sorted(comparison.rows.values(), key=lambda row: row.trainable)
+    rows = sorted((row for row in comparison.rows.values() if row.trainable), key=lambda row: row.trainable)
     lines = []
     for row in rows:
         best = max((other for other in rows if other.trainable <= row.trainable), key=lambda other: other.accuracy.value)

@@ -37,7 +37,7 @@ def _row(row: Row, has_gap: bool) -> tuple[str, ...]:
         row.accuracy.text(),
         _text(row.over_lora) if row.method != "lora" else "-",
         _text(row.over_random) if row.method != "random" else "-",
-        _text(row.gap, digits=0) if has_gap and row.method not in ("lora", "fft") else "-",
+        _text(row.gap, digits=0) if has_gap and row.method not in ("start", "lora", "fft") else "-",
     )
 
 

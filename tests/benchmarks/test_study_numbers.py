@@ -189,6 +189,26 @@ def test_what_is_not_reached_is_said(tmp_path):
     assert tables.targets([replace(comparison, rows=weak)]).count("**no**") == 3  # the gap, and twice the random choice itself
 
 
+def test_the_ratio_of_a_task_is_that_of_the_better_tuning(tmp_path):
+    results_with_a_gap(tmp_path)
+    keep(tmp_path, *(record("hybrid_one_rate", seed=s, accuracy=0.7) for s in range(8)))  # which the test problems like less
+    for name, validation in (("hybrid", 0.5), ("hybrid_one_rate", 0.6)):
+        keep(tmp_path, *(record(name, seed=s, purpose="sweep", validation=validation) for s in TUNING_SEEDS))
+    rows = compare(tmp_path, "sums").rows
+    assert rows["hybrid_tuned_ratio"].accuracy.value == pytest.approx(0.7) and rows["hybrid_tuned_ratio"].group == "hybrid"
+    assert "random_tuned_ratio" not in rows  # it was tuned by one ratio alone
+    lines = tables.ratios([compare(tmp_path, "sums")]).splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [["| 0.3", "sums"], ["| 0.3", "mean of these"]]
+
+
+def test_one_tuning_seed_is_enough_where_all_rates_have_it(tmp_path):
+    for rate, value in ((1e-3, 0.1), (2e-3, 0.3), (4e-3, 0.2)):
+        keep(tmp_path, record("hybrid", rate, TUNING_SEEDS[0], "sweep", validation=value))
+    assert tuning.best_rate(tmp_path, "sums", METHODS["hybrid"]) == 2e-3
+    assert tuning.means(of_method(tmp_path, "sweep", "sums", "hybrid"), TUNING_SEEDS) == {}  # which a sweep by both goes on from
+    assert tuning.best_rate(tmp_path, "sums", METHODS["start"]) == 0.0
+
+
 def test_choices_are_ranked_by_what_they_gain_where_there_is_a_gap(tmp_path):
     results_with_a_gap(tmp_path)
     keep(tmp_path, *(record("late", seed=s, accuracy=0.9) for s in range(8)))

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from hybrid_lightning.adapters.lora_linear import Factors, LoraLinear, lora_gradients, lora_product
+
 
 class LeanRMSNorm(LlamaRMSNorm):
     """Root mean square normalisation that keeps its input and one number a token."""
@@ -29,14 +31,26 @@ class LeanRMSNorm(LlamaRMSNorm):
 
 
 class LeanMLP(LlamaMLP):
-    """Gated MLP that keeps the gate and what it is multiplied by, and activates the gate once more in the backward pass."""
+    """Gated MLP that keeps the gate and what it is multiplied by; their product is made once more in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        product = _GatedSiLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
-        result: Tensor = self.down_proj(product)
+        if not torch.is_grad_enabled():
+            result: Tensor = self.down_proj(F.silu(gate).mul_(up))
+            return result
+        down = self.down_proj
+        factors = down.factors(gate) if isinstance(down, LoraLinear) and not _is_watched(down) else None
+        if factors is not None and factors.weight.dtype == gate.dtype:
+            result = _GatedLora.apply(gate, up, *factors)  # type: ignore[no-untyped-call]
+        else:  # the next layer keeps their product
+            result = down(_GatedSiLU.apply(gate, up))
         return result
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody waits for calls of this module, so that it has to be called."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def use_lean_layers(model: nn.Module) -> None:
@@ -93,3 +107,31 @@ class _GatedSiLU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
+class _GatedLora(torch.autograd.Function):
+    """LoRA of silu(gate) up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+    ) -> Tensor:
+        rows = F.silu(gate).mul_(up).reshape(-1, gate.shape[-1])
+        result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling))
+        ctx.save_for_backward(gate, up, weight, lora_a, lora_b, low)
+        ctx.scaling = scaling
+        return result.view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight, lora_a, lora_b, low = ctx.saved_tensors
+        activated = F.silu(gate)
+        outer = gradient.reshape(-1, gradient.shape[-1])
+        factors = Factors(weight, None, lora_a, lora_b, ctx.scaling)
+        of_rows, of_a, of_b = lora_gradients(outer, (activated * up).reshape(-1, gate.shape[-1]), low, factors, True)
+        assert of_rows is not None
+        of_product = of_rows.view_as(gate)
+        of_up = activated.mul_(of_product)
+        of_gate = torch.ops.aten.silu_backward(of_product.mul_(up), gate)
+        return of_gate, of_up, None, None, of_a, of_b, None

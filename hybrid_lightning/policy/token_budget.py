@@ -2,7 +2,7 @@
 
 More tokens at a time than keep the device busy only take memory. What a decoder keeps for the backward pass is, for each token
 and layer, at most about 16 vectors of the hidden size and 5 of the feed-forward layer's (counted on transformers' Llama with LoRA
-on all linear layers: 1.0 MB a token of SmolLM2-135M; `lean_layers` keep 0.54); with gradient checkpointing one of the hidden
+on all linear layers: 1.0 MB a token of SmolLM2-135M; `lean_layers` keep 0.46); with gradient checkpointing one of the hidden
 size, and those of one layer.
 """
 

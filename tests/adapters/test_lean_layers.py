@@ -1,11 +1,14 @@
+import contextlib
 import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import build_model
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from hybrid_lightning.adapters.lean_layers import LeanMLP, LeanRMSNorm, use_lean_layers
+from hybrid_lightning.adapters.lora_linear import use_fast_lora
 
 
 def frozen(layer):
@@ -49,14 +52,92 @@ def test_values_and_gradients_are_those_of_transformers(kind, dtype):
         torch.testing.assert_close(my_slope, slope, atol=1e-6, rtol=1e-5)
 
 
-def test_less_is_kept():
-    def kept(layer, x):
-        tensors = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.setdefault(t.data_ptr(), t), lambda t: t):
-            layer(x)
-        held = {parameter.data_ptr() for parameter in layer.parameters()}
-        return sum(t.nbytes for pointer, t in tensors.items() if pointer not in held)
+def kept(layer, x):
+    """Bytes that a layer keeps for its backward pass, beside its weights."""
+    tensors = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.setdefault(t.data_ptr(), t), lambda t: t):
+        layer(x)
+    held = {parameter.data_ptr() for parameter in layer.parameters()}
+    return sum(t.nbytes for pointer, t in tensors.items() if pointer not in held)
 
+
+def adapted(mlp, **options):
+    """The same with LoRA on all three layers, by PEFT alone and with ours."""
+    torch.manual_seed(1)
+    names = ["gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(mlp, LoraConfig(r=4, lora_alpha=6, target_modules=names, init_lora_weights=False, **options))
+    fast = copy.deepcopy(model)
+    use_fast_lora(fast)
+    use_lean_layers(fast)
+    return model, fast
+
+
+def slopes_of(model, x, gradient):
+    value, slope = result_and_gradient(model, x, gradient)
+    slopes = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(slopes) == 6 and all(part is not None for part in slopes.values())
+    return {"value": value, "x": slope, **slopes}
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gated_mlp_with_lora_has_the_values_and_gradients_of_peft(dtype, bound, bias):
+    config = copy.deepcopy(build_model("llama").config)
+    config.mlp_bias = bias
+    plain, lean = (model.to(dtype) for model in adapted(frozen(LlamaMLP(config))))
+    x, gradient = (torch.randn(2, 7, config.hidden_size, dtype=dtype) for _ in range(2))
+    torch.testing.assert_close(slopes_of(lean, x, gradient), slopes_of(plain, x, gradient), atol=bound, rtol=bound)
+
+
+def test_in_bfloat16_a_gated_mlp_rounds_where_its_layers_do():
+    config = build_model("llama").config
+    model = adapted(frozen(LlamaMLP(config)))[1].bfloat16()
+    layers = copy.deepcopy(model)
+    layers.base_model.model.down_proj.register_forward_hook(lambda *_: None)  # so that it is called
+    x, gradient = (torch.randn(2, 7, config.hidden_size, dtype=torch.bfloat16) for _ in range(2))
+    torch.testing.assert_close(slopes_of(model, x, gradient), slopes_of(layers, x, gradient), atol=0, rtol=0)
+
+
+def test_of_a_gated_mlp_with_lora_the_product_is_not_kept():
+    config = build_model("llama").config
+    _, lean = adapted(frozen(LlamaMLP(config)))
+    x = torch.randn(1000, config.hidden_size, requires_grad=True)
+    low = 3 * 4
+    assert kept(lean, x) <= 1000 * (config.hidden_size + 2 * config.intermediate_size + low) * 4
+
+
+def test_whoever_watches_a_layer_sees_it_called():
+    config = build_model("llama").config
+    _, lean = adapted(frozen(LlamaMLP(config)))
+    x = torch.randn(3, config.hidden_size)
+    expected = lean(x)
+    seen = []
+    lean.base_model.model.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(lean(x), expected, atol=0, rtol=0)
+    assert len(seen) == 1 and seen[0].shape == expected.shape
+
+
+@pytest.mark.parametrize("change", ["dropout", "dora", "disabled", "unfrozen"])
+def test_what_is_not_plain_lora_is_left_to_peft(change):
+    config = build_model("llama").config
+    options = {"dropout": {"lora_dropout": 0.5}, "dora": {"use_dora": True}}.get(change, {})
+    plain, lean = adapted(frozen(LlamaMLP(config)), **options)
+    x, gradient = torch.randn(5, config.hidden_size), torch.randn(5, config.hidden_size)
+    found = []
+    for model in (plain, lean):
+        if change == "unfrozen":
+            model.base_model.model.down_proj.base_layer.weight.requires_grad_()
+        torch.manual_seed(0)
+        with model.disable_adapter() if change == "disabled" else contextlib.nullcontext():
+            found.append(result_and_gradient(model, x, gradient))
+    for ours, theirs in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    if change == "unfrozen":
+        grads = [model.base_model.model.down_proj.base_layer.weight.grad for model in (plain, lean)]
+        torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
+
+
+def test_less_is_kept():
     for kind, share in (("norm", 0.55), ("mlp", 0.8)):
         plain = frozen(layers()[kind].bfloat16())
         lean = copy.deepcopy(plain)

@@ -19,6 +19,7 @@ from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.heatmap import draw_heatmap
+from hybrid_lightning.adapters.lean_layers import use_lean_layers
 from hybrid_lightning.adapters.lora import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.planning import make_plan
@@ -221,6 +222,7 @@ class HybridAdapterSetup(Callback):
                     "the reference answers instead."
                 )
         total = len(losses) if hasattr(losses, "__len__") else None
+        use_lean_layers(model)  # as when it is adapted: the passes of scoring are as large as those of training
         with evaluation_mode(model), progress_bar(trainer, "Scoring modules", total) as advance:
             scores = score_modules(
                 model,

@@ -20,6 +20,7 @@ from hybrid_lightning.adapters import constant_weights
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.lean_layers import use_lean_layers
 from hybrid_lightning.adapters.lora_linear import LoraLinear
 from hybrid_lightning.errors import ModelError
 from hybrid_lightning.memory.live_tensors import LiveTensors
@@ -53,6 +54,7 @@ class FakeModel:
         if share is None:
             for module in candidates.values():
                 module.weight.requires_grad_(True)
+            use_lean_layers(model)
         else:
             plan = plan_of_budget(candidates, ModuleBudget(share), settings.lora)
             with torch.device("meta"):

@@ -66,6 +66,9 @@ def test_passes_are_cut_as_in_training():
 
 def test_an_entropy_bonus_keeps_one_more_number_a_token_and_hidden_state():
     rows = passes_of_step(SETTINGS, 4)[0]
-    plain, bonus = (Traces(replace(SETTINGS, entropy_gradient=asked)).update(rows, 0.0) for asked in (False, True))
+    config = copy.deepcopy(SETTINGS.config)
+    config.intermediate_size = 8  # so that the most is held where logits are made, and not in the last MLP
+    settings = replace(SETTINGS, config=config)
+    plain, bonus = (Traces(replace(settings, entropy_gradient=asked)).update(rows, 0.0) for asked in (False, True))
     hidden = int(rows.completion_mask.sum()) * SETTINGS.text_config.hidden_size * 4
     assert bonus.activations + bonus.logits - plain.activations - plain.logits == pytest.approx(hidden, rel=0.2)

@@ -37,11 +37,11 @@ class LeanMLP(LlamaMLP):
         """[..., n] -> [..., n]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not torch.is_grad_enabled():
-            result: Tensor = self.down_proj(F.silu(gate).mul_(up))
+            result: Tensor = self.down_proj(F.silu(gate) * up)
             return result
         down = self.down_proj
         factors = down.factors(gate) if isinstance(down, LoraLinear) and not _is_watched(down) else None
-        if factors is not None and factors.weight.dtype == gate.dtype:
+        if factors is not None and factors.weight.dtype == gate.dtype == up.dtype:
             result = _GatedLora.apply(gate, up, *factors)  # type: ignore[no-untyped-call]
         else:  # the next layer keeps their product
             result = down(_GatedSiLU.apply(gate, up))

@@ -8,7 +8,7 @@ from statistics import fmean
 from benchmarks.study.estimates import Estimate, difference, gap_closed, mean
 from benchmarks.study.methods import METHODS
 from benchmarks.study.records import Record, of_method
-from benchmarks.study.tuning import means
+from benchmarks.study.tuning import means, runs_at_best_rate
 
 BASELINES = ("lora", "dora", "rslora", "adalora")  # the four that only adapt
 # Each has variants that differ in the ratio of the two rates, all tuned; the tuning seeds say which one a task takes.
@@ -73,7 +73,7 @@ class Comparison:
 
 def compare(results: Path, task: str) -> Comparison:
     """Read the runs of a task; methods without any are left out."""
-    records = {name: of_method(results, "run", task, name) for name in METHODS}
+    records = {name: runs_at_best_rate(results, task, name) for name in METHODS}
     for name, variants in RATIO_TUNED.items():
         tuned = {
             variant: values for variant in variants if (values := means(of_method(results, "sweep", task, variant)).values())

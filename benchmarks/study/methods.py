@@ -28,12 +28,16 @@ class Method:
     full_to_lora: float | None = FULL_TO_LORA  # None: as the task's config has it
     frozen_rest: bool = False  # modules that are not fully trained stay as they are
     only: str | None = None  # the one module that is fully trained, by name
-    tuned_as: str | None = None  # the method whose learning rate it takes; None: it is tuned itself
 
     @property
     def untrained(self) -> bool:
         """Whether the start policy is tested as it is, so that there is no learning rate."""
         return self.group == "start"
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it differs from the hybrid in nothing but which modules it trains fully."""
+        return "adapter.scorer" in self.changes and self.full_to_lora == FULL_TO_LORA
 
     @property
     def fully(self) -> bool:
@@ -67,8 +71,8 @@ def _scorer(name: str, **changes: Any) -> dict[str, Any]:
     return {"adapter.scorer": name, **changes}
 
 
-def _hybrid(name: str, scorer: str, group: str = "hybrid", tuned_as: str | None = "hybrid", **changes: Any) -> Method:
-    return Method(name, group, _scorer(scorer, **changes), tuned_as=tuned_as)
+def _hybrid(name: str, scorer: str, group: str = "hybrid", **changes: Any) -> Method:
+    return Method(name, group, _scorer(scorer, **changes))
 
 
 def _of_ratio(name: str, full_to_lora: float | None) -> tuple[Method, Method]:
@@ -85,7 +89,7 @@ _ALL = (
     Method("fft", "full", _share(1.0)),
     Method("lora", "lora", _share(0.0)),
     Method("hybrid", "hybrid"),
-    _hybrid("random", "Random", "control", None, **{"adapter.scorer.seed": "{seed}"}),
+    _hybrid("random", "Random", "control", **{"adapter.scorer.seed": "{seed}"}),
     *_of_ratio("one_rate", 1.0),
     *_of_ratio("own_ratio", None),
     Method("dora", "baseline", {**_share(0.0), "adapter.use_dora": True}),
@@ -111,7 +115,7 @@ _ALL = (
     _hybrid("early", "benchmarks.study.controls.Early"),
     _hybrid("late", "benchmarks.study.controls.Late"),
     _hybrid("largest", "benchmarks.study.controls.Largest"),
-    *(Method(f"budget_{percent}", "budget", _share(percent / 100), tuned_as="hybrid") for percent in (2, 5, 20, 40)),
+    *(Method(f"budget_{percent}", "budget", _share(percent / 100)) for percent in (2, 5, 20, 40)),
 )
 METHODS = {method.name: method for method in _ALL}
 CORE = ("fft", "lora", "hybrid", "random", "dora", "rslora", "adalora", "lora_matched", "bottom")

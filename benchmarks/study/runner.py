@@ -155,7 +155,7 @@ def only_method(name: str) -> Method:
     kind, _, module = name.partition(":")
     if kind != "only" or not module:
         raise KeyError(f"{name!r} is no method; there are {', '.join(METHODS)} and only:MODULE")
-    return Method(name, "oracle", only=module, tuned_as="hybrid")
+    return Method(name, "oracle", only=module)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """Tunes the learning rate of each method on each task: `python -m benchmarks.study.sweep`.
 
 Every method gets the same two seeds (or one, where runs take long: `--seeds 1000`) and three rates, those of the task and their
-neighbours a factor of 2 apart. While the best rate is at an edge of those tried, the next one beyond it is tried as well. A
-method that is tuned as another takes its rate and has nothing to do here.
+neighbours a factor of 2 apart. While the best rate is at an edge of those tried, the next one beyond it is tried as well.
 """
 
 import argparse
@@ -22,7 +21,7 @@ def open_jobs(task: str, names: list[str], seeds: list[int], results: Path) -> l
     jobs = []
     for name in names:
         method = METHODS[name]
-        if method.untrained or method.tuned_as:
+        if method.untrained:
             continue
         tuned = means(of_method(results, "sweep", Path(task).stem, name), seeds)
         for rate in next_rates(first_rates(method, read_task(task)), tuned):
@@ -45,7 +44,7 @@ def main() -> None:
             if make_runs(jobs, arguments.results, arguments.workers):
                 sys.exit("error: some runs failed, so that tuning cannot go on; see the lines above")
     for task in tasks:
-        for method in (METHODS[name] for name in names if not METHODS[name].untrained and not METHODS[name].tuned_as):
+        for method in (METHODS[name] for name in names if not METHODS[name].untrained):
             tuned = means(of_method(arguments.results, "sweep", Path(task).stem, method.name))
             print(f"{Path(task).stem}, {method.name}: {outcome(tuned)}")
 

@@ -57,7 +57,7 @@ def choices(comparisons: Sequence[Comparison]) -> str:
     with_gap = [comparison for comparison in comparisons if comparison.has_gap]
     rows = []
     for name, method in METHODS.items():
-        if name not in ("hybrid", "random") and (method.tuned_as != "hybrid" or method.group == "budget"):
+        if name != "hybrid" and not method.chooses:
             continue
         gained = [row.over_lora if (row := comparison.rows.get(name)) else None for comparison in comparisons]
         if any(gained):

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.study.methods import METHODS, Method, own_rate
+from benchmarks.study.methods import Method, own_rate
 from benchmarks.study.records import Record, of_method
 
 STEP = 2.0  # between neighbours on a grid
@@ -46,7 +46,7 @@ def next_rates(first: Sequence[float], tuned: dict[float, float]) -> list[float]
 
 def outcome(tuned: dict[float, float]) -> str:
     """The best rate in words, and whether a better one may lie beyond those tried."""
-    best = max(tuned, key=lambda rate: (tuned[rate], -rate))
+    best = _best(tuned)
     edge = f", at the edge of the {len(tuned)} tried" if best in (min(tuned), max(tuned)) else ""
     return f"best learning rate {best:g}, validation {tuned[best]:.3f}{edge}"
 
@@ -57,18 +57,28 @@ def rounded(rate: float) -> float:
 
 
 def best_rate(results: Path, task: str, method: Method) -> float:
-    """The tuned learning rate of a method, or of the one that it is tuned as; 0 of the start policy.
+    """The tuned learning rate of a method; 0 of the start policy.
 
     Raises:
         SystemExit: If it has not been tuned to the end.
     """
     if method.untrained:
         return 0.0
-    source = METHODS[method.tuned_as] if method.tuned_as else method
-    tuned = means(of_method(results, "sweep", task, source.name))
+    tuned = means(of_method(results, "sweep", task, method.name))
     if len(tuned) < FIRST or next_rates((), tuned):
         raise SystemExit(
-            f"error: {source.name} has no tuned learning rate for {task} yet: run python -m benchmarks.study.sweep --task {task} "
-            f"--method {source.name} first"
+            f"error: {method.name} has no tuned learning rate for {task} yet: run python -m benchmarks.study.sweep --task {task} "
+            f"--method {method.name} first"
         )
+    return _best(tuned)
+
+
+def runs_at_best_rate(results: Path, task: str, method: str) -> list[Record]:
+    """The runs on fresh seeds by which a method is judged: those at its tuned learning rate, or all where no sweep is there."""
+    runs, tuned = of_method(results, "run", task, method), means(of_method(results, "sweep", task, method))
+    return [run for run in runs if run.learning_rate == _best(tuned)] if tuned else runs
+
+
+def _best(tuned: dict[float, float]) -> float:
+    """Of equals the lowest."""
     return max(tuned, key=lambda rate: (tuned[rate], -rate))

@@ -118,12 +118,6 @@ def test_a_rate_counts_when_all_tuning_seeds_have_it(tmp_path):
         tuning.best_rate(tmp_path, "sums", METHODS["lora"])
 
 
-def test_a_method_may_take_the_rate_of_another(tmp_path):
-    for rate, value in ((1e-3, 0.1), (2e-3, 0.3), (4e-3, 0.2)):
-        keep(tmp_path, *(record("hybrid", rate, seed, "sweep", value) for seed in TUNING_SEEDS))
-    assert tuning.best_rate(tmp_path, "sums", METHODS["bottom"]) == 2e-3
-
-
 def test_matched_lora_trains_as_much_as_the_hybrid(tmp_path):
     keep(tmp_path, record("hybrid", purpose="sweep", trainable=1010), record("lora", purpose="sweep", trainable=200, rank=2))
     assert rank_of(METHODS["lora_matched"], tmp_path, "sums") == 11
@@ -267,6 +261,16 @@ def test_a_stage_without_what_it_needs_says_so(tmp_path):
         assert failed.returncode == 1 and words in failed.stderr and "Traceback" not in failed.stderr
 
 
-def test_the_core_is_there_and_every_method_has_a_rate_of_some_method():
+def test_a_method_is_judged_at_its_tuned_rate_alone(tmp_path):
+    for rate, validation in ((1e-2, 0.6), (2e-2, 0.5)):
+        keep(tmp_path, *(record("probe", rate, seed=s, accuracy=0.1 if rate == 2e-2 else 0.7) for s in range(8)))
+        keep(tmp_path, *(record("probe", rate, s, "sweep", validation=validation) for s in TUNING_SEEDS))
+    row = compare(tmp_path, "sums").rows["probe"]
+    assert row.learning_rate == 1e-2 and row.accuracy.number == 8 and row.accuracy.value == pytest.approx(0.7)
+
+
+def test_the_core_is_there_and_what_chooses_differs_in_that_alone():
     assert set(CORE) <= METHODS.keys()
-    assert all(method.tuned_as is None or METHODS[method.tuned_as].tuned_as is None for method in METHODS.values())
+    choices = {name for name, method in METHODS.items() if method.chooses}
+    assert {"random", "bottom", "probe", "largest"} <= choices
+    assert not choices & {"hybrid", "random_one_rate", "only_full", "budget_20", "lora"}

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 from benchmarks.study import score_tables
-from benchmarks.study.comparison import Comparison, compare
+from benchmarks.study.comparison import UNSEEN, Comparison, compare
 from benchmarks.study.cost_table import cost_table
 from benchmarks.study.equal_cost import equal_memory, equal_time
 from benchmarks.study.figures import draw_accuracies, draw_curves, draw_sizes
-from benchmarks.study.tables import choices, headline, of_task, ratios, targets
+from benchmarks.study.tables import choices, differences, headline, of_task, ratios, targets
 
-PAGES = (Path("README.md"), Path("results/README.md"))
+PAGES = (Path("README.md"), Path("results/README.md"), Path("results/study/README.md"))
 
 
 def main() -> None:
@@ -36,6 +36,8 @@ def main() -> None:
     # Others have hybrids of another ratio of rates alone.
     of_hybrid = [comparison for comparison in comparisons if "hybrid" in comparison.rows]
     parts = {table.__name__: table(of_hybrid) for table in (headline, targets, choices, ratios)}
+    unseen = [compare(arguments.results, comparison.task, UNSEEN) for comparison in of_hybrid if comparison.has_gap]
+    parts["unseen"] = differences(unseen)
     page_text = _page(arguments.results, comparisons, parts)
     (arguments.results / "tables.md").write_text(page_text, encoding="utf-8")
     draw_accuracies(comparisons, arguments.results / "accuracy.png")

@@ -2,7 +2,7 @@
 
 import re
 
-from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
+from hybrid_lightning.adapters.scorers import PreconditionedTail, Random, Scorer
 from hybrid_lightning.adapters.statistics import ModuleStatistics
 
 
@@ -11,6 +11,13 @@ class Bottom(PreconditionedTail):
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
         return -super().score(statistics, rank)
+
+
+class RandomMLP(Random):
+    """A random choice among the modules of the MLPs, which are the largest: a better one than `Random` need not be large."""
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:
+        return super().score(statistics, rank) + float(".mlp." in statistics.name)
 
 
 class EarlyOutputs(Scorer):

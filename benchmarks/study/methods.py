@@ -11,6 +11,7 @@ from typing import Any
 from hybrid_lightning.policy.module import PolicyModule
 
 FULL_TO_LORA = 0.3  # of most hybrids: the learning rate of their fully trained modules as a share of LoRA's
+SEED = {"adapter.scorer.seed": "{seed}"}  # of a random choice: each run makes its own
 SEVERAL_LOSSES = {"model.max_tokens_per_micro_batch": 256}  # of calibration, whose halves SpectrumSNR compares
 
 
@@ -77,10 +78,9 @@ def _hybrid(name: str, scorer: str, group: str = "hybrid", **changes: Any) -> Me
 
 def _of_ratio(name: str, full_to_lora: float | None) -> tuple[Method, Method]:
     """A hybrid and a random choice with another ratio of their rates."""
-    random = {**_scorer("Random"), "adapter.scorer.seed": "{seed}"}
     return (
         Method(f"hybrid_{name}", "hybrid", full_to_lora=full_to_lora),
-        Method(f"random_{name}", "control", random, full_to_lora=full_to_lora),
+        Method(f"random_{name}", "control", _scorer("Random", **SEED), full_to_lora=full_to_lora),
     )
 
 
@@ -89,7 +89,8 @@ _ALL = (
     Method("fft", "full", _share(1.0)),
     Method("lora", "lora", _share(0.0)),
     Method("hybrid", "hybrid"),
-    _hybrid("random", "Random", "control", **{"adapter.scorer.seed": "{seed}"}),
+    _hybrid("random", "Random", "control", **SEED),
+    _hybrid("random_mlp", "benchmarks.study.controls.RandomMLP", "control", **SEED),
     *_of_ratio("one_rate", 1.0),
     *_of_ratio("own_ratio", None),
     Method("dora", "baseline", {**_share(0.0), "adapter.use_dora": True}),

@@ -6,6 +6,8 @@ from benchmarks.study.comparison import RATIO_TUNED, WANTED_GAIN, WANTED_GAP, Co
 from benchmarks.study.estimates import Estimate
 from benchmarks.study.methods import METHODS
 
+CHANCE = ("random", "random_mlp")  # choices that a score has to beat: among all modules, and among those as large as its own
+
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
@@ -35,8 +37,8 @@ def _row(row: Row, has_gap: bool) -> tuple[str, ...]:
         f"{row.learning_rate:g}",
         f"{row.trainable:,.0f}",
         row.accuracy.text(),
-        _text(row.over_lora) if row.method != "lora" else "-",
-        _text(row.over_random) if row.method != "random" else "-",
+        _text(row.over_lora),
+        _text(row.over_random),
         _text(row.gap, digits=0) if has_gap and row.method not in ("start", "lora", "fft") else "-",
     )
 
@@ -62,11 +64,24 @@ def choices(comparisons: Sequence[Comparison]) -> str:
         gained = [row.over_lora if (row := comparison.rows.get(name)) else None for comparison in comparisons]
         if any(gained):
             over_lora = over_tasks(with_gap, name, "lora")
-            over_random = over_tasks(with_gap, name, "random") if name != "random" else None
-            cells = (name, *map(_text, (*gained, over_lora, over_random)))
+            over_chance = [over_tasks(with_gap, name, other) if name != other else None for other in CHANCE]
+            cells = (name, *map(_text, (*gained, over_lora, *over_chance)))
             rows.append((over_lora.value if over_lora else -1.0, cells))
-    header = ("10% chosen by", *(comparison.task for comparison in comparisons), "where there is a gap", "over random there")
+    means = ("where there is a gap", *(f"over {name} there" for name in CHANCE))
+    header = ("10% chosen by", *(comparison.task for comparison in comparisons), *means)
     return markdown(header, [cells for _, cells in sorted(rows, key=lambda row: -row[0])])
+
+
+def differences(comparisons: Sequence[Comparison]) -> str:
+    """The hybrid beside what it is compared with most, paired by seed, on each task and on average of them."""
+    pairs = [("hybrid", other) for other in ("lora", "lora_matched", *CHANCE, "largest", "late", "fft")]
+    pairs += [("random_mlp", "random"), ("fft", "lora")]
+    rows = []
+    for ours, theirs in pairs:
+        each = [over_tasks([comparison], ours, theirs) for comparison in comparisons]
+        if any(each):
+            rows.append((f"{ours} less {theirs}", *map(_text, (*each, over_tasks(comparisons, ours, theirs)))))
+    return markdown(("points", *(comparison.task for comparison in comparisons), "mean of these"), rows)
 
 
 def ratios(comparisons: Sequence[Comparison]) -> str:

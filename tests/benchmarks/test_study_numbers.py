@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("scipy", reason="the study's intervals need scipy")
 
 from benchmarks.study import score_tables, tables, tuning
-from benchmarks.study.comparison import compare, over_tasks
+from benchmarks.study.comparison import UNSEEN, compare, over_tasks
 from benchmarks.study.equal_cost import equal_memory, equal_time
 from benchmarks.study.estimates import correlation, difference, gap_closed, mean
 from benchmarks.study.methods import CORE, METHODS
@@ -267,6 +267,21 @@ def test_a_method_is_judged_at_its_tuned_rate_alone(tmp_path):
         keep(tmp_path, *(record("probe", rate, s, "sweep", validation=validation) for s in TUNING_SEEDS))
     row = compare(tmp_path, "sums").rows["probe"]
     assert row.learning_rate == 1e-2 and row.accuracy.number == 8 and row.accuracy.value == pytest.approx(0.7)
+
+
+def test_runs_of_unseen_seeds_can_be_compared_alone(tmp_path):
+    results_with_a_gap(tmp_path)
+    for place, (name, value) in enumerate({"hybrid": 0.8, "random": 0.7, "random_mlp": 0.75, "lora": 0.5}.items()):
+        keep(tmp_path, *(record(name, seed=UNSEEN + s, accuracy=value + 0.01 * ((s + place) % 3)) for s in range(3)))
+    comparison = compare(tmp_path, "sums", UNSEEN)
+    assert {name: row.accuracy.number for name, row in comparison.rows.items() if name != "start"} == dict.fromkeys(
+        ("lora", "hybrid", "random", "random_mlp"), 3
+    )
+    lines = {line.split(" | ")[0]: line for line in tables.differences([comparison]).splitlines()[2:]}
+    assert set(lines) == {
+        f"| {pair}" for pair in ("hybrid less lora", "hybrid less random", "hybrid less random_mlp", "random_mlp less random")
+    }
+    assert "| hybrid less random_mlp | 5.0 [" in lines["| hybrid less random_mlp"]
 
 
 def test_the_core_is_there_and_what_chooses_differs_in_that_alone():

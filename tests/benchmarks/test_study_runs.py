@@ -104,7 +104,13 @@ TASK = {"model": {"lr_full": 1e-5, "lr_lora": 3e-4}, "adapter": {"rank": 2}}
 
 
 def test_every_random_run_draws_modules_of_its_own():
-    assert METHODS["random"].options(TASK, None, 1e-2, 5)["adapter.scorer.seed"] == "5"
+    for name in ("random", "random_mlp", "random_one_rate"):
+        assert METHODS[name].options(TASK, None, 1e-2, 5)["adapter.scorer.seed"] == "5"
+
+
+def test_a_random_choice_among_mlps_draws_mlps_alone(task, tmp_path):
+    names = [load(make_run(Job(str(task), "random_mlp", 3e-3, seed, "run"), tmp_path)).full_modules for seed in (0, 3)]
+    assert all(".mlp." in name for chosen in names for name in chosen) and names[0] != names[1]
 
 
 def test_the_ratio_of_rates_is_one_for_all_or_the_task_has_it():

@@ -36,8 +36,9 @@ def main() -> None:
     # Others have hybrids of another ratio of rates alone.
     of_hybrid = [comparison for comparison in comparisons if "hybrid" in comparison.rows]
     parts = {table.__name__: table(of_hybrid) for table in (headline, targets, choices, ratios)}
-    unseen = [compare(arguments.results, comparison.task, UNSEEN) for comparison in of_hybrid if comparison.has_gap]
-    parts["unseen"] = differences(unseen)
+    with_gap = [comparison for comparison in of_hybrid if comparison.has_gap]
+    parts["differences"] = differences(with_gap)
+    parts["unseen"] = differences([compare(arguments.results, comparison.task, UNSEEN) for comparison in with_gap])
     page_text = _page(arguments.results, comparisons, parts)
     (arguments.results / "tables.md").write_text(page_text, encoding="utf-8")
     draw_accuracies(comparisons, arguments.results / "accuracy.png")

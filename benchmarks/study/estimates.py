@@ -2,9 +2,9 @@
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, quantiles, stdev
+from statistics import covariance, fmean, quantiles, stdev, variance
 
 from scipy.stats import spearmanr, t
 
@@ -46,37 +46,44 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estima
     return mean([ours[seed] - theirs[seed] for seed in common]) if common else None
 
 
-def resampled(seeds: Sequence[int], statistic: Callable[[Sequence[int]], float]) -> Estimate:
-    """A statistic of seeds, with the interval of its values on seeds drawn with replacement (percentiles of a bootstrap)."""
-    value = statistic(seeds)
-    if len(seeds) < 2:
-        return Estimate(value, math.nan, math.nan, len(seeds))
-    rng = random.Random(0)
-    drawn = [number for _ in range(RESAMPLES) if math.isfinite(number := statistic(rng.choices(seeds, k=len(seeds))))]
-    if len(drawn) < 2:  # such as the share of no gap
-        return Estimate(value, math.nan, math.nan, len(seeds))
-    cuts = quantiles(drawn, n=40)
-    return Estimate(value, cuts[0], cuts[-1], len(seeds))
-
-
 def gap_closed(ours: Mapping[int, float], low: Mapping[int, float], high: Mapping[int, float]) -> Estimate | None:
     """Share of the gap between two methods that a third one closes, on the seeds that all have."""
     seeds = sorted(ours.keys() & low.keys() & high.keys())
     if not seeds:
         return None
 
-    def share(chosen: Sequence[int]) -> float:
-        gap = fmean(high[s] for s in chosen) - fmean(low[s] for s in chosen)
-        return (fmean(ours[s] for s in chosen) - fmean(low[s] for s in chosen)) / gap if gap else math.nan
+    return ratio([ours[s] - low[s] for s in seeds], [high[s] - low[s] for s in seeds])
 
-    return resampled(seeds, share)
+
+def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Estimate:
+    """Ratio of two means over the same seeds, with Fieller's interval: all q for which the mean of `part - q whole` may be 0.
+
+    A bootstrap's percentiles would be too narrow for as few as eight seeds. The interval has no ends where the mean of the
+    wholes may be 0 itself.
+    """
+    count, part, whole = len(parts), fmean(parts), fmean(wholes)
+    value = part / whole if whole else math.nan
+    if count < 2:
+        return Estimate(value, math.nan, math.nan, count)
+    factor = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) ** 2 / count
+    # a q^2 - 2 b q + c <= 0
+    a = whole**2 - factor * variance(wholes)
+    b = part * whole - factor * covariance(parts, wholes)
+    c = part**2 - factor * variance(parts)
+    if a <= 0:
+        return Estimate(value, -math.inf, math.inf, count)
+    half = math.sqrt(max(0.0, b**2 - a * c))
+    return Estimate(value, (b - half) / a, (b + half) / a, count)
 
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """Spearman's rank correlation, with the interval of a bootstrap over the pairs."""
+    """Spearman's rank correlation, with the percentiles of a bootstrap over the pairs as its interval."""
     places = range(len(first))
 
     def spearman(chosen: Sequence[int]) -> float:
         return float(spearmanr([first[i] for i in chosen], [second[i] for i in chosen]).statistic)
 
-    return resampled(places, spearman)
+    rng = random.Random(0)
+    drawn = [number for _ in range(RESAMPLES) if math.isfinite(number := spearman(rng.choices(places, k=len(places))))]
+    cuts = quantiles(drawn, n=40) if len(drawn) > 1 else [math.nan]  # none where all are equal
+    return Estimate(spearman(places), cuts[0], cuts[-1], len(places))

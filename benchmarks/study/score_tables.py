@@ -24,10 +24,13 @@ def read(results: Path, task: str) -> dict[str, list[Scores]]:
 
 
 def oracle(results: Path, task: str) -> dict[str, float]:
-    """Mean test accuracy with each module alone trained fully, over the seeds that all modules have."""
+    """Mean validation accuracy with each module alone trained fully, over the seeds that all modules have.
+
+    Not test accuracy, by which methods are compared: a score is chosen by this.
+    """
     folders = sorted((results / "run" / task / "only").glob("*"))
     runs = {
-        folder.name: {r.seed: r.accuracy for r in of_method(results, "run", task, f"only:{folder.name}")} for folder in folders
+        folder.name: {r.seed: r.validation for r in of_method(results, "run", task, f"only:{folder.name}")} for folder in folders
     }
     common = set.intersection(*(set(seeds) for seeds in runs.values())) if runs else set()
     return {module: fmean(seeds[s] for s in common) for module, seeds in runs.items()} if common else {}

@@ -14,7 +14,7 @@ pytest.importorskip("scipy", reason="the study's intervals need scipy")
 from benchmarks.study import score_tables, tables, tuning
 from benchmarks.study.comparison import UNSEEN, compare, over_tasks
 from benchmarks.study.equal_cost import equal_memory, equal_time
-from benchmarks.study.estimates import correlation, difference, gap_closed, mean
+from benchmarks.study.estimates import correlation, difference, gap_closed, mean, ratio
 from benchmarks.study.methods import CORE, METHODS
 from benchmarks.study.ranks import rank_of
 from benchmarks.study.records import TUNING_SEEDS, Job, Record, load, of_method, save
@@ -76,6 +76,17 @@ def test_the_share_of_a_gap_and_its_interval():
     assert noisy is not None and noisy.low < noisy.value < noisy.high
     none = gap_closed(low, low, low)
     assert none is not None and none.text() == "-"
+
+
+def test_the_interval_of_a_ratio_holds_what_the_t_test_allows_and_no_more():
+    parts, wholes = [3.0, 5.0, 4.0, 6.0, 2.0], [8.0, 7.0, 9.0, 8.5, 6.0]
+    estimate = ratio(parts, wholes)
+    assert estimate.value == pytest.approx(4 / 7.7)
+    for end, inside in ((estimate.low, 1e-6), (estimate.high, -1e-6)):
+        nearer, farther = (mean([p - q * w for p, w in zip(parts, wholes, strict=True)]) for q in (end + inside, end - inside))
+        assert nearer.low < 0 < nearer.high and not farther.low < 0 < farther.high
+    without_end = ratio(parts, [-9.0, 9.0, 1.0, -8.0, 8.0])
+    assert without_end.text() == "2000.0 [-inf, inf]"
 
 
 def test_rank_correlation_sees_order_alone():

@@ -81,7 +81,9 @@ def correlation(first: Sequence[float], second: Sequence[float]) -> Estimate:
     places = range(len(first))
 
     def spearman(chosen: Sequence[int]) -> float:
-        return float(spearmanr([first[i] for i in chosen], [second[i] for i in chosen]).statistic)
+        ours, theirs = [first[i] for i in chosen], [second[i] for i in chosen]
+        constant = len(set(ours)) == 1 or len(set(theirs)) == 1  # which has no order, as scipy warns every time
+        return math.nan if constant else float(spearmanr(ours, theirs).statistic)
 
     rng = random.Random(0)
     drawn = [number for _ in range(RESAMPLES) if math.isfinite(number := spearman(rng.choices(places, k=len(places))))]

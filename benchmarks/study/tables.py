@@ -1,11 +1,13 @@
 """The study's tables as Markdown."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from benchmarks.study.comparison import RATIO_TUNED, WANTED_GAIN, WANTED_GAP, Comparison, Row, over_tasks
-from benchmarks.study.estimates import Estimate
+from benchmarks.study.estimates import Estimate, correlation
 from benchmarks.study.methods import METHODS
 
+FEWEST_TO_CORRELATE = 5
 CHANCE = ("random", "random_mlp")  # choices that a score has to beat: among all modules, and among those as large as its own
 
 
@@ -55,9 +57,12 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 
 
 def choices(comparisons: Sequence[Comparison]) -> str:
-    """What each way to choose 10% of the modules gains over LoRA, in points, best first by the mean over tasks with a gap."""
+    """What each way to choose 10% of the modules gains over LoRA, in points, best first by the mean over tasks with a gap.
+
+    And whether that goes with how much is trained, since modules differ in size.
+    """
     with_gap = [comparison for comparison in comparisons if comparison.has_gap]
-    rows = []
+    rows, sizes_and_gains = [], []
     for name, method in METHODS.items():
         if name != "hybrid" and not method.chooses:
             continue
@@ -65,11 +70,21 @@ def choices(comparisons: Sequence[Comparison]) -> str:
         if any(gained):
             over_lora = over_tasks(with_gap, name, "lora")
             over_chance = [over_tasks(with_gap, name, other) if name != other else None for other in CHANCE]
-            cells = (name, *map(_text, (*gained, over_lora, *over_chance)))
+            size = "-"
+            if over_lora:
+                relative = fmean(c.rows[name].trainable / c.rows["hybrid"].trainable for c in with_gap)
+                sizes_and_gains.append((relative, over_lora.value))
+                size = f"{relative:.2f}"
+            cells = (name, *map(_text, (*gained, over_lora, *over_chance)), size)
             rows.append((over_lora.value if over_lora else -1.0, cells))
-    means = ("where there is a gap", *(f"over {name} there" for name in CHANCE))
+    means = ("where there is a gap", *(f"over {name} there" for name in CHANCE), "trained, of the hybrid's")
     header = ("10% chosen by", *(comparison.task for comparison in comparisons), *means)
-    return markdown(header, [cells for _, cells in sorted(rows, key=lambda row: -row[0])])
+    table = markdown(header, [cells for _, cells in sorted(rows, key=lambda row: -row[0])])
+    if len(sizes_and_gains) < FEWEST_TO_CORRELATE:
+        return table
+    sizes, gains = zip(*sizes_and_gains, strict=True)
+    agreement = correlation(sizes, gains).text(1, 2)
+    return f"{table}\n\nRank correlation of what is gained where there is a gap and what is trained: {agreement}."
 
 
 def differences(comparisons: Sequence[Comparison]) -> str:

@@ -221,6 +221,17 @@ def test_choices_are_ranked_by_what_they_gain_where_there_is_a_gap(tmp_path):
     lines = tables.choices([compare(tmp_path, "sums")]).splitlines()[2:]
     assert [line.split(" | ")[0].strip("| ") for line in lines] == ["late", "hybrid", "random"]
     assert lines[0].startswith("| late | 39.3 [") and "| 29.3 [" in lines[0]  # LoRA has 50.7 on average
+    assert lines[0].endswith("| 1.00 |")
+
+
+def test_choices_say_whether_they_gain_by_what_they_train(tmp_path):
+    results_with_a_gap(tmp_path)
+    for place, name in enumerate(("late", "early", "largest", "probe")):
+        keep(tmp_path, *(record(name, seed=s, accuracy=0.9 + 0.02 * place, trainable=200 + 100 * place) for s in range(8)))
+    table, _, said = tables.choices([compare(tmp_path, "sums")]).rpartition("\n\n")
+    # Hybrid and random train alike, so that two of the six ranks are one.
+    assert said.startswith("Rank correlation") and ": 0.99 [" in said
+    assert {line.split(" | ")[0]: line.split(" | ")[-1] for line in table.splitlines()}["| late"] == "2.00 |"
 
 
 def test_differences_over_tasks_are_of_seeds_that_all_have(tmp_path):

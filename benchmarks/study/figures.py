@@ -24,7 +24,8 @@ COLOURS = {
 }
 CURVES = ("fft", "hybrid", "hybrid_own_ratio", "random", "random_own_ratio", "lora")
 STYLES = {"random": "--", "random_own_ratio": "--"}
-ALONE = ("random", "fft", "hybrid_own_ratio", "random_own_ratio")  # beside the families, where a task has them
+ALONE = ("random", "random_mlp", "fft", "hybrid_own_ratio", "random_own_ratio")  # beside the families, where a task has them
+MARKERS = {"random_mlp": "s"}  # of those that would look alike
 # What is compared at every size: more rank for all modules, or more modules fully trained.
 FAMILIES = {
     "LoRA, by rank": ("lora", ("lora", "lora_matched", "lora_r1", "lora_r4", "lora_r8", "lora_r16")),
@@ -101,7 +102,7 @@ def draw_sizes(comparisons: Sequence[Comparison], out: Path) -> None:
             _sizes(axes, rows, label, COLOURS[group], "o-")
         for name in ALONE:
             if name in comparison.rows:
-                _sizes(axes, [comparison.rows[name]], name, COLOURS[METHODS[name].group], "D")
+                _sizes(axes, [comparison.rows[name]], name, COLOURS[METHODS[name].group], MARKERS.get(name, "D"))
         axes.set(title=comparison.task, xlabel="trained parameters", ylabel="accuracy on test problems, %", xscale="log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda parameters, _: f"{parameters / 1000:g}k")

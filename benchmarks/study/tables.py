@@ -89,8 +89,10 @@ def choices(comparisons: Sequence[Comparison]) -> str:
 
 def differences(comparisons: Sequence[Comparison]) -> str:
     """The hybrid beside what it is compared with most, paired by seed, on each task and on average of them."""
-    pairs = [("hybrid", other) for other in ("lora", "lora_matched", *CHANCE, "largest", "late", "fft")]
-    pairs += [("random_mlp", "random"), ("fft", "lora")]
+    others = ("lora", "lora_r8", "lora_r16", "lora_matched", "only_full", *CHANCE, "largest", "late", "fft")
+    pairs = [("hybrid", other) for other in others]
+    pairs += [("hybrid_tuned_ratio", other) for other in ("hybrid", "lora_matched", "random_tuned_ratio", "fft")]
+    pairs += [("random_mlp", "random"), ("only_full", "lora"), ("fft", "lora")]
     rows = []
     for ours, theirs in pairs:
         each = [over_tasks([comparison], ours, theirs) for comparison in comparisons]

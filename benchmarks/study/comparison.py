@@ -67,9 +67,13 @@ class Comparison:
         return max(there, key=lambda row: row.accuracy.value) if len(there) == len(BASELINES) else None
 
     def relative_gain(self, method: str = "hybrid") -> float | None:
-        """Of a hybrid over the best baseline."""
+        """Of a hybrid over the best baseline, on the seeds that both have."""
         best, ours = self.best_baseline, self.rows.get(method)
-        return None if best is None or ours is None else ours.accuracy.value / best.accuracy.value - 1
+        if best is None or ours is None:
+            return None
+        accuracies, others = _by_seed(ours.records), _by_seed(best.records)
+        common = accuracies.keys() & others.keys()
+        return fmean(accuracies[s] for s in common) / fmean(others[s] for s in common) - 1 if common else None
 
 
 def compare(results: Path, task: str, first_seed: int = 0) -> Comparison:

@@ -187,6 +187,14 @@ def test_a_comparison_by_hand(tmp_path):
     assert "closes 90% of the gap on sums | 93 [" in text and "+52.2%" in text and "**no**" not in text
 
 
+def test_seeds_that_the_best_baseline_lacks_change_no_gain_over_it(tmp_path):
+    results_with_a_gap(tmp_path)
+    gain = compare(tmp_path, "sums").relative_gain()
+    keep(tmp_path, *(record("hybrid", seed=s, accuracy=0.99) for s in range(20, 28)))
+    assert compare(tmp_path, "sums").rows["hybrid"].accuracy.number > 8
+    assert compare(tmp_path, "sums").relative_gain() == pytest.approx(gain)
+
+
 def test_what_is_not_reached_is_said(tmp_path):
     results_with_a_gap(tmp_path)
     comparison = compare(tmp_path, "sums")

@@ -96,7 +96,7 @@ def differences(comparisons: Sequence[Comparison]) -> str:
     rows = []
     for ours, theirs in pairs:
         each = [over_tasks([comparison], ours, theirs) for comparison in comparisons]
-        if any(each):
+        if all(each):
             rows.append((f"{ours} less {theirs}", *map(_text, (*each, over_tasks(comparisons, ours, theirs)))))
     return markdown(("points", *(comparison.task for comparison in comparisons), "mean of these"), rows)
 

@@ -19,6 +19,15 @@ from benchmarks.study.tables import choices, differences, headline, of_task, rat
 
 PAGES = (Path("README.md"), Path("results/README.md"), Path("results/study/README.md"))
 
+TITLES = {
+    "headline": "Accuracy, %",
+    "targets": "Targets",
+    "choices": "What choices gain over LoRA, points",
+    "ratios": "Ratios of the two learning rates",
+    "differences": "Differences, points",
+    "unseen": f"Differences on seeds from {UNSEEN} on, which were run after the default score had been chosen",
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -63,7 +72,9 @@ def _page(results: Path, comparisons: list[Comparison], parts: dict[str, str]) -
     if (results / "cost").is_dir():
         sections.append(f"## Cost\n\n{cost_table(results)}\n")
     text = "Made by `python -m benchmarks.study.analyse` of the records beside this file. Intervals are of 95%."
-    return "\n".join(["# Tables of the study\n", f"{text}\n", *(f"{part}\n" for part in parts.values()), *sections])
+    return "\n".join(
+        ["# Tables of the study\n", f"{text}\n", *(f"## {TITLES[name]}\n\n{part}\n" for name, part in parts.items()), *sections]
+    )
 
 
 def _filled(page: str, parts: dict[str, str]) -> str:

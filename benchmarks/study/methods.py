@@ -119,4 +119,4 @@ _ALL = (
     *(Method(f"budget_{percent}", "budget", _share(percent / 100)) for percent in (2, 5, 20, 40)),
 )
 METHODS = {method.name: method for method in _ALL}
-CORE = ("fft", "lora", "hybrid", "random", "dora", "rslora", "adalora", "lora_matched", "bottom")
+CORE = ("fft", "lora", "hybrid", "random", "random_mlp", "dora", "rslora", "adalora", "lora_matched", "bottom")

@@ -65,8 +65,8 @@ def _page(results: Path, comparisons: list[Comparison], parts: dict[str, str]) -
     for comparison in comparisons:
         sections.append(f"## {comparison.task}\n\n{of_task(comparison)}\n")
         sections.append(f"At equal memory of what is trained (weights, gradients, Adam):\n\n{equal_memory(comparison)}\n")
-        if in_time := equal_time(results, comparison):
-            sections.append(f"At equal time, as measured on an idle machine:\n\n{in_time}\n")
+        if in_time := equal_time(comparison):
+            sections.append(f"At equal time (of the processor, each run one thread):\n\n{in_time}\n")
     for folder in sorted((results / "scores").glob("*")):
         sections.append(f"## Scores on {folder.name}\n\n{score_tables.of_task(results, folder.name)}\n")
     if (results / "cost").is_dir():

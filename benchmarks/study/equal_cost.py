@@ -1,11 +1,10 @@
-"""Accuracy at equal time and at equal memory, from the curves of the runs and the measured cost of a step.
+"""Accuracy at equal time and at equal memory, from the curves of the runs and what they took.
 
-The clock of the runs themselves tells nothing, since several share the cores; `python -m benchmarks.study.cost` measures alone.
+Time is that of the processor, beside LoRA's run of the same seed and commit: a run has one thread, and such runs are made one
+after another, so that what else the machine did has little part in their ratio. Loading, scoring and validation are in it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean, median
 
 from benchmarks.study.comparison import Comparison, Row
@@ -16,22 +15,23 @@ from benchmarks.study.tables import markdown
 BYTES_OF_STATE = 16
 
 
-def seconds_of(results: Path, task: str) -> dict[str, tuple[float, float]]:
-    """Seconds of a step and of scoring by method, the median of the rounds; none where nothing was measured."""
-    path = results / "cost" / f"{task}.json"
-    if not path.exists():
-        return {}
-    rounds: Mapping[str, Sequence[Mapping[str, float]]] = json.loads(path.read_text(encoding="utf-8"))["rounds"]
-    return {
-        name: (median(r["seconds_per_step"] for r in measured), median(r["scoring_seconds"] for r in measured))
-        for name, measured in rounds.items()
-    }
+def relative_time(row: Row, lora: Row) -> Estimate | None:
+    """Processor time of a run over that of LoRA, the median over the runs made beside LoRA's and the range of them all.
+
+    None where none was made beside LoRA's, or came to its end.
+    """
+    beside = {(record.seed, record.commit): record.processor_seconds for record in lora.records if not record.diverged}
+    ratios = [
+        record.processor_seconds / beside[record.seed, record.commit]
+        for record in row.records
+        if record.processor_seconds and beside.get((record.seed, record.commit)) and not record.diverged
+    ]
+    return Estimate(median(ratios), min(ratios), max(ratios), len(ratios)) if ratios else None
 
 
-def at_time(row: Row, seconds_per_step: float, scoring: float, budget: float) -> Estimate:
-    """Validation accuracy after some seconds, between two validations on the line through both; at most that of the last."""
-    steps = max(0.0, (budget - scoring) / seconds_per_step)
-    return mean([_at_step(record.curve, steps) for record in row.records])
+def at_time(row: Row, share: float) -> Estimate:
+    """Validation accuracy after a share of the steps, between two validations on the line through both; at most the last."""
+    return mean([_at_step(record.curve, min(1.0, share) * record.curve[-1]["step"]) for record in row.records])
 
 
 def _at_step(curve: Sequence[Mapping[str, float]], step: float) -> float:
@@ -43,17 +43,19 @@ def _at_step(curve: Sequence[Mapping[str, float]], step: float) -> float:
     return before["avg"] + share * (after["avg"] - before["avg"])
 
 
-def equal_time(results: Path, comparison: Comparison) -> str:
-    """Every method that was measured, in the time that LoRA needs for all its steps; empty where LoRA was not measured."""
-    seconds = seconds_of(results, comparison.task)
+def equal_time(comparison: Comparison) -> str:
+    """Every trained method in the time that LoRA needs for all its steps; empty where no other was run beside LoRA."""
     lora = comparison.rows.get("lora")
-    if lora is None or "lora" not in seconds:
+    if lora is None:
         return ""
-    budget = seconds["lora"][1] + seconds["lora"][0] * lora.records[0].curve[-1]["step"]
-    rows = {name: at_time(row, *seconds[name], budget) for name, row in comparison.rows.items() if name in seconds}
-    header = ("method", "ms a step", f"validation accuracy % after {budget:.1f} s")
-    ordered = sorted(rows.items(), key=lambda item: -item[1].value)
-    return markdown(header, [(name, f"{1e3 * seconds[name][0]:.0f}", value.text()) for name, value in ordered])
+    times = {
+        name: time for name, row in comparison.rows.items() if row.trainable and (time := relative_time(row, lora)) is not None
+    }
+    values = {name: at_time(comparison.rows[name], 1 / time.value) for name, time in times.items()}
+    ordered = sorted(values.items(), key=lambda item: -item[1].value)
+    lines = [(name, str(times[name].number), times[name].text(1, 2), value.text()) for name, value in ordered]
+    header = ("method", "runs beside LoRA's", "time, of LoRA's [all runs]", "validation accuracy % in LoRA's time")
+    return markdown(header, lines) if len(lines) > 1 else ""
 
 
 def equal_memory(comparison: Comparison) -> str:

@@ -1,6 +1,5 @@
 """What the study makes of its records: comparisons and tables."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,19 +21,33 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_equal_time_is_read_off_the_curve_where_a_slower_method_would_be(tmp_path):
-    keep(tmp_path, *(record(name, seed=s, accuracy=0.5) for name in ("lora", "hybrid", "fft") for s in range(2)))
-    (tmp_path / "cost").mkdir()
-    rounds = {
-        "lora": [{"seconds_per_step": 1.0, "scoring_seconds": 0.0}],
-        "fft": [{"seconds_per_step": 0.5, "scoring_seconds": 0.0}],
-    }
-    rounds["hybrid"] = [{"seconds_per_step": step, "scoring_seconds": 30.0} for step in (0.9, 1.0, 9.0)]
-    (tmp_path / "cost" / "sums.json").write_text(json.dumps({"rounds": rounds}))
-    table = equal_time(tmp_path, compare(tmp_path, "sums"))
-    # LoRA takes 60 s; the hybrid is half way then, between 10% and 50%, and FFT ended before.
-    assert table.splitlines()[0].endswith("after 60.0 s |")
-    assert "| hybrid | 1000 | 30.0 [30.0, 30.0] |" in table and "| fft | 500 | 50.0 [50.0, 50.0] |" in table
-    assert equal_time(tmp_path / "none", compare(tmp_path, "sums")) == ""
+    seconds = {"lora": (60.0, 50.0, 600.0), "hybrid": (80.0, 75.0, 800.0), "fft": (30.0, 25.0, 250.0)}
+    for name, each in seconds.items():
+        for seed, taken in enumerate(each):
+            job, made = record(name, seed=seed, accuracy=0.5)
+            keep(tmp_path, (job, replace(made, processor_seconds=taken)))
+    # Neither a run that was cut short nor one made at another time says what the hybrid takes, nor does one without LoRA's.
+    for seed, change in ((3, {"diverged": True}), (4, {"commit": "other"}), (5, {})):
+        if seed < 5:
+            keep(tmp_path, record("lora", seed=seed, accuracy=0.5))
+        job, made = record("hybrid", seed=seed, accuracy=0.5)
+        keep(tmp_path, (job, replace(made, processor_seconds=1.0, **change)))
+    job, made = record("dora", seed=0, accuracy=0.5)
+    keep(tmp_path, (job, replace(made, commit="other")))
+    lines = equal_time(compare(tmp_path, "sums")).splitlines()[2:]
+    # The hybrid is at 45 of 60 steps when LoRA ends, between 10% and 50%, and FFT is done.
+    assert lines == [
+        "| fft | 3 | 0.50 [0.42, 0.50] | 50.0 [50.0, 50.0] |",
+        "| lora | 3 | 1.00 [1.00, 1.00] | 50.0 [50.0, 50.0] |",
+        "| hybrid | 3 | 1.33 [1.33, 1.50] | 40.0 [40.0, 40.0] |",
+    ]
+
+
+def test_equal_time_says_nothing_where_only_lora_is_known_or_not_even_lora(tmp_path):
+    keep(tmp_path, *(record("lora", seed=seed) for seed in range(2)))
+    assert equal_time(compare(tmp_path, "sums")) == ""
+    keep(tmp_path / "other", *(record("fft", seed=seed) for seed in range(2)))
+    assert equal_time(compare(tmp_path / "other", "sums")) == ""
 
 
 def test_equal_memory_names_the_best_method_that_trains_no_more(tmp_path):

@@ -15,6 +15,7 @@ from benchmarks.study.comparison import UNSEEN, Comparison, compare
 from benchmarks.study.cost_table import cost_table
 from benchmarks.study.equal_cost import equal_memory, equal_time
 from benchmarks.study.figures import draw_accuracies, draw_curves, draw_sizes
+from benchmarks.study.pool import RESULTS
 from benchmarks.study.tables import choices, differences, headline, of_task, ratios, targets
 
 PAGES = (Path("README.md"), Path("results/README.md"), Path("results/study/README.md"))
@@ -31,11 +32,12 @@ TITLES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
     parser.add_argument(
-        "--results", type=Path, default=Path("results/study"), help="folder of the records (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--pages", type=Path, nargs="*", default=PAGES, help="with marks to put tables between (default: %(default)s)"
+        "--pages",
+        type=Path,
+        nargs="*",
+        help=f"with marks to put tables between (default: {', '.join(map(str, PAGES))} for {RESULTS}, none for other records)",
     )
     arguments = parser.parse_args()
     tasks = sorted(folder.name for folder in (arguments.results / "run").glob("*") if folder.is_dir())
@@ -54,7 +56,10 @@ def main() -> None:
     draw_curves(comparisons, arguments.results / "curves.png")
     draw_sizes(comparisons, arguments.results / "sizes.png")
     marked = {**parts, **{comparison.task: of_task(comparison) for comparison in comparisons}}
-    for page in arguments.pages:
+    pages = arguments.pages
+    if pages is None:
+        pages = PAGES if arguments.results == RESULTS else ()  # which are about the project's own records
+    for page in pages:
         if page.exists():
             page.write_text(_filled(page.read_text(encoding="utf-8"), marked), encoding="utf-8")
     print(page_text)

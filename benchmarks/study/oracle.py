@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
     arguments = parser.parse_args()
     jobs = [
-        Job(task, f"only:{module}", best_rate(arguments.results, Path(task).stem, METHODS["hybrid"]), seed, "run")
+        Job(task, f"only:{module}", best_rate(arguments.results, task, METHODS["hybrid"]), seed, "run")
         for seed in arguments.seeds
         for task in tasks_of(arguments)
         for module in module_names(arguments.results, Path(task).stem)

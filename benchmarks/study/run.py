@@ -24,7 +24,7 @@ def main() -> None:
         Job(task, name, rate, seed, "run", rank)
         for seed in arguments.seeds
         for task in tasks_of(arguments)
-        for name, rate, rank in _settings(names, arguments.results, Path(task).stem)
+        for name, rate, rank in _settings(names, arguments.results, task)
     ]
     if make_runs(jobs, arguments.results, arguments.workers):
         sys.exit("error: some runs failed; see the lines above")
@@ -32,7 +32,7 @@ def main() -> None:
 
 def _settings(names: list[str], results: Path, task: str) -> list[tuple[str, float, int | None]]:
     methods = [METHODS[name] for name in names]
-    return [(method.name, best_rate(results, task, method), rank_of(method, results, task)) for method in methods]
+    return [(method.name, best_rate(results, task, method), rank_of(method, results, Path(task).stem)) for method in methods]
 
 
 if __name__ == "__main__":

@@ -57,14 +57,14 @@ def rounded(rate: float) -> float:
 
 
 def best_rate(results: Path, task: str, method: Method) -> float:
-    """The tuned learning rate of a method; 0 of the start policy.
+    """The tuned learning rate of a method on a task, given by its name or the path of its config; 0 of the start policy.
 
     Raises:
         SystemExit: If it has not been tuned to the end.
     """
     if method.untrained:
         return 0.0
-    tuned = means(of_method(results, "sweep", task, method.name))
+    tuned = means(of_method(results, "sweep", Path(task).stem, method.name))
     if len(tuned) < FIRST or next_rates((), tuned):
         raise SystemExit(
             f"error: {method.name} has no tuned learning rate for {task} yet: run python -m benchmarks.study.sweep --task {task} "

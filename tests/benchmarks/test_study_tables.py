@@ -11,10 +11,11 @@ pytest.importorskip("scipy", reason="the study's intervals need scipy")
 
 from study_records import keep, record, results_with_a_gap
 
-from benchmarks.study import score_tables, tables
+from benchmarks.study import analyse, score_tables, tables
 from benchmarks.study.comparison import UNSEEN, compare, over_tasks
 from benchmarks.study.equal_cost import equal_memory, equal_time
 from benchmarks.study.estimates import mean
+from benchmarks.study.pool import RESULTS
 from benchmarks.study.records import TUNING_SEEDS
 
 ROOT = Path(__file__).parents[2]
@@ -165,9 +166,25 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path):
     assert {"tables.md", "accuracy.png", "curves.png", "sizes.png"} <= written
 
 
+def test_records_of_ones_own_leave_the_projects_pages_alone(tmp_path, monkeypatch):
+    results_with_a_gap(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    page, text = Path("README.md"), "<!-- study: headline -->\nold\n<!-- end -->\n"
+    page.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["analyse", "--results", "mine"])
+    analyse.main()
+    assert page.read_text() == text and "| sums |" in Path("mine/tables.md").read_text()
+    Path("results").mkdir()
+    Path("mine").rename(RESULTS)
+    monkeypatch.setattr(sys, "argv", ["analyse"])
+    analyse.main()
+    assert "old" not in page.read_text() and "| sums |" in page.read_text()
+
+
 def test_a_stage_without_what_it_needs_says_so(tmp_path):
     for stage, options, words in (
         ("run", ["--task", "products"], "has no tuned learning rate"),
+        ("run", ["--task", "configs/gspo.yaml"], "sweep --task configs/gspo.yaml --method"),  # as a user has given it
         ("analyse", [], "no runs in"),
         ("oracle", ["--task", "products"], "sweep fft on products first"),
     ):

@@ -12,6 +12,9 @@ CHANCE = ("random", "random_mlp")  # choices that a score has to beat: among all
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; empty without rows."""
+    if not rows:
+        return ""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -96,7 +99,7 @@ def differences(comparisons: Sequence[Comparison]) -> str:
     rows = []
     for ours, theirs in pairs:
         each = [over_tasks([comparison], ours, theirs) for comparison in comparisons]
-        if all(each):
+        if each and all(each):
             rows.append((f"{ours} less {theirs}", *map(_text, (*each, over_tasks(comparisons, ours, theirs)))))
     return markdown(("points", *(comparison.task for comparison in comparisons), "mean of these"), rows)
 

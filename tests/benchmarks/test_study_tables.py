@@ -173,12 +173,22 @@ def test_records_of_ones_own_leave_the_projects_pages_alone(tmp_path, monkeypatc
     page.write_text(text)
     monkeypatch.setattr(sys, "argv", ["analyse", "--results", "mine"])
     analyse.main()
-    assert page.read_text() == text and "| sums |" in Path("mine/tables.md").read_text()
+    assert page.read_text() == text and "| sums |" in (made := Path("mine/tables.md").read_text())
+    assert "## Differences" in made and "on no task" not in made
     Path("results").mkdir()
     Path("mine").rename(RESULTS)
     monkeypatch.setattr(sys, "argv", ["analyse"])
     analyse.main()
     assert "old" not in page.read_text() and "| sums |" in page.read_text()
+
+
+def test_tables_about_a_gap_are_left_out_where_there_is_none(tmp_path, monkeypatch):
+    keep(tmp_path, *(record(name, seed=s) for name in ("lora", "fft", "hybrid", "random") for s in range(3)))
+    monkeypatch.setattr(sys, "argv", ["analyse", "--results", str(tmp_path)])
+    analyse.main()
+    made = (tmp_path / "tables.md").read_text()
+    assert "on no task" in made and "| hybrid | 3 | 0.01 |" in made
+    assert "## Differences" not in made and "## Ratios" not in made and "## Targets" in made
 
 
 def test_a_stage_without_what_it_needs_says_so(tmp_path):

@@ -1,3 +1,4 @@
+import ctypes
 import os
 import subprocess
 import sys
@@ -40,19 +41,58 @@ def test_freed_memory_is_used_again_without_faults():
     assert run("prepare_process()") < pages / 6
 
 
-def spins(**environment):
+def setting(name, **environment):
     code = "import os; from hybrid_lightning.process import prepare_process; prepare_process(); "
-    code += "print(os.environ.get('GOMP_SPINCOUNT'))"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GOMP_", "OMP_"))}
+    code += f"print(os.environ.get({name!r}))"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GOMP_", "OMP_", "ONEDNN_"))}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_what_the_environment_says_stays():
-    assert spins() == process._SPINS
-    assert spins(GOMP_SPINCOUNT="7") == "7"
-    assert spins(OMP_WAIT_POLICY="PASSIVE") == "None"
+    assert setting("GOMP_SPINCOUNT") == process._SPINS
+    assert setting("GOMP_SPINCOUNT", GOMP_SPINCOUNT="7") == "7"
+    assert setting("GOMP_SPINCOUNT", OMP_WAIT_POLICY="PASSIVE") == "None"
+    capacity = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    assert setting(capacity) == str(process.KEPT_PRODUCTS) and setting(capacity, **{capacity: "7"}) == "7"
     assert run("assert not keep_freed_memory()", MALLOC_MMAP_THRESHOLD_="100000") > 1000
+
+
+SIZES = """
+import ctypes
+from hybrid_lightning.process import prepare_process
+prepare_process()
+import torch
+class Heap(ctypes.Structure):
+    _fields_ = [(str(place), ctypes.c_size_t) for place in range(10)]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Heap
+def used():
+    return getattr(libc.mallinfo2(), "7")
+weight = torch.ones(64, 64, dtype=torch.bfloat16)
+def products(first):
+    before = used()
+    for rows in range(first, first + 300):
+        torch.nn.functional.linear(torch.ones(rows, 64, dtype=torch.bfloat16), weight)
+    return used() - before
+print(products(100), products(400))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 and newer alone say what is in use")
+def test_few_compiled_products_are_kept():
+    def grown(**environment):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("ONEDNN_")}
+        done = subprocess.run(
+            [sys.executable, "-c", SIZES], env={**clean, **environment}, capture_output=True, text=True, check=True
+        )
+        return [int(number) for number in done.stdout.split()]
+
+    few, many = grown(), grown(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")
+    if many[0] < 2**20:
+        pytest.skip("products of this processor are not compiled for each size")
+    # Half of a product is freed: of 172 of the first 300 sizes, and of as many as come in the place of others.
+    assert few[0] < 0.8 * many[0] and few[1] < 0.6 * many[1]
 
 
 def test_python_dash_m_prepares_its_process():

@@ -4,8 +4,8 @@ The level is that of a process which has imported everything and loaded no model
 with glibc, torch 2.13 for CPUs and transformers 5.24: by `benchmarks/memory.py`, and by glibc's own account (`mallinfo2`).
 
 - libraries: pages of their files that are touched only now, and Python's objects for the model;
-- oneDNN compiles a product anew for each size of its matrices, and keeps 1,024 of them. In float32 only LoRA's go that way, in 16
-  bits all do. What multiplies by the keys of a completion does so at new sizes as it grows, by steps of several tokens. Rows that
+- oneDNN compiles a product anew for each size of its matrices. It keeps the code, and all else that it made for some of them, the
+  last. In float32 only LoRA's go that way, in 16 bits all do. What multiplies by the keys of a completion does so at new sizes as it grows, by steps of several tokens. Rows that
   end one after another, which a plan does not know, make more sizes and less of all else;
 - the allocator: memory between tensors that live on, in which no other finds room;
 - gloo gathers weights into memory of its own before they are copied, which is then such a gap, as the next are of other sizes.
@@ -18,13 +18,13 @@ import torch
 
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import ModelSizes
+from hybrid_lightning.process import KEPT_PRODUCTS
 
 _MIB = 2**20
 START = 440 * _MIB  # Python and libraries before a model is loaded
 _LIBRARIES = 37 * _MIB
 _LAYER = 0.8 * _MIB  # Python's objects for a decoder layer
-_KERNEL = 0.53 * _MIB  # a compiled product
-_MOST_KERNELS = 1024
+_CODE, _PRODUCT = 0.27 * _MIB, 0.26 * _MIB  # of a compiled product: kept for good, and for as many as are kept
 _KERNELS = {"float32": (19, 68), "16 bits": (53, 98)}  # sizes of products, without LoRA and with it
 _SIZES = 0.6  # that are new, for each token of a completion
 GAPS = 0.13  # of the tensors that the allocator has placed
@@ -67,7 +67,7 @@ def growth(settings: RunSettings, sizes: ModelSizes, tensors: float, batches: Co
     return Growth(
         tensors=tensors,
         libraries=_LIBRARIES + _LAYER * settings.layers,
-        kernels=_KERNEL * min(kernels, _MOST_KERNELS),
+        kernels=_CODE * kernels + _PRODUCT * min(kernels, KEPT_PRODUCTS),
         gaps=GAPS * (tensors - in_file) + (_GATHERED * sizes.outside_bytes if split else 0),
         mapped=freed,
     )

@@ -103,8 +103,10 @@ class _Projected(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, weight)
+        dtype, logits = logits.dtype, logits.float()  # of a whole block, kept no longer than needed
         with torch.autocast(hidden.device.type, enabled=False):
-            logprobs = (logits.float() if temperature == 1 else logits.float() / temperature).log_softmax(dim=-1)
+            logprobs = (logits if temperature == 1 else logits.div_(temperature)).log_softmax(dim=-1)
+            del logits
             result = logprobs.gather(1, tokens[:, None]).squeeze(1)
             probabilities = logprobs.exp()
             entropy = -torch.linalg.vecdot(probabilities, logprobs)
@@ -112,11 +114,11 @@ class _Projected(torch.autograd.Function):
                 slopes = []
                 if entropy_gradient:
                     slope = logprobs.add_(entropy[:, None]).mul_(probabilities).neg_()
-                    slopes.append(slope.to(logits.dtype) @ weight.to(logits.dtype))
+                    slopes.append(slope.to(dtype) @ weight.to(dtype))
                 del logprobs
                 slope = probabilities.neg_()
                 slope[torch.arange(len(tokens), device=tokens.device), tokens] += 1
-                ctx.save_for_backward(slope.to(logits.dtype) @ weight.to(logits.dtype), *slopes)
+                ctx.save_for_backward(slope.to(dtype) @ weight.to(dtype), *slopes)
                 ctx.temperature, ctx.dtype = temperature, hidden.dtype
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)

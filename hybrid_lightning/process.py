@@ -15,10 +15,10 @@ import sys
 # the default; the embedded policy beside a busy process for 0.25, 0.37 and 1.0.
 _SPINS = "20000"
 
-# Products that oneDNN keeps ready, half a MiB for each size of its matrices, of which it frees half when others come. Its own 1,024
-# are more than are met again where completions end by themselves: with 128 such steps of SmolLM2-135M peaked at 1.62 GiB instead
-# of 1.73 and took no longer, since making one takes a quarter of a millisecond. With 64 it was 1.59, but a step of the embedded
-# policy took 4% longer.
+# Products that oneDNN keeps ready, half a MiB for each size of its matrices, of which it frees half when others come. Its own
+# 1,024 are more than are met again where completions end by themselves: with 128 such steps of SmolLM2-135M peaked at 1.62 GiB
+# instead of 1.73 and took no longer, since making one takes a quarter of a millisecond. With 64 it was 1.59, but a step of the
+# embedded policy took 4% longer.
 KEPT_PRODUCTS = 128
 
 # Of glibc's `mallopt`: numbers of its parameters, and values in bytes. Older versions take 32 MiB at most for the second.

@@ -5,8 +5,9 @@ with glibc, torch 2.13 for CPUs and transformers 5.24: by `benchmarks/memory.py`
 
 - libraries: pages of their files that are touched only now, and Python's objects for the model;
 - oneDNN compiles a product anew for each size of its matrices. It keeps the code, and all else that it made for some of them, the
-  last. In float32 only LoRA's go that way, in 16 bits all do. What multiplies by the keys of a completion does so at new sizes as it grows, by steps of several tokens. Rows that
-  end one after another, which a plan does not know, make more sizes and less of all else;
+  last. In float32 only LoRA's go that way, in 16 bits all do. What multiplies by the keys of a completion does so at new sizes as
+  it grows, by steps of several tokens. Rows that end one after another, which a plan does not know, make more sizes and less of
+  all else;
 - the allocator: memory between tensors that live on, in which no other finds room;
 - gloo gathers weights into memory of its own before they are copied, which is then such a gap, as the next are of other sizes.
 """

@@ -76,16 +76,20 @@ def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Estimate:
     return Estimate(value, (b - half) / a, (b + half) / a, count)
 
 
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's; not a number where one of the two has no order."""
+    constant = len(set(first)) == 1 or len(set(second)) == 1  # of which scipy warns every time
+    return math.nan if constant else float(spearmanr(first, second).statistic)
+
+
 def correlation(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """Spearman's rank correlation, with the percentiles of a bootstrap over the pairs as its interval."""
+    """Rank correlation, with the percentiles of a bootstrap over the pairs as its interval."""
     places = range(len(first))
 
-    def spearman(chosen: Sequence[int]) -> float:
-        ours, theirs = [first[i] for i in chosen], [second[i] for i in chosen]
-        constant = len(set(ours)) == 1 or len(set(theirs)) == 1  # which has no order, as scipy warns every time
-        return math.nan if constant else float(spearmanr(ours, theirs).statistic)
+    def of(chosen: Sequence[int]) -> float:
+        return rank_correlation([first[i] for i in chosen], [second[i] for i in chosen])
 
     rng = random.Random(0)
-    drawn = [number for _ in range(RESAMPLES) if math.isfinite(number := spearman(rng.choices(places, k=len(places))))]
+    drawn = [number for _ in range(RESAMPLES) if math.isfinite(number := of(rng.choices(places, k=len(places))))]
     cuts = quantiles(drawn, n=40) if len(drawn) > 1 else [math.nan]  # none where all are equal
-    return Estimate(spearman(places), cuts[0], cuts[-1], len(places))
+    return Estimate(of(places), cuts[0], cuts[-1], len(places))

@@ -6,7 +6,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.study.estimates import Estimate, correlation, mean
+from benchmarks.study.estimates import correlation, rank_correlation
 from benchmarks.study.records import of_method
 from benchmarks.study.tables import markdown
 
@@ -23,8 +23,8 @@ def read(results: Path, task: str) -> dict[str, list[Scores]]:
     }
 
 
-def oracle(results: Path, task: str) -> dict[str, float]:
-    """Mean validation accuracy with each module alone trained fully, over the seeds that all modules have.
+def oracle(results: Path, task: str) -> list[Scores]:
+    """Validation accuracy with each module alone trained fully, one entry for each seed that all modules have.
 
     Not test accuracy, by which methods are compared: a score is chosen by this.
     """
@@ -32,29 +32,43 @@ def oracle(results: Path, task: str) -> dict[str, float]:
     runs = {
         folder.name: {r.seed: r.validation for r in of_method(results, "run", task, f"only:{folder.name}")} for folder in folders
     }
-    common = set.intersection(*(set(seeds) for seeds in runs.values())) if runs else set()
-    return {module: fmean(seeds[s] for s in common) for module, seeds in runs.items()} if common else {}
+    common = sorted(set.intersection(*(set(seeds) for seeds in runs.values()))) if runs else []
+    return [{module: seeds[seed] for module, seeds in runs.items()} for seed in common]
 
 
 def mean_scores(draws: Sequence[Scores]) -> dict[str, float]:
     return {module: fmean(draw[module] for draw in draws) for module in draws[0]}
 
 
-def agreement(first: Scores, second: Scores) -> Estimate:
-    """Rank correlation over modules."""
+def aligned(first: Scores, second: Scores) -> tuple[list[float], list[float]]:
+    """The values of both, module by module."""
     modules = sorted(first)
-    return correlation([first[m] for m in modules], [second[m] for m in modules])
+    return [first[m] for m in modules], [second[m] for m in modules]
 
 
-def steadiness(draws: Sequence[Scores]) -> Estimate | None:
-    """Rank correlation between two calibration draws, over all pairs of them; None for a single draw."""
-    pairs = [agreement(first, second).value for first, second in combinations(draws, 2)]
-    return mean(pairs) if pairs else None
+def steadiness(draws: Sequence[Scores]) -> float | None:
+    """Rank correlation between two calibration draws, mean of all pairs of them; None for a single draw."""
+    pairs = [rank_correlation(*aligned(first, second)) for first, second in combinations(draws, 2)]
+    return fmean(pairs) if pairs else None
+
+
+def halves(draws: Sequence[Scores]) -> float | None:
+    """Rank correlation between the means of two halves of the draws, mean of all halvings; None for a single draw.
+
+    An order that does not tell itself from chance cannot be foretold by anything.
+    """
+    if len(draws) < 2:
+        return None
+    places = set(range(len(draws)))
+    splits = [(sorted(half), sorted(places - set(half))) for half in combinations(sorted(places), len(places) // 2)]
+    means = [[mean_scores([draws[place] for place in half]) for half in both] for both in splits]
+    return fmean(rank_correlation(*aligned(first, second)) for first, second in means)
 
 
 def of_task(results: Path, task: str) -> str:
     """Each variant: how it agrees with the oracle, with the default score, and with itself on other draws; and its choice."""
-    found, truth = read(results, task), oracle(results, task)
+    found, seeds = read(results, task), oracle(results, task)
+    truth = mean_scores(seeds) if seeds else {}
     default = mean_scores(found[DEFAULT]) if found.get(DEFAULT) else {}
     rows = []
     for name, draws in found.items():
@@ -64,10 +78,15 @@ def of_task(results: Path, task: str) -> str:
         rows.append(
             (
                 name,
-                agreement(scores, truth).text(1, 2) if truth else "-",
-                agreement(scores, default).text(1, 2) if default and name != DEFAULT else "-",
-                f"{steady.value:.2f}" if steady else "-",
+                correlation(*aligned(scores, truth)).text(1, 2) if truth else "-",
+                correlation(*aligned(scores, default)).text(1, 2) if default and name != DEFAULT else "-",
+                "-" if steady is None else f"{steady:.2f}",
                 ", ".join(module.removeprefix("model.layers.") for module in top),
             )
         )
-    return markdown(("score", "with the oracle", "with the default", "between draws", "its choice"), rows)
+    table = markdown(("score", "with the oracle", "with the default", "between draws", "its choice"), rows)
+    own = halves(seeds)
+    if own is None:
+        return table
+    text = f"The oracle has {len(seeds)} seeds; its rank correlation between two halves of them is {own:.2f}."
+    return f"{table}\n\n{text}"

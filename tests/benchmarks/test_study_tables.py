@@ -148,6 +148,15 @@ def test_scores_beside_the_oracle(tmp_path):
         path.write_text(f'{{"scores": {{{scores}}}}}')
     text = score_tables.of_task(tmp_path, "sums")
     assert "| PreconditionedTail | 1.00 [1.00, 1.00] | - | 1.00 | 9.mlp.up_proj |" in text
+    assert text.endswith("The oracle has 2 seeds; its rank correlation between two halves of them is 1.00.")
+
+
+def test_the_oracle_is_asked_whether_it_agrees_with_itself():
+    up, down = ({f"module.{n}": slope * n for n in range(5)} for slope in (2.0, -1.0))
+    # Each draw beside the mean of the other two: rising beside rising, twice, and falling beside rising.
+    assert score_tables.halves([up, up, down]) == pytest.approx(1 / 3)
+    assert score_tables.halves([up, up, down, down]) == pytest.approx((2 * -1 + 4 * 1) / 6)
+    assert score_tables.halves([up]) is None and score_tables.halves([]) is None
 
 
 def test_the_analysis_makes_pages_of_records_alone(tmp_path):

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewards": GROUND | {"sandbox"},
     "policy": GROUND | LEAVES,
     "export": GROUND | LEAVES | {"policy"},
-    "memory": GROUND | LEAVES | {"policy"},
+    "memory": GROUND | LEAVES | {"policy", "process"},
     "callbacks": GROUND | LEAVES | {"policy", "export"},
     "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks"},
     "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer"},

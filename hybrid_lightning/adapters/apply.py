@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.lean_layers import use_lean_layers
+from hybrid_lightning.adapters.lean_rotary import use_lean_rotary
 from hybrid_lightning.adapters.lora_linear import use_fast_lora
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.plan_peft import lora_config
@@ -68,6 +69,7 @@ def apply_plan(
     _set_dora_lengths(adapted)
     use_fast_lora(adapted)
     use_lean_layers(adapted)
+    use_lean_rotary(adapted)
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trainable == {*full, *lora}, "PEFT made other parameters trainable than those of the adapter"
     return adapted

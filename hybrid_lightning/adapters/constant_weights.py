@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_lightning.adapters.lora_linear import LoraLinear, weight_of
+from hybrid_lightning.kernels import calls as kernels
 from hybrid_lightning.products import constant_product, copies_pay
 
 # Names, beside each other in one module, of layers with the same input. A layer that gets another one is still computed right.
@@ -72,6 +73,7 @@ class _Products:
     def __init__(self, layers: Sequence[LoraLinear], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.down: Callable[[Tensor], Tensor] | None = None
+        self.with_low: Callable[[Tensor], Tensor] | None = None
         self.up: Tensor | None = None
         self.bias = _joined_bias(layers, dtype)
         self.sizes = [layer.base_layer.out_features for layer in layers]  # type: ignore[union-attr]
@@ -84,12 +86,14 @@ class _Products:
             pairs = zip(base, ups, downs, strict=True)
             weight = torch.cat([torch.addmm(part, up, down) for part, up, down in pairs])
         else:
-            self.down = constant_product(torch.cat(downs).to(dtype))
+            down = torch.cat(downs).to(dtype)
             if copies:
                 # [x, x A'] [W, s B]' is one product instead of two and a sum, and rounded once.
+                self.with_low = _with_low_rank(down)
                 weight = torch.cat([torch.cat(base), torch.block_diag(*ups).to(dtype)], dim=1)
             else:
                 (weight,), self.up = base, ups[0].to(dtype).T
+                self.down = constant_product(down)
         self.product: Callable[[Tensor], Tensor] = constant_product(weight)
         self.x: Tensor | None = None  # whose products wait to be fetched
         self.waiting: dict[int, Tensor] = {}
@@ -108,13 +112,22 @@ class _Products:
     def _all(self, rows: Tensor) -> Tensor:
         if self.down is not None and self.up is not None:
             result = self.product(rows).addmm_(self.down(rows), self.up)
-        elif self.down is not None:
-            result = self.product(torch.cat([rows, self.down(rows)], dim=1))
+        elif self.with_low is not None:
+            result = self.product(self.with_low(rows))
         else:
             result = self.product(rows)
         if self.bias is not None:
             result += self.bias
         return result
+
+
+def _with_low_rank(down: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function from x [N, n] to [x, x A'] [N, n + r]."""
+    if kernels.usable(down):
+        factors = down.float()
+        return lambda rows: kernels.with_low_rank(rows, factors)
+    product = constant_product(down)
+    return lambda rows: torch.cat([rows, product(rows)], dim=1)
 
 
 def _adapter(layer: LoraLinear) -> str:

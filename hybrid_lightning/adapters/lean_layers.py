@@ -16,6 +16,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from hybrid_lightning.adapters.lora_linear import Factors, LoraLinear, lora_gradients, lora_product
+from hybrid_lightning.kernels import calls as kernels
 
 
 class LeanRMSNorm(LlamaRMSNorm):
@@ -23,9 +24,11 @@ class LeanRMSNorm(LlamaRMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
-        if self.weight.requires_grad or not torch.is_grad_enabled():
+        if self.weight.requires_grad:
             result: Tensor = super().forward(hidden_states)
             return result
+        if not torch.is_grad_enabled():
+            return _norm(hidden_states, self.weight, self.variance_epsilon)[0]
         output: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
         return output
 
@@ -37,7 +40,7 @@ class LeanMLP(LlamaMLP):
         """[..., n] -> [..., n]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not torch.is_grad_enabled():
-            result: Tensor = self.down_proj(F.silu(gate) * up)
+            result: Tensor = self.down_proj(_gated_silu(gate, up))
             return result
         down = self.down_proj
         factors = down.factors(gate) if isinstance(down, LoraLinear) and not _is_watched(down) else None
@@ -78,20 +81,43 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        exact = x.float()
-        inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+        result, inverse = _norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return weight * (exact * inverse).to(x.dtype)
+        return result
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
+        if kernels.usable(gradient, x, weight):
+            return kernels.rms_norm_backward(gradient, x, weight, inverse), None, None
         of_normed = (gradient * weight).float()
         exact = x.float()
         along = torch.linalg.vecdot(of_normed, exact)[..., None] / x.shape[-1]
         result = of_normed.mul_(inverse).addcmul_(exact, along * inverse.pow(3), value=-1)
         return result.to(x.dtype), None, None
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x [..., n], and r [..., 1]."""
+    if kernels.usable_in_layers(x, weight):
+        return kernels.rms_norm(x, weight, eps)
+    exact = x.float()
+    inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (exact * inverse).to(x.dtype), inverse
+
+
+def _gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    if kernels.usable_in_layers(gate, up):
+        return kernels.gated_silu(gate, up)
+    return F.silu(gate).mul_(up)
+
+
+def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Of gate and up."""
+    if kernels.usable(outer, gate, up):
+        return kernels.gated_silu_backward(outer, gate, up)
+    return torch.ops.aten.silu_backward(outer * up, gate), F.silu(gate).mul_(outer)
 
 
 class _GatedSiLU(torch.autograd.Function):
@@ -100,13 +126,12 @@ class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return _gated_silu(gate, up)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+        return _gated_silu_gradients(gradient, *ctx.saved_tensors)
 
 
 class _GatedLora(torch.autograd.Function):
@@ -116,7 +141,7 @@ class _GatedLora(torch.autograd.Function):
     def forward(
         ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        rows = F.silu(gate).mul_(up).reshape(-1, gate.shape[-1])
+        rows = _gated_silu(gate, up).reshape(-1, gate.shape[-1])
         result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling))
         ctx.save_for_backward(gate, up, weight, lora_a, lora_b, low)
         ctx.scaling = scaling
@@ -126,12 +151,8 @@ class _GatedLora(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight, lora_a, lora_b, low = ctx.saved_tensors
-        activated = F.silu(gate)
         outer = gradient.reshape(-1, gradient.shape[-1])
         factors = Factors(weight, None, lora_a, lora_b, ctx.scaling)
-        of_rows, of_a, of_b = lora_gradients(outer, (activated * up).reshape(-1, gate.shape[-1]), low, factors, True)
+        of_rows, of_a, of_b = lora_gradients(outer, _gated_silu(gate, up).reshape(-1, gate.shape[-1]), low, factors, True)
         assert of_rows is not None
-        of_product = of_rows.view_as(gate)
-        of_up = activated.mul_(of_product)
-        of_gate = torch.ops.aten.silu_backward(of_product.mul_(up), gate)
-        return of_gate, of_up, None, None, of_a, of_b, None
+        return *_gated_silu_gradients(of_rows.view_as(gate), gate, up), None, None, of_a, of_b, None

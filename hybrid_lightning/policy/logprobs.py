@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from hybrid_lightning.kernels import calls as kernels
 from hybrid_lightning.rollout.forward import base_model, last_logits, packed_hidden, plain_projection, position_ids, project
 from hybrid_lightning.rollout.packing import PackedSequences
 from hybrid_lightning.rollout.support import supports_packing
@@ -103,6 +104,15 @@ class _Projected(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, weight)
+        if kernels.usable(logits) and not entropy_gradient:
+            wanted = ctx.needs_input_grad[0]
+            result, entropy = kernels.token_logprobs(logits, tokens, temperature, slopes=wanted)
+            if wanted:  # logits are their slopes now
+                with torch.autocast(hidden.device.type, enabled=False):
+                    ctx.save_for_backward(logits @ weight.to(logits.dtype))
+                ctx.temperature, ctx.dtype = temperature, hidden.dtype
+            ctx.mark_non_differentiable(entropy)
+            return result, entropy
         dtype, logits = logits.dtype, logits.float()  # of a whole block, kept no longer than needed
         with torch.autocast(hidden.device.type, enabled=False):
             logprobs = (logits if temperature == 1 else logits.div_(temperature)).log_softmax(dim=-1)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from hybrid_lightning.kernels.calls import recomputed_alike
+
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
@@ -28,7 +30,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
 
     Transformers honours this in train mode only, so the blocks themselves, but not the modules in them, are put into it.
     """
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed_alike})  # type: ignore[operator]
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True

@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from hybrid_lightning.kernels import calls as kernels
+from hybrid_lightning.rollout.kernel_attention import KernelAttention
+
 KeysValues = tuple[Tensor, Tensor]
 # Of the prompt's keys and of the completion's own; None where every query sees every key.
 Masks = tuple[Tensor | None, Tensor | None]
@@ -50,9 +53,15 @@ def shared_attention(
     Returns:
         [P, K, G, R, T, D] in the dtype of the values.
     """
+    plain = settings.softcap is None and settings.dropout == 0
+    if plain and kernels.usable(query, *own):
+        keys, values = (None, None) if prompt is None else prompt
+        scaling = settings.scaling if settings.scaling is not None else query.shape[-1] ** -0.5
+        fused: Tensor = KernelAttention.apply(query, *own, keys, values, masks, scaling)  # type: ignore[no-untyped-call]
+        return fused
     by_products = products_are_faster(query.device) or settings.softcap is not None  # no kernel has the latter
     compute = _by_products if by_products else _by_kernel
-    if by_products and settings.softcap is None and settings.dropout == 0 and torch.is_grad_enabled():
+    if by_products and plain and torch.is_grad_enabled():
         keys, values = (None, None) if prompt is None else prompt
         result: Tensor = _Products.apply(query, *own, keys, values, masks, settings)  # type: ignore[no-untyped-call]
         return result

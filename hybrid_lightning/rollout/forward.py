@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from hybrid_lightning.kernels.calls import kernels_in_layers
 from hybrid_lightning.products import constant_product
 from hybrid_lightning.rollout.interface import AttentionCalls, Packing, no_mask
 
@@ -84,7 +85,8 @@ def packed_hidden(
     }
     if attention_calls is not None:
         arguments["attention_calls"] = attention_calls
-    hidden: Tensor = base.get_decoder()(**arguments, use_cache=False)[0]
+    with kernels_in_layers():
+        hidden: Tensor = base.get_decoder()(**arguments, use_cache=False)[0]
     return hidden[0]
 
 

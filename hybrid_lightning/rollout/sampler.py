@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.kernels import calls as kernels
 from hybrid_lightning.parts import Part
 from hybrid_lightning.rollout.decoding import Decoding, RepeatedCacheDecoding
 from hybrid_lightning.rollout.drawing import draw, filter_logits
@@ -213,6 +214,9 @@ class _Decoder:
         return tokens[:, :longest], logprobs[:, :longest], lengths, finished
 
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        sampler = self.sampler
+        if not self.greedy and sampler.top_k == 0 and sampler.top_p == 1 and kernels.usable(logits):
+            return kernels.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
         scaled = logits.float() if self.sampler.temperature == 1 else logits.float() / self.sampler.temperature
         if self.greedy:
             token = scaled.argmax(dim=-1)

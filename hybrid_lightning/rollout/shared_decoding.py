@@ -8,6 +8,7 @@ its slot is given up later, when many are, since that moves the keys and values 
 import torch
 from torch import Tensor, nn
 
+from hybrid_lightning.kernels import calls as kernels
 from hybrid_lightning.rollout.attention import AttentionSettings, Masks, cached_key_dtype, products_are_faster, shared_attention
 from hybrid_lightning.rollout.forward import constant_projection, packed_hidden
 from hybrid_lightning.rollout.packing import PackedSequences, visible
@@ -100,19 +101,26 @@ class SharedPromptDecoding:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
     ) -> Tensor:
         """One token of every row; see `Packing`."""
+        if _has_kernel(settings, query, key, value, *self.prompt[layer]):
+            own = self._room(layer, key, value)
+            scaling = settings.scaling if settings.scaling is not None else query.shape[2] ** -0.5
+            where = (self.slot_of_row, self.lengths, self.decoded, window)
+            return kernels.decode_attention(query, key, value, self.prompt[layer], own, *where, scaling)
         heads, (_, all_heads, size) = key.shape[1], query.shape
         grouped = self._to_slots(query).view(*self.slots.shape, heads, all_heads // heads, 1, size)
-        self._append(layer, self._to_slots(key), self._to_slots(value))
-        own = (self.own[layer][0][..., : self.own_width, :], self.own[layer][1][..., : self.own_width, :])
+        keys, values = self._room(layer, key, value)
+        keys[:, :, :, self.decoded - 1] = self._to_slots(key).transpose(1, 2)
+        values[:, :, :, self.decoded - 1] = self._to_slots(value).transpose(1, 2)
+        own = (keys[..., : self.own_width, :], values[..., : self.own_width, :])
         result = shared_attention(grouped.permute(0, 2, 1, 3, 4, 5), self.prompt[layer], own, self._mask(window), settings)
         slots = result.permute(0, 2, 1, 3, 4, 5).reshape(self.slots.numel(), all_heads, size)
         return slots if self.full else slots.index_select(0, self.slot_of_row)
 
-    def store_prompt(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def store_prompt(self, layer: int, key: Tensor, value: Tensor, key_dtype: torch.dtype) -> None:
         """Keep the prompts' keys and values, [N, K, D] each."""
         tokens = self.layout.prompt_tokens
         keys, values = (self.layout.prompts.cut(part[:tokens]).transpose(1, 2) for part in (key, value))
-        self.prompt[layer] = (keys.to(cached_key_dtype(keys)).contiguous(), values.contiguous())
+        self.prompt[layer] = (keys.to(key_dtype).contiguous(), values.contiguous())
 
     def _start_rows(self) -> None:
         self.full = self.slots.numel() == len(self.slot_of_row)
@@ -130,18 +138,20 @@ class SharedPromptDecoding:
             return self.decoded
         return min(-(-self.decoded // _WIDTH_STEP) * _WIDTH_STEP, self.max_new_tokens)
 
-    def _append(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def _room(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of completions, with a place for the new token's."""
         if layer not in self.own:
-            capacity = min(_FIRST_CAPACITY, self.max_new_tokens)
-            self.own[layer] = (_allocate(key, capacity, cached_key_dtype(key)), _allocate(value, capacity, value.dtype))
+            prompt, (_, heads, size) = self.prompt[layer], key.shape
+            prompts, samples = self.slots.shape
+            shape = (prompts, heads, samples, min(_FIRST_CAPACITY, self.max_new_tokens))
+            self.own[layer] = (prompt[0].new_zeros(*shape, size), prompt[1].new_zeros(*shape, value.shape[2]))
         keys, values = self.own[layer]
         if keys.shape[3] < self.own_width:
             extra = min(keys.shape[3], max(1, self.max_new_tokens - keys.shape[3]))
             # One after the other, so that no more than one of them is there twice.
             self.own[layer] = (keys := _grow(keys, extra), values)
-            self.own[layer] = (keys, values := _grow(values, extra))
-        keys[:, :, :, self.decoded - 1] = key.transpose(1, 2)
-        values[:, :, :, self.decoded - 1] = value.transpose(1, 2)
+            self.own[layer] = (keys, _grow(values, extra))
+        return self.own[layer]
 
     def _mask(self, window: int | None) -> Masks:
         if window not in self._masks:
@@ -172,14 +182,16 @@ class _Prefill:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
     ) -> Tensor:
         """See `Packing`."""
-        self.decoding.store_prompt(layer, key, value)
+        by_kernel = _has_kernel(settings, query, key, value)
+        self.decoding.store_prompt(layer, key, value, key.dtype if by_kernel else cached_key_dtype(key))
         return self.decoding.layout.attend(layer, query, key, value, window, settings)
 
 
-def _allocate(part: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
-    """[P, G, K, D] -> room for [P, K, G, capacity, D]."""
-    prompts, samples, heads, size = part.shape
-    return part.new_zeros(prompts, heads, samples, capacity, size, dtype=dtype)
+def _has_kernel(settings: AttentionSettings, *tensors: Tensor) -> bool:
+    """Whether one new token of every row is attended to by a kernel; the last axis of each tensor is D."""
+    sizes = {part.shape[-1] for part in tensors}
+    plain = settings.softcap is None and settings.dropout == 0
+    return plain and len(sizes) == 1 and sizes <= kernels.HEAD_SIZES and kernels.usable(*tensors)
 
 
 def _grow(cache: Tensor, extra: int) -> Tensor:

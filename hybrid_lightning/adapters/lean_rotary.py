@@ -1,0 +1,81 @@
+"""Rotary position embeddings of the base model by one kernel, where transformers' function takes ten operations and keeps six tensors.
+
+Attention layers call that function by its name in their file. Where it is Llama's, word for word, a layer gets a class with the same
+forward pass that finds a `rotary` under the name.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.models.llama import modeling_llama
+
+from hybrid_lightning.kernels import calls as kernels
+
+_NAME = "apply_rotary_pos_emb"
+Rotary = Callable[..., tuple[Tensor, Tensor]]
+
+
+def use_lean_rotary(model: nn.Module) -> None:
+    """Let the model's attention layers rotate queries and keys by a kernel, where there is one."""
+    for module in model.modules():
+        lean = _lean(type(module))
+        if lean is not None:
+            module.__class__ = lean
+
+
+@cache
+def _lean(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """A class like an attention layer's of transformers whose forward pass calls `rotary`; None for all others."""
+    forward = inspect.unwrap(kind.forward)
+    theirs = getattr(sys.modules[kind.__module__], _NAME, None)
+    if not kind.__module__.startswith("transformers.") or theirs is None or _NAME not in forward.__code__.co_names:
+        return None
+    if _words(theirs) != _words(modeling_llama.apply_rotary_pos_emb):
+        return None
+    names = {**forward.__globals__, _NAME: partial(rotary, theirs)}
+    same = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    same.__kwdefaults__ = forward.__kwdefaults__
+    return type(kind.__name__, (kind,), {"forward": same, "__module__": kind.__module__})
+
+
+def _words(function: Any) -> str:
+    return inspect.getsource(inspect.unwrap(function)).partition("def ")[2]
+
+
+def rotary(theirs: Rotary, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, heads, N, D] rotated by cos and sin [B, N, D]; by `theirs`, what has no kernel."""
+    size = q.shape[-1]
+    fit = unsqueeze_dim == 1 and q.dim() == 4 and size % 2 == 0 and k.shape[-1] == cos.shape[-1] == size
+    if not fit or cos.requires_grad or not kernels.usable_in_layers(q, k, cos, sin):
+        return theirs(q, k, cos, sin, unsqueeze_dim)
+    angles = [part.expand(q.shape[0], -1, -1).flatten(0, 1).contiguous() for part in (cos, sin)]
+    if not torch.is_grad_enabled():
+        return _rotated(q, *angles, transposed=False), _rotated(k, *angles, transposed=False)
+    return _Rotary.apply(q, *angles), _Rotary.apply(k, *angles)  # type: ignore[no-untyped-call]
+
+
+class _Rotary(torch.autograd.Function):
+    """One of both; it keeps the angles alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return _rotated(x, cosines, sines, transposed=False)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _rotated(gradient, *ctx.saved_tensors, transposed=True), None, None
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool) -> Tensor:
+    """[B, heads, N, D]; in memory heads of a token lie together, as layers make and attention takes them."""
+    tokens = x.transpose(1, 2)
+    return kernels.rotary(tokens.flatten(0, 1), cosines, sines, transposed).view(tokens.shape).transpose(1, 2)

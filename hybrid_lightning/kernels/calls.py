@@ -1,0 +1,236 @@
+"""The kernels as functions of tensors. Their callers ask `usable` first, and compute with torch where it says no."""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.kernels.library import library
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_KINDS = {Tensor, torch.nn.Parameter, torch.nn.Buffer}  # and not a tensor that only pretends to hold numbers
+_POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES: dict[str, list[Any]] = {
+    "rms_norm": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT],
+    "rms_norm_backward": [_POINTER] * 5 + [_INTEGER] * 2,
+    "gated_silu": [_POINTER] * 3 + [_INTEGER] * 4,
+    "gated_silu_backward": [_POINTER] * 5 + [_INTEGER],
+    "rotary": [_POINTER] * 4 + [_INTEGER] * 5 + [_FLOAT],
+    "with_low_rank": [_POINTER] * 3 + [_INTEGER] * 4,
+    "draw_tokens": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT],
+    "token_logprobs": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT, _INTEGER],
+    "attention_weights": [_POINTER] * 8 + [_INTEGER] * 2 + [_FLOAT],
+    "attention_slopes": [_POINTER] * 4 + [_INTEGER] * 3 + [_FLOAT],
+    "decode_attention": [_POINTER] * 10 + [_INTEGER] * 9 + [_FLOAT] + [_INTEGER] * 3,
+}
+HEAD_SIZES = {32, 64, 96, 128, 256}  # that `decode_attention` was compiled for
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether there are kernels for these tensors: real ones on the CPU, all of one dtype, float32 or bfloat16."""
+    dtype = tensors[0].dtype
+    fit = all(type(part) in _KINDS and part.dtype == dtype and part.is_cpu for part in tensors)
+    return fit and dtype in _SUFFIX and library() is not None
+
+
+_layers_allowed = False
+
+
+@contextmanager
+def kernels_in_layers(allowed: bool = True) -> Iterator[None]:
+    """Let the model's own layers use kernels within this context.
+
+    Outside a model computes what transformers does, bit for bit; kernels sum up in another order.
+    """
+    global _layers_allowed
+    before, _layers_allowed = _layers_allowed, allowed
+    try:
+        yield
+    finally:
+        _layers_allowed = before
+
+
+def recomputed_alike() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The `context_fn` of a checkpoint whose forward pass, made again in the backward pass, is to use the same kernels."""
+    return nullcontext(), kernels_in_layers(_layers_allowed)
+
+
+def usable_in_layers(*tensors: Tensor) -> bool:
+    """Whether a layer of the model may use kernels for these tensors."""
+    return _layers_allowed and usable(*tensors)
+
+
+@cache
+def _function(name: str, dtype: torch.dtype) -> Any:
+    function = getattr(library(), f"{name}_{_SUFFIX[dtype]}")
+    function.argtypes, function.restype = _SIGNATURES[name], None
+    return function
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Root mean square norm of x [..., n], and 1 / sqrt(mean(x^2) + eps), [..., 1] float32."""
+    x, size = x.contiguous(), x.shape[-1]
+    result, inverses = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+    pointers = [part.data_ptr() for part in (x, weight, result, inverses)]
+    _function("rms_norm", x.dtype)(*pointers, x.numel() // size, size, eps)
+    return result, inverses
+
+
+def rms_norm_backward(outer: Tensor, x: Tensor, weight: Tensor, inverses: Tensor) -> Tensor:
+    """Gradient of x [..., n] from that of its norm."""
+    outer, x, size = outer.contiguous(), x.contiguous(), x.shape[-1]
+    result = torch.empty_like(x)
+    pointers = [part.data_ptr() for part in (outer, x, weight, inverses, result)]
+    _function("rms_norm_backward", x.dtype)(*pointers, x.numel() // size, size)
+    return result
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up, [..., n]."""
+    size = gate.shape[-1]
+    rows = [part.reshape(-1, size) for part in (gate, up)]
+    rows = [part if part.stride(1) == 1 else part.contiguous() for part in rows]
+    result = gate.new_empty(gate.shape)
+    pointers = (rows[0].data_ptr(), rows[1].data_ptr(), result.data_ptr())
+    _function("gated_silu", gate.dtype)(*pointers, rows[0].shape[0], size, rows[0].stride(0), rows[1].stride(0))
+    return result
+
+
+def gated_silu_backward(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up from that of silu(gate) up."""
+    outer, gate, up = outer.contiguous(), gate.contiguous(), up.contiguous()
+    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+    pointers = [part.data_ptr() for part in (outer, gate, up, of_gate, of_up)]
+    _function("gated_silu_backward", gate.dtype)(*pointers, gate.numel())
+    return of_gate, of_up
+
+
+def rotary(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) -> Tensor:
+    """Rotary position embedding of x [N, heads, D] by [N, D] each, or what its transpose makes of x; contiguous."""
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    result = x.new_empty(x.shape)
+    pointers = (x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), result.data_ptr())
+    _function("rotary", x.dtype)(*pointers, *x.shape, x.stride(0), x.stride(1), -1.0 if transposed else 1.0)
+    return result
+
+
+def with_low_rank(x: Tensor, down: Tensor) -> Tensor:
+    """[x, x A'] [N, n + r] of x [N, n] and A [r, n], which is float32 and contiguous."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    rank, (count, size) = down.shape[0], x.shape
+    result = x.new_empty(count, size + rank)
+    _function("with_low_rank", x.dtype)(x.data_ptr(), down.data_ptr(), result.data_ptr(), count, size, rank, x.stride(0))
+    return result
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """A token [B] for each row of logits [B, V] by numbers [B, 1] float64, and log-probabilities [B] float32."""
+    logits, uniform = logits.contiguous(), uniform.contiguous()
+    tokens, logprobs = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+    pointers = [part.data_ptr() for part in (logits, uniform, tokens, logprobs)]
+    _function("draw_tokens", logits.dtype)(*pointers, *logits.shape, 1 / temperature)
+    return tokens, logprobs
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, slopes: bool) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens [K] and entropies [K], float32, under logits [K, V], which are contiguous.
+
+    With `slopes` the logits become onehot(token) - p.
+    """
+    tokens = tokens.contiguous()
+    logprobs, entropies = torch.empty(len(logits)), torch.empty(len(logits))
+    pointers = [part.data_ptr() for part in (logits, tokens, logprobs, entropies)]
+    _function("token_logprobs", logits.dtype)(*pointers, *logits.shape, 1 / temperature, slopes)
+    return logprobs, entropies
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    slots: Tensor,
+    lengths: Tensor,
+    decoded: int,
+    window: int | None,
+    scaling: float,
+) -> Tensor:
+    """Attention of one new token of each of B rows, whose key and value become the last of its own.
+
+    Args:
+        query: [B, H, D].
+        key: [B, K, D].
+        value: [B, K, D].
+        prompt: Keys and values [P, K, S, D], padded on the right; contiguous.
+        own: Keys and values [P, K, G, capacity, D]; contiguous.
+        slots: Of each row, counted over [P, G]; int64.
+        lengths: Tokens of each prompt; int64.
+        decoded: Tokens of a completion, the new one included.
+        window: A token sees this many positions; None for all.
+        scaling: Factor of the scores.
+
+    Returns:
+        [B, H, D].
+    """
+    heads, (count, all_heads, size) = key.shape[1], query.shape
+    new = [part if part.stride(2) == 1 and part.stride(1) == size else part.contiguous() for part in (query, key, value)]
+    result = query.new_empty(query.shape)
+    pointers = [part.data_ptr() for part in (*new, *prompt, *own, slots, lengths, result)]
+    sizes = (count, own[0].shape[2], heads, all_heads // heads, prompt[0].shape[2], own[0].shape[3], size)
+    strides = [part.stride(0) for part in new]
+    _function("decode_attention", query.dtype)(*pointers, *sizes, decoded, window or 0, scaling, *strides)
+    return result
+
+
+Pair = tuple[Tensor | None, Tensor]  # of the prompt's keys, if any, and of a completion's own
+
+
+def attention_weights(scores: Pair, masks: tuple[Tensor | None, Tensor | None], scaling: float, dtype: torch.dtype) -> Pair:
+    """Softmax over the scores of a prompt's keys and those of a completion's own, [P, K, G, R, T, S] and [P, K, G, R, T, M].
+
+    Args:
+        scores: float32 and contiguous; the weights take their place.
+        masks: Bool, broadcastable to [P, 1, G, 1, T, S] and [P, 1, G, 1, T, M]: True where a query may look. None for all.
+        scaling: Of the scores.
+        dtype: Of the result.
+
+    Returns:
+        The weights once more in `dtype`; in float32 the same tensors.
+    """
+    shape = scores[1].shape[:5]
+    stored = scores if dtype == torch.float32 else tuple(None if part is None else torch.empty_like(part, dtype=dtype) for part in scores)
+    strides, seen = (ctypes.c_int64 * 6)(), []
+    for number, (mask, part) in enumerate(zip(masks, scores, strict=True)):
+        mask = None if part is None else mask
+        if mask is not None:
+            mask = mask.expand(shape[0], 1, shape[2], 1, *part.shape[4:])
+            mask = mask if mask.stride(5) == 1 else mask.contiguous()
+            strides[3 * number : 3 * number + 3] = (mask.stride(0), mask.stride(2), mask.stride(4))
+        seen.append(mask)
+    pointers = [None if part is None else part.data_ptr() for part in (*scores, *stored, *seen)]
+    width = 0 if scores[0] is None else scores[0].shape[5]
+    sizes = (ctypes.c_int64 * 5)(*shape)
+    _function("attention_weights", dtype)(*pointers, strides, sizes, width, scores[1].shape[5], scaling)
+    return stored
+
+
+def attention_slopes(weights: Pair, slopes: Pair, scaling: float) -> None:
+    """Turn weights, float32 and contiguous, into the gradient of the scores before they were scaled.
+
+    Args:
+        weights: As `attention_weights` leaves them.
+        slopes: Gradient of the weights, contiguous.
+        scaling: Of the scores.
+    """
+    pointers = [None if part is None else part.data_ptr() for part in (*weights, *slopes)]
+    width = 0 if weights[0] is None else weights[0].shape[5]
+    length = weights[1].shape[5]
+    rows = weights[1].numel() // length
+    _function("attention_slopes", slopes[1].dtype)(*pointers, rows, width, length, scaling)

@@ -1,0 +1,118 @@
+"""Compiles the kernels for this processor, once, and loads them.
+
+They are compiled on the user's machine because only there it is known what the processor can do, and without torch's headers, so
+that it takes seconds. The library lies in the user's cache folder under a name that says all that it depends on.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = Path(__file__).parent
+# No option that lets a compiler forget nan: a gradient that is not finite has to be noticed.
+_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+_OFF = "HYBRID_LIGHTNING_KERNELS"
+
+
+class _CannotCompileError(Exception):
+    """Why there are no kernels, and what helps."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, and a warning that says why, where there are none.
+
+    `HYBRID_LIGHTNING_KERNELS=0` in the environment does without them.
+    """
+    if os.environ.get(_OFF) == "0" or not sys.platform.startswith("linux"):
+        return None
+    try:
+        return _load()
+    except (_CannotCompileError, OSError) as error:
+        logger.warning("No kernels for this CPU, on which generation and training then take longer: %s", error)
+        return None
+
+
+def _load() -> ctypes.CDLL:
+    compiler, runtime = _compiler(), _openmp()
+    sources = sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")])
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = [*(path.read_text(encoding="utf-8") for path in sources), *_OPTIONS, compiler, said, str(runtime), _processor()]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    name = f"kernels-{digest[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_lightning"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if writable:
+        if not (folder / name).exists():
+            _compile(compiler, runtime, folder / name)
+        return ctypes.CDLL(str(folder / name))
+    with tempfile.TemporaryDirectory() as temporary:  # what is loaded stays, the file need not
+        _compile(compiler, runtime, Path(temporary) / name)
+        return ctypes.CDLL(str(Path(temporary) / name))
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    for candidate in [named] if named else ["g++", "clang++", "c++"]:
+        if path := shutil.which(candidate):
+            return path
+    what = f"CXX={named}, which is not there" if named else "no C++ compiler was found"
+    raise _CannotCompileError(f"{what}; install one (Debian, Ubuntu: apt install g++)")
+
+
+def _openmp() -> Path:
+    """The OpenMP library that torch has loaded. With another one, two sets of threads would wait for work on the same cores."""
+    torch.get_num_threads()
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        path = Path(line.split(maxsplit=5)[-1])
+        if path.name.startswith(("libgomp", "libiomp5", "libomp")):
+            return path
+    raise _CannotCompileError("this build of torch does not use OpenMP")
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    wanted = ("model name", "model\t", "cpu family", "flags", "Features", "CPU part")
+    return "\n".join([platform.machine(), *dict.fromkeys(line for line in lines if line.startswith(wanted))])
+
+
+def _compile(compiler: str, runtime: Path, target: Path) -> None:
+    logger.info("Compiling the CPU kernels, once: some seconds")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        result = Path(folder) / target.name
+        sources = [str(path) for path in sorted(_SOURCES.glob("*.cpp"))]
+        objects = _objects(compiler, sources, Path(folder))
+        # Linked by hand: -fopenmp would choose an OpenMP library itself.
+        _run([compiler, "-shared", "-o", str(result), *objects, str(runtime)])
+        result.replace(target)  # several processes may compile at once
+
+
+def _objects(compiler: str, sources: list[str], folder: Path) -> list[str]:
+    objects = [str(folder / f"{Path(source).stem}.o") for source in sources]
+    for source, target in zip(sources, objects, strict=True):
+        _run([compiler, *_OPTIONS, "-c", source, "-o", target])
+    return objects
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
+        raise _CannotCompileError(f"{command[0]} failed ({said}); set CXX to another compiler, or {_OFF}=0 to be without")

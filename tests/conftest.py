@@ -8,6 +8,9 @@ import torch
 from tiny_models import build_model, build_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hybrid_lightning.kernels import calls
+from hybrid_lightning.kernels.library import library
+
 torch.set_num_threads(1)
 
 # No doctests in here, and pytest could not tell one conftest from another when it looks for them.
@@ -28,3 +31,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def make_model() -> Callable[..., PreTrainedModel]:
     return build_model
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def with_and_without_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test twice: with the CPU kernels and by torch alone."""
+    if request.param == "torch":
+        monkeypatch.setattr(calls, "library", lambda: None)
+    elif library() is None:
+        pytest.skip("no C++ compiler: there are no kernels")

@@ -40,7 +40,7 @@ class LeanMLP(LlamaMLP):
         """[..., n] -> [..., n]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not torch.is_grad_enabled():
-            result: Tensor = self.down_proj(_gated_silu(gate, up))
+            result: Tensor = self.down_proj(_gated_silu(gate, up, kernels.usable_in_layers(gate, up)))
             return result
         down = self.down_proj
         factors = down.factors(gate) if isinstance(down, LoraLinear) and not _is_watched(down) else None
@@ -107,8 +107,8 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight * (exact * inverse).to(x.dtype), inverse
 
 
-def _gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    if kernels.usable_in_layers(gate, up):
+def _gated_silu(gate: Tensor, up: Tensor, has_kernel: bool) -> Tensor:
+    if has_kernel:
         return kernels.gated_silu(gate, up)
     return F.silu(gate).mul_(up)
 
@@ -126,7 +126,7 @@ class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _gated_silu(gate, up)
+        return _gated_silu(gate, up, kernels.usable_in_layers(gate, up))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -141,7 +141,8 @@ class _GatedLora(torch.autograd.Function):
     def forward(
         ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        rows = _gated_silu(gate, up).reshape(-1, gate.shape[-1])
+        ctx.has_kernel = kernels.usable_in_layers(gate, up)
+        rows = _gated_silu(gate, up, ctx.has_kernel).reshape(-1, gate.shape[-1])
         result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling))
         ctx.save_for_backward(gate, up, weight, lora_a, lora_b, low)
         ctx.scaling = scaling
@@ -153,6 +154,8 @@ class _GatedLora(torch.autograd.Function):
         gate, up, weight, lora_a, lora_b, low = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])
         factors = Factors(weight, None, lora_a, lora_b, ctx.scaling)
-        of_rows, of_a, of_b = lora_gradients(outer, _gated_silu(gate, up).reshape(-1, gate.shape[-1]), low, factors, True)
+        of_rows, of_a, of_b = lora_gradients(
+            outer, _gated_silu(gate, up, ctx.has_kernel).reshape(-1, gate.shape[-1]), low, factors, True
+        )
         assert of_rows is not None
         return *_gated_silu_gradients(of_rows.view_as(gate), gate, up), None, None, of_a, of_b, None

@@ -1,7 +1,7 @@
-"""Rotary position embeddings of the base model by one kernel, where transformers' function takes ten operations and keeps six tensors.
+"""Rotary position embeddings of the base model by one kernel, where transformers' function is ten operations.
 
-Attention layers call that function by its name in their file. Where it is Llama's, word for word, a layer gets a class with the same
-forward pass that finds a `rotary` under the name.
+Attention layers call that function by its name in their file. Where it is Llama's, word for word, a layer gets a class with the
+same forward pass that finds a `rotary` under the name.
 """
 
 import inspect
@@ -25,7 +25,7 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 def use_lean_rotary(model: nn.Module) -> None:
     """Let the model's attention layers rotate queries and keys by a kernel, where there is one."""
     for module in model.modules():
-        lean = _lean(type(module))
+        lean = _lean(type(module))  # type: ignore[arg-type]
         if lean is not None:
             module.__class__ = lean
 
@@ -55,10 +55,10 @@ def rotary(theirs: Rotary, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqu
     fit = unsqueeze_dim == 1 and q.dim() == 4 and size % 2 == 0 and k.shape[-1] == cos.shape[-1] == size
     if not fit or cos.requires_grad or not kernels.usable_in_layers(q, k, cos, sin):
         return theirs(q, k, cos, sin, unsqueeze_dim)
-    angles = [part.expand(q.shape[0], -1, -1).flatten(0, 1).contiguous() for part in (cos, sin)]
+    cosines, sines = (part.expand(q.shape[0], -1, -1).flatten(0, 1).contiguous() for part in (cos, sin))
     if not torch.is_grad_enabled():
-        return _rotated(q, *angles, transposed=False), _rotated(k, *angles, transposed=False)
-    return _Rotary.apply(q, *angles), _Rotary.apply(k, *angles)  # type: ignore[no-untyped-call]
+        return _rotated(q, cosines, sines, False), _rotated(k, cosines, sines, False)
+    return _Rotary.apply(q, cosines, sines), _Rotary.apply(k, cosines, sines)  # type: ignore[no-untyped-call]
 
 
 class _Rotary(torch.autograd.Function):
@@ -67,12 +67,13 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
-        return _rotated(x, cosines, sines, transposed=False)
+        return _rotated(x, cosines, sines, False)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(gradient, *ctx.saved_tensors, transposed=True), None, None
+        cosines, sines = ctx.saved_tensors
+        return _rotated(gradient, cosines, sines, True), None, None
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """The kernels as functions of tensors. Their callers ask `usable` first, and compute with torch where it says no."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from hybrid_lightning.kernels.library import library
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_KINDS = {Tensor, torch.nn.Parameter, torch.nn.Buffer}  # and not a tensor that only pretends to hold numbers
+_KINDS = {Tensor, torch.nn.Parameter, torch.nn.Buffer}  # not those that only look like one, such as distributed tensors
 _POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "rms_norm": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT],
@@ -31,10 +31,14 @@ HEAD_SIZES = {32, 64, 96, 128, 256}  # that `decode_attention` was compiled for
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether there are kernels for these tensors: real ones on the CPU, all of one dtype, float32 or bfloat16."""
+    """Whether there are kernels for these tensors: on the CPU, all of one dtype, float32 or bfloat16."""
+    return fit(*tensors) and all(type(part) in _KINDS and part.is_cpu for part in tensors) and library() is not None
+
+
+def fit(*tensors: Tensor) -> bool:
+    """Whether tensors have one dtype, and one that kernels compute with."""
     dtype = tensors[0].dtype
-    fit = all(type(part) in _KINDS and part.dtype == dtype and part.is_cpu for part in tensors)
-    return fit and dtype in _SUFFIX and library() is not None
+    return dtype in _SUFFIX and all(part.dtype == dtype for part in tensors)
 
 
 _layers_allowed = False
@@ -71,12 +75,15 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     return function
 
 
+def _call(name: str, dtype: torch.dtype, tensors: Iterable[Tensor | None], *numbers: Any) -> None:
+    _function(name, dtype)(*[None if part is None else part.data_ptr() for part in tensors], *numbers)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Root mean square norm of x [..., n], and 1 / sqrt(mean(x^2) + eps), [..., 1] float32."""
     x, size = x.contiguous(), x.shape[-1]
     result, inverses = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
-    pointers = [part.data_ptr() for part in (x, weight, result, inverses)]
-    _function("rms_norm", x.dtype)(*pointers, x.numel() // size, size, eps)
+    _call("rms_norm", x.dtype, (x, weight, result, inverses), x.numel() // size, size, eps)
     return result, inverses
 
 
@@ -84,8 +91,7 @@ def rms_norm_backward(outer: Tensor, x: Tensor, weight: Tensor, inverses: Tensor
     """Gradient of x [..., n] from that of its norm."""
     outer, x, size = outer.contiguous(), x.contiguous(), x.shape[-1]
     result = torch.empty_like(x)
-    pointers = [part.data_ptr() for part in (outer, x, weight, inverses, result)]
-    _function("rms_norm_backward", x.dtype)(*pointers, x.numel() // size, size)
+    _call("rms_norm_backward", x.dtype, (outer, x, weight, inverses, result), x.numel() // size, size)
     return result
 
 
@@ -95,8 +101,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     rows = [part.reshape(-1, size) for part in (gate, up)]
     rows = [part if part.stride(1) == 1 else part.contiguous() for part in rows]
     result = gate.new_empty(gate.shape)
-    pointers = (rows[0].data_ptr(), rows[1].data_ptr(), result.data_ptr())
-    _function("gated_silu", gate.dtype)(*pointers, rows[0].shape[0], size, rows[0].stride(0), rows[1].stride(0))
+    _call("gated_silu", gate.dtype, (*rows, result), rows[0].shape[0], size, rows[0].stride(0), rows[1].stride(0))
     return result
 
 
@@ -104,8 +109,7 @@ def gated_silu_backward(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
     """Gradients of gate and up from that of silu(gate) up."""
     outer, gate, up = outer.contiguous(), gate.contiguous(), up.contiguous()
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    pointers = [part.data_ptr() for part in (outer, gate, up, of_gate, of_up)]
-    _function("gated_silu_backward", gate.dtype)(*pointers, gate.numel())
+    _call("gated_silu_backward", gate.dtype, (outer, gate, up, of_gate, of_up), gate.numel())
     return of_gate, of_up
 
 
@@ -114,8 +118,8 @@ def rotary(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) 
     if x.stride(2) != 1:
         x = x.contiguous()
     result = x.new_empty(x.shape)
-    pointers = (x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), result.data_ptr())
-    _function("rotary", x.dtype)(*pointers, *x.shape, x.stride(0), x.stride(1), -1.0 if transposed else 1.0)
+    sizes = (*x.shape, x.stride(0), x.stride(1))
+    _call("rotary", x.dtype, (x, cosines, sines, result), *sizes, -1.0 if transposed else 1.0)
     return result
 
 
@@ -125,7 +129,7 @@ def with_low_rank(x: Tensor, down: Tensor) -> Tensor:
         x = x.contiguous()
     rank, (count, size) = down.shape[0], x.shape
     result = x.new_empty(count, size + rank)
-    _function("with_low_rank", x.dtype)(x.data_ptr(), down.data_ptr(), result.data_ptr(), count, size, rank, x.stride(0))
+    _call("with_low_rank", x.dtype, (x, down, result), count, size, rank, x.stride(0))
     return result
 
 
@@ -133,8 +137,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Te
     """A token [B] for each row of logits [B, V] by numbers [B, 1] float64, and log-probabilities [B] float32."""
     logits, uniform = logits.contiguous(), uniform.contiguous()
     tokens, logprobs = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
-    pointers = [part.data_ptr() for part in (logits, uniform, tokens, logprobs)]
-    _function("draw_tokens", logits.dtype)(*pointers, *logits.shape, 1 / temperature)
+    _call("draw_tokens", logits.dtype, (logits, uniform, tokens, logprobs), *logits.shape, 1 / temperature)
     return tokens, logprobs
 
 
@@ -145,8 +148,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, slopes: b
     """
     tokens = tokens.contiguous()
     logprobs, entropies = torch.empty(len(logits)), torch.empty(len(logits))
-    pointers = [part.data_ptr() for part in (logits, tokens, logprobs, entropies)]
-    _function("token_logprobs", logits.dtype)(*pointers, *logits.shape, 1 / temperature, slopes)
+    _call("token_logprobs", logits.dtype, (logits, tokens, logprobs, entropies), *logits.shape, 1 / temperature, slopes)
     return logprobs, entropies
 
 
@@ -182,10 +184,10 @@ def decode_attention(
     heads, (count, all_heads, size) = key.shape[1], query.shape
     new = [part if part.stride(2) == 1 and part.stride(1) == size else part.contiguous() for part in (query, key, value)]
     result = query.new_empty(query.shape)
-    pointers = [part.data_ptr() for part in (*new, *prompt, *own, slots, lengths, result)]
+    tensors = (*new, *prompt, *own, slots, lengths, result)
     sizes = (count, own[0].shape[2], heads, all_heads // heads, prompt[0].shape[2], own[0].shape[3], size)
     strides = [part.stride(0) for part in new]
-    _function("decode_attention", query.dtype)(*pointers, *sizes, decoded, window or 0, scaling, *strides)
+    _call("decode_attention", query.dtype, tensors, *sizes, decoded, window or 0, scaling, *strides)
     return result
 
 
@@ -205,19 +207,22 @@ def attention_weights(scores: Pair, masks: tuple[Tensor | None, Tensor | None], 
         The weights once more in `dtype`; in float32 the same tensors.
     """
     shape = scores[1].shape[:5]
-    stored = scores if dtype == torch.float32 else tuple(None if part is None else torch.empty_like(part, dtype=dtype) for part in scores)
-    strides, seen = (ctypes.c_int64 * 6)(), []
+    shared, own = scores
+    stored = scores
+    if dtype != torch.float32:
+        stored = (None if shared is None else torch.empty_like(shared, dtype=dtype), torch.empty_like(own, dtype=dtype))
+    strides: Any = (ctypes.c_int64 * 6)()
+    seen: list[Tensor | None] = []
     for number, (mask, part) in enumerate(zip(masks, scores, strict=True)):
         mask = None if part is None else mask
-        if mask is not None:
+        if mask is not None and part is not None:
             mask = mask.expand(shape[0], 1, shape[2], 1, *part.shape[4:])
             mask = mask if mask.stride(5) == 1 else mask.contiguous()
             strides[3 * number : 3 * number + 3] = (mask.stride(0), mask.stride(2), mask.stride(4))
         seen.append(mask)
-    pointers = [None if part is None else part.data_ptr() for part in (*scores, *stored, *seen)]
     width = 0 if scores[0] is None else scores[0].shape[5]
     sizes = (ctypes.c_int64 * 5)(*shape)
-    _function("attention_weights", dtype)(*pointers, strides, sizes, width, scores[1].shape[5], scaling)
+    _call("attention_weights", dtype, (*scores, *stored, *seen), strides, sizes, width, scores[1].shape[5], scaling)
     return stored
 
 
@@ -229,8 +234,6 @@ def attention_slopes(weights: Pair, slopes: Pair, scaling: float) -> None:
         slopes: Gradient of the weights, contiguous.
         scaling: Of the scores.
     """
-    pointers = [None if part is None else part.data_ptr() for part in (*weights, *slopes)]
     width = 0 if weights[0] is None else weights[0].shape[5]
     length = weights[1].shape[5]
-    rows = weights[1].numel() // length
-    _function("attention_slopes", slopes[1].dtype)(*pointers, rows, width, length, scaling)
+    _call("attention_slopes", slopes[1].dtype, (*weights, *slopes), weights[1].numel() // length, width, length, scaling)

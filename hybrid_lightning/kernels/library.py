@@ -48,8 +48,8 @@ def library() -> ctypes.CDLL | None:
 def _load() -> ctypes.CDLL:
     compiler, runtime = _compiler(), _openmp()
     sources = sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")])
-    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [*(path.read_text(encoding="utf-8") for path in sources), *_OPTIONS, compiler, said, str(runtime), _processor()]
+    said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = [*(path.read_text(encoding="utf-8") for path in sources), *_OPTIONS, *compiler, said, str(runtime), _processor()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     name = f"kernels-{digest[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_lightning"
@@ -67,13 +67,14 @@ def _load() -> ctypes.CDLL:
         return ctypes.CDLL(str(Path(temporary) / name))
 
 
-def _compiler() -> str:
-    named = os.environ.get("CXX")
-    for candidate in [named] if named else ["g++", "clang++", "c++"]:
-        if path := shutil.which(candidate):
-            return path
-    what = f"CXX={named}, which is not there" if named else "no C++ compiler was found"
-    raise _CannotCompileError(f"{what}; install one (Debian, Ubuntu: apt install g++)")
+def _compiler() -> list[str]:
+    """The command, which CXX may give with options."""
+    named = os.environ.get("CXX", "").split()
+    for candidate in [named] if named else [["g++"], ["clang++"], ["c++"]]:
+        if path := shutil.which(candidate[0]):
+            return [path, *candidate[1:]]
+    what = f"CXX={named[0]} is not there" if named else "no C++ compiler was found"
+    raise _CannotCompileError(f"{what}; install one (Debian, Ubuntu: apt install g++), or set {_OFF}=0 to be without")
 
 
 def _openmp() -> Path:
@@ -93,22 +94,16 @@ def _processor() -> str:
     return "\n".join([platform.machine(), *dict.fromkeys(line for line in lines if line.startswith(wanted))])
 
 
-def _compile(compiler: str, runtime: Path, target: Path) -> None:
+def _compile(compiler: list[str], runtime: Path, target: Path) -> None:
     logger.info("Compiling the CPU kernels, once: some seconds")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        result = Path(folder) / target.name
-        sources = [str(path) for path in sorted(_SOURCES.glob("*.cpp"))]
-        objects = _objects(compiler, sources, Path(folder))
-        # Linked by hand: -fopenmp would choose an OpenMP library itself.
-        _run([compiler, "-shared", "-o", str(result), *objects, str(runtime)])
+        result, objects = Path(folder) / target.name, []
+        for source in sorted(_SOURCES.glob("*.cpp")):
+            objects.append(str(Path(folder) / f"{source.stem}.o"))
+            _run([*compiler, *_OPTIONS, "-c", str(source), "-o", objects[-1]])
+        # Without -fopenmp, which would choose an OpenMP library itself.
+        _run([*compiler, "-shared", "-o", str(result), *objects, str(runtime)])
         result.replace(target)  # several processes may compile at once
-
-
-def _objects(compiler: str, sources: list[str], folder: Path) -> list[str]:
-    objects = [str(folder / f"{Path(source).stem}.o") for source in sources]
-    for source, target in zip(sources, objects, strict=True):
-        _run([compiler, *_OPTIONS, "-c", source, "-o", target])
-    return objects
 
 
 def _run(command: list[str]) -> None:

@@ -23,6 +23,7 @@ from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lean_layers import use_lean_layers
 from hybrid_lightning.adapters.lora_linear import LoraLinear
 from hybrid_lightning.errors import ModelError
+from hybrid_lightning.kernels import calls as kernels
 from hybrid_lightning.memory.live_tensors import LiveTensors
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import meta_model, plan_of_budget
@@ -124,6 +125,7 @@ class FakeModel:
 @contextmanager
 def as_on(cpu: bool) -> Iterator[None]:
     """Let the engine go the way, and keep the copies of weights, that it would on a CPU or on an accelerator."""
+    has_kernels = cpu and kernels.library() is not None
 
     def constant_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
         kept = weight.clone() if cpu else weight  # a CPU's is packed, by an operator that knows no fake tensors
@@ -134,6 +136,8 @@ def as_on(cpu: bool) -> Iterator[None]:
         (constant_weights, "copies_pay", lambda device: cpu),
         (constant_weights, "constant_product", constant_product),
         (forward, "constant_product", constant_product),
+        (kernels, "usable", lambda *tensors: has_kernels and kernels.fit(*tensors)),
+        (kernels, "_call", lambda *_: None),  # what a kernel allocates is allocated before
     ]
     originals = [getattr(module, name) for module, name, _ in replaced]
     for module, name, value in replaced:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.adapters.constant_weights import constant_weights
+from hybrid_lightning.kernels import calls as kernels
 from hybrid_lightning.memory.fake_model import FakeModel, as_on
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.policy.logprobs import logprobs_of_hidden
@@ -144,14 +145,22 @@ def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
         cache = sum(part.nbytes for part in _cache(decoding))
         forward, before = live.peak, live.bytes - logits.nbytes
         live.restart_peak()
-        scaled = logits.float()
-        uniform = torch.rand(len(scaled), 1, dtype=torch.float64, device=scaled.device)
-        token = draw(filter_logits(scaled, 0, 1.0), uniform)
-        scaled.log_softmax(dim=-1).gather(1, token[:, None])
+        _draw(logits)
         of_logits = live.peak - before
         peak = max(reading, forward, live.peak) - packed
-        del logits, scaled, token
+        del logits
     return Traced(activations=max(0.0, peak - cache - of_logits), logits=of_logits, cache=cache, packed=packed)
+
+
+def _draw(logits: Tensor) -> None:
+    """What the sampler does with logits, at its defaults."""
+    uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
+    if kernels.usable(logits):
+        kernels.draw_tokens(logits, uniform, 1.0)
+    else:
+        scaled = logits.float()
+        token = draw(filter_logits(scaled, 0, 1.0), uniform)
+        scaled.log_softmax(dim=-1).gather(1, token[:, None])
 
 
 def _fill_cache(decoding: SharedPromptDecoding, rows: int) -> None:

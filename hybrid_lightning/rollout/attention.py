@@ -3,8 +3,9 @@
 Axes: P prompts, G completions of each, S prompt tokens, T query tokens of a completion, M keys of a completion, H query heads, K
 key-value heads (grouped-query attention: H = K * R), D numbers a head.
 
-Two ways to compute it, which give the same numbers:
+Three ways to compute it, which give the same numbers:
 
+- by matrix products with kernels between them (`kernel_attention.py`), on CPUs where there are kernels;
 - by matrix products over all queries of a prompt at once, whose backward pass is written out here. On CPUs this is many times
   faster than the fused kernel at the lengths of rollouts (measured at S=128, T=64: 50 ms instead of 170 to 250 for forward and
   backward), and keys and values are never repeated;
@@ -21,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_lightning.kernels import calls as kernels
-from hybrid_lightning.rollout.kernel_attention import KernelAttention
+from hybrid_lightning.rollout.kernel_attention import all_of_prompt, each, kernel_attention
 
 KeysValues = tuple[Tensor, Tensor]
 # Of the prompt's keys and of the completion's own; None where every query sees every key.
@@ -35,6 +36,10 @@ class AttentionSettings:
     scaling: float | None = None  # factor of the scores; None: 1 / sqrt(D)
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     dropout: float = 0.0
+
+    def factor(self, query: Tensor) -> float:
+        """Of the scores of queries [..., D]."""
+        return self.scaling if self.scaling is not None else query.shape[-1] ** -0.5
 
 
 def shared_attention(
@@ -55,10 +60,7 @@ def shared_attention(
     """
     plain = settings.softcap is None and settings.dropout == 0
     if plain and kernels.usable(query, *own):
-        keys, values = (None, None) if prompt is None else prompt
-        scaling = settings.scaling if settings.scaling is not None else query.shape[-1] ** -0.5
-        fused: Tensor = KernelAttention.apply(query, *own, keys, values, masks, scaling)  # type: ignore[no-untyped-call]
-        return fused
+        return kernel_attention(query, prompt, own, masks, settings.factor(query))
     by_products = products_are_faster(query.device) or settings.softcap is not None  # no kernel has the latter
     compute = _by_products if by_products else _by_kernel
     if by_products and plain and torch.is_grad_enabled():
@@ -92,7 +94,7 @@ def _by_products(query: Tensor, prompt: KeysValues | None, own: KeysValues, mask
 
 def _scaled(query: Tensor, settings: AttentionSettings) -> Tensor:
     """Queries in float32 times the factor of the scores."""
-    return (query.float() * (settings.scaling if settings.scaling is not None else query.shape[-1] ** -0.5)).contiguous()
+    return (query.float() * settings.factor(query)).contiguous()
 
 
 def _weights(scaled: Tensor, prompt_keys: Tensor | None, keys: Tensor, masks: Masks, settings: AttentionSettings) -> Tensor:
@@ -101,9 +103,9 @@ def _weights(scaled: Tensor, prompt_keys: Tensor | None, keys: Tensor, masks: Ma
     Scores are float32, as the fused kernels have them: in bfloat16 a score of 10 is off by up to 0.03.
     """
     shape = scaled.shape[:-1]
-    scores = [torch.bmm(_each(scaled), keys.float().flatten(0, 2).transpose(1, 2)).view(*shape, -1)]
+    scores = [torch.bmm(each(scaled), keys.float().flatten(0, 2).transpose(1, 2)).view(*shape, -1)]
     if prompt_keys is not None:
-        scores.insert(0, torch.bmm(_all_of_prompt(scaled), prompt_keys.float().flatten(0, 1).transpose(1, 2)).view(*shape, -1))
+        scores.insert(0, torch.bmm(all_of_prompt(scaled), prompt_keys.float().flatten(0, 1).transpose(1, 2)).view(*shape, -1))
     if settings.softcap is not None:
         scores = [settings.softcap * torch.tanh(part / settings.softcap) for part in scores]
     used = masks if prompt_keys is not None else masks[1:]
@@ -114,23 +116,11 @@ def _weights(scaled: Tensor, prompt_keys: Tensor | None, keys: Tensor, masks: Ma
 def _weighted(weights: Tensor, prompt_values: Tensor | None, values: Tensor) -> Tensor:
     """The sum of values that the weights say, [P, K, G, R, T, D]."""
     shape = (*weights.shape[:-1], values.shape[-1])
-    result = torch.bmm(_each(weights[..., -values.shape[3] :]), values.flatten(0, 2)).view(shape)
+    result = torch.bmm(each(weights[..., -values.shape[3] :]), values.flatten(0, 2)).view(shape)
     if prompt_values is not None:
-        of_prompt = torch.bmm(_all_of_prompt(weights[..., : -values.shape[3]]), prompt_values.flatten(0, 1))
+        of_prompt = torch.bmm(all_of_prompt(weights[..., : -values.shape[3]]), prompt_values.flatten(0, 1))
         result = result + of_prompt.view(shape)
     return result
-
-
-def _each(part: Tensor) -> Tensor:
-    """[P, K, G, R, T, x] -> [P K G, R T, x]: one product for the queries of a completion with its own keys."""
-    prompts, heads, samples, repeats, length, _ = part.shape
-    return part.reshape(prompts * heads * samples, repeats * length, -1)
-
-
-def _all_of_prompt(part: Tensor) -> Tensor:
-    """[P, K, G, R, T, x] -> [P K, G R T, x]: one product for the queries of all completions with the prompt's keys."""
-    prompts, heads, samples, repeats, length, _ = part.shape
-    return part.reshape(prompts * heads, samples * repeats * length, -1)
 
 
 class _Products(torch.autograd.Function):
@@ -169,25 +159,25 @@ class _Products(torch.autograd.Function):
             own = keys.shape[3]
             gradient = gradient.to(values.dtype).contiguous()
             used = weights.to(values.dtype)
-            of_values = torch.bmm(_each(used[..., -own:]).transpose(1, 2), _each(gradient)).view_as(values)
-            slopes = [torch.bmm(_each(gradient), values.flatten(0, 2).transpose(1, 2)).view(*weights.shape[:-1], own)]
+            of_values = torch.bmm(each(used[..., -own:]).transpose(1, 2), each(gradient)).view_as(values)
+            slopes = [torch.bmm(each(gradient), values.flatten(0, 2).transpose(1, 2)).view(*weights.shape[:-1], own)]
             of_prompt_keys = of_prompt_values = None
             if prompt_keys is not None:
-                whole = _all_of_prompt(gradient)
-                of_prompt_values = torch.bmm(_all_of_prompt(used[..., :-own]).transpose(1, 2), whole).view_as(prompt_values)
+                whole = all_of_prompt(gradient)
+                of_prompt_values = torch.bmm(all_of_prompt(used[..., :-own]).transpose(1, 2), whole).view_as(prompt_values)
                 slopes.insert(0, torch.bmm(whole, prompt_values.flatten(0, 1).transpose(1, 2)).view(*weights.shape[:-1], -1))
             del used
             slope = (torch.cat(slopes, dim=-1) if len(slopes) > 1 else slopes[0]).float()
             del slopes
             slope = torch._softmax_backward_data(slope, weights, -1, torch.float32)  # of the scores
-            of_keys = torch.bmm(_each(slope[..., -own:]).transpose(1, 2), _each(scaled)).view_as(keys)
-            of_query = torch.bmm(_each(slope[..., -own:]), keys.float().flatten(0, 2)).view(query.shape)
+            of_keys = torch.bmm(each(slope[..., -own:]).transpose(1, 2), each(scaled)).view_as(keys)
+            of_query = torch.bmm(each(slope[..., -own:]), keys.float().flatten(0, 2)).view(query.shape)
             if prompt_keys is not None:
-                whole = _all_of_prompt(slope[..., :-own])
-                of_prompt_keys = torch.bmm(whole.transpose(1, 2), _all_of_prompt(scaled)).view_as(prompt_keys)
+                whole = all_of_prompt(slope[..., :-own])
+                of_prompt_keys = torch.bmm(whole.transpose(1, 2), all_of_prompt(scaled)).view_as(prompt_keys)
                 of_prompt_keys = of_prompt_keys.to(prompt_keys.dtype)
                 of_query += torch.bmm(whole, prompt_keys.float().flatten(0, 1)).view(query.shape)
-            of_query *= ctx.settings.scaling if ctx.settings.scaling is not None else query.shape[-1] ** -0.5
+            of_query *= ctx.settings.factor(query)
         return of_query.to(query.dtype), of_keys.to(keys.dtype), of_values, of_prompt_keys, of_prompt_values, None, None
 
 

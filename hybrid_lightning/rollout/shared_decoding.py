@@ -103,9 +103,8 @@ class SharedPromptDecoding:
         """One token of every row; see `Packing`."""
         if _has_kernel(settings, query, key, value, *self.prompt[layer]):
             own = self._room(layer, key, value)
-            scaling = settings.scaling if settings.scaling is not None else query.shape[2] ** -0.5
             where = (self.slot_of_row, self.lengths, self.decoded, window)
-            return kernels.decode_attention(query, key, value, self.prompt[layer], own, *where, scaling)
+            return kernels.decode_attention(query, key, value, self.prompt[layer], own, *where, settings.factor(query))
         heads, (_, all_heads, size) = key.shape[1], query.shape
         grouped = self._to_slots(query).view(*self.slots.shape, heads, all_heads // heads, 1, size)
         keys, values = self._room(layer, key, value)

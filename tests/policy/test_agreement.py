@@ -56,6 +56,7 @@ def llama(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("agreement") / "model")
 
 
+@pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize("minibatches", [1, 2], ids=["on-policy", "old"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_float32_they_agree(family, minibatches, sums, tmp_path):

@@ -3,10 +3,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, VOCABULARY, build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hybrid_lightning.adapters.lean_layers import use_lean_layers
+from hybrid_lightning.adapters.lean_rotary import use_lean_rotary
+from hybrid_lightning.adapters.lora_linear import use_fast_lora
 from hybrid_lightning.policy.logprobs import token_logprobs
+from hybrid_lightning.policy.modes import checkpoint_gradients
 from hybrid_lightning.rollout.packing import PackedSequences
 from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.types import Sequences
@@ -30,6 +35,7 @@ def plain(model, case, row, temperature):
     return logprobs.gather(1, torch.tensor(completion)[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
 
 
+@pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_neither_padding_nor_sharing_changes_values_and_entropies(family, case):
@@ -42,6 +48,7 @@ def test_neither_padding_nor_sharing_changes_values_and_entropies(family, case):
     assert torch.isfinite(logprobs).all()
 
 
+@pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen-output-layer"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,6 +127,27 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(gradients[0], gradients[1], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.usefixtures("with_and_without_kernels")
+def test_layers_made_again_for_the_backward_pass_use_the_same_kernels(family):
+    sequences = build_sequences("shared")
+    found = []
+    for checkpointing in (False, True):
+        model = build_model(family)
+        names = tuple(name for name, module in model.named_modules() if name.endswith("_proj"))
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=list(names), init_lora_weights=False))
+        use_fast_lora(model)
+        use_lean_layers(model)
+        use_lean_rotary(model)
+        if checkpointing:
+            checkpoint_gradients(model)
+        logprobs, _ = token_logprobs(model, sequences, 1.0)
+        logprobs.sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
+
+
 def test_rows_cut_padding_that_all_share():
     rows = build_sequences("separate").rows(slice(0, 1))
     assert rows.prompt_ids.tolist() == [SEPARATE[0][0]] and rows.completion_ids.tolist() == [SEPARATE[1][0]]
@@ -128,6 +156,7 @@ def test_rows_cut_padding_that_all_share():
     torch.testing.assert_close(alone[0], plain(model, "separate", 0, 1.0)[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padding(family):
     model = build_model(family).requires_grad_(True)

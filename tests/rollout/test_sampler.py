@@ -27,6 +27,7 @@ def sample(tokenizer, family="llama", samples=3, seed=0, texts=TEXTS, **settings
     )
 
 
+@pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_logprobs_are_those_of_a_plain_unpadded_forward_pass(tokenizer, family):
     temperature = 0.7
@@ -42,6 +43,7 @@ def test_sampling_logprobs_are_those_of_a_plain_unpadded_forward_pass(tokenizer,
         torch.testing.assert_close(rollouts.sampling_logprobs[row, : len(completion)], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_generate(tokenizer, family):
     rollouts = sample(tokenizer, family, samples=1, greedy=True)
@@ -55,6 +57,7 @@ def test_greedy_equals_generate(tokenizer, family):
         assert rollouts.sequences.completion_ids[row][mask].tolist() == expected[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.usefixtures("with_and_without_kernels")
 def test_rows_that_end_do_not_change_the_others(tokenizer):
     """Compaction of the batch must not mix up rows: each row equals the one sampled with the same draws without stop tokens."""
     texts = tuple(f"{a}+{b}=" for a in range(4) for b in range(4))
@@ -76,6 +79,7 @@ def test_rows_that_end_do_not_change_the_others(tokenizer):
         assert len(ends) == 0 or int(ends[0]) == len(completion) - 1
 
 
+@pytest.mark.usefixtures("with_and_without_kernels")
 def test_samples_follow_the_policy(tokenizer):
     rollouts = sample(tokenizer, samples=4000, max_new_tokens=1, texts=("12+3=",))
     model = build_model("llama")

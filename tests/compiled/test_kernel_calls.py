@@ -1,0 +1,233 @@
+"""Each kernel gives what its formula gives in float64, in float32 and in bfloat16, whatever the sizes, strides and threads."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from hybrid_lightning.kernels import calls as kernels
+from hybrid_lightning.kernels.library import library
+from hybrid_lightning.rollout.drawing import draw
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no kernels to test")
+DTYPES = [torch.float32, torch.bfloat16]
+SIZES = [2, 7, 16, 50, 576]
+
+
+def made(*shape, dtype, scale=1.0, seed=0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def assert_near(found, exact, dtype, roundings=1):
+    """Within a rounding of bfloat16, or 10 of float32, where sums of differently signed numbers add those of the largest."""
+    assert found.dtype == dtype and found.shape == exact.shape
+    step, share = (2.0**-8, 1 / 8) if dtype == torch.bfloat16 else (10 * 2.0**-24, 2)
+    bound = roundings * step
+    torch.testing.assert_close(found.double(), exact, atol=bound * share * float(exact.abs().max()), rtol=bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_rms_norm(size, dtype):
+    x, weight, outer = (
+        made(5, 3, size, dtype=dtype, scale=3),
+        made(size, dtype=dtype, seed=1),
+        made(5, 3, size, dtype=dtype, seed=2),
+    )
+    exact = x.double().requires_grad_()
+    normed = weight.double() * exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)
+    (gradient,) = torch.autograd.grad(normed, exact, outer.double())
+    found, inverses = kernels.rms_norm(x, weight, 1e-5)
+    assert_near(found, normed.detach(), dtype, roundings=2)
+    assert_near(kernels.rms_norm_backward(outer, x, weight, inverses), gradient, dtype, roundings=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_gated_silu_of_halves_of_one_tensor(size, dtype):
+    gate, up = made(9, 2 * size, dtype=dtype, scale=4).split(size, dim=1)
+    outer = made(9, size, dtype=dtype, seed=1)
+    exact = [part.double().requires_grad_() for part in (gate, up)]
+    product = F.silu(exact[0]) * exact[1]
+    gradients = torch.autograd.grad(product, exact, outer.double())
+    assert_near(kernels.gated_silu(gate, up), product.detach(), dtype, roundings=2)
+    for found, gradient in zip(kernels.gated_silu_backward(outer, gate, up), gradients, strict=True):
+        assert_near(found, gradient, dtype, roundings=2)
+
+
+def test_silu_of_large_numbers():
+    gate = torch.tensor([-1e4, -200.0, -89.0, 0.0, 89.0, 200.0, 1e4])
+    expected = F.silu(gate)
+    torch.testing.assert_close(kernels.gated_silu(gate[None], torch.ones(1, 7))[0], expected, atol=1e-30, rtol=1e-6)
+    of_gate, _ = kernels.gated_silu_backward(torch.ones(1, 7), gate[None], torch.ones(1, 7))
+    torch.testing.assert_close(of_gate[0], torch.tensor([0.0, 0, 0, 0.5, 1, 1, 1]), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [2, 16, 64])
+def test_rotary_and_its_transpose(size, dtype):
+    x = made(2, 4, 3 * size, dtype=dtype).view(8, 3, size)[:, 1:]  # strided
+    angles = made(8, size, dtype=dtype, seed=1), made(8, size, dtype=dtype, seed=2)
+    outer = made(8, 2, size, dtype=dtype, seed=3)
+    exact = x.double().transpose(0, 1)[None].requires_grad_()
+    cosines, sines = (part.double()[None] for part in angles)
+    rotated, _ = apply_rotary_pos_emb(exact, exact, cosines, sines)
+    (gradient,) = torch.autograd.grad(rotated, exact, outer.double().transpose(0, 1)[None])
+    assert_near(kernels.rotary(x, *angles), rotated[0].transpose(0, 1).detach(), dtype)
+    assert_near(kernels.rotary(outer, *angles, transposed=True), gradient[0].transpose(0, 1), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size", "rank"), [(1, 5, 1), (4, 16, 4), (7, 50, 6), (32, 576, 48)])
+def test_with_low_rank(rows, size, rank, dtype):
+    x, down = made(rows, 2 * size, dtype=dtype)[:, :size], made(rank, size, dtype=torch.float32, seed=1)
+    found = kernels.with_low_rank(x, down)
+    assert torch.equal(found[:, :size], x)
+    assert_near(found[:, size:], x.double() @ down.double().T, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [3, 256, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_drawn_tokens_are_those_of_torch_with_their_logprobs(size, temperature, dtype):
+    logits = made(64, size, dtype=dtype, scale=2)
+    uniform = torch.rand(64, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens, logprobs = kernels.draw_tokens(logits, uniform, temperature)
+    exact = (logits.double() / temperature).log_softmax(dim=1)
+    # Sums in another order move the edges between tokens by 1e-7 of the whole at most, and none of these numbers lies so near.
+    assert torch.equal(tokens, draw(logits.float() / temperature, uniform))
+    torch.testing.assert_close(logprobs.double(), exact.gather(1, tokens[:, None])[:, 0], atol=2e-6, rtol=1e-6)
+
+
+def test_every_token_is_drawn_as_often_as_its_probability_says_and_none_of_probability_zero():
+    logits = torch.tensor([0.0, -torch.inf, 1.0, -2.0, -torch.inf])
+    count = 20_000
+    uniform = ((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None]
+    tokens, _ = kernels.draw_tokens(logits.expand(count, -1).contiguous(), uniform, 1.0)
+    torch.testing.assert_close(tokens.bincount(minlength=5) / count, logits.softmax(0), atol=1e-4, rtol=0)
+    edges = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
+    assert kernels.draw_tokens(logits.expand(2, -1).contiguous(), edges, 1.0)[0].tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [3, 256, 1000])
+def test_logprobs_entropies_and_slopes(size, dtype):
+    logits, tokens = made(9, size, dtype=dtype, scale=3), torch.arange(9) % size
+    logits[:, size // 2 + 1] = -torch.inf
+    exact = (logits.double() / 0.7).log_softmax(dim=1)
+    entropies = torch.distributions.Categorical(logits=logits.double() / 0.7).entropy()
+    for slopes in (False, True):
+        given = logits.clone()
+        logprobs, found = kernels.token_logprobs(given, tokens, 0.7, slopes)
+        torch.testing.assert_close(logprobs.double(), exact.gather(1, tokens[:, None])[:, 0], atol=2e-6, rtol=1e-6)
+        torch.testing.assert_close(found.double(), entropies, atol=5e-6, rtol=1e-6)
+        if slopes:
+            assert_near(given, F.one_hot(tokens, size) - exact.exp(), dtype)
+        else:
+            assert torch.equal(given, logits)
+
+
+def reference_of_decoding(query, key, value, prompt, own, slots, lengths, decoded, window, scaling):
+    result = torch.empty(query.shape, dtype=torch.float64)
+    samples, repeats = own[0].shape[2], query.shape[1] // key.shape[1]
+    for row, slot in enumerate(slots.tolist()):
+        place, sample = divmod(slot, samples)
+        pairs = []
+        for shared, mine, new in zip(prompt, own, (key, value), strict=True):
+            before = mine[place, :, sample, : decoded - 1]
+            pairs.append(torch.cat([shared[place, :, : lengths[place]], before, new[row][:, None]], dim=1).double())
+        keys, values = (part[:, -window:] if window else part for part in pairs)
+        keys, values = keys.repeat_interleave(repeats, dim=0), values.repeat_interleave(repeats, dim=0)
+        weights = torch.einsum("hd,hsd->hs", query[row].double(), keys).mul(scaling).softmax(-1)
+        result[row] = torch.einsum("hs,hsd->hd", weights, values)
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 2, 6, 100])
+@pytest.mark.parametrize(("size", "repeats"), [(32, 1), (64, 3), (96, 2), (128, 5), (256, 4)])
+def test_decode_attention(size, repeats, window, dtype):
+    prompts, samples, heads, width, capacity, decoded = 3, 4, 2, 7, 9, 4
+    prompt = made(2, prompts, heads, width, size, dtype=dtype).unbind()
+    own = made(2, prompts, heads, samples, capacity, size, dtype=dtype, seed=1).unbind()
+    lengths, slots = torch.tensor([7, 3, 5]), torch.tensor([0, 2, 5, 6, 11])  # some slots have no row
+    query, key, value = made(5, heads * (repeats + 2), size, dtype=dtype, seed=2).split([heads * repeats, heads, heads], dim=1)
+    arguments = (slots, lengths, decoded, window, 0.3)
+    exact = reference_of_decoding(query, key, value, prompt, own, *arguments)
+    before = [part.clone() for part in own]
+    found = kernels.decode_attention(query, key, value, prompt, own, *arguments)
+    assert_near(found, exact, dtype)
+    for part, old, new in zip(own, before, (key, value), strict=True):
+        for row, slot in enumerate(slots.tolist()):
+            old[slot // samples, :, slot % samples, decoded - 1] = new[row]
+        assert torch.equal(part, old), "the new token's key and value are kept in their places, and nothing else is touched"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [0, 5, 40])
+def test_attention_weights_and_slopes(width, dtype):
+    shape, length = (2, 3, 4, 2, 6), 6
+    scores = (
+        made(*shape, width, dtype=torch.float32, scale=4) if width else None,
+        made(*shape, length, dtype=torch.float32, seed=1),
+    )
+    seen = torch.arange(width) < torch.tensor([width, width - 2])[:, None]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    masks = (seen[:, None, None, None, None] if width else None, causal)
+    exact = torch.cat([part.double() for part in scores if part is not None], dim=-1).requires_grad_()
+    hidden = torch.cat([mask.expand(2, 1, 4, 1, 6, -1) for mask in masks if mask is not None], dim=-1).logical_not()
+    weights = (exact * 0.6).masked_fill(hidden, -torch.inf).softmax(-1)
+    outer = made(*shape, width + length, dtype=dtype, seed=2)
+    (gradient,) = torch.autograd.grad(weights, exact, outer.double())
+    stored = kernels.attention_weights(scores, masks, 0.6, dtype)
+    assert_near(torch.cat([part for part in stored if part is not None], dim=-1), weights.detach(), dtype)
+    slopes = (outer[..., :width].contiguous() if width else None, outer[..., width:].contiguous())
+    kernels.attention_slopes(scores, slopes, 0.6)
+    assert_near(torch.cat([part for part in scores if part is not None], dim=-1), gradient, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_so(dtype):
+    x = made(3, 40, dtype=dtype)
+    x[1, 3] = torch.nan
+    weight = torch.ones(40, dtype=dtype)
+    logprobs = kernels.token_logprobs(x.clone(), torch.zeros(3, dtype=torch.long), 1.0, False)[0]
+    found = [kernels.rms_norm(x, weight, 1e-5)[0].sum(1), kernels.gated_silu(x, x).sum(1), logprobs]
+    found.append(kernels.with_low_rank(x, torch.ones(2, 40)).sum(1))
+    for rows in found:
+        assert rows.isfinite().tolist() == [True, False, True]
+
+
+def test_results_do_not_depend_on_threads():
+    x, weight = made(200, 576, dtype=torch.bfloat16), made(576, dtype=torch.bfloat16, seed=1)
+    logits, uniform = made(40, 5000, dtype=torch.bfloat16, scale=3), torch.rand(40, 1, dtype=torch.float64)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            parts = [kernels.rms_norm(x, weight, 1e-5)[0], kernels.gated_silu(x, x), *kernels.draw_tokens(logits, uniform, 1.0)]
+            found.append([*parts, *kernels.token_logprobs(logits.clone(), torch.arange(40), 1.0, True)])
+    finally:
+        torch.set_num_threads(before)
+    for parts in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(parts, found[0], strict=True))
+
+
+def test_kernels_are_for_real_tensors_of_one_dtype_on_the_cpu():
+    x = torch.zeros(2)
+    assert kernels.usable(x, x) and kernels.usable(x.bfloat16(), torch.nn.Parameter(x.bfloat16()))
+    assert not kernels.usable(x, x.bfloat16())
+    assert not kernels.usable(x.double()) and not kernels.usable(x.half()) and not kernels.usable(x.to("meta"))
+
+
+def test_layers_use_kernels_where_it_is_allowed_alone():
+    x = torch.zeros(2)
+    assert not kernels.usable_in_layers(x)
+    with kernels.kernels_in_layers():
+        assert kernels.usable_in_layers(x)
+        first, again = kernels.recomputed_alike()
+    with first:
+        assert not kernels.usable_in_layers(x)
+    with again:
+        assert kernels.usable_in_layers(x)

@@ -89,8 +89,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        if kernels.usable(gradient, x, weight):
-            return kernels.rms_norm_backward(gradient, x, weight, inverse), None, None
+        same = _in_dtype_of(x, weight)
+        if kernels.usable(gradient, x, same):
+            return kernels.rms_norm_backward(gradient, x, same, inverse), None, None
         of_normed = (gradient * weight).float()
         exact = x.float()
         along = torch.linalg.vecdot(of_normed, exact)[..., None] / x.shape[-1]
@@ -100,11 +101,17 @@ class _RMSNorm(torch.autograd.Function):
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm of x [..., n], and r [..., 1]."""
-    if kernels.usable_in_layers(x, weight):
-        return kernels.rms_norm(x, weight, eps)
+    same = _in_dtype_of(x, weight)
+    if kernels.usable_in_layers(x, same):
+        return kernels.rms_norm(x, same, eps)
     exact = x.float()
     inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (exact * inverse).to(x.dtype), inverse
+
+
+def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
+    """A weight as a kernel takes it; the same numbers, or as it is where the norm of x has the weight's dtype."""
+    return weight.to(x.dtype) if torch.promote_types(x.dtype, weight.dtype) == x.dtype else weight
 
 
 def _gated_silu(gate: Tensor, up: Tensor, has_kernel: bool) -> Tensor:

@@ -79,10 +79,15 @@ def _call(name: str, dtype: torch.dtype, tensors: Iterable[Tensor | None], *numb
     _function(name, dtype)(*[None if part is None else part.data_ptr() for part in tensors], *numbers)
 
 
+def _floats(*shape: int) -> Tensor:
+    """Room for float32, whatever torch's default dtype and device are: precision plugins set them."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Root mean square norm of x [..., n], and 1 / sqrt(mean(x^2) + eps), [..., 1] float32."""
     x, size = x.contiguous(), x.shape[-1]
-    result, inverses = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+    result, inverses = torch.empty_like(x), _floats(*x.shape[:-1], 1)
     _call("rms_norm", x.dtype, (x, weight, result, inverses), x.numel() // size, size, eps)
     return result, inverses
 
@@ -136,7 +141,7 @@ def with_low_rank(x: Tensor, down: Tensor) -> Tensor:
 def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """A token [B] for each row of logits [B, V] by numbers [B, 1] float64, and log-probabilities [B] float32."""
     logits, uniform = logits.contiguous(), uniform.contiguous()
-    tokens, logprobs = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+    tokens, logprobs = logits.new_empty(len(logits), dtype=torch.long), _floats(len(logits))
     _call("draw_tokens", logits.dtype, (logits, uniform, tokens, logprobs), *logits.shape, 1 / temperature)
     return tokens, logprobs
 
@@ -147,7 +152,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, slopes: b
     With `slopes` the logits become onehot(token) - p.
     """
     tokens = tokens.contiguous()
-    logprobs, entropies = torch.empty(len(logits)), torch.empty(len(logits))
+    logprobs, entropies = _floats(len(logits)), _floats(len(logits))
     _call("token_logprobs", logits.dtype, (logits, tokens, logprobs, entropies), *logits.shape, 1 / temperature, slopes)
     return logprobs, entropies
 

@@ -142,8 +142,31 @@ class _Projected(torch.autograd.Function):
         return sum(parts[1:], start=parts[0]).to(ctx.dtype), None, None, None, None
 
 
+class _OfLogits(torch.autograd.Function):
+    """Log-probability, with a gradient, and entropy by a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        slopes = logits.clone(memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else logits.contiguous()
+        result, entropy = kernels.token_logprobs(slopes, tokens, temperature, slopes=ctx.needs_input_grad[0])
+        ctx.temperature = temperature
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(entropy)
+        return result, entropy
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * (gradient[:, None] / ctx.temperature)).to(slopes.dtype), None, None
+
+
 def _of_logits(logits: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Logits [K, V], tokens [K] -> log-probabilities [K] and entropies [K], float32."""
+    """Logits [K, V], tokens [K] -> log-probabilities [K] and entropies [K], float32; the same numbers as `_Projected`."""
+    if kernels.usable(logits) and not entropy_gradient:
+        values: tuple[Tensor, Tensor] = _OfLogits.apply(logits, tokens, temperature)  # type: ignore[no-untyped-call]
+        return values
     logprobs = (logits.float() / temperature).log_softmax(dim=-1)
     wanted = entropy_gradient and torch.is_grad_enabled()
     with torch.set_grad_enabled(wanted), torch.autocast(logits.device.type, enabled=False):

@@ -16,13 +16,14 @@ from hybrid_lightning.kernels.calls import recomputed_alike
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for all modules; afterwards each is in its own mode again, which `model.train(flag)` would not do."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    trained = [module for module in model.modules() if module.training]
+    for module in trained:
+        module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in trained:
+            module.training = True
 
 
 def checkpoint_gradients(model: nn.Module) -> None:

@@ -40,6 +40,7 @@ class SteppedModule(EvaluatedModule, ABC):
         super().__init__()
         self._step_metrics = StepMetrics()
         self._gradients_begun = False
+        self._default_budget: int | None = None
 
     def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
         """The train dataloader: rollouts of these prompts. A data module's `train_dataloader` returns it."""
@@ -85,11 +86,14 @@ class SteppedModule(EvaluatedModule, ABC):
         return join_rows(logprobs, width), join_rows(entropies, width)
 
     def _token_budget(self) -> int:
-        return self.max_tokens_per_micro_batch or default_token_budget(self.model, self.device)
+        if self._default_budget is None:  # asking the model takes as long as a small policy's layer
+            self._default_budget = default_token_budget(self.model, self.device)
+        return self.max_tokens_per_micro_batch or self._default_budget
 
     def on_train_epoch_start(self) -> None:
         """An epoch begins with an optimizer step, also after one that was cut short within a step."""
         self._step_metrics = StepMetrics()
+        self._default_budget = None
         self._gradients_begun = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -109,7 +109,7 @@ def _dense(part: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous and in a dtype, by one copy at most."""
     if part.dtype == dtype and part.is_contiguous():
         return part
-    return torch.empty(part.shape, dtype=dtype).copy_(part)
+    return part.new_empty(part.shape, dtype=dtype).copy_(part)
 
 
 def _own(part: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ static void attend(
     const float* queries, const T* prompt_keys, const T* prompt_values, int64_t prompt, const T* keys, const T* values,
     int64_t own, float* scores, T* result) {
     constexpr int PARTS = D / LANES;
-    int64_t width = prompt + own;
+    int64_t width = prompt + own, stride = padded(width);
     for (int64_t place = 0; place < width; ++place) {
         const T* key = place < prompt ? prompt_keys + place * D : keys + (place - prompt) * D;
         Floats sums[R] = {};
@@ -26,23 +26,20 @@ static void attend(
             Floats value = load(key + part * LANES);
             for (int r = 0; r < R; ++r) sums[r] += value * load(queries + r * D + part * LANES);
         }
-        for (int r = 0; r < R; ++r) scores[r * width + place] = sum(sums[r]);
+        for (int r = 0; r < R; ++r) scores[r * stride + place] = sum(sums[r]);
     }
     float inverses[R];
     for (int r = 0; r < R; ++r) {
-        float *row = scores + r * width, most = -INFINITY, total = 0;
-#pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < width; ++i) most = row[i] > most ? row[i] : most;
-#pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < width; ++i) total += row[i] = exponential(row[i] - most);
-        inverses[r] = 1 / total;
+        float* row = scores + r * stride;
+        for (int64_t i = width; i < stride; ++i) row[i] = -INFINITY;
+        inverses[r] = 1 / exponentials(row, width);
     }
     Floats sums[R][PARTS] = {};
     for (int64_t place = 0; place < width; ++place) {
         const T* value = place < prompt ? prompt_values + place * D : values + (place - prompt) * D;
         for (int part = 0; part < PARTS; ++part) {
             Floats numbers = load(value + part * LANES);
-            for (int r = 0; r < R; ++r) sums[r][part] += scores[r * width + place] * numbers;
+            for (int r = 0; r < R; ++r) sums[r][part] += scores[r * stride + place] * numbers;
         }
     }
     for (int r = 0; r < R; ++r)
@@ -56,7 +53,7 @@ static void decode(
     int64_t G = cache.samples, K = cache.heads, S = cache.width;
 #pragma omp parallel if (rows * K * repeats * (S + decoded) * D > GRAIN)
     {
-        std::vector<float> scores(4 * (S + decoded)), queries(4 * D);
+        std::vector<float> scores(4 * padded(S + decoded)), queries(4 * D);
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < rows * K; ++unit) {
             int64_t row = unit / K, head = unit % K, slot = slots[row], prompt = slot / G, own = (prompt * K + head) * G + slot % G;

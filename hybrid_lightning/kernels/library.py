@@ -68,9 +68,9 @@ def _load() -> ctypes.CDLL:
 
 
 def _compiler() -> list[str]:
-    """The command, which CXX may give with options."""
+    """The command, which CXX may give with options. It has to be GCC's, or one that speaks to its OpenMP: Clang's does not."""
     named = os.environ.get("CXX", "").split()
-    for candidate in [named] if named else [["g++"], ["clang++"], ["c++"]]:
+    for candidate in [named] if named else [["g++"], ["c++"]]:
         if path := shutil.which(candidate[0]):
             return [path, *candidate[1:]]
     what = f"CXX={named[0]} is not there" if named else "no C++ compiler was found"
@@ -91,7 +91,9 @@ def _processor() -> str:
     """What -march=native depends on."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     wanted = ("model name", "model\t", "cpu family", "flags", "Features", "CPU part")
-    return "\n".join([platform.machine(), *dict.fromkeys(line for line in lines if line.startswith(wanted))])
+    return "\n".join(
+        [platform.machine(), *platform.libc_ver(), *dict.fromkeys(line for line in lines if line.startswith(wanted))]
+    )
 
 
 def _compile(compiler: list[str], runtime: Path, target: Path) -> None:
@@ -101,8 +103,8 @@ def _compile(compiler: list[str], runtime: Path, target: Path) -> None:
         for source in sorted(_SOURCES.glob("*.cpp")):
             objects.append(str(Path(folder) / f"{source.stem}.o"))
             _run([*compiler, *_OPTIONS, "-c", str(source), "-o", objects[-1]])
-        # Without -fopenmp, which would choose an OpenMP library itself.
-        _run([*compiler, "-shared", "-o", str(result), *objects, str(runtime)])
+        # Without -fopenmp, which would choose an OpenMP library itself; and complete, so that what is missing shows now.
+        _run([*compiler, "-shared", "-Wl,-z,defs", "-o", str(result), *objects, str(runtime)])
         result.replace(target)  # several processes may compile at once
 
 

@@ -83,6 +83,24 @@ static inline float exponential(float x) {
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// Room for so many numbers in full lanes.
+static inline int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+
+// A row becomes e^(x - its largest), whose sum is returned. Full lanes are computed: behind the row lie numbers of minus infinity.
+static inline float exponentials(float* row, int64_t size) {
+    float most = -INFINITY;
+    for (int64_t begin = 0; begin < size; begin += LANES)
+#pragma omp simd reduction(max : most)
+        for (int64_t i = begin; i < begin + LANES; ++i) most = row[i] > most ? row[i] : most;
+    Floats sums = {};
+    for (int64_t begin = 0; begin < size; begin += LANES) {
+#pragma omp simd
+        for (int64_t i = begin; i < begin + LANES; ++i) row[i] = exponential(row[i] - most);
+        sums += load(row + begin);
+    }
+    return sum(sums);
+}
+
 // One function for each storage: name_f32 and name_bf16.
 #define EXPORT(name, arguments, values)                                        \
     extern "C" void name##_f32 arguments(float) { name<float> values; }       \

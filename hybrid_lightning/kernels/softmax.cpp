@@ -1,6 +1,8 @@
 // Between the matrix products of attention in training: from scores to weights and from slopes of weights to slopes of scores. Those
 // of the prompt's keys and of a completion's own lie in two matrices, [P, K, G, R, T, S] and [P, K, G, R, T, M], of one softmax.
 
+#include <vector>
+
 #include "numbers.h"
 
 // Which keys a query sees: a byte for each, by prompt, completion and query; or all of them.
@@ -13,42 +15,21 @@ struct Mask {
     }
 };
 
-static float scale_row(float* scores, int64_t size, const uint8_t* seen, float scale) {
-    float most = -INFINITY;
-    if (seen) {
-#pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < size; ++i) {
-            float value = seen[i] ? scores[i] * scale : -INFINITY;
-            scores[i] = value;
-            most = value > most ? value : most;
-        }
-    } else {
-#pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < size; ++i) {
-            float value = scores[i] * scale;
-            scores[i] = value;
-            most = value > most ? value : most;
-        }
-    }
-    return most;
-}
-
-static float exponentials(float* scores, int64_t size, float most) {
-    float total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < size; ++i) {
-        float value = exponential(scores[i] - most);
-        scores[i] = value;
-        total += value;
-    }
-    return total;
+// Scores times their factor, minus infinity where a query does not look.
+static void scaled(const float* scores, int64_t size, const uint8_t* seen, float scale, float* to) {
+    if (seen)
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) to[i] = seen[i] ? scores[i] * scale : -INFINITY;
+    else
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) to[i] = scores[i] * scale;
 }
 
 template <class T>
-static void normalise(float* weights, T* stored, int64_t size, float inverse) {
+static void normalised(const float* exponentials, int64_t size, float inverse, float* weights, T* stored) {
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
-        float value = weights[i] * inverse;
+        float value = exponentials[i] * inverse;
         weights[i] = value;
         put(stored[i], value);
     }
@@ -60,19 +41,21 @@ static void attention_weights(
     float* prompt, float* own, T* stored_prompt, T* stored_own, Mask prompt_mask, Mask own_mask, const int64_t* shape, int64_t width,
     int64_t length, float scale) {
     int64_t K = shape[1], G = shape[2], R = shape[3], queries = shape[4], rows = shape[0] * K * G * R * queries;
-#pragma omp parallel for if (rows * (width + length) > GRAIN / 4)
-    for (int64_t row = 0; row < rows; ++row) {
-        int64_t query = row % queries, sample = row / (queries * R) % G, p = row / (queries * R * G * K);
-        float *to_prompt = prompt + row * width, *to_own = own + row * length;
-        float most = scale_row(to_own, length, own_mask.row(p, sample, query), scale);
-        if (width) {
-            float other = scale_row(to_prompt, width, prompt_mask.row(p, sample, query), scale);
-            most = other > most ? other : most;
+#pragma omp parallel if (rows * (width + length) > GRAIN / 4)
+    {
+        std::vector<float> buffer(padded(width + length), -INFINITY);  // of a whole row, so that few numbers are beside full lanes
+        float* row_of_both = buffer.data();
+#pragma omp for
+        for (int64_t row = 0; row < rows; ++row) {
+            int64_t query = row % queries, sample = row / (queries * R) % G, p = row / (queries * R * G * K);
+            float *to_prompt = prompt + row * width, *to_own = own + row * length;
+            if (width) scaled(to_prompt, width, prompt_mask.row(p, sample, query), scale, row_of_both);
+            scaled(to_own, length, own_mask.row(p, sample, query), scale, row_of_both + width);
+            float inverse = 1 / exponentials(row_of_both, width + length);
+            if (width) normalised(row_of_both, width, inverse, to_prompt, stored_prompt + row * width);
+            normalised(row_of_both + width, length, inverse, to_own, stored_own + row * length);
+            for (int64_t i = width + length; i < int64_t(buffer.size()); ++i) row_of_both[i] = -INFINITY;
         }
-        float total = exponentials(to_own, length, most);
-        if (width) total += exponentials(to_prompt, width, most);
-        normalise(to_own, stored_own + row * length, length, 1 / total);
-        if (width) normalise(to_prompt, stored_prompt + row * width, width, 1 / total);
     }
 }
 

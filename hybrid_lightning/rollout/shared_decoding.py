@@ -143,6 +143,7 @@ class SharedPromptDecoding:
             prompt, (_, heads, size) = self.prompt[layer], key.shape
             prompts, samples = self.slots.shape
             shape = (prompts, heads, samples, min(_FIRST_CAPACITY, self.max_new_tokens))
+            # Zeros, since products read room that is not used yet.
             self.own[layer] = (prompt[0].new_zeros(*shape, size), prompt[1].new_zeros(*shape, value.shape[2]))
         keys, values = self.own[layer]
         if keys.shape[3] < self.own_width:

@@ -46,10 +46,11 @@ class _KernelAttention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             weights = _scores(_dense(query, torch.float32), prompt_keys, keys)
             stored = kernels.attention_weights(weights, masks, scaling, dtype)
+            kept = weights if keys.shape[3] + _width(prompt_keys) <= query.shape[-1] else (None, None)
+            del weights
             result = torch.bmm(each(stored[1]), _own(values, dtype)).view(*query.shape[:-1], -1)
             if stored[0] is not None and prompt_values is not None:
                 all_of_prompt(result).baddbmm_(all_of_prompt(stored[0]), _shared(prompt_values, dtype))
-        kept = weights if keys.shape[3] + _width(prompt_keys) <= query.shape[-1] else (None, None)
         ctx.save_for_backward(query, keys, values, prompt_keys, prompt_values, *kept)
         ctx.masks, ctx.scaling = masks, scaling
         return result

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-pytest.importorskip("scipy", reason="the study's intervals need scipy")
+pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
 
 from study_records import keep, record
 

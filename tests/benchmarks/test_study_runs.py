@@ -5,7 +5,7 @@ import argparse
 import pytest
 import yaml
 
-pytest.importorskip("scipy", reason="the study's intervals need scipy")
+pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
 
 from benchmarks.study.facts import Facts, PlausibleFacts, possible_digits
 from benchmarks.study.methods import METHODS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("scipy", reason="the study's intervals need scipy")
+pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
 
 from study_records import keep, record, results_with_a_gap
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hybrid_lightning.kernels.library import library
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_KINDS = {Tensor, torch.nn.Parameter, torch.nn.Buffer}  # not those that only look like one, such as distributed tensors
+_KINDS = {Tensor, torch.nn.Parameter}  # not those that only look like one, such as distributed tensors
 _POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "rms_norm": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT],

@@ -20,7 +20,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent
 # No option that lets a compiler forget nan: a gradient that is not finite has to be noticed.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _OFF = "HYBRID_LIGHTNING_KERNELS"
@@ -47,24 +47,29 @@ def library() -> ctypes.CDLL | None:
 
 def _load() -> ctypes.CDLL:
     compiler, runtime = _compiler(), _openmp()
-    sources = sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")])
+    sources = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
     said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = [*(path.read_text(encoding="utf-8") for path in sources), *_OPTIONS, *compiler, said, str(runtime), _processor()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     name = f"kernels-{digest[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_lightning"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if writable:
+    folder = _cache()
+    if folder is not None:
         if not (folder / name).exists():
             _compile(compiler, runtime, folder / name)
         return ctypes.CDLL(str(folder / name))
     with tempfile.TemporaryDirectory() as temporary:  # what is loaded stays, the file need not
         _compile(compiler, runtime, Path(temporary) / name)
         return ctypes.CDLL(str(Path(temporary) / name))
+
+
+def _cache() -> Path | None:
+    """The folder for what is compiled; None if there is no place to write."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_lightning"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # the latter where nobody knows the user's home
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _compiler() -> list[str]:
@@ -100,7 +105,7 @@ def _compile(compiler: list[str], runtime: Path, target: Path) -> None:
     logger.info("Compiling the CPU kernels, once: some seconds")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         result, objects = Path(folder) / target.name, []
-        for source in sorted(_SOURCES.glob("*.cpp")):
+        for source in sorted(SOURCES.glob("*.cpp")):
             objects.append(str(Path(folder) / f"{source.stem}.o"))
             _run([*compiler, *_OPTIONS, "-c", str(source), "-o", objects[-1]])
         # Without -fopenmp, which would choose an OpenMP library itself; and complete, so that what is missing shows now.

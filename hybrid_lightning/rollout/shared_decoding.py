@@ -102,12 +102,12 @@ class SharedPromptDecoding:
     ) -> Tensor:
         """One token of every row; see `Packing`."""
         if _has_kernel(settings, query, key, value, *self.prompt[layer]):
-            own = self._room(layer, key, value)
+            own = self._room(layer, key, value, zeros=False)
             where = (self.slot_of_row, self.lengths, self.decoded, window)
             return kernels.decode_attention(query, key, value, self.prompt[layer], own, *where, settings.factor(query))
         heads, (_, all_heads, size) = key.shape[1], query.shape
         grouped = self._to_slots(query).view(*self.slots.shape, heads, all_heads // heads, 1, size)
-        keys, values = self._room(layer, key, value)
+        keys, values = self._room(layer, key, value, zeros=True)
         keys[:, :, :, self.decoded - 1] = self._to_slots(key).transpose(1, 2)
         values[:, :, :, self.decoded - 1] = self._to_slots(value).transpose(1, 2)
         own = (keys[..., : self.own_width, :], values[..., : self.own_width, :])
@@ -137,14 +137,15 @@ class SharedPromptDecoding:
             return self.decoded
         return min(-(-self.decoded // _WIDTH_STEP) * _WIDTH_STEP, self.max_new_tokens)
 
-    def _room(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of completions, with a place for the new token's."""
+    def _room(self, layer: int, key: Tensor, value: Tensor, zeros: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values of completions, with a place for the new token's; zeros behind it for products, which read them."""
         if layer not in self.own:
-            prompt, (_, heads, size) = self.prompt[layer], key.shape
             prompts, samples = self.slots.shape
-            shape = (prompts, heads, samples, min(_FIRST_CAPACITY, self.max_new_tokens))
-            # Zeros, since products read room that is not used yet.
-            self.own[layer] = (prompt[0].new_zeros(*shape, size), prompt[1].new_zeros(*shape, value.shape[2]))
+            shape = (prompts, key.shape[1], samples, min(_FIRST_CAPACITY, self.max_new_tokens))
+            made = [part.new_empty(*shape, new.shape[2]) for part, new in zip(self.prompt[layer], (key, value), strict=True)]
+            self.own[layer] = (made[0], made[1])
+            for part in made if zeros else ():
+                part.zero_()
         keys, values = self.own[layer]
         if keys.shape[3] < self.own_width:
             extra = min(keys.shape[3], max(1, self.max_new_tokens - keys.shape[3]))
@@ -190,7 +191,7 @@ class _Prefill:
 def _has_kernel(settings: AttentionSettings, *tensors: Tensor) -> bool:
     """Whether one new token of every row is attended to by a kernel; the last axis of each tensor is D."""
     sizes = {part.shape[-1] for part in tensors}
-    plain = settings.softcap is None and settings.dropout == 0
+    plain = settings.softcap is None and settings.dropout == 0 and not torch.is_grad_enabled()
     return plain and len(sizes) == 1 and sizes <= kernels.HEAD_SIZES and kernels.usable(*tensors)
 
 

@@ -1,4 +1,7 @@
-"""Kernels are compiled once, and whoever cannot have them is told why and goes on without."""
+"""Kernels are compiled once, and whoever cannot have them is told why and goes on without.
+
+This folder is not named `kernels`: tests/ is on the path, and bitsandbytes asks for a package of that name.
+"""
 
 import os
 import shutil

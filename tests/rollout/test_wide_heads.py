@@ -1,4 +1,4 @@
-"""Sampling from models whose attention heads are wide enough for the kernel of decoding: the log-probabilities are a plain pass's."""
+"""Models whose attention heads are wide enough for the kernel of decoding: sampling log-probabilities are those of a plain pass."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hybrid_lightning.types import Prompt
 
 SIZES = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
+    "hidden_size": 48,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,

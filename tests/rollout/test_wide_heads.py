@@ -1,4 +1,4 @@
-"""Models whose attention heads are wide enough for the kernel of decoding: sampling log-probabilities are those of a plain pass."""
+"""Heads that are wide enough for the kernel of decoding: log-probabilities of sampling are those of a plain pass."""
 
 import pytest
 import torch
@@ -48,7 +48,8 @@ def test_sampling_logprobs_are_those_of_a_plain_pass_while_rows_leave(tokenizer,
     model, ids = build(kind), [tokenizer(text).input_ids for text in TEXTS]
     sampler = Sampler(max_new_tokens=40)
     prompts = [Prompt(text=text) for text in TEXTS]
-    rollouts = sampler.sample(model, tokenizer, prompts, ids, SAMPLES, generator=torch.Generator().manual_seed(3))
+    draws = torch.Generator().manual_seed(3)
+    rollouts = sampler.sample(model, tokenizer, prompts, ids, SAMPLES, generator=draws, stop_ids=[2, 3, 4, 5])
     sequences, lengths = rollouts.sequences, rollouts.sequences.completion_mask.sum(dim=1)
     assert lengths.min() < 12 and lengths.max() > 33, "the draw has to have short and long completions"
     if kernels.library is library:

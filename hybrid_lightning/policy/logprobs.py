@@ -80,7 +80,7 @@ def logprobs_of_hidden(
         options = (temperature, entropy_gradient)
         blocks = [checkpoint(_project, model, part, ids, *options, use_reentrant=False) for part, ids in pairs]
     else:
-        blocks = [_project(model, part, ids, temperature, False) for part, ids in pairs]
+        blocks = [_project(model, part, ids, temperature, entropy_gradient) for part, ids in pairs]
     return torch.cat([values for values, _ in blocks]), torch.cat([values for _, values in blocks])
 
 

@@ -111,7 +111,9 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
     """A weight as a kernel takes it; the same numbers, or as it is where the norm of x has the weight's dtype."""
-    return weight.to(x.dtype) if torch.promote_types(x.dtype, weight.dtype) == x.dtype else weight
+    if weight.dtype == x.dtype or torch.promote_types(x.dtype, weight.dtype) != x.dtype:
+        return weight
+    return weight.to(x.dtype)
 
 
 def _gated_silu(gate: Tensor, up: Tensor, has_kernel: bool) -> Tensor:

@@ -32,7 +32,11 @@ HEAD_SIZES = {32, 64, 96, 128, 256}  # that `decode_attention` was compiled for
 
 def usable(*tensors: Tensor) -> bool:
     """Whether there are kernels for these tensors: on the CPU, all of one dtype, float32 or bfloat16."""
-    return fit(*tensors) and all(type(part) in _KINDS and part.is_cpu for part in tensors) and library() is not None
+    dtype = tensors[0].dtype
+    for part in tensors:  # some hundred times a token: no generator
+        if part.dtype is not dtype or not part.is_cpu or type(part) not in _KINDS:
+            return False
+    return dtype in _SUFFIX and library() is not None
 
 
 def fit(*tensors: Tensor) -> bool:

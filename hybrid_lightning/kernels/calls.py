@@ -154,8 +154,13 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, slopes: b
     """Log-probabilities of tokens [K] and entropies [K], float32, under logits [K, V], which are contiguous.
 
     With `slopes` the logits become onehot(token) - p.
+
+    Raises:
+        IndexError: If a token is not in the vocabulary; a kernel would write beside the logits.
     """
     tokens = tokens.contiguous()
+    if type(tokens) in _KINDS and ((tokens < 0) | (tokens >= logits.shape[1])).any():
+        raise IndexError(f"tokens from {int(tokens.min())} to {int(tokens.max())} for logits of {logits.shape[1]} tokens")
     logprobs, entropies = _floats(len(logits)), _floats(len(logits))
     _call("token_logprobs", logits.dtype, (logits, tokens, logprobs, entropies), *logits.shape, 1 / temperature, slopes)
     return logprobs, entropies

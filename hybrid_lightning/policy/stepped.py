@@ -86,9 +86,11 @@ class SteppedModule(EvaluatedModule, ABC):
         return join_rows(logprobs, width), join_rows(entropies, width)
 
     def _token_budget(self) -> int:
+        if self.max_tokens_per_micro_batch:
+            return self.max_tokens_per_micro_batch
         if self._default_budget is None:  # asking the model takes as long as a small policy's layer
             self._default_budget = default_token_budget(self.model, self.device)
-        return self.max_tokens_per_micro_batch or self._default_budget
+        return self._default_budget
 
     def on_train_epoch_start(self) -> None:
         """An epoch begins with an optimizer step, also after one that was cut short within a step."""

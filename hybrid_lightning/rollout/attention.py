@@ -22,11 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_lightning.kernels import calls as kernels
-from hybrid_lightning.rollout.kernel_attention import all_of_prompt, each, kernel_attention
+from hybrid_lightning.rollout.kernel_attention import Masks, all_of_prompt, each, kernel_attention
 
 KeysValues = tuple[Tensor, Tensor]
-# Of the prompt's keys and of the completion's own; None where every query sees every key.
-Masks = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def shared_attention(
         [P, K, G, R, T, D] in the dtype of the values.
     """
     plain = settings.softcap is None and settings.dropout == 0
-    if plain and kernels.usable(query, *own):
+    if plain and kernels.usable(query, *own, *(prompt or ())):
         return kernel_attention(query, prompt, own, masks, settings.factor(query))
     by_products = products_are_faster(query.device) or settings.softcap is not None  # no kernel has the latter
     compute = _by_products if by_products else _by_kernel

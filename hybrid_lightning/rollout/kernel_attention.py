@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from hybrid_lightning.kernels import calls as kernels
 from hybrid_lightning.kernels.calls import Pair
 
+# Of the prompt's keys and of the completion's own; None where every query sees every key.
 Masks = tuple[Tensor | None, Tensor | None]
 
 

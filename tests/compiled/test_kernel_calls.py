@@ -127,6 +127,14 @@ def test_logprobs_entropies_and_slopes(size, dtype):
             assert torch.equal(given, logits)
 
 
+@pytest.mark.parametrize("token", [-1, 7])
+def test_a_token_beyond_the_vocabulary_is_refused_before_anything_is_written(token):
+    logits = made(2, 7, dtype=torch.float32)
+    with pytest.raises(IndexError, match=r"for logits of 7 tokens"):
+        kernels.token_logprobs(logits, torch.tensor([3, token]), 1.0, True)
+    assert torch.equal(logits, made(2, 7, dtype=torch.float32))
+
+
 def reference_of_decoding(query, key, value, prompt, own, slots, lengths, decoded, window, scaling):
     result = torch.empty(query.shape, dtype=torch.float64)
     samples, repeats = own[0].shape[2], query.shape[1] // key.shape[1]

@@ -23,11 +23,10 @@ _SIGNATURES: dict[str, list[Any]] = {
     "with_low_rank": [_POINTER] * 3 + [_INTEGER] * 4,
     "draw_tokens": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT],
     "token_logprobs": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT, _INTEGER],
-    "attention_weights": [_POINTER] * 8 + [_INTEGER] * 2 + [_FLOAT],
-    "attention_slopes": [_POINTER] * 4 + [_INTEGER] * 3 + [_FLOAT],
     "decode_attention": [_POINTER] * 10 + [_INTEGER] * 9 + [_FLOAT] + [_INTEGER] * 3,
+    "packed_attention": [_POINTER] * 6 + [_INTEGER] * 5 + [_FLOAT] + [_INTEGER] * 3,
+    "packed_attention_backward": [_POINTER] * 9 + [_INTEGER] * 5 + [_FLOAT] + [_INTEGER] * 3,
 }
-HEAD_SIZES = {32, 64, 96, 128, 256}  # that `decode_attention` was compiled for
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -79,7 +78,8 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     return function
 
 
-def _call(name: str, dtype: torch.dtype, tensors: Iterable[Tensor | None], *numbers: Any) -> None:
+def call(name: str, dtype: torch.dtype, tensors: Iterable[Tensor | None], *numbers: Any) -> None:
+    """Call the compiled function NAME for a storage dtype, with the tensors' addresses and the numbers."""
     _function(name, dtype)(*[None if part is None else part.data_ptr() for part in tensors], *numbers)
 
 
@@ -92,7 +92,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Root mean square norm of x [..., n], and 1 / sqrt(mean(x^2) + eps), [..., 1] float32."""
     x, size = x.contiguous(), x.shape[-1]
     result, inverses = torch.empty_like(x), _floats(*x.shape[:-1], 1)
-    _call("rms_norm", x.dtype, (x, weight, result, inverses), x.numel() // size, size, eps)
+    call("rms_norm", x.dtype, (x, weight, result, inverses), x.numel() // size, size, eps)
     return result, inverses
 
 
@@ -100,7 +100,7 @@ def rms_norm_backward(outer: Tensor, x: Tensor, weight: Tensor, inverses: Tensor
     """Gradient of x [..., n] from that of its norm."""
     outer, x, size = outer.contiguous(), x.contiguous(), x.shape[-1]
     result = torch.empty_like(x)
-    _call("rms_norm_backward", x.dtype, (outer, x, weight, inverses, result), x.numel() // size, size)
+    call("rms_norm_backward", x.dtype, (outer, x, weight, inverses, result), x.numel() // size, size)
     return result
 
 
@@ -110,7 +110,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     rows = [part.reshape(-1, size) for part in (gate, up)]
     rows = [part if part.stride(1) == 1 else part.contiguous() for part in rows]
     result = gate.new_empty(gate.shape)
-    _call("gated_silu", gate.dtype, (*rows, result), rows[0].shape[0], size, rows[0].stride(0), rows[1].stride(0))
+    call("gated_silu", gate.dtype, (*rows, result), rows[0].shape[0], size, rows[0].stride(0), rows[1].stride(0))
     return result
 
 
@@ -118,7 +118,7 @@ def gated_silu_backward(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
     """Gradients of gate and up from that of silu(gate) up."""
     outer, gate, up = outer.contiguous(), gate.contiguous(), up.contiguous()
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    _call("gated_silu_backward", gate.dtype, (outer, gate, up, of_gate, of_up), gate.numel())
+    call("gated_silu_backward", gate.dtype, (outer, gate, up, of_gate, of_up), gate.numel())
     return of_gate, of_up
 
 
@@ -128,7 +128,7 @@ def rotary(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) 
         x = x.contiguous()
     result = x.new_empty(x.shape)
     sizes = (*x.shape, x.stride(0), x.stride(1))
-    _call("rotary", x.dtype, (x, cosines, sines, result), *sizes, -1.0 if transposed else 1.0)
+    call("rotary", x.dtype, (x, cosines, sines, result), *sizes, -1.0 if transposed else 1.0)
     return result
 
 
@@ -138,7 +138,7 @@ def with_low_rank(x: Tensor, down: Tensor) -> Tensor:
         x = x.contiguous()
     rank, (count, size) = down.shape[0], x.shape
     result = x.new_empty(count, size + rank)
-    _call("with_low_rank", x.dtype, (x, down, result), count, size, rank, x.stride(0))
+    call("with_low_rank", x.dtype, (x, down, result), count, size, rank, x.stride(0))
     return result
 
 
@@ -146,7 +146,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Te
     """A token [B] for each row of logits [B, V] by numbers [B, 1] float64, and log-probabilities [B] float32."""
     logits, uniform = logits.contiguous(), uniform.contiguous()
     tokens, logprobs = logits.new_empty(len(logits), dtype=torch.long), _floats(len(logits))
-    _call("draw_tokens", logits.dtype, (logits, uniform, tokens, logprobs), *logits.shape, 1 / temperature)
+    call("draw_tokens", logits.dtype, (logits, uniform, tokens, logprobs), *logits.shape, 1 / temperature)
     return tokens, logprobs
 
 
@@ -162,92 +162,5 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, slopes: b
     if type(tokens) in _KINDS and ((tokens < 0) | (tokens >= logits.shape[1])).any():
         raise IndexError(f"tokens from {int(tokens.min())} to {int(tokens.max())} for logits of {logits.shape[1]} tokens")
     logprobs, entropies = _floats(len(logits)), _floats(len(logits))
-    _call("token_logprobs", logits.dtype, (logits, tokens, logprobs, entropies), *logits.shape, 1 / temperature, slopes)
+    call("token_logprobs", logits.dtype, (logits, tokens, logprobs, entropies), *logits.shape, 1 / temperature, slopes)
     return logprobs, entropies
-
-
-def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    slots: Tensor,
-    lengths: Tensor,
-    decoded: int,
-    window: int | None,
-    scaling: float,
-) -> Tensor:
-    """Attention of one new token of each of B rows, whose key and value become the last of its own.
-
-    Args:
-        query: [B, H, D].
-        key: [B, K, D].
-        value: [B, K, D].
-        prompt: Keys and values [P, K, S, D], padded on the right; contiguous.
-        own: Keys and values [P, K, G, capacity, D]; contiguous.
-        slots: Of each row, counted over [P, G]; int64.
-        lengths: Tokens of each prompt; int64.
-        decoded: Tokens of a completion, the new one included.
-        window: A token sees this many positions; None for all.
-        scaling: Factor of the scores.
-
-    Returns:
-        [B, H, D].
-    """
-    heads, (count, all_heads, size) = key.shape[1], query.shape
-    new = [part if part.stride(2) == 1 and part.stride(1) == size else part.contiguous() for part in (query, key, value)]
-    result = query.new_empty(query.shape)
-    tensors = (*new, *prompt, *own, slots, lengths, result)
-    sizes = (count, own[0].shape[2], heads, all_heads // heads, prompt[0].shape[2], own[0].shape[3], size)
-    strides = [part.stride(0) for part in new]
-    _call("decode_attention", query.dtype, tensors, *sizes, decoded, window or 0, scaling, *strides)
-    return result
-
-
-Pair = tuple[Tensor | None, Tensor]  # of the prompt's keys, if any, and of a completion's own
-
-
-def attention_weights(scores: Pair, masks: tuple[Tensor | None, Tensor | None], scaling: float, dtype: torch.dtype) -> Pair:
-    """Softmax over the scores of a prompt's keys and those of a completion's own, [P, K, G, R, T, S] and [P, K, G, R, T, M].
-
-    Args:
-        scores: float32 and contiguous; the weights take their place.
-        masks: Bool, broadcastable to [P, 1, G, 1, T, S] and [P, 1, G, 1, T, M]: True where a query may look. None for all.
-        scaling: Of the scores.
-        dtype: Of the result.
-
-    Returns:
-        The weights once more in `dtype`; in float32 the same tensors.
-    """
-    shape = scores[1].shape[:5]
-    shared, own = scores
-    stored = scores
-    if dtype != torch.float32:
-        stored = (None if shared is None else torch.empty_like(shared, dtype=dtype), torch.empty_like(own, dtype=dtype))
-    strides: Any = (ctypes.c_int64 * 6)()
-    seen: list[Tensor | None] = []
-    for number, (mask, part) in enumerate(zip(masks, scores, strict=True)):
-        mask = None if part is None else mask
-        if mask is not None and part is not None:
-            mask = mask.expand(shape[0], 1, shape[2], 1, *part.shape[4:])
-            mask = mask if mask.stride(5) == 1 else mask.contiguous()
-            strides[3 * number : 3 * number + 3] = (mask.stride(0), mask.stride(2), mask.stride(4))
-        seen.append(mask)
-    width = 0 if scores[0] is None else scores[0].shape[5]
-    sizes = (ctypes.c_int64 * 5)(*shape)
-    _call("attention_weights", dtype, (*scores, *stored, *seen), strides, sizes, width, scores[1].shape[5], scaling)
-    return stored
-
-
-def attention_slopes(weights: Pair, slopes: Pair, scaling: float) -> None:
-    """Turn weights, float32 and contiguous, into the gradient of the scores before they were scaled.
-
-    Args:
-        weights: As `attention_weights` leaves them.
-        slopes: Gradient of the weights, contiguous.
-        scaling: Of the scores.
-    """
-    width = 0 if weights[0] is None else weights[0].shape[5]
-    length = weights[1].shape[5]
-    _call("attention_slopes", slopes[1].dtype, (*weights, *slopes), weights[1].numel() // length, width, length, scaling)

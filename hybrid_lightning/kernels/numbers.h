@@ -44,6 +44,8 @@ static inline Floats load(const float* from) {
     return value;
 }
 
+static inline void store(Floats value, float* to) { __builtin_memcpy(to, &value, sizeof value); }
+
 static inline Floats load(const bf16* from) {
     Halves bits;
     __builtin_memcpy(&bits, from, sizeof bits);

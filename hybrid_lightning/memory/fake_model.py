@@ -77,7 +77,8 @@ class FakeModel:
         return result
 
     def fake_layout(self, packed: PackedSequences) -> None:
-        """Replace the tensors of a layout; what of them decides about shapes has been read when it was made."""
+        """Replace the tensors of a layout; what of them decides about shapes has been read when it was made, or is here."""
+        _ = packed.groups
         packed.prompts = self._fake_grid(packed.prompts)
         packed.bands = [self._fake_grid(band) for band in packed.bands]
         packed.ids, packed.positions = self.fake(packed.ids), self.fake(packed.positions)
@@ -137,7 +138,7 @@ def as_on(cpu: bool) -> Iterator[None]:
         (constant_weights, "constant_product", constant_product),
         (forward, "constant_product", constant_product),
         (kernels, "usable", lambda *tensors: has_kernels and kernels.fit(*tensors)),
-        (kernels, "_call", lambda *_: None),  # what a kernel allocates is allocated before
+        (kernels, "call", lambda *_: None),  # what a kernel allocates is allocated before
     ]
     originals = [getattr(module, name) for module, name, _ in replaced]
     for module, name, value in replaced:

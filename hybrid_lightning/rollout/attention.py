@@ -5,10 +5,10 @@ key-value heads (grouped-query attention: H = K * R), D numbers a head.
 
 Three ways to compute it, which give the same numbers:
 
-- by matrix products with kernels between them (`kernel_attention.py`), on CPUs where there are kernels;
+- by one kernel of our own over the whole row of tokens (`packed_attention.py`), on CPUs where there are kernels;
 - by matrix products over all queries of a prompt at once, whose backward pass is written out here. On CPUs this is many times
-  faster than the fused kernel at the lengths of rollouts (measured at S=128, T=64: 50 ms instead of 170 to 250 for forward and
-  backward), and keys and values are never repeated;
+  faster than torch's fused kernel at the lengths of rollouts (measured at S=128, T=64: 50 ms instead of 170 to 250 for forward
+  and backward), and keys and values are never repeated;
 - by `scaled_dot_product_attention` with repeated keys and values on accelerators, whose kernels keep no scores.
 """
 
@@ -22,9 +22,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_lightning.kernels import calls as kernels
-from hybrid_lightning.rollout.kernel_attention import Masks, all_of_prompt, each, kernel_attention
 
 KeysValues = tuple[Tensor, Tensor]
+# Of the prompt's keys and of the completion's own; None where every query sees every key.
+Masks = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ class AttentionSettings:
     scaling: float | None = None  # factor of the scores; None: 1 / sqrt(D)
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     dropout: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether weights are the softmax of scaled scores and nothing more."""
+        return self.softcap is None and self.dropout == 0
+
+    def has_kernel(self, *tensors: Tensor) -> bool:
+        """Whether a kernel computes all of the attention; the last axis of each tensor is D."""
+        size = tensors[0].shape[-1]
+        return self.plain and all(part.shape[-1] == size for part in tensors) and kernels.usable(*tensors)
 
     def factor(self, query: Tensor) -> float:
         """Of the scores of queries [..., D]."""
@@ -56,12 +67,9 @@ def shared_attention(
     Returns:
         [P, K, G, R, T, D] in the dtype of the values.
     """
-    plain = settings.softcap is None and settings.dropout == 0
-    if plain and kernels.usable(query, *own, *(prompt or ())):
-        return kernel_attention(query, prompt, own, masks, settings.factor(query))
     by_products = products_are_faster(query.device) or settings.softcap is not None  # no kernel has the latter
     compute = _by_products if by_products else _by_kernel
-    if by_products and plain and torch.is_grad_enabled():
+    if by_products and settings.plain and torch.is_grad_enabled():
         keys, values = (None, None) if prompt is None else prompt
         result: Tensor = _Products.apply(query, *own, keys, values, masks, settings)  # type: ignore[no-untyped-call]
         return result
@@ -73,8 +81,20 @@ def shared_attention(
     return result
 
 
+def each(part: Tensor) -> Tensor:
+    """[P, K, G, R, T, x] -> [P K G, R T, x]: one product for the queries of a completion with its own keys."""
+    prompts, heads, samples, repeats, length, _ = part.shape
+    return part.reshape(prompts * heads * samples, repeats * length, -1)
+
+
+def all_of_prompt(part: Tensor) -> Tensor:
+    """[P, K, G, R, T, x] -> [P K, G R T, x]: one product for the queries of all completions with the prompt's keys."""
+    prompts, heads, samples, repeats, length, _ = part.shape
+    return part.reshape(prompts * heads, samples * repeats * length, -1)
+
+
 def products_are_faster(device: torch.device) -> bool:
-    """Whether matrix products beat the device's fused kernels, at the lengths of rollouts."""
+    """Whether matrix products beat torch's fused kernels, at the lengths of rollouts."""
     return device.type == "cpu"
 
 

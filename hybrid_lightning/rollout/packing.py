@@ -10,6 +10,7 @@ their scores grow with the square of its length. A few tokens that nobody reads 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hybrid_lightning.kernels.attention import Groups
 from hybrid_lightning.rollout.attention import AttentionSettings, Masks, shared_attention
+from hybrid_lightning.rollout.packed_attention import packed_attention
 from hybrid_lightning.types import Sequences
 
 
@@ -132,6 +135,8 @@ class PackedSequences:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
     ) -> Tensor:
         """See `Packing`."""
+        if settings.has_kernel(query, key, value):
+            return packed_attention(query, key, value, self.groups, window, settings.factor(query))
         heads, (tokens, all_heads, _) = key.shape[1], query.shape
         grouped = query.view(tokens, heads, all_heads // heads, query.shape[2])
         sizes = [self.prompt_tokens, *(len(band.to_row) for band in self.bands), self.filling]
@@ -149,6 +154,18 @@ class PackedSequences:
             rows.append(band.paste(result.permute(0, 2, 4, 1, 3, 5)))
         rows.append(rows[0].new_zeros(self.filling, *rows[0].shape[1:]))
         return torch.cat(rows).flatten(1, 2).view(query.shape)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Each prompt and its completions as segments of the row; what fills it up is one more group."""
+        prompts = torch.arange(len(self.prompts.lengths), device=self.ids.device)
+        filling = prompts.new_tensor([self.filling])
+        lengths = torch.cat([self.prompts.lengths, *(band.lengths.flatten() for band in self.bands), filling])
+        group = [prompts, *(prompts.repeat_interleave(band.shape[1]) for band in self.bands), prompts[-1:] + 1]
+        numbers = torch.cat(group)
+        ends = lengths.cumsum(0)
+        segments = torch.stack([ends - lengths, ends], dim=1)[numbers.argsort(stable=True)]
+        return Groups(segments, torch.cat([filling.new_zeros(1), numbers.bincount().cumsum(0)]))
 
     def _mask(self, part: int, window: int | None) -> Masks:
         if (part, window) not in self._masks:

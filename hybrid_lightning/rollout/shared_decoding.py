@@ -8,7 +8,7 @@ its slot is given up later, when many are, since that moves the keys and values 
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.kernels import calls as kernels
+from hybrid_lightning.kernels import attention as kernels
 from hybrid_lightning.rollout.attention import AttentionSettings, Masks, cached_key_dtype, products_are_faster, shared_attention
 from hybrid_lightning.rollout.forward import constant_projection, packed_hidden
 from hybrid_lightning.rollout.packing import PackedSequences, visible
@@ -189,10 +189,9 @@ class _Prefill:
 
 
 def _has_kernel(settings: AttentionSettings, *tensors: Tensor) -> bool:
-    """Whether one new token of every row is attended to by a kernel; the last axis of each tensor is D."""
-    sizes = {part.shape[-1] for part in tensors}
-    plain = settings.softcap is None and settings.dropout == 0 and not torch.is_grad_enabled()
-    return plain and len(sizes) == 1 and sizes <= kernels.HEAD_SIZES and kernels.usable(*tensors)
+    """Whether one new token of every row is attended to by a kernel."""
+    known = tensors[0].shape[-1] in kernels.DECODED_HEAD_SIZES
+    return known and settings.has_kernel(*tensors) and not torch.is_grad_enabled()
 
 
 def _grow(cache: Tensor, extra: int) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_numbers import DTYPES, assert_near, made
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hybrid_lightning.kernels import calls as kernels
@@ -10,20 +11,7 @@ from hybrid_lightning.kernels.library import library
 from hybrid_lightning.rollout.drawing import draw
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no kernels to test")
-DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [2, 7, 16, 50, 576]
-
-
-def made(*shape, dtype, scale=1.0, seed=0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
-
-
-def assert_near(found, exact, dtype, roundings=1):
-    """Within a rounding of bfloat16, or 10 of float32, where sums of differently signed numbers add those of the largest."""
-    assert found.dtype == dtype and found.shape == exact.shape
-    step, share = (2.0**-8, 1 / 8) if dtype == torch.bfloat16 else (10 * 2.0**-24, 2)
-    bound = roundings * step
-    torch.testing.assert_close(found.double(), exact, atol=bound * share * float(exact.abs().max()), rtol=bound)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -133,65 +121,6 @@ def test_a_token_beyond_the_vocabulary_is_refused_before_anything_is_written(tok
     with pytest.raises(IndexError, match=r"for logits of 7 tokens"):
         kernels.token_logprobs(logits, torch.tensor([3, token]), 1.0, True)
     assert torch.equal(logits, made(2, 7, dtype=torch.float32))
-
-
-def reference_of_decoding(query, key, value, prompt, own, slots, lengths, decoded, window, scaling):
-    result = torch.empty(query.shape, dtype=torch.float64)
-    samples, repeats = own[0].shape[2], query.shape[1] // key.shape[1]
-    for row, slot in enumerate(slots.tolist()):
-        place, sample = divmod(slot, samples)
-        pairs = []
-        for shared, mine, new in zip(prompt, own, (key, value), strict=True):
-            before = mine[place, :, sample, : decoded - 1]
-            pairs.append(torch.cat([shared[place, :, : lengths[place]], before, new[row][:, None]], dim=1).double())
-        keys, values = (part[:, -window:] if window else part for part in pairs)
-        keys, values = keys.repeat_interleave(repeats, dim=0), values.repeat_interleave(repeats, dim=0)
-        weights = torch.einsum("hd,hsd->hs", query[row].double(), keys).mul(scaling).softmax(-1)
-        result[row] = torch.einsum("hs,hsd->hd", weights, values)
-    return result
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 2, 6, 100])
-@pytest.mark.parametrize(("size", "repeats"), [(32, 1), (64, 3), (96, 2), (128, 5), (256, 4)])
-def test_decode_attention(size, repeats, window, dtype):
-    prompts, samples, heads, width, capacity, decoded = 3, 4, 2, 7, 9, 4
-    prompt = made(2, prompts, heads, width, size, dtype=dtype).unbind()
-    own = made(2, prompts, heads, samples, capacity, size, dtype=dtype, seed=1).unbind()
-    lengths, slots = torch.tensor([7, 3, 5]), torch.tensor([0, 2, 5, 6, 11])  # some slots have no row
-    query, key, value = made(5, heads * (repeats + 2), size, dtype=dtype, seed=2).split([heads * repeats, heads, heads], dim=1)
-    arguments = (slots, lengths, decoded, window, 0.3)
-    exact = reference_of_decoding(query, key, value, prompt, own, *arguments)
-    before = [part.clone() for part in own]
-    found = kernels.decode_attention(query, key, value, prompt, own, *arguments)
-    assert_near(found, exact, dtype)
-    for part, old, new in zip(own, before, (key, value), strict=True):
-        for row, slot in enumerate(slots.tolist()):
-            old[slot // samples, :, slot % samples, decoded - 1] = new[row]
-        assert torch.equal(part, old), "the new token's key and value are kept in their places, and nothing else is touched"
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [0, 5, 40])
-def test_attention_weights_and_slopes(width, dtype):
-    shape, length = (2, 3, 4, 2, 6), 6
-    scores = (
-        made(*shape, width, dtype=torch.float32, scale=4) if width else None,
-        made(*shape, length, dtype=torch.float32, seed=1),
-    )
-    seen = torch.arange(width) < torch.tensor([width, width - 2])[:, None]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    masks = (seen[:, None, None, None, None] if width else None, causal)
-    exact = torch.cat([part.double() for part in scores if part is not None], dim=-1).requires_grad_()
-    hidden = torch.cat([mask.expand(2, 1, 4, 1, 6, -1) for mask in masks if mask is not None], dim=-1).logical_not()
-    weights = (exact * 0.6).masked_fill(hidden, -torch.inf).softmax(-1)
-    outer = made(*shape, width + length, dtype=dtype, seed=2)
-    (gradient,) = torch.autograd.grad(weights, exact, outer.double())
-    stored = kernels.attention_weights(scores, masks, 0.6, dtype)
-    assert_near(torch.cat([part for part in stored if part is not None], dim=-1), weights.detach(), dtype)
-    slopes = (outer[..., :width].contiguous() if width else None, outer[..., width:].contiguous())
-    kernels.attention_slopes(scores, slopes, 0.6)
-    assert_near(torch.cat([part for part in scores if part is not None], dim=-1), gradient, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,7 +6,6 @@ import torch
 from hybrid_lightning.rollout import attention
 from hybrid_lightning.rollout.attention import AttentionSettings, shared_attention
 
-pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
 PROMPTS, HEADS, SAMPLES, REPEATS, SIZE = 2, 3, 4, 2, 8
 
 

@@ -14,7 +14,9 @@ from transformers import (
     Phi3Config,
 )
 
+from hybrid_lightning.kernels import calls
 from hybrid_lightning.policy.logprobs import token_logprobs
+from hybrid_lightning.rollout import attention, packing
 from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.support import supports_packing
@@ -110,15 +112,17 @@ def test_a_family_that_cannot_be_packed_keeps_its_own_way_and_says_so(family, ca
             torch.testing.assert_close(logprobs[row, : len(expected)], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("with_and_without_kernels")
 def test_attention_that_differs_is_noticed(monkeypatch, caplog):
-    # A model whose layers see one token less than its config says.
+    # A model whose layers see less than its config says.
     monkeypatch.setattr("hybrid_lightning.rollout.packing.visible", lambda queries, keys, window: (keys <= queries) & (keys != 1))
+    narrow = packing.packed_attention
+    monkeypatch.setattr(packing, "packed_attention", lambda *parts: narrow(*parts[:4], 3, *parts[5:]))
     assert not supports_packing(build_model("llama")) and "change its logits" in caplog.text
 
 
 def test_an_accelerators_way_gives_the_same(monkeypatch):
-    from hybrid_lightning.rollout import attention
-
+    monkeypatch.setattr(calls, "library", lambda: None)  # an accelerator has no kernels of ours
     model = build_model("qwen2").requires_grad_(True)
     results = []
     for products in (True, False):

@@ -5,7 +5,8 @@ import torch
 from tiny_models import VOCABULARY
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
-from hybrid_lightning.kernels import calls as kernels
+from hybrid_lightning.kernels import attention as kernels
+from hybrid_lightning.kernels import calls as of_rows
 from hybrid_lightning.kernels.library import library
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
@@ -52,7 +53,7 @@ def test_sampling_logprobs_are_those_of_a_plain_pass_while_rows_leave(tokenizer,
     rollouts = sampler.sample(model, tokenizer, prompts, ids, SAMPLES, generator=draws, stop_ids=[2, 3, 4, 5])
     sequences, lengths = rollouts.sequences, rollouts.sequences.completion_mask.sum(dim=1)
     assert lengths.min() < 12 and lengths.max() > 33, "the draw has to have short and long completions"
-    if kernels.library is library:
+    if of_rows.library is library:
         assert len(calls) == 2 * (int(lengths.max()) - 1) and min(calls) < len(sequences) / 2
     else:
         assert not calls

@@ -1,0 +1,17 @@
+"""Numbers for kernels, and how near to the exact result theirs have to be."""
+
+import torch
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def made(*shape, dtype, scale=1.0, seed=0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def assert_near(found, exact, dtype, roundings=1):
+    """Within a rounding of bfloat16, or 10 of float32, where sums of differently signed numbers add those of the largest."""
+    assert found.dtype == dtype and found.shape == exact.shape
+    step, share = (2.0**-8, 1 / 8) if dtype == torch.bfloat16 else (10 * 2.0**-24, 2)
+    bound = roundings * step
+    torch.testing.assert_close(found.double(), exact, atol=bound * share * float(exact.abs().max()), rtol=bound)

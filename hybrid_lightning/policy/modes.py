@@ -17,13 +17,14 @@ from hybrid_lightning.kernels.calls import recomputed_alike
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for all modules; afterwards each is in its own mode again, which `model.train(flag)` would not do."""
     trained = [module for module in model.modules() if module.training]
+    # Not by the modules' own way to set attributes, which looks for parameters first: an adapter has hundreds of modules.
     for module in trained:
-        module.training = False
+        object.__setattr__(module, "training", False)
     try:
         yield
     finally:
         for module in trained:
-            module.training = True
+            object.__setattr__(module, "training", True)
 
 
 def checkpoint_gradients(model: nn.Module) -> None:

@@ -41,6 +41,7 @@ class SteppedModule(EvaluatedModule, ABC):
         self._step_metrics = StepMetrics()
         self._gradients_begun = False
         self._default_budget: int | None = None
+        self._logged_rollout: dict[str, float] = {}  # metrics of the rollout that were logged last
 
     def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
         """The train dataloader: rollouts of these prompts. A data module's `train_dataloader` returns it."""
@@ -96,6 +97,7 @@ class SteppedModule(EvaluatedModule, ABC):
         """An epoch begins with an optimizer step, also after one that was cut short within a step."""
         self._step_metrics = StepMetrics()
         self._default_budget = None
+        self._logged_rollout = {}
         self._gradients_begun = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -163,7 +165,11 @@ class SteppedModule(EvaluatedModule, ABC):
     def _log_step(self, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
         """Log what is the same on every rank: metrics of rollouts and shares have been joined over ranks."""
         averages = self._step_metrics.update(shares=dict(shares), means={}, micro_batches=self.trainer.accumulate_grad_batches)
-        values: dict[str, Any] = {**batch.metrics, **averages}
+        # Lightning keeps what was logged until the epoch ends, and each call takes it as long as a small policy's layer: what is
+        # said of a rollout is said once.
+        of_rollout = {} if batch.metrics == self._logged_rollout else batch.metrics
+        self._logged_rollout = batch.metrics
+        values: dict[str, Any] = {**of_rollout, **averages}
         shown = {name: values[name] for name in self.shown_metrics if name in values}
         options: dict[str, Any] = {
             "on_step": True,

@@ -1,6 +1,7 @@
 """Calls a reward and checks what it returns: nothing but one finite number per completion gets into training."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -94,14 +95,18 @@ def _call(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[
         numbers = _numbers(values, len(completions))
     except ValueError as error:
         raise RewardError(f"{_title(reward)} {error}; it must return one number per completion") from error
-    for number, completion, prompt in zip(numbers, completions, prompts, strict=True):
-        problem = _problem(number)
-        if problem:
-            raise RewardError(
-                f"{_title(reward)} {problem} {place(completion, prompt)}; it must return a finite number, 0.0 where it does not "
-                "apply"
-            )
-    return torch.tensor([float(number) for number in numbers], dtype=torch.float32)
+    # Finite also in float32, which is what the training signal is.
+    result = torch.tensor([_float(number) for number in numbers], dtype=torch.float32)
+    wrong = result.isfinite().logical_not().nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        number = numbers[row]
+        problem = f"returned {number!r}" if isinstance(number, Real) else f"returned {shorten(number)}, which is no number,"
+        raise RewardError(
+            f"{_title(reward)} {problem} {place(completions[row], prompts[row])}; it must return a finite number, 0.0 where it "
+            "does not apply"
+        )
+    return result
 
 
 def _awaited(values: Any) -> Any:
@@ -122,11 +127,11 @@ def _numbers(values: Any, count: int) -> list[Any]:
     return [value.item() if getattr(value, "shape", None) == () else value for value in values]
 
 
-def _problem(number: Any) -> str | None:
-    if not isinstance(number, Real):
-        return f"returned {shorten(number)}, which is no number,"
-    # Also finite in float32, which is what the training signal is.
-    return None if torch.tensor(float(number), dtype=torch.float32).isfinite() else f"returned {number!r}"
+def _float(number: Any) -> float:
+    try:
+        return float(number) if isinstance(number, Real) else math.nan
+    except OverflowError:  # a whole number beyond all of float's
+        return math.inf
 
 
 def _culprit(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt], error: BaseException) -> RewardError:

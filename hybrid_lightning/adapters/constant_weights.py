@@ -19,6 +19,21 @@ from hybrid_lightning.products import constant_product, copies_pay
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+def products_together(layers: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """The function from an input [..., n] of some layers to all their outputs, [..., m] each, while weights do not change."""
+    constants = [layer.constant if isinstance(layer, LoraLinear) else None for layer in layers]
+    owners = [constant.func if isinstance(constant, partial) else None for constant in constants]
+    products, first = owners[0], layers[0]
+    joined = isinstance(products, _Products) and len(products.sizes) == len(layers) and all(one is products for one in owners)
+
+    def outputs(x: Tensor) -> Sequence[Tensor]:
+        if isinstance(products, _Products) and joined and isinstance(first, LoraLinear) and not first.disable_adapters:
+            return products.together(x)
+        return [layer(x) for layer in layers]
+
+    return outputs
+
+
 @contextmanager
 def constant_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Within this context weights do not change, so that what products need of them is made once.
@@ -76,7 +91,7 @@ class _Products:
         self.with_low: Callable[[Tensor], Tensor] | None = None
         self.up: Tensor | None = None
         self.bias = _joined_bias(layers, dtype)
-        self.sizes = [layer.base_layer.out_features for layer in layers]  # type: ignore[union-attr]
+        self.sizes = [weight_of(layer.base_layer).shape[0] for layer in layers]
         # [m, n], [r, n] and s B: [m, r]; m and r of all layers together.
         base = [weight_of(layer.base_layer).detach().to(dtype) for layer in layers]
         downs = [weight_of(layer.lora_A[_adapter(layer)]).detach() for layer in layers]
@@ -101,13 +116,17 @@ class _Products:
     def __call__(self, number: int, x: Tensor) -> Tensor:
         """The product of one of the layers with x: [..., n] -> [..., m]."""
         if self.x is not x or number not in self.waiting:
-            result = self._all(x.reshape(-1, x.shape[-1]).to(self.dtype))
-            self.waiting = dict(enumerate(result.split(self.sizes, dim=1)))
+            self.waiting = dict(enumerate(self.together(x)))
             self.x = x
         mine = self.waiting.pop(number)
         if not self.waiting:
             self.x = None
-        return mine.view(*x.shape[:-1], -1)
+        return mine
+
+    def together(self, x: Tensor) -> Sequence[Tensor]:
+        """The products of all layers with x: [..., n] -> [..., m] each."""
+        result = self._all(x.reshape(-1, x.shape[-1]).to(self.dtype)).view(*x.shape[:-1], -1)
+        return (result,) if len(self.sizes) == 1 else torch.split_with_sizes(result, self.sizes, -1)
 
     def _all(self, rows: Tensor) -> Tensor:
         if self.down is not None and self.up is not None:

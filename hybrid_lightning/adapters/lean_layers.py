@@ -40,18 +40,22 @@ class LeanMLP(LlamaMLP):
         """[..., n] -> [..., n]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not torch.is_grad_enabled():
-            result: Tensor = self.down_proj(_gated_silu(gate, up, kernels.usable_in_layers(gate, up)))
+            result: Tensor = self.down_proj(self.activated(gate, up))
             return result
         down = self.down_proj
-        factors = down.factors(gate) if isinstance(down, LoraLinear) and not _is_watched(down) else None
+        factors = down.factors(gate) if isinstance(down, LoraLinear) and not is_watched(down) else None
         if factors is not None and factors.weight.dtype == gate.dtype == up.dtype:
             result = _GatedLora.apply(gate, up, *factors)  # type: ignore[no-untyped-call]
         else:  # the next layer keeps their product
             result = down(_GatedSiLU.apply(gate, up))
         return result
 
+    def activated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What the last product gets, without a gradient: silu(gate) up, [..., m]."""
+        return _gated_silu(gate, up, kernels.usable_in_layers(gate, up))
 
-def _is_watched(module: nn.Module) -> bool:
+
+def is_watched(module: nn.Module) -> bool:
     """Whether somebody waits for calls of this module, so that it has to be called."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 

@@ -61,6 +61,23 @@ def rotary(theirs: Rotary, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqu
     return _Rotary.apply(q, cosines, sines), _Rotary.apply(k, cosines, sines)  # type: ignore[no-untyped-call]
 
 
+def rotary_of_tokens(theirs: Rotary, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of queries and keys [N, heads, D] by cos and sin [N, D], without a gradient.
+
+    Args:
+        theirs: A layer's function, which may be a `rotary`.
+        q: [N, H, D].
+        k: [N, K, D].
+        cos: [N, D], contiguous.
+        sin: [N, D], contiguous.
+    """
+    ours = isinstance(theirs, partial) and theirs.func is rotary and q.shape[-1] % 2 == 0
+    if ours and kernels.usable_in_layers(q, k, cos, sin) and k.shape[-1] == cos.shape[-1] == q.shape[-1]:
+        return kernels.rotary(q, cos, sin), kernels.rotary(k, cos, sin)
+    query, key = theirs(q[None].transpose(1, 2), k[None].transpose(1, 2), cos[None], sin[None])
+    return query[0].transpose(0, 1), key[0].transpose(0, 1)
+
+
 class _Rotary(torch.autograd.Function):
     """One of both; it keeps the angles alone."""
 

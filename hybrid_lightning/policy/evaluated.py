@@ -9,6 +9,7 @@ from torch import nn
 
 from hybrid_lightning.adapters.constant_weights import constant_weights
 from hybrid_lightning.metrics import check_set_name
+from hybrid_lightning.policy.constant_decoder import constant_decoder
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
@@ -95,7 +96,7 @@ class EvaluatedModule(LanguageModule):
                 listener(running, decoded, self.sampler.max_new_tokens)
 
         def sample() -> Rollouts:
-            with constant_weights(self.model, _product_dtype(self.model)):
+            with constant_weights(self.model, _product_dtype(self.model)), constant_decoder(self.model):
                 return self.sampler.sample(
                     self.model,
                     self.tokenizer,

@@ -64,6 +64,10 @@ def last_logits(
     return logits[:, -keep:]
 
 
+# Name under which a decoder has a pass of its own while weights do not change (see `policy/constant_decoder.py`).
+CONSTANT_PASS = "_hybrid_lightning_constant_pass"
+
+
 def packed_hidden(
     model: nn.Module, ids: Tensor, positions: Tensor, packing: Packing, attention_calls: AttentionCalls | None = None
 ) -> Tensor:
@@ -76,7 +80,10 @@ def packed_hidden(
         packing: Who attends to whom; it keeps keys and values itself, if it wants them later.
         attention_calls: Takes note of the layers' attention.
     """
-    base = base_model(model)
+    decoder = base_model(model).get_decoder()
+    constant: Callable[..., Tensor] | None = decoder.__dict__.get(CONSTANT_PASS)
+    if constant is not None and attention_calls is None and not torch.is_grad_enabled():
+        return constant(ids, positions, packing)
     arguments: dict[str, Any] = {
         "input_ids": ids[None],
         "position_ids": positions[None],
@@ -86,7 +93,7 @@ def packed_hidden(
     if attention_calls is not None:
         arguments["attention_calls"] = attention_calls
     with kernels_in_layers():
-        hidden: Tensor = base.get_decoder()(**arguments, use_cache=False)[0]
+        hidden: Tensor = decoder(**arguments, use_cache=False)[0]
     return hidden[0]
 
 

@@ -1,0 +1,127 @@
+"""A decoder's pass by plain calls gives what its own pass gives, bit for bit, and leaves all else to that."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import VOCABULARY, build_model
+from tiny_runs import fit, write_model, write_sums
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from hybrid_lightning.adapters.constant_weights import constant_weights
+from hybrid_lightning.adapters.lean_layers import use_lean_layers
+from hybrid_lightning.adapters.lean_rotary import use_lean_rotary
+from hybrid_lightning.adapters.lora_linear import use_fast_lora
+from hybrid_lightning.policy import constant_decoder as decoders
+from hybrid_lightning.policy.constant_decoder import constant_decoder
+from hybrid_lightning.rollout.forward import CONSTANT_PASS, base_model, packed_hidden
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import Prompt
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SOME = ("q_proj", "k_proj", "gate_proj", "up_proj", "down_proj")
+TEXTS = ("12+3=", "4=", "1-2-3-4-5=")
+
+
+def build(family, targets=ALL):
+    if family == "mistral":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            MistralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, sliding_window=3, **sizes, pad_token_id=0)
+        )
+        model = model.requires_grad_(False).eval()
+    else:
+        model = build_model(family)
+    full = {"modules_to_save": ["model.layers.0.self_attn.v_proj"]} if targets == SOME else {}
+    model = get_peft_model(model, LoraConfig(r=3, target_modules=list(targets), init_lora_weights=False, **full)).eval()
+    use_fast_lora(model)
+    use_lean_layers(model)
+    use_lean_rotary(model)
+    return model
+
+
+def sampled(model, tokenizer, passes):
+    """Tokens and log-probabilities of rollouts, and whether each forward pass had a pass by plain calls."""
+    prompts, ids = [Prompt(text=text) for text in TEXTS], [tokenizer(text).input_ids for text in TEXTS]
+    embedded = base_model(model).get_input_embeddings()
+    hook = embedded.register_forward_hook(lambda *_: passes.append(CONSTANT_PASS in base_model(model).get_decoder().__dict__))
+    try:
+        draws = torch.Generator().manual_seed(3)
+        rollouts = Sampler(max_new_tokens=12).sample(model, tokenizer, prompts, ids, 4, generator=draws)
+    finally:
+        hook.remove()
+    return rollouts.sequences.completion_ids, rollouts.sampling_logprobs
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("targets", [ALL, SOME], ids=["lora", "hybrid"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_rollouts_are_the_same(family, targets, autocast, tokenizer):
+    model = build(family, targets)
+    dtype = torch.bfloat16 if autocast else None
+    found, passes = [], []
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad(), constant_weights(model, dtype):
+        found.append(sampled(model, tokenizer, passes))
+        assert not any(passes)
+        passes.clear()
+        with constant_decoder(model):
+            found.append(sampled(model, tokenizer, passes))
+    assert all(passes) and len(passes) > 5
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert CONSTANT_PASS not in base_model(model).get_decoder().__dict__
+
+
+def test_a_policy_samples_by_it(tmp_path, monkeypatch):
+    calls, original = [], decoders._pass
+    monkeypatch.setattr(decoders, "_pass", lambda decoder, layers: calls.append(len(layers)) or original(decoder, layers))
+    fit(write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl"), tmp_path / "runs", max_steps=2)
+    assert len(calls) >= 3 and set(calls) == {2}, "of the trial, and of each rollout"
+
+
+def has_pass(model):
+    with torch.no_grad(), constant_weights(model), constant_decoder(model):
+        return CONSTANT_PASS in base_model(model).get_decoder().__dict__
+
+
+@pytest.mark.parametrize("family", ["gemma", "gpt2"])
+def test_other_families_keep_their_own_pass(family):
+    assert not has_pass(build(family, ("c_attn",) if family == "gpt2" else ALL))
+
+
+@pytest.mark.parametrize("name", ["", "layers.1", "layers.0.self_attn", "layers.1.mlp.gate_proj", "norm"])
+def test_modules_that_somebody_watches_are_called(name):
+    model = build("llama")
+    assert has_pass(model)
+    handle = base_model(model).get_decoder().get_submodule(name).register_forward_hook(lambda *_: None)
+    assert not has_pass(model)
+    handle.remove()
+    assert has_pass(model)
+
+
+def test_a_disabled_adapter_is_left_out():
+    model = build("llama")
+    assert has_pass(model)
+    ids, positions, packing = torch.arange(3, 19), torch.arange(16), First()
+    with torch.no_grad():
+        with model.disable_adapter():
+            expected = packed_hidden(model, ids, positions, packing)
+        with constant_weights(model), constant_decoder(model):
+            assert not torch.equal(packed_hidden(model, ids, positions, packing), expected)
+            with model.disable_adapter():
+                assert torch.equal(packed_hidden(model, ids, positions, packing), expected)
+
+
+class First:
+    """A packing in which every token sees the first one alone."""
+
+    def attend(self, layer, query, key, value, window, settings):
+        return value[:1].repeat_interleave(query.shape[1] // value.shape[1], dim=1).expand_as(query)
+
+
+def test_a_pass_that_gives_other_numbers_is_not_used(monkeypatch, caplog):
+    model, original = build("llama"), decoders._attention
+    monkeypatch.setattr(decoders, "_attention", lambda *parts: original(*parts) * 1.001)
+    assert not has_pass(model) and "gave other numbers" in caplog.text
+    monkeypatch.setattr(decoders, "_attention", original)
+    assert not has_pass(model), "it is tried once"

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -104,10 +105,11 @@ def _processor() -> str:
 def _compile(compiler: list[str], runtime: Path, target: Path) -> None:
     logger.info("Compiling the CPU kernels, once: some seconds")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        result, objects = Path(folder) / target.name, []
-        for source in sorted(SOURCES.glob("*.cpp")):
-            objects.append(str(Path(folder) / f"{source.stem}.o"))
-            _run([*compiler, *_OPTIONS, "-c", str(source), "-o", objects[-1]])
+        sources = sorted(SOURCES.glob("*.cpp"))
+        result, objects = Path(folder) / target.name, [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        commands = [[*compiler, *_OPTIONS, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))  # raises what one of them raises
         # Without -fopenmp, which would choose an OpenMP library itself; and complete, so that what is missing shows now.
         _run([*compiler, "-shared", "-Wl,-z,defs", "-o", str(result), *objects, str(runtime)])
         result.replace(target)  # several processes may compile at once

@@ -33,7 +33,7 @@ struct Task {
 
 constexpr int64_t QUERIES = 12;           // rows of queries that are multiplied together, about: two tiles
 constexpr int64_t TASK = 256, MOST = 16;  // tokens of a task, unless a group would have more than so many tasks
-constexpr int64_t ROOM = 1 << 24;         // numbers that wait to be summed up over tasks, about
+constexpr int64_t ROOM = 1 << 22;         // numbers that wait to be summed up over tasks, about
 
 static std::vector<Task> tasks_of(const Groups& groups, int64_t group, int64_t head) {
     int64_t tokens = 0;

@@ -172,7 +172,10 @@ def _gives_the_same(model: nn.Module, decoder: Any, layers: list[_Layer]) -> boo
     packed = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
     with torch.no_grad():
         expected = packed_hidden(model, packed.ids, packed.positions, packed)
-        same = torch.equal(expected, _pass(decoder, layers)(packed.ids, packed.positions, packed))
+        found = _pass(decoder, layers)(packed.ids, packed.positions, packed)
+    # Bit for bit on a CPU; products of an accelerator may sum up otherwise for another number of axes.
+    off = float((found - expected).double().norm() / expected.double().norm())
+    same = found.dtype == expected.dtype and off <= (1e-4 if expected.dtype == torch.float32 else 0.02)
     if not same:
         logger.warning(
             "%s is sampled from by its own forward pass, which takes longer: calling its parts one by one gave other numbers. "

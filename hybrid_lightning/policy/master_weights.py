@@ -171,8 +171,8 @@ def _split(value: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
     """Write float32 into `high`, rounded to bfloat16, and into `low` what is left; returns the latter.
 
     That is the difference of the bits, read as whole numbers: from -2^15, where the value lies just between two bfloat16 numbers
-    and was rounded up to the even one, to 2^15 - 1. A value that was rounded down from there, one of 131072, would need 2^15: it is
-    kept one step of float32 nearer to zero, so that `high` is what autocast would make of the weight.
+    and was rounded up to the even one, to 2^15 - 1. A value that was rounded down from there, one of 131072, would need 2^15: it
+    is kept one step of float32 nearer to zero, so that `high` is what autocast would make of the weight.
     """
     high.copy_(value)
     left = value.view(torch.int32) - high.view(torch.int16).to(torch.int32).mul_(2**16)

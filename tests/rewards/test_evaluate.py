@@ -68,6 +68,7 @@ def test_every_kind_of_numbers(values):
         ([1.0, 0.0, float("inf")], "returned inf for sums.csv row 12 with completion '3'"),
         (torch.tensor([0.0, -torch.inf, 0.0]), "returned -inf for sums.csv row 11"),
         ([1e39, 0.0, 0.0], r"returned 1e\+39 for sums.csv row 10"),
+        ([0.0, 10**400, 0.0], "returned 10000.* for sums.csv row 11"),
         ([1.0, "0.5", 0.0], "returned '0.5', which is no number, for sums.csv row 11 with completion '5'"),
         ([1.0, 0.0, None], "returned None, which is no number, for sums.csv row 12"),
         ([[1.0], [0.0], [0.0]], r"returned \[1.0\], which is no number, for sums.csv row 10"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.models.llama import modeling_llama
 
+from hybrid_lightning.adapters.words import words
 from hybrid_lightning.kernels import calls as kernels
 
 _NAME = "apply_rotary_pos_emb"
@@ -37,16 +38,12 @@ def _lean(kind: type[nn.Module]) -> type[nn.Module] | None:
     theirs = getattr(sys.modules[kind.__module__], _NAME, None)
     if not kind.__module__.startswith("transformers.") or theirs is None or _NAME not in forward.__code__.co_names:
         return None
-    if _words(theirs) != _words(modeling_llama.apply_rotary_pos_emb):
+    if words(theirs) != words(modeling_llama.apply_rotary_pos_emb):
         return None
     names = {**forward.__globals__, _NAME: partial(rotary, theirs)}
     same = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     same.__kwdefaults__ = forward.__kwdefaults__
     return type(kind.__name__, (kind,), {"forward": same, "__module__": kind.__module__})
-
-
-def _words(function: Any) -> str:
-    return inspect.getsource(inspect.unwrap(function)).partition("def ")[2]
 
 
 def rotary(theirs: Rotary, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

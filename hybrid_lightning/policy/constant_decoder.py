@@ -13,7 +13,6 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -28,6 +27,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from hybrid_lightning.adapters.constant_weights import products_together
 from hybrid_lightning.adapters.lean_layers import LeanMLP, LeanRMSNorm, is_watched
 from hybrid_lightning.adapters.lean_rotary import Rotary, rotary_of_tokens
+from hybrid_lightning.adapters.words import words
 from hybrid_lightning.kernels.calls import kernels_in_layers
 from hybrid_lightning.rollout.attention import AttentionSettings
 from hybrid_lightning.rollout.forward import CONSTANT_PASS, base_model, packed_hidden
@@ -131,13 +131,7 @@ def _computes_as(module: nn.Module, known: Iterable[type[nn.Module]]) -> type[nn
     """Which of some classes has the same forward pass as a module of transformers, in the same words."""
     if not type(module).__module__.startswith("transformers."):
         return None
-    words = _words(type(module))  # type: ignore[arg-type]
-    return next((kind for kind in known if _words(kind) == words), None)  # type: ignore[arg-type]
-
-
-@cache
-def _words(kind: type[nn.Module]) -> str:
-    return inspect.getsource(inspect.unwrap(kind.forward))
+    return next((kind for kind in known if words(kind.forward) == words(type(module).forward)), None)
 
 
 def _pass(decoder: Any, layers: list[_Layer]) -> Callable[[Tensor, Tensor, Packing], Tensor]:

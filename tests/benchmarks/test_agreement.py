@@ -1,0 +1,25 @@
+"""The comparison of sampling and training log-probabilities, on the embedded policy."""
+
+import subprocess
+import sys
+
+from benchmark_modules import FOLDER
+
+
+def run(*arguments):
+    command = [sys.executable, str(FOLDER / "agreement.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_float32_agrees_and_the_table_says_how_far():
+    done = run("--workload", "tiny", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    name, dtype, tokens, mean, *shares, largest = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert (name, dtype) == ("tiny", "float32") and int(tokens) > 300
+    assert 0 < float(mean) < float(largest) < 1e-4
+    assert sorted(map(float, shares)) == [float(share) for share in shares] and len(shares) == 4
+
+
+def test_no_step_is_refused():
+    done = run("--steps", "0")
+    assert done.returncode == 2 and "--steps must be at least 1, got 0" in done.stderr

@@ -152,13 +152,21 @@ class _GatedLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        fused: bool,
     ) -> Tensor:
         ctx.has_kernel = kernels.usable_in_layers(gate, up)
         rows = _gated_silu(gate, up, ctx.has_kernel).reshape(-1, gate.shape[-1])
-        result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling))
+        result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling, fused))
         ctx.save_for_backward(gate, up, weight, lora_a, lora_b, low)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.fused = scaling, fused
         return result.view(*gate.shape[:-1], -1)
 
     @staticmethod
@@ -166,9 +174,9 @@ class _GatedLora(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight, lora_a, lora_b, low = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])
-        factors = Factors(weight, None, lora_a, lora_b, ctx.scaling)
+        factors = Factors(weight, None, lora_a, lora_b, ctx.scaling, ctx.fused)
         of_rows, of_a, of_b = lora_gradients(
             outer, _gated_silu(gate, up, ctx.has_kernel).reshape(-1, gate.shape[-1]), low, factors, True
         )
         assert of_rows is not None
-        return *_gated_silu_gradients(of_rows.view_as(gate), gate, up), None, None, of_a, of_b, None
+        return *_gated_silu_gradients(of_rows.view_as(gate), gate, up), None, None, of_a, of_b, None, None

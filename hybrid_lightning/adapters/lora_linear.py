@@ -5,6 +5,7 @@
 
 PEFT's own makes a float32 copy of x, multiplies, scales and adds in separate passes over tensors of the layer's full size, and
 keeps several of them for the backward pass. Here x is kept once, in the dtype of the product, and sums are written in place.
+In float32 on a CPU kernels compute all products with A and B: a step of the embedded policy takes 0.93 of the time.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hybrid_lightning.kernels import calls as kernels
+from hybrid_lightning.kernels.low_rank import add_low_rank, low_rank_gradients
 from hybrid_lightning.products import product
 
 
@@ -27,6 +30,7 @@ class Factors(NamedTuple):
     down: Tensor  # A [r, n]
     up: Tensor  # B [m, r]
     scaling: float  # s
+    fused: bool  # whether a kernel adds the low-rank part
 
 
 class LoraLinear(lora.Linear):
@@ -55,8 +59,9 @@ class LoraLinear(lora.Linear):
         base = self.base_layer
         assert isinstance(base, nn.Linear)
         down, up = weight_of(self.lora_A[adapter]), weight_of(self.lora_B[adapter])
+        fused = dtype == torch.float32 and kernels.usable_in_layers(x, down, up)
         bias = None if base.bias is None else base.bias.to(dtype)
-        return Factors(base.weight.to(dtype), bias, down.to(dtype), up.to(dtype), self.scaling[adapter])
+        return Factors(base.weight.to(dtype), bias, down.to(dtype), up.to(dtype), self.scaling[adapter], fused)
 
     def plain_adapter(self) -> str | None:
         """The only active adapter, if what is to be computed is y = x W' + s (x A') B' and the base is frozen."""
@@ -86,8 +91,12 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def lora_product(rows: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     """y [N, m] of rows x [N, n], and x A' [N, r], which the gradients need again."""
-    low = product(rows, factors.down)
-    result = product(rows, factors.weight).addmm_(low, factors.up.T, alpha=factors.scaling)
+    if factors.fused:
+        result = product(rows, factors.weight)
+        low = add_low_rank(result, rows, factors.down, factors.up, factors.scaling)
+    else:
+        low = product(rows, factors.down)
+        result = product(rows, factors.weight).addmm_(low, factors.up.T, alpha=factors.scaling)
     if factors.bias is not None:
         result += factors.bias
     return result, low
@@ -97,6 +106,10 @@ def lora_gradients(
     outer: Tensor, rows: Tensor, low: Tensor, factors: Factors, of_rows: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of x, if wanted, of A and of B, from that of y, [N, m]."""
+    if factors.fused:
+        of_input = product(outer, factors.weight.T) if of_rows else None
+        of_down, of_up = low_rank_gradients(outer, rows, low, factors.down, factors.up, factors.scaling, of_input)
+        return of_input, of_down, of_up
     inner = product(outer, factors.up.T).mul_(factors.scaling)
     of_down = product(inner.T, rows.T)
     del rows  # which the caller may not keep either
@@ -108,11 +121,13 @@ def lora_gradients(
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, fused: bool
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        result, low = lora_product(rows, Factors(weight, bias, down, up, scaling))
+        result, low = lora_product(rows, Factors(weight, bias, down, up, scaling, fused))
         ctx.save_for_backward(rows, weight, down, up, low)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.fused = scaling, fused
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -120,8 +135,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, down, up, low = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])
-        factors = Factors(weight, None, down, up, ctx.scaling)
+        factors = Factors(weight, None, down, up, ctx.scaling, ctx.fused)
         of_input, of_down, of_up = lora_gradients(outer, rows, low, factors, ctx.needs_input_grad[0])
         if of_input is not None:
             of_input = of_input.view(*gradient.shape[:-1], -1)
-        return of_input, None, None, of_down, of_up, None
+        return of_input, None, None, of_down, of_up, None, None

@@ -21,6 +21,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "gated_silu_backward": [_POINTER] * 5 + [_INTEGER],
     "rotary": [_POINTER] * 4 + [_INTEGER] * 5 + [_FLOAT],
     "with_low_rank": [_POINTER] * 3 + [_INTEGER] * 4,
+    "add_low_rank": [_POINTER] * 5 + [_INTEGER] * 5 + [_FLOAT],
+    "low_rank_gradients": [_POINTER] * 8 + [_INTEGER] * 6 + [_FLOAT],
     "draw_tokens": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT],
     "token_logprobs": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT, _INTEGER],
     "decode_attention": [_POINTER] * 10 + [_INTEGER] * 9 + [_FLOAT] + [_INTEGER] * 3,

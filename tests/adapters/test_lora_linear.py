@@ -4,7 +4,12 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from tiny_models import build_model
 
+from hybrid_lightning.adapters import lora_linear
+from hybrid_lightning.adapters.lean_layers import use_lean_layers
 from hybrid_lightning.adapters.lora_linear import LoraLinear, use_fast_lora
+from hybrid_lightning.kernels.calls import kernels_in_layers
+from hybrid_lightning.kernels.library import library
+from hybrid_lightning.kernels.low_rank import add_low_rank
 
 
 def build(family="llama", **settings):
@@ -17,9 +22,9 @@ def build(family="llama", **settings):
     return model
 
 
-def run(model, autocast=False):
+def run(model, autocast=False, fused=False):
     ids = torch.arange(5, 25).view(2, 10)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), kernels_in_layers(fused):
         logits = model(ids).logits
     logits.float().square().mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -36,6 +41,21 @@ def test_values_and_gradients_are_pefts(family, settings):
     assert sum(type(module) is LoraLinear for module in model.modules()) == 4
     torch.testing.assert_close(run(model), expected, atol=1e-6, rtol=1e-5)
     assert all(gradient.dtype == torch.float32 for gradient in run(model)[1].values())
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no kernels to test")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_values_and_gradients_by_kernels_are_pefts(family, monkeypatch):
+    model = build(family)
+    expected = run(model)
+    called = []
+    monkeypatch.setattr(lora_linear, "add_low_rank", lambda *args: called.append(args) or add_low_rank(*args))
+    use_fast_lora(model)
+    use_lean_layers(model)
+    torch.testing.assert_close(run(model, fused=True), expected, atol=5e-6, rtol=1e-5)
+    assert len(called) == 4
+    run(model, autocast=True, fused=True)
+    assert len(called) == 4, "in bfloat16 processors have faster products of their own"
 
 
 def test_mixed_precision_is_as_close_to_float32_as_pefts():

@@ -88,12 +88,27 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 // Room for so many numbers in full lanes.
 static inline int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
+static inline float largest(Floats value) {
+    typedef float Eight __attribute__((vector_size(32)));
+    typedef float Four __attribute__((vector_size(16)));
+    Eight eights[2];
+    __builtin_memcpy(eights, &value, sizeof value);
+    Eight eight = eights[0] > eights[1] ? eights[0] : eights[1];
+    Four fours[2];
+    __builtin_memcpy(fours, &eight, sizeof eight);
+    Four four = fours[0] > fours[1] ? fours[0] : fours[1];
+    float first = four[0] > four[2] ? four[0] : four[2], second = four[1] > four[3] ? four[1] : four[3];
+    return first > second ? first : second;
+}
+
 // A row becomes e^(x - its largest), whose sum is returned. Full lanes are computed: behind the row lie numbers of minus infinity.
 static inline float exponentials(float* row, int64_t size) {
-    float most = -INFINITY;
-    for (int64_t begin = 0; begin < size; begin += LANES)
-#pragma omp simd reduction(max : most)
-        for (int64_t i = begin; i < begin + LANES; ++i) most = row[i] > most ? row[i] : most;
+    Floats mosts = load(row);
+    for (int64_t begin = LANES; begin < size; begin += LANES) {
+        Floats value = load(row + begin);
+        mosts = value > mosts ? value : mosts;
+    }
+    float most = largest(mosts);
     Floats sums = {};
     for (int64_t begin = 0; begin < size; begin += LANES) {
 #pragma omp simd

@@ -1,7 +1,7 @@
 // LoRA in training, in float32: what its factors A [rank, n] and B [m, rank] add to a product with frozen weights, and their
 // gradients. In bfloat16 processors multiply by themselves twice as fast as here.
 //
-// Libraries are made for wider matrices: products of 128 numbers into 8 reach a tenth of what a processor can do.
+// Libraries are made for wider matrices: by them, products of 128 numbers into 8 reach a tenth of what a processor can do.
 
 #include <algorithm>
 #include <vector>

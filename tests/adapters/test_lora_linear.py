@@ -7,6 +7,7 @@ from tiny_models import build_model
 from hybrid_lightning.adapters import lora_linear
 from hybrid_lightning.adapters.lean_layers import use_lean_layers
 from hybrid_lightning.adapters.lora_linear import LoraLinear, use_fast_lora
+from hybrid_lightning.kernels import low_rank
 from hybrid_lightning.kernels.calls import kernels_in_layers
 from hybrid_lightning.kernels.library import library
 from hybrid_lightning.kernels.low_rank import add_low_rank
@@ -56,6 +57,9 @@ def test_values_and_gradients_by_kernels_are_pefts(family, monkeypatch):
     assert len(called) == 4
     run(model, autocast=True, fused=True)
     assert len(called) == 4, "in bfloat16 processors have faster products of their own"
+    monkeypatch.setattr(low_rank, "_MOST", 1)
+    torch.testing.assert_close(run(model, fused=True), expected, atol=5e-6, rtol=1e-5)
+    assert len(called) == 4, "wide factors are multiplied by libraries"
 
 
 def test_mixed_precision_is_as_close_to_float32_as_pefts():

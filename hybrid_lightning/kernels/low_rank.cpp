@@ -1,5 +1,5 @@
 // LoRA in training, in float32: what its factors A [rank, n] and B [m, rank] add to a product with frozen weights, and their
-// gradients. In bfloat16 processors multiply by themselves twice as fast as here.
+// gradients. Products of bfloat16 are left to libraries, which have processors' own instructions for them.
 //
 // Libraries are made for wider matrices: by them, products of 128 numbers into 8 reach a tenth of what a processor can do.
 

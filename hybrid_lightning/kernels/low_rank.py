@@ -6,7 +6,7 @@ from torch import Tensor
 from hybrid_lightning.kernels import calls
 
 # Numbers of both factors up to which the kernels are faster than libraries: with 4,096 they take 0.5 to 0.9 of the time, with
-# 33,792 as much forward and 1.0 to 1.4 of it backward (two threads of a Zen 4, 912 and 655 rows).
+# 33,792 as much forward and 1.0 to 1.4 of it backward (two threads of a Zen 4, 912 and 655 rows). The bound lies between.
 _MOST = 16_384
 
 

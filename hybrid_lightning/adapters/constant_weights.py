@@ -7,8 +7,11 @@ which is faster the fewer rows there are: at 8 to 32 rows of SmolLM2-135M it too
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hybrid_lightning.adapters.lora_linear import LoraLinear, weight_of
@@ -17,6 +20,44 @@ from hybrid_lightning.products import constant_product, copies_pay
 
 # Names, beside each other in one module, of layers with the same input. A layer that gets another one is still computed right.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class ConstantFactors(NamedTuple):
+    """Of y = x W' + b + s (x A') B', all of one dtype; without A and B, of y = x W' + b."""
+
+    weight: Tensor  # W [m, n]
+    bias: Tensor | None  # b [m]
+    down: Tensor | None = None  # A [r, n]
+    up: Tensor | None = None  # s B [m, r]
+
+
+def multiply(x: Tensor, factors: ConstantFactors) -> Tensor:
+    """[N, n] -> [N, m], in the dtype of the factors and without a gradient; a function of tensors alone, to be compiled."""
+    weight, bias, down, up = factors
+    x = x.to(weight.dtype)
+    result = F.linear(x, weight, bias)
+    return result if down is None or up is None else result.addmm_(F.linear(x, down), up.T)
+
+
+def constant_factors(layer: nn.Module) -> ConstantFactors | None:
+    """What a layer multiplies its input by while weights do not change, its adapter being on.
+
+    Args:
+        layer: Of plain weights, fully trained, or with plain LoRA.
+
+    Returns:
+        None for all other layers, and on a CPU for LoRA, whose products are with copies of the weights there.
+    """
+    if isinstance(layer, LoraLinear):
+        products = layer.constant.func if isinstance(layer.constant, partial) else None
+        return products.factors if isinstance(products, _Products) else None
+    if isinstance(layer, ModulesToSaveWrapper):
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    if type(layer) is not nn.Linear:
+        return None
+    device = layer.weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
+    return ConstantFactors(layer.weight.detach().to(dtype), None if layer.bias is None else layer.bias.detach().to(dtype))
 
 
 def products_together(layers: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
@@ -87,29 +128,23 @@ class _Products:
 
     def __init__(self, layers: Sequence[LoraLinear], dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.down: Callable[[Tensor], Tensor] | None = None
+        self.factors: ConstantFactors | None = None
         self.with_low: Callable[[Tensor], Tensor] | None = None
-        self.up: Tensor | None = None
         self.bias = _joined_bias(layers, dtype)
         self.sizes = [weight_of(layer.base_layer).shape[0] for layer in layers]
         # [m, n], [r, n] and s B: [m, r]; m and r of all layers together.
         base = [weight_of(layer.base_layer).detach().to(dtype) for layer in layers]
         downs = [weight_of(layer.lora_A[_adapter(layer)]).detach() for layer in layers]
         ups = [_scaled_up(layer) for layer in layers]
-        copies = copies_pay(base[0].device)
-        if copies and dtype == torch.float32:
+        if not copies_pay(base[0].device):
+            self.factors = ConstantFactors(base[0], self.bias, downs[0].to(dtype), ups[0].to(dtype))
+        elif dtype == torch.float32:
             pairs = zip(base, ups, downs, strict=True)
-            weight = torch.cat([torch.addmm(part, up, down) for part, up, down in pairs])
+            self.product = constant_product(torch.cat([torch.addmm(part, up, down) for part, up, down in pairs]))
         else:
-            down = torch.cat(downs).to(dtype)
-            if copies:
-                # [x, x A'] [W, s B]' is one product instead of two and a sum, and rounded once.
-                self.with_low = _with_low_rank(down)
-                weight = torch.cat([torch.cat(base), torch.block_diag(*ups).to(dtype)], dim=1)
-            else:
-                (weight,), self.up = base, ups[0].to(dtype).T
-                self.down = constant_product(down)
-        self.product: Callable[[Tensor], Tensor] = constant_product(weight)
+            # [x, x A'] [W, s B]' is one product instead of two and a sum, and rounded once.
+            self.with_low = _with_low_rank(torch.cat(downs).to(dtype))
+            self.product = constant_product(torch.cat([torch.cat(base), torch.block_diag(*ups).to(dtype)], dim=1))
         self.x: Tensor | None = None  # whose products wait to be fetched
         self.waiting: dict[int, Tensor] = {}
 
@@ -129,12 +164,9 @@ class _Products:
         return (result,) if len(self.sizes) == 1 else torch.split_with_sizes(result, self.sizes, -1)
 
     def _all(self, rows: Tensor) -> Tensor:
-        if self.down is not None and self.up is not None:
-            result = self.product(rows).addmm_(self.down(rows), self.up)
-        elif self.with_low is not None:
-            result = self.product(self.with_low(rows))
-        else:
-            result = self.product(rows)
+        if self.factors is not None:
+            return multiply(rows, self.factors)
+        result = self.product(rows if self.with_low is None else self.with_low(rows))
         if self.bias is not None:
             result += self.bias
         return result

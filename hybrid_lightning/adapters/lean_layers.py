@@ -108,6 +108,11 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     same = _in_dtype_of(x, weight)
     if kernels.usable_in_layers(x, same):
         return kernels.rms_norm(x, same, eps)
+    return plain_norm(x, weight, eps)
+
+
+def plain_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What `LeanRMSNorm` computes without a kernel: w x r [..., n] of x [..., n], and r [..., 1]."""
     exact = x.float()
     inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (exact * inverse).to(x.dtype), inverse

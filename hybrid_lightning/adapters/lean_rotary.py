@@ -75,6 +75,12 @@ def rotary_of_tokens(theirs: Rotary, q: Tensor, k: Tensor, cos: Tensor, sin: Ten
     return query[0].transpose(0, 1), key[0].transpose(0, 1)
 
 
+def without_kernel(function: Rotary) -> Rotary:
+    """Transformers' own function of a layer whose function may be a `rotary`."""
+    theirs: Rotary = function.args[0] if isinstance(function, partial) and function.func is rotary else function
+    return theirs
+
+
 class _Rotary(torch.autograd.Function):
     """One of both; it keeps the angles alone."""
 

@@ -2,34 +2,26 @@
 
 transformers calls a dozen modules a layer, each of which looks for hooks, passes its arguments on by name, and cuts and turns
 its tensors. On a CPU that takes as long as a small model's layer computes: without, a token of SmolLM2-135M took 0.9 of the time
-and one of the embedded policy 0.8, with the same numbers bit for bit.
+and one of the embedded policy 0.8, with the same numbers bit for bit. On an accelerator what lies between the layers' attentions
+is compiled.
 
-Families whose layers compute what Llama's, Mistral's, Qwen2's or Qwen3's do are recognised by the words of their forward passes;
-and once for each model its own pass and this one have to give the same. Where somebody watches the modules' calls, as FSDP does,
-they are made.
+Once for each model its own pass and this one have to give the same; else its own is used.
 """
 
-import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from hybrid_lightning.adapters.constant_weights import products_together
-from hybrid_lightning.adapters.lean_layers import LeanMLP, LeanRMSNorm, is_watched
-from hybrid_lightning.adapters.lean_rotary import Rotary, rotary_of_tokens
-from hybrid_lightning.adapters.words import words
+from hybrid_lightning.adapters.lean_rotary import rotary_of_tokens
 from hybrid_lightning.kernels.calls import kernels_in_layers
-from hybrid_lightning.rollout.attention import AttentionSettings
+from hybrid_lightning.policy.compiled_layers import adapters_of, compiled_layers, compiling_pays, variants_allowed
+from hybrid_lightning.policy.known_layers import KnownLayer, known_layers
 from hybrid_lightning.rollout.forward import CONSTANT_PASS, base_model, packed_hidden
 from hybrid_lightning.rollout.interface import Packing
 from hybrid_lightning.rollout.packing import PackedSequences
@@ -38,15 +30,9 @@ from hybrid_lightning.types import Sequences
 
 logger = logging.getLogger(__name__)
 
-_MODELS = (LlamaModel, Qwen2Model, MistralModel)
-# Kinds of attention layers, and where each has its sliding window.
-_WINDOWS: dict[type[nn.Module], Callable[[Any], int | None]] = {
-    LlamaAttention: lambda layer: None,
-    Qwen2Attention: lambda layer: layer.sliding_window,
-    Qwen3Attention: lambda layer: layer.sliding_window,
-    MistralAttention: lambda layer: getattr(layer.config, "sliding_window", None),
-}
-_agree: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+Pass = Callable[[Tensor, Tensor, Packing], Tensor]
+Maker = Callable[[Any, list[KnownLayer]], Pass]
+_makers: WeakKeyDictionary[nn.Module, Maker | None] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -57,123 +43,135 @@ def constant_decoder(model: nn.Module) -> Iterator[None]:
         model: Causal language model, within `constant_weights` and in eval mode.
     """
     decoder = base_model(model).get_decoder()
-    layers = _layers(decoder) if supports_packing(model) else None
+    layers = known_layers(decoder) if supports_packing(model) else None
     if layers is None:
         yield
         return
-    if decoder not in _agree:
-        _agree[decoder] = _gives_the_same(model, decoder, layers)
-    if _agree[decoder]:
-        decoder.__dict__[CONSTANT_PASS] = _pass(decoder, layers)
+    if decoder not in _makers:
+        _makers[decoder] = _maker(model, decoder, layers)
+    maker = _makers[decoder]
+    if maker is not None:
+        decoder.__dict__[CONSTANT_PASS] = maker(decoder, layers)
     try:
         yield
     finally:
         decoder.__dict__.pop(CONSTANT_PASS, None)
 
 
-class _Layer(NamedTuple):
-    """What a layer computes."""
+class _Layer(Protocol):
+    """What a layer computes before and after its attention, without a gradient."""
 
-    norms: tuple[LeanRMSNorm, LeanRMSNorm]  # before attention and before the MLP
-    queries_keys_values: Callable[[Tensor], Sequence[Tensor]]
-    head_norms: tuple[LeanRMSNorm, LeanRMSNorm] | None  # of queries and keys
-    rotary: Rotary
-    window: int | None
-    settings: AttentionSettings
-    head_size: int
-    output: Callable[[Tensor], Sequence[Tensor]]
-    gate_and_up: Callable[[Tensor], Sequence[Tensor]]
-    mlp: LeanMLP
-    down: Callable[[Tensor], Sequence[Tensor]]
+    def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, H, D], keys [N, K, D] and values [N, K, D] of hidden states [N, n]; cosines and sines are [N, D]."""
+        ...
+
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Hidden states [N, n] after the layer from those before it and the attention's result [N, H D]."""
+        ...
 
 
-def _layers(decoder: Any) -> list[_Layer] | None:
-    """The decoder's layers; None unless all of it is known, and nobody watches."""
-    if _computes_as(decoder, _MODELS) is None or not isinstance(decoder.norm, LeanRMSNorm):
-        return None
-    if _has_any_global_hook() or is_watched(decoder) or is_watched(decoder.norm):
-        return None
-    layers = [_layer(layer) for layer in decoder.layers[: decoder.config.num_hidden_layers]]
-    known = [layer for layer in layers if layer is not None]
-    return known if len(known) == len(layers) else None
+class _PlainLayer:
+    """Plain calls."""
+
+    def __init__(self, known: KnownLayer) -> None:
+        self.known = known
+        self.queries_keys_values = products_together(known.queries_keys_values)
+        self.gate_and_up = products_together([known.mlp.gate_proj, known.mlp.up_proj])
+        self.out, self.down = products_together([known.output]), products_together([known.mlp.down_proj])
+
+    def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """See `_Layer`."""
+        known, shape = self.known, (len(hidden), -1, self.known.head_size)
+        query, key, value = (part.view(shape) for part in self.queries_keys_values(known.norms[0].forward(hidden)))
+        if known.head_norms is not None:
+            query, key = known.head_norms[0].forward(query), known.head_norms[1].forward(key)
+        return *rotary_of_tokens(known.rotary, query, key, *angles), value
+
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """See `_Layer`."""
+        hidden = hidden + self.out(attended)[0]
+        gate, up = self.gate_and_up(self.known.norms[1].forward(hidden))
+        return hidden + self.down(self.known.mlp.activated(gate, up))[0]
 
 
-def _layer(layer: Any) -> _Layer | None:
-    if _computes_as(layer, (LlamaDecoderLayer,)) is None:
-        return None
-    kind = _computes_as(layer.self_attn, _WINDOWS)
-    if kind is None:
-        return None
-    attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
-    head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    of_mlp = [mlp.gate_proj, mlp.up_proj, mlp.down_proj] if isinstance(mlp, LeanMLP) else []
-    all_norms = (*norms, *(head_norms or ()))
-    known = bool(of_mlp) and all(isinstance(norm, LeanRMSNorm) for norm in all_norms) and not attention.training
-    if not known or any(is_watched(module) for module in (layer, attention, mlp, *all_norms, *projections, *of_mlp)):
-        return None
-    return _Layer(
-        norms,
-        products_together(projections[:3]),
-        head_norms,
-        inspect.unwrap(type(attention).forward).__globals__["apply_rotary_pos_emb"],
-        _WINDOWS[kind](attention),
-        AttentionSettings(scaling=attention.scaling),
-        attention.head_dim,
-        products_together(projections[3:]),
-        products_together(of_mlp[:2]),
-        mlp,
-        products_together(of_mlp[2:]),
-    )
+def _plain_pass(decoder: Any, layers: list[KnownLayer]) -> Pass:
+    return _pass(decoder, layers, [_PlainLayer(layer) for layer in layers])
 
 
-def _computes_as(module: nn.Module, known: Iterable[type[nn.Module]]) -> type[nn.Module] | None:
-    """Which of some classes has the same forward pass as a module of transformers, in the same words."""
-    if not type(module).__module__.startswith("transformers."):
-        return None
-    return next((kind for kind in known if words(kind.forward) == words(type(module).forward)), None)
+def _compiled_pass(decoder: Any, layers: list[KnownLayer]) -> Pass:
+    plain, whole, adapters = _plain_pass(decoder, layers), compiled_layers(layers), adapters_of(layers)
+    if whole is None:
+        return plain
+    compiled = _pass(decoder, layers, whole)
+
+    def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        if any(adapter.disable_adapters for adapter in adapters):
+            return plain(ids, positions, packing)
+        with variants_allowed():
+            return compiled(ids, positions, packing)
+
+    return hidden_states
 
 
-def _pass(decoder: Any, layers: list[_Layer]) -> Callable[[Tensor, Tensor, Packing], Tensor]:
+def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer]) -> Pass:
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         hidden = decoder.embed_tokens(ids)
         cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
         angles = (cosines[0].contiguous(), sines[0].contiguous())
         with kernels_in_layers():
-            for number, layer in enumerate(layers):
-                hidden = hidden + _attention(number, layer, layer.norms[0].forward(hidden), angles, packing)
-                gate, up = layer.gate_and_up(layer.norms[1].forward(hidden))
-                hidden = hidden + layer.down(layer.mlp.activated(gate, up))[0]
+            for number, (kind, layer) in enumerate(zip(known, layers, strict=True)):
+                attended = packing.attend(number, *layer.heads(hidden, angles), kind.window, kind.settings)
+                hidden = layer.output(hidden, attended.reshape(len(hidden), -1))
             result: Tensor = decoder.norm.forward(hidden)
         return result
 
     return hidden_states
 
 
-def _attention(number: int, layer: _Layer, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
-    """[N, n] -> [N, n]."""
-    shape = (len(x), -1, layer.head_size)
-    query, key, value = (part.view(shape) for part in layer.queries_keys_values(x))
-    if layer.head_norms is not None:
-        query, key = layer.head_norms[0].forward(query), layer.head_norms[1].forward(key)
-    query, key = rotary_of_tokens(layer.rotary, query, key, *angles)
-    return layer.output(packing.attend(number, query, key, value, layer.window, layer.settings).reshape(len(x), -1))[0]
-
-
-def _gives_the_same(model: nn.Module, decoder: Any, layers: list[_Layer]) -> bool:
-    ids = torch.arange(2, 14, device=next(decoder.parameters()).device).view(2, 6) % decoder.config.vocab_size
+def _maker(model: nn.Module, decoder: Any, layers: list[KnownLayer]) -> Maker | None:
+    """What makes the fastest pass that gives the same as the model's own; None for none."""
+    device = next(decoder.parameters()).device
+    ids = torch.arange(2, 14, device=device).view(2, 6) % decoder.config.vocab_size
     mask = torch.ones_like(ids, dtype=torch.bool)
     packed = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
     with torch.no_grad():
         expected = packed_hidden(model, packed.ids, packed.positions, packed)
-        found = _pass(decoder, layers)(packed.ids, packed.positions, packed)
-    # Bit for bit on a CPU; products of an accelerator may sum up otherwise for another number of axes.
-    off = float((found - expected).double().norm() / expected.double().norm())
-    same = found.dtype == expected.dtype and off <= (1e-4 if expected.dtype == torch.float32 else 0.02)
-    if not same:
+        if compiling_pays(device) and _compiles(decoder, layers, packed, expected):
+            return _compiled_pass
+        off = _difference(_plain_pass(decoder, layers)(packed.ids, packed.positions, packed), expected)
+    if off:
         logger.warning(
-            "%s is sampled from by its own forward pass, which takes longer: calling its parts one by one gave other numbers. "
+            "%s is sampled from by its own forward pass, which takes longer: calling its parts one by one gave %s. "
             "This version of transformers may be newer than this project knows",
             type(decoder).__name__,
+            off,
         )
-    return same
+    return None if off else _plain_pass
+
+
+def _compiles(decoder: Any, layers: list[KnownLayer], packed: PackedSequences, expected: Tensor) -> bool:
+    logger.info("torch.compile compiles the layers of %s for sampling, once", type(decoder).__name__)
+    try:
+        off = _difference(_compiled_pass(decoder, layers)(packed.ids, packed.positions, packed), expected)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
+        off = f"{type(error).__name__}: {error}"
+    if off:
+        logger.warning(
+            "%s is sampled from without torch.compile, which takes longer, since that gave %s. "
+            "Without the attempt and this warning: TORCH_COMPILE_DISABLE=1",
+            type(decoder).__name__,
+            off,
+        )
+    return not off
+
+
+def _difference(found: Tensor, expected: Tensor) -> str:
+    """How two results differ that should be the same; empty if they do not."""
+    if found.dtype != expected.dtype:
+        return f"{found.dtype} instead of {expected.dtype}"
+    # Bit for bit on a CPU by plain calls; products of an accelerator may sum up otherwise for another number of axes.
+    off = float((found - expected).double().norm() / expected.double().norm())
+    close = off <= (1e-4 if expected.dtype == torch.float32 else 0.02)
+    return "" if close else f"other numbers, {off:.2g} of their size away"

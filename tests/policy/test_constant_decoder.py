@@ -2,55 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny_models import VOCABULARY, build_model
+from tiny_decoders import ALL, SOME, build, has_pass, sampled
 from tiny_runs import fit, write_model, write_sums
-from transformers import AutoModelForCausalLM, MistralConfig
 
 from hybrid_lightning.adapters.constant_weights import constant_weights
-from hybrid_lightning.adapters.lean_layers import use_lean_layers
-from hybrid_lightning.adapters.lean_rotary import use_lean_rotary
-from hybrid_lightning.adapters.lora_linear import use_fast_lora
 from hybrid_lightning.policy import constant_decoder as decoders
 from hybrid_lightning.policy.constant_decoder import constant_decoder
 from hybrid_lightning.rollout.forward import CONSTANT_PASS, base_model, packed_hidden
-from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.types import Prompt
-
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SOME = ("q_proj", "k_proj", "gate_proj", "up_proj", "down_proj")
-TEXTS = ("12+3=", "4=", "1-2-3-4-5=")
-
-
-def build(family, targets=ALL):
-    if family == "mistral":
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            MistralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, sliding_window=3, **sizes, pad_token_id=0)
-        )
-        model = model.requires_grad_(False).eval()
-    else:
-        model = build_model(family)
-    full = {"modules_to_save": ["model.layers.0.self_attn.v_proj"]} if targets == SOME else {}
-    model = get_peft_model(model, LoraConfig(r=3, target_modules=list(targets), init_lora_weights=False, **full)).eval()
-    use_fast_lora(model)
-    use_lean_layers(model)
-    use_lean_rotary(model)
-    return model
-
-
-def sampled(model, tokenizer, passes):
-    """Tokens and log-probabilities of rollouts, and whether each forward pass had a pass by plain calls."""
-    prompts, ids = [Prompt(text=text) for text in TEXTS], [tokenizer(text).input_ids for text in TEXTS]
-    embedded = base_model(model).get_input_embeddings()
-    hook = embedded.register_forward_hook(lambda *_: passes.append(CONSTANT_PASS in base_model(model).get_decoder().__dict__))
-    try:
-        draws = torch.Generator().manual_seed(3)
-        rollouts = Sampler(max_new_tokens=12).sample(model, tokenizer, prompts, ids, 4, generator=draws)
-    finally:
-        hook.remove()
-    return rollouts.sequences.completion_ids, rollouts.sampling_logprobs
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")
@@ -73,15 +31,10 @@ def test_rollouts_are_the_same(family, targets, autocast, tokenizer):
 
 
 def test_a_policy_samples_by_it(tmp_path, monkeypatch):
-    calls, original = [], decoders._pass
-    monkeypatch.setattr(decoders, "_pass", lambda decoder, layers: calls.append(len(layers)) or original(decoder, layers))
+    calls, original = [], decoders._plain_pass
+    monkeypatch.setattr(decoders, "_plain_pass", lambda decoder, layers: calls.append(len(layers)) or original(decoder, layers))
     fit(write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl"), tmp_path / "runs", max_steps=2)
     assert len(calls) >= 3 and set(calls) == {2}, "of the trial, and of each rollout"
-
-
-def has_pass(model):
-    with torch.no_grad(), constant_weights(model), constant_decoder(model):
-        return CONSTANT_PASS in base_model(model).get_decoder().__dict__
 
 
 @pytest.mark.parametrize("family", ["gemma", "gpt2"])
@@ -120,8 +73,8 @@ class First:
 
 
 def test_a_pass_that_gives_other_numbers_is_not_used(monkeypatch, caplog):
-    model, original = build("llama"), decoders._attention
-    monkeypatch.setattr(decoders, "_attention", lambda *parts: original(*parts) * 1.001)
+    model, original = build("llama"), decoders._PlainLayer.output
+    monkeypatch.setattr(decoders._PlainLayer, "output", lambda *parts: original(*parts) * 1.001)
     assert not has_pass(model) and "gave other numbers" in caplog.text
-    monkeypatch.setattr(decoders, "_attention", original)
+    monkeypatch.setattr(decoders._PlainLayer, "output", original)
     assert not has_pass(model), "it is tried once"

@@ -1,0 +1,142 @@
+"""What accelerators get compiled, compiled here for a CPU: the same rollouts, one compilation for all sizes, and ways back."""
+
+import pytest
+import torch
+from tiny_decoders import ALL, SOME, build, has_pass, sampled
+from tiny_runs import build_data, fit, write_model, write_sums
+from torch._dynamo.utils import counters
+
+from hybrid_lightning.adapters import constant_weights as constant
+from hybrid_lightning.adapters.constant_weights import constant_weights
+from hybrid_lightning.policy import compiled_layers as layers
+from hybrid_lightning.policy import constant_decoder as decoders
+from hybrid_lightning.policy.constant_decoder import constant_decoder
+from hybrid_lightning.rollout.forward import base_model
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """Weights are multiplied where they are, and layers compiled, though this is a CPU."""
+    monkeypatch.setattr(constant, "copies_pay", lambda device: False)
+    monkeypatch.setattr(decoders, "compiling_pays", lambda device: True)
+    layers._compiled.cache_clear()
+    yield
+    layers._compiled.cache_clear()
+
+
+def maker_of(model):
+    assert has_pass(model)
+    return decoders._makers[base_model(model).get_decoder()]
+
+
+def rollouts(model, tokenizer, dtype):
+    """Tokens and log-probabilities, and how many functions were compiled for them."""
+    before = counters["stats"]["unique_graphs"]
+    half = {"dtype": torch.bfloat16, "enabled": dtype is not None}
+    with torch.no_grad(), torch.autocast("cpu", **half), constant_weights(model, dtype), constant_decoder(model):
+        tokens, logprobs = sampled(model, tokenizer, passes := [])
+    assert len(passes) > 5 and all(passes)
+    return tokens, logprobs, counters["stats"]["unique_graphs"] - before
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+@pytest.mark.parametrize(
+    ("family", "targets", "dtype", "settings", "compiled"),
+    [
+        ("llama", ALL, None, {}, 2),
+        ("qwen3", SOME, torch.bfloat16, {}, 2),
+        ("qwen2", ALL, torch.bfloat16, {}, 2),
+        ("mistral", SOME, None, {"layers_to_transform": [1]}, 4),  # a variant each for the layer without LoRA
+    ],
+)
+def test_rollouts_are_the_same(family, targets, dtype, settings, compiled, tokenizer, monkeypatch):
+    torch._dynamo.reset()
+    model = build(family, targets, **settings)
+    tokens, logprobs, graphs = rollouts(model, tokenizer, dtype)
+    assert maker_of(model) is decoders._compiled_pass
+    assert graphs == compiled, "before and after attention, for any number of rows"
+    monkeypatch.setattr(decoders, "compiling_pays", lambda device: False)
+    plain = build(family, targets, **settings)
+    expected_tokens, expected, none = rollouts(plain, tokenizer, dtype)
+    assert maker_of(plain) is decoders._plain_pass and none == 0
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_policy_samples_by_them(tmp_path, monkeypatch):
+    passes, original = [], decoders._pass
+
+    def spied(decoder, known, parts):
+        found = original(decoder, known, parts)
+        return lambda *arguments: passes.append((type(parts[0]), torch.is_inference_mode_enabled())) or found(*arguments)
+
+    monkeypatch.setattr(decoders, "_pass", spied)
+    sums = write_sums(tmp_path / "sums.jsonl")
+    policy = fit(write_model(tmp_path / "model"), sums, tmp_path / "runs", max_steps=2)
+    assert policy.trainer.callback_metrics["sampling/logp_difference/max"] < 1e-4
+    assert (layers.CompiledLayer, False) in passes
+    passes.clear()
+    policy.trainer.validate(policy, datamodule=build_data(sums, validation_fraction=0.2), verbose=False)
+    assert set(passes) == {(layers.CompiledLayer, True)}, "in inference mode"
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_where_compiling_fails_the_reason_is_said_and_plain_calls_are_made(monkeypatch, caplog):
+    def fails(*arguments, **options):
+        raise RuntimeError("no working compiler found")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert maker_of(build("llama")) is decoders._plain_pass
+    assert "RuntimeError: no working compiler found" in caplog.text and "TORCH_COMPILE_DISABLE=1" in caplog.text
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_compiled_layers_that_give_other_numbers_are_not_used(monkeypatch, caplog):
+    original = layers.CompiledLayer.output
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(layers.CompiledLayer, "output", lambda *parts: original(*parts) * 1.001)
+    assert maker_of(build("llama")) is decoders._plain_pass
+    assert "without torch.compile" in caplog.text and "other numbers" in caplog.text
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_memory_that_ran_out_is_not_taken_for_a_compiler_at_fault(monkeypatch):
+    def fails(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        has_pass(build("llama"))
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_disabled_adapter_is_left_out(monkeypatch, tokenizer):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    model = build("llama", SOME)
+    with model.disable_adapter():
+        expected = sampled(model, tokenizer, [])
+    with torch.no_grad(), constant_weights(model), constant_decoder(model):
+        assert not torch.equal(sampled(model, tokenizer, [])[1], expected[1])
+        with model.disable_adapter():
+            found = sampled(model, tokenizer, [])
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_layers_that_are_no_plain_products_are_called(monkeypatch, tokenizer):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: pytest.fail("nothing is to be compiled"))
+    model = build("llama", use_dora=True)
+    with torch.no_grad():
+        expected = sampled(model, tokenizer, [])
+        with constant_weights(model), constant_decoder(model):
+            found = sampled(model, tokenizer, [])
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=0)
+
+
+def test_it_is_for_devices_that_torch_writes_triton_kernels_for(monkeypatch):
+    devices = [torch.device(name) for name in ("cuda:1", "xpu", "cpu", "mps")]
+    assert [layers.compiling_pays(device) for device in devices] == [True, True, False, False]
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # as TORCH_COMPILE_DISABLE=1 does
+    assert not any(layers.compiling_pays(device) for device in devices)

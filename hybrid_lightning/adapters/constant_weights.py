@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from hybrid_lightning.adapters.lean_layers import is_watched
 from hybrid_lightning.adapters.lora_linear import LoraLinear, weight_of
 from hybrid_lightning.kernels import calls as kernels
 from hybrid_lightning.products import constant_product, copies_pay
@@ -46,14 +47,15 @@ def constant_factors(layer: nn.Module) -> ConstantFactors | None:
         layer: Of plain weights, fully trained, or with plain LoRA.
 
     Returns:
-        None for all other layers, and on a CPU for LoRA, whose products are with copies of the weights there.
+        None for all other layers, for one whose calls somebody watches, and on a CPU for LoRA, whose products are with copies of
+        the weights there.
     """
     if isinstance(layer, LoraLinear):
         products = layer.constant.func if isinstance(layer.constant, partial) else None
         return products.factors if isinstance(products, _Products) else None
     if isinstance(layer, ModulesToSaveWrapper):
         layer = layer.modules_to_save[layer.active_adapters[0]]
-    if type(layer) is not nn.Linear:
+    if type(layer) is not nn.Linear or is_watched(layer):
         return None
     device = layer.weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype

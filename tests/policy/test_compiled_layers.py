@@ -11,7 +11,7 @@ from hybrid_lightning.adapters.constant_weights import constant_weights
 from hybrid_lightning.policy import compiled_layers as layers
 from hybrid_lightning.policy import constant_decoder as decoders
 from hybrid_lightning.policy.constant_decoder import constant_decoder
-from hybrid_lightning.rollout.forward import base_model
+from hybrid_lightning.rollout.forward import base_model, packed_hidden
 
 
 @pytest.fixture
@@ -133,6 +133,25 @@ def test_layers_that_are_no_plain_products_are_called(monkeypatch, tokenizer):
             found = sampled(model, tokenizer, [])
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_fully_trained_copy_that_somebody_watches_is_called(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    model, calls = build("llama", SOME), []
+    copy = base_model(model).get_decoder().layers[0].self_attn.v_proj.modules_to_save["default"]
+    copy.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), constant_weights(model), constant_decoder(model):
+        calls.clear()
+        packed_hidden(model, torch.arange(3, 19), torch.arange(16), OnlyItself())
+    assert calls == [1]
+
+
+class OnlyItself:
+    """A packing in which every token sees itself alone."""
+
+    def attend(self, layer, query, key, value, window, settings):
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
 
 
 def test_it_is_for_devices_that_torch_writes_triton_kernels_for(monkeypatch):

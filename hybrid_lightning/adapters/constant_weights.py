@@ -33,7 +33,7 @@ class ConstantFactors(NamedTuple):
 
 
 def multiply(x: Tensor, factors: ConstantFactors) -> Tensor:
-    """[N, n] -> [N, m], in the dtype of the factors and without a gradient; a function of tensors alone, to be compiled."""
+    """[N, n] -> [N, m], in the dtype of the factors or autocast's and without a gradient; of tensors alone, to be compiled."""
     weight, bias, down, up = factors
     x = x.to(weight.dtype)
     result = F.linear(x, weight, bias)
@@ -57,9 +57,8 @@ def constant_factors(layer: nn.Module) -> ConstantFactors | None:
         layer = layer.modules_to_save[layer.active_adapters[0]]
     if type(layer) is not nn.Linear or is_watched(layer):
         return None
-    device = layer.weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
-    return ConstantFactors(layer.weight.detach().to(dtype), None if layer.bias is None else layer.bias.detach().to(dtype))
+    # As they are: autocast makes the product's dtype of them for each call, where a copy would be more memory for all calls.
+    return ConstantFactors(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 
 
 def products_together(layers: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:

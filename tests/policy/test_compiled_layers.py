@@ -147,6 +147,16 @@ def test_a_fully_trained_copy_that_somebody_watches_is_called(monkeypatch):
     assert calls == [1]
 
 
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_no_fully_trained_weight_is_copied():
+    model = build("llama", SOME)
+    layer = base_model(model).get_decoder().layers[0]
+    with torch.autocast("cpu", torch.bfloat16), constant_weights(model, torch.bfloat16):
+        factors = constant.constant_factors(layer.self_attn.v_proj)
+    assert factors.weight.data_ptr() == layer.self_attn.v_proj.modules_to_save["default"].weight.data_ptr()
+    assert factors.weight.dtype == torch.float32 and not factors.weight.requires_grad
+
+
 class OnlyItself:
     """A packing in which every token sees itself alone."""
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,6 +100,7 @@ MATRICES = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**3
 
 
 @given(MATRICES, st.integers(1, 13))
+@example((6, 6, 6), 5)
 @settings(max_examples=80, deadline=None)
 def test_tail_energy_properties(matrix, rank):
     rows, columns, seed = matrix
@@ -109,7 +110,8 @@ def test_tail_energy_properties(matrix, rank):
     assert 0 <= tail <= exact.energy() * (1 + 1e-9)
     assert exact.tail_energy(rank + 1) <= tail
     assert tail == pytest.approx(ExactGradient(gradient.T).tail_energy(rank), rel=1e-6, abs=1e-9)
-    assert ExactGradient(3 * gradient).tail_energy(rank) == pytest.approx(9 * tail, rel=1e-5, abs=1e-9)
+    # In float64, where three times a float32 number is exact: rounding would move the smallest singular values.
+    assert ExactGradient(3 * gradient.double()).tail_energy(rank) == pytest.approx(9 * tail, rel=1e-6, abs=1e-9)
     if rank >= min(rows, columns):
         assert tail == 0
 

@@ -23,7 +23,8 @@ from hybrid_lightning.adapters.lean_layers import LeanRMSNorm, plain_norm
 from hybrid_lightning.adapters.lean_rotary import Rotary, rotary_of_tokens, without_kernel
 from hybrid_lightning.policy.known_layers import KnownLayer
 
-# Combinations of kinds of projections in one model: 2^3 before attention, 2^4 after it, and the same again in inference mode.
+# A model has at most 2^3 combinations of kinds of projections before attention and 2^4 after it, twice with inference mode; and a
+# process may sample from several models.
 _MOST_VARIANTS = 64
 
 

@@ -113,6 +113,22 @@ def _compiled_pass(decoder: Any, layers: list[KnownLayer]) -> Pass:
     return hidden_states
 
 
+def _compiled_or_plain_pass(decoder: Any, layers: list[KnownLayer]) -> Pass:
+    """The compiled pass, which may have to be compiled anew long after its trial, such as for inference mode."""
+    compiled, plain = _compiled_pass(decoder, layers), _plain_pass(decoder, layers)
+
+    def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        if _makers[decoder] is _compiled_or_plain_pass:
+            try:
+                return compiled(ids, positions, packing)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                _makers[decoder] = _plain_pass
+                _warn_not_compiled(decoder, f"{type(error).__name__}: {error}")
+        return plain(ids, positions, packing)  # whatever the packing got before, it gets the same once more
+
+    return hidden_states
+
+
 def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer]) -> Pass:
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         hidden = decoder.embed_tokens(ids)
@@ -137,7 +153,7 @@ def _maker(model: nn.Module, decoder: Any, layers: list[KnownLayer]) -> Maker | 
     with torch.no_grad():
         expected = packed_hidden(model, packed.ids, packed.positions, packed)
         if compiling_pays(device) and _compiles(decoder, layers, packed, expected):
-            return _compiled_pass
+            return _compiled_or_plain_pass
         off = _difference(_plain_pass(decoder, layers)(packed.ids, packed.positions, packed), expected)
     if off:
         logger.warning(
@@ -158,13 +174,17 @@ def _compiles(decoder: Any, layers: list[KnownLayer], packed: PackedSequences, e
     except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
         off = f"{type(error).__name__}: {error}"
     if off:
-        logger.warning(
-            "%s is sampled from without torch.compile, which takes longer, since that gave %s. "
-            "Without the attempt and this warning: TORCH_COMPILE_DISABLE=1",
-            type(decoder).__name__,
-            off,
-        )
+        _warn_not_compiled(decoder, off)
     return not off
+
+
+def _warn_not_compiled(decoder: Any, reason: str) -> None:
+    logger.warning(
+        "%s is sampled from without torch.compile, which takes longer, since that gave %s. "
+        "Without the attempt and this warning: TORCH_COMPILE_DISABLE=1",
+        type(decoder).__name__,
+        reason,
+    )
 
 
 def _difference(found: Tensor, expected: Tensor) -> str:

@@ -53,7 +53,7 @@ def test_rollouts_are_the_same(family, targets, dtype, settings, compiled, token
     torch._dynamo.reset()
     model = build(family, targets, **settings)
     tokens, logprobs, graphs = rollouts(model, tokenizer, dtype)
-    assert maker_of(model) is decoders._compiled_pass
+    assert maker_of(model) is decoders._compiled_or_plain_pass
     assert graphs == compiled, "before and after attention, for any number of rows"
     monkeypatch.setattr(decoders, "compiling_pays", lambda device: False)
     plain = build(family, targets, **settings)
@@ -89,6 +89,29 @@ def test_where_compiling_fails_the_reason_is_said_and_plain_calls_are_made(monke
     monkeypatch.setattr(torch, "compile", fails)
     assert maker_of(build("llama")) is decoders._plain_pass
     assert "RuntimeError: no working compiler found" in caplog.text and "TORCH_COMPILE_DISABLE=1" in caplog.text
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_compiler_that_fails_in_the_middle_of_a_rollout_does_not_end_it(monkeypatch, caplog, tokenizer):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    model, original, calls = build("llama"), layers._call, []
+    with torch.no_grad(), constant_weights(model):
+        with constant_decoder(model):
+            expected = sampled(model, tokenizer, [])
+
+        def fails(*arguments):
+            calls.append(1)
+            if len(calls) == 11:  # the third pass, before the attention of its second layer
+                raise torch._dynamo.exc.InternalTorchDynamoError("no space left")
+            return original(*arguments)
+
+        monkeypatch.setattr(layers, "_call", fails)
+        with constant_decoder(model):
+            found = sampled(model, tokenizer, [])
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=0)
+    assert len(calls) == 11 and caplog.text.count("InternalTorchDynamoError: no space left") == 1
+    assert maker_of(model) is decoders._plain_pass, "from then on"
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")

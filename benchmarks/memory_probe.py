@@ -88,9 +88,9 @@ class MemoryProbe(Callback):
         self._kept = max(self._kept, self.live.bytes - before)
         return result
 
-    def _calibration_losses(self, losses: Callable[..., Any], *arguments: Any) -> Any:
+    def _calibration_losses(self, losses: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         self._in_calibration = True
-        result = losses(*arguments)
+        result = losses(*arguments, **options)
         self._in_calibration = False
         self._begin("scoring")
         return result

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from worker import Gate, Settings
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scorers import PreconditionedTail
 from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
 from hybrid_lightning.policy.module import PolicyModule
@@ -46,10 +47,10 @@ class TimedCalibration:
 class TimedPolicy(PolicyModule):
     """A policy whose clock tells the parts of scoring from each other."""
 
-    def calibration_losses(self, num_prompts: int | None = None) -> Any:
+    def calibration_losses(self, num_prompts: int | None = None, kept: KeptScoring | None = None) -> Any:
         """Those of the policy."""
         with self.clock.phase("calibration_rollouts"):
-            losses = super().calibration_losses(num_prompts)
+            losses = super().calibration_losses(num_prompts, kept)
         return TimedCalibration(losses, self)
 
 

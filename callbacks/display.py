@@ -39,8 +39,9 @@ def python_command() -> str:
 
 
 def resume_command(trainer: Trainer, checkpoint: Path) -> str:
-    """The command that goes on from a checkpoint."""
-    return f"{python_command()} -m hybrid_lightning fit --config {run_folder(trainer)}/config.yaml --ckpt_path {checkpoint}"
+    """The command that goes on from a checkpoint, or from what scoring has found."""
+    command = getattr(trainer, "command", "fit")
+    return f"{python_command()} -m hybrid_lightning {command} --config {run_folder(trainer)}/config.yaml --ckpt_path {checkpoint}"
 
 
 def test_command(trainer: Trainer, checkpoint: str) -> str:

@@ -1,90 +1,232 @@
-"""`GracefulStop`: Ctrl-C, SIGTERM and a reward that fails end a run with a checkpoint from which it goes on bit for bit."""
+"""`GracefulStop`: a signal, or a reward that fails, ends a run with what it can go on from bit for bit."""
 
-import signal
+import copy
 import sys
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from hybrid_lightning.adapters.kept_scoring import SCORING
 from hybrid_lightning.callbacks.display import console, resume_command, run_folder
 from hybrid_lightning.callbacks.lost_contact import lost_contact
 from hybrid_lightning.errors import RewardError
+from hybrid_lightning.rollout.loader import RolloutLoader
+from hybrid_lightning.sharding.ranks import gather_counts
+from hybrid_lightning.stopping import RunStopped, StopSignals
+
+# In a checkpoint: the step at which a validation is logged that was due and had not ended.
+_VALIDATION_DUE = "validation_due"
 
 
 class GracefulStop(Callback):
-    """Saves `checkpoints/stopped.ckpt` at the next optimizer step, or at once during a generation, and ends the run.
+    """Ends a run on SIGINT, SIGTERM, SIGUSR1 or SIGHUP, and says how to go on; the process exits with 128 + the signal's number.
 
-    A checkpoint is whole only between optimizer steps: gradients that are being accumulated are in none. A rollout that is being
-    generated is abandoned, and its random numbers given back, so that it is drawn again in the same way; so is one that the
-    reward failed on, and the run goes on once that is mended. A second signal stops at once, without a checkpoint. Under several
-    processes Lightning's own handling of signals stays in force, a failed reward leaves no checkpoint, and a process that loses
-    contact with another, which was killed or has failed, says what to do.
+    Must stand before `HybridAdapterSetup`, so that a signal counts while modules are scored.
+
+    A checkpoint `checkpoints/stopped.ckpt` is that of the last optimizer step that was finished. What has been begun since is
+    given back: a rollout that is being generated is drawn again in the same way, gradients of an unfinished step are dropped and
+    its micro-batches go back to the loader, and a validation is made by the run that goes on. So the curves of both runs
+    lie on those of one that was not stopped. Before the first rollout there is no checkpoint, but what scoring has found
+    (see `HybridAdapterSetup`). A rollout that the reward fails on, after at least one step of a single process, leaves a
+    checkpoint as well.
+
+    Several processes agree on where they stop: a signal to one of them is enough, and all save. A second signal ends a process
+    where it is. A process that loses contact with another, which was killed or has failed, says what to do.
+
+    Args:
+        signals: Of this process, where they have been taken over already; None takes them over while the Trainer runs.
     """
 
-    def __init__(self) -> None:
-        self._requested: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-        self._trainer: Trainer | None = None
+    def __init__(self, signals: StopSignals | None = None) -> None:
+        self.signals = signals or StopSignals()
+        self._mine = False  # whether they were taken over here, and are to be given back
+        self._training = False
+        self._deferred: Any = None
+        self._taken = 0  # micro-batches of the optimizer step that is not finished
+        self._progress: dict[str, Any] | None = None  # of Lightning's loops, when the last step was finished
+        self._due: int | None = None  # where a validation is logged that is due after that step
+        self._begun = False  # whether this run has taken a micro-batch
+        self._rolled_back = False
+
+    # ---- signals
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take over the signals, and hand them to a module that knows better where it can be stopped."""
+        if stage == "fit":
+            self._training, self._begun, self._rolled_back = False, False, False
+            self._taken, self._progress, self._due = 0, None, None
+        self._mine = self._mine or not self.signals.taken_over
+        self.signals.take_over()
+        self.signals.started_ranks = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
+        self.signals.last_words = lambda: _go_on_from(trainer)
+        if hasattr(pl_module, "signals"):
+            pl_module.signals = self.signals  # type: ignore[assignment]
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on ranks stop together. Lightning has taken SIGTERM meanwhile, to broadcast amid other messages."""
+        self._defer()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals while training runs."""
-        if trainer.world_size > 1:
-            return
-        self._trainer, self._requested = trainer, None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # not the main thread, which alone may handle signals
-                return
-        getattr(pl_module, "generation_listeners", []).append(self._during_generation)
+        """Begin, with the validation that the run before owed."""
+        self._defer()
+        self._training = True
+        if self._progress is None:
+            self._progress = _progress(trainer)
+        elif trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0:
+            # No batch has been trained on, so that there is nothing to go on with: Lightning would go on after a validation.
+            trainer.fit_loop.restarting = False
+        self.validate_if_due(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop if asked to, once the accumulated gradients have been applied."""
-        if self._requested is not None and not trainer.fit_loop._should_accumulate():
-            raise _RunStopped
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take SIGTERM back from Lightning."""
+        self.signals.take_over()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take SIGTERM back from Lightning."""
+        self.signals.take_over()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take SIGTERM back from Lightning."""
+        self.signals.take_over()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A signal that came with the last step leaves a checkpoint, since there may be no other of that step."""
+        self._check(trainer)
+        self._training = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A signal that came while the run was summed up counts as well."""
+        self.signals.check()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
-        self._release(pl_module)
+        self._release(trainer)
+
+    def _defer(self) -> None:
+        self.signals.take_over()
+        if self._deferred is None:
+            self._deferred = self.signals.deferred()
+            self._deferred.__enter__()
+
+    def _release(self, trainer: Trainer) -> None:
+        if self._deferred is not None:
+            self._deferred.__exit__(None, None, None)
+            self._deferred = None
+        if self._mine:
+            trainer._signal_connector.teardown()  # it would put back later what it found, which are the handlers of this run
+            self.signals.give_back()
+            self._mine = False
+
+    def _check(self, trainer: Trainer) -> None:
+        """Stop if one of the ranks has been asked to; all of them call it."""
+        number = max(gather_counts(self.signals.requested, trainer.strategy.root_device))
+        if number:
+            raise RunStopped(number, together=True)
+
+    # ---- where the run is
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the micro-batches of the step."""
+        self._taken, self._begun = self._taken + 1, True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note where the run is once a step is finished; stop for modules that do not know of signals themselves."""
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        self._taken, self._progress = 0, _progress(trainer)
+        due = trainer.enable_validation and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        self._due = loop._batches_that_stepped if due else None
+        if not hasattr(pl_module, "signals"):
+            self._check(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was due has been done."""
+        if not trainer.sanity_checking:
+            self._due = None
+
+    def validate_if_due(self, trainer: Trainer) -> None:
+        """Make the validation that the run before had begun or was about to begin, logged at the step of that run."""
+        if self._due is None or not trainer.enable_validation:
+            return
+        loop = trainer.fit_loop.epoch_loop
+        stepped, loop._batches_that_stepped = loop._batches_that_stepped, self._due
+        trainer.validating = True
+        loop.val_loop.restarting = False
+        loop.val_loop.run()
+        trainer.training = True
+        loop._batches_that_stepped = stepped
+
+    # ---- saving and loading
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say where the run was when the last step was finished, if something has been begun since."""
+        begun_since = self._rolled_back or not self._begun or self._due is not None
+        if self._training and self._progress is not None and begun_since:
+            checkpoint["loops"]["fit_loop"].update(copy.deepcopy(self._progress))
+        if self._due is not None:
+            checkpoint[_VALIDATION_DUE] = self._due
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Stopped before its first step, a resumed run leaves what it was given."""
+        if trainer.state.fn == "fit":
+            loops = checkpoint["loops"]["fit_loop"]
+            self._progress = copy.deepcopy({name: value for name, value in loops.items() if name != "state_dict"})
+            self._due = checkpoint.get(_VALIDATION_DUE)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the checkpoint if this callback or a reward stopped the run, and give the signals back."""
+        """Save the checkpoint if a signal or a reward stopped the run, and say what there is to go on from."""
         if trainer.world_size > 1 and (message := lost_contact(trainer, exception)) is not None:
             sys.stderr.write(message + "\n")
             exception.add_note(message)  # the last line of its traceback, too, above which the other would be lost
-        # Asked only then: the processes of a run tell each other its folder, and where one fails the others do not listen.
-        folder = run_folder(trainer) if isinstance(exception, _RunStopped) or _reward_failed(trainer, exception) else None
-        if folder is not None:
-            path = folder / "checkpoints" / "stopped.ckpt"
-            trainer.save_checkpoint(path)
+        stopped = isinstance(exception, RunStopped)
+        if (self._training and stopped) or _reward_failed(trainer, exception):
+            self._save(trainer, pl_module)
+        elif stopped and trainer.is_global_zero:
+            console().print(f"Stopped: {_go_on_from(trainer)}", soft_wrap=True)
+        if isinstance(exception, RunStopped):
+            exception.explained = True
+        self._release(trainer)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = run_folder(trainer)
+        if folder is None:
+            console().print("Stopped: fast_dev_run leaves nothing to go on from.")
+            return
+        if trainer.validating:
+            # The one after the last step is due at no interval.
+            self._due = trainer.fit_loop.epoch_loop._batches_that_stepped if self._due is None else self._due
+            trainer.training = True
+        self._rolled_back = True
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad()
+        for loader in trainer.fit_loop._combined_loader.flattened if trainer.fit_loop._combined_loader else ():
+            if isinstance(loader, RolloutLoader):
+                loader.give_back(self._taken)
+        path = folder / "checkpoints" / "stopped.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
             console().print(f"Checkpoint saved. Go on with:\n  {resume_command(trainer, path)}", soft_wrap=True)
-        self._release(pl_module)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._requested is not None:
-            raise KeyboardInterrupt
-        self._requested = signal.Signals(number)
-        console().print(
-            f"\n{self._requested.name}: stopping with a checkpoint after this optimizer step; once more stops at once."
-        )
-
-    def _during_generation(self, running: int, decoded: int, total: int) -> None:
-        # Not in a validation, of which a checkpoint would hold a half.
-        if self._requested is not None and self._trainer is not None and self._trainer.training:
-            raise _RunStopped
-
-    def _release(self, pl_module: LightningModule) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-        listeners = getattr(pl_module, "generation_listeners", [])
-        if self._during_generation in listeners:
-            listeners.remove(self._during_generation)
 
 
-class _RunStopped(KeyboardInterrupt):
-    """Unwinds to Lightning, which ends the run as for any Ctrl-C and tells the callbacks."""
+def _progress(trainer: Trainer) -> dict[str, Any]:
+    """Progress of Lightning's loops, without the state of the loader."""
+    loop = trainer.fit_loop
+    return copy.deepcopy({**loop.epoch_loop.state_dict(prefix="epoch_loop."), "epoch_progress": loop.epoch_progress.state_dict()})
+
+
+def _go_on_from(trainer: Trainer) -> str:
+    """What there is to go on from, of which nothing is asked from other ranks."""
+    checkpoint = getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path
+    if trainer.state.fn != "fit":
+        return "start the command again"
+    if checkpoint:
+        return f"go on with:\n  {resume_command(trainer, Path(checkpoint))}"
+    folder = run_folder(trainer)
+    if folder is not None and (folder / SCORING).is_dir():
+        return f"nothing has been trained yet; go on from what scoring has found:\n  {resume_command(trainer, folder / SCORING)}"
+    return "nothing has been made that a run could go on from; start the command again"
 
 
 def _reward_failed(trainer: Trainer, exception: BaseException) -> bool:

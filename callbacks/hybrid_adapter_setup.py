@@ -5,7 +5,7 @@
 It is not tied to `PolicyModule`: see `Adaptable` for what it asks of a LightningModule.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.accumulators import GradientMode
+from hybrid_lightning.adapters.accumulators import ExactGradients, GradientMode
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.heatmap import draw_heatmap
+from hybrid_lightning.adapters.kept_scoring import SCORING, KeptScoring
 from hybrid_lightning.adapters.lean_layers import use_lean_layers
 from hybrid_lightning.adapters.lora import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.adapters.planning import make_plan
+from hybrid_lightning.adapters.planning import describe, make_plan
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
@@ -30,15 +31,35 @@ from hybrid_lightning.callbacks.display import console, progress_bar, run_folder
 from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
+from hybrid_lightning.policy.calibrated import CalibratedModule
 from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.sharding.whole_files import is_there, read_content
+from hybrid_lightning.stopping import RunStopped
+
+# Arguments of the policy that no score depends on.
+_AFTER_SCORING = {
+    "correction",
+    "dynamic_sampling",
+    "epochs_per_rollout",
+    "eval_samples",
+    "gradient_checkpointing",
+    "lr_full",
+    "lr_lora",
+    "minibatches_per_rollout",
+    "optimizer",
+    "quantization",
+    "schedule",
+    "token_mask",
+}
 
 
 class HybridAdapterSetup(Callback):
     """Chooses the modules that are trained fully and gives LoRA to all other candidates.
 
     The plan is taken from the checkpoint that is being loaded, else from `plan`, else made by scoring. It is written into the
-    run folder as `plan.json` and `plan.png`. Evaluating without a checkpoint and without `plan` leaves the model as it is.
+    run folder as `plan.json` and `plan.png`. What scoring finds is kept as it is found, in the run folder's `scoring`: given as
+    `ckpt_path` to another run with the same settings, that goes on from there to the same plan. Evaluating without a checkpoint
+    and without `plan` leaves the model as it is.
 
     Args:
         budget: How many modules are fully trained; None takes `ModuleBudget(share=0.1)`. Share 0 is LoRA, 1 full fine-tuning.
@@ -140,8 +161,9 @@ class HybridAdapterSetup(Callback):
             check_settings = getattr(pl_module, "check_settings", None)
             if check_settings is not None:
                 check_settings()  # by every rank, so that each ends with the cause and none waits for rank 0's scores
+            folder = run_folder(trainer)  # by every rank
             with measured(trainer, "scoring"):
-                plan = self._make_plan(trainer, pl_module)
+                plan = self._make_plan(trainer, pl_module, folder)
         self._apply(pl_module, plan)
         return plan
 
@@ -165,30 +187,40 @@ class HybridAdapterSetup(Callback):
                 "the loss needs the start policy (a KL term with kl_coef > 0, or DPO); set adapter.keep_start_weights=true"
             )
 
-    def _make_plan(self, trainer: Trainer, pl_module: LightningModule) -> AdapterPlan:
+    def _make_plan(self, trainer: Trainer, pl_module: LightningModule, folder: Path | None) -> AdapterPlan:
         """Score on rank 0, on the device that trains, and tell the other ranks; also what went wrong, or they would wait."""
         content: dict[str, Any] = {}
-        error: Exception | None = None
+        error: Exception | RunStopped | None = None
         if trainer.is_global_zero:
             try:
-                content = self._planned(trainer, pl_module).to_dict()
-            except Exception as raised:
+                content = self._planned(trainer, pl_module, folder).to_dict()
+            except (Exception, RunStopped) as raised:
                 if trainer.world_size == 1:
                     raise
                 error = raised
-        content, reason = trainer.strategy.broadcast((content, None if error is None else f"{type(error).__name__}: {error}"))
+        reason: Any = error.number if isinstance(error, RunStopped) else error and f"{type(error).__name__}: {error}"
+        content, reason = trainer.strategy.broadcast((content, reason))
+        if isinstance(reason, int):
+            raise RunStopped(reason, together=True) from error
         if error is not None:
             raise error
         if reason is not None:
             raise CalibrationError(f"rank 0 could not score the modules: {reason}")
         return AdapterPlan.from_dict(content)
 
-    def _planned(self, trainer: Trainer, pl_module: LightningModule) -> AdapterPlan:
+    def _planned(self, trainer: Trainer, pl_module: LightningModule, folder: Path | None) -> AdapterPlan:
         model = getattr(pl_module, str(pl_module.adapter_attribute)).to(trainer.strategy.root_device)
         digest = model_digest(model)
         candidates = find_candidates(model, target_modules=self.target_modules)
-        scores, info = self._score(trainer, pl_module, model, candidates) if self.budget.needs_scores else (None, {})
         hparams = getattr(pl_module, "hparams", {})
+        scores: dict[str, float] | None = None
+        info: dict[str, Any] = {}
+        if self.budget.needs_scores:
+            earlier: Path | None = getattr(trainer, "earlier_scoring", None)
+            signals = getattr(pl_module, "signals", None)
+            kept = KeptScoring(None if folder is None else folder / SCORING, earlier, signals)
+            kept.require({"model": digest, "modules": list(candidates), **self._what_scores_depend_on(hparams)})
+            scores, info = self._score(trainer, pl_module, model, candidates, kept)
         return make_plan(
             model=str(hparams.get("model", type(model).__name__)),
             revision=hparams.get("revision"),
@@ -202,8 +234,18 @@ class HybridAdapterSetup(Callback):
             seed=hparams.get("seed"),
         )
 
+    def _what_scores_depend_on(self, hparams: Mapping[str, Any]) -> dict[str, Any]:
+        settings = {name: value for name, value in hparams.items() if name not in _AFTER_SCORING and not name.startswith("_")}
+        return {
+            **{f"model.{name}": value for name, value in sorted(settings.items())},
+            "adapter.scorer": describe(self.scorer),
+            "adapter.gradients": describe(self.gradients or ExactGradients()),
+            "adapter.rank": self.lora.rank,
+            "adapter.calibration_prompts": self.calibration_prompts,
+        }
+
     def _score(
-        self, trainer: Trainer, pl_module: LightningModule, model: nn.Module, candidates: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, model: nn.Module, candidates: dict[str, Any], kept: KeptScoring
     ) -> tuple[dict[str, float], dict[str, Any]]:
         losses: Any = []
         info: dict[str, Any] = {}
@@ -212,7 +254,8 @@ class HybridAdapterSetup(Callback):
                 listeners = getattr(pl_module, "generation_listeners", [])
                 listeners.append(advance_by_token := lambda running, decoded, total: advance(decoded, total))
                 try:
-                    losses = pl_module.calibration_losses(self.calibration_prompts)  # type: ignore[operator]
+                    options = {"kept": kept} if isinstance(pl_module, CalibratedModule) else {}
+                    losses = pl_module.calibration_losses(self.calibration_prompts, **options)  # type: ignore[operator]
                 finally:
                     listeners.remove(advance_by_token)
             info = {"prompts": self.calibration_prompts, **getattr(losses, "info", {})}
@@ -227,11 +270,13 @@ class HybridAdapterSetup(Callback):
             scores = score_modules(
                 model,
                 candidates,
-                _counted(losses, advance),
+                losses,
                 self.scorer,
                 self.lora.rank,
                 self.gradients,
                 evaluate_loss=lambda: _mean_loss(losses),
+                kept=kept,
+                on_loss=lambda seen: advance(seen, None),
             )
         return scores, info
 
@@ -259,12 +304,6 @@ class HybridAdapterSetup(Callback):
     def _draw(self, plan: AdapterPlan, path: Path) -> None:
         if any(module.score is not None for module in plan.candidates):
             draw_heatmap(plan).savefig(path, dpi=150)
-
-
-def _counted(losses: Iterable[Tensor], advance: Any) -> Iterator[Tensor]:
-    for number, loss in enumerate(losses, start=1):
-        yield loss
-        advance(number, None)
 
 
 def _mean_loss(losses: Iterable[Tensor]) -> float:

@@ -39,6 +39,7 @@ from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.preference import PreferenceModule  # noqa: F401  (as above)
 from hybrid_lightning.policy.supervised import SupervisedModule  # noqa: F401  (as above)
+from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import Trainer
 
 # Arguments of the Trainer's methods, which belong to one command and not to the run's config.
@@ -126,7 +127,8 @@ class SaveRunConfig(SaveConfigCallback):
 class HybridLightningCLI(LightningCLI):
     """`python -m hybrid_lightning <command> --config ...`."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, signals: StopSignals | None = None, **kwargs: Any) -> None:
+        self._signals = signals or StopSignals()
         arguments = kwargs.get("args") or sys.argv[1:]
         # The command, where it comes first, as it nearly always does.
         self._asked = arguments[0] if isinstance(arguments, list) and arguments else None
@@ -193,7 +195,7 @@ class HybridLightningCLI(LightningCLI):
                 config[name] = value
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        fixed: list[Callback] = [StepTimer(), RunSummary(), EvaluationReport(), GracefulStop()]
+        fixed: list[Callback] = [StepTimer(), RunSummary(), EvaluationReport(), GracefulStop(self._signals)]
         if config["logger"] and not config["fast_dev_run"]:
             fixed += [LearningRateMonitor(logging_interval="step"), TensorBoardOverview()]
         if config["enable_progress_bar"] is not False:
@@ -237,12 +239,18 @@ def _arguments_of(policy: type, *given: Any, applied_instantiation_links: Any, *
     return policy_arguments(policy, *given, **named)
 
 
-def main() -> None:
-    """Run the command line; what a user got wrong is said in the last line, without a traceback."""
+def main(signals: StopSignals | None = None) -> None:
+    """Run the command line; what a user got wrong is said in the last line, without a traceback.
+
+    Args:
+        signals: Of this process; None leaves them alone until the command trains, validates, tests or predicts.
+    """
     _quiet_libraries()
+    signals = signals or StopSignals()
     try:
-        HybridLightningCLI()
+        HybridLightningCLI(signals)
     except Exception as error:
+        signals.check()  # it is why another rank is gone, or a library gave up
         cause = _cause(error)
         if cause is None:  # not a mistake that was foreseen: the traceback is needed, of what was raised first
             raise _unwrapped(error)  # noqa: B904

@@ -6,11 +6,13 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 
+from hybrid_lightning.adapters.kept_scoring import SCORING, is_scoring
 from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.policy_export import policy_in_training
 from hybrid_lightning.callbacks.step_timer import measured
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export.checkpoint import policy_of_checkpoint
 from hybrid_lightning.export.form import ExportForm
 from hybrid_lightning.export.merged_model import MergedModel
@@ -27,7 +29,18 @@ class Trainer(LightningTrainer):
     The time that checkpoints take is told to `StepTimer`, which has no hook around them.
     """
 
+    command = "fit"  # whose setup and training `fit` is
+    earlier_scoring: Path | None = None  # of a run that was stopped while it scored the modules
+
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        if ckpt_path is not None and is_scoring(ckpt_path):
+            if self.state.fn != "fit":
+                raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found: it is for fit and score")
+            self.earlier_scoring, ckpt_path = Path(ckpt_path), None
+        elif self.command == "score" and ckpt_path is not None:
+            raise CheckpointError(
+                f"score goes on from the folder {SCORING} of a run that was stopped meanwhile, not from {ckpt_path}"
+            )
         # Lightning sets `trainer.ckpt_path` only after the setup hooks; HybridAdapterSetup has to know the checkpoint's plan
         # before, or it would score the modules anew.
         self._checkpoint_connector._ckpt_path = ckpt_path
@@ -38,14 +51,24 @@ class Trainer(LightningTrainer):
         with measured(self, "checkpoint"):
             super().save_checkpoint(filepath, weights_only, storage_options)
 
-    def score(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+    def _run_stage(self) -> Any:
+        results = super()._run_stage()
+        if self.state.fn == "fit":  # of a run that was stopped in its last validation, there is nothing else to do
+            for callback in self.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, GracefulStop):
+                    callback.validate_if_due(self)
+        return results
+
+    def score(self, model: LightningModule, datamodule: LightningDataModule | None = None, ckpt_path: str | None = None) -> None:
         """Score the modules and write `plan.json` and `plan.png` into the run folder, without training.
 
         Args:
             model: The module to score.
             datamodule: Its calibration data.
+            ckpt_path: The folder `scoring` of a run that was stopped while it scored, to go on from.
 
         Raises:
+            CheckpointError: If `ckpt_path` is something else.
             ConfigError: If no callback HybridAdapterSetup is there.
         """
         if not any(isinstance(callback, HybridAdapterSetup) for callback in self.callbacks):  # type: ignore[attr-defined]
@@ -53,7 +76,8 @@ class Trainer(LightningTrainer):
         # Scoring is part of the setup of `fit`; a fit of no steps is that setup and nothing else, under every strategy.
         self.fit_loop.epoch_loop.max_steps = 0
         self.num_sanity_val_steps = 0
-        self.fit(model, datamodule=datamodule)
+        self.command = "score"
+        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
 
     def export(
         self,

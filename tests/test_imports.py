@@ -12,7 +12,7 @@ import hybrid_lightning
 
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
-GROUND = {"types", "errors", "parts", "products", "kernels"}
+GROUND = {"types", "errors", "parts", "products", "kernels", "stopping"}
 LEAVES = {"data", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding", "sandbox"}
 # Top-level name within the package -> names that it may import; itself is always allowed.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks"},
     "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer"},
     "process": set(),
-    "__main__": {"cli", "process", "sharding"},
+    "__main__": {"cli", "process", "sharding", "stopping"},
     "assets.pretrain": GROUND | LEAVES | {"policy"},  # the command that made the assets; nothing imports it
     "__init__": GROUND | {"version"},
 }

@@ -98,7 +98,7 @@ def test_few_compiled_products_are_kept():
 def test_python_dash_m_prepares_its_process():
     """Before it imports anything else; the command line's place is taken by what prints this."""
     code = "import os, runpy, sys, types; loaded = lambda: 'torch' in sys.modules\n"
-    code += "main = lambda: print('spins', os.environ['GOMP_SPINCOUNT'], loaded())\n"
+    code += "main = lambda signals: print('spins', os.environ['GOMP_SPINCOUNT'], loaded())\n"
     code += "sys.modules['hybrid_lightning.cli'] = types.SimpleNamespace(main=main)\n"
     code += "runpy.run_module('hybrid_lightning', run_name='__main__')"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}

@@ -6,12 +6,33 @@ The candidates' gradients are therefore never in memory together: what remains o
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from hybrid_lightning.adapters.accumulators import GradientMode, ModuleAccumulator
+from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
+from hybrid_lightning.stopping import RunStopped
+
+
+@runtime_checkable
+class CalibrationState(Protocol):
+    """What losses may offer, so that scoring that was stopped goes on after those that it has seen."""
+
+    def since(self, seen: int) -> Iterator[Tensor]:
+        """The losses after so many."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later losses, and later passes over all of them, have to know of those so far."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        ...
 
 
 def collect_gradients(
@@ -23,6 +44,8 @@ def collect_gradients(
     *,
     halves: bool = False,
     sum_over_ranks: Callable[[Tensor], object] | None = None,
+    kept: KeptScoring | None = None,
+    on_loss: Callable[[int], None] | None = None,
 ) -> dict[str, ModuleAccumulator]:
     """Average the candidates' gradients over the calibration losses.
 
@@ -40,6 +63,9 @@ def collect_gradients(
         halves: keep even and odd losses apart.
         sum_over_ranks: sums a tensor over processes in place, such as `torch.distributed.all_reduce`; each process
             then gives losses of its own, and all get the same result.
+        kept: where sums are kept when the run is stopped, and which modules need none any more. Losses that it has seen are
+            left out (see `CalibrationState`); without `since` they are computed once more, without a backward pass.
+        on_loss: called with the number of losses that have been seen, after each.
 
     Returns:
         Full dotted name -> sums of that module.
@@ -48,17 +74,31 @@ def collect_gradients(
         ModelError: if a weight cannot have a gradient, as in a quantized model.
         CalibrationError: if there is no loss, a loss or gradient is not finite, or all gradients are zero.
     """
+    kept = kept or KeptScoring()
+    assert sum_over_ranks is None or kept.folder is None, "sums over ranks would be summed up again by a run that goes on"
     accumulators = {}
     for name, module in candidates.items():
         weight: Tensor = module.weight  # type: ignore[assignment]
         if not weight.is_floating_point():
             raise ModelError(f"the weight of {name} is {weight.dtype}: score the model before it is quantized.")
-        form = mode.form(name, weight, rank)
-        accumulators[name] = ModuleAccumulator(form, (weight.shape[0], weight.shape[1]), halves)
+        if name not in kept.scores:
+            form = mode.form(name, weight, rank)
+            accumulators[name] = ModuleAccumulator(form, (weight.shape[0], weight.shape[1]), halves)
+    if not accumulators:
+        return {}
+    seen = _restore(accumulators, losses, kept)
     with _only_candidates_trainable(model, candidates), torch.enable_grad():
-        counts = _backward_all(candidates, accumulators, losses)
+        try:
+            for number in _backward_all(candidates, accumulators, losses, seen, kept):
+                seen = number
+                if on_loss is not None:
+                    on_loss(seen)
+        except RunStopped:
+            keep_sums(kept, accumulators, losses, seen, stopped=True)
+            raise
+    counts = [seen] if not halves else [(seen + 1) // 2, seen // 2]
     for accumulator in accumulators.values():
-        accumulator.losses += torch.tensor([sum(counts)] if not halves else counts, dtype=torch.float32)
+        accumulator.losses.copy_(torch.tensor(counts, dtype=torch.float32))
         if sum_over_ranks is not None:
             for tensor in accumulator.tensors():
                 sum_over_ranks(tensor)
@@ -66,18 +106,48 @@ def collect_gradients(
     return accumulators
 
 
+def keep_sums(
+    kept: KeptScoring, accumulators: Mapping[str, ModuleAccumulator], losses: object, seen: int, stopped: bool = False
+) -> None:
+    """Keep what has been summed up of so many losses, and what later ones have to know of them."""
+
+    def state() -> dict[str, Any]:
+        sums = {name: accumulator.tensors() for name, accumulator in accumulators.items()}
+        return {"seen": seen, "sums": sums, "losses": losses.state_dict() if isinstance(losses, CalibrationState) else {}}
+
+    kept.keep_sums(state, stopped)
+
+
+def _restore(accumulators: Mapping[str, ModuleAccumulator], losses: object, kept: KeptScoring) -> int:
+    """Take over what is kept; returns how many losses it has seen."""
+    state = kept.sums()
+    if state is None:
+        return 0
+    if isinstance(losses, CalibrationState):
+        losses.load_state_dict(state["losses"])
+    for name, accumulator in accumulators.items():
+        for tensor, value in zip(accumulator.tensors(), state["sums"][name], strict=True):
+            tensor.copy_(value)
+    return int(state["seen"])
+
+
 def _backward_all(
-    candidates: Mapping[str, nn.Module], accumulators: dict[str, ModuleAccumulator], losses: Iterable[Tensor]
-) -> list[int]:
-    """Run each loss backward into the accumulators; returns how many had an even and an odd index."""
-    index = 0
+    candidates: Mapping[str, nn.Module],
+    accumulators: dict[str, ModuleAccumulator],
+    losses: Iterable[Tensor],
+    seen: int,
+    kept: KeptScoring,
+) -> Iterator[int]:
+    """Run each loss that has not been seen backward into the accumulators; yields how many have been."""
+    index = seen
 
     def take_gradient(name: str) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             assert weight.grad is not None
             # off, in case the losses were yielded from within autocast: sums and sketches are float32
             with torch.autocast(weight.device.type, enabled=False):
-                accumulators[name].add(weight.grad.detach(), index)
+                if name in accumulators:
+                    accumulators[name].add(weight.grad.detach(), index)
             weight.grad = None
 
         return hook
@@ -87,14 +157,17 @@ def _backward_all(
         for name, module in candidates.items()
     ]
     try:
-        for loss in losses:
+        for loss in losses.since(index) if isinstance(losses, CalibrationState) else islice(losses, index, None):
             _check_loss(loss, index)
-            loss.backward()  # type: ignore[no-untyped-call]
-            index += 1
+            with kept.signals.deferred():  # the sums have all of a loss or nothing
+                loss.backward()  # type: ignore[no-untyped-call]
+                index += 1
+                yield index
+                keep_sums(kept, accumulators, losses, index)
+            kept.signals.check()
     finally:
         for handle in handles:
             handle.remove()
-    return [(index + 1) // 2, index // 2]
 
 
 @contextmanager

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor, nn
 
 from hybrid_lightning.adapters.accumulators import ExactGradients, GradientMode, ModuleAccumulator
-from hybrid_lightning.adapters.collect import collect_gradients
+from hybrid_lightning.adapters.collect import collect_gradients, keep_sums
+from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scorers.base import Scorer
 from hybrid_lightning.adapters.spectra import ONE_THREAD_UP_TO
 from hybrid_lightning.adapters.statistics import ModuleStatistics
 from hybrid_lightning.adapters.workers import map_on_workers
 from hybrid_lightning.errors import CalibrationError, ConfigError
+from hybrid_lightning.stopping import RunStopped
 
 
 def score_modules(
@@ -27,6 +29,8 @@ def score_modules(
     mode: GradientMode | None = None,
     evaluate_loss: Callable[[], float] | None = None,
     sum_over_ranks: Callable[[Tensor], object] | None = None,
+    kept: KeptScoring | None = None,
+    on_loss: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Score each candidate's sensitivity to low-rank adaptation.
 
@@ -43,6 +47,8 @@ def score_modules(
         mode: `ExactGradients()` (the default) or `SketchedGradients()`.
         evaluate_loss: measures the calibration loss of the model as it stands; needed by `Probe` only.
         sum_over_ranks: see `collect_gradients`.
+        kept: scores that have been found are taken from it, and what is found is kept in it.
+        on_loss: see `collect_gradients`.
 
     Returns:
         Full dotted name -> score; higher is more sensitive.
@@ -55,6 +61,7 @@ def score_modules(
         raise ConfigError(f"rank={rank}: scoring needs a LoRA rank of at least 1.")
     if scorer.needs_loss and evaluate_loss is None:
         raise ConfigError(f"{type(scorer).__name__} needs evaluate_loss, which measures the calibration loss: give it too.")
+    kept = kept or KeptScoring()
     collected: dict[str, ModuleAccumulator] = {}
     if scorer.needs_gradient:
         collected = collect_gradients(
@@ -65,26 +72,37 @@ def score_modules(
             rank,
             halves=scorer.needs_halves,
             sum_over_ranks=sum_over_ranks,
+            kept=kept,
+            on_loss=on_loss,
         )
     _warn_unused(collected)
 
     def score(name: str) -> float:
-        accumulator = collected.pop(name, None)  # its memory is free once the module is scored
+        accumulator = collected.get(name)
         if accumulator is not None and not accumulator.received:
             return 0.0
         value = scorer.score(_statistics(name, candidates[name], accumulator, scorer, evaluate_loss), rank)
         try:
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{type(scorer).__name__}.score returned {value!r:.60} for {name}: return a number") from error
+        if not math.isfinite(number):
+            raise CalibrationError(f"{type(scorer).__name__} gave {name} the score {number}: a score must be finite.")
+        return number
 
-    together = [name for name in collected if scorer.concurrent and _small_on_cpu(collected[name])]
-    scores = dict(zip(together, map_on_workers(score, together), strict=True))
-    scores |= {name: score(name) for name in candidates if name not in scores}
-    for name, value in scores.items():
-        if not math.isfinite(value):
-            raise CalibrationError(f"{type(scorer).__name__} gave {name} the score {value}: a score must be finite.")
-    return {name: scores[name] for name in candidates}
+    seen = int(next((accumulator.losses.sum() for accumulator in collected.values()), 0))
+    try:
+        together = [name for name in collected if scorer.concurrent and _small_on_cpu(collected[name])]
+        kept.keep_scores(dict(zip(together, map_on_workers(score, together), strict=True)))
+        for name in candidates:
+            if name not in kept.scores:
+                kept.keep_scores({name: score(name)})
+            collected.pop(name, None)  # its memory is free once the module is scored
+    except RunStopped:
+        keep_sums(kept, {name: sums for name, sums in collected.items() if name not in kept.scores}, losses, seen, stopped=True)
+        raise
+    kept.keep_scores({}, last=True)
+    return {name: kept.scores[name] for name in candidates}
 
 
 def _small_on_cpu(accumulator: ModuleAccumulator) -> bool:

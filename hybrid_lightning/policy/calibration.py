@@ -57,7 +57,20 @@ class RewardCalibration:
         return len(self.chunks)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for number, (sequences, advantages) in enumerate(self.chunks):
+        return self.since(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Log-probabilities of the start policy so far."""
+        return {"old_logprobs": self.old_logprobs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over from a run that was stopped."""
+        device = self.chunks[0][1].device
+        self.old_logprobs = [logprobs.to(device) for logprobs in state["old_logprobs"]]
+
+    def since(self, seen: int) -> Iterator[Tensor]:
+        """The losses after so many."""
+        for number, (sequences, advantages) in enumerate(self.chunks[seen:], start=seen):
             logprobs, entropy = self.logprobs(sequences)
             if number == len(self.old_logprobs):
                 self.old_logprobs.append(logprobs.detach())
@@ -117,8 +130,19 @@ class AnswerCalibration:
         return len(self.chunks)
 
     def __iter__(self) -> Iterator[Tensor]:
+        return self.since(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the losses know nothing of each other."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take over."""
+
+    def since(self, seen: int) -> Iterator[Tensor]:
+        """The losses after so many."""
         share = len(self.chunks) / len(self.sequences)
-        for sequences in self.chunks:
+        for sequences in self.chunks[seen:]:
             mask = sequences.completion_mask
             token_mean = (self.logprobs(sequences)[0] * mask).sum(dim=1) / mask.sum(dim=1)
             yield -token_mean.sum() * share

@@ -1,7 +1,7 @@
 """`EvaluatedModule`: a policy that completes prompts, is rewarded for it, and reports how well it does."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.support import supports_packing
 from hybrid_lightning.sharding.forward import is_sharded, with_whole_weights
 from hybrid_lightning.sharding.ranks import gather_counts
+from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import Prompt, Rewards, Rollouts
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -40,12 +41,26 @@ class EvaluatedModule(LanguageModule):
         super().__init__()
         self.generation_listeners: list[GenerationListener] = []  # called with (running, decoded, max_new_tokens)
         self.last_evaluation: dict[str, dict[str, float]] = {}  # set -> metric -> value; "" for all sets
+        self.signals = StopSignals()  # GracefulStop gives those of the process
         self._missing_batches = 0  # of a prediction, on this rank, where the model is sharded
 
     def on_sharded(self) -> None:
         """Find out what the model can do, which takes forward passes: not in the first training pass, nor on some ranks alone."""
         with self._inference():
             with_whole_weights(self.model, lambda: supports_packing(self.model))
+
+    @contextmanager
+    def stopping_together(self) -> Iterator[None]:
+        """Let all ranks stop if a signal has asked one of them to, here or before. All have to enter and leave it."""
+        with suppress(RunStopped):  # of this rank; the others learn of it now
+            yield
+        self.check_stop()
+
+    def check_stop(self) -> None:
+        """Raise `RunStopped` on all ranks if one of them has been asked to stop. All have to call it."""
+        number = max(gather_counts(self.signals.requested, self.device))
+        if number:
+            raise RunStopped(number, together=True)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, rendered by the chat template if it has messages."""
@@ -96,7 +111,8 @@ class EvaluatedModule(LanguageModule):
                 listener(running, decoded, self.sampler.max_new_tokens)
 
         def sample() -> Rollouts:
-            with constant_weights(self.model, _product_dtype(self.model)), constant_decoder(self.model):
+            # Nothing here waits for another rank, which might wait for this one in vain.
+            with self.signals.at_once(), constant_weights(self.model, _product_dtype(self.model)), constant_decoder(self.model):
                 return self.sampler.sample(
                     self.model,
                     self.tokenizer,
@@ -115,7 +131,9 @@ class EvaluatedModule(LanguageModule):
     def score(self, rollouts: Rollouts) -> Rewards:
         """Rewards of rollouts, on their device."""
         prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
-        return evaluate_reward(self.reward, rollouts.completions, prompts).to(rollouts.sequences.completion_ids.device)
+        with self.signals.at_once():
+            rewards = evaluate_reward(self.reward, rollouts.completions, prompts)
+        return rewards.to(rollouts.sequences.completion_ids.device)
 
     def answers(self, rollouts: Rollouts) -> list[str | None]:
         """What each completion answers, as the reward takes it out of the text (see `RewardFunction.extract_answer`)."""
@@ -142,7 +160,9 @@ class EvaluatedModule(LanguageModule):
 
     def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         """Greedy and sampled completions of a batch of prompts."""
-        self._evaluate(batch, self.validation_metrics)
+        # In training all ranks save what they have; a validation by itself has nothing to save.
+        with self.stopping_together() if self.trainer.state.fn == "fit" else nullcontext():
+            self._evaluate(batch, self.validation_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/...`."""

@@ -45,7 +45,20 @@ class ExampleCalibration:
         return len(self.chunks)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for number, sequences in enumerate(self.chunks):
+        return self.since(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Log-probabilities of the start policy so far."""
+        return {"references": self.references}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over from a run that was stopped."""
+        device = self.chunks[0].completion_ids.device
+        self.references = [logprobs.to(device) for logprobs in state["references"]]
+
+    def since(self, seen: int) -> Iterator[Tensor]:
+        """The losses after so many."""
+        for number, sequences in enumerate(self.chunks[seen:], start=seen):
             logprobs, _ = self.logprobs(sequences)
             if number == len(self.references):
                 self.references.append(logprobs.detach())

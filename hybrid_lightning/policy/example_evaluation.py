@@ -3,6 +3,7 @@
 import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,11 +31,12 @@ class EvaluatedExamples(SteppedModule):
         sequences = self.example_sequences(prompts, self.device)
 
         def terms() -> LossInputs:
-            logprobs, entropy = self._constant_logprobs(sequences)
             reference = None
-            if self.loss.needs_reference:
-                with self.start_policy():
-                    reference, _ = self._constant_logprobs(sequences)
+            with self.signals.at_once():
+                logprobs, entropy = self._constant_logprobs(sequences)
+                if self.loss.needs_reference:
+                    with self.start_policy():
+                        reference, _ = self._constant_logprobs(sequences)
             ones = torch.ones(len(sequences), device=self.device)
             return LossInputs(logprobs, ones, sequences.completion_mask, ref_logprobs=reference, entropy=entropy)
 
@@ -46,7 +48,8 @@ class EvaluatedExamples(SteppedModule):
 
     def validation_step(self, batch: Sequence[Prompt], *place: Any, **places: Any) -> None:
         """Loss of a batch of examples, and completions of their prompts if there is a reward."""
-        self._measure(batch, self.example_metrics["val"])  # type: ignore[arg-type]
+        with self.stopping_together() if self.trainer.state.fn == "fit" else nullcontext():
+            self._measure(batch, self.example_metrics["val"])  # type: ignore[arg-type]
         if self.reward is not None:
             super().validation_step(batch, *place, **places)
 

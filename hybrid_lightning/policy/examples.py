@@ -154,8 +154,13 @@ class ExampleModule(EvaluatedExamples):
             with self.start_policy():
                 return batch.with_logprobs(None, self._constant_logprobs(batch.sequences)[0])
 
-        with self.clock.phase("logprobs"), self._inference():
-            return with_whole_weights(self.model, lambda: [add(batch) for batch in batches], as_trained=True)
+        def add_all() -> list[PolicyBatch]:
+            with self.signals.at_once():
+                return [add(batch) for batch in batches]
+
+        with self.stopping_together(), self.clock.phase("logprobs"), self._inference():
+            filled = with_whole_weights(self.model, add_all, as_trained=True)
+        return filled
 
     def example_sequences(self, prompts: Sequence[Prompt], device: torch.device) -> Sequences:
         """Prompts and completions as tokens, the completions of a prompt below each other.

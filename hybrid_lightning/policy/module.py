@@ -166,14 +166,15 @@ class PolicyModule(CalibratedModule):
         return taught, rollouts.sampling_logprobs, advantages, rollout_metrics(rollouts, rewards)
 
     def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
-        with self.clock.phase("generate"):
+        with self.stopping_together(), self.clock.phase("generate"):
             # So that a prompt is completed alike however many ranks there are.
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
             places = range(self.global_rank, len(prompts) * world_size(), world_size())
             samples = self.rollout_schedule.samples_per_prompt
             rollouts = self.generate(prompts, samples, PromptDraws(prompts, samples, seed, places))
-        with self.clock.phase("reward"):
-            return rollouts, self.score(rollouts)
+        with self.stopping_together(), self.clock.phase("reward"):
+            rewards = self.score(rollouts)
+        return rollouts, rewards
 
     def _roll_out_dynamically(
         self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None

@@ -13,7 +13,7 @@ from torch import Tensor
 from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.policy.group_advantages import gather_rewards
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups
-from hybrid_lightning.rollout.joining import join_columns, join_rollouts, join_sequences
+from hybrid_lightning.rollout.joining import join_columns, join_rewards, join_rollouts, join_sequences
 from hybrid_lightning.rollout.source import DrawPrompts
 from hybrid_lightning.sharding.ranks import gather_columns, gather_objects, world_size
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
@@ -85,7 +85,7 @@ def sample_groups(
         parts.append(sample(draw_more(count)))
         useful = torch.cat([useful, _by_position(teaches(*parts[-1]), ranks)])
     rollouts, rewards = zip(*parts, strict=True)
-    return SampledGroups(join_rollouts(rollouts), _join_rewards(rewards), useful, wanted, len(parts) - 1)
+    return SampledGroups(join_rollouts(rollouts), join_rewards(rewards), useful, wanted, len(parts) - 1)
 
 
 def choose_trained(
@@ -153,12 +153,3 @@ def _rows_of(groups: Tensor, samples: int) -> Tensor:
 def _select(rewards: Rewards, rows: Tensor) -> Rewards:
     parts = {name: part[rows] for name, part in rewards.parts.items()}
     return replace(rewards, total=rewards.total[rows], correct=rewards.correct[rows], parts=parts)
-
-
-def _join_rewards(parts: Sequence[Rewards]) -> Rewards:
-    return replace(
-        parts[0],
-        total=torch.cat([part.total for part in parts]),
-        correct=torch.cat([part.correct for part in parts]),
-        parts={name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
-    )

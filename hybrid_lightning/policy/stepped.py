@@ -7,6 +7,7 @@ be more tokens than memory holds activations for, so `training_step` cuts them i
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -116,15 +117,23 @@ class SteppedModule(EvaluatedModule, ABC):
         tokens = float(batch.sequences.completion_mask.sum())
         losses, metrics = [], []
         for number in range(passes):
-            if number < len(runs):
-                loss, of_run = self._run(batch.rows(runs[number]), tokens)
-                losses.append(loss.detach())
-                metrics.append(of_run)
-            else:
-                loss = self._idle_run()
-            if number + 1 < passes:
-                self._backward(loss * ranks)
+            last = number + 1 == passes
+            if is_sharded(self.model) or last:
+                self.check_stop()  # before ranks wait for each other
+            elif self.signals.requested:
+                continue
+            # Torn apart, a pass would leave other ranks waiting for this one.
+            with self.signals.at_once() if ranks == 1 else nullcontext():
+                if number < len(runs):
+                    loss, of_run = self._run(batch.rows(runs[number]), tokens)
+                    losses.append(loss.detach())
+                    metrics.append(of_run)
+                else:
+                    loss = self._idle_run()
+                if not last:
+                    self._backward(loss * ranks)
         if not passes:  # no row has an advantage: the gradient is zero, not missing, or optimizers would skip their decay
+            self.check_stop()
             loss = sum(((parameter * 0).sum() for parameter in self._trained()), start=torch.zeros((), device=self.device))
         total = torch.stack(losses).sum() if losses else loss.detach()
         loss = loss + (total - loss.detach())  # the value of all runs, for callbacks; the gradient of the last

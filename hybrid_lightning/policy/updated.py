@@ -61,8 +61,12 @@ class UpdatedModule(SteppedModule):
                     reference, _ = self._constant_logprobs(batch.sequences)
             return batch.with_logprobs(None if on_policy else old, reference), entropy
 
-        with self.clock.phase("logprobs"), self._inference():
-            filled = with_whole_weights(self.model, lambda: [add(batch) for batch in batches], as_trained=True)
+        def add_all() -> list[tuple[PolicyBatch, Tensor]]:
+            with self.signals.at_once():
+                return [add(batch) for batch in batches]
+
+        with self.stopping_together(), self.clock.phase("logprobs"), self._inference():
+            filled = with_whole_weights(self.model, add_all, as_trained=True)
         batches = [batch for batch, _ in filled]
         return batches if self.token_mask is None else mask_tokens(batches, [entropy for _, entropy in filled], self.token_mask)
 

@@ -1,13 +1,14 @@
 """Rows of several batches below each other, whose padding is of different widths."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from hybrid_lightning.rollout.micro_batches import join_rows
-from hybrid_lightning.types import Rollouts, Sequences
+from hybrid_lightning.types import Rewards, Rollouts, Sequences
 
 
 def join_columns(parts: Sequence[Tensor]) -> Tensor:
@@ -41,4 +42,14 @@ def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
         sampling_logprobs=join_columns([part.sampling_logprobs for part in parts]),
         finished=torch.cat([part.finished for part in parts]),
         samples_per_prompt=parts[0].samples_per_prompt,
+    )
+
+
+def join_rewards(parts: Sequence[Rewards]) -> Rewards:
+    """Put rewards below each other."""
+    return replace(
+        parts[0],
+        total=torch.cat([part.total for part in parts]),
+        correct=torch.cat([part.correct for part in parts]),
+        parts={name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
     )

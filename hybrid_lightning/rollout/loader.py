@@ -126,6 +126,8 @@ class RolloutLoader:
         self.shuffle = shuffle
         self._cursor = PromptCursor(prompts, seed, epoch, shuffle, rank, world_size)
         self._pending: deque[PolicyBatch] = deque()
+        self._taken: list[PolicyBatch] = []  # of the optimizer step that is being made or was made last
+        self._random_before: dict[str, Any] = {}  # the random state before the first of them
         self._resumed_random_state: dict[str, Any] | None = None
         self._resumed = False
 
@@ -159,7 +161,24 @@ class RolloutLoader:
             self._resumed = False
             if not self._pending:
                 self._pending = self._roll_out()
-            yield self._pending.popleft()
+            if len(self._taken) >= self.accumulate_grad_batches() or not self._taken:
+                self._taken, self._random_before = [], capture_random_state()
+            self._taken.append(self._pending.popleft())
+            yield self._taken[-1]
+
+    def give_back(self, count: int) -> None:
+        """Take micro-batches of an optimizer step back that will not be made now.
+
+        What they used of the random states is given back as well.
+
+        Args:
+            count: How many of the step have been yielded; all of them.
+        """
+        if count:
+            assert count == len(self._taken), f"{count} of {len(self._taken)} micro-batches of a step are given back"
+            self._pending.extendleft(reversed(self._taken))
+            self._taken = []
+            self._resumed_random_state, self._resumed = self._random_before, True
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the prompts, and of each rank its micro-batches not yet consumed and all random states.

@@ -14,16 +14,20 @@ _STARTER = "HYBRID_LIGHTNING_STARTER"  # in the environment: the process that st
 _EVERY_S = 0.5
 
 
-def end_with_starter() -> None:
+def end_with_starter() -> bool:
     """Watch the process that started this one until the ranks have come together, or be the one that is watched.
 
     Called before anything takes time. Ends this process with 1 and one line if the other is gone.
+
+    Returns:
+        Whether another rank started this process.
     """
     starter = os.environ.get(_STARTER)
     if os.environ.get("LOCAL_RANK", "0") == "0" or starter != str(os.getppid()):
         os.environ[_STARTER] = str(os.getpid())
-        return
+        return False
     threading.Thread(target=_watch, args=(int(starter),), name="starter", daemon=True).start()
+    return True
 
 
 def _watch(starter: int) -> None:

@@ -145,9 +145,9 @@ def test_a_signal_leaves_a_checkpoint_that_resumes_exactly(folder, tmp_path, uns
     first, _ = run(folder, tmp_path, callbacks=[SignalAt(number, **when)])
     checkpoint = tmp_path / "checkpoints" / "stopped.ckpt"
     assert checkpoint.is_file() and len(first) < len(unstopped[0])
-    assert len(first) % 2 == 0, "a checkpoint lies between optimizer steps"
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
     rest, policy = run(folder, tmp_path, ckpt=checkpoint)
-    assert_same(first + rest, unstopped, policy)
+    assert_same(first[: 2 * step] + rest, unstopped, policy)  # of a step that was not finished one micro-batch may have been made
 
 
 def test_a_reward_that_fails_leaves_a_checkpoint_that_resumes_exactly(folder, tmp_path, unstopped, monkeypatch):
@@ -155,7 +155,7 @@ def test_a_reward_that_fails_leaves_a_checkpoint_that_resumes_exactly(folder, tm
 
     def failing(self, completions, prompts):
         calls.append(len(completions))
-        if calls.count(16) > 1:  # of a rollout; validation and calibration have others
+        if calls.count(16) > 3:  # two of calibration and the first rollout; validation has others
             raise ValueError("the quota is used up")
         return working(self, completions, prompts)
 

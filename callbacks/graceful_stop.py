@@ -15,7 +15,7 @@ from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
 
-# In a checkpoint: the step at which a validation is logged that was due and had not ended.
+# In a checkpoint: step and epoch as which a validation is logged that was due and had not ended.
 _VALIDATION_DUE = "validation_due"
 
 
@@ -45,7 +45,7 @@ class GracefulStop(Callback):
         self._deferred: Any = None
         self._taken = 0  # micro-batches of the optimizer step that is not finished
         self._progress: dict[str, Any] | None = None  # of Lightning's loops, when the last step was finished
-        self._due: int | None = None  # where a validation is logged that is due after that step
+        self._due: dict[str, int] | None = None  # step and epoch as which a validation is logged that is due after that step
         self._begun = False  # whether this run has taken a micro-batch
         self._rolled_back = False
 
@@ -75,7 +75,7 @@ class GracefulStop(Callback):
             self._progress = _progress(trainer)
         elif trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0:
             # No batch has been trained on, so that there is nothing to go on with: Lightning would go on after a validation.
-            trainer.fit_loop.restarting = False
+            trainer.fit_loop.epoch_loop.restarting = False
         self.validate_if_due(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,7 +137,7 @@ class GracefulStop(Callback):
             return
         self._taken, self._progress = 0, _progress(trainer)
         due = trainer.enable_validation and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        self._due = loop._batches_that_stepped if due else None
+        self._due = _place(trainer) if due else None
         if not hasattr(pl_module, "signals"):
             self._check(trainer)
 
@@ -150,13 +150,13 @@ class GracefulStop(Callback):
         """Make the validation that the run before had begun or was about to begin, logged at the step of that run."""
         if self._due is None or not trainer.enable_validation:
             return
-        loop = trainer.fit_loop.epoch_loop
-        stepped, loop._batches_that_stepped = loop._batches_that_stepped, self._due
+        loop, epochs, before = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current, _place(trainer)
+        loop._batches_that_stepped, epochs.completed = self._due["step"], self._due["epoch"]
         trainer.validating = True
         loop.val_loop.restarting = False
         loop.val_loop.run()
         trainer.training = True
-        loop._batches_that_stepped = stepped
+        loop._batches_that_stepped, epochs.completed = before["step"], before["epoch"]
 
     # ---- saving and loading
 
@@ -196,7 +196,7 @@ class GracefulStop(Callback):
             return
         if trainer.validating:
             # The one after the last step is due at no interval.
-            self._due = trainer.fit_loop.epoch_loop._batches_that_stepped if self._due is None else self._due
+            self._due = self._due or _place(trainer)
             trainer.training = True
         self._rolled_back = True
         for optimizer in trainer.optimizers:
@@ -208,6 +208,11 @@ class GracefulStop(Callback):
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             console().print(f"Checkpoint saved. Go on with:\n  {resume_command(trainer, path)}", soft_wrap=True)
+
+
+def _place(trainer: Trainer) -> dict[str, int]:
+    """As which step and epoch Lightning logs."""
+    return {"step": trainer.fit_loop.epoch_loop._batches_that_stepped, "epoch": trainer.current_epoch}
 
 
 def _progress(trainer: Trainer) -> dict[str, Any]:

@@ -6,7 +6,7 @@ be more tokens than memory holds activations for, so `training_step` cuts them i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -42,6 +42,7 @@ class SteppedModule(EvaluatedModule, ABC):
         self._step_metrics = StepMetrics()
         self._gradients_begun = False
         self._default_budget: int | None = None
+        self._measured: set[str] = set()  # metrics of the step that was logged last
         self._logged_rollout: dict[str, float] = {}  # metrics of the rollout that were logged last
 
     def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
@@ -98,7 +99,7 @@ class SteppedModule(EvaluatedModule, ABC):
         """An epoch begins with an optimizer step, also after one that was cut short within a step."""
         self._step_metrics = StepMetrics()
         self._default_budget = None
-        self._logged_rollout = {}
+        self._measured, self._logged_rollout = set(), {}
         self._gradients_begun = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -174,6 +175,8 @@ class SteppedModule(EvaluatedModule, ABC):
     def _log_step(self, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
         """Log what is the same on every rank: metrics of rollouts and shares have been joined over ranks."""
         averages = self._step_metrics.update(shares=dict(shares), means={}, micro_batches=self.trainer.accumulate_grad_batches)
+        self._forget_metrics(self._measured - averages.keys())
+        self._measured = set(averages)
         # Lightning keeps what was logged until the epoch ends, and each call takes it as long as a small policy's layer: what is
         # said of a rollout is said once.
         of_rollout = {} if batch.metrics == self._logged_rollout else batch.metrics
@@ -187,6 +190,13 @@ class SteppedModule(EvaluatedModule, ABC):
         }
         self.log_dict(shown, prog_bar=True, **options)
         self.log_dict({name: value for name, value in values.items() if name not in shown}, **options)
+
+    def _forget_metrics(self, names: Iterable[str]) -> None:
+        """Let Lightning repeat nothing of an earlier step, where a step without a row to compute has no such value."""
+        results: Any = self.trainer._results
+        for name in names:
+            results.pop(f"training_step.{name}", None)
+            self.trainer._logger_connector._callback_metrics.pop(name, None)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm of each group before clipping.

@@ -11,6 +11,7 @@ from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, GSPOLoss
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
+from hybrid_lightning.rollout.joining import join_rollouts
 from hybrid_lightning.rollout.sampler import Sampler
 
 TEMPERATURE = 0.8
@@ -60,7 +61,7 @@ def calibrate(model, sums, prompts=8, data=None, **arguments):
     policy.generate = listen
     losses = policy.calibration_losses(prompts)
     policy.model.requires_grad_(True)
-    return policy, rollouts[0], losses
+    return policy, join_rollouts(rollouts), losses
 
 
 def mean_gradient(policy, losses):

@@ -9,6 +9,7 @@ from hybrid_lightning.callbacks.prediction_writer import PredictionWriter
 from hybrid_lightning.callbacks.reward_divergence import RewardDivergence
 from hybrid_lightning.callbacks.rollout_progress import RolloutProgress
 from hybrid_lightning.callbacks.rollout_samples import RolloutSamples
+from hybrid_lightning.callbacks.run_folder import RunFolder
 from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.callbacks.tensorboard_overview import TensorBoardOverview
@@ -23,6 +24,7 @@ __all__ = [
     "RewardDivergence",
     "RolloutProgress",
     "RolloutSamples",
+    "RunFolder",
     "RunSummary",
     "StepTimer",
     "TensorBoardOverview",

@@ -1,17 +1,17 @@
-"""What the callbacks share to show things: the console, a progress bar, the run folder and TensorBoard."""
+"""What the callbacks share to show things: the console, commands to type, and a progress bar."""
 
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from hybrid_lightning.callbacks.run_folder import run_folder
 
 Advance = Callable[[int, int | None], None]
 
@@ -19,15 +19,6 @@ Advance = Callable[[int, int | None], None]
 def console() -> Console:
     """The global console, which the progress bars share, so that lines appear above a bar and not through it."""
     return get_console()
-
-
-def run_folder(trainer: Trainer) -> Path | None:
-    """Folder of this run's files; None under `fast_dev_run`, which leaves nothing behind."""
-    if trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
-        return None
-    folder = Path(trainer.log_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def python_command() -> str:
@@ -47,11 +38,6 @@ def resume_command(trainer: Trainer, checkpoint: Path) -> str:
 def test_command(trainer: Trainer, checkpoint: str) -> str:
     """The command that measures a checkpoint on the test problems."""
     return f"{python_command()} -m hybrid_lightning test --config {run_folder(trainer)}/config.yaml --ckpt_path {checkpoint}"
-
-
-def tensorboard_writers(trainer: Trainer) -> list[Any]:
-    """The SummaryWriters of all TensorBoard loggers."""
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 @contextmanager

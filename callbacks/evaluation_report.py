@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_lightning.callbacks.display import console, run_folder
+from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import LOWER, OVERALL, UPPER
 
@@ -34,6 +35,11 @@ class EvaluationReport(Callback):
     def __init__(self) -> None:
         self._start = 0.0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the run folder made."""
+        if stage != "predict":
+            run_folder(trainer)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
@@ -54,7 +60,7 @@ class EvaluationReport(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         scores: Any = getattr(pl_module, "last_evaluation", None)
-        folder = run_folder(trainer)  # by every process, since they tell each other the folder
+        folder = run_folder(trainer)
         if not scores or not trainer.is_global_zero:
             return
         fitting, out = trainer.state.fn == "fit", console()

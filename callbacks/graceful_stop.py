@@ -8,8 +8,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.adapters.kept_scoring import SCORING
-from hybrid_lightning.callbacks.display import console, resume_command, run_folder
+from hybrid_lightning.callbacks.display import console, resume_command
 from hybrid_lightning.callbacks.lost_contact import lost_contact
+from hybrid_lightning.callbacks.run_folder import find_run_folder, run_folder
 from hybrid_lightning.errors import RewardError
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import gather_counts
@@ -228,7 +229,8 @@ def _go_on_from(trainer: Trainer) -> str:
         return "start the command again"
     if checkpoint:
         return f"go on with:\n  {resume_command(trainer, Path(checkpoint))}"
-    folder = run_folder(trainer)
+    holder = find_run_folder(trainer)  # which is not asked to make one now
+    folder = None if holder is None else holder.path
     if folder is not None and (folder / SCORING).is_dir():
         return f"nothing has been trained yet; go on from what scoring has found:\n  {resume_command(trainer, folder / SCORING)}"
     return "nothing has been made that a run could go on from; start the command again"

@@ -27,7 +27,9 @@ from hybrid_lightning.adapters.planning import describe, make_plan
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
-from hybrid_lightning.callbacks.display import console, progress_bar, run_folder, tensorboard_writers
+from hybrid_lightning.callbacks.display import console, progress_bar
+from hybrid_lightning.callbacks.loggers import log_figure, log_table
+from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
@@ -117,16 +119,15 @@ class HybridAdapterSetup(Callback):
             CheckpointError: If a plan file and the checkpoint's plan differ.
             PlanError: If the plan file is not the plan that is applied already, or belongs to another model.
         """
+        folder = run_folder(trainer) if stage == "fit" else None  # before the scoring, which may be stopped
         plan: AdapterPlan | None = getattr(pl_module, "plan", None)
         if plan is not None:
             self._check_applied(plan)
         else:
             plan = self._adapt(trainer, pl_module, stage)
         self.plan = plan
-        if plan is not None and stage == "fit":
-            folder = run_folder(trainer)  # by every process, since they tell each other the folder
-            if trainer.is_global_zero:
-                self._show(plan, folder)
+        if plan is not None and stage == "fit" and trainer.is_global_zero:
+            self._show(plan, folder)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the plan for modules that do not do so themselves."""
@@ -134,13 +135,12 @@ class HybridAdapterSetup(Callback):
             checkpoint[CHECKPOINT_KEY] = {"plan": self.plan.to_dict(), "base_digest": self.plan.model_digest}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the plan into TensorBoard."""
-        if self.plan is None or not trainer.is_global_zero:
+        """Show the plan in the loggers, as a table and a picture."""
+        if self.plan is None or not trainer.is_global_zero or not trainer.loggers:
             return
-        for writer in tensorboard_writers(trainer):
-            writer.add_text("plan", self.plan.markdown(), 0)
-            if any(module.score is not None for module in self.plan.candidates):
-                writer.add_figure("plan/scores", draw_heatmap(self.plan), 0)
+        log_table(trainer, "plan", *self.plan.rows(), step=0, markdown=self.plan.markdown())
+        if any(module.score is not None for module in self.plan.candidates):
+            log_figure(trainer, "plan/scores", draw_heatmap(self.plan), step=0)
 
     # ---- deciding
 
@@ -161,9 +161,8 @@ class HybridAdapterSetup(Callback):
             check_settings = getattr(pl_module, "check_settings", None)
             if check_settings is not None:
                 check_settings()  # by every rank, so that each ends with the cause and none waits for rank 0's scores
-            folder = run_folder(trainer)  # by every rank
             with measured(trainer, "scoring"):
-                plan = self._make_plan(trainer, pl_module, folder)
+                plan = self._make_plan(trainer, pl_module, run_folder(trainer))
         self._apply(pl_module, plan)
         return plan
 

@@ -6,7 +6,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 
-from hybrid_lightning.callbacks.display import console, run_folder
+from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import ConfigError
@@ -41,6 +42,11 @@ class PolicyExport(Callback):
         self.folder = folder
         self.every_n_steps = every_n_steps
         self._exported_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the run folder made."""
+        if stage == "fit":
+            run_folder(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out before training what could not be exported after it.

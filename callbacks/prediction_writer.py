@@ -1,5 +1,6 @@
 """`PredictionWriter`: predictions as JSON lines."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any, TextIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybrid_lightning.callbacks.display import console, run_folder
+from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError
 
 
@@ -16,8 +18,11 @@ class PredictionWriter(Callback):
     tokens, whether they came to an end, rewards (total and parts), and whether they are correct.
 
     Args:
-        path: File to write, replaced if it exists; None takes `predictions.jsonl` in the run folder. With several processes each
-            writes its own file, the rank before the suffix.
+        path: A new file; None takes `predictions.jsonl` in the run folder, or `predictions-v1.jsonl` if the Trainer
+            predicts again. With several processes each writes its own file, the rank before the suffix.
+
+    Raises:
+        ConfigError: If `path` is there already.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -26,16 +31,34 @@ class PredictionWriter(Callback):
         self.path = path
         self._file: TextIO | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the run folder made, and find out before anything is loaded that a file is there.
+
+        Raises:
+            ConfigError: If one of any process is, on each of them, so that none waits for another.
+        """
+        if stage != "predict":
+            return
+        run_folder(trainer)
+        paths = [] if self.path is None else _of_ranks(Path(self.path), trainer.world_size)
+        for path in paths:
+            if path.exists():
+                raise ConfigError(f"predictions.path: {path} exists; give another path, or remove it")
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file before anything is generated."""
         folder = run_folder(trainer)
-        path = Path(self.path) if self.path is not None else (folder / "predictions.jsonl" if folder is not None else None)
-        if path is None:
+        if self.path is not None:
+            paths = _of_ranks(Path(self.path), trainer.world_size)
+        elif folder is not None:
+            names = itertools.chain(["predictions"], (f"predictions-v{number}" for number in itertools.count(1)))
+            of_names = (_of_ranks(folder / f"{name}.jsonl", trainer.world_size) for name in names)
+            paths = next(paths for paths in of_names if not paths[trainer.global_rank].exists())
+        else:
             return
-        if trainer.world_size > 1:
-            path = path.with_suffix(f".rank{trainer.global_rank}{path.suffix}")
+        path = paths[trainer.global_rank]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("x", encoding="utf-8")
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -59,3 +82,10 @@ class PredictionWriter(Callback):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _of_ranks(path: Path, world_size: int) -> list[Path]:
+    """The file of each process."""
+    if world_size == 1:
+        return [path]
+    return [path.with_suffix(f".rank{rank}{path.suffix}") for rank in range(world_size)]

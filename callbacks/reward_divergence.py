@@ -47,6 +47,15 @@ class RewardDivergence(Callback):
                     f"{trainer.global_step}): the policy may be exploiting this part of the reward; lower its weight or remove it"
                 )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know to warn where one that was not stopped would."""
+        return {"history": list(self._history), "warned": sorted(self._warned)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on looking back."""
+        self._history.extend(state_dict["history"])  # of which the newest that fit the window stay
+        self._warned.update(state_dict["warned"])
+
     def diverging(self) -> list[str]:
         """Parts that rise while accuracy falls, over the window as it is now."""
         if len(self._history) < self.window:

@@ -1,11 +1,11 @@
-"""`RolloutSamples`: what the policy says, on TensorBoard."""
+"""`RolloutSamples`: what the policy says, as a table in every logger."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from hybrid_lightning.callbacks.display import tensorboard_writers
+from hybrid_lightning.callbacks.loggers import log_histogram, log_table
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Rewards, Rollouts
 
@@ -34,31 +34,49 @@ class RolloutSamples(Callback):
             return
         self._last = rollout
         if self._seen % self.every_n_rollouts == 0 and trainer.is_global_zero:
-            for writer in tensorboard_writers(trainer):
-                writer.add_text("samples", self.page(*rollout), trainer.global_step)
-                writer.add_histogram("rewards/histogram", rollout[1].total.float().cpu(), trainer.global_step)
+            columns, rows = self.table(*rollout)
+            log_table(trainer, "samples", columns, rows, trainer.global_step, self.page(*rollout))
+            log_histogram(trainer, "rewards/histogram", rollout[1].total.float().cpu(), trainer.global_step)
         self._seen += 1
 
-    def page(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> str:
-        """A Markdown table of the first prompts and completions."""
-        names = list(rewards.parts)
-        columns = ["prompt", "answer", "completion", "correct", "reward", *(names if len(names) > 1 else []), "advantage"]
-        lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know to write the pages of one that was not stopped."""
+        return {"seen": self._seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._seen = state_dict["seen"]
+
+    def table(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> tuple[list[str], list[list[Any]]]:
+        """The first prompts and completions as columns and rows of texts and numbers."""
+        names = list(rewards.parts) if len(rewards.parts) > 1 else []
         samples = rollouts.samples_per_prompt
+        rows: list[list[Any]] = []
         for number, prompt in enumerate(rollouts.prompts[: self.prompts]):
             for row in range(number * samples, number * samples + min(samples, self.completions)):
                 text = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
-                parts = [f"{float(rewards.parts[name][row]):.3g}" for name in names] if len(names) > 1 else []
-                cells = [
-                    _cell(str(text)[-300:]),
-                    _cell(str(prompt.answer)),
-                    _cell(rollouts.completions[row]) + ("" if bool(rollouts.finished[row]) else " *(cut)*"),
-                    "yes" if bool(rewards.correct[row]) else "no",
-                    f"{float(rewards.total[row]):.3g}",
-                    *parts,
-                    f"{float(advantages[row]):+.3f}",
-                ]
-                lines.append(f"| {' | '.join(cells)} |")
+                rows.append(
+                    [
+                        str(text)[-300:],
+                        str(prompt.answer),
+                        rollouts.completions[row],
+                        "yes" if bool(rollouts.finished[row]) else "no",
+                        "yes" if bool(rewards.correct[row]) else "no",
+                        float(rewards.total[row]),
+                        *(float(rewards.parts[name][row]) for name in names),
+                        float(advantages[row]),
+                    ]
+                )
+        return ["prompt", "answer", "completion", "finished", "correct", "reward", *names, "advantage"], rows
+
+    def page(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> str:
+        """The same as Markdown, where a completion that was cut says so itself."""
+        columns, rows = self.table(rollouts, rewards, advantages)
+        columns.remove("finished")
+        lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+        for prompt, answer, completion, finished, correct, *numbers, advantage in rows:
+            texts = [_cell(prompt), _cell(answer), _cell(completion) + ("" if finished == "yes" else " *(cut)*"), correct]
+            lines.append(f"| {' | '.join([*texts, *(f'{number:.3g}' for number in numbers), f'{advantage:+.3f}'])} |")
         return "\n".join(lines)
 
 

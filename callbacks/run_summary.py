@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.table import Table
 
-from hybrid_lightning.callbacks.display import console, run_folder, test_command
+from hybrid_lightning.callbacks.display import console, test_command
+from hybrid_lightning.callbacks.loggers import hints, log_numbers, show_hyperparameters
+from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import find_step_timer
 from hybrid_lightning.metrics import LOWER, UPPER
 
@@ -20,6 +21,9 @@ class RunSummary(Callback):
     The accuracy before training is that of Lightning's sanity check when it covers all of the validation data
     (`num_sanity_val_steps: -1`); a resumed run takes it from the checkpoint. If training does not end with a validation, one is
     made. With validation switched off both are null. Where the time went is there if a `StepTimer` stands before this callback.
+
+    Loggers get the accuracy (of supervised and preference training the loss) before and after as scalars of their own,
+    `summary/accuracy_before` and so on: with the reward, they are the results on TensorBoard's page of hyperparameters.
     """
 
     def __init__(self) -> None:
@@ -34,6 +38,7 @@ class RunSummary(Callback):
         """Start the clock: scoring, which comes next, counts."""
         if stage == "fit":
             self._start = time.perf_counter()
+            run_folder(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know."""
@@ -54,17 +59,17 @@ class RunSummary(Callback):
         loaders = trainer.num_sanity_val_batches
         if all(checked >= total for checked, total in zip(loaders, trainer.num_val_batches, strict=True)):
             self._before = _validation_metrics(trainer)
-            hyper_parameters = {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):  # has a page of hyper-parameters only with metrics, which it logs too
-                    logger.log_hyperparams(hyper_parameters, self._before, step=0)
-                else:
-                    logger.log_metrics(self._before, step=0)
+            log_numbers(trainer, self._before, step=0)
             self._print_validation(trainer, "start", self._before)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note when scoring and sanity check are over."""
+        """Note when scoring and sanity check are over, and say what the run is measured by."""
         self._train_start = time.perf_counter()
+        results = [f"summary/{name}_{when}" for name in _measures(pl_module) for when in ("before", "after")]
+        results += ["reward"] if _samples(pl_module) else []
+        hyperparameters = {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
+        show_hyperparameters(trainer, hyperparameters, results)
+        log_numbers(trainer, _results(pl_module, "before", self._before), step=0)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how far the policy has come."""
@@ -78,16 +83,18 @@ class RunSummary(Callback):
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+        if self._validated_step == trainer.global_step:
+            log_numbers(trainer, _results(pl_module, "after", self._after), step=trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print and write the summary, when all checkpoints have been written."""
         folder = run_folder(trainer)
         if folder is None or trainer.global_step == 0:
             return
-        summary = self._summary(trainer, pl_module)  # by every process, since they tell each other the folder
+        summary = self._summary(trainer, pl_module)  # by every process: parameters may be divided among them
         if trainer.is_global_zero:
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            self._print(summary)
+            self._print(summary, hints(trainer, folder))
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         plan = getattr(pl_module, "plan", None)
@@ -130,7 +137,7 @@ class RunSummary(Callback):
             values = "  ".join(f"{name} {value:.3f}" for name, value in _headline(metrics, sets).items())
             console().print(f"Validation ({when}): {values}", soft_wrap=True)
 
-    def _print(self, summary: dict[str, Any]) -> None:
+    def _print(self, summary: dict[str, Any], curves: list[str]) -> None:
         table = Table(title="What happened", title_justify="left", show_header=False)
         samples = summary["eval_samples"]
         for name, value in _loss_changes(summary["validation"]["before"], summary["validation"]["after"]).items():
@@ -151,13 +158,30 @@ class RunSummary(Callback):
         out = console()
         out.print(table)
         out.print(f"Run folder: {summary['run_folder']}", soft_wrap=True)
-        out.print(f"Curves:     tensorboard --logdir {summary['run_folder']}", soft_wrap=True)
+        for curve in curves:
+            out.print(f"Curves:     {curve}", soft_wrap=True)
         if summary["next_command"]:
             out.print(f"Next:       {summary['next_command']}", soft_wrap=True)
 
 
 def _validation_metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def _samples(pl_module: LightningModule) -> bool:
+    return hasattr(pl_module, "last_rollout")
+
+
+def _measures(pl_module: LightningModule) -> dict[str, str]:
+    """What tells whether a run was worth it -> the metric that has it."""
+    measures = {"accuracy": f"val/avg@{getattr(pl_module, 'eval_samples', 1)}"}
+    if _samples(pl_module):
+        return measures
+    return {"loss": "val/loss"} | (measures if getattr(pl_module, "reward", None) is not None else {})
+
+
+def _results(pl_module: LightningModule, when: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"summary/{name}_{when}": metrics[metric] for name, metric in _measures(pl_module).items() if metric in metrics}
 
 
 def _headline(metrics: dict[str, float], sets: Iterable[str]) -> dict[str, float]:

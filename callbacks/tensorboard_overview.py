@@ -3,8 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-
-from hybrid_lightning.callbacks.display import tensorboard_writers
+from lightning.pytorch.loggers import TensorBoardLogger
 
 # TensorBoard orders groups and cards by name, and digits come first.
 GROUP = "0_overview"
@@ -43,9 +42,10 @@ class TensorBoardOverview(Callback):
     def _write(self, trainer: Trainer, wanted: tuple[str, ...], first: int) -> None:
         if not trainer.is_global_zero:
             return
+        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         for number, name_or_stem in enumerate(wanted, start=first):
             for name, value in trainer.callback_metrics.items():
                 stem = name.rstrip("0123456789") if name_or_stem.endswith("@") else name
                 if stem == name_or_stem:
-                    for writer in tensorboard_writers(trainer):
+                    for writer in writers:
                         writer.add_scalar(f"{GROUP}/{number} {name.replace('/', ' ')}", float(value), trainer.global_step)

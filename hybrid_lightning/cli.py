@@ -9,8 +9,11 @@ from typing import Any, NoReturn
 import jsonargparse
 import transformers
 import yaml
+from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import hybrid_lightning.adapters.scorers
@@ -32,6 +35,8 @@ from hybrid_lightning.callbacks import (
     StepTimer,
     TensorBoardOverview,
 )
+from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
+from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
@@ -120,8 +125,13 @@ class SaveRunConfig(SaveConfigCallback):
         config = config.clone()
         for name in _METHOD_ARGUMENTS:
             config.pop(name, None)
-        # Running again into the same folder replaces the config, as it replaces everything else there.
-        super().__init__(parser, config, overwrite=True, **kwargs)
+        super().__init__(parser, config, **kwargs)
+
+    def save_config(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the loggers the file that has just been written."""
+        folder = run_folder(trainer)
+        if folder is not None:
+            log_config(trainer, folder / self.config_filename)
 
 
 class HybridLightningCLI(LightningCLI):
@@ -205,6 +215,8 @@ class HybridLightningCLI(LightningCLI):
         except (TypeError, ValueError) as error:  # Lightning's own checks of its flags
             raise ConfigError(f"trainer: {error}") from error
         assert isinstance(trainer, Trainer)
+        # The config is there before the modules are scored, which may take an hour and be stopped.
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, (StepTimer, SaveRunConfig)))  # type: ignore[attr-defined]
         return trainer
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -220,8 +232,9 @@ class HybridLightningCLI(LightningCLI):
         self.model.adapter_target.to("meta")
 
     def _add_instantiators(self) -> None:
-        """Make no policy where its arguments are all that is wanted."""
+        """Make the MLflow logger that works, and no policy where its arguments are all that is wanted."""
         super()._add_instantiators()
+        self.parser.add_instantiator(_mlflow_logger, MLFlowLogger)
         if self.subcommand == "plan":
             self.parser.add_instantiator(_arguments_of, LanguageModule, subclasses=True)
 
@@ -237,6 +250,10 @@ def _arguments_of(policy: type, *given: Any, applied_instantiation_links: Any, *
     if not issubclass(policy, PolicyModule):
         raise ConfigError(f"plan knows the memory of PolicyModule, but model is a {policy.__name__}; give a config of RL")
     return policy_arguments(policy, *given, **named)
+
+
+def _mlflow_logger(logger: type, *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:
+    return (NamingMLFlowLogger if logger is MLFlowLogger else logger)(*given, **named)
 
 
 def main(signals: StopSignals | None = None) -> None:

@@ -11,6 +11,7 @@ from hybrid_lightning.callbacks.display import console
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.policy_export import policy_in_training
+from hybrid_lightning.callbacks.run_folder import RunFolder, find_run_folder, run_folder
 from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export.checkpoint import policy_of_checkpoint
@@ -26,7 +27,8 @@ from hybrid_lightning.memory.table import notes, rich_table, title
 class Trainer(LightningTrainer):
     """Lightning's Trainer, which tells `setup` hooks the checkpoint that is about to be loaded, scores modules and exports.
 
-    The time that checkpoints take is told to `StepTimer`, which has no hook around them.
+    The time that checkpoints take is told to `StepTimer`, which has no hook around them. Whatever the loggers, a run has a folder
+    of its own, `log_dir`, in which they, checkpoints and callbacks keep their files (see `RunFolder`).
     """
 
     command = "fit"  # whose setup and training `fit` is
@@ -44,7 +46,24 @@ class Trainer(LightningTrainer):
         # Lightning sets `trainer.ckpt_path` only after the setup hooks; HybridAdapterSetup has to know the checkpoint's plan
         # before, or it would score the modules anew.
         self._checkpoint_connector._ckpt_path = ckpt_path
-        return super()._run(model, ckpt_path, weights_only)
+        folder = find_run_folder(self)
+        if folder is None:
+            self.callbacks.insert(0, folder := RunFolder())  # type: ignore[attr-defined]
+        try:
+            return super()._run(model, ckpt_path, weights_only)
+        except BaseException:
+            if self.is_global_zero:
+                folder.give_back()
+            raise
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run's folder, whatever the loggers; None under `fast_dev_run`.
+
+        All processes have to ask for it together the first time, as Lightning does before it lets loggers begin.
+        """
+        folder = run_folder(self)
+        return None if folder is None else str(folder)
 
     def save_checkpoint(self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None) -> None:
         """Save a checkpoint as Lightning does, and time it."""

@@ -33,7 +33,7 @@ FIT = (
     "--model.max_tokens_per_micro_batch=100",
     "--checkpoint.monitor=val/avg@2",
 )
-# Where a signal comes: function, and which of its calls. What comes before it: 3 parts of calibration with completions and rewards.
+# Where a signal comes: a function, and which of its calls. Three rollouts score the modules.
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "the first completions for scoring": (Sampler, "sample", 1),
     "later completions for scoring": (Sampler, "sample", 3),

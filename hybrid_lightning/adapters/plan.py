@@ -113,6 +113,10 @@ class AdapterPlan:
         """All modules by descending score, for the screen."""
         return plan_table.rich_table(self)
 
+    def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The same table as columns and rows, for loggers."""
+        return plan_table.rows(self)
+
     def markdown(self) -> str:
         """The same table as Markdown, for TensorBoard's text page."""
         return plan_table.markdown(self)

@@ -1,4 +1,4 @@
-"""A plan as a table: for the screen (rich) and for TensorBoard (Markdown)."""
+"""A plan as a table: for the screen (rich), for TensorBoard (Markdown) and for other loggers (columns and rows)."""
 
 from typing import TYPE_CHECKING
 
@@ -21,14 +21,19 @@ def rich_table(plan: "AdapterPlan") -> Table:
     return table
 
 
+def rows(plan: "AdapterPlan") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The names of the columns, and all modules by descending score."""
+    return _COLUMNS, [_cells(module) for module in _by_score(plan)]
+
+
 def markdown(plan: "AdapterPlan") -> str:
     """All modules by descending score, the fully trained ones in bold."""
-    rows: list[tuple[str, ...]] = [_COLUMNS, ("---", "---:", "---:", "---:", "---")]
+    lines: list[tuple[str, ...]] = [_COLUMNS, ("---", "---:", "---:", "---:", "---")]
     for module in _by_score(plan):
         name, *rest, mode = _cells(module)
         mark = "**" if mode == "full" else ""
-        rows.append((f"{mark}{name}{mark}", *rest, f"{mark}{mode}{mark}"))
-    return f"{title(plan)}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+        lines.append((f"{mark}{name}{mark}", *rest, f"{mark}{mode}{mark}"))
+    return f"{title(plan)}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
 
 
 def title(plan: "AdapterPlan") -> str:

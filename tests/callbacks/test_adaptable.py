@@ -81,7 +81,7 @@ def test_it_is_adapted_and_learns(tmp_path):
     assert len(module.plan.full_modules) == 3 and module.plan.scorer["class_path"].endswith("PreconditionedTail")
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert trainable == module.plan.trainable_parameters()
-    assert AdapterPlan.load(tmp_path / "plan.json") == module.plan
+    assert AdapterPlan.load(tmp_path / "version_0" / "plan.json") == module.plan
 
 
 def test_its_plan_is_that_of_the_mean_gradient(tmp_path):
@@ -130,18 +130,18 @@ def test_another_plan_than_the_checkpoints_is_refused(tmp_path):
     _, trainer = trained(tmp_path / "a")
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     trained(tmp_path / "b", build_adapter(0.5))
-    adapter = HybridAdapterSetup(plan=str(tmp_path / "b" / "plan.json"))
+    adapter = HybridAdapterSetup(plan=str(tmp_path / "b" / "version_0" / "plan.json"))
     with pytest.raises(CheckpointError, match="is not the plan of the checkpoint"):
         build_trainer(tmp_path, adapter).fit(Supervised(), ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_a_plan_for_other_weights_is_refused(tmp_path):
     trained(tmp_path)
-    adapter = HybridAdapterSetup(plan=str(tmp_path / "plan.json"))
+    adapter = HybridAdapterSetup(plan=str(tmp_path / "version_0" / "plan.json"))
     with pytest.raises(PlanError, match="with other weights"):
         build_trainer(tmp_path, adapter).fit(Supervised(seed=1))
     module = Supervised()
-    build_trainer(tmp_path, HybridAdapterSetup(plan=str(tmp_path / "plan.json"))).fit(module)
+    build_trainer(tmp_path, HybridAdapterSetup(plan=str(tmp_path / "version_0" / "plan.json"))).fit(module)
     assert module.scored == 0
 
 

@@ -39,15 +39,15 @@ def data(folder, named=True, split="test"):
 
 
 def evaluate(folder, root, command="test", named=True, **flags):
-    logger = TensorBoardLogger(root, name="", version="")
+    logger = TensorBoardLogger(root, name="")
     trainer = build_trainer(root, EvaluationReport(), logger=logger, **flags)
     policy = build_policy(folder / "model", reward=StartsWithDigit())
     getattr(trainer, command)(policy, datamodule=data(folder, named), verbose=False)
-    return json.loads((root / "evaluation.json").read_text())
+    return json.loads((root / "version_0" / "evaluation.json").read_text())
 
 
 def scalars(root):
-    events = EventAccumulator(str(root)).Reload()
+    events = EventAccumulator(str(root / "version_0")).Reload()
     return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
 
 
@@ -80,7 +80,7 @@ def test_table_file_and_tensorboard_have_the_same_numbers_of_each_set(folder, tm
     for name in ROWS:
         assert table[name] == [shown(values, name) for values in columns.values()]
     assert re.search(r"^Test *$", output, re.M) and re.search(r"easy +┃ +hard +┃ +mean of sets", output)
-    assert f"Written to {tmp_path / 'evaluation.json'}" in " ".join(output.split())
+    assert f"Written to {tmp_path / 'version_0' / 'evaluation.json'}" in " ".join(output.split())
     easy, hard, overall = (values["avg@2"] for values in columns.values())
     assert overall == pytest.approx((easy + hard) / 2) and report["overall"]["problems"] == 12
 
@@ -112,8 +112,8 @@ def test_a_fit_shows_named_sets_and_monitors_either_name(folder, tmp_path, capsy
     names = re.findall(r"([a-z_]+(?:@\d)?) [\d.]+", lines[0].partition(":")[2])
     expected = ["greedy_accuracy", "greedy_reward", "avg@2", "pass@2", "maj@2", "reward", "completion_length", "truncation_rate"]
     assert len(lines) == 1 and names == expected
-    report = json.loads((tmp_path / "evaluation.json").read_text())
-    after = json.loads((tmp_path / "summary.json").read_text())["validation"]["after"]
+    report = json.loads((tmp_path / "version_0" / "evaluation.json").read_text())
+    after = json.loads((tmp_path / "version_0" / "summary.json").read_text())["validation"]["after"]
     assert report["step"] == 2 and report["sets"]["hard"]["avg@2"] == after["val/hard/avg@2"]
     assert float(best.best_model_score) >= after["val/hard/avg@2"] and stop.best_score >= after["val/avg@2"]
 

@@ -118,14 +118,16 @@ def test_the_start_policy_is_the_base_model_bit_for_bit(model, sums, tmp_path, a
 def test_the_ends_of_the_line_need_no_rollouts(model, sums, tmp_path, share):
     policy = set_up(model, sums, tmp_path, build_adapter(share, picture=True), policy={"reward": Constant()})
     assert policy.plan.scorer is None and all(module.score is None for module in policy.plan.candidates)
-    assert policy.last_rollout is None and not (tmp_path / "plan.png").exists()
+    assert (
+        policy.last_rollout is None and (tmp_path / "version_0").is_dir() and not (tmp_path / "version_0" / "plan.png").exists()
+    )
 
 
 @pytest.mark.parametrize("kind", [getattr(scorers, name) for name in scorers.__all__ if name != "Scorer"])
 def test_every_scorer_makes_a_plan(model, sums, tmp_path, kind):
     few = {"max_tokens_per_micro_batch": 100}  # several losses, which SpectrumSNR compares
     policy = set_up(model, sums, tmp_path, build_adapter(scorer=kind(), calibration_prompts=12), policy=few)
-    plan = AdapterPlan.load(tmp_path / "plan.json")
+    plan = AdapterPlan.load(tmp_path / "version_0" / "plan.json")
     assert plan.digest == policy.plan.digest and len(plan.full_modules) == 3
     assert plan.scorer["class_path"].endswith(f".{kind.__name__}")
     best = sorted((module.score for module in plan.candidates), reverse=True)[:4]
@@ -160,22 +162,19 @@ def test_as_many_prompts_as_one_rollout_has_are_scored_unless_a_number_is_given(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_process_joins_in_naming_the_run_folder_and_the_first_one_shows_the_plan(model, sums, tmp_path, monkeypatch, rank):
-    adapter, asked = build_adapter(), []
+def test_the_first_process_alone_shows_the_plan(model, sums, tmp_path, monkeypatch, rank):
+    adapter = build_adapter()
     policy = set_up(model, sums, tmp_path, adapter)
-    for file in tmp_path.iterdir():
-        file.unlink()
+    (tmp_path / "version_0" / "plan.json").unlink()
     monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: rank == 0))
-    monkeypatch.setattr(Trainer, "log_dir", property(lambda self: asked.append(rank) or str(tmp_path)))  # a broadcast
     adapter.setup(policy.trainer, policy, "fit")
-    assert asked
-    assert (tmp_path / "plan.json").exists() == (rank == 0)
+    assert (tmp_path / "version_0" / "plan.json").exists() == (rank == 0)
 
 
 def test_the_plan_is_written_and_shown(model, sums, tmp_path, capsys):
     policy = set_up(model, sums, tmp_path)
-    assert AdapterPlan.load(tmp_path / "plan.json") == policy.plan
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert AdapterPlan.load(tmp_path / "version_0" / "plan.json") == policy.plan
+    assert (tmp_path / "version_0" / "plan.png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
     assert "3 fully trained, 11 with LoRA of rank 2" in output and all(name in output for name in policy.plan.full_modules)
 
@@ -198,13 +197,13 @@ def test_a_plan_of_another_model_is_refused(model, sums, tmp_path):
     set_up(model, sums, tmp_path)
     other = write_model(tmp_path / "other", seed=1)
     with pytest.raises(PlanError, match=r"the plan was made for model .* but this model has digest"):
-        set_up(other, sums, tmp_path, HybridAdapterSetup(plan=str(tmp_path / "plan.json")))
+        set_up(other, sums, tmp_path, HybridAdapterSetup(plan=str(tmp_path / "version_0" / "plan.json")))
 
 
 def test_a_plan_beside_an_applied_one_is_refused(model, sums, tmp_path):
     policy = set_up(model, sums, tmp_path / "a")
     set_up(model, sums, tmp_path / "b", build_adapter(0.5))
-    trainer = build_trainer(tmp_path, HybridAdapterSetup(plan=str(tmp_path / "b" / "plan.json")))
+    trainer = build_trainer(tmp_path, HybridAdapterSetup(plan=str(tmp_path / "b" / "version_0" / "plan.json")))
     with pytest.raises(PlanError, match=r"cannot take adapter\.plan=.* load the model anew"):
         trainer.fit(policy, datamodule=build_data(sums))
 
@@ -242,10 +241,10 @@ def test_setup_again_changes_nothing(model, sums, tmp_path):
 def test_a_policy_that_is_adapted_already_brings_its_plan_into_the_run_folder(model, sums, tmp_path):
     policy = set_up(model, sums, tmp_path / "a")
     build_trainer(tmp_path / "b", build_adapter(0.5), max_steps=1).fit(policy, datamodule=build_data(sums))
-    assert (tmp_path / "b" / "plan.json").read_text() == (tmp_path / "a" / "plan.json").read_text()
+    assert (tmp_path / "b" / "version_0" / "plan.json").read_text() == (tmp_path / "a" / "version_0" / "plan.json").read_text()
 
 
 def test_evaluation_alone_adapts_nothing(model, sums, tmp_path):
     policy = build_policy(model)
     build_trainer(tmp_path, build_adapter()).validate(policy, datamodule=build_data(sums, validation_fraction=0.2), verbose=False)
-    assert policy.plan is None and not (tmp_path / "plan.json").exists()
+    assert policy.plan is None and not list(tmp_path.rglob("plan.json"))

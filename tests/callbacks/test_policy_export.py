@@ -35,7 +35,7 @@ def exports(folder):
 
 def test_at_the_end_of_training(model, sums, tmp_path):
     module = fit(model, sums, tmp_path, RunSummary(), PolicyExport(MergedModel("float32")))
-    folder = tmp_path / "export" / "merged"
+    folder = tmp_path / "version_0" / "export" / "merged"
     assert exports(folder) == ["step=2"]
     loaded = AutoModelForCausalLM.from_pretrained(folder / "step=2")
     torch.testing.assert_close(logits(loaded), logits(module.model), rtol=0, atol=1e-5)
@@ -63,7 +63,7 @@ def test_from_a_running_job_which_goes_on_as_without(model, sums, tmp_path):
 
 def test_a_last_step_that_was_exported_is_not_again(model, sums, tmp_path):
     fit(model, sums, tmp_path, PolicyExport(AdapterFolder(), every_n_steps=1))
-    assert exports(tmp_path / "export" / "adapter") == ["step=1", "step=2"]
+    assert exports(tmp_path / "version_0" / "export" / "adapter") == ["step=1", "step=2"]
 
 
 def test_exports_of_another_run_are_found_before_training(model, sums, tmp_path):
@@ -89,7 +89,7 @@ def test_a_resumed_run_exports_beside_what_is_there(model, sums, tmp_path):
 def test_a_form_that_cannot_hold_the_plan_is_refused_before_training(model, sums, tmp_path):
     with pytest.raises(ConfigError, match="form=LoraFolder: the plan trains 3 modules fully"):
         fit(model, sums, tmp_path, PolicyExport(LoraFolder()))
-    assert not (tmp_path / "export").exists()
+    assert not list(tmp_path.rglob("export"))
 
 
 def test_a_trial_run_leaves_nothing(model, sums, tmp_path):

@@ -6,6 +6,7 @@ from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, 
 
 from hybrid_lightning.callbacks import PredictionWriter
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.rollout.sampler import Sampler
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +33,43 @@ def read(path):
 
 def test_every_test_prompt_has_its_line(model, sums, tmp_path, capsys):
     data = predict(model, sums, tmp_path, PredictionWriter())
-    records = read(tmp_path / "predictions.jsonl")
+    records = read(tmp_path / "version_0" / "predictions.jsonl")
     assert [record["index"] for record in records] == [prompt.index for prompt in data.test_prompts] and len(records) == 12
     for record, prompt in zip(records, data.test_prompts, strict=True):
         assert (record["prompt"], record["answer"]) == (prompt.text, prompt.answer)
         assert record["rewards"] == record["reward_parts"]["starts_with_digit"]
         assert record["rewards"] == StartsWithDigit()(record["completions"], [prompt] * 3) and len(record["rewards"]) == 3
         assert record["correct"] == [value == 1 for value in record["rewards"]]
-    assert f"Predictions written to {tmp_path / 'predictions.jsonl'}" in capsys.readouterr().out
+    assert f"Predictions written to {tmp_path / 'version_0' / 'predictions.jsonl'}" in capsys.readouterr().out
 
 
-def test_the_same_predictions_come_again_and_replace_the_file(model, sums, tmp_path):
+def test_a_file_that_is_there_is_refused_before_anything_is_generated(model, sums, tmp_path, monkeypatch):
     path = tmp_path / "new" / "folder" / "mine.jsonl"
     predict(model, sums, tmp_path, PredictionWriter(str(path)))
-    first = read(path)
-    predict(model, sums, tmp_path, PredictionWriter(str(path)))
-    assert read(path) == first
-    assert not (tmp_path / "predictions.jsonl").exists()
+    first = path.read_bytes()
+    assert len(read(path)) == 12 and not list(tmp_path.rglob("predictions.jsonl"))
+    monkeypatch.setattr(Sampler, "__call__", None)
+    with pytest.raises(ConfigError, match=r"predictions\.path: .*mine\.jsonl exists; give another path, or remove it"):
+        predict(model, sums, tmp_path, PredictionWriter(str(path)))
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_process_refuses_where_one_would(tmp_path, rank):
+    (tmp_path / "p.rank1.jsonl").touch()
+    writer = PredictionWriter(str(tmp_path / "p.jsonl"))
+    with pytest.raises(ConfigError, match=r"p\.rank1\.jsonl exists"):
+        writer.setup(SimpleNamespace(fast_dev_run=True, world_size=2, global_rank=rank), None, "predict")
+    writer.setup(SimpleNamespace(fast_dev_run=True, world_size=2, global_rank=rank), None, "fit")
+
+
+def test_a_trainer_that_predicts_again_gives_the_same_in_another_file(model, sums, tmp_path):
+    trainer = build_trainer(tmp_path, build_adapter(), PredictionWriter())
+    for _ in range(2):
+        policy = build_policy(model, reward=StartsWithDigit(), eval_samples=3)
+        trainer.predict(policy, datamodule=build_data(sums, test_fraction=0.5), return_predictions=False)
+    first, second = (read(tmp_path / "version_0" / f"{name}.jsonl") for name in ("predictions", "predictions-v1"))
+    assert len(first) == 12 and first == second
 
 
 def test_an_interrupted_run_keeps_what_it_has(model, sums, tmp_path):
@@ -60,7 +81,7 @@ def test_an_interrupted_run_keeps_what_it_has(model, sums, tmp_path):
     writer = Interrupted()
     with pytest.raises(RuntimeError, match="stopped"):
         predict(model, sums, tmp_path, writer)
-    assert len(read(tmp_path / "predictions.jsonl")) == 5 and writer._file is None
+    assert len(read(tmp_path / "version_0" / "predictions.jsonl")) == 5 and writer._file is None
 
 
 def test_a_trial_run_leaves_no_file(model, sums, tmp_path):
@@ -70,7 +91,7 @@ def test_a_trial_run_leaves_no_file(model, sums, tmp_path):
 
 def test_other_languages_stay_readable(tmp_path):
     writer = PredictionWriter(str(tmp_path / "p.jsonl"))
-    trainer = SimpleNamespace(fast_dev_run=True, log_dir=None, world_size=1)
+    trainer = SimpleNamespace(fast_dev_run=True, world_size=1, global_rank=0)
     writer.on_predict_start(trainer, None)
     writer.on_predict_batch_end(trainer, None, [{"prompt": "für 你\u2028\n"}], None, 0)
     writer.on_predict_end(trainer, None)
@@ -81,7 +102,7 @@ def test_other_languages_stay_readable(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_process_writes_its_own_file(tmp_path, rank):
     writer = PredictionWriter(str(tmp_path / "p.jsonl"))
-    trainer = SimpleNamespace(fast_dev_run=True, log_dir=None, world_size=2, global_rank=rank)
+    trainer = SimpleNamespace(fast_dev_run=True, world_size=2, global_rank=rank)
     writer.on_predict_start(trainer, None)
     writer.on_predict_end(trainer, None)
     assert [path.name for path in tmp_path.iterdir()] == [f"p.rank{rank}.jsonl"]

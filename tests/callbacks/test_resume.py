@@ -143,7 +143,7 @@ MOMENTS = [{"batch": 1}, {"batch": 4}, {"batch": 7}, {"batch": 8}, {"batch": 16}
 )
 def test_a_signal_leaves_a_checkpoint_that_resumes_exactly(folder, tmp_path, unstopped, number, when):
     first, _ = run(folder, tmp_path, callbacks=[SignalAt(number, **when)])
-    checkpoint = tmp_path / "checkpoints" / "stopped.ckpt"
+    checkpoint = tmp_path / "version_0" / "checkpoints" / "stopped.ckpt"
     assert checkpoint.is_file() and len(first) < len(unstopped[0])
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     rest, policy = run(folder, tmp_path, ckpt=checkpoint)
@@ -164,7 +164,7 @@ def test_a_reward_that_fails_leaves_a_checkpoint_that_resumes_exactly(folder, tm
     with pytest.raises(RewardError, match=r"the quota is used up \(test_resume.py line \d+\)"):
         run(folder, tmp_path)
     monkeypatch.undo()
-    checkpoint = tmp_path / "checkpoints" / "stopped.ckpt"
+    checkpoint = tmp_path / "version_0" / "checkpoints" / "stopped.ckpt"
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     rest, policy = run(folder, tmp_path, ckpt=checkpoint)
     assert step > 0
@@ -199,7 +199,7 @@ def test_a_checkpoint_holds_trainable_weights_only_and_loads_alone(folder, tmp_p
 
 def stopped(folder, tmp_path):
     run(folder, tmp_path, callbacks=[SignalAt(signal.SIGINT, batch=4)])
-    return tmp_path / "checkpoints" / "stopped.ckpt"
+    return tmp_path / "version_0" / "checkpoints" / "stopped.ckpt"
 
 
 def test_another_model_than_the_checkpoints_is_refused(folder, tmp_path):

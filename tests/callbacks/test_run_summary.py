@@ -33,7 +33,9 @@ def run(model, sums, root, *callbacks, ckpt=None, data=None, policy=None, timed=
     flags = {"num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 4, "max_steps": 6, **flags}
     trainer = build_trainer(root, *timers, RunSummary(), build_adapter(), *callbacks, **flags)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt)
-    return module, (json.loads((root / "summary.json").read_text()) if (root / "summary.json").exists() else None)
+    written = list(root.rglob("summary.json"))
+    assert len(written) == (not trainer.fast_dev_run)
+    return module, json.loads(written[0].read_text()) if written else None
 
 
 def validate(module, sums, root):
@@ -44,9 +46,9 @@ def validate(module, sums, root):
 @pytest.fixture(scope="module")
 def whole(model, sums, tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
-    saver = ModelCheckpoint(root / "checkpoints", save_last=True, every_n_train_steps=2, filename="{step}", save_top_k=-1)
+    saver = ModelCheckpoint(save_last=True, every_n_train_steps=2, filename="{step}", save_top_k=-1)
     module, summary = run(model, sums, root, saver, enable_checkpointing=True)
-    return root, module, summary
+    return root / "version_0", module, summary
 
 
 def test_accuracies_are_those_of_validations_before_and_after(model, sums, tmp_path, whole):
@@ -79,7 +81,9 @@ def test_the_screen_says_what_happened(model, sums, tmp_path, capsys):
     output = capsys.readouterr().out
     before, after = summary["accuracy_before"], summary["accuracy_after"]
     assert f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points)" in output
-    assert "Validation (start)" in output and "Validation (step 2)" in output and f"Run folder: {tmp_path}" in output
+    assert (
+        "Validation (start)" in output and "Validation (step 2)" in output and f"Run folder: {tmp_path / 'version_0'}" in output
+    )
     assert "Next:" not in output, "without a checkpoint there is nothing to test"
 
 
@@ -177,7 +181,7 @@ def test_a_sanity_check_of_a_part_is_no_accuracy_before(model, sums, tmp_path):
 
 def test_fast_dev_run_writes_nothing(model, sums, tmp_path):
     _, summary = run(model, sums, tmp_path, fast_dev_run=True)
-    assert summary is None and not (tmp_path / "summary.json").exists()
+    assert summary is None and not list(tmp_path.rglob("summary.json"))
 
 
 def test_the_command_names_an_environment_that_is_not_activated(monkeypatch, tmp_path):

@@ -1,0 +1,244 @@
+"""All that differs between loggers: TensorBoard, CSV, Weights & Biases, MLflow; any other gets scalars and hyperparameters.
+
+Scalars and hyperparameters reach every logger through Lightning. Tables, pictures and texts are here, under names that each
+logger accepts.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.logger import _convert_params, _flatten_dict, _sanitize_params
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from hybrid_lightning.metrics import LOWER, UPPER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SQLITE = "sqlite:///"
+
+
+# ---- where a logger keeps its files
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a logger has the files of its runs."""
+
+    parent: Path  # the folder with one folder for each run
+    version: int | str | None  # the run that was asked for
+    has_versions: bool  # whether the logger writes into `parent/version_N`
+
+
+def keeps_files_in_a_version(logger: Logger) -> bool:
+    """Whether a logger writes into a folder ROOT/NAME/version_N."""
+    return isinstance(logger, (TensorBoardLogger, CSVLogger)) and "://" not in str(logger.save_dir)
+
+
+def where(logger: Logger, fallback: Path) -> Place:
+    """Where a logger keeps its files, or would on this machine.
+
+    Args:
+        logger: Any.
+        fallback: The root, if the logger has none here.
+    """
+    if isinstance(logger, (TensorBoardLogger, CSVLogger)) and keeps_files_in_a_version(logger):
+        parent = Path(os.path.expanduser(os.path.expandvars(logger.root_dir)))
+        return Place(parent, logger._version, True)  # asking `version` would choose one
+    root = logger.save_dir
+    local = fallback if root in (None, ".") or "://" in str(root) else Path(str(root))  # "." is the default of WandbLogger
+    return Place(local / (_project(logger) or "default").replace("/", "_"), None, False)
+
+
+def _project(logger: Logger) -> str | None:
+    if isinstance(logger, MLFlowLogger):
+        return logger._experiment_name  # its `name` is a number, for which it asks the store
+    if isinstance(logger, WandbLogger) and logger.name == "lightning_logs":  # the default: no project was given
+        return logger._name or logger.name
+    return logger.name if isinstance(logger.name, str) else None
+
+
+def made_already(logger: Logger) -> bool:
+    """Whether a logger has begun to write."""
+    return getattr(logger, "_experiment", None) is not None
+
+
+def put_into(loggers: Sequence[Logger], version: int | str) -> None:
+    """Let loggers that have not begun write into the folder of a version, which is there and empty."""
+    new = [logger for logger in loggers if keeps_files_in_a_version(logger) and not made_already(logger)]
+    for logger in new:
+        logger._version = version  # type: ignore[attr-defined]
+    for logger in new:
+        if isinstance(logger, CSVLogger):
+            _ = logger.experiment  # which warns of any file in its folder, so before others make theirs
+
+
+# ---- what they are given
+
+
+def log_table(
+    trainer: Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int, markdown: str
+) -> None:
+    """Add a page of rows to each logger's table; on the first process alone.
+
+    Args:
+        trainer: Has the loggers.
+        name: Of the table.
+        columns: Its head; a column `step` is put in front where a logger has no steps for tables.
+        rows: Texts and numbers.
+        step: Optimizer step of the page.
+        markdown: The page as TensorBoard shows it.
+    """
+    for logger in _loggers(trainer):
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(name, markdown, step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_table(name, columns=list(columns), data=[list(row) for row in rows], step=step)
+        elif isinstance(logger, MLFlowLogger) and rows:
+            content = {"step": [step] * len(rows), **{column: [row[i] for row in rows] for i, column in enumerate(columns)}}
+            logger.experiment.log_table(logger.run_id, content, f"{name}.json")  # appends
+        elif isinstance(logger, CSVLogger):
+            path = Path(logger.log_dir, f"{name}.csv")
+            new = not path.exists()
+            with path.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerows([["step", *columns]] if new else [])
+                writer.writerows([step, *row] for row in rows)
+
+
+def log_figure(trainer: Trainer, name: str, figure: "Figure", step: int) -> None:
+    """Show a picture; CSV has none."""
+    for logger in _loggers(trainer):
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, step, close=False)
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(name, [figure], step=step)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_figure(logger.run_id, figure, f"{name}.png")
+
+
+def log_histogram(trainer: Trainer, name: str, values: torch.Tensor, step: int) -> None:
+    """Show how values are distributed, where a logger has histograms."""
+    for logger in _loggers(trainer):
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_histogram(name, values, step)
+        elif isinstance(logger, WandbLogger):
+            import wandb
+
+            logger.experiment.log({name: wandb.Histogram(values.tolist()), "trainer/global_step": step})
+
+
+def log_config(trainer: Trainer, path: Path) -> None:
+    """Keep the run's config file; a CSV log has it beside itself."""
+    for logger in _loggers(trainer):
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("config", f"```yaml\n{path.read_text(encoding='utf-8')}\n```", 0)
+        elif isinstance(logger, WandbLogger):
+            logger.experiment.save(str(path.absolute()), base_path=str(path.parent.absolute()), policy="now")
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_artifact(logger.run_id, str(path))
+
+
+def log_numbers(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
+    """Give scalars to every logger at once, whatever `log_every_n_steps` says."""
+    for logger in trainer.loggers if values else ():
+        logger.log_metrics(dict(values), step)
+
+
+def show_hyperparameters(trainer: Trainer, hyperparameters: Mapping[str, Any], metrics: Sequence[str]) -> None:
+    """Make TensorBoard's page of hyperparameters, which needs to know beforehand which scalars are its results."""
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = _sanitize_params(_flatten_dict(_convert_params(dict(hyperparameters))))
+    for logger in _loggers(trainer):
+        if isinstance(logger, TensorBoardLogger):
+            writer = logger.experiment._get_file_writer()
+            for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
+                writer.add_summary(summary, 0)
+
+
+def hints(trainer: Trainer, folder: Path) -> list[str]:
+    """What to type or open to see the curves of a run, for each logger."""
+    return [hint for logger in trainer.loggers if (hint := _hint(logger, folder))]
+
+
+def _hint(logger: Logger, folder: Path) -> str | None:
+    if isinstance(logger, TensorBoardLogger):
+        return f"tensorboard --logdir {folder if keeps_files_in_a_version(logger) else logger.log_dir}"
+    if isinstance(logger, CSVLogger):
+        return str(Path(logger.log_dir, "metrics.csv"))
+    if isinstance(logger, WandbLogger):
+        run = logger.experiment
+        return f"wandb sync {_from_here(Path(run.dir).parent)}" if logger._offline else run.url
+    if isinstance(logger, MLFlowLogger):
+        uri = logger._tracking_uri
+        return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    return None
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _loggers(trainer: Trainer) -> Sequence[Logger]:
+    return trainer.loggers if trainer.is_global_zero else ()
+
+
+# ---- MLflow
+
+
+class NamingMLFlowLogger(MLFlowLogger):
+    """Lightning's `MLFlowLogger` under names that every store of MLflow takes, with a store that MLflow still offers.
+
+    The command line makes it wherever a config says `MLFlowLogger`. In a name `@` becomes `_at_`; and since some stores keep a
+    metric as a file, so that `val/x` cannot lie beside `val/x/ci_low`, the ends of an interval become `val/x_ci_low` and
+    `val/x_ci_high`. Without a `tracking_uri` (or `MLFLOW_TRACKING_URI`), runs go into `SAVE_DIR/mlflow.db`: MLflow refuses
+    Lightning's default, a plain folder.
+
+    Args:
+        tracking_uri: None takes `sqlite:///SAVE_DIR/mlflow.db`.
+        save_dir: A local folder.
+        artifact_location: None takes the folder `mlartifacts` beside a SQLite file.
+        arguments: The others of `MLFlowLogger`.
+    """
+
+    def __init__(
+        self,
+        *,
+        tracking_uri: str | None = None,
+        save_dir: str | None = "./mlruns",
+        artifact_location: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{Path(save_dir or '.') / 'mlflow.db'}"
+        self._folder = Path(uri.removeprefix(_SQLITE)).parent if uri.startswith(_SQLITE) else None
+        if self._folder is not None and artifact_location is None:
+            artifact_location = (self._folder.absolute() / "mlartifacts").as_uri()  # wherever `mlflow ui` is started from
+        super().__init__(tracking_uri=uri, save_dir=save_dir, artifact_location=artifact_location, **arguments)
+
+    @property
+    def save_dir(self) -> str | None:
+        """The folder of the store, if it is on this machine."""
+        return super().save_dir if self._folder is None else str(self._folder)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log under names that MLflow takes."""
+        super().log_metrics({_mlflow_name(name): value for name, value in metrics.items()}, step)
+
+    def log_hyperparams(self, params: Any) -> None:
+        """Log under names that MLflow takes; Lightning cuts values after 250 characters."""
+        super().log_hyperparams({_mlflow_name(name): value for name, value in _flatten_dict(_convert_params(params)).items()})
+
+
+def _mlflow_name(name: str) -> str:
+    for bound in (LOWER, UPPER):
+        if name.endswith(f"/{bound}"):
+            name = f"{name.removesuffix(f'/{bound}')}_{bound}"
+    return re.sub(r"[^\w/. -]", "_", name.replace("@", "_at_"), flags=re.ASCII)

@@ -1,0 +1,83 @@
+"""Ranks stop together, whichever of them a signal reaches, all save, and the run goes on as if it had not been stopped."""
+
+import os
+import re
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from cli_runs import run as run_command
+from cli_runs import write_folder
+from ranks_of_tests import run
+from test_stops import FIT, MOMENTS, Sent, points, run_of
+
+from hybrid_lightning.adapters.plan import AdapterPlan
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "strategy"
+STRATEGIES = {
+    "ddp": [f"--config={CONFIGS / 'ddp.yaml'}"],
+    "fsdp2": [f"--config={CONFIGS / 'fsdp2.yaml'}"],
+    "fsdp2, sharded": [f"--config={CONFIGS / 'fsdp2.yaml'}", "--trainer.strategy.save_distributed_checkpoint=true"],
+    "fsdp1": [f"--config={CONFIGS / 'fsdp.yaml'}"],
+}
+# What stops: the moment, and the ranks that hear of it; rank 0 alone scores.
+STOPS = {
+    "ddp": [
+        ("a reward for scoring", {0}),
+        ("the first validation", {1}),
+        ("the second rollout", {0, 1}),
+        ("the middle of a later step", {1}),
+        ("a validation", {0}),
+    ],
+    "fsdp2": [
+        ("the first rollout", {1}),
+        ("the middle of a later step", {0, 1}),
+        ("old log-probabilities", {0}),
+        ("a validation", {1}),
+    ],
+    "fsdp2, sharded": [("the last update of an epoch", {0})],
+    "fsdp1": [("the middle of the first step", {1}), ("the second rollout", {0})],
+}
+
+
+def stop_and_go_on(folder, name):
+    """On each rank: a whole run, and for each stop one that is stopped and one that goes on from it; codes and printed texts."""
+    rank = int(os.environ["LOCAL_RANK"])
+    fit = [*FIT[:2], *STRATEGIES[name], *FIT[2:], "--trainer.devices=2"]
+    results = [run_command(folder, *fit)]
+    for number, (moment, ranks) in enumerate(STOPS[name]):
+        with pytest.MonkeyPatch.context() as patch:
+            Sent(patch, MOMENTS[moment], signal.SIGTERM if rank in ranks else 0)
+            results.append(run_command(folder, *fit))
+        said = folder / f"{name} {number}"
+        if rank == 0:  # which alone prints
+            (folder / "said").write_text(results[-1].out)
+            (folder / "said").rename(said)
+        while not said.exists():
+            time.sleep(0.05)
+        commands = re.findall(r"hybrid_lightning (fit --config .+)", said.read_text())
+        assert commands, f"{moment}: {results[-1]}"
+        results.append(run_command(folder, *shlex.split(commands[-1])))
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yield from write_folder(tmp_path_factory.mktemp("stopped"))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_ranks_stop_together_and_go_on(folder, tmp_path, name):
+    ranks = run(2, tmp_path, stop_and_go_on, timeout_s=300, folder=folder, name=name)
+    whole, *others = zip(*ranks, strict=True)
+    assert [result.code for result in whole] == [0, 0], whole[0].err[-2000:]
+    expected = points(run_of(whole[0], folder))
+    digest = AdapterPlan.load(str(run_of(whole[0], folder) / "plan.json")).digest
+    for (moment, _), stopped, resumed in zip(STOPS[name], others[::2], others[1::2], strict=True):
+        assert [result.code for result in stopped] == [143, 143], (moment, stopped[0].err[-2000:], stopped[1].err[-2000:])
+        assert [result.code for result in resumed] == [0, 0], (moment, resumed[0].err[-2000:])
+        runs = [run_of(result[0], folder) for result in (stopped, resumed)]
+        assert points(*runs) == expected, moment
+        assert AdapterPlan.load(str(runs[1] / "plan.json")).digest == digest, moment

@@ -14,7 +14,7 @@ from hybrid_lightning.callbacks.run_folder import find_run_folder, run_folder
 from hybrid_lightning.errors import RewardError
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import gather_counts
-from hybrid_lightning.stopping import RunStopped, StopSignals
+from hybrid_lightning.stopping import NOTHING_MADE, RunStopped, StopSignals
 
 # In a checkpoint: step and epoch as which a validation is logged that was due and had not ended.
 _VALIDATION_DUE = "validation_due"
@@ -233,7 +233,7 @@ def _go_on_from(trainer: Trainer) -> str:
     folder = None if holder is None else holder.path
     if folder is not None and (folder / SCORING).is_dir():
         return f"nothing has been trained yet; go on from what scoring has found:\n  {resume_command(trainer, folder / SCORING)}"
-    return "nothing has been made that a run could go on from; start the command again"
+    return NOTHING_MADE
 
 
 def _reward_failed(trainer: Trainer, exception: BaseException) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
+NOTHING_MADE = "nothing that a run could go on from has been made; start the command again"
+
 
 class RunStopped(SystemExit):
     """Ends a run that a signal asked to stop; the process exits with 128 + the signal's number, as shells have it.
@@ -44,7 +46,7 @@ class StopSignals:
     def __init__(self, started_by_rank: bool = False) -> None:
         self.requested = 0  # number of the first signal
         self.started_ranks: Sequence[int] = ()  # processes that this one started, which have to hear of it as well
-        self.last_words: Callable[[], str] = lambda: "nothing that a run could go on from has been made"
+        self.last_words: Callable[[], str] = lambda: NOTHING_MADE
         self.started_by_rank = started_by_rank
         self._deferred = 0
         self._previous: dict[signal.Signals, Any] = {}

@@ -1,5 +1,6 @@
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 
@@ -104,3 +105,19 @@ def test_python_dash_m_prepares_its_process():
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
     assert f"spins {process._SPINS} False" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_program_while_it_is_still_being_imported(tmp_path, number):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(300)\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "hybrid_lightning", "fit", "--config=none.yaml"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "PYTHONPATH": path}}
+    with subprocess.Popen(command, cwd=tmp_path, **options) as program:
+        assert program.stdout.readline() == "importing\n"
+        program.send_signal(number)
+        _, said = program.communicate(timeout=30)
+    assert program.returncode == 128 + number
+    assert said.splitlines()[-1] == (
+        f"stopped by {number.name}: nothing that a run could go on from has been made; start the command again"
+    )

@@ -139,7 +139,7 @@ class _Run:
         if "validating" in self.generated:
             batches.add((self.settings.eval_prompts, 1))  # the greedy completions
         if "calibrating" in found.moments:
-            batches.add((self._calibration_prompts, self.settings.samples_per_prompt))
+            batches.add((self._completed_together, self.settings.samples_per_prompt))
         split = not self.sharding.whole_on_every_device
         # Scoring comes before weights are split over processes.
         return max(
@@ -154,6 +154,11 @@ class _Run:
     def _calibration_prompts(self) -> int:
         return self.settings.calibration_prompts or self.settings.prompts_per_rollout
 
+    @property
+    def _completed_together(self) -> int:
+        """Of the calibration prompts."""
+        return min(self._calibration_prompts, self.settings.prompts_per_rollout)
+
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Parts:
         held = self.sharding.generating(sizes, self.optimizer.state)
         return _parts(held, self.traces.decoding(prompts, samples, sizes.share_full))
@@ -163,7 +168,7 @@ class _Run:
         settings = self.settings
         base = sizes.parameters * settings.dtype.itemsize
         prompts = self._calibration_prompts
-        generated = self.traces.decoding(prompts, settings.samples_per_prompt, None)
+        generated = self.traces.decoding(self._completed_together, settings.samples_per_prompt, None)
         longest = max(passes_of_scoring(settings, prompts), key=_tokens)
         # The sums of gradients are kept in the memory of the host.
         sums = settings.scoring_copies * FLOAT32 * sizes.candidates if settings.on_cpu else 0

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from cli_runs import run as run_command
 from cli_runs import write_folder
-from ranks_of_tests import run
+from lightning.pytorch import Callback
+from ranks_of_tests import run, start
 from test_stops import FIT, MOMENTS, Sent, points, run_of
 
 from hybrid_lightning.adapters.plan import AdapterPlan
@@ -81,3 +82,57 @@ def test_ranks_stop_together_and_go_on(folder, tmp_path, name):
         runs = [run_of(result[0], folder) for result in (stopped, resumed)]
         assert points(*runs) == expected, moment
         assert AdapterPlan.load(str(runs[1] / "plan.json")).digest == digest, moment
+
+
+class Slow(Callback):
+    """Takes long where a signal must not tear the run apart, once a checkpoint is there."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 4:
+            Path("slow").touch()
+            time.sleep(300)
+
+
+class Killed(Callback):
+    """Is killed by the system, two steps after a checkpoint."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 6:
+            trainer.logger.experiment.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit_with(folder, callback):
+    run_command(folder, *FIT, f"--trainer.callbacks+={callback.__module__}.{callback.__name__}")
+
+
+def test_a_second_signal_ends_the_process_where_it_is(folder, tmp_path):
+    (process,) = start(1, tmp_path, fit_with, folder=folder, callback=Slow)
+    deadline = time.monotonic() + 120
+    while not (folder / "slow").exists():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+    (folder / "slow").unlink()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(1)
+    assert process.is_alive(), "a step that is being made is not torn apart"
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(20)
+    assert process.exitcode == 128 + signal.SIGTERM
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(folder, tmp_path):
+    whole = run_command(folder, *FIT)
+    (process,) = start(1, tmp_path, fit_with, folder=folder, callback=Killed)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    killed = max((folder / "runs" / "default").iterdir(), key=lambda path: int(path.name.split("_")[1]))
+    resumed = run_command(
+        folder,
+        "fit",
+        f"--config={killed / 'config.yaml'}",
+        "--trainer.callbacks=null",
+        f"--ckpt_path={killed / 'checkpoints' / 'last.ckpt'}",
+    )
+    assert resumed.code == 0, resumed.err[-2000:]
+    assert points(killed, run_of(resumed, folder)) == points(run_of(whole, folder))

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -131,8 +132,8 @@ class KeptScoring:
             return None
         try:
             found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): remove it to make it again") from error
+        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+            raise CheckpointError(f"{path} cannot be read, as if it were damaged: remove it, so that it is made again") from error
         return found
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:

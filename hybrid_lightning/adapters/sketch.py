@@ -93,7 +93,9 @@ class SketchForm(GradientForm):
         with few_threads(size):
             q = torch.linalg.qr(y).Q
             psi_q = psi @ q
-            x = torch.linalg.lstsq(psi_q, w).solution
+            # Least squares; LAPACK's own routine for it gives other bits each time, by where its work space lies.
+            basis, triangle = torch.linalg.qr(psi_q)
+            x = torch.linalg.solve_triangular(triangle, basis.T @ w, upper=True)
         missed = float((w - psi_q @ x).square().sum()) / (size + 1)  # ||E||_F^2; l - k = k + 1
         # Energy of rows and of columns: that of Q X without its noise, and of what was missed the share that the sketches have.
         energy = x.square().sum()

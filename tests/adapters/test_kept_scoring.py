@@ -1,0 +1,143 @@
+"""Scoring that is stopped and goes on gives the very scores of one that was not stopped."""
+
+import signal
+
+import pytest
+import torch
+
+from hybrid_lightning.adapters.accumulators import ExactGradients
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.kept_scoring import KeptScoring, is_scoring
+from hybrid_lightning.adapters.scorers import PreconditionedTail, Probe, SpectrumSNR
+from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.sketch import SketchedGradients
+from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.stopping import RunStopped, StopSignals
+
+RANK = 2
+
+
+class StartLogprobs:
+    """Losses that compare with the model as it was when each was seen first, as those of policies do."""
+
+    def __init__(self, model, batches):
+        self.model, self.batches, self.first = model, batches, []
+
+    def __iter__(self):
+        return self.since(0)
+
+    def since(self, seen):
+        for number, tokens in enumerate(self.batches[seen:], start=seen):
+            loss = self.model(tokens, labels=tokens).loss
+            if number == len(self.first):
+                self.first.append(loss.detach())
+            yield (loss - self.first[number]).exp()
+
+    def state_dict(self):
+        return {"first": self.first}
+
+    def load_state_dict(self, state):
+        self.first = list(state["first"])
+
+    def value(self):
+        with torch.no_grad():
+            return sum(float(loss) for loss in self) / len(self.batches)
+
+
+class StopsAtModule:
+    """Stops while modules are scored."""
+
+    def __init__(self, scorer, module, signals):
+        self.scorer, self.module, self.signals, self.seen = scorer, module, signals, 0
+
+    def __getattr__(self, name):
+        return False if name == "concurrent" else getattr(self.scorer, name)
+
+    def score(self, statistics, rank):
+        self.seen += 1
+        if self.seen == self.module:
+            self.signals.requested = signal.SIGTERM
+            self.signals.check()
+        return self.scorer.score(statistics, rank)
+
+
+def scored(model, batches, scorer, mode, kept=None, at_loss=None):
+    losses = StartLogprobs(model, batches)
+
+    def on_loss(seen):
+        if seen == at_loss:
+            kept.signals.requested = signal.SIGTERM
+
+    candidates = find_candidates(model)
+    return score_modules(model, candidates, losses, scorer, RANK, mode, evaluate_loss=losses.value, kept=kept, on_loss=on_loss)
+
+
+@pytest.mark.parametrize("mode", [ExactGradients(), SketchedGradients(size=7)], ids=["exact", "sketched"])
+@pytest.mark.parametrize("scorer", [PreconditionedTail(), SpectrumSNR(), Probe()], ids=lambda scorer: type(scorer).__name__)
+def test_stopped_scoring_goes_on_to_the_same_scores(make_model, batches, tmp_path, scorer, mode):
+    if isinstance(scorer, Probe) and isinstance(mode, SketchedGradients):
+        pytest.skip("Probe needs the whole gradient")
+    model = make_model("llama")
+    whole = scored(model, batches, scorer, mode)
+    earlier = None
+    # Stopped once, twice, and then three modules further each time.
+    for number, at_loss in enumerate([2, 4, None, None]):
+        kept = KeptScoring(tmp_path / str(number), earlier, StopSignals())
+        stopping = scorer if at_loss else StopsAtModule(scorer, 4, kept.signals)
+        with pytest.raises(RunStopped):
+            scored(model, batches, stopping, mode, kept, at_loss)
+        earlier = tmp_path / str(number)
+        assert len(kept.scores) == (0 if at_loss else 3 * (number - 1)) and (earlier / "gradients.pt").is_file()
+    before = {path.name: path.read_bytes() for path in earlier.iterdir()}
+    kept = KeptScoring(tmp_path / "last", earlier)
+    assert scored(model, batches, scorer, mode, kept) == whole
+    assert not (tmp_path / "last" / "gradients.pt").exists(), "as large as the modules, and needed no more"
+    assert before == {path.name: path.read_bytes() for path in earlier.iterdir()}, "what a stopped run kept stays as it was"
+
+
+def test_losses_that_cannot_be_cut_are_computed_again_up_to_the_stop(make_model, losses, tmp_path):
+    model = make_model("llama")
+    candidates, scorer = find_candidates(model), PreconditionedTail()
+    whole = score_modules(model, candidates, losses(model), scorer, RANK)
+    kept = KeptScoring(tmp_path / "a")
+
+    def stop(seen):
+        kept.signals.requested = signal.SIGTERM if seen == 3 else 0
+
+    with pytest.raises(RunStopped):
+        score_modules(model, candidates, losses(model), scorer, RANK, kept=kept, on_loss=stop)
+    seen = []
+    again = KeptScoring(tmp_path / "b", tmp_path / "a")
+    assert score_modules(model, candidates, losses(model), scorer, RANK, kept=again, on_loss=seen.append) == whole
+    assert seen[0] == 4
+
+
+def test_what_was_made_is_made_once(tmp_path):
+    made = []
+
+    def make():
+        made.append(len(made))
+        return {"tokens": torch.arange(3), "text": "12"}
+
+    kept = KeptScoring(tmp_path / "a")
+    first = kept.recall("completions-0", make)
+    kept.require({"model.seed": 0})
+    again = KeptScoring(tmp_path / "b", tmp_path / "a").recall("completions-0", make)
+    assert made == [0] and torch.equal(first["tokens"], again["tokens"]) and again["text"] == "12"
+    assert is_scoring(tmp_path / "b") and not is_scoring(tmp_path)
+
+
+def test_what_another_setting_found_is_refused(tmp_path):
+    KeptScoring(tmp_path / "a").require({"adapter.rank": 8, "modules": ["q", "k"]})
+    kept = KeptScoring(tmp_path / "b", tmp_path / "a")
+    kept.require({"adapter.rank": 8})
+    with pytest.raises(CheckpointError, match=r"was found with adapter\.rank=8, but it is 4 now: give the same, or start"):
+        kept.require({"adapter.rank": 4})
+
+
+@pytest.mark.parametrize("name", ["scores.json", "settings.json", "gradients.pt"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    KeptScoring(tmp_path / "a").require({"adapter.rank": 8})
+    (tmp_path / "a" / name).write_text("{")
+    with pytest.raises(CheckpointError, match=rf"a.{name} cannot be read|b.{name} cannot be read"):
+        KeptScoring(tmp_path / "b", tmp_path / "a").sums()

@@ -267,11 +267,11 @@ def main(signals: StopSignals | None = None) -> None:
     try:
         HybridLightningCLI(signals)
     except Exception as error:
-        signals.check()  # it is why another rank is gone, or a library gave up
         cause = _cause(error)
-        if cause is None:  # not a mistake that was foreseen: the traceback is needed, of what was raised first
+        if cause is None and not signals.requested:  # not foreseen: the traceback is needed, of what was raised first
             raise _unwrapped(error)  # noqa: B904
-        _print_error(str(cause))
+        _print_error(str(cause or error))
+        signals.check()  # which may be why: another rank has gone, or a library gave up
         sys.exit(1)
 
 

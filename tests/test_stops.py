@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hybrid_lightning.adapters import collect, scores
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.callbacks import RunSummary
+from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.policy import evaluated
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rollout.sampler import Sampler
@@ -109,10 +110,9 @@ def whole(folder):
     return points(run_of(result, folder)), AdapterPlan.load(str(run_of(result, folder) / "plan.json")).digest
 
 
-def go_on(folder: Path, result: Result) -> tuple[Result, list[Path]]:
-    """Type what the stopped run says, until a run comes to its end."""
-    commands = re.findall(r"hybrid_lightning (fit --config .+)", result.out)
-    return run(folder, *shlex.split(commands[-1]))
+def go_on(folder: Path, result: Result) -> Result:
+    """Type what the stopped run says."""
+    return run(folder, *shlex.split(re.findall(r"hybrid_lightning ((?:fit|score) --config .+)", result.out)[-1]))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -128,3 +128,74 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(folder, whole, mome
     runs = (run_of(stopped, folder), run_of(resumed, folder))
     assert points(*runs) == whole[0]
     assert AdapterPlan.load(str(runs[1] / "plan.json")).digest == whole[1]
+
+
+def test_a_run_may_be_stopped_again_and_again(folder, whole):
+    result, runs = None, []
+    for moment in (
+        "later completions for scoring",
+        "a score",
+        "the first update",
+        "the first rollout",
+        "the second rollout",
+        "a validation",
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            place, name, call = MOMENTS[moment]
+            Sent(patch, (place, name, 1 if runs and moment != "a score" else call), signal.SIGTERM)
+            result = go_on(folder, result) if runs else run(folder, *FIT)
+        assert result.code == 143, (moment, result.err[-2000:])
+        runs.append(run_of(result, folder))
+    result = go_on(folder, result)
+    assert result.code == 0, result.err[-2000:]
+    assert points(*runs, run_of(result, folder)) == whole[0]
+
+
+def test_stopped_scoring_goes_on_by_the_same_command(folder, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        Sent(patch, MOMENTS["a score"], signal.SIGTERM)
+        stopped = run(folder, "score", *FIT[1:])
+    assert stopped.code == 143
+    resumed = go_on(folder, stopped)
+    assert resumed.code == 0, resumed.err[-2000:]
+    assert AdapterPlan.load(str(run_of(resumed, folder) / "plan.json")).digest == whole[1]
+
+
+def test_what_scoring_found_is_for_the_same_settings_alone(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        Sent(patch, MOMENTS["a score"], signal.SIGTERM)
+        found = run_of(run(folder, *FIT), folder) / "scoring"
+    for option, name in {
+        "--adapter.rank=1": "adapter.rank=2",
+        "--model.seed=3": "model.seed=0",
+        "--data.source.validation_fraction=0.4": "calibration prompts=",
+    }.items():
+        refused = run(folder, *FIT, f"--ckpt_path={found}", option)
+        assert refused.code == 1 and f"was found with {name}" in refused.last and "new run without ckpt_path" in refused.last
+    refused = run(folder, "test", "--config=t.yaml", f"--ckpt_path={found}")
+    assert refused.code == 1 and "is no checkpoint, but what scoring has found" in refused.last
+    other = run(folder, *FIT, f"--ckpt_path={found}", "--model.lr_lora=0.02", "--trainer.max_steps=1")
+    assert other.code == 0, "what no score depends on may be changed"
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_an_evaluation_is_begun_again(folder, command, monkeypatch):
+    Sent(monkeypatch, (Sampler, "sample", 2 if command != "predict" else 1), signal.SIGTERM)
+    stopped = run(folder, command, "--config=t.yaml")
+    assert stopped.code == 143 and "start the command again" in stopped.out
+
+
+def test_what_keeps_a_stop_from_saving_is_said(folder, monkeypatch):
+    def full(*_, **__):
+        raise CheckpointError("stopped.ckpt could not be written: No space left on device")
+
+    monkeypatch.setattr(WholeFiles, "save_checkpoint", full)
+    Sent(monkeypatch, MOMENTS["the second rollout"], signal.SIGTERM)
+    stopped = run(folder, *FIT)
+    assert stopped.code == 143 and stopped.last == "error: stopped.ckpt could not be written: No space left on device"
+
+
+def test_handlers_are_as_before_when_a_run_is_over(folder):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    run(folder, *FIT, "--trainer.max_steps=1")
+    assert [signal.getsignal(number) for number in SIGNALS] == before

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 # No option that lets a compiler forget nan: a gradient that is not finite has to be noticed.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+# Nor may the order of a sum depend on the address that its numbers begin at, which differs from run to run.
+_OPTIONS += ("--param=vect-max-peeling-for-alignment=0",)
 _OFF = "HYBRID_LIGHTNING_KERNELS"
 
 

@@ -72,8 +72,10 @@ class Additions(TorchDispatchMode):
         self.count += 1
         if name in ("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"):
             accumulates = args[3] if len(args) > 3 else (kwargs or {}).get("accumulate", False)
-            indices = torch.broadcast_tensors(*(index for index in args[1] if index is not None))
-            places = torch.stack(indices, dim=-1).flatten(0, -2) if accumulates else torch.zeros(0, 1)
+            indices = [index for index in args[1] if index is not None]
+            if not accumulates or any(index.dtype == torch.bool for index in indices):  # a mask takes each number once
+                indices = [torch.zeros(0)]
+            places = torch.stack(torch.broadcast_tensors(*indices), dim=-1).flatten(0, -2)
         elif name in ("index_add", "index_add_"):
             places = args[2][:, None]
         elif name == "embedding_dense_backward":

@@ -7,7 +7,7 @@ from typing import Any
 import tiny_examples
 import torch
 from runs_of_tests import weights
-from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer
+from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rollout.sampler import Sampler
@@ -21,7 +21,7 @@ ADAM = {"optimizer": partial(torch.optim.AdamW, betas=(0.9, 0.99)), "lr_full": 1
 def _policy(folder: Path) -> tuple[Any, Any]:
     """Passes of so many tokens that threads share the work on their states, most of them with one prompt."""
     sizes = {"prompts_per_rollout": 2, "samples_per_prompt": 128, "minibatches_per_rollout": 2}
-    module = build_policy(folder / "model", loss=GSPOLoss(), reward=StartsWithDigit(), sampler=Sampler(8), **sizes, **ADAM)
+    module = build_policy(folder / "model", loss=GSPOLoss(), reward=DigitShare(), sampler=Sampler(8), **sizes, **ADAM)
     return module, build_data(folder / "sums.jsonl")
 
 
@@ -59,6 +59,7 @@ def differences(folder: Path, root: Path, repeats: dict[str, int], strategy: Any
     for kind, times in repeats.items():
         arguments = (kind, folder, root / kind, strategy, devices)
         first = train(*arguments)
+        assert all(bool(value.any()) for name, value in first.items() if "lora_B" in name), "all of it was trained"
         others = [train(*arguments) for _ in range(times)]
         checkpoint = root / f"{kind}.ckpt"
         train(*arguments, save=checkpoint, max_steps=1)

@@ -7,9 +7,10 @@ from typing import Any
 import tiny_examples
 import torch
 from runs_of_tests import weights
-from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.sampler import Sampler
 
 # More than many machines have, so that all of torch's own chunks of a tensor are shared, and their ends come in any order.
@@ -18,10 +19,17 @@ STEPS = 3
 ADAM = {"optimizer": partial(torch.optim.AdamW, betas=(0.9, 0.99)), "lr_full": 1e-3, "lr_lora": 1e-2}
 
 
+class EvenShare(RewardFunction):
+    """Share of even digits in the completion, which differs among those of any prompt."""
+
+    def __call__(self, completions, prompts):
+        return [sum(c in "02468" for c in text) / max(1, len(text)) for text in completions]
+
+
 def _policy(folder: Path) -> tuple[Any, Any]:
     """Passes of so many tokens that threads share the work on their states, most of them with one prompt."""
     sizes = {"prompts_per_rollout": 2, "samples_per_prompt": 128, "minibatches_per_rollout": 2}
-    module = build_policy(folder / "model", loss=GSPOLoss(), reward=DigitShare(), sampler=Sampler(8), **sizes, **ADAM)
+    module = build_policy(folder / "model", loss=GSPOLoss(), reward=EvenShare(), sampler=Sampler(8), **sizes, **ADAM)
     return module, build_data(folder / "sums.jsonl")
 
 

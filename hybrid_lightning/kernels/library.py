@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 # No option that lets a compiler forget nan: a gradient that is not finite has to be noticed.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+# Nor one by which the order of a sum depends on the address that its numbers begin at, which differs from run to run.
+_ORDER = ("--param=vect-max-peeling-for-alignment=0",)
 _OFF = "HYBRID_LIGHTNING_KERNELS"
 
 
@@ -50,7 +52,15 @@ def _load() -> ctypes.CDLL:
     compiler, runtime = _compiler(), _openmp()
     sources = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
     said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [*(path.read_text(encoding="utf-8") for path in sources), *_OPTIONS, *compiler, said, str(runtime), _processor()]
+    parts = [
+        *(path.read_text(encoding="utf-8") for path in sources),
+        *_OPTIONS,
+        *_ORDER,
+        *compiler,
+        said,
+        str(runtime),
+        _processor(),
+    ]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     name = f"kernels-{digest[:16]}.so"
     folder = _cache()
@@ -107,7 +117,9 @@ def _compile(compiler: list[str], runtime: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         sources = sorted(SOURCES.glob("*.cpp"))
         result, objects = Path(folder) / target.name, [str(Path(folder) / f"{source.stem}.o") for source in sources]
-        commands = [[*compiler, *_OPTIONS, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)]
+        commands = [
+            [*compiler, *_OPTIONS, *_ORDER, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))  # raises what one of them raises
         # Without -fopenmp, which would choose an OpenMP library itself; and complete, so that what is missing shows now.

@@ -79,8 +79,9 @@ class FakeModel:
     def fake_layout(self, packed: PackedSequences) -> None:
         """Replace the tensors of a layout; what of them decides about shapes has been read when it was made, or is here."""
         _ = packed.groups
-        packed.prompts = self._fake_grid(packed.prompts)
-        packed.bands = [self._fake_grid(band) for band in packed.bands]
+        packed.prompts = self._fake_tensors(packed.prompts)
+        packed.bands = [self._fake_tensors(band) for band in packed.bands]
+        packed.predictors = self._fake_tensors(packed.predictors)
         packed.ids, packed.positions = self.fake(packed.ids), self.fake(packed.positions)
         packed.last_prompt_token = self.fake(packed.last_prompt_token)
 
@@ -117,10 +118,14 @@ class FakeModel:
                 if buffer is not None:
                     module._buffers[name] = self.fake(buffer)
 
-    def _fake_grid(self, grid: Any) -> Any:
-        tensors = {entry.name: getattr(grid, entry.name) for entry in dataclasses.fields(grid)}
-        fakes = {name: self.fake(value) for name, value in tensors.items() if isinstance(value, Tensor)}
-        return dataclasses.replace(grid, **fakes)
+    def _fake_tensors(self, value: Any) -> Any:
+        """The same with a fake for each tensor in it, dataclasses within dataclasses included."""
+        if isinstance(value, Tensor):
+            return self.fake(value)
+        if not dataclasses.is_dataclass(value):
+            return value
+        entries = {entry.name: self._fake_tensors(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+        return dataclasses.replace(value, **entries)  # type: ignore[type-var]
 
 
 @contextmanager

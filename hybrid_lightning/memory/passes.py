@@ -104,7 +104,7 @@ class Traces:
 
 def _update(fake: FakeModel, rows: Sequences) -> Traced:
     packed = PackedSequences(rows)
-    predictors, tokens = fake.fake(packed.predictors()), fake.fake(rows.completion_ids[rows.completion_mask])
+    tokens = fake.fake(rows.completion_ids[rows.completion_mask])
     fake.fake_layout(packed)
     with fake.computing() as live:
         with fake.autocast():
@@ -112,7 +112,7 @@ def _update(fake: FakeModel, rows: Sequences) -> Traced:
             kept, before = live.bytes, live.peak
             live.restart_peak()
             bonus = fake.settings.entropy_gradient
-            logprobs, entropy = logprobs_of_hidden(fake.model, hidden[predictors], tokens, 1.0, bonus)
+            logprobs, entropy = logprobs_of_hidden(fake.model, packed.predicting(hidden), tokens, 1.0, bonus)
             loss = logprobs.mean() + entropy.mean() if bonus else logprobs.mean()
             del entropy
             del hidden

@@ -13,7 +13,9 @@ from hybrid_lightning.policy.constant_decoder import constant_decoder
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
+from hybrid_lightning.policy.reproducibility import check_reproducibility
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
+from hybrid_lightning.rollout.forward import base_model
 from hybrid_lightning.rollout.prompt_draws import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.support import supports_packing
@@ -42,7 +44,17 @@ class EvaluatedModule(LanguageModule):
         self.generation_listeners: list[GenerationListener] = []  # called with (running, decoded, max_new_tokens)
         self.last_evaluation: dict[str, dict[str, float]] = {}  # set -> metric -> value; "" for all sets
         self.signals = StopSignals()  # GracefulStop gives those of the process
+        self._told_what_differs = False
         self._missing_batches = 0  # of a prediction, on this rank, where the model is sharded
+
+    def check_settings(self) -> None:
+        """See `LanguageModule`; also warn, once, of what can make two runs with one seed differ."""
+        super().check_settings()
+        if not self._told_what_differs:
+            self._told_what_differs = True
+            attention = getattr(base_model(self.model).config, "_attn_implementation", None)
+            rewards = [] if self.reward is None else [term for term, _ in self.reward.terms()]
+            check_reproducibility(self.trainer, attention, rewards)
 
     def on_sharded(self) -> None:
         """Find out what the model can do, which takes forward passes: not in the first training pass, nor on some ranks alone."""

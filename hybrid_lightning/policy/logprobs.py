@@ -46,7 +46,7 @@ def token_logprobs(
     if supports_packing(model):
         packed = PackedSequences(sequences)
         hidden = packed_hidden(model, packed.ids, packed.positions, packed)
-        logprobs, entropy = logprobs_of_hidden(model, hidden[packed.predictors()], tokens, temperature, entropy_gradient)
+        logprobs, entropy = logprobs_of_hidden(model, packed.predicting(hidden), tokens, temperature, entropy_gradient)
     else:
         logprobs, entropy = _of_logits(_separate_logits(model, sequences)[mask], tokens, temperature, entropy_gradient)
     padded = torch.zeros(mask.shape, device=mask.device)

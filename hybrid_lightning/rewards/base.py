@@ -73,6 +73,14 @@ class RewardFunction(Part, ABC):
             ConfigError: If it cannot.
         """
 
+    def decided_by_time(self) -> str | None:
+        """What the reward depends on beside its input: how long something takes, and so on what else the machine does.
+
+        Returns:
+            What that is, and the remedy, for a warning when a run starts; None for a reward that only reads.
+        """
+        return None
+
     @property
     def name(self) -> str:
         """What the reward is logged as: the name given to it, or its class in snake_case."""

@@ -66,6 +66,11 @@ class RewardBySet(RewardFunction):
         for reward in self.rewards.values():
             reward.check_length(max_new_tokens)
 
+    def decided_by_time(self) -> str | None:
+        """As the rewards of the sets do."""
+        found = [reward.decided_by_time() for reward in self.rewards.values()]
+        return "; ".join(dict.fromkeys(text for text in found if text is not None)) or None
+
     def _reward(self, prompt: Prompt) -> RewardFunction:
         if prompt.set_name not in self.rewards:
             raise DataError(

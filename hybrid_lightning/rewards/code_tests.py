@@ -126,6 +126,14 @@ class CodeTests(RewardFunction):
                 logger.log(level, "%s: %s row %s: %s", self.name, prompt.source or "a prompt", prompt.index, outcome.reason)
         return rewards
 
+    def decided_by_time(self) -> str | None:
+        """A program that others keep from running is stopped like one that waits."""
+        limits = self.settings.limits
+        return (
+            f"a program earns nothing if it is not done after wall_seconds={limits.wall_seconds:g}, also where others took its "
+            f"processor; where the machine is busy, raise it well above the {limits.cpu_seconds} s of cpu_seconds"
+        )
+
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The program; two agree if they are the same text."""
         source = extract_program(completion) if self.pattern is None else extract(self.pattern, completion)

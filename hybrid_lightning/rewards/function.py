@@ -97,6 +97,15 @@ class FunctionReward(RewardFunction):
                     f"no such column; it has {', '.join(values) or 'none'}; rename the parameter, or give it a default"
                 )
 
+    def decided_by_time(self) -> str | None:
+        """Where a call that is out of time earns something; without `on_timeout` it is an error."""
+        if self.on_timeout is None:
+            return None
+        return (
+            f"a call of {self.function} earns on_timeout={self.on_timeout:g} if it takes more than timeout_s={self.timeout_s:g}, "
+            "however busy the machine is; leave out on_timeout, so that it is an error, or raise timeout_s"
+        )
+
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Any:
         """Call the function for B completions; what it returns is checked by `evaluate_reward`."""
         for prompt in prompts:

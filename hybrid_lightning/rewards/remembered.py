@@ -48,6 +48,10 @@ class Remembered(RewardFunction):
         """As the reward does."""
         return self.reward.extract_answer(completion, prompt)
 
+    def decided_by_time(self) -> str | None:
+        """As the reward does."""
+        return self.reward.decided_by_time()
+
     def check_prompt(self, prompt: Prompt) -> None:
         """As the reward does."""
         self.reward.check_prompt(prompt)

@@ -60,25 +60,64 @@ class _Grid:
         return row if self.filled else _Gather.apply(row, self.to_row, self.to_grid, self.valid.flatten())
 
 
+@dataclass(frozen=True)
+class _Repeated:
+    """Rows that `_Gather` takes more than once."""
+
+    rows: Tensor  # [P] of values
+    places: Tensor  # [P, G], where each goes in the result
+    valid: Tensor  # [P, G] bool: a row may be taken less often than others
+
+    def sums(self, gradient: Tensor) -> Tensor:
+        """Gradients of the rows, added up in float32 at least, and in the order of their places."""
+        parts = gradient.index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
+        parts = parts.masked_fill_(~self.valid[..., None], 0)
+        return parts.sum(dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)).to(gradient.dtype)
+
+
 class _Gather(torch.autograd.Function):
     """`index_select` along the first axis whose backward pass is one as well, rows and places being one to one where it counts.
 
-    The backward pass of `index_select` adds row by row, which on a CPU takes longer than the attention itself.
+    The backward pass of `index_select` adds row by row, which on a CPU takes longer than the attention itself. On a GPU, and that
+    of `values[index]` on a CPU, it adds by atomics, in an order that depends on what else the machine does: so what is taken more
+    than once is added up here, in one order.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, inverse: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        index: Tensor,
+        inverse: Tensor,
+        valid: Tensor | None = None,
+        repeated: _Repeated | None = None,
+    ) -> Tensor:
         ctx.save_for_backward(inverse, valid)
+        ctx.repeated = repeated
         return values.index_select(0, index)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         inverse, valid = ctx.saved_tensors
+        if not len(gradient):  # nothing was taken
+            return gradient.new_zeros(len(inverse), *gradient.shape[1:]), None, None, None, None
         result = gradient.index_select(0, inverse)
         if valid is not None:  # padding got no gradient
             result = result.masked_fill_(~valid.view(-1, *[1] * (result.dim() - 1)), 0)
-        return result, None, None, None
+        if ctx.repeated is not None:
+            result.index_copy_(0, ctx.repeated.rows, ctx.repeated.sums(gradient))
+        return result, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Predictors:
+    """Which token of the row predicts each of K completion tokens, these in the order of `completion_mask` flattened."""
+
+    numbers: Tensor  # [K], of the token that predicts it
+    predicted: Tensor  # [N]: for each token of the row the one that it predicts; some other where that is none, or several
+    valid: Tensor  # [N] bool: whether it predicts one alone
+    firsts: _Repeated  # a prompt's last token predicts the first one of each of its completions
 
 
 # Products of few different sizes: for each new size oneDNN makes code of up to 0.6 MB that it keeps.
@@ -108,28 +147,47 @@ class PackedSequences:
         self.prompt_tokens = len(ids[0])
         self.last_prompt_token = prompt_lengths.cumsum(0) - 1  # [P], numbers in the row
         self.bands: list[_Grid] = []
-        self._numbers = torch.zeros_like(sequences.completion_ids)  # [B, T]: of the token that predicts a completion token
-        self._numbers[:, :1] = self.last_prompt_token[group][:, None]
+        self.predictors: _Predictors | None = None  # where completions are packed
         begin = self.prompt_tokens
-        for row_of_cell, valid in _bands(group, sequences.completion_mask[:, 1:].sum(dim=1)) if completions else []:
-            prompt, rank, time = valid.nonzero(as_tuple=True)
-            row = row_of_cell[prompt, rank]
-            self.bands.append(_Grid.of(valid))
-            ids.append(sequences.completion_ids[row, time])
-            positions.append(prompt_lengths[prompt] + time)
-            self._numbers[row, time + 1] = torch.arange(begin, begin + len(row), device=device)
-            begin += len(row)
+        if completions:
+            counts = group.bincount()
+            most = int(counts.max())
+            mask = sequences.completion_mask
+            number = (mask.flatten().cumsum(0).view_as(mask) - 1).clamp(min=0)  # [B, T], of completion tokens among each other
+            predictor = torch.zeros_like(number)  # [B, T]: number in the row of the token that predicts it
+            predictor[:, :1] = self.last_prompt_token[group][:, None]
+            predicted = [number.new_zeros(self.prompt_tokens)]
+            for row_of_cell, valid in _bands(group, counts, most, mask[:, 1:].sum(dim=1)):
+                prompt, rank, time = valid.nonzero(as_tuple=True)
+                row = row_of_cell[prompt, rank]
+                self.bands.append(_Grid.of(valid))
+                ids.append(sequences.completion_ids[row, time])
+                positions.append(prompt_lengths[prompt] + time)
+                predictor[row, time + 1] = torch.arange(begin, begin + len(row), device=device)
+                predicted.append(number[row, time + 1])
+                begin += len(row)
         self.filling = -begin % _MULTIPLE
         ids.append(ids[0][:1].expand(self.filling))
         positions.append(positions[0][:1].expand(self.filling))
         self.ids = torch.cat(ids)  # [N]
         self.positions = torch.cat(positions)  # [N]
-        self._mask_of_completions = sequences.completion_mask
         self._masks: dict[tuple[int, int | None], Masks] = {}
+        if completions:
+            predicted.append(number.new_zeros(self.filling))
+            of_completion = torch.zeros(len(self.ids), dtype=torch.bool, device=device)
+            of_completion[self.prompt_tokens : begin] = True
+            cell = (group, torch.arange(len(group), device=device) - (counts.cumsum(0) - counts)[group])
+            firsts, there = number.new_zeros(len(counts), most), mask.new_zeros(len(counts), most)
+            firsts[cell], there[cell] = number[:, 0], mask[:, 0]
+            shared = _Repeated(self.last_prompt_token, firsts, there)
+            self.predictors = _Predictors(predictor[mask], torch.cat(predicted), of_completion, shared)
 
-    def predictors(self) -> Tensor:
-        """For each completion token, in the order of `completion_mask` flattened, the number of the token that predicts it."""
-        return self._numbers[self._mask_of_completions]
+    def predicting(self, hidden: Tensor) -> Tensor:
+        """The states [K, H], of all [N, H], that predict the K completion tokens, in the order of `completion_mask` flattened."""
+        of = self.predictors
+        assert of is not None, "prompts alone predict no completion token"
+        states: Tensor = _Gather.apply(hidden, of.numbers, of.predicted, of.valid, of.firsts)  # type: ignore[no-untyped-call]
+        return states
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
@@ -190,11 +248,13 @@ class PackedSequences:
         return seen[:, None, None, None], own
 
 
-def _bands(group: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _bands(group: Tensor, counts: Tensor, most: int, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut completions into bands.
 
     Args:
         group: Number of its prompt for each of B rows, ascending.
+        counts: Rows of each prompt.
+        most: The largest of them.
         lengths: Tokens of each row that are read, [B].
 
     Yields:
@@ -203,10 +263,9 @@ def _bands(group: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     order = lengths.argsort(descending=True, stable=True)
     order = order[group[order].argsort(stable=True)]  # by prompt, then the longest first
     prompts = group[order]
-    counts = group.bincount()
     rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[prompts]
     # A column of the rectangle is the n-th longest completion of every prompt.
-    longest = lengths.new_zeros(int(counts.max())).scatter_reduce(0, rank, lengths[order], "amax").tolist()
+    longest = lengths.new_zeros(most).scatter_reduce(0, rank, lengths[order], "amax").tolist()
     begins = [0]
     for column, length in enumerate(longest):
         first = longest[begins[-1]]

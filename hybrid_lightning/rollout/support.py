@@ -66,7 +66,7 @@ def _check(model: nn.Module, base: PreTrainedModel) -> None:
                     f"its {config.num_hidden_layers} layers attended {len(calls.windows)} times, with windows "
                     f"{sorted(map(str, set(calls.windows)))} where its config says {sorted(map(str, set(expected)))}"
                 )
-            logits = project(base, hidden[packed.predictors()]).float()
+            logits = project(base, packed.predicting(hidden)).float()
             reference = _separate(model, sequences)[sequences.completion_mask].float()
     finally:
         for module, mode in training:

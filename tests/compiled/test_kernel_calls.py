@@ -186,3 +186,28 @@ def test_layers_use_kernels_where_it_is_allowed_alone():
         assert not kernels.usable_in_layers(x)
     with again:
         assert kernels.usable_in_layers(x)
+
+
+def shifted(part, places):
+    """A copy of a tensor that begins so many numbers behind an address as torch gives it."""
+    room = part.new_empty(part.numel() + 16)
+    return room[places : places + part.numel()].view(part.shape).copy_(part)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_sums_do_not_depend_on_where_numbers_lie(size, dtype):
+    """A compiler may begin a sum at the next aligned address, which differs from run to run."""
+    x, outer = made(5, size, dtype=dtype, scale=3), made(5, size, dtype=dtype, seed=1)
+    weight, tokens = made(size, dtype=dtype, seed=2), torch.zeros(5, dtype=torch.long)
+    uniform = torch.rand(5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    runs = []
+    for places in range(16):
+        mine = [shifted(part, shift % 16) for part, shift in ((x, places), (outer, 3 * places), (weight, 5 * places))]
+        logits = shifted(x, places)
+        normed, inverses = kernels.rms_norm(mine[0], mine[2], 1e-5)
+        of_x = kernels.rms_norm_backward(mine[1], mine[0], mine[2], inverses)
+        drawn = kernels.draw_tokens(shifted(x, places), uniform, 0.9)
+        runs.append([normed, inverses, of_x, *kernels.token_logprobs(logits, tokens, 0.9, slopes=True), logits, *drawn])
+    for run in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))

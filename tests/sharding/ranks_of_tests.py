@@ -11,15 +11,25 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+
+from hybrid_lightning.process import _SPINS
 
 _context = get_context("forkserver")
 _IMPORTED = ["hybrid_lightning.cli", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"]
 _IMPORTED += ["torch.distributed.checkpoint", "torch.utils.tensorboard", "rich._emoji_codes", "pytest"]
 _context.set_forkserver_preload(_IMPORTED)
+
+
+def _start_server() -> None:
+    """With threads that wait as those of `python -m hybrid_lightning` do: OpenMP's own way is slow on a busy machine."""
+    with patch.dict(os.environ, GOMP_SPINCOUNT=_SPINS):
+        ensure_running()
 
 
 def free_port() -> int:
@@ -47,6 +57,7 @@ def _work(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..
 def start(ranks: int, scratch: Path, function: Callable[..., Any], **arguments: Any) -> list[Any]:
     """The processes of a run."""
     scratch.mkdir(parents=True, exist_ok=True)
+    _start_server()
     port = free_port()
     processes = [
         _context.Process(target=_work, args=(rank, ranks, port, scratch, function, arguments), daemon=True)

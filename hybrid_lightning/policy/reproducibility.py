@@ -1,0 +1,67 @@
+"""What in the settings of a run can make two runs with one seed differ, on one machine and with the same libraries.
+
+Everything of ours gives the same bits however busy the machine is. What is listed here is decided by a clock, or by libraries
+that add up in whatever order their threads come.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.rewards import RewardFunction
+
+_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
+
+
+def check_reproducibility(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> None:
+    """Warn in one line of all that can make runs differ; each cause is named with its remedy.
+
+    Args:
+        trainer: Has device and flags.
+        attention: Implementation of the model's attention, as transformers names it.
+        rewards: Terms of the reward.
+
+    Raises:
+        ConfigError: If `trainer.deterministic=true` asks for what the attention cannot do, and torch does not know.
+    """
+    causes = [*_of_attention(trainer, attention), *_of_devices(trainer), *_of_clocks(trainer, rewards)]
+    if causes:
+        rank_zero_warn(f"two runs with one seed may differ: {'; '.join(causes)}")
+
+
+def _on_cuda(trainer: Trainer) -> bool:
+    return trainer.strategy.root_device.type == "cuda"
+
+
+def _of_attention(trainer: Trainer, attention: str | None) -> Iterator[str]:
+    if attention is None or "flash_attention" not in attention or not _on_cuda(trainer) or os.environ.get(_FLASH) == "1":
+        return
+    cause = (
+        "the backward pass of model.attn_implementation=flash_attention_2 adds in no fixed order; set "
+        f"{_FLASH}=1 in the environment, or take sdpa"
+    )
+    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise ConfigError(f"trainer.deterministic=true cannot be had: {cause}")
+    yield cause
+
+
+def _of_devices(trainer: Trainer) -> Iterator[str]:
+    if _on_cuda(trainer) and not torch.are_deterministic_algorithms_enabled():
+        yield "some operations of a GPU add in no fixed order; set trainer.deterministic=true"
+    if _on_cuda(trainer) and torch.backends.cudnn.benchmark:
+        yield "trainer.benchmark=true chooses kernels by a clock; set it to false"
+    if os.environ.get("OMP_DYNAMIC", "").strip().lower() == "true":
+        yield "OMP_DYNAMIC=true lets the number of threads depend on the machine's load; unset it"
+
+
+def _of_clocks(trainer: Trainer, rewards: Sequence[RewardFunction]) -> Iterator[str]:
+    if trainer.state.fn == "fit" and any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        yield "trainer.max_time ends training by a clock; give trainer.max_steps alone"
+    for reward in rewards:
+        if (decided := reward.decided_by_time()) is not None:
+            yield f"reward {reward.name}: {decided}"

@@ -1,0 +1,242 @@
+"""`trainer.deterministic=true` works with everything, and what can make two runs differ is said when a run starts."""
+
+import os
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import tiny_examples
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Timer
+from test_step_masks import OftenDone
+from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_sums
+from torch.utils._python_dispatch import TorchDispatchMode
+from wide_models import write_wide_model
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.kernels import calls
+from hybrid_lightning.losses import (
+    BNPOLoss,
+    CISPOLoss,
+    DAPOLoss,
+    DrGRPOLoss,
+    GRPOLoss,
+    GSPOLoss,
+    GSPOTokenLoss,
+    SAPOLoss,
+    TokenTruncation,
+    TopEntropyMask,
+)
+from hybrid_lightning.policy.quantization import NF4, Int8
+from hybrid_lightning.policy.reproducibility import check_reproducibility
+from hybrid_lightning.rewards import CosineLength, FunctionReward, RewardBySet, WeightedSum
+from hybrid_lightning.rollout import drawing
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
+from hybrid_lightning.rollout.sampler import Sampler
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deterministic")
+    write_wide_model(folder / "model")
+    write_wide_model(folder / "gpt2", "gpt2")
+    write_sums(folder / "sums.jsonl", 16)
+    tiny_examples.write_rows(folder / "rows.jsonl", 16)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def flags_as_before():
+    """Lightning sets them for the whole process."""
+    before = os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = before[1]
+    if before[0] is None:
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+class OnGPU(TorchDispatchMode):
+    """Refuses what by torch's documentation a GPU refuses under `use_deterministic_algorithms`, as far as we could use it."""
+
+    refused = frozenset({"put", "put_", "histc", "median", "kthvalue", "nll_loss2d", "nll_loss2d_forward", "_ctc_loss"})
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        sums = name in ("cumsum", "cumsum_") and args[0].is_floating_point()
+        weighted = name == "bincount" and (len(args) > 1 and args[1] is not None)
+        products = name.startswith("scatter_reduce") and args[4] == "prod"
+        assert not (sums or weighted or products or name in self.refused), f"{name} is refused on a GPU"
+        return function(*args, **(kwargs or {}))
+
+
+class Deterministic(Callback):
+    """Sees that the flag holds while there is something to compute."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        self.steps += 1
+
+
+LOSSES = [GRPOLoss, GSPOLoss, GSPOTokenLoss, DAPOLoss, DrGRPOLoss, BNPOLoss, CISPOLoss, SAPOLoss]
+CASES = {
+    **{loss.__name__: {"loss": loss(entropy_coef=0.01, kl_coef=0.01)} for loss in LOSSES},
+    "masks, correction and filters": {
+        "token_mask": TopEntropyMask(0.5),
+        "correction": TokenTruncation(),
+        "mask_truncated_completions": True,
+        "sampler": Sampler(6, top_p=0.9, top_k=20),
+    },
+    "dynamic sampling": {"dynamic_sampling": DynamicSampling(1), "reward": StartsWithDigit(), "sampler": OftenDone(6)},
+    "checkpointing": {"gradient_checkpointing": True, "epochs_per_rollout": 2},
+    "NF4": {"quantization": NF4},
+    "Int8": {"quantization": Int8},
+}
+
+
+def run(folder, root, model="model", **policy):
+    torch.manual_seed(11)
+    policy = {name: value() if isinstance(value, type) else value for name, value in policy.items()}
+    seen = Deterministic()
+    flags = {"deterministic": True, "max_steps": 2, "gradient_clip_val": 1.0, "val_check_interval": 2}
+    trainer = build_trainer(root, build_adapter(), seen, check_val_every_n_epoch=None, **flags)
+    module = build_policy(folder / model, **{"minibatches_per_rollout": 2, **policy})
+    data = build_data(folder / "sums.jsonl", validation_fraction=0.2, test_fraction=0.2)
+    trainer.fit(module, datamodule=data)
+    assert seen.steps >= 2
+    return trainer, module, data
+
+
+@pytest.fixture(params=["kernels", "as on a GPU"])
+def by(request, monkeypatch):
+    """With kernels, or without and with the sums that a GPU would take."""
+    if request.param == "kernels":
+        return nullcontext
+    monkeypatch.setattr(calls, "library", lambda: None)
+    monkeypatch.setattr(drawing, "running_sums", drawing.sums_by_doubling)
+    return OnGPU
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_training(folder, tmp_path, case, by):
+    if "quantization" in CASES[case]:
+        pytest.importorskip("bitsandbytes")
+    with by():
+        run(folder, tmp_path, **CASES[case])
+
+
+def test_a_model_that_is_not_packed(folder, tmp_path, by):
+    with by():
+        run(folder, tmp_path, "gpt2", loss=GSPOLoss(entropy_coef=0.01))
+
+
+def test_every_other_command(folder, tmp_path, by):
+    with by():
+        trainer, module, data = run(folder, tmp_path, loss=GSPOLoss())
+        for command in (trainer.validate, trainer.test, trainer.predict):
+            assert command(module, datamodule=data, **({} if command == trainer.predict else {"verbose": False}))
+        trainer.export(module, data, folder=str(tmp_path / "exported"))
+        torch.manual_seed(11)
+        again = build_policy(folder / "model")
+        build_trainer(tmp_path / "scored", build_adapter(), deterministic=True).score(again, data)
+    assert again.plan is not None and (tmp_path / "exported" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", tiny_examples.KINDS)
+def test_training_on_examples(folder, tmp_path, kind, by):
+    seen = Deterministic()
+    with by():
+        tiny_examples.fit(kind, folder / "model", folder / "rows.jsonl", tmp_path, seen, deterministic=True)
+    assert seen.steps
+
+
+def test_a_gpu_would_refuse_cumulative_sums():
+    with OnGPU(), pytest.raises(AssertionError, match="cumsum is refused"):
+        torch.ones(3).cumsum(0)
+
+
+# ---- what is said
+
+
+def late(completion):
+    return 1.0
+
+
+def late_reward(**arguments):
+    return FunctionReward(f"{__file__}:late", **arguments)
+
+
+@pytest.fixture
+def said():
+    """The warnings of a run of one step, by causes."""
+
+    def said(folder, root, *callbacks, reward=None, **flags):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module = build_policy(folder / "model", reward=reward or DigitShare())
+            trainer = build_trainer(root, build_adapter(), *callbacks, **{"max_steps": 1, **flags})
+            trainer.fit(module, datamodule=build_data(folder / "sums.jsonl", validation_fraction=0.2))
+            trainer.validate(module, datamodule=build_data(folder / "sums.jsonl", validation_fraction=0.2), verbose=False)
+        return [str(entry.message) for entry in caught if "two runs with one seed may differ" in str(entry.message)]
+
+    return said
+
+
+@pytest.mark.parametrize("flags", [{}, {"deterministic": True}, {"benchmark": True}], ids=str)
+def test_a_run_on_a_cpu_has_nothing_to_say(folder, tmp_path, said, flags):
+    assert said(folder, tmp_path, reward=late_reward(timeout_s=9), **flags) == []
+
+
+def test_a_reward_by_time_and_a_last_moment_are_named_once_in_one_line(folder, tmp_path, said, monkeypatch):
+    monkeypatch.setenv("OMP_DYNAMIC", "TRUE")
+    reward = WeightedSum([DigitShare(), late_reward(timeout_s=9, on_timeout=0.5)])
+    (line,) = said(folder, tmp_path, Timer("00:01:00:00"), reward=reward)
+    for part in ("OMP_DYNAMIC=true", "unset it", "trainer.max_time", "give trainer.max_steps", "reward late:"):
+        assert part in line
+    assert "earns on_timeout=0.5 if it takes more than timeout_s=9" in line and "leave out on_timeout" in line
+
+
+def test_rewards_within_rewards_are_seen():
+    timed = late_reward(timeout_s=9, on_timeout=0.0)
+    for outer in (RewardBySet({"a": timed, "b": DigitShare()}), CosineLength(timed, max_tokens=8)):
+        assert any("on_timeout=0" in (term.decided_by_time() or "") for term, _ in outer.terms())
+
+
+class OfGPU:
+    """A Trainer on a GPU, as far as it is asked."""
+
+    class Strategy:
+        root_device = torch.device("cuda")
+
+    strategy, callbacks = Strategy(), ()
+
+    class State:
+        fn = "fit"
+
+    state = State()
+
+
+def test_on_a_gpu_what_has_no_order_is_named(monkeypatch):
+    monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
+    with pytest.warns(UserWarning, match=r"set trainer\.deterministic=true$"):
+        check_reproducibility(OfGPU(), "packed_sdpa", [])
+    torch.backends.cudnn.benchmark = True
+    with pytest.warns(UserWarning, match=r"FLASH_ATTENTION_DETERMINISTIC=1 .*; some operations .*; trainer\.benchmark=true"):
+        check_reproducibility(OfGPU(), "packed_flash_attention_2", [])
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+    with pytest.raises(ConfigError, match=r"trainer\.deterministic=true cannot be had: .*flash_attention_2.*take sdpa"):
+        check_reproducibility(OfGPU(), "flash_attention_2", [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_reproducibility(OfGPU(), "sdpa", [])
+        monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
+        check_reproducibility(OfGPU(), "flash_attention_2", [])
+    monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with pytest.warns(UserWarning, match="flash_attention_2"):
+        check_reproducibility(OfGPU(), "flash_attention_2", [])

@@ -1,0 +1,24 @@
+import pytest
+import torch
+from transformers import TopPLogitsWarper
+
+from hybrid_lightning.rollout import drawing
+from hybrid_lightning.rollout.drawing import draw, filter_logits, sums_by_doubling
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 100, 257])
+def test_sums_by_doubling_are_cumulative_sums(size):
+    whole = torch.randint(9, (3, size)).double()  # whose sums are exact in any order
+    assert torch.equal(sums_by_doubling(whole), whole.cumsum(dim=1))
+
+
+@pytest.mark.parametrize("doubling", [False, True], ids=["as on a CPU", "as on a GPU"])
+def test_draws_and_top_p_are_those_of_cumulative_sums(doubling, monkeypatch):
+    logits = 3 * torch.randn(40, 600, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(40, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = TopPLogitsWarper(0.8)(torch.empty(0), logits)
+    tokens = draw(logits, uniform)
+    if doubling:
+        monkeypatch.setattr(drawing, "running_sums", sums_by_doubling)
+    assert torch.equal(filter_logits(logits, 0, 0.8), expected)
+    assert torch.equal(draw(logits, uniform), tokens)

@@ -1,0 +1,39 @@
+"""One seed gives the same bits however busy the machine is, on several threads, under every strategy, and after a resume."""
+
+import os
+import shutil
+
+import pytest
+from busy import busy_machine
+from ranks_of_tests import run
+from repeated_runs import differences
+from tiny_examples import write_rows
+from tiny_runs import write_sums
+
+from hybrid_lightning.assets import embedded_policy_path
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_seed")
+    shutil.copytree(embedded_policy_path(), folder / "model")
+    for path in (write_sums(folder / "sums.jsonl", 24), write_rows(folder / "rows.jsonl", 64)):
+        path.write_text(path.read_text().replace("+", "*"))  # the signs that this model knows
+    run(1, folder / "server", os.getpid, timeout_s=240)  # so that all is imported before the machine is busy
+    return folder
+
+
+CASES = {
+    "one process": {"repeats": {"policy": 2, "supervised": 0, "preference": 0}},
+    "ddp": {"repeats": {"policy": 0}, "strategy": "ddp", "devices": 2},
+    "fsdp2": {"repeats": {"policy": 0}, "strategy": FSDP2Strategy, "devices": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_runs_are_equal_on_a_busy_machine(folder, tmp_path, case):
+    ranks = CASES[case].get("devices", 1)
+    with busy_machine():
+        found = run(ranks, tmp_path / "ranks", differences, timeout_s=240, folder=folder, root=tmp_path / "run", **CASES[case])
+    assert not any(found), found

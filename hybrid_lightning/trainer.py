@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from hybrid_lightning.callbacks.display import console
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.policy_export import policy_in_training
+from hybrid_lightning.callbacks.resume import check_evaluated
 from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.export.checkpoint import policy_of_checkpoint
@@ -19,6 +20,7 @@ from hybrid_lightning.export.write import write_policy
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
 from hybrid_lightning.memory.table import notes, rich_table, title
+from hybrid_lightning.sharding.whole_files import read_content
 
 
 class Trainer(LightningTrainer):
@@ -74,7 +76,7 @@ class Trainer(LightningTrainer):
             folder: New or empty folder to write.
 
         Raises:
-            CheckpointError: If the checkpoint cannot be read.
+            CheckpointError: If the checkpoint cannot be read, or settings of the adapter contradict it.
             ConfigError: If the folder holds something, or the form cannot hold the policy.
             PlanError: If the base model is not the one that was adapted.
         """
@@ -83,6 +85,9 @@ class Trainer(LightningTrainer):
         if ckpt_path is None:
             policy = policy_in_training(self, model)
         else:
+            for callback in self.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, HybridAdapterSetup):
+                    check_evaluated(read_content(ckpt_path), self, model, callback)
             policy = policy_of_checkpoint(ckpt_path, dict(model.hparams), datamodule) if self.is_global_zero else None
         if policy is not None:
             write_policy(policy, form or MergedModel(), folder)

@@ -104,12 +104,13 @@ class HybridAdapterSetup(Part, Callback):
             PlanError: If the plan file is not the plan that is applied already, or belongs to another model.
         """
         checkpoint = _checkpoint(trainer)
+        self._plan_of_checkpoint(trainer)  # another plan is refused as such, and not by the settings that it comes from
         if stage == "fit":
             self.resume.begin(trainer, pl_module, self)
             if checkpoint is not None:
-                self.resume.compare(checkpoint)
+                self.resume.compare(checkpoint, trainer)
         elif checkpoint is not None:
-            check_evaluated(checkpoint, trainer, pl_module, self)
+            check_evaluated(checkpoint, self)
         plan: AdapterPlan | None = getattr(pl_module, "plan", None)
         if plan is not None:
             self._check_applied(plan)
@@ -130,7 +131,7 @@ class HybridAdapterSetup(Part, Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Apply what was changed at a resume."""
         if trainer.state.fn == "fit":
-            self.resume.compare(checkpoint)  # Lightning's own Trainer tells the setup of no checkpoint
+            self.resume.compare(checkpoint, trainer)  # Lightning's own Trainer tells the setup of no checkpoint
             self.resume.apply(checkpoint, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,8 +15,8 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
 
+from hybrid_lightning.callbacks.display import console
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.parts import Part
 from hybrid_lightning.policy.adaptation import adapter_state
@@ -93,6 +93,8 @@ _OPTIONS = {"model": MODEL, "adapter": ADAPTER, "data": DATA, "trainer": TRAINER
 # By these an optimizer needs more, or other, state of each weight than the checkpoint has.
 _OPTIMIZER_STATE = {"amsgrad", "centered", "momentum", "optim_bits", "block_wise", "min_8bit_size", "percentile_clipping"}
 _OPTIMIZER_RATE = "model.optimizer.lr"  # each group has its own, so that this one has no effect
+# Arguments of a module that stand for a part of the constructor's choice where they are None.
+_CHOSEN = ("loss", "sampler", "advantage", "schedule")
 # Where nothing is trained, these alone have to be the checkpoint's.
 _OF_THE_PLAN = tuple(f"adapter.{name}" for name, effects in ADAPTER.items() if REFUSED in effects)
 
@@ -122,7 +124,7 @@ class Resume:
         """Note the settings of a run that begins."""
         self.changes, self._settings, self._new = [], settings_of(trainer, pl_module, adapter), None
 
-    def compare(self, checkpoint: Mapping[str, Any]) -> None:
+    def compare(self, checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
         """Compare with the run that wrote a checkpoint, once, and say what differs.
 
         Raises:
@@ -133,20 +135,23 @@ class Resume:
         changes = changes_of(checkpoint, self._settings)
         check_changes(changes)
         if SETTINGS_KEY not in checkpoint:
-            rank_zero_info(
+            _say(
+                trainer,
                 "the checkpoint was written by an earlier version, which saved fewer settings: changes of data, trainer and "
-                "callbacks are applied, but neither named nor recorded"
+                "callbacks are applied, but neither named nor recorded",
             )
         earlier = checkpoint.get(SETTINGS_KEY, {}).get("changes", [])
         self._new, self.changes = changes, [*(Change(**change) for change in earlier), *changes]
         for change in changes:
-            rank_zero_info(f"changed at this resume: {change}")
+            _say(trainer, f"changed at this resume: {change}")
 
     def apply(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Take out of a checkpoint that is being restored what does not hold any longer."""
         effects = self._effects()
         if ROLLOUT in effects:
-            _give_up_rollout(checkpoint)
+            count = _give_up_rollout(checkpoint)
+            if count:
+                _say(trainer, f"the rollout in progress is of before the change: its last {count} micro-batches are given up")
         if isinstance(trainer.lightning_module, ExampleModule) and any(_is("model.loss", c.name) for c in self._new or []):
             effects |= _ACCURACY  # the held-out loss
         states = checkpoint.get("callbacks", {})
@@ -177,15 +182,13 @@ class Resume:
         return {effect for change in self._new or [] for effect in effects_of(change.name)}
 
 
-def check_evaluated(
-    checkpoint: Mapping[str, Any], trainer: Trainer, pl_module: LightningModule, adapter: Callback
-) -> None:  # fmt: skip
+def check_evaluated(checkpoint: Mapping[str, Any], adapter: Callback) -> None:
     """Refuse settings of the adapter that a checkpoint contradicts, where it is evaluated or exported.
 
     Raises:
         CheckpointError: naming them.
     """
-    changes = changes_of(checkpoint, settings_of(trainer, pl_module, adapter))
+    changes = changes_of(checkpoint, {"adapter": _described(adapter, getattr(adapter, "_init_args", {}))})
     _refuse([change for change in changes if any(_is(name, change.name) for name in _OF_THE_PLAN)])
 
 
@@ -204,9 +207,17 @@ def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> li
         for name in [name for name in before.keys() ^ after.keys() if name.startswith("trainer.")]:
             before.pop(name, None)
             after.pop(name, None)
-    names = dict.fromkeys([*before, *after])
+    differing = [name for name in dict.fromkeys([*before, *after]) if _differ(name, before.get(name), after.get(name))]
+    # Of a part of another class, only what it has itself is told.
+    classes = [name for name in differing if any(_is(name, other) for other in after if other != name)]
+    gone = [name for name in differing if name not in after and any(_is(kind, name) for kind in classes)]
     step = checkpoint.get("global_step", 0)
-    return [Change(step, n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
+    return [Change(step, name, before.get(name), after.get(name)) for name in differing if name not in gone]
+
+
+def _differ(name: str, before: Any, after: Any) -> bool:
+    # A limit of 1 is one batch, and of 1.0 all of them.
+    return before != after or (name.startswith("trainer.") and type(before) is not type(after))
 
 
 def effects_of(name: str) -> Effects:
@@ -291,6 +302,8 @@ def _earlier_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> 
     arguments = checkpoint.get("hyper_parameters", {})  # Lightning's name
     if "model" in now and arguments:
         named = {name: value for name, value in arguments.items() if not name.startswith("_")}
+        chosen = {name for name in _CHOSEN if named.get(name) is None}  # it does not tell which part that was
+        named |= {name: value for name, value in now["model"]["init_args"].items() if name in chosen}
         settings["model"] = {"class_path": arguments.get("_class_path", now["model"]["class_path"]), "init_args": named}
     plan, adapter = adapter_state(checkpoint)["plan"], now["adapter"]
     if plan is not None and not adapter["init_args"].get("plan"):  # whose LoRA need not be that of the settings
@@ -389,12 +402,17 @@ def _shown(value: Any) -> str:
 # ---- applying
 
 
-def _give_up_rollout(checkpoint: Mapping[str, Any]) -> None:
-    """Let the loader draw a new rollout instead of going on with one that was made by other settings."""
+def _say(trainer: Trainer, line: str) -> None:
+    if trainer.is_global_zero:
+        console().print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _give_up_rollout(checkpoint: Mapping[str, Any]) -> int:
+    """Let the loader draw a new rollout instead of going on with what is left of one; returns how many micro-batches that is."""
     loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+    count = 0
     for state in (state for state in loaders if isinstance(state, dict) and "ranks" in state):
-        count = len(state["ranks"][0]["pending"])
+        count += len(state["ranks"][0]["pending"])
         for rank in state["ranks"]:
             rank["pending"] = []
-        if count:
-            rank_zero_info(f"the rollout in progress was made before the change: {count} micro-batches of it are given up")
+    return count

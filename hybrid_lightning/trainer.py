@@ -87,7 +87,7 @@ class Trainer(LightningTrainer):
         else:
             for callback in self.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, HybridAdapterSetup):
-                    check_evaluated(read_content(ckpt_path), self, model, callback)
+                    check_evaluated(read_content(ckpt_path), callback)
             policy = policy_of_checkpoint(ckpt_path, dict(model.hparams), datamodule) if self.is_global_zero else None
         if policy is not None:
             write_policy(policy, form or MergedModel(), folder)

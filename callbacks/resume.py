@@ -259,12 +259,11 @@ def _refuse(changes: list[Change]) -> None:
     names = {change.name for change in changes}
     changes = [change for change in changes if not any(name != change.name and _is(name, change.name) for name in names)]
     if changes:
-        was = ", ".join(f"{change.name}={_shown(change.before)}" for change in changes)
-        now = ", ".join(_shown(change.after) for change in changes)
-        give = " ".join(f"--{change.name}={_shown(change.before)}" for change in changes)
+        was = ", and ".join(f"{c.name}={_shown(c.before)}, but it is {_shown(c.after)} now" for c in changes)
+        give = " ".join(f"--{change.name}={_given(change.before)}" for change in changes)
         raise CheckpointError(
-            f"the checkpoint was trained with {was}, but it is {now} now; give {give}, or start a new run (without --ckpt_path; "
-            "an exported model continues trained weights)"
+            f"the checkpoint was trained with {was}; give {give}, or start a new run (without --ckpt_path; an exported model "
+            "continues trained weights)"
         )
 
 
@@ -392,8 +391,13 @@ def _path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def _given(value: Any) -> str:
+    """As it is given on the command line, where only classes of ours have short names."""
+    return value if isinstance(value, str) and not value.startswith(f"{__name__.partition('.')[0]}.") else _shown(value)
+
+
 def _shown(value: Any) -> str:
-    """As it is given on the command line, a class by its short name."""
+    """As YAML in one line, a class by its short name."""
     kind = _imported(value) if isinstance(value, str) else None
     text = yaml.safe_dump(value if kind is None else kind.__name__, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("\n...\n").strip()

@@ -83,7 +83,10 @@ def test_what_decides_what_is_trained_is_refused():
         (["--adapter.budget.share=0.5", "--seed_everything=1"], "give --adapter.budget.share=0.1 --seed_everything=0, or start"),
         (["--model.seed=1"], "trained with model.seed=0, but it is 1 now"),
         (["--model.quantization=NF4"], "trained with model.quantization=null, but it is NF4 now"),
-        (["--model.optimizer=torch.optim.SGD"], "trained with model.optimizer=AdamW, but it is SGD now"),
+        (
+            ["--model.optimizer=torch.optim.SGD"],
+            "with model.optimizer=AdamW, but it is SGD now; give --model.optimizer=torch.optim.adamw.AdamW, or",
+        ),
         (["--model.optimizer.lr=1"], "has no effect, since each group of weights has a rate of its own; give --model.lr_full"),
         (["--trainer.max_steps=2"], "trainer.max_steps=2 is less than the 3 steps that the checkpoint has"),
     ],

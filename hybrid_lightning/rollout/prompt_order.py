@@ -79,11 +79,13 @@ class PromptOrder:
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """SHA-256 of the content of prompts, in their order.
 
-    Of columns that are no plain data the type counts: how an object is written may differ between processes.
+    Of columns that are no plain data the type counts: how an object is written may differ between processes. `source` does not,
+    which has the path of a file: it may have been moved.
     """
     digest = hashlib.sha256()
     for prompt in prompts:
-        content = json.dumps(vars(prompt), default=lambda value: type(value).__qualname__, skipkeys=True)
+        fields = {name: value for name, value in vars(prompt).items() if name != "source"}
+        content = json.dumps(fields, default=lambda value: type(value).__qualname__, skipkeys=True)
         digest.update(content.encode() + b"\n")
     return digest.hexdigest()
 

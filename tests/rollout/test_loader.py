@@ -282,4 +282,6 @@ def test_other_prompts_are_drawn_from_the_beginning_of_their_order():
 def test_prompts_are_compared_by_their_content():
     one, other, odd = (Prompt(text="1+1=", columns={"x": x}) for x in (1, 2, object()))
     digests = {prompts_digest(some) for some in ([one], [other], [odd], [one, other], [other, one], [])}
-    assert len(digests) == 6 and prompts_digest([odd]) == prompts_digest([Prompt(text="1+1=", columns={"x": object()})])
+    assert len(digests) == 6
+    moved = Prompt(text="1+1=", columns={"x": object()}, source="elsewhere.jsonl")
+    assert prompts_digest([odd]) == prompts_digest([moved])

@@ -29,12 +29,15 @@ from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
 from hybrid_lightning.callbacks.display import console, progress_bar
 from hybrid_lightning.callbacks.loggers import log_figure, log_table
+from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
+from hybrid_lightning.parts import Part
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.calibrated import CalibratedModule
 from hybrid_lightning.policy.modes import evaluation_mode
+from hybrid_lightning.policy.stepped import begin_epoch_anew
 from hybrid_lightning.sharding.whole_files import is_there, read_content
 from hybrid_lightning.stopping import RunStopped
 
@@ -55,13 +58,16 @@ _AFTER_SCORING = {
 }
 
 
-class HybridAdapterSetup(Callback):
+class HybridAdapterSetup(Part, Callback):
     """Chooses the modules that are trained fully and gives LoRA to all other candidates.
 
     The plan is taken from the checkpoint that is being loaded, else from `plan`, else made by scoring. It is written into the
     run folder as `plan.json` and `plan.png`. What scoring finds is kept as it is found, in the run folder's `scoring`: given as
     `ckpt_path` to another run with the same settings, that goes on from there to the same plan. Evaluating without a checkpoint
     and without `plan` leaves the model as it is.
+
+    Checkpoints hold the settings of the run. Where one is resumed, they are compared with the new ones, and what was changed is
+    applied or refused (see `callbacks/resume.py`).
 
     Args:
         budget: How many modules are fully trained; None takes `ModuleBudget(share=0.1)`. Share 0 is LoRA, 1 full fine-tuning.
@@ -102,7 +108,7 @@ class HybridAdapterSetup(Callback):
             raise ConfigError(f"adapter.calibration_prompts must be at least 1, got {calibration_prompts}")
         self.budget = budget or ModuleBudget()
         self.scorer = scorer or PreconditionedTail()
-        self.gradients = gradients
+        self.gradients = gradients or ExactGradients()
         self.lora = LoraSettings(rank, alpha, dropout, use_dora, use_rslora)
         self.target_modules = target_modules
         self.calibration_prompts = calibration_prompts
@@ -110,16 +116,25 @@ class HybridAdapterSetup(Callback):
         self.given_plan = None if plan is None else AdapterPlan.load(plan)  # a bad file is found before anything is loaded
         self.keep_start_weights = keep_start_weights
         self.plan: AdapterPlan | None = None
+        self.resume = Resume()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Decide and apply; an adapter that is applied already stays as it is.
 
         Raises:
             ConfigError: If the module does not follow the protocol, or settings contradict each other.
-            CheckpointError: If a plan file and the checkpoint's plan differ.
+            CheckpointError: If a plan file and the checkpoint's plan differ, or a setting that cannot be applied to it.
             PlanError: If the plan file is not the plan that is applied already, or belongs to another model.
         """
         folder = run_folder(trainer) if stage == "fit" else None  # before the scoring, which may be stopped
+        checkpoint = _checkpoint(trainer)
+        self._plan_of_checkpoint(trainer)  # another plan is refused as such, and not by the settings that it comes from
+        if stage == "fit":
+            self.resume.begin(trainer, pl_module, self)
+            if checkpoint is not None:
+                self.resume.compare(checkpoint, trainer)
+        elif checkpoint is not None:
+            check_evaluated(checkpoint, self)
         plan: AdapterPlan | None = getattr(pl_module, "plan", None)
         if plan is not None:
             self._check_applied(plan)
@@ -130,9 +145,21 @@ class HybridAdapterSetup(Callback):
             self._show(plan, folder)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the plan for modules that do not do so themselves."""
+        """Store the settings, and the plan for modules that do not do so themselves."""
+        checkpoint[SETTINGS_KEY] = self.resume.state()
         if not isinstance(pl_module, AdaptedModule) and self.plan is not None:
             checkpoint[CHECKPOINT_KEY] = {"plan": self.plan.to_dict(), "base_digest": self.plan.model_digest}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Apply what was changed at a resume."""
+        if trainer.state.fn == "fit":
+            self.resume.compare(checkpoint, trainer)  # Lightning's own Trainer tells the setup of no checkpoint
+            self.resume.apply(checkpoint, trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin an epoch anew whose number of micro-batches was changed at a resume."""
+        if self.resume.epoch_begins_anew:
+            begin_epoch_anew(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the plan in the loggers, as a table and a picture."""
@@ -167,11 +194,11 @@ class HybridAdapterSetup(Callback):
         return plan
 
     def _plan_of_checkpoint(self, trainer: Trainer) -> AdapterPlan | None:
-        path = trainer.ckpt_path
-        if not path or not is_there(path):  # Lightning itself says that a checkpoint is missing
+        checkpoint = _checkpoint(trainer)
+        if checkpoint is None:
             return None
-        saved = adapter_state(read_content(path))
-        plan = None if saved["plan"] is None else AdapterPlan.from_dict(saved["plan"], source=str(path))
+        saved = adapter_state(checkpoint)["plan"]
+        plan = None if saved is None else AdapterPlan.from_dict(saved, source=str(trainer.ckpt_path))
         if plan is not None and self.given_plan is not None and plan.digest != self.given_plan.digest:
             raise CheckpointError(
                 f"adapter.plan={self.plan_path} (plan {self.given_plan.digest[:12]}) is not the plan of the checkpoint "
@@ -303,6 +330,12 @@ class HybridAdapterSetup(Callback):
     def _draw(self, plan: AdapterPlan, path: Path) -> None:
         if any(module.score is not None for module in plan.candidates):
             draw_heatmap(plan).savefig(path, dpi=150)
+
+
+def _checkpoint(trainer: Trainer) -> dict[str, Any] | None:
+    """What is about to be loaded, without its tensors."""
+    path = trainer.ckpt_path
+    return read_content(path) if path and is_there(path) else None  # Lightning itself says that a checkpoint is missing
 
 
 def _mean_loss(losses: Iterable[Tensor]) -> float:

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from hybrid_lightning.callbacks.display import console, test_command
+from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.loggers import hints, log_numbers, show_hyperparameters
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import find_step_timer
@@ -108,6 +109,7 @@ class RunSummary(Callback):
         after = self._after if self._validated_step == trainer.global_step else {}
         samples = getattr(pl_module, "eval_samples", 1)
         timer = find_step_timer(trainer)
+        adapter = next((callback for callback in trainer.callbacks if isinstance(callback, HybridAdapterSetup)), None)  # type: ignore[attr-defined]
         return {
             "accuracy_before": self._before.get(f"val/avg@{samples}"),
             "accuracy_after": after.get(f"val/avg@{samples}"),
@@ -126,6 +128,7 @@ class RunSummary(Callback):
             "loss": type(getattr(pl_module, "loss", None)).__name__,
             "model": str(pl_module.hparams.get("model", "")),
             "validation": {"before": self._before, "after": after},
+            "changes": [] if adapter is None else adapter.resume.record(),  # at resumes
             "run_folder": str(folder),
             "checkpoint": str(last),
             "next_command": test_command(trainer, last) if last else "",

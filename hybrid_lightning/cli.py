@@ -311,6 +311,8 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     # Every run has a folder of its own; the checkpoint of another is meant to be read from there.
     warnings.filterwarnings("ignore", message=".*dirpath has changed from.*")
+    # One that was changed at a resume is another one to Lightning; the resume says so by the names of its options.
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
     # The loaders hold prompts or make rollouts; worker processes would not help.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -11,6 +11,7 @@ from hybrid_lightning.callbacks.display import console
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.policy_export import policy_in_training
+from hybrid_lightning.callbacks.resume import check_evaluated
 from hybrid_lightning.callbacks.run_folder import RunFolder, find_run_folder, run_folder
 from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import CheckpointError, ConfigError
@@ -22,6 +23,7 @@ from hybrid_lightning.export.write import write_policy
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
 from hybrid_lightning.memory.table import notes, rich_table, title
+from hybrid_lightning.sharding.whole_files import read_content
 
 
 class Trainer(LightningTrainer):
@@ -117,7 +119,7 @@ class Trainer(LightningTrainer):
             folder: New or empty folder to write.
 
         Raises:
-            CheckpointError: If the checkpoint cannot be read.
+            CheckpointError: If the checkpoint cannot be read, or settings of the adapter contradict it.
             ConfigError: If the folder holds something, or the form cannot hold the policy.
             PlanError: If the base model is not the one that was adapted.
         """
@@ -126,6 +128,9 @@ class Trainer(LightningTrainer):
         if ckpt_path is None:
             policy = policy_in_training(self, model)
         else:
+            for callback in self.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, HybridAdapterSetup):
+                    check_evaluated(read_content(ckpt_path), callback)
             policy = policy_of_checkpoint(ckpt_path, dict(model.hparams), datamodule) if self.is_global_zero else None
         if policy is not None:
             write_policy(policy, form or MergedModel(), folder)

@@ -13,6 +13,7 @@ from hybrid_lightning.data.formatting import PromptFormat
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Splits
 from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.parts import Part
 from hybrid_lightning.types import Prompt
 
 Encode = Callable[[Prompt], list[int]]
@@ -26,7 +27,7 @@ _STAGES = {
 }
 
 
-class PromptDataModule(LightningDataModule):
+class PromptDataModule(Part, LightningDataModule):
     """Prompts for training, validation, test and prediction.
 
     Rollouts are the training data: `train_dataloader` is the policy's `rollout_loader` of `train_prompts`. The other

@@ -18,7 +18,7 @@ def policy_of_checkpoint(path: str | Path, arguments: Mapping[str, Any] | None =
 
     Args:
         path: File or folder.
-        arguments: Of the module, to use instead of those in the checkpoint: where the base model has been moved.
+        arguments: Of the module, by which to find the base model instead of those in the checkpoint: where it has been moved.
         datamodule: Of the training, for the model card.
 
     Raises:
@@ -33,11 +33,11 @@ def policy_of_checkpoint(path: str | Path, arguments: Mapping[str, Any] | None =
     plan = AdapterPlan.from_dict(saved, source=str(path))
     state = (read_weights(path, is_trained) if path.is_dir() else content)["state_dict"]
     # Lightning keeps under this name what a module was made with.
-    arguments = {**content.get("hyper_parameters", {}), **(arguments or {})}
+    trained_with = content.get("hyper_parameters", {})
     summary = content.get("callbacks", {}).get("RunSummary")
     return TrainedPolicy(
         plan=plan,
         weights=peft_weights(state, plan, str(path)),
-        base=base_of(arguments),
-        training=training_of(content.get("global_step", 0), arguments, summary, datamodule),
+        base=base_of({**trained_with, **(arguments or {})}),
+        training=training_of(content.get("global_step", 0), trained_with or arguments or {}, summary, datamodule),
     )

@@ -21,7 +21,13 @@ from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.describe import describe_arguments
 from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model, stop_token_ids
 from hybrid_lightning.policy.modes import checkpoint_gradients
-from hybrid_lightning.policy.optim import ConstantSchedule, LearningRateSchedule, OptimizerCallable, build_optimizer
+from hybrid_lightning.policy.optim import (
+    ConstantSchedule,
+    LearningRateSchedule,
+    OptimizerCallable,
+    build_optimizer,
+    with_hyper_parameters,
+)
 from hybrid_lightning.policy.precision import check_precision, use_bfloat16_precision
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.policy.quantization import Quantization, check_quantization
@@ -92,6 +98,14 @@ class LanguageModule(AdaptedModule):
         full, lora = parameter_groups(self.model)
         groups = {"full": (list(full.values()), self.lr_full), "lora": (list(lora.values()), self.lr_lora)}
         return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take moments and counters from the checkpoint, but the hyper-parameters of the optimizer from this run."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            rates = {"full": self.lr_full, "lora": self.lr_lora}
+            for state in checkpoint.get("optimizer_states", []):
+                state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimizer_class, rates)
 
     def setup(self, stage: str) -> None:
         """Check what cannot work before anything is spent (see `check_settings`)."""

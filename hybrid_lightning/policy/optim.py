@@ -1,8 +1,9 @@
 """Optimizer with one learning rate per group of parameters, and learning rate schedules."""
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,8 +123,46 @@ def build_optimizer(
         )
     built = make_optimizer(optimizer, parameter_groups)
     schedule.factor(schedule.warmup_steps, total_steps)  # an impossible combination is said now and not after the warm-up
-    scheduler = LambdaLR(built, lambda step: schedule.factor(step, total_steps))
+    scheduler = _ScheduledRates(built, lambda step: schedule.factor(step, total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+
+class _ScheduledRates(LambdaLR):
+    """A resumed run goes on at the step of the checkpoint, with the rates and the schedule that it was given itself."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the step."""
+        rates = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = rates
+        self._last_lr = [rate * factor(self.last_epoch) for rate, factor in zip(rates, self.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+
+def with_hyper_parameters(
+    groups: Sequence[Mapping[str, Any]], optimizer: OptimizerCallable, rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Saved parameter groups with the hyper-parameters of a run that goes on: all that the optimizer's constructor takes.
+
+    What else stands in a group, such as a counter of the optimizer, is state and stays.
+
+    Args:
+        groups: As saved.
+        optimizer: Called with parameter groups.
+        rates: Group name -> learning rate.
+    """
+    return [
+        {**group, **_hyper_parameters(optimizer, rates[group["name"]])} if group.get("name") in rates else dict(group)
+        for group in groups
+    ]
+
+
+def _hyper_parameters(optimizer: OptimizerCallable, rate: float) -> dict[str, Any]:
+    built = optimizer([{"params": [nn.Parameter(torch.zeros(1))], "lr": rate}])
+    arguments = inspect.signature(type(built)).parameters.keys() - {"params"}
+    values = {name: value for name, value in built.param_groups[0].items() if name in arguments}
+    return {**values, "lr": rate, "initial_lr": rate}
 
 
 def make_optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:

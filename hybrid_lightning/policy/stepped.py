@@ -11,6 +11,8 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -63,7 +65,15 @@ class SteppedModule(EvaluatedModule, ABC):
             gather_over_ranks=gather_objects,
             epoch=epoch,
             shuffle=trainer.overfit_batches == 0,  # type: ignore[attr-defined]
+            on_other_prompts=lambda: begin_epoch_anew(trainer),
         )
+
+    def on_train_start(self) -> None:
+        """Let the loader go on where the checkpoint was.
+
+        Lightning does so as it asks for the loader: too early, where a schedule has asked how many steps `max_epochs` are.
+        """
+        self.trainer.fit_loop._load_combined_loader_states()
 
     @abstractmethod
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -216,3 +226,17 @@ class SteppedModule(EvaluatedModule, ABC):
                     "so no step was made. Look at a loss of your own, or lower model.lr_full and model.lr_lora and go on from an "
                     "earlier checkpoint"
                 )
+
+
+def begin_epoch_anew(trainer: Trainer) -> None:
+    """Count the micro-batches of an epoch from its first, when a resumed run has another number of them in it.
+
+    Else the epoch would end, or an optimizer step be made, after a part of a step's micro-batches. Counts over all epochs stay.
+    Called between `setup_data` and the first micro-batch.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    total, current = cast(_ProcessedTracker, progress.total), cast(_ProcessedTracker, progress.current)
+    count = int(trainer.num_training_batches) if progress.is_last_batch else 0  # an epoch that is over stays so
+    current.ready = current.started = current.processed = count
+    # A checkpoint that is saved within a micro-batch's last hook does not count it as completed; Lightning then adds it.
+    current.completed = count - (total.processed - total.completed)

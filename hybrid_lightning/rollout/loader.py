@@ -15,12 +15,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.rollout.batch_state import from_state, to_state
 from hybrid_lightning.rollout.dealing import deal
 from hybrid_lightning.rollout.prompt_cursor import PromptCursor
+from hybrid_lightning.rollout.prompt_order import prompts_digest
 from hybrid_lightning.rollout.random_state import capture_random_state, restore_random_state
 from hybrid_lightning.rollout.source import RolloutSource
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
@@ -96,6 +98,7 @@ class RolloutLoader:
         epoch: First epoch: a loader that replaces another (`reload_dataloaders_every_n_epochs`) must not begin anew.
         shuffle: False keeps the order of the data (for `overfit_batches`), starts over at every epoch, and lets no rollout draw
             more prompts, which would not be the ones to overfit.
+        on_other_prompts: Called when a state is loaded that was saved with other training prompts, or in another kind of order.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class RolloutLoader:
         gather_over_ranks: Callable[[Any], list[Any]] = lambda value: [value],
         epoch: int = 0,
         shuffle: bool = True,
+        on_other_prompts: Callable[[], None] = lambda: None,
     ) -> None:
         schedule.check_prompts(len(prompts))
         schedule.check_split(accumulate_grad_batches(), world_size)
@@ -123,7 +127,8 @@ class RolloutLoader:
         self.generator = generator or torch.Generator()
         self.rank, self.world_size = rank, world_size
         self.sum_over_ranks, self.gather_over_ranks = sum_over_ranks, gather_over_ranks
-        self.shuffle = shuffle
+        self.shuffle, self.on_other_prompts = shuffle, on_other_prompts
+        self._digest: str | None = None  # of the prompts, once it is asked for
         self._cursor = PromptCursor(prompts, seed, epoch, shuffle, rank, world_size)
         self._pending: deque[PolicyBatch] = deque()
         self._taken: list[PolicyBatch] = []  # of the optimizer step that is being made or was made last
@@ -191,33 +196,46 @@ class RolloutLoader:
             "random": self._resumed_random_state or capture_random_state(),
         }
         epoch, next_prompt = self._cursor.position
-        position = {"prompts": len(self.prompts), "epoch": epoch, "next_prompt": next_prompt}
+        prompts = {"prompts": len(self.prompts), "digest": self._prompts_digest(), "shuffle": self.shuffle}
+        position = {**prompts, "epoch": epoch, "next_prompt": next_prompt}
         return {**position, "ranks": self.gather_over_ranks(mine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`.
 
-        Another number of ranks takes the rows that are left over among them, and goes on to sample the same completions.
+        Another number of ranks takes the rows that are left over among them, and goes on to sample the same completions. Other
+        training prompts are drawn from the beginning of their order, and what is left of a rollout of the former is given up.
 
         Raises:
-            CheckpointError: If the state was saved with another number of training prompts, or by an earlier version.
+            CheckpointError: If the state was saved by an earlier version.
         """
         if "ranks" not in state:
             raise CheckpointError("the checkpoint's rollouts were saved by an earlier version; resume with that version")
-        if state["prompts"] != len(self.prompts):
-            raise CheckpointError(
-                f"the checkpoint was saved with {state['prompts']} training prompts, but data gives {len(self.prompts)}; resume "
-                "with the data settings in the config.yaml of its run folder"
-            )
-        self._cursor.position = (state["epoch"], state["next_prompt"])
+        same = self._has_same_prompts(state)
+        self._cursor.position = (state["epoch"], state["next_prompt"] if same else 0)
         device = self.generator.device
         saved: list[dict[str, Any]] = state["ranks"]
         pending = [[from_state(entry).to(device) for entry in one["pending"]] for one in saved]
-        self._pending = deque(deal(pending, self.rank, self.world_size))
+        self._pending = deque(deal(pending, self.rank, self.world_size) if same else [])
+        if not same:
+            rank_zero_info(
+                f"the checkpoint was saved with other training prompts ({state['prompts']}, now {len(self.prompts)}), or another "
+                "kind of order: training goes on at the beginning of the new order, and the rollout in progress is given up"
+            )
+            self.on_other_prompts()
         self.generator.set_state(saved[0]["generator"].cpu())
         if self.rank < len(saved):
             self._resumed_random_state = saved[self.rank]["random"]
         self._resumed = True
+
+    def _has_same_prompts(self, state: dict[str, Any]) -> bool:
+        if "digest" not in state:  # saved by an earlier version
+            return bool(state["prompts"] == len(self.prompts))
+        return bool(state["digest"] == self._prompts_digest() and state["shuffle"] == self.shuffle)
+
+    def _prompts_digest(self) -> str:
+        self._digest = self._digest or prompts_digest(self.prompts)
+        return self._digest
 
     def _roll_out(self) -> deque[PolicyBatch]:
         before = (self._cursor.position, self.generator.get_state(), capture_random_state())

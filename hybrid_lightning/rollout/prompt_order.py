@@ -3,6 +3,8 @@
 The order is a function of seed and epoch alone, so that a position in it is all that a checkpoint has to hold.
 """
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 
@@ -72,6 +74,20 @@ class PromptOrder:
             drawn += random.Random(f"{self.seed}/{name}/{cycle}").sample(members, len(members))
             cycle += 1
         return drawn[skip : skip + count]
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of the content of prompts, in their order.
+
+    Of columns that are no plain data the type counts: how an object is written may differ between processes. `source` does not,
+    which has the path of a file: it may have been moved.
+    """
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        fields = {name: value for name, value in vars(prompt).items() if name != "source"}
+        content = json.dumps(fields, default=lambda value: type(value).__qualname__, skipkeys=True)
+        digest.update(content.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def take_turns(weights: dict[str, float], count: int) -> list[str]:

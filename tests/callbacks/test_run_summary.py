@@ -9,6 +9,7 @@ from hybrid_lightning.callbacks import RunSummary, StepTimer
 from hybrid_lightning.callbacks.display import python_command
 
 KEYS = {
+    "changes",
     "accuracy_before", "accuracy_after", "greedy_before", "greedy_after", "seconds", "training_seconds", "steps", "eval_samples",
     "full_modules", "lora_modules", "trainable_parameters", "trainable_share", "loss", "model", "validation", "run_folder",
     "checkpoint", "next_command", "seconds_by_phase", "throughput",

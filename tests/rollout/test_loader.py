@@ -5,6 +5,7 @@ import torch
 
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
+from hybrid_lightning.rollout.prompt_order import prompts_digest
 from hybrid_lightning.types import Prompt, Sequences
 
 
@@ -261,7 +262,26 @@ def test_another_number_of_ranks_takes_over_what_is_left():
         one.load_state_dict({name: value for name, value in together.items() if name != "ranks"})
 
 
-def test_other_data_than_the_checkpoints_is_refused():
-    state = build().state_dict()
-    with pytest.raises(CheckpointError, match="12 training prompts, but data gives 13"):
-        build(prompts=13).load_state_dict(state)
+def test_other_prompts_are_drawn_from_the_beginning_of_their_order():
+    loader = build()
+    next(iter(loader))
+    state = loader.state_dict()
+    for changed in (build(prompts=13), build(shuffle=False)):
+        told = []
+        changed.on_other_prompts = lambda told=told: told.append(True)
+        changed.load_state_dict(state)
+        fresh = build(prompts=len(changed.prompts), shuffle=changed.shuffle)
+        assert told and not changed._pending
+        assert [p.index for p in changed._cursor.draw(12)] == [p.index for p in fresh._cursor.draw(12)]
+    same = build()
+    same.on_other_prompts = lambda: pytest.fail("the same prompts")
+    same.load_state_dict(state)
+    assert same._cursor.position == loader._cursor.position
+
+
+def test_prompts_are_compared_by_their_content():
+    one, other, odd = (Prompt(text="1+1=", columns={"x": x}) for x in (1, 2, object()))
+    digests = {prompts_digest(some) for some in ([one], [other], [odd], [one, other], [other, one], [])}
+    assert len(digests) == 6
+    moved = Prompt(text="1+1=", columns={"x": object()}, source="elsewhere.jsonl")
+    assert prompts_digest([odd]) == prompts_digest([moved])

@@ -34,6 +34,8 @@ READERS = {
     "fsdp2": (SHARDED["fsdp2 sharded"], 3),
     "fsdp1": (SHARDED["fsdp1 sharded"], 2),
 }
+# What is changed as they go on.
+CHANGED = {**ARGUMENTS["policy"], "lr_full": 1e-4, "lr_lora": 2e-2, "optimizer": partial(torch.optim.AdamW, betas=(0.7, 0.8))}
 # Which checkpoints each goes on from: every writer's under other strategies and numbers of ranks.
 CROSSINGS = {
     "one process": tuple(WRITERS),
@@ -55,6 +57,10 @@ def runs(folder, tmp_path_factory):
         (reader, writer): {**ARGUMENTS, "strategy": strategy, "max_steps": 6, "ckpt_path": root / f"{writer}.ckpt"}
         for reader, (strategy, _) in READERS.items()
         for writer in CROSSINGS[reader]
+    }
+    read |= {
+        (reader, "changed"): {**read[reader, "fsdp2 sharded"], "policy": CHANGED, "max_steps": 3, "gradient_clip_val": 0.5}
+        for reader in READERS
     }
     found = {}
     # As many ranks as write, and in the end read, do so one after the other: a start costs as much as a run.
@@ -86,6 +92,19 @@ def test_it_goes_on_as_if_it_had_not_been_stopped(runs, reader):
                 assert one == pytest.approx(other, abs=1e-5, rel=1e-5), writer
             torch.testing.assert_close(resumed["weights"], unstopped["weights"], atol=1e-5, rtol=0)
             assert resumed["validation"] == pytest.approx(unstopped["validation"], abs=1e-6), writer
+
+
+def test_what_is_changed_is_applied_under_every_strategy(runs):
+    _, found = runs
+    (expected,) = found["one process", "changed"]
+    (unchanged,) = found["one process", "fsdp2 sharded"]
+    assert expected["steps"][0]["loss"] == unchanged["steps"][0]["loss"] and expected["global_step"] == 3
+    assert expected["steps"][1]["loss"] != unchanged["steps"][1]["loss"]
+    for reader in READERS:
+        for resumed in found[reader, "changed"]:
+            for one, other in zip(resumed["steps"], expected["steps"], strict=True):
+                assert one == pytest.approx(other, abs=1e-5, rel=1e-5), reader
+            torch.testing.assert_close(resumed["weights"], expected["weights"], atol=1e-5, rtol=0)
 
 
 def content_of(path):

@@ -1,0 +1,422 @@
+"""What a resumed run was changed in: each setting that differs from those of the checkpoint is applied, or refused.
+
+A checkpoint holds the settings of the run that wrote it as plain data (`settings_of`). At a resume they are compared, name by
+name, with those of the new run, before anything is scored or sampled; the tables below say what becomes of each that differs.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+
+from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.parts import Part
+from hybrid_lightning.policy.adaptation import adapter_state
+from hybrid_lightning.policy.examples import ExampleModule
+from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.rollout.prompt_order import prompts_digest
+
+SETTINGS_KEY = "hybrid_lightning_settings"
+
+# What an applied change makes begin anew.
+ROLLOUT = "rollout"  # the one in progress, whose micro-batches were made by what has changed, is given up
+EPOCH = "epoch"  # Lightning's: it has another number of micro-batches now
+MEASURED = "measured"  # accuracies, which do not compare with what is measured from now on
+BEST = "best"  # which checkpoint is the best, for the same reason
+REFUSED = "refused"
+
+Effects = frozenset[str]
+_NOTHING: Effects = frozenset()
+_MADE_BY: Effects = frozenset({ROLLOUT})
+_FIXED: Effects = frozenset({REFUSED})
+_SIZES: Effects = frozenset({ROLLOUT, EPOCH})
+_ACCURACY: Effects = frozenset({MEASURED, BEST})
+
+# Option -> what a change of it, or of what is below it as in `model.loss.clip_low`, makes begin anew.
+MODEL: dict[str, Effects] = {
+    **dict.fromkeys(("dtype", "quantization", "seed"), _FIXED),
+    # Another model is refused by the digest of its weights; the same one may have been moved.
+    **dict.fromkeys(("model", "revision"), _NOTHING),
+    # The class of the optimizer, and arguments that change its state, are refused below.
+    **dict.fromkeys(("optimizer", "lr_full", "lr_lora", "schedule"), _NOTHING),
+    **dict.fromkeys(("max_tokens_per_micro_batch", "gradient_checkpointing"), _NOTHING),
+    **dict.fromkeys(("loss", "advantage", "correction", "token_mask", "dynamic_sampling", "samples_per_prompt"), _MADE_BY),
+    **dict.fromkeys(("mask_truncated_completions", "attn_implementation"), _MADE_BY),
+    **dict.fromkeys(("prompts_per_rollout", "minibatches_per_rollout", "epochs_per_rollout", "examples_per_step"), _SIZES),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "sampler", "reward"), _MADE_BY | _ACCURACY),
+    "eval_samples": _ACCURACY,
+}
+ADAPTER: dict[str, Effects] = {
+    **dict.fromkeys(("budget", "scorer", "gradients", "target_modules", "calibration_prompts"), _FIXED),
+    **dict.fromkeys(("rank", "alpha", "dropout", "use_dora", "use_rslora"), _FIXED),
+    "plan": _NOTHING,  # compared by its digest
+    "keep_start_weights": _NOTHING,  # these are the model's own, which is loaded in any case
+}
+# What a change of data does is seen in its prompts.
+DATA: dict[str, Effects] = dict.fromkeys(
+    ("source", "format", "max_prompt_tokens", "validation_prompts", "test_prompts", "eval_batch_size", "seed"), _NOTHING
+)
+TRAINER: dict[str, Effects] = {
+    "fast_dev_run": _FIXED,
+    **dict.fromkeys(("accumulate_grad_batches", "overfit_batches"), _SIZES),
+    "limit_train_batches": frozenset({EPOCH}),
+    "limit_val_batches": _ACCURACY,
+    "precision": _MADE_BY,  # one that trains another dtype is refused by the module
+    **dict.fromkeys(("accelerator", "strategy", "devices", "num_nodes", "plugins", "sync_batchnorm"), _NOTHING),
+    **dict.fromkeys(("use_distributed_sampler", "deterministic", "benchmark", "inference_mode", "detect_anomaly"), _NOTHING),
+    **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time"), _NOTHING),
+    **dict.fromkeys(("limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"), _NOTHING),
+    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch", "reload_dataloaders_every_n_epochs"), _NOTHING),
+    **dict.fromkeys(("gradient_clip_val", "gradient_clip_algorithm", "logger", "callbacks", "log_every_n_steps"), _NOTHING),
+    **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), _NOTHING),
+    **dict.fromkeys(("enable_autolog_hparams", "profiler", "barebones", "default_root_dir", "model_registry"), _NOTHING),
+}
+# Of these every option is alike.
+WHOLE: dict[str, Effects] = {
+    "seed_everything": _FIXED,
+    "training prompts": _SIZES,
+    "validation prompts": _ACCURACY,
+    "checkpoint": frozenset({BEST}),
+    "samples": _NOTHING,
+    "divergence": _NOTHING,
+    "predictions": _NOTHING,
+}
+_OPTIONS = {"model": MODEL, "adapter": ADAPTER, "data": DATA, "trainer": TRAINER}
+# By these an optimizer needs more, or other, state of each weight than the checkpoint has.
+_OPTIMIZER_STATE = {"amsgrad", "centered", "momentum", "optim_bits", "block_wise", "min_8bit_size", "percentile_clipping"}
+_OPTIMIZER_RATE = "model.optimizer.lr"  # each group has its own, so that this one has no effect
+# Arguments of a module that stand for a part of the constructor's choice where they are None.
+_CHOSEN = ("loss", "sampler", "advantage", "schedule")
+# Where nothing is trained, these alone have to be the checkpoint's.
+_OF_THE_PLAN = tuple(f"adapter.{name}" for name, effects in ADAPTER.items() if REFUSED in effects)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is another one from a step on."""
+
+    step: int
+    name: str  # as on the command line
+    before: Any  # None: it was null, or there was none
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} {_shown(self.before)} -> {_shown(self.after)}"
+
+
+class Resume:
+    """The settings of a run, and what was changed in them where it went on from a checkpoint."""
+
+    def __init__(self) -> None:
+        self.changes: list[Change] = []  # at this and at earlier resumes
+        self._settings: dict[str, Any] = {}
+        self._new: list[Change] | None = None  # at this one; None before a checkpoint is there to compare with
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule, adapter: Callback) -> None:
+        """Note the settings of a run that begins."""
+        self.changes, self._settings, self._new = [], settings_of(trainer, pl_module, adapter), None
+
+    def compare(self, checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
+        """Compare with the run that wrote a checkpoint, once, and say what differs.
+
+        Raises:
+            CheckpointError: If something was changed that cannot be applied.
+        """
+        if self._new is not None:
+            return
+        changes = changes_of(checkpoint, self._settings)
+        check_changes(changes)
+        if SETTINGS_KEY not in checkpoint:
+            _say(
+                trainer,
+                "the checkpoint was written by an earlier version, which saved fewer settings: changes of data, trainer and "
+                "callbacks are applied, but neither named nor recorded",
+            )
+        earlier = checkpoint.get(SETTINGS_KEY, {}).get("changes", [])
+        self._new, self.changes = changes, [*(Change(**change) for change in earlier), *changes]
+        for change in changes:
+            _say(trainer, f"changed at this resume: {change}")
+
+    def apply(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
+        """Take out of a checkpoint that is being restored what does not hold any longer."""
+        effects = self._effects()
+        if ROLLOUT in effects:
+            count = _give_up_rollout(checkpoint)
+            if count:
+                _say(trainer, f"the rollout in progress is of before the change: its last {count} micro-batches are given up")
+        if isinstance(trainer.lightning_module, ExampleModule) and any(_is("model.loss", c.name) for c in self._new or []):
+            effects |= _ACCURACY  # the held-out loss
+        states = checkpoint.get("callbacks", {})
+        if MEASURED in effects and "RunSummary" in states:
+            states["RunSummary"].update(before={}, after={}, validated_step=-1)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = states.get(callback.state_key)
+            if state and isinstance(callback, EarlyStopping):
+                state["patience"] = callback.patience  # Lightning would take it from the checkpoint
+            if state and isinstance(callback, ModelCheckpoint) and BEST in effects:
+                state.update(best_model_score=None, best_model_path="", best_k_models={}, current_score=None)
+                state.update(kth_best_model_path="", kth_value=callback.kth_value)
+
+    @property
+    def epoch_begins_anew(self) -> bool:
+        """Whether an epoch has another number of micro-batches now."""
+        return EPOCH in self._effects()
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint: plain data."""
+        return {"settings": self._settings, "changes": self.record()}
+
+    def record(self) -> list[dict[str, Any]]:
+        """All changes as plain data."""
+        return [asdict(change) for change in self.changes]
+
+    def _effects(self) -> set[str]:
+        return {effect for change in self._new or [] for effect in effects_of(change.name)}
+
+
+def check_evaluated(checkpoint: Mapping[str, Any], adapter: Callback) -> None:
+    """Refuse settings of the adapter that a checkpoint contradicts, where it is evaluated or exported.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    changes = changes_of(checkpoint, {"adapter": _described(adapter, getattr(adapter, "_init_args", {}))})
+    _refuse([change for change in changes if any(_is(name, change.name) for name in _OF_THE_PLAN)])
+
+
+# ---- comparing
+
+
+def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Change]:
+    """All settings that differ from those of the run that wrote a checkpoint, of those sections that both have."""
+    saved = checkpoint.get(SETTINGS_KEY)
+    old = _earlier_settings(checkpoint, settings) if saved is None else saved["settings"]
+    sections = old.keys() & settings.keys()
+    if "seed_everything" not in settings and settings["adapter"]["init_args"].get("plan"):
+        sections -= {"adapter"}  # made in Python by a plan alone, which is compared by its digest
+    before, after = (_flat({name: side[name] for name in side if name in sections}) for side in (old, settings))
+    if "seed_everything" not in sections:  # a Trainer that was made in Python does not tell all that it was given
+        for name in [name for name in before.keys() ^ after.keys() if name.startswith("trainer.")]:
+            before.pop(name, None)
+            after.pop(name, None)
+    differing = [name for name in dict.fromkeys([*before, *after]) if _differ(name, before.get(name), after.get(name))]
+    # Of a part of another class, only what it has itself is told.
+    classes = [name for name in differing if any(_is(name, other) for other in after if other != name)]
+    gone = [name for name in differing if name not in after and any(_is(kind, name) for kind in classes)]
+    step = checkpoint.get("global_step", 0)
+    return [Change(step, name, before.get(name), after.get(name)) for name in differing if name not in gone]
+
+
+def _differ(name: str, before: Any, after: Any) -> bool:
+    # A limit of 1 is one batch, and of 1.0 all of them.
+    return before != after or (name.startswith("trainer.") and type(before) is not type(after))
+
+
+def effects_of(name: str) -> Effects:
+    """What a change of a setting makes begin anew, or that it is refused."""
+    section, _, rest = name.partition(".")
+    option, _, below = rest.partition(".")
+    if section not in _OPTIONS:
+        return WHOLE.get(section, _NOTHING)
+    if not option:  # the class itself
+        return _NOTHING if section == "data" else _FIXED
+    if (section, option) == ("model", "optimizer"):
+        return _FIXED if not below or below in _OPTIMIZER_STATE else _NOTHING
+    unknown = _SIZES | _ACCURACY if section == "model" else _NOTHING  # an argument of a module of one's own
+    return _OPTIONS[section].get(option, unknown)
+
+
+def check_changes(changes: Iterable[Change]) -> None:
+    """Refuse what cannot be applied as training goes on.
+
+    Raises:
+        CheckpointError: naming each such setting, its old and new value, and what to give.
+    """
+    changes = list(changes)
+    _refuse([change for change in changes if REFUSED in effects_of(change.name)])
+    for change in changes:
+        if change.name == "trainer.max_steps" and 0 <= change.after < change.step:
+            raise CheckpointError(
+                f"trainer.max_steps={change.after} is less than the {change.step} steps that the checkpoint has; give how many "
+                "the run is to have in all"
+            )
+        if change.name == _OPTIMIZER_RATE:
+            raise CheckpointError(
+                f"{_OPTIMIZER_RATE}={_shown(change.after)} has no effect, since each group of weights has a rate of its own; "
+                "give --model.lr_full and --model.lr_lora"
+            )
+
+
+def _refuse(changes: list[Change]) -> None:
+    names = {change.name for change in changes}
+    changes = [change for change in changes if not any(name != change.name and _is(name, change.name) for name in names)]
+    if changes:
+        was = ", and ".join(f"{c.name}={_shown(c.before)}, but it is {_shown(c.after)} now" for c in changes)
+        give = " ".join(f"--{change.name}={_given(change.before)}" for change in changes)
+        raise CheckpointError(
+            f"the checkpoint was trained with {was}; give {give}, or start a new run (without --ckpt_path; an exported model "
+            "continues trained weights)"
+        )
+
+
+def _is(name: str, other: str) -> bool:
+    """Whether another name is this one, or below it."""
+    return other == name or other.startswith(f"{name}.")
+
+
+# ---- settings as plain data
+
+
+def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Callback) -> dict[str, Any]:
+    """What a run was made with: module, data, adapter and Trainer, and with the command line all else that it was given."""
+    settings: dict[str, Any] = {"adapter": _described(adapter, getattr(adapter, "_init_args", {}))}
+    if isinstance(pl_module, LanguageModule):
+        settings["model"] = _described(pl_module, {n: v for n, v in pl_module.hparams.items() if not n.startswith("_")})
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, Part):
+        settings["data"] = _described(data, data._init_args)
+    for name, attribute in (("training prompts", "train_prompts"), ("validation prompts", "validation_prompts")):
+        prompts = getattr(data, attribute, None) if trainer.state.fn == "fit" else None
+        if prompts is not None:
+            settings[name] = f"{len(prompts)} ({prompts_digest(prompts)[:12]})"
+    config = next((c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)), None)  # type: ignore[attr-defined]
+    if config is not None:
+        given = yaml.safe_load(config.parser.dump(config.config, skip_none=False))  # as in config.yaml
+        settings |= {name: value for name, value in given.items() if name not in settings}
+    settings["trainer"] = {**settings.get("trainer", {}), **_flags(trainer)}
+    return settings
+
+
+def _earlier_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of an earlier version holds of the settings: the module's, and those of LoRA in the plan."""
+    settings: dict[str, Any] = {}
+    arguments = checkpoint.get("hyper_parameters", {})  # Lightning's name
+    if "model" in now and arguments:
+        named = {name: value for name, value in arguments.items() if not name.startswith("_")}
+        chosen = {name for name in _CHOSEN if named.get(name) is None}  # it does not tell which part that was
+        named |= {name: value for name, value in now["model"]["init_args"].items() if name in chosen}
+        settings["model"] = {"class_path": arguments.get("_class_path", now["model"]["class_path"]), "init_args": named}
+    plan, adapter = adapter_state(checkpoint)["plan"], now["adapter"]
+    if plan is not None and not adapter["init_args"].get("plan"):  # whose LoRA need not be that of the settings
+        settings["adapter"] = {**adapter, "init_args": {**adapter["init_args"], **plan["lora"], "budget": plan["budget"]}}
+    return settings
+
+
+def _described(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Class and arguments, and where one was left out the part that the constructor chose."""
+    arguments = {**_defaults(type(instance)), **arguments}
+    chosen = {name: getattr(instance, name, None) for name, value in arguments.items() if value is None}
+    arguments |= {name: part for name, part in chosen.items() if isinstance(part, Part)}
+    return {"class_path": _path(type(instance)), "init_args": _plain(arguments)}
+
+
+def _flags(trainer: Trainer) -> dict[str, Any]:
+    """Flags of the Trainer that are plain values, as they hold: a limit that was not given is the Trainer's default."""
+    names = inspect.signature(Trainer.__init__).parameters.keys() - {"default_root_dir"}
+    values = {name: getattr(trainer, name, None) for name in sorted(names)}
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    flags = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):  # changes the flag from epoch to epoch
+            flags["accumulate_grad_batches"] = str(callback.scheduling)
+    return flags
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, text, lists and dicts; what is none of these, by its class."""
+    if isinstance(value, Part):
+        return {"class_path": _path(type(value)), "init_args": _plain(value._init_args)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return {"class_path": _path(value if isinstance(value, type) else type(value)), "init_args": {}}
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by their names on the command line; that of a part is its class."""
+    flat: dict[str, Any] = {}
+
+    def put(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            items = value
+            if "class_path" in value:
+                kind = _imported(str(value["class_path"]))
+                flat[name] = value["class_path"] if kind is None else _path(kind)
+                items = {**({} if kind is None else _plain(_defaults(kind))), **(value.get("init_args") or {})}
+            for key, item in items.items():
+                put(f"{name}.{key}", item)
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            for number, item in enumerate(value):
+                put(f"{name}.{number}", item)
+        else:
+            flat[name] = value
+
+    for name, value in settings.items():
+        put(name, value)
+    return flat
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """Default arguments of a constructor, and of those to which it hands others on."""
+    defaults: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty} | defaults
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return defaults
+
+
+def _imported(path: str) -> type | None:
+    """The class of a path if its module is there already: a checkpoint is no reason to import one."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _given(value: Any) -> str:
+    """As it is given on the command line, where only classes of ours have short names."""
+    return value if isinstance(value, str) and not value.startswith(f"{__name__.partition('.')[0]}.") else _shown(value)
+
+
+def _shown(value: Any) -> str:
+    """As YAML in one line, a class by its short name."""
+    kind = _imported(value) if isinstance(value, str) else None
+    text = yaml.safe_dump(value if kind is None else kind.__name__, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n...\n").strip()
+
+
+# ---- applying
+
+
+def _say(trainer: Trainer, line: str) -> None:
+    if trainer.is_global_zero:
+        console().print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _give_up_rollout(checkpoint: Mapping[str, Any]) -> int:
+    """Let the loader draw a new rollout instead of going on with what is left of one; returns how many micro-batches that is."""
+    loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+    count = 0
+    for state in (state for state in loaders if isinstance(state, dict) and "ranks" in state):
+        count += len(state["ranks"][0]["pending"])
+        for rank in state["ranks"]:
+            rank["pending"] = []
+    return count

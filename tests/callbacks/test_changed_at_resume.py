@@ -1,0 +1,474 @@
+"""Whatever is changed at a resume is applied, said and recorded, or refused with the remedy."""
+
+import functools
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli_runs import run, write_folder
+from lightning.pytorch import Callback
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from tiny_examples import KINDS, build_examples, build_module, write_rows
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+
+from hybrid_lightning.callbacks import HybridAdapterSetup, RunSummary, resume
+from hybrid_lightning.callbacks.resume import ADAPTER, DATA, MODEL, REFUSED, SETTINGS_KEY, TRAINER, WHOLE, effects_of
+from hybrid_lightning.data import PromptDataModule
+from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.optim import CosineSchedule
+from hybrid_lightning.rollout.sampler import Sampler
+
+# ---- on the command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yield from write_folder(tmp_path_factory.mktemp("changed"))
+
+
+@pytest.fixture(scope="module")
+def first(folder):
+    """The folder of a run of three steps, in the middle of a rollout and of an epoch."""
+    result = run(folder, "fit", "--config", "t.yaml", "--trainer.max_steps=3", "--trainer.accumulate_grad_batches=2")
+    assert result.code == 0, result.err
+    return folder / "runs" / "default" / "version_0"
+
+
+def go_on(folder, first, *options, command="fit"):
+    """The result, and the folder of the new run."""
+    before = set((folder / "runs").rglob("config.yaml"))
+    checkpoint = first / "checkpoints" / "last.ckpt"
+    result = run(folder, command, "--config", first / "config.yaml", "--ckpt_path", checkpoint, *options)
+    new = [path.parent for path in (folder / "runs").rglob("config.yaml") if path not in before]
+    return result, new[0] if new else None
+
+
+def test_every_option_is_classified(first):
+    """So that one that is added later has to be."""
+    config = yaml.safe_load((first / "config.yaml").read_text())
+    assert {"model", "data", "adapter", "trainer"} | config.keys() <= {"model", "data", "adapter", "trainer"} | WHOLE.keys()
+    assert config["adapter"].keys() == ADAPTER.keys() and config["trainer"].keys() == TRAINER.keys()
+    assert config["data"]["init_args"].keys() == DATA.keys()
+    modules = [PolicyModule, *(module for module, _ in KINDS.values())]
+    assert {name for module in modules for name in inspect.signature(module).parameters} == MODEL.keys()
+    assert {*inspect.signature(HybridAdapterSetup).parameters} == ADAPTER.keys()
+    assert {*inspect.signature(PromptDataModule).parameters} == DATA.keys()
+    assert {*inspect.signature(LightningTrainer.__init__).parameters} - {"self"} == TRAINER.keys()
+
+
+def test_what_decides_what_is_trained_is_refused():
+    names = {name for name in (f"{section}.{option}" for section, options in resume._OPTIONS.items() for option in options)}
+    refused = {name for name in names if REFUSED in effects_of(name)}
+    assert refused == {
+        *("model.dtype", "model.quantization", "model.seed", "model.optimizer", "trainer.fast_dev_run"),
+        *(f"adapter.{name}" for name in ADAPTER if name not in ("plan", "keep_start_weights")),
+    }
+    assert all(REFUSED in effects_of(name) for name in ("model", "adapter", "seed_everything", "model.optimizer.amsgrad"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--trainer.max_steps=42", "--model.lr_lora=1e-5", "--model.lr_full=1e-6", "--adapter.rank=4"],
+            "trained with adapter.rank=2, but it is 4 now; give --adapter.rank=2, or start a new run (without --ckpt_path;",
+        ),
+        (["--adapter.budget.share=0.5", "--seed_everything=1"], "give --adapter.budget.share=0.1 --seed_everything=0, or start"),
+        (["--model.seed=1"], "trained with model.seed=0, but it is 1 now"),
+        (["--model.quantization=NF4"], "trained with model.quantization=null, but it is NF4 now"),
+        (
+            ["--model.optimizer=torch.optim.SGD"],
+            "with model.optimizer=AdamW, but it is SGD now; give --model.optimizer=torch.optim.adamw.AdamW, or",
+        ),
+        (["--model.optimizer.lr=1"], "has no effect, since each group of weights has a rate of its own; give --model.lr_full"),
+        (["--trainer.max_steps=2"], "trainer.max_steps=2 is less than the 3 steps that the checkpoint has"),
+    ],
+)
+def test_what_cannot_be_applied_is_refused_before_anything_is_spent(folder, first, monkeypatch, options, message):
+    monkeypatch.setattr(PolicyModule, "generate", lambda *_, **__: pytest.fail("generated"))
+    result, new = go_on(folder, first, *options)
+    assert (result.code, new) == (1, None) and message in result.last, result.err
+
+
+APPLIED = {
+    "model.lr_full": 1e-6,
+    "model.lr_lora": 1e-5,
+    "model.optimizer.betas": [0.8, 0.9],
+    "model.schedule": "hybrid_lightning.policy.optim.CosineSchedule",
+    "model.loss.kl_coef": 0.02,
+    "model.reward.bonus": 0.5,
+    "model.sampler.temperature": 0.9,
+    "model.minibatches_per_rollout": 1,
+    "model.eval_samples": 3,
+    "data.source.split_seed": 3,
+    "data.validation_prompts": 5,
+    "adapter.keep_start_weights": True,
+    "trainer.max_steps": 5,
+    "trainer.accumulate_grad_batches": 4,
+    "trainer.gradient_clip_val": 0.5,
+    "trainer.limit_val_batches": 1,
+    "checkpoint.every_n_train_steps": 1,
+    "samples.prompts": 2,
+    "divergence.window": 10,
+}
+
+
+def test_what_is_applied_is_said_and_recorded(folder, first):
+    result, new = go_on(folder, first, *(f"--{name}={value}" for name, value in APPLIED.items()))
+    assert result.code == 0, result.err
+    changed = {name for name in APPLIED if name != "adapter.keep_start_weights"}  # which is what it was
+    summary = json.loads((new / "summary.json").read_text())
+    recorded = {change["name"]: change for change in summary["changes"]}
+    assert recorded.keys() - changed == {"training prompts", "validation prompts", "model.schedule.final_factor"}
+    assert changed <= recorded.keys() and recorded["model.lr_lora"] == {
+        "step": 3,
+        "name": "model.lr_lora",
+        "before": 0.01,
+        "after": 1e-5,
+    }
+    assert "changed at this resume: model.lr_lora 0.01 -> 1.0e-05" in result.out
+    assert "the rollout in progress is of before the change" in result.out
+    assert summary["accuracy_before"] is None, "measured by another reward, on other problems"
+    content = torch.load(new / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["hyper_parameters"]["lr_lora"] == 1e-5 and content["hyper_parameters"]["loss"]["init_args"]["kl_coef"] == 0.02
+    config = yaml.safe_load((new / "config.yaml").read_text())
+    flat = resume._flat(content[SETTINGS_KEY]["settings"])
+    for name, value in APPLIED.items():
+        section, *keys = name.split(".")
+        place = config[section]
+        for key in keys:
+            place = place.get("init_args", place)[key]
+        assert (place["class_path"] if isinstance(place, dict) else place) == value == flat[name], name
+    rates = [group["lr"] for group in content["optimizer_states"][0]["param_groups"]]
+    assert rates[0] < 1e-6 and rates[1] < 1e-5, "those of the schedule at the end"
+
+
+def test_changes_are_kept_over_resumes(folder, first):
+    _, second = go_on(folder, first, "--trainer.max_steps=4", "--model.lr_lora=0.005")
+    result, third = go_on(folder, second, "--trainer.max_steps=5", "--trainer.log_every_n_steps=2")
+    assert result.code == 0, result.err
+    names = [change["name"] for change in json.loads((third / "summary.json").read_text())["changes"]]
+    assert names == ["model.lr_lora", "trainer.max_steps", "trainer.max_steps", "trainer.log_every_n_steps"]
+    assert "model.lr_lora" not in result.out
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "export"])
+def test_no_command_ignores_an_adapter_that_contradicts_the_checkpoint(folder, first, command, tmp_path):
+    options = ["--folder", tmp_path / "exported"] if command == "export" else []
+    result, _ = go_on(folder, first, "--adapter.rank=4", *options, command=command)
+    assert result.code == 1 and "trained with adapter.rank=2, but it is 4 now" in result.last
+    options += [f"--predictions.path={tmp_path}/p.jsonl"] if command == "predict" else []
+    result, _ = go_on(folder, first, "--model.sampler.temperature=0.5", "--model.eval_samples=1", *options, command=command)
+    assert result.code == 0, result.err
+
+
+def test_a_model_card_says_what_was_trained(folder, first, tmp_path):
+    result, _ = go_on(folder, first, "--model.lr_lora=7", "--folder", tmp_path / "exported", command="export")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert result.code == 0 and "0.01" in card and "7" not in card.partition("lr_lora")[2].partition("\n")[0]
+
+
+def test_a_moved_model_is_the_same_and_another_is_refused(folder, first):
+    shutil.copytree(folder / "model", folder / "moved")
+    write_model(folder / "other", seed=1)
+    result, _ = go_on(folder, first, "--trainer.max_steps=4", f"--model.model={folder}/moved")
+    assert result.code == 0 and f"model.model {folder}/model -> {folder}/moved" in result.out
+    result, _ = go_on(folder, first, "--trainer.max_steps=4", f"--model.model={folder}/other")
+    assert result.code == 1 and "this model has digest" in result.last
+
+
+# ---- in Python
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("changed") / "model")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("changed") / "sums.jsonl", 24)
+
+
+class Log(Callback):
+    """Of every optimizer step what its update was made of; of micro-batches, what they hold."""
+
+    def __init__(self):
+        self.losses, self.steps, self.batches, self.denominators, self.seen = [], [], [], [], [0.0, 0.0]
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(batch)
+        self.seen[0] += len(batch.sequences)
+        self.seen[1] += float(batch.sequences.completion_mask.sum())
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        expected = [self.batches[-1].updated_sequences, self.batches[-1].updated_tokens]
+        self.denominators.append((self.seen, expected))
+        self.seen = [0.0, 0.0]
+        groups = []
+        for group in optimizer.param_groups:
+            state = [{n: v.clone() for n, v in optimizer.state[p].items()} for p in group["params"]]
+            weights = [(p.detach().clone(), p.grad.clone()) for p in group["params"]]
+            groups.append({"name": group["name"], "weights": weights, "state": state})
+        self.steps.append((trainer.global_step, groups))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(trainer.callback_metrics["loss"]))
+
+
+def saver(root, every=1):
+    return ModelCheckpoint(root, filename="{step}", every_n_train_steps=every, save_top_k=-1)
+
+
+def train(model, sums, root, *callbacks, ckpt=None, adapter=None, policy=None, data=None, trainer=build_trainer, **flags):
+    torch.manual_seed(11)
+    log = Log()
+    arguments = {
+        "minibatches_per_rollout": 2,
+        "loss": GRPOLoss(kl_coef=0.01),
+        **(policy or {}),
+    }  # with which every row takes part
+    module = build_policy(model, **arguments)
+    flags = {"max_steps": 6, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks), **flags}
+    made = trainer(root, adapter or build_adapter(), log, *callbacks, **flags)
+    made.fit(module, datamodule=data or build_data(sums), ckpt_path=ckpt)
+    return module, log, made
+
+
+@pytest.fixture(scope="module")
+def saved(model, sums, tmp_path_factory):
+    """Checkpoints of every step of a run whose rollouts are two steps, two micro-batches each."""
+    root = tmp_path_factory.mktemp("saved")
+    module, log, _ = train(model, sums, root, saver(root), accumulate_grad_batches=2)
+    return root, log, module
+
+
+@pytest.mark.parametrize(
+    ("changed", "arguments"),
+    [
+        ({"lr_full": 1e-6, "lr_lora": 1e-5}, {}),
+        ({"optimizer": functools.partial(torch.optim.AdamW, betas=(0.7, 0.8), weight_decay=0.3, eps=1e-3)}, {}),
+        ({"schedule": CosineSchedule(warmup_steps=1)}, {}),
+        ({"lr_lora": 0.02, "schedule": CosineSchedule()}, {"max_steps": 50}),
+    ],
+    ids=["rates", "betas", "schedule", "longer"],
+)
+def test_updates_are_those_of_the_new_optimizer_with_the_old_moments(model, sums, saved, tmp_path, changed, arguments):
+    root, _, _ = saved
+    stop = max(6, arguments.get("max_steps", 6))
+    _, log, _ = train(
+        model, sums, tmp_path, Stop(6), ckpt=root / "step=3.ckpt", policy=changed, accumulate_grad_batches=2, max_steps=stop
+    )
+    assert [step for step, _ in log.steps] == [3, 4, 5]
+    rates = {"full": changed.get("lr_full", 1e-3), "lora": changed.get("lr_lora", 1e-2)}
+    schedule = changed.get("schedule")
+    for (step, groups), (_, after) in zip(log.steps, log.steps[1:], strict=False):
+        for group, later in zip(groups, after, strict=True):
+            rate = rates[group["name"]] * (1.0 if schedule is None else schedule.factor(step, stop))
+            weights = [torch.nn.Parameter(weight) for weight, _ in group["weights"]]
+            optimizer = changed.get("optimizer", torch.optim.AdamW)(weights, lr=rate)
+            for weight, (_, gradient), state in zip(weights, group["weights"], group["state"], strict=True):
+                weight.grad = gradient
+                optimizer.state[weight] = state
+                assert float(state["step"]) == step, "moments and counters go on"
+            optimizer.step()
+            for weight, (expected, _) in zip(weights, later["weights"], strict=True):
+                assert torch.equal(weight, expected)
+
+
+class Stop(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+def test_bfloat16_weights_and_fused_steps_take_new_rates(model, sums, tmp_path):
+    flags = {"precision": "bf16-true"}
+    policy = {"dtype": "bfloat16"}
+    train(model, sums, tmp_path, saver(tmp_path), policy=policy, max_steps=2, **flags)
+    changed = {**policy, "lr_lora": 0.5, "optimizer": functools.partial(torch.optim.AdamW, betas=(0.5, 0.6), fused=True)}
+    _, _, trainer = train(model, sums, tmp_path, ckpt=tmp_path / "step=2.ckpt", policy=changed, max_steps=3, **flags)
+    inner = trainer.optimizers[0]._inner.param_groups
+    assert [group["lr"] for group in inner] == [1e-3, 0.5] and {group["betas"] for group in inner} == {(0.5, 0.6)}
+    assert all(group["fused"] for group in inner)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_supervised_and_preference_training_take_new_rates(model, tmp_path, kind):
+    rows = write_rows(tmp_path / "rows.jsonl")
+
+    def go(ckpt=None, **arguments):
+        torch.manual_seed(11)
+        module = build_module(kind, model, **arguments)
+        callbacks = [build_adapter(), saver(tmp_path)]
+        trainer = build_trainer(tmp_path, *callbacks, enable_checkpointing=True, max_steps=2 if ckpt else 1)
+        trainer.fit(module, datamodule=build_examples(kind, rows), ckpt_path=ckpt)
+        return callbacks[0], {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+    _, start = go()
+    adapter, frozen = go(tmp_path / "step=1.ckpt", lr_full=0.0, lr_lora=0.0)
+    assert all(torch.equal(start[name], weight) for name, weight in frozen.items()), "a rate of zero changes nothing"
+    assert [change.name for change in adapter.resume.changes] == ["model.lr_full", "model.lr_lora", "trainer.max_steps"]
+    with pytest.raises(CheckpointError, match=r"trained with model\.optimizer=SGD, but it is AdamW now"):
+        go(tmp_path / "step=1.ckpt", optimizer=torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_a_run_that_is_limited_in_epochs_goes_on_exactly(model, sums, tmp_path, step):
+    flags = {"max_steps": -1, "max_epochs": 2}
+    _, whole, _ = train(model, sums, tmp_path, saver(tmp_path), policy={"prompts_per_rollout": 8}, **flags)
+    _, rest, _ = train(model, sums, tmp_path, ckpt=tmp_path / f"step={step}.ckpt", policy={"prompts_per_rollout": 8}, **flags)
+    assert len(whole.losses) == 12 and rest.losses == whole.losses[step:]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 6])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"accumulate_grad_batches": 1},
+        {"accumulate_grad_batches": 4},
+        {"limit_train_batches": 3},
+        {"overfit_batches": 4},
+        {"policy": {"minibatches_per_rollout": 1}},
+        {"policy": {"prompts_per_rollout": 8}},
+        {"rows": 8},
+    ],
+    ids=str,
+)
+def test_every_later_step_is_of_whole_minibatches(model, sums, saved, tmp_path, changed, step):
+    """Other numbers of micro-batches, within an epoch or a rollout, and at the end of an epoch."""
+    flags = {"accumulate_grad_batches": 2, "max_steps": step + 5, **changed}
+    data = build_data(write_sums(tmp_path / "sums.jsonl", flags.pop("rows", 24)))
+    _, log, trainer = train(model, sums, tmp_path, ckpt=saved[0] / f"step={step}.ckpt", data=data, **flags)
+    assert trainer.global_step == step + 5
+    cut = flags.get("limit_train_batches")  # an epoch that ends within a step makes it of what it has
+    assert [seen == expected for seen, expected in log.denominators] == [not cut or n % 2 == 0 for n in range(5)]
+
+
+def test_an_unchanged_resume_keeps_the_rollout_and_a_changed_loss_gives_it_up(model, sums, saved, tmp_path):
+    root, log, _ = saved
+    _, same, _ = train(model, sums, tmp_path, ckpt=root / "step=1.ckpt", accumulate_grad_batches=2)
+    assert same.losses == log.losses[2:]
+    changed = {"loss": GSPOLoss(kl_coef=0.0)}
+    _, other, trainer = train(model, sums, tmp_path, ckpt=root / "step=1.ckpt", policy=changed, accumulate_grad_batches=2)
+    assert trainer.global_step == 6
+    assert other.batches[0].old_logprobs is None, "a new rollout, whose first step is on-policy"
+    assert all(batch.ref_logprobs is None for batch in other.batches)
+    rates = {"lr_lora": 0.02, "max_tokens_per_micro_batch": 30}
+    _, kept, _ = train(model, sums, tmp_path, ckpt=root / "step=1.ckpt", policy=rates, accumulate_grad_batches=2)
+    assert torch.equal(kept.batches[0].sequences.completion_ids, log.batches[2].sequences.completion_ids)
+
+
+def test_a_penalty_that_needs_start_weights_can_be_switched_on_together_with_them(model, sums, tmp_path):
+    without = build_adapter(keep_start_weights=False)
+    train(model, sums, tmp_path, saver(tmp_path), adapter=without, policy={"loss": GRPOLoss()}, max_steps=1)
+    _, log, trainer = train(model, sums, tmp_path, ckpt=tmp_path / "step=1.ckpt", max_steps=3)
+    assert float(trainer.callback_metrics["kl"]) > 0 and log.batches[0].ref_logprobs is not None
+
+
+def test_other_data_is_drawn_from_its_beginning(model, saved, tmp_path):
+    rows = [{"question": f"{a}*{b}=", "answer": str(a * b)} for a in range(5) for b in range(6)]
+    (tmp_path / "products.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = []
+
+    class Prompts(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            prompts.append([prompt.text for prompt in pl_module.last_rollout[0].prompts])
+
+    data = build_data(tmp_path / "products.jsonl")
+    adapter = build_adapter()
+    flags = {"data": data, "adapter": adapter, "max_steps": 18, "accumulate_grad_batches": 2}
+    train(model, None, tmp_path, Prompts(), ckpt=saved[0] / "step=3.ckpt", **flags)
+    drawn = [text for rollout in prompts[::4] for text in rollout]
+    assert all("*" in text for text in drawn) and len(drawn) == len(set(drawn[:28])) + 4, "one pass, and four of the next"
+    assert "training prompts" in {change.name for change in adapter.resume.changes}
+
+
+def test_settings_of_callbacks_are_not_taken_from_the_checkpoint(model, sums, tmp_path):
+    def callbacks(patience, count):
+        best = ModelCheckpoint(tmp_path / "best", monitor="val/avg@2", mode="max", save_top_k=1, filename="{step}")
+        return [RunSummary(), EarlyStopping("val/avg@2", patience=patience, mode="max", strict=False), best, saver(tmp_path)]
+
+    def data(count):
+        made = build_data(sums, validation_fraction=0.5)
+        made._limits["validation"] = count
+        return made
+
+    flags = {"check_val_every_n_epoch": None, "val_check_interval": 1, "policy": {"prompts_per_rollout": 2}}
+    train(model, sums, tmp_path, *callbacks(50, 4), data=data(4), max_steps=2, **flags)
+    summary, stopping, best, _ = callbacks(70, 8)
+    train(model, sums, tmp_path, summary, stopping, best, ckpt=tmp_path / "step=2.ckpt", data=data(8), max_steps=3, **flags)
+    assert stopping.patience == 70
+    assert Path(best.best_model_path).name == "step=3.ckpt", "the best on other problems does not count"
+    assert summary._before == {}
+
+
+def strip(path: Path, target: Path) -> Path:
+    """A checkpoint as versions before wrote it."""
+    content = torch.load(path, weights_only=True)
+    del content[SETTINGS_KEY]
+    for state in content["loops"]["fit_loop"]["state_dict"]["combined_loader"]:
+        del state["digest"], state["shuffle"]
+    torch.save(content, target)
+    return target
+
+
+def test_an_earlier_checkpoint_goes_on_exactly_and_is_compared_as_far_as_it_tells(model, sums, saved, tmp_path, capsys):
+    root, whole, _ = saved
+    earlier = strip(root / "step=3.ckpt", tmp_path / "earlier.ckpt")
+    _, log, _ = train(model, sums, tmp_path, ckpt=earlier, accumulate_grad_batches=2)
+    assert log.losses == whole.losses[6:]
+    assert capsys.readouterr().out.count("written by an earlier version") == 1
+    adapter = build_adapter()
+    train(model, sums, tmp_path, ckpt=earlier, adapter=adapter, policy={"lr_lora": 1e-4}, accumulate_grad_batches=2)
+    assert [str(change) for change in adapter.resume.changes] == ["model.lr_lora 0.01 -> 0.0001"]
+    for changed, message in (
+        ({"adapter": build_adapter(rank=3)}, r"adapter\.rank=2, but it is 3 now"),
+        ({"adapter": build_adapter(share=0.5)}, r"adapter\.budget\.share=0\.2, but it is 0\.5 now"),
+        ({"policy": {"seed": 1}}, r"model\.seed=0, but it is 1 now"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(model, sums, tmp_path, ckpt=earlier, accumulate_grad_batches=2, **changed)
+
+
+def test_lightnings_own_trainer_compares_too(model, sums, saved, tmp_path):
+    def own(root, *callbacks, **flags):
+        made = build_trainer(root, *callbacks, **flags)
+        made.__class__ = LightningTrainer
+        return made
+
+    adapter = build_adapter()
+    flags = {"trainer": own, "ckpt": saved[0] / "step=3.ckpt", "accumulate_grad_batches": 2}
+    train(model, sums, tmp_path, adapter=adapter, policy={"lr_lora": 1e-4}, **flags)
+    assert [str(change) for change in adapter.resume.changes] == ["model.lr_lora 0.01 -> 0.0001"]
+    with pytest.raises(CheckpointError, match=r"model\.optimizer=AdamW, but it is SGD now"):
+        train(model, sums, tmp_path, policy={"optimizer": torch.optim.SGD}, **flags)
+
+
+def test_a_part_is_told_alike_however_it_was_made(model, sums, saved, tmp_path):
+    """What is left out is what the constructor chooses, and a number is one in whatever type."""
+    adapter = build_adapter(gradients=None, rank=2, alpha=32, use_dora=False)
+    policy = {
+        "sampler": Sampler(max_new_tokens=6, temperature=1),
+        "advantage": None,
+        "optimizer": functools.partial(torch.optim.AdamW),
+    }
+    train(model, sums, tmp_path, adapter=adapter, policy=policy, ckpt=saved[0] / "step=3.ckpt", accumulate_grad_batches=2)
+    assert adapter.resume.changes == []
+
+
+def test_a_run_of_a_plan_goes_on_by_that_plan_alone(model, sums, saved, tmp_path):
+    root, whole, module = saved
+    module.plan.save(tmp_path / "plan.json")
+    adapter = HybridAdapterSetup(plan=str(tmp_path / "plan.json"))
+    _, log, _ = train(model, sums, tmp_path, adapter=adapter, ckpt=root / "step=3.ckpt", accumulate_grad_batches=2)
+    assert log.losses == whole.losses[6:]

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.adapters.kept_scoring import SCORING
 from hybrid_lightning.callbacks.display import console, resume_command
+from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.lost_contact import lost_contact
 from hybrid_lightning.callbacks.run_folder import find_run_folder, run_folder
 from hybrid_lightning.errors import RewardError
@@ -72,12 +73,18 @@ class GracefulStop(Callback):
         """Begin, with the validation that the run before owed."""
         self._defer()
         self._training = True
-        if self._progress is None:
-            self._progress = _progress(trainer)
-        elif trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0:
+        trainer.fit_loop._load_combined_loader_states()  # a checkpoint may be saved before Lightning does
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, HybridAdapterSetup):  # what it changes in the loops' progress is part of it
+                callback.on_train_start(trainer, pl_module)
+        loaded, self._progress = self._progress, _progress(trainer)
+        if loaded is not None:
+            self._progress["epoch_progress"] = loaded["epoch_progress"]  # which Lightning has gone on with meanwhile
+        if loaded is not None and trainer.fit_loop.epoch_loop.batch_progress.total.ready == 0:
             # No batch has been trained on, so that there is nothing to go on with: Lightning would go on after a validation.
             trainer.fit_loop.epoch_loop.restarting = False
-        self.validate_if_due(trainer)
+        if self._due is not None and trainer.enable_validation:
+            self._validate(trainer, self._due)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take SIGTERM back from Lightning."""
@@ -147,12 +154,15 @@ class GracefulStop(Callback):
         if not trainer.sanity_checking:
             self._due = None
 
-    def validate_if_due(self, trainer: Trainer) -> None:
-        """Make the validation that the run before had begun or was about to begin, logged at the step of that run."""
-        if self._due is None or not trainer.enable_validation:
-            return
+    @property
+    def validation_due(self) -> bool:
+        """Whether a validation after the last step has not been made."""
+        return self._due is not None
+
+    def _validate(self, trainer: Trainer, due: dict[str, int]) -> None:
+        """Make the validation that the run before had begun or was about to begin, logged as it would have been by that run."""
         loop, epochs, before = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current, _place(trainer)
-        loop._batches_that_stepped, epochs.completed = self._due["step"], self._due["epoch"]
+        loop._batches_that_stepped, epochs.completed = due["step"], due["epoch"]
         trainer.validating = True
         loop.val_loop.restarting = False
         loop.val_loop.run()

@@ -74,10 +74,11 @@ class Trainer(LightningTrainer):
 
     def _run_stage(self) -> Any:
         results = super()._run_stage()
-        if self.state.fn == "fit":  # of a run that was stopped in its last validation, there is nothing else to do
-            for callback in self.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, GracefulStop):
-                    callback.validate_if_due(self)
+        # A run that was stopped in its last validation has no step to make, for which Lightning does not begin to train.
+        stops = [callback for callback in self.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
+        if self.state.fn == "fit" and any(stop.validation_due for stop in stops):
+            self.fit_loop.on_run_start()
+            self.fit_loop.on_run_end()
         return results
 
     def score(self, model: LightningModule, datamodule: LightningDataModule | None = None, ckpt_path: str | None = None) -> None:

@@ -308,9 +308,7 @@ def _earlier_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> 
     if plan is not None and not adapter["init_args"].get("plan"):  # whose LoRA need not be that of the settings
         settings["adapter"] = {**adapter, "init_args": {**adapter["init_args"], **plan["lora"], "budget": plan["budget"]}}
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
-    if loop and isinstance(
-        now.get("trainer", {}).get("accumulate_grad_batches"), int
-    ):  # not text: it may change
+    if loop and isinstance(now.get("trainer", {}).get("accumulate_grad_batches"), int):  # not text: it may change
         micro_batches = loop["epoch_loop.batch_progress"]["total"]["processed"]
         steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
         if steps and micro_batches % steps == 0:  # else epochs were cut within a step, and it cannot be told

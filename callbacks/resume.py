@@ -296,7 +296,7 @@ def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Callback)
 
 
 def _earlier_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint of an earlier version holds of the settings: the module's, and those of LoRA in the plan."""
+    """What a checkpoint of an earlier version tells of them: the module's, those of LoRA, and accumulation."""
     settings: dict[str, Any] = {}
     arguments = checkpoint.get("hyper_parameters", {})  # Lightning's name
     if "model" in now and arguments:
@@ -307,6 +307,12 @@ def _earlier_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> 
     plan, adapter = adapter_state(checkpoint)["plan"], now["adapter"]
     if plan is not None and not adapter["init_args"].get("plan"):  # whose LoRA need not be that of the settings
         settings["adapter"] = {**adapter, "init_args": {**adapter["init_args"], **plan["lora"], "budget": plan["budget"]}}
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    if loop and isinstance(now.get("trainer", {}).get("accumulate_grad_batches"), int):  # not text: it may change
+        micro_batches = loop["epoch_loop.batch_progress"]["total"]["processed"]
+        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+        if steps and micro_batches % steps == 0:  # else epochs were cut within a step, and it cannot be told
+            settings["trainer"] = {"accumulate_grad_batches": micro_batches // steps}
     return settings
 
 

@@ -431,6 +431,8 @@ def test_an_earlier_checkpoint_goes_on_exactly_and_is_compared_as_far_as_it_tell
     adapter = build_adapter()
     train(model, sums, tmp_path, ckpt=earlier, adapter=adapter, policy={"lr_lora": 1e-4}, accumulate_grad_batches=2)
     assert [str(change) for change in adapter.resume.changes] == ["model.lr_lora 0.01 -> 0.0001"]
+    _, log, _ = train(model, sums, tmp_path, ckpt=earlier, accumulate_grad_batches=4)
+    assert all(seen == expected for seen, expected in log.denominators)
     for changed, message in (
         ({"adapter": build_adapter(rank=3)}, r"adapter\.rank=2, but it is 3 now"),
         ({"adapter": build_adapter(share=0.5)}, r"adapter\.budget\.share=0\.2, but it is 0\.5 now"),

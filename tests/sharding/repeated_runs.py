@@ -30,7 +30,7 @@ def _policy(folder: Path) -> tuple[Any, Any]:
     """Passes of so many tokens that threads share the work on their states, most of them with one prompt."""
     sizes = {"prompts_per_rollout": 2, "samples_per_prompt": 128, "minibatches_per_rollout": 2}
     module = build_policy(folder / "model", loss=GSPOLoss(), reward=EvenShare(), sampler=Sampler(8), **sizes, **ADAM)
-    return module, build_data(folder / "sums.jsonl")
+    return module, build_data(folder / "products.jsonl")
 
 
 def _examples(kind: str, folder: Path) -> tuple[Any, Any]:

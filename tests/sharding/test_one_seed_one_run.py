@@ -8,7 +8,6 @@ from busy import busy_machine
 from ranks_of_tests import run
 from repeated_runs import differences
 from tiny_examples import write_rows
-from tiny_runs import write_sums
 
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
@@ -18,8 +17,12 @@ from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_seed")
     shutil.copytree(embedded_policy_path(), folder / "model")
-    for path in (write_sums(folder / "sums.jsonl", 24), write_rows(folder / "rows.jsonl", 64)):
-        path.write_text(path.read_text().replace("+", "*"))  # the signs that this model knows
+    # Products that this model answers in many ways, and signs that it knows.
+    products = [(100 + 37 * number, 13 + number) for number in range(24)]
+    rows = (f'{{"question": "{a}*{b}=", "answer": "{a * b}"}}' for a, b in products)
+    (folder / "products.jsonl").write_text("\n".join(rows))
+    examples = write_rows(folder / "rows.jsonl", 64)
+    examples.write_text(examples.read_text().replace("+", "*"))
     run(1, folder / "server", os.getpid, timeout_s=240)  # so that all is imported before the machine is busy
     return folder
 

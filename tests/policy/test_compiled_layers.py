@@ -5,6 +5,7 @@ import torch
 from tiny_decoders import ALL, SOME, build, has_pass, sampled
 from tiny_runs import build_data, fit, write_model, write_sums
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from hybrid_lightning.adapters import constant_weights as constant
 from hybrid_lightning.adapters.constant_weights import constant_weights
@@ -19,6 +20,9 @@ def as_on_an_accelerator(monkeypatch):
     """Weights are multiplied where they are, and layers compiled, though this is a CPU."""
     monkeypatch.setattr(constant, "copies_pay", lambda device: False)
     monkeypatch.setattr(decoders, "compiling_pays", lambda device: True)
+    # torch finds graphs again by all but the processor's vectors: one of 256 bits, as with ATEN_CPU_CAPABILITY=avx2, writes beyond
+    # its tensors where they have 512.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
     layers._compiled.cache_clear()
     yield
     layers._compiled.cache_clear()

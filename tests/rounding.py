@@ -12,11 +12,21 @@ import torch
 from torch import nn
 
 _ROOM = 4
+_TINY = 700  # additions of the tiny models, a few more or less
+LOGITS = 4.0  # what log-probabilities and entropies, which may be near 0, are made of in the tiny models
 
 
 def spread(additions: int, dtype: torch.dtype = torch.float32) -> float:
     """Largest difference of two results, relative to the size of what is added; of numbers around 1 the difference itself."""
     return _ROOM * math.sqrt(additions) * torch.finfo(dtype).eps
+
+
+def metrics_of_runs() -> dict[str, float]:
+    """For `pytest.approx`: metrics of a tiny model's steps, of means over tokens, and norms and losses of some of them.
+
+    Some, such as how far log-probabilities of sampling are from those of training, are rounding and nothing else.
+    """
+    return {"abs": LOGITS * spread(_TINY), "rel": spread(3 * _TINY)}
 
 
 def additions_of(model: nn.Module, tokens: int, backward: bool = False) -> int:
@@ -30,9 +40,6 @@ def additions_of(model: nn.Module, tokens: int, backward: bool = False) -> int:
     shapes = [parameter.shape for parameter in model.parameters() if parameter.dim() == 2]
     forward = sum(max(shape) for shape in shapes) + tokens * model.config.num_hidden_layers
     return 3 * forward if backward else forward
-
-
-LOGITS = 4.0  # what log-probabilities and entropies, which may be near 0, are made of in the tiny models
 
 
 def assert_same_sums(found, expected, additions: int, size: float = 0.0, name: str | None = None) -> None:
@@ -57,3 +64,8 @@ def assert_same_sums(found, expected, additions: int, size: float = 0.0, name: s
         largest = float(expected.abs().max()) if expected.numel() else 0.0
         bound = spread(additions, expected.dtype) * max(size, largest)
         torch.testing.assert_close(found, expected, atol=bound, rtol=0, msg=lambda text: f"{name}: {text}" if name else text)
+
+
+def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of the same weights in a tiny model, such as LoRA beside a weight and merged into it."""
+    assert_same_sums(found, expected, _TINY)

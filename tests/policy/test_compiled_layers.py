@@ -6,6 +6,8 @@ from rounding import LOGITS, additions_of, assert_same_sums
 from tiny_decoders import ALL, SOME, build, has_pass, sampled
 from tiny_runs import build_data, fit, write_model, write_sums
 from torch._dynamo.utils import counters
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from hybrid_lightning.adapters import constant_weights as constant
@@ -14,6 +16,16 @@ from hybrid_lightning.policy import compiled_layers as layers
 from hybrid_lightning.policy import constant_decoder as decoders
 from hybrid_lightning.policy.constant_decoder import constant_decoder
 from hybrid_lightning.rollout.forward import base_model, packed_hidden
+
+
+def compiler_is_there():
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not compiler_is_there(), reason="no C++ compiler: torch compiles nothing for a CPU")
 
 
 @pytest.fixture
@@ -44,6 +56,7 @@ def rollouts(model, tokenizer, dtype):
     return tokens, logprobs, counters["stats"]["unique_graphs"] - before
 
 
+@needs_compiler
 @pytest.mark.usefixtures("as_on_an_accelerator")
 @pytest.mark.parametrize(
     ("family", "targets", "dtype", "settings", "compiled"),
@@ -68,6 +81,7 @@ def test_rollouts_are_the_same(family, targets, dtype, settings, compiled, token
     assert_same_sums(logprobs, expected, additions_of(model, 22), LOGITS)
 
 
+@needs_compiler
 @pytest.mark.usefixtures("as_on_an_accelerator")
 def test_a_policy_samples_by_them(tmp_path, monkeypatch):
     passes, original = [], decoders._pass

@@ -74,6 +74,7 @@ PACKAGES = {
     "up from a package": "open('$package/../../../../../host/secret').read()",
     "another package": "import not_lent",
     "read another package": "import os; open(os.path.dirname('$package') + '/not_lent/__init__.py').read()",
+    "list what is beside": "import os; assert 'not_lent' in os.listdir(os.path.dirname('$package'))",
     "list what is above": "import os; assert 'host' in os.listdir('$above')",
     "list the folder of all": "import os; assert any(name.startswith('beside_') for name in os.listdir('$above/..'))",
 }

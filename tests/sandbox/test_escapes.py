@@ -174,6 +174,9 @@ def test_each_way_holds_without_root(mechanisms, moved):
     assert done.stdout.strip().splitlines()[-1:] == ["all held"], done.stdout + done.stderr
 
 
+HONEST = "import alone, lent, parts.inner; assert parts.inner.double(21) == lent.double(21) == 42 and alone.math"
+
+
 @pytest.mark.parametrize("parent", [namespaces.TEMPORARY, "/dev/shm"])
 @pytest.mark.parametrize("mechanisms", WAYS)
 def test_packages_in_any_folder_can_be_imported_and_not_changed(mechanisms, parent):
@@ -186,12 +189,15 @@ def test_packages_in_any_folder_can_be_imported_and_not_changed(mechanisms, pare
         (folder / "host").mkdir()
         (secret := folder / "host/secret").write_text("secret")
         package = lend(site)
+        (site / "alone.py").write_text("import math")
+        (site / "parts/inner").mkdir(parents=True)  # a package without __init__
+        (site / "parts/inner/__init__.py").write_text("from lent import double")
         before = {path: path.read_bytes() for path in site.rglob("*.py")}
         names = {"package": package, "above": folder, "secret": secret}
         held = results(
-            in_one({**PACKAGES, "honest": "import lent; assert lent.double(21) == 42"}, names),
+            in_one({**PACKAGES, "honest": HONEST}, names),
             mechanisms.split(","),
-            [str(package)],
+            [str(package), str(site / "alone.py"), str(site / "parts")],
         )
         assert held == {**dict.fromkeys(PACKAGES, "held"), "honest": "escaped"}
         assert {path: path.read_bytes() for path in site.rglob("*.py")} == before

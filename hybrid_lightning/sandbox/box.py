@@ -66,13 +66,14 @@ class _Packages:
     def __init__(self, paths: list[str]) -> None:
         self.folders: dict[str, list[str]] = {}  # several of one that has no __init__
         self.files: dict[str, str] = {}
+        suffixes = [*machinery.EXTENSION_SUFFIXES, *machinery.SOURCE_SUFFIXES, *machinery.BYTECODE_SUFFIXES]  # as Python prefers
         for path in paths:
             name, _, kind = os.path.basename(path).partition(".")
             if os.path.isdir(path):
                 if not kind:  # else shared libraries of a package
                     self.folders.setdefault(name, []).append(path)
-                    begins = [f"{path}/__init__{suffix}" for suffix in machinery.all_suffixes()]
-                    self.files.update((name, begin) for begin in begins if os.path.exists(begin))
+                    begins = [f"{path}/__init__{suffix}" for suffix in suffixes]
+                    self.files.update([(name, begin) for begin in begins if os.path.exists(begin)][:1])
             else:
                 self.files[name] = path
 

@@ -180,6 +180,7 @@ def test_sharded_weights_are_refused_before_anything_is_scored(folder, tmp_path)
     flags = {"strategy": FSDP2Strategy("gloo")}
     with pytest.raises(ConfigError, match=r"NF4 does not work with FSDP2Strategy.*trainer\.strategy=ddp"):
         run(folder, tmp_path, NF4(), flags=flags, optimizer=torch.optim.AdamW)
+    torch.distributed.destroy_process_group()  # which Lightning leaves for the rest of the process
 
 
 @pytest.fixture(scope="module")

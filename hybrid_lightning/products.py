@@ -53,12 +53,17 @@ def copies_pay(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def packs(dtype: torch.dtype) -> bool:
+    """Whether `constant_product` holds a copy of a weight of this dtype on this CPU; it lies where torch counts no tensor."""
+    return dtype in (torch.float32, torch.bfloat16) and _has_onednn()
+
+
 def constant_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """The product with a weight [m, n] that does not change: a function of rows [N, n] that gives [N, m], without a gradient.
 
     It may hold a copy of the weight.
     """
-    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and _has_onednn():
+    if weight.device.type == "cpu" and packs(weight.dtype):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
         return lambda rows: _onednn(rows, packed)
     return lambda rows: F.linear(rows, weight)

@@ -28,6 +28,7 @@ from hybrid_lightning.memory.live_tensors import LiveTensors
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import meta_model, plan_of_budget
 from hybrid_lightning.policy.modes import checkpoint_gradients
+from hybrid_lightning.products import packs
 from hybrid_lightning.rollout import attention, forward
 from hybrid_lightning.rollout.forward import base_model
 from hybrid_lightning.rollout.interface import UnsupportedAttentionError, use_packing
@@ -134,7 +135,7 @@ def as_on(cpu: bool) -> Iterator[None]:
     has_kernels = cpu and kernels.library() is not None
 
     def constant_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
-        kept = weight.clone() if cpu else weight  # a CPU's is packed, by an operator that knows no fake tensors
+        kept = weight.clone() if cpu and packs(weight.dtype) else weight  # the operator that packs knows no fake tensors
         return lambda rows: F.linear(rows, kept)
 
     replaced: list[tuple[ModuleType, str, Any]] = [

@@ -11,7 +11,7 @@ from hybrid_lightning.rewards.code_problem import read_problem
 from hybrid_lightning.rewards.extraction import compile_pattern, extract
 from hybrid_lightning.sandbox.isolation import require_isolation
 from hybrid_lightning.sandbox.limits import Limits
-from hybrid_lightning.sandbox.packages import find_packages
+from hybrid_lightning.sandbox.packages import check_packages, find_packages
 from hybrid_lightning.sandbox.programs import CallTests, Outcome, Settings, StandardStreamTests, run_programs
 from hybrid_lightning.types import Prompt
 
@@ -59,7 +59,7 @@ class CodeTests(RewardFunction):
         name: What it is logged as; None for `code_tests`.
 
     Raises:
-        ConfigError: If an argument is out of range.
+        ConfigError: If an argument is out of range, or programs cannot import a package.
         SandboxError: If programs cannot be isolated on this machine.
 
     Example:
@@ -98,6 +98,7 @@ class CodeTests(RewardFunction):
             packages=find_packages(packages or []),
             count_all=partial_credit,
         )
+        check_packages(packages or [], self.settings.packages, self.settings.mechanisms, self.settings.limits)
         self.workers = workers or len(os.sched_getaffinity(0))
         self._name = name
 

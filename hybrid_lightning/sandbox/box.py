@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from importlib import machinery, util
 from typing import Any
 
 from hybrid_lightning.sandbox import candidate, harness, landlock, libc, namespaces, privileges, seccomp
@@ -59,6 +60,35 @@ def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number
     sys.exit(0)
 
 
+class _Packages:
+    """Finds packages by their own paths, so that nobody has to list what lies beside them: the temporary folder, for one."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.folders: dict[str, list[str]] = {}  # several of one that has no __init__
+        self.files: dict[str, str] = {}
+        suffixes = [*machinery.EXTENSION_SUFFIXES, *machinery.SOURCE_SUFFIXES, *machinery.BYTECODE_SUFFIXES]  # as Python prefers
+        for path in paths:
+            name, _, kind = os.path.basename(path).partition(".")
+            if os.path.isdir(path):
+                if not kind:  # else shared libraries of a package
+                    self.folders.setdefault(name, []).append(path)
+                    begins = [f"{path}/__init__{suffix}" for suffix in suffixes]
+                    self.files.update([(name, begin) for begin in begins if os.path.exists(begin)][:1])
+            else:
+                self.files[name] = path
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> machinery.ModuleSpec | None:
+        """As `sys.meta_path` asks for."""
+        folders = self.folders.get(name)
+        if name in self.files:
+            return util.spec_from_file_location(name, self.files[name], submodule_search_locations=folders)
+        if folders is None:
+            return None
+        spec = machinery.ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = folders
+        return spec
+
+
 def _place(descriptors: list[int | None]) -> None:
     """Give the descriptors their numbers, and close all others."""
     high = [None if source is None else fcntl.fcntl(source, fcntl.F_DUPFD, 64) for source in descriptors]
@@ -82,20 +112,20 @@ def _confine(spec: dict[str, Any], user: int | None, threads: bool) -> None:
     mechanisms, limits = spec["mechanisms"], spec["limits"]
     within = tuple(f"{path}/" for path in spec["readable"])
     readable = [*spec["readable"], *(path for path in spec["packages"] if not path.startswith(within))]
-    listable = sorted({os.path.dirname(path) for path in spec["packages"]})
     writable = []
     if "namespaces" in mechanisms:
         namespaces.change_root(readable, limits["temporary_bytes"])
         writable = [namespaces.TEMPORARY]
     elif "landlock" in mechanisms:
         os.chdir("/")
+    if spec["packages"]:
+        sys.meta_path.append(_Packages(spec["packages"]))
     privileges.drop(user)
     privileges.die_with_parent()
     if "landlock" in mechanisms:
-        landlock.restrict(readable, writable, listable)
+        landlock.restrict(readable, writable)
     os.environ.clear()
-    if listable:
-        sys.path += listable
+    if spec["packages"]:
         os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy starts a thread a processor otherwise
     libc.share_memory_between_threads()
     limits = {name: limits[name] for name in ("cpu_seconds", "memory_bytes", "file_bytes", "threads")}

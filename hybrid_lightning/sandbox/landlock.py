@@ -26,13 +26,12 @@ def abi() -> int:
         return 0
 
 
-def restrict(readable: Iterable[str], writable: Iterable[str], listable: Iterable[str] = ()) -> None:
+def restrict(readable: Iterable[str], writable: Iterable[str]) -> None:
     """Confine this process to some files; needs `PR_SET_NO_NEW_PRIVS`, and cannot be undone.
 
     Args:
         readable: Files and folders to be read, with all that is in them; those that do not exist are left out.
         writable: Folders in which files may be made, changed and removed as well.
-        listable: Folders in which names may be listed.
     """
     version = abi()
     if version < MINIMUM_ABI:
@@ -40,7 +39,7 @@ def restrict(readable: Iterable[str], writable: Iterable[str], listable: Iterabl
     # Handled, and granted to nobody: all rights over files, TCP bind and connect, signals and abstract sockets to outside.
     handled = struct.pack("QQQ", _FILE_RIGHTS[min(version, 5)], 3, 3)
     ruleset = libc.syscall(_CREATE_RULESET, handled, 8 if version < 4 else 16 if version < 6 else 24, 0)
-    for paths, rights in ((readable, _READ), (writable, _WRITE), (listable, _READ_DIR), ([os.devnull], _NULL)):
+    for paths, rights in ((readable, _READ), (writable, _WRITE), ([os.devnull], _NULL)):
         for path in paths:
             if not os.path.exists(path):
                 continue

@@ -35,7 +35,9 @@ def unshare() -> None:
 
 
 def change_root(readable: Iterable[str], temporary_bytes: int) -> None:
-    """Move to a root folder in memory that holds only some files of the old one, read-only, and an empty temporary folder.
+    """Move to a root folder in memory that holds only some files of the old one, read-only, and a temporary folder.
+
+    That is empty but for those of the files that lie below its path: their mounts are read-only there as well.
 
     Args:
         readable: Files and folders to be kept, with all that is in them; those that do not exist are left out.
@@ -51,6 +53,11 @@ def change_root(readable: Iterable[str], temporary_bytes: int) -> None:
     root = "/proc/self/fd/{}"
     base = "/tmp"
     _mount("tmpfs", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,nr_inodes=1k,mode=755")
+    os.umask(0o022)  # the folders on the way are this user's, and a program may be another's
+    # Before what is kept, which may lie in the old folder of that name: an interpreter, or an environment with its packages.
+    os.mkdir(base + TEMPORARY, mode=0o755)
+    options = f"size={temporary_bytes},nr_inodes=1k,mode=1777"
+    _mount("tmpfs", base + TEMPORARY, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options)
     for path, source, link, folder in zip(kept, sources, links, folders, strict=True):
         target = base + path
         os.makedirs(os.path.dirname(target), mode=0o755, exist_ok=True)
@@ -64,14 +71,11 @@ def change_root(readable: Iterable[str], temporary_bytes: int) -> None:
         _mount(root.format(source), target, None, _MS_BIND | _MS_REC)
         _restrict(target)
         os.close(source)
-    os.makedirs(f"{base}/dev", mode=0o755)
+    os.makedirs(f"{base}/dev", mode=0o755, exist_ok=True)
     open(base + os.devnull, "x").close()
     with suppress(OSError):  # some containers forbid it, and a program can do without
         _mount(root.format(null), base + os.devnull, None, _MS_BIND)
     os.close(null)
-    os.makedirs(base + TEMPORARY, mode=0o755, exist_ok=True)
-    options = f"size={temporary_bytes},nr_inodes=1k,mode=1777"
-    _mount("tmpfs", base + TEMPORARY, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options)
     os.chdir(base)
     libc.syscall(_PIVOT_ROOT[os.uname().machine], b".", b".")
     libc.call("umount2", b".", _MNT_DETACH)

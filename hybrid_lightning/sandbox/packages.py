@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.sandbox.launch import Box, launch
+from hybrid_lightning.sandbox.limits import Limits
 
 
 def find_packages(names: Sequence[str]) -> tuple[str, ...]:
@@ -29,3 +31,26 @@ def find_packages(names: Sequence[str]) -> tuple[str, ...]:
         libraries = Path(found[0]).with_name(f"{name}.libs")  # where wheels put shared libraries
         paths += [*found, *([str(libraries)] if libraries.is_dir() else [])]
     return tuple(paths)
+
+
+def check_packages(names: Sequence[str], paths: Sequence[str], mechanisms: Sequence[str], limits: Limits) -> None:
+    """Import packages as programs do: where that fails, every program that needs one would fail, and earn nothing.
+
+    Args:
+        names: As in an import.
+        paths: Where they are (see `find_packages`).
+        mechanisms: Of isolation, as programs have them.
+        limits: As programs have them.
+
+    Raises:
+        ConfigError: If one cannot be imported.
+    """
+    for name in names:
+        ran = launch([Box("script", {"setup": "", "source": f"import {name}"})], mechanisms, limits, paths)
+        if not ran.in_time or ran.endings.get("script"):
+            said = ran.stderr.decode(errors="replace").strip().splitlines()
+            reason = said[-1] if said else ran.endings.get("script") or f"not done after {limits.wall_seconds:g} s"
+            raise ConfigError(
+                f"packages: {name!r} cannot be imported in the sandbox ({reason}): "
+                "name what it needs itself too, install it where any user may read it, or give programs more memory and time"
+            )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from peft import PeftModel
+from rounding import assert_same_logits
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
 from transformers import AutoModelForCausalLM
 
@@ -38,7 +39,7 @@ def test_at_the_end_of_training(model, sums, tmp_path):
     folder = tmp_path / "version_0" / "export" / "merged"
     assert exports(folder) == ["step=2"]
     loaded = AutoModelForCausalLM.from_pretrained(folder / "step=2")
-    torch.testing.assert_close(logits(loaded), logits(module.model), rtol=0, atol=1e-5)
+    assert_same_logits(logits(loaded), logits(module.model))
     card = (folder / "step=2" / "README.md").read_text()
     assert "after 2 optimizer steps" in card and str(sums) in card and "DigitShare" in card
 
@@ -54,9 +55,9 @@ def test_from_a_running_job_which_goes_on_as_without(model, sums, tmp_path):
     for step in (2, 4, 5):
         base = AutoModelForCausalLM.from_pretrained(model)
         loaded[step] = logits(PeftModel.from_pretrained(base, tmp_path / "mine" / f"step={step}"))
-    torch.testing.assert_close(loaded[5], logits(module.model), rtol=0, atol=1e-5)
+    assert_same_logits(loaded[5], logits(module.model))
     early = fit(model, sums, tmp_path / "c", policy=policy, max_steps=2, accumulate_grad_batches=2)
-    torch.testing.assert_close(loaded[2], logits(early.model), rtol=0, atol=1e-5)
+    assert_same_logits(loaded[2], logits(early.model))
     assert (loaded[4] - loaded[2]).abs().max() > 1e-3
     assert timer.totals()["checkpoint"] > 0
 
@@ -103,7 +104,7 @@ def test_the_trainer_exports_what_it_has_trained(model, sums, tmp_path):
     trainer.fit(module, datamodule=build_data(sums))
     trainer.export(module, form=MergedModel("float32"), folder=str(tmp_path / "out"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(loaded), logits(module.model), rtol=0, atol=1e-5)
+    assert_same_logits(logits(loaded), logits(module.model))
 
 
 def test_impossible_settings_are_refused():

@@ -22,7 +22,7 @@ needs_compiler = pytest.mark.skipif(library() is None, reason="no C++ compiler")
 
 
 def ask(cache, **variables):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), **variables}
+    environment = {**os.environ, "HYBRID_LIGHTNING_KERNELS": "1", "XDG_CACHE_HOME": str(cache), **variables}
     done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, env=environment, check=True, timeout=120)
     return done.stdout.strip(), done.stderr
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from exported import CASES, VARIANTS, files, logits
 from peft import AutoPeftModelForCausalLM, PeftModel
+from rounding import assert_same_logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,7 +29,7 @@ def test_peft_loads_the_policy(train, tmp_path, family, variant, share):
     trained = train(family, share, VARIANTS[variant])
     folder = write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
     loaded = load(trained, folder)
-    torch.testing.assert_close(logits(loaded), trained.logits, rtol=0, atol=1e-5)
+    assert_same_logits(logits(loaded), trained.logits)
     with loaded.disable_adapter():
         assert (logits(loaded) - trained.logits).abs().max() > 0.01, "training has changed the policy"
     assert files(folder) >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "plan.json"}
@@ -50,7 +51,7 @@ def test_the_file_is_that_which_peft_writes(train, tmp_path, variant, share):
 def test_freed_start_weights_make_no_difference(train, tmp_path):
     trained = train(share=1, keep_start_weights=False)
     write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
-    torch.testing.assert_close(logits(load(trained, tmp_path / "out")), trained.logits, rtol=0, atol=1e-5)
+    assert_same_logits(logits(load(trained, tmp_path / "out")), trained.logits)
 
 
 def test_on_a_bfloat16_base_the_trained_weights_stay_float32(train, tmp_path):
@@ -60,7 +61,7 @@ def test_on_a_bfloat16_base_the_trained_weights_stay_float32(train, tmp_path):
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
     # computed in float32, where rounding does not hide a difference
     trained.model.float()
-    torch.testing.assert_close(logits(load(trained, tmp_path / "out", "float32")), trained.logits, rtol=0, atol=1e-5)
+    assert_same_logits(logits(load(trained, tmp_path / "out", "float32")), trained.logits)
 
 
 def test_peft_finds_the_base_by_itself_from_anywhere(train, tmp_path, monkeypatch):
@@ -68,7 +69,7 @@ def test_peft_finds_the_base_by_itself_from_anywhere(train, tmp_path, monkeypatc
     write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
     monkeypatch.chdir("/")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(loaded), trained.logits, rtol=0, atol=1e-5)
+    assert_same_logits(logits(loaded), trained.logits)
 
 
 def test_the_tokenizer_has_the_template_of_training(train, tmp_path):
@@ -84,7 +85,7 @@ def test_plain_lora_is_what_a_server_takes(train, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["modules_to_save"] is None and not config["use_dora"] and config["bias"] == "none"
     assert all(".lora_A." in name or ".lora_B." in name for name in load_file(folder / "adapter_model.safetensors"))
-    torch.testing.assert_close(logits(load(trained, folder)), trained.logits, rtol=0, atol=1e-5)
+    assert_same_logits(logits(load(trained, folder)), trained.logits)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from cli_runs import run, write_folder
 from exported import files, logits
 from peft import PeftModel
+from rounding import assert_same_logits
 from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.policy.module import PolicyModule
@@ -46,7 +47,7 @@ def test_the_merged_model(folder, fitted, tmp_path, settings):
     assert result.code == 0, result.err
     assert f"Policy written to {tmp_path}/out" in result.out
     loaded = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
-    torch.testing.assert_close(loaded, expected(root), rtol=0, atol=1e-5)
+    assert_same_logits(loaded, expected(root))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "after 2 optimizer steps" in card and "StartsWithDigit" in card and "sums.jsonl" in card and "val/avg@2" in card
     assert files(fitted / "hybrid") == {"version_0"}, "an export is no run"
@@ -64,7 +65,7 @@ def test_the_adapter(folder, fitted, tmp_path, form, name):
     result = run(folder, "export", *arguments(root), f"--folder={tmp_path}/out", f"--form={form}")
     assert result.code == 0, result.err
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), tmp_path / "out")
-    torch.testing.assert_close(logits(loaded), expected(root), rtol=0, atol=1e-5)
+    assert_same_logits(logits(loaded), expected(root))
 
 
 def test_what_is_wrong_is_said_in_the_last_line(folder, fitted, tmp_path):

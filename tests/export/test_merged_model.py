@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from exported import CASES, VARIANTS, files, logits
+from rounding import assert_same_logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -21,7 +22,7 @@ def test_transformers_loads_the_policy(train, tmp_path, family, variant, share):
     folder = write_policy(trained.policy, MergedModel("float32"), tmp_path / "out")
     loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    torch.testing.assert_close(logits(loaded), trained.logits, rtol=0, atol=1e-5)
+    assert_same_logits(logits(loaded), trained.logits)
 
 
 def test_tied_embeddings_stay_tied(train, tmp_path):
@@ -56,7 +57,7 @@ def test_a_quantized_run_is_merged_into_the_base_that_it_was_quantized_from(trai
     unquantized = apply_plan(base, trained.policy.plan)
     unquantized.load_state_dict(trainable_state(trained.model), strict=False)
     loaded = logits(AutoModelForCausalLM.from_pretrained(folder))
-    torch.testing.assert_close(loaded, logits(unquantized), rtol=0, atol=1e-5)
+    assert_same_logits(loaded, logits(unquantized))
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
 
 

@@ -5,6 +5,7 @@ import torch
 from tiny_memory import Case
 
 from hybrid_lightning.memory import SingleDevice, plan_memory
+from hybrid_lightning.products import packs
 
 CASES = {
     "lora": Case(),
@@ -41,9 +42,12 @@ def test_parts_and_peaks_are_as_planned(name, tmp_path):
         computed = parts.activations + parts.logits + parts.cache
         if moment == "scoring" or (moment == "updating" and case.max_tokens):  # then gradients come within the moment
             computed += parts.gradients
+        # Weights that oneDNN has packed are no tensors that are seen; where it does not, on CPUs without AVX-512, copies are.
+        unseen = parts.packed if packs(getattr(torch, case.dtype)) else 0.0
+        computed += parts.packed - unseen
         assert computed == pytest.approx(found["added"], rel=0.15), moment
         if moment != "validating":  # which drops gradients, except at the end of a run of the command line
-            assert parts.total - parts.packed == pytest.approx(found["tensors"], rel=0.15), moment
+            assert parts.total - unseen == pytest.approx(found["tensors"], rel=0.15), moment
     assert measured["updating"]["kept"] == pytest.approx(planned["updating"].activations, rel=0.15) or case.checkpointing
 
 

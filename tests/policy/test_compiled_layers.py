@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from rounding import LOGITS, additions_of, assert_same_sums
 from tiny_decoders import ALL, SOME, build, has_pass, sampled
 from tiny_runs import build_data, fit, write_model, write_sums
 from torch._dynamo.utils import counters
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from hybrid_lightning.adapters import constant_weights as constant
 from hybrid_lightning.adapters.constant_weights import constant_weights
@@ -14,11 +18,24 @@ from hybrid_lightning.policy.constant_decoder import constant_decoder
 from hybrid_lightning.rollout.forward import base_model, packed_hidden
 
 
+def compiler_is_there():
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not compiler_is_there(), reason="no C++ compiler: torch compiles nothing for a CPU")
+
+
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch):
     """Weights are multiplied where they are, and layers compiled, though this is a CPU."""
     monkeypatch.setattr(constant, "copies_pay", lambda device: False)
     monkeypatch.setattr(decoders, "compiling_pays", lambda device: True)
+    # torch finds graphs again by all but the processor's vectors: one of 256 bits, as with ATEN_CPU_CAPABILITY=avx2, writes
+    # beyond its tensors where they have 512.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
     layers._compiled.cache_clear()
     yield
     layers._compiled.cache_clear()
@@ -39,6 +56,7 @@ def rollouts(model, tokenizer, dtype):
     return tokens, logprobs, counters["stats"]["unique_graphs"] - before
 
 
+@needs_compiler
 @pytest.mark.usefixtures("as_on_an_accelerator")
 @pytest.mark.parametrize(
     ("family", "targets", "dtype", "settings", "compiled"),
@@ -60,9 +78,10 @@ def test_rollouts_are_the_same(family, targets, dtype, settings, compiled, token
     expected_tokens, expected, none = rollouts(plain, tokenizer, dtype)
     assert maker_of(plain) is decoders._plain_pass and none == 0
     assert torch.equal(tokens, expected_tokens)
-    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+    assert_same_sums(logprobs, expected, additions_of(model, 22), LOGITS)
 
 
+@needs_compiler
 @pytest.mark.usefixtures("as_on_an_accelerator")
 def test_a_policy_samples_by_them(tmp_path, monkeypatch):
     passes, original = [], decoders._pass
@@ -109,7 +128,7 @@ def test_a_compiler_that_fails_in_the_middle_of_a_rollout_does_not_end_it(monkey
         with constant_decoder(model):
             found = sampled(model, tokenizer, [])
     assert torch.equal(found[0], expected[0])
-    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=0)
+    assert_same_sums(found[1], expected[1], additions_of(model, 22), LOGITS)
     assert len(calls) == 11 and caplog.text.count("InternalTorchDynamoError: no space left") == 1
     assert maker_of(model) is decoders._plain_pass, "from then on"
 
@@ -155,7 +174,7 @@ def test_layers_that_are_no_plain_products_are_called(monkeypatch, tokenizer):
         with constant_weights(model), constant_decoder(model):
             found = sampled(model, tokenizer, [])
     assert torch.equal(found[0], expected[0])
-    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=0)
+    assert_same_sums(found[1], expected[1], additions_of(model, 22), LOGITS)
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")

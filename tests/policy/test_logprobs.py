@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from rounding import LOGITS, additions_of, assert_same_sums
 from tiny_models import FAMILIES, VOCABULARY, build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,8 +44,8 @@ def test_neither_padding_nor_sharing_changes_values_and_entropies(family, case):
     logprobs, entropy = token_logprobs(model, build_sequences(case), temperature=0.8)
     for row, completion in enumerate(CASES[case][1]):
         expected, expected_entropy = plain(model, case, row, 0.8)
-        torch.testing.assert_close(logprobs[row, : len(completion)], expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(entropy[row, : len(completion)], expected_entropy, atol=1e-5, rtol=0)
+        assert_same_sums(logprobs[row, : len(completion)], expected, additions_of(model, 11), LOGITS)
+        assert_same_sums(entropy[row, : len(completion)], expected_entropy, additions_of(model, 11), LOGITS)
     assert torch.isfinite(logprobs).all()
 
 
@@ -65,7 +66,7 @@ def test_gradients_are_those_of_separate_unpadded_passes(family, case, frozen):
     torch.stack([plain(model, case, row, 0.7)[0].sum() for row in range(len(sequences))]).sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(together[name], parameter.grad, atol=2e-5, rtol=1e-4)
+            assert_same_sums(together[name], parameter.grad, additions_of(model, 40, backward=True), name=name)
 
 
 @pytest.mark.parametrize(("case", "tokens"), [("shared", 7 + 1 + 7 + 1 + 3 + 2 + 1 + 1), ("separate", 5 + 1 + 7 + 1 + 3 + 2)])
@@ -111,8 +112,8 @@ def test_blocks_of_rows_give_the_same(monkeypatch):
     whole = run()
     monkeypatch.setattr("hybrid_lightning.policy.logprobs._BLOCK", 2 * 4 * 47)
     blocks = run()
-    torch.testing.assert_close(blocks[:2], whole[:2])
-    torch.testing.assert_close(blocks[2], whole[2])
+    assert_same_sums(blocks[:2], whole[:2], additions_of(model, 11), LOGITS)
+    assert_same_sums(blocks[2], whole[2], additions_of(model, 40, backward=True))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -124,7 +125,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             model.gradient_checkpointing_enable({"use_reentrant": False})
         token_logprobs(model, sequences, 1.0)[0].masked_fill(~sequences.completion_mask, 0).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-    torch.testing.assert_close(gradients[0], gradients[1], atol=2e-5, rtol=1e-4)
+    assert_same_sums(gradients[0], gradients[1], additions_of(model, 40, backward=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -153,7 +154,7 @@ def test_rows_cut_padding_that_all_share():
     assert rows.prompt_ids.tolist() == [SEPARATE[0][0]] and rows.completion_ids.tolist() == [SEPARATE[1][0]]
     model = build_model("llama")
     alone, _ = token_logprobs(model, rows, 1.0)
-    torch.testing.assert_close(alone[0], plain(model, "separate", 0, 1.0)[0], atol=1e-5, rtol=0)
+    assert_same_sums(alone[0], plain(model, "separate", 0, 1.0)[0], additions_of(model, 7), LOGITS)
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")
@@ -184,9 +185,9 @@ def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padd
     alone = [token_logprobs(model, sequences.rows(slice(row, row + 1)), 1.0) for row in range(10)]
     width = mask.shape[1]
     separate = torch.cat([F.pad(values, (0, width - values.shape[1])) for values, _ in alone])
-    torch.testing.assert_close(together, separate, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropy, torch.cat([F.pad(h, (0, width - h.shape[1])) for _, h in alone]), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found, gradients(separate), atol=1e-4, rtol=1e-4)
+    separate_entropy = torch.cat([F.pad(values, (0, width - values.shape[1])) for _, values in alone])
+    assert_same_sums((together, entropy), (separate, separate_entropy), additions_of(model, 70), LOGITS)
+    assert_same_sums(found, gradients(separate), additions_of(model, 700, backward=True))
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen-output-layer"])
@@ -201,7 +202,7 @@ def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, froz
     sequences = build_sequences("shared")
     weights = torch.randn(sequences.completion_mask.shape, generator=torch.Generator().manual_seed(0)) * sequences.completion_mask
     logprobs, entropy = token_logprobs(model, sequences, 0.7, entropy_gradient=True)
-    torch.testing.assert_close((logprobs, entropy), token_logprobs(model, sequences, 0.7))
+    assert_same_sums((logprobs, entropy), token_logprobs(model, sequences, 0.7), additions_of(model, 11), LOGITS)
     (2 * (logprobs * weights).sum() - (entropy * weights.flip(0)).sum()).backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -211,6 +212,6 @@ def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, froz
         (2 * (alone * weights[row, :length]).sum() - (its_entropy * weights.flip(0)[row, :length]).sum()).backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(together[name], parameter.grad, atol=2e-5, rtol=1e-4)
+            assert_same_sums(together[name], parameter.grad, additions_of(model, 40, backward=True), name=name)
     with torch.no_grad():
         assert not token_logprobs(model, sequences, 0.7, entropy_gradient=True)[1].requires_grad

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import HalfPrecision
+from rounding import assert_same_logits
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
 from transformers import AutoModelForCausalLM
 from wide_models import write_wide_model
@@ -166,7 +167,7 @@ def test_a_checkpoint_is_evaluated_in_any_precision_alone_and_exported(model, su
     write_policy(policy_of_checkpoint(path), MergedModel("float32"), tmp_path / "exported")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
     with torch.no_grad():
-        torch.testing.assert_close(exported(IDS).logits, alone.model.eval().float()(IDS).logits, atol=1e-5, rtol=0)
+        assert_same_logits(exported(IDS).logits, alone.model.eval().float()(IDS).logits)
 
 
 def test_a_quantized_base(sums, tmp_path):

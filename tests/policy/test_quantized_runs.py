@@ -7,6 +7,7 @@ import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
+from rounding import additions_of, assert_same_sums
 from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_sums
 from transformers import AutoModelForCausalLM
 from wide_models import write_wide_model
@@ -133,10 +134,10 @@ def test_it_is_exported_onto_the_sixteen_bit_base(trained, folder, tmp_path, liv
     policy = policy_of_module(module) if live else policy_of_checkpoint(root / f"step={STEPS}.ckpt")
     merged = AutoModelForCausalLM.from_pretrained(write_policy(policy, MergedModel("float32"), tmp_path / "merged"))
     assert f"policy.quantization.{type(module.quantization).__name__}" in (tmp_path / "merged" / "README.md").read_text()
-    torch.testing.assert_close(merged(IDS).logits, expected, rtol=0, atol=1e-5)
+    assert_same_sums(merged(IDS).logits, expected, additions_of(merged, IDS.shape[1]))
     plain = AutoModelForCausalLM.from_pretrained(folder / "model")
     adapter = PeftModel.from_pretrained(plain, write_policy(policy, AdapterFolder(), tmp_path / "adapter"))
-    torch.testing.assert_close(adapter(IDS).logits, expected, rtol=0, atol=1e-5)
+    assert_same_sums(adapter(IDS).logits, expected, additions_of(adapter, IDS.shape[1]))
     quantized = module.eval().model(IDS).logits
     error = (merged(IDS).logits - quantized).norm() / quantized.norm()
     assert 1e-4 < float(error) < (0.3 if isinstance(module.quantization, NF4) else 0.05), "off by the rounding of the base alone"
@@ -179,6 +180,7 @@ def test_sharded_weights_are_refused_before_anything_is_scored(folder, tmp_path)
     flags = {"strategy": FSDP2Strategy("gloo")}
     with pytest.raises(ConfigError, match=r"NF4 does not work with FSDP2Strategy.*trainer\.strategy=ddp"):
         run(folder, tmp_path, NF4(), flags=flags, optimizer=torch.optim.AdamW)
+    torch.distributed.destroy_process_group()  # which Lightning leaves for the rest of the process
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +213,7 @@ def test_the_command_line_fits_resumes_and_exports(command_folder, request):
     base = AutoModelForCausalLM.from_pretrained(command_folder / "model", dtype=torch.bfloat16)
     expected = apply_plan(base, policy.plan)
     expected.load_state_dict(trainable_state(policy.model), strict=False)
-    torch.testing.assert_close(merged(IDS).logits, expected.float().eval()(IDS).logits, rtol=0, atol=1e-5)
+    assert_same_sums(merged(IDS).logits, expected.float().eval()(IDS).logits, additions_of(merged, IDS.shape[1]))
 
 
 def test_a_forgotten_overlay_is_noticed_on_the_command_line(command_folder):

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback
+from rounding import additions_of, assert_same_sums
+from tiny_models import build_model
 from tiny_runs import (
     Constant,
     StartsWithDigit,
@@ -32,6 +34,13 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory):
     return write_sums(tmp_path_factory.mktemp("updated") / "sums.jsonl", 16)
+
+
+def assert_same_gradients(found, expected):
+    """Of each step, of at most 16 sequences of 12 tokens; theirs are around 0.05, and may nearly cancel."""
+    additions = additions_of(build_model("llama"), 16 * 12, backward=True)
+    for step, other in zip(found, expected, strict=True):
+        assert_same_sums(step, other, additions, size=0.05)
 
 
 class Watch(Callback):
@@ -81,7 +90,7 @@ def test_a_token_budget_changes_nothing_but_the_forward_passes(model, sums, tmp_
     assert split.losses == pytest.approx(whole.losses, abs=2e-6)
     for one, other in zip(split.metrics, whole.metrics, strict=True):
         assert one == pytest.approx(other, abs=1e-4, rel=1e-4)
-    torch.testing.assert_close(split.gradients, whole.gradients, atol=2e-6, rtol=1e-4)
+    assert_same_gradients(split.gradients, whole.gradients)
     torch.testing.assert_close(same, weights, atol=1e-6, rtol=0)
 
 
@@ -125,7 +134,7 @@ def test_rows_without_advantage_are_left_out_and_are_not_missed(model, sums, tmp
     every, weights = run(model, sums, tmp_path, {"loss": AllRows(), "reward": StartsWithDigit()}, **flags)
     some, same = run(model, sums, tmp_path, {"loss": GRPOLoss(), "reward": StartsWithDigit()}, **flags)
     assert sum(some.rows) < sum(every.rows) == 6 * 8
-    torch.testing.assert_close(some.gradients, every.gradients, atol=1e-6, rtol=1e-4)
+    assert_same_gradients(some.gradients, every.gradients)
     torch.testing.assert_close(same, weights, atol=1e-6, rtol=0)
     steps = [[sum(watch.losses[i : i + accumulate]) for i in range(0, len(watch.losses), accumulate)] for watch in (some, every)]
     assert steps[0] == pytest.approx(steps[1], abs=1e-6)

@@ -150,6 +150,15 @@ def test_installed_packages_can_be_allowed():
         CodeTests(packages=["no_such_package"])
 
 
+def test_a_package_that_programs_cannot_import_is_refused(tmp_path, monkeypatch):
+    """Instead of paying nothing to every program that imports it."""
+    (tmp_path / "lent.py").write_text("import needed_by_it")
+    (tmp_path / "needed_by_it.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"'lent' cannot be imported.*No module named '\w+'.*what it needs itself too"):
+        CodeTests(packages=["lent"])
+
+
 def test_set_up_code_that_fails_is_shown(reward, caplog):
     row = prompt(test="assert f() == 1", prompt="import no_such_module")
     assert reward(["def f(): return 1"], [row]) == [0.0]

@@ -3,7 +3,8 @@
 
 Each is the body of a `try`: it must raise where it is held. `$NAME` stands for what the test sets up: `$secret` and `$folder`, a
 file and its folder, which anyone may read and write; `$pid`, the test's process; `$victim`, a process that waits; `$port` and
-`$socket`, on which something listens.
+`$socket`, on which something listens; `$package`, a folder that may be imported; `$above`, the host's folder of all
+these, beside which another begins with `beside_`.
 """
 
 _LIBC = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
@@ -55,8 +56,27 @@ FILES = {
     "shared memory": "from multiprocessing import shared_memory; shared_memory.SharedMemory('sandbox', True, 10)",
     "change the root": "import os; os.chroot('/tmp')",
     "descriptors left open": "import os; assert any(os.fstat(n) for n in range(3, 4096))",
-    "its environment": "import os; assert os.environ",
+    "its environment": "import os; assert os.environ.keys() - {'OPENBLAS_NUM_THREADS'}",
     "its environment by libc": _LIBC + "libc.getenv.restype = ctypes.c_char_p; assert libc.getenv(b'SANDBOX_SECRET')",
+}
+
+# Where a package may be imported that lies below the temporary folder.
+PACKAGES = {
+    "change a package": "open('$package/__init__.py', 'r+').write('changed')",
+    "cut a package off": "import os; os.truncate('$package/__init__.py', 0)",
+    "add to a package": "open('$package/made.py', 'w').close()",
+    "add a folder to a package": "import os; os.mkdir('$package/made')",
+    "link out of a package": "import os; os.symlink('$secret', '$package/made'); open('$package/made').read()",
+    "delete of a package": "import os; os.remove('$package/__init__.py')",
+    "delete a package": "import shutil; shutil.rmtree('$package')",
+    "move a package": "import os; os.rename('$package', '/tmp/moved')",
+    "another in its place": "import os; os.mkdir('/tmp/mine'); os.rename('/tmp/mine', '$package')",
+    "up from a package": "open('$package/../../../../../host/secret').read()",
+    "another package": "import not_lent",
+    "read another package": "import os; open(os.path.dirname('$package') + '/not_lent/__init__.py').read()",
+    "list what is beside": "import os; assert 'not_lent' in os.listdir(os.path.dirname('$package'))",
+    "list what is above": "import os; assert 'host' in os.listdir('$above')",
+    "list the folder of all": "import os; assert any(name.startswith('beside_') for name in os.listdir('$above/..'))",
 }
 
 NETWORK = {

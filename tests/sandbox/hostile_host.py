@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hybrid_lightning.sandbox.launch import Box, launch
 from hybrid_lightning.sandbox.limits import Limits
+from hybrid_lightning.sandbox.packages import find_packages
 from hybrid_lightning.sandbox.programs import CallTests, Settings
 
 _EACH = """
@@ -36,9 +37,17 @@ def in_one(attempts, names):
     return f"ATTEMPTS = {json.dumps(filled)!r}\n{_EACH}"
 
 
-def results(source, mechanisms):
+def lend(site):
+    """Install two packages into a folder, of which programs may import the first; its path."""
+    for name in ("lent", "not_lent"):
+        (site / name).mkdir()
+        (site / name / "__init__.py").write_text("def double(x): return 2 * x")
+    return site / "lent"
+
+
+def results(source, mechanisms, packages=()):
     """Name of an attempt -> "held" or "escaped"."""
-    ran = launch([Box("script", {"setup": "", "source": source})], mechanisms, Limits(wall_seconds=30.0))
+    ran = launch([Box("script", {"setup": "", "source": source})], mechanisms, Limits(wall_seconds=30.0), packages)
     assert ran.in_time and not any(ran.endings.values()), ran
     lines = [json.loads(line) for line in ran.stdout.decode().splitlines()]
     assert len(lines) == len(dict(lines)), "a program went on twice"
@@ -46,12 +55,14 @@ def results(source, mechanisms):
 
 
 def main():
+    """Arguments: mechanisms, a folder that anyone may write, and the folder that holds it and all else of this test."""
     import escapes
 
-    mechanisms, folder = sys.argv[1].split(","), Path(sys.argv[2])
+    mechanisms, folder, above = sys.argv[1].split(","), Path(sys.argv[2]), Path(sys.argv[3])
     secret = folder / "secret"
     secret.write_text("secret")
     secret.chmod(0o666)
+    packages = find_packages(["lent"])
     names = {
         "secret": secret,
         "folder": folder,
@@ -60,16 +71,24 @@ def main():
         "pid": os.getpid(),
         "victim": os.getppid(),
         "port": 9,
+        "package": packages[0],
+        "above": above,
     }
-    attempts = {**escapes.FILES, **escapes.NETWORK, **escapes.PROCESSES}
+    attempts = {**escapes.FILES, **escapes.PACKAGES, **escapes.NETWORK, **escapes.PROCESSES}
     if os.uname().machine == "x86_64":
         attempts |= escapes.SYSTEM_CALLS
-    held = results(in_one(attempts, names), mechanisms)
+    held = results(in_one(attempts, names), mechanisms, packages)
     assert held.keys() == attempts.keys()
     escaped = [name for name, said in held.items() if said != "held"]
     assert secret.read_text() == "secret"
-    for program, passed in (("def double(x): return 2 * x", 1), ("def double(x): return x", 0)):
-        outcome = CallTests(("assert double(21) == 42",), names=("double",)).run(program, Settings(tuple(mechanisms)))
+    settings = Settings(tuple(mechanisms), packages=packages)
+    for program, passed in (
+        ("def double(x): return 2 * x", 1),
+        ("def double(x): return x", 0),
+        ("from lent import double", 1),
+        ("import statistics, decimal\nfrom lent import double", 1),  # of the standard library, read in the sandbox
+    ):
+        outcome = CallTests(("assert double(21) == 42",), names=("double",)).run(program, settings)
         assert outcome.passed == passed, outcome
     print(escaped or "all held")
 

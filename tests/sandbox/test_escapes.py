@@ -8,14 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from escapes import ENDLESS, FILES, NETWORK, PROCESSES, RESOURCES, SYSTEM_CALLS
-from hostile_host import in_one, results, whole
+from escapes import ENDLESS, FILES, NETWORK, PACKAGES, PROCESSES, RESOURCES, SYSTEM_CALLS
+from hostile_host import in_one, lend, results, whole
 
+from hybrid_lightning.sandbox import namespaces
 from hybrid_lightning.sandbox.isolation import require_isolation
 from hybrid_lightning.sandbox.limits import Limits
 from hybrid_lightning.sandbox.programs import Settings, StandardStreamTests, run_programs
@@ -104,9 +105,43 @@ def running(parent):
     return [line for line in children().splitlines() if all(mark in line for mark in marks)]
 
 
-@pytest.mark.parametrize("mechanisms", ["namespaces,landlock,seccomp", "namespaces,seccomp", "landlock,seccomp"])
-def test_each_way_holds_without_root(mechanisms):
-    """In a process of another user, where this one is root; by a Python that the other user may read."""
+@contextmanager
+def folder_below(parent):
+    """A folder that any user may enter, and another one beside it."""
+    with tempfile.TemporaryDirectory(dir=parent, prefix="beside_"), tempfile.TemporaryDirectory(dir=parent) as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+WAYS = ["namespaces,landlock,seccomp", "namespaces,seccomp", "landlock,seccomp"]
+
+
+def copied(python, folder):
+    """A copy of an interpreter with its standard library; skips the test where it does not find that in the copy."""
+    code = "import os, sys; print(sys.version_info.minor, os.path.realpath(sys.executable), os.path.dirname(os.__file__))"
+    minor, program, library = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    copy = folder / "bin" / f"python3.{minor}"
+    copy.parent.mkdir(parents=True)
+    shutil.copy(program, copy)
+    left_out = shutil.ignore_patterns(
+        "site-packages", "dist-packages", "test", "config-*", "ensurepip", "idlelib", "tkinter", "lib2to3"
+    )
+    shutil.copytree(library, folder / "lib" / f"python3.{minor}", ignore=left_out)
+    said = subprocess.run(
+        [copy, "-c", f"{code}; print(sys.base_prefix)"], capture_output=True, text=True, check=False
+    ).stdout.split()
+    if said[-1:] != [str(folder)] or not said[2].startswith(str(folder)):
+        pytest.skip("this interpreter cannot be moved")
+    return str(copy)
+
+
+@pytest.mark.parametrize("mechanisms", WAYS)
+@pytest.mark.parametrize("moved", [False, True])
+def test_each_way_holds_without_root(mechanisms, moved):
+    """In a process of another user, where this one is root; by a Python that the other user may read.
+
+    All lies below the temporary folder, in whose place programs have their own: the clone, an environment, and the interpreter.
+    """
     python, prefix = sys.executable, []
     if os.geteuid() == 0:
         python = next(
@@ -115,16 +150,66 @@ def test_each_way_holds_without_root(mechanisms):
         prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     if python is None or shutil.which("setpriv") is None:
         pytest.skip("needs setpriv, and a Python of the system in /usr/bin")
-    with tempfile.TemporaryDirectory() as name:  # which, other than pytest's folders, others may enter
-        folder = Path(name)
-        folder.chmod(0o777)
+    with folder_below(namespaces.TEMPORARY) as folder:  # which, other than pytest's folders, others may enter
         for part in ("hybrid_lightning/__init__.py", "hybrid_lightning/errors.py", "hybrid_lightning/sandbox", "tests/sandbox"):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             (folder / part).parent.mkdir(parents=True, exist_ok=True)
             copy(ROOT / part, folder / part)
-        command = [*prefix, python, "-B", str(folder / "tests/sandbox/hostile_host.py"), mechanisms, str(folder)]
-        done = subprocess.run(command, env={"PYTHONPATH": name}, capture_output=True, text=True, timeout=60, check=False)
+        (folder / "host").mkdir()
+        (folder / "host").chmod(0o777)
+        if moved:
+            python = copied(python, folder / "python")
+        subprocess.run([python, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+        (site,) = (folder / "venv/lib").glob("python*/site-packages")
+        lend(site)
+        script = [str(folder / "venv/bin/python"), "-B", str(folder / "tests/sandbox/hostile_host.py")]
+        done = subprocess.run(
+            [*prefix, *script, mechanisms, str(folder / "host"), str(folder)],
+            env={"PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
     assert done.stdout.strip().splitlines()[-1:] == ["all held"], done.stdout + done.stderr
+
+
+HONEST = "import alone, lent, parts.inner; assert parts.inner.double(21) == lent.double(21) == 42 and alone.math"
+
+
+@pytest.mark.parametrize("parent", [namespaces.TEMPORARY, "/dev/shm"])
+@pytest.mark.parametrize("mechanisms", WAYS)
+def test_packages_in_any_folder_can_be_imported_and_not_changed(mechanisms, parent):
+    """By this very user, as root another one in the sandbox."""
+    if not os.access(parent, os.W_OK):
+        pytest.skip(f"needs {parent}")
+    with folder_below(parent) as folder:
+        site = folder / "a/b/c/site"
+        site.mkdir(parents=True)
+        (folder / "host").mkdir()
+        (secret := folder / "host/secret").write_text("secret")
+        package = lend(site)
+        (site / "alone.py").write_text("import math")
+        (site / "parts/inner").mkdir(parents=True)  # a package without __init__
+        (site / "parts/inner/__init__.py").write_text("from lent import double")
+        before = {path: path.read_bytes() for path in site.rglob("*.py")}
+        names = {"package": package, "above": folder, "secret": secret}
+        held = results(
+            in_one({**PACKAGES, "honest": HONEST}, names),
+            mechanisms.split(","),
+            [str(package), str(site / "alone.py"), str(site / "parts")],
+        )
+        assert held == {**dict.fromkeys(PACKAGES, "held"), "honest": "escaped"}
+        assert {path: path.read_bytes() for path in site.rglob("*.py")} == before
+        assert sorted(path.name for path in package.iterdir() if path.name != "__pycache__") == ["__init__.py"]
+
+
+def test_programs_run_whatever_the_umask_is():
+    """Where root starts it, a program is another user, who has to get through the folders made on the way to what is kept."""
+    code = "from hybrid_lightning.sandbox.isolation import require_isolation; print(require_isolation().is_enough)"
+    command = [sys.executable, "-B", "-c", f"import os; os.umask(0o077); {code}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_programs_die_with_the_one_who_started_them():

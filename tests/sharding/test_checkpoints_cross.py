@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from ranks_of_tests import run
+from rounding import metrics_of_runs
 from runs_of_tests import train_each
 from test_equal_to_one_process import ADAM, STRATEGIES
 
@@ -89,7 +90,7 @@ def test_it_goes_on_as_if_it_had_not_been_stopped(runs, reader):
             assert resumed["global_step"] == 6 and len(resumed["steps"]) == 5, writer
             assert resumed["plan"] == unstopped["plan"]
             for one, other in zip(resumed["steps"], unstopped["steps"][1:], strict=True):
-                assert one == pytest.approx(other, abs=1e-5, rel=1e-5), writer
+                assert one == pytest.approx(other, **metrics_of_runs()), writer
             torch.testing.assert_close(resumed["weights"], unstopped["weights"], atol=1e-5, rtol=0)
             assert resumed["validation"] == pytest.approx(unstopped["validation"], abs=1e-6), writer
 

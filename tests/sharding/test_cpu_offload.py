@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks_of_tests import run
+from rounding import metrics_of_runs
 from runs_of_tests import train, train_each
 from test_equal_to_one_process import ADAM
 from torch import nn
@@ -85,7 +86,7 @@ def test_it_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(folder, tm
             steps = single["steps"][-len(found[name]["steps"]) :]
             assert len(steps) == (4 if name == "run" else 2)
             for one, other in zip(found[name]["steps"], steps, strict=True):
-                assert one == pytest.approx(other, abs=1e-5, rel=1e-5), name
+                assert one == pytest.approx(other, **metrics_of_runs()), name
             torch.testing.assert_close(found[name]["weights"], single["weights"], atol=1e-5, rtol=0)
             assert found[name]["validation"] == pytest.approx(single["validation"], abs=1e-6)
 

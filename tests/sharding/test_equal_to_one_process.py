@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from ranks_of_tests import run
+from rounding import metrics_of_runs
 from runs_of_tests import ByPrompt, Only, train_each
 from tiny_runs import Constant
 
@@ -112,7 +113,7 @@ def test_it_is_the_same_run(sharded, single, first_rollout, strategy, ranks):
             assert result["prompts"][0] == whole["prompts"][0][rank::ranks], case
             assert len(result["steps"]) == len(whole["steps"]), case
             for one, other in zip(result["steps"], whole["steps"], strict=True):
-                assert one == pytest.approx(other, abs=1e-5, rel=1e-5), case
+                assert one == pytest.approx(other, **metrics_of_runs()), case
             torch.testing.assert_close(
                 result["weights"], whole["weights"], atol=1e-5, rtol=0, msg=lambda text, c=case: f"{c}: {text}"
             )

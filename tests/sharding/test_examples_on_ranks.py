@@ -4,6 +4,7 @@ import pytest
 import torch
 from examples_on_ranks import train_on_ranks
 from ranks_of_tests import run
+from rounding import metrics_of_runs
 from tiny_examples import KINDS, write_rows
 from tiny_runs import write_model
 
@@ -31,6 +32,6 @@ def test_it_is_the_same_run(folder, tmp_path, single, strategy):
     for result in run(2, tmp_path / "ranks", train_on_ranks, **arguments):
         for kind in KINDS:
             assert result[kind]["plan"] == single[kind]["plan"], kind
-            assert result[kind]["metrics"] == pytest.approx(single[kind]["metrics"], abs=1e-5, rel=1e-5), kind
+            assert result[kind]["metrics"] == pytest.approx(single[kind]["metrics"], **metrics_of_runs()), kind
             torch.testing.assert_close(result[kind]["weights"], single[kind]["weights"], atol=1e-5, rtol=0)
             assert {"loss", "val/loss", "grad_norm/full"} <= result[kind]["metrics"].keys()

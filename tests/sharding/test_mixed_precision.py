@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ranks_of_tests import run
+from rounding import metrics_of_runs
 from runs_of_tests import train_each
 from test_equal_to_one_process import STRATEGIES
 
@@ -45,7 +46,7 @@ def test_fsdp2_computes_what_ddp_computes(results, kind):
     assert {weight.dtype for weight in one["weights"].values()} == {trained}
     torch.testing.assert_close(one["weights"], other["weights"], atol=1e-5, rtol=0)
     for mine, theirs in zip(one["steps"], other["steps"], strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+        assert mine == pytest.approx(theirs, **metrics_of_runs())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

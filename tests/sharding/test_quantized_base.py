@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ranks_of_tests import run
+from rounding import metrics_of_runs
 from runs_of_tests import train
 from tiny_runs import write_sums
 from wide_models import write_wide_model
@@ -22,7 +23,7 @@ def test_ddp_on_a_quantized_base_is_the_same_run(tmp_path, kind):
     for rank in ranks:
         assert rank["plan"] == single["plan"]
         for one, other in zip(rank["steps"], single["steps"], strict=True):
-            assert one == pytest.approx(other, abs=1e-5, rel=1e-5)
+            assert one == pytest.approx(other, **metrics_of_runs())
         assert rank["weights"].keys() == single["weights"].keys()
         for name, weight in rank["weights"].items():
             torch.testing.assert_close(weight, single["weights"][name], atol=1e-5, rtol=1e-5)

@@ -4,6 +4,7 @@ import cli_runs
 import pytest
 import torch
 from ranks_of_tests import run
+from rounding import assert_same_logits
 from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.policy.module import PolicyModule
@@ -81,7 +82,7 @@ def test_a_folder_is_exported(there, runs):
     ids = torch.tensor([[4, 5, 13, 6, 16]])
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(there / "exported")(ids).logits
-        torch.testing.assert_close(logits, trained(ids).logits, rtol=0, atol=1e-5)
+        assert_same_logits(logits, trained(ids).logits)
 
 
 def test_half_a_folder_is_refused_before_anything_is_loaded(there, runs):

@@ -206,7 +206,8 @@ class NamingMLFlowLogger(MLFlowLogger):
     Lightning's default, a plain folder.
 
     Args:
-        tracking_uri: None takes `sqlite:///SAVE_DIR/mlflow.db`.
+        tracking_uri: None takes `sqlite:///SAVE_DIR/mlflow.db`. The default is what the variable was when this was imported, as
+            it is Lightning's: MLflow sets it to the store in use.
         save_dir: A local folder.
         artifact_location: None takes the folder `mlartifacts` beside a SQLite file.
         arguments: The others of `MLFlowLogger`.
@@ -215,12 +216,12 @@ class NamingMLFlowLogger(MLFlowLogger):
     def __init__(
         self,
         *,
-        tracking_uri: str | None = None,
+        tracking_uri: str | None = os.getenv("MLFLOW_TRACKING_URI"),
         save_dir: str | None = "./mlruns",
         artifact_location: str | None = None,
         **arguments: Any,
     ) -> None:
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{Path(save_dir or '.') / 'mlflow.db'}"
+        uri = tracking_uri or f"{_SQLITE}{Path(save_dir or '.') / 'mlflow.db'}"
         self._folder = Path(uri.removeprefix(_SQLITE)).parent if uri.startswith(_SQLITE) else None
         if self._folder is not None and artifact_location is None:
             artifact_location = (self._folder.absolute() / "mlartifacts").as_uri()  # wherever `mlflow ui` is started from

@@ -58,13 +58,21 @@ def process(root, *loggers, rank=0, answers=None):
 
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger, None])
-def test_ten_runs_that_start_at_once_get_ten_folders(tmp_path, kind):
+def test_ten_runs_that_start_at_once_get_ten_folders(tmp_path, kind, monkeypatch):
     (tmp_path / "name" / "version_4").mkdir(parents=True)
-    start, found = threading.Barrier(10), []
+    start, found, begun, mkdir = threading.Barrier(10), [], set(), Path.mkdir
+
+    def together(path, *args, **flags):
+        """All have looked what there is before the first makes a folder."""
+        if path.name == "version_5" and threading.get_ident() not in begun:
+            begun.add(threading.get_ident())
+            start.wait(timeout=60)
+        mkdir(path, *args, **flags)
+
+    monkeypatch.setattr(Path, "mkdir", together)
 
     def claim():
         trainer = process(tmp_path / "name", *([kind(tmp_path, "name")] if kind else []))
-        start.wait()
         found.append((run_folder(trainer), trainer.loggers[0].log_dir if kind else None))
 
     threads = [threading.Thread(target=claim) for _ in range(10)]

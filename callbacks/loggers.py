@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
+from filelock import FileLock
 from lightning.fabric.utilities.logger import _convert_params, _flatten_dict, _sanitize_params
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -141,7 +143,8 @@ def log_config(trainer: Trainer, path: Path) -> None:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("config", f"```yaml\n{path.read_text(encoding='utf-8')}\n```", 0)
         elif isinstance(logger, WandbLogger):
-            logger.experiment.save(str(path.absolute()), base_path=str(path.parent.absolute()), policy="now")
+            # Not as a file: W&B writes one of this name itself.
+            logger.log_hyperparams({"config": yaml.safe_load(path.read_text(encoding="utf-8"))})
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_artifact(logger.run_id, str(path))
 
@@ -203,7 +206,8 @@ class NamingMLFlowLogger(MLFlowLogger):
     Lightning's default, a plain folder.
 
     Args:
-        tracking_uri: None takes `sqlite:///SAVE_DIR/mlflow.db`.
+        tracking_uri: None takes `sqlite:///SAVE_DIR/mlflow.db`. The default is what the variable was when this was imported, as
+            it is Lightning's: MLflow sets it to the store in use.
         save_dir: A local folder.
         artifact_location: None takes the folder `mlartifacts` beside a SQLite file.
         arguments: The others of `MLFlowLogger`.
@@ -212,16 +216,25 @@ class NamingMLFlowLogger(MLFlowLogger):
     def __init__(
         self,
         *,
-        tracking_uri: str | None = None,
+        tracking_uri: str | None = os.getenv("MLFLOW_TRACKING_URI"),
         save_dir: str | None = "./mlruns",
         artifact_location: str | None = None,
         **arguments: Any,
     ) -> None:
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{Path(save_dir or '.') / 'mlflow.db'}"
+        uri = tracking_uri or f"{_SQLITE}{Path(save_dir or '.') / 'mlflow.db'}"
         self._folder = Path(uri.removeprefix(_SQLITE)).parent if uri.startswith(_SQLITE) else None
         if self._folder is not None and artifact_location is None:
             artifact_location = (self._folder.absolute() / "mlartifacts").as_uri()  # wherever `mlflow ui` is started from
-        super().__init__(tracking_uri=uri, save_dir=save_dir, artifact_location=artifact_location, **arguments)
+        given = {"tracking_uri": uri, "save_dir": save_dir, "artifact_location": artifact_location, **arguments}
+        if self._folder is None:
+            super().__init__(**given)
+            return
+        # Processes may start at once, as the ranks of a run do: one makes tables and experiment, which MLflow lets all try.
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._folder / ".mlflow.lock"):
+            super().__init__(**given)
+            if self._mlflow_client.get_experiment_by_name(self._experiment_name) is None:
+                self._mlflow_client.create_experiment(self._experiment_name, self._artifact_location)
 
     @property
     def save_dir(self) -> str | None:

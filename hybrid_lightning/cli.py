@@ -1,6 +1,7 @@
 """The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score`, `export` and `plan`."""
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -304,6 +305,7 @@ def _print_error(message: str) -> None:
 def _quiet_libraries() -> None:
     """Silence advice that does not apply here, so that what matters can be read."""
     transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for each page of samples
     # LightningModule and data module share this hook by design.
     warnings.filterwarnings("ignore", message=".*overridden `transfer_batch_to_device`.*")
     # Deprecations between the libraries, which their next versions settle.

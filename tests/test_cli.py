@@ -41,6 +41,22 @@ def test_fit_leaves_everything_in_the_run_folder(fitted):
     assert "Run folder: runs/whole/version_0" in result.out and summary["next_command"] in result.out
 
 
+def test_the_config_is_there_before_modules_are_scored(folder):
+    name = "--trainer.logger.init_args.name=unscored"
+    result = run(folder, "fit", "--config", "t.yaml", "--model.reward=my_parts.Raising", name)
+    assert (result.code == 1 and "RewardError" in result.err) or "my_parts" in result.last, result.err
+    root = folder / "runs" / "unscored" / "version_0"
+    assert config_of(root)["model"]["init_args"]["reward"]["class_path"] == "my_parts.Raising"
+    assert not (root / "plan.json").exists() and not (root / "checkpoints").exists()
+
+
+def test_a_run_without_its_data_leaves_no_folder(folder):
+    arguments = ["--trainer.logger.init_args.name=nothing", "--data.source.train=missing.jsonl"]
+    result = run(folder, "fit", "--config", "t.yaml", *arguments)
+    assert result.code == 1 and "missing.jsonl" in result.last
+    assert not list((folder / "runs").glob("nothing/*"))
+
+
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_a_checkpoint_is_evaluated_by_the_runs_own_config(folder, fitted, command):
     root, _ = fitted

@@ -87,6 +87,18 @@ def test_the_window_forgets():
     assert callback.diverging() == []
 
 
+@pytest.mark.parametrize("stop", [1, 13, 25, 39])
+def test_a_resumed_run_warns_where_the_whole_would(stop):
+    accuracy, ended = series(0.5, 0.1, 40), series(0.1, 0.9, 40, seed=1)
+    whole = feed(RewardDivergence(20), accuracy, ended=ended)
+    before = RewardDivergence(20)
+    messages = feed(before, accuracy[:stop], ended=ended[:stop])
+    resumed = RewardDivergence(20)
+    resumed.load_state_dict(before.state_dict())
+    assert len(whole) == len(messages + feed(resumed, accuracy[stop:], ended=ended[stop:])) == 1
+    assert resumed.diverging() == ["rewards/ended"]
+
+
 def test_a_run_that_learns_to_end_at_once_is_warned_of(tmp_path):
     """The trap that this callback is for: a small reward for ending is learned at the cost of the answer."""
     model, sums, seen = write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl", 16), []

@@ -1,12 +1,13 @@
 """What TensorBoard shows of a run, read back from its event file."""
 
 import html
+import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard import plugin_util
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -53,10 +54,16 @@ class Log:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("samples")
-    model, sums = write_model(root / "model"), write_sums(root / "sums.jsonl", 40)
+    write_model(root / "model")
+    write_sums(root / "sums.jsonl", 40)
+    trainer = train(root, root)
+    return trainer.lightning_module, Log(root / "run"), root / "run"
+
+
+def train(source, root, **arguments):
     torch.manual_seed(3)
     policy = build_policy(
-        model,
+        source / "model",
         loss=GRPOLoss(kl_coef=0.01),
         reward=WeightedSum([DigitShare(), StartsWithDigit()]),
         minibatches_per_rollout=2,
@@ -71,11 +78,12 @@ def run(tmp_path_factory):
         LearningRateMonitor("step"),
         build_adapter(picture=True),
         RolloutSamples(2, prompts=3, completions=2),
+        ModelCheckpoint(filename="{step}", every_n_train_steps=1, save_top_k=-1),
     ]
-    flags = {"max_steps": 8, "logger": logger, "log_every_n_steps": 1, "num_sanity_val_steps": -1}
+    flags = {"max_steps": 8, "logger": logger, "log_every_n_steps": 1, "num_sanity_val_steps": -1, "enable_checkpointing": True}
     trainer = build_trainer(root, *callbacks, check_val_every_n_epoch=None, val_check_interval=4, **flags)
-    trainer.fit(policy, datamodule=build_data(sums, validation_fraction=0.4))
-    return policy, Log(root / "run"), root / "run"
+    trainer.fit(policy, datamodule=build_data(source / "sums.jsonl", validation_fraction=0.4), **arguments)
+    return trainer
 
 
 def test_every_scalar_is_there_at_every_step(run):
@@ -125,6 +133,25 @@ def test_hyper_parameters_are_there(run):
     values = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert values["lr_lora"].number_value == 0.01 and values["loss/init_args/kl_coef"].number_value == 0.01
     assert values["loss/class_path"].string_value == "hybrid_lightning.losses.grpo.GRPOLoss"
+
+
+def test_the_results_on_the_page_of_hyper_parameters_are_accuracy_and_reward(run):
+    _, log, folder = run
+    content = log.events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    infos = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
+    assert [info.name.tag for info in infos] == ["summary/accuracy_before", "summary/accuracy_after", "reward"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert log.scalar("summary/accuracy_before") == {0: pytest.approx(summary["accuracy_before"])}
+    assert log.scalar("summary/accuracy_after") == {8: pytest.approx(summary["accuracy_after"])}
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_pages_of_a_resumed_run_lie_on_those_of_the_whole(run, tmp_path, step):
+    _, log, folder = run
+    resumed = train(folder.parent, tmp_path, ckpt_path=folder / "checkpoints" / f"step={step}.ckpt")
+    pages = Log(tmp_path / "run").text("samples")
+    expected = {at: page for at, page in log.text("samples").items() if at >= step}
+    assert pages == expected and resumed.global_step == 8
 
 
 class Table(HTMLParser):

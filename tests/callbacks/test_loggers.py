@@ -1,0 +1,250 @@
+"""Every logger by one override of the command line: what it holds, what the screen says, and a second run beside the first."""
+
+import csv
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import cli_runs
+import pytest
+import yaml
+from filelock import FileLock, Timeout
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, hints
+
+NEEDED = {"wandb": "wandb", "mlflow": "mlflow"}
+SAMPLES = ["prompt", "answer", "completion", "finished", "correct", "reward", "advantage"]
+FIT = ["fit", "--config", "t.yaml", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--samples.every_n_rollouts=1"]
+TENSORBOARD = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "all"}}
+CSV = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "all"}}
+OPTIONS = {
+    "tensorboard": [],
+    "csv": ["--trainer.logger=CSVLogger"],
+    "wandb": ["--trainer.logger=WandbLogger", "--trainer.logger.offline=true", "--trainer.logger.project=mine"],
+    "mlflow": ["--trainer.logger=MLFlowLogger", "--trainer.logger.experiment_name=sums"],
+    "none": ["--trainer.logger=false"],
+    "several": ["--config", "several.yaml"],
+}
+FOLDERS = {"wandb": "mine", "mlflow": "sums", "several": "all"}  # of runs; else that of the config's logger
+
+
+def need(name):
+    if name in NEEDED and find_spec(NEEDED[name]) is None:
+        pytest.skip(f"needs {NEEDED[name]}: pip install -e '.[{name}]'")
+
+
+@pytest.fixture(scope="module")
+def mlflow_store(tmp_path_factory):
+    """A store with its tables, which take MLflow seconds to make, to be copied."""
+    need("mlflow")
+    root = tmp_path_factory.mktemp("store")
+    NamingMLFlowLogger(save_dir=str(root))
+    return (root / "mlflow.db").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def offline():
+    """No service is asked, and none is left running."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}.items():
+            patch.setenv(name, value)
+        patch.setenv("MLFLOW_TRACKING_URI", "")  # so that what MLflow sets it to is undone
+        patch.delenv("MLFLOW_TRACKING_URI")
+        yield
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].teardown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, offline):
+    for made in cli_runs.write_folder(tmp_path_factory.mktemp("loggers")):
+        (made / "several.yaml").write_text(yaml.safe_dump({"trainer": {"logger": [TENSORBOARD, CSV]}}))
+        yield made
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def runs(request, folder):
+    """A run and what its folder held when it ended, a second one of the same command, and the loggers of the first."""
+    name, loggers = request.param, []
+    need(name)
+    here = folder / name
+    here.mkdir()
+    (here / "runs").mkdir()
+    for file in ("t.yaml", "several.yaml"):
+        (here / file).write_text((folder / file).read_text())
+    if name == "mlflow":
+        (here / "runs" / "mlflow.db").write_bytes(request.getfixturevalue("mlflow_store"))
+    results, before = [], {}
+    for number in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hybrid_lightning.callbacks.run_summary.hints", lambda trainer, path: collect(loggers, trainer, path))
+            results.append(cli_runs.run(here, *FIT, *OPTIONS[name]))
+        if name == "wandb":
+            sys.modules["wandb"].finish()
+        if number == 0:
+            files = [path for path in (here / "runs").rglob("*") if path.is_file() and not path.is_symlink()]
+            before = {path: path.read_bytes() for path in files if path.suffix not in (".db", ".log")}
+    assert [result.code for result in results] == [0, 0], results[0].err + results[1].err
+    return name, here / "runs" / FOLDERS.get(name, "default"), results[0], before, loggers
+
+
+def collect(loggers, trainer, path):
+    summaries = [logger.experiment.summary._as_dict() for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    loggers.append((trainer.loggers, dict(*summaries)))  # W&B forgets its summary when the run is finished
+    return hints(trainer, path)
+
+
+def test_everything_lies_in_the_runs_own_folder_and_stays_as_it_is(runs):
+    name, root, _, before, _ = runs
+    assert sorted(path.name for path in root.iterdir()) == ["version_0", "version_1"]
+    wanted = {"config.yaml", "plan.json", "plan.png", "summary.json", "evaluation.json"}
+    for folder in root.iterdir():
+        assert wanted <= {path.name for path in folder.iterdir()}
+        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step=2.ckpt", "last.ckpt"}
+    changed = [path for path, data in before.items() if path.read_bytes() != data]
+    assert not changed
+    above = {path.name for path in root.parent.iterdir() if not path.name.startswith(".")}
+    assert above == {root.name} | {"wandb": {"wandb"}, "mlflow": {"mlflow.db", "mlartifacts"}}.get(name, set())
+    assert {path.name for path in root.parents[1].iterdir()} == {"runs", "t.yaml", "several.yaml"}
+
+
+def test_the_hint_is_the_loggers_own(runs):
+    name, root, result, _, _ = runs
+    found = [line.partition("Curves:")[2].strip() for line in result.out.splitlines() if line.startswith("Curves:")]
+    path = f"runs/{root.name}/version_0"
+    tensorboard, table = f"tensorboard --logdir {path}", f"{path}/metrics.csv"
+    if name == "wandb":
+        (hint,) = found
+        assert hint.startswith("wandb sync runs/wandb/offline-run-") and (root.parents[1] / hint.split()[-1]).is_dir()
+    else:
+        assert (
+            found
+            == {
+                "tensorboard": [tensorboard],
+                "csv": [table],
+                "mlflow": ["mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"],
+                "none": [],
+                "several": [tensorboard, table],
+            }[name]
+        )
+
+
+def read_tensorboard(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()
+    scalars = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags["scalars"]}
+    texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"]}
+    assert tags["images"] == ["plan/scores"] and tags["histograms"] == ["rewards/histogram"]
+    assert texts >= {"config", "plan", "samples"}
+    (config,) = events.Tensors("config/text_summary")
+    assert (folder / "config.yaml").read_text() in config.tensor_proto.string_val[0].decode()
+    return scalars
+
+
+def read_csv(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with (folder / "samples.csv").open(newline="") as file:
+        head, *samples = csv.reader(file)
+    assert head == ["step", *SAMPLES] and len(samples) == 16 and {row[0] for row in samples} == {"0"}
+    with (folder / "plan.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 14
+    return {name: {int(row["step"]): float(row[name]) for row in rows if row[name]} for name in rows[0]}
+
+
+def read_mlflow(folder, logger):
+    client, run = logger.experiment, logger.experiment.get_run(logger.run_id)
+    assert run.info.status == "FINISHED" and run.data.params["loss/init_args/clip_high"] == "0.25"
+    artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert (artifacts / "config.yaml").read_bytes() == (folder / "config.yaml").read_bytes()
+    assert (artifacts / "plan" / "scores.png").read_bytes().startswith(b"\x89PNG")
+    samples = json.loads((artifacts / "samples.json").read_text())
+    assert samples["columns"] == ["step", *SAMPLES] and len(samples["data"]) == 16
+    assert len(json.loads((artifacts / "plan.json").read_text())["data"]) == 14
+    histories = {name: client.get_metric_history(logger.run_id, name) for name in run.data.metrics}
+    return {name: {point.step: point.value for point in points} for name, points in histories.items()}
+
+
+def read_wandb(folder, logger, summary):
+    run = logger.experiment
+    config = run.config.as_dict()
+    assert config["config"] == yaml.safe_load((folder / "config.yaml").read_text()) and config["lr_lora"] == 0.01
+    media = folder.parents[2] / run.dir / "media"
+    (table,) = (media / "table").glob("samples_*.json")
+    samples = json.loads(table.read_text())
+    assert samples["columns"] == SAMPLES and len(samples["data"]) == 16
+    assert list((media / "table").glob("plan_*.json")) and list((media / "images" / "plan").glob("scores_*.png"))
+    return {name: {None: value} for name, value in summary.items() if isinstance(value, (int, float))}
+
+
+def test_it_holds_scalars_samples_the_plan_and_the_config(runs):
+    name, root, _, _, loggers = runs
+    folder = root / "version_0"
+    summary = json.loads((folder / "summary.json").read_text())
+    found = []
+    for logger in loggers[0][0]:
+        if isinstance(logger, TensorBoardLogger):
+            found.append(read_tensorboard(folder))
+        elif isinstance(logger, CSVLogger):
+            found.append(read_csv(folder))
+        elif isinstance(logger, MLFlowLogger):
+            found.append(read_mlflow(folder, logger))
+        elif isinstance(logger, WandbLogger):
+            found.append(read_wandb(folder, logger, loggers[0][1]))
+    assert len(found) == {"none": 0, "several": 2}.get(name, 1)
+    for scalars in found:
+        at, low = ("_at_", "_ci_low") if name == "mlflow" else ("@", "/ci_low")
+        wanted = {"reward", "loss", "entropy", "lr/full", "grad_norm/lora", "val/greedy_accuracy", "time/step_s"}
+        assert wanted | {f"val/avg{at}2", f"val/avg{at}2{low}", f"val/greedy_accuracy{low}"} <= set(scalars)
+        after, avg = scalars["summary/accuracy_after"], scalars[f"val/avg{at}2"]
+        assert list(after.values()) == [pytest.approx(summary["accuracy_after"])]
+        assert avg[max(avg, key=lambda step: step or 0)] == pytest.approx(summary["accuracy_after"])
+        assert list(scalars["summary/accuracy_before"].values()) == [pytest.approx(summary["accuracy_before"])]
+        if name != "wandb":
+            assert len(avg) == 2 and avg[0] == pytest.approx(summary["accuracy_before"])
+            assert list(scalars["reward"]) == [0, 1] and list(after) == [2]
+
+
+def test_mlflow_gets_names_that_a_store_of_files_takes(tmp_path, offline, monkeypatch):
+    """Where a metric is a file, so that no name may go on behind another."""
+    need("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = NamingMLFlowLogger(tracking_uri=f"file:{tmp_path}/store")
+    metrics = {"val/avg@8": 1.0, "val/avg@8/ci_low": 2.0, "val/avg@8/ci_high": 3.0, "val/a (hard)?/avg@8": 4.0}
+    logger.log_metrics(metrics, step=3)
+    logger.log_hyperparams({"rewards": {"my@set": "x" * 1000, "plain": [1, {"a": None}]}})
+    run = logger.experiment.get_run(logger.run_id)
+    assert run.data.metrics == {
+        "val/avg_at_8": 1.0, "val/avg_at_8_ci_low": 2.0, "val/avg_at_8_ci_high": 3.0, "val/a _hard__/avg_at_8": 4.0,
+    }  # fmt: skip
+    assert run.data.params["rewards/my_at_set"] == "x" * 250
+    assert logger.save_dir == f"{tmp_path}/store"
+
+
+def test_a_tracking_uri_that_is_given_is_used(tmp_path, offline, mlflow_store):
+    for name in ("given", "default"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mlflow.db").write_bytes(mlflow_store)
+    given = NamingMLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/given/mlflow.db", save_dir="other")
+    assert given.save_dir == f"{tmp_path}/given"
+    assert NamingMLFlowLogger(save_dir=f"{tmp_path}/default").save_dir == f"{tmp_path}/default"
+
+
+def test_of_runs_that_start_at_once_one_makes_the_tables_of_mlflow(tmp_path, offline, mlflow_store, monkeypatch):
+    """MLflow by itself lets all try, and all but one fail."""
+    (tmp_path / "mlflow.db").write_bytes(mlflow_store)
+    waited, make = [], MLFlowLogger.__init__
+
+    def checked(self, **given):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / ".mlflow.lock").acquire(timeout=0)
+        waited.append(given["experiment_name"])
+        make(self, **given)
+
+    monkeypatch.setattr(MLFlowLogger, "__init__", checked)
+    loggers = [NamingMLFlowLogger(experiment_name="new", save_dir=str(tmp_path)) for _ in range(2)]
+    assert waited == ["new", "new"] and loggers[0].experiment_id == loggers[1].experiment_id
+    FileLock(tmp_path / ".mlflow.lock").acquire(timeout=0).lock.release()

@@ -1,0 +1,234 @@
+"""No two runs share a folder, whatever the loggers and however they start, and nothing is overwritten."""
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+
+from hybrid_lightning.callbacks import EvaluationReport, PolicyExport, RolloutSamples, RunSummary
+from hybrid_lightning.callbacks.run_folder import run_folder
+from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.export import AdapterFolder
+from hybrid_lightning.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("folders") / "model")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("folders") / "sums.jsonl", 24)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def process(root, *loggers, rank=0, answers=None):
+    """A Trainer as far as a claim needs one; `answers` are those of rank 0, for the others."""
+    told = []
+
+    def broadcast(value):
+        told.append(value)
+        return value if answers is None else answers[len(told) - 1]
+
+    return SimpleNamespace(
+        fast_dev_run=False,
+        callbacks=[],
+        checkpoint_callbacks=[ModelCheckpoint(), ModelCheckpoint("mine")],
+        is_global_zero=rank == 0,
+        loggers=list(loggers),
+        default_root_dir=str(root),
+        strategy=SimpleNamespace(broadcast=broadcast),
+        told=told,
+    )
+
+
+@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger, None])
+def test_ten_runs_that_start_at_once_get_ten_folders(tmp_path, kind, monkeypatch):
+    (tmp_path / "name" / "version_4").mkdir(parents=True)
+    start, found, begun, mkdir = threading.Barrier(10), [], set(), Path.mkdir
+
+    def together(path, *args, **flags):
+        """All have looked what there is before the first makes a folder."""
+        if path.name == "version_5" and threading.get_ident() not in begun:
+            begun.add(threading.get_ident())
+            start.wait(timeout=60)
+        mkdir(path, *args, **flags)
+
+    monkeypatch.setattr(Path, "mkdir", together)
+
+    def claim():
+        trainer = process(tmp_path / "name", *([kind(tmp_path, "name")] if kind else []))
+        found.append((run_folder(trainer), trainer.loggers[0].log_dir if kind else None))
+
+    threads = [threading.Thread(target=claim) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(path.name for path, _ in found) == sorted(f"version_{number}" for number in range(5, 15))
+    assert all(log_dir is None or log_dir == str(path) for path, log_dir in found)
+
+
+def test_every_process_knows_the_folder_and_asks_once(tmp_path):
+    first = process(tmp_path, TensorBoardLogger(tmp_path, "a"))
+    folder = run_folder(first)
+    second = process(tmp_path / "elsewhere", TensorBoardLogger(tmp_path, "a"), rank=1, answers=first.told)
+    assert folder == run_folder(second) == tmp_path / "a" / "version_0" and second.loggers[0].version == 0
+    for trainer in (first, second):
+        own, given = (callback.dirpath for callback in trainer.checkpoint_callbacks)
+        assert own == str(folder / "checkpoints") and given == str(Path("mine").absolute())
+        assert run_folder(trainer) == folder and len(trainer.told) == 1, "after the claim nobody waits for another"
+    assert names(tmp_path) == ["a"]
+
+
+def test_every_process_ends_where_the_folder_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    first = process(tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"the run folder cannot be made: .*file.*; give trainer\.logger another save_dir"):
+        run_folder(first)
+    with pytest.raises(ConfigError, match="the run folder cannot be made"):
+        run_folder(process(tmp_path, rank=1, answers=first.told))
+
+
+def test_where_it_is_without_a_logger(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_folder(process(tmp_path / "root")) == tmp_path / "root" / "version_0"
+    assert run_folder(process(tmp_path)) == Path("runs", "default", "version_0"), "the default root is the working directory"
+
+
+@pytest.mark.parametrize(("version", "found"), [(3, ["version_3", "version_4"]), ("mine", ["mine", "mine-v1", "mine-v2"])])
+def test_a_version_that_is_taken_is_not_taken_again(tmp_path, version, found):
+    for name in found:
+        logger = CSVLogger(tmp_path, "name", version=version)
+        assert run_folder(process(tmp_path, logger)) == tmp_path / "name" / name == Path(logger.log_dir)
+
+
+def test_loggers_that_keep_their_files_elsewhere_get_new_folders_too(tmp_path, recwarn):
+    (tmp_path / "b" / "y" / "version_0").mkdir(parents=True)
+    loggers = [TensorBoardLogger(tmp_path / "a", "x"), CSVLogger(tmp_path / "b", "y"), CSVLogger(tmp_path / "a", "x")]
+    assert run_folder(process(tmp_path, *loggers)) == tmp_path / "a" / "x" / "version_1"
+    assert [logger.version for logger in loggers] == [1, 1, 1] and names(tmp_path / "b" / "y") == ["version_0", "version_1"]
+    assert not [warning for warning in recwarn if "not empty" in str(warning.message)]
+
+
+def test_a_folder_is_given_up_where_another_logger_cannot_have_its_own(tmp_path):
+    (tmp_path / "b" / "mine").mkdir(parents=True)
+    loggers = [CSVLogger(tmp_path / "a", "", version="mine"), CSVLogger(tmp_path / "b", "")]
+    assert run_folder(process(tmp_path, *loggers)) == tmp_path / "a" / "mine-v1"
+    assert names(tmp_path / "a") == ["mine-v1"] and names(tmp_path / "b") == ["mine", "mine-v1"]
+
+
+LOGGERS = {
+    "tensorboard": lambda root: [TensorBoardLogger(root, "x", default_hp_metric=False)],
+    "csv": lambda root: [CSVLogger(root, "x")],
+    "both": lambda root: [TensorBoardLogger(root, "x", default_hp_metric=False), CSVLogger(root, "x")],
+    "none": lambda root: False,
+}
+
+
+def train(kind, model, sums, root, loggers):
+    """A run with all callbacks that write."""
+    callbacks = [RunSummary(), EvaluationReport(), build_adapter(), RolloutSamples(1), PolicyExport(AdapterFolder())]
+    callbacks.append(ModelCheckpoint())
+    flags = {"max_steps": 1, "logger": LOGGERS[loggers](root), "enable_checkpointing": True, "num_sanity_val_steps": -1}
+    if kind == "ours":
+        trainer = build_trainer(root / "x", *callbacks, **flags)
+    else:
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = LightningTrainer(callbacks=callbacks, default_root_dir=root / "x", **flags, **quiet)
+    trainer.fit(build_policy(model, reward=StartsWithDigit()), datamodule=build_data(sums, validation_fraction=0.2))
+    return trainer
+
+
+# Under Lightning's own Trainer two loggers of one place make themselves two folders.
+@pytest.mark.parametrize(
+    ("kind", "loggers"), [*(("ours", name) for name in LOGGERS), *(("lightning", name) for name in LOGGERS if name != "both")]
+)
+def test_a_second_run_changes_nothing_of_the_first(model, sums, tmp_path, kind, loggers):
+    first = train(kind, model, sums, tmp_path, loggers)
+    before = content(tmp_path)
+    second = train(kind, model, sums, tmp_path, loggers)
+    assert {path: data for path, data in content(tmp_path).items() if path in before} == before
+    for number, trainer in enumerate((first, second)):
+        folder = run_folder(trainer)
+        assert folder == tmp_path / "x" / f"version_{number}"
+        wanted = {"plan.json", "summary.json", "evaluation.json", "checkpoints", "export"}
+        assert wanted <= set(names(folder)) and names(folder / "checkpoints")
+        assert ("metrics.csv" in names(folder)) == ("samples.csv" in names(folder)) == (loggers in ("csv", "both"))
+        assert any("tfevents" in name for name in names(folder)) == (loggers in ("tensorboard", "both"))
+    assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["version_0", "version_1"]
+
+
+def test_of_two_lightning_trainers_whose_loggers_share_a_folder_one_gets_it(tmp_path):
+    """Lightning lets loggers choose and make their folder before any callback is asked, each by looking for the last one."""
+    loggers = [TensorBoardLogger(tmp_path, "x", version=0) for _ in range(2)]
+    for logger in loggers:
+        _ = logger.experiment
+    folders = [run_folder(process(tmp_path, logger)) for logger in loggers]
+    assert folders == [tmp_path / "x" / "version_0", tmp_path / "x" / "version_1"]
+
+
+def test_a_folder_with_more_than_a_log_is_not_taken_over(tmp_path):
+    (tmp_path / "x" / "mine").mkdir(parents=True)
+    (tmp_path / "x" / "mine" / "plan.json").write_text("of another run")
+    logger = TensorBoardLogger(tmp_path, "x", version="mine")
+    _ = logger.experiment
+    assert run_folder(process(tmp_path, logger)) == tmp_path / "x" / "mine-v1"
+
+
+def test_a_trainer_keeps_its_folder(model, sums, tmp_path):
+    trainer = build_trainer(tmp_path, EvaluationReport(), build_adapter(), max_steps=1)
+    data, policy = build_data(sums, validation_fraction=0.2, test_fraction=0.2), build_policy(model, reward=StartsWithDigit())
+    assert not names(tmp_path), "a Trainer that runs nothing has none"
+    trainer.fit(policy, datamodule=data)
+    trainer.test(policy, datamodule=data, verbose=False)
+    assert names(tmp_path) == ["version_0"] and trainer.log_dir == str(tmp_path / "version_0")
+
+
+def test_a_run_whose_data_cannot_be_read_leaves_nothing(model, tmp_path):
+    (tmp_path / "broken.jsonl").write_text("{")
+    trainer = build_trainer(tmp_path, build_adapter(), logger=TensorBoardLogger(tmp_path / "runs", "x"))
+    with pytest.raises(DataError):
+        trainer.fit(build_policy(model), datamodule=build_data(tmp_path / "broken.jsonl"))
+    assert names(tmp_path / "runs" / "x") == []
+
+
+class RaisingOnTrainStart(Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise RuntimeError("later")
+
+
+def test_a_run_that_fails_later_keeps_what_it_has(model, sums, tmp_path):
+    trainer = build_trainer(tmp_path, build_adapter(), RaisingOnTrainStart())
+    with pytest.raises(RuntimeError, match="later"):
+        trainer.fit(build_policy(model), datamodule=build_data(sums))
+    assert names(tmp_path / "version_0") == ["plan.json"]
+
+
+def test_a_trial_run_has_none(model, sums, tmp_path):
+    trainer = build_trainer(tmp_path, RunSummary(), build_adapter(), fast_dev_run=True)
+    trainer.fit(build_policy(model), datamodule=build_data(sums))
+    assert trainer.log_dir is None and run_folder(trainer) is None and not names(tmp_path)
+
+
+def test_a_trainers_log_dir_is_the_folder(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", lambda self, value, src=0: told.append(value) or value)
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    folder = run_folder(trainer)
+    assert trainer.log_dir == str(folder) and run_folder(trainer) == folder and len(told) == 1

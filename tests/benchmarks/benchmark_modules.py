@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 if str(FOLDER) not in sys.path:
     sys.path.append(str(FOLDER))
 
+import commits  # noqa: E402
 import pairs  # noqa: E402
 import prepare  # noqa: E402
 import report  # noqa: E402
@@ -19,7 +20,7 @@ import reward  # noqa: E402
 import vs_trl  # noqa: E402
 import workloads  # noqa: E402
 
-__all__ = ["FOLDER", "pairs", "prepare", "prepare_here", "report", "reward", "vs_trl", "workloads"]
+__all__ = ["FOLDER", "commits", "pairs", "prepare", "prepare_here", "report", "reward", "vs_trl", "workloads"]
 
 
 def prepare_here(monkeypatch: pytest.MonkeyPatch) -> None:

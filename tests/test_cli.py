@@ -44,7 +44,7 @@ def test_fit_leaves_everything_in_the_run_folder(fitted):
 def test_the_config_is_there_before_modules_are_scored(folder):
     name = "--trainer.logger.init_args.name=unscored"
     result = run(folder, "fit", "--config", "t.yaml", "--model.reward=my_parts.Raising", name)
-    assert (result.code == 1 and "RewardError" in result.err) or "my_parts" in result.last, result.err
+    assert result.code == 1 and "ZeroDivisionError" in result.last, result.err
     root = folder / "runs" / "unscored" / "version_0"
     assert config_of(root)["model"]["init_args"]["reward"]["class_path"] == "my_parts.Raising"
     assert not (root / "plan.json").exists() and not (root / "checkpoints").exists()

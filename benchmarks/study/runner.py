@@ -26,7 +26,7 @@ from hybrid_lightning.errors import TrainingError
 # Nothing of a run is kept but its record and its log.
 QUIET = {
     "trainer.logger": False,
-    "trainer.default_root_dir": "runs/study/last",  # where the plan and the config of the last run lie
+    "trainer.default_root_dir": "runs/study/last",  # plan and config of each run, in a version_N of its own
     "trainer.enable_progress_bar": False,
     "checkpoint.monitor": None,
     "checkpoint.save_top_k": 0,

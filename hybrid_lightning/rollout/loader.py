@@ -154,6 +154,7 @@ class RolloutLoader:
         rollout is thrown away. Except what is left of an optimizer step in whose middle an epoch ended: Lightning has made that
         step already, with the micro-batches that it had.
         """
+        self._taken = []  # a step in whose middle an epoch ended has been made
         if not self._resumed:
             if not self.shuffle:
                 self._cursor.position, self._pending = (self._cursor.position[0], 0), deque()

@@ -156,6 +156,33 @@ def test_resuming_anywhere_gives_the_same_micro_batches(consumed):
     assert rest == unstopped[consumed:]
 
 
+@pytest.mark.parametrize(("consumed", "unfinished"), [(1, 1), (2, 2), (3, 1), (5, 1), (8, 2), (9, 1), (13, 1)])
+def test_micro_batches_of_an_unfinished_step_are_given_back_with_their_random_numbers(consumed, unfinished):
+    """Two micro-batches a step, twelve an epoch; whoever trains on one draws a number from torch's generator."""
+
+    def take(loader, count):
+        result = []
+        while len(result) < count:
+            for batch in loader:
+                result.append((flat(batch), float(torch.rand(()))))
+                if len(result) == count:
+                    break
+        return result
+
+    schedule = RolloutSchedule(4, 2, minibatches_per_rollout=2)
+    torch.manual_seed(1)
+    whole = take(build(schedule=schedule, accumulate=2), 20)
+    torch.manual_seed(1)
+    stopped = build(schedule=schedule, accumulate=2)
+    take(stopped, consumed)
+    torch.rand(5)  # of a pass that was cut short
+    stopped.give_back(unfinished)
+    again = take(stopped, 20 - consumed + unfinished)
+    assert again == whole[consumed - unfinished :]
+    with pytest.raises(AssertionError, match="of a step are given back"):
+        stopped.give_back(3)
+
+
 def test_state_survives_a_safe_load(tmp_path):
     loader = build()
     next(iter(loader))

@@ -22,6 +22,8 @@ from hybrid_lightning.errors import ConfigError
 
 Version = int | str
 
+_LOGS = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
+
 
 class RunFolder(Callback):
     """Holds the folder of a run, and puts into it what loggers and `ModelCheckpoint` would put elsewhere.
@@ -35,8 +37,20 @@ class RunFolder(Callback):
         self.path: Path | None = None
         self._in_use = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The data is there, and callbacks begin to write."""
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All is set up, and the run begins."""
+        self._in_use = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The run begins."""
+        self._in_use = True
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The run begins."""
+        self._in_use = True
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The run begins."""
         self._in_use = True
 
     def claim(self, trainer: Trainer) -> Path:
@@ -58,8 +72,11 @@ class RunFolder(Callback):
         return self.path
 
     def give_back(self) -> None:
-        """Remove the folder if the run ended before any callback was set up: all that is there then are empty logs."""
-        if self.path is not None and not self._in_use:
+        """Remove the folder if the run ended before it began, and has made nothing but its config and empty logs."""
+        if self.path is None or self._in_use:
+            return
+        begun = (*_LOGS, "config.yaml", "checkpoints")
+        if all(any(path.match(name) for name in begun) for path in self.path.iterdir()):
             shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -123,8 +140,7 @@ def _taken_over(loggers: list[Logger]) -> tuple[Path, Version] | None:
     place = where(loggers[0], fallback=Path())
     assert place.version is not None
     folder = place.parent / (place.version if isinstance(place.version, str) else f"version_{place.version}")
-    logs = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
-    if not folder.is_dir() or any(not any(path.match(log) for log in logs) for path in folder.iterdir()):
+    if not folder.is_dir() or any(not any(path.match(log) for log in _LOGS) for path in folder.iterdir()):
         return None
     try:
         (folder / "checkpoints").mkdir()  # of two runs whose loggers share a folder, only one succeeds

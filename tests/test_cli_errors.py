@@ -45,7 +45,7 @@ COMMANDS = [
     ("fit --config broken.yaml", r"Problems parsing config: .* line 1, column 12"),
     ("fit --config list.yaml", r"a config must be a mapping such as .* but is: - a - b"),
     ("fit --config empty.yaml", r"a config must be a mapping such as .* but is empty"),
-    ("score --config t.yaml --ckpt_path=x", r"unrecognized arguments: --ckpt_path=x"),
+    ("score --config t.yaml --ckpt_path=x", r"score goes on from the folder scoring of a run that was stopped"),
     ("test --config t.yaml --data.source.init_args.test_fraction=0", r"FileSource has no test rows, which test needs"),
     (
         "export --config t.yaml --folder=x --form.dtype=float32",

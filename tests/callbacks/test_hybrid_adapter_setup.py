@@ -14,6 +14,7 @@ from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.errors import ConfigError, PlanError
+from hybrid_lightning.rollout.joining import join_rollouts
 from hybrid_lightning.trainer import Trainer
 
 IDS = torch.tensor([[4, 5, 13, 6, 16], [9, 8, 7, 6, 5]])
@@ -66,7 +67,7 @@ def gradients(model, sums, tmp_path_factory):
         build_adapter(calibration_prompts=12, scorer=scorers.PreconditionedTail()),
         max_steps=0,
     ).fit(policy, datamodule=build_data(sums))
-    (rollout,) = rollouts
+    rollout = join_rollouts(rollouts)
     base = build_model("llama", std=0.1).double().requires_grad_(True)
     shares = [sum(c.isdigit() for c in text) / max(1, len(text)) for text in rollout.completions]
     rewards = torch.tensor(shares, dtype=torch.float64).view(-1, 4)

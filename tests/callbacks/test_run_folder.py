@@ -217,7 +217,7 @@ def test_a_run_that_fails_later_keeps_what_it_has(model, sums, tmp_path):
     trainer = build_trainer(tmp_path, build_adapter(), RaisingOnTrainStart())
     with pytest.raises(RuntimeError, match="later"):
         trainer.fit(build_policy(model), datamodule=build_data(sums))
-    assert names(tmp_path / "version_0") == ["plan.json"]
+    assert names(tmp_path / "version_0") == ["plan.json", "scoring"]
 
 
 def test_a_trial_run_has_none(model, sums, tmp_path):

@@ -171,6 +171,7 @@ def test_calibration_samples_no_more_at_once_than_a_rollout(path):
         assert config["adapter"]["calibration_prompts"] <= settings(config)["prompts_per_rollout"]
 
 
+@pytest.mark.filterwarnings("ignore:two runs with one seed may differ")  # programs have a time limit
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_trains(path, tiny, here, monkeypatch):
     config = yaml.safe_load(path.read_text())

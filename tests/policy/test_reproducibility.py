@@ -89,7 +89,7 @@ CASES = {
         "token_mask": TopEntropyMask(0.5),
         "correction": TokenTruncation(),
         "mask_truncated_completions": True,
-        "sampler": Sampler(6, top_p=0.9, top_k=20),
+        "sampler": Sampler(16, top_p=0.9, top_k=20),
     },
     "dynamic sampling": {"dynamic_sampling": DynamicSampling(1), "reward": StartsWithDigit(), "sampler": OftenDone(6)},
     "checkpointing": {"gradient_checkpointing": True, "epochs_per_rollout": 2},

@@ -182,6 +182,8 @@ def _hint(logger: Logger, folder: Path) -> str | None:
         return f"wandb sync {_from_here(Path(run.dir).parent)}" if logger._offline else run.url
     if isinstance(logger, MLFlowLogger):
         uri = logger._tracking_uri
+        if uri.startswith(_SQLITE):
+            uri = f"{_SQLITE}{_from_here(Path(uri.removeprefix(_SQLITE)))}"
         return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
     return None
 
@@ -225,6 +227,8 @@ class NamingMLFlowLogger(MLFlowLogger):
         self._folder = Path(uri.removeprefix(_SQLITE)).parent if uri.startswith(_SQLITE) else None
         if self._folder is not None and artifact_location is None:
             artifact_location = (self._folder.absolute() / "mlartifacts").as_uri()  # wherever `mlflow ui` is started from
+        if self._folder is not None:  # MLflow keeps the store of a relative path open, also for another working directory
+            uri = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
         given = {"tracking_uri": uri, "save_dir": save_dir, "artifact_location": artifact_location, **arguments}
         if self._folder is None:
             super().__init__(**given)

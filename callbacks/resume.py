@@ -4,25 +4,18 @@ A checkpoint holds the settings of the run that wrote it as plain data (`setting
 name, with those of the new run, before anything is scored or sampled; the tables below say what becomes of each that differs.
 """
 
-import inspect
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from enum import Enum
 from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.resume_settings import described, earlier_settings, flat, imported, settings_of
 from hybrid_lightning.errors import CheckpointError
-from hybrid_lightning.parts import Part
-from hybrid_lightning.policy.adaptation import adapter_state
 from hybrid_lightning.policy.examples import ExampleModule
-from hybrid_lightning.policy.language import LanguageModule
-from hybrid_lightning.rollout.prompt_order import prompts_digest
 
 SETTINGS_KEY = "hybrid_lightning_settings"
 
@@ -93,8 +86,6 @@ _OPTIONS = {"model": MODEL, "adapter": ADAPTER, "data": DATA, "trainer": TRAINER
 # By these an optimizer needs more, or other, state of each weight than the checkpoint has.
 _OPTIMIZER_STATE = {"amsgrad", "centered", "momentum", "optim_bits", "block_wise", "min_8bit_size", "percentile_clipping"}
 _OPTIMIZER_RATE = "model.optimizer.lr"  # each group has its own, so that this one has no effect
-# Arguments of a module that stand for a part of the constructor's choice where they are None.
-_CHOSEN = ("loss", "sampler", "advantage", "schedule")
 # Where nothing is trained, these alone have to be the checkpoint's.
 _OF_THE_PLAN = tuple(f"adapter.{name}" for name, effects in ADAPTER.items() if REFUSED in effects)
 
@@ -188,7 +179,7 @@ def check_evaluated(checkpoint: Mapping[str, Any], adapter: Callback) -> None:
     Raises:
         CheckpointError: naming them.
     """
-    changes = changes_of(checkpoint, {"adapter": _described(adapter, getattr(adapter, "_init_args", {}))})
+    changes = changes_of(checkpoint, {"adapter": described(adapter, getattr(adapter, "_init_args", {}))})
     _refuse([change for change in changes if any(_is(name, change.name) for name in _OF_THE_PLAN)])
 
 
@@ -198,11 +189,11 @@ def check_evaluated(checkpoint: Mapping[str, Any], adapter: Callback) -> None:
 def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Change]:
     """All settings that differ from those of the run that wrote a checkpoint, of those sections that both have."""
     saved = checkpoint.get(SETTINGS_KEY)
-    old = _earlier_settings(checkpoint, settings) if saved is None else saved["settings"]
+    old = earlier_settings(checkpoint, settings) if saved is None else saved["settings"]
     sections = old.keys() & settings.keys()
     if "seed_everything" not in settings and settings["adapter"]["init_args"].get("plan"):
         sections -= {"adapter"}  # made in Python by a plan alone, which is compared by its digest
-    before, after = (_flat({name: side[name] for name in side if name in sections}) for side in (old, settings))
+    before, after = (flat({name: side[name] for name in side if name in sections}) for side in (old, settings))
     if "seed_everything" not in sections:  # a Trainer that was made in Python does not tell all that it was given
         for name in [name for name in before.keys() ^ after.keys() if name.startswith("trainer.")]:
             before.pop(name, None)
@@ -272,129 +263,7 @@ def _is(name: str, other: str) -> bool:
     return other == name or other.startswith(f"{name}.")
 
 
-# ---- settings as plain data
-
-
-def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Callback) -> dict[str, Any]:
-    """What a run was made with: module, data, adapter and Trainer, and with the command line all else that it was given."""
-    settings: dict[str, Any] = {"adapter": _described(adapter, getattr(adapter, "_init_args", {}))}
-    if isinstance(pl_module, LanguageModule):
-        settings["model"] = _described(pl_module, {n: v for n, v in pl_module.hparams.items() if not n.startswith("_")})
-    data = getattr(trainer, "datamodule", None)
-    if isinstance(data, Part):
-        settings["data"] = _described(data, data._init_args)
-    for name, attribute in (("training prompts", "train_prompts"), ("validation prompts", "validation_prompts")):
-        prompts = getattr(data, attribute, None) if trainer.state.fn == "fit" else None
-        if prompts is not None:
-            settings[name] = f"{len(prompts)} ({prompts_digest(prompts)[:12]})"
-    config = next((c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)), None)  # type: ignore[attr-defined]
-    if config is not None:
-        given = yaml.safe_load(config.parser.dump(config.config, skip_none=False))  # as in config.yaml
-        settings |= {name: value for name, value in given.items() if name not in settings}
-    settings["trainer"] = {**settings.get("trainer", {}), **_flags(trainer)}
-    return settings
-
-
-def _earlier_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint of an earlier version tells of them: the module's, those of LoRA, and accumulation."""
-    settings: dict[str, Any] = {}
-    arguments = checkpoint.get("hyper_parameters", {})  # Lightning's name
-    if "model" in now and arguments:
-        named = {name: value for name, value in arguments.items() if not name.startswith("_")}
-        chosen = {name for name in _CHOSEN if named.get(name) is None}  # it does not tell which part that was
-        named |= {name: value for name, value in now["model"]["init_args"].items() if name in chosen}
-        settings["model"] = {"class_path": arguments.get("_class_path", now["model"]["class_path"]), "init_args": named}
-    plan, adapter = adapter_state(checkpoint)["plan"], now["adapter"]
-    if plan is not None and not adapter["init_args"].get("plan"):  # whose LoRA need not be that of the settings
-        settings["adapter"] = {**adapter, "init_args": {**adapter["init_args"], **plan["lora"], "budget": plan["budget"]}}
-    loop = checkpoint.get("loops", {}).get("fit_loop", {})
-    if loop and isinstance(now.get("trainer", {}).get("accumulate_grad_batches"), int):  # not text: it may change
-        micro_batches = loop["epoch_loop.batch_progress"]["total"]["processed"]
-        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
-        if steps and micro_batches % steps == 0:  # else epochs were cut within a step, and it cannot be told
-            settings["trainer"] = {"accumulate_grad_batches": micro_batches // steps}
-    return settings
-
-
-def _described(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Class and arguments, and where one was left out the part that the constructor chose."""
-    arguments = {**_defaults(type(instance)), **arguments}
-    chosen = {name: getattr(instance, name, None) for name, value in arguments.items() if value is None}
-    arguments |= {name: part for name, part in chosen.items() if isinstance(part, Part)}
-    return {"class_path": _path(type(instance)), "init_args": _plain(arguments)}
-
-
-def _flags(trainer: Trainer) -> dict[str, Any]:
-    """Flags of the Trainer that are plain values, as they hold: a limit that was not given is the Trainer's default."""
-    names = inspect.signature(Trainer.__init__).parameters.keys() - {"default_root_dir"}
-    values = {name: getattr(trainer, name, None) for name in sorted(names)}
-    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
-    flags = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler):  # changes the flag from epoch to epoch
-            flags["accumulate_grad_batches"] = str(callback.scheduling)
-    return flags
-
-
-def _plain(value: Any) -> Any:
-    """Numbers, text, lists and dicts; what is none of these, by its class."""
-    if isinstance(value, Part):
-        return {"class_path": _path(type(value)), "init_args": _plain(value._init_args)}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return {"class_path": _path(value if isinstance(value, type) else type(value)), "init_args": {}}
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by their names on the command line; that of a part is its class."""
-    flat: dict[str, Any] = {}
-
-    def put(name: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            items = value
-            if "class_path" in value:
-                kind = _imported(str(value["class_path"]))
-                flat[name] = value["class_path"] if kind is None else _path(kind)
-                items = {**({} if kind is None else _plain(_defaults(kind))), **(value.get("init_args") or {})}
-            for key, item in items.items():
-                put(f"{name}.{key}", item)
-        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            for number, item in enumerate(value):
-                put(f"{name}.{number}", item)
-        else:
-            flat[name] = value
-
-    for name, value in settings.items():
-        put(name, value)
-    return flat
-
-
-def _defaults(kind: type) -> dict[str, Any]:
-    """Default arguments of a constructor, and of those to which it hands others on."""
-    defaults: dict[str, Any] = {}
-    for base in kind.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty} | defaults
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    return defaults
-
-
-def _imported(path: str) -> type | None:
-    """The class of a path if its module is there already: a checkpoint is no reason to import one."""
-    module, _, name = path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    return found if isinstance(found, type) else None
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+# ---- showing
 
 
 def _given(value: Any) -> str:
@@ -404,7 +273,7 @@ def _given(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """As YAML in one line, a class by its short name."""
-    kind = _imported(value) if isinstance(value, str) else None
+    kind = imported(value) if isinstance(value, str) else None
     text = yaml.safe_dump(value if kind is None else kind.__name__, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("\n...\n").strip()
 

@@ -139,13 +139,13 @@ def test_what_is_applied_is_said_and_recorded(folder, first):
     content = torch.load(new / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["hyper_parameters"]["lr_lora"] == 1e-5 and content["hyper_parameters"]["loss"]["init_args"]["kl_coef"] == 0.02
     config = yaml.safe_load((new / "config.yaml").read_text())
-    flat = resume._flat(content[SETTINGS_KEY]["settings"])
+    named = resume.flat(content[SETTINGS_KEY]["settings"])
     for name, value in APPLIED.items():
         section, *keys = name.split(".")
         place = config[section]
         for key in keys:
             place = place.get("init_args", place)[key]
-        assert (place["class_path"] if isinstance(place, dict) else place) == value == flat[name], name
+        assert (place["class_path"] if isinstance(place, dict) else place) == value == named[name], name
     rates = [group["lr"] for group in content["optimizer_states"][0]["param_groups"]]
     assert rates[0] < 1e-6 and rates[1] < 1e-5, "those of the schedule at the end"
 

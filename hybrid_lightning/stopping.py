@@ -84,10 +84,14 @@ class StopSignals:
         if self.requested:
             raise RunStopped(self.requested)
 
+    def defer(self) -> None:
+        """Let signals wait for the next `check` or `at_once` from now on."""
+        self._deferred += 1
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Within this context a signal waits for the next `check` or `at_once`: what runs here must not be torn apart."""
-        self._deferred += 1
+        self.defer()
         try:
             yield
         finally:

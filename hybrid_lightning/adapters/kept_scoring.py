@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,8 +25,9 @@ from hybrid_lightning.stopping import StopSignals
 
 SCORING = "scoring"  # of this name in the run folder
 _SETTINGS, _GRADIENTS, _SCORES = "settings.json", "gradients.pt", "scores.json"
-# Sums of gradients are as large as the modules: they are written when the run is stopped, and so often beside.
-_EVERY_S = 300.0
+# Sums of gradients are as large as the modules: they are written when the run is stopped, and beside so often that it takes no
+# more than this share of the time.
+_EVERY_S, _SHARE = 300.0, 0.05
 
 
 def is_scoring(path: str | Path) -> bool:
@@ -55,7 +57,7 @@ class KeptScoring:
             self._source = folder
         self._settings: dict[str, Any] = self._read_json(_SETTINGS)
         self.scores: dict[str, float] = self._read_json(_SCORES)
-        self._written = time.monotonic()
+        self._next = time.monotonic() + _EVERY_S
 
     def require(self, settings: Mapping[str, Any]) -> None:
         """Say what the scores depend on.
@@ -100,9 +102,11 @@ class KeptScoring:
             make: Gives plain data and tensors.
             stopped: Whether there will be no other occasion.
         """
-        if stopped or time.monotonic() - self._written > _EVERY_S:
+        begin = time.monotonic()
+        if stopped or begin > self._next:
             self._write(_GRADIENTS, lambda path: torch.save(make(), path))
-            self._written = time.monotonic()
+            now = time.monotonic()
+            self._next = now + max(_EVERY_S, (now - begin) / _SHARE)
 
     def keep_scores(self, scores: Mapping[str, float], last: bool = False) -> None:
         """Keep scores, those of before included.
@@ -137,13 +141,21 @@ class KeptScoring:
         return found
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a file so that it is there whole or not at all."""
+        """Write a file so that it is there whole or not at all. Scoring itself needs none of them: it goes on without."""
         if self.folder is None:
             return
         part = self.folder / f".{name}.part"
         with self.signals.deferred():
-            write(part)
-            part.replace(self.folder / name)
+            try:
+                write(part)
+                part.replace(self.folder / name)
+            except (OSError, RuntimeError) as error:  # the latter is torch's
+                part.unlink(missing_ok=True)
+                warnings.warn(
+                    f"{self.folder / name} could not be written ({error}): scoring goes on, but were it stopped it would have to "
+                    "be made again",
+                    stacklevel=2,
+                )
 
 
 def _link(file: Path, place: Path) -> None:

@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 
+from hybrid_lightning.adapters import kept_scoring
 from hybrid_lightning.adapters.accumulators import ExactGradients
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.kept_scoring import KeptScoring, is_scoring
@@ -42,6 +43,18 @@ class StartLogprobs:
     def value(self):
         with torch.no_grad():
             return sum(float(loss) for loss in self) / len(self.batches)
+
+
+class FailsAt(StartLogprobs):
+    """Ends as a killed process would."""
+
+    def __init__(self, model, batches, number):
+        super().__init__(model, batches)
+        self.number = number
+
+    def since(self, seen):
+        for number, loss in enumerate(super().since(seen), start=seen):
+            yield loss if number != self.number else 1 / 0
 
 
 class StopsAtModule:
@@ -141,3 +154,35 @@ def test_a_damaged_file_is_named(tmp_path, name):
     (tmp_path / "a" / name).write_text("{")
     with pytest.raises(CheckpointError, match=rf"a.{name} cannot be read|b.{name} cannot be read"):
         KeptScoring(tmp_path / "b", tmp_path / "a").sums()
+
+
+def test_scoring_goes_on_where_nothing_can_be_kept(make_model, batches, tmp_path, monkeypatch):
+    def full(content, path):
+        path.write_bytes(b"some of it")
+        raise OSError("No space left on device")
+
+    model = make_model("llama")
+    whole = scored(model, batches, PreconditionedTail(), ExactGradients())
+    kept = KeptScoring(tmp_path / "a")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.warns(UserWarning, match=r"completions-0\.pt could not be written \(No space left on device\): scoring goes on"):
+        kept.recall("completions-0", dict)
+    with pytest.warns(UserWarning, match=r"gradients\.pt could not be written"), pytest.raises(RunStopped):
+        scored(model, batches, PreconditionedTail(), ExactGradients(), kept, 2)
+    assert not [path for path in (tmp_path / "a").iterdir() if path.suffix in (".pt", ".part")]
+    assert scored(model, batches, PreconditionedTail(), ExactGradients(), KeptScoring(tmp_path / "b", tmp_path / "a")) == whole
+
+
+def test_sums_are_kept_now_and_then_too(make_model, batches, tmp_path, monkeypatch):
+    """For whoever is killed, and not asked to stop."""
+    monkeypatch.setattr(kept_scoring, "_EVERY_S", 0.0)
+    monkeypatch.setattr(kept_scoring, "_SHARE", float("inf"))
+    model, kept = make_model("llama"), KeptScoring(tmp_path / "a")
+    with pytest.raises(ZeroDivisionError):
+        score_modules(model, find_candidates(model), FailsAt(model, batches, 3), PreconditionedTail(), RANK, kept=kept)
+    seen = []
+    again = KeptScoring(tmp_path / "b", tmp_path / "a")
+    losses = StartLogprobs(model, batches)
+    whole = scored(model, batches, PreconditionedTail(), ExactGradients())
+    found = score_modules(model, find_candidates(model), losses, PreconditionedTail(), RANK, kept=again, on_loss=seen.append)
+    assert found == whole and seen[0] == 4

@@ -113,7 +113,7 @@ APPLIED = {
     "trainer.max_steps": 5,
     "trainer.accumulate_grad_batches": 4,
     "trainer.gradient_clip_val": 0.5,
-    "trainer.limit_val_batches": 1,
+    "trainer.limit_test_batches": 0.5,
     "checkpoint.every_n_train_steps": 1,
     "samples.prompts": 2,
     "divergence.window": 10,

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from test_configs import CONFIGS, ROOT, here, parse, run  # noqa: F401  (a fixture)
 
+KINDS = [path for path in CONFIGS if path.stem in ("gspo", "sft", "qwen3")]  # loggers are named alike in all
 OVERLAY = ROOT / "configs" / "logger" / "several.yaml"
 CHOICES = {
     "CSVLogger": ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=elsewhere"],
@@ -18,7 +19,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", KINDS, ids=lambda path: path.stem)
 def test_one_is_chosen_over_every_config(config, name, here, monkeypatch):  # noqa: F811
     found = parse(["fit", "--config", str(config), *CHOICES[name]], monkeypatch).trainer.logger
     assert found.class_path.endswith(f".{name.rpartition('.')[2]}")

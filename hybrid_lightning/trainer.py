@@ -33,7 +33,7 @@ class Trainer(LightningTrainer):
     of its own, `log_dir`, in which they, checkpoints and callbacks keep their files (see `RunFolder`).
     """
 
-    command = "fit"  # whose setup and training `fit` is
+    command = "fit"  # as which the user runs `fit`
     earlier_scoring: Path | None = None  # of a run that was stopped while it scored the modules
 
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
@@ -99,7 +99,10 @@ class Trainer(LightningTrainer):
         self.fit_loop.epoch_loop.max_steps = 0
         self.num_sanity_val_steps = 0
         self.command = "score"
-        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        try:
+            self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        finally:
+            self.command = "fit"
 
     def export(
         self,

@@ -16,9 +16,9 @@ while os.getppid() == parent and time.monotonic() < end:
 
 
 @contextmanager
-def busy_machine() -> Iterator[None]:
-    """Within this context two processes a core compute."""
-    count = 2 * len(os.sched_getaffinity(0))
+def busy_machine(processes_a_core: int) -> Iterator[None]:
+    """Within this context so many processes a core compute."""
+    count = processes_a_core * len(os.sched_getaffinity(0))
     processes = [subprocess.Popen([sys.executable, "-I", "-S", "-c", _WORK]) for _ in range(count)]
     try:
         yield

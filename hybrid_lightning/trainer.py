@@ -48,15 +48,15 @@ class Trainer(LightningTrainer):
         # Lightning sets `trainer.ckpt_path` only after the setup hooks; HybridAdapterSetup has to know the checkpoint's plan
         # before, or it would score the modules anew.
         self._checkpoint_connector._ckpt_path = ckpt_path
+        if find_run_folder(self) is None:
+            self.callbacks.insert(0, RunFolder())  # type: ignore[attr-defined]
+        return super()._run(model, ckpt_path, weights_only)
+
+    def _teardown(self) -> None:
+        super()._teardown()
         folder = find_run_folder(self)
-        if folder is None:
-            self.callbacks.insert(0, folder := RunFolder())  # type: ignore[attr-defined]
-        try:
-            return super()._run(model, ckpt_path, weights_only)
-        except BaseException:
-            if self.is_global_zero:
-                folder.give_back()
-            raise
+        if self.interrupted and folder is not None and self.is_global_zero:
+            folder.give_back()  # not before: loggers have been closed now, which write into it once more
 
     @property
     def log_dir(self) -> str | None:

@@ -220,6 +220,20 @@ def test_a_run_that_fails_later_keeps_what_it_has(model, sums, tmp_path):
     assert names(tmp_path / "version_0") == ["plan.json", "scoring"]
 
 
+class WritesAtTheEnd(CSVLogger):
+    """As TensorBoard's, whose file is written by a thread that may come late."""
+
+    def finalize(self, status):
+        Path(self.log_dir, "metrics.csv").write_text("the end")
+
+
+def test_a_run_that_fails_at_the_start_leaves_nothing_and_says_why(model, sums, tmp_path):
+    trainer = build_trainer(tmp_path, build_adapter(calibration_prompts=8), logger=WritesAtTheEnd(tmp_path, "runs"))
+    with pytest.raises(ConfigError, match="cannot be split evenly"):
+        trainer.fit(build_policy(model, minibatches_per_rollout=7), datamodule=build_data(sums))
+    assert not names(tmp_path / "runs")
+
+
 def test_a_trial_run_has_none(model, sums, tmp_path):
     trainer = build_trainer(tmp_path, RunSummary(), build_adapter(), fast_dev_run=True)
     trainer.fit(build_policy(model), datamodule=build_data(sums))

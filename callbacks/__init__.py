@@ -4,6 +4,7 @@ from hybrid_lightning.callbacks.adaptable import Adaptable
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
+from hybrid_lightning.callbacks.model_checkpoint import ModelCheckpoint
 from hybrid_lightning.callbacks.policy_export import PolicyExport
 from hybrid_lightning.callbacks.prediction_writer import PredictionWriter
 from hybrid_lightning.callbacks.reward_divergence import RewardDivergence
@@ -19,6 +20,7 @@ __all__ = [
     "EvaluationReport",
     "GracefulStop",
     "HybridAdapterSetup",
+    "ModelCheckpoint",
     "PolicyExport",
     "PredictionWriter",
     "RewardDivergence",

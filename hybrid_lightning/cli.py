@@ -12,7 +12,7 @@ import transformers
 import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,6 +28,7 @@ from hybrid_lightning.callbacks import (
     EvaluationReport,
     GracefulStop,
     HybridAdapterSetup,
+    ModelCheckpoint,
     PredictionWriter,
     RewardDivergence,
     RolloutProgress,

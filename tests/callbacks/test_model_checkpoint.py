@@ -1,0 +1,82 @@
+"""The last checkpoint, of runs that get no better after their first validation."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+
+from hybrid_lightning.callbacks import ModelCheckpoint, RunSummary
+
+
+class Killed(Callback):
+    """Ends a run after so many steps, as an exception does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise RuntimeError("killed")
+
+
+class Saves(Callback):
+    """Counts checkpoints, and notes the step at which each was written."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_save_checkpoint(self, trainer, *_):
+        self.steps.append(trainer.global_step)
+
+
+def fit(tmp_path, *callbacks, saver, **flags):
+    policy = build_policy(write_model(tmp_path / "model"), lr_full=0.0, lr_lora=0.0)  # each validation gives the same
+    data = build_data(write_sums(tmp_path / "sums.jsonl"), validation_fraction=0.2)
+    flags = {"max_steps": 5, "check_val_every_n_epoch": None, "val_check_interval": 2, "enable_checkpointing": True, **flags}
+    trainer = build_trainer(tmp_path, RunSummary(), build_adapter(), saver, *callbacks, **flags)
+    trainer.fit(policy, datamodule=data)
+    return trainer
+
+
+def build_saver(folder, **settings):
+    return ModelCheckpoint(folder, **{"monitor": "val/avg@2", "mode": "max", "save_last": True, "filename": "{step}", **settings})
+
+
+def step_of(path):
+    return torch.load(path, weights_only=False)["global_step"]
+
+
+def test_the_last_checkpoint_has_the_last_step_and_the_best_the_best(tmp_path):
+    saver = build_saver(tmp_path / "kept")
+    fit(tmp_path, saver=saver)
+    assert step_of(saver.best_model_path) == 2, "later validations are as good, and no better"
+    assert step_of(saver.last_model_path) == 5
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["last.ckpt", "step=2.ckpt"]
+
+
+def test_a_killed_run_has_that_of_its_last_validation(tmp_path):
+    saver = build_saver(tmp_path / "kept")
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path, Killed(5), saver=saver, max_steps=6)
+    assert step_of(tmp_path / "kept" / "last.ckpt") == 4
+
+
+@pytest.mark.parametrize("settings", [{"every_n_train_steps": 2}, {"save_top_k": 0}, {"save_top_k": -1}, {"monitor": None}])
+def test_nothing_is_written_twice(tmp_path, settings):
+    saves, saver = Saves(), build_saver(tmp_path / "kept", **settings)
+    fit(tmp_path, saves, saver=saver)
+    assert step_of(tmp_path / "kept" / "last.ckpt") == 5
+    own = [step_of(path) for path in (tmp_path / "kept").glob("step=*.ckpt")]
+    writes = {step: saves.steps.count(step) for step in set(saves.steps)}
+    assert all(count <= 1 + (step in own or settings.get("monitor", "") is None) for step, count in writes.items()), writes
+
+
+def test_without_validation_the_end_is_saved(tmp_path):
+    saver = build_saver(tmp_path / "kept", monitor=None, every_n_train_steps=2)
+    fit(tmp_path, saver=saver, limit_val_batches=0)
+    assert step_of(tmp_path / "kept" / "last.ckpt") == 5
+
+
+def test_who_wants_no_last_checkpoint_gets_none(tmp_path):
+    fit(tmp_path, saver=build_saver(tmp_path / "kept", save_last=False))
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step=2.ckpt"]

@@ -1,0 +1,90 @@
+"""What commit a100f97 wrote loads and goes on: checkpoints of every kind, plans and configs, whatever has moved since.
+
+The files in `written_by_a100f97/` are of its runs of three optimizer steps on a tiny Llama, with two processes for `sharded`.
+"""
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runs import run
+
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.preference import PreferenceModule
+from hybrid_lightning.policy.supervised import SupervisedModule
+from hybrid_lightning.sharding.sharded_folder import read_weights
+
+WRITTEN = Path(__file__).parent / "written_by_a100f97"
+CLASSES = {"policy": PolicyModule, "sharded": PolicyModule, "sft": SupervisedModule, "dpo": PreferenceModule, "nf4": PolicyModule}
+ALONE = ("--trainer.devices=1", "--trainer.strategy=auto")
+
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+kinds = pytest.mark.parametrize("kind", [pytest.param(k, marks=needs_bitsandbytes if k == "nf4" else ()) for k in CLASSES])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    shutil.copytree(WRITTEN, tmp_path / "written")
+    monkeypatch.chdir(tmp_path / "written")
+    return tmp_path / "written"
+
+
+def content(path: Path):
+    return read_weights(path) if path.is_dir() else torch.load(path, weights_only=False)
+
+
+@kinds
+def test_a_run_goes_on(folder, kind):
+    before = content(folder / kind / "last.ckpt")
+    steps = before["global_step"] + 2
+    checkpoint = ("--config", f"{kind}/config.yaml", "--ckpt_path", f"{kind}/last.ckpt")
+    result = run(folder, "fit", *checkpoint, f"--trainer.max_steps={steps}", "--trainer.logger.name=on", *ALONE)
+    assert result.code == 0, result.err
+    after = content(folder / "runs/on/version_0/checkpoints/last.ckpt")
+    assert after["global_step"] == steps
+    assert after["hybrid_lightning"]["plan"] == before["hybrid_lightning"]["plan"]
+    assert after["state_dict"].keys() == before["state_dict"].keys()
+    moved = [name for name, weight in after["state_dict"].items() if not torch.equal(weight, before["state_dict"][name])]
+    assert len(moved) > len(after["state_dict"]) / 2, "it was trained"
+    summary = json.loads((folder / "runs/on/version_0/summary.json").read_text())
+    assert summary["changes"] == [], "nothing is taken for a change that is only another name"
+
+
+@kinds
+def test_a_checkpoint_rebuilds_its_module(folder, kind):
+    module = CLASSES[kind].load_from_checkpoint(f"{kind}/last.ckpt", map_location="cpu")
+    own = module.state_dict()
+    saved = content(folder / kind / "last.ckpt")
+    assert saved["state_dict"] and all(torch.equal(own[name], weight) for name, weight in saved["state_dict"].items())
+    assert module.plan == AdapterPlan.load(f"{kind}/plan.json")
+
+
+@pytest.mark.parametrize("command", [("test",), ("predict", "--predictions.path=predictions.jsonl")])
+def test_a_checkpoint_is_evaluated(folder, command):
+    result = run(folder, *command, "--config", "policy/config.yaml", "--ckpt_path", "policy/last.ckpt")
+    assert result.code == 0, result.err
+
+
+@kinds
+def test_a_checkpoint_is_exported(folder, kind):
+    checkpoint = ("--config", f"{kind}/config.yaml", "--ckpt_path", f"{kind}/last.ckpt")
+    result = run(folder, "export", *checkpoint, "--folder", "exported")
+    assert result.code == 0, result.err
+    assert (folder / "exported" / "model.safetensors").is_file()
+
+
+def test_a_plan_is_used_again_and_may_have_been_edited(folder):
+    plan = AdapterPlan.load("policy/plan.json")
+    changed = plan.lora_modules[0]
+    lines = [line for line in Path("policy/plan.json").read_text().splitlines() if '"digest"' not in line]  # as its error says
+    edited = [line.replace('"mode": "lora"', '"mode": "full"') if f'"{changed}"' in line else line for line in lines]
+    Path("edited.json").write_text("\n".join(edited))
+    for path, full in (("policy/plan.json", set(plan.full_modules)), ("edited.json", {*plan.full_modules, changed})):
+        result = run(folder, "fit", "--config", "policy/config.yaml", f"--adapter.plan={path}", "--trainer.logger.name=again")
+        assert result.code == 0, result.err
+        newest = sorted((folder / "runs/again").iterdir())[-1]
+        assert set(AdapterPlan.load(newest / "plan.json").full_modules) == full

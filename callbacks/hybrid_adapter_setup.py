@@ -183,7 +183,7 @@ class HybridAdapterSetup(Part, Callback):
         plan = self._plan_of_checkpoint(trainer) or self.given_plan
         if plan is None and stage != "fit":
             return None
-        self._check_start_weights(pl_module)
+        self.check_start_weights(pl_module)
         if plan is None:
             check_settings = getattr(pl_module, "check_settings", None)
             if check_settings is not None:
@@ -206,7 +206,8 @@ class HybridAdapterSetup(Part, Callback):
             )
         return plan
 
-    def _check_start_weights(self, pl_module: LightningModule) -> None:
+    def check_start_weights(self, pl_module: LightningModule) -> None:
+        """Raise ConfigError if the loss of a module needs start weights that are not kept."""
         loss = getattr(pl_module, "loss", None)
         if getattr(loss, "needs_reference", False) and not self.keep_start_weights:
             raise ConfigError(

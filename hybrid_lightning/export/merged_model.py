@@ -60,7 +60,7 @@ def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     """Let `generate` stop where completions stopped in training; the sampling parameters stay the base's."""
     settings = model.generation_config
     assert settings is not None
-    stops = stop_token_ids(model, tokenizer)
+    stops = stop_token_ids(model.generation_config, tokenizer)
     settings.eos_token_id = stops if len(stops) > 1 else stops[0]
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id

@@ -239,7 +239,7 @@ class HybridLightningCLI(LightningCLI):
         if self.subcommand not in ("export", "plan"):
             assert isinstance(self.trainer, Trainer)
             if isinstance(self.model, SteppedModule):
-                self.trainer.check(self.model, self.datamodule, self.subcommand)
+                self.trainer.check(self.model, self.datamodule, str(self.subcommand))
             self.model.load()
 
     def _add_instantiators(self) -> None:

@@ -126,17 +126,16 @@ class Trainer(LightningTrainer):
 
     def _check_data(self, model: SteppedModule, datamodule: PromptDataModule, command: str) -> None:
         assert self.state.fn is not None
+        if command == "fit" and self.limit_val_batches and _all_ours(model, self):
+            sets = datamodule.set_names("validation")
+            if sets:
+                check_monitors(self, model.validation_names(sets))
         datamodule.setup(self.state.fn)
-        if self.state.fn in ("test", "predict"):
-            model.check_encoding(datamodule.test_prompts)
-            return
-        validation = datamodule.validation_prompts
-        if command == "fit" and validation and self.limit_val_batches and _all_ours(model, self):
-            check_monitors(self, model.validation_names(dict.fromkeys(prompt.set_name for prompt in validation)))
         if self.state.fn == "fit":
             model.check_enough(datamodule.train_prompts)
             model.check_encoding(datamodule.train_prompts)
-        model.check_encoding(validation)
+        tests = self.state.fn in ("test", "predict")
+        model.check_encoding(datamodule.test_prompts if tests else datamodule.validation_prompts)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule | None = None, ckpt_path: str | None = None) -> None:
         """Score the modules and write `plan.json` and `plan.png` into the run folder, without training.

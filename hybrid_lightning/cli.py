@@ -231,16 +231,17 @@ class HybridLightningCLI(LightningCLI):
             parser.set_defaults({"verbose": False})  # Lightning's own table, of what EvaluationReport shows
         return parser
 
-    def after_instantiate_classes(self) -> None:
+    def _run_subcommand(self, subcommand: str) -> None:
         """Find what is wrong with data, reward and settings, and only then load the model, which takes longest.
 
         An export reads the weights itself, in the dtype that it wants, and a plan none.
         """
-        if self.subcommand not in ("export", "plan"):
+        if subcommand not in ("export", "plan"):
             assert isinstance(self.trainer, Trainer)
             if isinstance(self.model, SteppedModule):
-                self.trainer.check(self.model, self.datamodule, str(self.subcommand))
+                self.trainer.check(self.model, self.datamodule, subcommand)
             self.model.load()
+        super()._run_subcommand(subcommand)
 
     def _add_instantiators(self) -> None:
         """Make the MLflow logger that works, and policies that are not loaded; for a plan their arguments are all it wants."""

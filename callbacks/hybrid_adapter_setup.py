@@ -41,6 +41,7 @@ from hybrid_lightning.policy.stepped import begin_epoch_anew
 from hybrid_lightning.sharding.whole_files import is_there, read_content
 from hybrid_lightning.stopping import RunStopped
 
+_SHOWN_OTHERS = 10  # modules of a plan on the screen, beside the fully trained ones
 # Arguments of the policy that no score depends on.
 _AFTER_SCORING = {
     "correction",
@@ -324,9 +325,14 @@ class HybridAdapterSetup(Part, Callback):
         if folder is not None:
             plan.save(folder / "plan.json")
             self._draw(plan, folder / "plan.png")
-        console().print(plan.table())
+        table = plan.table(_SHOWN_OTHERS)
+        console().print(table)
+        rest = len(plan.candidates) - table.row_count
+        more = f"{rest} more {'module' if rest == 1 else 'modules'}"
         if folder is not None:
-            console().print(f"Plan written to {folder / 'plan.json'}", soft_wrap=True)
+            console().print(f"Plan{f', with {more},' if rest else ''} written to {folder / 'plan.json'}", soft_wrap=True)
+        elif rest:
+            console().print(f"and {more}", soft_wrap=True)
 
     def _draw(self, plan: AdapterPlan, path: Path) -> None:
         if any(module.score is not None for module in plan.candidates):

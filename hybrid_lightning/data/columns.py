@@ -205,5 +205,6 @@ def existing_splits(splits: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """
     given = [(split, value) for split, value in splits if value is not None]
     if not given:
-        raise ConfigError(f"no data: set at least one of {', '.join(split for split, _ in splits)}")
+        names = [split for split, _ in splits]
+        raise ConfigError(f"no data: set at least one of {', '.join(names)}, as in --data.source.{names[0]}=...")
     return given

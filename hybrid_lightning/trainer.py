@@ -22,7 +22,7 @@ from hybrid_lightning.export.checkpoint import policy_of_checkpoint
 from hybrid_lightning.export.form import ExportForm
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.new_folder import check_target
-from hybrid_lightning.export.write import write_policy
+from hybrid_lightning.export.write import write_policy, written
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
 from hybrid_lightning.memory.table import notes, rich_table, title
@@ -193,8 +193,9 @@ class Trainer(LightningTrainer):
                     check_evaluated(read_content(ckpt_path), callback)
             policy = policy_of_checkpoint(ckpt_path, dict(model.hparams), datamodule) if self.is_global_zero else None
         if policy is not None:
-            write_policy(policy, form or MergedModel(), folder)
-            console().print(f"Policy written to {folder}", soft_wrap=True)
+            form = form or MergedModel()
+            write_policy(policy, form, folder)
+            console().print(written(policy, form, folder), soft_wrap=True)
 
     def plan(
         self, model: Any, datamodule: LightningDataModule | None = None, *, flags: TrainerFlags, prompt_tokens: int | None = None

@@ -116,6 +116,9 @@ MISTAKES = [
     ("fit", "model.dtype=half", r"model\.dtype must be one of"),
     ("fit", "trainer.accumulate_grad_batches=5", r"cannot be split evenly into 10 micro-batches"),
     ("fit", "model.loss.kl_coef=0.1 adapter.keep_start_weights=false", r"set adapter\.keep_start_weights=true"),
+    ("fit", "adapter.calibration_prompts=0", r"adapter\.calibration_prompts must be at least 1"),
+    ("fit", "model.correction=TokenTruncation model.correction.cap=0.5", r"cap=0\.5 must be finite and above 1"),
+    ("fit", "trainer.precision=bf16-true", r"trainer\.precision=bf16-true needs model\.dtype=bfloat16"),
     ("fit", "trainer.max_epochs=-3", r"`max_epochs` must be a non-negative integer or -1"),
 ]
 
@@ -175,6 +178,11 @@ def test_with_nothing_wrong_the_weights_are_asked_for(folder, command):
 def test_before_the_model_of_examples(folder, config, options, message):
     result = run(folder, "fit", "--config", f"{config}.yaml", *(f"--{option}" for option in options.split()))
     assert_refused(result, message)
+
+
+def test_a_prediction_without_a_reward_is_refused_before_the_model_is_loaded(folder):
+    result = run(folder, "predict", "--config", "sft.yaml", "--data.source.init_args.test_fraction=0.2")
+    assert_refused(result, r"predict scores completions: give model\.reward")
 
 
 def test_what_a_callback_of_ones_own_logs_may_be_monitored(folder):

@@ -115,12 +115,12 @@ class Trainer(LightningTrainer):
         self.state.fn = _STAGES[command]
         try:
             model.check_settings()
+            if isinstance(datamodule, PromptDataModule) and not _prepares_itself(datamodule):
+                self._check_data(model, datamodule, command)
             if self.state.fn == "fit":
                 for callback in self.callbacks:  # type: ignore[attr-defined]
                     if isinstance(callback, HybridAdapterSetup):
-                        callback.check_start_weights(model)
-            if isinstance(datamodule, PromptDataModule) and not _prepares_itself(datamodule):
-                self._check_data(model, datamodule, command)
+                        callback.check(model)
         finally:
             self.state.fn = None
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.apply import parameter_groups
 from hybrid_lightning.errors import ConfigError
@@ -106,6 +106,12 @@ class LanguageModule(AdaptedModule):
         if "_to_load" in self.__dict__:
             for name in ("tokenizer", "model"):
                 getattr(self, name)
+
+    def skeleton(self) -> nn.Module:
+        """The modules of the base model without weights, on the meta device."""
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(self.model_config)
+        return model
 
     @property
     def is_loaded(self) -> bool:

@@ -14,7 +14,8 @@ class MultipleChoice(RewardFunction):
 
     The choice is looked for as MMLU-Pro's authors do: `\boxed{C}`, then "the answer is (C)", then the last letter of the last
     line (`hybrid_lightning.rewards.choices` has the rules). The article "A" and the pronoun "I" are no choices, nor are "A or B"
-    and "not C". What stands in `<think> </think>` is not looked at.
+    and "not C". What stands in `<think> </think>` is not looked at. The reference answer is a letter, as `FileSource` makes it
+    where it is told the `options_column`.
 
     Args:
         options_column: Column with the list of options, whose number says which letters there are; rows that lack it have A to J.
@@ -64,6 +65,8 @@ class MultipleChoice(RewardFunction):
         options = prompt.columns.get(self.options_column)
         if options is None:
             return CHOICES
+        if isinstance(options, dict):  # as ARC has them, beside their labels
+            options = options.get("text")
         if not isinstance(options, Sequence) or isinstance(options, str) or not 2 <= len(options) <= 26:
             raise DataError(
                 f"MultipleChoice: column {self.options_column!r} of {prompt.source or 'a prompt'} row {prompt.index} is no list "

@@ -69,7 +69,7 @@ class HybridAdapterSetup(Part, Callback):
 
     Args:
         budget: How many modules are fully trained; None takes `ModuleBudget(share=0.1)`. Share 0 is LoRA, 1 full fine-tuning.
-        scorer: None takes `PreconditionedTail()`.
+        scorer: What tells which modules low rank serves worst; None takes `PreconditionedTail()`.
         gradients: How gradients are held while scoring; None takes `ExactGradients()`.
         rank: LoRA rank r.
         alpha: LoRA scale: alpha / rank.

@@ -34,6 +34,7 @@ from hybrid_lightning.callbacks import (
 )
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
 from hybrid_lightning.callbacks.run_folder import run_folder
+from hybrid_lightning.cli_help import ShowHelp, help_asked_last
 from hybrid_lightning.cli_parser import Parser, cause_of, print_error, unwrapped
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError
@@ -81,8 +82,11 @@ class HybridLightningCLI(LightningCLI):
     def __init__(self, signals: StopSignals | None = None, **kwargs: Any) -> None:
         self._signals = signals or StopSignals()
         arguments = kwargs.get("args") or sys.argv[1:]
-        # The command, where it comes first, as it nearly always does.
-        self._asked = arguments[0] if isinstance(arguments, list) and arguments else None
+        first = arguments[0] if isinstance(arguments, list) and arguments else None
+        # Making a command's options takes long. It nearly always comes first; behind an option such as --config it may be any.
+        behind = first is not None and first.startswith("-") and first not in ("-h", "--help")
+        anywhere = behind or not isinstance(arguments, list)
+        self._made = {name for name in self.subcommands() if anywhere or name == first}
         super().__init__(
             LanguageModule,
             PromptDataModule,
@@ -93,6 +97,10 @@ class HybridLightningCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": "python -m hybrid_lightning",
+                "description": "Post-training of language models with verifiable rewards, by Hybrid-LoRA.",
+            },
             **kwargs,
         )
 
@@ -160,10 +168,21 @@ class HybridLightningCLI(LightningCLI):
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, (StepTimer, SaveRunConfig)))  # type: ignore[attr-defined]
         return trainer
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Answer a call for help once all other arguments are known, since they say of which classes."""
+        given = sys.argv[1:] if args is None else args
+        command = isinstance(given, list) and any(name in given for name in self.subcommands())
+        asked = help_asked_last(given) if command else given
+        if asked == given:
+            super().parse_arguments(parser, args)
+        else:
+            parser.parse_args(asked)
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        if self._asked in self.subcommands() and subcommand != self._asked:
-            return self.init_parser(**kwargs)  # a name among the choices: making all its options takes long
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand not in self._made:
+            return self.init_parser(**kwargs)  # a name among the choices
+        parser = super()._prepare_subcommand_parser(klass, subcommand, add_help=False, **kwargs)
+        parser.add_argument("-h", "--help", action=ShowHelp)
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # Lightning's own table, of what EvaluationReport shows
         return parser

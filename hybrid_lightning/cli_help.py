@@ -147,7 +147,7 @@ def _overview(parser: Parser, config: Namespace) -> str:
         named = section.part is not base
         title = f"{section.key} ({section.part.__name__})" if named else section.key
         actions = section.add_to(shown, title, _paragraphs(section.part)[0], base if named else None)
-        if not _is_ours(section.part):
+        if _is_of_a_library(section.part):  # they have pages of their own
             for action in actions:
                 action.help = _first_sentence(action.help)
     return shown.format_help()
@@ -268,14 +268,15 @@ def _paragraphs(part: type) -> list[str]:
 
 
 def _whole(text: str, part: type, name: str) -> str:
-    """What is said of an argument, with what is said of it elsewhere: `As in Base; ...`."""
+    """What is said of an argument, with what is said of it in a base of the class: nowhere else, or by `As in Base; ...`."""
     match = re.match(r"(?:As in|See) `(\w+)`", text)
-    base = next((base for base in part.__mro__ if match and base.__name__ == match[1]), None)
-    if match is None or base is None:
-        return text
-    said = next(param.description for param in parse(base.__doc__ or "").params if param.arg_name == name) or ""
-    rest = text[match.end() :]
-    return _whole(said if rest == "." else said.rstrip(".") + rest, base, name)
+    bases = part.__mro__[1:] if match is None else [base for base in part.__mro__ if base.__name__ == match[1]]
+    if (text and match is None) or not bases:
+        return text or "Not described."
+    params = (param for base in bases for param in parse(base.__doc__ or "").params)
+    said = next((param.description for param in params if param.arg_name == name), None) or ""
+    rest = text[match.end() :] if match else "."
+    return _whole(said if rest == "." else said.rstrip(".") + rest, bases[0] if match else object, name)
 
 
 def _first_sentence(text: str | None) -> str:
@@ -284,9 +285,10 @@ def _first_sentence(text: str | None) -> str:
     return next((sentence for sentence in sentences if not sentence.startswith("Default")), text)
 
 
-def _is_ours(part: type) -> bool:
-    """Whether its options are ours; our Trainer has Lightning's."""
-    return any("__init__" in vars(base) and base.__module__.startswith("hybrid_lightning.") for base in part.__mro__)
+def _is_of_a_library(part: type) -> bool:
+    """Whether its arguments are, as those of our Trainer, which are Lightning's."""
+    maker = next(base for base in part.__mro__ if "__init__" in vars(base))
+    return maker.__module__.partition(".")[0] in ("lightning", "torch", "bitsandbytes")
 
 
 def _path(part: type) -> str:
@@ -315,8 +317,8 @@ def _shown(value: Any) -> str:
         return str(value["class_path"].rpartition(".")[2])
     if isinstance(value, (list, tuple)) and any(_is_spec(item) for item in value):
         return f"[{', '.join(map(_shown, value))}]"
-    return value if isinstance(value, str) and value.strip() else json.dumps(_plain(value), default=str)
-
-
-def _plain(value: Any) -> Any:
-    return value.as_dict() if isinstance(value, Namespace) else value
+    return (
+        value
+        if isinstance(value, str) and value.strip()
+        else json.dumps(value.as_dict() if isinstance(value, Namespace) else value, default=str)
+    )

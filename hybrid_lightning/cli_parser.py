@@ -80,6 +80,7 @@ class Parser(LightningArgumentParser):
         # An abbreviation would take --trainer.max_epoch=3 silently for max_epochs.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self.parts: dict[str, type] = {}
+        self.part: type | None = None  # of which it parses the arguments alone, if it does
 
     @property
     def command(self) -> str:
@@ -94,7 +95,7 @@ class Parser(LightningArgumentParser):
     def add_class_arguments(self, class_type: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> list[str]:
         """Add the options of a class; jsonargparse makes a parser without keys for each class that a config names."""
         if nested_key is None:
-            self.part: type = class_type
+            self.part = class_type
         return super().add_class_arguments(class_type, nested_key, *args, **kwargs)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
@@ -109,7 +110,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong in one line and exit with 2."""
         refused = re.fullmatch(r"Option '(\S+)' is not accepted", message)
-        if refused and not self.exit_on_error:
+        if refused and self.part is not None and not self.exit_on_error:
             raise Refusal(self.part, refused[1], [action.dest for action in self._actions if action.dest != "help"])
         cause = cause_of(ex)
         print_error(self._readable(message, ex) if cause is None else str(cause))
@@ -133,7 +134,7 @@ class Parser(LightningArgumentParser):
             near = suggestion(unknown[2], known) or f"; give one of {', '.join(known)}, or module.Class"
             return f"{unknown[1]}: unknown class {unknown[2]}{near}"
         if unknown := re.fullmatch(r'Parser key "(\S+)":\s+Expected an instantiatable class, but \S*?(\w+) is abstract', message):
-            return f"{unknown[1]}: first say which {unknown[2]}, one of {', '.join(self._classes_of(unknown[1]))}"
+            return _which(unknown[1], unknown[2], self._classes_of(unknown[1]))
         for pattern, replacement in _REWRITES:
             message = re.sub(pattern, replacement, message, flags=re.DOTALL)
         if unknown := re.search(r"module '(\S+)' has no attribute '(\w+)'", message):
@@ -145,31 +146,35 @@ class Parser(LightningArgumentParser):
 
     def _placed(self, refusal: Refusal) -> str:
         where = self._where(refusal.name)
-        key = where.rpartition(": ")[2].removeprefix("--").replace(".init_args", "").rpartition(".")[0]
+        key = _plain(where.rpartition(": ")[2].removeprefix("--")).rpartition(".")[0]
+        if inspect.isabstract(refusal.part):
+            return _which(key or "KEY", refusal.part.__name__, known_classes(refusal.part))
         near = suggestion(refusal.name, refusal.names, f"--{key}.{{}}" if where.startswith("--") else "{}")
         near = near or f"; --{key or 'KEY'}.help={refusal.part.__name__} lists those that it has"
         return f"{f'{where}: ' if where else ''}{refusal.part.__name__} has no option {refusal.name}{near}"
 
     def _where(self, name: str) -> str:
-        """The option on the command line, or the file and key, that end with a name; empty where there is none."""
-        files = []
+        """The option on the command line, or the file and key, that ends with a name and should not; empty if there is none."""
+        places: dict[str, str] = {}
         for place, argument in enumerate(self.args):
             option, _, value = argument.partition("=")
             if option.startswith("--") and option.endswith(f".{name}"):
-                return option
+                places.setdefault(option.removeprefix("--"), option)
             if option in ("-c", "--config"):
-                files.append(value or "".join(self.args[place + 1 : place + 2]))
-        for file in files:
-            with suppress(OSError, yaml.YAMLError), open(file, encoding="utf-8") as text:
-                for key in _keys(yaml.safe_load(text)):
-                    if f".{key.replace('.init_args', '')}".endswith(f".{name}"):
-                        return f"{file}: {key}"
-        return ""
+                file = value or "".join(self.args[place + 1 : place + 2])
+                with suppress(OSError, yaml.YAMLError), open(file, encoding="utf-8") as text:
+                    keys = _keys(yaml.safe_load(text))
+                    places |= {key: f"{file}: {key}" for key in keys if _plain(f".{key}").endswith(f".{name}")}
+        known = set(self._names())
+        return next((said for key, said in places.items() if _plain(key) not in known), "") or next(iter(places.values()), "")
+
+    def _names(self) -> list[str]:
+        own = [option.removeprefix("--") for option in self._option_string_actions if not option.endswith((".help", "+"))]
+        return [*own, *_of_known_classes(self.parts)]
 
     def _near(self, name: str, shown: str) -> str:
         """The option that was meant: one whose end it is, one that is written nearly so, or one with such an end."""
-        own = [option.removeprefix("--") for option in self._option_string_actions if not option.endswith((".help", "+"))]
-        names = [*own, *_of_known_classes(self.parts)]
+        names = self._names()
         root, dot, rest = name.partition(".")
         same_end = [full for full in names if full.endswith(f".{name}")]
         if same_end:
@@ -181,6 +186,10 @@ class Parser(LightningArgumentParser):
         if not dot and near_leaf:
             return f"; did you mean {shown.format(leaves[near_leaf[0]])}?"
         return suggestion(name, names, shown)
+
+
+def _which(key: str, base: str, known: Iterable[str]) -> str:
+    return f"{key}: first say which {base}, one of {', '.join(known)}"
 
 
 def _of_known_classes(parts: Mapping[str, type]) -> Iterator[str]:
@@ -196,6 +205,10 @@ def _of_known_classes(parts: Mapping[str, type]) -> Iterator[str]:
                 for inner in known_classes(type_of(action)).values():
                     if _is_ours(inner):
                         yield from (f"{action.dest}.{name}" for name in inspect.signature(inner).parameters)
+
+
+def _plain(key: str) -> str:
+    return key.replace(".init_args.", ".")
 
 
 def _keys(config: Any, above: str = "") -> Iterator[str]:

@@ -92,6 +92,7 @@ def test_what_was_meant_is_said(folder, command, message):
             r"rewards: unknown class ExactMatc; did you mean ExactMatch\?$",
         ),
         ({"trainer": {"max_step": 1}}, r"o\.yaml: trainer\.max_step: fit has no option .* did you mean trainer\.max_steps\?$"),
+        ({"model": {"rank": 1}}, r"o\.yaml: model\.rank: PolicyModule has no option rank; --model\.help=PolicyModule lists"),
         ({"adapter": {"rnk": 1}}, r"o\.yaml: adapter\.rnk: fit has no option adapter\.rnk; did you mean adapter\.rank\?$"),
         ({"modle": {"lr_lora": 1}}, r"modle\.lr_lora: fit has no option modle\.lr_lora; did you mean model\.lr_lora\?$"),
     ],

@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType
@@ -135,8 +135,7 @@ def _specs(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _overview(parser: Parser, config: Namespace) -> str:
     found = sections(parser, config)
-    values, defaults = _values(found), _values(sections(parser, parser.get_defaults()))
-    shown = _new_parser(parser, f"{_first_sentence(parser.description)}\n\n{_HOW}", values, defaults)
+    shown = _new_parser(parser, config, f"{_first_sentence(parser.description)}\n\n{_HOW}")
     own = shown.add_argument_group(parser.command.rpartition(" ")[2])
     for action in parser._actions:  # those of the command alone
         if "." not in action.dest and action.dest not in parser.parts and not isinstance(action, ShowHelp):
@@ -153,12 +152,6 @@ def _overview(parser: Parser, config: Namespace) -> str:
     return shown.format_help()
 
 
-def _values(found: list[Section]) -> dict[str, Any]:
-    """What a config gives, by option."""
-    classes = {section.key: {"class_path": _path(section.part)} for section in found}
-    return classes | {f"{section.key}.{name}": value for section in found for name, value in section.values.items()}
-
-
 def _help_on(parser: Parser, config: Namespace, asked: str) -> str:
     key, _, name = asked.replace(".init_args.", ".").partition("=")
     found = {section.key: section for section in sections(parser, config)}
@@ -172,7 +165,7 @@ def _help_on(parser: Parser, config: Namespace, asked: str) -> str:
     if name:
         named = _named(key, name, known, type_of(options.get(key)))
         section = section if section is not None and section.part is named.part else named
-    shown = _new_parser(parser, "", _values([section]) if section else {}, _values(sections(parser, parser.get_defaults())))
+    shown = _new_parser(parser, config if section is found.get(key) else Namespace())
     if section is not None:
         title = f"--{key}={section.part.__name__}" if known else f"--{key}.OPTION"
         required = [action.dest.rpartition(".")[2] for action in section.add_to(shown, "options") if action.required]
@@ -201,12 +194,24 @@ def _in_a_config(section: Section, required: list[str]) -> list[str]:
     return ["In a config:", textwrap.indent(yaml.safe_dump(spec, sort_keys=False), "    ")]
 
 
-def _new_parser(parser: Parser, description: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> ArgumentParser:
+def _new_parser(parser: Parser, config: Namespace, description: str = "") -> ArgumentParser:
     class WithValues(_Text):
-        given, expected = values, defaults
+        given, expected = (dict(_values(parser.parts, space)) for space in (config, parser.get_defaults()))
 
     usage = f"{parser.command} [--config FILE ...] [--OPTION=VALUE ...]"
     return ArgumentParser(usage=usage, description=description, formatter_class=WithValues, add_help=False)
+
+
+def _values(keys: Iterable[str], values: Namespace | Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """What a config gives, by option."""
+    for key in keys:
+        value = _mapping(values).get(key)
+        yield above + key, value
+        if not above and not _is_spec(value):  # of a class that cannot be another one
+            yield from _values(_mapping(value or {}), value or {}, f"{key}.")
+            continue
+        for name, spec in _specs(above + key, value):
+            yield from _values(inner := _mapping(spec.get("init_args") or {}), inner, f"{name}.")
 
 
 class _Text(DefaultHelpFormatter):

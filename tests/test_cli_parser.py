@@ -113,8 +113,9 @@ HEAVY = {"peft", "bitsandbytes", "datasets", "math_verify", "reasoning_gym", "tr
 PROGRAM = """
 import contextlib, io, sys, time
 import torch, lightning, transformers
-libraries = time.process_time()
+times = [time.process_time()]
 from hybrid_lightning.cli import main
+times.append(time.process_time())
 for command in {commands}:
     sys.argv = ["hybrid_lightning", *command.split()]
     said = io.StringIO()
@@ -124,7 +125,9 @@ for command in {commands}:
         except SystemExit:
             pass
     assert {wanted}[command] in said.getvalue(), said.getvalue()
-print(libraries, time.process_time() - libraries, *({heavy} & sys.modules.keys()))
+    times.append(time.process_time())
+print(*times)
+print(*({heavy} & sys.modules.keys()))
 """
 
 
@@ -134,17 +137,15 @@ def test_a_help_and_a_mistake_take_little_longer_than_importing_the_libraries(tm
         f"fit --config {ROOT}/configs/gspo.yaml --help": "--model.lr_lora",
         f"fit --config {ROOT}/configs/qwen3.yaml --model.lr_lorra=1": "did you mean --model.lr_lora",
     }
-    code = PROGRAM.format(commands=list(wanted), wanted=wanted, heavy=HEAVY)
+    command = [sys.executable, "-c", PROGRAM.format(commands=list(wanted), wanted=wanted, heavy=HEAVY)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     shares = []
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        )
-        libraries, ours, *heavy = done.stdout.split()
+    for _ in range(3):  # the first may have to compile, and another process be in the way
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        times, heavy = done.stdout.splitlines()
         assert not heavy, f"{heavy} are imported for a help or a mistake"
-        shares.append(float(ours) / float(libraries))
-        # A second for each, where the libraries take 4; both in one process, which imports once.
-        if shares[-1] < 0.25:
+        libraries, imported, helped, corrected = map(float, times.split())
+        shares.append((imported - libraries + max(helped - imported, corrected - helped)) / libraries)
+        if shares[-1] < 0.25:  # one second where the libraries take four
             return
-    raise AssertionError(f"a help and a mistake take {min(shares):.0%} of the time in which the libraries are imported")
+    raise AssertionError(f"a help or a mistake takes {min(shares):.0%} longer than the import of the libraries")

@@ -118,8 +118,8 @@ class Parser(LightningArgumentParser):
 
     def _readable(self, message: str, ex: Exception | None) -> str:
         if unknown := re.match(r"unrecognized arguments: (--)?([\w./-]+)", message):
-            if not unknown[1] and unknown[2].endswith((".yaml", ".yml")):
-                return f"{message}; a config is given by --config {unknown[2]}"
+            if not unknown[1] and unknown[2].endswith((".yaml", ".yml", ".json")):
+                return f"{message}; a config is given as --config {unknown[2]}"
             near = self._near(unknown[2], "--{}") if unknown[1] else ""
             return message + (near or f"; {self.command} --help lists all options")
         if unknown := re.match(r"Subcommand '(\w+)' does not accept option '(\S+)'", message):

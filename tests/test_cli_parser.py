@@ -57,7 +57,7 @@ def assert_said(result, message):
         ("fit --temprature=3", r"did you mean --model\.sampler\.temperature\?$"),
         ("fit --confg t.yaml", r"did you mean --config\?$"),
         ("fit --wholly_unknown=3", r"--wholly_unknown=3; python -m hybrid_lightning fit --help lists all options$"),
-        ("fit t.yaml", r"unrecognized arguments: t\.yaml; a config is given by --config t\.yaml$"),
+        ("fit t.yaml", r"unrecognized arguments: t\.yaml; a config is given as --config t\.yaml$"),
         ("fit -x", r"unrecognized arguments: -x; python -m hybrid_lightning fit --help lists"),
         # classes
         ("fit --config t.yaml --model.loss=GRPOLos", r"loss: unknown class GRPOLos; did you mean GRPOLoss\?$"),

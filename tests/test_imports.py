@@ -24,7 +24,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": GROUND | LEAVES | {"policy", "process"},
     "callbacks": GROUND | LEAVES | {"policy", "export"},
     "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks"},
-    "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer"},
+    "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer", "cli_help", "cli_parser"},
+    "cli_help": GROUND | {"cli_parser"},
+    "cli_parser": GROUND,
     "process": set(),
     "__main__": {"cli", "process", "sharding", "stopping"},
     "assets.pretrain": GROUND | LEAVES | {"policy"},  # the command that made the assets; nothing imports it

@@ -37,7 +37,7 @@ from hybrid_lightning.callbacks import (
     TensorBoardOverview,
 )
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
-from hybrid_lightning.callbacks.run_folder import run_folder
+from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError, HybridLightningError
 from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
@@ -45,6 +45,7 @@ from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.preference import PreferenceModule  # noqa: F401  (as above)
 from hybrid_lightning.policy.supervised import SupervisedModule  # noqa: F401  (as above)
+from hybrid_lightning.remedies import check_whole_configs, is_of_the_machine, with_remedy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import Trainer
 
@@ -78,6 +79,20 @@ _REWRITES = (
     (r"^Unexpected config:\s*$", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is empty"),
     (r"^Unexpected config:\s*", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is: "),
     (r'(Parser key "\S+":)\s*(?:-\s+)+', r"\1 "),
+    (
+        r'expected "subcommand" to be one of .*',
+        r"no command is given; there are fit, validate, test, predict, score, export and plan, as in python -m hybrid_lightning "
+        r"fit --config FILE; --help says what each does",
+    ),
+    (
+        r"Option \S+ is not accepted before subcommand '(\w+)'",
+        r"a config stands behind the command, whose options it has: python -m hybrid_lightning \1 --config FILE",
+    ),
+    (r"unrecognized arguments: (\S+\.(?:ya?ml|json))$", r"unrecognized arguments: \1; a config is given as --config \1"),
+    (
+        r"the following arguments are required: (loss|reward|loss, reward)$",
+        r"model.\1 must be given, nearly always by a config: --config FILE, such as configs/gspo.yaml of the source tree",
+    ),
     (r"(Option '\S+' is not accepted)\s*$", r"\1; --KEY.help=CLASS lists those of a class, as in --model.reward.help=ExactMatch"),
     (
         r"(?:Import path (\S+) does not correspond to a subclass of RewardFunction|Unexpected import path format: (\S+\.py:\w+))",
@@ -115,7 +130,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong in one line and exit with 2."""
         cause = _cause(ex)
-        _print_error(_readable(message) if cause is None else str(cause))
+        _print_error(_readable(message) if cause is None else with_remedy(str(cause)))
         sys.exit(2)
 
 
@@ -141,8 +156,10 @@ class HybridLightningCLI(LightningCLI):
     def __init__(self, signals: StopSignals | None = None, **kwargs: Any) -> None:
         self._signals = signals or StopSignals()
         arguments = kwargs.get("args") or sys.argv[1:]
+        arguments = arguments if isinstance(arguments, list) else []
         # The command, where it comes first, as it nearly always does.
-        self._asked = arguments[0] if isinstance(arguments, list) and arguments else None
+        self._asked = arguments[0] if arguments else None
+        check_whole_configs(arguments)
         super().__init__(
             LanguageModule,
             PromptDataModule,
@@ -213,8 +230,8 @@ class HybridLightningCLI(LightningCLI):
             fixed.append(RolloutProgress())
         try:
             trainer = super().instantiate_trainer(callbacks=[*fixed, *given], **kwargs)
-        except (TypeError, ValueError) as error:  # Lightning's own checks of its flags
-            raise ConfigError(f"trainer: {error}") from error
+        except (TypeError, ValueError, MisconfigurationException) as error:  # Lightning's own checks of its flags
+            raise ConfigError(with_remedy(f"trainer: {error}")) from error
         assert isinstance(trainer, Trainer)
         # The config is there before the modules are scored, which may take an hour and be stopped.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, (StepTimer, SaveRunConfig)))  # type: ignore[attr-defined]
@@ -227,6 +244,14 @@ class HybridLightningCLI(LightningCLI):
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # Lightning's own table, of what EvaluationReport shows
         return parser
+
+    def after_instantiate_classes(self) -> None:
+        """Find out what would end the run later."""
+        assert isinstance(self.trainer, Trainer)
+        if self.subcommand != "plan":
+            self.trainer.check_checkpoint(self._get(self.config_init, "ckpt_path"))
+        if self.subcommand not in ("export", "plan"):
+            check_run_folder(self.trainer)
 
     def before_export(self) -> None:
         """Let go of the weights: the export reads them anew, in the dtype that it wants."""
@@ -271,7 +296,7 @@ def main(signals: StopSignals | None = None) -> None:
         cause = _cause(error)
         if cause is None and not signals.requested:  # not foreseen: the traceback is needed, of what was raised first
             raise _unwrapped(error)  # noqa: B904
-        _print_error(str(cause or error))
+        _print_error(with_remedy(str(cause or error)))
         signals.check()  # which may be why: another rank has gone, or a library gave up
         sys.exit(1)
 
@@ -279,7 +304,7 @@ def main(signals: StopSignals | None = None) -> None:
 def _cause(error: BaseException | None) -> BaseException | None:
     """The error in a chain that was raised for the user; jsonargparse wraps what a constructor raises."""
     while error is not None:
-        if isinstance(error, (HybridLightningError, MisconfigurationException, FileNotFoundError)):
+        if isinstance(error, (HybridLightningError, MisconfigurationException, FileNotFoundError)) or is_of_the_machine(error):
             return error
         error = error.__cause__
     return None

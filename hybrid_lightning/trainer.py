@@ -23,7 +23,7 @@ from hybrid_lightning.export.write import write_policy
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
 from hybrid_lightning.memory.table import notes, rich_table, title
-from hybrid_lightning.sharding.whole_files import read_content
+from hybrid_lightning.sharding.whole_files import read_content, require_checkpoint
 
 
 class Trainer(LightningTrainer):
@@ -37,6 +37,8 @@ class Trainer(LightningTrainer):
     earlier_scoring: Path | None = None  # of a run that was stopped while it scored the modules
 
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        if ckpt_path is not None:
+            require_checkpoint(ckpt_path)
         if ckpt_path is not None and is_scoring(ckpt_path):
             if self.state.fn != "fit":
                 raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found: it is for fit and score")
@@ -51,6 +53,25 @@ class Trainer(LightningTrainer):
         if find_run_folder(self) is None:
             self.callbacks.insert(0, RunFolder())  # type: ignore[attr-defined]
         return super()._run(model, ckpt_path, weights_only)
+
+    def check_checkpoint(self, ckpt_path: str | None) -> None:
+        """Find out whether there is a checkpoint, before anything is loaded; the command line does so.
+
+        Args:
+            ckpt_path: As given; None for none.
+
+        Raises:
+            CheckpointError: If there is nothing, or it is a word by which Lightning means a checkpoint of an earlier `fit` of the
+                same Trainer, which a command does not have.
+        """
+        folder = getattr(self.checkpoint_callback, "dirpath", None)
+        if ckpt_path == "best" or (ckpt_path == "last" and folder is None):
+            raise CheckpointError(
+                f"ckpt_path={ckpt_path} means a checkpoint of this run, which has a new folder and none yet: give its path, such "
+                "as runs/NAME/version_0/checkpoints/last.ckpt"
+            )
+        if ckpt_path is not None and ckpt_path not in ("last", "hpc", "registry"):
+            require_checkpoint(ckpt_path)
 
     def _teardown(self) -> None:
         super()._teardown()
@@ -129,6 +150,7 @@ class Trainer(LightningTrainer):
         """
         if self.is_global_zero:
             check_target(Path(folder))
+        self.check_checkpoint(ckpt_path)
         if ckpt_path is None:
             policy = policy_in_training(self, model)
         else:

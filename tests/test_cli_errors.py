@@ -38,14 +38,14 @@ def write_bad_files(folder):
 
 
 COMMANDS = [
-    ("", r"expected \"subcommand\" to be one of \{fit,validate,test,predict,score, \.\.\.\}"),
+    ("", r"no command is given; there are fit, validate, test, predict, score, export and plan, as in .* --config FILE"),
     ("frobnicate", r"invalid choice: 'frobnicate'"),
-    ("fit", r"required: loss, reward"),
+    ("fit", r"model\.loss, reward must be given, nearly always by a config: --config FILE"),
     ("fit --config nope.yaml", r"File does not exist: .*nope\.yaml"),
     ("fit --config broken.yaml", r"Problems parsing config: .* line 1, column 12"),
     ("fit --config list.yaml", r"a config must be a mapping such as .* but is: - a - b"),
     ("fit --config empty.yaml", r"a config must be a mapping such as .* but is empty"),
-    ("score --config t.yaml --ckpt_path=x", r"score goes on from the folder scoring of a run that was stopped"),
+    ("score --config t.yaml --ckpt_path=foreign.ckpt", r"score goes on from the folder scoring of a run that was stopped"),
     ("test --config t.yaml --data.source.init_args.test_fraction=0", r"FileSource has no test rows, which test needs"),
     (
         "export --config t.yaml --folder=x --form.dtype=float32",
@@ -104,7 +104,10 @@ OPTIONS = [
     ("model.model=no_tokenizer", r"cannot load a tokenizer from 'no_tokenizer'"),
     ("model.model=cut", r"cannot load the model 'cut'"),
     ("adapter.plan=other.json", r"other\.json lacks the field"),
-    ("ckpt_path=nope.ckpt", r"Checkpoint file not found: nope\.ckpt"),
+    (
+        "ckpt_path=nope.ckpt",
+        r"there is no checkpoint nope\.ckpt \(looked for .*\); give one .* such as foreign\.ckpt",
+    ),
     ("ckpt_path=foreign.ckpt", r"foreign\.ckpt cannot be read: it is no checkpoint, or damaged"),
     # data
     ("data.source.init_args.train=/nope.jsonl", r"train='/nope\.jsonl' does not exist"),

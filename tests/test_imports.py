@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": GROUND | LEAVES | {"policy", "process"},
     "callbacks": GROUND | LEAVES | {"policy", "export"},
     "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks"},
-    "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer"},
+    "remedies": GROUND,
+    "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer", "remedies"},
     "process": set(),
     "__main__": {"cli", "process", "sharding", "stopping"},
     "assets.pretrain": GROUND | LEAVES | {"policy"},  # the command that made the assets; nothing imports it

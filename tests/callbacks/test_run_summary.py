@@ -73,8 +73,7 @@ def test_all_values(model, whole):
     assert summary["loss"] == "GRPOLoss" and summary["model"] == str(model) and summary["run_folder"] == str(root)
     assert summary["seconds"] > summary["training_seconds"] > 0
     assert summary["checkpoint"] == str(root / "checkpoints" / "last.ckpt")
-    command = f"{python_command()} -m hybrid_lightning test --config {root}/config.yaml --ckpt_path {summary['checkpoint']}"
-    assert summary["next_command"] == command
+    assert summary["next_command"] == "", "from Python there is no config that a command could name"
 
 
 def test_the_screen_says_what_happened(model, sums, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What the callbacks share to show things: the console, commands to type, and a progress bar."""
 
+import json
 import os
 import shlex
 import sys
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich import get_console
@@ -86,6 +88,33 @@ def evaluation_command(trainer: Trainer, checkpoint: str) -> str:
         if _has(getattr(trainer, "datamodule", None), command, split):
             return command_line(command, "--config", config, "--ckpt_path", checkpoint)
     return ""
+
+
+def export_command(run: Path, folder: str | Path, validated: bool) -> str:
+    """The command that measures an exported policy as its run was measured: by the reward, format and data of the run's config.
+
+    Args:
+        run: Folder of the run.
+        folder: Of the export.
+        validated: Whether the run was validated, so that `validate` will run.
+
+    Returns:
+        What will run as it is; "" if there is no such config, or it has nothing to measure by.
+    """
+    config, summary = run / "config.yaml", run / "summary.json"
+    if not config.is_file():
+        return ""
+    words = shlex.split(json.loads(summary.read_text())["next_command"]) if summary.is_file() else []
+    command = next((word for word in words if word in ("test", "validate")), "validate" if validated and not words else None)
+    given: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
+    arguments = given["model"].get("init_args", {})
+    compares_alone = given["model"]["class_path"].endswith("PreferenceModule") and not arguments.get("reward")
+    if command is None or compares_alone:  # with the policy before training, which an export has not
+        return ""
+    # Of the model that was trained, and not of what came of it.
+    gone = [f"--model.{name}=null" for name in ("revision", "quantization") if arguments.get(name) is not None]
+    gone += ["--adapter.plan=null"] if given.get("adapter", {}).get("plan") is not None else []
+    return command_line(command, "--config", config, f"--model.model={folder}", *gone)
 
 
 def _has(datamodule: Any, command: str, split: str) -> bool:

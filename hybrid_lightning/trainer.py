@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 
 from hybrid_lightning.adapters.kept_scoring import SCORING, is_scoring
-from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.display import console, export_command, say
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.policy_export import policy_in_training
@@ -15,6 +15,7 @@ from hybrid_lightning.callbacks.resume import check_evaluated
 from hybrid_lightning.callbacks.run_folder import RunFolder, find_run_folder, run_folder
 from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.export.adapter_folder import AdapterFolder
 from hybrid_lightning.export.checkpoint import policy_of_checkpoint
 from hybrid_lightning.export.form import ExportForm
 from hybrid_lightning.export.merged_model import MergedModel
@@ -160,7 +161,12 @@ class Trainer(LightningTrainer):
             policy = policy_of_checkpoint(ckpt_path, dict(model.hparams), datamodule) if self.is_global_zero else None
         if policy is not None:
             write_policy(policy, form or MergedModel(), folder)
-            console().print(f"Policy written to {folder}", soft_wrap=True)
+            say(f"Policy written to {folder}")
+            if ckpt_path is not None and isinstance(form or MergedModel(), (MergedModel, AdapterFolder)):
+                validated = bool(policy.training.before or policy.training.after)
+                command = export_command(Path(ckpt_path).parent.parent, folder, validated)
+                if command:
+                    say(f"Next: {command}")
 
     def plan(
         self, model: Any, datamodule: LightningDataModule | None = None, *, flags: TrainerFlags, prompt_tokens: int | None = None

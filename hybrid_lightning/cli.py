@@ -230,7 +230,7 @@ class HybridLightningCLI(LightningCLI):
             fixed.append(RolloutProgress())
         try:
             trainer = super().instantiate_trainer(callbacks=[*fixed, *given], **kwargs)
-        except (TypeError, ValueError, MisconfigurationException) as error:  # Lightning's own checks of its flags
+        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:  # Lightning's own checks of its flags
             raise ConfigError(with_remedy(f"trainer: {error}")) from error
         assert isinstance(trainer, Trainer)
         # The config is there before the modules are scored, which may take an hour and be stopped.

@@ -13,7 +13,7 @@ from hybrid_lightning.errors import ConfigError
 # What Lightning says of the Trainer's flags -> what to give; its messages stand before it.
 _REMEDIES = (
     (
-        r"No supported gpu backend|can not run on your system",
+        r"No supported gpu backend|can not run on your system|Requirement 'torch_xla",
         "no such device is found here: give --trainer.accelerator=cpu, or auto for the best that is there",
     ),
     (r"machine only has", "give --trainer.devices=auto for all that are there, or fewer"),

@@ -158,8 +158,7 @@ def _new_folders(trainer: Trainer, made: list[Path]) -> tuple[list[Path], Versio
         new: list[Path] = []
         try:
             for parent in parents:
-                _make(parent, made)  # once more: another run may have removed it, being empty, as it had not begun
-                (parent / name).mkdir()
+                _make_version(parent / name, made)
                 new.append(parent / name)
         except FileExistsError:
             for folder in new:
@@ -167,6 +166,17 @@ def _new_folders(trainer: Trainer, made: list[Path]) -> tuple[list[Path], Versio
             continue
         return new, version
     raise AssertionError("there is no last name")
+
+
+def _make_version(folder: Path, made: list[Path]) -> None:
+    for last in (False, False, True):
+        try:
+            _make(folder.parent, made)
+            folder.mkdir()
+            return
+        except FileNotFoundError:  # another run may have removed what is above, being empty, since it had done nothing
+            if last:
+                raise
 
 
 def _make(folder: Path, made: list[Path]) -> None:

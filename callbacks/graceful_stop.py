@@ -194,6 +194,9 @@ class GracefulStop(Callback):
         if (self._training and stopped) or _reward_failed(trainer, exception):
             self._save(trainer, pl_module)
         elif stopped and trainer.is_global_zero:
+            holder = find_run_folder(trainer)
+            if holder is not None and holder.path is not None and (holder.path / SCORING).is_dir():
+                holder.keep()
             say(f"Stopped: {_go_on_from(trainer)}")
         if isinstance(exception, RunStopped):
             exception.explained = True

@@ -42,6 +42,10 @@ class RunFolder(Callback):
         self._above: list[Path] = []  # folders above them that had to be made
         self._in_use = False  # whether anything has been done that logs may tell of
 
+    def keep(self) -> None:
+        """Leave the folder where it is, whatever is in it: somebody is told to go on from there."""
+        self._in_use = True
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *given: Any) -> None:
         """Something has been done."""
         self._in_use = True

@@ -27,12 +27,9 @@ _REMEDIES = (
         "for no checkpoints give --checkpoint.save_last=false --checkpoint.save_top_k=0 instead",
     ),
 )
-# Of a file or a folder: what no change of the code would mend.
-_OF_THE_MACHINE = {
-    getattr(errno, name)
-    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOTDIR", "EISDIR", "EEXIST", "ENAMETOOLONG")
-    if hasattr(errno, name)
-}
+# What no change of the code would mend: of a disk, whose errors name no file, and of a file or folder.
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded")
 _NOT_WRITABLE = re.compile(r"\[Errno \d+\] (?:Permission denied|Operation not permitted|Read-only file system)")
 # Modules that train on different things: the config of one is none of another.
@@ -42,7 +39,9 @@ _WHOLE = {"model", "data", "trainer"}  # sections of a config that is complete b
 
 def is_of_the_machine(error: BaseException) -> bool:
     """Whether a file or folder cannot be written or read here, as where a disk is full or a folder is read-only."""
-    return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE and error.filename is not None
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in _FULL or (error.errno in _OF_THE_MACHINE and error.filename is not None)
 
 
 def with_remedy(message: str) -> str:

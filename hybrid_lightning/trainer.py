@@ -71,6 +71,8 @@ class Trainer(LightningTrainer):
                 f"ckpt_path={ckpt_path} means a checkpoint of this run, which has a new folder and none yet: give its path, such "
                 "as runs/NAME/version_0/checkpoints/last.ckpt"
             )
+        if ckpt_path == "hpc" and self._checkpoint_connector._hpc_resume_path is None:
+            raise CheckpointError("ckpt_path=hpc means what Lightning wrote for SLURM, and there is none: give a path")
         if ckpt_path is not None and ckpt_path not in ("last", "hpc", "registry"):
             require_checkpoint(ckpt_path)
 

@@ -199,6 +199,7 @@ OPTIONS = [
         r"ckpt_path=last means a checkpoint of this run, .* give its path, such as runs/NAME/version_0/checkpoints/",
     ),
     ("ckpt_path=best", r"ckpt_path=best means a checkpoint of this run"),
+    ("ckpt_path=hpc", r"ckpt_path=hpc means what Lightning wrote for SLURM, and there is none: give a path"),
     # what other loggers begin is no run
     ("trainer.logger=CSVLogger data.source.init_args.train=/nope.jsonl", r"train='/nope\.jsonl' does not exist"),
     ("trainer.logger=false data.source.init_args.train=/nope.jsonl", r"train='/nope\.jsonl' does not exist"),

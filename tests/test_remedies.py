@@ -50,11 +50,12 @@ def test_what_the_machine_refuses_is_no_mistake_of_ours(name):
     number = getattr(errno, name)
     error = OSError(number, os.strerror(number), "runs/x")
     assert is_of_the_machine(error) and "runs/x" in with_remedy(str(error))
+    assert is_of_the_machine(OSError(number, os.strerror(number))) == (name == "ENOSPC"), "a write tells of no file"
     assert ("--trainer.logger.save_dir=FOLDER" in with_remedy(str(error))) == (name in ("EACCES", "EROFS", "ENOSPC"))
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "no file is named"), OSError("x"), KeyError("x"), TimeoutError(110, "x", "y")]
+    "error", [OSError(errno.EACCES, "no file is named"), OSError("x"), KeyError("x"), TimeoutError(110, "x", "y")]
 )
 def test_other_errors_keep_their_traceback(error):
     assert not is_of_the_machine(error) and with_remedy(str(error)) == str(error)

@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hybrid_lightning.callbacks.run_folder import find_run_folder
 from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.errors import HybridLightningError
 
 Advance = Callable[[int, int | None], None]
 
@@ -124,7 +123,7 @@ def _has(datamodule: Any, command: str, split: str) -> bool:
         return datamodule is not None and is_overridden(loader, datamodule)
     try:
         datamodule.setup(command)
-    except HybridLightningError:
+    except Exception:  # whatever is wrong with rows that the run did not need must not take the place of its summary
         return False
     return True
 

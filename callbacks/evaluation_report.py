@@ -88,7 +88,7 @@ class EvaluationReport(Callback):
         path = folder / "evaluation.json"
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         if not fitting:
-            out.print(f"Written to {path} in {report['seconds']:.1f} s of evaluation", soft_wrap=True)
+            say(f"Written to {path} in {report['seconds']:.1f} s of evaluation")
 
 
 def measured_by(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:

@@ -27,7 +27,7 @@ from hybrid_lightning.adapters.planning import describe, make_plan
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
-from hybrid_lightning.callbacks.display import console, progress_bar
+from hybrid_lightning.callbacks.display import console, progress_bar, say
 from hybrid_lightning.callbacks.loggers import log_figure, log_table
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
@@ -325,7 +325,7 @@ class HybridAdapterSetup(Part, Callback):
             self._draw(plan, folder / "plan.png")
         console().print(plan.table())
         if folder is not None:
-            console().print(f"Plan written to {folder / 'plan.json'}", soft_wrap=True)
+            say(f"Plan written to {folder / 'plan.json'}")
 
     def _draw(self, plan: AdapterPlan, path: Path) -> None:
         if any(module.score is not None for module in plan.candidates):

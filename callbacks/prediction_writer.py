@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError
 
@@ -75,7 +75,7 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the file and say where it is."""
         if self._file is not None:
-            console().print(f"Predictions written to {self._file.name}", soft_wrap=True)
+            say(f"Predictions written to {self._file.name}")
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

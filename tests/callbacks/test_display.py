@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import yaml
 from cli_runs import run, write_folder
 from lightning.pytorch.callbacks import ModelCheckpoint
 from stopped_runs import FIT, MOMENTS, Sent
@@ -60,13 +59,20 @@ RUNS = {
     "preferences": ("test", ("fit", f"--config={CONFIGS}/dpo.yaml", *EMBEDDED, "--model.examples_per_step=8")),
     "own data": ("test", OWN),
     "own data without a test split": ("validate", (*OWN, "--data.source.test_fraction=0")),
-    "own data with test prompts that are all too long": (
+    "own data with test prompts that are all too long": (  # for max_prompt_tokens
         "validate",
         (*OWN, "--data.source.test_fraction=0", "--data.source.test=long.jsonl", "--data.max_prompt_tokens=8"),
     ),
-    "another place": ("test", (*OWN, "--trainer.logger.save_dir=here and there", '--trainer.logger.name=a [red] "b"')),
+    "another place": (
+        "test",
+        (
+            *OWN,
+            "--checkpoint.dirpath=my checkpoints",
+            "--trainer.logger.save_dir=here and there",
+            '--trainer.logger.name=a [red] "b"',
+        ),
+    ),
     "no logger": ("test", (*OWN, "--trainer.logger=false")),
-    "checkpoints elsewhere": ("test", (*OWN, "--checkpoint.dirpath=my checkpoints")),
 }
 
 
@@ -77,6 +83,7 @@ def test_the_next_command_runs(folder, name):
     result = run(folder, *arguments)
     assert result.code == 0, result.err[-2000:]
     assert summary_of(result, folder)["next_command"] == re.search(r"^Next: +(.+)$", result.out, re.MULTILINE)[1]
+    assert (folder / re.search(r"^Plan written to (.+)$", result.out, re.MULTILINE)[1]).is_file()
     assert typed(result, folder) == command
 
 
@@ -138,9 +145,3 @@ def test_from_python_a_stopped_run_says_which_argument_goes_on(folder, tmp_path,
         {"trainer": again, "policy": build_policy(folder / "model"), "data": data},
     )
     assert again.global_step == 2
-
-
-def test_the_config_that_is_named_is_the_runs_own(folder):
-    result = run(folder, *OWN, "--model.lr_full=0.5")
-    (arguments,) = commands(result)
-    assert yaml.safe_load((folder / arguments[2]).read_text())["model"]["init_args"]["lr_full"] == 0.5

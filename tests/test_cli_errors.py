@@ -73,6 +73,10 @@ COMMANDS = [
     ("validate --config t.yaml --trainer.logger.save_dir=file", r"the run folder cannot .* --trainer\.logger\.save_dir=FOLDER"),
     ("export --config t.yaml --folder=model", r"folder='model' is there and not empty; give a new folder"),
     ("export --config t.yaml --folder=file", r"folder='file' is a file; give a new folder"),
+    (
+        "export --config t.yaml --folder=file/new",
+        r"folder='file/new': .*/file is no folder .* written to; give a folder elsewhere",
+    ),
     ("export --config t.yaml --folder=new", r"cannot export: .* nothing was trained; give ckpt_path, or fit first"),
     ("export --config t.yaml --folder=new --ckpt_path=foreign.ckpt", r"foreign\.ckpt cannot be read: it is no checkpoint"),
     ("predict --config t.yaml --predictions.path=.", r"predictions\.path='\.' is a folder; give a file name"),

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import LOWER, OVERALL, UPPER
@@ -74,6 +74,9 @@ class EvaluationReport(Callback):
             # In a file or pipe nothing has to fit a screen.
             (out if out.is_terminal else Console(width=10_000)).print(table)
             out.print("Shares in percent, with 95% confidence intervals over problems.", soft_wrap=True)
+            if not fitting:
+                shown = ", ".join(f"{name} {value}" for name, value in measured_by(trainer, pl_module).items())
+                say(f"Measured by {shown}: numbers compare with others of the same alone.")
         if folder is None or trainer.sanity_checking:
             return
         report = {
@@ -82,13 +85,27 @@ class EvaluationReport(Callback):
             "checkpoint": None if fitting or not trainer.ckpt_path else str(trainer.ckpt_path),
             "step": trainer.global_step if fitting else None,
             "seconds": round(time.perf_counter() - self._start, 2),
+            "measured_by": measured_by(trainer, pl_module),
             "overall": scores[OVERALL],
             "sets": {name: values for name, values in scores.items() if name != OVERALL},
         }
         path = folder / "evaluation.json"
         path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         if not fitting:
-            out.print(f"Written to {path} in {report['seconds']:.1f} s of evaluation", soft_wrap=True)
+            say(f"Written to {path} in {report['seconds']:.1f} s of evaluation")
+
+
+def measured_by(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+    """What else than the policy decides about its numbers: the reward, how problems are put, and how the policy is computed.
+
+    Args:
+        trainer: Has the data and the precision.
+        pl_module: Has the rest, as far as it is one of ours.
+    """
+    parts = {"reward": getattr(pl_module, "reward", None), "format": getattr(trainer.datamodule, "format", None)}  # type: ignore[attr-defined]
+    names = {name: type(part).__name__ for name, part in parts.items() if part is not None}
+    dtype = pl_module.hparams.get("dtype")
+    return {**names, **({"dtype": str(dtype)} if dtype else {}), "precision": str(trainer.precision)}
 
 
 def check_monitors(trainer: Trainer, measured: Collection[str]) -> None:

@@ -2,13 +2,12 @@
 
 import copy
 import sys
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.adapters.kept_scoring import SCORING
-from hybrid_lightning.callbacks.display import console, resume_command
+from hybrid_lightning.callbacks.display import resume_command, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.lost_contact import lost_contact
 from hybrid_lightning.callbacks.run_folder import find_run_folder, run_folder
@@ -195,7 +194,10 @@ class GracefulStop(Callback):
         if (self._training and stopped) or _reward_failed(trainer, exception):
             self._save(trainer, pl_module)
         elif stopped and trainer.is_global_zero:
-            console().print(f"Stopped: {_go_on_from(trainer)}", soft_wrap=True)
+            holder = find_run_folder(trainer)
+            if holder is not None and holder.path is not None and (holder.path / SCORING).is_dir():
+                holder.keep()
+            say(f"Stopped: {_go_on_from(trainer)}")
         if isinstance(exception, RunStopped):
             exception.explained = True
         self._release(trainer)
@@ -203,7 +205,7 @@ class GracefulStop(Callback):
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = run_folder(trainer)
         if folder is None:
-            console().print("Stopped: fast_dev_run leaves nothing to go on from.")
+            say("Stopped: fast_dev_run leaves nothing to go on from.")
             return
         if trainer.validating:
             # The one after the last step is due at no interval.
@@ -218,7 +220,7 @@ class GracefulStop(Callback):
         path = folder / "checkpoints" / "stopped.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            console().print(f"Checkpoint saved. Go on with:\n  {resume_command(trainer, path)}", soft_wrap=True)
+            say(f"Checkpoint saved. Go on with:\n  {resume_command(trainer, path)}")
 
 
 def _place(trainer: Trainer) -> dict[str, int]:
@@ -238,7 +240,7 @@ def _go_on_from(trainer: Trainer) -> str:
     if trainer.state.fn != "fit":
         return "start the command again"
     if checkpoint:
-        return f"go on with:\n  {resume_command(trainer, Path(checkpoint))}"
+        return f"go on with:\n  {resume_command(trainer, checkpoint)}"
     holder = find_run_folder(trainer)  # which is not asked to make one now
     folder = None if holder is None else holder.path
     if folder is not None and (folder / SCORING).is_dir():

@@ -25,7 +25,7 @@ from hybrid_lightning.adapters.planning import describe, make_plan
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
-from hybrid_lightning.callbacks.display import console, progress_bar
+from hybrid_lightning.callbacks.display import console, progress_bar, say
 from hybrid_lightning.callbacks.loggers import log_figure, log_table
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
@@ -346,9 +346,9 @@ class HybridAdapterSetup(Part, Callback):
         rest = len(plan.candidates) - table.row_count
         more = f"{rest} more {'module' if rest == 1 else 'modules'}"
         if folder is not None:
-            console().print(f"Plan{f', with {more},' if rest else ''} written to {folder / 'plan.json'}", soft_wrap=True)
+            say(f"Plan{f', with {more},' if rest else ''} written to {folder / 'plan.json'}")
         elif rest:
-            console().print(f"and {more}", soft_wrap=True)
+            say(f"and {more}")
 
     def _draw(self, plan: AdapterPlan, path: Path) -> None:
         if any(module.score is not None for module in plan.candidates):

@@ -7,6 +7,7 @@ logger accepts.
 import csv
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning.fabric.utilities.logger import _convert_params, _flatten_dict, _s
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import LOWER, UPPER
 
 if TYPE_CHECKING:
@@ -174,17 +176,17 @@ def hints(trainer: Trainer, folder: Path) -> list[str]:
 
 def _hint(logger: Logger, folder: Path) -> str | None:
     if isinstance(logger, TensorBoardLogger):
-        return f"tensorboard --logdir {folder if keeps_files_in_a_version(logger) else logger.log_dir}"
+        return shlex.join(["tensorboard", "--logdir", str(folder if keeps_files_in_a_version(logger) else logger.log_dir)])
     if isinstance(logger, CSVLogger):
         return str(Path(logger.log_dir, "metrics.csv"))
     if isinstance(logger, WandbLogger):
         run = logger.experiment
-        return f"wandb sync {_from_here(Path(run.dir).parent)}" if logger._offline else run.url
+        return shlex.join(["wandb", "sync", str(_from_here(Path(run.dir).parent))]) if logger._offline else run.url
     if isinstance(logger, MLFlowLogger):
         uri = logger._tracking_uri
         if uri.startswith(_SQLITE):
             uri = f"{_SQLITE}{_from_here(Path(uri.removeprefix(_SQLITE)))}"
-        return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+        return uri if uri.startswith("http") else shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
     return None
 
 
@@ -234,7 +236,12 @@ class NamingMLFlowLogger(MLFlowLogger):
             super().__init__(**given)
             return
         # Processes may start at once, as the ranks of a run do: one makes tables and experiment, which MLflow lets all try.
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the folder of MLflow's store cannot be made: {error}; give another place by --trainer.logger.save_dir=FOLDER"
+            ) from error
         with FileLock(self._folder / ".mlflow.lock"):
             super().__init__(**given)
             if self._mlflow_client.get_experiment_by_name(self._experiment_name) is None:

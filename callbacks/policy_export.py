@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 
-from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import measured
@@ -101,7 +101,7 @@ class PolicyExport(Callback):
             policy = policy_in_training(trainer, pl_module)
             if policy is not None:
                 target = write_policy(policy, self.form, folder / f"step={trainer.global_step}")
-                console().print(written(policy, self.form, target), soft_wrap=True)
+                say(written(policy, self.form, target))
             trainer.strategy.barrier("PolicyExport")
 
 

@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError
 
@@ -35,7 +36,7 @@ class PredictionWriter(Callback):
         """Have the run folder made, and find out before anything is loaded that a file is there.
 
         Raises:
-            ConfigError: If one of any process is, on each of them, so that none waits for another.
+            ConfigError: If one of any process is, on each of them, so that none waits for another; or none can be made there.
         """
         if stage != "predict":
             return
@@ -44,6 +45,9 @@ class PredictionWriter(Callback):
         for path in paths:
             if path.exists():
                 raise ConfigError(f"predictions.path: {path} exists; give another path, or remove it")
+            above = next(folder for folder in path.absolute().parents if folder.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                raise ConfigError(f"predictions.path={self.path}: {above} is no folder that can be written to; give another path")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file before anything is generated."""
@@ -71,7 +75,7 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the file and say where it is."""
         if self._file is not None:
-            console().print(f"Predictions written to {self._file.name}", soft_wrap=True)
+            say(f"Predictions written to {self._file.name}")
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -64,7 +64,8 @@ def earlier_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> d
 def described(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Class and arguments, and where one was left out the part that the constructor chose."""
     arguments = {**_defaults(type(instance)), **arguments}
-    chosen = {name: getattr(instance, name, None) for name, value in arguments.items() if value is None}
+    # Not by getattr: the data module has properties of such names, which would format the test split.
+    chosen = {name: vars(instance).get(name) for name, value in arguments.items() if value is None}
     arguments |= {name: part for name, part in chosen.items() if isinstance(part, Part)}
     return {"class_path": _path(type(instance)), "init_args": _plain(arguments)}
 

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
-from hybrid_lightning.callbacks.display import console, test_command
+from hybrid_lightning.callbacks.display import console, evaluation_command, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.loggers import hints, log_numbers, show_hyperparameters
 from hybrid_lightning.callbacks.run_folder import run_folder
@@ -21,7 +21,11 @@ class RunSummary(Callback):
 
     The accuracy before training is that of Lightning's sanity check when it covers all of the validation data
     (`num_sanity_val_steps: -1`); a resumed run takes it from the checkpoint. If training does not end with a validation, one is
-    made. With validation switched off both are null. Where the time went is there if a `StepTimer` stands before this callback.
+    made. With validation switched off both are null; so is, before training, what compares the policy with its start: DPO's
+    `rewards/accuracies`, for which loggers get 0 there, as TRL has it. Where the time went is there if a `StepTimer` stands
+    before this callback.
+
+    `next_command` will run as it is, or is empty: as for a run that was made in Python, for which there is no config.
 
     Loggers get the accuracy (of supervised and preference training the loss) before and after as scalars of their own,
     `summary/accuracy_before` and so on: with the reward, they are the results on TensorBoard's page of hyperparameters.
@@ -61,6 +65,8 @@ class RunSummary(Callback):
         if all(checked >= total for checked, total in zip(loaders, trainer.num_val_batches, strict=True)):
             self._before = _validation_metrics(trainer)
             log_numbers(trainer, self._before, step=0)
+            for name in _shares_ahead(pl_module) & self._before.keys():
+                del self._before[name]
             self._print_validation(trainer, "start", self._before)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,11 +133,11 @@ class RunSummary(Callback):
             "trainable_share": round(trainable / base, 6),
             "loss": type(getattr(pl_module, "loss", None)).__name__,
             "model": str(pl_module.hparams.get("model", "")),
-            "validation": {"before": self._before, "after": after},
+            "validation": {"before": {**self._before, **dict.fromkeys(_shares_ahead(pl_module) & after.keys())}, "after": after},
             "changes": [] if adapter is None else adapter.resume.record(),  # at resumes
             "run_folder": str(folder),
             "checkpoint": str(last),
-            "next_command": test_command(trainer, last) if last else "",
+            "next_command": evaluation_command(trainer, last) if last and trainer.is_global_zero else "",
         }
 
     def _print_validation(self, trainer: Trainer, when: str, metrics: dict[str, float]) -> None:
@@ -158,13 +164,14 @@ class RunSummary(Callback):
         table.add_row("time", _time(summary))
         if summary["throughput"]:
             table.add_row("speed", _speed(summary["throughput"]))
-        out = console()
-        out.print(table)
-        out.print(f"Run folder: {summary['run_folder']}", soft_wrap=True)
-        for curve in curves:
-            out.print(f"Curves:     {curve}", soft_wrap=True)
+        console().print(table)
+        lines = [f"Run folder: {summary['run_folder']}", *(f"Curves:     {curve}" for curve in curves)]
         if summary["next_command"]:
-            out.print(f"Next:       {summary['next_command']}", soft_wrap=True)
+            lines.append(f"Next:       {summary['next_command']}")
+        elif summary["checkpoint"]:
+            lines.append(f"Checkpoint: {summary['checkpoint']}")
+        for line in lines:
+            say(line)
 
 
 def _validation_metrics(trainer: Trainer) -> dict[str, float]:
@@ -181,6 +188,11 @@ def _measures(pl_module: LightningModule) -> dict[str, str]:
     if _samples(pl_module):
         return measures
     return {"loss": "val/loss"} | (measures if getattr(pl_module, "reward", None) is not None else {})
+
+
+def _shares_ahead(pl_module: LightningModule) -> set[str]:
+    """Metrics that compare with the start policy, and so tell nothing of it."""
+    return {f"val/{name}" for name in getattr(getattr(pl_module, "loss", None), "shares_ahead", ())}
 
 
 def _results(pl_module: LightningModule, when: str, metrics: dict[str, float]) -> dict[str, float]:
@@ -209,8 +221,8 @@ def _loss_changes(before: dict[str, float], after: dict[str, float]) -> dict[str
     if "val/loss" in after:
         first = f"{before['val/loss']:.4f}" if "val/loss" in before else "not measured"
         changes["held-out loss"] = f"{first} -> {after['val/loss']:.4f}"
-    if "val/rewards/accuracies" in after:
-        changes["preferred as chosen"] = _change(before.get("val/rewards/accuracies"), after["val/rewards/accuracies"])
+    if "val/rewards/accuracies" in after:  # against the start policy, so that there is nothing before
+        changes["preferred as chosen"] = f"{after['val/rewards/accuracies']:.1%} of pairs, more than at the start (chance: 50%)"
     return changes
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
 from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import hybrid_lightning.adapters.scorers
 import hybrid_lightning.adapters.sketch
@@ -36,7 +37,7 @@ from hybrid_lightning.callbacks import (
     TensorBoardOverview,
 )
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
-from hybrid_lightning.callbacks.run_folder import run_folder
+from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
 from hybrid_lightning.cli_help import ShowHelp, help_asked_last
 from hybrid_lightning.cli_parser import Parser, cause_of, print_error, unwrapped
 from hybrid_lightning.data import PromptDataModule
@@ -47,6 +48,7 @@ from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.preference import PreferenceModule  # noqa: F401  (as above)
 from hybrid_lightning.policy.stepped import SteppedModule
 from hybrid_lightning.policy.supervised import SupervisedModule  # noqa: F401  (as above)
+from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import Trainer
 
@@ -86,11 +88,13 @@ class HybridLightningCLI(LightningCLI):
     def __init__(self, signals: StopSignals | None = None, **kwargs: Any) -> None:
         self._signals = signals or StopSignals()
         arguments = kwargs.get("args") or sys.argv[1:]
-        first = arguments[0] if isinstance(arguments, list) and arguments else None
+        arguments = arguments if isinstance(arguments, list) else None
+        first = arguments[0] if arguments else None
         # Making a command's options takes long. It nearly always comes first; behind an option such as --config it may be any.
         behind = first is not None and first.startswith("-") and first not in ("-h", "--help")
-        anywhere = behind or not isinstance(arguments, list)
+        anywhere = behind or arguments is None
         self._made = {name for name in self.subcommands() if anywhere or name == first}
+        check_whole_configs(arguments or [])
         super().__init__(
             LanguageModule,
             PromptDataModule,
@@ -165,8 +169,8 @@ class HybridLightningCLI(LightningCLI):
             fixed.append(RolloutProgress())
         try:
             trainer = super().instantiate_trainer(callbacks=[*fixed, *given], **kwargs)
-        except (TypeError, ValueError) as error:  # Lightning's own checks of its flags
-            raise ConfigError(f"trainer: {error}") from error
+        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:  # Lightning's own checks of its flags
+            raise ConfigError(with_remedy(f"trainer: {error}")) from error
         assert isinstance(trainer, Trainer)
         # The config is there before the modules are scored, which may take an hour and be stopped.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, (StepTimer, SaveRunConfig)))  # type: ignore[attr-defined]
@@ -190,6 +194,14 @@ class HybridLightningCLI(LightningCLI):
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # Lightning's own table, of what EvaluationReport shows
         return parser
+
+    def after_instantiate_classes(self) -> None:
+        """Find out what would end the run later."""
+        assert isinstance(self.trainer, Trainer)
+        if self.subcommand != "plan":
+            self.trainer.check_checkpoint(self._get(self.config_init, "ckpt_path"))
+        if self.subcommand not in ("export", "plan"):
+            check_run_folder(self.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Find what is wrong with data, reward and settings, and only then load the model, which takes longest.
@@ -248,7 +260,7 @@ def main(signals: StopSignals | None = None) -> None:
         cause = cause_of(error)
         if cause is None and not signals.requested:  # not foreseen: the traceback is needed, of what was raised first
             raise unwrapped(error)  # noqa: B904
-        print_error(str(cause or error))
+        print_error(with_remedy(str(cause or error)))
         signals.check()  # which may be why: another rank has gone, or a library gave up
         sys.exit(1)
 

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hybrid_lightning.errors import HybridLightningError
+from hybrid_lightning.remedies import is_of_the_machine, with_remedy
 
 # What jsonargparse says -> what a reader of one line can use.
 _REWRITES = (
@@ -32,6 +33,19 @@ _REWRITES = (
     (r"^Unexpected config:\s*$", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is empty"),
     (r"^Unexpected config:\s*", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is: "),
     (r'(Parser key "\S+":)\s*(?:-\s+)+', r"\1 "),
+    (
+        r'expected "subcommand" to be one of .*',
+        r"no command is given; there are fit, validate, test, predict, score, export and plan, as in python -m hybrid_lightning "
+        r"fit --config FILE; --help says what each does",
+    ),
+    (
+        r"Option \S+ is not accepted before subcommand '(\w+)'",
+        r"a config stands behind the command, whose options it has: python -m hybrid_lightning \1 --config FILE",
+    ),
+    (
+        r"the following arguments are required: (loss|reward|loss, reward)$",
+        r"model.\1 must be given, nearly always by a config: --config FILE, such as configs/gspo.yaml of the source tree",
+    ),
     (
         r"(?:Import path (\S+) does not correspond to a subclass of RewardFunction|Unexpected import path format: (\S+\.py:\w+))",
         r"\1\2 is no class derived from RewardFunction; a function is given by class_path FunctionReward with function: \1\2",
@@ -113,7 +127,7 @@ class Parser(LightningArgumentParser):
         if refused and self.part is not None and not self.exit_on_error:
             raise Refusal(self.part, refused[1], [action.dest for action in self._actions if action.dest != "help"])
         cause = cause_of(ex)
-        print_error(self._readable(message, ex) if cause is None else str(cause))
+        print_error(self._readable(message, ex) if cause is None else with_remedy(str(cause)))
         sys.exit(2)
 
     def _readable(self, message: str, ex: Exception | None) -> str:
@@ -260,7 +274,7 @@ def suggestion(name: str, names: Iterable[str], shown: str = "{}") -> str:
 def cause_of(error: BaseException | None) -> BaseException | None:
     """The error in a chain that was raised for the user; jsonargparse wraps what a constructor raises."""
     while error is not None:
-        if isinstance(error, (HybridLightningError, MisconfigurationException, FileNotFoundError)):
+        if isinstance(error, (HybridLightningError, MisconfigurationException, FileNotFoundError)) or is_of_the_machine(error):
             return error
         error = error.__cause__
     return None

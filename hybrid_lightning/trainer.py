@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hybrid_lightning.adapters.kept_scoring import SCORING, is_scoring
-from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.display import console, export_command, say
 from hybrid_lightning.callbacks.evaluation_report import check_monitors
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
@@ -18,6 +18,7 @@ from hybrid_lightning.callbacks.run_folder import RunFolder, find_run_folder, ru
 from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.export.adapter_folder import AdapterFolder
 from hybrid_lightning.export.checkpoint import policy_of_checkpoint
 from hybrid_lightning.export.form import ExportForm
 from hybrid_lightning.export.merged_model import MergedModel
@@ -27,7 +28,7 @@ from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
 from hybrid_lightning.memory.table import notes, rich_table, title
 from hybrid_lightning.policy.stepped import SteppedModule
-from hybrid_lightning.sharding.whole_files import read_content
+from hybrid_lightning.sharding.whole_files import read_content, require_checkpoint
 
 _STAGES = {
     "fit": TrainerFn.FITTING,
@@ -49,6 +50,8 @@ class Trainer(LightningTrainer):
     earlier_scoring: Path | None = None  # of a run that was stopped while it scored the modules
 
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        if ckpt_path is not None:
+            require_checkpoint(ckpt_path)
         if ckpt_path is not None and is_scoring(ckpt_path):
             if self.state.fn != "fit":
                 raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found: it is for fit and score")
@@ -63,6 +66,27 @@ class Trainer(LightningTrainer):
         if find_run_folder(self) is None:
             self.callbacks.insert(0, RunFolder())  # type: ignore[attr-defined]
         return super()._run(model, ckpt_path, weights_only)
+
+    def check_checkpoint(self, ckpt_path: str | None) -> None:
+        """Find out whether there is a checkpoint, before anything is loaded; the command line does so.
+
+        Args:
+            ckpt_path: As given; None for none.
+
+        Raises:
+            CheckpointError: If there is nothing, or it is a word by which Lightning means a checkpoint of an earlier `fit` of the
+                same Trainer, which a command does not have.
+        """
+        folder = getattr(self.checkpoint_callback, "dirpath", None)
+        if ckpt_path == "best" or (ckpt_path == "last" and folder is None):
+            raise CheckpointError(
+                f"ckpt_path={ckpt_path} means a checkpoint of this run, which has a new folder and none yet: give its path, such "
+                "as runs/NAME/version_0/checkpoints/last.ckpt"
+            )
+        if ckpt_path == "hpc" and self._checkpoint_connector._hpc_resume_path is None:
+            raise CheckpointError("ckpt_path=hpc means what Lightning wrote for SLURM, and there is none: give a path")
+        if ckpt_path is not None and ckpt_path not in ("last", "hpc", "registry"):
+            require_checkpoint(ckpt_path)
 
     def _teardown(self) -> None:
         super()._teardown()
@@ -187,6 +211,7 @@ class Trainer(LightningTrainer):
         """
         if self.is_global_zero:
             check_target(Path(folder))
+        self.check_checkpoint(ckpt_path)
         if ckpt_path is None:
             policy = policy_in_training(self, model)
         else:
@@ -197,7 +222,12 @@ class Trainer(LightningTrainer):
         if policy is not None:
             form = form or MergedModel()
             write_policy(policy, form, folder)
-            console().print(written(policy, form, folder), soft_wrap=True)
+            say(written(policy, form, folder))
+            if ckpt_path is not None and isinstance(form, (MergedModel, AdapterFolder)):
+                validated = bool(policy.training.before or policy.training.after)
+                command = export_command(Path(ckpt_path).parent.parent, folder, validated)
+                if command:
+                    say(f"Next: {command}")
 
     def plan(
         self, model: Any, datamodule: LightningDataModule | None = None, *, flags: TrainerFlags, prompt_tokens: int | None = None

@@ -3,12 +3,17 @@
 What is found before a model is loaded is in `test_checked_before_loading.py`.
 """
 
+import errno
+import os
 import re
 import shutil
 
 import pytest
 from cli_runs import run, write_folder
 from tiny_runs import write_model
+
+from hybrid_lightning.callbacks import HybridAdapterSetup, RunSummary
+from hybrid_lightning.cli import HybridLightningCLI
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +32,11 @@ def write_bad_files(folder):
         "no_answer.jsonl": "\n".join(f'{{"question": "{i}"}}' for i in range(30)),
         "other.json": '{"a": 1}',
         "foreign.ckpt": "hello",
+        "file": "",
+        "semicolons.csv": "question;answer\n1+1;2\n",
+        "rows.txt": "1+1 2",
+        "broken.parquet": "no parquet",
+        "words.csv": "question,answer\n" + "".join(f"{n}+1,many apples\n" for n in range(40)),
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
@@ -40,25 +50,51 @@ def write_bad_files(folder):
 
 
 COMMANDS = [
-    ("", r"expected \"subcommand\" to be one of \{fit,validate,test,predict,score, \.\.\.\}"),
+    ("", r"no command is given; there are fit, validate, test, predict, score, export and plan, as in .* --config FILE"),
     ("frobnicate", r"invalid choice: 'frobnicate'"),
-    ("fit", r"required: loss, reward"),
+    ("fit", r"model\.loss, reward must be given, nearly always by a config: --config FILE"),
     ("fit --config nope.yaml", r"File does not exist: .*nope\.yaml"),
     ("fit --config broken.yaml", r"Problems parsing config: .* line 1, column 12"),
     ("fit --config list.yaml", r"a config must be a mapping such as .* but is: - a - b"),
     ("fit --config empty.yaml", r"a config must be a mapping such as .* but is empty"),
-    ("score --config t.yaml --ckpt_path=x", r"score goes on from the folder scoring of a run that was stopped"),
+    ("score --config t.yaml --ckpt_path=foreign.ckpt", r"score goes on from the folder scoring of a run that was stopped"),
+    ("test --config t.yaml --data.source.init_args.test_fraction=0", r"FileSource has no test rows, which test needs"),
     (
         "export --config t.yaml --folder=x --form.dtype=float32",
         r"before its argument dtype say which ExportForm, as in --form MergedModel",
     ),
+    (
+        "predict --config t.yaml --predictions.path=file/p.jsonl",
+        r"predictions\.path=file/p\.jsonl: .*/file is no folder .* another",
+    ),
+    ("predict --config t.yaml --predictions.path=file", r"predictions\.path: file exists; give another path, or remove it"),
+    ("--config t.yaml fit", r"a config stands behind the command.*: python -m hybrid_lightning fit --config FILE"),
+    ("fit t.yaml", r"unrecognized arguments: t\.yaml; a config is given as --config t\.yaml"),
+    ("fit --trainer.max_steps=3", r"model\.loss, reward must be given, nearly always by a config: --config FILE"),
+    ("validate --config t.yaml --data.source.init_args.validation_fraction=0", r"has no validation rows, which validate needs"),
+    ("validate --config t.yaml --trainer.logger.save_dir=file", r"the run folder cannot .* --trainer\.logger\.save_dir=FOLDER"),
+    ("export --config t.yaml --folder=model", r"folder='model' is there and not empty; give a new folder"),
+    ("export --config t.yaml --folder=file", r"folder='file' is a file; give a new folder"),
+    (
+        "export --config t.yaml --folder=file/new",
+        r"folder='file/new': .*/file is no folder .* written to; give a folder elsewhere",
+    ),
+    ("export --config t.yaml --folder=new", r"cannot export: .* nothing was trained; give ckpt_path, or fit first"),
+    ("export --config t.yaml --folder=new --ckpt_path=foreign.ckpt", r"foreign\.ckpt cannot be read: it is no checkpoint"),
     ("predict --config t.yaml --predictions.path=.", r"predictions\.path='\.' is a folder; give a file name"),
 ]
 
 
+def content(folder):
+    """All that is in a folder, but for what Python makes of modules."""
+    return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
 @pytest.mark.parametrize(("command", "message"), COMMANDS)
 def test_wrong_commands(folder, command, message):
+    before = content(folder)
     assert_refused(run(folder, *command.split()), message)
+    assert content(folder) == before, "a command that has done nothing leaves nothing"
 
 
 def assert_refused(result, message):
@@ -97,12 +133,73 @@ OPTIONS = [
     ("model.model=no_tokenizer", r"cannot load a tokenizer from 'no_tokenizer'"),
     ("model.model=cut", r"cannot load the model 'cut'"),
     ("adapter.plan=other.json", r"other\.json lacks the field"),
-    ("ckpt_path=nope.ckpt", r"Checkpoint file not found: nope\.ckpt"),
+    (
+        "ckpt_path=nope.ckpt",
+        r"there is no checkpoint nope\.ckpt \(looked for .*\); give one .* such as foreign\.ckpt",
+    ),
     ("ckpt_path=foreign.ckpt", r"foreign\.ckpt cannot be read: it is no checkpoint, or damaged"),
     # data
     ("data.source.init_args.train=empty.jsonl", r"train='empty\.jsonl' has no rows"),
     ("data.source.init_args.train=no_answer.jsonl", r"no_answer\.jsonl has no column 'answer'.* the columns are question"),
     ("data.source.init_args.train=latin.jsonl", r"train='latin\.jsonl' cannot be read: .*utf-8"),
+    ("data.format=ChatFormat", r"the tokenizer has no chat template; set model\.chat_template"),
+    ("data.max_prompt_tokens=2", r"all 24 train prompts are longer than max_prompt_tokens=2"),
+    ("data.source.init_args.train=semicolons.csv", r"semicolons\.csv has no column 'answer'.* the columns are question;answer"),
+    ("data.source.init_args.train=rows.txt", r"train='rows\.txt' has an unknown file type: its name must end in one of \.csv"),
+    ("data.source.init_args.train=broken.parquet", r"broken\.parquet is no readable Parquet file"),
+    ("data.source.init_args.train=words.csv model.reward=MathMatch", r"reference answer 'many apples' of words\.csv row \d+"),
+    ("data.source.init_args.question_column=q", r"sums\.jsonl has no column 'q': correct question_column; the columns are"),
+    ("data.eval_batch_size=0", r"eval_batch_size=0: give at least 1"),
+    # numbers
+    ("trainer.max_steps=-5", r"trainer: `max_steps` must be a non-negative integer or -1"),
+    ("trainer.max_steps=abc", r'"trainer\.max_steps": expected int\. Got value: abc'),
+    ("trainer.limit_train_batches=-1", r"trainer: .*invalid value -1 for limit_train_batches, it has to be in"),
+    ("model.sampler.temperature=-1", r"sampler\.temperature must be positive, got -1\.0"),
+    ("model.samples_per_prompt=1", r"samples_per_prompt=1: .* set samples_per_prompt to 2 or more"),
+    ("adapter.rank=0", r"rank=0: LoRA needs a rank of at least 1"),
+    # devices
+    (
+        "trainer.accelerator=tpu",
+        r"trainer: .*(torch_xla.*not met|can not run on your system).*; .*give --trainer\.accelerator=cpu",
+    ),
+    ("trainer.accelerator=abacus", r"trainer: .*invalid accelerator name: .*abacus.*Available names are: "),
+    ("trainer.devices=0", r"trainer: .*devices='0'.* give --trainer\.devices=1, or auto"),
+    ("trainer.devices=[0,1]", r"trainer: `devices` selected with .* give --trainer\.devices=1, or auto"),
+    ("trainer.strategy=fsdp", r"strategy `fsdp` requires a GPU .*; give --trainer\.accelerator=gpu on a machine that has one"),
+    # places
+    ("trainer.logger.save_dir=file", r"run folder cannot .*'file/default'; give .* by --trainer\.logger\.save_dir=FOLDER"),
+    (
+        "trainer.logger.save_dir=file/x",
+        r"run folder cannot .*'file/x.*'; give another place by --trainer\.logger\.save_dir=FOLDER",
+    ),
+    (
+        "trainer.logger.save_dir=/proc/x",
+        r"run folder cannot .*'/proc/x'; give another place by --trainer\.logger\.save_dir=FOLDER",
+    ),
+    (
+        "trainer.logger=CSVLogger trainer.logger.save_dir=file",
+        r"run folder cannot .*; give another place by --trainer\.logger\.save",
+    ),
+    (
+        "trainer.logger=MLFlowLogger trainer.logger.save_dir=file",
+        r"MLflow's store cannot .*'file'; give another place by --trainer",
+    ),
+    (
+        "trainer.logger=false trainer.default_root_dir=file",
+        r"run folder cannot .*; give .* by --trainer\.default_root_dir=FOLDER",
+    ),
+    ("checkpoint.dirpath=file/x", r"checkpoints' folder cannot be made .*; give --checkpoint\.dirpath=FOLDER another one"),
+    ("trainer.enable_checkpointing=false", r"for no checkpoints give --checkpoint\.save_last=false --checkpoint\.save_top_k=0"),
+    (
+        "ckpt_path=last",
+        r"ckpt_path=last means a checkpoint of this run, .* give its path, such as runs/NAME/version_0/checkpoints/",
+    ),
+    ("ckpt_path=best", r"ckpt_path=best means a checkpoint of this run"),
+    ("ckpt_path=hpc", r"ckpt_path=hpc means what Lightning wrote for SLURM, and there is none: give a path"),
+    # what other loggers begin is no run
+    ("trainer.logger=CSVLogger data.source.init_args.train=/nope.jsonl", r"train='/nope\.jsonl' does not exist"),
+    ("trainer.logger=false data.source.init_args.train=/nope.jsonl", r"train='/nope\.jsonl' does not exist"),
+    ("adapter.budget.share=1 model.reward=my_parts.Raising", r"reward Raising .* raised ZeroDivisionError"),
     # rewards
     ("model.reward=my_parts.Raising", r"reward Raising .* raised ZeroDivisionError: .*sums\.jsonl row \d+ with completion '"),
 ]
@@ -110,7 +207,58 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS, ids=[options for options, _ in OPTIONS])
 def test_wrong_options(folder, options, message):
+    before = content(folder)
     assert_refused(run(folder, "fit", "--config", "t.yaml", *(f"--{option}" for option in options.split())), message)
+    left = content(folder) - before
+    assert not left or any(path.name == "scores.json" for path in left), "a command that has done nothing leaves nothing"
+
+
+def test_what_has_been_scored_stays(folder):
+    """A reward that fails can be mended, and the run go on from the completions that there are."""
+    name = "--trainer.logger.init_args.name=kept"
+    result = run(folder, "fit", "--config", "t.yaml", "--model.reward=my_parts.Raising", name)
+    assert_refused(result, r"reward Raising .* raised ZeroDivisionError: .*sums\.jsonl row \d+ with completion '")
+    root = folder / "runs" / "kept" / "version_0"
+    assert (root / "scoring" / "completions-0.pt").is_file() and (root / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "export"])
+def test_a_checkpoint_that_is_not_there(folder, command):
+    near = folder / "elsewhere" / "version_3" / "checkpoints" / "last.ckpt"
+    near.parent.mkdir(parents=True, exist_ok=True)
+    near.touch()
+    beside = f"--ckpt_path={near.with_name('best.ckpt').relative_to(folder)}"
+    out = ["--folder=exported"] if command == "export" else []
+    before = content(folder)
+    message = (
+        r"no checkpoint elsewhere/.*best\.ckpt .*; give one that is there, such as elsewhere/version_3/checkpoints/last\.ckpt"
+    )
+    assert_refused(run(folder, command, "--config", "t.yaml", beside, *out), message)
+    assert content(folder) == before
+
+
+def test_the_commands_that_are_named_are_all(folder):
+    named = re.search(r"there are (.*), as in", run(folder).last)[1]
+    assert set(re.split(r", | and ", named)) == set(HybridLightningCLI.subcommands())
+
+
+def test_a_run_that_is_interrupted_before_it_has_done_anything_leaves_nothing(folder, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HybridAdapterSetup, "setup", interrupt)
+    before = content(folder)
+    assert run(folder, "fit", "--config", "t.yaml", "--trainer.logger.init_args.name=interrupted").code != 0
+    assert content(folder) == before
+
+
+def test_a_full_disk_is_one_line(folder, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/default/version_0/summary.json")
+
+    monkeypatch.setattr(RunSummary, "_summary", full)
+    result = run(folder, "fit", "--config", "t.yaml", "--trainer.max_steps=1", "--trainer.logger.init_args.name=full")
+    assert_refused(result, r"No space left on device: '.*summary\.json'; make room, or give another place by --trainer\.logger")
 
 
 def test_a_checkpoint_of_another_model_is_refused(folder):

@@ -24,9 +24,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": GROUND | LEAVES | {"policy", "process"},
     "callbacks": GROUND | LEAVES | {"policy", "export"},
     "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks"},
-    "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer", "cli_help", "cli_parser"},
+    "remedies": GROUND,
+    "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer", "cli_help", "cli_parser", "remedies"},
     "cli_help": GROUND | {"cli_parser"},
-    "cli_parser": GROUND,
+    "cli_parser": GROUND | {"remedies"},
     "process": set(),
     "__main__": {"cli", "process", "sharding", "stopping"},
     "assets.pretrain": GROUND | LEAVES | {"policy"},  # the command that made the assets; nothing imports it

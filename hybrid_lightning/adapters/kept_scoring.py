@@ -24,7 +24,8 @@ from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.stopping import StopSignals
 
 SCORING = "scoring"  # of this name in the run folder
-_SETTINGS, _GRADIENTS, _SCORES = "settings.json", "gradients.pt", "scores.json"
+SETTINGS = "settings.json"  # in it from the start
+_GRADIENTS, _SCORES = "gradients.pt", "scores.json"
 # Sums of gradients are as large as the modules: they are written when the run is stopped, and beside so often that it takes no
 # more than this share of the time.
 _EVERY_S, _SHARE = 300.0, 0.05
@@ -32,7 +33,7 @@ _EVERY_S, _SHARE = 300.0, 0.05
 
 def is_scoring(path: str | Path) -> bool:
     """Whether a folder holds what scoring has found."""
-    return (Path(path) / _SETTINGS).is_file()
+    return (Path(path) / SETTINGS).is_file()
 
 
 class KeptScoring:
@@ -55,7 +56,7 @@ class KeptScoring:
             for file in sorted(earlier.iterdir()) if earlier is not None else ():
                 _link(file, folder / file.name)
             self._source = folder
-        self._settings: dict[str, Any] = self._read_json(_SETTINGS)
+        self._settings: dict[str, Any] = self._read_json(SETTINGS)
         self.scores: dict[str, float] = self._read_json(_SCORES)
         self._next = time.monotonic() + _EVERY_S
 
@@ -76,7 +77,7 @@ class KeptScoring:
                     "the same, or start a new run without ckpt_path"
                 )
         self._settings |= plain
-        self._write(_SETTINGS, lambda path: path.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8"))
+        self._write(SETTINGS, lambda path: path.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8"))
 
     def recall(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What is kept of this name, or else what is made now, and kept.

@@ -32,6 +32,8 @@ class AdvantageEstimator(Part, ABC):
         [0.0, -1.0]
     """
 
+    divides_by_group_std = False  # so that prompts whose completions hardly differ weigh more; see `PolicyLoss.takes_group_std`
+
     @abstractmethod
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages of the rewards `groups`, both [P, G] with G at least 2; float32 or float64."""

@@ -28,6 +28,8 @@ class PerRewardAdvantage(AdvantageEstimator):
         ConfigError: if `eps` is not positive.
     """
 
+    divides_by_group_std = True
+
     def __init__(self, eps: float = 1e-4) -> None:
         self.eps = positive(eps, type(self).__name__)
 

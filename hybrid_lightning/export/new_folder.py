@@ -14,13 +14,16 @@ def check_target(target: Path) -> None:
     """Make sure that nothing would be overwritten.
 
     Raises:
-        ConfigError: If the target is a file, or a folder that holds something.
+        ConfigError: If the target is a file, a folder that holds something, or below what cannot be written to.
     """
     if target.is_dir():
         if next(target.iterdir(), None) is not None:
             raise ConfigError(f"folder={str(target)!r} is there and not empty; give a new folder, or remove this one")
     elif target.exists() or target.is_symlink():
         raise ConfigError(f"folder={str(target)!r} is a file; give a new folder")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"folder={str(target)!r}: {above} is no folder that can be written to; give a folder elsewhere")
 
 
 @contextmanager
@@ -40,9 +43,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     target = target.absolute()
     check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}.partial")
-    partial.mkdir()
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"folder={str(target)!r} cannot be made: {error}; give a folder elsewhere") from error
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:

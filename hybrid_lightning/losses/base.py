@@ -61,6 +61,8 @@ class PolicyLoss(Part, ABC):
         [[-0.25, -0.25], [0.5, 0.0]]
     """
 
+    takes_group_std = True  # whether the method's advantages may be divided by the standard deviation of their group
+
     def __init__(self, kl_coef: float = 0.0, kl_importance_weight: bool = False, entropy_coef: float = 0.0) -> None:
         name = type(self).__name__
         if not (math.isfinite(kl_coef) and kl_coef >= 0):

@@ -25,8 +25,11 @@ from hybrid_lightning.types import LossInputs
 class DrGRPOLoss(TokenClippedLoss):
     """Clipped surrogate with one importance ratio a token, sum over tokens / (sequences x longest possible completion).
 
-    Arguments and errors are those of `TokenClippedLoss`.
+    Arguments and errors are those of `TokenClippedLoss`. A `PolicyModule` warns if its advantages are divided by the standard
+    deviation of the group.
     """
+
+    takes_group_std = False
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
         """Mean over all positions that the completions of the optimizer step could have filled.

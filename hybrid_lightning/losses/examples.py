@@ -24,6 +24,8 @@ class ExampleLoss(Part, ABC):
     """Base class of losses of given completions."""
 
     rows_per_example = 1  # R
+    # Shares of examples of which the policy is ahead of the start policy, which says nothing while it still is the start policy.
+    shares_ahead: tuple[str, ...] = ()
 
     @property
     def needs_reference(self) -> bool:
@@ -116,6 +118,7 @@ class DPOLoss(ExampleLoss):
     """
 
     rows_per_example = 2
+    shares_ahead = ("rewards/accuracies",)
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
         if not 0 < beta < float("inf"):

@@ -127,7 +127,7 @@ class PolicyModule(CalibratedModule):
         self.advantage = advantage or GroupAdvantage()
         self.correction, self.token_mask = correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
-        self._warned_of_ties = False
+        self._warned_of_ties = self._warned_of_std = False
         self.eval_samples, self.seed = eval_samples, seed
         self._train_with(optimizer, lr_full, lr_lora, schedule, max_tokens_per_micro_batch)
         self._load(
@@ -213,4 +213,13 @@ class PolicyModule(CalibratedModule):
         for term, _ in self.reward.terms():
             term.check_length(self.sampler.max_new_tokens)
         if self.trainer.state.fn == "fit":
+            self._warn_of_std()
             self.rollout_schedule.check_split(self.trainer.accumulate_grad_batches, self.trainer.world_size)
+
+    def _warn_of_std(self) -> None:
+        if self.advantage.divides_by_group_std and not self.loss.takes_group_std and not self._warned_of_std:
+            self._warned_of_std = True  # these checks come several times
+            rank_zero_warn(
+                f"{type(self.loss).__name__} is meant for advantages that are not divided by the standard deviation of their "
+                f"group, as those of {type(self.advantage).__name__} are; give --model.advantage=GroupMeanAdvantage"
+            )

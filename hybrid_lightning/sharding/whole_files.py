@@ -15,6 +15,8 @@ from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.sharding.in_place import discard, part_of, put_in_place, remove, replaced_by
 from hybrid_lightning.sharding.sharded_folder import is_folder, read_folder, read_meta
 
+_SHOWN = 4  # checkpoints that an error names
+
 
 class WholeFiles(TorchCheckpointIO):
     """Writes beside the file, waits for the disk, then renames; and reads the folders of sharded checkpoints, too.
@@ -81,6 +83,28 @@ def is_there(path: str | Path) -> bool:
             f"{replaced_by(path)} to {path.name}"
         )
     return path.exists()
+
+
+def require_checkpoint(path: str | Path) -> None:
+    """Make sure that there is something at the path of a checkpoint; what is not on this machine is left to Lightning.
+
+    Raises:
+        CheckpointError: If there is nothing; it names checkpoints that lie near.
+    """
+    if not _is_local_file_protocol(path) or is_there(path):
+        return
+    path = Path(path)
+    place = next(folder for folder in path.absolute().parents if folder.is_dir())
+    found = sorted(_checkpoints_in(place), key=lambda near: near.stat().st_mtime, reverse=True)[:_SHOWN]
+    near = [str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file) for file in found]
+    remedy = f"give one that is there, such as {' or '.join(near)}" if near else f"give the path of one; {place} has none"
+    raise CheckpointError(f"there is no checkpoint {path} (looked for {path.absolute()}); {remedy}")
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """Those in a folder or, of a run or of all runs, in the folders where they have theirs."""
+    patterns = [f"{above}*.ckpt" for above in ("", "checkpoints/", "*/checkpoints/", "*/*/checkpoints/", "runs/*/*/checkpoints/")]
+    return next((found for pattern in patterns if (found := list(folder.glob(pattern)))), [])
 
 
 def read_content(path: str | Path) -> dict[str, Any]:

@@ -88,6 +88,8 @@ def test_table_file_and_tensorboard_have_the_same_numbers_of_each_set(folder, tm
 def test_one_set_without_a_name_is_a_column_alone(folder, tmp_path, capsys):
     report = evaluate(folder, tmp_path, "validate", named=False)
     assert report["sets"] == {} and report["split"] == "validation" and report["overall"]["problems"] == 7
+    by = {"reward": "StartsWithDigit", "format": "PlainFormat", "dtype": "float32", "precision": "32-true"}
+    assert report["measured_by"] == by, "what another number has to have in common to be compared"
     assert scalars(tmp_path)["val/avg@2"] == report["overall"]["avg@2"]
     assert all(row == [shown(report["overall"], name)] for name, row in cells(capsys.readouterr().out).items())
 

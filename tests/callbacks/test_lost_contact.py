@@ -6,13 +6,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hybrid_lightning.callbacks import GracefulStop
 from hybrid_lightning.callbacks.lost_contact import lost_contact
+from hybrid_lightning.callbacks.run_folder import RunFolder
 
 
-def trainer(saved=None, resumed=None):
+def trainer(saved=None, resumed=None, folder=None):
     callback = None if saved is None else ModelCheckpoint()
     if callback is not None:
         callback._last_checkpoint_saved, callback.last_model_path = saved, "runs/being_written.ckpt"
-    return SimpleNamespace(global_rank=3, world_size=4, checkpoint_callback=callback, ckpt_path=resumed)
+    holder = RunFolder()
+    holder.path = folder
+    return SimpleNamespace(global_rank=3, world_size=4, checkpoint_callback=callback, ckpt_path=resumed, callbacks=[holder])
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,14 @@ def test_it_names_the_cause_and_the_checkpoint(text):
     assert lost_contact(trainer("", "old.ckpt"), RuntimeError(text)).endswith("--ckpt_path old.ckpt")
     assert lost_contact(trainer(), RuntimeError(text)).endswith("no checkpoint has been saved yet")
     assert lost_contact(trainer(""), RuntimeError(text)).endswith("no checkpoint has been saved yet")
+
+
+def test_under_the_command_line_it_is_the_command(tmp_path):
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    message = lost_contact(trainer("last.ckpt", folder=folder), RuntimeError("Connection reset by peer"))
+    assert message.endswith(f" -m hybrid_lightning fit --config '{folder}/config.yaml' --ckpt_path last.ckpt")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("Connection reset by peer"), KeyboardInterrupt()])

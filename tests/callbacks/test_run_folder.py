@@ -1,5 +1,8 @@
 """No two runs share a folder, whatever the loggers and however they start, and nothing is overwritten."""
 
+import errno
+import os
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +16,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
 from hybrid_lightning.callbacks import EvaluationReport, PolicyExport, RolloutSamples, RunSummary
-from hybrid_lightning.callbacks.run_folder import run_folder
+from hybrid_lightning.callbacks.run_folder import check_run_folder, find_run_folder, run_folder
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.export import AdapterFolder
 from hybrid_lightning.trainer import Trainer
@@ -99,7 +102,7 @@ def test_every_process_knows_the_folder_and_asks_once(tmp_path):
 def test_every_process_ends_where_the_folder_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     first = process(tmp_path / "file")
-    with pytest.raises(ConfigError, match=r"the run folder cannot be made: .*file.*; give trainer\.logger another save_dir"):
+    with pytest.raises(ConfigError, match=r"the run folder .*file.*; give .* --trainer\.default_root_dir="):
         run_folder(first)
     with pytest.raises(ConfigError, match="the run folder cannot be made"):
         run_folder(process(tmp_path, rank=1, answers=first.told))
@@ -200,12 +203,91 @@ def test_a_trainer_keeps_its_folder(model, sums, tmp_path):
     assert names(tmp_path) == ["version_0"] and trainer.log_dir == str(tmp_path / "version_0")
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+@pytest.mark.parametrize("logger", [CSVLogger, None])
+def test_a_place_that_cannot_be_written_to_is_found_before_the_claim(tmp_path, monkeypatch, number, logger):
+    trainer = process(tmp_path / "runs", *([logger(tmp_path / "runs", "x")] if logger else []))
+    check_run_folder(trainer)
+    assert not names(tmp_path), "what is tried out is removed"
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number), str(tmp_path))
+
+    option = "--trainer.logger.save_dir=FOLDER" if logger else "--trainer.default_root_dir=FOLDER"
+    for module, name in ((Path, "mkdir"), (tempfile, "TemporaryFile")):
+        with monkeypatch.context() as patch, pytest.raises(ConfigError, match=rf"{os.strerror(number)}.*; give .* by {option}$"):
+            patch.setattr(module, name, refuse)
+            check_run_folder(trainer)
+    assert not names(tmp_path)
+
+
+def test_the_folder_of_checkpoints_is_looked_at_too(tmp_path):
+    (tmp_path / "file").touch()
+    trainer = process(tmp_path / "runs")
+    trainer.checkpoint_callbacks = [ModelCheckpoint(tmp_path / "file" / "x")]
+    with pytest.raises(ConfigError, match=r"checkpoints' folder .*; give --checkpoint\.dirpath=FOLDER another one, or null"):
+        check_run_folder(trainer)
+    other = process(tmp_path / "file", rank=1)
+    check_run_folder(other)
+    assert names(tmp_path) == ["file"], "the first process alone looks"
+
+
+def test_a_folder_of_another_run_is_not_given_back(model, sums, tmp_path):
+    """Nor are those above it that were there."""
+    kept = train("ours", model, sums, tmp_path, "csv")
+    before = content(tmp_path)
+    (tmp_path / "broken.jsonl").write_text("{")
+    trainer = build_trainer(tmp_path, build_adapter(), logger=[CSVLogger(tmp_path, "x"), CSVLogger(tmp_path / "new", "y")])
+    with pytest.raises(DataError):
+        trainer.fit(build_policy(model), datamodule=build_data(tmp_path / "broken.jsonl"))
+    (tmp_path / "broken.jsonl").unlink()
+    assert content(tmp_path) == before and names(tmp_path) == ["x"] and names(tmp_path / "x") == [Path(kept.log_dir).name]
+
+
+@pytest.mark.parametrize("name", ["checkpoints/stopped.ckpt", "scoring/completions-0.pt", "evaluation.json", "mine.txt"])
+def test_a_folder_with_anything_that_was_made_is_kept(tmp_path, name):
+    trainer = process(tmp_path / "runs", CSVLogger(tmp_path / "runs", "x"))
+    folder = run_folder(trainer)
+    for path in ("config.yaml", "hparams.yaml", "plan.json", "scoring/settings.json", name):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).touch()
+    before = content(tmp_path)
+    find_run_folder(trainer).give_back()
+    assert content(tmp_path) == before and (folder / name).is_file()
+    (folder / name).unlink()
+    find_run_folder(trainer).give_back()
+    assert not names(tmp_path)
+
+
+def test_a_run_that_has_done_something_keeps_its_logs(tmp_path):
+    trainer = process(tmp_path, CSVLogger(tmp_path, "x"))
+    folder, holder = run_folder(trainer), find_run_folder(trainer)
+    (folder / "metrics.csv").touch()
+    holder.on_train_batch_end(trainer, None)
+    holder.give_back()
+    assert names(folder) == ["metrics.csv"]
+
+
+def test_a_run_that_removes_its_folders_does_not_take_those_of_another(tmp_path, monkeypatch):
+    """The folder above is removed, being empty, just as another run makes its own in it."""
+    mkdir = Path.mkdir
+
+    def late(path, *args, **flags):
+        if path.name == "version_0" and path.parent.is_dir():
+            monkeypatch.setattr(Path, "mkdir", mkdir)
+            path.parent.rmdir()
+        mkdir(path, *args, **flags)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    assert run_folder(process(tmp_path / "runs")) == tmp_path / "runs" / "version_0"
+
+
 def test_a_run_whose_data_cannot_be_read_leaves_nothing(model, tmp_path):
     (tmp_path / "broken.jsonl").write_text("{")
     trainer = build_trainer(tmp_path, build_adapter(), logger=TensorBoardLogger(tmp_path / "runs", "x"))
     with pytest.raises(DataError):
         trainer.fit(build_policy(model), datamodule=build_data(tmp_path / "broken.jsonl"))
-    assert names(tmp_path / "runs" / "x") == []
+    assert names(tmp_path) == ["broken.jsonl"]
 
 
 class RaisingOnTrainStart(Callback):
@@ -231,7 +313,7 @@ def test_a_run_that_fails_at_the_start_leaves_nothing_and_says_why(model, sums, 
     trainer = build_trainer(tmp_path, build_adapter(calibration_prompts=8), logger=WritesAtTheEnd(tmp_path, "runs"))
     with pytest.raises(ConfigError, match="cannot be split evenly"):
         trainer.fit(build_policy(model, minibatches_per_rollout=7), datamodule=build_data(sums))
-    assert not names(tmp_path / "runs")
+    assert not names(tmp_path)
 
 
 def test_a_trial_run_has_none(model, sums, tmp_path):

@@ -1,12 +1,18 @@
+import csv
 import json
+import re
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from tiny_examples import fit, write_rows
 from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
 from hybrid_lightning.callbacks import RunSummary, StepTimer
 from hybrid_lightning.callbacks.display import python_command
+from hybrid_lightning.export import MergedModel, policy_of_checkpoint
+from hybrid_lightning.export.model_card import model_card
 
 KEYS = {
     "changes",
@@ -73,8 +79,7 @@ def test_all_values(model, whole):
     assert summary["loss"] == "GRPOLoss" and summary["model"] == str(model) and summary["run_folder"] == str(root)
     assert summary["seconds"] > summary["training_seconds"] > 0
     assert summary["checkpoint"] == str(root / "checkpoints" / "last.ckpt")
-    command = f"{python_command()} -m hybrid_lightning test --config {root}/config.yaml --ckpt_path {summary['checkpoint']}"
-    assert summary["next_command"] == command
+    assert summary["next_command"] == "", "from Python there is no config that a command could name"
 
 
 def test_the_screen_says_what_happened(model, sums, tmp_path, capsys):
@@ -193,3 +198,24 @@ def test_the_command_names_an_environment_that_is_not_activated(monkeypatch, tmp
     assert python_command() == "python"
     monkeypatch.delenv("VIRTUAL_ENV")
     assert python_command() == ".venv/bin/python"
+
+
+def test_preferences_have_nothing_before_training_that_could_be_gained_upon(model, tmp_path, capsys):
+    """The policy is its own reference there: no margin is above 0, by construction."""
+    rows = write_rows(tmp_path / "rows.jsonl")
+    saver = ModelCheckpoint(tmp_path / "saved", save_last=True)
+    flags = {"num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 2}
+    callbacks = (RunSummary(), saver)
+    fit("preference", model, rows, tmp_path, *callbacks, enable_checkpointing=True, logger=CSVLogger(tmp_path, "x"), **flags)
+    output = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    folder = tmp_path / "x" / "version_0"
+    validation = json.loads((folder / "summary.json").read_text())["validation"]
+    share = validation["after"]["val/rewards/accuracies"]
+    assert f"preferred as chosen {share:.1%} of pairs, more than at the start (chance: 50%)" in output
+    assert validation["before"]["val/rewards/accuracies"] is None and validation["before"]["val/rewards/margins"] == 0
+    start, end = (re.search(rf"Validation \({when}\): (.*?)(?:Validation|What)", output)[1] for when in ("start", "step 2"))
+    assert "rewards/accuracies" not in start and "rewards/margins 0.000" in start and "rewards/accuracies" in end
+    logged = [row for row in csv.DictReader((folder / "metrics.csv").open()) if row["val/rewards/accuracies"]]
+    assert float(logged[0]["val/rewards/accuracies"]) == 0, "the loggers have what TRL has"
+    card = model_card(policy_of_checkpoint(tmp_path / "saved" / "last.ckpt"), MergedModel())
+    assert re.search(r"`val/rewards/accuracies` \| - \| \d", card)

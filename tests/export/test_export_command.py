@@ -1,9 +1,13 @@
 """`python -m hybrid_lightning export`, after a run of the command line."""
 
+import json
+import re
+import shlex
 import shutil
 
 import pytest
 import torch
+import yaml
 from cli_runs import run, write_folder
 from exported import files, logits
 from peft import PeftModel
@@ -79,6 +83,61 @@ def test_the_adapter(folder, fitted, tmp_path, form, name):
     assert result.code == 0, result.err
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), tmp_path / "out")
     assert_same_logits(logits(loaded), expected(root))
+
+
+def measured(folder, result, command="test"):
+    """What a command measures that a screen has as the next one."""
+    line = re.search(r"^Next: +\S+ -m hybrid_lightning (.+)$", result.out, re.MULTILINE)[1]
+    again = run(folder, *shlex.split(line))
+    assert again.code == 0, again.err[-2000:]
+    assert (
+        shlex.split(line)[0] == command and "Measured by reward StartsWithDigit, format PlainFormat, dtype float32" in again.out
+    )
+    report = json.loads((folder / re.search(r"^Written to (.+/evaluation\.json)", again.out, re.MULTILINE)[1]).read_text())
+    return report["overall"]
+
+
+@pytest.fixture(scope="module")
+def run_and_number(folder):
+    """A run whose weights have changed much, by a plan that is given, and what its own next command measures."""
+    scored = run(folder, "score", "--config", "t.yaml", "--trainer.logger.init_args.name=plan")
+    plan = f"--adapter.plan={folder}/runs/plan/version_0/plan.json"
+    result = run(folder, "fit", "--config", "t.yaml", "--trainer.logger.init_args.name=my run", "--model.lr_lora=0.05", plan)
+    assert scored.code == result.code == 0, result.err
+    return folder / "runs" / "my run" / "version_0", measured(folder, result)
+
+
+@pytest.mark.parametrize("form", [["MergedModel", "--form.dtype=float32"], ["AdapterFolder"]], ids=lambda form: form[0])
+def test_the_printed_command_gives_the_runs_own_numbers(folder, run_and_number, tmp_path, form):
+    """All of them exactly: while a policy samples in float32 on a CPU, LoRA is added to its weights as an export adds it. Where
+    that is rounded otherwise, by 1e-6, it would have to decide between two tokens in one of 150 draws."""
+    root, numbers = run_and_number
+    config = yaml.safe_load((root / "config.yaml").read_text())
+    config["model"]["init_args"]["revision"] = "main"  # of a hub model, which what came of it is not
+    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    result = run(folder, "export", *arguments(root), "--model.revision=null", f"--folder={tmp_path}/what came", "--form", *form)
+    assert result.code == 0, result.err
+    assert measured(folder, result) == numbers and 0 < numbers["avg@2"] < 1 and numbers["problems"] == 8
+
+
+def test_of_a_run_without_test_problems_it_is_the_validation(folder, tmp_path):
+    without = ["--data.source.init_args.test_fraction=0", "--trainer.logger.init_args.name=untested", "--trainer.max_steps=2"]
+    fit = run(folder, "fit", "--config", "t.yaml", *without)
+    root = folder / "runs" / "untested" / "version_0"
+    own = json.loads((root / "summary.json").read_text())["accuracy_after"]
+    for name, there in (("finished", True), ("stopped", False)):  # a run that is stopped has no summary
+        if not there:
+            (root / "summary.json").unlink()
+        form = ["--form=MergedModel", "--form.dtype=float32"]
+        result = run(folder, "export", *arguments(root), f"--folder={tmp_path}/{name}", *form)
+        assert fit.code == result.code == 0, result.err
+        assert measured(folder, result, "validate")["avg@2"] == own
+
+
+def test_where_the_runs_config_is_not_there_no_command_is_printed(folder, fitted, tmp_path):
+    shutil.copy(fitted / "hybrid" / "version_0" / "checkpoints" / "last.ckpt", tmp_path)
+    result = run(folder, "export", "--config=t.yaml", f"--ckpt_path={tmp_path}/last.ckpt", f"--folder={tmp_path}/out")
+    assert result.code == 0 and "Policy written" in result.out and "Next:" not in result.out
 
 
 def test_what_is_wrong_is_said_in_the_last_line(folder, fitted, tmp_path):

@@ -1,11 +1,12 @@
 import multiprocessing
 import time
+from pathlib import Path
 
 import pytest
 from exported import files
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.export.new_folder import new_folder
+from hybrid_lightning.export.new_folder import check_target, new_folder
 
 
 @pytest.mark.parametrize("empty", [True, False])
@@ -78,3 +79,19 @@ def test_a_folder_that_another_process_filled_meanwhile_is_left_alone(tmp_path):
         target.mkdir()
         (target / "one.txt").write_text("theirs")
     assert (target / "one.txt").read_text() == "theirs" and files(tmp_path) == {"out"}
+
+
+def test_a_place_where_no_folder_can_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"/file is no folder that can be written to; give a folder elsewhere"):
+        check_target(tmp_path / "file" / "x")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "there")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(ConfigError, match=r"cannot be made: .*Permission denied: 'there'; give a folder elsewhere"),
+        new_folder(tmp_path / "x"),
+    ):
+        pass

@@ -3,11 +3,13 @@
 With an advantage estimator and masks each, computed once more here, over two passes of two minibatches of two micro-batches.
 """
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 from test_step_masks import OftenDone
-from tiny_runs import StartsWithDigit, fit, write_model, write_sums
+from tiny_runs import StartsWithDigit, build_data, build_policy, build_trainer, fit, write_model, write_sums
 
 from hybrid_lightning.advantages import (
     BatchStdAdvantage,
@@ -21,6 +23,7 @@ from hybrid_lightning.losses import (
     CISPOLoss,
     DAPOLoss,
     DrGRPOLoss,
+    GRPOLoss,
     GSPOTokenLoss,
     SAPOLoss,
     TopEntropyMask,
@@ -184,3 +187,38 @@ def test_gradients_are_those_of_the_equation(files, tmp_path, loss, term, weight
     fit(*files, tmp_path, by_equation, policy=policy, max_steps=4, accumulate_grad_batches=MICRO_BATCHES)
     assert by_equation.steps >= 3, "of four; in one all may be clipped"
     assert min(by_equation.ratios) < 0.95 and max(by_equation.ratios) > 1.05, "two passes over a rollout are off-policy"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("warned") / "model")
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("warned") / "sums.jsonl", 16)
+
+
+WITH_STD, WITHOUT = (GroupAdvantage, PerRewardAdvantage), (GroupMeanAdvantage, LeaveOneOutAdvantage, BatchStdAdvantage)
+
+
+@pytest.mark.parametrize("advantage", [*WITH_STD, *WITHOUT])
+def test_dr_grpo_beside_a_standard_deviation_warns_once(model, sums, tmp_path, advantage):
+    policy = {"loss": DrGRPOLoss(), "advantage": advantage()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, sums, tmp_path, policy=policy, max_steps=1)
+    told = [str(warning.message) for warning in caught if "DrGRPOLoss" in str(warning.message)]
+    assert len(told) == (advantage in WITH_STD)
+    assert all(text.endswith(f"{advantage.__name__} are; give --model.advantage=GroupMeanAdvantage") for text in told)
+
+
+@pytest.mark.parametrize("loss", [DrGRPOLoss(), GRPOLoss()])
+def test_no_warning_where_nothing_is_trained_or_another_loss_is(model, sums, tmp_path, loss):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*GroupMeanAdvantage")
+        policy = build_policy(model, loss=loss)
+        if isinstance(loss, DrGRPOLoss):
+            build_trainer(tmp_path).validate(policy, datamodule=build_data(sums, validation_fraction=0.5), verbose=False)
+        else:
+            fit(model, sums, tmp_path, policy={"loss": loss}, max_steps=1)

@@ -1,0 +1,147 @@
+"""Every command that is printed runs as it is, and says so in `summary.json`; where none would run, none is printed."""
+
+import json
+import re
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+from cli_runs import run, write_folder
+from lightning.pytorch.callbacks import ModelCheckpoint
+from stopped_runs import FIT, MOMENTS, Sent
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer
+
+from hybrid_lightning.callbacks import GracefulStop, RunSummary
+from hybrid_lightning.policy.module import PolicyModule
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHORT = ("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
+EMBEDDED = (
+    *SHORT,
+    "--trainer.num_sanity_val_steps=0",
+    "--adapter.calibration_prompts=8",
+    "--data.validation_prompts=4",
+    "--data.test_prompts=4",
+)
+FEW = ("--model.prompts_per_rollout=4", "--model.samples_per_prompt=4")
+OWN = ("fit", "--config", "t.yaml", *SHORT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    # A name that a shell would take apart.
+    root = tmp_path_factory.mktemp("it's a run")
+    yield from write_folder(root)
+
+
+def commands(result):
+    """Arguments of all commands of ours on a screen."""
+    return [shlex.split(line) for line in re.findall(r"python\S* -m hybrid_lightning (.+)", result.out)]
+
+
+def summary_of(result, folder):
+    root = folder / re.search(r"^Run folder: (.+)$", result.out, re.MULTILINE)[1]
+    return json.loads((root / "summary.json").read_text())
+
+
+def typed(result, folder):
+    """The one command that a screen has is typed; returns its name."""
+    (arguments,) = commands(result)
+    again = run(folder, *arguments)
+    assert again.code == 0, again.err[-2000:]
+    return arguments[0]
+
+
+RUNS = {
+    "the embedded default": ("test", ("fit", f"--config={CONFIGS}/gspo.yaml", *EMBEDDED, *FEW)),
+    "supervised": ("test", ("fit", f"--config={CONFIGS}/sft.yaml", *EMBEDDED, "--model.examples_per_step=8")),
+    "preferences": ("test", ("fit", f"--config={CONFIGS}/dpo.yaml", *EMBEDDED, "--model.examples_per_step=8")),
+    "own data": ("test", OWN),
+    "own data without a test split": ("validate", (*OWN, "--data.source.test_fraction=0")),
+    "own data with test prompts that are all too long": (  # for max_prompt_tokens
+        "validate",
+        (*OWN, "--data.source.test_fraction=0", "--data.source.test=long.jsonl", "--data.max_prompt_tokens=8"),
+    ),
+    "another place": (
+        "test",
+        (
+            *OWN,
+            "--checkpoint.dirpath=my checkpoints",
+            "--trainer.logger.save_dir=here and there",
+            '--trainer.logger.name=a [red] "b"',
+        ),
+    ),
+    "no logger": ("test", (*OWN, "--trainer.logger=false")),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_next_command_runs(folder, name):
+    command, arguments = RUNS[name]
+    (folder / "long.jsonl").write_text('{"question": "1+1+1+1+1+1+1=", "answer": "7"}\n')
+    result = run(folder, *arguments)
+    assert result.code == 0, result.err[-2000:]
+    assert summary_of(result, folder)["next_command"] == re.search(r"^Next: +(.+)$", result.out, re.MULTILINE)[1]
+    assert (folder / re.search(r"^Plan written to (.+)$", result.out, re.MULTILINE)[1]).is_file()
+    assert typed(result, folder) == command
+
+
+def test_where_nothing_can_be_measured_there_is_the_checkpoint_alone(folder):
+    result = run(folder, *OWN, "--data.source.test_fraction=0", "--data.source.validation_fraction=0")
+    summary = summary_of(result, folder)
+    assert result.code == 0 and commands(result) == [] and summary["next_command"] == ""
+    assert f"Checkpoint: {summary['checkpoint']}\n" in result.out and (folder / summary["checkpoint"]).is_file()
+
+
+@pytest.mark.parametrize(
+    "options", [("--checkpoint.save_last=false", "--checkpoint.save_top_k=0"), ("--trainer.fast_dev_run=true",)]
+)
+def test_without_a_checkpoint_there_is_none(folder, options):
+    result = run(folder, *OWN, *options)
+    assert result.code == 0 and commands(result) == [] and "Checkpoint:" not in result.out
+
+
+def test_a_resumed_run_prints_its_own(folder):
+    first = run(folder, *OWN)
+    root = Path(re.search(r"^Run folder: (.+)$", first.out, re.MULTILINE)[1])
+    longer = ["fit", "--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt", "--trainer.max_steps=4"]
+    result = run(folder, *longer)
+    assert result.code == 0, result.err[-2000:]
+    (arguments,) = commands(result)
+    assert typed(result, folder) == "test" and arguments[2] != str(root / "config.yaml")
+
+
+@pytest.mark.parametrize(("moment", "command"), [("a score", "fit"), ("the middle of a later step", "fit"), ("a score", "score")])
+def test_a_stopped_run_prints_how_to_go_on(folder, moment, command, monkeypatch):
+    given = (command, *FIT[1:], "--trainer.logger.name=stopped there")
+    with monkeypatch.context() as patch:
+        Sent(patch, MOMENTS[moment], signal.SIGTERM)
+        result = run(folder, *given)
+    assert result.code == 143, result.err[-2000:]
+    assert typed(result, folder) == command
+
+
+def test_from_python_no_command_is_printed_and_the_checkpoint_loads(folder, tmp_path, capsys):
+    saver = ModelCheckpoint(save_last=True)
+    trainer = build_trainer(tmp_path, RunSummary(), build_adapter(), saver, enable_checkpointing=True)
+    trainer.fit(build_policy(folder / "model"), datamodule=build_data(folder / "sums.jsonl", test_fraction=0.2))
+    out = capsys.readouterr().out
+    summary = json.loads((tmp_path / "version_0" / "summary.json").read_text())
+    assert "hybrid_lightning" not in out and "Next:" not in out and summary["next_command"] == ""
+    assert re.search(r"^Checkpoint: (.+)$", out, re.MULTILINE)[1] == summary["checkpoint"]
+    assert PolicyModule.load_from_checkpoint(summary["checkpoint"]).plan.full_modules
+
+
+def test_from_python_a_stopped_run_says_which_argument_goes_on(folder, tmp_path, capsys, monkeypatch):
+    data = build_data(folder / "sums.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        Sent(patch, MOMENTS["the second rollout"], signal.SIGTERM)
+        build_trainer(tmp_path, GracefulStop(), build_adapter()).fit(build_policy(folder / "model"), datamodule=data)
+    given = re.search(r"Trainer\.fit\(\.\.\., (ckpt_path='.+')\)", capsys.readouterr().out)[1]
+    again = build_trainer(tmp_path, GracefulStop(), build_adapter())
+    exec(
+        f"trainer.fit(policy, datamodule=data, {given})",
+        {"trainer": again, "policy": build_policy(folder / "model"), "data": data},
+    )
+    assert again.global_step == 2

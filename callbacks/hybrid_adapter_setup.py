@@ -36,11 +36,13 @@ from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigErr
 from hybrid_lightning.parts import Part
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.calibrated import CalibratedModule
+from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.policy.stepped import begin_epoch_anew
 from hybrid_lightning.sharding.whole_files import is_there, read_content
 from hybrid_lightning.stopping import RunStopped
 
+_SHOWN_OTHERS = 10  # modules of a plan on the screen, beside the fully trained ones
 # Arguments of the policy that no score depends on.
 _AFTER_SCORING = {
     "correction",
@@ -206,6 +208,20 @@ class HybridAdapterSetup(Part, Callback):
             )
         return plan
 
+    def check(self, pl_module: LanguageModule) -> None:
+        """Find what does not go with a module, before its weights are loaded.
+
+        Raises:
+            ConfigError: If its loss needs start weights that are not kept.
+            ModelError: If `target_modules` name none of its modules.
+            PlanError: If `plan` has modules that it lacks.
+        """
+        self._check_start_weights(pl_module)
+        if self.target_modules is not None:
+            find_candidates(pl_module.skeleton(), self.target_modules)
+        if self.given_plan is not None:
+            self.given_plan.check_model(pl_module.skeleton())
+
     def _check_start_weights(self, pl_module: LightningModule) -> None:
         loss = getattr(pl_module, "loss", None)
         if getattr(loss, "needs_reference", False) and not self.keep_start_weights:
@@ -323,9 +339,14 @@ class HybridAdapterSetup(Part, Callback):
         if folder is not None:
             plan.save(folder / "plan.json")
             self._draw(plan, folder / "plan.png")
-        console().print(plan.table())
+        table = plan.table(_SHOWN_OTHERS)
+        console().print(table)
+        rest = len(plan.candidates) - table.row_count
+        more = f"{rest} more {'module' if rest == 1 else 'modules'}"
         if folder is not None:
-            say(f"Plan written to {folder / 'plan.json'}")
+            say(f"Plan{f', with {more},' if rest else ''} written to {folder / 'plan.json'}")
+        elif rest:
+            console().print(f"and {more}", soft_wrap=True)
 
     def _draw(self, plan: AdapterPlan, path: Path) -> None:
         if any(module.score is not None for module in plan.candidates):

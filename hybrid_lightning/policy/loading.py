@@ -14,7 +14,15 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.errors import ConfigError, ModelError
@@ -112,20 +120,44 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(source: ModelSource, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
+def check_dtype(dtype: str) -> None:
+    """Raise ConfigError unless a dtype is a key of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"model.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """The config of a causal language model, and nothing else of it.
+
+    Raises:
+        ModelError: If the model cannot be found, or is no causal language model.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"cannot load the model {source.location!r}: {_one_line(error)}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
+        raise ModelError(_not_causal(source.location, config.model_type))
+    return config
+
+
+def load_model(
+    source: ModelSource, dtype: str, attn_implementation: str | None, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
     """Load the causal language model with all its weights, in eval mode and frozen.
 
     Args:
         source: From `resolve_model`.
         dtype: A key of `DTYPES`: dtype of the weights in memory.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None lets transformers choose.
+        config: What `load_config` gave, which becomes the model's; None reads it, which takes seconds of a GGUF file.
 
     Raises:
         ConfigError: If `dtype` is unknown.
         ModelError: If the model cannot be found, is no causal language model, is stored quantized, or lacks some of its weights.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"model.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+    check_dtype(dtype)
+    config = config or load_config(source)
     arguments = {**source.arguments, "dtype": DTYPES[dtype]}
     if "gguf_file" in source.arguments and hasattr(transformers, "GgufConfig"):
         # Newer versions would keep the weights packed where they have kernels for it; those cannot be trained.
@@ -133,13 +165,8 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     try:
-        config = AutoConfig.from_pretrained(source.location, **source.arguments)
-        if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
-            raise ModelError(_not_causal(source.location, config.model_type))
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.location, config=config, output_loading_info=True, **arguments)
         model: PreTrainedModel = loaded[0]
-    except ModelError:
-        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load the model {source.location!r}: {_one_line(error)}") from error
     # Families of encoders (BERT and its kin) have a causal form too, but a checkpoint of theirs reads to both sides.
@@ -165,10 +192,19 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
     return model.eval()
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def load_generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
+    """The generation config that a model has once it is loaded."""
+    if "gguf_file" not in source.arguments:
+        try:
+            return GenerationConfig.from_pretrained(source.location, **source.arguments)
+        except OSError:  # it has no file of its own
+            pass
+    return GenerationConfig.from_model_config(config)
+
+
+def stop_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that end a completion: the tokenizer's and those of the model's generation config."""
     ids = {int(tokenizer.eos_token_id)}
-    generation_config = getattr(model, "generation_config", None)
     configured = getattr(generation_config, "eos_token_id", None)
     if configured is not None:
         ids.update(configured if isinstance(configured, (list, tuple)) else [configured])

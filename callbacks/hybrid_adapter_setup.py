@@ -14,13 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from hybrid_lightning.adapters.accumulators import ExactGradients, GradientMode
-from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.heatmap import draw_heatmap
 from hybrid_lightning.adapters.kept_scoring import SCORING, KeptScoring
-from hybrid_lightning.adapters.lean_layers import use_lean_layers
 from hybrid_lightning.adapters.lora import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.planning import describe, make_plan
@@ -73,7 +71,7 @@ class HybridAdapterSetup(Part, Callback):
 
     Args:
         budget: How many modules are fully trained; None takes `ModuleBudget(share=0.1)`. Share 0 is LoRA, 1 full fine-tuning.
-        scorer: None takes `PreconditionedTail()`.
+        scorer: What tells which modules low rank serves worst; None takes `PreconditionedTail()`.
         gradients: How gradients are held while scoring; None takes `ExactGradients()`.
         rank: LoRA rank r.
         alpha: LoRA scale: alpha / rank.
@@ -306,6 +304,8 @@ class HybridAdapterSetup(Part, Callback):
                     "All calibration rewards tie, so rollouts carry no signal: modules are scored by the supervised gradient of "
                     "the reference answers instead."
                 )
+        from hybrid_lightning.adapters.lean_layers import use_lean_layers  # PEFT is slow to import
+
         total = len(losses) if hasattr(losses, "__len__") else None
         use_lean_layers(model)  # as when it is adapted: the passes of scoring are as large as those of training
         with evaluation_mode(model), progress_bar(trainer, "Scoring modules", total) as advance:
@@ -328,6 +328,8 @@ class HybridAdapterSetup(Part, Callback):
         if isinstance(pl_module, AdaptedModule):
             pl_module.adapt(plan, self.keep_start_weights)
             return
+        from hybrid_lightning.adapters.apply import apply_plan  # as above
+
         name: str = pl_module.adapter_attribute  # type: ignore[assignment]
         model = getattr(pl_module, name)
         if plan is self.given_plan:  # with a checkpoint's plan come all weights

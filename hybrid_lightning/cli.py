@@ -2,16 +2,13 @@
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
-import jsonargparse
 import transformers
-import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
@@ -40,15 +37,17 @@ from hybrid_lightning.callbacks import (
 )
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
 from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
+from hybrid_lightning.cli_help import ShowHelp, help_asked_last
+from hybrid_lightning.cli_parser import Parser, cause_of, print_error, unwrapped
 from hybrid_lightning.data import PromptDataModule
-from hybrid_lightning.errors import ConfigError, HybridLightningError
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.preference import PreferenceModule  # noqa: F401  (as above)
 from hybrid_lightning.policy.stepped import SteppedModule
 from hybrid_lightning.policy.supervised import SupervisedModule  # noqa: F401  (as above)
-from hybrid_lightning.remedies import check_whole_configs, is_of_the_machine, with_remedy
+from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import Trainer
 
@@ -64,77 +63,6 @@ _TRAINER_WITHOUT_DEVICE = {
     "precision": None,
     "logger": False,
 }
-
-
-# What jsonargparse says -> what a reader of one line can use.
-_REWRITES = (
-    (r"Does not validate against any of the Union subtypes\s+Subtypes: \[.*?\]\s+Errors:", ""),
-    (r"-\s+Expected a path but \S+ either not accessible or invalid\s+", ""),
-    (r"Expected a dot import path string: (\S+).*", r"unknown class \1; give module.Class, or a class of ours"),
-    (r"\s*- Expected a <class 'NoneType'>", ""),
-    (r"\s*Given value type:.*?Given value: (.*)", r"; got \1"),
-    (r"Expected a <class '([\w.]+)'>", r"expected \1"),
-    (r"- Expected a typing\.Literal\[(.*?)\]", r"or one of \1"),
-    (
-        r"Expected an instantiatable class, but \S*?(\w+) is abstract; got NestedArg\(key='(\w+)'.*",
-        r"before its argument \2 say which \1, as in --form MergedModel --form.dtype=float32",
-    ),
-    (r"^Unexpected config:\s*$", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is empty"),
-    (r"^Unexpected config:\s*", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is: "),
-    (r'(Parser key "\S+":)\s*(?:-\s+)+', r"\1 "),
-    (
-        r'expected "subcommand" to be one of .*',
-        r"no command is given; there are fit, validate, test, predict, score, export and plan, as in python -m hybrid_lightning "
-        r"fit --config FILE; --help says what each does",
-    ),
-    (
-        r"Option \S+ is not accepted before subcommand '(\w+)'",
-        r"a config stands behind the command, whose options it has: python -m hybrid_lightning \1 --config FILE",
-    ),
-    (r"unrecognized arguments: (\S+\.(?:ya?ml|json))$", r"unrecognized arguments: \1; a config is given as --config \1"),
-    (
-        r"the following arguments are required: (loss|reward|loss, reward)$",
-        r"model.\1 must be given, nearly always by a config: --config FILE, such as configs/gspo.yaml of the source tree",
-    ),
-    (r"(Option '\S+' is not accepted)\s*$", r"\1; --KEY.help=CLASS lists those of a class, as in --model.reward.help=ExactMatch"),
-    (
-        r"(?:Import path (\S+) does not correspond to a subclass of RewardFunction|Unexpected import path format: (\S+\.py:\w+))",
-        r"\1\2 is no class derived from RewardFunction; a function is given by class_path FunctionReward with function: \1\2",
-    ),
-)
-
-
-_load_yaml = jsonargparse.get_loader("yaml")
-
-
-def _load_value(text: str) -> Any:
-    """YAML, except for two texts that jsonargparse would read otherwise than they are meant.
-
-    It reads the strings of a config as YAML once more, and would turn `answer_pattern: '####\\s*(.+)'`, for YAML a comment alone,
-    into null. And it hands a null for an argument of a part on as Python writes it: `--data.format.system_prompt=null` would put
-    the word None in front of every prompt.
-    """
-    value = _load_yaml(text)
-    if text == "None":
-        return None
-    return text if value is None and text.lstrip().startswith("#") else value
-
-
-jsonargparse.set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
-
-
-class Parser(LightningArgumentParser):
-    """Refuses abbreviated options, and ends every error with one line that says what is wrong."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # An abbreviation would take --trainer.max_epoch=3 silently for max_epochs.
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong in one line and exit with 2."""
-        cause = _cause(ex)
-        _print_error(_readable(message) if cause is None else with_remedy(str(cause)))
-        sys.exit(2)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -159,10 +87,13 @@ class HybridLightningCLI(LightningCLI):
     def __init__(self, signals: StopSignals | None = None, **kwargs: Any) -> None:
         self._signals = signals or StopSignals()
         arguments = kwargs.get("args") or sys.argv[1:]
-        arguments = arguments if isinstance(arguments, list) else []
-        # The command, where it comes first, as it nearly always does.
-        self._asked = arguments[0] if arguments else None
-        check_whole_configs(arguments)
+        arguments = arguments if isinstance(arguments, list) else None
+        check_whole_configs(arguments or [])
+        first = arguments[0] if arguments else None
+        # Making a command's options takes long. It nearly always comes first; behind an option such as --config it may be any.
+        behind = first is not None and first.startswith("-") and first not in ("-h", "--help")
+        anywhere = behind or arguments is None
+        self._made = {name for name in self.subcommands() if anywhere or name == first}
         super().__init__(
             LanguageModule,
             PromptDataModule,
@@ -173,6 +104,10 @@ class HybridLightningCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": "python -m hybrid_lightning",
+                "description": "Post-training of language models with verifiable rewards, by Hybrid-LoRA.",
+            },
             **kwargs,
         )
 
@@ -240,10 +175,21 @@ class HybridLightningCLI(LightningCLI):
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, (StepTimer, SaveRunConfig)))  # type: ignore[attr-defined]
         return trainer
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Answer a call for help once all other arguments are known, since they say of which classes."""
+        given = sys.argv[1:] if args is None else args
+        command = isinstance(given, list) and any(name in given for name in self.subcommands())
+        asked = help_asked_last(given) if command else given
+        if asked == given:
+            super().parse_arguments(parser, args)
+        else:
+            parser.parse_args(asked)
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        if self._asked in self.subcommands() and subcommand != self._asked:
-            return self.init_parser(**kwargs)  # a name among the choices: making all its options takes long
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand not in self._made:
+            return self.init_parser(**kwargs)  # a name among the choices
+        parser = super()._prepare_subcommand_parser(klass, subcommand, add_help=False, **kwargs)
+        parser.add_argument("-h", "--help", action=ShowHelp)
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # Lightning's own table, of what EvaluationReport shows
         return parser
@@ -305,38 +251,12 @@ def main(signals: StopSignals | None = None) -> None:
     try:
         HybridLightningCLI(signals)
     except Exception as error:
-        cause = _cause(error)
+        cause = cause_of(error)
         if cause is None and not signals.requested:  # not foreseen: the traceback is needed, of what was raised first
-            raise _unwrapped(error)  # noqa: B904
-        _print_error(with_remedy(str(cause or error)))
+            raise unwrapped(error)  # noqa: B904
+        print_error(with_remedy(str(cause or error)))
         signals.check()  # which may be why: another rank has gone, or a library gave up
         sys.exit(1)
-
-
-def _cause(error: BaseException | None) -> BaseException | None:
-    """The error in a chain that was raised for the user; jsonargparse wraps what a constructor raises."""
-    while error is not None:
-        if isinstance(error, (HybridLightningError, MisconfigurationException, FileNotFoundError)) or is_of_the_machine(error):
-            return error
-        error = error.__cause__
-    return None
-
-
-def _unwrapped(error: BaseException) -> BaseException:
-    """What a constructor raised, from below jsonargparse's account of a union, whose last line is the whole config."""
-    while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _readable(message: str) -> str:
-    for pattern, replacement in _REWRITES:
-        message = re.sub(pattern, replacement, message, flags=re.DOTALL)
-    return message
-
-
-def _print_error(message: str) -> None:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
 
 
 def _quiet_libraries() -> None:

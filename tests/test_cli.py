@@ -162,10 +162,3 @@ def test_parts_of_ones_own_come_by_class_path(folder):
     assert reward == {"class_path": "my_parts.StartsWithDigit", "init_args": {"bonus": 0.25}}
     result = run(folder, "validate", "--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt")
     assert result.code == 0, result.err
-
-
-@pytest.mark.parametrize("flag", ["--help", "fit --help", "score --help"])
-def test_help(folder, flag):
-    result = run(folder, *flag.split())
-    assert result.code == 0 and "usage" in result.out.lower()
-    assert ("--adapter.calibration_prompts" in result.out) == (flag != "--help")

@@ -25,7 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": GROUND | LEAVES | {"policy", "export"},
     "trainer": GROUND | LEAVES | {"policy", "export", "memory", "callbacks"},
     "remedies": GROUND,
-    "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer", "remedies"},
+    "cli": GROUND | LEAVES | {"policy", "export", "memory", "callbacks", "trainer", "cli_help", "cli_parser", "remedies"},
+    "cli_help": GROUND | {"cli_parser"},
+    "cli_parser": GROUND | {"remedies"},
     "process": set(),
     "__main__": {"cli", "process", "sharding", "stopping"},
     "assets.pretrain": GROUND | LEAVES | {"policy"},  # the command that made the assets; nothing imports it

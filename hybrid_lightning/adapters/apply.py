@@ -21,12 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.lean_layers import use_lean_layers
 from hybrid_lightning.adapters.lean_rotary import use_lean_rotary
+from hybrid_lightning.adapters.lora import ADAPTER
 from hybrid_lightning.adapters.lora_linear import use_fast_lora
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.plan_peft import lora_config
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
-
-ADAPTER = "default"  # PEFT's name for the only adapter
 
 
 def apply_plan(

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from hybrid_lightning.errors import ConfigError
 
+ADAPTER = "default"  # PEFT's name for the only adapter
+
 
 @dataclass(frozen=True)
 class LoraSettings:

@@ -9,17 +9,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from peft import LoraConfig
 from rich.table import Table
 from torch import nn
 
-from hybrid_lightning.adapters import plan_json, plan_peft, plan_table
+from hybrid_lightning.adapters import plan_json, plan_table
 from hybrid_lightning.adapters.candidates import LinearLike, linear_shape
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.lora import LoraSettings
 from hybrid_lightning.errors import ConfigError, PlanError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Mode = Literal["full", "lora", "frozen"]
 
@@ -84,7 +86,7 @@ class AdapterPlan:
         dropout: float | None = None,
         use_dora: bool | None = None,
         use_rslora: bool | None = None,
-    ) -> LoraConfig:
+    ) -> "LoraConfig":
         """The plan for code of your own that takes a PEFT config, such as `get_peft_model` or TRL's trainers.
 
         Give it a base model with float32 weights: PEFT keeps the copies of fully trained modules in the dtype of the base, and in
@@ -105,9 +107,11 @@ class AdapterPlan:
             ConfigError: If a value is impossible.
             PlanError: If nothing is trained, or PEFT, which matches names by their ends, would take a module for another.
         """
+        from hybrid_lightning.adapters.plan_peft import lora_config  # PEFT is slow to import
+
         given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_dora": use_dora, "use_rslora": use_rslora}
         settings = replace(self.lora, **{name: value for name, value in given.items() if value is not None})
-        return plan_peft.lora_config({module.name: module.mode for module in self.candidates}, settings)
+        return lora_config({module.name: module.mode for module in self.candidates}, settings)
 
     def table(self, others: int | None = None) -> Table:
         """Modules by descending score, for the screen.

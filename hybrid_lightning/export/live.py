@@ -7,7 +7,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hybrid_lightning.adapters.apply import trainable_state
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.export.trained import TrainedPolicy, base_of, training_of
 from hybrid_lightning.export.weights import peft_weights
@@ -42,6 +41,8 @@ def policy_of_module(
 
 
 def _gathered(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    from hybrid_lightning.adapters.apply import trainable_state  # PEFT is slow to import
+
     state: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, weight in trainable_state(model).items():

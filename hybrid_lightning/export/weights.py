@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from hybrid_lightning.adapters.apply import ADAPTER
+from hybrid_lightning.adapters.lora import ADAPTER
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
 from hybrid_lightning.errors import CheckpointError
 

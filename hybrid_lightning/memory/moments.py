@@ -1,19 +1,22 @@
 """The moments of a run at which it takes most, for full fine-tuning, LoRA and hybrid."""
 
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.optimizer_state import OptimizerBytes, optimizer_bytes
-from hybrid_lightning.memory.passes import Traced, Traces, passes_of_scoring, passes_of_step
 from hybrid_lightning.memory.process import Growth, growth
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import FLOAT32, ModelSizes, measure, meta_model, plan_of_budget
 from hybrid_lightning.memory.strategies import FSDP1, Held, Sharding
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.sampler import check_positions
+
+if TYPE_CHECKING:
+    from hybrid_lightning.memory.passes import Traced
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class _Run:
         self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimizer, settings.trained_dtype)
         self.candidates = find_candidates(meta_model(settings.config, settings.dtype), settings.target_modules)
         self.prompts = settings.prompts_per_rollout // sharding.devices
+        from hybrid_lightning.memory.passes import Traces, passes_of_step  # which import PEFT, which is slow
+
         self.traces = Traces(settings)
         self.passes = passes_of_step(settings, self.prompts)
         self.generated = {"generating": (self.prompts, settings.samples_per_prompt)}
@@ -169,6 +174,8 @@ class _Run:
         base = sizes.parameters * settings.dtype.itemsize
         prompts = self._calibration_prompts
         generated = self.traces.decoding(self._completed_together, settings.samples_per_prompt, None)
+        from hybrid_lightning.memory.passes import passes_of_scoring  # as above
+
         longest = max(passes_of_scoring(settings, prompts), key=_tokens)
         # The sums of gradients are kept in the memory of the host.
         sums = settings.scoring_copies * FLOAT32 * sizes.candidates if settings.on_cpu else 0
@@ -199,7 +206,7 @@ class _Run:
         return moments
 
 
-def _largest(ways: tuple[Held, Held, Held], traced: Traced) -> Parts:
+def _largest(ways: tuple[Held, Held, Held], traced: "Traced") -> Parts:
     """The largest of the beginning of a forward pass, the pass, and its backward pass."""
     begin, forward, backward = ways
     nothing = replace(traced, activations=0.0, logits=0.0)
@@ -207,7 +214,7 @@ def _largest(ways: tuple[Held, Held, Held], traced: Traced) -> Parts:
     return max(moments, key=lambda parts: parts.total)
 
 
-def _parts(held: Held, traced: Traced) -> Parts:
+def _parts(held: Held, traced: "Traced") -> Parts:
     return Parts(
         weights=held.weights,
         copies=held.copies,

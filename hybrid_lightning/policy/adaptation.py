@@ -8,16 +8,14 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
-from peft import PeftModel
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import CheckpointError, PlanError
@@ -29,6 +27,9 @@ from hybrid_lightning.sharding.names import parameter_names, trained_names
 from hybrid_lightning.sharding.optimizer_state import name_state
 from hybrid_lightning.sharding.sharded_folder import is_folder, read_weights
 from hybrid_lightning.sharding.whole_files import write_whole_files
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 CHECKPOINT_KEY = "hybrid_lightning"
 
@@ -89,6 +90,8 @@ class AdaptedModule(LightningModule):
             # Where it is trained, since devices may round a weight differently, and a resumed run must have the same base.
             device = None if self._trainer is None else self.trainer.strategy.root_device
             quantize_base(self.adapter_target, self.quantization, plan.full_modules, device)
+        from hybrid_lightning.adapters.apply import apply_plan  # PEFT is slow to import
+
         dtype = self._trained_dtype()
         setattr(self, self.adapter_attribute, apply_plan(self.adapter_target, plan, keep_start_weights, dtype))
         self.plan, self.keep_start_weights = plan, keep_start_weights
@@ -99,7 +102,9 @@ class AdaptedModule(LightningModule):
         if self.plan is None:
             yield
             return
-        with adapter_disabled(cast(PeftModel, self.adapter_target)):
+        from hybrid_lightning.adapters.apply import adapter_disabled  # as above
+
+        with adapter_disabled(cast("PeftModel", self.adapter_target)):
             yield
 
     def setup(self, stage: str) -> None:

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, get_peft_model
-from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from hybrid_lightning.errors import ModelError
@@ -53,6 +51,9 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: If the adapter is of another model, or damaged.
     """
+    from peft import PeftConfig, get_peft_model  # slow to import
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
     dtype = model.dtype
     try:
         config = PeftConfig.from_pretrained(str(folder))

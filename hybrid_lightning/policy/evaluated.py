@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrid_lightning.adapters.constant_weights import constant_weights
 from hybrid_lightning.metrics import check_set_name
-from hybrid_lightning.policy.constant_decoder import constant_decoder
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
@@ -129,6 +127,9 @@ class EvaluatedModule(LanguageModule):
         Returns:
             Rollouts of P * G sequences.
         """
+
+        from hybrid_lightning.adapters.constant_weights import constant_weights  # these two import PEFT, which is slow
+        from hybrid_lightning.policy.constant_decoder import constant_decoder
 
         def on_token(running: int, decoded: int) -> None:
             for listener in self.generation_listeners:

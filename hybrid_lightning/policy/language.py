@@ -19,7 +19,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from hybrid_lightning.adapters.apply import parameter_groups
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.describe import describe_arguments
@@ -189,6 +188,8 @@ class LanguageModule(AdaptedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Two parameter groups, `full` and `lora`, each with its learning rate."""
+        from hybrid_lightning.adapters.apply import parameter_groups  # PEFT is slow to import
+
         full, lora = parameter_groups(self.model)
         groups = {"full": (list(full.values()), self.lr_full), "lora": (list(lora.values()), self.lr_lora)}
         return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]

@@ -61,8 +61,8 @@ class PolicyModule(CalibratedModule):
             tokens nowhere (as in TRL).
         dynamic_sampling: Replaces groups of completions that teach nothing, since all of them succeed or all fail, by those of
             further prompts, such as `DynamicSampling()`; None trains on all groups. Not used in scoring and evaluation.
-        prompts_per_rollout: P, over all devices.
-        samples_per_prompt: G.
+        prompts_per_rollout: Prompts of a rollout, over all devices (P).
+        samples_per_prompt: Completions of each prompt in a rollout (G).
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
         epochs_per_rollout: Passes over a rollout.
         max_tokens_per_micro_batch: Tokens of prompts and completions that one forward and backward pass takes, a prompt counted

@@ -21,7 +21,9 @@ _BATCH, _SINGLE = ("completions", "prompts"), ("completion", "prompt")
 
 
 class FunctionReward(RewardFunction):
-    """What a function of yours says, for example
+    """What a function of yours says.
+
+    For example
 
         def brevity(completions, **columns): return [float(len(text) < 200) for text in completions]
         def close(completion, answer, tolerance): return float(abs(float(completion) - float(answer)) < tolerance)

@@ -1,0 +1,329 @@
+"""Help: the options of the classes that a command's config names, and of any other class, with their docstrings.
+
+--help  -->  config (all other arguments)  -->  sections (one a class)  -->  text
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Self, get_args, get_origin
+
+import yaml
+from docstring_parser import parse
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from hybrid_lightning.cli_parser import Parser, known_classes, suggestion, type_of
+from hybrid_lightning.errors import ConfigError
+
+_HOW = """\
+Below are the options of the classes that the config names, with the values that it gives, or of the default ones.
+A config has them by the same names: --model.lr_lora=1e-3 is model: {lr_lora: 1e-3}. Several --config lie on top of each other.
+
+    --KEY=CLASS         names another class, as in --model.loss=GRPOLoss
+    --KEY.help          shows all of a class and lists the others, as in --model.loss.help, --data.help, --trainer.help
+    --KEY.help=CLASS    shows all of another class, as in --model.reward.help=FunctionReward"""
+
+
+def help_asked_last(arguments: Sequence[str]) -> list[str]:
+    """Move what asks for help behind all else, as one `--help=KEY=CLASS`, so that it is answered with the config known.
+
+    Example:
+        >>> help_asked_last(["fit", "--model.loss.help", "GRPOLoss", "--config", "a.yaml"])
+        ['fit', '--config', 'a.yaml', '--help=model.loss=GRPOLoss']
+    """
+    asked, others, waiting = [], [], list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        match = re.fullmatch(r"--([\w.]+)\.help(=.*)?", argument)
+        if argument in ("-h", "--help"):
+            asked.append("")
+        elif match is None:
+            others.append(argument)
+        elif match[2] is None and waiting and not waiting[0].startswith("-"):
+            asked.append(f"{match[1]}={waiting.pop(0)}")
+        else:
+            asked.append(match[1] + (match[2] or ""))
+    return [*others, *(f"--help={key}" for key in asked[:1])]
+
+
+class ShowHelp(argparse.Action):
+    """Prints the help on all options, or on `KEY` or `KEY=CLASS`."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs="?", default=argparse.SUPPRESS, help="Show this help.")
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Print and exit; `namespace` has what the arguments before it and their configs say."""
+        try:
+            text = _help_on(parser, namespace, values) if values else _overview(parser, namespace)
+        except ConfigError as error:
+            parser.error(str(error))
+        with suppress(BrokenPipeError):  # of a reader such as head
+            print(text, flush=True)
+        parser.exit()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A class that a config names."""
+
+    key: str  # such as model.loss
+    part: type
+    values: Mapping[str, Any]  # what the config gives for its arguments
+    positional: int = 0  # arguments that it gets from elsewhere
+
+    @classmethod
+    def of(cls, key: str, part: type, values: Any, kind: Any = None) -> Self:
+        """Of an option whose type may be one such as `Callable[[Iterable], Optimizer]`, which is called with the parameters."""
+        return cls(key, part, _mapping(values or {}), len(get_args(kind)[0]) if get_origin(kind) is Callable else 0)
+
+    def options(self) -> list[argparse.Action]:
+        """One for each argument of the class, by its whole name."""
+        return self.add_to(ArgumentParser(), "")
+
+    def add_to(self, parser: ArgumentParser, title: str, description: str = "", base: Any = None) -> list[argparse.Action]:
+        """Add them to a parser, as a group with a title; where others with a `base` can be named, after the option for that."""
+        group = parser.add_argument_group(title, description)
+        if base is not None:
+            group.add_argument(f"--{self.key}", type=base, help="Its class.")
+        skip: set[str | int] = {self.positional} if self.positional else set()
+        names = group.add_class_arguments(self.part, self.key, as_group=False, fail_untyped=False, skip=skip)
+        actions = [action for action in parser._actions if action.dest in names]
+        for action in actions:
+            action.help = _whole(action.help or "", self.part, action.dest.rpartition(".")[2])
+        return actions
+
+
+def sections(parser: Parser, config: Namespace) -> list[Section]:
+    """The classes that a command's config names, those inside of others after them, the Trainer last."""
+    found: list[Section] = []
+    for key in sorted(parser.parts, key=lambda key: key == "trainer"):
+        value = config.get(key)
+        found += _with_inner(key, value, None) if _is_spec(value) else _and_inner(Section.of(key, parser.parts[key], value))
+    return found
+
+
+def _with_inner(key: str, spec: Any, kind: Any) -> Iterator[Section]:
+    part = _imported(spec["class_path"])
+    if isinstance(part, type):
+        yield from _and_inner(Section.of(key, part, spec.get("init_args"), kind))
+
+
+def _and_inner(section: Section) -> Iterator[Section]:
+    yield section
+    for action in section.options():
+        value = section.values.get(action.dest.rpartition(".")[2])
+        for key, spec in _specs(action.dest, value):
+            yield from _with_inner(key, spec, type_of(action))
+
+
+def _specs(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if _is_spec(value):
+        yield key, value
+    elif isinstance(value, (list, tuple)):
+        yield from ((f"{key}[{place}]", item) for place, item in enumerate(value) if _is_spec(item))
+    elif isinstance(value, (dict, Namespace)):
+        yield from ((f"{key}[{name}]", item) for name, item in _mapping(value).items() if _is_spec(item))
+
+
+def _overview(parser: Parser, config: Namespace) -> str:
+    found = sections(parser, config)
+    shown = _new_parser(parser, config, f"{_first_sentence(parser.description)}\n\n{_HOW}")
+    own = shown.add_argument_group(parser.command.rpartition(" ")[2])
+    for action in parser._actions:  # those of the command alone
+        if "." not in action.dest and action.dest not in parser.parts and not isinstance(action, ShowHelp):
+            action.help = _first_sentence(action.help) if "``" in (action.help or "") else action.help  # Lightning's
+            own._add_action(action)
+    for section in found:
+        base = parser.parts.get(section.key)
+        named = section.part is not base
+        title = f"{section.key} ({section.part.__name__})" if named else section.key
+        actions = section.add_to(shown, title, _paragraphs(section.part)[0], base if named else None)
+        if _is_of_a_library(section.part):  # they have pages of their own
+            for action in actions:
+                action.help = _first_sentence(action.help)
+    return shown.format_help()
+
+
+def _help_on(parser: Parser, config: Namespace, asked: str) -> str:
+    key, _, name = asked.replace(".init_args.", ".").partition("=")
+    found = {section.key: section for section in sections(parser, config)}
+    options = {action.dest: action for section in found.values() for action in section.options()}
+    classes = {dest: classes for dest, action in options.items() if (classes := known_classes(type_of(action)))}
+    classes |= {key: known_classes(base) for key, base in parser.parts.items() if found[key].part is not base}
+    if key not in found and key not in classes:
+        near = suggestion(key, [*found, *classes], "--{}.help") or f"; {parser.command} --help shows all that is there"
+        raise ConfigError(f"--{key}.help: there is no class {key}{near}")
+    section, known = found.get(key), classes.get(key, {})
+    if name:
+        named = _named(key, name, known, type_of(options.get(key)))
+        section = section if section is not None and section.part is named.part else named
+    shown = _new_parser(parser, config if section is found.get(key) else Namespace())
+    if section is not None:
+        title = f"--{key}={section.part.__name__}" if known else f"--{key}.OPTION"
+        required = [action.dest.rpartition(".")[2] for action in section.add_to(shown, "options") if action.required]
+        shown.description = "\n\n".join([title, *_paragraphs(section.part), *(_in_a_config(section, required) if known else [])])
+    if known:
+        title = "" if section is not None else f"--{key} names no class here; "
+        lines = [f"    {name}: {_first_sentence(_paragraphs(part)[0])}" for name, part in known.items()]
+        shown.add_argument_group(f"{title}classes for --{key}, beside your own by module.Class", "\n".join(lines))
+    return shown.format_help()
+
+
+def _named(key: str, name: str, known: Mapping[str, type], kind: Any) -> Section:
+    part = known.get(name) or _imported(name)
+    if not isinstance(part, type):
+        near = suggestion(name, known, f"--{key}.help={{}}") or f"; give one of {', '.join(known)}, or module.Class"
+        raise ConfigError(f"--{key}.help={name}: unknown class {name}{near}")
+    return Section.of(key, part, {}, kind)
+
+
+def _in_a_config(section: Section, required: list[str]) -> list[str]:
+    spec: dict[str, Any] = {"class_path": _path(section.part)}
+    if required:
+        spec["init_args"] = dict.fromkeys(required, "...")
+    for name in reversed(section.key.split(".")):
+        spec = {name: spec}
+    return ["In a config:", textwrap.indent(yaml.safe_dump(spec, sort_keys=False), "    ")]
+
+
+def _new_parser(parser: Parser, config: Namespace, description: str = "") -> ArgumentParser:
+    class WithValues(_Text):
+        given, expected = (dict(_values(parser.parts, space)) for space in (config, parser.get_defaults()))
+
+    usage = f"{parser.command} [--config FILE ...] [--OPTION=VALUE ...]"
+    return ArgumentParser(usage=usage, description=description, formatter_class=WithValues, add_help=False)
+
+
+def _values(keys: Iterable[str], values: Namespace | Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """What a config gives, by option."""
+    for key in keys:
+        value = _mapping(values).get(key)
+        yield above + key, value
+        if not above and not _is_spec(value):  # of a class that cannot be another one
+            yield from _values(_mapping(value or {}), value or {}, f"{key}.")
+            continue
+        for name, spec in _specs(above + key, value):
+            yield from _values(inner := _mapping(spec.get("init_args") or {}), inner, f"{name}.")
+
+
+class _Text(DefaultHelpFormatter):
+    """An option a line, what it means below; texts by paragraphs, of which examples keep their lines."""
+
+    given: Mapping[str, Any]
+    expected: Mapping[str, Any]
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=8)
+
+    def add_arguments(self, actions: Any) -> None:
+        super().add_arguments([action for action in actions if not action.option_strings[-1].endswith(".help")])
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if not name.endswith("+")]
+        return ", ".join(name.removeprefix("--") if "[" in name else name for name in names)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        known = _choices(type_of(action))
+        facts = ["required"] if action.required else []
+        facts.append("one of " + ", ".join(known) if known else "%(type)s" if type_of(action) is not None else "")
+        default = self.expected.get(action.dest, action.default)
+        if default != argparse.SUPPRESS and not action.required:
+            facts.append(f"default: {_shown(default)}")
+        if action.dest in self.given and _shown(self.given[action.dest]) != _shown(default):
+            facts.append(f"now: {_shown(self.given[action.dest])}")
+        facts = [fact for fact in facts if fact]
+        return f"{action.help} ({'; '.join(facts)})" if facts else action.help or ""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        blocks = []
+        for block in re.split(r"\n\s*\n", text):
+            lines = block.splitlines()
+            example = any(line.startswith((" ", ">>>")) for line in lines)
+            filled = lines if example else textwrap.wrap(" ".join(lines), width - len(indent), break_on_hyphens=False)
+            blocks.append("\n".join(indent + line for line in filled))
+        return "\n\n".join(blocks)
+
+
+def _choices(kind: Any) -> dict[str, type]:
+    """Classes that an option takes, where it takes nothing else but null."""
+    alternatives = [kind] if get_origin(kind) is Callable else [part for part in get_args(kind) if part is not NoneType] or [kind]
+    return known_classes(alternatives[0]) if len(alternatives) == 1 else {}
+
+
+def _paragraphs(part: type) -> list[str]:
+    """The docstring of a class without the account of its arguments."""
+    paragraphs, kept = [], True
+    for block in re.split(r"\n\s*\n", inspect.getdoc(part) or ""):
+        if block.startswith(".. "):  # of Sphinx, such as formulas: torch's
+            break
+        if re.match(r"\w+:\n", block):
+            kept = not block.startswith(("Args:", "Raises:"))
+        if kept:
+            paragraphs.append(block)
+    first = " ".join(line for line in paragraphs[0].splitlines()) if paragraphs else ""
+    return [re.sub(r"``?(.*?)``?", r"`\1`", re.sub(r":\w+:`~?(.*?)`", r"`\1`", first)), *paragraphs[1:]]
+
+
+def _whole(text: str, part: type, name: str) -> str:
+    """What is said of an argument, with what is said of it in a base of the class: nowhere else, or by `As in Base; ...`."""
+    match = re.match(r"(?:As in|See) `(\w+)`", text)
+    bases = part.__mro__[1:] if match is None else [base for base in part.__mro__ if base.__name__ == match[1]]
+    if (text and match is None) or not bases:
+        return text or "Not described."
+    params = (param for base in bases for param in parse(base.__doc__ or "").params)
+    said = next((param.description for param in params if param.arg_name == name), None) or ""
+    rest = text[match.end() :] if match else "."
+    return _whole(said if rest == "." else said.rstrip(".") + rest, bases[0] if match else object, name)
+
+
+def _first_sentence(text: str | None) -> str:
+    text = " ".join((text or "").replace("``", "`").split())
+    sentences = re.split(r"(?<=\.)\s(?=[A-Z])", text)
+    return next((sentence for sentence in sentences if not sentence.startswith("Default")), text)
+
+
+def _is_of_a_library(part: type) -> bool:
+    """Whether its arguments are, as those of our Trainer, which are Lightning's."""
+    maker = next(base for base in part.__mro__ if "__init__" in vars(base))
+    return maker.__module__.partition(".")[0] in ("lightning", "torch", "bitsandbytes")
+
+
+def _path(part: type) -> str:
+    return part.__name__ if part.__module__.startswith("hybrid_lightning.") else f"{part.__module__}.{part.__qualname__}"
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError):
+        return None
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, (dict, Namespace)) and isinstance(value.get("class_path"), str)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return vars(value) if isinstance(value, Namespace) else value
+
+
+def _shown(value: Any) -> str:
+    """A value as a config would have it, a class by its name."""
+    if _is_spec(value):
+        return str(value["class_path"].rpartition(".")[2])
+    if isinstance(value, (list, tuple)) and any(_is_spec(item) for item in value):
+        return f"[{', '.join(map(_shown, value))}]"
+    return (
+        value
+        if isinstance(value, str) and value.strip()
+        else json.dumps(value.as_dict() if isinstance(value, Namespace) else value, default=str)
+    )

@@ -1,0 +1,292 @@
+"""The parser of the command line: how values are read, and how a mistake is said in one line."""
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from difflib import get_close_matches
+from types import GenericAlias
+from typing import Any, NoReturn, get_args
+
+import jsonargparse
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from hybrid_lightning.errors import HybridLightningError
+from hybrid_lightning.remedies import is_of_the_machine, with_remedy
+
+# What jsonargparse says -> what a reader of one line can use.
+_REWRITES = (
+    (r"Does not validate against any of the Union subtypes\s+Subtypes: \[.*?\]\s+Errors:", ""),
+    (r"-\s+Expected a path but \S+ either not accessible or invalid\s+", ""),
+    (r"\s*- Expected a <class 'NoneType'>", ""),
+    (r"\s*Given value type:.*?Given value: (.*)", r"; got \1"),
+    (r"Expected a <class '([\w.]+)'>", r"expected \1"),
+    (r"- Expected a typing\.Literal\[(.*?)\]", r"or one of \1"),
+    (
+        r"Expected an instantiatable class, but \S*?(\w+) is abstract; got NestedArg\(key='(\w+)'.*",
+        r"before its argument \2 say which \1, as in --form MergedModel --form.dtype=float32",
+    ),
+    (r"^Unexpected config:\s*$", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is empty"),
+    (r"^Unexpected config:\s*", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is: "),
+    (r'(Parser key "\S+":)\s*(?:-\s+)+', r"\1 "),
+    (
+        r'expected "subcommand" to be one of .*',
+        r"no command is given; there are fit, validate, test, predict, score, export and plan, as in python -m hybrid_lightning "
+        r"fit --config FILE; --help says what each does",
+    ),
+    (
+        r"Option \S+ is not accepted before subcommand '(\w+)'",
+        r"a config stands behind the command, whose options it has: python -m hybrid_lightning \1 --config FILE",
+    ),
+    (
+        r"the following arguments are required: (loss|reward|loss, reward)$",
+        r"model.\1 must be given, nearly always by a config: --config FILE, such as configs/gspo.yaml of the source tree",
+    ),
+    (
+        r"(?:Import path (\S+) does not correspond to a subclass of RewardFunction|Unexpected import path format: (\S+\.py:\w+))",
+        r"\1\2 is no class derived from RewardFunction; a function is given by class_path FunctionReward with function: \1\2",
+    ),
+)
+
+
+_load_yaml = jsonargparse.get_loader("yaml")
+
+
+def _load_value(text: str) -> Any:
+    """YAML, except for two texts that jsonargparse would read otherwise than they are meant.
+
+    It reads the strings of a config as YAML once more, and would turn `answer_pattern: '####\\s*(.+)'`, for YAML a comment alone,
+    into null. And it hands a null for an argument of a part on as Python writes it: `--data.format.system_prompt=null` would put
+    the word None in front of every prompt.
+    """
+    value = _load_yaml(text)
+    if text == "None":
+        return None
+    return text if value is None and text.lstrip().startswith("#") else value
+
+
+jsonargparse.set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
+
+
+class Refusal(SystemExit):
+    """What the parser of a class refuses, for the parser of the command, which knows where it was given.
+
+    No mistake for jsonargparse, which would try the other types that an option may have, and report on all of them.
+    """
+
+    def __init__(self, part: type, name: str, names: list[str]) -> None:
+        super().__init__(f"error: {part.__name__} has no option {name}")
+        self.part, self.name, self.names = part, name, names
+
+
+class Parser(LightningArgumentParser):
+    """Refuses abbreviated options, and ends every error with one line that says what is wrong.
+
+    Attributes:
+        parts: Classes whose options it has, by their key; of `model` and `data` a base of the classes that can be named.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviation would take --trainer.max_epoch=3 silently for max_epochs.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.parts: dict[str, type] = {}
+        self.part: type | None = None  # of which it parses the arguments alone, if it does
+
+    @property
+    def command(self) -> str:
+        """What is typed, such as `python -m hybrid_lightning fit`."""
+        return self.prog.replace(" [options]", "")
+
+    def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the options of a class, and remember it."""
+        self.parts[nested_key] = lightning_class
+        return super().add_lightning_class_args(lightning_class, nested_key, *args, **kwargs)
+
+    def add_class_arguments(self, class_type: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the options of a class; jsonargparse makes a parser without keys for each class that a config names."""
+        if nested_key is None:
+            self.part = class_type
+        return super().add_class_arguments(class_type, nested_key, *args, **kwargs)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """As usual; an option that a class does not have is said with its place."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except Refusal as refusal:
+            if not self.exit_on_error:
+                raise
+            self.error(self._placed(refusal))
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong in one line and exit with 2."""
+        refused = re.fullmatch(r"Option '(\S+)' is not accepted", message)
+        if refused and self.part is not None and not self.exit_on_error:
+            raise Refusal(self.part, refused[1], [action.dest for action in self._actions if action.dest != "help"])
+        cause = cause_of(ex)
+        print_error(self._readable(message, ex) if cause is None else with_remedy(str(cause)))
+        sys.exit(2)
+
+    def _readable(self, message: str, ex: Exception | None) -> str:
+        if unknown := re.match(r"unrecognized arguments: (--)?([\w./-]+)", message):
+            if not unknown[1] and unknown[2].endswith((".yaml", ".yml", ".json")):
+                return f"{message}; a config is given as --config {unknown[2]}"
+            near = self._near(unknown[2], "--{}") if unknown[1] else ""
+            return message + (near or f"; {self.command} --help lists all options")
+        if unknown := re.match(r"Subcommand '(\w+)' does not accept option '(\S+)'", message):
+            command = getattr(ex, "subcommand_parser", self)
+            where = self._where(unknown[2])
+            near = command._near(unknown[2], "{}") or f"; {command.command} --help lists all options"
+            return f"{where or unknown[2]}: {unknown[1]} has no option {unknown[2]}{near}"
+        if unknown := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", message):
+            return message + suggestion(unknown[1], re.findall(r"\w+", unknown[2]))
+        if unknown := re.search(r'Parser key "(\S+)":.*Expected a dot import path string: (\S+)', message, re.DOTALL):
+            known = self._classes_of(unknown[1])
+            near = suggestion(unknown[2], known) or f"; give one of {', '.join(known)}, or module.Class"
+            return f"{unknown[1]}: unknown class {unknown[2]}{near}"
+        if unknown := re.fullmatch(r'Parser key "(\S+)":\s+Expected an instantiatable class, but \S*?(\w+) is abstract', message):
+            return _which(unknown[1], unknown[2], self._classes_of(unknown[1]))
+        for pattern, replacement in _REWRITES:
+            message = re.sub(pattern, replacement, message, flags=re.DOTALL)
+        if unknown := re.search(r"module '(\S+)' has no attribute '(\w+)'", message):
+            message += suggestion(unknown[2], dir(sys.modules.get(unknown[1])), f"{unknown[1]}.{{}}")
+        return message
+
+    def _classes_of(self, key: str) -> dict[str, type]:
+        return known_classes(next((type_of(action) for action in self._actions if action.dest == key), None))
+
+    def _placed(self, refusal: Refusal) -> str:
+        where = self._where(refusal.name)
+        key = _plain(where.rpartition(": ")[2].removeprefix("--")).rpartition(".")[0]
+        if inspect.isabstract(refusal.part):
+            return _which(key or "KEY", refusal.part.__name__, known_classes(refusal.part))
+        near = suggestion(refusal.name, refusal.names, f"--{key}.{{}}" if where.startswith("--") else "{}")
+        near = near or f"; --{key or 'KEY'}.help={refusal.part.__name__} lists those that it has"
+        return f"{f'{where}: ' if where else ''}{refusal.part.__name__} has no option {refusal.name}{near}"
+
+    def _where(self, name: str) -> str:
+        """The option on the command line, or the file and key, that ends with a name and should not; empty if there is none."""
+        places: dict[str, str] = {}
+        for place, argument in enumerate(self.args):
+            option, _, value = argument.partition("=")
+            if option.startswith("--") and option.endswith(f".{name}"):
+                places.setdefault(option.removeprefix("--"), option)
+            if option in ("-c", "--config"):
+                file = value or "".join(self.args[place + 1 : place + 2])
+                with suppress(OSError, yaml.YAMLError), open(file, encoding="utf-8") as text:
+                    keys = _keys(yaml.safe_load(text))
+                    places |= {key: f"{file}: {key}" for key in keys if _plain(f".{key}").endswith(f".{name}")}
+        known = set(self._names())
+        return next((said for key, said in places.items() if _plain(key) not in known), "") or next(iter(places.values()), "")
+
+    def _names(self) -> list[str]:
+        own = [option.removeprefix("--") for option in self._option_string_actions if not option.endswith((".help", "+"))]
+        return [*own, *_of_known_classes(self.parts)]
+
+    def _near(self, name: str, shown: str) -> str:
+        """The option that was meant: one whose end it is, one that is written nearly so, or one with such an end."""
+        names = self._names()
+        root, dot, rest = name.partition(".")
+        same_end = [full for full in names if full.endswith(f".{name}")]
+        if same_end:
+            return f"; did you mean {shown.format(same_end[0])}?"
+        if dot and root not in self.parts and (near := get_close_matches(root, self.parts, n=1)):
+            name = f"{near[0]}.{rest}"
+        leaves = {full.rpartition(".")[2]: full for full in reversed(names)}
+        near_leaf = get_close_matches(name, leaves, n=1, cutoff=0.75)
+        if not dot and near_leaf:
+            return f"; did you mean {shown.format(leaves[near_leaf[0]])}?"
+        return suggestion(name, names, shown)
+
+
+def _which(key: str, base: str, known: Iterable[str]) -> str:
+    return f"{key}: first say which {base}, one of {', '.join(known)}"
+
+
+def _of_known_classes(parts: Mapping[str, type]) -> Iterator[str]:
+    """Options that classes of ours have where they can be named, and those of the classes that they take themselves."""
+    for key, base in parts.items():
+        for part in known_classes(base).values():
+            if not _is_ours(part):
+                continue
+            parser = jsonargparse.ArgumentParser()
+            parser.add_class_arguments(part, key, as_group=False, fail_untyped=False)
+            for action in [action for action in parser._actions if type_of(action) is not None]:
+                yield action.dest
+                for inner in known_classes(type_of(action)).values():
+                    if _is_ours(inner):
+                        yield from (f"{action.dest}.{name}" for name in inspect.signature(inner).parameters)
+
+
+def _plain(key: str) -> str:
+    return key.replace(".init_args.", ".")
+
+
+def _keys(config: Any, above: str = "") -> Iterator[str]:
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for name, value in items:
+        key = f"{above}.{name}" if above else str(name)
+        yield key
+        yield from _keys(value, key)
+
+
+def type_of(action: Any) -> Any:
+    """The type hint of an option, for which jsonargparse has no public name; None for its own `--KEY.help`."""
+    return None if action is None or action.dest.endswith(".help") else getattr(action, "_typehint", None)
+
+
+def known_classes(kind: Any) -> dict[str, type]:
+    """Classes by their names that an option of a type takes and that are imported, private and abstract ones left out."""
+    found: dict[str, type] = {}
+    waiting = [kind]
+    while waiting:
+        current = waiting.pop(0)
+        if not inspect.isclass(current) or isinstance(current, GenericAlias):
+            waiting += [part for part in get_args(current) if part is not Ellipsis]
+        elif current.__module__.partition(".")[0] not in sys.stdlib_module_names:
+            waiting += current.__subclasses__()
+            public = not current.__name__.startswith("_") and "<locals>" not in current.__qualname__
+            if public and not inspect.isabstract(current) and not _is_internal(current):
+                found.setdefault(current.__name__, current)
+    return dict(sorted(found.items(), key=lambda item: (not _is_ours(item[1]), item[0])))
+
+
+def _is_internal(part: type) -> bool:
+    """Whether a class of ours is for others to derive from: its package does not name it, or it has no list and others do."""
+    package = sys.modules.get(part.__module__.rpartition(".")[0])
+    named = getattr(package, "__all__", None)
+    return _is_ours(part) and (any(map(_is_ours, part.__subclasses__())) if named is None else part.__name__ not in named)
+
+
+def _is_ours(part: type) -> bool:
+    return part.__module__.startswith("hybrid_lightning.")
+
+
+def suggestion(name: str, names: Iterable[str], shown: str = "{}") -> str:
+    """`; did you mean X?`, where a name is near to another one, and nothing otherwise."""
+    near = get_close_matches(name, sorted(set(names)), n=1, cutoff=0.7)
+    return f"; did you mean {shown.format(near[0])}?" if near else ""
+
+
+def cause_of(error: BaseException | None) -> BaseException | None:
+    """The error in a chain that was raised for the user; jsonargparse wraps what a constructor raises."""
+    while error is not None:
+        if isinstance(error, (HybridLightningError, MisconfigurationException, FileNotFoundError)) or is_of_the_machine(error):
+            return error
+        error = error.__cause__
+    return None
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """What a constructor raised, from below jsonargparse's account of a union, whose last line is the whole config."""
+    while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def print_error(message: str) -> None:
+    """Say on one line of the error output what is wrong."""
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")

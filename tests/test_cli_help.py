@@ -1,0 +1,166 @@
+"""Help: the options of the classes that a config names, complete, in an order in which they are found."""
+
+import inspect
+import re
+
+import pytest
+import yaml
+from cli_runs import run, write_folder
+from lightning.pytorch import Callback
+
+from hybrid_lightning.adapters.accumulators import ExactGradients
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.cli_help import Section
+from hybrid_lightning.cli_parser import known_classes
+from hybrid_lightning.parts import Part
+from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.policy.optim import LearningRateSchedule
+from hybrid_lightning.policy.quantization import Quantization
+from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yield from write_folder(tmp_path_factory.mktemp("help"))
+
+
+def said(folder, *arguments):
+    result = run(folder, *arguments)
+    assert result.code == 0, result.err
+    return result.out
+
+
+def titles(text):
+    return re.findall(r"^(\S.*):$", text, re.MULTILINE)
+
+
+def value_of(text, option):
+    """What is said in brackets after an option."""
+    found = re.search(rf"^  --{re.escape(option)}\n(?:        .*\n)+", text, re.MULTILINE)
+    assert found, f"{option} is missing"
+    return re.search(r"\(([^()]*(?:\([^()]*\)[^()]*)*)\)\s*$", " ".join(found[0].split()))[1]
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "score", "export", "plan"])
+def test_help_shows_the_default_classes_and_the_trainer_last(folder, command):
+    text = said(folder, command, "--help")
+    assert text.startswith(f"usage: python -m hybrid_lightning {command} [")
+    found = titles(text)
+    wanted = [command, "model (PolicyModule)", "model.sampler (Sampler)", "data", "adapter", "adapter.budget (ModuleBudget)"]
+    assert [title for title in found if title in wanted] == wanted and found[-2:] == [
+        "trainer",
+        "trainer.logger (TensorBoardLogger)",
+    ]
+    assert "default: 0.0001" in value_of(text, "model.lr_lora") and "--adapter.calibration_prompts" in text
+    assert all(f"  --trainer.{name}\n" in text for name in inspect.signature(Trainer).parameters if name != "self")
+    assert {"fit": "--ckpt_path", "export": "--folder", "plan": "--prompt_tokens"}.get(command, "") in text
+    # jsonargparse's options for help, and a class's options after the option for the class
+    assert not re.search(r"^  --\S+\.help$", text, re.MULTILINE) and text.index("  --model.loss\n") > text.index("  --model\n")
+
+
+@pytest.mark.parametrize("order", [["--config", "t.yaml", "--help"], ["--help", "--config", "t.yaml"], ["-h", "--config=t.yaml"]])
+def test_help_shows_the_classes_that_the_config_names(folder, order):
+    text = said(folder, "fit", *order)
+    assert {"model.loss (GRPOLoss)", "model.reward (StartsWithDigit)", "data.source (FileSource)"} <= set(titles(text))
+    assert value_of(text, "model.loss.clip_high") == "float; default: 0.2; now: 0.25"
+    assert value_of(text, "model.lr_lora") == "float; default: 0.0001; now: 0.01"
+    names = "BNPOLoss, CISPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss, SAPOLoss, TokenClippedLoss"
+    assert value_of(text, "model.loss").startswith(f"required; one of {names}")
+    assert value_of(text, "model.loss").endswith("; now: GRPOLoss")
+    assert value_of(text, "model").startswith("one of PolicyModule, PreferenceModule, SupervisedModule")
+
+
+def test_help_follows_the_command_line(folder):
+    rewards = "[{class_path: ExactMatch}, {class_path: FormatReward, init_args: {pattern: a}}]"
+    options = ["--model.loss=GSPOLoss", "--model.reward=WeightedSum", f"--model.reward.rewards={rewards}"]
+    text = said(folder, "fit", "--help", *options)
+    assert {"model.loss (GSPOLoss)", "model.reward.rewards[1] (FormatReward)"} <= set(titles(text))
+    assert "  model.reward.rewards[1].pattern\n" in text, "no option of the command line"
+    text = said(folder, "fit", "--model=SupervisedModule", "--help")
+    assert "model (SupervisedModule)" in titles(text) and "--model.samples_per_prompt" not in text
+
+
+def test_help_on_the_class_of_the_config_or_the_default(folder):
+    text = said(folder, "fit", "--config", "t.yaml", "--model.loss.help")
+    assert "--model.loss=GRPOLoss" in text and "now: 0.25" in text and "GSPOLoss: Clipped surrogate" in text
+    assert "--model.lr_lora" in said(folder, "fit", "--model.help")
+    assert "--data.eval_batch_size" in said(folder, "fit", "--data.help")
+    assert "Defaults to ``None``" not in said(folder, "fit", "--help") and "Disabled by default" in said(
+        folder, "fit", "--trainer.help"
+    )
+    assert "(see\n`callbacks/resume.py`)" in said(folder, "score", "--adapter.help")
+    text = said(folder, "fit", "--model.correction.help")
+    assert "names no class here" in text and "TokenTruncation: The ratio of each token" in text
+
+
+@pytest.mark.parametrize("form", ["--model.reward.help=FunctionReward", "--model.reward.help FunctionReward"])
+def test_help_on_a_function_of_ones_own_is_complete(folder, form):
+    text = said(folder, "fit", *form.split(), "--config", "t.yaml")
+    for line in (inspect.getdoc(RewardFunction) and inspect.getdoc(known_classes(RewardFunction)["FunctionReward"])).splitlines():
+        if line.startswith("Args:"):
+            break
+        assert line.strip() in text or all(word in text for word in line.split())
+    assert "    def brevity(completions, **columns): return" in text
+    example = yaml.safe_load(re.search(r"In a config:\n\n((?:    .*\n)+)", text)[1])
+    assert example == {"model": {"reward": {"class_path": "FunctionReward", "init_args": {"function": "..."}}}}
+
+
+def test_help_on_chat_format_says_what_it_has_from_its_base(folder):
+    text = " ".join(said(folder, "fit", "--data.format.help=ChatFormat").split())
+    assert "As in" not in text and "What the policy is asked, with columns in braces. (str" in text
+    assert "Solved examples in front of the question" in text and "Instruction in front of everything" in text
+
+
+def test_help_on_classes_of_others(folder):
+    text = said(folder, "fit", "--model.reward.help=my_parts.StartsWithDigit")
+    assert value_of(text, "model.reward.bonus") == "float; default: 0.0" and "Not described. (float" in text
+    text = said(folder, "fit", "--model.optimizer.help=AdamW")
+    assert "--model.optimizer.weight_decay" in text and "--model.optimizer.params" not in text and "math::" not in text
+    assert "--trainer.callbacks.every_n_steps" in said(folder, "fit", "--trainer.callbacks.help=PolicyExport")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.los.help", r"there is no class model\.los; did you mean --model\.loss\.help\?"),
+        ("--zzz.help", r"there is no class zzz; python -m hybrid_lightning fit --help shows all"),
+        ("--model.loss.help=GRPOLos", r"unknown class GRPOLos; did you mean --model\.loss\.help=GRPOLoss\?"),
+        ("--model.quantization.help=Zzz", r"unknown class Zzz; give one of Int8, NF4.*, or module\.Class"),
+        ("--help --config=nope.yaml", r"File does not exist: .*nope\.yaml"),
+    ],
+)
+def test_a_mistake_in_a_call_for_help_is_said(folder, option, message):
+    result = run(folder, "fit", *option.split())
+    assert result.code == 2 and re.search(message, result.last) and "Traceback" not in result.err, result.err
+
+
+def test_help_without_a_command(folder):
+    text = said(folder, "--help")
+    assert "score" in text and "Hybrid-LoRA" in text and "--adapter" not in text
+
+
+PARTS = {
+    f"{part.__module__}.{part.__qualname__}": part
+    for base in (Part, LanguageModule, Callback, LearningRateSchedule, Quantization, ExactGradients, ModuleBudget)
+    for part in known_classes(base).values()
+    if part.__module__.startswith("hybrid_lightning.")
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_each_argument_of_a_part_is_explained(name):
+    """Also those that it has from its base."""
+    part = PARTS[name]
+    for action in Section("key", part, {}).options():
+        text = action.help or ""
+        assert len(text) >= 8 and not re.match(r"(As in|See) `|Not described", text), (
+            f"{name}: {action.dest} is not explained: {text!r}"
+        )
+    assert inspect.getdoc(part)
+
+
+def test_parts_of_every_kind_are_looked_at():
+    names = {name.rpartition(".")[2] for name in PARTS}
+    assert {"GSPOLoss", "FunctionReward", "ChatFormat", "GSM8K", "Sampler", "GroupAdvantage", "PreconditionedTail"} <= names
+    assert {"ParameterBudget", "CosineSchedule", "NF4", "PolicyModule", "HybridAdapterSetup", "MergedModel"} <= names

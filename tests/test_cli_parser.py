@@ -1,0 +1,151 @@
+"""A mistake on the command line or in a config: what was meant is said, and soon."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_runs import run, write_folder
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yield from write_folder(tmp_path_factory.mktemp("parser"))
+
+
+def assert_said(result, message):
+    lines = result.err.splitlines()
+    assert result.code == 2 and re.search(message, lines[-1]), result.err
+    assert lines[-1].startswith("error: ") and "Traceback" not in result.err and "usage" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        # of the command, of a class of the config, of one inside of that, of one on the command line
+        ("fit --config t.yaml --trainer.max_step=3", r"--trainer\.max_step=3; did you mean --trainer\.max_steps\?$"),
+        ("fit --config t.yaml --model.lr_lorra=1", r"PolicyModule has no option lr_lorra; did you mean --model\.lr_lora\?$"),
+        ("fit --config t.yaml --model.lr_lorra 1", r"did you mean --model\.lr_lora\?$"),
+        (
+            "fit --config t.yaml --adapter.budget.shar=1",
+            r"ModuleBudget has no option .* mean --adapter\.budget\.share\?$",
+        ),
+        (
+            "fit --config t.yaml --model.loss.clip_hi=1",
+            r"GRPOLoss has no option clip_hi; .* --model\.loss\.clip_high\?$",
+        ),
+        ("fit --config t.yaml --data.source.init_args.trian=a", r"did you mean --data\.source\.train\?$"),
+        (
+            "fit --config t.yaml --trainer.logger.nam=a",
+            r"TensorBoardLogger has no option nam; .* --trainer\.logger\.name\?$",
+        ),
+        (
+            "fit --model.loss=SAPOLoss --model.loss.clip_low=1",
+            r"SAPOLoss has no option clip_low; --model\.loss\.help=SAPOLoss ",
+        ),
+        # the key in front is wrong, or missing
+        ("fit --modle.loss.clip_low=1", r"did you mean --model\.loss\.clip_low\?$"),
+        ("fit --adaptor.rank=3", r"did you mean --adapter\.rank\?$"),
+        ("fit --lr_lora=3", r"did you mean --model\.lr_lora\?$"),
+        ("fit --loss.clip_low=3", r"did you mean --model\.loss\.clip_low\?$"),
+        ("fit --max_steps=3", r"did you mean --trainer\.max_steps\?$"),
+        ("fit --temprature=3", r"did you mean --model\.sampler\.temperature\?$"),
+        ("fit --confg t.yaml", r"did you mean --config\?$"),
+        ("fit --wholly_unknown=3", r"--wholly_unknown=3; python -m hybrid_lightning fit --help lists all options$"),
+        ("fit t.yaml", r"unrecognized arguments: t\.yaml; a config is given as --config t\.yaml$"),
+        ("fit -x", r"unrecognized arguments: -x; python -m hybrid_lightning fit --help lists"),
+        # classes
+        ("fit --config t.yaml --model.loss=GRPOLos", r"loss: unknown class GRPOLos; did you mean GRPOLoss\?$"),
+        ("fit --config t.yaml --model=PolicyModul", r"model: unknown class PolicyModul; did you mean PolicyModule\?$"),
+        (
+            "fit --config t.yaml --trainer.callbacks=PolicyExpor",
+            r"trainer\.callbacks: unknown class .* mean PolicyExport\?$",
+        ),
+        ("fit --config t.yaml --model.sampler=Zzz", r"sampler: unknown class Zzz; give one of Sampler.*, or module\.Class$"),
+        ("fit --model.optimizer=torch.optim.AdamWW", r"has no attribute 'AdamWW'.*; did you mean torch\.optim\.AdamW\?$"),
+        ("export --folder=x --form=MergedModl", r"form: unknown class MergedModl; did you mean MergedModel\?$"),
+        ("fit --model.loss.clip_low=1", r"loss: first say which PolicyLoss, one of BNPOLoss, CISPOLoss"),
+        # commands
+        ("fitt --config t.yaml", r"invalid choice: 'fitt' \(choose from .*\); did you mean fit\?$"),
+        ("plan --prompt_token=3", r"did you mean --prompt_tokens\?$"),
+    ],
+)
+def test_what_was_meant_is_said(folder, command, message):
+    assert_said(run(folder, *command.split()), message)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model": {"lr_lorra": 1}}, r"o\.yaml: model\.lr_lorra: PolicyModule has no option lr_lorra; did you mean lr_lora\?$"),
+        ({"model": {"init_args": {"lr_lorra": 1}}}, r"model\.init_args\.lr_lorra: .* did you mean lr_lora\?$"),
+        ({"model": {"loss": {"init_args": {"clip_hi": 1}}}}, r"GRPOLoss has no option clip_hi; did you mean clip_high\?$"),
+        ({"model": {"loss": {"class_path": "GSPOLos"}}}, r"loss: unknown class GSPOLos; did you mean GSPOLoss\?$"),
+        ({"model": {"loss": {"init_args": {"zzz": 1}}}}, r"GRPOLoss has no option zzz; --model\.loss\.help=GRPOLoss lists"),
+        (
+            {"model": {"reward": {"class_path": "WeightedSum", "init_args": {"rewards": [{"class_path": "ExactMatc"}]}}}},
+            r"rewards: unknown class ExactMatc; did you mean ExactMatch\?$",
+        ),
+        ({"trainer": {"max_step": 1}}, r"o\.yaml: trainer\.max_step: fit has no option .* did you mean trainer\.max_steps\?$"),
+        ({"model": {"rank": 1}}, r"o\.yaml: model\.rank: PolicyModule has no option rank; --model\.help=PolicyModule lists"),
+        ({"adapter": {"rnk": 1}}, r"o\.yaml: adapter\.rnk: fit has no option adapter\.rnk; did you mean adapter\.rank\?$"),
+        ({"modle": {"lr_lora": 1}}, r"modle\.lr_lora: fit has no option modle\.lr_lora; did you mean model\.lr_lora\?$"),
+    ],
+)
+def test_a_key_of_a_config_is_found_and_corrected(folder, config, message):
+    (folder / "o.yaml").write_text(yaml.safe_dump(config))
+    assert_said(run(folder, "fit", "--config", "t.yaml", "--config=o.yaml"), message)
+
+
+def test_a_class_of_ones_own_is_suggested_where_it_is(folder):
+    (folder / "more.py").write_text("from hybrid_lightning.losses import GRPOLoss\nclass MineLoss(GRPOLoss): pass\n")
+    result = run(folder, "fit", "--config", "t.yaml", "--model.loss=more.MinLoss")
+    assert_said(result, r"module 'more' has no attribute 'MinLoss'; did you mean more\.MineLoss\?$")
+
+
+# What takes long to import, of which neither a help nor a mistake needs anything.
+HEAVY = {"peft", "bitsandbytes", "datasets", "math_verify", "reasoning_gym", "trl", "hybrid_lightning.adapters.apply"}
+PROGRAM = """
+import contextlib, io, sys, time
+import torch, lightning, transformers
+times = [time.process_time()]
+from hybrid_lightning.cli import main
+times.append(time.process_time())
+for command in {commands}:
+    sys.argv = ["hybrid_lightning", *command.split()]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit:
+            pass
+    assert {wanted}[command] in said.getvalue(), said.getvalue()
+    times.append(time.process_time())
+print(*times)
+print(*({heavy} & sys.modules.keys()))
+"""
+
+
+def test_a_help_and_a_mistake_take_little_longer_than_importing_the_libraries(tmp_path):
+    """In processor time, which a busy machine does not stretch much, and relative to the libraries, as processors differ."""
+    wanted = {
+        f"fit --config {ROOT}/configs/gspo.yaml --help": "--model.lr_lora",
+        f"fit --config {ROOT}/configs/qwen3.yaml --model.lr_lorra=1": "did you mean --model.lr_lora",
+    }
+    command = [sys.executable, "-c", PROGRAM.format(commands=list(wanted), wanted=wanted, heavy=HEAVY)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    shares = []
+    for _ in range(3):  # the first may have to compile, and another process be in the way
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        times, heavy = done.stdout.splitlines()
+        assert not heavy, f"{heavy} are imported for a help or a mistake"
+        libraries, imported, helped, corrected = map(float, times.split())
+        shares.append((imported - libraries + max(helped - imported, corrected - helped)) / libraries)
+        if shares[-1] < 0.25:  # one second where the libraries take four
+            return
+    raise AssertionError(f"a help or a mistake takes {min(shares):.0%} longer than the import of the libraries")

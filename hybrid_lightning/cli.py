@@ -89,12 +89,12 @@ class HybridLightningCLI(LightningCLI):
         self._signals = signals or StopSignals()
         arguments = kwargs.get("args") or sys.argv[1:]
         arguments = arguments if isinstance(arguments, list) else None
+        check_whole_configs(arguments or [])
         first = arguments[0] if arguments else None
         # Making a command's options takes long. It nearly always comes first; behind an option such as --config it may be any.
         behind = first is not None and first.startswith("-") and first not in ("-h", "--help")
         anywhere = behind or arguments is None
         self._made = {name for name in self.subcommands() if anywhere or name == first}
-        check_whole_configs(arguments or [])
         super().__init__(
             LanguageModule,
             PromptDataModule,
@@ -195,21 +195,16 @@ class HybridLightningCLI(LightningCLI):
             parser.set_defaults({"verbose": False})  # Lightning's own table, of what EvaluationReport shows
         return parser
 
-    def after_instantiate_classes(self) -> None:
-        """Find out what would end the run later."""
-        assert isinstance(self.trainer, Trainer)
-        if self.subcommand != "plan":
-            self.trainer.check_checkpoint(self._get(self.config_init, "ckpt_path"))
-        if self.subcommand not in ("export", "plan"):
-            check_run_folder(self.trainer)
-
     def _run_subcommand(self, subcommand: str) -> None:
-        """Find what is wrong with data, reward and settings, and only then load the model, which takes longest.
+        """Find what is wrong with places, data, reward and settings, and only then load the model, which takes longest.
 
         An export reads the weights itself, in the dtype that it wants, and a plan none.
         """
+        assert isinstance(self.trainer, Trainer)
+        if subcommand != "plan":
+            self.trainer.check_checkpoint(self._get(self.config_init, "ckpt_path"))
         if subcommand not in ("export", "plan"):
-            assert isinstance(self.trainer, Trainer)
+            check_run_folder(self.trainer)
             if isinstance(self.model, SteppedModule):
                 self.trainer.check(self.model, self.datamodule, subcommand)
             self.model.load()

@@ -83,7 +83,7 @@ def test_the_next_command_runs(folder, name):
     result = run(folder, *arguments)
     assert result.code == 0, result.err[-2000:]
     assert summary_of(result, folder)["next_command"] == re.search(r"^Next: +(.+)$", result.out, re.MULTILINE)[1]
-    assert (folder / re.search(r"^Plan written to (.+)$", result.out, re.MULTILINE)[1]).is_file()
+    assert (folder / re.search(r"^Plan.* written to (.+)$", result.out, re.MULTILINE)[1]).is_file()
     assert typed(result, folder) == command
 
 

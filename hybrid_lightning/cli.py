@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
+import huggingface_hub
 import jsonargparse
 import transformers
 import yaml
@@ -305,6 +306,8 @@ def _print_error(message: str) -> None:
 def _quiet_libraries() -> None:
     """Silence advice that does not apply here, so that what matters can be read."""
     transformers.utils.logging.disable_progress_bar()
+    if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        huggingface_hub.utils.enable_progress_bars()  # of downloads, which transformers has just switched off with its own
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for each page of samples
     # LightningModule and data module share this hook by design.
     warnings.filterwarnings("ignore", message=".*overridden `transfer_batch_to_device`.*")

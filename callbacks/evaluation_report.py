@@ -1,8 +1,9 @@
 """`EvaluationReport`: how good the policy is at each set of problems, as a table and as JSON."""
 
 import json
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,6 +16,8 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import LOWER, OVERALL, UPPER
 
 Scores = Mapping[str, Mapping[str, float]]
+_OF_VALIDATION = re.compile(r"(?:val(?:id(?:ation)?)?|eval|test)(?![a-z])")
+_NOT_SHOWN = (f"/{LOWER}", f"/{UPPER}", "/problems")
 _OVERALL_TITLE = "mean of sets"
 
 
@@ -29,7 +32,8 @@ class EvaluationReport(Callback):
 
     Raises:
         ConfigError: If a checkpoint or another callback monitors what the validation before training does not measure. Lightning
-            says so at the first checkpoint only, which may be hours later.
+            says so at the first checkpoint only, which may be hours later. (`Trainer.check` says so before that validation, where
+            all that could log something is ours.)
     """
 
     def __init__(self) -> None:
@@ -52,7 +56,7 @@ class EvaluationReport(Callback):
         """Report."""
         self._report(trainer, pl_module, "validation")
         if trainer.sanity_checking:
-            _check_monitors(trainer)
+            check_monitors(trainer, trainer.callback_metrics)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report."""
@@ -87,12 +91,20 @@ class EvaluationReport(Callback):
             out.print(f"Written to {path} in {report['seconds']:.1f} s of evaluation", soft_wrap=True)
 
 
-def _check_monitors(trainer: Trainer) -> None:
-    measured = [name for name in trainer.callback_metrics if name.startswith("val/")]
+def check_monitors(trainer: Trainer, measured: Collection[str]) -> None:
+    """Refuse to monitor what sounds like a result of validation and is none; what training logs is not known in advance.
+
+    Args:
+        trainer: Has the callbacks.
+        measured: Names that validation logs; others may be among them.
+
+    Raises:
+        ConfigError: If a callback does so.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
-        if monitor and monitor.startswith("val/") and monitor not in measured:
-            names = [name for name in measured if not name.endswith((f"/{LOWER}", f"/{UPPER}", "/problems"))] or ["null"]
+        if isinstance(monitor, str) and _OF_VALIDATION.match(monitor) and monitor not in measured:
+            names = [name for name in measured if name.startswith("val/") and not name.endswith(_NOT_SHOWN)] or ["null"]
             raise ConfigError(
                 f"{type(callback).__name__} has monitor={monitor}, which validation does not measure; "
                 f"give it (as in --checkpoint.monitor={names[0]}) one of {', '.join(names)}, or null"

@@ -41,6 +41,7 @@ from hybrid_lightning.policy.stepped import begin_epoch_anew
 from hybrid_lightning.sharding.whole_files import is_there, read_content
 from hybrid_lightning.stopping import RunStopped
 
+_SHOWN_OTHERS = 10  # modules of a plan on the screen, beside the fully trained ones
 # Arguments of the policy that no score depends on.
 _AFTER_SCORING = {
     "correction",
@@ -183,7 +184,7 @@ class HybridAdapterSetup(Part, Callback):
         plan = self._plan_of_checkpoint(trainer) or self.given_plan
         if plan is None and stage != "fit":
             return None
-        self._check_start_weights(pl_module)
+        self.check_start_weights(pl_module)
         if plan is None:
             check_settings = getattr(pl_module, "check_settings", None)
             if check_settings is not None:
@@ -206,7 +207,8 @@ class HybridAdapterSetup(Part, Callback):
             )
         return plan
 
-    def _check_start_weights(self, pl_module: LightningModule) -> None:
+    def check_start_weights(self, pl_module: LightningModule) -> None:
+        """Raise ConfigError if the loss of a module needs start weights that are not kept."""
         loss = getattr(pl_module, "loss", None)
         if getattr(loss, "needs_reference", False) and not self.keep_start_weights:
             raise ConfigError(
@@ -323,9 +325,14 @@ class HybridAdapterSetup(Part, Callback):
         if folder is not None:
             plan.save(folder / "plan.json")
             self._draw(plan, folder / "plan.png")
-        console().print(plan.table())
+        table = plan.table(_SHOWN_OTHERS)
+        console().print(table)
+        rest = len(plan.candidates) - table.row_count
+        more = f"{rest} more {'module' if rest == 1 else 'modules'}"
         if folder is not None:
-            console().print(f"Plan written to {folder / 'plan.json'}", soft_wrap=True)
+            console().print(f"Plan{f', with {more},' if rest else ''} written to {folder / 'plan.json'}", soft_wrap=True)
+        elif rest:
+            console().print(f"and {more}", soft_wrap=True)
 
     def _draw(self, plan: AdapterPlan, path: Path) -> None:
         if any(module.score is not None for module in plan.candidates):

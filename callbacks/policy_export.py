@@ -15,7 +15,7 @@ from hybrid_lightning.export.form import ExportForm
 from hybrid_lightning.export.live import policy_of_module
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.trained import TrainedPolicy
-from hybrid_lightning.export.write import write_policy
+from hybrid_lightning.export.write import write_policy, written
 
 
 class PolicyExport(Callback):
@@ -101,7 +101,7 @@ class PolicyExport(Callback):
             policy = policy_in_training(trainer, pl_module)
             if policy is not None:
                 target = write_policy(policy, self.form, folder / f"step={trainer.global_step}")
-                console().print(f"Policy written to {target}", soft_wrap=True)
+                console().print(written(policy, self.form, target), soft_wrap=True)
             trainer.strategy.barrier("PolicyExport")
 
 

@@ -5,6 +5,8 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import huggingface_hub
@@ -14,7 +16,7 @@ import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -45,6 +47,7 @@ from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.preference import PreferenceModule  # noqa: F401  (as above)
+from hybrid_lightning.policy.stepped import SteppedModule
 from hybrid_lightning.policy.supervised import SupervisedModule  # noqa: F401  (as above)
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import Trainer
@@ -229,16 +232,24 @@ class HybridLightningCLI(LightningCLI):
             parser.set_defaults({"verbose": False})  # Lightning's own table, of what EvaluationReport shows
         return parser
 
-    def before_export(self) -> None:
-        """Let go of the weights: the export reads them anew, in the dtype that it wants."""
-        self.model.adapter_target.to("meta")
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Find what is wrong with data, reward and settings, and only then load the model, which takes longest.
+
+        An export reads the weights itself, in the dtype that it wants, and a plan none.
+        """
+        if subcommand not in ("export", "plan"):
+            assert isinstance(self.trainer, Trainer)
+            if isinstance(self.model, SteppedModule):
+                self.trainer.check(self.model, self.datamodule, subcommand)
+            self.model.load()
+        super()._run_subcommand(subcommand)
 
     def _add_instantiators(self) -> None:
-        """Make the MLflow logger that works, and no policy where its arguments are all that is wanted."""
+        """Make the MLflow logger that works, and policies that are not loaded; for a plan their arguments are all it wants."""
         super()._add_instantiators()
         self.parser.add_instantiator(_mlflow_logger, MLFlowLogger)
-        if self.subcommand == "plan":
-            self.parser.add_instantiator(_arguments_of, LanguageModule, subclasses=True)
+        make = _arguments_of if self.subcommand == "plan" else partial(_unloaded, _InstantiatorFn(cli=self, key="model"))
+        self.parser.add_instantiator(make, LanguageModule, subclasses=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
@@ -252,6 +263,12 @@ def _arguments_of(policy: type, *given: Any, applied_instantiation_links: Any, *
     if not issubclass(policy, PolicyModule):
         raise ConfigError(f"plan knows the memory of PolicyModule, but model is a {policy.__name__}; give a config of RL")
     return policy_arguments(policy, *given, **named)
+
+
+def _unloaded(
+    make: Callable[..., Any], policy: type[LanguageModule], *given: Any, applied_instantiation_links: Any, **named: Any
+) -> Any:
+    return make(policy.unloaded, *given, applied_instantiation_links=applied_instantiation_links, **named)
 
 
 def _mlflow_logger(logger: type, *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:

@@ -5,25 +5,37 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from hybrid_lightning.adapters.kept_scoring import SCORING, is_scoring
 from hybrid_lightning.callbacks.display import console
+from hybrid_lightning.callbacks.evaluation_report import check_monitors
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.policy_export import policy_in_training
 from hybrid_lightning.callbacks.resume import check_evaluated
 from hybrid_lightning.callbacks.run_folder import RunFolder, find_run_folder, run_folder
 from hybrid_lightning.callbacks.step_timer import measured
+from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export.checkpoint import policy_of_checkpoint
 from hybrid_lightning.export.form import ExportForm
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.new_folder import check_target
-from hybrid_lightning.export.write import write_policy
+from hybrid_lightning.export.write import write_policy, written
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
 from hybrid_lightning.memory.table import notes, rich_table, title
+from hybrid_lightning.policy.stepped import SteppedModule
 from hybrid_lightning.sharding.whole_files import read_content
+
+_STAGES = {
+    "fit": TrainerFn.FITTING,
+    "score": TrainerFn.FITTING,
+    "validate": TrainerFn.VALIDATING,
+    "test": TrainerFn.TESTING,
+    "predict": TrainerFn.PREDICTING,
+}
 
 
 class Trainer(LightningTrainer):
@@ -81,6 +93,50 @@ class Trainer(LightningTrainer):
             self.fit_loop.on_run_end()
         return results
 
+    def check(self, model: SteppedModule, datamodule: LightningDataModule | None = None, command: str = "fit") -> None:
+        """Find what is wrong with settings, data, reward and monitors, before a model is loaded.
+
+        The command line does so with a module that is made `unloaded`. What is read here the data module keeps. A data module
+        that prepares or sets up its data in a way of its own is left to do so in its time.
+
+        Args:
+            model: What is going to be run.
+            datamodule: Its data.
+            command: "fit", "score", "validate", "test" or "predict".
+
+        Raises:
+            ConfigError: If settings cannot work, or a callback monitors what will not be measured.
+            DataError: If there is no data for the command, or it is malformed.
+            RewardError: If the reward cannot score it.
+        """
+        # As the command will do.
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        self.strategy._lightning_module = model
+        self.state.fn = _STAGES[command]
+        try:
+            model.check_settings()
+            if self.state.fn == "fit":
+                for callback in self.callbacks:  # type: ignore[attr-defined]
+                    if isinstance(callback, HybridAdapterSetup):
+                        callback.check_start_weights(model)
+            if isinstance(datamodule, PromptDataModule) and not _prepares_itself(datamodule):
+                self._check_data(model, datamodule, command)
+        finally:
+            self.state.fn = None
+
+    def _check_data(self, model: SteppedModule, datamodule: PromptDataModule, command: str) -> None:
+        assert self.state.fn is not None
+        if command == "fit" and self.limit_val_batches and _all_ours(model, self):
+            sets = datamodule.set_names("validation")
+            if sets:
+                check_monitors(self, model.validation_names(sets))
+        datamodule.setup(self.state.fn)
+        if self.state.fn == "fit":
+            model.check_enough(datamodule.train_prompts)
+            model.check_encoding(datamodule.train_prompts)
+        tests = self.state.fn in ("test", "predict")
+        model.check_encoding(datamodule.test_prompts if tests else datamodule.validation_prompts)
+
     def score(self, model: LightningModule, datamodule: LightningDataModule | None = None, ckpt_path: str | None = None) -> None:
         """Score the modules and write `plan.json` and `plan.png` into the run folder, without training.
 
@@ -137,8 +193,9 @@ class Trainer(LightningTrainer):
                     check_evaluated(read_content(ckpt_path), callback)
             policy = policy_of_checkpoint(ckpt_path, dict(model.hparams), datamodule) if self.is_global_zero else None
         if policy is not None:
-            write_policy(policy, form or MergedModel(), folder)
-            console().print(f"Policy written to {folder}", soft_wrap=True)
+            form = form or MergedModel()
+            write_policy(policy, form, folder)
+            console().print(written(policy, form, folder), soft_wrap=True)
 
     def plan(
         self, model: Any, datamodule: LightningDataModule | None = None, *, flags: TrainerFlags, prompt_tokens: int | None = None
@@ -163,3 +220,14 @@ class Trainer(LightningTrainer):
         console().print(title(methods, settings, flags.sharding), soft_wrap=True)
         console().print(rich_table(methods))
         console().print(notes(methods, settings), soft_wrap=True)
+
+
+def _prepares_itself(datamodule: PromptDataModule) -> bool:
+    kind = type(datamodule)
+    return kind.setup is not PromptDataModule.setup or kind.prepare_data is not PromptDataModule.prepare_data
+
+
+def _all_ours(model: SteppedModule, trainer: LightningTrainer) -> bool:
+    """Whether nobody else's code could log something in a validation."""
+    parts = [model, model.loss, *trainer.callbacks]  # type: ignore[attr-defined]
+    return all(type(part).__module__.partition(".")[0] in ("hybrid_lightning", "lightning") for part in parts)

@@ -109,16 +109,20 @@ class AdapterPlan:
         settings = replace(self.lora, **{name: value for name, value in given.items() if value is not None})
         return plan_peft.lora_config({module.name: module.mode for module in self.candidates}, settings)
 
-    def table(self) -> Table:
-        """All modules by descending score, for the screen."""
-        return plan_table.rich_table(self)
+    def table(self, others: int | None = None) -> Table:
+        """Modules by descending score, for the screen.
+
+        Args:
+            others: How many are shown beside the (at most 30) fully trained ones; None shows all.
+        """
+        return plan_table.rich_table(self, others)
 
     def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """The same table as columns and rows, for loggers."""
+        """All modules as columns and rows, for loggers."""
         return plan_table.rows(self)
 
     def markdown(self) -> str:
-        """The same table as Markdown, for TensorBoard's text page."""
+        """All modules as Markdown, for TensorBoard's text page."""
         return plan_table.markdown(self)
 
     def check_model(self, model: nn.Module) -> None:

@@ -8,15 +8,26 @@ if TYPE_CHECKING:
     from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
 
 _COLUMNS = ("module", "shape", "parameters", "score", "mode")
+_MOST_FULL = 30  # of full fine-tuning, nobody wants to see every module on the screen
 _STYLES = {"full": "bold", "lora": "", "frozen": "dim"}
 
 
-def rich_table(plan: "AdapterPlan") -> Table:
-    """All modules by descending score, the fully trained ones in bold."""
+def rich_table(plan: "AdapterPlan", others: int | None = None) -> Table:
+    """Modules by descending score, the fully trained ones in bold.
+
+    Args:
+        plan: Of which.
+        others: How many are shown beside the fully trained ones, and no more than 30 of these; None shows all.
+    """
     table = Table(title=title(plan), title_justify="left")
     for column in _COLUMNS:
         table.add_column(column, justify="right" if column in ("shape", "parameters", "score") else "left")
-    for module in _by_score(plan):
+    modules = _by_score(plan)
+    if others is not None:
+        full = [module.name for module in modules if module.mode == "full"][:_MOST_FULL]
+        shown = {*full, *[module.name for module in modules if module.mode != "full"][:others]}
+        modules = [module for module in modules if module.name in shown]
+    for module in modules:
         table.add_row(*_cells(module), style=_STYLES[module.mode])
     return table
 

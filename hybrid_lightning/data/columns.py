@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from hybrid_lightning.data.conversations import asked_text, is_conversation
+from hybrid_lightning.data.options import letter_of, lettered, options_of, structure
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits, check_fractions, split_rows
 from hybrid_lightning.data.tables import Table
@@ -20,6 +21,7 @@ from hybrid_lightning.data.values import shorten, to_text
 from hybrid_lightning.errors import ConfigError, DataError
 
 GSM8K_ANSWER = r"####\s*(.+)"
+_MEND = "correct or remove the row, or set skip_bad_rows=true"
 
 
 class TableSource(PromptSource):
@@ -30,7 +32,10 @@ class TableSource(PromptSource):
             there is a `template`.
         answer_column: Column with the reference answer, None if there is none. Numbers are written without exponent and
             without a zero fractional part: 5.0 gives "5".
-        template: Makes the question from several columns, such as `"{Body} {Question}"`.
+        template: Makes the question from several columns, such as `"{Body} {Question}"`; `{choices[0]}` is an entry of a list.
+        options_column: Column with the options of a multiple-choice question, a list in one of the layouts of `data/options.py`.
+            They follow the question, one a line as "A. ...", unless the template has that column's place, and the answer
+            becomes the letter that `MultipleChoice` wants, where the data has a label, a number from 0 or the text.
         answer_pattern: Regular expression with one group, searched in the answer column: the group is the answer.
         max_rows: Of each file or hub split, only the first so many rows are read; None for all.
         skip_bad_rows: Whether rows without a usable question or answer are dropped, with their number shown, and are no error.
@@ -44,6 +49,7 @@ class TableSource(PromptSource):
         question_column: str = "question",
         answer_column: str | None = "answer",
         template: str | None = None,
+        options_column: str | None = None,
         answer_pattern: str | None = None,
         max_rows: int | None = None,
         skip_bad_rows: bool = False,
@@ -59,6 +65,7 @@ class TableSource(PromptSource):
         self.question_column = question_column
         self.answer_column = answer_column
         self.template = template
+        self.options_column = options_column
         self.answer_pattern = None if answer_pattern is None else _compile(answer_pattern)
         if answer_pattern is not None and answer_column is None:
             raise ConfigError(f"answer_pattern={answer_pattern!r} needs an answer_column to search in")
@@ -107,7 +114,8 @@ class TableSource(PromptSource):
         existing: dict[str, None] = {}
         for columns in table:
             existing.update(dict.fromkeys(columns))
-        wanted = [] if self.answer_column is None else [("answer_column", self.answer_column)]
+        named = (("answer_column", self.answer_column), ("options_column", self.options_column))
+        wanted = [(name, column) for name, column in named if column is not None]
         if self.template is None:
             wanted.append(("question_column", self.question_column))
         else:
@@ -125,7 +133,18 @@ class TableSource(PromptSource):
             question = render("template", self.template, cells, where).strip()
             if not question:
                 raise DataError(f"{where}: the question made by the template is empty; correct or remove the row")
+        options = None if self.options_column is None else _options(where, self.options_column, columns)
+        if options is not None and (
+            self.template is None or self.options_column not in template_fields("template", self.template)
+        ):
+            question = f"{question}\n\n{lettered(options[0])}"
         answer = None if self.answer_column is None else self._answer(where, columns)
+        if answer is not None and options is not None:
+            assert self.answer_column is not None
+            cell = columns[self.answer_column] if self.answer_pattern is None else answer
+            answer = _letter(where, self.answer_column, cell, options)
+        if self.options_column is not None:
+            columns = {**columns, self.options_column: structure(columns[self.options_column])}
         return Row(question, answer, index, source, columns)
 
     def _answer(self, where: str, columns: dict[str, Any]) -> str:
@@ -150,8 +169,22 @@ def _text(where: str, name: str, column: str, columns: dict[str, Any]) -> str:
         if not text:
             raise ValueError("is empty")
     except ValueError as error:
-        raise DataError(f"{where}: {name} {column!r} {error}; correct or remove the row, or set skip_bad_rows=true") from error
+        raise DataError(f"{where}: {name} {column!r} {error}; {_MEND}") from error
     return text
+
+
+def _options(where: str, column: str, columns: dict[str, Any]) -> tuple[list[str], list[str] | None]:
+    try:
+        return options_of(columns.get(column))
+    except ValueError as error:
+        raise DataError(f"{where}: options_column {column!r} {error}; {_MEND}") from error
+
+
+def _letter(where: str, column: str, cell: Any, options: tuple[list[str], list[str] | None]) -> str:
+    try:
+        return letter_of(cell, *options)
+    except ValueError as error:
+        raise DataError(f"{where}: answer_column {column!r} {error}; {_MEND}") from error
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -172,5 +205,6 @@ def existing_splits(splits: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """
     given = [(split, value) for split, value in splits if value is not None]
     if not given:
-        raise ConfigError(f"no data: set at least one of {', '.join(split for split, _ in splits)}")
+        names = [split for split, _ in splits]
+        raise ConfigError(f"no data: set at least one of {', '.join(names)}, as in --data.source.{names[0]}=...")
     return given

@@ -57,7 +57,7 @@ class ExampleFormat(PromptFormat):
         values = {**row.columns, "question": row.question}
         for column in template_fields(name, template):
             turns = values.get(column)
-            if not is_conversation(turns):
+            if not is_conversation(turns) or f"{{{column}[" in template:  # an entry of it, taken as it is
                 continue
             values[column] = answered_text(turns, f"{where}: column {column!r}")
             context = without_system(asked_turns(turns))  # the format may have put another in its place

@@ -95,6 +95,14 @@ class PromptDataModule(Part, LightningDataModule):
                 f"{splits[0]} split"
             )
 
+    def set_names(self, split: str) -> list[str]:
+        """Names of the sets of a split, "" for prompts of none; the rows are read, but not formatted.
+
+        Args:
+            split: "train", "validation" or "test".
+        """
+        return list(dict.fromkeys(row.set_name for row in getattr(self._read(), split)))
+
     @property
     def train_prompts(self) -> list[Prompt]:
         """Prompts to sample rollouts from."""
@@ -143,10 +151,13 @@ class PromptDataModule(Part, LightningDataModule):
             generator=torch.Generator(),
         )
 
+    def _read(self) -> Splits:
+        self._splits = self._splits or self.source.load()
+        return self._splits
+
     def _split(self, split: str) -> list[Prompt]:
         if split not in self._prompts:
-            self._splits = self._splits or self.source.load()
-            prompts = [self.format.format(row) for row in getattr(self._splits, split)]
+            prompts = [self.format.format(row) for row in getattr(self._read(), split)]
             prompts = self._draw(split, self._short_enough(split, prompts))
             check = getattr(self.trainer and self.trainer.lightning_module, "check_prompts", None)
             if check is not None:  # a row that its reward cannot score, before it is drawn after hours

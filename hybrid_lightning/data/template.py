@@ -1,11 +1,19 @@
-r"""Templates such as `"{question}\nAnswer:"`, filled with the columns of a row."""
+r"""Templates such as `"{question}\nAnswer:"`, filled with the columns of a row.
 
+In a column that holds a list or a dict, brackets take an entry, as in Python's `str.format`: `{choices[0]}`,
+`{choices[text][0]}`. A whole list of options is written one a line, `A. ...`.
+"""
+
+import re
 from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
-from hybrid_lightning.data.values import to_text
+from hybrid_lightning.data.options import lettered, options_of, structure
+from hybrid_lightning.data.values import shorten, to_text
 from hybrid_lightning.errors import ConfigError, DataError
+
+_FIELD = re.compile(r"(?P<column>[^\[\]]+)(?P<keys>(?:\[[^\[\]]+\])*)")
 
 
 def template_fields(name: str, template: str) -> list[str]:
@@ -16,7 +24,7 @@ def template_fields(name: str, template: str) -> list[str]:
         template: Text with `{column}` placeholders; `{{` and `}}` stand for literal braces.
 
     Raises:
-        ConfigError: If the braces do not match, or a placeholder is more than a column name.
+        ConfigError: If the braces do not match, or a placeholder is more than a column and an entry of it.
     """
     try:
         pieces = [(field, spec, conversion) for _, field, spec, conversion in Formatter().parse(template)]
@@ -26,12 +34,13 @@ def template_fields(name: str, template: str) -> list[str]:
     for field, spec, conversion in pieces:
         if field is None:
             continue
-        if not field or spec or conversion:
+        match = _FIELD.fullmatch(field)
+        if match is None or spec or conversion:
             raise ConfigError(
-                f"{name}={template!r}: a placeholder is the name of a column in braces and nothing else, such as {{question}}; "
-                "write {{ and }} for braces that are no placeholder"
+                f"{name}={template!r}: a placeholder is the name of a column in braces and nothing else, such as {{question}}, "
+                "or an entry of it, such as {choices[0]}; write {{ and }} for braces that are no placeholder"
             )
-        fields.append(field)
+        fields.append(match["column"])
     return fields
 
 
@@ -53,13 +62,40 @@ def render(name: str, template: str, values: Mapping[str, Any], where: str) -> s
         text.append(literal)
         if field is None:
             continue
-        if field not in values:
+        match = _FIELD.fullmatch(field)
+        assert match is not None, "checked before"
+        column = match["column"]
+        if column not in values:
             raise ConfigError(
-                f"{name}={template!r} uses {{{field}}}, which {where} does not have; it has {', '.join(sorted(values))} "
+                f"{name}={template!r} uses {{{column}}}, which {where} does not have; it has {', '.join(sorted(values))} "
                 "(write {{ and }} for braces that are no placeholder)"
             )
         try:
-            text.append(to_text(values[field]))
+            text.append(_to_text(_entry(values[column], match["keys"])))
         except ValueError as error:
-            raise DataError(f"{where}: column {field!r}, which {name} uses, {error}; correct or remove the row") from error
+            remedy = f"correct {name} or the row" if match["keys"] else "correct or remove the row"
+            raise DataError(f"{where}: column {column!r}, which {name} uses, {error}; {remedy}") from error
     return "".join(text)
+
+
+def _entry(value: Any, keys: str) -> Any:
+    """What brackets such as `[text][0]` take out of a cell."""
+    for key in re.findall(r"\[([^\[\]]+)\]", keys):
+        value = structure(value)
+        if isinstance(value, dict):
+            if key not in value:
+                raise ValueError(f"has no entry [{key}], but {', '.join(f'[{known}]' for known in value) or 'none'}")
+            value = value[key]
+        elif isinstance(value, (list, tuple)):
+            if not key.isdecimal() or int(key) >= len(value):
+                raise ValueError(
+                    f"has no entry [{key}], but [0] to [{len(value) - 1}]" if value else f"is empty, without a [{key}]"
+                )
+            value = value[int(key)]
+        else:
+            raise ValueError(f"is no list of which [{key}] could be taken: {shorten(value)}")
+    return value
+
+
+def _to_text(value: Any) -> str:
+    return lettered(options_of(value)[0]) if isinstance(value, (list, tuple, dict)) else to_text(value)

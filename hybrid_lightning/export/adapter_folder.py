@@ -22,6 +22,10 @@ class AdapterFolder(ExportForm):
     library = "peft"
     relation = "adapter"
 
+    def weights_dtype(self, policy: TrainedPolicy) -> str:
+        """That of what is trained."""
+        return "float32"
+
     def write(self, policy: TrainedPolicy, folder: Path) -> None:
         """Write the adapter and the tokenizer.
 

@@ -25,6 +25,10 @@ class ExportForm(Part, ABC):
             ConfigError: If it cannot.
         """
 
+    def weights_dtype(self, policy: TrainedPolicy) -> str | None:
+        """Dtype of the weights that it writes, for the screen and the model card; None says nothing of it."""
+        return None
+
     @abstractmethod
     def write(self, policy: TrainedPolicy, folder: Path) -> None:
         """Write weights, configs and tokenizer; the model card and the plan are written by the caller.

@@ -17,7 +17,8 @@ class MergedModel(ExportForm):
     The base is read anew and kept in memory once, on the CPU. A run on a quantized base is merged into the 16-bit one.
 
     Args:
-        dtype: Of the weights: `bfloat16`, `float16` or `float32`.
+        dtype: Of the weights: `bfloat16`, `float16` or `float32`; None takes that of the base's files (of a GGUF file, that of
+            training), so that nothing is rounded that was not before.
 
     Raises:
         ConfigError: If the dtype is another.
@@ -27,10 +28,14 @@ class MergedModel(ExportForm):
     library = "transformers"
     relation = "finetune"
 
-    def __init__(self, dtype: str = "bfloat16") -> None:
-        if dtype not in DTYPES:
+    def __init__(self, dtype: str | None = None) -> None:
+        if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"form.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
         self.dtype = dtype
+
+    def weights_dtype(self, policy: TrainedPolicy) -> str:
+        """What was asked for, or that of the base's files."""
+        return self.dtype or policy.base.stored_dtype()
 
     def write(self, policy: TrainedPolicy, folder: Path) -> None:
         """Write model, tokenizer and generation config.
@@ -41,7 +46,7 @@ class MergedModel(ExportForm):
         """
         tokenizer = policy.base.tokenizer()
         model = policy.base.load()
-        merge_into(model, policy, DTYPES[self.dtype])
+        merge_into(model, policy, DTYPES[self.weights_dtype(policy)])
         _set_generation(model, tokenizer)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -60,7 +65,7 @@ def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     """Let `generate` stop where completions stopped in training; the sampling parameters stay the base's."""
     settings = model.generation_config
     assert settings is not None
-    stops = stop_token_ids(model, tokenizer)
+    stops = stop_token_ids(model.generation_config, tokenizer)
     settings.eos_token_id = stops if len(stops) > 1 else stops[0]
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id

@@ -43,7 +43,7 @@ def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
         f"The model `{policy.base.model}`{_revision(policy.base)} after {policy.training.steps} optimizer steps of "
         "hybrid_lightning, which trains the modules fully where low rank falls short and gives LoRA to the others (Hybrid-LoRA, "
         "[arXiv 2605.18822](https://arxiv.org/abs/2605.18822)).",
-        f"## How to load it\n\n```python\n{form.how_to_load(policy)}```\n\n{_serving(form, policy.plan)}",
+        f"## How to load it\n\n```python\n{form.how_to_load(policy)}```\n\n{_dtype(policy, form)}{_serving(form, policy.plan)}",
         f"## What was trained\n\n{_plan(policy.plan)}",
         f"## On what\n\n{_data(policy.training)}",
         f"## What came of it\n\n{_metrics(policy.training)}",
@@ -104,6 +104,11 @@ def _metrics(training: Training) -> str:
     when = f" (after {training.validated_step} steps)" if training.after else ""
     head = f"| metric | base | trained{when} |"
     return "\n".join(["Validation problems, held out from training.", "", head, "|---|---|---|", *rows])
+
+
+def _dtype(policy: TrainedPolicy, form: ExportForm) -> str:
+    dtype = form.weights_dtype(policy)
+    return f"The weights here are {dtype}. " if dtype else ""
 
 
 def _serving(form: ExportForm, plan: AdapterPlan) -> str:

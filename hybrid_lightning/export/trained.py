@@ -1,16 +1,22 @@
 """`TrainedPolicy`: all that an export needs, wherever it comes from."""
 
+import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.policy.loading import ModelSource, load_model, load_tokenizer, read_config, resolve_model
+from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.policy.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,17 @@ class BaseModel:
         """Read the weights, on the CPU and in the dtype of training."""
         return load_model(self.source, self.dtype, None)
 
+    def stored_dtype(self) -> str:
+        """Dtype of most of the weights in its files, as in `DTYPES`; of a GGUF file, which has none, that of training."""
+        source = self.source
+        if "gguf_file" in source.arguments:
+            return self.dtype
+        counts: Counter[str] = Counter()
+        for path in _weight_files(source):
+            counts.update(_parameters_by_dtype(path))
+        dtype = counts.most_common(1)[0][0] if counts else _dtype_of_config(source)
+        return dtype if dtype in DTYPES else self.dtype
+
     def skeleton(self) -> PreTrainedModel:
         """The modules without weights, on the meta device."""
         config = read_config(self.source)
@@ -45,6 +62,41 @@ class BaseModel:
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
         return tokenizer
+
+
+def _weight_files(source: ModelSource) -> list[str]:
+    """The safetensors files of a model, which are on this machine since it has been loaded."""
+
+    def find(name: str) -> str | None:
+        try:
+            found: str | None = cached_file(source.location, name, local_files_only=True, **source.arguments)
+        except OSError:
+            return None
+        return found
+
+    if (single := find(SAFE_WEIGHTS_NAME)) is not None:
+        return [single]
+    index = find(SAFE_WEIGHTS_INDEX_NAME)
+    names = [] if index is None else sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [path for name in names if (path := find(name)) is not None]
+
+
+def _dtype_of_config(source: ModelSource) -> str:
+    try:
+        config = read_config(source)
+    except ModelError:  # of the hub, which cannot be reached
+        return ""
+    return str(config.dtype).removeprefix("torch.")
+
+
+def _parameters_by_dtype(path: str) -> Counter[str]:
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    counts: Counter[str] = Counter()
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  (no dict)
+            weight = file.get_slice(name)
+            counts[names.get(weight.get_dtype(), weight.get_dtype())] += math.prod(weight.get_shape())
+    return counts
 
 
 @dataclass(frozen=True)

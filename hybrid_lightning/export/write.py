@@ -34,3 +34,9 @@ def write_policy(policy: TrainedPolicy, form: ExportForm, target: str | Path) ->
         policy.plan.save(folder / "plan.json")
         copy_licence_files(policy.base, folder)
     return target
+
+
+def written(policy: TrainedPolicy, form: ExportForm, folder: str | Path) -> str:
+    """What the screen says when a policy has been written."""
+    dtype = form.weights_dtype(policy)
+    return f"Policy written to {folder}{f' in {dtype}' if dtype else ''}"

@@ -1,6 +1,6 @@
 """Means of values over problems, for each named set of problems and over sets, as a torchmetrics metric."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from hybrid_lightning.metrics.intervals import confidence_interval
 OVERALL = ""  # what means over all sets go by; also the one set of prompts that belong to no named one
 LOWER, UPPER = "ci_low", "ci_high"
 _NAME_BYTES = 64
+_UNNAMED = "unnamed"  # prompts of no set beside those of named ones
 
 
 class ProblemMeans(Metric):
@@ -40,6 +41,14 @@ class ProblemMeans(Metric):
         # Tensors alone, names included: every rank has rows, and so something to send in each state.
         self.add_state("identity", default=[], dist_reduce_fx="cat")
         self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    def names(self, sets: Collection[str]) -> dict[str, list[str]]:
+        """What `compute` will give of problems of these sets, without their values."""
+        values = ["problems"]
+        for name, draws in self.draws.items():
+            values += [name] if draws is None else [name, f"{name}/{LOWER}", f"{name}/{UPPER}"]
+        named = [] if set(sets) == {OVERALL} else [name or _UNNAMED for name in sets]
+        return dict.fromkeys([OVERALL, *named], values)
 
     def update(self, sets: Sequence[str], index: Tensor, values: Mapping[str, Tensor]) -> None:
         """Add problems.
@@ -72,7 +81,7 @@ class ProblemMeans(Metric):
         for position, name in enumerate(problems[:, :-1].tolist()):
             sets.setdefault(_decode(name), []).append(position)
         if set(sets) != {OVERALL}:
-            sets = {name or "unnamed": positions for name, positions in sets.items()}
+            sets = {name or _UNNAMED: positions for name, positions in sets.items()}
         parts = {name: values[positions] for name, positions in sets.items()}
         return {OVERALL: self._means(list(parts.values())), **{n: self._means([p]) for n, p in parts.items() if n != OVERALL}}
 

@@ -40,7 +40,7 @@ class CalibratedModule(UpdatedModule):
             CalibrationError: If rewards tie and there are no answers.
         """
         prompts = self._train_prompts()
-        self.rollout_schedule.check_prompts(len(prompts))
+        self.check_enough(prompts)
         order = PromptOrder(prompts, seed=0).of(self.seed + 7919)
         count = self.rollout_schedule.prompts_per_rollout if num_prompts is None else num_prompts
         chosen = [prompts[i] for i in order[:count]]

@@ -1,6 +1,6 @@
 """`EvaluatedModule`: a policy that completes prompts, is rewarded for it, and reports how well it does."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ from hybrid_lightning.policy.reproducibility import check_reproducibility
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.forward import base_model
 from hybrid_lightning.rollout.prompt_draws import PromptDraws
-from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.rollout.sampler import Sampler, check_positions
 from hybrid_lightning.rollout.support import supports_packing
 from hybrid_lightning.sharding.forward import is_sharded, with_whole_weights
 from hybrid_lightning.sharding.ranks import gather_counts
@@ -50,7 +50,7 @@ class EvaluatedModule(LanguageModule):
     def check_settings(self) -> None:
         """See `LanguageModule`; also warn, once, of what can make two runs with one seed differ."""
         super().check_settings()
-        if not self._told_what_differs:
+        if self.is_loaded and not self._told_what_differs:  # what the attention is, the model says
             self._told_what_differs = True
             attention = getattr(base_model(self.model).config, "_attn_implementation", None)
             rewards = [] if self.reward is None else [term for term, _ in self.reward.terms()]
@@ -85,6 +85,18 @@ class EvaluatedModule(LanguageModule):
         for term, _ in self.reward.terms():
             for prompt in prompts:
                 term.check_prompt(prompt)
+
+    def check_encoding(self, prompts: Sequence[Prompt]) -> None:
+        """Make sure that the first prompt of each set can be rendered, tokenized, and completed within the model's positions."""
+        for prompt in {prompt.set_name: prompt for prompt in reversed(prompts)}.values():
+            tokens = len(self.encode(prompt))
+            if self.reward is not None:  # or nothing is completed
+                check_positions(self.model_config, tokens, self.sampler.max_new_tokens)
+
+    def validation_names(self, sets: Collection[str]) -> list[str]:
+        """What a validation on prompts of these sets logs."""
+        names = self.validation_metrics.names(sets)
+        return ["/".join(filter(None, ("val", name, value))) for name, values in names.items() for value in values]
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

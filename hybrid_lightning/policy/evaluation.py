@@ -1,6 +1,6 @@
 """Evaluation of the policy on prompts: greedy and sampled completions, their rewards, and the metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ class EvaluationMetrics(nn.Module):
         `truncation_rate`, and the ends of confidence intervals.
         """
         return self.means.compute()
+
+    def names(self, sets: Collection[str]) -> dict[str, list[str]]:
+        """Set -> names, as `compute` will give them for problems of these sets."""
+        return self.means.names(sets)
 
     def reset(self) -> None:
         """Forget all prompts."""

@@ -2,7 +2,7 @@
 
 import zlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,6 +26,14 @@ class EvaluatedExamples(SteppedModule):
     @abstractmethod
     def example_sequences(self, prompts: Sequence[Prompt], device: torch.device) -> Sequences:
         """Prompts and completions as tokens, the completions of a prompt below each other."""
+
+    def validation_names(self, sets: Collection[str]) -> list[str]:
+        """What a validation on examples of these sets logs."""
+        rows = torch.zeros(self.loss.rows_per_example, 1)
+        reference = rows if self.loss.needs_reference else None
+        inputs = LossInputs(rows, rows[:, 0], torch.ones_like(rows, dtype=torch.bool), ref_logprobs=reference, entropy=rows)
+        measured = [f"val/{name}" for name in self.loss.terms(inputs)]
+        return measured if self.reward is None else measured + super().validation_names(sets)
 
     def _measure(self, prompts: Sequence[Prompt], metrics: ExampleMetrics) -> None:
         sequences = self.example_sequences(prompts, self.device)

@@ -26,7 +26,6 @@ from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallabl
 from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.rollout.forward import base_model
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
@@ -130,7 +129,7 @@ class ExampleModule(EvaluatedExamples):
 
     def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
         """The train dataloader: optimizer steps of these examples. A data module's `train_dataloader` returns it."""
-        self._check_enough(prompts)
+        self.check_enough(prompts)
         return super().rollout_loader(prompts)
 
     def roll_out(
@@ -184,7 +183,7 @@ class ExampleModule(EvaluatedExamples):
         asked = self.encode(prompt)
         said = [self.encoder.encode_completion(prompt, text, self.stop_ids) for text in prompt.completions]
         longest = len(asked) + max(map(len, said))
-        limit = getattr(base_model(self.model).config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise DataError(
                 f"{where} has {longest} tokens ({len(asked)} of the prompt), more than the {limit} that the model reads; shorten "
@@ -218,10 +217,11 @@ class ExampleModule(EvaluatedExamples):
 
     def _train_prompts(self) -> list[Prompt]:
         prompts = super()._train_prompts()
-        self._check_enough(prompts)
+        self.check_enough(prompts)
         return prompts
 
-    def _check_enough(self, prompts: Sequence[Prompt]) -> None:
+    def check_enough(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ConfigError if these training examples are fewer than one optimizer step takes."""
         if len(prompts) < self.examples_per_step:
             raise ConfigError(
                 f"model.examples_per_step={self.examples_per_step} is more than the {len(prompts)} training examples; lower it "

@@ -6,20 +6,33 @@
 
 It loads model and tokenizer, makes the optimizer with one learning rate for fully trained modules and one for LoRA, and refuses
 what strategy, precision and quantization cannot do.
+
+The command line makes it `unloaded` and loads when data, reward and settings have been checked (see `Trainer.check`), so that a
+wrong column is found in the time that it takes to read a file.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.apply import parameter_groups
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.describe import describe_arguments
-from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model, stop_token_ids
+from hybrid_lightning.policy.loading import (
+    ModelSource,
+    check_dtype,
+    load_config,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    stop_token_ids,
+)
 from hybrid_lightning.policy.modes import checkpoint_gradients
 from hybrid_lightning.policy.optim import (
     ConstantSchedule,
@@ -35,16 +48,76 @@ from hybrid_lightning.sharding.checks import check_strategy
 from hybrid_lightning.types import PolicyBatch, Prompt
 
 
+@dataclass(frozen=True)
+class _ToLoad:
+    """What is loaded, and how."""
+
+    source: ModelSource
+    attn_implementation: str | None
+    gradient_checkpointing: bool
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any] | None
+
+
+# Attribute -> what loads it where it is asked for before `load`, as by a row that is tokenized to be checked.
+_LOADERS = {
+    "tokenizer": "_load_tokenizer",
+    "encoder": "_load_tokenizer",
+    "model_config": "_load_config",
+    "stop_ids": "_load_stop_ids",
+    "model": "_load_weights",
+    "base_parameters": "_load_weights",
+}
+
+
 class LanguageModule(AdaptedModule):
     """Loading, optimizer and checks; a subclass calls `_save_arguments`, `_train_with` and `_load` in its constructor."""
 
     loss: Any  # of a type that says by `needs_reference` whether it compares with the start policy
     model: nn.Module
+    model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     encoder: PromptEncoder
     stop_ids: list[int]
     base_parameters: int
     max_tokens_per_micro_batch: int | None
+    _loads_later = False
+    _to_load: _ToLoad
+
+    @classmethod
+    def unloaded(cls, *arguments: Any, **named: Any) -> Self:
+        """Make the module, all its arguments checked, without model and tokenizer: `load` loads them.
+
+        Args:
+            *arguments: Of the class.
+            **named: Likewise.
+        """
+        module = cls.__new__(cls)
+        module._loads_later = True
+        module.__init__(*arguments, **named)  # type: ignore[misc]
+        return module
+
+    def load(self) -> None:
+        """Load what is not there yet.
+
+        Raises:
+            ModelError: If model or tokenizer cannot be loaded.
+        """
+        if "_to_load" in self.__dict__:
+            for name in ("tokenizer", "model"):
+                getattr(self, name)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are there."""
+        return "model" in self._modules
+
+    def __getattr__(self, name: str) -> Any:
+        """Load what has not been loaded yet, and is asked for, such as by the constructor of a subclass."""
+        if name in _LOADERS and "_to_load" in self.__dict__ and name not in self._modules:
+            getattr(self, _LOADERS[name])()
+            return getattr(self, name)
+        return super().__getattr__(name)
 
     def _save_arguments(self) -> None:
         self.save_hyperparameters()
@@ -82,14 +155,29 @@ class LanguageModule(AdaptedModule):
         chat_template: str | None,
         chat_template_kwargs: dict[str, Any] | None,
     ) -> None:
+        check_dtype(dtype)
         self.dtype_name, self.quantization = dtype, quantization
-        source = resolve_model(model, revision)
-        self.tokenizer = load_tokenizer(source)
-        self.encoder = PromptEncoder(self.tokenizer, chat_template, chat_template_kwargs)
-        loaded = load_model(source, dtype, attn_implementation)
+        self._to_load = _ToLoad(
+            resolve_model(model, revision), attn_implementation, gradient_checkpointing, chat_template, chat_template_kwargs
+        )
+        if not self._loads_later:
+            self.load()
+
+    def _load_tokenizer(self) -> None:
+        self.tokenizer = load_tokenizer(self._to_load.source)
+        self.encoder = PromptEncoder(self.tokenizer, self._to_load.chat_template, self._to_load.chat_template_kwargs)
+
+    def _load_config(self) -> None:
+        self.model_config = load_config(self._to_load.source)
+
+    def _load_stop_ids(self) -> None:
+        self.stop_ids = stop_token_ids(load_generation_config(self._to_load.source, self.model_config), self.tokenizer)
+
+    def _load_weights(self) -> None:
+        loaded = load_model(self._to_load.source, self.dtype_name, self._to_load.attn_implementation, self.model_config)
         self.base_parameters = sum(parameter.numel() for parameter in loaded.parameters())
-        self.stop_ids = stop_token_ids(loaded, self.tokenizer)
-        if gradient_checkpointing:
+        self.stop_ids = stop_token_ids(loaded.generation_config, self.tokenizer)
+        if self._to_load.gradient_checkpointing:
             checkpoint_gradients(loaded)
         self.model = loaded
 

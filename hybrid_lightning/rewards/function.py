@@ -3,18 +3,20 @@
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
 from hybrid_lightning.errors import ConfigError, DataError, RewardError
 from hybrid_lightning.rewards.base import RewardFunction
-from hybrid_lightning.rewards.messages import describe, place
+from hybrid_lightning.rewards.messages import describe, place, shorten
 from hybrid_lightning.rewards.time_limit import await_all, call_within, run_async
 from hybrid_lightning.rewards.user_function import load_function
 from hybrid_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
 
+_KINDS = {"bool": "true or false", "int": "a number", "float": "a number", "str": "text"}
 _BATCH, _SINGLE = ("completions", "prompts"), ("completion", "prompt")
 
 
@@ -27,7 +29,8 @@ class FunctionReward(RewardFunction):
     A function with a parameter `completions` gets all B at once and returns B numbers; one with `completion` is called for each.
     The other parameters are found by name: `prompts` or `prompt` (of `Prompt`), `answer` (the reference answer), `set_name`, and
     any column of the data; in a function of `completions` they are lists of B, as TRL hands them, and `**columns` takes all
-    columns. A parameter with a default may be missing from the data. Completions are texts, also where prompts are messages.
+    columns. A parameter with a default may be missing from the data, and any that is no column may be given by `arguments`.
+    Completions are texts, also where prompts are messages.
 
     A function may be `async`. One of `completion` is then awaited for all completions at the same time.
 
@@ -39,9 +42,10 @@ class FunctionReward(RewardFunction):
         concurrency: Asynchronous calls that are awaited at the same time.
         measures_correctness: Whether a value of 1.0 says that the answer is right, which accuracy is made from.
         name: What it is logged as; None for the function's name.
+        arguments: Parameter of the function -> its value, the same for all completions, such as `{tolerance: 0.2}`.
 
     Raises:
-        ConfigError: If there is no such function, or it has neither `completions` nor `completion`.
+        ConfigError: If there is no such function, it has neither `completions` nor `completion`, or `arguments` do not fit it.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class FunctionReward(RewardFunction):
         concurrency: int = 64,
         measures_correctness: bool = True,
         name: str | None = None,
+        arguments: dict[str, Any] | None = None,
     ) -> None:
         if timeout_s is not None and not timeout_s > 0:
             raise ConfigError(f"FunctionReward: timeout_s={timeout_s}: give a positive number of seconds, or null for no limit")
@@ -80,16 +85,39 @@ class FunctionReward(RewardFunction):
         if own.kind not in (own.POSITIONAL_OR_KEYWORD, own.KEYWORD_ONLY):
             raise ConfigError(f"function={function!r} takes {own} by position alone: write the parameter as {own.name}")
         named = [entry for entry in parameters.values() if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)]
-        self.needed = [entry.name for entry in named if entry.default is entry.empty and entry.name not in self._own]
-        self.wanted = [entry.name for entry in named if entry.default is not entry.empty]
+        self.arguments = dict(arguments or {})
+        free = {entry.name: entry for entry in named if entry.name not in self._own}
+        self.needed = [name for name, entry in free.items() if entry.default is entry.empty and name not in self.arguments]
+        self.wanted = [name for name, entry in free.items() if entry.default is not entry.empty and name not in self.arguments]
         self.takes_prompts = self._own[1] in parameters
         self.takes_all = any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
+        self._check_arguments(free)
         call = loaded if inspect.isroutine(loaded) else type(loaded).__call__
         self.asynchronous = inspect.iscoroutinefunction(call)
 
+    def _check_arguments(self, free: dict[str, inspect.Parameter]) -> None:
+        for name, value in self.arguments.items():
+            if name in (*_BATCH, *_SINGLE, "answer", "set_name"):
+                raise ConfigError(
+                    f"arguments.{name}={shorten(value)}: what {self.function} gets as {name} is the run's; leave it out"
+                )
+            if name not in free and not self.takes_all:
+                raise ConfigError(
+                    f"arguments.{name}={shorten(value)}: {self.function} has no parameter {name!r} that could be given; it has "
+                    f"{', '.join(free) or 'none'}"
+                )
+            kind = _kind(free[name]) if name in free else None
+            if kind is not None and value is not None and _KINDS.get(type(value).__name__) != kind:
+                raise ConfigError(f"arguments.{name}={shorten(value)}: {self.function} takes {kind} there")
+
     def check_prompt(self, prompt: Prompt) -> None:
-        """Make sure that the row has every column that the function needs."""
+        """Make sure that the row has every column that the function needs, and none that is given otherwise."""
         values = _values(prompt)
+        for name in self.arguments.keys() & values.keys():
+            raise DataError(
+                f"arguments.{name} of reward function {self.function} is also a column of {prompt.source or 'a prompt'} row "
+                f"{prompt.index}: leave it out, or rename the parameter"
+            )
         for name in self.needed:
             if name not in values:
                 raise DataError(
@@ -151,7 +179,7 @@ class FunctionReward(RewardFunction):
 
     def _call(self, completions: Any, prompts: Any, arguments: dict[str, Any]) -> Callable[[], Any]:
         own = {self._own[0]: completions, **({self._own[1]: prompts} if self.takes_prompts or self.takes_all else {})}
-        return partial(load_function(self.function), **{**arguments, **own})
+        return partial(load_function(self.function), **{**arguments, **deepcopy(self.arguments), **own})
 
     def _checked(self, value: Any, completion: str, prompt: Prompt) -> Any:
         if isinstance(value, TimeoutError) and self.timeout_s is not None:
@@ -166,6 +194,14 @@ class FunctionReward(RewardFunction):
             raise RewardError(f"{late}; raise timeout_s, or set on_timeout to what such a completion earns") from error
         logger.warning("%s: it earns on_timeout=%g", late, self.on_timeout)
         return self.on_timeout
+
+
+def _kind(parameter: inspect.Parameter) -> str | None:
+    """What a parameter takes, by its annotation or else its default; None where neither is a plain type."""
+    wanted = parameter.annotation
+    if wanted is parameter.empty:
+        wanted = type(parameter.default)
+    return _KINDS.get(wanted if isinstance(wanted, str) else getattr(wanted, "__name__", ""))
 
 
 def _values(prompt: Prompt) -> dict[str, Any]:

@@ -64,6 +64,8 @@ class MultipleChoice(RewardFunction):
         options = prompt.columns.get(self.options_column)
         if options is None:
             return CHOICES
+        if isinstance(options, dict):  # as ARC has them, beside their labels
+            options = options.get("text")
         if not isinstance(options, Sequence) or isinstance(options, str) or not 2 <= len(options) <= 26:
             raise DataError(
                 f"MultipleChoice: column {self.options_column!r} of {prompt.source or 'a prompt'} row {prompt.index} is no list "

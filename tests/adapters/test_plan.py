@@ -147,6 +147,18 @@ def test_tables_list_all_modules_by_score(plan):
     assert f"| **{names[0]}** |" in plan.markdown()
 
 
+def test_a_table_may_be_of_the_full_modules_and_the_next_few(plan):
+    by_score = [m.name for m in sorted(plan.candidates, key=lambda m: -m.score)]
+    (names, *_), full = plan.table(2).columns, set(plan.full_modules)
+    others = [name for name in by_score if name not in full][:2]
+    assert list(names.cells) == [name for name in by_score if name in full or name in others]
+    everything = dataclasses.replace(
+        plan,
+        candidates=tuple(dataclasses.replace(m, mode="full", name=f"{m.name}.{n}") for m in plan.candidates for n in range(3)),
+    )
+    assert everything.table(10).row_count == 30 and everything.table().row_count == 42
+
+
 # ---- files
 
 

@@ -178,6 +178,17 @@ def test_the_plan_is_written_and_shown(model, sums, tmp_path, capsys):
     assert "3 fully trained, 11 with LoRA of rank 2" in output and all(name in output for name in policy.plan.full_modules)
 
 
+def test_the_screen_shows_the_chosen_modules_and_the_next_ten(model, sums, tmp_path, capsys):
+    policy = set_up(model, sums, tmp_path)
+    output = capsys.readouterr().out
+    by_score = [module.name for module in sorted(policy.plan.candidates, key=lambda module: -module.score)]
+    full = policy.plan.full_modules
+    shown = {*full, *[name for name in by_score if name not in full][:10]}
+    assert {name for name in by_score if f" {name} " in output} == shown and 0 < len(by_score) - len(shown) == 1
+    assert f"Plan, with 1 more module, written to {tmp_path}" in output.replace("\n", "")
+    assert len(AdapterPlan.load(tmp_path / "version_0" / "plan.json").candidates) == len(by_score)
+
+
 def test_a_plan_file_is_used_without_scoring(model, sums, tmp_path):
     plan = set_up(model, sums, tmp_path / "scored").plan
     content = {**plan.to_dict(), "digest": None}

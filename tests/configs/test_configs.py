@@ -205,6 +205,17 @@ def test_its_rollouts_can_be_split_as_it_says(path):
     assert config["trainer"]["logger"]["init_args"]["name"] == path.stem
 
 
+def test_a_config_whose_data_nobody_has_says_how_to_give_it(here, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(["fit", "--config", str(ROOT / "configs" / "smollm2_mawps.yaml"), "--model.model=embedded"], monkeypatch)
+    assert re.search(r"error: no data: set at least one of train, .*, as in --data\.source\.train=", capsys.readouterr().err)
+
+
+def test_no_config_names_a_file_outside_of_the_repository():
+    texts = {path: path.read_text() for path in (ROOT / "configs").rglob("*.yaml")}
+    assert not [path for path, text in texts.items() if re.search(r"[:\s]\.\./|shared/", text)]
+
+
 def test_grpo_and_gspo_differ_in_the_loss_alone():
     gspo, grpo = (yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in ("gspo", "grpo"))
     assert gspo["model"].pop("loss") != grpo["model"].pop("loss")

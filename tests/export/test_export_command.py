@@ -53,10 +53,23 @@ def test_the_merged_model(folder, fitted, tmp_path, settings):
     assert files(fitted / "hybrid") == {"version_0"}, "an export is no run"
 
 
-def test_sixteen_bits_are_the_default(folder, fitted, tmp_path):
+def test_the_bases_dtype_is_the_default_and_said(folder, fitted, tmp_path):
+    root = fitted / "hybrid" / "version_0"
+    result = run(folder, "export", *arguments(root), f"--folder={tmp_path}/out")
+    assert result.code == 0, result.err
+    assert f"Policy written to {tmp_path}/out in float32\n" in result.out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.float32
+    assert_same_logits(logits(loaded), expected(root))
+
+
+def test_the_base_is_loaded_once_and_in_no_other_place(folder, fitted, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("the module's own weights are loaded")
+
+    monkeypatch.setattr("hybrid_lightning.policy.language.load_model", fail)
     result = run(folder, "export", *arguments(fitted / "hybrid" / "version_0"), f"--folder={tmp_path}/out")
     assert result.code == 0, result.err
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("form", "name"), [("AdapterFolder", "hybrid"), ("LoraFolder", "lora")])

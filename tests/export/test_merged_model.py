@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hybrid_lightning.adapters.apply import apply_plan, trainable_state
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError, PlanError
-from hybrid_lightning.export import MergedModel, write_policy
+from hybrid_lightning.export import AdapterFolder, MergedModel, write_policy
+from hybrid_lightning.export.trained import BaseModel
 from hybrid_lightning.export.weights import PREFIX
+from hybrid_lightning.export.write import written
+from hybrid_lightning.policy.loading import ModelSource
 
 
 @pytest.mark.parametrize(("family", "variant", "share"), CASES)
@@ -101,6 +104,44 @@ def test_a_missing_bias_is_noticed(train, tmp_path):
     weights = {name: weight for name, weight in trained.policy.weights.items() if not name.endswith("0.attn.c_attn.bias")}
     with pytest.raises(CheckpointError, match=r"c_attn\.bias' is missing"):
         write_policy(dataclasses.replace(trained.policy, weights=weights), MergedModel(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_that_of_the_bases_files(train, tmp_path, stored):
+    """Whatever it was trained in, and whatever its config says."""
+    trained = train(dtype=stored)
+    path = tmp_path / "base-llama" / "config.json"
+    path.write_text(path.read_text().replace(f'"dtype": "{stored}"', '"dtype": "bfloat16"'))
+    folder = write_policy(trained.policy, MergedModel(), tmp_path / "out")
+    assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {getattr(torch, stored)}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == stored
+    assert f"The weights here are {stored}." in (folder / "README.md").read_text()
+    assert written(trained.policy, MergedModel(), folder) == f"Policy written to {folder} in {stored}"
+    assert written(trained.policy, MergedModel("float16"), folder) == f"Policy written to {folder} in float16"
+    assert written(trained.policy, AdapterFolder(), folder) == f"Policy written to {folder} in float32"
+    if stored == "float32":
+        assert_same_logits(logits(AutoModelForCausalLM.from_pretrained(folder)), trained.logits)
+
+
+def test_of_mixed_files_it_is_that_of_most_weights(train, tmp_path, make_model):
+    base, folder = train().policy.base, tmp_path / "base-llama"
+    (folder / "model.safetensors").unlink()
+    model = make_model("llama").to(torch.bfloat16)
+    model.model.norm.float()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1 and base.stored_dtype() == "bfloat16"
+
+
+def test_where_no_file_tells_it_is_the_configs_or_that_of_training(train, tmp_path, monkeypatch):
+    base, folder = train().policy.base, tmp_path / "base-llama"
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text())
+    for said, expected in (("float16", "float16"), (None, "bfloat16"), ("float64", "bfloat16")):
+        (folder / "config.json").write_text(json.dumps({**config, "dtype": said}))
+        assert dataclasses.replace(base, dtype="bfloat16").stored_dtype() == expected
+    gguf = ModelSource(str(folder), {"gguf_file": "policy.gguf"})
+    monkeypatch.setattr(BaseModel, "source", gguf)
+    assert base.stored_dtype() == "float32"
 
 
 def test_an_unknown_dtype_is_refused():

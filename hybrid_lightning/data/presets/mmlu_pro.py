@@ -1,11 +1,11 @@
 """MMLU-Pro (Wang et al. 2024, arXiv 2406.01574): questions of 14 subjects with up to ten options."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from hybrid_lightning.data.options import lettered, options_of
 from hybrid_lightning.data.presets.base import PresetSource
 from hybrid_lightning.data.presets.cells import cell
-from hybrid_lightning.data.values import shorten, to_text
+from hybrid_lightning.data.values import to_text
 
 
 class MMLUPro(PresetSource):
@@ -34,12 +34,10 @@ class MMLUPro(PresetSource):
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
         """The question with its options, and the letter of the right one."""
-        options = columns.get("options")
-        if not isinstance(options, Sequence) or isinstance(options, str) or not 2 <= len(options) <= 26:
-            raise ValueError(f"column 'options' must be a list of 2 to 26 options, not {shorten(options)}")
-        for option in options:
-            if not isinstance(option, (str, int, float)):
-                raise ValueError(f"column 'options' must hold texts or numbers, not {shorten(option)}")
+        try:
+            options, _ = options_of(columns.get("options"))
+        except ValueError as error:
+            raise ValueError(f"column 'options' {error}") from error
         letters = [chr(ord("A") + number) for number in range(len(options))]
         answer = cell(columns, "answer")
         if answer not in letters:
@@ -47,5 +45,4 @@ class MMLUPro(PresetSource):
         index = columns.get("answer_index")
         if index is not None and to_text(index) != str(letters.index(answer)):
             raise ValueError(f"column 'answer' is {answer!r}, but 'answer_index' is {index}")
-        lines = [f"{letter}. {to_text(option).strip()}" for letter, option in zip(letters, options, strict=True)]
-        return "\n".join([cell(columns, "question"), "", *lines]), answer
+        return f"{cell(columns, 'question')}\n\n{lettered(options)}", answer

@@ -1,0 +1,115 @@
+"""A module that is made without its model, and loads it when that is asked for."""
+
+import pytest
+import torch
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+
+from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.supervised import SupervisedModule
+from hybrid_lightning.rewards import ExactMatch
+from hybrid_lightning.types import Prompt
+
+
+class Widened(PolicyModule):
+    """Looks at its model while it is made, as a user's may."""
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.width = self.model.config.hidden_size
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("language")
+    write_model(folder / "model")
+    write_sums(folder / "sums.jsonl")
+    return folder
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr("hybrid_lightning.policy.language.load_model", fail)
+
+
+def unloaded(folder, kind=PolicyModule, **arguments):
+    return kind.unloaded(GRPOLoss(), ExactMatch(), str(folder / "model"), **arguments)
+
+
+def test_what_is_loaded_later_is_the_same_module(folder):
+    module, expected = unloaded(folder), PolicyModule(GRPOLoss(), ExactMatch(), str(folder / "model"))
+    assert not module.is_loaded and expected.is_loaded and dict(module.hparams) == dict(expected.hparams)
+    module.load()
+    assert module.is_loaded and module.state_dict().keys() == expected.state_dict().keys()
+    for name in ("base_parameters", "stop_ids", "base_digest"):
+        assert getattr(module, name) == getattr(expected, name)
+    model = module.model
+    module.load()
+    assert module.model is model, "once"
+
+
+def test_it_tokenizes_without_its_weights(folder, no_weights):
+    module = unloaded(folder)
+    assert len(module.encode(Prompt(text="1+1="))) == 4 and not module.is_loaded
+    examples = SupervisedModule.unloaded(model=str(folder / "model"))
+    examples.check_prompts([Prompt(text="1+1=", completions=("2",))])
+    assert examples.stop_ids == [2] and not examples.is_loaded
+    with pytest.raises(AssertionError, match="the weights are loaded"):
+        examples.load()
+
+
+def test_stop_tokens_are_those_that_the_model_will_have(folder, tmp_path):
+    write_model(tmp_path / "ends")
+    (tmp_path / "ends" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (tmp_path / "ends" / "model.safetensors").rename(tmp_path / "weights")
+    module = SupervisedModule.unloaded(model=str(tmp_path / "ends"))
+    assert module.stop_ids == [2, 7]
+    (tmp_path / "weights").rename(tmp_path / "ends" / "model.safetensors")
+    module.load()
+    assert module.stop_ids == [2, 7]
+
+
+def test_a_constructor_that_looks_at_its_model_has_it_loaded(folder):
+    module = unloaded(folder, Widened)
+    assert module.width == 32 and module.is_loaded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dtype": "half"}, ConfigError, "model.dtype must be one of"),
+        ({"lr_full": -1.0}, ConfigError, "lr_full"),
+        ({"revision": "main"}, ModelError, "is for hub models"),
+    ],
+)
+def test_arguments_are_checked_at_once(folder, no_weights, arguments, error, message):
+    with pytest.raises(error, match=message):
+        unloaded(folder, **arguments)
+
+
+def test_a_run_that_was_checked_is_the_run_that_was_not(folder, tmp_path):
+    expected = fit(folder / "model", folder / "sums.jsonl", tmp_path)
+    torch.manual_seed(11)
+
+    trainer, data = build_trainer(tmp_path, build_adapter()), build_data(folder / "sums.jsonl")
+    given = build_policy(folder / "model")
+    module = PolicyModule.unloaded(
+        given.loss,
+        given.reward,
+        str(folder / "model"),
+        sampler=given.sampler,
+        prompts_per_rollout=4,
+        samples_per_prompt=4,
+        eval_samples=2,
+        lr_full=1e-3,
+        lr_lora=1e-2,
+    )
+    trainer.check(module, data)
+    assert not module.is_loaded
+    module.load()
+    trainer.fit(module, datamodule=data)
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in expected.state_dict().items())

@@ -128,8 +128,13 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
         source = ModelSource(source.adapter, {})  # the one that it was trained with
-    with _errors_of(source, "a tokenizer from"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+    try:
+        with _errors_of(source, "a tokenizer from"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+    except ModelError:
+        if source.on_hub:
+            load_config(source)  # what is wrong with the model as a whole says more, as of one in GGUF files
+        raise
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {source.location!r} has no eos_token; set one in its tokenizer_config.json")
     return tokenizer
@@ -158,6 +163,9 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     Raises:
         ModelError: If the model cannot be found, is no causal language model, is stored quantized, or lacks some of its files.
     """
+    if "gguf_file" not in source.arguments:
+        with _errors_of(source, "the model"):
+            _weight_files(source)
     config = read_config(source)
     if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
         raise ModelError(_not_causal(source.location, config.model_type))
@@ -165,9 +173,6 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     if stored is not None and method != "mxfp4" and "gguf_file" not in source.arguments:  # which transformers may unpack
         raise ModelError(_quantized(source.location, f"quant_method {method}"))
-    if "gguf_file" not in source.arguments:
-        with _errors_of(source, "the model"):
-            _weight_files(source)
     return config
 
 

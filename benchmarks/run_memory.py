@@ -29,7 +29,7 @@ from hybrid_lightning.adapters.lora import LoraSettings
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import DDP, FSDP1, FSDP2, RunSettings, Sharding, SingleDevice, plan_memory
-from hybrid_lightning.memory.from_config import load_config
+from hybrid_lightning.policy.loading import read_config, resolve_model
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.sampler import Sampler
@@ -128,7 +128,7 @@ def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
     """The same run, planned."""
     share = SHARES[case.method]
     settings = RunSettings(
-        config=load_config(str(folder)),
+        config=read_config(resolve_model(str(folder))),
         prompt_tokens=case.prompt_tokens,
         completion_tokens=case.new_tokens,
         prompts_per_rollout=case.prompts,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import huggingface_hub
 import transformers
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
@@ -263,6 +264,8 @@ def main(signals: StopSignals | None = None) -> None:
 def _quiet_libraries() -> None:
     """Silence advice that does not apply here, so that what matters can be read."""
     transformers.utils.logging.disable_progress_bar()
+    if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        huggingface_hub.utils.enable_progress_bars()  # of downloads, which transformers has just switched off with its own
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for each page of samples
     # LightningModule and data module share this hook by design.
     warnings.filterwarnings("ignore", message=".*overridden `transfer_batch_to_device`.*")

@@ -12,7 +12,7 @@ import hybrid_lightning
 
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
-GROUND = {"types", "errors", "parts", "products", "kernels", "stopping"}
+GROUND = {"types", "errors", "parts", "products", "kernels", "stopping", "hub"}
 LEAVES = {"data", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding", "sandbox"}
 # Top-level name within the package -> names that it may import; itself is always allowed.
 MAY_IMPORT: dict[str, set[str]] = {

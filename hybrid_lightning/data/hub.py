@@ -1,11 +1,48 @@
 """Problems from a data set on the Hugging Face hub, or from a local folder in its layout."""
 
+import re
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 
 from hybrid_lightning.data.columns import TableSource, existing_splits
 from hybrid_lightning.data.tables import Table
 from hybrid_lightning.data.values import one_line
 from hybrid_lightning.errors import DataError
+from hybrid_lightning.hub import HubRepository, not_waiting, reachable
+
+# What `datasets` says of a mistake -> what is said here.
+_MISTAKES = (
+    (
+        r"BuilderConfig '.*?' not found\. Available: \[(.*?)\]",
+        "data set {path!r} has no configuration name={name!r}: give one of {choices}",
+    ),
+    (
+        r"Config name is missing\..*?configs: \[(.*?)\]",
+        "data set {path!r} has several configurations: set name to one of {choices}",
+    ),
+    (
+        r"Couldn't find cache for .*? for config .*?Available configs in the cache: \[(.*?)\]",
+        "the cache has no configuration name={name!r} of data set {path!r}, and the hub is not reached: correct it to one of "
+        "{choices}, or download it",
+    ),
+    (
+        r'Unknown split ".*?"\. Should be one of \[(.*?)\]',
+        "{parameter}={split!r}: data set {path!r} has no such split, but {choices}: correct {parameter}, or set it to null",
+    ),
+    (
+        r"Dataset scripts are no longer supported",
+        "data set {path!r} is a program, which `datasets` does not run any more: give revision=refs/convert/parquet, where the "
+        "hub has most of them as files, or another data set",
+    ),
+    (
+        r"doesn't contain any data files|No \(supported\) data files found|Couldn't infer the same data file format",
+        "data set {path!r} has no data files that can be read, such as Parquet or JSON Lines: give another one",
+    ),
+)
 
 
 class HubSource(TableSource):
@@ -69,17 +106,53 @@ def read_hub_split(
     Raises:
         DataError: If it cannot be loaded, or has no rows.
     """
-    from datasets import load_dataset  # slow to import, and only needed here
+    import datasets  # slow to import, and only needed here
 
-    where = f"{parameter}={split!r} of data set {path!r}"
+    local = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) and not local.exists():
+        raise DataError(f"path={path!r} does not exist (looked for {local.absolute()}): correct it, or give a hub id OWNER/NAME")
+    hub = (
+        None if local.exists() else HubRepository("data set", path, revision, "revision", str(datasets.config.HF_DATASETS_CACHE))
+    )
     try:
-        data = load_dataset(path, name, revision=revision, split=split)
+        with not_waiting() if hub else nullcontext():
+            data = datasets.load_dataset(path if hub else str(local), name, revision=revision, split=split)
         table = list(data.select(range(min(max_rows or len(data), len(data)))))
     except Exception as error:  # datasets, huggingface_hub and pyarrow raise dozens of types
-        raise DataError(
-            f"{where} cannot be loaded: {type(error).__name__}: {one_line(error)}; check path, name, revision and split, "
-            "and that the hub can be reached or the data set is in the cache"
-        ) from error
+        raise DataError(_explain(error, parameter, split, path, name, hub)) from error
     if not table:
-        raise DataError(f"{where} has no rows: name a split with at least one")
+        raise DataError(f"{parameter}={split!r} of data set {path!r} has no rows: name a split with at least one")
+    if hub is not None and revision is not None and not reachable():
+        _check_revision(hub, data)
     return table
+
+
+def _check_revision(hub: HubRepository, data: Any) -> None:
+    """Without the hub, `datasets` takes the revision that was used last, whichever is asked for."""
+    assert hub.revision is not None
+    kept = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=hub.id, repo_type="dataset"), "refs", hub.revision)
+    commit = kept.read_text() if kept.is_file() else hub.revision
+    if not all(commit in Path(file["filename"]).parts for file in data.cache_files):
+        raise DataError(hub.not_in_cache())
+
+
+def _explain(error: Exception, parameter: str, split: str, path: str, name: str | None, hub: HubRepository | None) -> str:
+    text = one_line(error)
+    for pattern, message in _MISTAKES:
+        match = re.search(pattern, text)
+        if match is not None:
+            choices = (match[1] if match.groups() else "").replace("'", "")
+            return message.format(parameter=parameter, split=split, path=path, name=name, choices=choices)
+    explained = None
+    if hub is not None and type(error).__name__ == "DatasetNotFoundError":
+        explained = hub.not_found()
+        if "gated" in text:
+            explained = hub.gated(nobody_logged_in="must be authenticated" in text)
+        elif text.startswith("Revision"):
+            explained = hub.no_revision()
+    elif hub is not None:
+        explained = hub.explain(error)
+    return explained or (
+        f"{parameter}={split!r} of data set {path!r} cannot be loaded: {type(error).__name__}: {text}; check path, name, "
+        "revision and split"
+    )

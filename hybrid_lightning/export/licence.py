@@ -9,6 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from hybrid_lightning.export.trained import BaseModel
+from hybrid_lightning.hub import not_waiting
 
 
 def base_licence(base: BaseModel) -> str | None:
@@ -26,7 +27,8 @@ def base_licence(base: BaseModel) -> str | None:
     if folder.is_dir():
         return _of_card(folder / "README.md")
     try:
-        card = hf_hub_download(source.location, "README.md", revision=base.revision)
+        with not_waiting():
+            card = hf_hub_download(source.location, "README.md", revision=base.revision)
     except (OSError, ValueError, HfHubHTTPError):  # no network, no card, no access
         return None
     return _of_card(Path(card))

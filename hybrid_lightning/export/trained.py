@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.policy.loading import DTYPES, ModelSource, load_model, load_tokenizer, resolve_model
+from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.policy.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,9 @@ class BaseModel:
 
     def skeleton(self) -> PreTrainedModel:
         """The modules without weights, on the meta device."""
-        source = self.source
+        config = read_config(self.source)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(source.location, **source.arguments)
-            )
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -85,8 +83,8 @@ def _weight_files(source: ModelSource) -> list[str]:
 
 def _dtype_of_config(source: ModelSource) -> str:
     try:
-        config = AutoConfig.from_pretrained(source.location, **source.arguments)
-    except OSError:  # of the hub, which cannot be reached
+        config = read_config(source)
+    except ModelError:  # of the hub, which cannot be reached
         return ""
     return str(config.dtype).removeprefix("torch.")
 

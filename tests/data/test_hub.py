@@ -38,8 +38,9 @@ def test_slices_that_overlap_lose_their_copies_in_train(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"test_split": "dev"}, "test_split='dev' of data set .* cannot be loaded: ValueError: Unknown split \"dev\""),
-        ({"name": "main"}, "cannot be loaded: .*main"),
+        ({"test_split": "dev"}, "test_split='dev': data set .* has no such split, but train, test: correct test_split"),
+        ({"test_split": "test[:x]"}, r"test_split='test\[:x\]' of data set .* cannot be loaded: ValueError: .*check path, name"),
+        ({"name": "main"}, "has no configuration name='main': give one of default"),
         ({"question_column": "q"}, "has no column 'q'"),
     ],
 )
@@ -49,10 +50,9 @@ def test_errors_are_one_line(folder, arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_data_set_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+def test_a_folder_that_is_not_there_is_no_hub_id(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"train_split='train' of data set '\./nobody' cannot be loaded"):
+    with pytest.raises(DataError, match=rf"path='\./nobody' does not exist \(looked for {tmp_path}/nobody\): correct it"):
         HubSource("./nobody").load()
 
 

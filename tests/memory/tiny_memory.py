@@ -16,7 +16,7 @@ from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import RunSettings
-from hybrid_lightning.memory.from_config import load_config
+from hybrid_lightning.policy.loading import read_config, resolve_model
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.rewards import RewardFunction
@@ -75,7 +75,7 @@ class Case:
     def settings(self, plan: AdapterPlan | None = None) -> RunSettings:
         """The same run, to be planned."""
         return RunSettings(
-            config=load_config("embedded"),
+            config=read_config(resolve_model("embedded")),
             prompt_tokens=6,
             completion_tokens=self.completion_tokens,
             prompts_per_rollout=self.prompts,

@@ -58,10 +58,19 @@ def test_messages_without_a_template_are_refused():
         PromptEncoder(build_tokenizer()).encode(CHAT)
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('no system role') }}", "{% for %}"])
-def test_a_template_that_fails_names_the_row(template):
+@pytest.mark.parametrize(
+    ("template", "remedy"),
+    [
+        (
+            "{{ raise_exception('no system role') }}",
+            r"change data\.format \(for no system role: system_prompt=null, .*\) or model\.",
+        ),
+        ("{% for %}", r"change data\.format or model\.chat_template"),
+    ],
+)
+def test_a_template_that_fails_names_the_row(template, remedy):
     prompt = Prompt(messages=CHAT.messages, index=7, source="sums.jsonl")
-    with pytest.raises(ConfigError, match=r"refuses the prompt of sums\.jsonl row 7: .*change data\.format"):
+    with pytest.raises(ConfigError, match=rf"refuses the prompt of sums\.jsonl row 7: .*; {remedy}"):
         PromptEncoder(build_tokenizer(), template).encode(prompt)
 
 

@@ -18,7 +18,7 @@ from hybrid_lightning.adapters.lora import LoraSettings
 from hybrid_lightning.adapters.planning import make_plan
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.errors import ConfigError, ModelError
-from hybrid_lightning.policy.loading import load_model, resolve_model
+from hybrid_lightning.policy.loading import load_config, resolve_model
 from hybrid_lightning.policy.quantization import NF4, Int8, check_quantization, quantize_base
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
@@ -187,8 +187,10 @@ def test_a_base_that_is_stored_quantized_is_refused(tmp_path):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     write_wide_model(tmp_path / "plain")
     AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config).save_pretrained(tmp_path / "packed")
-    with pytest.raises(ModelError, match=r"stored quantized \(weights of torch\.uint8\).*16-bit model.*model\.quantization=NF4"):
-        load_model(resolve_model(str(tmp_path / "packed")), "float32", None)
+    with pytest.raises(
+        ModelError, match=r"stored quantized \(quant_method bitsandbytes\).*16-bit model.*model\.quantization=NF4"
+    ):
+        load_config(resolve_model(str(tmp_path / "packed")))
 
 
 def test_bitsandbytes_is_asked_for_by_name(monkeypatch):

@@ -1,0 +1,161 @@
+"""The Hugging Face hub: whether it can be reached, and what its answers mean for a user.
+
+Models and data sets come from it by other libraries, which wrap its errors in texts of their own and, without a network, wait
+half a minute for each file. So it is asked once whether it is there; where it is not, what is in the cache is taken at once.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_session
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+@functools.cache
+def reachable() -> bool:
+    """Whether the hub answers; asked once, and a warning says so if it does not. False under HF_HUB_OFFLINE."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # huggingface_hub's versions use different libraries for HTTP
+        reason = " ".join(str(error).split()) or type(error).__name__
+        rank_zero_warn(f"the hub {constants.ENDPOINT} cannot be reached ({reason}): only what is in the cache can be used")
+        return False
+    return True
+
+
+@contextmanager
+def not_waiting() -> Iterator[None]:
+    """Let other libraries take the cache at once where the hub cannot be reached, and not after minutes for each file.
+
+    They have no argument for it that all their requests heed, but read HF_HUB_OFFLINE, as it was when they were imported.
+    """
+    switches: list[Any] = [constants, *([sys.modules["datasets"].config] if "datasets" in sys.modules else [])]
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
+    offline = not reachable()
+    for switch in switches:
+        switch.HF_HUB_OFFLINE = switch.HF_HUB_OFFLINE or offline
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.HF_HUB_OFFLINE = value
+
+
+@dataclass(frozen=True)
+class HubRepository:
+    """A model or data set on the hub, as a user named it; its methods say what is wrong with it, and what to do."""
+
+    kind: str  # "model" or "data set"
+    id: str
+    revision: str | None
+    revision_option: str  # that a user would correct
+    cache: str  # folder
+
+    @property
+    def page(self) -> str:
+        """Where it is shown."""
+        return f"https://huggingface.co/{'' if self.kind == 'model' else 'datasets/'}{self.id}"
+
+    def explain(self, error: BaseException) -> str | None:
+        """What an error means that came of reading it; None if it is none of the hub's."""
+        for cause in _chain(error):
+            if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+                continue  # some files are asked for that need not be there
+            if isinstance(cause, HfHubHTTPError):
+                return self._refused(cause)
+            if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+                return self.not_in_cache()
+        return self.not_in_cache() if isinstance(error, OSError) and not reachable() else None
+
+    def _refused(self, error: HfHubHTTPError) -> str:
+        status = error.response.status_code
+        if isinstance(error, GatedRepoError):
+            return self.gated(nobody_logged_in=status == 401)
+        if isinstance(error, RevisionNotFoundError):
+            return self.no_revision()
+        if "Invalid credentials" in str(error) or "is expired" in str(error):
+            return self._token_refused()
+        if isinstance(error, RepositoryNotFoundError) or status == 401:
+            return self.not_found()
+        return f"the hub answers {status} for the {self.kind} {self.id!r}: {_one_line(error)}; try again later"
+
+    def not_found(self) -> str:
+        """There is none, as far as this user may know."""
+        owner = "" if "/" in self.id else " (most are OWNER/NAME)"
+        return (
+            f"{self.id!r} is no folder here and no {self.kind} on the hub, or a private one: correct it{owner}, or log in by "
+            "'hf auth login' or HF_TOKEN"
+        )
+
+    def gated(self, nobody_logged_in: bool) -> str:
+        """Its terms have to be accepted.
+
+        Args:
+            nobody_logged_in: Otherwise somebody is, who is not admitted.
+        """
+        if nobody_logged_in:
+            return (
+                f"the {self.kind} {self.id!r} is gated: accept its terms at {self.page} and log in by 'hf auth login' or HF_TOKEN"
+            )
+        return (
+            f"the {self.kind} {self.id!r} is gated, and this login has no access to it: accept its terms at {self.page}, let a "
+            "fine-grained token read gated repositories, or log in otherwise by 'hf auth login' or HF_TOKEN"
+        )
+
+    def no_revision(self) -> str:
+        """The revision is a wrong one."""
+        return (
+            f"the {self.kind} {self.id!r} has no revision {self.revision!r}: give {self.revision_option} a branch, tag or commit "
+            f"of {self.page}/commits/main, or leave it out for the newest"
+        )
+
+    def not_in_cache(self) -> str:
+        """It has to be read from the cache, which does not have it."""
+        revision = "" if self.revision is None else f" at revision {self.revision!r}"
+        lacks = f"the {self.kind} {self.id!r}{revision} is not, or not as a whole, in the cache {self.cache}"
+        if constants.HF_HUB_OFFLINE:
+            return f"{lacks}, and HF_HUB_OFFLINE is set: unset it to download, or bring the cache of a machine that has it"
+        return (
+            f"{lacks}, and the hub {constants.ENDPOINT} cannot be reached: check the network, HTTPS_PROXY for a proxy and "
+            "HF_ENDPOINT for a mirror, or give a folder that has it"
+        )
+
+    @staticmethod
+    def _token_refused() -> str:
+        if os.environ.get("HF_TOKEN"):
+            token, renew, without = "HF_TOKEN", "set HF_TOKEN to", "unset it"
+        else:
+            token, renew, without = "the token of 'hf auth login'", "log in by", "'hf auth logout'"
+        return (
+            f"the hub refuses {token}, which is revoked, expired or mistyped: {renew} a new one of "
+            f"https://huggingface.co/settings/tokens, or {without}, since what is public needs none"
+        )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

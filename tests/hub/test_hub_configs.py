@@ -1,0 +1,167 @@
+"""Each config that names the hub runs from its hub ids to its end, then once more from the cache alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_contents import fill
+from hub_runs import Commands, environment
+from hub_server import MEMBER, Hub
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+# All that is lowered, of a config that trains and of one that tests. The rest is as it stands: prompts and samples of a rollout,
+# minibatches, accumulation, calibration, samples of a validation, precision, dtype, LoRA's rank.
+LOWERED = {
+    "fit": {
+        "model.sampler.max_new_tokens": 12,
+        "trainer.max_steps": 4,  # one rollout
+        "trainer.val_check_interval": 4,  # optimizer steps, a validation at the end
+        "data.validation_prompts": 4,
+    },
+    "test": {"model.sampler.max_new_tokens": 12},
+}
+# Command, config and its overlays, each of which is in one at least.
+RUNS = [
+    ("fit", "gsm8k_qwen3"),
+    ("fit", "leetcode_qwen3"),
+    ("fit", "qwen3"),
+    ("fit", "qwen3", "data/dapo_math", "loss/dapo", "adapter/lora"),
+    ("fit", "qwen3", "data/gsm8k", "loss/dr_grpo", "adapter/dora"),
+    ("fit", "qwen3", "data/leetcode", "loss/grpo", "adapter/full"),
+    ("fit", "qwen3", "data/math", "loss/gspo"),
+    ("fit", "qwen3", "data/mmlu_pro", "loss/top_entropy"),
+    ("fit", "qwen3", "data/mixture"),
+    ("test", "evaluate", "evaluation/benchmarks"),
+]
+SHARDED = ("fit", "qwen3", "strategy/fsdp2")  # as qwen3.yaml says; on two processes
+
+
+def arguments(command, *configs):
+    """Of the command line: the configs and what is lowered."""
+    trainer = yaml.safe_load((CONFIGS / f"{configs[0]}.yaml").read_text())["trainer"]
+    lowered = dict(LOWERED[command])
+    if command == "fit":
+        lowered["trainer.val_check_interval"] *= trainer.get("accumulate_grad_batches", 1)  # it counts micro-batches
+    else:
+        lowered["model.model"] = "Qwen/Qwen3-8B"  # a required value
+    given = [part for name in configs for part in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    return [command, *given, *(f"--{name}={value}" for name, value in lowered.items())]
+
+
+def last_run(folder, config):
+    runs = folder / "runs" / config
+    return max(runs.iterdir(), key=lambda path: int(path.name.removeprefix("version_")))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Everything that the configs name, on a hub."""
+    hub = fill(Hub(), tmp_path_factory.mktemp("hub")).start()
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def commands(hub, home, tmp_path_factory):
+    """Two processes with one cache, of which the second asks no network for anything."""
+    online = Commands(hub.endpoint, home, tmp_path_factory.mktemp("online"))
+    offline = Commands(hub.endpoint, home, tmp_path_factory.mktemp("offline"), HF_HUB_OFFLINE="1")
+    yield online, offline
+    online.close()
+    offline.close()
+
+
+@pytest.fixture
+def online(commands):
+    return commands[0]
+
+
+@pytest.fixture
+def offline(commands):
+    return commands[1]
+
+
+def check(run, result, folder):
+    assert result.code == 0, result.err
+    command, config = run[:2]
+    report = last_run(folder, config)
+    if command == "test":
+        evaluation = json.loads((report / "evaluation.json").read_text())
+        problems = {name: values["problems"] for name, values in evaluation["sets"].items()}
+        assert problems == {"aime24": 8, "aime25": 8, "leetcode": 3, "mmlu_pro": 40}
+        return
+    summary = json.loads((report / "summary.json").read_text())
+    assert summary["steps"] == 4 and 0 <= summary["accuracy_after"] <= 1
+    assert (report / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: "+".join(run[1:]))
+def test_it_runs_from_its_hub_ids_and_then_from_the_cache(run, hub, online, offline):
+    check(run, online(*arguments(*run)), online.folder)
+    asked = len(hub.requests)
+    check(run, offline(*arguments(*run)), offline.folder)
+    assert len(hub.requests) == asked, "offline, the hub was asked"
+
+
+def test_every_config_that_names_the_hub_runs_here():
+    """And each overlay over them, but for the strategies, whose own tests run them on any model."""
+    run = {name for _, *names in [*RUNS, SHARDED] for name in names}
+    overlays = {
+        f"{kind}/{path.stem}" for kind in ("loss", "data", "adapter", "evaluation") for path in (CONFIGS / kind).glob("*.yaml")
+    }
+    from_hub = {path.stem for path in CONFIGS.glob("*.yaml") if "Qwen/" in path.read_text()}
+    assert run == overlays | from_hub | {"evaluate", "strategy/fsdp2"}
+
+
+def test_it_runs_sharded_over_two_processes(hub, home, tmp_path):
+    command = [sys.executable, "-m", "hybrid_lightning", *arguments(*SHARDED), "--trainer.devices=2"]
+    done = subprocess.run(
+        command, env=environment(hub.endpoint, home), cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((last_run(tmp_path, "qwen3") / "summary.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("meta-llama/Llama-3.2-1B-Instruct", []),
+        ("google/gemma-2-2b-it", ["--data.format.system_prompt=null", "--data.format.template=Solve this. {question}"]),
+    ],
+)
+def test_other_families_run_once_their_terms_are_accepted(model, options, online):
+    result = online(*arguments("fit", "gsm8k_qwen3"), f"--model.model={model}", *options, token=MEMBER)
+    check(("fit", "gsm8k_qwen3"), result, online.folder)
+    assert json.loads((last_run(online.folder, "gsm8k_qwen3") / "plan.json").read_text())["model"] == model
+
+
+def test_what_was_trained_is_tested_and_exported_without_a_network(offline):
+    """By the hub id that the run's config names."""
+    offline(*arguments("fit", "gsm8k_qwen3"))
+    folder = last_run(offline.folder, "gsm8k_qwen3")
+    trained = ["--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt"]
+    assert offline("test", *trained).code == 0
+    result = offline("export", *trained, "--folder", "exported")
+    assert result.code == 0, result.err
+    assert json.loads((offline.folder / "exported" / "generation_config.json").read_text())["eos_token_id"] != []
+
+
+def test_the_hub_is_not_asked_where_everything_is_local(hub, online):
+    asked = len(hub.requests)
+    online(
+        "fit",
+        "--config",
+        CONFIGS / "gspo.yaml",
+        "--trainer.max_steps=1",
+        "--trainer.num_sanity_val_steps=0",
+        "--trainer.limit_val_batches=0",
+    )
+    assert len(hub.requests) == asked

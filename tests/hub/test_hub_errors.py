@@ -1,0 +1,176 @@
+"""What users meet on the hub ends in one line with the remedy, before any weights are asked for, and soon."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+from hub_contents import fill, fill_with_faults
+from hub_runs import Commands
+from hub_server import MEMBER, REVOKED, STRANGER, Hub
+
+CONFIG = Path(__file__).parents[2] / "configs" / "gsm8k_qwen3.yaml"
+SMALL = [
+    "--config", CONFIG, "--model.sampler.max_new_tokens=4", "--trainer.max_steps=1", "--trainer.num_sanity_val_steps=0",
+    "--trainer.limit_val_batches=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    hub = fill_with_faults(fill(Hub(), folder), folder).start()
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture(scope="module")
+def commands(hub, tmp_path_factory):
+    """Two processes with one cache, of which the second is offline by its environment."""
+    home = tmp_path_factory.mktemp("home")
+    online = Commands(hub.endpoint, home, tmp_path_factory.mktemp("online"))
+    offline = Commands(hub.endpoint, home, tmp_path_factory.mktemp("offline"), HF_HUB_OFFLINE="1")
+    yield online, offline
+    online.close()
+    offline.close()
+
+
+@pytest.fixture
+def command(commands):
+    return commands[0]
+
+
+def check_refused(message, command, hub, *options, token=""):
+    """A command ends in one line that says so, and has asked for no weights."""
+    asked = len(hub.requests)
+    result = command("fit", *SMALL, *options, token=token)
+    error = [line for line in result.err.splitlines() if line.strip() and not re.search(NOTES, line)]
+    assert result.code == 1 and len(error) == 1, result.err
+    assert re.search(f"^error: .*{message}", error[0]), error[0]
+    assert not hub.weights_asked(asked)
+
+
+# What other lines there may be: of the cache that is taken, and progress of data.
+NOTES = "only what is in the cache can be used|Using the latest cached|Found the latest cached|examples/s"
+NOT_THERE = r"is no folder here and no {} on the hub, or a private one: correct it{}, or log in by 'hf auth login' or HF_TOKEN"
+GATED = r"'me/gated' is gated: accept its terms at https://huggingface\.co/{}me/gated and log in by 'hf auth login' or HF_TOKEN"
+NOT_ADMITTED = r"'me/gated' is gated, and this login has no access to it: accept its terms at https://huggingface\.co/{}me/gated"
+REFUSED = (
+    r"the hub refuses HF_TOKEN, which is revoked, expired or mistyped: set HF_TOKEN to a new one of .*, or unset it"
+)
+MODELS = [
+    ("Qwen/Qwen3-0.6", "", r"'Qwen/Qwen3-0\.6' " + NOT_THERE.format("model", "")),
+    ("Qwen/Qwen3-0.6", MEMBER, r"'Qwen/Qwen3-0\.6' " + NOT_THERE.format("model", "")),
+    ("Qwen3-0.6B", "", r"'Qwen3-0\.6B' " + NOT_THERE.format("model", r" \(most are OWNER/NAME\)")),
+    ("me/private", STRANGER, "'me/private' " + NOT_THERE.format("model", "")),
+    ("me/gated", "", "the model " + GATED.format("")),
+    ("me/gated", STRANGER, "the model " + NOT_ADMITTED.format("")),
+    ("me/base", REVOKED, REFUSED),
+    (
+        "me/cut",
+        "",
+        r"'me/cut' lacks 1 of \d+ weight files, such as 'model-00002-of-\d+\.safetensors'; give a model\.revision",
+    ),
+    (
+        "me/gguf",
+        "",
+        r"'me/gguf' has GGUF files, of which one has to be chosen: hf download me/gguf tiny\.Q8_0\.gguf, and give",
+    ),
+    ("me/packed", "", r"'me/packed' is stored quantized \(quant_method gptq\), .* give the 16-bit model that it was made from"),
+    ("me/encoder", "", r"'me/encoder' is a 't5' model, which is no causal language model"),
+]
+DATA = [
+    ({"path": "openai/gsm8"}, "", "'openai/gsm8' " + NOT_THERE.format("data set", "")),
+    ({"path": "openai/gsm8"}, MEMBER, "'openai/gsm8' " + NOT_THERE.format("data set", "")),
+    ({"path": "me/gated"}, "", "the data set " + GATED.format("datasets/")),
+    ({"path": "me/gated"}, STRANGER, "the data set " + NOT_ADMITTED.format("datasets/")),
+    ({"path": "me/other"}, REVOKED, REFUSED),
+    ({"revision": "v9"}, "", "'openai/gsm8k' has no revision 'v9': give revision a branch, tag or commit of https://.*/commits"),
+    ({"name": "mian"}, "", "data set 'openai/gsm8k' has no configuration name='mian': give one of main, socratic"),
+    ({"name": "null"}, "", "data set 'openai/gsm8k' has several configurations: set name to one of main, socratic"),
+    ({"test_split": "tset"}, "", "test_split='tset': data set 'openai/gsm8k' has no such split, but train, test: correct test_"),
+    ({"question_column": "q"}, "", "openai/gsm8k train has no column 'q': correct question_column; the columns are question"),
+    ({"path": "me/program", "name": "null"}, "", "'me/program' is a program, .*: give revision=refs/convert/parquet"),
+    ({"path": "me/empty", "name": "null"}, "", "data set 'me/empty' has no data files that can be read"),
+]
+
+
+@pytest.mark.parametrize(("model", "token", "message"), MODELS)
+def test_a_model_that_cannot_be_had(model, token, message, command, hub):
+    check_refused(message, command, hub, f"--model.model={model}", token=token)
+
+
+def test_a_revision_that_is_not_there(command, hub):
+    message = (
+        r"the model 'Qwen/Qwen3-0\.6B' has no revision 'v9': give model\.revision a branch, tag or commit of https://.*/commits"
+    )
+    check_refused(message, command, hub, "--model.revision=v9")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("me/base", r"the tokenizer has no chat template; set model\.chat_template or use data\.format=PlainFormat"),
+        (
+            "me/strict",
+            r"refuses the prompt of openai/gsm8k .*: System role not supported; .*\(for no system role: system_prompt=null",
+        ),
+    ],
+)
+def test_a_model_without_the_template_that_the_format_wants(model, message, command, hub):
+    check_refused(message, command, hub, f"--model.model={model}")
+
+
+@pytest.mark.parametrize(("options", "token", "message"), DATA)
+def test_a_data_set_that_cannot_be_had(options, token, message, command, hub):
+    check_refused(message, command, hub, *(f"--data.source.{name}={value}" for name, value in options.items()), token=token)
+
+
+@pytest.fixture
+def no_network(hub):
+    port = hub.port
+    hub.stop()
+    yield
+    hub.start(port)
+
+
+def test_without_a_network_nothing_waits(command, hub, no_network):
+    """Connections are refused; other libraries would try each file six times within half a minute."""
+    begun = time.monotonic()
+    lacks = "'me/other' is not, or not as a whole, in the cache .*, and the hub .* cannot be reached: check the network"
+    check_refused(f"the model {lacks}", command, hub, "--model.model=me/other")
+    check_refused(f"the data set {lacks}", command, hub, "--data.source.path=me/other")
+    assert time.monotonic() - begun < 20
+
+
+def test_what_is_in_the_cache_is_used_without_a_network(command, hub):
+    assert command("fit", *SMALL).code == 0
+    port = hub.port
+    hub.stop()
+    begun = time.monotonic()
+    result = command("fit", *SMALL)
+    hub.start(port)
+    assert result.code == 0 and "cannot be reached" in result.err and "only what is in the cache can be used" in result.err
+    assert time.monotonic() - begun < 20
+
+
+def test_a_download_is_seen(command, hub):
+    """In a log by a line, at a terminal by bars too."""
+    command.log()
+    result = command("fit", *SMALL, "--model.model=me/seen")
+    assert re.search(r"downloading me/seen, \S+ GB, into", command.log()) and "Fetching" in result.err
+    again = command("fit", *SMALL, "--model.model=me/seen")
+    assert "downloading" not in command.log() and "Fetching" not in again.err
+
+
+def test_offline_the_cache_has_to_have_it(hub, commands):
+    online, offline = commands
+    assert online("fit", *SMALL).code == 0
+    for options, message in (
+        (["--model.model=me/other"], r"'me/other' is not, .*, and HF_HUB_OFFLINE is set: unset it"),
+        (["--model.revision=v9"], r"'Qwen/Qwen3-0\.6B' at revision 'v9' is not, .*, and HF_HUB_OFFLINE is set"),
+        (["--data.source.revision=v9"], r"'openai/gsm8k' at revision 'v9' is not, .*, and HF_HUB_OFFLINE is set"),
+        (["--data.source.name=socratic"], r"the cache has no configuration name='socratic' of .* correct it to one of main"),
+    ):
+        check_refused(message, offline, hub, *options)
+    assert offline("fit", *SMALL, "--data.source.revision=main").code == 0

@@ -55,9 +55,7 @@ NOTES = "only what is in the cache can be used|Using the latest cached|Found the
 NOT_THERE = r"is no folder here and no {} on the hub, or a private one: correct it{}, or log in by 'hf auth login' or HF_TOKEN"
 GATED = r"'me/gated' is gated: accept its terms at https://huggingface\.co/{}me/gated and log in by 'hf auth login' or HF_TOKEN"
 NOT_ADMITTED = r"'me/gated' is gated, and this login has no access to it: accept its terms at https://huggingface\.co/{}me/gated"
-REFUSED = (
-    r"the hub refuses HF_TOKEN, which is revoked, expired or mistyped: set HF_TOKEN to a new one of .*, or unset it"
-)
+REFUSED = r"the hub refuses HF_TOKEN, which is revoked, expired or mistyped: set HF_TOKEN to a new one of .*, or unset it"
 MODELS = [
     ("Qwen/Qwen3-0.6", "", r"'Qwen/Qwen3-0\.6' " + NOT_THERE.format("model", "")),
     ("Qwen/Qwen3-0.6", MEMBER, r"'Qwen/Qwen3-0\.6' " + NOT_THERE.format("model", "")),

@@ -20,7 +20,6 @@ from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.heatmap import draw_heatmap
 from hybrid_lightning.adapters.kept_scoring import SCORING, KeptScoring
-from hybrid_lightning.adapters.lean_layers import use_lean_layers
 from hybrid_lightning.adapters.lora import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.planning import describe, make_plan
@@ -32,6 +31,7 @@ from hybrid_lightning.callbacks.loggers import log_figure, log_table
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import measured
+from hybrid_lightning.engine.fused_layers import use_fused_layers
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
 from hybrid_lightning.parts import Part
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
@@ -291,7 +291,7 @@ class HybridAdapterSetup(Part, Callback):
                     "the reference answers instead."
                 )
         total = len(losses) if hasattr(losses, "__len__") else None
-        use_lean_layers(model)  # as when it is adapted: the passes of scoring are as large as those of training
+        use_fused_layers(model)  # as when it is adapted: the passes of scoring are as large as those of training
         with evaluation_mode(model), progress_bar(trainer, "Scoring modules", total) as advance:
             scores = score_modules(
                 model,

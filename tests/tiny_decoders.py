@@ -5,12 +5,11 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, build_model
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from hybrid_lightning.adapters.constant_weights import constant_weights
-from hybrid_lightning.adapters.lean_layers import use_lean_layers
-from hybrid_lightning.adapters.lean_rotary import use_lean_rotary
-from hybrid_lightning.adapters.lora_linear import use_fast_lora
-from hybrid_lightning.policy.constant_decoder import constant_decoder
-from hybrid_lightning.rollout.forward import CONSTANT_PASS, base_model
+from hybrid_lightning.engine.decoder import fast_decoder
+from hybrid_lightning.engine.fused_layers import use_fused_layers, use_fused_rotary
+from hybrid_lightning.engine.fused_lora import use_fused_lora
+from hybrid_lightning.engine.passes import FAST_PASS, base_model
+from hybrid_lightning.engine.prepacked import prepacked_weights
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
 
@@ -34,9 +33,9 @@ def build(family, targets=ALL, **settings):
     model = get_peft_model(
         model, LoraConfig(r=3, target_modules=list(targets), init_lora_weights=False, **full, **settings)
     ).eval()
-    use_fast_lora(model)
-    use_lean_layers(model)
-    use_lean_rotary(model)
+    use_fused_lora(model)
+    use_fused_layers(model)
+    use_fused_rotary(model)
     return model
 
 
@@ -44,7 +43,7 @@ def sampled(model, tokenizer, passes):
     """Tokens and log-probabilities of rollouts, and whether each forward pass had a pass by plain calls."""
     prompts, ids = [Prompt(text=text) for text in TEXTS], [tokenizer(text).input_ids for text in TEXTS]
     embedded = base_model(model).get_input_embeddings()
-    hook = embedded.register_forward_hook(lambda *_: passes.append(CONSTANT_PASS in base_model(model).get_decoder().__dict__))
+    hook = embedded.register_forward_hook(lambda *_: passes.append(FAST_PASS in base_model(model).get_decoder().__dict__))
     try:
         draws = torch.Generator().manual_seed(3)
         rollouts = Sampler(max_new_tokens=12).sample(model, tokenizer, prompts, ids, 4, generator=draws)
@@ -54,5 +53,5 @@ def sampled(model, tokenizer, passes):
 
 
 def has_pass(model):
-    with torch.no_grad(), constant_weights(model), constant_decoder(model):
-        return CONSTANT_PASS in base_model(model).get_decoder().__dict__
+    with torch.no_grad(), prepacked_weights(model), fast_decoder(model):
+        return FAST_PASS in base_model(model).get_decoder().__dict__

@@ -19,11 +19,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hybrid_lightning.adapters.lean_layers import use_lean_layers
-from hybrid_lightning.adapters.lean_rotary import use_lean_rotary
-from hybrid_lightning.adapters.lora_linear import use_fast_lora
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.plan_peft import lora_config
+from hybrid_lightning.engine.fused_layers import use_fused_layers, use_fused_rotary
+from hybrid_lightning.engine.fused_lora import use_fused_lora
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 ADAPTER = "default"  # PEFT's name for the only adapter
@@ -67,9 +66,9 @@ def apply_plan(
     for parameter in (*full.values(), *lora.values()):
         parameter.data = parameter.data.to(dtype)
     _set_dora_lengths(adapted)
-    use_fast_lora(adapted)
-    use_lean_layers(adapted)
-    use_lean_rotary(adapted)
+    use_fused_lora(adapted)
+    use_fused_layers(adapted)
+    use_fused_rotary(adapted)
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trainable == {*full, *lora}, "PEFT made other parameters trainable than those of the adapter"
     return adapted

@@ -16,23 +16,22 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from hybrid_lightning.adapters import constant_weights
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.lean_layers import use_lean_layers
-from hybrid_lightning.adapters.lora_linear import LoraLinear
+from hybrid_lightning.engine import attention, passes, prepacked
+from hybrid_lightning.engine.attention_hook import UnsupportedAttentionError, use_packing
+from hybrid_lightning.engine.cpu import operators as kernels
+from hybrid_lightning.engine.cpu.products import packs
+from hybrid_lightning.engine.fused_layers import use_fused_layers
+from hybrid_lightning.engine.fused_lora import FusedLora
+from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.errors import ModelError
-from hybrid_lightning.kernels import calls as kernels
 from hybrid_lightning.memory.live_tensors import LiveTensors
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import meta_model, plan_of_budget
 from hybrid_lightning.policy.modes import checkpoint_gradients
-from hybrid_lightning.products import packs
-from hybrid_lightning.rollout import attention, forward
-from hybrid_lightning.rollout.forward import base_model
-from hybrid_lightning.rollout.interface import UnsupportedAttentionError, use_packing
-from hybrid_lightning.rollout.packing import PackedSequences
 
 
 class FakeModel:
@@ -56,7 +55,7 @@ class FakeModel:
         if share is None:
             for module in candidates.values():
                 module.weight.requires_grad_(True)
-            use_lean_layers(model)
+            use_fused_layers(model)
         else:
             plan = plan_of_budget(candidates, ModuleBudget(share), settings.lora)
             with torch.device("meta"):
@@ -134,15 +133,15 @@ def as_on(cpu: bool) -> Iterator[None]:
     """Let the engine go the way, and keep the copies of weights, that it would on a CPU or on an accelerator."""
     has_kernels = cpu and kernels.library() is not None
 
-    def constant_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    def prepacked_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
         kept = weight.clone() if cpu and packs(weight.dtype) else weight  # the operator that packs knows no fake tensors
         return lambda rows: F.linear(rows, kept)
 
     replaced: list[tuple[ModuleType, str, Any]] = [
         (attention, "products_are_faster", lambda device: cpu),
-        (constant_weights, "copies_pay", lambda device: cpu),
-        (constant_weights, "constant_product", constant_product),
-        (forward, "constant_product", constant_product),
+        (prepacked, "copies_pay", lambda device: cpu),
+        (prepacked, "prepacked_product", prepacked_product),
+        (passes, "prepacked_product", prepacked_product),
         (kernels, "usable", lambda *tensors: has_kernels and kernels.fit(*tensors)),
         (kernels, "call", lambda *_: None),  # what a kernel allocates is allocated before
     ]
@@ -163,5 +162,5 @@ def _drop_gradient(parameter: Tensor) -> None:
 def _use_peft_lora(model: nn.Module) -> None:
     """On a quantized base PEFT's own LoRA layers compute, which keep more."""
     for module in model.modules():
-        if type(module) is LoraLinear:
+        if type(module) is FusedLora:
             module.__class__ = lora.Linear  # type: ignore[assignment]

@@ -9,16 +9,16 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hybrid_lightning.adapters.constant_weights import constant_weights
-from hybrid_lightning.kernels import calls as kernels
+from hybrid_lightning.engine.cpu import operators as kernels
+from hybrid_lightning.engine.decoding import SharedPromptDecoding
+from hybrid_lightning.engine.logprobs import logprobs_of_hidden
+from hybrid_lightning.engine.packing import PackedSequences, begins_group
+from hybrid_lightning.engine.passes import packed_hidden, prepacked_projection
+from hybrid_lightning.engine.prepacked import prepacked_weights
 from hybrid_lightning.memory.fake_model import FakeModel, as_on
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.policy.logprobs import logprobs_of_hidden
 from hybrid_lightning.rollout.drawing import draw, filter_logits
-from hybrid_lightning.rollout.forward import constant_projection, packed_hidden
 from hybrid_lightning.rollout.micro_batches import split_by_tokens
-from hybrid_lightning.rollout.packing import PackedSequences, begins_group
-from hybrid_lightning.rollout.shared_decoding import SharedPromptDecoding
 from hybrid_lightning.types import Sequences
 
 
@@ -131,8 +131,8 @@ def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
     fake.fake_layout(decoding.layout)
     decoding.lengths = fake.fake(decoding.lengths)
     dtype = torch.bfloat16 if settings.mixed_precision else None
-    with fake.computing() as live, torch.no_grad(), fake.autocast(), constant_weights(fake.model, dtype):
-        decoding.project = constant_projection(fake.model)
+    with fake.computing() as live, torch.no_grad(), fake.autocast(), prepacked_weights(fake.model, dtype):
+        decoding.project = prepacked_projection(fake.model)
         packed = live.bytes
         live.restart_peak()
         logits = decoding.prefill(samples)

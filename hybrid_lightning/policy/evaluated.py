@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrid_lightning.adapters.constant_weights import constant_weights
+from hybrid_lightning.engine.decoder import fast_decoder
+from hybrid_lightning.engine.packing_trial import supports_packing
+from hybrid_lightning.engine.passes import base_model
+from hybrid_lightning.engine.prepacked import prepacked_weights
 from hybrid_lightning.metrics import check_set_name
-from hybrid_lightning.policy.constant_decoder import constant_decoder
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.policy.reproducibility import check_reproducibility
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
-from hybrid_lightning.rollout.forward import base_model
 from hybrid_lightning.rollout.prompt_draws import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.rollout.support import supports_packing
 from hybrid_lightning.sharding.forward import is_sharded, with_whole_weights
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
@@ -124,7 +124,7 @@ class EvaluatedModule(LanguageModule):
 
         def sample() -> Rollouts:
             # Nothing here waits for another rank, which might wait for this one in vain.
-            with self.signals.at_once(), constant_weights(self.model, _product_dtype(self.model)), constant_decoder(self.model):
+            with self.signals.at_once(), prepacked_weights(self.model, _product_dtype(self.model)), fast_decoder(self.model):
                 return self.sampler.sample(
                     self.model,
                     self.tokenizer,

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from hybrid_lightning.engine.logprobs import token_logprobs
+from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import ExampleLoss
 from hybrid_lightning.policy.evaluation import EvaluationMetrics
 from hybrid_lightning.policy.example_calibration import ExampleCalibration
 from hybrid_lightning.policy.example_evaluation import EvaluatedExamples
 from hybrid_lightning.policy.example_metrics import ExampleMetrics
-from hybrid_lightning.policy.logprobs import token_logprobs
 from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
 from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.rollout.forward import base_model
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler

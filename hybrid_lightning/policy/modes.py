@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from hybrid_lightning.kernels.calls import recomputed_alike
+from hybrid_lightning.engine.cpu.operators import recomputed_alike
 
 
 @contextmanager

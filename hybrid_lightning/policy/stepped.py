@@ -16,12 +16,12 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from hybrid_lightning.engine.token_budget import default_token_budget
 from hybrid_lightning.errors import TrainingError
 from hybrid_lightning.losses.shares import combine_metrics
 from hybrid_lightning.policy.evaluated import EvaluatedModule
 from hybrid_lightning.policy.step_metrics import StepMetrics, join_ranks
 from hybrid_lightning.policy.step_times import PhaseClock
-from hybrid_lightning.policy.token_budget import default_token_budget
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
 from hybrid_lightning.rollout.source import RolloutSource

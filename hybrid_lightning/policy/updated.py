@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.losses.shares import share
 from hybrid_lightning.policy.agreement import compare_with_sampler
-from hybrid_lightning.policy.logprobs import token_logprobs
 from hybrid_lightning.policy.stepped import SteppedModule
 from hybrid_lightning.policy.token_choice import mask_tokens
 from hybrid_lightning.sharding.forward import as_forward, with_whole_weights

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hybrid_lightning.rollout.packing import begins_group
+from hybrid_lightning.engine.packing import begins_group
 from hybrid_lightning.types import Sequences
 
 

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
+from hybrid_lightning.engine.cpu import operators as kernels
+from hybrid_lightning.engine.decoding import Decoding, RepeatedCacheDecoding, SharedPromptDecoding
+from hybrid_lightning.engine.packing_trial import supports_packing
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.kernels import calls as kernels
 from hybrid_lightning.parts import Part
-from hybrid_lightning.rollout.decoding import Decoding, RepeatedCacheDecoding
 from hybrid_lightning.rollout.drawing import draw, filter_logits
 from hybrid_lightning.rollout.padding import pad_left
 from hybrid_lightning.rollout.prompt_draws import PromptDraws
-from hybrid_lightning.rollout.shared_decoding import SharedPromptDecoding
-from hybrid_lightning.rollout.support import supports_packing
 from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
 
 

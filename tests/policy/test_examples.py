@@ -12,7 +12,7 @@ from tiny_examples import KINDS, build_examples, build_module, fit, weights, wri
 from tiny_models import build_model, build_tokenizer
 from tiny_runs import StartsWithDigit, build_adapter, build_trainer, write_model
 
-from hybrid_lightning.policy.logprobs import token_logprobs
+from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
 
 BETA = 0.5
@@ -98,7 +98,7 @@ def test_a_model_that_takes_no_packed_rows_is_trained_padded(kind, model, rows, 
         padded.append(True)
         return False
 
-    monkeypatch.setattr("hybrid_lightning.policy.logprobs.supports_packing", no)
+    monkeypatch.setattr("hybrid_lightning.engine.logprobs.supports_packing", no)
     other = weights(fit(kind, model, rows, tmp_path / "b", max_steps=1))
     assert padded
     torch.testing.assert_close(other, packed, atol=1e-5, rtol=0)

@@ -10,9 +10,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
 
+from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GSPOLoss
-from hybrid_lightning.policy.logprobs import token_logprobs
 from hybrid_lightning.types import Prompt
 
 

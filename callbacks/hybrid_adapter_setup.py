@@ -31,6 +31,8 @@ from hybrid_lightning.callbacks.loggers import log_figure, log_table
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import measured
+from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.engine.fused_layers import use_fused_layers
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
 from hybrid_lightning.parts import Part
@@ -291,7 +293,9 @@ class HybridAdapterSetup(Part, Callback):
                     "the reference answers instead."
                 )
         total = len(losses) if hasattr(losses, "__len__") else None
-        use_fused_layers(model)  # as when it is adapted: the passes of scoring are as large as those of training
+        # As when it is adapted: the passes of scoring are as large as those of training.
+        engine: Engine | None = getattr(pl_module, "engine", None)
+        use_fused_layers(model, Switch() if engine is None else engine.switch)
         with evaluation_mode(model), progress_bar(trainer, "Scoring modules", total) as advance:
             scores = score_modules(
                 model,

@@ -54,6 +54,7 @@ class AttentionCalls:
     """What the layers asked for, recorded while a model is checked."""
 
     windows: list[int | None] = field(default_factory=list)
+    settings: list[AttentionSettings] = field(default_factory=list)
 
 
 def use_packing(model: PreTrainedModel) -> str:
@@ -95,9 +96,10 @@ def _attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return result
         calls = options.pop("attention_calls", None)
         window = options.pop("sliding_window", None)
+        settings = _settings(options)
         if calls is not None:
             calls.windows.append(window)
-        settings = _settings(options)
+            calls.settings.append(settings)
         # transformers: [1, heads, N, D] in, [1, N, heads, D] out
         query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
         return packing.attend(module.layer_idx, query, key, value, window, settings)[None], None  # type: ignore[arg-type]

@@ -9,59 +9,59 @@ Once for each model its own pass and this one have to give the same; else its ow
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention_hook import Packing
-from hybrid_lightning.engine.cpu.operators import kernels_in_layers
-from hybrid_lightning.engine.decoder_layers import (
-    KnownLayer,
-    adapters_of,
-    compiled_layers,
-    compiling_pays,
-    known_layers,
-    variants_allowed,
-)
+from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine.decoder_layers import KnownLayer, adapters_of, compiled_layers, compiling_pays, variants_allowed
 from hybrid_lightning.engine.fused_layers import rotary_of_tokens
 from hybrid_lightning.engine.packing import PackedSequences
-from hybrid_lightning.engine.packing_trial import supports_packing
-from hybrid_lightning.engine.passes import FAST_PASS, base_model, packed_hidden
+from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import products_together
 from hybrid_lightning.types import Sequences
 
 logger = logging.getLogger(__name__)
 
 Pass = Callable[[Tensor, Tensor, Packing], Tensor]
-Maker = Callable[[Any, list[KnownLayer]], Pass]
-_makers: WeakKeyDictionary[nn.Module, Maker | None] = WeakKeyDictionary()
+Maker = Callable[[Any, list[KnownLayer], Switch], Pass]
 
 
-@contextmanager
-def fast_decoder(model: nn.Module) -> Iterator[None]:
-    """Within this context, where weights do not change, `packed_hidden` goes through the decoder by plain calls if it is known.
+class FastDecoder:
+    """Makes a model's fastest pass that gives the same as its own; which one that is, is found out once."""
 
-    Args:
-        model: Causal language model, within `prepacked_weights` and in eval mode.
-    """
-    decoder = base_model(model).get_decoder()
-    layers = known_layers(decoder) if supports_packing(model) else None
-    if layers is None:
-        yield
-        return
-    if decoder not in _makers:
-        _makers[decoder] = _maker(model, decoder, layers)
-    maker = _makers[decoder]
-    if maker is not None:
-        decoder.__dict__[FAST_PASS] = maker(decoder, layers)
-    try:
-        yield
-    finally:
-        decoder.__dict__.pop(FAST_PASS, None)
+    def __init__(self) -> None:
+        self._make: Maker | None = None
+        self._tried = False
+
+    def new_pass(self, model: nn.Module, layers: list[KnownLayer], switch: Switch) -> Pass | None:
+        """The pass, while weights do not change; None if the model's own is all there is.
+
+        Args:
+            model: Causal language model in eval mode, within `prepacked_weights`.
+            layers: Of its decoder.
+            switch: Of its fused layers.
+        """
+        decoder = base_model(model).get_decoder()
+        if not self._tried:
+            self._make, self._tried = _maker(model, decoder, layers, switch), True
+        if self._make is not _compiled_pass:
+            return None if self._make is None else self._make(decoder, layers, switch)
+        compiled, plain = _compiled_pass(decoder, layers, switch), _plain_pass(decoder, layers, switch)
+
+        def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+            if self._make is _compiled_pass:
+                try:  # which may be compiled anew long after its trial, such as for inference mode
+                    return compiled(ids, positions, packing)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    self._make = _plain_pass
+                    _warn_not_compiled(decoder, f"{type(error).__name__}: {error}")
+            return plain(ids, positions, packing)  # whatever the packing got before, it gets the same once more
+
+        return hidden_states
 
 
 class _Layer(Protocol):
@@ -91,7 +91,7 @@ class _PlainLayer:
         query, key, value = (part.view(shape) for part in self.queries_keys_values(known.norms[0].forward(hidden)))
         if known.head_norms is not None:
             query, key = known.head_norms[0].forward(query), known.head_norms[1].forward(key)
-        return *rotary_of_tokens(known.rotary, query, key, *angles), value
+        return *rotary_of_tokens(known.switch, query, key, *angles), value
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `_Layer`."""
@@ -100,15 +100,15 @@ class _PlainLayer:
         return hidden + self.down(self.known.mlp.activated(gate, up))[0]
 
 
-def _plain_pass(decoder: Any, layers: list[KnownLayer]) -> Pass:
-    return _pass(decoder, layers, [_PlainLayer(layer) for layer in layers])
+def _plain_pass(decoder: Any, layers: list[KnownLayer], switch: Switch) -> Pass:
+    return _pass(decoder, layers, [_PlainLayer(layer) for layer in layers], switch)
 
 
-def _compiled_pass(decoder: Any, layers: list[KnownLayer]) -> Pass:
-    plain, whole, adapters = _plain_pass(decoder, layers), compiled_layers(layers), adapters_of(layers)
+def _compiled_pass(decoder: Any, layers: list[KnownLayer], switch: Switch) -> Pass:
+    plain, whole, adapters = _plain_pass(decoder, layers, switch), compiled_layers(layers), adapters_of(layers)
     if whole is None:
         return plain
-    compiled = _pass(decoder, layers, whole)
+    compiled = _pass(decoder, layers, whole, switch)
 
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         if any(adapter.disable_adapters for adapter in adapters):
@@ -119,28 +119,12 @@ def _compiled_pass(decoder: Any, layers: list[KnownLayer]) -> Pass:
     return hidden_states
 
 
-def _compiled_or_plain_pass(decoder: Any, layers: list[KnownLayer]) -> Pass:
-    """The compiled pass, which may have to be compiled anew long after its trial, such as for inference mode."""
-    compiled, plain = _compiled_pass(decoder, layers), _plain_pass(decoder, layers)
-
-    def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
-        if _makers[decoder] is _compiled_or_plain_pass:
-            try:
-                return compiled(ids, positions, packing)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                _makers[decoder] = _plain_pass
-                _warn_not_compiled(decoder, f"{type(error).__name__}: {error}")
-        return plain(ids, positions, packing)  # whatever the packing got before, it gets the same once more
-
-    return hidden_states
-
-
-def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer]) -> Pass:
+def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer], switch: Switch) -> Pass:
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         hidden = decoder.embed_tokens(ids)
         cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
         angles = (cosines[0].contiguous(), sines[0].contiguous())
-        with kernels_in_layers():
+        with switch.on():
             for number, (kind, layer) in enumerate(zip(known, layers, strict=True)):
                 attended = packing.attend(number, *layer.heads(hidden, angles), kind.window, kind.settings)
                 hidden = layer.output(hidden, attended.reshape(len(hidden), -1))
@@ -150,17 +134,18 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer]) -
     return hidden_states
 
 
-def _maker(model: nn.Module, decoder: Any, layers: list[KnownLayer]) -> Maker | None:
+def _maker(model: nn.Module, decoder: Any, layers: list[KnownLayer], switch: Switch) -> Maker | None:
     """What makes the fastest pass that gives the same as the model's own; None for none."""
     device = next(decoder.parameters()).device
     ids = torch.arange(2, 14, device=device).view(2, 6) % decoder.config.vocab_size
     mask = torch.ones_like(ids, dtype=torch.bool)
     packed = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
     with torch.no_grad():
-        expected = packed_hidden(model, packed.ids, packed.positions, packed)
-        if compiling_pays(device) and _compiles(decoder, layers, packed, expected):
-            return _compiled_or_plain_pass
-        off = _difference(_plain_pass(decoder, layers)(packed.ids, packed.positions, packed), expected)
+        with switch.on():
+            expected = own_hidden(model, packed.ids, packed.positions, packed)
+        if compiling_pays(device) and _compiles(decoder, layers, switch, packed, expected):
+            return _compiled_pass
+        off = _difference(_plain_pass(decoder, layers, switch)(packed.ids, packed.positions, packed), expected)
     if off:
         logger.warning(
             "%s is sampled from by its own forward pass, which takes longer: calling its parts one by one gave %s. "
@@ -171,10 +156,10 @@ def _maker(model: nn.Module, decoder: Any, layers: list[KnownLayer]) -> Maker | 
     return None if off else _plain_pass
 
 
-def _compiles(decoder: Any, layers: list[KnownLayer], packed: PackedSequences, expected: Tensor) -> bool:
+def _compiles(decoder: Any, layers: list[KnownLayer], switch: Switch, packed: PackedSequences, expected: Tensor) -> bool:
     logger.info("torch.compile compiles the layers of %s for sampling, once", type(decoder).__name__)
     try:
-        off = _difference(_compiled_pass(decoder, layers)(packed.ids, packed.positions, packed), expected)
+        off = _difference(_compiled_pass(decoder, layers, switch)(packed.ids, packed.positions, packed), expected)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk

@@ -1,7 +1,7 @@
 """Decoder layers whose computation is known: those that compute what Llama's, Mistral's, Qwen2's or Qwen3's do.
 
-They are recognised by the words of their forward passes, which transformers' model files repeat. Where somebody watches the
-modules' calls, as FSDP does, they are not known, since they have to be called.
+They are recognised by their classes and by what they consist of, and a trial then has to give the same numbers (`decoder.py`).
+Where somebody watches the modules' calls, as FSDP does, they are not known, since they have to be called.
 
 For accelerators what a layer computes before and after its attention is two functions that torch compiles. There a token of a
 layer is some sixty small operations, each of which takes longer to launch than to compute; torch.compile makes few kernels of all
@@ -10,8 +10,7 @@ tensors (s B, for one), and all layers share what was compiled for one of them; 
 fully trained one among those with LoRA, get a variant of their own.
 """
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -23,30 +22,21 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3Model
 
 from hybrid_lightning.engine.attention import AttentionSettings
-from hybrid_lightning.engine.fused_layers import (
-    FusedMLP,
-    FusedRMSNorm,
-    Rotary,
-    is_watched,
-    plain_norm,
-    rotary_of_tokens,
-    without_kernel,
-    words,
-)
+from hybrid_lightning.engine.attention_hook import AttentionCalls
+from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, is_watched, plain_norm, plain_rotary
 from hybrid_lightning.engine.prepacked import ProductFactors, multiply, product_factors
 
-_MODELS = (LlamaModel, Qwen2Model, MistralModel)
-# Kinds of attention layers, and where each has its sliding window.
-_WINDOWS: dict[type[nn.Module], Callable[[Any], int | None]] = {
-    LlamaAttention: lambda layer: None,
-    Qwen2Attention: lambda layer: layer.sliding_window,
-    Qwen3Attention: lambda layer: layer.sliding_window,
-    MistralAttention: lambda layer: getattr(layer.config, "sliding_window", None),
+_FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
+    LlamaModel: (LlamaDecoderLayer, LlamaAttention),
+    MistralModel: (MistralDecoderLayer, MistralAttention),
+    Qwen2Model: (Qwen2DecoderLayer, Qwen2Attention),
+    Qwen3Model: (Qwen3DecoderLayer, Qwen3Attention),
 }
 
 
@@ -56,57 +46,68 @@ class KnownLayer(NamedTuple):
     norms: tuple[FusedRMSNorm, FusedRMSNorm]  # before attention and before the MLP
     queries_keys_values: list[nn.Module]
     head_norms: tuple[FusedRMSNorm, FusedRMSNorm] | None  # of queries and keys
-    rotary: Rotary
+    switch: Switch
     window: int | None
     settings: AttentionSettings
     head_size: int
     output: nn.Module
     mlp: FusedMLP
 
+    def same_input(self) -> list[list[nn.Module]]:
+        """Layers that are multiplied together."""
+        return [self.queries_keys_values, [self.mlp.gate_proj, self.mlp.up_proj]]
 
-def known_layers(decoder: Any) -> list[KnownLayer] | None:
-    """The decoder's layers; None unless all of it is known, and nobody watches."""
-    if _computes_as(decoder, _MODELS) is None or not isinstance(decoder.norm, FusedRMSNorm):
+
+def known_layers(decoder: Any, calls: AttentionCalls, switch: Switch) -> list[KnownLayer] | None:
+    """The decoder's layers; None unless all of it is known, and nobody watches.
+
+    Args:
+        decoder: Of a causal language model.
+        calls: What its layers ask of attention.
+        switch: Of its fused layers.
+    """
+    if type(decoder) not in _FAMILIES or not isinstance(decoder.norm, FusedRMSNorm):
         return None
     if _has_any_global_hook() or is_watched(decoder) or is_watched(decoder.norm):
         return None
-    layers = [_layer(layer) for layer in decoder.layers[: decoder.config.num_hidden_layers]]
+    asked = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.windows, calls.settings, strict=True)
+    layers = [_layer(layer, _FAMILIES[type(decoder)], switch, window, settings) for layer, window, settings in asked]
     known = [layer for layer in layers if layer is not None]
     return known if len(known) == len(layers) else None
 
 
-def _layer(layer: Any) -> KnownLayer | None:
-    if _computes_as(layer, (LlamaDecoderLayer,)) is None:
-        return None
-    kind = _computes_as(layer.self_attn, _WINDOWS)
-    if kind is None:
+def _layer(
+    layer: Any,
+    classes: tuple[type[nn.Module], type[nn.Module]],
+    switch: Switch,
+    window: int | None,
+    settings: AttentionSettings,
+) -> KnownLayer | None:
+    if type(layer) is not classes[0]:
         return None
     attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
+    if not (isinstance(attention, classes[1]) and isinstance(mlp, FusedMLP)) or attention.training:
+        return None
+    return _parts(layer, attention, mlp, norms, switch, window, settings)
+
+
+def _parts(
+    layer: nn.Module,
+    attention: Any,
+    mlp: FusedMLP,
+    norms: tuple[Any, Any],
+    switch: Switch,
+    window: int | None,
+    settings: AttentionSettings,
+) -> KnownLayer | None:
     head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
     projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    of_mlp = [mlp.gate_proj, mlp.up_proj, mlp.down_proj] if isinstance(mlp, FusedMLP) else []
+    of_mlp = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     all_norms = (*norms, *(head_norms or ()))
-    known = bool(of_mlp) and all(isinstance(norm, FusedRMSNorm) for norm in all_norms) and not attention.training
+    known = all(isinstance(norm, FusedRMSNorm) for norm in all_norms)
     if not known or any(is_watched(module) for module in (layer, attention, mlp, *all_norms, *projections, *of_mlp)):
         return None
-    return KnownLayer(
-        norms,
-        projections[:3],
-        head_norms,
-        inspect.unwrap(type(attention).forward).__globals__["apply_rotary_pos_emb"],
-        _WINDOWS[kind](attention),
-        AttentionSettings(scaling=attention.scaling),
-        attention.head_dim,
-        projections[3],
-        mlp,
-    )
-
-
-def _computes_as(module: nn.Module, known: Iterable[type[nn.Module]]) -> type[nn.Module] | None:
-    """Which of some classes has the same forward pass as a module of transformers, in the same words."""
-    if not type(module).__module__.startswith("transformers."):
-        return None
-    return next((kind for kind in known if words(kind.forward) == words(type(module).forward)), None)
+    return KnownLayer(norms, projections[:3], head_norms, switch, window, settings, attention.head_dim, projections[3], mlp)
 
 
 # A model has at most 2^3 combinations of kinds of projections before attention and 2^4 after it, twice with inference mode; and a
@@ -133,7 +134,6 @@ class BeforeAttention(NamedTuple):
     norm: Norm
     projections: tuple[ProductFactors, ProductFactors, ProductFactors]
     head_norms: tuple[Norm, Norm] | None  # of queries and keys
-    rotary: Rotary
     head_size: int
 
 
@@ -160,7 +160,7 @@ def before_attention(hidden: Tensor, cosines: Tensor, sines: Tensor, layer: Befo
     query, key, value = (multiply(x, factors).view(x.shape[0], -1, layer.head_size) for factors in layer.projections)
     if layer.head_norms is not None:
         query, key = _normed(query, layer.head_norms[0]), _normed(key, layer.head_norms[1])
-    query, key = rotary_of_tokens(layer.rotary, query, key, cosines, sines)
+    query, key = plain_rotary(query, key, cosines, sines)
     return query, key, value
 
 
@@ -228,8 +228,7 @@ def _compiled_layer(layer: KnownLayer) -> CompiledLayer | None:
         return None
     query, key, value, output, gate, up, down = factors
     head_norms = None if layer.head_norms is None else (_norm(layer.head_norms[0]), _norm(layer.head_norms[1]))
-    rotary = without_kernel(layer.rotary)
-    before = BeforeAttention(_norm(layer.norms[0]), (query, key, value), head_norms, rotary, layer.head_size)
+    before = BeforeAttention(_norm(layer.norms[0]), (query, key, value), head_norms, layer.head_size)
     return CompiledLayer(before, AfterAttention(output, _norm(layer.norms[1]), gate, up, down))
 
 

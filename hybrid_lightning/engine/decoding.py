@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import AttentionSettings, Masks, cached_key_dtype, products_are_faster, shared_attention
 from hybrid_lightning.engine.cpu import attention_operators as kernels
+from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.engine.packing import PackedSequences, visible
-from hybrid_lightning.engine.passes import last_logits, new_cache, packed_hidden, position_ids, prepacked_projection
+from hybrid_lightning.engine.passes import last_logits, new_cache, position_ids, prepacked_projection
 from hybrid_lightning.types import Sequences
 
 _FIRST_CAPACITY = 32  # tokens; doubled whenever it is full
@@ -78,11 +79,26 @@ class RepeatedCacheDecoding:
         return last_logits(self.model, ids, self.mask, positions, 1, self.cache)[:, -1]
 
 
+def decoding_of(engine: Engine, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Decoding:
+    """The fastest way to decode completions of some prompts.
+
+    Args:
+        engine: Of the model.
+        ids: Prompts [P, S], left-padded.
+        mask: [P, S] bool.
+        max_new_tokens: Longest completion.
+    """
+    engine.prepare()
+    if engine.packs:
+        return SharedPromptDecoding(engine, ids, mask, max_new_tokens)
+    return RepeatedCacheDecoding(engine.model, ids, mask)
+
+
 class SharedPromptDecoding:
     """`Decoding` for models that take packed sequences; a `Packing` as well.
 
     Args:
-        model: Causal language model.
+        engine: Of a model that packs.
         ids: Prompts [P, S], left-padded.
         mask: [P, S] bool.
         max_new_tokens: Longest completion.
@@ -90,9 +106,9 @@ class SharedPromptDecoding:
 
     leave_together = 1 / 16  # not one by one: products of few different sizes, see `packing`
 
-    def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
-        self.model, self.max_new_tokens = model, max_new_tokens
-        self.project = prepacked_projection(model)
+    def __init__(self, engine: Engine, ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
+        self.engine, self.max_new_tokens = engine, max_new_tokens
+        self.project = prepacked_projection(engine.model)
         self.layout = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, S, D]
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, G, capacity, D]
@@ -104,7 +120,7 @@ class SharedPromptDecoding:
     def prefill(self, samples: int) -> Tensor:
         """See `Decoding`."""
         layout, prompts, device = self.layout, len(self.lengths), self.lengths.device
-        hidden = packed_hidden(self.model, layout.ids, layout.positions, _Prefill(self))
+        hidden = self.engine.hidden(layout.ids, layout.positions, _Prefill(self))
         logits = self.project(hidden[layout.last_prompt_token])
         self.slots = torch.arange(prompts * samples, device=device).view(prompts, samples)  # the row in each slot
         self.slot_of_row = self.slots.flatten()
@@ -117,7 +133,7 @@ class SharedPromptDecoding:
         self.own_width = self._own_width()
         self._masks = {}
         positions = self.row_lengths + self.decoded - 1
-        return self.project(packed_hidden(self.model, tokens, positions, self))
+        return self.project(self.engine.hidden(tokens, positions, self))
 
     def select(self, rows: Tensor) -> None:
         """See `Decoding`."""

@@ -1,10 +1,12 @@
 """Fused layers of the base model: norms, gated MLPs and rotary embeddings, whose weights are frozen.
 
-The layers of most families compute what Llama's do, word for word, and are recognised by that. Norms and MLPs get a backward pass
-that keeps less: transformers' own keep a float32 copy of what a norm gets, and the activated gate beside the gate. Without it, a
-step of SmolLM2-135M peaked at 1.47 GiB, not at 1.56. Rotary embeddings are one operator on a CPU, where transformers' are ten:
-attention layers call a function by its name in their file, and where it is Llama's a layer gets a class with the same forward
-pass that finds a `rotary` under the name.
+The layers of most families compute what Llama's do. Whether one does is found out by trying, once for each class: a small layer
+of the class and ours have to give the same bits. Norms and MLPs get a backward pass that keeps less: transformers' own keep a
+float32 copy of what a norm gets, and the activated gate beside the gate. Without it, a step of SmolLM2-135M peaked at 1.47 GiB,
+not at 1.56. Rotary embeddings are one operator on a CPU, where transformers' are ten: attention layers call a function by its
+name in their file, and where it is Llama's a layer gets a class with the same forward pass that finds a `rotary` under the name.
+
+A fused layer takes the place of the one that it is made from, with the same weights under the same names.
 """
 
 import inspect
@@ -23,11 +25,17 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.fused_lora import Factors, FusedLora, lora_gradients, lora_product
+from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine.fused_lora import Factors, FusedLora, lora_gradients, lora_product, made_like, replace_modules
+
+Rotary = Callable[..., tuple[Tensor, Tensor]]
+_NAME = "apply_rotary_pos_emb"  # of the function that attention layers call
 
 
 class FusedRMSNorm(LlamaRMSNorm):
     """Root mean square normalisation that keeps its input and one number a token."""
+
+    switch = Switch()  # off, until it gets that of its model
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
@@ -35,13 +43,15 @@ class FusedRMSNorm(LlamaRMSNorm):
             result: Tensor = super().forward(hidden_states)
             return result
         if not torch.is_grad_enabled():
-            return _norm(hidden_states, self.weight, self.variance_epsilon)[0]
-        output: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+            return _norm(hidden_states, self.weight, self.variance_epsilon, self.switch)[0]
+        output: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.switch)  # type: ignore[no-untyped-call]
         return output
 
 
 class FusedMLP(LlamaMLP):
     """Gated MLP that keeps the gate and what it is multiplied by; their product is made once more in the backward pass."""
+
+    switch = Switch()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
@@ -52,14 +62,14 @@ class FusedMLP(LlamaMLP):
         down = self.down_proj
         factors = down.factors(gate) if isinstance(down, FusedLora) and not is_watched(down) else None
         if factors is not None and factors.weight.dtype == gate.dtype == up.dtype:
-            result = _GatedLora.apply(gate, up, *factors)  # type: ignore[no-untyped-call]
+            result = _GatedLora.apply(gate, up, self.switch.usable(gate, up), *factors)  # type: ignore[no-untyped-call]
         else:  # the next layer keeps their product
-            result = down(_GatedSiLU.apply(gate, up))
+            result = down(_GatedSiLU.apply(gate, up, self.switch.usable(gate, up)))
         return result
 
     def activated(self, gate: Tensor, up: Tensor) -> Tensor:
         """What the last product gets, without a gradient: silu(gate) up, [..., m]."""
-        return _gated_silu(gate, up, kernels.usable_in_layers(gate, up))
+        return _gated_silu(gate, up, self.switch.usable(gate, up))
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -67,21 +77,64 @@ def is_watched(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
-def use_fused_layers(model: nn.Module) -> None:
-    """Let the model's norms and MLPs be fused where they compute what Llama's do; their weights and names stay as they are."""
-    for module in model.modules():
-        if _computes_as(type(module), LlamaRMSNorm):  # type: ignore[arg-type]
-            module.__class__ = FusedRMSNorm
-        elif _computes_as(type(module), LlamaMLP) and type(module.act_fn) in (SiLUActivation, nn.SiLU):  # type: ignore[arg-type]
-            module.__class__ = FusedMLP
+def use_fused_layers(model: nn.Module, switch: Switch) -> None:
+    """Let the model's norms and MLPs be fused where they compute what Llama's do.
+
+    Args:
+        model: Changed in place.
+        switch: Of the model; fused layers that it has already get it, too.
+    """
+    replace_modules(model, _fused_layer, switch)
+
+
+def _fused_layer(module: nn.Module) -> type[nn.Module] | None:
+    kind, parts = type(module), set(dict(module.named_children()))
+    if not kind.__module__.startswith("transformers.") or is_watched(module):
+        return None
+    if kind.__name__.endswith("RMSNorm") and not parts and set(dict(module.named_parameters())) == {"weight"}:
+        return FusedRMSNorm if hasattr(module, "variance_epsilon") and _norm_is_llamas(kind) else None  # type: ignore[arg-type]
+    if kind.__name__.endswith("MLP") and parts == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return FusedMLP if type(module.act_fn) in (SiLUActivation, nn.SiLU) and _mlp_is_llamas(kind) else None  # type: ignore[arg-type]
+    return None
 
 
 @cache
-def _computes_as(kind: type[nn.Module], llamas: type[nn.Module]) -> bool:
-    """Whether a class of transformers has the same forward pass as one of Llama's, in the same words."""
-    if not kind.__module__.startswith("transformers.") or not kind.__name__.endswith(llamas.__name__.removeprefix("Llama")):
-        return False
-    return words(kind.forward) == words(llamas.forward)
+def _norm_is_llamas(kind: type[nn.Module]) -> bool:
+    small = kind.__new__(kind)
+    nn.Module.__init__(small)
+    draw = torch.Generator().manual_seed(0)
+    small.weight = nn.Parameter(torch.randn(16, generator=draw), requires_grad=False)
+    small.variance_epsilon = 1e-6  # type: ignore[assignment]
+    return _computes_alike(small, FusedRMSNorm, torch.randn(5, 16, generator=draw))
+
+
+@cache
+def _mlp_is_llamas(kind: type[nn.Module]) -> bool:
+    small = kind.__new__(kind)
+    nn.Module.__init__(small)
+    for name, sizes in (("gate_proj", (16, 24)), ("up_proj", (16, 24)), ("down_proj", (24, 16))):
+        small.add_module(name, nn.utils.skip_init(nn.Linear, *sizes, device="cpu"))
+    draw = torch.Generator().manual_seed(0)
+    for parameter in small.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=draw)
+    small.act_fn = nn.SiLU()
+    return _computes_alike(small.requires_grad_(False), FusedMLP, torch.randn(5, 16, generator=draw))
+
+
+def _computes_alike(small: nn.Module, ours: type[nn.Module], x: Tensor) -> bool:
+    """Whether a module and one of ours with its parts give the same bits, for large and small numbers of both precisions."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for dtype in (torch.float32, torch.bfloat16):
+            small.to(dtype)
+            for factor in (1, 1e3):
+                rows = (factor * x).to(dtype)
+                try:
+                    theirs = small(rows)
+                except (AttributeError, TypeError, RuntimeError):  # it wants something else than a norm or an MLP
+                    return False
+                if not (isinstance(theirs, Tensor) and torch.equal(theirs, made_like(small, ours)(rows))):
+                    return False
+    return True
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -91,29 +144,29 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        result, inverse = _norm(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, switch: Switch) -> Tensor:
+        result, inverse = _norm(x, weight, eps, switch)
         ctx.save_for_backward(x, weight, inverse)
         return result
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, inverse = ctx.saved_tensors
         same = _in_dtype_of(x, weight)
         if kernels.usable(gradient, x, same):
-            return kernels.rms_norm_backward(gradient, x, same, inverse), None, None
+            return kernels.rms_norm_backward(gradient, x, same, inverse), None, None, None
         of_normed = (gradient * weight).float()
         exact = x.float()
         along = torch.linalg.vecdot(of_normed, exact)[..., None] / x.shape[-1]
         result = of_normed.mul_(inverse).addcmul_(exact, along * inverse.pow(3), value=-1)
-        return result.to(x.dtype), None, None
+        return result.to(x.dtype), None, None, None
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _norm(x: Tensor, weight: Tensor, eps: float, switch: Switch) -> tuple[Tensor, Tensor]:
     """The norm of x [..., n], and r [..., 1]."""
     same = _in_dtype_of(x, weight)
-    if kernels.usable_in_layers(x, same):
+    if switch.usable(x, same):
         return kernels.rms_norm(x, same, eps)
     return plain_norm(x, weight, eps)
 
@@ -149,14 +202,14 @@ class _GatedSiLU(torch.autograd.Function):
     """silu(gate) up."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, has_kernel: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _gated_silu(gate, up, kernels.usable_in_layers(gate, up))
+        return _gated_silu(gate, up, has_kernel)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return _gated_silu_gradients(gradient, *ctx.saved_tensors)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_gated_silu_gradients(gradient, *ctx.saved_tensors), None
 
 
 class _GatedLora(torch.autograd.Function):
@@ -167,6 +220,7 @@ class _GatedLora(torch.autograd.Function):
         ctx: Any,
         gate: Tensor,
         up: Tensor,
+        has_kernel: bool,
         weight: Tensor,
         bias: Tensor | None,
         lora_a: Tensor,
@@ -174,8 +228,8 @@ class _GatedLora(torch.autograd.Function):
         scaling: float,
         fused: bool,
     ) -> Tensor:
-        ctx.has_kernel = kernels.usable_in_layers(gate, up)
-        rows = _gated_silu(gate, up, ctx.has_kernel).reshape(-1, gate.shape[-1])
+        ctx.has_kernel = has_kernel
+        rows = _gated_silu(gate, up, has_kernel).reshape(-1, gate.shape[-1])
         result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling, fused))
         ctx.save_for_backward(gate, up, weight, lora_a, lora_b, low)
         ctx.scaling, ctx.fused = scaling, fused
@@ -191,41 +245,59 @@ class _GatedLora(torch.autograd.Function):
             outer, _gated_silu(gate, up, ctx.has_kernel).reshape(-1, gate.shape[-1]), low, factors, True
         )
         assert of_rows is not None
-        return *_gated_silu_gradients(of_rows.view_as(gate), gate, up), None, None, of_a, of_b, None, None
+        return *_gated_silu_gradients(of_rows.view_as(gate), gate, up), None, None, None, of_a, of_b, None, None
 
 
-_NAME = "apply_rotary_pos_emb"
-Rotary = Callable[..., tuple[Tensor, Tensor]]
-
-
-def use_fused_rotary(model: nn.Module) -> None:
+def use_fused_rotary(model: nn.Module, switch: Switch) -> None:
     """Let the model's attention layers rotate queries and keys by a kernel, where there is one."""
-    for module in model.modules():
-        fused = _fused_attention(type(module))  # type: ignore[arg-type]
-        if fused is not None:
-            module.__class__ = fused
+    kinds: dict[type[nn.Module], type[nn.Module] | None] = {}  # one class for all layers
+
+    def kind_of(module: nn.Module) -> type[nn.Module] | None:
+        kind = type(module)
+        if kind not in kinds:
+            kinds[kind] = _fused_attention(kind, switch)
+        return None if is_watched(module) else kinds[kind]
+
+    replace_modules(model, kind_of, switch)
 
 
-@cache
-def _fused_attention(kind: type[nn.Module]) -> type[nn.Module] | None:
+def _fused_attention(kind: type[nn.Module], switch: Switch) -> type[nn.Module] | None:
     """A class like an attention layer's of transformers whose forward pass calls `rotary`; None for all others."""
-    forward = inspect.unwrap(kind.forward)
+    forward: Any = inspect.unwrap(kind.forward)
     theirs = getattr(sys.modules[kind.__module__], _NAME, None)
     if not kind.__module__.startswith("transformers.") or theirs is None or _NAME not in forward.__code__.co_names:
         return None
-    if words(theirs) != words(modeling_llama.apply_rotary_pos_emb):
+    if isinstance(forward.__globals__[_NAME], partial) or not _rotates_as_llama(theirs):
         return None
-    names = {**forward.__globals__, _NAME: partial(rotary, theirs)}
-    same = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    names = {**forward.__globals__, _NAME: partial(rotary, theirs, switch)}
+    same: Any = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     same.__kwdefaults__ = forward.__kwdefaults__
     return type(kind.__name__, (kind,), {"forward": same, "__module__": kind.__module__})
 
 
-def rotary(theirs: Rotary, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+@cache
+def _rotates_as_llama(function: Rotary) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 5, 8, generator=draw) for heads in (4, 2))
+    angles = [torch.randn(2, 5, 8, generator=draw) for _ in range(2)]
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = [part.to(dtype) for part in (q, k, *angles)]
+        try:
+            theirs = function(*parts)
+        except (AttributeError, TypeError, RuntimeError, ValueError):
+            return False
+        if not all(map(torch.equal, theirs, modeling_llama.apply_rotary_pos_emb(*parts))):
+            return False
+    return True
+
+
+def rotary(
+    theirs: Rotary, switch: Switch, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
     """Queries and keys [B, heads, N, D] rotated by cos and sin [B, N, D]; by `theirs`, what has no kernel."""
     size = q.shape[-1]
     fit = unsqueeze_dim == 1 and q.dim() == 4 and size % 2 == 0 and k.shape[-1] == cos.shape[-1] == size
-    if not fit or cos.requires_grad or not kernels.usable_in_layers(q, k, cos, sin):
+    if not fit or cos.requires_grad or not switch.usable(q, k, cos, sin):
         return theirs(q, k, cos, sin, unsqueeze_dim)
     cosines, sines = (part.expand(q.shape[0], -1, -1).flatten(0, 1).contiguous() for part in (cos, sin))
     if not torch.is_grad_enabled():
@@ -233,27 +305,25 @@ def rotary(theirs: Rotary, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqu
     return _Rotary.apply(q, cosines, sines), _Rotary.apply(k, cosines, sines)  # type: ignore[no-untyped-call]
 
 
-def rotary_of_tokens(theirs: Rotary, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_of_tokens(switch: Switch, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The same of queries and keys [N, heads, D] by cos and sin [N, D], without a gradient.
 
     Args:
-        theirs: A layer's function, which may be a `rotary`.
+        switch: Of the model.
         q: [N, H, D].
         k: [N, K, D].
         cos: [N, D], contiguous.
         sin: [N, D], contiguous.
     """
-    ours = isinstance(theirs, partial) and theirs.func is rotary and q.shape[-1] % 2 == 0
-    if ours and kernels.usable_in_layers(q, k, cos, sin) and k.shape[-1] == cos.shape[-1] == q.shape[-1]:
+    if q.shape[-1] % 2 == 0 and switch.usable(q, k, cos, sin) and k.shape[-1] == cos.shape[-1] == q.shape[-1]:
         return kernels.rotary(q, cos, sin), kernels.rotary(k, cos, sin)
-    query, key = theirs(q[None].transpose(1, 2), k[None].transpose(1, 2), cos[None], sin[None])
+    return plain_rotary(q, k, cos, sin)
+
+
+def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """What `rotary_of_tokens` computes without a kernel."""
+    query, key = modeling_llama.apply_rotary_pos_emb(q[None].transpose(1, 2), k[None].transpose(1, 2), cos[None], sin[None])
     return query[0].transpose(0, 1), key[0].transpose(0, 1)
-
-
-def without_kernel(function: Rotary) -> Rotary:
-    """Transformers' own function of a layer whose function may be a `rotary`."""
-    theirs: Rotary = function.args[0] if isinstance(function, partial) and function.func is rotary else function
-    return theirs
 
 
 class _Rotary(torch.autograd.Function):
@@ -275,9 +345,3 @@ def _rotated(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool) -> Ten
     """[B, heads, N, D]; in memory heads of a token lie together, as layers make and attention takes them."""
     tokens = x.transpose(1, 2)
     return kernels.rotary(tokens.flatten(0, 1), cosines, sines, transposed).view(tokens.shape).transpose(1, 2)
-
-
-@cache
-def words(function: Callable[..., Any]) -> str:
-    """The source text of a function or method, without its decorators."""
-    return inspect.getsource(inspect.unwrap(function)).partition("def ")[2]

@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_lightning.engine.cpu import operators as kernels
+from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.engine.packing import PackedSequences
-from hybrid_lightning.engine.packing_trial import supports_packing
-from hybrid_lightning.engine.passes import base_model, last_logits, packed_hidden, plain_projection, position_ids, project
+from hybrid_lightning.engine.passes import base_model, last_logits, plain_projection, position_ids, project
 from hybrid_lightning.types import Sequences
 
 # Logits are made in blocks of at most this many numbers (32 MiB in float32, of which two are there at a time).
@@ -25,15 +25,15 @@ _BLOCK = 2**23
 
 
 def token_logprobs(
-    model: nn.Module, sequences: Sequences, temperature: float, entropy_gradient: bool = False
+    engine: Engine, sequences: Sequences, temperature: float, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every completion token.
 
-    Where the model `supports_packing`, the forward and backward pass of a prompt is shared by neighbouring rows that have it, and
+    Where the model can be packed, the forward and backward pass of a prompt is shared by neighbouring rows that have it, and
     no padding is computed.
 
     Args:
-        model: Causal language model with the Hugging Face forward.
+        engine: Of a causal language model.
         sequences: B prompts (left-padded) and completions (right-padded, T tokens).
         temperature: Divides the logits; must be that of the sampling.
         entropy_gradient: Whether entropies have a gradient, which keeps as many numbers a token again as it has hidden states.
@@ -43,9 +43,11 @@ def token_logprobs(
     """
     mask = sequences.completion_mask
     tokens = sequences.completion_ids[mask]
-    if supports_packing(model):
+    model = engine.model
+    engine.prepare()
+    if engine.packs:
         packed = PackedSequences(sequences)
-        hidden = packed_hidden(model, packed.ids, packed.positions, packed)
+        hidden = engine.hidden(packed.ids, packed.positions, packed)
         logprobs, entropy = logprobs_of_hidden(model, packed.predicting(hidden), tokens, temperature, entropy_gradient)
     else:
         logprobs, entropy = _of_logits(_separate_logits(model, sequences)[mask], tokens, temperature, entropy_gradient)

@@ -6,48 +6,52 @@ numbers. So each model is asked once: structure first, then a few tokens both wa
 
 import logging
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hybrid_lightning.engine.attention_hook import AttentionCalls, UnsupportedAttentionError, use_packing
+from hybrid_lightning.engine.cpu.operators import Switch
 from hybrid_lightning.engine.packing import PackedSequences
-from hybrid_lightning.engine.passes import base_model, last_logits, packed_hidden, position_ids, project
+from hybrid_lightning.engine.passes import base_model, last_logits, own_hidden, position_ids, project
 from hybrid_lightning.types import Sequences
 
 logger = logging.getLogger(__name__)
 
-_answers: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # Relative to the spread of the logits. Wrong attention changes them by tenths at least.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 
 
-def supports_packing(model: nn.Module) -> bool:
-    """Whether packed sequences give this model's own numbers; the first call for a model tries it and says if not."""
+def try_packing(model: nn.Module, switch: Switch) -> AttentionCalls | None:
+    """Let a model attend by packings if packed sequences give its own numbers; if not, leave it as it was and say why.
+
+    Args:
+        model: Causal language model.
+        switch: Of its fused layers.
+
+    Returns:
+        What its layers ask of attention; None if it cannot be packed.
+    """
     base = base_model(model)
-    if base not in _answers:
-        original = getattr(base.config, "_attn_implementation", None)
-        try:
-            use_packing(base)
-            _check(model, base)
-            _answers[base] = True
-        except UnsupportedAttentionError as error:
-            if original is not None:
-                base.set_attn_implementation(original)
-            _answers[base] = False
-            logger.warning(
-                "%s is sampled and trained without sharing prompts, which is slower and takes more memory: %s",
-                type(base).__name__,
-                error,
-            )
-    return _answers[base]
+    original = getattr(base.config, "_attn_implementation", None)
+    try:
+        use_packing(base)
+        return _check(model, base, switch)
+    except UnsupportedAttentionError as error:
+        if original is not None:
+            base.set_attn_implementation(original)
+        logger.warning(
+            "%s is sampled and trained without sharing prompts, which is slower and takes more memory: %s",
+            type(base).__name__,
+            error,
+        )
+        return None
 
 
-def _check(model: nn.Module, base: PreTrainedModel) -> None:
-    """Raise UnsupportedAttentionError unless packed and separate sequences agree."""
+def _check(model: nn.Module, base: PreTrainedModel, switch: Switch) -> AttentionCalls:
+    """What the layers ask for; raises UnsupportedAttentionError unless packed and separate sequences agree."""
     config: Any = base.config.get_text_config()
     expected = _expected_windows(config)
     calls = AttentionCalls()
@@ -58,7 +62,8 @@ def _check(model: nn.Module, base: PreTrainedModel) -> None:
         with torch.no_grad():
             packed = PackedSequences(sequences)
             try:
-                hidden = packed_hidden(model, packed.ids, packed.positions, packed, attention_calls=calls)
+                with switch.on():
+                    hidden = own_hidden(model, packed.ids, packed.positions, packed, calls)
             except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
                 raise UnsupportedAttentionError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
             if calls.windows != expected:
@@ -77,6 +82,7 @@ def _check(model: nn.Module, base: PreTrainedModel) -> None:
         tolerance = _TOLERANCE[torch.bfloat16]
     if not difference <= tolerance:
         raise UnsupportedAttentionError(f"packed sequences change its logits by {difference:.2g} of their size")
+    return calls
 
 
 def _expected_windows(config: Any) -> list[int | None]:

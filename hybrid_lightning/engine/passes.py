@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from hybrid_lightning.engine.attention_hook import AttentionCalls, Packing, no_mask
-from hybrid_lightning.engine.cpu.operators import kernels_in_layers
 from hybrid_lightning.engine.cpu.products import prepacked_product
 
 
@@ -64,26 +63,18 @@ def last_logits(
     return logits[:, -keep:]
 
 
-# Name under which a decoder has a pass of its own while weights do not change (see `policy/fast_decoder.py`).
-FAST_PASS = "_hybrid_lightning_fast_pass"
-
-
-def packed_hidden(
+def own_hidden(
     model: nn.Module, ids: Tensor, positions: Tensor, packing: Packing, attention_calls: AttentionCalls | None = None
 ) -> Tensor:
-    """Hidden states [N, H] before the output layer of N tokens in one row.
+    """Hidden states [N, H] before the output layer of N tokens in one row, by the forward pass of the decoder itself.
 
     Args:
-        model: Causal language model that `supports_packing`.
+        model: Causal language model that attends by packings.
         ids: [N].
         positions: [N].
         packing: Who attends to whom; it keeps keys and values itself, if it wants them later.
         attention_calls: Takes note of the layers' attention.
     """
-    decoder = base_model(model).get_decoder()
-    constant: Callable[..., Tensor] | None = decoder.__dict__.get(FAST_PASS)
-    if constant is not None and attention_calls is None and not torch.is_grad_enabled():
-        return constant(ids, positions, packing)
     arguments: dict[str, Any] = {
         "input_ids": ids[None],
         "position_ids": positions[None],
@@ -92,8 +83,7 @@ def packed_hidden(
     }
     if attention_calls is not None:
         arguments["attention_calls"] = attention_calls
-    with kernels_in_layers():
-        hidden: Tensor = decoder(**arguments, use_cache=False)[0]
+    hidden: Tensor = base_model(model).get_decoder()(**arguments, use_cache=False)[0]
     return hidden[0]
 
 

@@ -4,7 +4,7 @@ Layers that get the same input, such as the projections to queries, keys and val
 which is faster the fewer rows there are: at 8 to 32 rows of SmolLM2-135M it took 0.6 to 0.9 of the time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -18,9 +18,6 @@ from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.cpu.products import copies_pay, prepacked_product
 from hybrid_lightning.engine.fused_layers import is_watched
 from hybrid_lightning.engine.fused_lora import FusedLora, weight_of
-
-# Names, beside each other in one module, of layers with the same input. A layer that gets another one is still computed right.
-_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class ProductFactors(NamedTuple):
@@ -51,8 +48,8 @@ def product_factors(layer: nn.Module) -> ProductFactors | None:
         the weights there.
     """
     if isinstance(layer, FusedLora):
-        products = layer.constant.func if isinstance(layer.constant, partial) else None
-        return products.factors if isinstance(products, _Products) else None
+        products = _owner(layer)
+        return None if products is None else products.factors
     if isinstance(layer, ModulesToSaveWrapper):
         layer = layer.modules_to_save[layer.active_adapters[0]]
     if type(layer) is not nn.Linear or is_watched(layer):
@@ -63,21 +60,32 @@ def product_factors(layer: nn.Module) -> ProductFactors | None:
 
 def products_together(layers: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
     """The function from an input [..., n] of some layers to all their outputs, [..., m] each, while weights do not change."""
-    constants = [layer.constant if isinstance(layer, FusedLora) else None for layer in layers]
-    owners = [constant.func if isinstance(constant, partial) else None for constant in constants]
-    products, first = owners[0], layers[0]
-    joined = isinstance(products, _Products) and len(products.sizes) == len(layers) and all(one is products for one in owners)
+    owners = [_owner(layer) for layer in layers]
+    products = next((owner for owner in owners if owner is not None and len(owner.sizes) > 1), None)
+    joined = [products is not None and owner is products for owner in owners]
+    first = layers[joined.index(True)] if any(joined) else None
 
     def outputs(x: Tensor) -> Sequence[Tensor]:
-        if isinstance(products, _Products) and joined and isinstance(first, FusedLora) and not first.disable_adapters:
-            return products.together(x)
-        return [layer(x) for layer in layers]
+        if products is None or not isinstance(first, FusedLora) or first.disable_adapters:
+            return [layer(x) for layer in layers]
+        results = products.together(x)
+        if all(joined):
+            return results
+        parts = iter(results)
+        return [next(parts) if together else layer(x) for layer, together in zip(layers, joined, strict=True)]
 
     return outputs
 
 
+def _owner(layer: nn.Module) -> "_Products | None":
+    prepacked = layer.prepacked if isinstance(layer, FusedLora) else None
+    return prepacked.func if isinstance(prepacked, partial) and isinstance(prepacked.func, _Products) else None
+
+
 @contextmanager
-def prepacked_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+def prepacked_weights(
+    model: nn.Module, dtype: torch.dtype | None = None, together: Iterable[Sequence[nn.Module]] = ()
+) -> Iterator[None]:
     """Within this context weights do not change, so that what products need of them is made once.
 
     The weights themselves are not touched. On CPUs it holds a copy of each base weight in the order in which products read it;
@@ -86,35 +94,32 @@ def prepacked_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Ite
     Args:
         model: With or without LoRA layers.
         dtype: Of the products; None takes that of each base weight.
+        together: Layers that get the same input, and whose products are asked for by `products_together`. A layer of them that is
+            called alone multiplies all, so that only such as are called together belong here.
     """
-    groups = list(_groups(model))
+    groups = _groups(model, together)
     for layers in groups:
         products = _Products(layers, weight_of(layers[0].base_layer).dtype if dtype is None else dtype)
         for number, layer in enumerate(layers):
-            layer.constant = partial(products, number)
+            layer.prepacked = partial(products, number)
     try:
         yield
     finally:
         for layers in groups:
             for layer in layers:
-                layer.constant = None
+                layer.prepacked = None
 
 
-def _groups(model: nn.Module) -> Iterator[list[FusedLora]]:
+def _groups(model: nn.Module, together: Iterable[Sequence[nn.Module]]) -> list[list[FusedLora]]:
     """All layers of plain LoRA; those that are multiplied at once together."""
-    for module in model.modules():
-        plain = {
-            name: child
-            for name, child in module.named_children()
-            if isinstance(child, FusedLora) and child.plain_adapter() is not None
-        }
-        for names in _SAME_INPUT:
-            layers = [plain.pop(name) for name in names if name in plain]
-            if layers and copies_pay(weight_of(layers[0].base_layer).device):
-                yield layers
-            else:
-                yield from ([layer] for layer in layers)
-        yield from ([layer] for layer in plain.values())
+    plain = [module for module in model.modules() if isinstance(module, FusedLora) and module.plain_adapter() is not None]
+    groups = []
+    for layers in together:
+        group = [layer for layer in layers if isinstance(layer, FusedLora) and layer.plain_adapter() is not None]
+        if len(group) > 1 and copies_pay(weight_of(group[0].base_layer).device):
+            groups.append(group)
+    joined = {id(layer) for group in groups for layer in group}
+    return [*groups, *([layer] for layer in plain if id(layer) not in joined)]
 
 
 class _Products:
@@ -146,18 +151,10 @@ class _Products:
             # [x, x A'] [W, s B]' is one product instead of two and a sum, and rounded once.
             self.with_low = _with_low_rank(torch.cat(downs).to(dtype))
             self.product = prepacked_product(torch.cat([torch.cat(base), torch.block_diag(*ups).to(dtype)], dim=1))
-        self.x: Tensor | None = None  # whose products wait to be fetched
-        self.waiting: dict[int, Tensor] = {}
 
     def __call__(self, number: int, x: Tensor) -> Tensor:
         """The product of one of the layers with x: [..., n] -> [..., m]."""
-        if self.x is not x or number not in self.waiting:
-            self.waiting = dict(enumerate(self.together(x)))
-            self.x = x
-        mine = self.waiting.pop(number)
-        if not self.waiting:
-            self.x = None
-        return mine
+        return self.together(x)[number]
 
     def together(self, x: Tensor) -> Sequence[Tensor]:
         """The products of all layers with x: [..., n] -> [..., m] each."""

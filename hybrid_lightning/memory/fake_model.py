@@ -22,9 +22,11 @@ from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.engine import attention, passes, prepacked
 from hybrid_lightning.engine.attention_hook import UnsupportedAttentionError, use_packing
 from hybrid_lightning.engine.cpu import operators as kernels
+from hybrid_lightning.engine.cpu.operators import Switch
 from hybrid_lightning.engine.cpu.products import packs
+from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.engine.fused_layers import use_fused_layers
-from hybrid_lightning.engine.fused_lora import FusedLora
+from hybrid_lightning.engine.fused_lora import FusedLora, replace_modules
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.errors import ModelError
@@ -50,25 +52,26 @@ class FakeModel:
     def __init__(self, settings: RunSettings, layers: int, share: float | None) -> None:
         self.settings = settings
         self.mode = FakeTensorMode()
+        switch = Switch()
         model = meta_model(settings.config, settings.dtype, layers)
         candidates = find_candidates(model, settings.target_modules)
         if share is None:
             for module in candidates.values():
                 module.weight.requires_grad_(True)
-            use_fused_layers(model)
+            use_fused_layers(model, switch)
         else:
             plan = plan_of_budget(candidates, ModuleBudget(share), settings.lora)
             with torch.device("meta"):
-                model = apply_plan(model, plan, settings.keep_start_weights, settings.trained_dtype)
+                model = apply_plan(model, plan, settings.keep_start_weights, settings.trained_dtype, switch)
         if settings.quantization is not None:
-            _use_peft_lora(model)
+            _use_peft_lora(model, switch)
         try:
             use_packing(base_model(model))
         except UnsupportedAttentionError as error:
             raise ModelError(f"the memory of a {settings.config.model_type!r} model cannot be planned: {error}") from error
         if settings.gradient_checkpointing:
-            checkpoint_gradients(base_model(model))
-        self.model = model
+            checkpoint_gradients(base_model(model), switch)
+        self.model, self.engine = model, Engine(model, switch)
         self._fake_weights()
 
     def fake(self, tensor: Tensor) -> Tensor:
@@ -159,8 +162,6 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _use_peft_lora(model: nn.Module) -> None:
+def _use_peft_lora(model: nn.Module, switch: Switch) -> None:
     """On a quantized base PEFT's own LoRA layers compute, which keep more."""
-    for module in model.modules():
-        if type(module) is FusedLora:
-            module.__class__ = lora.Linear  # type: ignore[assignment]
+    replace_modules(model, lambda module: lora.Linear if type(module) is FusedLora else None, switch)

@@ -13,7 +13,7 @@ from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.decoding import SharedPromptDecoding
 from hybrid_lightning.engine.logprobs import logprobs_of_hidden
 from hybrid_lightning.engine.packing import PackedSequences, begins_group
-from hybrid_lightning.engine.passes import packed_hidden, prepacked_projection
+from hybrid_lightning.engine.passes import prepacked_projection
 from hybrid_lightning.engine.prepacked import prepacked_weights
 from hybrid_lightning.memory.fake_model import FakeModel, as_on
 from hybrid_lightning.memory.settings import RunSettings
@@ -108,7 +108,7 @@ def _update(fake: FakeModel, rows: Sequences) -> Traced:
     fake.fake_layout(packed)
     with fake.computing() as live:
         with fake.autocast():
-            hidden = packed_hidden(fake.model, packed.ids, packed.positions, packed)
+            hidden = fake.engine.hidden(packed.ids, packed.positions, packed)
             kept, before = live.bytes, live.peak
             live.restart_peak()
             bonus = fake.settings.entropy_gradient
@@ -127,7 +127,7 @@ def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
     settings = fake.settings
     rows = _sequences(prompts, 1, settings.prompt_tokens, 1)
     with as_on(settings.on_cpu):
-        decoding = SharedPromptDecoding(fake.model, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
+        decoding = SharedPromptDecoding(fake.engine, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
     fake.fake_layout(decoding.layout)
     decoding.lengths = fake.fake(decoding.lengths)
     dtype = torch.bfloat16 if settings.mixed_precision else None

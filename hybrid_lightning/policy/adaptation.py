@@ -20,6 +20,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.errors import CheckpointError, PlanError
 from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.policy.quantization import Quantization, quantize_base
@@ -38,6 +39,7 @@ class AdaptedModule(LightningModule):
 
     adapter_attribute: str = "model"
     quantization: Quantization | None = None  # of the base, when a plan is applied to it
+    engine: Engine | None = None  # of the model, where it is a causal language model
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,6 +63,11 @@ class AdaptedModule(LightningModule):
             assert self.plan is None, "the digest is taken before the adapter is applied"
             self._base_digest = model_digest(self.adapter_target)
         return self._base_digest
+
+    def _put(self, model: nn.Module) -> None:
+        setattr(self, self.adapter_attribute, model)
+        if self.engine is not None:
+            self.engine = self.engine.of(model)
 
     def adapt(self, plan: AdapterPlan, keep_start_weights: bool = True) -> None:
         """Apply a plan; applying the same plan again does nothing.
@@ -90,7 +97,8 @@ class AdaptedModule(LightningModule):
             device = None if self._trainer is None else self.trainer.strategy.root_device
             quantize_base(self.adapter_target, self.quantization, plan.full_modules, device)
         dtype = self._trained_dtype()
-        setattr(self, self.adapter_attribute, apply_plan(self.adapter_target, plan, keep_start_weights, dtype))
+        switch = None if self.engine is None else self.engine.switch
+        self._put(apply_plan(self.adapter_target, plan, keep_start_weights, dtype, switch))
         self.plan, self.keep_start_weights = plan, keep_start_weights
 
     @contextmanager
@@ -111,7 +119,7 @@ class AdaptedModule(LightningModule):
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, (FSDP2Strategy, FSDP1Strategy)):
             assert self.base_digest  # taken while the weights are in one piece
-            setattr(self, self.adapter_attribute, strategy.shard(self.adapter_target))
+            self._put(strategy.shard(self.adapter_target))
             self.on_sharded()
 
     def on_sharded(self) -> None:

@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrid_lightning.engine.decoder import fast_decoder
-from hybrid_lightning.engine.packing_trial import supports_packing
 from hybrid_lightning.engine.passes import base_model
-from hybrid_lightning.engine.prepacked import prepacked_weights
 from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
 from hybrid_lightning.policy.language import LanguageModule
@@ -59,7 +56,7 @@ class EvaluatedModule(LanguageModule):
     def on_sharded(self) -> None:
         """Find out what the model can do, which takes forward passes: not in the first training pass, nor on some ranks alone."""
         with self._inference():
-            with_whole_weights(self.model, lambda: supports_packing(self.model))
+            with_whole_weights(self.model, self.engine.prepare)
 
     @contextmanager
     def stopping_together(self) -> Iterator[None]:
@@ -124,9 +121,9 @@ class EvaluatedModule(LanguageModule):
 
         def sample() -> Rollouts:
             # Nothing here waits for another rank, which might wait for this one in vain.
-            with self.signals.at_once(), prepacked_weights(self.model, _product_dtype(self.model)), fast_decoder(self.model):
+            with self.signals.at_once(), self.engine.sampling(_product_dtype(self.model)):
                 return self.sampler.sample(
-                    self.model,
+                    self.engine,
                     self.tokenizer,
                     prompts,
                     [self.encode(prompt) for prompt in prompts],

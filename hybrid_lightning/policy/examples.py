@@ -232,7 +232,7 @@ class ExampleModule(EvaluatedExamples):
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities with gradient and entropies [B, T] of completions."""
-        return as_forward(self.model, lambda: token_logprobs(self.model, sequences, 1.0))
+        return as_forward(self.model, lambda: token_logprobs(self.engine, sequences, 1.0))
 
     def _run(self, batch: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = self.logprobs(batch.sequences)

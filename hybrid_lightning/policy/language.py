@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.apply import parameter_groups
+from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.describe import describe_arguments
@@ -40,6 +41,7 @@ class LanguageModule(AdaptedModule):
 
     loss: Any  # of a type that says by `needs_reference` whether it compares with the start policy
     model: nn.Module
+    engine: Engine
     tokenizer: PreTrainedTokenizerBase
     encoder: PromptEncoder
     stop_ids: list[int]
@@ -87,10 +89,11 @@ class LanguageModule(AdaptedModule):
         self.tokenizer = load_tokenizer(source)
         self.encoder = PromptEncoder(self.tokenizer, chat_template, chat_template_kwargs)
         loaded = load_model(source, dtype, attn_implementation)
+        self.engine = Engine(loaded)
         self.base_parameters = sum(parameter.numel() for parameter in loaded.parameters())
         self.stop_ids = stop_token_ids(loaded, self.tokenizer)
         if gradient_checkpointing:
-            checkpoint_gradients(loaded)
+            checkpoint_gradients(loaded, self.engine.switch)
         self.model = loaded
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -27,7 +27,7 @@ class UpdatedModule(SteppedModule):
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [B, T] under the sampler's temperature; entropies have a gradient if the loss asks."""
         with_gradient = self.loss.needs_entropy
-        return as_forward(self.model, lambda: token_logprobs(self.model, sequences, self.sampler.temperature, with_gradient))
+        return as_forward(self.model, lambda: token_logprobs(self.engine, sequences, self.sampler.temperature, with_gradient))
 
     def taught_sequences(self, rollouts: Rollouts) -> Sequences:
         """The sequences of rollouts as the loss sees them: a completion that is masked has no tokens."""

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.decoding import Decoding, RepeatedCacheDecoding, SharedPromptDecoding
-from hybrid_lightning.engine.packing_trial import supports_packing
+from hybrid_lightning.engine.decoding import decoding_of
+from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.parts import Part
 from hybrid_lightning.rollout.drawing import draw, filter_logits
@@ -66,7 +66,7 @@ class Sampler(Part):
     @torch.no_grad()
     def sample(
         self,
-        model: nn.Module,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Prompt],
         prompt_ids: Sequence[Sequence[int]],
@@ -80,7 +80,7 @@ class Sampler(Part):
         """Complete every prompt `samples_per_prompt` times.
 
         Args:
-            model: Causal language model; put into eval mode by the caller.
+            engine: Of a causal language model, which the caller puts into eval mode.
             tokenizer: Decodes the completions; its end-of-sequence token ends them.
             prompts: P prompts, for the record in the result.
             prompt_ids: Their token ids.
@@ -99,10 +99,10 @@ class Sampler(Part):
             ConfigError: If the longest prompt and completion do not fit into the model's positions.
         """
         assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
-        decoder = _Decoder(self, model, tokenizer, stop_ids or [int(tokenizer.eos_token_id)], generator, greedy)
-        device = next(model.parameters()).device
+        decoder = _Decoder(self, engine, tokenizer, stop_ids or [int(tokenizer.eos_token_id)], generator, greedy)
+        device = next(engine.model.parameters()).device
         ids, mask = pad_left(prompt_ids, decoder.pad_id, device)
-        check_positions(getattr(model, "config", None), ids.shape[1], self.max_new_tokens)
+        check_positions(getattr(engine.model, "config", None), ids.shape[1], self.max_new_tokens)
         tokens, logprobs, lengths, finished = decoder.run(ids, mask, samples_per_prompt, on_token)
         completion_mask = torch.arange(tokens.shape[1], device=device)[None] < lengths[:, None]
         sequences = Sequences(
@@ -160,14 +160,14 @@ class _Decoder:
     def __init__(
         self,
         sampler: Sampler,
-        model: nn.Module,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Sequence[int],
         generator: torch.Generator | PromptDraws | None,
         greedy: bool,
     ) -> None:
-        self.sampler, self.model, self.generator, self.greedy = sampler, model, generator, greedy
-        self.device = next(model.parameters()).device
+        self.sampler, self.engine, self.generator, self.greedy = sampler, engine, generator, greedy
+        self.device = next(engine.model.parameters()).device
         self.stop_ids = torch.tensor(list(stop_ids), device=self.device)
         self.stop_criteria = sampler.stop_criteria(tokenizer)
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
@@ -176,11 +176,7 @@ class _Decoder:
         self, ids: Tensor, mask: Tensor, samples: int, on_token: Callable[[int, int], None] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns tokens [B, T], log-probabilities [B, T], lengths [B] and finished [B]."""
-        decoding: Decoding
-        if supports_packing(self.model):
-            decoding = SharedPromptDecoding(self.model, ids, mask, self.sampler.max_new_tokens)
-        else:
-            decoding = RepeatedCacheDecoding(self.model, ids, mask)
+        decoding = decoding_of(self.engine, ids, mask, self.sampler.max_new_tokens)
         logits = decoding.prefill(samples)
         batch = logits.shape[0]
         rows = torch.arange(batch, device=self.device)  # which sequence each row of the decoding batch is

@@ -13,9 +13,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from hybrid_lightning.engine import decoder as decoders
 from hybrid_lightning.engine import decoder_layers as layers
 from hybrid_lightning.engine import prepacked as constant
-from hybrid_lightning.engine.decoder import fast_decoder
-from hybrid_lightning.engine.passes import base_model, packed_hidden
-from hybrid_lightning.engine.prepacked import prepacked_weights
+from hybrid_lightning.engine.passes import base_model
 
 
 def compiler_is_there():
@@ -41,17 +39,17 @@ def as_on_an_accelerator(monkeypatch):
     layers._compiled.cache_clear()
 
 
-def maker_of(model):
-    assert has_pass(model)
-    return decoders._makers[base_model(model).get_decoder()]
+def maker_of(engine):
+    assert has_pass(engine)
+    return engine._fast._make
 
 
-def rollouts(model, tokenizer, dtype):
+def rollouts(engine, tokenizer, dtype):
     """Tokens and log-probabilities, and how many functions were compiled for them."""
     before = counters["stats"]["unique_graphs"]
     half = {"dtype": torch.bfloat16, "enabled": dtype is not None}
-    with torch.no_grad(), torch.autocast("cpu", **half), prepacked_weights(model, dtype), fast_decoder(model):
-        tokens, logprobs = sampled(model, tokenizer, passes := [])
+    with torch.no_grad(), torch.autocast("cpu", **half), engine.sampling(dtype):
+        tokens, logprobs = sampled(engine, tokenizer, passes := [])
     assert len(passes) > 5 and all(passes)
     return tokens, logprobs, counters["stats"]["unique_graphs"] - before
 
@@ -69,16 +67,16 @@ def rollouts(model, tokenizer, dtype):
 )
 def test_rollouts_are_the_same(family, targets, dtype, settings, compiled, tokenizer, monkeypatch):
     torch._dynamo.reset()
-    model = build(family, targets, **settings)
-    tokens, logprobs, graphs = rollouts(model, tokenizer, dtype)
-    assert maker_of(model) is decoders._compiled_or_plain_pass
+    engine = build(family, targets, **settings)
+    tokens, logprobs, graphs = rollouts(engine, tokenizer, dtype)
+    assert maker_of(engine) is decoders._compiled_pass
     assert graphs == compiled, "before and after attention, for any number of rows"
     monkeypatch.setattr(decoders, "compiling_pays", lambda device: False)
     plain = build(family, targets, **settings)
     expected_tokens, expected, none = rollouts(plain, tokenizer, dtype)
     assert maker_of(plain) is decoders._plain_pass and none == 0
     assert torch.equal(tokens, expected_tokens)
-    assert_same_sums(logprobs, expected, additions_of(model, 22), LOGITS)
+    assert_same_sums(logprobs, expected, additions_of(engine.model, 22), LOGITS)
 
 
 @needs_compiler
@@ -86,8 +84,8 @@ def test_rollouts_are_the_same(family, targets, dtype, settings, compiled, token
 def test_a_policy_samples_by_them(tmp_path, monkeypatch):
     passes, original = [], decoders._pass
 
-    def spied(decoder, known, parts):
-        found = original(decoder, known, parts)
+    def spied(decoder, known, parts, switch):
+        found = original(decoder, known, parts, switch)
         return lambda *arguments: passes.append((type(parts[0]), torch.is_inference_mode_enabled())) or found(*arguments)
 
     monkeypatch.setattr(decoders, "_pass", spied)
@@ -113,24 +111,24 @@ def test_where_compiling_fails_the_reason_is_said_and_plain_calls_are_made(monke
 @pytest.mark.usefixtures("as_on_an_accelerator")
 def test_a_compiler_that_fails_in_the_middle_of_a_rollout_does_not_end_it(monkeypatch, caplog, tokenizer):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    model, original, calls = build("llama"), layers._call, []
-    with torch.no_grad(), prepacked_weights(model):
-        with fast_decoder(model):
-            expected = sampled(model, tokenizer, [])
+    engine, original, calls = build("llama"), layers._call, []
 
-        def fails(*arguments):
-            calls.append(1)
-            if len(calls) == 11:  # the third pass, before the attention of its second layer
-                raise torch._dynamo.exc.InternalTorchDynamoError("no space left")
-            return original(*arguments)
+    def fails(*arguments):
+        calls.append(1)
+        if len(calls) == 11:  # the third pass, before the attention of its second layer
+            raise torch._dynamo.exc.InternalTorchDynamoError("no space left")
+        return original(*arguments)
 
+    with torch.no_grad():
+        with engine.sampling():
+            expected = sampled(engine, tokenizer, [])
         monkeypatch.setattr(layers, "_call", fails)
-        with fast_decoder(model):
-            found = sampled(model, tokenizer, [])
+        with engine.sampling():
+            found = sampled(engine, tokenizer, [])
     assert torch.equal(found[0], expected[0])
-    assert_same_sums(found[1], expected[1], additions_of(model, 22), LOGITS)
+    assert_same_sums(found[1], expected[1], additions_of(engine.model, 22), LOGITS)
     assert len(calls) == 11 and caplog.text.count("InternalTorchDynamoError: no space left") == 1
-    assert maker_of(model) is decoders._plain_pass, "from then on"
+    assert maker_of(engine) is decoders._plain_pass, "from then on"
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
@@ -155,45 +153,45 @@ def test_memory_that_ran_out_is_not_taken_for_a_compiler_at_fault(monkeypatch):
 @pytest.mark.usefixtures("as_on_an_accelerator")
 def test_a_disabled_adapter_is_left_out(monkeypatch, tokenizer):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    model = build("llama", SOME)
-    with model.disable_adapter():
-        expected = sampled(model, tokenizer, [])
-    with torch.no_grad(), prepacked_weights(model), fast_decoder(model):
-        assert not torch.equal(sampled(model, tokenizer, [])[1], expected[1])
-        with model.disable_adapter():
-            found = sampled(model, tokenizer, [])
+    engine = build("llama", SOME)
+    with engine.model.disable_adapter():
+        expected = sampled(engine, tokenizer, [])
+    with torch.no_grad(), engine.sampling():
+        assert not torch.equal(sampled(engine, tokenizer, [])[1], expected[1])
+        with engine.model.disable_adapter():
+            found = sampled(engine, tokenizer, [])
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
 def test_layers_that_are_no_plain_products_are_called(monkeypatch, tokenizer):
     monkeypatch.setattr(torch, "compile", lambda function, **options: pytest.fail("nothing is to be compiled"))
-    model = build("llama", use_dora=True)
+    engine = build("llama", use_dora=True)
     with torch.no_grad():
-        expected = sampled(model, tokenizer, [])
-        with prepacked_weights(model), fast_decoder(model):
-            found = sampled(model, tokenizer, [])
+        expected = sampled(engine, tokenizer, [])
+        with engine.sampling():
+            found = sampled(engine, tokenizer, [])
     assert torch.equal(found[0], expected[0])
-    assert_same_sums(found[1], expected[1], additions_of(model, 22), LOGITS)
+    assert_same_sums(found[1], expected[1], additions_of(engine.model, 22), LOGITS)
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
 def test_a_fully_trained_copy_that_somebody_watches_is_called(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    model, calls = build("llama", SOME), []
-    copy = base_model(model).get_decoder().layers[0].self_attn.v_proj.modules_to_save["default"]
+    engine, calls = build("llama", SOME), []
+    copy = base_model(engine.model).get_decoder().layers[0].self_attn.v_proj.modules_to_save["default"]
     copy.register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad(), prepacked_weights(model), fast_decoder(model):
+    with torch.no_grad(), engine.sampling():
         calls.clear()
-        packed_hidden(model, torch.arange(3, 19), torch.arange(16), OnlyItself())
+        engine.hidden(torch.arange(3, 19), torch.arange(16), OnlyItself())
     assert calls == [1]
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
 def test_no_fully_trained_weight_is_copied():
-    model = build("llama", SOME)
-    layer = base_model(model).get_decoder().layers[0]
-    with torch.autocast("cpu", torch.bfloat16), prepacked_weights(model, torch.bfloat16):
+    engine = build("llama", SOME)
+    layer = base_model(engine.model).get_decoder().layers[0]
+    with torch.autocast("cpu", torch.bfloat16), engine.sampling(torch.bfloat16):
         factors = constant.product_factors(layer.self_attn.v_proj)
     assert factors.weight.data_ptr() == layer.self_attn.v_proj.modules_to_save["default"].weight.data_ptr()
     assert factors.weight.dtype == torch.float32 and not factors.weight.requires_grad

@@ -8,6 +8,7 @@ from rounding import assert_same_sums
 from tiny_models import build_model
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from hybrid_lightning.engine.cpu.operators import Switch
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
 from hybrid_lightning.engine.fused_lora import use_fused_lora
 
@@ -19,6 +20,13 @@ def frozen(layer):
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     return layer.requires_grad_(False)
+
+
+def fused_like(layer):
+    """A copy of a layer, fused; a model holds it."""
+    model = torch.nn.Sequential(copy.deepcopy(layer))
+    use_fused_layers(model, Switch())
+    return model[0]
 
 
 def result_and_gradient(layer, x, gradient):
@@ -38,8 +46,7 @@ def layers():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_values_and_gradients_are_those_of_transformers(kind, dtype):
     plain = frozen(layers()[kind].to(dtype))
-    fused = copy.deepcopy(plain)
-    use_fused_layers(fused)
+    fused = fused_like(plain)
     assert type(fused) is (FusedRMSNorm if kind == "norm" else FusedMLP)
     size = plain.weight.shape[0] if kind == "norm" else plain.hidden_size
     x, gradient = torch.randn(2, 5, size, dtype=dtype) * 3, torch.randn(2, 5, size, dtype=dtype)
@@ -71,8 +78,8 @@ def adapted(mlp, **options):
     names = ["gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(mlp, LoraConfig(r=4, lora_alpha=6, target_modules=names, init_lora_weights=False, **options))
     fast = copy.deepcopy(model)
-    use_fused_lora(fast)
-    use_fused_layers(fast)
+    use_fused_lora(fast, switch := Switch())
+    use_fused_layers(fast, switch)
     return model, fast
 
 
@@ -150,16 +157,14 @@ def test_what_is_not_plain_lora_is_left_to_peft(change):
 def test_less_is_kept():
     for kind, share in (("norm", 0.55), ("mlp", 0.8)):
         plain = frozen(layers()[kind].bfloat16())
-        fused = copy.deepcopy(plain)
-        use_fused_layers(fused)
+        fused = fused_like(plain)
         size = plain.weight.shape[0] if kind == "norm" else plain.hidden_size
         x = torch.randn(64, size, dtype=torch.bfloat16, requires_grad=True)
         assert kept(fused, x) <= share * kept(plain, x)
 
 
 def test_a_norm_that_is_trained_gets_its_gradient():
-    norm = LlamaRMSNorm(8)
-    use_fused_layers(norm)
+    norm = fused_like(LlamaRMSNorm(8))
     norm(torch.randn(3, 8)).square().sum().backward()
     assert norm.weight.grad is not None
 
@@ -172,7 +177,7 @@ def test_only_layers_that_compute_the_same_are_replaced(family, norms, mlps):
     ids = torch.arange(5, 15)[None]
     names = list(model.state_dict())
     expected = model(ids).logits.detach()
-    use_fused_layers(model)
+    use_fused_layers(model, Switch())
     kinds = {type(module) for module in model.modules()}
     assert (FusedRMSNorm in kinds, FusedMLP in kinds) == (norms, mlps)
     torch.testing.assert_close(model(ids).logits.detach(), expected, atol=0, rtol=0)

@@ -5,11 +5,10 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from rounding import LOGITS, additions_of, assert_same_sums
-from tiny_models import FAMILIES, VOCABULARY, build_model
+from tiny_decoders import fused
+from tiny_models import FAMILIES, VOCABULARY, build_model, engine_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrid_lightning.engine.fused_layers import use_fused_layers, use_fused_rotary
-from hybrid_lightning.engine.fused_lora import use_fused_lora
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.policy.modes import checkpoint_gradients
@@ -40,7 +39,7 @@ def plain(model, case, row, temperature):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_neither_padding_nor_sharing_changes_values_and_entropies(family, case):
     model = build_model(family)
-    logprobs, entropy = token_logprobs(model, build_sequences(case), temperature=0.8)
+    logprobs, entropy = token_logprobs(engine_of(model), build_sequences(case), temperature=0.8)
     for row, completion in enumerate(CASES[case][1]):
         expected, expected_entropy = plain(model, case, row, 0.8)
         assert_same_sums(logprobs[row, : len(completion)], expected, additions_of(model, 11), LOGITS)
@@ -57,7 +56,7 @@ def test_gradients_are_those_of_separate_unpadded_passes(family, case, frozen):
     if frozen:  # as with an adapter; logits and their gradient are then made in one go
         model.get_output_embeddings().requires_grad_(False)
     sequences = build_sequences(case)
-    logprobs, entropy = token_logprobs(model, sequences, temperature=0.7)
+    logprobs, entropy = token_logprobs(engine_of(model), sequences, temperature=0.7)
     assert not entropy.requires_grad
     (logprobs * sequences.completion_mask).sum().backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -71,10 +70,10 @@ def test_gradients_are_those_of_separate_unpadded_passes(family, case, frozen):
 @pytest.mark.parametrize(("case", "tokens"), [("shared", 7 + 1 + 7 + 1 + 3 + 2 + 1 + 1), ("separate", 5 + 1 + 7 + 1 + 3 + 2)])
 def test_every_prompt_goes_through_the_model_once_and_no_padding_does(case, tokens):
     model = build_model("llama")
-    token_logprobs(model, build_sequences(case), 1.0)  # the first call tries the model out
+    token_logprobs(engine_of(model), build_sequences(case), 1.0)  # the first call tries the model out
     shapes = []
     model.model.register_forward_pre_hook(lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
-    token_logprobs(model, build_sequences(case), 1.0)
+    token_logprobs(engine_of(model), build_sequences(case), 1.0)
     filled = -(-tokens // 16) * 16
     assert shapes == [(1, filled)], "prompts of each run of equal neighbours, and completions without their last token"
 
@@ -83,7 +82,7 @@ def test_no_tensor_holds_the_logits_of_the_batch(monkeypatch):
     monkeypatch.setattr("hybrid_lightning.engine.logprobs._BLOCK", 4 * VOCABULARY)
     model = build_model("llama").requires_grad_(True)
     sequences = build_sequences("shared")
-    token_logprobs(model, sequences, 1.0)
+    token_logprobs(engine_of(model), sequences, 1.0)
     sizes = []
 
     class Sizes(TorchDispatchMode):
@@ -94,7 +93,7 @@ def test_no_tensor_holds_the_logits_of_the_batch(monkeypatch):
             return result
 
     with Sizes():
-        token_logprobs(model, sequences, 1.0)[0].sum().backward()
+        token_logprobs(engine_of(model), sequences, 1.0)[0].sum().backward()
     assert int(sequences.completion_mask.sum()) > 8 and max(sizes) <= max(4 * VOCABULARY, VOCABULARY * 32)
 
 
@@ -104,7 +103,7 @@ def test_blocks_of_rows_give_the_same(monkeypatch):
 
     def run():
         model.zero_grad()
-        logprobs, entropy = token_logprobs(model, sequences, 0.9)
+        logprobs, entropy = token_logprobs(engine_of(model), sequences, 0.9)
         logprobs.sum().backward()
         return logprobs.detach(), entropy, {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -122,7 +121,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model = build_model("llama").requires_grad_(True).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        token_logprobs(model, sequences, 1.0)[0].masked_fill(~sequences.completion_mask, 0).sum().backward()
+        token_logprobs(engine_of(model), sequences, 1.0)[0].masked_fill(~sequences.completion_mask, 0).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert_same_sums(gradients[0], gradients[1], additions_of(model, 40, backward=True))
 
@@ -137,12 +136,10 @@ def test_layers_made_again_for_the_backward_pass_use_the_same_kernels(family):
         names = tuple(name for name, module in model.named_modules() if name.endswith("_proj"))
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(r=2, target_modules=list(names), init_lora_weights=False))
-        use_fused_lora(model)
-        use_fused_layers(model)
-        use_fused_rotary(model)
+        engine = fused(model)
         if checkpointing:
-            checkpoint_gradients(model)
-        logprobs, _ = token_logprobs(model, sequences, 1.0)
+            checkpoint_gradients(model, engine.switch)
+        logprobs, _ = token_logprobs(engine, sequences, 1.0)
         logprobs.sum().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
@@ -152,7 +149,7 @@ def test_rows_cut_padding_that_all_share():
     rows = build_sequences("separate").rows(slice(0, 1))
     assert rows.prompt_ids.tolist() == [SEPARATE[0][0]] and rows.completion_ids.tolist() == [SEPARATE[1][0]]
     model = build_model("llama")
-    alone, _ = token_logprobs(model, rows, 1.0)
+    alone, _ = token_logprobs(engine_of(model), rows, 1.0)
     assert_same_sums(alone[0], plain(model, "separate", 0, 1.0)[0], additions_of(model, 7), LOGITS)
 
 
@@ -179,9 +176,9 @@ def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padd
         model.zero_grad()
         return taken
 
-    together, entropy = token_logprobs(model, sequences, 1.0)
+    together, entropy = token_logprobs(engine_of(model), sequences, 1.0)
     found = gradients(together)
-    alone = [token_logprobs(model, sequences.rows(slice(row, row + 1)), 1.0) for row in range(10)]
+    alone = [token_logprobs(engine_of(model), sequences.rows(slice(row, row + 1)), 1.0) for row in range(10)]
     width = mask.shape[1]
     separate = torch.cat([F.pad(values, (0, width - values.shape[1])) for values, _ in alone])
     separate_entropy = torch.cat([F.pad(values, (0, width - values.shape[1])) for _, values in alone])
@@ -194,14 +191,14 @@ def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padd
 def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, frozen, monkeypatch):
     monkeypatch.setattr("hybrid_lightning.engine.logprobs._BLOCK", 4 * VOCABULARY)
     if not packed:
-        monkeypatch.setattr("hybrid_lightning.engine.logprobs.supports_packing", lambda model: False)
+        monkeypatch.setattr("hybrid_lightning.engine.engine.try_packing", lambda *_: None)
     model = build_model("llama").requires_grad_(True)
     if frozen:
         model.get_output_embeddings().requires_grad_(False)
     sequences = build_sequences("shared")
     weights = torch.randn(sequences.completion_mask.shape, generator=torch.Generator().manual_seed(0)) * sequences.completion_mask
-    logprobs, entropy = token_logprobs(model, sequences, 0.7, entropy_gradient=True)
-    assert_same_sums((logprobs, entropy), token_logprobs(model, sequences, 0.7), additions_of(model, 11), LOGITS)
+    logprobs, entropy = token_logprobs(engine_of(model), sequences, 0.7, entropy_gradient=True)
+    assert_same_sums((logprobs, entropy), token_logprobs(engine_of(model), sequences, 0.7), additions_of(model, 11), LOGITS)
     (2 * (logprobs * weights).sum() - (entropy * weights.flip(0)).sum()).backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -213,4 +210,4 @@ def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, froz
         if parameter.grad is not None:
             assert_same_sums(together[name], parameter.grad, additions_of(model, 40, backward=True), name=name)
     with torch.no_grad():
-        assert not token_logprobs(model, sequences, 0.7, entropy_gradient=True)[1].requires_grad
+        assert not token_logprobs(engine_of(model), sequences, 0.7, entropy_gradient=True)[1].requires_grad

@@ -179,14 +179,17 @@ def test_kernels_are_for_real_tensors_of_one_dtype_on_the_cpu():
 
 def test_layers_use_kernels_where_it_is_allowed_alone():
     x = torch.zeros(2)
-    assert not kernels.usable_in_layers(x)
-    with kernels.kernels_in_layers():
-        assert kernels.usable_in_layers(x)
-        first, again = kernels.recomputed_alike()
+    switch, other = kernels.Switch(), kernels.Switch()
+    assert not switch.usable(x)
+    with switch.on():
+        assert switch.usable(x) and not other.usable(x)
+        first, again = switch.recomputed_alike()
+        with switch.on(False):
+            assert not switch.usable(x)
     with first:
-        assert not kernels.usable_in_layers(x)
+        assert not switch.usable(x)
     with again:
-        assert kernels.usable_in_layers(x)
+        assert switch.usable(x)
 
 
 def shifted(part, places):

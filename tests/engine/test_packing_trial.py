@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 from rounding import LOGITS, additions_of, assert_same_sums
-from tiny_models import FAMILIES, VOCABULARY, build_model, build_tokenizer
+from tiny_models import FAMILIES, VOCABULARY, build_model, build_tokenizer, engine_of
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -18,7 +18,6 @@ from transformers import (
 from hybrid_lightning.engine import attention, packing
 from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.engine.logprobs import token_logprobs
-from hybrid_lightning.engine.packing_trial import supports_packing
 from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt, Sequences
@@ -61,6 +60,12 @@ def build(config, seed=0):
     return model.eval()
 
 
+def packs(model):
+    engine = engine_of(model)
+    engine.prepare()
+    return engine.packs
+
+
 def plain(model, row):
     ids = torch.tensor([PROMPTS[row] + COMPLETIONS[row]])
     logits = model(ids).logits[0, len(PROMPTS[row]) - 1 : -1].float()
@@ -73,15 +78,15 @@ def sequences():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_families_that_the_engine_is_made_for_are_supported(family, caplog):
-    assert supports_packing(build_model(family)) and not caplog.records
+    assert packs(build_model(family)) and not caplog.records
 
 
 @pytest.mark.parametrize("family", SPECIAL)
 def test_windows_caps_and_scales_are_the_models_own(family):
     model = build(SPECIAL[family])
     before = [plain(model, row).detach() for row in range(3)]
-    assert supports_packing(model)
-    logprobs, _ = token_logprobs(model, sequences(), 1.0)
+    assert packs(model)
+    logprobs, _ = token_logprobs(engine_of(model), sequences(), 1.0)
     for row, expected in enumerate(before):
         assert_same_sums(logprobs[row, : len(expected)], expected, additions_of(model, 11), LOGITS)
         torch.testing.assert_close(plain(model, row), expected, atol=0, rtol=0)  # the model itself still works as before
@@ -92,9 +97,14 @@ def test_decoding_agrees_with_training_in_special_families(family):
     model, tokenizer = build(SPECIAL[family]), build_tokenizer()
     sampler = Sampler(max_new_tokens=12)
     rollouts = sampler.sample(
-        model, tokenizer, [Prompt(text="")] * 2, [PROMPTS[0], PROMPTS[2]], 4, generator=torch.Generator().manual_seed(1)
+        engine_of(model),
+        tokenizer,
+        [Prompt(text="")] * 2,
+        [PROMPTS[0], PROMPTS[2]],
+        4,
+        generator=torch.Generator().manual_seed(1),
     )
-    logprobs, _ = token_logprobs(model, rollouts.sequences, 1.0)
+    logprobs, _ = token_logprobs(engine_of(model), rollouts.sequences, 1.0)
     mask = rollouts.sequences.completion_mask
     torch.testing.assert_close(logprobs[mask], rollouts.sampling_logprobs[mask], atol=1e-4, rtol=0)
 
@@ -103,10 +113,10 @@ def test_decoding_agrees_with_training_in_special_families(family):
 def test_a_family_that_cannot_be_packed_keeps_its_own_way_and_says_so(family, caplog):
     model = build(FOREIGN[family])
     with caplog.at_level(logging.WARNING):
-        assert not supports_packing(model)
-        assert not supports_packing(model)
+        assert not packs(model)
+        assert not packs(model)
     assert len(caplog.records) == 1 and "without sharing prompts" in caplog.text
-    logprobs, _ = token_logprobs(model, sequences(), 1.0)
+    logprobs, _ = token_logprobs(engine_of(model), sequences(), 1.0)
     if family == "bloom":  # Mamba cannot be padded on the left at all
         for row in range(3):
             expected = plain(model, row)
@@ -119,7 +129,7 @@ def test_attention_that_differs_is_noticed(monkeypatch, caplog):
     monkeypatch.setattr("hybrid_lightning.engine.packing.visible", lambda queries, keys, window: (keys <= queries) & (keys != 1))
     narrow = packing.packed_attention
     monkeypatch.setattr(packing, "packed_attention", lambda *parts: narrow(*parts[:4], 3, *parts[5:]))
-    assert not supports_packing(build_model("llama")) and "change its logits" in caplog.text
+    assert not packs(build_model("llama")) and "change its logits" in caplog.text
 
 
 def test_an_accelerators_way_gives_the_same(monkeypatch):
@@ -129,7 +139,7 @@ def test_an_accelerators_way_gives_the_same(monkeypatch):
     for products in (True, False):
         monkeypatch.setattr(attention, "products_are_faster", lambda device, answer=products: answer)
         model.zero_grad()
-        logprobs, _ = token_logprobs(model, sequences(), 1.0)
+        logprobs, _ = token_logprobs(engine_of(model), sequences(), 1.0)
         logprobs.sum().backward()
         results.append((logprobs.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
     assert_same_sums(results[0][0], results[1][0], additions_of(model, 11), LOGITS)

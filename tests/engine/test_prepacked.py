@@ -5,8 +5,9 @@ from rounding import additions_of, assert_same_sums
 from tiny_models import build_model
 
 from hybrid_lightning.engine import prepacked as constant
+from hybrid_lightning.engine.cpu.operators import Switch
 from hybrid_lightning.engine.fused_lora import use_fused_lora
-from hybrid_lightning.engine.prepacked import prepacked_weights
+from hybrid_lightning.engine.prepacked import prepacked_weights, products_together
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -19,7 +20,7 @@ def build(family="llama", targets=("q_proj", "down_proj"), **settings):
         for name, parameter in model.named_parameters():
             if "lora_B" in name or name.endswith("bias"):
                 parameter.normal_(std=0.3)
-    use_fused_lora(model)
+    use_fused_lora(model, Switch())
     return model
 
 
@@ -82,6 +83,13 @@ def expected_of_base(ids, autocast):
         return build_model("llama")(ids).logits.float()
 
 
+def same_inputs(model):
+    for layer in model.base_model.model.model.layers:
+        attention = layer.self_attn
+        yield [attention.q_proj, attention.k_proj, attention.v_proj]
+        yield [layer.mlp.gate_proj, layer.mlp.up_proj]
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # the latter's q, k and v have a bias
 @pytest.mark.parametrize("targets", [ALL, ("q_proj", "v_proj", "up_proj"), ("k_proj", "gate_proj", "up_proj")])
@@ -92,7 +100,7 @@ def test_layers_with_one_input_are_one_product(family, targets, autocast, monkey
     made = []
     original = constant.prepacked_product
     monkeypatch.setattr(constant, "prepacked_product", lambda weight: made.append(weight.shape) or original(weight))
-    with prepacked_weights(model, torch.bfloat16 if autocast else None):
+    with prepacked_weights(model, torch.bfloat16 if autocast else None, same_inputs(model)):
         if autocast:  # sums are rounded elsewhere, but no worse
             assert (logits_of(model, True) - exact).abs().mean() <= 1.1 * (expected - exact).abs().mean()
         else:
@@ -104,16 +112,15 @@ def test_layers_with_one_input_are_one_product(family, targets, autocast, monkey
     assert len(made) == (2 * layers if by_products else layers), "one of a group, and one with A where no kernel makes that"
 
 
-def test_layers_that_get_different_inputs_are_computed_right():
-    attention = build(targets=ALL).base_model.model.model.layers[0].self_attn
-    torch.manual_seed(1)
-    inputs = {name: torch.randn(2, 3, 32) for name in ("k_proj", "q_proj", "v_proj")}
+@pytest.mark.parametrize("targets", [ALL, ("q_proj", "v_proj"), ("k_proj",)])
+def test_products_together_are_those_of_each_layer(targets):
+    model = build(targets=targets)
+    layers = next(same_inputs(model))
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = {name: getattr(attention, name)(x) for name, x in inputs.items()}
-        with prepacked_weights(attention):
-            for _ in range(2):
-                for name, x in inputs.items():
-                    assert_same_sums(getattr(attention, name)(x), expected[name], additions=2 * 32)
-            again = inputs["q_proj"]
-            for _ in range(2):  # one layer, twice with the same input
-                assert_same_sums(attention.q_proj(again), expected["q_proj"], additions=2 * 32)
+        expected = [layer(x) for layer in layers]
+        with prepacked_weights(model, together=[layers]):
+            for found in (products_together(layers)(x), [layer(x) for layer in layers]):
+                assert_same_sums(list(found), expected, additions=2 * 32)
+            with model.disable_adapter():
+                assert all(map(torch.equal, products_together(layers)(x), [layer(x) for layer in layers]))

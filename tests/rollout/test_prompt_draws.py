@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build_model
+from tiny_models import FAMILIES, build_model, engine_of
 
 from hybrid_lightning.rollout.prompt_draws import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler
@@ -39,7 +39,7 @@ def test_a_prompt_is_completed_the_same_alone_and_among_others(tokenizer, family
 
     def completions(prompts):
         ids = [tokenizer(prompt.text).input_ids for prompt in prompts]
-        return sampler.sample(model, tokenizer, prompts, ids, 3, generator=PromptDraws(prompts, 3, 5)).completions
+        return sampler.sample(engine_of(model), tokenizer, prompts, ids, 3, generator=PromptDraws(prompts, 3, 5)).completions
 
     together = completions(PROMPTS)
     assert len(set(together)) > 6

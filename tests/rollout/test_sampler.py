@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import FAMILIES, build_model, build_tokenizer
+from tiny_models import FAMILIES, build_model, build_tokenizer, engine_of
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.sampler import Sampler
@@ -64,7 +64,7 @@ def test_rows_that_end_do_not_change_the_others(tokenizer):
     model = build_model("llama", std=0.1)
     ids = ids_of(tokenizer, *texts)
     sampler = Sampler(max_new_tokens=30)
-    rollouts = sampler.sample(model, tokenizer, prompts_of(*texts), ids, 4, generator=torch.Generator().manual_seed(1))
+    rollouts = sampler.sample(engine_of(model), tokenizer, prompts_of(*texts), ids, 4, generator=torch.Generator().manual_seed(1))
     lengths = rollouts.sequences.completion_mask.sum(1)
     assert lengths.min() < 15 and lengths.max() > 20, "the draw has to have short and long completions"
     for row in range(len(rollouts.sequences)):
@@ -173,5 +173,5 @@ def test_a_completion_knows_that_its_prompt_began_the_reasoning():
     model = build_model("llama")
     model.resize_token_embeddings(len(tokenizer))
     texts = ("12+3=", "12+3=<think>\n", "12+3=<think>\n\n</think>\n\n")
-    rollouts = Sampler(max_new_tokens=3).sample(model, tokenizer, prompts_of(*texts), ids_of(tokenizer, *texts), 2)
+    rollouts = Sampler(max_new_tokens=3).sample(engine_of(model), tokenizer, prompts_of(*texts), ids_of(tokenizer, *texts), 2)
     assert [completion.thinking for completion in rollouts.completions] == [False, False, True, True, False, False]

@@ -46,31 +46,31 @@ def fit(*tensors: Tensor) -> bool:
     return dtype in _SUFFIX and all(part.dtype == dtype for part in tensors)
 
 
-_layers_allowed = False
-
-
-@contextmanager
-def kernels_in_layers(allowed: bool = True) -> Iterator[None]:
-    """Let the model's own layers use kernels within this context.
+class Switch:
+    """Lets the fused layers of one model use kernels while a pass of the engine runs, and at no other time.
 
     Outside a model computes what transformers does, bit for bit; kernels sum up in another order.
     """
-    global _layers_allowed
-    before, _layers_allowed = _layers_allowed, allowed
-    try:
-        yield
-    finally:
-        _layers_allowed = before
 
+    def __init__(self) -> None:
+        self._on = False
 
-def recomputed_alike() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The `context_fn` of a checkpoint whose forward pass, made again in the backward pass, is to use the same kernels."""
-    return nullcontext(), kernels_in_layers(_layers_allowed)
+    @contextmanager
+    def on(self, value: bool = True) -> Iterator[None]:
+        """Within this context the layers may use kernels, or may not."""
+        before, self._on = self._on, value
+        try:
+            yield
+        finally:
+            self._on = before
 
+    def usable(self, *tensors: Tensor) -> bool:
+        """Whether a layer may use kernels for these tensors now."""
+        return self._on and usable(*tensors)
 
-def usable_in_layers(*tensors: Tensor) -> bool:
-    """Whether a layer of the model may use kernels for these tensors."""
-    return _layers_allowed and usable(*tensors)
+    def recomputed_alike(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The `context_fn` of a checkpoint whose forward pass, made again in the backward pass, is to use the same kernels."""
+        return nullcontext(), self.on(self._on)
 
 
 @cache

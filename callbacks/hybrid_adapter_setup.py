@@ -31,7 +31,7 @@ from hybrid_lightning.callbacks.loggers import log_figure, log_table
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import measured
-from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.engine.fused_layers import use_fused_layers
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
@@ -295,7 +295,7 @@ class HybridAdapterSetup(Part, Callback):
         total = len(losses) if hasattr(losses, "__len__") else None
         # As when it is adapted: the passes of scoring are as large as those of training.
         engine: Engine | None = getattr(pl_module, "engine", None)
-        use_fused_layers(model, Switch() if engine is None else engine.switch)
+        use_fused_layers(model, Backend() if engine is None else engine.backend)
         with evaluation_mode(model), progress_bar(trainer, "Scoring modules", total) as advance:
             scores = score_modules(
                 model,

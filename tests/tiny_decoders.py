@@ -39,7 +39,7 @@ def fused(model):
     """The engine of a model whose layers it fuses."""
     engine = Engine(model)
     for use_fused in (use_fused_lora, use_fused_layers, use_fused_rotary):
-        use_fused(model, engine.switch)
+        use_fused(model, engine.backend)
     return engine
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import attention_operators
-from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.cpu.attention_operators import Groups
 
 KeysValues = tuple[Tensor, Tensor]
@@ -46,10 +46,10 @@ class AttentionSettings:
         """Whether weights are the softmax of scaled scores and nothing more."""
         return self.softcap is None and self.dropout == 0
 
-    def has_kernel(self, *tensors: Tensor) -> bool:
-        """Whether a kernel computes all of the attention; the last axis of each tensor is D."""
+    def has_operator(self, backend: Backend, *tensors: Tensor) -> bool:
+        """Whether an operator computes all of the attention; the last axis of each tensor is D."""
         size = tensors[0].shape[-1]
-        return self.plain and all(part.shape[-1] == size for part in tensors) and kernels.usable(*tensors)
+        return self.plain and all(part.shape[-1] == size for part in tensors) and backend.usable(*tensors)
 
     def factor(self, query: Tensor) -> float:
         """Of the scores of queries [..., D]."""
@@ -57,7 +57,7 @@ class AttentionSettings:
 
 
 def shared_attention(
-    query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings
+    query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings, backend: Backend
 ) -> Tensor:
     """Attend to the keys of the prompt and those of the completion itself.
 
@@ -68,11 +68,12 @@ def shared_attention(
         masks: Bool, broadcastable to [P, 1, G, 1, T, S] and [P, 1, G, 1, T, M]: True where a query may look. Every query must see
             a key.
         settings: Of the layer.
+        backend: Of the model.
 
     Returns:
         [P, K, G, R, T, D] in the dtype of the values.
     """
-    by_products = products_are_faster(query.device) or settings.softcap is not None  # no kernel has the latter
+    by_products = backend.products_are_faster(query.device) or settings.softcap is not None  # no kernel has the latter
     compute = _by_products if by_products else _by_kernel
     if by_products and settings.plain and torch.is_grad_enabled():
         keys, values = (None, None) if prompt is None else prompt
@@ -96,16 +97,6 @@ def all_of_prompt(part: Tensor) -> Tensor:
     """[P, K, G, R, T, x] -> [P K, G R T, x]: one product for the queries of all completions with the prompt's keys."""
     prompts, heads, samples, repeats, length, _ = part.shape
     return part.reshape(prompts * heads, samples * repeats * length, -1)
-
-
-def products_are_faster(device: torch.device) -> bool:
-    """Whether matrix products beat torch's fused kernels, at the lengths of rollouts."""
-    return device.type == "cpu"
-
-
-def cached_key_dtype(key: Tensor) -> torch.dtype:
-    """The dtype to keep keys in that many later calls will use: the one that they would else be converted to every time."""
-    return torch.float32 if products_are_faster(key.device) else key.dtype
 
 
 def _by_products(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention_hook import Packing
-from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.decoder_layers import KnownLayer, adapters_of, compiled_layers, compiling_pays, variants_allowed
 from hybrid_lightning.engine.fused_layers import rotary_of_tokens
 from hybrid_lightning.engine.packing import PackedSequences
@@ -27,7 +27,7 @@ from hybrid_lightning.types import Sequences
 logger = logging.getLogger(__name__)
 
 Pass = Callable[[Tensor, Tensor, Packing], Tensor]
-Maker = Callable[[Any, list[KnownLayer], Switch], Pass]
+Maker = Callable[[Any, list[KnownLayer], Backend], Pass]
 
 
 class FastDecoder:
@@ -37,20 +37,20 @@ class FastDecoder:
         self._make: Maker | None = None
         self._tried = False
 
-    def new_pass(self, model: nn.Module, layers: list[KnownLayer], switch: Switch) -> Pass | None:
+    def new_pass(self, model: nn.Module, layers: list[KnownLayer], backend: Backend) -> Pass | None:
         """The pass, while weights do not change; None if the model's own is all there is.
 
         Args:
             model: Causal language model in eval mode, within `prepacked_weights`.
             layers: Of its decoder.
-            switch: Of its fused layers.
+            backend: Of its fused layers.
         """
         decoder = base_model(model).get_decoder()
         if not self._tried:
-            self._make, self._tried = _maker(model, decoder, layers, switch), True
+            self._make, self._tried = _maker(model, decoder, layers, backend), True
         if self._make is not _compiled_pass:
-            return None if self._make is None else self._make(decoder, layers, switch)
-        compiled, plain = _compiled_pass(decoder, layers, switch), _plain_pass(decoder, layers, switch)
+            return None if self._make is None else self._make(decoder, layers, backend)
+        compiled, plain = _compiled_pass(decoder, layers, backend), _plain_pass(decoder, layers, backend)
 
         def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
             if self._make is _compiled_pass:
@@ -91,7 +91,7 @@ class _PlainLayer:
         query, key, value = (part.view(shape) for part in self.queries_keys_values(known.norms[0].forward(hidden)))
         if known.head_norms is not None:
             query, key = known.head_norms[0].forward(query), known.head_norms[1].forward(key)
-        return *rotary_of_tokens(known.switch, query, key, *angles), value
+        return *rotary_of_tokens(known.backend, query, key, *angles), value
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `_Layer`."""
@@ -100,15 +100,15 @@ class _PlainLayer:
         return hidden + self.down(self.known.mlp.activated(gate, up))[0]
 
 
-def _plain_pass(decoder: Any, layers: list[KnownLayer], switch: Switch) -> Pass:
-    return _pass(decoder, layers, [_PlainLayer(layer) for layer in layers], switch)
+def _plain_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> Pass:
+    return _pass(decoder, layers, [_PlainLayer(layer) for layer in layers], backend)
 
 
-def _compiled_pass(decoder: Any, layers: list[KnownLayer], switch: Switch) -> Pass:
-    plain, whole, adapters = _plain_pass(decoder, layers, switch), compiled_layers(layers), adapters_of(layers)
+def _compiled_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> Pass:
+    plain, whole, adapters = _plain_pass(decoder, layers, backend), compiled_layers(layers), adapters_of(layers)
     if whole is None:
         return plain
-    compiled = _pass(decoder, layers, whole, switch)
+    compiled = _pass(decoder, layers, whole, backend)
 
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         if any(adapter.disable_adapters for adapter in adapters):
@@ -119,12 +119,12 @@ def _compiled_pass(decoder: Any, layers: list[KnownLayer], switch: Switch) -> Pa
     return hidden_states
 
 
-def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer], switch: Switch) -> Pass:
+def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer], backend: Backend) -> Pass:
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         hidden = decoder.embed_tokens(ids)
         cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
         angles = (cosines[0].contiguous(), sines[0].contiguous())
-        with switch.on():
+        with backend.in_pass():
             for number, (kind, layer) in enumerate(zip(known, layers, strict=True)):
                 attended = packing.attend(number, *layer.heads(hidden, angles), kind.window, kind.settings)
                 hidden = layer.output(hidden, attended.reshape(len(hidden), -1))
@@ -134,18 +134,18 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer], s
     return hidden_states
 
 
-def _maker(model: nn.Module, decoder: Any, layers: list[KnownLayer], switch: Switch) -> Maker | None:
+def _maker(model: nn.Module, decoder: Any, layers: list[KnownLayer], backend: Backend) -> Maker | None:
     """What makes the fastest pass that gives the same as the model's own; None for none."""
     device = next(decoder.parameters()).device
     ids = torch.arange(2, 14, device=device).view(2, 6) % decoder.config.vocab_size
     mask = torch.ones_like(ids, dtype=torch.bool)
-    packed = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
+    packed = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), backend, completions=False)
     with torch.no_grad():
-        with switch.on():
+        with backend.in_pass():
             expected = own_hidden(model, packed.ids, packed.positions, packed)
-        if compiling_pays(device) and _compiles(decoder, layers, switch, packed, expected):
+        if compiling_pays(device) and _compiles(decoder, layers, backend, packed, expected):
             return _compiled_pass
-        off = _difference(_plain_pass(decoder, layers, switch)(packed.ids, packed.positions, packed), expected)
+        off = _difference(_plain_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
     if off:
         logger.warning(
             "%s is sampled from by its own forward pass, which takes longer: calling its parts one by one gave %s. "
@@ -156,10 +156,10 @@ def _maker(model: nn.Module, decoder: Any, layers: list[KnownLayer], switch: Swi
     return None if off else _plain_pass
 
 
-def _compiles(decoder: Any, layers: list[KnownLayer], switch: Switch, packed: PackedSequences, expected: Tensor) -> bool:
+def _compiles(decoder: Any, layers: list[KnownLayer], backend: Backend, packed: PackedSequences, expected: Tensor) -> bool:
     logger.info("torch.compile compiles the layers of %s for sampling, once", type(decoder).__name__)
     try:
-        off = _difference(_compiled_pass(decoder, layers, switch)(packed.ids, packed.positions, packed), expected)
+        off = _difference(_compiled_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk

@@ -28,7 +28,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 
 from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.attention_hook import AttentionCalls
-from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, is_watched, plain_norm, plain_rotary
 from hybrid_lightning.engine.prepacked import ProductFactors, multiply, product_factors
 
@@ -46,7 +46,7 @@ class KnownLayer(NamedTuple):
     norms: tuple[FusedRMSNorm, FusedRMSNorm]  # before attention and before the MLP
     queries_keys_values: list[nn.Module]
     head_norms: tuple[FusedRMSNorm, FusedRMSNorm] | None  # of queries and keys
-    switch: Switch
+    backend: Backend
     window: int | None
     settings: AttentionSettings
     head_size: int
@@ -58,20 +58,20 @@ class KnownLayer(NamedTuple):
         return [self.queries_keys_values, [self.mlp.gate_proj, self.mlp.up_proj]]
 
 
-def known_layers(decoder: Any, calls: AttentionCalls, switch: Switch) -> list[KnownLayer] | None:
+def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[KnownLayer] | None:
     """The decoder's layers; None unless all of it is known, and nobody watches.
 
     Args:
         decoder: Of a causal language model.
         calls: What its layers ask of attention.
-        switch: Of its fused layers.
+        backend: Of its fused layers.
     """
     if type(decoder) not in _FAMILIES or not isinstance(decoder.norm, FusedRMSNorm):
         return None
     if _has_any_global_hook() or is_watched(decoder) or is_watched(decoder.norm):
         return None
     asked = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.windows, calls.settings, strict=True)
-    layers = [_layer(layer, _FAMILIES[type(decoder)], switch, window, settings) for layer, window, settings in asked]
+    layers = [_layer(layer, _FAMILIES[type(decoder)], backend, window, settings) for layer, window, settings in asked]
     known = [layer for layer in layers if layer is not None]
     return known if len(known) == len(layers) else None
 
@@ -79,7 +79,7 @@ def known_layers(decoder: Any, calls: AttentionCalls, switch: Switch) -> list[Kn
 def _layer(
     layer: Any,
     classes: tuple[type[nn.Module], type[nn.Module]],
-    switch: Switch,
+    backend: Backend,
     window: int | None,
     settings: AttentionSettings,
 ) -> KnownLayer | None:
@@ -88,7 +88,7 @@ def _layer(
     attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
     if not (isinstance(attention, classes[1]) and isinstance(mlp, FusedMLP)) or attention.training:
         return None
-    return _parts(layer, attention, mlp, norms, switch, window, settings)
+    return _parts(layer, attention, mlp, norms, backend, window, settings)
 
 
 def _parts(
@@ -96,7 +96,7 @@ def _parts(
     attention: Any,
     mlp: FusedMLP,
     norms: tuple[Any, Any],
-    switch: Switch,
+    backend: Backend,
     window: int | None,
     settings: AttentionSettings,
 ) -> KnownLayer | None:
@@ -107,7 +107,7 @@ def _parts(
     known = all(isinstance(norm, FusedRMSNorm) for norm in all_norms)
     if not known or any(is_watched(module) for module in (layer, attention, mlp, *all_norms, *projections, *of_mlp)):
         return None
-    return KnownLayer(norms, projections[:3], head_norms, switch, window, settings, attention.head_dim, projections[3], mlp)
+    return KnownLayer(norms, projections[:3], head_norms, backend, window, settings, attention.head_dim, projections[3], mlp)
 
 
 # A model has at most 2^3 combinations of kinds of projections before attention and 2^4 after it, twice with inference mode; and a

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.engine.attention import AttentionSettings, Masks, cached_key_dtype, products_are_faster, shared_attention
-from hybrid_lightning.engine.cpu import attention_operators as kernels
+from hybrid_lightning.engine.attention import AttentionSettings, Masks, shared_attention
+from hybrid_lightning.engine.cpu import attention_operators
 from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.engine.packing import PackedSequences, visible
 from hybrid_lightning.engine.passes import last_logits, new_cache, position_ids, prepacked_projection
@@ -108,8 +108,8 @@ class SharedPromptDecoding:
 
     def __init__(self, engine: Engine, ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
         self.engine, self.max_new_tokens = engine, max_new_tokens
-        self.project = prepacked_projection(engine.model)
-        self.layout = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
+        self.project = prepacked_projection(engine.model, engine.backend)
+        self.layout = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), engine.backend, completions=False)
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, S, D]
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, G, capacity, D]
         self.lengths = mask.sum(dim=1)  # tokens of each prompt
@@ -174,19 +174,28 @@ class SharedPromptDecoding:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
     ) -> Tensor:
         """One token of every row; see `Packing`."""
-        if _has_kernel(settings, query, key, value, *self.prompt[layer]):
+        if self.has_operator(settings, query, key, value, *self.prompt[layer]):
             own = self._room(layer, key, value, zeros=False)
             where = (self.slot_of_row, self.lengths, self.decoded, window)
-            return kernels.decode_attention(query, key, value, self.prompt[layer], own, *where, settings.factor(query))
+            return attention_operators.decode_attention(
+                query, key, value, self.prompt[layer], own, *where, settings.factor(query)
+            )
         heads, (_, all_heads, size) = key.shape[1], query.shape
         grouped = self._to_slots(query).view(*self.slots.shape, heads, all_heads // heads, 1, size)
         keys, values = self._room(layer, key, value, zeros=True)
         keys[:, :, :, self.decoded - 1] = self._to_slots(key).transpose(1, 2)
         values[:, :, :, self.decoded - 1] = self._to_slots(value).transpose(1, 2)
         own = (keys[..., : self.own_width, :], values[..., : self.own_width, :])
-        result = shared_attention(grouped.permute(0, 2, 1, 3, 4, 5), self.prompt[layer], own, self._mask(window), settings)
+        result = shared_attention(
+            grouped.permute(0, 2, 1, 3, 4, 5), self.prompt[layer], own, self._mask(window), settings, self.engine.backend
+        )
         slots = result.permute(0, 2, 1, 3, 4, 5).reshape(self.slots.numel(), all_heads, size)
         return slots if self.full else slots.index_select(0, self.slot_of_row)
+
+    def has_operator(self, settings: AttentionSettings, *tensors: Tensor) -> bool:
+        """Whether one new token of every row is attended to by an operator."""
+        known = tensors[0].shape[-1] in attention_operators.DECODED_HEAD_SIZES
+        return known and settings.has_operator(self.engine.backend, *tensors) and not torch.is_grad_enabled()
 
     def store_prompt(self, layer: int, key: Tensor, value: Tensor, key_dtype: torch.dtype) -> None:
         """Keep the prompts' keys and values, [N, K, D] each."""
@@ -206,7 +215,7 @@ class SharedPromptDecoding:
         return rows.reshape(*self.slots.shape, *rows.shape[1:])
 
     def _own_width(self) -> int:
-        if not products_are_faster(self.lengths.device):
+        if not self.engine.backend.products_are_faster(self.lengths.device):
             return self.decoded
         return min(-(-self.decoded // _WIDTH_STEP) * _WIDTH_STEP, self.max_new_tokens)
 
@@ -256,15 +265,9 @@ class _Prefill:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
     ) -> Tensor:
         """See `Packing`."""
-        by_kernel = _has_kernel(settings, query, key, value)
-        self.decoding.store_prompt(layer, key, value, key.dtype if by_kernel else cached_key_dtype(key))
+        by_operator = self.decoding.has_operator(settings, query, key, value)
+        self.decoding.store_prompt(layer, key, value, key.dtype if by_operator else self.decoding.engine.backend.key_dtype(key))
         return self.decoding.layout.attend(layer, query, key, value, window, settings)
-
-
-def _has_kernel(settings: AttentionSettings, *tensors: Tensor) -> bool:
-    """Whether one new token of every row is attended to by a kernel."""
-    known = tensors[0].shape[-1] in kernels.DECODED_HEAD_SIZES
-    return known and settings.has_kernel(*tensors) and not torch.is_grad_enabled()
 
 
 def _grow(cache: Tensor, extra: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention_hook import AttentionCalls, Packing
-from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.decoder import FastDecoder, Pass
 from hybrid_lightning.engine.decoder_layers import known_layers
 from hybrid_lightning.engine.packing_trial import try_packing
@@ -28,12 +28,12 @@ class Engine:
 
     Args:
         model: Adapted or not.
-        switch: Of its fused layers; None for a model that has none yet.
+        backend: Of its fused layers; None for a model that has none yet.
     """
 
-    def __init__(self, model: nn.Module, switch: Switch | None = None) -> None:
+    def __init__(self, model: nn.Module, backend: Backend | None = None) -> None:
         self.model = model
-        self.switch = switch or Switch()
+        self.backend = backend or Backend()
         self._calls: AttentionCalls | None = None  # what the layers ask of attention, if the model can be packed
         self._tried = False
         self._fast = FastDecoder()
@@ -41,7 +41,7 @@ class Engine:
 
     def of(self, adapted: nn.Module) -> "Engine":
         """The engine of the same model with an adapter in it, which needs no new trial."""
-        engine = Engine(adapted, self.switch)
+        engine = Engine(adapted, self.backend)
         engine._calls, engine._tried, engine._fast = self._calls, self._tried, self._fast
         return engine
 
@@ -51,7 +51,7 @@ class Engine:
         It is done once, at the latest before the first pass.
         """
         if not self._tried:
-            self._calls, self._tried = try_packing(self.model, self.switch), True
+            self._calls, self._tried = try_packing(self.model, self.backend), True
 
     @property
     def packs(self) -> bool:
@@ -69,7 +69,7 @@ class Engine:
         """
         if self._pass is not None and not torch.is_grad_enabled():
             return self._pass(ids, positions, packing)
-        with self.switch.on():
+        with self.backend.in_pass():
             return own_hidden(self.model, ids, positions, packing)
 
     @contextmanager
@@ -81,10 +81,10 @@ class Engine:
         """
         self.prepare()
         decoder = base_model(self.model).get_decoder()
-        layers = None if self._calls is None else known_layers(decoder, self._calls, self.switch)
+        layers = None if self._calls is None else known_layers(decoder, self._calls, self.backend)
         together = [part for layer in layers or () for part in layer.same_input()]
-        with prepacked_weights(self.model, dtype, together):
-            self._pass = None if layers is None else self._fast.new_pass(self.model, layers, self.switch)
+        with prepacked_weights(self.model, self.backend, dtype, together):
+            self._pass = None if layers is None else self._fast.new_pass(self.model, layers, self.backend)
             try:
                 yield
             finally:

@@ -24,8 +24,8 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.cpu.operators import Switch
 from hybrid_lightning.engine.fused_lora import Factors, FusedLora, lora_gradients, lora_product, made_like, replace_modules
 
 Rotary = Callable[..., tuple[Tensor, Tensor]]
@@ -35,7 +35,7 @@ _NAME = "apply_rotary_pos_emb"  # of the function that attention layers call
 class FusedRMSNorm(LlamaRMSNorm):
     """Root mean square normalisation that keeps its input and one number a token."""
 
-    switch = Switch()  # off, until it gets that of its model
+    backend = Backend()  # off, until it gets that of its model
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
@@ -43,15 +43,15 @@ class FusedRMSNorm(LlamaRMSNorm):
             result: Tensor = super().forward(hidden_states)
             return result
         if not torch.is_grad_enabled():
-            return _norm(hidden_states, self.weight, self.variance_epsilon, self.switch)[0]
-        output: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.switch)  # type: ignore[no-untyped-call]
+            return _norm(hidden_states, self.weight, self.variance_epsilon, self.backend)[0]
+        output: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.backend)  # type: ignore[no-untyped-call]
         return output
 
 
 class FusedMLP(LlamaMLP):
     """Gated MLP that keeps the gate and what it is multiplied by; their product is made once more in the backward pass."""
 
-    switch = Switch()
+    backend = Backend()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
@@ -62,14 +62,14 @@ class FusedMLP(LlamaMLP):
         down = self.down_proj
         factors = down.factors(gate) if isinstance(down, FusedLora) and not is_watched(down) else None
         if factors is not None and factors.weight.dtype == gate.dtype == up.dtype:
-            result = _GatedLora.apply(gate, up, self.switch.usable(gate, up), *factors)  # type: ignore[no-untyped-call]
+            result = _GatedLora.apply(gate, up, self.backend, *factors)  # type: ignore[no-untyped-call]
         else:  # the next layer keeps their product
-            result = down(_GatedSiLU.apply(gate, up, self.switch.usable(gate, up)))
+            result = down(_GatedSiLU.apply(gate, up, self.backend))
         return result
 
     def activated(self, gate: Tensor, up: Tensor) -> Tensor:
         """What the last product gets, without a gradient: silu(gate) up, [..., m]."""
-        return _gated_silu(gate, up, self.switch.usable(gate, up))
+        return _gated_silu(gate, up, self.backend.usable_in_layers(gate, up))
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -77,14 +77,14 @@ def is_watched(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
-def use_fused_layers(model: nn.Module, switch: Switch) -> None:
+def use_fused_layers(model: nn.Module, backend: Backend) -> None:
     """Let the model's norms and MLPs be fused where they compute what Llama's do.
 
     Args:
         model: Changed in place.
-        switch: Of the model; fused layers that it has already get it, too.
+        backend: Of the model; fused layers that it has already get it, too.
     """
-    replace_modules(model, _fused_layer, switch)
+    replace_modules(model, _fused_layer, backend)
 
 
 def _fused_layer(module: nn.Module) -> type[nn.Module] | None:
@@ -102,32 +102,35 @@ def _fused_layer(module: nn.Module) -> type[nn.Module] | None:
 def _norm_is_llamas(kind: type[nn.Module]) -> bool:
     small = kind.__new__(kind)
     nn.Module.__init__(small)
-    draw = torch.Generator().manual_seed(0)
-    small.weight = nn.Parameter(torch.randn(16, generator=draw), requires_grad=False)
+    small.weight = nn.Parameter(_drawn(0, 16), requires_grad=False)
     small.variance_epsilon = 1e-6  # type: ignore[assignment]
-    return _computes_alike(small, FusedRMSNorm, torch.randn(5, 16, generator=draw))
+    return _computes_alike(small, FusedRMSNorm)
 
 
 @cache
 def _mlp_is_llamas(kind: type[nn.Module]) -> bool:
     small = kind.__new__(kind)
     nn.Module.__init__(small)
-    for name, sizes in (("gate_proj", (16, 24)), ("up_proj", (16, 24)), ("down_proj", (24, 16))):
-        small.add_module(name, nn.utils.skip_init(nn.Linear, *sizes, device="cpu"))
-    draw = torch.Generator().manual_seed(0)
-    for parameter in small.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=draw)
+    for seed, (name, sizes) in enumerate({"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}.items()):
+        linear = nn.utils.skip_init(nn.Linear, 1, 1, bias=False, device="cpu")  # which draws no random numbers
+        linear.weight = nn.Parameter(_drawn(seed, *sizes), requires_grad=False)
+        small.add_module(name, linear)
     small.act_fn = nn.SiLU()
-    return _computes_alike(small.requires_grad_(False), FusedMLP, torch.randn(5, 16, generator=draw))
+    return _computes_alike(small, FusedMLP)
 
 
-def _computes_alike(small: nn.Module, ours: type[nn.Module], x: Tensor) -> bool:
+def _drawn(seed: int, *shape: int) -> Tensor:
+    """Numbers on the CPU, whatever torch's default device and dtype are."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu", dtype=torch.float32)
+
+
+def _computes_alike(small: nn.Module, ours: type[nn.Module]) -> bool:
     """Whether a module and one of ours with its parts give the same bits, for large and small numbers of both precisions."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for dtype in (torch.float32, torch.bfloat16):
             small.to(dtype)
             for factor in (1, 1e3):
-                rows = (factor * x).to(dtype)
+                rows = (factor * _drawn(9, 5, 16)).to(dtype)
                 try:
                     theirs = small(rows)
                 except (AttributeError, TypeError, RuntimeError):  # it wants something else than a norm or an MLP
@@ -144,9 +147,10 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, switch: Switch) -> Tensor:
-        result, inverse = _norm(x, weight, eps, switch)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, backend: Backend) -> Tensor:
+        result, inverse = _norm(x, weight, eps, backend)
         ctx.save_for_backward(x, weight, inverse)
+        ctx.backend = backend
         return result
 
     @staticmethod
@@ -154,7 +158,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, inverse = ctx.saved_tensors
         same = _in_dtype_of(x, weight)
-        if kernels.usable(gradient, x, same):
+        if ctx.backend.usable(gradient, x, same):
             return kernels.rms_norm_backward(gradient, x, same, inverse), None, None, None
         of_normed = (gradient * weight).float()
         exact = x.float()
@@ -163,10 +167,10 @@ class _RMSNorm(torch.autograd.Function):
         return result.to(x.dtype), None, None, None
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float, switch: Switch) -> tuple[Tensor, Tensor]:
+def _norm(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tensor, Tensor]:
     """The norm of x [..., n], and r [..., 1]."""
     same = _in_dtype_of(x, weight)
-    if switch.usable(x, same):
+    if backend.usable_in_layers(x, same):
         return kernels.rms_norm(x, same, eps)
     return plain_norm(x, weight, eps)
 
@@ -191,9 +195,9 @@ def _gated_silu(gate: Tensor, up: Tensor, has_kernel: bool) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
     """Of gate and up."""
-    if kernels.usable(outer, gate, up):
+    if backend.usable(outer, gate, up):
         return kernels.gated_silu_backward(outer, gate, up)
     return torch.ops.aten.silu_backward(outer * up, gate), F.silu(gate).mul_(outer)
 
@@ -202,14 +206,16 @@ class _GatedSiLU(torch.autograd.Function):
     """silu(gate) up."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, has_kernel: bool) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, backend: Backend) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _gated_silu(gate, up, has_kernel)
+        ctx.backend = backend
+        return _gated_silu(gate, up, backend.usable_in_layers(gate, up))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_gated_silu_gradients(gradient, *ctx.saved_tensors), None
+        gate, up = ctx.saved_tensors
+        return *_gated_silu_gradients(gradient, gate, up, ctx.backend), None
 
 
 class _GatedLora(torch.autograd.Function):
@@ -220,7 +226,7 @@ class _GatedLora(torch.autograd.Function):
         ctx: Any,
         gate: Tensor,
         up: Tensor,
-        has_kernel: bool,
+        backend: Backend,
         weight: Tensor,
         bias: Tensor | None,
         lora_a: Tensor,
@@ -228,8 +234,8 @@ class _GatedLora(torch.autograd.Function):
         scaling: float,
         fused: bool,
     ) -> Tensor:
-        ctx.has_kernel = has_kernel
-        rows = _gated_silu(gate, up, has_kernel).reshape(-1, gate.shape[-1])
+        ctx.backend, ctx.has_kernel = backend, backend.usable_in_layers(gate, up)
+        rows = _gated_silu(gate, up, ctx.has_kernel).reshape(-1, gate.shape[-1])
         result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling, fused))
         ctx.save_for_backward(gate, up, weight, lora_a, lora_b, low)
         ctx.scaling, ctx.fused = scaling, fused
@@ -245,23 +251,23 @@ class _GatedLora(torch.autograd.Function):
             outer, _gated_silu(gate, up, ctx.has_kernel).reshape(-1, gate.shape[-1]), low, factors, True
         )
         assert of_rows is not None
-        return *_gated_silu_gradients(of_rows.view_as(gate), gate, up), None, None, None, of_a, of_b, None, None
+        return *_gated_silu_gradients(of_rows.view_as(gate), gate, up, ctx.backend), None, None, None, of_a, of_b, None, None
 
 
-def use_fused_rotary(model: nn.Module, switch: Switch) -> None:
+def use_fused_rotary(model: nn.Module, backend: Backend) -> None:
     """Let the model's attention layers rotate queries and keys by a kernel, where there is one."""
     kinds: dict[type[nn.Module], type[nn.Module] | None] = {}  # one class for all layers
 
     def kind_of(module: nn.Module) -> type[nn.Module] | None:
         kind = type(module)
         if kind not in kinds:
-            kinds[kind] = _fused_attention(kind, switch)
+            kinds[kind] = _fused_attention(kind, backend)
         return None if is_watched(module) else kinds[kind]
 
-    replace_modules(model, kind_of, switch)
+    replace_modules(model, kind_of, backend)
 
 
-def _fused_attention(kind: type[nn.Module], switch: Switch) -> type[nn.Module] | None:
+def _fused_attention(kind: type[nn.Module], backend: Backend) -> type[nn.Module] | None:
     """A class like an attention layer's of transformers whose forward pass calls `rotary`; None for all others."""
     forward: Any = inspect.unwrap(kind.forward)
     theirs = getattr(sys.modules[kind.__module__], _NAME, None)
@@ -269,7 +275,7 @@ def _fused_attention(kind: type[nn.Module], switch: Switch) -> type[nn.Module] |
         return None
     if isinstance(forward.__globals__[_NAME], partial) or not _rotates_as_llama(theirs):
         return None
-    names = {**forward.__globals__, _NAME: partial(rotary, theirs, switch)}
+    names = {**forward.__globals__, _NAME: partial(rotary, theirs, backend)}
     same: Any = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     same.__kwdefaults__ = forward.__kwdefaults__
     return type(kind.__name__, (kind,), {"forward": same, "__module__": kind.__module__})
@@ -277,11 +283,9 @@ def _fused_attention(kind: type[nn.Module], switch: Switch) -> type[nn.Module] |
 
 @cache
 def _rotates_as_llama(function: Rotary) -> bool:
-    draw = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, heads, 5, 8, generator=draw) for heads in (4, 2))
-    angles = [torch.randn(2, 5, 8, generator=draw) for _ in range(2)]
     for dtype in (torch.float32, torch.bfloat16):
-        parts = [part.to(dtype) for part in (q, k, *angles)]
+        cosines, sines = _drawn(0, 2, 2, 5, 8).to(dtype)
+        parts = [_drawn(1, 2, 4, 5, 8).to(dtype), _drawn(2, 2, 2, 5, 8).to(dtype), cosines, sines]
         try:
             theirs = function(*parts)
         except (AttributeError, TypeError, RuntimeError, ValueError):
@@ -292,12 +296,12 @@ def _rotates_as_llama(function: Rotary) -> bool:
 
 
 def rotary(
-    theirs: Rotary, switch: Switch, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    theirs: Rotary, backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys [B, heads, N, D] rotated by cos and sin [B, N, D]; by `theirs`, what has no kernel."""
     size = q.shape[-1]
     fit = unsqueeze_dim == 1 and q.dim() == 4 and size % 2 == 0 and k.shape[-1] == cos.shape[-1] == size
-    if not fit or cos.requires_grad or not switch.usable(q, k, cos, sin):
+    if not fit or cos.requires_grad or not backend.usable_in_layers(q, k, cos, sin):
         return theirs(q, k, cos, sin, unsqueeze_dim)
     cosines, sines = (part.expand(q.shape[0], -1, -1).flatten(0, 1).contiguous() for part in (cos, sin))
     if not torch.is_grad_enabled():
@@ -305,17 +309,17 @@ def rotary(
     return _Rotary.apply(q, cosines, sines), _Rotary.apply(k, cosines, sines)  # type: ignore[no-untyped-call]
 
 
-def rotary_of_tokens(switch: Switch, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_of_tokens(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The same of queries and keys [N, heads, D] by cos and sin [N, D], without a gradient.
 
     Args:
-        switch: Of the model.
+        backend: Of the model.
         q: [N, H, D].
         k: [N, K, D].
         cos: [N, D], contiguous.
         sin: [N, D], contiguous.
     """
-    if q.shape[-1] % 2 == 0 and switch.usable(q, k, cos, sin) and k.shape[-1] == cos.shape[-1] == q.shape[-1]:
+    if q.shape[-1] % 2 == 0 and backend.usable_in_layers(q, k, cos, sin) and k.shape[-1] == cos.shape[-1] == q.shape[-1]:
         return kernels.rotary(q, cos, sin), kernels.rotary(k, cos, sin)
     return plain_rotary(q, k, cos, sin)
 

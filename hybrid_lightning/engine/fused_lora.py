@@ -17,7 +17,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hybrid_lightning.engine.cpu.operators import Switch, add_low_rank, low_rank_gradients, pays
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.cpu.operators import add_low_rank, low_rank_gradients, pays
 from hybrid_lightning.engine.cpu.products import product
 
 
@@ -36,7 +37,7 @@ class FusedLora(lora.Linear):
     """A `peft.tuners.lora.Linear` that computes plain LoRA on a plain linear layer faster; all else is left to PEFT."""
 
     prepacked: Callable[[Tensor], Tensor] | None = None  # see `prepacked_weights`
-    switch = Switch()  # off, until it gets that of its model
+    backend = Backend()  # off, until it gets that of its model
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., n] -> [..., m]."""
@@ -59,7 +60,7 @@ class FusedLora(lora.Linear):
         base = self.base_layer
         assert isinstance(base, nn.Linear)
         down, up = weight_of(self.lora_A[adapter]), weight_of(self.lora_B[adapter])
-        fused = dtype == torch.float32 and pays(down, up) and self.switch.usable(x, down, up)
+        fused = dtype == torch.float32 and pays(down, up) and self.backend.usable_in_layers(x, down, up)
         bias = None if base.bias is None else base.bias.to(dtype)
         return Factors(base.weight.to(dtype), bias, down.to(dtype), up.to(dtype), self.scaling[adapter], fused)
 
@@ -75,20 +76,20 @@ class FusedLora(lora.Linear):
         return None if drops or name in self.lora_variant or self.lora_B[name].bias is not None else name
 
 
-def use_fused_lora(model: PeftModel, switch: Switch) -> None:
+def use_fused_lora(model: PeftModel, backend: Backend) -> None:
     """Let the model's LoRA layers on linear modules be `FusedLora`; their weights and names stay as they are."""
-    replace_modules(model, lambda module: FusedLora if type(module) is lora.Linear else None, switch)
+    replace_modules(model, lambda module: FusedLora if type(module) is lora.Linear else None, backend)
 
 
-def replace_modules(model: nn.Module, kind_of: Callable[[nn.Module], type[nn.Module] | None], switch: Switch) -> None:
-    """Put a module of another class in the place of each for which `kind_of` names one, and hand all of ours their switch."""
+def replace_modules(model: nn.Module, kind_of: Callable[[nn.Module], type[nn.Module] | None], backend: Backend) -> None:
+    """Put a module of another class in the place of each for which `kind_of` names one, and hand all of ours their backend."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             kind = kind_of(child)
             if kind is not None:
                 parent._modules[name] = child = made_like(child, kind)
-            if hasattr(child, "switch"):
-                child.switch = switch  # type: ignore[assignment]
+            if hasattr(child, "backend"):
+                child.backend = backend  # type: ignore[assignment]
 
 
 def made_like(module: nn.Module, kind: type[nn.Module]) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.engine.packing import PackedSequences
@@ -46,22 +47,24 @@ def token_logprobs(
     model = engine.model
     engine.prepare()
     if engine.packs:
-        packed = PackedSequences(sequences)
+        packed = PackedSequences(sequences, engine.backend)
         hidden = engine.hidden(packed.ids, packed.positions, packed)
-        logprobs, entropy = logprobs_of_hidden(model, packed.predicting(hidden), tokens, temperature, entropy_gradient)
+        logprobs, entropy = logprobs_of_hidden(engine, packed.predicting(hidden), tokens, temperature, entropy_gradient)
     else:
-        logprobs, entropy = _of_logits(_separate_logits(model, sequences)[mask], tokens, temperature, entropy_gradient)
+        logprobs, entropy = _of_logits(
+            _separate_logits(model, sequences)[mask], tokens, temperature, entropy_gradient, engine.backend
+        )
     padded = torch.zeros(mask.shape, device=mask.device)
     return padded.masked_scatter(mask, logprobs), padded.masked_scatter(mask, entropy)
 
 
 def logprobs_of_hidden(
-    model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool = False
+    engine: Engine, hidden: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of tokens, without all their logits at once.
 
     Args:
-        model: Causal language model.
+        engine: Of a causal language model.
         hidden: States [K, H] that predict them.
         tokens: [K].
         temperature: Divides the logits.
@@ -70,26 +73,27 @@ def logprobs_of_hidden(
     Returns:
         Log-probabilities [K] float32 with gradient, and entropies [K] float32.
     """
+    model, backend = engine.model, engine.backend
     most = max(1, _BLOCK // base_model(model).config.get_text_config().vocab_size)
     # Blocks of one size: a small last one would read the whole weight for a few rows.
     count = max(1, -(-len(tokens) // most))
     pairs = list(zip(hidden.tensor_split(count), tokens.tensor_split(count), strict=True))
     weight = plain_projection(model)
     if weight is not None and not weight.requires_grad:
-        options = (temperature, entropy_gradient)
+        options = (temperature, entropy_gradient, backend)
         blocks = [_Projected.apply(part, weight, ids, *options) for part, ids in pairs]  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled():  # recomputed in the backward pass, so that one block's logits live at a time
-        options = (temperature, entropy_gradient)
+        options = (temperature, entropy_gradient, backend)
         blocks = [checkpoint(_project, model, part, ids, *options, use_reentrant=False) for part, ids in pairs]
     else:
-        blocks = [_project(model, part, ids, temperature, entropy_gradient) for part, ids in pairs]
+        blocks = [_project(model, part, ids, temperature, entropy_gradient, backend) for part, ids in pairs]
     return torch.cat([values for values, _ in blocks]), torch.cat([values for _, values in blocks])
 
 
 def _project(
-    model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool
+    model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, backend: Backend
 ) -> tuple[Tensor, Tensor]:
-    return _of_logits(project(model, hidden), tokens, temperature, entropy_gradient)
+    return _of_logits(project(model, hidden), tokens, temperature, entropy_gradient, backend)
 
 
 class _Projected(torch.autograd.Function):
@@ -103,10 +107,10 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, backend: Backend
     ) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, weight)
-        if kernels.usable(logits) and not entropy_gradient:
+        if backend.usable(logits) and not entropy_gradient:
             wanted = ctx.needs_input_grad[0]
             result, entropy = kernels.token_logprobs(logits, tokens, temperature, slopes=wanted)
             if wanted:  # logits are their slopes now
@@ -138,10 +142,10 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         slopes = ctx.saved_tensors
         parts = [slope * (gradient[:, None] / ctx.temperature) for slope, gradient in zip(slopes, gradients, strict=False)]
-        return sum(parts[1:], start=parts[0]).to(ctx.dtype), None, None, None, None
+        return sum(parts[1:], start=parts[0]).to(ctx.dtype), None, None, None, None, None
 
 
 class _OfLogits(torch.autograd.Function):
@@ -164,9 +168,11 @@ class _OfLogits(torch.autograd.Function):
         return (slopes * (gradient[:, None] / ctx.temperature)).to(slopes.dtype), None, None
 
 
-def _of_logits(logits: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
+def _of_logits(
+    logits: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, backend: Backend
+) -> tuple[Tensor, Tensor]:
     """Logits [K, V], tokens [K] -> log-probabilities [K] and entropies [K], float32; the same numbers as `_Projected`."""
-    if kernels.usable(logits) and not entropy_gradient:
+    if backend.usable(logits) and not entropy_gradient:
         values: tuple[Tensor, Tensor] = _OfLogits.apply(logits, tokens, temperature)  # type: ignore[no-untyped-call]
         return values
     logprobs = (logits.float() / temperature).log_softmax(dim=-1)

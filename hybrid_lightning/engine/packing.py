@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hybrid_lightning.engine.attention import AttentionSettings, Masks, packed_attention, shared_attention
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu.attention_operators import Groups
 from hybrid_lightning.types import Sequences
 
@@ -130,10 +131,12 @@ class PackedSequences:
 
     Args:
         sequences: B rows. Neighbours with the same prompt share it.
+        backend: Of the model.
         completions: False packs the prompts alone, each by itself.
     """
 
-    def __init__(self, sequences: Sequences, completions: bool = True) -> None:
+    def __init__(self, sequences: Sequences, backend: Backend, completions: bool = True) -> None:
+        self.backend = backend
         first = begins_group(sequences) if completions else torch.ones_like(sequences.prompt_mask[:, 0])
         group = first.long().cumsum(0) - 1
         prompt_mask = sequences.prompt_mask[first]
@@ -192,7 +195,7 @@ class PackedSequences:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
     ) -> Tensor:
         """See `Packing`."""
-        if settings.has_kernel(query, key, value):
+        if settings.has_operator(self.backend, query, key, value):
             return packed_attention(query, key, value, self.groups, window, settings.factor(query))
         heads, (tokens, all_heads, _) = key.shape[1], query.shape
         grouped = query.view(tokens, heads, all_heads // heads, query.shape[2])
@@ -201,13 +204,13 @@ class PackedSequences:
         prompt = [self.prompts.cut(part)[:, None] for part in (keys[0], values[0])]  # [P, 1, S, K, D]
         own = [part.permute(0, 3, 1, 2, 4) for part in prompt]  # [P, K, 1, S, D]
         query_grid = self.prompts.cut(queries[0])[:, None].permute(0, 3, 1, 4, 2, 5)  # [P, K, 1, R, S, D]
-        result = shared_attention(query_grid, None, (own[0], own[1]), self._mask(0, window), settings)
+        result = shared_attention(query_grid, None, (own[0], own[1]), self._mask(0, window), settings, self.backend)
         rows = [self.prompts.paste(result.permute(0, 2, 4, 1, 3, 5)[:, 0])]
         shared = (own[0][:, :, 0], own[1][:, :, 0])
         for number, band in enumerate(self.bands, start=1):
             query_grid = band.cut(queries[number]).permute(0, 3, 1, 4, 2, 5)  # [P, K, G, R, T, D]
             mine = [band.cut(part[number]).permute(0, 3, 1, 2, 4) for part in (keys, values)]  # [P, K, G, T, D]
-            result = shared_attention(query_grid, shared, (mine[0], mine[1]), self._mask(number, window), settings)
+            result = shared_attention(query_grid, shared, (mine[0], mine[1]), self._mask(number, window), settings, self.backend)
             rows.append(band.paste(result.permute(0, 2, 4, 1, 3, 5)))
         rows.append(rows[0].new_zeros(self.filling, *rows[0].shape[1:]))
         return torch.cat(rows).flatten(1, 2).view(query.shape)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hybrid_lightning.engine.attention_hook import AttentionCalls, UnsupportedAttentionError, use_packing
-from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model, last_logits, own_hidden, position_ids, project
 from hybrid_lightning.types import Sequences
@@ -24,12 +24,12 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 
 
-def try_packing(model: nn.Module, switch: Switch) -> AttentionCalls | None:
+def try_packing(model: nn.Module, backend: Backend) -> AttentionCalls | None:
     """Let a model attend by packings if packed sequences give its own numbers; if not, leave it as it was and say why.
 
     Args:
         model: Causal language model.
-        switch: Of its fused layers.
+        backend: Of its fused layers.
 
     Returns:
         What its layers ask of attention; None if it cannot be packed.
@@ -38,7 +38,7 @@ def try_packing(model: nn.Module, switch: Switch) -> AttentionCalls | None:
     original = getattr(base.config, "_attn_implementation", None)
     try:
         use_packing(base)
-        return _check(model, base, switch)
+        return _check(model, base, backend)
     except UnsupportedAttentionError as error:
         if original is not None:
             base.set_attn_implementation(original)
@@ -50,7 +50,7 @@ def try_packing(model: nn.Module, switch: Switch) -> AttentionCalls | None:
         return None
 
 
-def _check(model: nn.Module, base: PreTrainedModel, switch: Switch) -> AttentionCalls:
+def _check(model: nn.Module, base: PreTrainedModel, backend: Backend) -> AttentionCalls:
     """What the layers ask for; raises UnsupportedAttentionError unless packed and separate sequences agree."""
     config: Any = base.config.get_text_config()
     expected = _expected_windows(config)
@@ -60,9 +60,9 @@ def _check(model: nn.Module, base: PreTrainedModel, switch: Switch) -> Attention
     base.eval()  # no dropout, and no gradient checkpointing
     try:
         with torch.no_grad():
-            packed = PackedSequences(sequences)
+            packed = PackedSequences(sequences, backend)
             try:
-                with switch.on():
+                with backend.in_pass():
                     hidden = own_hidden(model, packed.ids, packed.positions, packed, calls)
             except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
                 raise UnsupportedAttentionError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error

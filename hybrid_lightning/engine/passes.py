@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from hybrid_lightning.engine.attention_hook import AttentionCalls, Packing, no_mask
-from hybrid_lightning.engine.cpu.products import prepacked_product
+from hybrid_lightning.engine.backend import Backend
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -121,14 +121,14 @@ def _changes_of_logits(base: PreTrainedModel) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def prepacked_projection(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def prepacked_projection(model: nn.Module, backend: Backend) -> Callable[[Tensor], Tensor]:
     """`project` for many calls between which weights do not change, without a gradient. It may hold a copy of the weight."""
     weight = plain_projection(model)
     if weight is None:
         return partial(project, model)
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    product = prepacked_product(weight.detach().to(dtype))
+    product = backend.prepacked_product(weight.detach().to(dtype))
     return lambda hidden: product(hidden.to(dtype))
 
 

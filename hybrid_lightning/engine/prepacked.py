@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.cpu.products import copies_pay, prepacked_product
 from hybrid_lightning.engine.fused_layers import is_watched
 from hybrid_lightning.engine.fused_lora import FusedLora, weight_of
 
@@ -84,7 +84,7 @@ def _owner(layer: nn.Module) -> "_Products | None":
 
 @contextmanager
 def prepacked_weights(
-    model: nn.Module, dtype: torch.dtype | None = None, together: Iterable[Sequence[nn.Module]] = ()
+    model: nn.Module, backend: Backend, dtype: torch.dtype | None = None, together: Iterable[Sequence[nn.Module]] = ()
 ) -> Iterator[None]:
     """Within this context weights do not change, so that what products need of them is made once.
 
@@ -93,13 +93,14 @@ def prepacked_weights(
 
     Args:
         model: With or without LoRA layers.
+        backend: Of the model.
         dtype: Of the products; None takes that of each base weight.
         together: Layers that get the same input, and whose products are asked for by `products_together`. A layer of them that is
             called alone multiplies all, so that only such as are called together belong here.
     """
-    groups = _groups(model, together)
+    groups = _groups(model, backend, together)
     for layers in groups:
-        products = _Products(layers, weight_of(layers[0].base_layer).dtype if dtype is None else dtype)
+        products = _Products(layers, weight_of(layers[0].base_layer).dtype if dtype is None else dtype, backend)
         for number, layer in enumerate(layers):
             layer.prepacked = partial(products, number)
     try:
@@ -110,13 +111,13 @@ def prepacked_weights(
                 layer.prepacked = None
 
 
-def _groups(model: nn.Module, together: Iterable[Sequence[nn.Module]]) -> list[list[FusedLora]]:
+def _groups(model: nn.Module, backend: Backend, together: Iterable[Sequence[nn.Module]]) -> list[list[FusedLora]]:
     """All layers of plain LoRA; those that are multiplied at once together."""
     plain = [module for module in model.modules() if isinstance(module, FusedLora) and module.plain_adapter() is not None]
     groups = []
     for layers in together:
         group = [layer for layer in layers if isinstance(layer, FusedLora) and layer.plain_adapter() is not None]
-        if len(group) > 1 and copies_pay(weight_of(group[0].base_layer).device):
+        if len(group) > 1 and backend.copies_pay(weight_of(group[0].base_layer).device):
             groups.append(group)
     joined = {id(layer) for group in groups for layer in group}
     return [*groups, *([layer] for layer in plain if id(layer) not in joined)]
@@ -132,7 +133,7 @@ class _Products:
     On an accelerator the base weights are multiplied where they are: a copy of them would take as much as the model.
     """
 
-    def __init__(self, layers: Sequence[FusedLora], dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[FusedLora], dtype: torch.dtype, backend: Backend) -> None:
         self.dtype = dtype
         self.factors: ProductFactors | None = None
         self.with_low: Callable[[Tensor], Tensor] | None = None
@@ -142,15 +143,15 @@ class _Products:
         base = [weight_of(layer.base_layer).detach().to(dtype) for layer in layers]
         downs = [weight_of(layer.lora_A[_adapter(layer)]).detach() for layer in layers]
         ups = [_scaled_up(layer) for layer in layers]
-        if not copies_pay(base[0].device):
+        if not backend.copies_pay(base[0].device):
             self.factors = ProductFactors(base[0], self.bias, downs[0].to(dtype), ups[0].to(dtype))
         elif dtype == torch.float32:
             pairs = zip(base, ups, downs, strict=True)
-            self.product = prepacked_product(torch.cat([torch.addmm(part, up, down) for part, up, down in pairs]))
+            self.product = backend.prepacked_product(torch.cat([torch.addmm(part, up, down) for part, up, down in pairs]))
         else:
             # [x, x A'] [W, s B]' is one product instead of two and a sum, and rounded once.
-            self.with_low = _with_low_rank(torch.cat(downs).to(dtype))
-            self.product = prepacked_product(torch.cat([torch.cat(base), torch.block_diag(*ups).to(dtype)], dim=1))
+            self.with_low = _with_low_rank(torch.cat(downs).to(dtype), backend)
+            self.product = backend.prepacked_product(torch.cat([torch.cat(base), torch.block_diag(*ups).to(dtype)], dim=1))
 
     def __call__(self, number: int, x: Tensor) -> Tensor:
         """The product of one of the layers with x: [..., n] -> [..., m]."""
@@ -170,12 +171,12 @@ class _Products:
         return result
 
 
-def _with_low_rank(down: Tensor) -> Callable[[Tensor], Tensor]:
+def _with_low_rank(down: Tensor, backend: Backend) -> Callable[[Tensor], Tensor]:
     """The function from x [N, n] to [x, x A'] [N, n + r]."""
-    if kernels.usable(down):
+    if backend.usable(down):
         factors = down.float()
         return lambda rows: kernels.with_low_rank(rows, factors)
-    product = prepacked_product(down)
+    product = backend.prepacked_product(down)
     return lambda rows: torch.cat([rows, product(rows)], dim=1)
 
 

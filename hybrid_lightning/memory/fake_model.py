@@ -1,13 +1,12 @@
 """An adapted model of a few layers whose tensors have shapes but no memory, and which computes on them as on a CPU.
 
 Fake tensors pretend to lie on the CPU even where the run will use an accelerator, since a torch without CUDA cannot pretend the
-other. Where the engine itself goes another way on accelerators, `as_on` lets it.
+other. Where the engine itself goes another way on accelerators, `PlannedBackend` says so.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.engine import attention, passes, prepacked
 from hybrid_lightning.engine.attention_hook import UnsupportedAttentionError, use_packing
-from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.cpu.build import library
+from hybrid_lightning.engine.cpu.operators import fit
 from hybrid_lightning.engine.cpu.products import packs
 from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.engine.fused_layers import use_fused_layers
@@ -52,26 +51,26 @@ class FakeModel:
     def __init__(self, settings: RunSettings, layers: int, share: float | None) -> None:
         self.settings = settings
         self.mode = FakeTensorMode()
-        switch = Switch()
+        backend = PlannedBackend(settings.on_cpu)
         model = meta_model(settings.config, settings.dtype, layers)
         candidates = find_candidates(model, settings.target_modules)
         if share is None:
             for module in candidates.values():
                 module.weight.requires_grad_(True)
-            use_fused_layers(model, switch)
+            use_fused_layers(model, backend)
         else:
             plan = plan_of_budget(candidates, ModuleBudget(share), settings.lora)
             with torch.device("meta"):
-                model = apply_plan(model, plan, settings.keep_start_weights, settings.trained_dtype, switch)
+                model = apply_plan(model, plan, settings.keep_start_weights, settings.trained_dtype, backend)
         if settings.quantization is not None:
-            _use_peft_lora(model, switch)
+            _use_peft_lora(model, backend)
         try:
             use_packing(base_model(model))
         except UnsupportedAttentionError as error:
             raise ModelError(f"the memory of a {settings.config.model_type!r} model cannot be planned: {error}") from error
         if settings.gradient_checkpointing:
-            checkpoint_gradients(base_model(model), switch)
-        self.model, self.engine = model, Engine(model, switch)
+            checkpoint_gradients(base_model(model), backend)
+        self.model, self.engine = model, Engine(model, backend)
         self._fake_weights()
 
     def fake(self, tensor: Tensor) -> Tensor:
@@ -99,7 +98,7 @@ class FakeModel:
         live.bytes = live.peak = 0  # what computing adds to them
         hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in self.model.parameters() if p.requires_grad]
         try:
-            with self.mode, live, as_on(self.settings.on_cpu):
+            with self.mode, live:
                 yield live
         finally:
             for hook in hooks:
@@ -131,37 +130,36 @@ class FakeModel:
         return dataclasses.replace(value, **entries)  # type: ignore[type-var]
 
 
-@contextmanager
-def as_on(cpu: bool) -> Iterator[None]:
-    """Let the engine go the way, and keep the copies of weights, that it would on a CPU or on an accelerator."""
-    has_kernels = cpu and kernels.library() is not None
+class PlannedBackend(Backend):
+    """What the engine would compute by on a CPU or on an accelerator, whatever fake tensors pretend to lie on."""
 
-    def prepacked_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
-        kept = weight.clone() if cpu and packs(weight.dtype) else weight  # the operator that packs knows no fake tensors
+    def __init__(self, on_cpu: bool) -> None:
+        super().__init__()
+        self._on_cpu = on_cpu
+        self._has_operators = on_cpu and library() is not None
+
+    def usable(self, *tensors: Tensor) -> bool:
+        """See `Backend`."""
+        return self._has_operators and fit(*tensors)
+
+    def products_are_faster(self, device: torch.device) -> bool:
+        """See `Backend`."""
+        return self._on_cpu
+
+    def copies_pay(self, device: torch.device) -> bool:
+        """See `Backend`."""
+        return self._on_cpu
+
+    def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """See `Backend`; with the copy that there would be, since what packs knows no fake tensors."""
+        kept = weight.clone() if self._on_cpu and packs(weight.dtype) else weight
         return lambda rows: F.linear(rows, kept)
-
-    replaced: list[tuple[ModuleType, str, Any]] = [
-        (attention, "products_are_faster", lambda device: cpu),
-        (prepacked, "copies_pay", lambda device: cpu),
-        (prepacked, "prepacked_product", prepacked_product),
-        (passes, "prepacked_product", prepacked_product),
-        (kernels, "usable", lambda *tensors: has_kernels and kernels.fit(*tensors)),
-        (kernels, "call", lambda *_: None),  # what a kernel allocates is allocated before
-    ]
-    originals = [getattr(module, name) for module, name, _ in replaced]
-    for module, name, value in replaced:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for (module, name, _), original in zip(replaced, originals, strict=True):
-            setattr(module, name, original)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _use_peft_lora(model: nn.Module, switch: Switch) -> None:
+def _use_peft_lora(model: nn.Module, backend: Backend) -> None:
     """On a quantized base PEFT's own LoRA layers compute, which keep more."""
-    replace_modules(model, lambda module: lora.Linear if type(module) is FusedLora else None, switch)
+    replace_modules(model, lambda module: lora.Linear if type(module) is FusedLora else None, backend)

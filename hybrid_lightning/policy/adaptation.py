@@ -97,8 +97,8 @@ class AdaptedModule(LightningModule):
             device = None if self._trainer is None else self.trainer.strategy.root_device
             quantize_base(self.adapter_target, self.quantization, plan.full_modules, device)
         dtype = self._trained_dtype()
-        switch = None if self.engine is None else self.engine.switch
-        self._put(apply_plan(self.adapter_target, plan, keep_start_weights, dtype, switch))
+        backend = None if self.engine is None else self.engine.backend
+        self._put(apply_plan(self.adapter_target, plan, keep_start_weights, dtype, backend))
         self.plan, self.keep_start_weights = plan, keep_start_weights
 
     @contextmanager

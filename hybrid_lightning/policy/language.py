@@ -93,7 +93,7 @@ class LanguageModule(AdaptedModule):
         self.base_parameters = sum(parameter.numel() for parameter in loaded.parameters())
         self.stop_ids = stop_token_ids(loaded, self.tokenizer)
         if gradient_checkpointing:
-            checkpoint_gradients(loaded, self.engine.switch)
+            checkpoint_gradients(loaded, self.engine.backend)
         self.model = loaded
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

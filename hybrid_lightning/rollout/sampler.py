@@ -210,7 +210,7 @@ class _Decoder:
 
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         sampler = self.sampler
-        if not self.greedy and sampler.top_k == 0 and sampler.top_p == 1 and kernels.usable(logits):
+        if not self.greedy and sampler.top_k == 0 and sampler.top_p == 1 and self.engine.backend.usable(logits):
             return kernels.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
         scaled = logits.float() if self.sampler.temperature == 1 else logits.float() / self.sampler.temperature
         if self.greedy:

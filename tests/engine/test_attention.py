@@ -5,11 +5,16 @@ import torch
 from rounding import assert_same_sums, spread
 
 from hybrid_lightning.engine import attention
-from hybrid_lightning.engine.attention import AttentionSettings, shared_attention
+from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.backend import Backend
 
 PROMPTS, HEADS, SAMPLES, REPEATS, SIZE = 2, 3, 4, 2, 8
 # Of the longest queries with the longest prompt: over sizes, over keys, and for gradients over the queries of a group as well.
 ADDITIONS = 2 * (SIZE + 25) + SAMPLES * REPEATS * 5
+
+
+def shared_attention(*parts):
+    return attention.shared_attention(*parts, Backend())
 
 
 def causal(length):

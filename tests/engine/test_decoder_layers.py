@@ -13,6 +13,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from hybrid_lightning.engine import decoder as decoders
 from hybrid_lightning.engine import decoder_layers as layers
 from hybrid_lightning.engine import prepacked as constant
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.passes import base_model
 
 
@@ -29,7 +30,7 @@ needs_compiler = pytest.mark.skipif(not compiler_is_there(), reason="no C++ comp
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch):
     """Weights are multiplied where they are, and layers compiled, though this is a CPU."""
-    monkeypatch.setattr(constant, "copies_pay", lambda device: False)
+    monkeypatch.setattr(Backend, "copies_pay", lambda *_: False)
     monkeypatch.setattr(decoders, "compiling_pays", lambda device: True)
     # torch finds graphs again by all but the processor's vectors: one of 256 bits, as with ATEN_CPU_CAPABILITY=avx2, writes
     # beyond its tensors where they have 512.
@@ -84,8 +85,8 @@ def test_rollouts_are_the_same(family, targets, dtype, settings, compiled, token
 def test_a_policy_samples_by_them(tmp_path, monkeypatch):
     passes, original = [], decoders._pass
 
-    def spied(decoder, known, parts, switch):
-        found = original(decoder, known, parts, switch)
+    def spied(decoder, known, parts, backend):
+        found = original(decoder, known, parts, backend)
         return lambda *arguments: passes.append((type(parts[0]), torch.is_inference_mode_enabled())) or found(*arguments)
 
     monkeypatch.setattr(decoders, "_pass", spied)

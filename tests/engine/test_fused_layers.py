@@ -8,7 +8,8 @@ from rounding import assert_same_sums
 from tiny_models import build_model
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine import fused_layers
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
 from hybrid_lightning.engine.fused_lora import use_fused_lora
 
@@ -25,7 +26,7 @@ def frozen(layer):
 def fused_like(layer):
     """A copy of a layer, fused; a model holds it."""
     model = torch.nn.Sequential(copy.deepcopy(layer))
-    use_fused_layers(model, Switch())
+    use_fused_layers(model, Backend())
     return model[0]
 
 
@@ -78,8 +79,8 @@ def adapted(mlp, **options):
     names = ["gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(mlp, LoraConfig(r=4, lora_alpha=6, target_modules=names, init_lora_weights=False, **options))
     fast = copy.deepcopy(model)
-    use_fused_lora(fast, switch := Switch())
-    use_fused_layers(fast, switch)
+    use_fused_lora(fast, backend := Backend())
+    use_fused_layers(fast, backend)
     return model, fast
 
 
@@ -177,8 +178,89 @@ def test_only_layers_that_compute_the_same_are_replaced(family, norms, mlps):
     ids = torch.arange(5, 15)[None]
     names = list(model.state_dict())
     expected = model(ids).logits.detach()
-    use_fused_layers(model, Switch())
+    use_fused_layers(model, Backend())
     kinds = {type(module) for module in model.modules()}
     assert (FusedRMSNorm in kinds, FusedMLP in kinds) == (norms, mlps)
     torch.testing.assert_close(model(ids).logits.detach(), expected, atol=0, rtol=0)
     assert list(model.state_dict()) == names
+
+
+def of_transformers(kind, **methods):
+    """A class as transformers might have it in another file."""
+    return type(
+        f"Other{kind.__name__}", (torch.nn.Module,), {**methods, "__module__": "transformers.models.other.modeling_other"}
+    )
+
+
+def reformatted(self, hidden_states):
+    dtype, x = hidden_states.dtype, hidden_states.float()
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(dtype)
+
+
+def shifted(self, hidden_states):
+    return reformatted(self, hidden_states) + hidden_states * 0 + self.weight * 1e-3
+
+
+def clamped(self, hidden_states):
+    return reformatted(self, hidden_states).clamp(-3, 3)
+
+
+def rounded_later(self, hidden_states):
+    x = hidden_states.float()
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return (self.weight.float() * x).to(hidden_states.dtype)
+
+
+def wants_more(self, hidden_states, residual):
+    return reformatted(self, hidden_states) + residual
+
+
+@pytest.mark.parametrize(
+    ("forward", "known"),
+    [(reformatted, True), (shifted, False), (clamped, False), (rounded_later, False), (wants_more, False)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_norm_is_known_by_what_it_computes_and_not_by_its_text(forward, known):
+    norm = of_transformers(LlamaRMSNorm, forward=forward)()
+    norm.weight, norm.variance_epsilon = torch.nn.Parameter(torch.ones(8), requires_grad=False), 1e-5
+    model = torch.nn.Sequential(norm)
+    use_fused_layers(model, Backend())
+    assert (type(model[0]) is FusedRMSNorm) is known
+    if known:
+        assert model[0].weight is norm.weight and model[0].variance_epsilon == 1e-5
+
+
+def gated(self, x):
+    return self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))
+
+
+def gated_the_other_way(self, x):
+    return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+@pytest.mark.parametrize(("forward", "known"), [(gated, True), (gated_the_other_way, False)])
+def test_an_mlp_is_known_by_what_it_computes_and_not_by_its_text(forward, known):
+    mlp = of_transformers(LlamaMLP, forward=forward)()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        mlp.add_module(name, torch.nn.Linear(8, 8, bias=False))
+    mlp.act_fn = torch.nn.SiLU()
+    model = torch.nn.Sequential(mlp)
+    use_fused_layers(model, Backend())
+    assert (type(model[0]) is FusedMLP) is known
+
+
+def test_layers_that_somebody_watches_stay_what_they_are():
+    norm = LlamaRMSNorm(8)
+    norm.register_forward_hook(lambda *_: None)
+    model = torch.nn.Sequential(norm)
+    use_fused_layers(model, Backend())
+    assert model[0] is norm
+
+
+def test_finding_out_draws_no_number_from_the_global_generator():
+    model = build_model("qwen2")
+    fused_layers._mlp_is_llamas.cache_clear()
+    fused_layers._norm_is_llamas.cache_clear()
+    before = torch.get_rng_state()
+    use_fused_layers(model, Backend())
+    assert torch.equal(torch.get_rng_state(), before), "weights of the adapter are drawn from it next"

@@ -6,13 +6,14 @@ from rounding import additions_of, assert_same_sums
 from tiny_models import build_model
 
 from hybrid_lightning.engine import fused_lora as fused_lora
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as low_rank
 from hybrid_lightning.engine.cpu.build import library
-from hybrid_lightning.engine.cpu.operators import Switch, add_low_rank
+from hybrid_lightning.engine.cpu.operators import add_low_rank
 from hybrid_lightning.engine.fused_layers import use_fused_layers
 from hybrid_lightning.engine.fused_lora import FusedLora, use_fused_lora
 
-SWITCH = Switch()  # of all models of this file
+BACKEND = Backend()  # of all models of this file
 
 
 def build(family="llama", **settings):
@@ -27,7 +28,7 @@ def build(family="llama", **settings):
 
 def run(model, autocast=False, fused=False):
     ids = torch.arange(5, 25).view(2, 10)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), SWITCH.on(fused):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), BACKEND.in_pass(fused):
         logits = model(ids).logits
     logits.float().square().mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -46,7 +47,7 @@ def assert_same(model, found, expected):
 def test_values_and_gradients_are_pefts(family, settings):
     model = build(family, **settings)
     expected = run(model)
-    use_fused_lora(model, SWITCH)
+    use_fused_lora(model, BACKEND)
     layers = [module for module in model.modules() if type(module) is FusedLora]
     assert len(layers) == 4
     assert_same(model, run(model), expected)
@@ -65,8 +66,8 @@ def test_values_and_gradients_by_kernels_are_pefts(family, monkeypatch):
     expected = run(model)
     called = []
     monkeypatch.setattr(fused_lora, "add_low_rank", lambda *args: called.append(args) or add_low_rank(*args))
-    use_fused_lora(model, SWITCH)
-    use_fused_layers(model, SWITCH)
+    use_fused_lora(model, BACKEND)
+    use_fused_layers(model, BACKEND)
     assert_same(model, run(model, fused=True), expected)
     assert len(called) == 4
     run(model, autocast=True, fused=True)
@@ -80,7 +81,7 @@ def test_mixed_precision_is_as_close_to_float32_as_pefts():
     model = build()
     exact = run(model)
     theirs = run(model, autocast=True)
-    use_fused_lora(model, SWITCH)
+    use_fused_lora(model, BACKEND)
     ours = run(model, autocast=True)
 
     def error(result):
@@ -97,7 +98,7 @@ def test_what_is_not_plain_lora_is_left_to_peft(settings):
     model = build(**settings).train()
     torch.manual_seed(1)
     expected = run(model)
-    use_fused_lora(model, SWITCH)
+    use_fused_lora(model, BACKEND)
     torch.manual_seed(1)
     torch.testing.assert_close(run(model), expected, atol=0, rtol=0)
 
@@ -106,7 +107,7 @@ def test_disabling_and_merging_work_as_before():
     model = build()
     base = build_model("llama")
     ids = torch.arange(5, 25).view(2, 10)
-    use_fused_lora(model, SWITCH)
+    use_fused_lora(model, BACKEND)
     adapted = model(ids).logits
     with model.disable_adapter():
         torch.testing.assert_close(model(ids).logits, base(ids).logits, atol=0, rtol=0)

@@ -6,7 +6,7 @@ from rounding import additions_of, assert_same_sums
 from tiny_models import build_model
 from transformers.models.llama import modeling_llama
 
-from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.fused_layers import rotary, use_fused_rotary
 
 pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
@@ -15,15 +15,15 @@ pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize(("family", "fused"), [("llama", True), ("qwen2", True), ("qwen3", True), ("gpt2", False)])
 def test_layers_that_rotate_as_llama_does_call_ours_and_compute_the_same(family, fused, monkeypatch):
     plain = build_model(family).eval()
-    model, switch = copy.deepcopy(plain), Switch()
-    use_fused_rotary(model, switch)
+    model, backend = copy.deepcopy(plain), Backend()
+    use_fused_rotary(model, backend)
     layer = next(module for name, module in model.named_modules() if name.endswith(("self_attn", "attn")))
     original = next(module for name, module in plain.named_modules() if name.endswith(("self_attn", "attn")))
     assert isinstance(layer, type(original)) and (type(layer) is not type(original)) is fused
     ids = torch.randint(3, 30, (2, 7))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(ids).logits), "a plain call gives transformers' own numbers"
-        with switch.on():
+        with backend.in_pass():
             assert_same_sums(model(ids).logits, plain(ids).logits, additions_of(model, 7))
 
 
@@ -34,10 +34,10 @@ def test_values_and_gradients_are_those_of_transformers(angles, dtype):
     q, k = (torch.randn(2, 5, heads, 8).to(dtype).transpose(1, 2) for heads in (4, 2))
     cos, sin = torch.randn(2, angles, 5, 8).to(dtype)
     outer = [torch.randn(part.shape).to(dtype) for part in (q, k)]
-    theirs, switch = modeling_llama.apply_rotary_pos_emb, Switch()
+    theirs, backend = modeling_llama.apply_rotary_pos_emb, Backend()
     found = []
-    with switch.on():
-        for function in (theirs, lambda *parts: rotary(theirs, switch, *parts)):
+    with backend.in_pass():
+        for function in (theirs, lambda *parts: rotary(theirs, backend, *parts)):
             leaves = [part.clone().requires_grad_() for part in (q, k)]
             rotated = function(*leaves, cos, sin)
             found.append([*rotated, *torch.autograd.grad(rotated, leaves, outer)])
@@ -54,10 +54,10 @@ def test_what_has_no_kernel_is_computed_by_theirs():
         return parts[:2]
 
     q, angles = torch.zeros(1, 2, 3, 4), torch.zeros(1, 3, 4)
-    switch = Switch()
-    with switch.on():
-        rotary(theirs, switch, q.double(), q.double(), angles.double(), angles.double())
-        rotary(theirs, switch, q.transpose(1, 2), q.transpose(1, 2), angles, angles, 2)
-        rotary(theirs, switch, q, q, angles[..., :2], angles[..., :2])
-    rotary(theirs, switch, q, q, angles, angles)
+    backend = Backend()
+    with backend.in_pass():
+        rotary(theirs, backend, q.double(), q.double(), angles.double(), angles.double())
+        rotary(theirs, backend, q.transpose(1, 2), q.transpose(1, 2), angles, angles, 2)
+        rotary(theirs, backend, q, q, angles[..., :2], angles[..., :2])
+    rotary(theirs, backend, q, q, angles, angles)
     assert len(calls) == 4

@@ -9,6 +9,7 @@ from tiny_decoders import fused
 from tiny_models import FAMILIES, VOCABULARY, build_model, engine_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.policy.modes import checkpoint_gradients
@@ -138,7 +139,7 @@ def test_layers_made_again_for_the_backward_pass_use_the_same_kernels(family):
         model = get_peft_model(model, LoraConfig(r=2, target_modules=list(names), init_lora_weights=False))
         engine = fused(model)
         if checkpointing:
-            checkpoint_gradients(model, engine.switch)
+            checkpoint_gradients(model, engine.backend)
         logprobs, _ = token_logprobs(engine, sequences, 1.0)
         logprobs.sum().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -165,7 +166,7 @@ def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padd
     mask = torch.arange(64) < lengths[:, None]
     sequences = Sequences(prompts, prompt_mask, completions, mask)
     weights = torch.randn(mask.shape)
-    packed = PackedSequences(sequences)
+    packed = PackedSequences(sequences, Backend())
     assert len(packed.bands) > 1
     places = sum(math.prod(band.shape) for band in packed.bands)
     assert places < 1.6 * int((lengths - 1).sum()) < 10 * 63  # one rectangle would have 10 x 63

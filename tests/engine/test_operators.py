@@ -177,21 +177,6 @@ def test_kernels_are_for_real_tensors_of_one_dtype_on_the_cpu():
     assert not kernels.usable(x.double()) and not kernels.usable(x.half()) and not kernels.usable(x.to("meta"))
 
 
-def test_layers_use_kernels_where_it_is_allowed_alone():
-    x = torch.zeros(2)
-    switch, other = kernels.Switch(), kernels.Switch()
-    assert not switch.usable(x)
-    with switch.on():
-        assert switch.usable(x) and not other.usable(x)
-        first, again = switch.recomputed_alike()
-        with switch.on(False):
-            assert not switch.usable(x)
-    with first:
-        assert not switch.usable(x)
-    with again:
-        assert switch.usable(x)
-
-
 def shifted(part, places):
     """A copy of a tensor that begins so many numbers behind an address as torch gives it."""
     room = part.new_empty(part.numel() + 16)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from tiny_models import build_model, engine_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.types import Sequences
@@ -27,7 +28,7 @@ def states_of(packed, dtype=torch.float64):
 
 
 def test_the_states_that_predict_have_the_gradient_of_plain_indexing():
-    packed = PackedSequences(build_sequences())
+    packed = PackedSequences(build_sequences(), Backend())
     hidden = states_of(packed)
     found, plain = packed.predicting(hidden), hidden[packed.predictors.numbers]
     assert len(packed.bands) > 1 and torch.equal(found, plain)
@@ -39,7 +40,7 @@ def test_the_states_that_predict_have_the_gradient_of_plain_indexing():
 
 
 def test_where_all_completions_are_empty_nothing_is_predicted():
-    packed = PackedSequences(build_sequences(torch.zeros_like(LENGTHS)))
+    packed = PackedSequences(build_sequences(torch.zeros_like(LENGTHS)), Backend())
     hidden = states_of(packed)
     states = packed.predicting(hidden)
     (gradient,) = torch.autograd.grad(states.sum(), hidden)
@@ -49,7 +50,7 @@ def test_where_all_completions_are_empty_nothing_is_predicted():
 def test_gradients_in_bfloat16_are_added_up_in_float32():
     """Of 1 and 2^-8 twice, bfloat16 forgets each of the small ones, and the sum of all is exact."""
     lengths = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0])
-    packed = PackedSequences(build_sequences(lengths))
+    packed = PackedSequences(build_sequences(lengths), Backend())
     hidden = states_of(packed, torch.bfloat16)
     parts = torch.tensor([1, 2**-8, 2**-8], dtype=torch.bfloat16)
     states = packed.predicting(hidden)

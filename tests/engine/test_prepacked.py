@@ -5,7 +5,7 @@ from rounding import additions_of, assert_same_sums
 from tiny_models import build_model
 
 from hybrid_lightning.engine import prepacked as constant
-from hybrid_lightning.engine.cpu.operators import Switch
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.fused_lora import use_fused_lora
 from hybrid_lightning.engine.prepacked import prepacked_weights, products_together
 
@@ -20,7 +20,7 @@ def build(family="llama", targets=("q_proj", "down_proj"), **settings):
         for name, parameter in model.named_parameters():
             if "lora_B" in name or name.endswith("bias"):
                 parameter.normal_(std=0.3)
-    use_fused_lora(model, Switch())
+    use_fused_lora(model, Backend())
     return model
 
 
@@ -45,7 +45,7 @@ def test_prepacked_weights_give_the_same_and_leave_no_trace(autocast):
             return model(ids).logits.float()
 
     expected, exact = logits(), logits(half=False)
-    with prepacked_weights(model, torch.bfloat16 if autocast else None):
+    with prepacked_weights(model, Backend(), torch.bfloat16 if autocast else None):
         # Sums are rounded elsewhere in bfloat16, but no worse.
         off = (logits() - exact).abs().mean()
         assert off <= (1.1 * (expected - exact).abs().mean() if autocast else 1e-6)
@@ -61,7 +61,7 @@ def test_prepacked_weights_give_the_same_and_leave_no_trace(autocast):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_accelerators_copy_no_weight_that_has_the_dtype_of_the_products(autocast, monkeypatch):
-    monkeypatch.setattr(constant, "copies_pay", lambda device: False)
+    monkeypatch.setattr(Backend, "copies_pay", lambda *_: False)
     model = build()
     ids = torch.arange(5, 25).repeat(4, 1)
 
@@ -70,7 +70,7 @@ def test_accelerators_copy_no_weight_that_has_the_dtype_of_the_products(autocast
             return model(ids).logits.float()
 
     expected, exact = logits(), logits(half=False)
-    with prepacked_weights(model, torch.bfloat16 if autocast else None):
+    with prepacked_weights(model, Backend(), torch.bfloat16 if autocast else None):
         off = (logits() - exact).abs().mean()
         factors = [constant.product_factors(module) for module in model.modules() if isinstance(module, constant.FusedLora)]
     assert off <= (1.1 * (expected - exact).abs().mean() if autocast else 1e-6)
@@ -98,9 +98,9 @@ def test_layers_with_one_input_are_one_product(family, targets, autocast, monkey
     model = build(family, targets, rank_pattern={"k_proj": 5}, alpha_pattern={"v_proj": 1})
     expected, exact = logits_of(model, autocast), logits_of(model)
     made = []
-    original = constant.prepacked_product
-    monkeypatch.setattr(constant, "prepacked_product", lambda weight: made.append(weight.shape) or original(weight))
-    with prepacked_weights(model, torch.bfloat16 if autocast else None, same_inputs(model)):
+    original = Backend.prepacked_product
+    monkeypatch.setattr(Backend, "prepacked_product", lambda self, weight: made.append(weight.shape) or original(self, weight))
+    with prepacked_weights(model, Backend(), torch.bfloat16 if autocast else None, same_inputs(model)):
         if autocast:  # sums are rounded elsewhere, but no worse
             assert (logits_of(model, True) - exact).abs().mean() <= 1.1 * (expected - exact).abs().mean()
         else:
@@ -119,7 +119,7 @@ def test_products_together_are_those_of_each_layer(targets):
     x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = [layer(x) for layer in layers]
-        with prepacked_weights(model, together=[layers]):
+        with prepacked_weights(model, Backend(), together=[layers]):
             for found in (products_together(layers)(x), [layer(x) for layer in layers]):
                 assert_same_sums(list(found), expected, additions=2 * 32)
             with model.disable_adapter():

@@ -1,13 +1,13 @@
 """The kernels as functions of tensors. Their callers ask `usable` first, and compute with torch where it says no."""
 
 import ctypes
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hybrid_lightning.engine.cpu.build import library
 
@@ -46,33 +46,6 @@ def fit(*tensors: Tensor) -> bool:
     return dtype in _SUFFIX and all(part.dtype == dtype for part in tensors)
 
 
-class Switch:
-    """Lets the fused layers of one model use kernels while a pass of the engine runs, and at no other time.
-
-    Outside a model computes what transformers does, bit for bit; kernels sum up in another order.
-    """
-
-    def __init__(self) -> None:
-        self._on = False
-
-    @contextmanager
-    def on(self, value: bool = True) -> Iterator[None]:
-        """Within this context the layers may use kernels, or may not."""
-        before, self._on = self._on, value
-        try:
-            yield
-        finally:
-            self._on = before
-
-    def usable(self, *tensors: Tensor) -> bool:
-        """Whether a layer may use kernels for these tensors now."""
-        return self._on and usable(*tensors)
-
-    def recomputed_alike(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """The `context_fn` of a checkpoint whose forward pass, made again in the backward pass, is to use the same kernels."""
-        return nullcontext(), self.on(self._on)
-
-
 @cache
 def _function(name: str, dtype: torch.dtype) -> Any:
     function = getattr(library(), f"{name}_{_SUFFIX[dtype]}")
@@ -81,7 +54,13 @@ def _function(name: str, dtype: torch.dtype) -> Any:
 
 
 def call(name: str, dtype: torch.dtype, tensors: Iterable[Tensor | None], *numbers: Any) -> None:
-    """Call the compiled function NAME for a storage dtype, with the tensors' addresses and the numbers."""
+    """Call the compiled function NAME for a storage dtype, with the tensors' addresses and the numbers.
+
+    Of fake tensors, which have no addresses, nothing is computed: what a function writes to has been allocated by its caller.
+    """
+    tensors = tuple(tensors)
+    if isinstance(tensors[0], FakeTensor):
+        return
     _function(name, dtype)(*[None if part is None else part.data_ptr() for part in tensors], *numbers)
 
 

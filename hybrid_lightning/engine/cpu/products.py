@@ -48,11 +48,6 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
     return F.linear(rows, weight)
 
 
-def copies_pay(device: torch.device) -> bool:
-    """Whether decoding is so much faster by a copy of the weights, made for its products, that it is worth the memory."""
-    return device.type == "cpu"
-
-
 def packs(dtype: torch.dtype) -> bool:
     """Whether `prepacked_product` holds a copy of a weight of this dtype on this CPU; it lies where torch counts no tensor."""
     return dtype in (torch.float32, torch.bfloat16) and _has_onednn()

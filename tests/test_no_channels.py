@@ -5,9 +5,8 @@ import ast
 import pytest
 from test_imports import FILES, PACKAGE
 
-# A program's names are looked after where it runs, a copy of a module has its parts, and FSDP gathers weights around the call of
-# a module, for which its forward pass is another one meanwhile.
-OWN_NAMESPACES = {"sandbox.candidate", "sandbox.harness", "sandbox.plain_objects", "engine.fused_lora", "sharding.forward"}
+# A program's names are looked after where it runs, and a copy of a module has its parts.
+OWN_NAMESPACES = {"sandbox.candidate", "sandbox.harness", "sandbox.plain_objects", "engine.fused_lora"}
 
 
 def faults(tree):

@@ -24,6 +24,7 @@ from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.errors import CheckpointError, PlanError
 from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.policy.quantization import Quantization, quantize_base
+from hybrid_lightning.sharding.forward import Weights, weights_of
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.names import parameter_names, trained_names
@@ -46,6 +47,7 @@ class AdaptedModule(LightningModule):
         self.plan: AdapterPlan | None = None
         self.keep_start_weights = True
         self._base_digest: str | None = None
+        self.weights = Weights()  # of the model, which a strategy may split
         # The frozen base is not in checkpoints; `load_state_dict` checks what has to be there.
         self.strict_loading = False
 
@@ -66,6 +68,7 @@ class AdaptedModule(LightningModule):
 
     def _put(self, model: nn.Module) -> None:
         setattr(self, self.adapter_attribute, model)
+        self.weights = weights_of(model)
         if self.engine is not None:
             self.engine = self.engine.of(model)
 

@@ -16,7 +16,6 @@ from hybrid_lightning.policy.reproducibility import check_reproducibility
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.prompt_draws import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.forward import is_sharded, with_whole_weights
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import Prompt, Rewards, Rollouts
@@ -56,7 +55,7 @@ class EvaluatedModule(LanguageModule):
     def on_sharded(self) -> None:
         """Find out what the model can do, which takes forward passes: not in the first training pass, nor on some ranks alone."""
         with self._inference():
-            with_whole_weights(self.model, self.engine.prepare)
+            self.weights.gathered(self.engine.prepare)
 
     @contextmanager
     def stopping_together(self) -> Iterator[None]:
@@ -135,7 +134,7 @@ class EvaluatedModule(LanguageModule):
                 )
 
         with self._inference():
-            return with_whole_weights(self.model, sample)
+            return self.weights.gathered(sample)
 
     def score(self, rollouts: Rollouts) -> Rewards:
         """Rewards of rollouts, on their device."""
@@ -187,14 +186,14 @@ class EvaluatedModule(LanguageModule):
 
     def on_predict_epoch_start(self) -> None:
         """Find out how many batches other ranks have more than this one."""
-        if is_sharded(self.model):
+        if self.weights.sharded:
             batches = sum(int(count) for count in self.trainer.num_predict_batches)
             self._missing_batches = max(gather_counts(batches, self.device)) - batches
 
     def on_predict_epoch_end(self) -> None:
         """No prompt is repeated to make the ranks even; those with fewer batches still gather the weights as often."""
         for _ in range(self._missing_batches):
-            with_whole_weights(self.model, lambda: None)
+            self.weights.gathered(lambda: None)
 
     def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Sampled completions of a batch of prompts with their rewards, as records for JSON."""

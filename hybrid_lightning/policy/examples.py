@@ -31,7 +31,6 @@ from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.source import DrawPrompts
-from hybrid_lightning.sharding.forward import as_forward, with_whole_weights
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 
@@ -159,7 +158,7 @@ class ExampleModule(EvaluatedExamples):
                 return [add(batch) for batch in batches]
 
         with self.stopping_together(), self.clock.phase("logprobs"), self._inference():
-            filled = with_whole_weights(self.model, add_all, as_trained=True)
+            filled = self.weights.gathered(add_all, as_trained=True)
         return filled
 
     def example_sequences(self, prompts: Sequence[Prompt], device: torch.device) -> Sequences:
@@ -232,7 +231,7 @@ class ExampleModule(EvaluatedExamples):
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities with gradient and entropies [B, T] of completions."""
-        return as_forward(self.model, lambda: token_logprobs(self.engine, sequences, 1.0))
+        return self.weights.as_forward(lambda: token_logprobs(self.engine, sequences, 1.0))
 
     def _run(self, batch: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = self.logprobs(batch.sequences)

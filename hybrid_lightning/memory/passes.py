@@ -18,8 +18,8 @@ from hybrid_lightning.engine.passes import prepacked_projection
 from hybrid_lightning.engine.prepacked import prepacked_weights
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.rollout.batching import split_by_tokens
 from hybrid_lightning.rollout.drawing import draw, filter_logits
-from hybrid_lightning.rollout.micro_batches import split_by_tokens
 from hybrid_lightning.types import Sequences
 
 

@@ -14,7 +14,7 @@ from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.policy.reproducibility import check_reproducibility
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
-from hybrid_lightning.rollout.prompt_draws import PromptDraws
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals

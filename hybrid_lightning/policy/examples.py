@@ -27,10 +27,9 @@ from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallabl
 from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
-from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.rollout.batching import pad_left, pad_right
+from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.rollout.source import DrawPrompts
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 

@@ -22,9 +22,8 @@ from hybrid_lightning.losses.shares import combine_metrics
 from hybrid_lightning.policy.evaluated import EvaluatedModule
 from hybrid_lightning.policy.step_metrics import StepMetrics, join_ranks
 from hybrid_lightning.policy.step_times import PhaseClock
-from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
-from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
-from hybrid_lightning.rollout.source import RolloutSource
+from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
+from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.sharding.norms import total_norm
 from hybrid_lightning.sharding.ranks import gather_counts, gather_objects, sum_over_ranks
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences

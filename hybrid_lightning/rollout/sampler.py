@@ -18,9 +18,9 @@ from hybrid_lightning.engine.decoding import decoding_of
 from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.parts import Part
+from hybrid_lightning.rollout.batching import pad_left
 from hybrid_lightning.rollout.drawing import draw, filter_logits
-from hybrid_lightning.rollout.padding import pad_left
-from hybrid_lightning.rollout.prompt_draws import PromptDraws
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
 
 

@@ -13,7 +13,7 @@ from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.policy.modes import checkpoint_gradients
-from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Sequences
 
 LONG = [7, 8, 9, 10, 11, 12, 13]

@@ -19,7 +19,7 @@ from hybrid_lightning.engine import packing
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.engine.logprobs import token_logprobs
-from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt, Sequences
 

@@ -13,7 +13,7 @@ from tiny_models import build_model, build_tokenizer
 from tiny_runs import StartsWithDigit, build_adapter, build_trainer, write_model
 
 from hybrid_lightning.engine.logprobs import token_logprobs
-from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
+from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
 
 BETA = 0.5
 

@@ -23,7 +23,13 @@ def sample(tokenizer, family="llama", samples=3, seed=0, texts=TEXTS, **settings
     sampler = Sampler(**{"max_new_tokens": 12, **settings})
     generator = torch.Generator().manual_seed(seed)
     return sampler.sample(
-        build_model(family), tokenizer, prompts_of(*texts), ids_of(tokenizer, *texts), samples, generator=generator, greedy=greedy
+        engine_of(build_model(family)),
+        tokenizer,
+        prompts_of(*texts),
+        ids_of(tokenizer, *texts),
+        samples,
+        generator=generator,
+        greedy=greedy,
     )
 
 
@@ -127,7 +133,7 @@ def test_the_generator_alone_decides(tokenizer):
 def test_on_token_counts_and_can_abort(tokenizer):
     seen = []
     sampler = Sampler(max_new_tokens=5)
-    arguments = (build_model("llama"), tokenizer, prompts_of("1="), ids_of(tokenizer, "1="), 2)
+    arguments = (engine_of(build_model("llama")), tokenizer, prompts_of("1="), ids_of(tokenizer, "1="), 2)
     sampler.sample(*arguments, on_token=lambda running, decoded: seen.append((running, decoded)))
     assert [decoded for _, decoded in seen] == list(range(1, len(seen) + 1))
 

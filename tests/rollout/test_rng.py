@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, build_model, engine_of
 
-from hybrid_lightning.rollout.prompt_draws import PromptDraws
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
 

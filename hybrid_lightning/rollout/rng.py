@@ -1,8 +1,11 @@
-"""Random numbers that belong to a prompt, so that its completions do not depend on which others it is completed with."""
+"""Random numbers of rollouts: those of a prompt, which do not depend on what it is completed with, and the states of a run."""
 
 import hashlib
+import random
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,3 +59,26 @@ class PromptDraws:
 def _seed_of(name: str, seed: int) -> int:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
+
+
+def capture_random_state() -> dict[str, Any]:
+    """State of Python's, NumPy's and torch's global generators (CPU and all CUDA devices), as plain data for a checkpoint."""
+    algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(algorithm), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set the global generators back to a state from `capture_random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    algorithm, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([entry.cpu() for entry in state["cuda"]])

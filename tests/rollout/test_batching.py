@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybrid_lightning.rollout.dealing import deal
-from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.rollout.batching import deal, pad_left, pad_right
 from hybrid_lightning.types import PolicyBatch, Sequences
 
 

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hybrid_lightning.engine.decoding import SharedPromptDecoding
 from hybrid_lightning.memory.live_tensors import LiveTensors
-from hybrid_lightning.rollout.shared_decoding import SharedPromptDecoding
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -30,6 +30,7 @@ from hybrid_lightning.callbacks.loggers import log_figure, log_table
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import measured
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
 from hybrid_lightning.parts import Part
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
@@ -304,10 +305,12 @@ class HybridAdapterSetup(Part, Callback):
                     "All calibration rewards tie, so rollouts carry no signal: modules are scored by the supervised gradient of "
                     "the reference answers instead."
                 )
-        from hybrid_lightning.adapters.lean_layers import use_lean_layers  # PEFT is slow to import
+        from hybrid_lightning.engine.fused_layers import use_fused_layers  # PEFT is slow to import
 
         total = len(losses) if hasattr(losses, "__len__") else None
-        use_lean_layers(model)  # as when it is adapted: the passes of scoring are as large as those of training
+        # As when it is adapted: the passes of scoring are as large as those of training.
+        engine = getattr(pl_module, "engine", None)
+        use_fused_layers(model, Backend() if engine is None else engine.backend)
         with evaluation_mode(model), progress_bar(trainer, "Scoring modules", total) as advance:
             scores = score_modules(
                 model,

@@ -8,8 +8,8 @@ import torch
 from tiny_models import build_model, build_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hybrid_lightning.kernels import calls
-from hybrid_lightning.kernels.library import library
+from hybrid_lightning.engine.cpu import operators as calls
+from hybrid_lightning.engine.cpu.build import library
 
 torch.set_num_threads(1)
 

@@ -1,16 +1,14 @@
-"""Adapted models of all families whose layers are known, and rollouts of them."""
+"""Engines of adapted models of all families whose layers are known, and rollouts by them."""
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, build_model
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from hybrid_lightning.adapters.constant_weights import constant_weights
-from hybrid_lightning.adapters.lean_layers import use_lean_layers
-from hybrid_lightning.adapters.lean_rotary import use_lean_rotary
-from hybrid_lightning.adapters.lora_linear import use_fast_lora
-from hybrid_lightning.policy.constant_decoder import constant_decoder
-from hybrid_lightning.rollout.forward import CONSTANT_PASS, base_model
+from hybrid_lightning.engine.engine import Engine
+from hybrid_lightning.engine.fused_layers import use_fused_layers, use_fused_rotary
+from hybrid_lightning.engine.fused_lora import use_fused_lora
+from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
 
@@ -20,7 +18,7 @@ TEXTS = ("12+3=", "4=", "1-2-3-4-5=")
 
 
 def build(family, targets=ALL, **settings):
-    """A model with LoRA on some projections; for SOME one more is trained fully, and two are frozen."""
+    """The engine of a model with LoRA on some projections; for SOME one more is trained fully, and two are frozen."""
     if family == "mistral":
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         torch.manual_seed(0)
@@ -34,25 +32,30 @@ def build(family, targets=ALL, **settings):
     model = get_peft_model(
         model, LoraConfig(r=3, target_modules=list(targets), init_lora_weights=False, **full, **settings)
     ).eval()
-    use_fast_lora(model)
-    use_lean_layers(model)
-    use_lean_rotary(model)
-    return model
+    return fused(model)
 
 
-def sampled(model, tokenizer, passes):
+def fused(model):
+    """The engine of a model whose layers it fuses."""
+    engine = Engine(model)
+    for use_fused in (use_fused_lora, use_fused_layers, use_fused_rotary):
+        use_fused(model, engine.backend)
+    return engine
+
+
+def sampled(engine, tokenizer, passes):
     """Tokens and log-probabilities of rollouts, and whether each forward pass had a pass by plain calls."""
     prompts, ids = [Prompt(text=text) for text in TEXTS], [tokenizer(text).input_ids for text in TEXTS]
-    embedded = base_model(model).get_input_embeddings()
-    hook = embedded.register_forward_hook(lambda *_: passes.append(CONSTANT_PASS in base_model(model).get_decoder().__dict__))
+    embedded = base_model(engine.model).get_input_embeddings()
+    hook = embedded.register_forward_hook(lambda *_: passes.append(engine._pass is not None))
     try:
         draws = torch.Generator().manual_seed(3)
-        rollouts = Sampler(max_new_tokens=12).sample(model, tokenizer, prompts, ids, 4, generator=draws)
+        rollouts = Sampler(max_new_tokens=12).sample(engine, tokenizer, prompts, ids, 4, generator=draws)
     finally:
         hook.remove()
     return rollouts.sequences.completion_ids, rollouts.sampling_logprobs
 
 
-def has_pass(model):
-    with torch.no_grad(), constant_weights(model), constant_decoder(model):
-        return CONSTANT_PASS in base_model(model).get_decoder().__dict__
+def has_pass(engine):
+    with torch.no_grad(), engine.sampling():
+        return engine._pass is not None

@@ -1,5 +1,7 @@
 """Tiny real models, built from config classes, and a tokenizer that needs no file from outside."""
 
+from weakref import WeakKeyDictionary
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -12,6 +14,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from hybrid_lightning.engine.engine import Engine
 
 _CHARACTERS = "0123456789+-*= \nabcdefghijklmnopqrstuvwxyz#?"
 VOCABULARY = len(_CHARACTERS) + 3
@@ -57,3 +61,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+_ENGINES: WeakKeyDictionary[torch.nn.Module, Engine] = WeakKeyDictionary()
+
+
+def engine_of(model: torch.nn.Module) -> Engine:
+    """The engine of a model, the same at every call, so that it is tried once."""
+    return _ENGINES.setdefault(model, Engine(model))

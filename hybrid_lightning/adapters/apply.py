@@ -19,17 +19,21 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hybrid_lightning.adapters.lean_layers import use_lean_layers
-from hybrid_lightning.adapters.lean_rotary import use_lean_rotary
 from hybrid_lightning.adapters.lora import ADAPTER
-from hybrid_lightning.adapters.lora_linear import use_fast_lora
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.plan_peft import lora_config
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.fused_layers import use_fused_layers, use_fused_rotary
+from hybrid_lightning.engine.fused_lora import use_fused_lora
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 
 def apply_plan(
-    model: nn.Module, plan: AdapterPlan, keep_start_weights: bool = True, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    plan: AdapterPlan,
+    keep_start_weights: bool = True,
+    dtype: torch.dtype = torch.float32,
+    backend: Backend | None = None,
 ) -> PeftModel:
     """Adapt a base model as planned. Its outputs stay the same bit for bit until the first optimizer step.
 
@@ -41,6 +45,7 @@ def apply_plan(
         keep_start_weights: keep the original weights of fully trained modules, which `adapter_disabled` (a reference
             policy for a KL term) needs; without them full fine-tuning takes no more memory than elsewhere.
         dtype: of all trainable weights; bfloat16 needs a base in bfloat16, and an optimizer that loses no small steps.
+        backend: of the model's engine; None for a model without one.
 
     Returns:
         The adapted model; only the adapter is trainable.
@@ -66,9 +71,9 @@ def apply_plan(
     for parameter in (*full.values(), *lora.values()):
         parameter.data = parameter.data.to(dtype)
     _set_dora_lengths(adapted)
-    use_fast_lora(adapted)
-    use_lean_layers(adapted)
-    use_lean_rotary(adapted)
+    backend = backend or Backend()
+    for use_fused in (use_fused_lora, use_fused_layers, use_fused_rotary):
+        use_fused(adapted, backend)
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trainable == {*full, *lora}, "PEFT made other parameters trainable than those of the adapter"
     return adapted

@@ -1,13 +1,12 @@
 """An adapted model of a few layers whose tensors have shapes but no memory, and which computes on them as on a CPU.
 
 Fake tensors pretend to lie on the CPU even where the run will use an accelerator, since a torch without CUDA cannot pretend the
-other. Where the engine itself goes another way on accelerators, `as_on` lets it.
+other. Where the engine itself goes another way on accelerators, `PlannedBackend` says so.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,23 +15,24 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from hybrid_lightning.adapters import constant_weights
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.lean_layers import use_lean_layers
-from hybrid_lightning.adapters.lora_linear import LoraLinear
+from hybrid_lightning.engine.attention_hook import UnsupportedAttentionError, use_packing
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.cpu.build import library
+from hybrid_lightning.engine.cpu.operators import fit
+from hybrid_lightning.engine.cpu.products import packs
+from hybrid_lightning.engine.engine import Engine
+from hybrid_lightning.engine.fused_layers import use_fused_layers
+from hybrid_lightning.engine.fused_lora import FusedLora, replace_modules
+from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.errors import ModelError
-from hybrid_lightning.kernels import calls as kernels
 from hybrid_lightning.memory.live_tensors import LiveTensors
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import meta_model, plan_of_budget
 from hybrid_lightning.policy.modes import checkpoint_gradients
-from hybrid_lightning.products import packs
-from hybrid_lightning.rollout import attention, forward
-from hybrid_lightning.rollout.forward import base_model
-from hybrid_lightning.rollout.interface import UnsupportedAttentionError, use_packing
-from hybrid_lightning.rollout.packing import PackedSequences
 
 
 class FakeModel:
@@ -51,25 +51,26 @@ class FakeModel:
     def __init__(self, settings: RunSettings, layers: int, share: float | None) -> None:
         self.settings = settings
         self.mode = FakeTensorMode()
+        backend = PlannedBackend(settings.on_cpu)
         model = meta_model(settings.config, settings.dtype, layers)
         candidates = find_candidates(model, settings.target_modules)
         if share is None:
             for module in candidates.values():
                 module.weight.requires_grad_(True)
-            use_lean_layers(model)
+            use_fused_layers(model, backend)
         else:
             plan = plan_of_budget(candidates, ModuleBudget(share), settings.lora)
             with torch.device("meta"):
-                model = apply_plan(model, plan, settings.keep_start_weights, settings.trained_dtype)
+                model = apply_plan(model, plan, settings.keep_start_weights, settings.trained_dtype, backend)
         if settings.quantization is not None:
-            _use_peft_lora(model)
+            _use_peft_lora(model, backend)
         try:
             use_packing(base_model(model))
         except UnsupportedAttentionError as error:
             raise ModelError(f"the memory of a {settings.config.model_type!r} model cannot be planned: {error}") from error
         if settings.gradient_checkpointing:
-            checkpoint_gradients(base_model(model))
-        self.model = model
+            checkpoint_gradients(base_model(model), backend)
+        self.model, self.engine = model, Engine(model, backend)
         self._fake_weights()
 
     def fake(self, tensor: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class FakeModel:
         live.bytes = live.peak = 0  # what computing adds to them
         hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in self.model.parameters() if p.requires_grad]
         try:
-            with self.mode, live, as_on(self.settings.on_cpu):
+            with self.mode, live:
                 yield live
         finally:
             for hook in hooks:
@@ -129,39 +130,36 @@ class FakeModel:
         return dataclasses.replace(value, **entries)  # type: ignore[type-var]
 
 
-@contextmanager
-def as_on(cpu: bool) -> Iterator[None]:
-    """Let the engine go the way, and keep the copies of weights, that it would on a CPU or on an accelerator."""
-    has_kernels = cpu and kernels.library() is not None
+class PlannedBackend(Backend):
+    """What the engine would compute by on a CPU or on an accelerator, whatever fake tensors pretend to lie on."""
 
-    def constant_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
-        kept = weight.clone() if cpu and packs(weight.dtype) else weight  # the operator that packs knows no fake tensors
+    def __init__(self, on_cpu: bool) -> None:
+        super().__init__()
+        self._on_cpu = on_cpu
+        self._has_operators = on_cpu and library() is not None
+
+    def usable(self, *tensors: Tensor) -> bool:
+        """See `Backend`."""
+        return self._has_operators and fit(*tensors)
+
+    def products_are_faster(self, device: torch.device) -> bool:
+        """See `Backend`."""
+        return self._on_cpu
+
+    def copies_pay(self, device: torch.device) -> bool:
+        """See `Backend`."""
+        return self._on_cpu
+
+    def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """See `Backend`; with the copy that there would be, since what packs knows no fake tensors."""
+        kept = weight.clone() if self._on_cpu and packs(weight.dtype) else weight
         return lambda rows: F.linear(rows, kept)
-
-    replaced: list[tuple[ModuleType, str, Any]] = [
-        (attention, "products_are_faster", lambda device: cpu),
-        (constant_weights, "copies_pay", lambda device: cpu),
-        (constant_weights, "constant_product", constant_product),
-        (forward, "constant_product", constant_product),
-        (kernels, "usable", lambda *tensors: has_kernels and kernels.fit(*tensors)),
-        (kernels, "call", lambda *_: None),  # what a kernel allocates is allocated before
-    ]
-    originals = [getattr(module, name) for module, name, _ in replaced]
-    for module, name, value in replaced:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for (module, name, _), original in zip(replaced, originals, strict=True):
-            setattr(module, name, original)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _use_peft_lora(model: nn.Module) -> None:
+def _use_peft_lora(model: nn.Module, backend: Backend) -> None:
     """On a quantized base PEFT's own LoRA layers compute, which keep more."""
-    for module in model.modules():
-        if type(module) is LoraLinear:
-            module.__class__ = lora.Linear  # type: ignore[assignment]
+    replace_modules(model, lambda module: lora.Linear if type(module) is FusedLora else None, backend)

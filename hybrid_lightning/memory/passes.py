@@ -9,16 +9,17 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hybrid_lightning.adapters.constant_weights import constant_weights
-from hybrid_lightning.kernels import calls as kernels
-from hybrid_lightning.memory.fake_model import FakeModel, as_on
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.cpu import operators as kernels
+from hybrid_lightning.engine.decoding import SharedPromptDecoding
+from hybrid_lightning.engine.logprobs import logprobs_of_hidden
+from hybrid_lightning.engine.packing import PackedSequences, begins_group
+from hybrid_lightning.engine.passes import prepacked_projection
+from hybrid_lightning.engine.prepacked import prepacked_weights
+from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.policy.logprobs import logprobs_of_hidden
+from hybrid_lightning.rollout.batching import split_by_tokens
 from hybrid_lightning.rollout.drawing import draw, filter_logits
-from hybrid_lightning.rollout.forward import constant_projection, packed_hidden
-from hybrid_lightning.rollout.micro_batches import split_by_tokens
-from hybrid_lightning.rollout.packing import PackedSequences, begins_group
-from hybrid_lightning.rollout.shared_decoding import SharedPromptDecoding
 from hybrid_lightning.types import Sequences
 
 
@@ -103,16 +104,16 @@ class Traces:
 
 
 def _update(fake: FakeModel, rows: Sequences) -> Traced:
-    packed = PackedSequences(rows)
+    packed = PackedSequences(rows, fake.engine.backend)
     tokens = fake.fake(rows.completion_ids[rows.completion_mask])
     fake.fake_layout(packed)
     with fake.computing() as live:
         with fake.autocast():
-            hidden = packed_hidden(fake.model, packed.ids, packed.positions, packed)
+            hidden = fake.engine.hidden(packed.ids, packed.positions, packed)
             kept, before = live.bytes, live.peak
             live.restart_peak()
             bonus = fake.settings.entropy_gradient
-            logprobs, entropy = logprobs_of_hidden(fake.model, packed.predicting(hidden), tokens, 1.0, bonus)
+            logprobs, entropy = logprobs_of_hidden(fake.engine, packed.predicting(hidden), tokens, 1.0, bonus)
             loss = logprobs.mean() + entropy.mean() if bonus else logprobs.mean()
             del entropy
             del hidden
@@ -126,13 +127,12 @@ def _update(fake: FakeModel, rows: Sequences) -> Traced:
 def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
     settings = fake.settings
     rows = _sequences(prompts, 1, settings.prompt_tokens, 1)
-    with as_on(settings.on_cpu):
-        decoding = SharedPromptDecoding(fake.model, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
+    decoding = SharedPromptDecoding(fake.engine, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
     fake.fake_layout(decoding.layout)
     decoding.lengths = fake.fake(decoding.lengths)
     dtype = torch.bfloat16 if settings.mixed_precision else None
-    with fake.computing() as live, torch.no_grad(), fake.autocast(), constant_weights(fake.model, dtype):
-        decoding.project = constant_projection(fake.model)
+    with fake.computing() as live, torch.no_grad(), fake.autocast(), prepacked_weights(fake.model, fake.engine.backend, dtype):
+        decoding.project = prepacked_projection(fake.model, fake.engine.backend)
         packed = live.bytes
         live.restart_peak()
         logits = decoding.prefill(samples)
@@ -145,17 +145,17 @@ def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
         cache = sum(part.nbytes for part in _cache(decoding))
         forward, before = live.peak, live.bytes - logits.nbytes
         live.restart_peak()
-        _draw(logits)
+        _draw(logits, fake.engine.backend)
         of_logits = live.peak - before
         peak = max(reading, forward, live.peak) - packed
         del logits
     return Traced(activations=max(0.0, peak - cache - of_logits), logits=of_logits, cache=cache, packed=packed)
 
 
-def _draw(logits: Tensor) -> None:
+def _draw(logits: Tensor, backend: Backend) -> None:
     """What the sampler does with logits, at its defaults."""
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
-    if kernels.usable(logits):
+    if backend.usable(logits):
         kernels.draw_tokens(logits, uniform, 1.0)
     else:
         scaled = logits.float()

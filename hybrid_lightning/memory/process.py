@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrid_lightning.kernels.library import library
+from hybrid_lightning.engine.cpu.build import library
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import ModelSizes
 from hybrid_lightning.process import KEPT_PRODUCTS

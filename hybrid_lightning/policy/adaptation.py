@@ -18,9 +18,11 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.errors import CheckpointError, PlanError
 from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.policy.quantization import Quantization, quantize_base
+from hybrid_lightning.sharding.forward import Weights, weights_of
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.names import parameter_names, trained_names
@@ -45,6 +47,7 @@ class AdaptedModule(LightningModule):
         self.plan: AdapterPlan | None = None
         self.keep_start_weights = True
         self._base_digest: str | None = None
+        self.weights = Weights()  # of the model, which a strategy may split
         # The frozen base is not in checkpoints; `load_state_dict` checks what has to be there.
         self.strict_loading = False
 
@@ -62,6 +65,14 @@ class AdaptedModule(LightningModule):
             assert self.plan is None, "the digest is taken before the adapter is applied"
             self._base_digest = model_digest(self.adapter_target)
         return self._base_digest
+
+    def _put(self, model: nn.Module) -> None:
+        setattr(self, self.adapter_attribute, model)
+        self.weights = weights_of(model)
+
+    def _backend(self) -> Backend | None:
+        """Of the model's engine, where it has one."""
+        return None
 
     def adapt(self, plan: AdapterPlan, keep_start_weights: bool = True) -> None:
         """Apply a plan; applying the same plan again does nothing.
@@ -93,7 +104,7 @@ class AdaptedModule(LightningModule):
         from hybrid_lightning.adapters.apply import apply_plan  # PEFT is slow to import
 
         dtype = self._trained_dtype()
-        setattr(self, self.adapter_attribute, apply_plan(self.adapter_target, plan, keep_start_weights, dtype))
+        self._put(apply_plan(self.adapter_target, plan, keep_start_weights, dtype, self._backend()))
         self.plan, self.keep_start_weights = plan, keep_start_weights
 
     @contextmanager
@@ -116,7 +127,7 @@ class AdaptedModule(LightningModule):
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, (FSDP2Strategy, FSDP1Strategy)):
             assert self.base_digest  # taken while the weights are in one piece
-            setattr(self, self.adapter_attribute, strategy.shard(self.adapter_target))
+            self._put(strategy.shard(self.adapter_target))
             self.on_sharded()
 
     def on_sharded(self) -> None:

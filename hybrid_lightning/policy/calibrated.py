@@ -13,9 +13,9 @@ from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
 from hybrid_lightning.policy.updated import UpdatedModule
-from hybrid_lightning.rollout.joining import join_rewards, join_rollouts
-from hybrid_lightning.rollout.prompt_draws import PromptDraws
+from hybrid_lightning.rollout.batching import join_rewards, join_rollouts
 from hybrid_lightning.rollout.prompt_order import PromptOrder
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Prompt, Rewards, Rollouts, Sequences
 
 

@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import CalibrationError
 from hybrid_lightning.losses import PolicyLoss
-from hybrid_lightning.rollout.micro_batches import split_by_tokens
-from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.rollout.batching import pad_left, pad_right, split_by_tokens
 from hybrid_lightning.types import LossInputs, Prompt, Sequences
 
 LogprobFunction = Callable[[Sequences], tuple[Tensor, Tensor]]

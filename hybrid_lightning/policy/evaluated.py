@@ -7,17 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.policy.reproducibility import check_reproducibility
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
-from hybrid_lightning.rollout.forward import base_model
-from hybrid_lightning.rollout.prompt_draws import PromptDraws
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler, check_positions
-from hybrid_lightning.rollout.support import supports_packing
-from hybrid_lightning.sharding.forward import is_sharded, with_whole_weights
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import Prompt, Rewards, Rollouts
@@ -57,7 +55,7 @@ class EvaluatedModule(LanguageModule):
     def on_sharded(self) -> None:
         """Find out what the model can do, which takes forward passes: not in the first training pass, nor on some ranks alone."""
         with self._inference():
-            with_whole_weights(self.model, lambda: supports_packing(self.model))
+            self.weights.gathered(self.engine.prepare)
 
     @contextmanager
     def stopping_together(self) -> Iterator[None]:
@@ -128,18 +126,15 @@ class EvaluatedModule(LanguageModule):
             Rollouts of P * G sequences.
         """
 
-        from hybrid_lightning.adapters.constant_weights import constant_weights  # these two import PEFT, which is slow
-        from hybrid_lightning.policy.constant_decoder import constant_decoder
-
         def on_token(running: int, decoded: int) -> None:
             for listener in self.generation_listeners:
                 listener(running, decoded, self.sampler.max_new_tokens)
 
         def sample() -> Rollouts:
             # Nothing here waits for another rank, which might wait for this one in vain.
-            with self.signals.at_once(), constant_weights(self.model, _product_dtype(self.model)), constant_decoder(self.model):
+            with self.signals.at_once(), self.engine.sampling(_product_dtype(self.model)):
                 return self.sampler.sample(
-                    self.model,
+                    self.engine,
                     self.tokenizer,
                     prompts,
                     [self.encode(prompt) for prompt in prompts],
@@ -151,7 +146,7 @@ class EvaluatedModule(LanguageModule):
                 )
 
         with self._inference():
-            return with_whole_weights(self.model, sample)
+            return self.weights.gathered(sample)
 
     def score(self, rollouts: Rollouts) -> Rewards:
         """Rewards of rollouts, on their device."""
@@ -203,14 +198,14 @@ class EvaluatedModule(LanguageModule):
 
     def on_predict_epoch_start(self) -> None:
         """Find out how many batches other ranks have more than this one."""
-        if is_sharded(self.model):
+        if self.weights.sharded:
             batches = sum(int(count) for count in self.trainer.num_predict_batches)
             self._missing_batches = max(gather_counts(batches, self.device)) - batches
 
     def on_predict_epoch_end(self) -> None:
         """No prompt is repeated to make the ranks even; those with fewer batches still gather the weights as often."""
         for _ in range(self._missing_batches):
-            with_whole_weights(self.model, lambda: None)
+            self.weights.gathered(lambda: None)
 
     def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Sampled completions of a batch of prompts with their rewards, as records for JSON."""

@@ -12,7 +12,6 @@ from hybrid_lightning.losses import ExampleLoss
 from hybrid_lightning.policy.example_metrics import ExampleMetrics
 from hybrid_lightning.policy.stepped import SteppedModule
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.sharding.forward import with_whole_weights
 from hybrid_lightning.types import LossInputs, Prompt, Sequences
 
 
@@ -49,7 +48,7 @@ class EvaluatedExamples(SteppedModule):
             return LossInputs(logprobs, ones, sequences.completion_mask, ref_logprobs=reference, entropy=entropy)
 
         with self._inference():
-            inputs = with_whole_weights(self.model, terms)
+            inputs = self.weights.gathered(terms)
         identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in prompts]
         weights = self.loss.weights(sequences.completion_mask)
         metrics.update(torch.tensor(identity, device=self.device), weights, self.loss.terms(inputs))

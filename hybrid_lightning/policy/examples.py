@@ -15,22 +15,20 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import ExampleLoss
 from hybrid_lightning.policy.evaluation import EvaluationMetrics
 from hybrid_lightning.policy.example_calibration import ExampleCalibration
 from hybrid_lightning.policy.example_evaluation import EvaluatedExamples
 from hybrid_lightning.policy.example_metrics import ExampleMetrics
-from hybrid_lightning.policy.logprobs import token_logprobs
 from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
 from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
-from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.rollout.batching import pad_left, pad_right
+from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.rollout.source import DrawPrompts
-from hybrid_lightning.sharding.forward import as_forward, with_whole_weights
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 
@@ -158,7 +156,7 @@ class ExampleModule(EvaluatedExamples):
                 return [add(batch) for batch in batches]
 
         with self.stopping_together(), self.clock.phase("logprobs"), self._inference():
-            filled = with_whole_weights(self.model, add_all, as_trained=True)
+            filled = self.weights.gathered(add_all, as_trained=True)
         return filled
 
     def example_sequences(self, prompts: Sequence[Prompt], device: torch.device) -> Sequences:
@@ -232,7 +230,7 @@ class ExampleModule(EvaluatedExamples):
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities with gradient and entropies [B, T] of completions."""
-        return as_forward(self.model, lambda: token_logprobs(self.model, sequences, 1.0))
+        return self.weights.as_forward(lambda: token_logprobs(self.engine, sequences, 1.0))
 
     def _run(self, batch: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = self.logprobs(batch.sequences)

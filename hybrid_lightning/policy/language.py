@@ -13,13 +13,14 @@ wrong column is found in the time that it takes to read a file.
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.describe import describe_arguments
@@ -47,6 +48,9 @@ from hybrid_lightning.policy.quantization import Quantization, check_quantizatio
 from hybrid_lightning.sharding.checks import check_strategy
 from hybrid_lightning.types import PolicyBatch, Prompt
 
+if TYPE_CHECKING:
+    from hybrid_lightning.engine.engine import Engine
+
 
 @dataclass(frozen=True)
 class _ToLoad:
@@ -66,6 +70,7 @@ _LOADERS = {
     "model_config": "_load_config",
     "stop_ids": "_load_stop_ids",
     "model": "_load_weights",
+    "engine": "_load_weights",
     "base_parameters": "_load_weights",
 }
 
@@ -76,13 +81,14 @@ class LanguageModule(AdaptedModule):
     loss: Any  # of a type that says by `needs_reference` whether it compares with the start policy
     model: nn.Module
     model_config: PretrainedConfig
+    engine: "Engine"
     tokenizer: PreTrainedTokenizerBase
     encoder: PromptEncoder
     stop_ids: list[int]
     base_parameters: int
     max_tokens_per_micro_batch: int | None
     _loads_later = False
-    _to_load: _ToLoad
+    _to_load: _ToLoad | None = None
 
     @classmethod
     def unloaded(cls, *arguments: Any, **named: Any) -> Self:
@@ -103,7 +109,7 @@ class LanguageModule(AdaptedModule):
         Raises:
             ModelError: If model or tokenizer cannot be loaded.
         """
-        if "_to_load" in self.__dict__:
+        if self._to_load is not None:
             for name in ("tokenizer", "model"):
                 getattr(self, name)
 
@@ -113,7 +119,7 @@ class LanguageModule(AdaptedModule):
         Raises:
             ModelError: If there is none.
         """
-        if "_to_load" in self.__dict__ and "gguf_file" not in self._to_load.source.arguments:
+        if self._to_load is not None and "gguf_file" not in self._to_load.source.arguments:
             _ = self.model_config
 
     def skeleton(self) -> nn.Module:
@@ -129,8 +135,8 @@ class LanguageModule(AdaptedModule):
 
     def __getattr__(self, name: str) -> Any:
         """Load what has not been loaded yet, and is asked for, such as by the constructor of a subclass."""
-        if name in _LOADERS and "_to_load" in self.__dict__ and name not in self._modules:
-            getattr(self, _LOADERS[name])()
+        if name in _LOADERS and self._to_load is not None and name not in self._modules:
+            getattr(self, _LOADERS[name])(self._to_load)
             return getattr(self, name)
         return super().__getattr__(name)
 
@@ -178,23 +184,33 @@ class LanguageModule(AdaptedModule):
         if not self._loads_later:
             self.load()
 
-    def _load_tokenizer(self) -> None:
-        self.tokenizer = load_tokenizer(self._to_load.source)
-        self.encoder = PromptEncoder(self.tokenizer, self._to_load.chat_template, self._to_load.chat_template_kwargs)
+    def _load_tokenizer(self, what: _ToLoad) -> None:
+        self.tokenizer = load_tokenizer(what.source)
+        self.encoder = PromptEncoder(self.tokenizer, what.chat_template, what.chat_template_kwargs)
 
-    def _load_config(self) -> None:
-        self.model_config = load_config(self._to_load.source)
+    def _load_config(self, what: _ToLoad) -> None:
+        self.model_config = load_config(what.source)
 
-    def _load_stop_ids(self) -> None:
-        self.stop_ids = stop_token_ids(load_generation_config(self._to_load.source, self.model_config), self.tokenizer)
+    def _load_stop_ids(self, what: _ToLoad) -> None:
+        self.stop_ids = stop_token_ids(load_generation_config(what.source, self.model_config), self.tokenizer)
 
-    def _load_weights(self) -> None:
-        loaded = load_model(self._to_load.source, self.dtype_name, self._to_load.attn_implementation, self.model_config)
+    def _load_weights(self, what: _ToLoad) -> None:
+        from hybrid_lightning.engine.engine import Engine  # with PEFT, which takes a second to import
+
+        loaded = load_model(what.source, self.dtype_name, what.attn_implementation, self.model_config)
+        self.engine = Engine(loaded)
         self.base_parameters = sum(parameter.numel() for parameter in loaded.parameters())
         self.stop_ids = stop_token_ids(loaded.generation_config, self.tokenizer)
-        if self._to_load.gradient_checkpointing:
-            checkpoint_gradients(loaded)
+        if what.gradient_checkpointing:
+            checkpoint_gradients(loaded, self.engine.backend)
         self.model = loaded
+
+    def _put(self, model: nn.Module) -> None:
+        super()._put(model)
+        self.engine = self.engine.of(model)
+
+    def _backend(self) -> Backend:
+        return self.engine.backend
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Two parameter groups, `full` and `lora`, each with its learning rate."""

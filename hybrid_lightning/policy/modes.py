@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from hybrid_lightning.kernels.calls import recomputed_alike
+from hybrid_lightning.engine.backend import Backend
 
 
 @contextmanager
@@ -27,12 +27,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             object.__setattr__(module, "training", True)
 
 
-def checkpoint_gradients(model: nn.Module) -> None:
+def checkpoint_gradients(model: nn.Module, backend: Backend) -> None:
     """Recompute the activations of decoder blocks in the backward pass instead of keeping them.
 
     Transformers honours this in train mode only, so the blocks themselves, but not the modules in them, are put into it.
+
+    Args:
+        model: Of transformers.
+        backend: Of its fused layers.
     """
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed_alike})  # type: ignore[operator]
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": backend.recomputed_alike})  # type: ignore[operator]
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True

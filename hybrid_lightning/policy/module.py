@@ -27,10 +27,9 @@ from hybrid_lightning.policy.sampled_groups import choose_trained, sample_groups
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, teaching_groups
-from hybrid_lightning.rollout.loader import RolloutSchedule
-from hybrid_lightning.rollout.prompt_draws import PromptDraws
+from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.rollout.source import DrawPrompts
 from hybrid_lightning.sharding.ranks import world_size
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.policy.group_advantages import gather_rewards
+from hybrid_lightning.rollout.batching import join_columns, join_rewards, join_rollouts, join_sequences
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups
-from hybrid_lightning.rollout.joining import join_columns, join_rewards, join_rollouts, join_sequences
-from hybrid_lightning.rollout.source import DrawPrompts
+from hybrid_lightning.rollout.loader import DrawPrompts
 from hybrid_lightning.sharding.ranks import gather_columns, gather_objects, world_size
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 

@@ -16,16 +16,14 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from hybrid_lightning.engine.token_budget import default_token_budget
 from hybrid_lightning.errors import TrainingError
 from hybrid_lightning.losses.shares import combine_metrics
 from hybrid_lightning.policy.evaluated import EvaluatedModule
 from hybrid_lightning.policy.step_metrics import StepMetrics, join_ranks
 from hybrid_lightning.policy.step_times import PhaseClock
-from hybrid_lightning.policy.token_budget import default_token_budget
-from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
-from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
-from hybrid_lightning.rollout.source import RolloutSource
-from hybrid_lightning.sharding.forward import is_sharded
+from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
+from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.sharding.norms import total_norm
 from hybrid_lightning.sharding.ranks import gather_counts, gather_objects, sum_over_ranks
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
@@ -126,14 +124,14 @@ class SteppedModule(EvaluatedModule, ABC):
         runs = self._runs(batch.sequences)
         runs_of_ranks = gather_counts(len(runs), self.device)
         # Where the model is sharded, a forward and a backward pass are made by all ranks together.
-        passes = max(1, *runs_of_ranks) if is_sharded(self.model) else len(runs)
+        passes = max(1, *runs_of_ranks) if self.weights.sharded else len(runs)
         if passes > 1:
             self._begin_gradients(batch_idx)
         tokens = float(batch.sequences.completion_mask.sum())
         losses, metrics = [], []
         for number in range(passes):
             last = number + 1 == passes
-            if is_sharded(self.model) or last:
+            if self.weights.sharded or last:
                 self.check_stop()  # before ranks wait for each other
             elif self.signals.requested:
                 continue

@@ -6,13 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.losses.shares import share
 from hybrid_lightning.policy.agreement import compare_with_sampler
-from hybrid_lightning.policy.logprobs import token_logprobs
 from hybrid_lightning.policy.stepped import SteppedModule
 from hybrid_lightning.policy.token_choice import mask_tokens
-from hybrid_lightning.sharding.forward import as_forward, with_whole_weights
 from hybrid_lightning.types import PolicyBatch, Rollouts, Sequences
 
 
@@ -27,7 +26,7 @@ class UpdatedModule(SteppedModule):
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [B, T] under the sampler's temperature; entropies have a gradient if the loss asks."""
         with_gradient = self.loss.needs_entropy
-        return as_forward(self.model, lambda: token_logprobs(self.model, sequences, self.sampler.temperature, with_gradient))
+        return self.weights.as_forward(lambda: token_logprobs(self.engine, sequences, self.sampler.temperature, with_gradient))
 
     def taught_sequences(self, rollouts: Rollouts) -> Sequences:
         """The sequences of rollouts as the loss sees them: a completion that is masked has no tokens."""
@@ -66,7 +65,7 @@ class UpdatedModule(SteppedModule):
                 return [add(batch) for batch in batches]
 
         with self.stopping_together(), self.clock.phase("logprobs"), self._inference():
-            filled = with_whole_weights(self.model, add_all, as_trained=True)
+            filled = self.weights.gathered(add_all, as_trained=True)
         batches = [batch for batch, _ in filled]
         return batches if self.token_mask is None else mask_tokens(batches, [entropy for _, entropy in filled], self.token_mask)
 

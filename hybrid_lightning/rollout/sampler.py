@@ -7,22 +7,23 @@ in float32, and a random generator of its own whose state a checkpoint can hold.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
+from hybrid_lightning.engine.cpu import operators as kernels
+from hybrid_lightning.engine.decoding import decoding_of
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.kernels import calls as kernels
 from hybrid_lightning.parts import Part
-from hybrid_lightning.rollout.decoding import Decoding, RepeatedCacheDecoding
+from hybrid_lightning.rollout.batching import pad_left
 from hybrid_lightning.rollout.drawing import draw, filter_logits
-from hybrid_lightning.rollout.padding import pad_left
-from hybrid_lightning.rollout.prompt_draws import PromptDraws
-from hybrid_lightning.rollout.shared_decoding import SharedPromptDecoding
-from hybrid_lightning.rollout.support import supports_packing
+from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
+
+if TYPE_CHECKING:
+    from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
 
 
 class Sampler(Part):
@@ -67,7 +68,7 @@ class Sampler(Part):
     @torch.no_grad()
     def sample(
         self,
-        model: nn.Module,
+        engine: "Engine",
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Prompt],
         prompt_ids: Sequence[Sequence[int]],
@@ -81,7 +82,7 @@ class Sampler(Part):
         """Complete every prompt `samples_per_prompt` times.
 
         Args:
-            model: Causal language model; put into eval mode by the caller.
+            engine: Of a causal language model, which the caller puts into eval mode.
             tokenizer: Decodes the completions; its end-of-sequence token ends them.
             prompts: P prompts, for the record in the result.
             prompt_ids: Their token ids.
@@ -100,10 +101,10 @@ class Sampler(Part):
             ConfigError: If the longest prompt and completion do not fit into the model's positions.
         """
         assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
-        decoder = _Decoder(self, model, tokenizer, stop_ids or [int(tokenizer.eos_token_id)], generator, greedy)
-        device = next(model.parameters()).device
+        decoder = _Decoder(self, engine, tokenizer, stop_ids or [int(tokenizer.eos_token_id)], generator, greedy)
+        device = next(engine.model.parameters()).device
         ids, mask = pad_left(prompt_ids, decoder.pad_id, device)
-        check_positions(getattr(model, "config", None), ids.shape[1], self.max_new_tokens)
+        check_positions(getattr(engine.model, "config", None), ids.shape[1], self.max_new_tokens)
         tokens, logprobs, lengths, finished = decoder.run(ids, mask, samples_per_prompt, on_token)
         completion_mask = torch.arange(tokens.shape[1], device=device)[None] < lengths[:, None]
         sequences = Sequences(
@@ -161,14 +162,14 @@ class _Decoder:
     def __init__(
         self,
         sampler: Sampler,
-        model: nn.Module,
+        engine: "Engine",
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Sequence[int],
         generator: torch.Generator | PromptDraws | None,
         greedy: bool,
     ) -> None:
-        self.sampler, self.model, self.generator, self.greedy = sampler, model, generator, greedy
-        self.device = next(model.parameters()).device
+        self.sampler, self.engine, self.generator, self.greedy = sampler, engine, generator, greedy
+        self.device = next(engine.model.parameters()).device
         self.stop_ids = torch.tensor(list(stop_ids), device=self.device)
         self.stop_criteria = sampler.stop_criteria(tokenizer)
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
@@ -177,11 +178,7 @@ class _Decoder:
         self, ids: Tensor, mask: Tensor, samples: int, on_token: Callable[[int, int], None] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns tokens [B, T], log-probabilities [B, T], lengths [B] and finished [B]."""
-        decoding: Decoding
-        if supports_packing(self.model):
-            decoding = SharedPromptDecoding(self.model, ids, mask, self.sampler.max_new_tokens)
-        else:
-            decoding = RepeatedCacheDecoding(self.model, ids, mask)
+        decoding = decoding_of(self.engine, ids, mask, self.sampler.max_new_tokens)
         logits = decoding.prefill(samples)
         batch = logits.shape[0]
         rows = torch.arange(batch, device=self.device)  # which sequence each row of the decoding batch is
@@ -215,7 +212,7 @@ class _Decoder:
 
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         sampler = self.sampler
-        if not self.greedy and sampler.top_k == 0 and sampler.top_p == 1 and kernels.usable(logits):
+        if not self.greedy and sampler.top_k == 0 and sampler.top_p == 1 and self.engine.backend.usable(logits):
             return kernels.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
         scaled = logits.float() if self.sampler.temperature == 1 else logits.float() / self.sampler.temperature
         if self.greedy:

@@ -34,7 +34,6 @@ from torch.optim import Optimizer
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sharding.blocks import decoder_blocks
 from hybrid_lightning.sharding.checkpoints import SplitCheckpoints
-from hybrid_lightning.sharding.forward import is_sharded
 from hybrid_lightning.sharding.names import parameter_names, trained_names
 from hybrid_lightning.sharding.optimizer_state import check_names
 from hybrid_lightning.sharding.ranks import send_trained_weights
@@ -95,7 +94,7 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
 
     def shard(self, model: nn.Module) -> nn.Module:
         """Split a model that every rank has in full, with the trained weights of rank 0."""
-        if is_sharded(model):
+        if isinstance(model, FullyShardedDataParallel):
             return model
         send_trained_weights(model, self.root_device)
         kinds = {type(block) for block in decoder_blocks(model)}

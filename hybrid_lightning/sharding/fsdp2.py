@@ -9,7 +9,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -17,7 +17,6 @@ from torchmetrics import Metric
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sharding.blocks import decoder_blocks
 from hybrid_lightning.sharding.checkpoints import SplitCheckpoints
-from hybrid_lightning.sharding.forward import is_sharded
 from hybrid_lightning.sharding.names import parameter_names
 from hybrid_lightning.sharding.optimizer_state import check_names, is_of
 from hybrid_lightning.sharding.ranks import send_trained_weights
@@ -93,7 +92,7 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
 
     def shard(self, model: nn.Module) -> nn.Module:
         """Split a model that every rank has in full; one that is split already stays as it is."""
-        if is_sharded(model):
+        if isinstance(model, FSDPModule):
             return model
         mesh = self.device_mesh["data_parallel"]
         send_trained_weights(model, self.root_device)

@@ -2,6 +2,7 @@ import random
 
 import pytest
 import torch
+from tiny_models import engine_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hybrid_lightning.assets import embedded_policy_path
@@ -142,7 +143,7 @@ def test_the_policy_masters_less_than_half_directly_and_most_when_it_works(polic
     for cue in "=:":
         prompts = [Prompt(text=row.question.replace("=", cue), answer=row.answer) for row in rows]
         ids = [tokenizer(prompt.text).input_ids for prompt in prompts]
-        rollouts = Sampler(max_new_tokens=20).sample(model, tokenizer, prompts, ids, 1, greedy=True)
+        rollouts = Sampler(max_new_tokens=20).sample(engine_of(model), tokenizer, prompts, ids, 1, greedy=True)
         accuracy[cue] = sum(reward(rollouts.completions, prompts)) / len(prompts)
     assert accuracy["="] < 0.5
     assert accuracy[":"] > 0.6

@@ -14,7 +14,7 @@ from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.errors import ConfigError, PlanError
-from hybrid_lightning.rollout.joining import join_rollouts
+from hybrid_lightning.rollout.batching import join_rollouts
 from hybrid_lightning.trainer import Trainer
 
 IDS = torch.tensor([[4, 5, 13, 6, 16], [9, 8, 7, 6, 5]])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_memory import Case
 
+from hybrid_lightning.engine.cpu.products import packs
 from hybrid_lightning.memory import SingleDevice, plan_memory
-from hybrid_lightning.products import packs
 
 CASES = {
     "lora": Case(),

@@ -36,12 +36,12 @@ class OtherWeights(Sampler):
         super().__init__(max_new_tokens)
         self.scale = scale
 
-    def sample(self, model, *arguments, **options):
-        head = model.get_input_embeddings().weight
+    def sample(self, engine, *arguments, **options):
+        head = engine.model.get_input_embeddings().weight
         kept = head.detach().clone()
         try:
             head.data.mul_(self.scale)
-            return super().sample(model, *arguments, **options)
+            return super().sample(engine, *arguments, **options)
         finally:
             head.data.copy_(kept)
 

@@ -11,7 +11,7 @@ from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, GSPOLoss
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
-from hybrid_lightning.rollout.joining import join_rollouts
+from hybrid_lightning.rollout.batching import join_rollouts
 from hybrid_lightning.rollout.sampler import Sampler
 
 TEMPERATURE = 0.8

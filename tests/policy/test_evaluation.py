@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
-from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
 ANSWERS = {0: ["7", "7", "5", "6"], 1: ["5", None, "5", "6"], 2: ["9"] * 4}

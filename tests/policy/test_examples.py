@@ -12,8 +12,8 @@ from tiny_examples import KINDS, build_examples, build_module, fit, weights, wri
 from tiny_models import build_model, build_tokenizer
 from tiny_runs import StartsWithDigit, build_adapter, build_trainer, write_model
 
-from hybrid_lightning.policy.logprobs import token_logprobs
-from hybrid_lightning.rollout.micro_batches import join_rows, split_by_tokens
+from hybrid_lightning.engine.logprobs import token_logprobs
+from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
 
 BETA = 0.5
 
@@ -94,11 +94,7 @@ def test_a_model_that_takes_no_packed_rows_is_trained_padded(kind, model, rows, 
     packed = weights(fit(kind, model, rows, tmp_path / "a", max_steps=1))
     padded = []
 
-    def no(model):
-        padded.append(True)
-        return False
-
-    monkeypatch.setattr("hybrid_lightning.policy.logprobs.supports_packing", no)
+    monkeypatch.setattr("hybrid_lightning.engine.engine.try_packing", lambda *_: padded.append(True))
     other = weights(fit(kind, model, rows, tmp_path / "b", max_steps=1))
     assert padded
     torch.testing.assert_close(other, packed, atol=1e-5, rtol=0)
@@ -109,7 +105,7 @@ def test_chosen_and_rejected_share_their_prompt(model, rows):
     data = build_examples("preference", rows)
     sequences = module.example_sequences(data.train_prompts[:4], torch.device("cpu"))
     width = sequences.completion_ids.shape[1]
-    separate = [token_logprobs(module.model, sequences.rows(slice(row, row + 1)), 1.0)[0] for row in range(8)]
+    separate = [token_logprobs(module.engine, sequences.rows(slice(row, row + 1)), 1.0)[0] for row in range(8)]
     tokens = []
     forward = module.model.get_decoder().forward
 
@@ -118,7 +114,7 @@ def test_chosen_and_rejected_share_their_prompt(model, rows):
         return forward(*arguments, **options)
 
     module.model.get_decoder().forward = counting
-    shared, _ = token_logprobs(module.model, sequences, 1.0)
+    shared, _ = token_logprobs(module.engine, sequences, 1.0)
     assert_same_sums(shared, join_rows(separate, width), additions_of(module.model, 16), LOGITS)
     needed = int(sequences.prompt_mask[0::2].sum()) + int(sequences.completion_mask.sum()) - 8
     assert needed <= tokens[0] < needed + 16, "each prompt once, no completion's last token, and up to 15 tokens of filling"

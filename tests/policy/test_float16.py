@@ -10,9 +10,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
 
+from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GSPOLoss
-from hybrid_lightning.policy.logprobs import token_logprobs
 from hybrid_lightning.types import Prompt
 
 
@@ -68,7 +68,7 @@ def test_gradients_are_nearer_to_float32_than_those_of_bfloat16(model, sums, tmp
 
     def gradient(dtype, scale=1.0):
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = (token_logprobs(module.model, rollouts.sequences, 1.0)[0].sum(1) * weights).mean()
+            loss = (token_logprobs(module.engine, rollouts.sequences, 1.0)[0].sum(1) * weights).mean()
         return torch.cat([part.flatten() / scale for part in torch.autograd.grad(loss * scale, trained)])
 
     exact = gradient(None)

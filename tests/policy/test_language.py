@@ -68,9 +68,10 @@ def test_stop_tokens_are_those_that_the_model_will_have(folder, tmp_path):
     write_model(tmp_path / "ends")
     (tmp_path / "ends" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     (tmp_path / "ends" / "model.safetensors").rename(tmp_path / "weights")
+    (tmp_path / "ends" / "model.safetensors").write_bytes(b"not read")
     module = SupervisedModule.unloaded(model=str(tmp_path / "ends"))
     assert module.stop_ids == [2, 7]
-    (tmp_path / "weights").rename(tmp_path / "ends" / "model.safetensors")
+    (tmp_path / "weights").replace(tmp_path / "ends" / "model.safetensors")
     module.load()
     assert module.stop_ids == [2, 7]
 
@@ -78,6 +79,7 @@ def test_stop_tokens_are_those_that_the_model_will_have(folder, tmp_path):
 def test_that_there_is_such_a_model_is_found_out_before_its_data_is_read(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(FileSource, "read_tables", lambda self: pytest.fail("the data is read"))
     T5Config().save_pretrained(tmp_path / "t5")
+    (tmp_path / "t5" / "model.safetensors").write_bytes(b"not read")
     module = PolicyModule.unloaded(GRPOLoss(), ExactMatch(), str(tmp_path / "t5"))
     with pytest.raises(ModelError, match="no causal language model"):
         build_trainer(tmp_path).check(module, build_data(folder / "sums.jsonl"))

@@ -14,8 +14,8 @@ from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, bu
 from torch.utils._python_dispatch import TorchDispatchMode
 from wide_models import write_wide_model
 
+from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.kernels import calls
 from hybrid_lightning.losses import (
     BNPOLoss,
     CISPOLoss,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
-from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
 PROMPT_LENGTHS, LENGTHS = [3, 2, 1], [1, 4, 2, 2, 3, 3, 1, 1, 4]

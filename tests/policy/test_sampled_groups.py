@@ -25,8 +25,8 @@ from hybrid_lightning.losses import DAPOLoss, GRPOLoss
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.sampled_groups import choose_trained, sample_groups
 from hybrid_lightning.rewards import OverlongPenalty, RewardFunction, WeightedSum
+from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
-from hybrid_lightning.rollout.padding import pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 

@@ -21,8 +21,7 @@ from tiny_runs import (
 
 from hybrid_lightning.errors import ConfigError, TrainingError
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
-from hybrid_lightning.rollout.micro_batches import split_by_tokens
-from hybrid_lightning.rollout.padding import pad_left, pad_right
+from hybrid_lightning.rollout.batching import pad_left, pad_right, split_by_tokens
 from hybrid_lightning.types import Sequences
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import FAMILIES, build_model, build_tokenizer
+from tiny_models import FAMILIES, build_model, build_tokenizer, engine_of
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.sampler import Sampler
@@ -23,7 +23,13 @@ def sample(tokenizer, family="llama", samples=3, seed=0, texts=TEXTS, **settings
     sampler = Sampler(**{"max_new_tokens": 12, **settings})
     generator = torch.Generator().manual_seed(seed)
     return sampler.sample(
-        build_model(family), tokenizer, prompts_of(*texts), ids_of(tokenizer, *texts), samples, generator=generator, greedy=greedy
+        engine_of(build_model(family)),
+        tokenizer,
+        prompts_of(*texts),
+        ids_of(tokenizer, *texts),
+        samples,
+        generator=generator,
+        greedy=greedy,
     )
 
 
@@ -64,7 +70,7 @@ def test_rows_that_end_do_not_change_the_others(tokenizer):
     model = build_model("llama", std=0.1)
     ids = ids_of(tokenizer, *texts)
     sampler = Sampler(max_new_tokens=30)
-    rollouts = sampler.sample(model, tokenizer, prompts_of(*texts), ids, 4, generator=torch.Generator().manual_seed(1))
+    rollouts = sampler.sample(engine_of(model), tokenizer, prompts_of(*texts), ids, 4, generator=torch.Generator().manual_seed(1))
     lengths = rollouts.sequences.completion_mask.sum(1)
     assert lengths.min() < 15 and lengths.max() > 20, "the draw has to have short and long completions"
     for row in range(len(rollouts.sequences)):
@@ -127,7 +133,7 @@ def test_the_generator_alone_decides(tokenizer):
 def test_on_token_counts_and_can_abort(tokenizer):
     seen = []
     sampler = Sampler(max_new_tokens=5)
-    arguments = (build_model("llama"), tokenizer, prompts_of("1="), ids_of(tokenizer, "1="), 2)
+    arguments = (engine_of(build_model("llama")), tokenizer, prompts_of("1="), ids_of(tokenizer, "1="), 2)
     sampler.sample(*arguments, on_token=lambda running, decoded: seen.append((running, decoded)))
     assert [decoded for _, decoded in seen] == list(range(1, len(seen) + 1))
 
@@ -173,5 +179,5 @@ def test_a_completion_knows_that_its_prompt_began_the_reasoning():
     model = build_model("llama")
     model.resize_token_embeddings(len(tokenizer))
     texts = ("12+3=", "12+3=<think>\n", "12+3=<think>\n\n</think>\n\n")
-    rollouts = Sampler(max_new_tokens=3).sample(model, tokenizer, prompts_of(*texts), ids_of(tokenizer, *texts), 2)
+    rollouts = Sampler(max_new_tokens=3).sample(engine_of(model), tokenizer, prompts_of(*texts), ids_of(tokenizer, *texts), 2)
     assert [completion.thinking for completion in rollouts.completions] == [False, False, True, True, False, False]

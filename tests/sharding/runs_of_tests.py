@@ -27,12 +27,12 @@ class ByPrompt(Sampler):
         super().__init__(max_new_tokens)
         self.short = short
 
-    def sample(self, model, tokenizer, prompts, prompt_ids, samples_per_prompt, *, generator=None, **options):
+    def sample(self, engine, tokenizer, prompts, prompt_ids, samples_per_prompt, *, generator=None, **options):
         parts = []
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             own = torch.Generator().manual_seed(1000 + prompt.index)
             sampler = Sampler(2 if prompt.index in self.short else self.max_new_tokens)
-            parts.append(sampler.sample(model, tokenizer, [prompt], [ids], samples_per_prompt, generator=own, **options))
+            parts.append(sampler.sample(engine, tokenizer, [prompt], [ids], samples_per_prompt, generator=own, **options))
         return join(parts)
 
 

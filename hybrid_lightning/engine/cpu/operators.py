@@ -1,0 +1,204 @@
+"""The kernels as functions of tensors. Their callers ask `usable` first, and compute with torch where it says no."""
+
+import ctypes
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from hybrid_lightning.engine.cpu.build import library
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_KINDS = {Tensor, torch.nn.Parameter}  # not those that only look like one, such as distributed tensors
+_POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES: dict[str, list[Any]] = {
+    "rms_norm": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT],
+    "rms_norm_backward": [_POINTER] * 5 + [_INTEGER] * 2,
+    "gated_silu": [_POINTER] * 3 + [_INTEGER] * 4,
+    "gated_silu_backward": [_POINTER] * 5 + [_INTEGER],
+    "rotary": [_POINTER] * 4 + [_INTEGER] * 5 + [_FLOAT],
+    "with_low_rank": [_POINTER] * 3 + [_INTEGER] * 4,
+    "add_low_rank": [_POINTER] * 5 + [_INTEGER] * 5 + [_FLOAT],
+    "low_rank_gradients": [_POINTER] * 8 + [_INTEGER] * 6 + [_FLOAT],
+    "draw_tokens": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT],
+    "token_logprobs": [_POINTER] * 4 + [_INTEGER] * 2 + [_FLOAT, _INTEGER],
+    "decode_attention": [_POINTER] * 10 + [_INTEGER] * 9 + [_FLOAT] + [_INTEGER] * 3,
+    "packed_attention": [_POINTER] * 6 + [_INTEGER] * 5 + [_FLOAT] + [_INTEGER] * 3,
+    "packed_attention_backward": [_POINTER] * 9 + [_INTEGER] * 5 + [_FLOAT] + [_INTEGER] * 3,
+}
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether there are kernels for these tensors: on the CPU, all of one dtype, float32 or bfloat16."""
+    dtype = tensors[0].dtype
+    for part in tensors:  # some hundred times a token: no generator
+        if part.dtype is not dtype or not part.is_cpu or type(part) not in _KINDS:
+            return False
+    return dtype in _SUFFIX and library() is not None
+
+
+def fit(*tensors: Tensor) -> bool:
+    """Whether tensors have one dtype, and one that kernels compute with."""
+    dtype = tensors[0].dtype
+    return dtype in _SUFFIX and all(part.dtype == dtype for part in tensors)
+
+
+@cache
+def _function(name: str, dtype: torch.dtype) -> Any:
+    function = getattr(library(), f"{name}_{_SUFFIX[dtype]}")
+    function.argtypes, function.restype = _SIGNATURES[name], None
+    return function
+
+
+def call(name: str, dtype: torch.dtype, tensors: Iterable[Tensor | None], *numbers: Any) -> None:
+    """Call the compiled function NAME for a storage dtype, with the tensors' addresses and the numbers.
+
+    Of fake tensors, which have no addresses, nothing is computed: what a function writes to has been allocated by its caller.
+    """
+    tensors = tuple(tensors)
+    if isinstance(tensors[0], FakeTensor):
+        return
+    _function(name, dtype)(*[None if part is None else part.data_ptr() for part in tensors], *numbers)
+
+
+def _floats(*shape: int) -> Tensor:
+    """Room for float32, whatever torch's default dtype and device are: precision plugins set them."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Root mean square norm of x [..., n], and 1 / sqrt(mean(x^2) + eps), [..., 1] float32."""
+    x, size = x.contiguous(), x.shape[-1]
+    result, inverses = torch.empty_like(x), _floats(*x.shape[:-1], 1)
+    call("rms_norm", x.dtype, (x, weight, result, inverses), x.numel() // size, size, eps)
+    return result, inverses
+
+
+def rms_norm_backward(outer: Tensor, x: Tensor, weight: Tensor, inverses: Tensor) -> Tensor:
+    """Gradient of x [..., n] from that of its norm."""
+    outer, x, size = outer.contiguous(), x.contiguous(), x.shape[-1]
+    result = torch.empty_like(x)
+    call("rms_norm_backward", x.dtype, (outer, x, weight, inverses, result), x.numel() // size, size)
+    return result
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up, [..., n]."""
+    size = gate.shape[-1]
+    rows = [part.reshape(-1, size) for part in (gate, up)]
+    rows = [part if part.stride(1) == 1 else part.contiguous() for part in rows]
+    result = gate.new_empty(gate.shape)
+    call("gated_silu", gate.dtype, (*rows, result), rows[0].shape[0], size, rows[0].stride(0), rows[1].stride(0))
+    return result
+
+
+def gated_silu_backward(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up from that of silu(gate) up."""
+    outer, gate, up = outer.contiguous(), gate.contiguous(), up.contiguous()
+    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+    call("gated_silu_backward", gate.dtype, (outer, gate, up, of_gate, of_up), gate.numel())
+    return of_gate, of_up
+
+
+def rotary(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) -> Tensor:
+    """Rotary position embedding of x [N, heads, D] by [N, D] each, or what its transpose makes of x; contiguous."""
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    result = x.new_empty(x.shape)
+    sizes = (*x.shape, x.stride(0), x.stride(1))
+    call("rotary", x.dtype, (x, cosines, sines, result), *sizes, -1.0 if transposed else 1.0)
+    return result
+
+
+def with_low_rank(x: Tensor, down: Tensor) -> Tensor:
+    """[x, x A'] [N, n + r] of x [N, n] and A [r, n], which is float32 and contiguous."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    rank, (count, size) = down.shape[0], x.shape
+    result = x.new_empty(count, size + rank)
+    call("with_low_rank", x.dtype, (x, down, result), count, size, rank, x.stride(0))
+    return result
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """A token [B] for each row of logits [B, V] by numbers [B, 1] float64, and log-probabilities [B] float32."""
+    logits, uniform = logits.contiguous(), uniform.contiguous()
+    tokens, logprobs = logits.new_empty(len(logits), dtype=torch.long), _floats(len(logits))
+    call("draw_tokens", logits.dtype, (logits, uniform, tokens, logprobs), *logits.shape, 1 / temperature)
+    return tokens, logprobs
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, slopes: bool) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens [K] and entropies [K], float32, under logits [K, V], which are contiguous.
+
+    With `slopes` the logits become onehot(token) - p.
+
+    Raises:
+        IndexError: If a token is not in the vocabulary; a kernel would write beside the logits.
+    """
+    tokens = tokens.contiguous()
+    if type(tokens) in _KINDS and ((tokens < 0) | (tokens >= logits.shape[1])).any():
+        raise IndexError(f"tokens from {int(tokens.min())} to {int(tokens.max())} for logits of {logits.shape[1]} tokens")
+    logprobs, entropies = _floats(len(logits)), _floats(len(logits))
+    call("token_logprobs", logits.dtype, (logits, tokens, logprobs, entropies), *logits.shape, 1 / temperature, slopes)
+    return logprobs, entropies
+
+
+# Numbers of both factors up to which the kernels are faster than libraries: with 4,096 they take 0.5 to 0.9 of the time, with
+# 33,792 as much forward and 1.0 to 1.4 of it backward (two threads of a Zen 4, 912 and 655 rows). The bound lies between.
+_MOST = 16_384
+
+
+def pays(down: Tensor, up: Tensor) -> bool:
+    """Whether these kernels are the faster ones for A and B."""
+    return down.numel() + up.numel() <= _MOST
+
+
+def add_low_rank(result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """Add s (x A') B' to a result in place.
+
+    Args:
+        result: [N, m], contiguous.
+        x: [N, n].
+        down: A [r, n].
+        up: B [m, r].
+        scaling: s.
+
+    Returns:
+        x A', [N, r], which the gradients need again.
+    """
+    x, rank = _dense_rows(x), len(down)
+    low = x.new_empty(len(x), rank)
+    sizes = (len(x), x.shape[1], len(up), rank, x.stride(0))
+    call("add_low_rank", x.dtype, (x, down.contiguous(), up.contiguous(), result, low), *sizes, scaling)
+    return low
+
+
+def low_rank_gradients(
+    outer: Tensor, x: Tensor, low: Tensor, down: Tensor, up: Tensor, scaling: float, of_x: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of A and B from that of a result; those of x are added in place to what `of_x` has.
+
+    Args:
+        outer: [N, m].
+        x: [N, n].
+        low: x A' [N, r].
+        down: A [r, n].
+        up: B [m, r].
+        scaling: s.
+        of_x: [N, n], contiguous; None if nobody wants it.
+    """
+    outer, x, rank = _dense_rows(outer), _dense_rows(x), len(down)
+    down, up = down.contiguous(), up.contiguous()
+    of_down, of_up = torch.empty_like(down), torch.empty_like(up)
+    tensors = (outer, x, low.contiguous(), down, up, of_x, of_down, of_up)
+    sizes = (len(x), x.shape[1], len(up), rank, outer.stride(0), x.stride(0))
+    call("low_rank_gradients", x.dtype, tensors, *sizes, scaling)
+    return of_down, of_up
+
+
+def _dense_rows(part: Tensor) -> Tensor:
+    return part if part.stride(1) == 1 else part.contiguous()

@@ -1,0 +1,188 @@
+"""A decoder's forward pass as plain calls of what its layers consist of, for the tens of thousands of layers of a rollout.
+
+transformers calls a dozen modules a layer, each of which looks for hooks, passes its arguments on by name, and cuts and turns
+its tensors. On a CPU that takes as long as a small model's layer computes: without, a token of SmolLM2-135M took 0.9 of the time
+and one of the embedded policy 0.8, with the same numbers bit for bit. On an accelerator what lies between the layers' attentions
+is compiled.
+
+Once for each model its own pass and this one have to give the same; else its own is used.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_lightning.engine.attention_hook import Packing
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.decoder_layers import KnownLayer, adapters_of, compiled_layers, compiling_pays, variants_allowed
+from hybrid_lightning.engine.fused_layers import rotary_of_tokens
+from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.engine.passes import base_model, own_hidden
+from hybrid_lightning.engine.prepacked import products_together
+from hybrid_lightning.types import Sequences
+
+logger = logging.getLogger(__name__)
+
+Pass = Callable[[Tensor, Tensor, Packing], Tensor]
+Maker = Callable[[Any, list[KnownLayer], Backend], Pass]
+
+
+class FastDecoder:
+    """Makes a model's fastest pass that gives the same as its own; which one that is, is found out once."""
+
+    def __init__(self) -> None:
+        self._make: Maker | None = None
+        self._tried = False
+
+    def new_pass(self, model: nn.Module, layers: list[KnownLayer], backend: Backend) -> Pass | None:
+        """The pass, while weights do not change; None if the model's own is all there is.
+
+        Args:
+            model: Causal language model in eval mode, within `prepacked_weights`.
+            layers: Of its decoder.
+            backend: Of its fused layers.
+        """
+        decoder = base_model(model).get_decoder()
+        if not self._tried:
+            self._make, self._tried = _maker(model, decoder, layers, backend), True
+        if self._make is not _compiled_pass:
+            return None if self._make is None else self._make(decoder, layers, backend)
+        compiled, plain = _compiled_pass(decoder, layers, backend), _plain_pass(decoder, layers, backend)
+
+        def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+            if self._make is _compiled_pass:
+                try:  # which may be compiled anew long after its trial, such as for inference mode
+                    return compiled(ids, positions, packing)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    self._make = _plain_pass
+                    _warn_not_compiled(decoder, f"{type(error).__name__}: {error}")
+            return plain(ids, positions, packing)  # whatever the packing got before, it gets the same once more
+
+        return hidden_states
+
+
+class _Layer(Protocol):
+    """What a layer computes before and after its attention, without a gradient."""
+
+    def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, H, D], keys [N, K, D] and values [N, K, D] of hidden states [N, n]; cosines and sines are [N, D]."""
+        ...
+
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Hidden states [N, n] after the layer from those before it and the attention's result [N, H D]."""
+        ...
+
+
+class _PlainLayer:
+    """Plain calls."""
+
+    def __init__(self, known: KnownLayer) -> None:
+        self.known = known
+        self.queries_keys_values = products_together(known.queries_keys_values)
+        self.gate_and_up = products_together([known.mlp.gate_proj, known.mlp.up_proj])
+        self.out, self.down = products_together([known.output]), products_together([known.mlp.down_proj])
+
+    def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """See `_Layer`."""
+        known, shape = self.known, (len(hidden), -1, self.known.head_size)
+        query, key, value = (part.view(shape) for part in self.queries_keys_values(known.norms[0].forward(hidden)))
+        if known.head_norms is not None:
+            query, key = known.head_norms[0].forward(query), known.head_norms[1].forward(key)
+        return *rotary_of_tokens(known.backend, query, key, *angles), value
+
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """See `_Layer`."""
+        hidden = hidden + self.out(attended)[0]
+        gate, up = self.gate_and_up(self.known.norms[1].forward(hidden))
+        return hidden + self.down(self.known.mlp.activated(gate, up))[0]
+
+
+def _plain_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> Pass:
+    return _pass(decoder, layers, [_PlainLayer(layer) for layer in layers], backend)
+
+
+def _compiled_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> Pass:
+    plain, whole, adapters = _plain_pass(decoder, layers, backend), compiled_layers(layers), adapters_of(layers)
+    if whole is None:
+        return plain
+    compiled = _pass(decoder, layers, whole, backend)
+
+    def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        if any(adapter.disable_adapters for adapter in adapters):
+            return plain(ids, positions, packing)
+        with variants_allowed():
+            return compiled(ids, positions, packing)
+
+    return hidden_states
+
+
+def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer], backend: Backend) -> Pass:
+    def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        hidden = decoder.embed_tokens(ids)
+        cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
+        angles = (cosines[0].contiguous(), sines[0].contiguous())
+        with backend.in_pass():
+            for number, (kind, layer) in enumerate(zip(known, layers, strict=True)):
+                attended = packing.attend(number, *layer.heads(hidden, angles), kind.window, kind.settings)
+                hidden = layer.output(hidden, attended.reshape(len(hidden), -1))
+            result: Tensor = decoder.norm.forward(hidden)
+        return result
+
+    return hidden_states
+
+
+def _maker(model: nn.Module, decoder: Any, layers: list[KnownLayer], backend: Backend) -> Maker | None:
+    """What makes the fastest pass that gives the same as the model's own; None for none."""
+    device = next(decoder.parameters()).device
+    ids = torch.arange(2, 14, device=device).view(2, 6) % decoder.config.vocab_size
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    packed = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), backend, completions=False)
+    with torch.no_grad():
+        with backend.in_pass():
+            expected = own_hidden(model, packed.ids, packed.positions, packed)
+        if compiling_pays(device) and _compiles(decoder, layers, backend, packed, expected):
+            return _compiled_pass
+        off = _difference(_plain_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
+    if off:
+        logger.warning(
+            "%s is sampled from by its own forward pass, which takes longer: calling its parts one by one gave %s. "
+            "This version of transformers may be newer than this project knows",
+            type(decoder).__name__,
+            off,
+        )
+    return None if off else _plain_pass
+
+
+def _compiles(decoder: Any, layers: list[KnownLayer], backend: Backend, packed: PackedSequences, expected: Tensor) -> bool:
+    logger.info("torch.compile compiles the layers of %s for sampling, once", type(decoder).__name__)
+    try:
+        off = _difference(_compiled_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
+        off = f"{type(error).__name__}: {error}"
+    if off:
+        _warn_not_compiled(decoder, off)
+    return not off
+
+
+def _warn_not_compiled(decoder: Any, reason: str) -> None:
+    logger.warning(
+        "%s is sampled from without torch.compile, which takes longer, since that gave %s. "
+        "Without the attempt and this warning: TORCH_COMPILE_DISABLE=1",
+        type(decoder).__name__,
+        reason,
+    )
+
+
+def _difference(found: Tensor, expected: Tensor) -> str:
+    """How two results differ that should be the same; empty if they do not."""
+    if found.dtype != expected.dtype:
+        return f"{found.dtype} instead of {expected.dtype}"
+    # Bit for bit on a CPU by plain calls; products of an accelerator may sum up otherwise for another number of axes.
+    off = float((found - expected).double().norm() / expected.double().norm())
+    close = off <= (1e-4 if expected.dtype == torch.float32 else 0.02)
+    return "" if close else f"other numbers, {off:.2g} of their size away"

@@ -1,0 +1,254 @@
+"""Decoder layers whose computation is known: those that compute what Llama's, Mistral's, Qwen2's or Qwen3's do.
+
+They are recognised by their classes and by what they consist of, and a trial then has to give the same numbers (`decoder.py`).
+Where somebody watches the modules' calls, as FSDP does, they are not known, since they have to be called.
+
+For accelerators what a layer computes before and after its attention is two functions that torch compiles. There a token of a
+layer is some sixty small operations, each of which takes longer to launch than to compute; torch.compile makes few kernels of all
+that lies between the matrix products, and one call of each function. They are functions of tensors alone: every rollout has new
+tensors (s B, for one), and all layers share what was compiled for one of them; layers with other kinds of projections, such as a
+fully trained one among those with LoRA, get a variant of their own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3Model
+
+from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.attention_hook import AttentionCalls
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, is_watched, plain_norm, plain_rotary
+from hybrid_lightning.engine.prepacked import ProductFactors, multiply, product_factors
+
+_FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
+    LlamaModel: (LlamaDecoderLayer, LlamaAttention),
+    MistralModel: (MistralDecoderLayer, MistralAttention),
+    Qwen2Model: (Qwen2DecoderLayer, Qwen2Attention),
+    Qwen3Model: (Qwen3DecoderLayer, Qwen3Attention),
+}
+
+
+class KnownLayer(NamedTuple):
+    """What a decoder layer consists of."""
+
+    norms: tuple[FusedRMSNorm, FusedRMSNorm]  # before attention and before the MLP
+    queries_keys_values: list[nn.Module]
+    head_norms: tuple[FusedRMSNorm, FusedRMSNorm] | None  # of queries and keys
+    backend: Backend
+    window: int | None
+    settings: AttentionSettings
+    head_size: int
+    output: nn.Module
+    mlp: FusedMLP
+
+    def same_input(self) -> list[list[nn.Module]]:
+        """Layers that are multiplied together."""
+        return [self.queries_keys_values, [self.mlp.gate_proj, self.mlp.up_proj]]
+
+
+def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[KnownLayer] | None:
+    """The decoder's layers; None unless all of it is known, and nobody watches.
+
+    Args:
+        decoder: Of a causal language model.
+        calls: What its layers ask of attention.
+        backend: Of its fused layers.
+    """
+    if type(decoder) not in _FAMILIES or not isinstance(decoder.norm, FusedRMSNorm):
+        return None
+    if _has_any_global_hook() or is_watched(decoder) or is_watched(decoder.norm):
+        return None
+    asked = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.windows, calls.settings, strict=True)
+    layers = [_layer(layer, _FAMILIES[type(decoder)], backend, window, settings) for layer, window, settings in asked]
+    known = [layer for layer in layers if layer is not None]
+    return known if len(known) == len(layers) else None
+
+
+def _layer(
+    layer: Any,
+    classes: tuple[type[nn.Module], type[nn.Module]],
+    backend: Backend,
+    window: int | None,
+    settings: AttentionSettings,
+) -> KnownLayer | None:
+    if type(layer) is not classes[0]:
+        return None
+    attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
+    if not (isinstance(attention, classes[1]) and isinstance(mlp, FusedMLP)) or attention.training:
+        return None
+    return _parts(layer, attention, mlp, norms, backend, window, settings)
+
+
+def _parts(
+    layer: nn.Module,
+    attention: Any,
+    mlp: FusedMLP,
+    norms: tuple[Any, Any],
+    backend: Backend,
+    window: int | None,
+    settings: AttentionSettings,
+) -> KnownLayer | None:
+    head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    of_mlp = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    all_norms = (*norms, *(head_norms or ()))
+    known = all(isinstance(norm, FusedRMSNorm) for norm in all_norms)
+    if not known or any(is_watched(module) for module in (layer, attention, mlp, *all_norms, *projections, *of_mlp)):
+        return None
+    return KnownLayer(norms, projections[:3], head_norms, backend, window, settings, attention.head_dim, projections[3], mlp)
+
+
+# A model has at most 2^3 combinations of kinds of projections before attention and 2^4 after it, twice with inference mode; and a
+# process may sample from several models.
+_MOST_VARIANTS = 64
+
+
+def compiling_pays(device: torch.device) -> bool:
+    """Whether to compile for a device, if `TORCH_COMPILE_DISABLE` does not forbid it. On a CPU it does not pay."""
+    # Devices that torch's compiler writes Triton kernels for.
+    return device.type in ("cuda", "xpu") and not torch._dynamo.config.disable
+
+
+class Norm(NamedTuple):
+    """Of root mean squares."""
+
+    weight: Tensor  # [n]
+    eps: float
+
+
+class BeforeAttention(NamedTuple):
+    """What a layer's queries, keys and values are made with."""
+
+    norm: Norm
+    projections: tuple[ProductFactors, ProductFactors, ProductFactors]
+    head_norms: tuple[Norm, Norm] | None  # of queries and keys
+    head_size: int
+
+
+class AfterAttention(NamedTuple):
+    """What a layer makes of the attention's result."""
+
+    output: ProductFactors
+    norm: Norm
+    gate: ProductFactors
+    up: ProductFactors
+    down: ProductFactors
+
+
+def before_attention(hidden: Tensor, cosines: Tensor, sines: Tensor, layer: BeforeAttention) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [N, H, D], keys [N, K, D] and values [N, K, D].
+
+    Args:
+        hidden: [N, n].
+        cosines: Of the rotary embeddings, [N, D].
+        sines: [N, D].
+        layer: Of the decoder.
+    """
+    x = _normed(hidden, layer.norm)
+    query, key, value = (multiply(x, factors).view(x.shape[0], -1, layer.head_size) for factors in layer.projections)
+    if layer.head_norms is not None:
+        query, key = _normed(query, layer.head_norms[0]), _normed(key, layer.head_norms[1])
+    query, key = plain_rotary(query, key, cosines, sines)
+    return query, key, value
+
+
+def after_attention(hidden: Tensor, attended: Tensor, layer: AfterAttention) -> Tensor:
+    """The next layer's [N, n].
+
+    Args:
+        hidden: [N, n].
+        attended: [N, H D].
+        layer: Of the decoder.
+    """
+    hidden = hidden + multiply(attended, layer.output)
+    x = _normed(hidden, layer.norm)
+    return hidden + multiply(F.silu(multiply(x, layer.gate)) * multiply(x, layer.up), layer.down)
+
+
+def _normed(x: Tensor, norm: Norm) -> Tensor:
+    return plain_norm(x, norm.weight, norm.eps)[0]
+
+
+@contextmanager
+def variants_allowed() -> Iterator[None]:
+    """Within this context torch compiles as many variants of a function as a model can have, where it would stop at 8."""
+    with torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS):
+        yield
+
+
+class CompiledLayer:
+    """A layer by the two functions, while weights do not change."""
+
+    def __init__(self, before: BeforeAttention, after: AfterAttention) -> None:
+        self.before, self.after = before, after
+
+    def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """See `before_attention`."""
+        return _call(before_attention, (hidden, *angles), self.before)
+
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """See `after_attention`."""
+        result: Tensor = _call(after_attention, (hidden, attended.contiguous()), self.after)
+        return result
+
+
+def compiled_layers(layers: list[KnownLayer]) -> list[CompiledLayer] | None:
+    """The layers; None where one has a projection of another kind, such as a quantized one."""
+    result = [_compiled_layer(layer) for layer in layers]
+    whole = [layer for layer in result if layer is not None]
+    return whole if len(whole) == len(result) else None
+
+
+def adapters_of(layers: list[KnownLayer]) -> list[BaseTunerLayer | ModulesToSaveWrapper]:
+    """What can be disabled in them."""
+    modules = [module for layer in layers for module in _projections(layer)]
+    return [module for module in modules if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))]
+
+
+def _projections(layer: KnownLayer) -> list[nn.Module]:
+    return [*layer.queries_keys_values, layer.output, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
+
+
+def _compiled_layer(layer: KnownLayer) -> CompiledLayer | None:
+    found = [product_factors(module) for module in _projections(layer)]
+    factors = [one for one in found if one is not None]
+    if len(factors) < len(found):
+        return None
+    query, key, value, output, gate, up, down = factors
+    head_norms = None if layer.head_norms is None else (_norm(layer.head_norms[0]), _norm(layer.head_norms[1]))
+    before = BeforeAttention(_norm(layer.norms[0]), (query, key, value), head_norms, layer.head_size)
+    return CompiledLayer(before, AfterAttention(output, _norm(layer.norms[1]), gate, up, down))
+
+
+def _norm(norm: FusedRMSNorm) -> Norm:
+    return Norm(norm.weight.detach(), norm.variance_epsilon)
+
+
+def _call(function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> Any:
+    if len(rows[0]) < 2:  # sizes of 0 and 1 are compiled for themselves, which one last row is not worth
+        return function(*rows, layer)
+    for part in rows:
+        torch._dynamo.mark_dynamic(part, 0)
+    return _compiled(function)(*rows, layer)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    from torch._inductor import config
+
+    # Intermediate results rounded as without a compiler, so that sampling and training agree; and no choice of kernels by timing,
+    # so that a run that is resumed goes on with the same numbers.
+    wanted = ("emulate_precision_casts", "deterministic")
+    return torch.compile(function, fullgraph=True, options={name: True for name in wanted if hasattr(config, name)})

@@ -1,0 +1,192 @@
+"""Log-probabilities of completion tokens under a policy.
+
+The policy is the distribution that rollouts were sampled from: softmax(logits / temperature). Truncation by top-p or top-k is
+not part of it (as in TRL and verl), so that the gradient is defined for every token.
+
+A B x T x V tensor never exists where the model takes packed sequences: hidden states become logits block by block.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.cpu import operators as kernels
+from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.engine.passes import base_model, last_logits, plain_projection, position_ids, project
+from hybrid_lightning.types import Sequences
+
+if TYPE_CHECKING:
+    from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
+
+# Logits are made in blocks of at most this many numbers (32 MiB in float32, of which two are there at a time).
+_BLOCK = 2**23
+
+
+def token_logprobs(
+    engine: "Engine", sequences: Sequences, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every completion token.
+
+    Where the model can be packed, the forward and backward pass of a prompt is shared by neighbouring rows that have it, and
+    no padding is computed.
+
+    Args:
+        engine: Of a causal language model.
+        sequences: B prompts (left-padded) and completions (right-padded, T tokens).
+        temperature: Divides the logits; must be that of the sampling.
+        entropy_gradient: Whether entropies have a gradient, which keeps as many numbers a token again as it has hidden states.
+
+    Returns:
+        Log-probabilities [B, T] float32 with gradient, and entropies [B, T] float32 in nats; both 0 at padding.
+    """
+    mask = sequences.completion_mask
+    tokens = sequences.completion_ids[mask]
+    model = engine.model
+    engine.prepare()
+    if engine.packs:
+        packed = PackedSequences(sequences, engine.backend)
+        hidden = engine.hidden(packed.ids, packed.positions, packed)
+        logprobs, entropy = logprobs_of_hidden(engine, packed.predicting(hidden), tokens, temperature, entropy_gradient)
+    else:
+        logprobs, entropy = _of_logits(
+            _separate_logits(model, sequences)[mask], tokens, temperature, entropy_gradient, engine.backend
+        )
+    padded = torch.zeros(mask.shape, device=mask.device)
+    return padded.masked_scatter(mask, logprobs), padded.masked_scatter(mask, entropy)
+
+
+def logprobs_of_hidden(
+    engine: "Engine", hidden: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of tokens, without all their logits at once.
+
+    Args:
+        engine: Of a causal language model.
+        hidden: States [K, H] that predict them.
+        tokens: [K].
+        temperature: Divides the logits.
+        entropy_gradient: See `token_logprobs`.
+
+    Returns:
+        Log-probabilities [K] float32 with gradient, and entropies [K] float32.
+    """
+    model, backend = engine.model, engine.backend
+    most = max(1, _BLOCK // base_model(model).config.get_text_config().vocab_size)
+    # Blocks of one size: a small last one would read the whole weight for a few rows.
+    count = max(1, -(-len(tokens) // most))
+    pairs = list(zip(hidden.tensor_split(count), tokens.tensor_split(count), strict=True))
+    weight = plain_projection(model)
+    if weight is not None and not weight.requires_grad:
+        options = (temperature, entropy_gradient, backend)
+        blocks = [_Projected.apply(part, weight, ids, *options) for part, ids in pairs]  # type: ignore[no-untyped-call]
+    elif torch.is_grad_enabled():  # recomputed in the backward pass, so that one block's logits live at a time
+        options = (temperature, entropy_gradient, backend)
+        blocks = [checkpoint(_project, model, part, ids, *options, use_reentrant=False) for part, ids in pairs]
+    else:
+        blocks = [_project(model, part, ids, temperature, entropy_gradient, backend) for part, ids in pairs]
+    return torch.cat([values for values, _ in blocks]), torch.cat([values for _, values in blocks])
+
+
+def _project(
+    model: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    return _of_logits(project(model, hidden), tokens, temperature, entropy_gradient, backend)
+
+
+class _Projected(torch.autograd.Function):
+    """Log-probability and entropy H under a frozen output layer. Gradients, but for a factor a token, are known in its forward:
+
+        d log p(token) / d hidden = (onehot(token) - p) W / temperature
+        d H / d hidden = -p (log p + H) W / temperature
+
+    so that logits are made once and neither kept nor made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, backend: Backend
+    ) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, weight)
+        if backend.usable(logits) and not entropy_gradient:
+            wanted = ctx.needs_input_grad[0]
+            result, entropy = kernels.token_logprobs(logits, tokens, temperature, slopes=wanted)
+            if wanted:  # logits are their slopes now
+                with torch.autocast(hidden.device.type, enabled=False):
+                    ctx.save_for_backward(logits @ weight.to(logits.dtype))
+                ctx.temperature, ctx.dtype = temperature, hidden.dtype
+            ctx.mark_non_differentiable(entropy)
+            return result, entropy
+        dtype, logits = logits.dtype, logits.float()  # of a whole block, kept no longer than needed
+        with torch.autocast(hidden.device.type, enabled=False):
+            logprobs = (logits if temperature == 1 else logits.div_(temperature)).log_softmax(dim=-1)
+            del logits
+            result = logprobs.gather(1, tokens[:, None]).squeeze(1)
+            probabilities = logprobs.exp()
+            entropy = -torch.linalg.vecdot(probabilities, logprobs)
+            if ctx.needs_input_grad[0]:
+                slopes = []
+                if entropy_gradient:
+                    slope = logprobs.add_(entropy[:, None]).mul_(probabilities).neg_()
+                    slopes.append(slope.to(dtype) @ weight.to(dtype))
+                del logprobs
+                slope = probabilities.neg_()
+                slope[torch.arange(len(tokens), device=tokens.device), tokens] += 1
+                ctx.save_for_backward(slope.to(dtype) @ weight.to(dtype), *slopes)
+                ctx.temperature, ctx.dtype = temperature, hidden.dtype
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return result, entropy
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        slopes = ctx.saved_tensors
+        parts = [slope * (gradient[:, None] / ctx.temperature) for slope, gradient in zip(slopes, gradients, strict=False)]
+        return sum(parts[1:], start=parts[0]).to(ctx.dtype), None, None, None, None, None
+
+
+class _OfLogits(torch.autograd.Function):
+    """Log-probability, with a gradient, and entropy by a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        slopes = logits.clone(memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else logits.contiguous()
+        result, entropy = kernels.token_logprobs(slopes, tokens, temperature, slopes=ctx.needs_input_grad[0])
+        ctx.temperature = temperature
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(entropy)
+        return result, entropy
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * (gradient[:, None] / ctx.temperature)).to(slopes.dtype), None, None
+
+
+def _of_logits(
+    logits: Tensor, tokens: Tensor, temperature: float, entropy_gradient: bool, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Logits [K, V], tokens [K] -> log-probabilities [K] and entropies [K], float32; the same numbers as `_Projected`."""
+    if backend.usable(logits) and not entropy_gradient:
+        values: tuple[Tensor, Tensor] = _OfLogits.apply(logits, tokens, temperature)  # type: ignore[no-untyped-call]
+        return values
+    logprobs = (logits.float() / temperature).log_softmax(dim=-1)
+    wanted = entropy_gradient and torch.is_grad_enabled()
+    with torch.set_grad_enabled(wanted), torch.autocast(logits.device.type, enabled=False):
+        entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
+    return logprobs.gather(1, tokens[:, None]).squeeze(1), entropy
+
+
+def _separate_logits(model: nn.Module, sequences: Sequences) -> Tensor:
+    """Logits [B, T, V] before each completion token, every row with its own prompt."""
+    length = sequences.completion_ids.shape[1]
+    mask = torch.cat([sequences.prompt_mask, sequences.completion_mask], dim=1)
+    ids = torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1)
+    return last_logits(model, ids, mask, position_ids(mask), length + 1)[:, :-1]

@@ -1,0 +1,296 @@
+"""`PackedSequences`: prompts and completions as one row of tokens, without padding and with every prompt once.
+
+    [prompt 1 | prompt 2 | ... | long completions of prompt 1 | long ones of prompt 2 | ... | short ones of prompt 1 | ...]
+
+A completion's last token is left out: nothing is predicted from it. Attention alone needs rectangles; they are cut out of the row
+by index there. Completions of about the same length lie together in a *band*, so that each band's rectangle holds little padding:
+their scores grow with the square of its length. A few tokens that nobody reads fill the row up to a multiple of 16. Axes as in
+`attention.py`, and N tokens in the row, of which the first L are the prompts'.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hybrid_lightning.engine.attention import AttentionSettings, Masks, packed_attention, shared_attention
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.cpu.attention_operators import Groups
+from hybrid_lightning.types import Sequences
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Where the tokens of a part of the row lie in a rectangle that is padded on the right."""
+
+    shape: tuple[int, ...]  # of the rectangle, the last axis being the tokens of one sequence
+    valid: Tensor  # bool, in that shape
+    lengths: Tensor  # tokens of each sequence
+    filled: bool  # no padding at all
+    to_grid: Tensor  # for each place of the rectangle, flattened, the token that it holds; at padding some other token
+    to_row: Tensor  # for each token its place
+
+    @classmethod
+    def of(cls, valid: Tensor) -> "_Grid":
+        count = int(valid.sum())
+        number = valid.flatten().cumsum(0) - 1
+        # The token before: a sequence's padding repeats its last token, so that attention finds finite numbers there.
+        return cls(
+            tuple(valid.shape),
+            valid,
+            valid.sum(dim=-1),
+            count == valid.numel(),
+            number.clamp(min=0),
+            valid.flatten().nonzero().squeeze(1),
+        )
+
+    def cut(self, row: Tensor) -> Tensor:
+        """[tokens, ...] -> [*shape, ...]."""
+        grid = row if self.filled else _Gather.apply(row, self.to_grid, self.to_row)
+        return grid.reshape(*self.shape, *row.shape[1:])
+
+    def paste(self, grid: Tensor) -> Tensor:
+        """[*shape, ...] -> [tokens, ...]."""
+        row = grid.flatten(0, len(self.shape) - 1)
+        return row if self.filled else _Gather.apply(row, self.to_row, self.to_grid, self.valid.flatten())
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """Rows that `_Gather` takes more than once."""
+
+    rows: Tensor  # [P] of values
+    places: Tensor  # [P, G], where each goes in the result
+    valid: Tensor  # [P, G] bool: a row may be taken less often than others
+
+    def sums(self, gradient: Tensor) -> Tensor:
+        """Gradients of the rows, added up in float32 at least, and in the order of their places."""
+        parts = gradient.index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
+        parts = parts.masked_fill_(~self.valid[..., None], 0)
+        return parts.sum(dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)).to(gradient.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    """`index_select` along the first axis whose backward pass is one as well, rows and places being one to one where it counts.
+
+    The backward pass of `index_select` adds row by row, which on a CPU takes longer than the attention itself. On a GPU, and that
+    of `values[index]` on a CPU, it adds by atomics, in an order that depends on what else the machine does: so what is taken more
+    than once is added up here, in one order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        index: Tensor,
+        inverse: Tensor,
+        valid: Tensor | None = None,
+        repeated: _Repeated | None = None,
+    ) -> Tensor:
+        ctx.save_for_backward(inverse, valid)
+        ctx.repeated = repeated
+        return values.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        inverse, valid = ctx.saved_tensors
+        if not len(gradient):  # nothing was taken
+            return gradient.new_zeros(len(inverse), *gradient.shape[1:]), None, None, None, None
+        result = gradient.index_select(0, inverse)
+        if valid is not None:  # padding got no gradient
+            result = result.masked_fill_(~valid.view(-1, *[1] * (result.dim() - 1)), 0)
+        if ctx.repeated is not None:
+            result.index_copy_(0, ctx.repeated.rows, ctx.repeated.sums(gradient))
+        return result, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Predictors:
+    """Which token of the row predicts each of K completion tokens, these in the order of `completion_mask` flattened."""
+
+    numbers: Tensor  # [K], of the token that predicts it
+    predicted: Tensor  # [N]: for each token of the row the one that it predicts; some other where that is none, or several
+    valid: Tensor  # [N] bool: whether it predicts one alone
+    firsts: _Repeated  # a prompt's last token predicts the first one of each of its completions
+
+
+# Products of few different sizes: for each new size oneDNN makes code of up to 0.6 MB that it keeps.
+_MULTIPLE = 16
+# A band holds lengths down to this share of its longest, and does not begin for less than so many tokens.
+_BAND_SHARE, _BAND_STEP = 0.7, 16
+
+
+class PackedSequences:
+    """The layout of one packed forward pass; a `Packing`.
+
+    Args:
+        sequences: B rows. Neighbours with the same prompt share it.
+        backend: Of the model.
+        completions: False packs the prompts alone, each by itself.
+    """
+
+    def __init__(self, sequences: Sequences, backend: Backend, completions: bool = True) -> None:
+        self.backend = backend
+        first = begins_group(sequences) if completions else torch.ones_like(sequences.prompt_mask[:, 0])
+        group = first.long().cumsum(0) - 1
+        prompt_mask = sequences.prompt_mask[first]
+        prompt_lengths = prompt_mask.sum(dim=1)
+        device = first.device
+        width = int(prompt_lengths.max())
+        self.prompts = _Grid.of(torch.arange(width, device=device)[None] < prompt_lengths[:, None])
+        ids = [sequences.prompt_ids[first][prompt_mask]]
+        positions = [self.prompts.valid.cumsum(dim=1)[self.prompts.valid] - 1]
+        self.prompt_tokens = len(ids[0])
+        self.last_prompt_token = prompt_lengths.cumsum(0) - 1  # [P], numbers in the row
+        self.bands: list[_Grid] = []
+        self.predictors: _Predictors | None = None  # where completions are packed
+        begin = self.prompt_tokens
+        if completions:
+            counts = group.bincount()
+            most = int(counts.max())
+            mask = sequences.completion_mask
+            number = (mask.flatten().cumsum(0).view_as(mask) - 1).clamp(min=0)  # [B, T], of completion tokens among each other
+            predictor = torch.zeros_like(number)  # [B, T]: number in the row of the token that predicts it
+            predictor[:, :1] = self.last_prompt_token[group][:, None]
+            predicted = [number.new_zeros(self.prompt_tokens)]
+            for row_of_cell, valid in _bands(group, counts, most, mask[:, 1:].sum(dim=1)):
+                prompt, rank, time = valid.nonzero(as_tuple=True)
+                row = row_of_cell[prompt, rank]
+                self.bands.append(_Grid.of(valid))
+                ids.append(sequences.completion_ids[row, time])
+                positions.append(prompt_lengths[prompt] + time)
+                predictor[row, time + 1] = torch.arange(begin, begin + len(row), device=device)
+                predicted.append(number[row, time + 1])
+                begin += len(row)
+        self.filling = -begin % _MULTIPLE
+        ids.append(ids[0][:1].expand(self.filling))
+        positions.append(positions[0][:1].expand(self.filling))
+        self.ids = torch.cat(ids)  # [N]
+        self.positions = torch.cat(positions)  # [N]
+        self._masks: dict[tuple[int, int | None], Masks] = {}
+        if completions:
+            predicted.append(number.new_zeros(self.filling))
+            of_completion = torch.zeros(len(self.ids), dtype=torch.bool, device=device)
+            of_completion[self.prompt_tokens : begin] = True
+            cell = (group, torch.arange(len(group), device=device) - (counts.cumsum(0) - counts)[group])
+            firsts, there = number.new_zeros(len(counts), most), mask.new_zeros(len(counts), most)
+            firsts[cell], there[cell] = number[:, 0], mask[:, 0]
+            shared = _Repeated(self.last_prompt_token, firsts, there)
+            self.predictors = _Predictors(predictor[mask], torch.cat(predicted), of_completion, shared)
+
+    def predicting(self, hidden: Tensor) -> Tensor:
+        """The states [K, H], of all [N, H], that predict the K completion tokens, in the order of `completion_mask` flattened."""
+        of = self.predictors
+        assert of is not None, "prompts alone predict no completion token"
+        states: Tensor = _Gather.apply(hidden, of.numbers, of.predicted, of.valid, of.firsts)  # type: ignore[no-untyped-call]
+        return states
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
+    ) -> Tensor:
+        """See `Packing`."""
+        if settings.has_operator(self.backend, query, key, value):
+            return packed_attention(query, key, value, self.groups, window, settings.factor(query))
+        heads, (tokens, all_heads, _) = key.shape[1], query.shape
+        grouped = query.view(tokens, heads, all_heads // heads, query.shape[2])
+        sizes = [self.prompt_tokens, *(len(band.to_row) for band in self.bands), self.filling]
+        queries, keys, values = (part.split(sizes) for part in (grouped, key, value))
+        prompt = [self.prompts.cut(part)[:, None] for part in (keys[0], values[0])]  # [P, 1, S, K, D]
+        own = [part.permute(0, 3, 1, 2, 4) for part in prompt]  # [P, K, 1, S, D]
+        query_grid = self.prompts.cut(queries[0])[:, None].permute(0, 3, 1, 4, 2, 5)  # [P, K, 1, R, S, D]
+        result = shared_attention(query_grid, None, (own[0], own[1]), self._mask(0, window), settings, self.backend)
+        rows = [self.prompts.paste(result.permute(0, 2, 4, 1, 3, 5)[:, 0])]
+        shared = (own[0][:, :, 0], own[1][:, :, 0])
+        for number, band in enumerate(self.bands, start=1):
+            query_grid = band.cut(queries[number]).permute(0, 3, 1, 4, 2, 5)  # [P, K, G, R, T, D]
+            mine = [band.cut(part[number]).permute(0, 3, 1, 2, 4) for part in (keys, values)]  # [P, K, G, T, D]
+            result = shared_attention(query_grid, shared, (mine[0], mine[1]), self._mask(number, window), settings, self.backend)
+            rows.append(band.paste(result.permute(0, 2, 4, 1, 3, 5)))
+        rows.append(rows[0].new_zeros(self.filling, *rows[0].shape[1:]))
+        return torch.cat(rows).flatten(1, 2).view(query.shape)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Each prompt and its completions as segments of the row; what fills it up is one more group."""
+        prompts = torch.arange(len(self.prompts.lengths), device=self.ids.device)
+        filling = prompts.new_tensor([self.filling])
+        lengths = torch.cat([self.prompts.lengths, *(band.lengths.flatten() for band in self.bands), filling])
+        group = [prompts, *(prompts.repeat_interleave(band.shape[1]) for band in self.bands), prompts[-1:] + 1]
+        numbers = torch.cat(group)
+        ends = lengths.cumsum(0)
+        segments = torch.stack([ends - lengths, ends], dim=1)[numbers.argsort(stable=True)]
+        return Groups(segments, torch.cat([filling.new_zeros(1), numbers.bincount().cumsum(0)]))
+
+    def _mask(self, part: int, window: int | None) -> Masks:
+        if (part, window) not in self._masks:
+            masks = self._completion_masks(self.bands[part - 1].shape[2], window) if part else self._prompt_masks(window)
+            self._masks[part, window] = masks
+        return self._masks[part, window]
+
+    def _prompt_masks(self, window: int | None) -> Masks:
+        """Padding on the right is never seen, since it comes later."""
+        index = torch.arange(self.prompts.shape[1], device=self.ids.device)
+        return None, visible(index[:, None], index, window)
+
+    def _completion_masks(self, length: int, window: int | None) -> Masks:
+        device, width = self.ids.device, self.prompts.shape[1]
+        steps = torch.arange(length, device=device)
+        own = visible(steps[:, None], steps, window)
+        if self.prompts.filled and (window is None or window >= width + length):
+            return None, own
+        lengths = self.prompts.lengths[:, None, None]
+        prompt = torch.arange(width, device=device)[None, None]
+        seen = visible(lengths + steps[:, None], prompt, window) & (prompt < lengths)  # [P, T, S]
+        return seen[:, None, None, None], own
+
+
+def _bands(group: Tensor, counts: Tensor, most: int, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut completions into bands.
+
+    Args:
+        group: Number of its prompt for each of B rows, ascending.
+        counts: Rows of each prompt.
+        most: The largest of them.
+        lengths: Tokens of each row that are read, [B].
+
+    Yields:
+        The row of each cell [P, G], G being the band's rows of a prompt, and which of its tokens there are, [P, G, T].
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]  # by prompt, then the longest first
+    prompts = group[order]
+    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[prompts]
+    # A column of the rectangle is the n-th longest completion of every prompt.
+    longest = lengths.new_zeros(most).scatter_reduce(0, rank, lengths[order], "amax").tolist()
+    begins = [0]
+    for column, length in enumerate(longest):
+        first = longest[begins[-1]]
+        if length <= _BAND_SHARE * first and first - length >= _BAND_STEP:
+            begins.append(column)
+    for begin, end in pairwise([*begins, len(longest)]):
+        inside = (rank >= begin) & (rank < end)
+        row_of_cell = order.new_zeros(len(counts), end - begin)
+        tokens = lengths.new_zeros(len(counts), end - begin)
+        cell = (prompts[inside], rank[inside] - begin)
+        row_of_cell[cell], tokens[cell] = order[inside], lengths[order[inside]]
+        if longest[begin]:
+            yield row_of_cell, torch.arange(longest[begin], device=order.device) < tokens[..., None]
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which positions of keys a query's position sees: those up to its own, and of these the last `window`."""
+    seen = keys <= queries
+    return seen if window is None else seen & (keys > queries - window)
+
+
+def begins_group(sequences: Sequences) -> Tensor:
+    """[B] bool: True where a row's prompt differs from the row's before."""
+    prompts = torch.cat([sequences.prompt_ids, sequences.prompt_mask.long()], dim=1)
+    changes = (prompts[1:] != prompts[:-1]).any(dim=1)
+    return torch.cat([changes.new_ones(1), changes])

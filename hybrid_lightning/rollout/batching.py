@@ -1,0 +1,171 @@
+"""Rows put together and taken apart: padded, cut into runs by their tokens, joined below each other, dealt to ranks, and saved.
+
+How many rows a forward and backward pass takes depends on how long they are. Denominators are those of the whole optimizer step,
+so that any way to cut its rows, or to deal those that another number of ranks has saved, gives the same gradient.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hybrid_lightning.engine.packing import begins_group
+from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.types import PolicyBatch, Rewards, Rollouts, Sequences
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Ids [B, S] int64 and mask [B, S] bool (True on real tokens), with the padding before each row."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], dtype=torch.long, device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device)[None] >= width - lengths[:, None]
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Ids [B, T] int64 and mask [B, T] bool (True on real tokens), with the padding behind each row."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device)[None] < lengths[:, None]
+
+
+def split_by_tokens(sequences: Sequences, max_tokens: int, together: int = 1) -> list[slice]:
+    """Cut rows into runs of neighbours of at most `max_tokens` tokens, which a single longer row exceeds.
+
+    A prompt counts once for the neighbours that share it, as in the packed forward pass; a prompt whose completions are cut apart
+    counts in each run.
+
+    Args:
+        sequences: B rows.
+        max_tokens: Tokens of prompts and completions in a run.
+        together: So many rows, counted from the first, are never cut apart; B is a multiple of it.
+
+    Returns:
+        Slices of the rows, in order.
+    """
+    prompts = sequences.prompt_mask.sum(dim=1).tolist()
+    completions = sequences.completion_mask.sum(dim=1).tolist()
+    begins: list[bool] = begins_group(sequences).tolist() if len(sequences) else []
+    runs, start, used = [], 0, 0
+    for row in range(0, len(prompts), together):
+        unit = range(row, row + together)
+        needed = sum(completions[i] + (prompts[i] if begins[i] else 0) for i in unit)
+        alone = needed + (0 if begins[row] else prompts[row])  # where it begins a run
+        if row > start and used + needed > max_tokens:
+            runs.append(slice(start, row))
+            start, used = row, alone
+        else:
+            used += alone if row == start else needed
+    return [*runs, slice(start, len(prompts))] if prompts else []
+
+
+def join_rows(parts: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """Stack [b, t] tensors of consecutive rows to [B, width], with zeros where a part is narrower."""
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+
+
+def join_columns(parts: Sequence[Tensor]) -> Tensor:
+    """Stack [b, t] tensors to [B, T], with zeros on the right where a part is narrower than the widest."""
+    return join_rows(parts, max(part.shape[1] for part in parts))
+
+
+def join_sequences(parts: Sequence[Sequences]) -> Sequences:
+    """Stack sequences; prompts stay left-padded and completions right-padded."""
+    start = max(part.prompt_ids.shape[1] for part in parts)
+
+    def left(values: list[Tensor]) -> Tensor:
+        return torch.cat([pad(value, (start - value.shape[1], 0)) for value in values])
+
+    return Sequences(
+        left([part.prompt_ids for part in parts]),
+        left([part.prompt_mask for part in parts]),
+        join_columns([part.completion_ids for part in parts]),
+        join_columns([part.completion_mask for part in parts]),
+    )
+
+
+def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
+    """Put rollouts of the same number of samples per prompt below each other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Rollouts(
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        sequences=join_sequences([part.sequences for part in parts]),
+        completions=tuple(completion for part in parts for completion in part.completions),
+        sampling_logprobs=join_columns([part.sampling_logprobs for part in parts]),
+        finished=torch.cat([part.finished for part in parts]),
+        samples_per_prompt=parts[0].samples_per_prompt,
+    )
+
+
+def join_rewards(parts: Sequence[Rewards]) -> Rewards:
+    """Put rewards below each other."""
+    return replace(
+        parts[0],
+        total=torch.cat([part.total for part in parts]),
+        correct=torch.cat([part.correct for part in parts]),
+        parts={name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
+    )
+
+
+def deal(batches: Sequence[Sequence[PolicyBatch]], rank: int, ranks: int) -> list[PolicyBatch]:
+    """The micro-batches of one rank.
+
+    Args:
+        batches: Of each rank that saved; the same number of each.
+        rank: For which.
+        ranks: How many there are now.
+    """
+    if len(batches) == ranks:
+        return list(batches[rank])
+    return [_share(_join(parts), rank, ranks) for parts in zip(*batches, strict=True)]
+
+
+def _share(batch: PolicyBatch, rank: int, ranks: int) -> PolicyBatch:
+    # Neighbours stay together, since they may share a prompt.
+    return batch.rows(torch.arange(len(batch.sequences), device=batch.advantages.device).tensor_split(ranks)[rank])
+
+
+def _join(parts: Sequence[PolicyBatch]) -> PolicyBatch:
+    parts = [part for part in parts if len(part.sequences)] or parts[:1]
+    width = max(part.sequences.completion_ids.shape[1] for part in parts)
+
+    def joined(values: list[Tensor | None]) -> Tensor | None:
+        return None if values[0] is None else join_rows([value for value in values if value is not None], width)
+
+    return replace(
+        parts[0],
+        sequences=join_sequences([part.sequences for part in parts]),
+        advantages=torch.cat([part.advantages for part in parts]),
+        sampling_logprobs=join_rows([part.sampling_logprobs for part in parts], width),
+        old_logprobs=joined([part.old_logprobs for part in parts]),
+        ref_logprobs=joined([part.ref_logprobs for part in parts]),
+        policy_mask=joined([part.policy_mask for part in parts]),
+    )
+
+
+def to_state(batch: PolicyBatch) -> dict[str, Any]:
+    """Plain data and tensors on the CPU."""
+    state = {entry.name: getattr(batch, entry.name) for entry in fields(batch) if entry.name != "sequences"}
+    sequences = {entry.name: getattr(batch.sequences, entry.name).cpu() for entry in fields(batch.sequences)}
+    state = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
+    return {**state, "sequences": sequences}
+
+
+def from_state(state: dict[str, Any]) -> PolicyBatch:
+    """The micro-batch that `to_state` was given.
+
+    Raises:
+        CheckpointError: If an earlier version wrote it, without something that is needed now.
+    """
+    missing = {entry.name for entry in fields(PolicyBatch)} - state.keys()
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint's unfinished rollout lacks {', '.join(sorted(missing))}, so an earlier version wrote it; resume "
+            "with that version, or from a checkpoint between two rollouts"
+        )
+    return PolicyBatch(**{**state, "sequences": Sequences(**state["sequences"])})

@@ -1,0 +1,84 @@
+"""Random numbers of rollouts: those of a prompt, which do not depend on what it is completed with, and the states of a run."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybrid_lightning.types import Prompt
+
+_STEPS = 64  # drawn at once: neither one call a token, nor numbers for the longest completion from the start
+
+
+class PromptDraws:
+    """Uniform numbers for the completions of one batch, from a generator for each prompt.
+
+    Batch size, number of ranks and order of prompts then change nothing but how logits are rounded.
+
+    Args:
+        prompts: P.
+        samples_per_prompt: G.
+        seed: Of all of them.
+        places: What tells the prompts apart, such as their numbers in a rollout over all ranks, which may have a prompt twice;
+            None takes set and index.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, seed: int, places: Sequence[int] | None = None
+    ) -> None:
+        names = (
+            [f"{prompt.set_name}/{prompt.index}" for prompt in prompts] if places is None else [str(place) for place in places]
+        )
+        assert len(names) == len(prompts)
+        self._generators = [torch.Generator().manual_seed(_seed_of(name, seed)) for name in names]
+        self._samples = samples_per_prompt
+        self._block = torch.empty(0)
+        self._next = 0  # the step that comes after the block
+
+    def numbers(self, rows: Tensor, step: int) -> Tensor:
+        """Numbers in [0, 1) for the token that comes next.
+
+        Args:
+            rows: [R] int64, which of the P * G completions still run.
+            step: Tokens that they have; one more at each call.
+
+        Returns:
+            [R, 1] float64 on the device of `rows`.
+        """
+        if step == self._next:
+            size = (self._samples, _STEPS)
+            parts = [torch.rand(size, dtype=torch.float64, generator=generator) for generator in self._generators]
+            self._block, self._next = torch.cat(parts).to(rows.device), self._next + _STEPS
+        return self._block[rows, step - self._next + _STEPS, None]
+
+
+def _seed_of(name: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def capture_random_state() -> dict[str, Any]:
+    """State of Python's, NumPy's and torch's global generators (CPU and all CUDA devices), as plain data for a checkpoint."""
+    algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(algorithm), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set the global generators back to a state from `capture_random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    algorithm, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([entry.cpu() for entry in state["cuda"]])

@@ -1,0 +1,80 @@
+"""Attention over shared prompts: the backward pass that is written out is the one that autograd would make."""
+
+import pytest
+import torch
+from rounding import assert_same_sums, spread
+
+from hybrid_lightning.engine import attention
+from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.backend import Backend
+
+PROMPTS, HEADS, SAMPLES, REPEATS, SIZE = 2, 3, 4, 2, 8
+# Of the longest queries with the longest prompt: over sizes, over keys, and for gradients over the queries of a group as well.
+ADDITIONS = 2 * (SIZE + 25) + SAMPLES * REPEATS * 5
+
+
+def shared_attention(*parts):
+    return attention.shared_attention(*parts, Backend())
+
+
+def causal(length):
+    steps = torch.arange(length)
+    return steps[None] <= steps[:, None]
+
+
+def tensors(length, width, dtype=torch.float32):
+    """Query, own keys and values, the prompt's, and masks, where the second prompt is shorter."""
+    torch.manual_seed(0)
+    query = torch.randn(PROMPTS, SAMPLES, HEADS, REPEATS, length, SIZE).permute(0, 2, 1, 3, 4, 5)
+    own = torch.randn(2, PROMPTS, HEADS, SAMPLES, length, SIZE).unbind()
+    prompt = torch.randn(2, PROMPTS, HEADS, width, SIZE).unbind()
+    parts = [part.to(dtype).requires_grad_() for part in (query, *own, *prompt)]
+    seen = torch.arange(width) < torch.tensor([width, width - 2])[:, None]
+    return parts, (seen[:, None, None, None, None], causal(length))
+
+
+def gradients(function, parts, masks, settings):
+    query, key, value, prompt_key, prompt_value = parts
+    result = function(query, (prompt_key, prompt_value), (key, value), masks, settings)
+    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
+    return [result.detach(), *torch.autograd.grad((result * weights).sum(), parts)]
+
+
+@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize(("length", "width"), [(5, 3), (5, 20)], ids=["weights kept", "weights made again"])
+def test_gradients_are_autograds(length, width, scaling):
+    parts, masks = tensors(length, width)
+    settings = AttentionSettings(scaling=scaling)
+    expected = gradients(attention._by_products, parts, masks, settings)
+    assert_same_sums(gradients(shared_attention, parts, masks, settings), expected, ADDITIONS)
+
+
+@pytest.mark.parametrize("length", [5, 20])
+def test_a_prompt_by_itself_has_autograds_gradients(length):
+    (query, key, value, _, _), _ = tensors(length, 3)
+    masks = (None, causal(length))
+    parts = (query, key, value)
+    found, wanted = (
+        torch.autograd.grad(way(query, None, (key, value), masks, AttentionSettings()).square().sum(), parts)
+        for way in (shared_attention, attention._by_products)
+    )
+    assert_same_sums(found, wanted, ADDITIONS)
+
+
+def test_in_bfloat16_gradients_have_its_precision_and_the_inputs_dtypes():
+    parts, masks = tensors(5, 20)
+    exact = gradients(shared_attention, parts, masks, AttentionSettings())
+    halves, _ = tensors(5, 20, torch.bfloat16)
+    for half, whole in zip(gradients(shared_attention, halves, masks, AttentionSettings()), exact, strict=True):
+        assert half.dtype == torch.bfloat16
+        # What is rounded to bfloat16 on the way: inputs, scores, weights, and their gradients; sums are of float32.
+        torch.testing.assert_close(half.float(), whole, atol=spread(6, torch.bfloat16) / 2 * float(whole.abs().max()), rtol=0)
+
+
+def test_softcap_and_dropout_are_left_to_autograd():
+    parts, masks = tensors(5, 20)
+    settings = AttentionSettings(softcap=2.0)
+    expected = gradients(attention._by_products, parts, masks, settings)
+    assert_same_sums(gradients(shared_attention, parts, masks, settings), expected, ADDITIONS)
+    outputs = [shared_attention(parts[0], None, (parts[1], parts[2]), (None, None), AttentionSettings(dropout=0.5)) for _ in "ab"]
+    assert not torch.equal(*outputs)

@@ -1,0 +1,69 @@
+"""Kernels are compiled once, and whoever cannot have them is told why and goes on without.
+
+This folder is not named `kernels`: tests/ is on the path, and bitsandbytes asks for a package of that name.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from hybrid_lightning.engine.cpu.build import library
+
+ASK = """
+import logging, torch
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from hybrid_lightning.engine.cpu.operators import usable
+print(usable(torch.zeros(1)))
+"""
+needs_compiler = pytest.mark.skipif(library() is None, reason="no C++ compiler")
+
+
+def ask(cache, **variables):
+    environment = {**os.environ, "HYBRID_LIGHTNING_KERNELS": "1", "XDG_CACHE_HOME": str(cache), **variables}
+    done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, env=environment, check=True, timeout=120)
+    return done.stdout.strip(), done.stderr
+
+
+@needs_compiler
+def test_they_are_compiled_once(tmp_path):
+    answer, said = ask(tmp_path)
+    assert answer == "True" and "Compiling the CPU kernels" in said
+    files = list((tmp_path / "hybrid_lightning").iterdir())
+    assert [path.suffix for path in files] == [".so"], "nothing but the library is left"
+    written = files[0].stat().st_mtime_ns
+    answer, said = ask(tmp_path)
+    assert answer == "True" and said == "" and files[0].stat().st_mtime_ns == written
+    # Another compiler may make other code.
+    answer, said = ask(tmp_path, CXX=f"{shutil.which('g++') or shutil.which('c++')} -O1")
+    assert answer == "True" and "Compiling" in said and len(list((tmp_path / "hybrid_lightning").iterdir())) == 2
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").touch()
+    answer, said = ask(tmp_path / "file")
+    assert answer == "True" and "No kernels" not in said
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"CXX": "none-such"}, ["CXX=none-such is not there", "apt install g++"]),
+        ({"PATH": "/none"}, ["no C++ compiler was found", "apt install g++"]),
+        ({"CXX": shutil.which("false") or "false"}, ["false failed (it said nothing)", "set CXX to another compiler"]),
+    ],
+)
+def test_who_cannot_compile_is_told_why_and_goes_on(tmp_path, variables, words):
+    if "PATH" in variables and os.environ.get("CXX"):
+        variables["CXX"] = ""
+    answer, said = ask(tmp_path, **variables)
+    assert answer == "False"
+    assert said.count("No kernels for this CPU") == 1 and all(part in said for part in words)
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_who_wants_none_has_none_and_is_told_nothing(tmp_path):
+    assert ask(tmp_path, HYBRID_LIGHTNING_KERNELS="0") == ("False", "")

@@ -1,0 +1,212 @@
+"""What accelerators get compiled, compiled here for a CPU: the same rollouts, one compilation for all sizes, and ways back."""
+
+import pytest
+import torch
+from rounding import LOGITS, additions_of, assert_same_sums
+from tiny_decoders import ALL, SOME, build, has_pass, sampled
+from tiny_runs import build_data, fit, write_model, write_sums
+from torch._dynamo.utils import counters
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+from hybrid_lightning.engine import decoder as decoders
+from hybrid_lightning.engine import decoder_layers as layers
+from hybrid_lightning.engine import prepacked as constant
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.passes import base_model
+
+
+def compiler_is_there():
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not compiler_is_there(), reason="no C++ compiler: torch compiles nothing for a CPU")
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """Weights are multiplied where they are, and layers compiled, though this is a CPU."""
+    monkeypatch.setattr(Backend, "copies_pay", lambda *_: False)
+    monkeypatch.setattr(decoders, "compiling_pays", lambda device: True)
+    # torch finds graphs again by all but the processor's vectors: one of 256 bits, as with ATEN_CPU_CAPABILITY=avx2, writes
+    # beyond its tensors where they have 512.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
+    layers._compiled.cache_clear()
+    yield
+    layers._compiled.cache_clear()
+
+
+def maker_of(engine):
+    assert has_pass(engine)
+    return engine._fast._make
+
+
+def rollouts(engine, tokenizer, dtype):
+    """Tokens and log-probabilities, and how many functions were compiled for them."""
+    before = counters["stats"]["unique_graphs"]
+    half = {"dtype": torch.bfloat16, "enabled": dtype is not None}
+    with torch.no_grad(), torch.autocast("cpu", **half), engine.sampling(dtype):
+        tokens, logprobs = sampled(engine, tokenizer, passes := [])
+    assert len(passes) > 5 and all(passes)
+    return tokens, logprobs, counters["stats"]["unique_graphs"] - before
+
+
+@needs_compiler
+@pytest.mark.usefixtures("as_on_an_accelerator")
+@pytest.mark.parametrize(
+    ("family", "targets", "dtype", "settings", "compiled"),
+    [
+        ("llama", ALL, None, {}, 2),
+        ("qwen3", SOME, torch.bfloat16, {}, 2),
+        ("qwen2", ALL, torch.bfloat16, {}, 2),
+        ("mistral", SOME, None, {"layers_to_transform": [1]}, 4),  # a variant each for the layer without LoRA
+    ],
+)
+def test_rollouts_are_the_same(family, targets, dtype, settings, compiled, tokenizer, monkeypatch):
+    torch._dynamo.reset()
+    engine = build(family, targets, **settings)
+    tokens, logprobs, graphs = rollouts(engine, tokenizer, dtype)
+    assert maker_of(engine) is decoders._compiled_pass
+    assert graphs == compiled, "before and after attention, for any number of rows"
+    monkeypatch.setattr(decoders, "compiling_pays", lambda device: False)
+    plain = build(family, targets, **settings)
+    expected_tokens, expected, none = rollouts(plain, tokenizer, dtype)
+    assert maker_of(plain) is decoders._plain_pass and none == 0
+    assert torch.equal(tokens, expected_tokens)
+    assert_same_sums(logprobs, expected, additions_of(engine.model, 22), LOGITS)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_policy_samples_by_them(tmp_path, monkeypatch):
+    passes, original = [], decoders._pass
+
+    def spied(decoder, known, parts, backend):
+        found = original(decoder, known, parts, backend)
+        return lambda *arguments: passes.append((type(parts[0]), torch.is_inference_mode_enabled())) or found(*arguments)
+
+    monkeypatch.setattr(decoders, "_pass", spied)
+    sums = write_sums(tmp_path / "sums.jsonl")
+    policy = fit(write_model(tmp_path / "model"), sums, tmp_path / "runs", max_steps=2)
+    assert policy.trainer.callback_metrics["sampling/logp_difference/max"] < 1e-4
+    assert (layers.CompiledLayer, False) in passes
+    passes.clear()
+    policy.trainer.validate(policy, datamodule=build_data(sums, validation_fraction=0.2), verbose=False)
+    assert set(passes) == {(layers.CompiledLayer, True)}, "in inference mode"
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_where_compiling_fails_the_reason_is_said_and_plain_calls_are_made(monkeypatch, caplog):
+    def fails(*arguments, **options):
+        raise RuntimeError("no working compiler found")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert maker_of(build("llama")) is decoders._plain_pass
+    assert "RuntimeError: no working compiler found" in caplog.text and "TORCH_COMPILE_DISABLE=1" in caplog.text
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_compiler_that_fails_in_the_middle_of_a_rollout_does_not_end_it(monkeypatch, caplog, tokenizer):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    engine, original, calls = build("llama"), layers._call, []
+
+    def fails(*arguments):
+        calls.append(1)
+        if len(calls) == 11:  # the third pass, before the attention of its second layer
+            raise torch._dynamo.exc.InternalTorchDynamoError("no space left")
+        return original(*arguments)
+
+    with torch.no_grad():
+        with engine.sampling():
+            expected = sampled(engine, tokenizer, [])
+        monkeypatch.setattr(layers, "_call", fails)
+        with engine.sampling():
+            found = sampled(engine, tokenizer, [])
+    assert torch.equal(found[0], expected[0])
+    assert_same_sums(found[1], expected[1], additions_of(engine.model, 22), LOGITS)
+    assert len(calls) == 11 and caplog.text.count("InternalTorchDynamoError: no space left") == 1
+    assert maker_of(engine) is decoders._plain_pass, "from then on"
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_compiled_layers_that_give_other_numbers_are_not_used(monkeypatch, caplog):
+    original = layers.CompiledLayer.output
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(layers.CompiledLayer, "output", lambda *parts: original(*parts) * 1.001)
+    assert maker_of(build("llama")) is decoders._plain_pass
+    assert "without torch.compile" in caplog.text and "other numbers" in caplog.text
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_memory_that_ran_out_is_not_taken_for_a_compiler_at_fault(monkeypatch):
+    def fails(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        has_pass(build("llama"))
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_disabled_adapter_is_left_out(monkeypatch, tokenizer):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    engine = build("llama", SOME)
+    with engine.model.disable_adapter():
+        expected = sampled(engine, tokenizer, [])
+    with torch.no_grad(), engine.sampling():
+        assert not torch.equal(sampled(engine, tokenizer, [])[1], expected[1])
+        with engine.model.disable_adapter():
+            found = sampled(engine, tokenizer, [])
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_layers_that_are_no_plain_products_are_called(monkeypatch, tokenizer):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: pytest.fail("nothing is to be compiled"))
+    engine = build("llama", use_dora=True)
+    with torch.no_grad():
+        expected = sampled(engine, tokenizer, [])
+        with engine.sampling():
+            found = sampled(engine, tokenizer, [])
+    assert torch.equal(found[0], expected[0])
+    assert_same_sums(found[1], expected[1], additions_of(engine.model, 22), LOGITS)
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_fully_trained_copy_that_somebody_watches_is_called(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    engine, calls = build("llama", SOME), []
+    copy = base_model(engine.model).get_decoder().layers[0].self_attn.v_proj.modules_to_save["default"]
+    copy.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), engine.sampling():
+        calls.clear()
+        engine.hidden(torch.arange(3, 19), torch.arange(16), OnlyItself())
+    assert calls == [1]
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_no_fully_trained_weight_is_copied():
+    engine = build("llama", SOME)
+    layer = base_model(engine.model).get_decoder().layers[0]
+    with torch.autocast("cpu", torch.bfloat16), engine.sampling(torch.bfloat16):
+        factors = constant.product_factors(layer.self_attn.v_proj)
+    assert factors.weight.data_ptr() == layer.self_attn.v_proj.modules_to_save["default"].weight.data_ptr()
+    assert factors.weight.dtype == torch.float32 and not factors.weight.requires_grad
+
+
+class OnlyItself:
+    """A packing in which every token sees itself alone."""
+
+    def attend(self, layer, query, key, value, window, settings):
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+
+def test_it_is_for_devices_that_torch_writes_triton_kernels_for(monkeypatch):
+    devices = [torch.device(name) for name in ("cuda:1", "xpu", "cpu", "mps")]
+    assert [layers.compiling_pays(device) for device in devices] == [True, True, False, False]
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # as TORCH_COMPILE_DISABLE=1 does
+    assert not any(layers.compiling_pays(device) for device in devices)

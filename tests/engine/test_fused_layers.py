@@ -1,0 +1,266 @@
+import contextlib
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rounding import assert_same_sums
+from tiny_models import build_model
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from hybrid_lightning.engine import fused_layers
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
+from hybrid_lightning.engine.fused_lora import use_fused_lora
+
+pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
+
+
+def frozen(layer):
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return layer.requires_grad_(False)
+
+
+def fused_like(layer):
+    """A copy of a layer, fused; a model holds it."""
+    model = torch.nn.Sequential(copy.deepcopy(layer))
+    use_fused_layers(model, Backend())
+    return model[0]
+
+
+def result_and_gradient(layer, x, gradient):
+    x = x.clone().requires_grad_()
+    result = layer(x)
+    result.backward(gradient)
+    return result.detach(), x.grad
+
+
+def layers():
+    torch.manual_seed(0)
+    config = build_model("llama").config
+    return {"norm": LlamaRMSNorm(config.hidden_size), "mlp": LlamaMLP(config)}
+
+
+@pytest.mark.parametrize("kind", ["norm", "mlp"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_values_and_gradients_are_those_of_transformers(kind, dtype):
+    plain = frozen(layers()[kind].to(dtype))
+    fused = fused_like(plain)
+    assert type(fused) is (FusedRMSNorm if kind == "norm" else FusedMLP)
+    size = plain.weight.shape[0] if kind == "norm" else plain.hidden_size
+    x, gradient = torch.randn(2, 5, size, dtype=dtype) * 3, torch.randn(2, 5, size, dtype=dtype)
+    value, slope = result_and_gradient(plain, x, gradient)
+    mine, my_slope = result_and_gradient(fused, x, gradient)
+    torch.testing.assert_close(mine, value, atol=0, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), value, atol=0, rtol=0)
+    if dtype == torch.bfloat16:  # no further from the exact gradient than theirs
+        exact = result_and_gradient(copy.deepcopy(plain).double(), x.double(), gradient.double())[1]
+        assert (my_slope.double() - exact).norm() <= 1.05 * (slope.double() - exact).norm()
+    else:
+        of_sums = torch.float32 if kind == "norm" else dtype  # whatever its input is
+        assert_same_sums(my_slope.to(of_sums), slope.to(of_sums), additions=2 * (32 + 32 + 48))
+
+
+def kept(layer, x):
+    """Bytes that a layer keeps for its backward pass, beside its weights."""
+    tensors = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.setdefault(t.data_ptr(), t), lambda t: t):
+        layer(x)
+    held = {parameter.data_ptr() for parameter in layer.parameters()}
+    return sum(t.nbytes for pointer, t in tensors.items() if pointer not in held)
+
+
+def adapted(mlp, **options):
+    """The same with LoRA on all three layers, by PEFT alone and with ours."""
+    torch.manual_seed(1)
+    names = ["gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(mlp, LoraConfig(r=4, lora_alpha=6, target_modules=names, init_lora_weights=False, **options))
+    fast = copy.deepcopy(model)
+    use_fused_lora(fast, backend := Backend())
+    use_fused_layers(fast, backend)
+    return model, fast
+
+
+def slopes_of(model, x, gradient):
+    value, slope = result_and_gradient(model, x, gradient)
+    slopes = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(slopes) == 6 and all(part is not None for part in slopes.values())
+    return {"value": value, "x": slope, **slopes}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gated_mlp_with_lora_has_the_values_and_gradients_of_peft(bias):
+    config = copy.deepcopy(build_model("llama").config)
+    config.mlp_bias = bias
+    plain, fused = adapted(frozen(LlamaMLP(config)))
+    x, gradient = (torch.randn(2, 7, config.hidden_size) for _ in range(2))
+    singles = [slopes_of(model, x, gradient) for model in (fused, plain)]
+    for model in (fused, plain):
+        model.double().zero_grad()
+    ours, theirs = (slopes_of(model, x.double(), gradient.double()) for model in (fused, plain))
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    for name, exact in theirs.items():  # in float32 no further from them than PEFT is
+        mine, other = (float((part[name].double() - exact).norm()) for part in singles)
+        assert mine <= 1.1 * other + 1e-6 * float(exact.norm())
+
+
+def test_in_bfloat16_a_gated_mlp_rounds_where_its_layers_do():
+    config = build_model("llama").config
+    model = adapted(frozen(LlamaMLP(config)))[1].bfloat16()
+    layers = copy.deepcopy(model)
+    layers.base_model.model.down_proj.register_forward_hook(lambda *_: None)  # so that it is called
+    x, gradient = (torch.randn(2, 7, config.hidden_size, dtype=torch.bfloat16) for _ in range(2))
+    torch.testing.assert_close(slopes_of(model, x, gradient), slopes_of(layers, x, gradient), atol=0, rtol=0)
+
+
+def test_of_a_gated_mlp_with_lora_the_product_is_not_kept():
+    config = build_model("llama").config
+    _, fused = adapted(frozen(LlamaMLP(config)))
+    x = torch.randn(1000, config.hidden_size, requires_grad=True)
+    low = 3 * 4
+    assert kept(fused, x) <= 1000 * (config.hidden_size + 2 * config.intermediate_size + low) * 4
+
+
+def test_whoever_watches_a_layer_sees_it_called():
+    config = build_model("llama").config
+    _, fused = adapted(frozen(LlamaMLP(config)))
+    x = torch.randn(3, config.hidden_size)
+    expected = fused(x)
+    seen = []
+    fused.base_model.model.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(fused(x), expected, atol=0, rtol=0)
+    assert len(seen) == 1 and seen[0].shape == expected.shape
+
+
+@pytest.mark.parametrize("change", ["dropout", "dora", "disabled", "unfrozen"])
+def test_what_is_not_plain_lora_is_left_to_peft(change):
+    config = build_model("llama").config
+    options = {"dropout": {"lora_dropout": 0.5}, "dora": {"use_dora": True}}.get(change, {})
+    plain, fused = adapted(frozen(LlamaMLP(config)), **options)
+    x, gradient = torch.randn(5, config.hidden_size), torch.randn(5, config.hidden_size)
+    found = []
+    for model in (plain, fused):
+        if change == "unfrozen":
+            model.base_model.model.down_proj.base_layer.weight.requires_grad_()
+        torch.manual_seed(0)
+        with model.disable_adapter() if change == "disabled" else contextlib.nullcontext():
+            found.append(result_and_gradient(model, x, gradient))
+    for ours, theirs in zip(*reversed(found), strict=True):
+        assert_same_sums(ours, theirs, additions=2 * (32 + 32 + 48))
+    if change == "unfrozen":
+        grads = [model.base_model.model.down_proj.base_layer.weight.grad for model in (plain, fused)]
+        assert_same_sums(*grads, additions=2 * (32 + 32 + 48))
+
+
+def test_less_is_kept():
+    for kind, share in (("norm", 0.55), ("mlp", 0.8)):
+        plain = frozen(layers()[kind].bfloat16())
+        fused = fused_like(plain)
+        size = plain.weight.shape[0] if kind == "norm" else plain.hidden_size
+        x = torch.randn(64, size, dtype=torch.bfloat16, requires_grad=True)
+        assert kept(fused, x) <= share * kept(plain, x)
+
+
+def test_a_norm_that_is_trained_gets_its_gradient():
+    norm = fused_like(LlamaRMSNorm(8))
+    norm(torch.randn(3, 8)).square().sum().backward()
+    assert norm.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("family", "norms", "mlps"), [("llama", True, True), ("qwen3", True, True), ("gemma", False, False), ("gpt2", False, False)]
+)
+def test_only_layers_that_compute_the_same_are_replaced(family, norms, mlps):
+    model = build_model(family).eval()
+    ids = torch.arange(5, 15)[None]
+    names = list(model.state_dict())
+    expected = model(ids).logits.detach()
+    use_fused_layers(model, Backend())
+    kinds = {type(module) for module in model.modules()}
+    assert (FusedRMSNorm in kinds, FusedMLP in kinds) == (norms, mlps)
+    torch.testing.assert_close(model(ids).logits.detach(), expected, atol=0, rtol=0)
+    assert list(model.state_dict()) == names
+
+
+def of_transformers(kind, **methods):
+    """A class as transformers might have it in another file."""
+    return type(
+        f"Other{kind.__name__}", (torch.nn.Module,), {**methods, "__module__": "transformers.models.other.modeling_other"}
+    )
+
+
+def reformatted(self, hidden_states):
+    dtype, x = hidden_states.dtype, hidden_states.float()
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(dtype)
+
+
+def shifted(self, hidden_states):
+    return reformatted(self, hidden_states) + hidden_states * 0 + self.weight * 1e-3
+
+
+def clamped(self, hidden_states):
+    return reformatted(self, hidden_states).clamp(-3, 3)
+
+
+def rounded_later(self, hidden_states):
+    x = hidden_states.float()
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return (self.weight.float() * x).to(hidden_states.dtype)
+
+
+def wants_more(self, hidden_states, residual):
+    return reformatted(self, hidden_states) + residual
+
+
+@pytest.mark.parametrize(
+    ("forward", "known"),
+    [(reformatted, True), (shifted, False), (clamped, False), (rounded_later, False), (wants_more, False)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_norm_is_known_by_what_it_computes_and_not_by_its_text(forward, known):
+    norm = of_transformers(LlamaRMSNorm, forward=forward)()
+    norm.weight, norm.variance_epsilon = torch.nn.Parameter(torch.ones(8), requires_grad=False), 1e-5
+    model = torch.nn.Sequential(norm)
+    use_fused_layers(model, Backend())
+    assert (type(model[0]) is FusedRMSNorm) is known
+    if known:
+        assert model[0].weight is norm.weight and model[0].variance_epsilon == 1e-5
+
+
+def gated(self, x):
+    return self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))
+
+
+def gated_the_other_way(self, x):
+    return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+@pytest.mark.parametrize(("forward", "known"), [(gated, True), (gated_the_other_way, False)])
+def test_an_mlp_is_known_by_what_it_computes_and_not_by_its_text(forward, known):
+    mlp = of_transformers(LlamaMLP, forward=forward)()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        mlp.add_module(name, torch.nn.Linear(8, 8, bias=False))
+    mlp.act_fn = torch.nn.SiLU()
+    model = torch.nn.Sequential(mlp)
+    use_fused_layers(model, Backend())
+    assert (type(model[0]) is FusedMLP) is known
+
+
+def test_layers_that_somebody_watches_stay_what_they_are():
+    norm = LlamaRMSNorm(8)
+    norm.register_forward_hook(lambda *_: None)
+    model = torch.nn.Sequential(norm)
+    use_fused_layers(model, Backend())
+    assert model[0] is norm
+
+
+def test_finding_out_draws_no_number_from_the_global_generator():
+    model = build_model("qwen2")
+    fused_layers._mlp_is_llamas.cache_clear()
+    fused_layers._norm_is_llamas.cache_clear()
+    before = torch.get_rng_state()
+    use_fused_layers(model, Backend())
+    assert torch.equal(torch.get_rng_state(), before), "weights of the adapter are drawn from it next"

@@ -1,0 +1,126 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
+from rounding import additions_of, assert_same_sums
+from tiny_models import build_model
+
+from hybrid_lightning.engine import fused_lora as fused_lora
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.cpu import operators as low_rank
+from hybrid_lightning.engine.cpu.build import library
+from hybrid_lightning.engine.cpu.operators import add_low_rank
+from hybrid_lightning.engine.fused_layers import use_fused_layers
+from hybrid_lightning.engine.fused_lora import FusedLora, use_fused_lora
+
+BACKEND = Backend()  # of all models of this file
+
+
+def build(family="llama", **settings):
+    torch.manual_seed(0)
+    model = get_peft_model(build_model(family), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def run(model, autocast=False, fused=False):
+    ids = torch.arange(5, 25).view(2, 10)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), BACKEND.in_pass(fused):
+        logits = model(ids).logits
+    logits.float().square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return logits.detach(), gradients
+
+
+def assert_same(model, found, expected):
+    """Logits, and gradients, which are sums over all 20 tokens."""
+    assert_same_sums(found[0], expected[0], additions_of(model, 10))
+    assert_same_sums(found[1], expected[1], additions_of(model, 20, backward=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}])
+def test_values_and_gradients_are_pefts(family, settings):
+    model = build(family, **settings)
+    expected = run(model)
+    use_fused_lora(model, BACKEND)
+    layers = [module for module in model.modules() if type(module) is FusedLora]
+    assert len(layers) == 4
+    assert_same(model, run(model), expected)
+    layers[-1].scaling["default"] *= 1.001  # a fault is far beyond rounding
+    for part in (0, 1):
+        with pytest.raises(AssertionError, match="not close"):
+            assert_same_sums(run(model)[part], expected[part], additions_of(model, 20, backward=True))
+    layers[-1].scaling["default"] /= 1.001
+    assert all(gradient.dtype == torch.float32 for gradient in run(model)[1].values())
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no kernels to test")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_values_and_gradients_by_kernels_are_pefts(family, monkeypatch):
+    model = build(family)
+    expected = run(model)
+    called = []
+    monkeypatch.setattr(fused_lora, "add_low_rank", lambda *args: called.append(args) or add_low_rank(*args))
+    use_fused_lora(model, BACKEND)
+    use_fused_layers(model, BACKEND)
+    assert_same(model, run(model, fused=True), expected)
+    assert len(called) == 4
+    run(model, autocast=True, fused=True)
+    assert len(called) == 4, "in bfloat16 processors have faster products of their own"
+    monkeypatch.setattr(low_rank, "_MOST", 1)
+    assert_same(model, run(model, fused=True), expected)
+    assert len(called) == 4, "wide factors are multiplied by libraries"
+
+
+def test_mixed_precision_is_as_close_to_float32_as_pefts():
+    model = build()
+    exact = run(model)
+    theirs = run(model, autocast=True)
+    use_fused_lora(model, BACKEND)
+    ours = run(model, autocast=True)
+
+    def error(result):
+        return float((result[0].float() - exact[0]).norm() / exact[0].norm()), sum(
+            float((result[1][name] - exact[1][name]).norm() / exact[1][name].norm()) for name in exact[1]
+        )
+
+    assert ours[0].dtype == torch.bfloat16
+    assert all(mine <= 1.2 * other for mine, other in zip(error(ours), error(theirs), strict=True))
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.5}])
+def test_what_is_not_plain_lora_is_left_to_peft(settings):
+    model = build(**settings).train()
+    torch.manual_seed(1)
+    expected = run(model)
+    use_fused_lora(model, BACKEND)
+    torch.manual_seed(1)
+    torch.testing.assert_close(run(model), expected, atol=0, rtol=0)
+
+
+def test_disabling_and_merging_work_as_before():
+    model = build()
+    base = build_model("llama")
+    ids = torch.arange(5, 25).view(2, 10)
+    use_fused_lora(model, BACKEND)
+    adapted = model(ids).logits
+    with model.disable_adapter():
+        torch.testing.assert_close(model(ids).logits, base(ids).logits, atol=0, rtol=0)
+    torch.testing.assert_close(model(ids).logits, adapted, atol=0, rtol=0)
+    assert_same_sums(model.merge_and_unload()(ids).logits, adapted, additions_of(model, 10))
+
+
+def test_full_size_copies_are_not_kept_for_the_backward_pass():
+    torch.manual_seed(0)
+    layer = lora.Linear(torch.nn.Linear(64, 64, bias=False).requires_grad_(False), "default", LoraConfig(), r=2)
+    layer.__class__ = FusedLora
+    x = torch.randn(100, 64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    assert sorted(t.numel() for t in kept) == [2 * 64, 2 * 64, 2 * 100, 64 * 64, 64 * 100]

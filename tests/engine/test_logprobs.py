@@ -1,0 +1,214 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from rounding import LOGITS, additions_of, assert_same_sums
+from tiny_decoders import fused
+from tiny_models import FAMILIES, VOCABULARY, build_model, engine_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.logprobs import token_logprobs
+from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.policy.modes import checkpoint_gradients
+from hybrid_lightning.rollout.batching import pad_left, pad_right
+from hybrid_lightning.types import Sequences
+
+LONG = [7, 8, 9, 10, 11, 12, 13]
+# Rows of the same prompt next to each other share its forward pass; the first three rows share nothing.
+SEPARATE = ([[4, 5, 13, 6, 16], [9], LONG], [[5, 2], [4, 6, 7, 2], [9, 10, 11]])
+SHARED = ([LONG, LONG, LONG, [9], [9], LONG], [[5, 2], [4, 6, 7, 2], [9, 10, 11], [2], [4, 4], [5, 2]])
+CASES = {"separate": SEPARATE, "shared": SHARED}
+
+
+def build_sequences(case):
+    prompts, completions = CASES[case]
+    return Sequences(*pad_left(prompts, 0, "cpu"), *pad_right(completions, 0, "cpu"))
+
+
+def plain(model, case, row, temperature):
+    prompt, completion = CASES[case][0][row], CASES[case][1][row]
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float() / temperature
+    logprobs = logits.log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(completion)[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neither_padding_nor_sharing_changes_values_and_entropies(family, case):
+    model = build_model(family)
+    logprobs, entropy = token_logprobs(engine_of(model), build_sequences(case), temperature=0.8)
+    for row, completion in enumerate(CASES[case][1]):
+        expected, expected_entropy = plain(model, case, row, 0.8)
+        assert_same_sums(logprobs[row, : len(completion)], expected, additions_of(model, 11), LOGITS)
+        assert_same_sums(entropy[row, : len(completion)], expected_entropy, additions_of(model, 11), LOGITS)
+    assert torch.isfinite(logprobs).all()
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen-output-layer"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_separate_unpadded_passes(family, case, frozen):
+    model = build_model(family).requires_grad_(True)
+    if frozen:  # as with an adapter; logits and their gradient are then made in one go
+        model.get_output_embeddings().requires_grad_(False)
+    sequences = build_sequences(case)
+    logprobs, entropy = token_logprobs(engine_of(model), sequences, temperature=0.7)
+    assert not entropy.requires_grad
+    (logprobs * sequences.completion_mask).sum().backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch.stack([plain(model, case, row, 0.7)[0].sum() for row in range(len(sequences))]).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert_same_sums(together[name], parameter.grad, additions_of(model, 40, backward=True), name=name)
+
+
+@pytest.mark.parametrize(("case", "tokens"), [("shared", 7 + 1 + 7 + 1 + 3 + 2 + 1 + 1), ("separate", 5 + 1 + 7 + 1 + 3 + 2)])
+def test_every_prompt_goes_through_the_model_once_and_no_padding_does(case, tokens):
+    model = build_model("llama")
+    token_logprobs(engine_of(model), build_sequences(case), 1.0)  # the first call tries the model out
+    shapes = []
+    model.model.register_forward_pre_hook(lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    token_logprobs(engine_of(model), build_sequences(case), 1.0)
+    filled = -(-tokens // 16) * 16
+    assert shapes == [(1, filled)], "prompts of each run of equal neighbours, and completions without their last token"
+
+
+def test_no_tensor_holds_the_logits_of_the_batch(monkeypatch):
+    monkeypatch.setattr("hybrid_lightning.engine.logprobs._BLOCK", 4 * VOCABULARY)
+    model = build_model("llama").requires_grad_(True)
+    sequences = build_sequences("shared")
+    token_logprobs(engine_of(model), sequences, 1.0)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            outputs = result if isinstance(result, (tuple, list)) else (result,)
+            sizes.extend(out.numel() for out in outputs if isinstance(out, torch.Tensor) and VOCABULARY in out.shape)
+            return result
+
+    with Sizes():
+        token_logprobs(engine_of(model), sequences, 1.0)[0].sum().backward()
+    assert int(sequences.completion_mask.sum()) > 8 and max(sizes) <= max(4 * VOCABULARY, VOCABULARY * 32)
+
+
+def test_blocks_of_rows_give_the_same(monkeypatch):
+    model = build_model("llama").requires_grad_(True)
+    sequences = build_sequences("shared")
+
+    def run():
+        model.zero_grad()
+        logprobs, entropy = token_logprobs(engine_of(model), sequences, 0.9)
+        logprobs.sum().backward()
+        return logprobs.detach(), entropy, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    whole = run()
+    monkeypatch.setattr("hybrid_lightning.engine.logprobs._BLOCK", 2 * 4 * 47)
+    blocks = run()
+    assert_same_sums(blocks[:2], whole[:2], additions_of(model, 11), LOGITS)
+    assert_same_sums(blocks[2], whole[2], additions_of(model, 40, backward=True))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    sequences = build_sequences("shared")
+    gradients = []
+    for checkpointing in (False, True):
+        model = build_model("llama").requires_grad_(True).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        token_logprobs(engine_of(model), sequences, 1.0)[0].masked_fill(~sequences.completion_mask, 0).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert_same_sums(gradients[0], gradients[1], additions_of(model, 40, backward=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.usefixtures("with_and_without_kernels")
+def test_layers_made_again_for_the_backward_pass_use_the_same_kernels(family):
+    sequences = build_sequences("shared")
+    found = []
+    for checkpointing in (False, True):
+        model = build_model(family)
+        names = tuple(name for name, module in model.named_modules() if name.endswith("_proj"))
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=list(names), init_lora_weights=False))
+        engine = fused(model)
+        if checkpointing:
+            checkpoint_gradients(model, engine.backend)
+        logprobs, _ = token_logprobs(engine, sequences, 1.0)
+        logprobs.sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
+
+
+def test_rows_cut_padding_that_all_share():
+    rows = build_sequences("separate").rows(slice(0, 1))
+    assert rows.prompt_ids.tolist() == [SEPARATE[0][0]] and rows.completion_ids.tolist() == [SEPARATE[1][0]]
+    model = build_model("llama")
+    alone, _ = token_logprobs(engine_of(model), rows, 1.0)
+    assert_same_sums(alone[0], plain(model, "separate", 0, 1.0)[0], additions_of(model, 7), LOGITS)
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padding(family):
+    model = build_model(family).requires_grad_(True)
+    lengths = torch.tensor([3, 60, 1, 33, 58, 2, 30, 1, 64, 5])
+    prompts = torch.randint(3, 30, (2, 6)).repeat_interleave(5, dim=0)
+    prompt_mask = torch.ones_like(prompts, dtype=torch.bool)
+    prompt_mask[:5, :2] = False
+    completions = torch.randint(3, 30, (10, 64))
+    mask = torch.arange(64) < lengths[:, None]
+    sequences = Sequences(prompts, prompt_mask, completions, mask)
+    weights = torch.randn(mask.shape)
+    packed = PackedSequences(sequences, Backend())
+    assert len(packed.bands) > 1
+    places = sum(math.prod(band.shape) for band in packed.bands)
+    assert places < 1.6 * int((lengths - 1).sum()) < 10 * 63  # one rectangle would have 10 x 63
+
+    def gradients(logprobs):
+        (logprobs * weights * mask).sum().backward()
+        taken = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+        model.zero_grad()
+        return taken
+
+    together, entropy = token_logprobs(engine_of(model), sequences, 1.0)
+    found = gradients(together)
+    alone = [token_logprobs(engine_of(model), sequences.rows(slice(row, row + 1)), 1.0) for row in range(10)]
+    width = mask.shape[1]
+    separate = torch.cat([F.pad(values, (0, width - values.shape[1])) for values, _ in alone])
+    separate_entropy = torch.cat([F.pad(values, (0, width - values.shape[1])) for _, values in alone])
+    assert_same_sums((together, entropy), (separate, separate_entropy), additions_of(model, 70), LOGITS)
+    assert_same_sums(found, gradients(separate), additions_of(model, 700, backward=True))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen-output-layer"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "separate-rows"])
+def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, frozen, monkeypatch):
+    monkeypatch.setattr("hybrid_lightning.engine.logprobs._BLOCK", 4 * VOCABULARY)
+    if not packed:
+        monkeypatch.setattr("hybrid_lightning.engine.engine.try_packing", lambda *_: None)
+    model = build_model("llama").requires_grad_(True)
+    if frozen:
+        model.get_output_embeddings().requires_grad_(False)
+    sequences = build_sequences("shared")
+    weights = torch.randn(sequences.completion_mask.shape, generator=torch.Generator().manual_seed(0)) * sequences.completion_mask
+    logprobs, entropy = token_logprobs(engine_of(model), sequences, 0.7, entropy_gradient=True)
+    assert_same_sums((logprobs, entropy), token_logprobs(engine_of(model), sequences, 0.7), additions_of(model, 11), LOGITS)
+    (2 * (logprobs * weights).sum() - (entropy * weights.flip(0)).sum()).backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for row, completion in enumerate(CASES["shared"][1]):
+        alone, its_entropy = plain(model, "shared", row, 0.7)
+        length = len(completion)
+        (2 * (alone * weights[row, :length]).sum() - (its_entropy * weights.flip(0)[row, :length]).sum()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert_same_sums(together[name], parameter.grad, additions_of(model, 40, backward=True), name=name)
+    with torch.no_grad():
+        assert not token_logprobs(engine_of(model), sequences, 0.7, entropy_gradient=True)[1].requires_grad

@@ -1,0 +1,112 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import build_model, engine_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.logprobs import token_logprobs
+from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.types import Sequences
+
+# Tokens of completions: none, one, and so many that they fill several bands; of three prompts, the first of which comes again.
+LENGTHS = torch.tensor([3, 0, 1, 0, 40, 2, 1, 38, 5])
+PROMPT = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 0])
+
+
+def build_sequences(lengths=LENGTHS):
+    torch.manual_seed(0)
+    prompts = torch.randint(3, 30, (3, 5))[PROMPT]
+    mask = torch.ones_like(prompts, dtype=torch.bool)
+    mask[PROMPT == 1, :2] = False
+    completion_mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
+    return Sequences(prompts, mask, torch.randint(3, 30, completion_mask.shape), completion_mask)
+
+
+def states_of(packed, dtype=torch.float64):
+    return torch.randn(len(packed.ids), 3, dtype=dtype, requires_grad=True)
+
+
+def test_the_states_that_predict_have_the_gradient_of_plain_indexing():
+    packed = PackedSequences(build_sequences(), Backend())
+    hidden = states_of(packed)
+    found, plain = packed.predicting(hidden), hidden[packed.predictors.numbers]
+    assert len(packed.bands) > 1 and torch.equal(found, plain)
+    # Of whole numbers, whose sums are exact in any order.
+    weights = torch.randint(-9, 9, found.shape).double()
+    expected, given = (torch.autograd.grad((states * weights).sum(), hidden)[0] for states in (plain, found))
+    assert torch.equal(given, expected)
+    torch.autograd.gradcheck(packed.predicting, hidden)
+
+
+def test_where_all_completions_are_empty_nothing_is_predicted():
+    packed = PackedSequences(build_sequences(torch.zeros_like(LENGTHS)), Backend())
+    hidden = states_of(packed)
+    states = packed.predicting(hidden)
+    (gradient,) = torch.autograd.grad(states.sum(), hidden)
+    assert len(states) == 0 and not gradient.any() and gradient.shape == hidden.shape
+
+
+def test_gradients_in_bfloat16_are_added_up_in_float32():
+    """Of 1 and 2^-8 twice, bfloat16 forgets each of the small ones, and the sum of all is exact."""
+    lengths = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0])
+    packed = PackedSequences(build_sequences(lengths), Backend())
+    hidden = states_of(packed, torch.bfloat16)
+    parts = torch.tensor([1, 2**-8, 2**-8], dtype=torch.bfloat16)
+    states = packed.predicting(hidden)
+    states.backward(parts[:, None].expand_as(states))
+    assert hidden.grad[packed.last_prompt_token[0]].tolist() == [1 + 2**-7] * 3
+
+
+class Additions(TorchDispatchMode):
+    """Operations that add several numbers to one place, one after another as it happens: on a GPU, or on threads of a CPU.
+
+    That of `scatter_add` is not looked at: it is the backward pass of `gather`, which takes one number of each row.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.count = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.count += 1
+        if name in ("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"):
+            accumulates = args[3] if len(args) > 3 else (kwargs or {}).get("accumulate", False)
+            indices = [index for index in args[1] if index is not None]
+            if not accumulates or any(index.dtype == torch.bool for index in indices):  # a mask takes each number once
+                indices = [torch.zeros(0)]
+            places = torch.stack(torch.broadcast_tensors(*indices), dim=-1).flatten(0, -2)
+        elif name in ("index_add", "index_add_"):
+            places = args[2][:, None]
+        elif name == "embedding_dense_backward":
+            places = args[1].flatten()[:, None]
+        else:
+            places = torch.zeros(0, 1)
+        if len(places) and len(places.unique(dim=0)) < len(places):
+            self.seen.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+@pytest.mark.parametrize("entropy_gradient", [False, True], ids=["", "entropy"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_no_gradient_is_added_up_in_an_order_that_depends_on_timing(packed, entropy_gradient, monkeypatch):
+    if not packed:
+        monkeypatch.setattr("hybrid_lightning.engine.engine.try_packing", lambda *_: None)
+    model = build_model("qwen3").requires_grad_(True)
+    model.get_input_embeddings().requires_grad_(False)
+    if packed:
+        token_logprobs(engine_of(model), build_sequences(), 1.0)
+    with Additions() as additions:
+        logprobs, entropy = token_logprobs(engine_of(model), build_sequences(), 0.9, entropy_gradient)
+        (logprobs + entropy).sum().backward()
+    assert additions.count > 100 and not additions.seen
+
+
+def test_plain_indexing_and_selecting_are_such_additions():
+    values, index = torch.randn(4, 2, requires_grad=True), torch.tensor([0, 0, 1])
+    for taken in (lambda: values[index], lambda: values.index_select(0, index), lambda: F.embedding(index, values)):
+        with Additions() as additions:
+            taken().sum().backward()
+        assert len(additions.seen) == 1

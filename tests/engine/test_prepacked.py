@@ -1,0 +1,126 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rounding import additions_of, assert_same_sums
+from tiny_models import build_model
+
+from hybrid_lightning.engine import prepacked as constant
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.fused_lora import use_fused_lora
+from hybrid_lightning.engine.prepacked import prepacked_weights, products_together
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def build(family="llama", targets=("q_proj", "down_proj"), **settings):
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), **settings)
+    model = get_peft_model(build_model(family), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    use_fused_lora(model, Backend())
+    return model
+
+
+def gradients_of(model):
+    model(torch.arange(5, 25).view(2, 10)).logits.square().mean().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def logits_of(model, autocast=False):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return model(torch.arange(5, 25).repeat(4, 1)).logits.float()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_prepacked_weights_give_the_same_and_leave_no_trace(autocast):
+    model = build()
+    ids = torch.arange(5, 25).repeat(4, 1)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+
+    def logits(half=autocast):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return model(ids).logits.float()
+
+    expected, exact = logits(), logits(half=False)
+    with prepacked_weights(model, Backend(), torch.bfloat16 if autocast else None):
+        # Sums are rounded elsewhere in bfloat16, but no worse.
+        off = (logits() - exact).abs().mean()
+        assert off <= (1.1 * (expected - exact).abs().mean() if autocast else 1e-6)
+        assert gradients_of(model), "a pass with gradients takes the weights themselves"
+        with model.disable_adapter():
+            torch.testing.assert_close(logits(), expected_of_base(ids, autocast), atol=0, rtol=0)
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.mul_(2)
+        assert not torch.equal(logits(), expected), "later changes count"
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.div_(2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_accelerators_copy_no_weight_that_has_the_dtype_of_the_products(autocast, monkeypatch):
+    monkeypatch.setattr(Backend, "copies_pay", lambda *_: False)
+    model = build()
+    ids = torch.arange(5, 25).repeat(4, 1)
+
+    def logits(half=autocast):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return model(ids).logits.float()
+
+    expected, exact = logits(), logits(half=False)
+    with prepacked_weights(model, Backend(), torch.bfloat16 if autocast else None):
+        off = (logits() - exact).abs().mean()
+        factors = [constant.product_factors(module) for module in model.modules() if isinstance(module, constant.FusedLora)]
+    assert off <= (1.1 * (expected - exact).abs().mean() if autocast else 1e-6)
+    held = {parameter.data_ptr() for parameter in model.parameters()}
+    assert len(factors) == 4 and all((found.weight.data_ptr() in held) is not autocast for found in factors)
+
+
+def expected_of_base(ids, autocast):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return build_model("llama")(ids).logits.float()
+
+
+def same_inputs(model):
+    for layer in model.base_model.model.model.layers:
+        attention = layer.self_attn
+        yield [attention.q_proj, attention.k_proj, attention.v_proj]
+        yield [layer.mlp.gate_proj, layer.mlp.up_proj]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # the latter's q, k and v have a bias
+@pytest.mark.parametrize("targets", [ALL, ("q_proj", "v_proj", "up_proj"), ("k_proj", "gate_proj", "up_proj")])
+@pytest.mark.usefixtures("with_and_without_kernels")
+def test_layers_with_one_input_are_one_product(family, targets, autocast, monkeypatch):
+    model = build(family, targets, rank_pattern={"k_proj": 5}, alpha_pattern={"v_proj": 1})
+    expected, exact = logits_of(model, autocast), logits_of(model)
+    made = []
+    original = Backend.prepacked_product
+    monkeypatch.setattr(Backend, "prepacked_product", lambda self, weight: made.append(weight.shape) or original(self, weight))
+    with prepacked_weights(model, Backend(), torch.bfloat16 if autocast else None, same_inputs(model)):
+        if autocast:  # sums are rounded elsewhere, but no worse
+            assert (logits_of(model, True) - exact).abs().mean() <= 1.1 * (expected - exact).abs().mean()
+        else:
+            assert_same_sums(logits_of(model), expected, additions_of(model, 20))
+    joined = {"k_proj": 3, "q_proj": 3, "v_proj": 3, "gate_proj": 2, "up_proj": 2}
+    groups = {joined.get(name, name) for name in targets}
+    layers = 2 * len(groups)
+    by_products = autocast and constant.kernels.library() is None
+    assert len(made) == (2 * layers if by_products else layers), "one of a group, and one with A where no kernel makes that"
+
+
+@pytest.mark.parametrize("targets", [ALL, ("q_proj", "v_proj"), ("k_proj",)])
+def test_products_together_are_those_of_each_layer(targets):
+    model = build(targets=targets)
+    layers = next(same_inputs(model))
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = [layer(x) for layer in layers]
+        with prepacked_weights(model, Backend(), together=[layers]):
+            for found in (products_together(layers)(x), [layer(x) for layer in layers]):
+                assert_same_sums(list(found), expected, additions=2 * 32)
+            with model.disable_adapter():
+                assert all(map(torch.equal, products_together(layers)(x), [layer(x) for layer in layers]))

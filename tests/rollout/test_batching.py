@@ -1,0 +1,73 @@
+"""Whatever number of ranks saved micro-batches, another number gets the same rows, each once."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hybrid_lightning.rollout.batching import deal, pad_left, pad_right
+from hybrid_lightning.types import PolicyBatch, Sequences
+
+
+def batch(rows, first, with_old=True):
+    """Rows numbered from `first`: row i has a prompt of i % 3 + 1 tokens and a completion of i % 4 + 1."""
+    numbers = range(first, first + rows)
+    if not rows:
+        return batch(1, first).rows(torch.zeros(0, dtype=torch.long)).with_logprobs(None, None)
+    prompts, completions = [[i] * (i % 3 + 1) for i in numbers], [[i] * (i % 4 + 1) for i in numbers]
+    sequences = Sequences(*pad_left(prompts, 0, "cpu"), *pad_right(completions, 0, "cpu"))
+    values = sequences.completion_ids.float()
+    advantages = torch.tensor([float(i) for i in numbers])
+    old = values * 2 if with_old else None
+    return PolicyBatch(sequences, advantages, values, old, None, 40.0, 90.0, 30.0, 80.0, {"reward": 0.5})
+
+
+def rows_of(batches):
+    found = []
+    for part in batches:
+        for row in range(len(part.sequences)):
+            one = part.rows(slice(row, row + 1))
+            number = int(one.advantages)
+            assert one.sequences.prompt_ids.tolist() == [[number] * (number % 3 + 1)]
+            assert one.sequences.completion_ids.tolist() == [[number] * (number % 4 + 1)]
+            assert bool(one.sequences.prompt_mask.all()) and bool(one.sequences.completion_mask.all())
+            assert one.sampling_logprobs.tolist() == [[float(number)] * (number % 4 + 1)]
+            assert one.old_logprobs is not None and torch.equal(one.old_logprobs, one.sampling_logprobs * 2)
+            found.append(number)
+        counts = (part.num_sequences, part.num_tokens, part.updated_sequences, part.updated_tokens)
+        assert counts == (40.0, 90.0, 30.0, 80.0) and part.metrics == {"reward": 0.5}
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_every_row_is_dealt_once_and_unchanged(ranks):
+    saved = [[batch(4, 1), batch(3, 20)], [batch(5, 5), batch(0, 30)]]
+    dealt = [deal(saved, rank, ranks) for rank in range(ranks)]
+    assert all(len(batches) == 2 for batches in dealt)
+    for step, numbers in enumerate(([*range(1, 10)], [20, 21, 22])):
+        of_step = [batches[step] for batches in dealt]
+        assert sorted(rows_of([part for part in of_step if len(part.sequences)])) == numbers
+        sizes = [len(part.sequences) for part in of_step]
+        assert max(sizes) - min(sizes) <= 4 if ranks == 2 else max(sizes) - min(sizes) <= 1
+
+
+def test_the_same_number_of_ranks_gets_back_what_it_saved():
+    saved = [[batch(4, 1)], [batch(5, 5)]]
+    assert [deal(saved, rank, 2)[0] is saved[rank][0] for rank in range(2)] == [True, True]
+
+
+def test_rows_without_old_logprobs_stay_without():
+    (joined,) = deal([[batch(2, 1, with_old=False)], [batch(0, 9)]], 0, 1)
+    assert joined.old_logprobs is None and len(joined.sequences) == 2
+
+
+def test_a_step_without_any_row_stays_empty():
+    dealt = [deal([[batch(0, 1)], [batch(0, 2)]], rank, 3)[0] for rank in range(3)]
+    assert [len(part.sequences) for part in dealt] == [0, 0, 0]
+
+
+def test_masks_are_dealt_with_their_rows():
+    saved = [[replace(one, policy_mask=one.sequences.completion_ids % 2 == 0)] for one in (batch(4, 1), batch(5, 5))]
+    for part in (deal(saved, rank, 3)[0] for rank in range(3)):
+        mask = part.sequences.completion_mask
+        assert torch.equal(part.policy_mask[mask], (part.sequences.completion_ids % 2 == 0)[mask])

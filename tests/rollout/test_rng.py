@@ -1,0 +1,56 @@
+"""Draws that belong to a prompt: the same whatever batch, order and rank it is in."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, build_model, engine_of
+
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import Prompt
+
+PROMPTS = [Prompt(text=f"{index}+{index}=", index=index, set_name=name) for name in ("", "quiz") for index in range(3)]
+
+
+def numbers(prompts, samples=2, seed=0, steps=130):
+    draws = PromptDraws(prompts, samples, seed)
+    rows = torch.arange(len(prompts) * samples)
+    return torch.cat([draws.numbers(rows, step) for step in range(steps)], dim=1).view(len(prompts), samples, steps)
+
+
+def test_every_completion_of_every_prompt_of_every_seed_has_numbers_of_its_own():
+    everything = torch.cat([numbers(PROMPTS).flatten(), numbers(PROMPTS, seed=1).flatten()])
+    assert len(everything.unique()) == len(everything) and float(everything.min()) >= 0 and float(everything.max()) < 1
+    assert float(everything.mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_they_do_not_depend_on_the_other_prompts_and_on_rows_that_have_ended():
+    together = numbers(PROMPTS)
+    for position, prompt in enumerate(PROMPTS):
+        assert torch.equal(numbers([prompt])[0], together[position])
+    draws = PromptDraws(PROMPTS, 2, 0)
+    for step in range(70):
+        rows = torch.arange(12) if step < 5 else torch.tensor([3, 10])
+        assert torch.equal(draws.numbers(rows, step).squeeze(1), together.view(12, -1)[rows, step])
+
+
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_a_prompt_is_completed_the_same_alone_and_among_others(tokenizer, family):
+    model, sampler = build_model(family, std=0.1), Sampler(max_new_tokens=8)
+
+    def completions(prompts):
+        ids = [tokenizer(prompt.text).input_ids for prompt in prompts]
+        return sampler.sample(engine_of(model), tokenizer, prompts, ids, 3, generator=PromptDraws(prompts, 3, 5)).completions
+
+    together = completions(PROMPTS)
+    assert len(set(together)) > 6
+    assert [text for prompt in reversed(PROMPTS) for text in completions([prompt])] == [
+        text for position in reversed(range(6)) for text in together[3 * position : 3 * position + 3]
+    ]
+
+
+def test_a_prompt_that_is_twice_in_a_rollout_has_other_numbers_at_each_place():
+    twice = [PROMPTS[0], PROMPTS[0], PROMPTS[1]]
+    of_all, of_second_rank = PromptDraws(twice, 2, 0, range(3)), PromptDraws(twice[1:2], 2, 0, [1])
+    values = of_all.numbers(torch.arange(6), 0)
+    assert len(values.unique()) == 6
+    assert torch.equal(of_second_rank.numbers(torch.arange(2), 0), values[2:4])

@@ -108,19 +108,23 @@ def measured_by(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
     return {**names, **({"dtype": str(dtype)} if dtype else {}), "precision": str(trainer.precision)}
 
 
-def check_monitors(trainer: Trainer, measured: Collection[str]) -> None:
-    """Refuse to monitor what sounds like a result of validation and is none; what training logs is not known in advance.
+def check_monitors(trainer: Trainer, measured: Collection[str], trained: Collection[str] | None = None) -> None:
+    """Refuse to monitor what neither validation nor training measures.
 
     Args:
         trainer: Has the callbacks.
         measured: Names that validation logs; others may be among them.
+        trained: First parts of the names that training logs; None where that is not known, so that only what sounds like a result
+            of validation is refused.
 
     Raises:
         ConfigError: If a callback does so.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
-        if isinstance(monitor, str) and _OF_VALIDATION.match(monitor) and monitor not in measured:
+        if not isinstance(monitor, str) or monitor in measured:
+            continue
+        if _OF_VALIDATION.match(monitor) or (trained is not None and monitor.partition("/")[0] not in trained):
             names = [name for name in measured if name.startswith("val/") and not name.endswith(_NOT_SHOWN)] or ["null"]
             raise ConfigError(
                 f"{type(callback).__name__} has monitor={monitor}, which validation does not measure; "

@@ -27,7 +27,7 @@ from hybrid_lightning.export.write import write_policy, written
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
 from hybrid_lightning.memory.table import notes, rich_table, title
-from hybrid_lightning.policy.stepped import SteppedModule
+from hybrid_lightning.policy.stepped import TRAINING_METRICS, SteppedModule
 from hybrid_lightning.sharding.whole_files import read_content, require_checkpoint
 
 _STAGES = {
@@ -155,7 +155,7 @@ class Trainer(LightningTrainer):
         if command == "fit" and self.limit_val_batches and _all_ours(model, self):
             sets = datamodule.set_names("validation")
             if sets:
-                check_monitors(self, model.validation_names(sets))
+                check_monitors(self, model.validation_names(sets), TRAINING_METRICS)
         datamodule.setup(self.state.fn)
         if self.state.fn == "fit":
             model.check_enough(datamodule.train_prompts)

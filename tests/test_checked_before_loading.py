@@ -107,6 +107,7 @@ MISTAKES = [
     # monitors
     ("fit", "checkpoint.monitor=val/avg@8", r"ModelCheckpoint has monitor=val/avg@8, .* one of val/greedy_accuracy, .*val/avg@2"),
     ("fit", "checkpoint.monitor=val_loss", r"ModelCheckpoint has monitor=val_loss, which validation does not measure"),
+    ("fit", "checkpoint.monitor=acuracy", r"ModelCheckpoint has monitor=acuracy, which validation does not measure; give it"),
     (
         "fit",
         "trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping trainer.callbacks.monitor=val/loss",

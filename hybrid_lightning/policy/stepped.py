@@ -28,6 +28,35 @@ from hybrid_lightning.sharding.norms import total_norm
 from hybrid_lightning.sharding.ranks import gather_counts, gather_objects, sum_over_ranks
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
+# First parts of the names of all that training logs, by modules, losses and callbacks of ours.
+TRAINING_METRICS = frozenset(
+    {
+        "accuracy",
+        "cispo_clip_ratio",
+        "clip_ratio",
+        "completions",
+        "entropy",
+        "epoch",
+        "frac_reward_zero_std",
+        "grad_norm",
+        "kl",
+        "logps",
+        "loss",
+        "num_tokens",
+        "ratio",
+        "reward",
+        "reward_std",
+        "rewards",
+        "sampling",
+        "sets",
+        "solve_rate",
+        "step",
+        "throughput",
+        "top_entropy",
+        "time",
+    }
+)
+
 
 class SteppedModule(EvaluatedModule, ABC):
     """The training hooks; a subclass is a `RolloutSource`, gives `logprobs` and `_run`, and sets the attributes."""

@@ -36,6 +36,7 @@ from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigErr
 from hybrid_lightning.parts import Part
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.calibrated import CalibratedModule
+from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.policy.stepped import begin_epoch_anew
 from hybrid_lightning.sharding.whole_files import is_there, read_content
@@ -184,7 +185,7 @@ class HybridAdapterSetup(Part, Callback):
         plan = self._plan_of_checkpoint(trainer) or self.given_plan
         if plan is None and stage != "fit":
             return None
-        self.check_start_weights(pl_module)
+        self._check_start_weights(pl_module)
         if plan is None:
             check_settings = getattr(pl_module, "check_settings", None)
             if check_settings is not None:
@@ -207,8 +208,21 @@ class HybridAdapterSetup(Part, Callback):
             )
         return plan
 
-    def check_start_weights(self, pl_module: LightningModule) -> None:
-        """Raise ConfigError if the loss of a module needs start weights that are not kept."""
+    def check(self, pl_module: LanguageModule) -> None:
+        """Find what does not go with a module, before its weights are loaded.
+
+        Raises:
+            ConfigError: If its loss needs start weights that are not kept.
+            ModelError: If `target_modules` name none of its modules.
+            PlanError: If `plan` has modules that it lacks.
+        """
+        self._check_start_weights(pl_module)
+        if self.target_modules is not None:
+            find_candidates(pl_module.skeleton(), self.target_modules)
+        if self.given_plan is not None:
+            self.given_plan.check_model(pl_module.skeleton())
+
+    def _check_start_weights(self, pl_module: LightningModule) -> None:
         loss = getattr(pl_module, "loss", None)
         if getattr(loss, "needs_reference", False) and not self.keep_start_weights:
             raise ConfigError(

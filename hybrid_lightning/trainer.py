@@ -105,6 +105,7 @@ class Trainer(LightningTrainer):
             command: "fit", "score", "validate", "test" or "predict".
 
         Raises:
+            ModelError: If there is no such model.
             ConfigError: If settings cannot work, or a callback monitors what will not be measured.
             DataError: If there is no data for the command, or it is malformed.
             RewardError: If the reward cannot score it.
@@ -115,12 +116,13 @@ class Trainer(LightningTrainer):
         self.state.fn = _STAGES[command]
         try:
             model.check_settings()
+            model.check_model()  # of the hub as well, before data of the hub is waited for
+            if isinstance(datamodule, PromptDataModule) and not _prepares_itself(datamodule):
+                self._check_data(model, datamodule, command)
             if self.state.fn == "fit":
                 for callback in self.callbacks:  # type: ignore[attr-defined]
                     if isinstance(callback, HybridAdapterSetup):
-                        callback.check_start_weights(model)
-            if isinstance(datamodule, PromptDataModule) and not _prepares_itself(datamodule):
-                self._check_data(model, datamodule, command)
+                        callback.check(model)
         finally:
             self.state.fn = None
 

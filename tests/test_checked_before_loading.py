@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from cli_runs import run, write_folder
+from tiny_runs import write_model
 
 from hybrid_lightning.data import FileSource, PromptDataModule
 
@@ -116,6 +117,14 @@ MISTAKES = [
     ("fit", "model.dtype=half", r"model\.dtype must be one of"),
     ("fit", "trainer.accumulate_grad_batches=5", r"cannot be split evenly into 10 micro-batches"),
     ("fit", "model.loss.kl_coef=0.1 adapter.keep_start_weights=false", r"set adapter\.keep_start_weights=true"),
+    ("fit", "adapter.calibration_prompts=0", r"adapter\.calibration_prompts must be at least 1"),
+    ("fit", "model.correction=TokenTruncation model.correction.cap=0.5", r"cap=0\.5 must be finite and above 1"),
+    ("fit", "trainer.precision=bf16-true", r"trainer\.precision=bf16-true needs model\.dtype=bfloat16"),
+    (
+        "fit",
+        "adapter.target_modules=[foo_proj]",
+        r"'foo_proj' matches no candidate module: the model has modules named down_proj",
+    ),
     ("fit", "trainer.max_epochs=-3", r"`max_epochs` must be a non-negative integer or -1"),
 ]
 
@@ -175,6 +184,21 @@ def test_with_nothing_wrong_the_weights_are_asked_for(folder, command):
 def test_before_the_model_of_examples(folder, config, options, message):
     result = run(folder, "fit", "--config", f"{config}.yaml", *(f"--{option}" for option in options.split()))
     assert_refused(result, message)
+
+
+def test_a_prediction_without_a_reward_is_refused_before_the_model_is_loaded(folder):
+    result = run(folder, "predict", "--config", "sft.yaml", "--data.source.init_args.test_fraction=0.2")
+    assert_refused(result, r"predict scores completions: give model\.reward")
+
+
+def test_a_plan_of_another_model_is_refused_before_the_model_is_loaded(folder):
+    write_model(folder / "gpt2", "gpt2")
+    options = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=planned", "--trainer.logger.name=gpt2"]
+    result = run(folder, "score", "--config", "t.yaml", "--model.model=gpt2", *options)
+    assert result.code == 0, result.err
+    plan = "--adapter.plan=planned/gpt2/version_0/plan.json"
+    result = run(folder, "fit", "--config", "t.yaml", "--model.model=unreadable", plan)
+    assert_refused(result, r"the plan was made for gpt2 and names \S+; this model has no such module")
 
 
 def test_what_a_callback_of_ones_own_logs_may_be_monitored(folder):

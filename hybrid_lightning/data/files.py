@@ -20,6 +20,11 @@ class FileSource(TableSource):
 
     Example:
         >>> source = FileSource("train.jsonl", test="test.jsonl", answer_pattern=r"####\s*(.+)", validation_fraction=0.1)
+
+        Multiple choice, of rows such as `{"question": "2+2?", "choices": ["3", "4"], "answer": 1}`; the reward is
+        `MultipleChoice(options_column="choices")`:
+
+        >>> source = FileSource("questions.jsonl", options_column="choices", validation_fraction=0.1)
     """
 
     def __init__(self, train: str | None = None, validation: str | None = None, test: str | None = None, **columns: Any) -> None:

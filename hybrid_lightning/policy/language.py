@@ -11,13 +11,14 @@ The command line makes it `unloaded` and loads when data, reward and settings ha
 wrong column is found in the time that it takes to read a file.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.apply import parameter_groups
 from hybrid_lightning.errors import ConfigError
@@ -106,6 +107,21 @@ class LanguageModule(AdaptedModule):
         if "_to_load" in self.__dict__:
             for name in ("tokenizer", "model"):
                 getattr(self, name)
+
+    def check_model(self) -> None:
+        """Make sure that there is such a causal language model, by its config; a GGUF file takes seconds to say so, and is there.
+
+        Raises:
+            ModelError: If there is none.
+        """
+        if "_to_load" in self.__dict__ and "gguf_file" not in self._to_load.source.arguments:
+            _ = self.model_config
+
+    def skeleton(self) -> nn.Module:
+        """The modules of the base model without weights, on the meta device."""
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(deepcopy(self.model_config))
+        return model
 
     @property
     def is_loaded(self) -> bool:

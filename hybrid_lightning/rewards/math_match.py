@@ -1,6 +1,7 @@
 """The answer as the same number or formula, by the library math-verify (github.com/huggingface/Math-Verify)."""
 
 import logging
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -32,8 +33,9 @@ class MathMatch(RewardFunction):
     - Of "18 dollars (9 eggs at $2)", as a whole or after "the answer is", the answer is what stands before the brackets.
     - "x = 2 and y = 3" is (2, 3), whatever the order, and without a box also the last of the two values, if one is asked for.
 
-    The reference answer is a number, perhaps with a unit, or a formula, with or without LaTeX delimiters; or a letter from A to
-    J, which is compared with the letter that the completion chooses, as `MultipleChoice` does.
+    The reference answer is a number, perhaps with a unit, in brackets or not ("9 apples", "9 (apples)"), or a formula, with or
+    without LaTeX delimiters; or a letter from A to J, which is compared with the letter that the completion chooses, as
+    `MultipleChoice` does.
 
     Args:
         pattern: Regular expression with one group, the answer; the last match counts, no match earns nothing, `.` also matches
@@ -71,9 +73,11 @@ class MathMatch(RewardFunction):
         """Make sure that the reference answer is one that can be compared with."""
         gold = reference_answer(type(self).__name__, prompt)
         if not _is_choice(gold) and not _verifier(self.cpu_seconds).is_gold(gold):
+            number = re.match(r"-?\$?[\d.,/]*\d", gold.strip())
+            pattern = r", such as answer_pattern='^(-?\$?[\d.,/]*\d)' for the number that it begins with" if number else ""
             raise RewardError(
                 f"MathMatch: the reference answer {gold!r} of {prompt.source or 'a prompt'} row {prompt.index} is neither a "
-                "number nor a formula; correct the row or the source's answer_pattern, or use ExactMatch"
+                f"number nor a formula; correct the row or the source's answer_pattern{pattern}, or use ExactMatch"
             )
 
     def _score(self, completion: str, prompt: Prompt) -> float:

@@ -4,6 +4,7 @@ For `math_worker.py`, as `math_text.py`; texts are as its `symbols` leaves them,
 """
 
 import re
+from collections.abc import Callable
 
 HEDGE = re.compile(  # of a normalized text
     r"(?:\bbetween\s+[-$\d.,]+\s+and|\b(?:not|isn't)|!=|\\ne|(?<=[a-z]) ?[<>]=?|(?<=[a-z]) \\[gl]e)\s*[$]?-?[\d.,]+[\s.!]*\Z",
@@ -48,6 +49,47 @@ OTHERWISE = re.compile(  # "(or 13)", "(about 18)", "(= 18)"
     r"\W*(?:or|and|maybe|perhaps|possibly|i\.?\s?e|that\s+is|which|approx\w*|about|around|rounded|roughly|equals)\b|\s*[=\u2248~]",
     re.IGNORECASE,
 )
+
+
+# What is no unit: functions, and moduli and bases, which change the number before.
+NO_UNIT = re.compile(
+    r"\b(?:(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|sqrt|max|min|lim|b?mod|modulo|base|pi)\b", re.IGNORECASE
+)
+LARGE = re.compile(r"(?:thousand|million|billion|trillion)\b", re.IGNORECASE)  # which belong to the number
+UNIT_WORD = r"(?:[A-Za-z]+(?:['-][A-Za-z]+)*|[$%\u00b0\u20ac\u00a3\u00a5])\.?"
+BRACKETS = re.compile(  # 9 (apples), 20 (km/h), 5 (cm^2); possessive, since a policy may write digits without end
+    r"(?P<number>(?<![\w.,^])(?<![\^_]\{)"
+    r"(?:(?:\d++(?:,\d++)*+)?(?:\.\d++)?(?<=\d)(?:\s?/\s?\d++)?|\\[dt]?frac\s*\{\d+\}\s*\{\d+\})(?:\s?%)?)"
+    rf"(?P<gap>\s*)\(\s*(?P<unit>{UNIT_WORD}(?:(?:\s+|\s*/\s*){UNIT_WORD})*(?:\s*\^\s*\{{?[23]\}}?)?)\s*\)"
+)
+UNCLEAR = re.compile(r"\d\s*\(\s*(?:r\.?\s*\d|(?:or|and)\b)", re.IGNORECASE)  # 3 (R 2), 3 (or 4): not one number
+
+
+def out_of_brackets(text: str, is_unit: Callable[[str], bool], alone: bool = False) -> str:
+    """A text with units that stand in brackets behind their numbers written without, and words that are no unit there left out.
+
+    Args:
+        text: What a completion says, or a reference answer.
+        is_unit: Whether words are a unit that can be compared.
+        alone: Leave a text as it is in which words would be left out behind more than one number: it is not one answer.
+
+    Example:
+        >>> [out_of_brackets(text, {"km"}.__contains__) for text in ("9 (apples)", "5 (km)", "3 (mod p)", "2 (x)", "4 (or five)")]
+        ['9', '5 km', '3 (mod p)', '2 (x)', '4 (or five)']
+    """
+
+    def unit(match: re.Match[str]) -> str | None:
+        number, words = match["number"], match["unit"]
+        letters = max((len(word) for word in re.findall("[A-Za-z]+", words)), default=3)
+        if LARGE.match(words) or (is_unit(words) and (letters > 2 or match["gap"])):
+            return f"{number} {words}"
+        # What follows the number otherwise, and factors, as in 2(ab), stay.
+        return None if OTHERWISE.match(words) or NO_UNIT.search(words) or letters < 3 else number
+
+    matches = list(BRACKETS.finditer(text))
+    if alone and len(matches) > 1 and any(unit(match) in (None, match["number"]) for match in matches):
+        return text
+    return BRACKETS.sub(lambda match: unit(match) or match[0], text)
 
 
 def is_bound(text: str) -> bool:

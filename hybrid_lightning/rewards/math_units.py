@@ -161,6 +161,18 @@ def unit(text: str) -> Unit | None:
     return _after(re.sub(r"\A(?:[ $]|\\[)\]])+", " ", text[box.end() :]), 0, money)[0]
 
 
+def is_unit(words: str) -> bool:
+    """Whether words are a unit of the table, or a rate of two, and nothing else.
+
+    Example:
+        >>> is_unit("square feet"), is_unit("km/h"), is_unit("apples"), is_unit("feet of rope")
+        (True, True, False, False)
+    """
+    text = f"1 {words}"
+    found, _, end = _last(text)
+    return found is not None and not text[end:].strip(" .")
+
+
 def ratio(large: str, small: str) -> float | None:
     """How many of one unit make another; None if they have no dimension in common, or more than one number may be meant.
 

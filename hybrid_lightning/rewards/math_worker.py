@@ -25,9 +25,9 @@ from sympy import Eq
 
 sys.path.append(str(Path(__file__).parent))  # at the end: what lies here hides no module of another name
 from math_compound import in_one_unit  # type: ignore[import-not-found]
-from math_phrases import HEDGE, is_bound, without_remark  # type: ignore[import-not-found]
+from math_phrases import HEDGE, UNCLEAR, is_bound, out_of_brackets, without_remark  # type: ignore[import-not-found]
 from math_text import normalize, plain, statement, symbols, window  # type: ignore[import-not-found]
-from math_units import ratio, scales, unit, without_unit  # type: ignore[import-not-found]
+from math_units import is_unit, ratio, scales, unit, without_unit  # type: ignore[import-not-found]
 
 MEMORY_BYTES = 4 * 2**30  # 9^9^9 and its like are refused memory before they take the machine's
 
@@ -56,7 +56,7 @@ DATE = re.compile(r"\d{4}-\d\d?-\d\d?")  # no subtraction
 
 def said(completion: str) -> str:
     """The part of a completion that its answer stands in, without a remark behind it."""
-    return str(without_remark(window(symbols(completion))))
+    return str(without_remark(out_of_brackets(window(symbols(completion)), is_unit)))
 
 
 def find(text: str) -> Any:
@@ -107,7 +107,9 @@ def same_brackets(gold: str, found: str) -> bool:
 @lru_cache(maxsize=4096)
 def parse_gold(gold: str) -> Any:
     """Parse a reference answer: a number, perhaps with a unit, or else a formula; None if it is neither."""
-    gold = in_one_unit(symbols(gold.strip()), ratio)[0]
+    if UNCLEAR.search(gold):
+        return None
+    gold = in_one_unit(gold_text(gold), ratio)[0]
     text = normalize(without_unit(plain(gold)) or gold)
     if DATE.search(text):
         return None
@@ -118,6 +120,11 @@ def parse_gold(gold: str) -> Any:
         text = f"${text}$"
     parsed = parse(text, parsing_timeout=None)
     return parsed if parsed and not isinstance(parsed[0], str) else None
+
+
+def gold_text(gold: str) -> str:
+    """A reference answer in ASCII and LaTeX, its unit without brackets: "9 (apples)" is 9."""
+    return str(out_of_brackets(symbols(gold.strip()), is_unit, alone=True))
 
 
 def answer(request: list[str]) -> bool:
@@ -138,7 +145,7 @@ def answer(request: list[str]) -> bool:
 def answers(reference: str, text: str, gold: Any) -> bool:
     """Whether the answer in what `said` leaves of a completion equals the reference answer, parsed and as it stands."""
     if number(gold[0]) is not None:  # 5m + 3s has letters and no units
-        wanted, given = plain(in_one_unit(symbols(reference), ratio)[0]), plain(text)
+        wanted, given = plain(in_one_unit(gold_text(reference), ratio)[0]), plain(text)
         factors = scales(wanted, given)
         if unit(wanted) is not None and not is_bound(text):
             text = without_unit(given) or text

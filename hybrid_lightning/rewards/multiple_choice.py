@@ -14,7 +14,8 @@ class MultipleChoice(RewardFunction):
 
     The choice is looked for as MMLU-Pro's authors do: `\boxed{C}`, then "the answer is (C)", then the last letter of the last
     line (`hybrid_lightning.rewards.choices` has the rules). The article "A" and the pronoun "I" are no choices, nor are "A or B"
-    and "not C". What stands in `<think> </think>` is not looked at.
+    and "not C". What stands in `<think> </think>` is not looked at. The reference answer is a letter, as `FileSource` makes it
+    where it is told the `options_column`.
 
     Args:
         options_column: Column with the list of options, whose number says which letters there are; rows that lack it have A to J.

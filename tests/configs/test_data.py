@@ -130,6 +130,19 @@ def test_an_overlay_gives_prompts_that_its_reward_can_score(overlay, folder, mon
             assert prompt.messages[-1] == {"role": "user", "content": row.question} and prompt.set_name == row.set_name
 
 
+def test_multiple_choice_of_ones_own_trains(folder):
+    rows = [{"question": f"capital {n}?", "choices": ["rome", "oslo", "riga"], "answer": n % 3} for n in range(20)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["train=questions.jsonl", "validation_fraction=0.2", "options_column=choices"]
+    reward = ["--model.reward=MultipleChoice", "--model.reward.options_column=choices"]
+    source = ["--data.source=FileSource", *(f"--data.source.{option}" for option in options)]
+    result = run(folder, "fit", "--config", "t.yaml", *source, *reward, *SHORT, "--trainer.logger.init_args.name=choices")
+    assert result.code == 0, result.err
+    (folder / "questions.jsonl").write_text(json.dumps({**rows[0], "answer": 3}))
+    result = run(folder, "fit", "--config", "t.yaml", *source, *reward, *SHORT)
+    assert result.code == 1 and "answer_column 'answer' is 3, which is no option: give a letter up to C" in result.last
+
+
 @pytest.mark.filterwarnings("ignore:two runs with one seed may differ")  # programs have a time limit
 def test_a_mixture_trains_with_each_set_logged(folder):
     config = yaml.safe_load((ROOT / "configs" / "data" / "mixture.yaml").read_text())

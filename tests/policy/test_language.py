@@ -3,7 +3,9 @@
 import pytest
 import torch
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+from transformers import T5Config
 
+from hybrid_lightning.data import FileSource
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy.module import PolicyModule
@@ -71,6 +73,14 @@ def test_stop_tokens_are_those_that_the_model_will_have(folder, tmp_path):
     (tmp_path / "weights").rename(tmp_path / "ends" / "model.safetensors")
     module.load()
     assert module.stop_ids == [2, 7]
+
+
+def test_that_there_is_such_a_model_is_found_out_before_its_data_is_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(FileSource, "read_tables", lambda self: pytest.fail("the data is read"))
+    T5Config().save_pretrained(tmp_path / "t5")
+    module = PolicyModule.unloaded(GRPOLoss(), ExactMatch(), str(tmp_path / "t5"))
+    with pytest.raises(ModelError, match="no causal language model"):
+        build_trainer(tmp_path).check(module, build_data(folder / "sums.jsonl"))
 
 
 def test_a_constructor_that_looks_at_its_model_has_it_loaded(folder):

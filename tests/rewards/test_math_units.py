@@ -1,7 +1,10 @@
 """Units: they agree where both have one, units of one dimension are converted, and words after a number are no units."""
 
+import re
+
 import pytest
 
+from hybrid_lightning.errors import RewardError
 from hybrid_lightning.rewards import MathMatch
 from hybrid_lightning.types import Prompt
 
@@ -216,3 +219,66 @@ def test_units(answer, right, wrong):
 def test_units_and_phrases_without_end_cost_no_time(part, caplog):
     assert MathMatch(cpu_seconds=1.0)([part * 3_000], [Prompt(text="?", answer="17 hours")]) == [0.0]
     assert not caplog.text
+
+
+# Units in brackets, as ASDiv's answers have them.
+IN_BRACKETS = {
+    "9 (apples)": (
+        [
+            "9",
+            "9 apples",
+            "9 (apples)",
+            "She has 9 (red apples) left.",
+            r"\boxed{9 (apples)}",
+            r"\boxed{9 \text{ (apples)}}",
+            "9 (pears)",
+        ],
+        ["8 (apples)", r"\boxed{8 (apples)}", "9 (3)", "19 (apples)"],
+    ),
+    "9(apples)": (["9"], ["8"]),
+    "1,234 (people)": (["1234", "1,234 (people)"], ["234"]),
+    "1/2 (cake)": (["0.5", "1/2 (of the cake)"], ["1", "2"]),
+    "50% (of them)": (["50%", "50"], ["5"]),
+    "9 (cents)": (["9", "9 cents", r"\boxed{0.09 (dollars)}"], ["9 (dollars)", "9 dollars"]),
+    "12 (cm^2)": (["12", "12 square centimeters", "1200 (mm^2)"], ["12 (cm)", "12 m^2"]),
+    "20 (km per hour)": (["20 km/h", "20 (km/h)"], ["20 (m/s)"]),
+    "7 (hours) 30 (minutes)": (["450 minutes", "7.5 hours", "7 (hours) 30 (minutes)"], ["30", "7"]),
+    "3 (million)": (["3,000,000", "3 million"], ["3"]),
+    "2(x+1)": (["2(x+1)", "2x+2"], ["2"]),
+    "2(ab)": (["$2(ab)$"], ["2"]),
+    "2 (x)": (["2x"], ["2"]),
+    "f(x)": (["f(x)"], ["1"]),
+    "(1, 2)": (["(1, 2)"], ["1", "2"]),
+}
+
+
+@pytest.mark.parametrize(("answer", "right", "wrong"), [(answer, *texts) for answer, texts in IN_BRACKETS.items()])
+def test_units_in_brackets(answer, right, wrong):
+    prompt = Prompt(text="?", answer=answer)
+    scores = MathMatch()([*right, *wrong], [prompt] * (len(right) + len(wrong)))
+    wanted = [1.0] * len(right) + [0.0] * len(wrong)
+    assert [(text, score) for text, score, value in zip([*right, *wrong], scores, wanted, strict=True) if score != value] == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "3 (mod 5)",
+        "3 (mod p)",
+        "10 (base 2)",
+        "10 (base two)",
+        "12 (9 eggs)",
+        "3 (R 2)",
+        "3 (or 4)",
+        "3 (about)",
+        "2 (sin x)",
+        "15 (goldfish); 12 (platies)",
+        "3x (apples)",
+        "2^5 (apples)",
+    ],
+)
+def test_what_is_more_than_a_number_is_refused_with_a_remedy(answer):
+    with pytest.raises(RewardError, match=r"answer_pattern='.*' for the number that it begins with, or use ExactMatch") as caught:
+        MathMatch().check_prompt(Prompt(text="?", answer=answer))
+    pattern = re.search(r"answer_pattern='(.*?)' for", str(caught.value))[1]
+    assert re.match(pattern, answer)[1] == re.match(r"\d+", answer)[0]

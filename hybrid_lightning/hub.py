@@ -26,11 +26,14 @@ from huggingface_hub.utils import get_session
 from lightning.pytorch.utilities import rank_zero_warn
 
 
-@functools.cache
 def reachable() -> bool:
     """Whether the hub answers; asked once, and a warning says so if it does not. False under HF_HUB_OFFLINE."""
-    if constants.HF_HUB_OFFLINE:
-        return False
+    return not constants.HF_HUB_OFFLINE and answers()
+
+
+@functools.cache
+def answers() -> bool:
+    """Ask the hub for any answer at all."""
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # huggingface_hub's versions use different libraries for HTTP

@@ -12,7 +12,7 @@ from typing import Any
 
 from cli_runs import Result, run
 
-from hybrid_lightning.hub import reachable
+from hybrid_lightning import hub
 
 
 class Commands:
@@ -75,7 +75,7 @@ def _serve() -> None:
         os.environ.pop("HF_TOKEN", None)
         if asked["token"]:
             os.environ["HF_TOKEN"] = asked["token"]
-        reachable.cache_clear()  # each command is a process of its own to a user
+        hub.answers.cache_clear()  # each command is a process of its own to a user
         try:
             result = run(asked["folder"], *asked["arguments"])
         except BaseException as error:  # what a command line must never let out

@@ -27,6 +27,7 @@ from hybrid_lightning.policy.describe import describe_arguments
 from hybrid_lightning.policy.loading import (
     ModelSource,
     check_dtype,
+    check_weights,
     load_config,
     load_generation_config,
     load_model,
@@ -114,13 +115,14 @@ class LanguageModule(AdaptedModule):
                 getattr(self, name)
 
     def check_model(self) -> None:
-        """Make sure that there is such a causal language model, by its config; a GGUF file takes seconds to say so, and is there.
+        """Make sure that there is such a causal language model, with all its files; of a GGUF file, that would take seconds.
 
         Raises:
             ModelError: If there is none.
         """
         if self._to_load is not None and "gguf_file" not in self._to_load.source.arguments:
             _ = self.model_config
+            check_weights(self._to_load.source)
 
     def skeleton(self) -> nn.Module:
         """The modules of the base model without weights, on the meta device."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from transformers import (
@@ -128,13 +129,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
         source = ModelSource(source.adapter, {})  # the one that it was trained with
-    try:
-        with _errors_of(source, "a tokenizer from"):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, **source.arguments)
-    except ModelError:
-        if source.on_hub:
-            load_config(source)  # what is wrong with the model as a whole says more, as of one in GGUF files
-        raise
+    with _errors_of(source, "a tokenizer from"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, **source.arguments)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {source.location!r} has no eos_token; set one in its tokenizer_config.json")
     return tokenizer
@@ -152,8 +148,13 @@ def read_config(source: ModelSource) -> PretrainedConfig:
     Raises:
         ModelError: If there is none.
     """
-    with _errors_of(source, "the config of"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.arguments)
+    try:
+        with _errors_of(source, "the config of"):
+            config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.arguments)
+    except ModelError:
+        if source.on_hub:
+            check_weights(source)  # which says more where there is nothing but GGUF files
+        raise
     return config
 
 
@@ -161,11 +162,8 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     """The config of a causal language model that can be loaded, found out before weights are read or downloaded.
 
     Raises:
-        ModelError: If the model cannot be found, is no causal language model, is stored quantized, or lacks some of its files.
+        ModelError: If the model cannot be found, is no causal language model, or is stored quantized.
     """
-    if "gguf_file" not in source.arguments:
-        with _errors_of(source, "the model"):
-            _weight_files(source)
     config = read_config(source)
     if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
         raise ModelError(_not_causal(source.location, config.model_type))
@@ -174,6 +172,17 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     if stored is not None and method != "mxfp4" and "gguf_file" not in source.arguments:  # which transformers may unpack
         raise ModelError(_quantized(source.location, f"quant_method {method}"))
     return config
+
+
+def check_weights(source: ModelSource) -> None:
+    """Make sure that all files with weights are there, before any is read or downloaded.
+
+    Raises:
+        ModelError: If one is not.
+    """
+    if "gguf_file" not in source.arguments:
+        with _errors_of(source, "the model"):
+            _weight_files(source)
 
 
 def _weight_files(source: ModelSource) -> dict[str, int]:
@@ -191,7 +200,7 @@ def _weight_files(source: ModelSource) -> dict[str, int]:
     missing = sorted(shards - files.keys())
     if missing:
         if source.on_hub and not reachable():
-            raise ModelError(source.repository.not_in_cache())
+            raise LocalEntryNotFoundError(missing[0])
         remedy = "give a model.revision that is whole" if source.on_hub else "copy the folder again"
         lacks = f"{len(missing)} of {len(shards)} weight files, such as {missing[0]!r}"
         raise ModelError(f"the model {source.location!r} lacks {lacks}; {remedy}")
@@ -245,6 +254,7 @@ def load_model(
     """
     check_dtype(dtype)
     config = config or load_config(source)
+    check_weights(source)
     arguments = {**source.arguments, "dtype": DTYPES[dtype]}
     if "gguf_file" in source.arguments and hasattr(transformers, "GgufConfig"):
         # Newer versions would keep the weights packed where they have kernels for it; those cannot be trained.

@@ -67,6 +67,7 @@ def test_the_header_names_what_the_hub_can_resolve(train, monkeypatch):
     policy = train(training=training_of(1, {}, datamodule=type("Data", (), {"source": HubSource("openai/gsm8k", "main")}))).policy
     policy = type(policy)(policy.plan, policy.weights, BaseModel("Qwen/Qwen3-0.6B", "main"), policy.training)
     monkeypatch.setattr("hybrid_lightning.export.model_card.base_licence", lambda base: "apache-2.0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for form, relation in ((MergedModel(), "finetune"), (AdapterFolder(), "adapter")):
         fields = header(model_card(policy, form))
         assert (fields["base_model"], fields["base_model_relation"]) == ("Qwen/Qwen3-0.6B", relation)

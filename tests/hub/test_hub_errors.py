@@ -125,7 +125,9 @@ def test_a_data_set_that_cannot_be_had(options, token, message, command, hub):
 
 
 @pytest.fixture
-def no_network(hub):
+def no_network(hub, command):
+    """Where the config's own model and data are in the cache."""
+    assert command("fit", *SMALL).code == 0
     port = hub.port
     hub.stop()
     yield
@@ -141,13 +143,9 @@ def test_without_a_network_nothing_waits(command, hub, no_network):
     assert time.monotonic() - begun < 20
 
 
-def test_what_is_in_the_cache_is_used_without_a_network(command, hub):
-    assert command("fit", *SMALL).code == 0
-    port = hub.port
-    hub.stop()
+def test_what_is_in_the_cache_is_used_without_a_network(command, no_network):
     begun = time.monotonic()
     result = command("fit", *SMALL)
-    hub.start(port)
     assert result.code == 0 and "cannot be reached" in result.err and "only what is in the cache can be used" in result.err
     assert time.monotonic() - begun < 20
 

@@ -10,7 +10,7 @@ from tiny_runs import write_model
 from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
 
 from hybrid_lightning.errors import ConfigError, ModelError
-from hybrid_lightning.policy.loading import ModelSource, load_model, load_tokenizer, resolve_model, stop_token_ids
+from hybrid_lightning.policy.loading import ModelSource, check_weights, load_model, load_tokenizer, resolve_model, stop_token_ids
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -123,6 +123,20 @@ def test_a_lack_of_weights_is_refused(folder, tmp_path):
     (tmp_path / "deeper" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3, "layer_types": None}))
     with pytest.raises(ModelError, match=r"lacks \d+ weights, such as 'model\.layers\.2\."):
         load_model(resolve_model(str(tmp_path / "deeper")), "float32", None)
+
+
+def test_a_shard_that_is_missing_is_found_before_weights_are_read(tmp_path):
+    build_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    build_tokenizer().save_pretrained(tmp_path)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    shards[1].unlink()
+    message = rf"lacks 1 of {len(shards)} weight files, such as '{shards[1].name}'; copy the folder again"
+    with pytest.raises(ModelError, match=message):
+        check_weights(resolve_model(str(tmp_path)))
+    for path in tmp_path.glob("model*"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"has no weights that can be read: neither model\.safetensors nor pytorch_model\.bin"):
+        load_model(resolve_model(str(tmp_path)), "float32", None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import SaveConfigCallback
 
-from hybrid_lightning.parts import Part
+from hybrid_lightning.parts import Part, public_path, translated
 from hybrid_lightning.policy.adaptation import adapter_state
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.rollout.prompt_order import prompts_digest
@@ -67,7 +67,7 @@ def described(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     # Not by getattr: the data module has properties of such names, which would format the test split.
     chosen = {name: vars(instance).get(name) for name, value in arguments.items() if value is None}
     arguments |= {name: part for name, part in chosen.items() if isinstance(part, Part)}
-    return {"class_path": _path(type(instance)), "init_args": _plain(arguments)}
+    return {"class_path": public_path(type(instance)), "init_args": _plain(arguments)}
 
 
 def _flags(trainer: Trainer) -> dict[str, Any]:
@@ -85,14 +85,14 @@ def _flags(trainer: Trainer) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Numbers, text, lists and dicts; what is none of these, by its class."""
     if isinstance(value, Part):
-        return {"class_path": _path(type(value)), "init_args": _plain(value._init_args)}
+        return {"class_path": public_path(type(value)), "init_args": _plain(value._init_args)}
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return {"class_path": _path(value if isinstance(value, type) else type(value)), "init_args": {}}
+    return {"class_path": public_path(value if isinstance(value, type) else type(value)), "init_args": {}}
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
             items = value
             if "class_path" in value:
                 kind = imported(str(value["class_path"]))
-                found[name] = value["class_path"] if kind is None else _path(kind)
+                found[name] = value["class_path"] if kind is None else public_path(kind)
                 items = {**({} if kind is None else _plain(_defaults(kind))), **(value.get("init_args") or {})}
             for key, item in items.items():
                 put(f"{name}.{key}", item)
@@ -134,10 +134,6 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 def imported(path: str) -> type | None:
     """The class of a path if its module is there already: a checkpoint is no reason to import one."""
-    module, _, name = path.rpartition(".")
+    module, _, name = translated(path).rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     return found if isinstance(found, type) else None
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hybrid_lightning.errors import HybridLightningError
+from hybrid_lightning.parts import translated
 from hybrid_lightning.remedies import is_of_the_machine, with_remedy
 
 # What jsonargparse says -> what a reader of one line can use.
@@ -57,7 +58,7 @@ _load_yaml = jsonargparse.get_loader("yaml")
 
 
 def _load_value(text: str) -> Any:
-    """YAML, except for two texts that jsonargparse would read otherwise than they are meant.
+    """YAML, in which classes of earlier versions are named as now, except for two texts that jsonargparse would read otherwise.
 
     It reads the strings of a config as YAML once more, and would turn `answer_pattern: '####\\s*(.+)'`, for YAML a comment alone,
     into null. And it hands a null for an argument of a part on as Python writes it: `--data.format.system_prompt=null` would put
@@ -66,7 +67,7 @@ def _load_value(text: str) -> Any:
     value = _load_yaml(text)
     if text == "None":
         return None
-    return text if value is None and text.lstrip().startswith("#") else value
+    return text if value is None and text.lstrip().startswith("#") else translated(value)
 
 
 jsonargparse.set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
@@ -255,9 +256,9 @@ def known_classes(kind: Any) -> dict[str, type]:
 
 
 def _is_internal(part: type) -> bool:
-    """Whether a class of ours is for others to derive from: its package does not name it, or it has no list and others do."""
-    package = sys.modules.get(part.__module__.rpartition(".")[0])
-    named = getattr(package, "__all__", None)
+    """Whether a class of ours is for others to derive from: not listed by its module or package; without a list, if others do."""
+    places = [sys.modules.get(name) for name in (part.__module__, part.__module__.rpartition(".")[0])]
+    named = next((place.__all__ for place in places if hasattr(place, "__all__")), None)  # type: ignore[union-attr]
     return _is_ours(part) and (any(map(_is_ours, part.__subclasses__())) if named is None else part.__name__ not in named)
 
 

@@ -5,7 +5,20 @@ same `class_path` / `init_args` pair that a YAML file holds, whether it was buil
 """
 
 import inspect
+import sys
 from typing import Any, Self
+
+# Modules of earlier versions, under which classes stand in their configs, checkpoints and plans -> where those are now.
+MOVED = {
+    **{
+        f"hybrid_lightning.adapters.scorers.{name}": "hybrid_lightning.adapters.scorers"
+        for name in ("base", "chance", "magnitude", "preconditioned", "probe", "snr", "tail")
+    },
+    **{
+        f"hybrid_lightning.advantages.{name}": "hybrid_lightning.advantages"
+        for name in ("base", "batch_std", "group", "group_mean", "leave_one_out", "per_reward")
+    },
+}
 
 
 class Part:
@@ -37,8 +50,7 @@ class Part:
 
     def to_config(self) -> dict[str, Any]:
         """Describe this part as `{"class_path": ..., "init_args": {...}}`, nested parts included."""
-        cls = type(self)
-        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": to_plain(self._init_args)}
+        return {"class_path": public_path(type(self)), "init_args": to_plain(self._init_args)}
 
 
 def to_plain(value: Any) -> Any:
@@ -49,4 +61,32 @@ def to_plain(value: Any) -> Any:
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
+    return value
+
+
+def public_path(kind: type) -> str:
+    """Where a class is to be imported from: the first package on its way that has it, so that files in it can move.
+
+    Example:
+        >>> from hybrid_lightning.losses import GSPOLoss
+        >>> public_path(GSPOLoss)
+        'hybrid_lightning.losses.GSPOLoss'
+    """
+    names = kind.__module__.split(".")
+    for end in range(1, len(names)):
+        place = ".".join(names[:end])
+        if getattr(sys.modules.get(place), kind.__qualname__, None) is kind:
+            return f"{place}.{kind.__qualname__}"
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def translated(value: Any) -> Any:
+    """A config, or a part of one, in which classes of earlier versions are named as they are now (see `MOVED`)."""
+    if isinstance(value, dict):
+        return {key: translated(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [translated(item) for item in value]
+    if isinstance(value, str) and value.startswith("hybrid_lightning."):
+        module, _, name = value.rpartition(".")
+        return f"{MOVED[module]}.{name}" if module in MOVED else value
     return value

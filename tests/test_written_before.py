@@ -5,6 +5,7 @@ The files in `written_by_a100f97/` are of its runs of three optimizer steps on a
 
 import json
 import shutil
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from cli_runs import run
 
 from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.advantages import LeaveOneOutAdvantage
+from hybrid_lightning.parts import MOVED
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.preference import PreferenceModule
 from hybrid_lightning.policy.supervised import SupervisedModule
@@ -88,3 +91,30 @@ def test_a_plan_is_used_again_and_may_have_been_edited(folder):
         assert result.code == 0, result.err
         newest = sorted((folder / "runs/again").iterdir())[-1]
         assert set(AdapterPlan.load(newest / "plan.json").full_modules) == full
+
+
+def test_classes_that_have_moved_since_are_found(folder):
+    """As a100f97 named them where a policy was made in Python."""
+    old = "hybrid_lightning.advantages.leave_one_out.LeaveOneOutAdvantage"
+    checkpoint = content(folder / "policy" / "last.ckpt")
+    checkpoint["hyper_parameters"]["advantage"]["class_path"] = old
+    torch.save(checkpoint, "policy/last.ckpt")
+    module = PolicyModule.load_from_checkpoint("policy/last.ckpt", map_location="cpu")
+    assert type(module.advantage) is LeaveOneOutAdvantage
+    config = Path("policy/config.yaml").read_text().replace("hybrid_lightning.advantages.LeaveOneOutAdvantage", old)
+    moved = "hybrid_lightning.adapters.scorers.tail.TailFraction"
+    Path("policy/config.yaml").write_text(config.replace("hybrid_lightning.adapters.scorers.TailFraction", moved))
+    steps = f"--trainer.max_steps={checkpoint['global_step'] + 2}"
+    result = run(folder, "fit", "--config", "policy/config.yaml", "--ckpt_path", "policy/last.ckpt", steps)
+    assert result.code == 0, result.err
+    summary = json.loads((folder / "runs/policy/version_0/summary.json").read_text())
+    assert [change for change in summary["changes"] if "max_steps" not in str(change)] == []
+    saved = (folder / "runs/policy/version_0/config.yaml").read_text()
+    assert old not in saved and moved not in saved and "hybrid_lightning.adapters.scorers.TailFraction" in saved
+
+
+def test_whatever_has_moved_is_there():
+    for module, now in MOVED.items():
+        with pytest.raises(ModuleNotFoundError):
+            import_module(module)
+        assert import_module(now)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hybrid_lightning.adapters.accumulators import ExactGradients, GradientMode, ModuleAccumulator
 from hybrid_lightning.adapters.collect import collect_gradients, keep_sums
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
-from hybrid_lightning.adapters.scorers.base import Scorer
+from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.spectra import ONE_THREAD_UP_TO
 from hybrid_lightning.adapters.statistics import ModuleStatistics
 from hybrid_lightning.adapters.workers import map_on_workers

@@ -20,6 +20,7 @@ from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.errors import CheckpointError, PlanError
+from hybrid_lightning.parts import translated
 from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.policy.quantization import Quantization, quantize_base
 from hybrid_lightning.sharding.forward import Weights, weights_of
@@ -28,12 +29,13 @@ from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.names import parameter_names, trained_names
 from hybrid_lightning.sharding.optimizer_state import name_state
 from hybrid_lightning.sharding.sharded_folder import is_folder, read_weights
-from hybrid_lightning.sharding.whole_files import write_whole_files
+from hybrid_lightning.sharding.whole_files import read_content, write_whole_files
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 CHECKPOINT_KEY = "hybrid_lightning"
+_ARGUMENTS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 
 
 class AdaptedModule(LightningModule):
@@ -207,11 +209,17 @@ class AdaptedModule(LightningModule):
         Raises:
             CheckpointError: If a folder is not whole, or what it holds does not fit.
         """
+        content = None
         if is_folder(checkpoint_path):  # which Lightning cannot read
-            file = io.BytesIO()
-            torch.save(read_weights(Path(checkpoint_path)), file)
-            file.seek(0)
-            checkpoint_path = file
+            content = read_weights(Path(checkpoint_path))
+        elif isinstance(checkpoint_path, (str, Path)) and Path(checkpoint_path).is_file():
+            content = read_content(checkpoint_path)
+            if translated(content.get(_ARGUMENTS)) == content.get(_ARGUMENTS):
+                content = None
+        if content is not None:
+            checkpoint_path = io.BytesIO()
+            torch.save({**content, _ARGUMENTS: translated(content.get(_ARGUMENTS))}, checkpoint_path)
+            checkpoint_path.seek(0)
         module: Self = super().load_from_checkpoint(checkpoint_path, *arguments, **options)
         return module
 

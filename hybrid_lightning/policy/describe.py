@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.parts import Part, to_plain
+from hybrid_lightning.parts import Part, public_path, to_plain
 
 
 def describe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def _describe(name: str, value: Any) -> Any:
         return _describe(name, value.to_config())
     if isinstance(value, type):
         _check_importable(name, value.__qualname__)
-        return {"class_path": f"{value.__module__}.{value.__qualname__}", "init_args": {}}
+        return {"class_path": public_path(value), "init_args": {}}
     if isinstance(value, functools.partial):
         # jsonargparse, which rebuilds a module from a checkpoint, has the class among the positional arguments.
         classes = [item for item in (value.func, *value.args) if isinstance(item, type)]

@@ -101,7 +101,7 @@ def test_plan_against_one_from_full_gradients(make_model, losses):
 def test_a_plan_records_settings_left_at_their_defaults(make_model):
     options = {"model": "tiny", "model_digest": "0", "candidates": find_candidates(make_model("llama"))}
     plan = make_plan(budget=ModuleBudget(1), lora=LoraSettings(), scorer=Random(), calibration={"signal": "reward"}, **options)
-    assert plan.scorer == {"class_path": "hybrid_lightning.adapters.scorers.chance.Random", "init_args": {"seed": 0}}
+    assert plan.scorer == {"class_path": "hybrid_lightning.adapters.scorers.Random", "init_args": {"seed": 0}}
     assert plan.budget["init_args"] == {"share": 1}
     assert make_plan(budget=ModuleBudget(0), lora=LoraSettings(), **options).budget["init_args"] == {"share": 0}
     assert plan.candidates[0].score is None and plan.lora_modules == ()

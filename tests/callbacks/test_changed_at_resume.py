@@ -85,7 +85,7 @@ def test_what_decides_what_is_trained_is_refused():
         (["--model.quantization=NF4"], "trained with model.quantization=null, but it is NF4 now"),
         (
             ["--model.optimizer=torch.optim.SGD"],
-            "with model.optimizer=AdamW, but it is SGD now; give --model.optimizer=torch.optim.adamw.AdamW, or",
+            "with model.optimizer=AdamW, but it is SGD now; give --model.optimizer=torch.optim.AdamW, or",
         ),
         (["--model.optimizer.lr=1"], "has no effect, since each group of weights has a rate of its own; give --model.lr_full"),
         (["--trainer.max_steps=2"], "trainer.max_steps=2 is less than the 3 steps that the checkpoint has"),

@@ -1,0 +1,190 @@
+"""Scorers: how sensitive a module is to being trained at low rank only. A score of your own is one class more.
+
+The definitions are this project's own: the public text of Hybrid-LoRA (arXiv 2605.18822) gives the idea, a module's sensitivity
+to low-rank adaptation under a fixed budget, and not the formula. G is the gradient of the training objective at the start
+policy, averaged over calibration rollouts, and sigma_i its singular values. A full-rank step along -G gains ||G||_F^2 to first
+order, the best step of rank r the sum of the first r squares.
+
+- `TailEnergy` and `TailFraction`, what LoRA of rank r cannot express of it: T_r(G) = ||G||_F^2 - sum_{i<=r} sigma_i(G)^2,
+  tau_r(G) = T_r(G) / ||G||_F^2
+- `PreconditionedTail`, the same of the step that Adam would take. Adam divides the gradient by the root of its second moment,
+  which at its first step is the square of that gradient: a module's step has the same size however large its gradient is, and
+  what then counts is how many directions it takes. With a second moment of rank one, as Adafactor keeps it (Shazeer and Stern
+  2018, arXiv 1804.04235), that step keeps how the entries compare: with u the means of the squares of G's rows, v those of its
+  columns and s the mean of all, P = diag(u)^(-1/2) G diag(v)^(-1/2) s^(1/2) and the score is T_r(P). It depends on the mean
+  gradient alone, so that it is the same however the calibration rollouts are cut into micro-batches.
+- `SpectrumSNR`, signal in the tail against the sampling noise of the calibration rollouts. Noise looks full-rank, so a raw tail
+  energy counts it as need for full training. Let D be the difference of the means of even and odd micro-batches, scaled (by
+  1/2, if there are as many of each) so that it has the noise of G and none of its signal. Then T_r(D) says how much of T_r(G)
+  noise alone would make, and the score is max(T_r(G) - T_r(D), 0) / (T_r(G) + T_r(D)), which grows with the ratio of signal to
+  noise x = T_r(G) / T_r(D) as (x - 1) / (x + 1), and stays finite without noise.
+- `Probe`, measured and not derived: with t = step * ||W||_F / ||G||_F and G_r the best rank-r approximation of G (its truncated
+  singular value decomposition), the score is loss(W - t G_r) - loss(W - t G), what the calibration loss gains if the step is
+  not held to rank r. For small steps this is t T_r(G).
+- `GradientNorm` and `WeightGradient` ignore rank: baselines. `Random` is chance, which every score has to beat.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from hybrid_lightning.adapters.spectra import low_rank
+from hybrid_lightning.adapters.statistics import ModuleStatistics, require
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.parts import Part
+
+__all__ = [
+    "GradientNorm",
+    "PreconditionedTail",
+    "Probe",
+    "Random",
+    "Scorer",
+    "SpectrumSNR",
+    "TailEnergy",
+    "TailFraction",
+    "WeightGradient",
+]
+
+
+class Scorer(Part, ABC):
+    """Turns the calibration statistics of one module into one number; the higher, the more it wants full training.
+
+    A scorer of your own is a subclass, named by its `class_path`. The class attributes say which statistics to collect, and
+    whether several modules may be scored at a time.
+
+    Example:
+        >>> class LargestSingularValue(Scorer):
+        ...     def score(self, statistics: ModuleStatistics, rank: int) -> float:
+        ...         return float(statistics.gradient.spectrum()[0])
+    """
+
+    needs_gradient: ClassVar[bool] = True  # `gradient`: without it no calibration pass is made
+    needs_halves: ClassVar[bool] = False  # `noise`
+    needs_loss: ClassVar[bool] = False  # `evaluate_loss`
+    concurrent: ClassVar[bool] = False  # `score` may run for several modules at a time: it only reads, and keeps nothing
+
+    @abstractmethod
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:
+        """Score one module.
+
+        Args:
+            statistics: of that module.
+            rank: LoRA rank r.
+
+        Returns:
+            A finite number.
+        """
+
+
+class TailEnergy(Scorer):
+    """T_r(G): what rank r leaves behind, in the unit in which modules compete under plain gradient descent."""
+
+    concurrent = True
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
+        return require(statistics.gradient, "the gradient", self).tail_energy(rank)
+
+
+class TailFraction(Scorer):
+    """tau_r(G), the tail as a share of the whole: scale-free, between 0 and 1; 0 for a zero gradient."""
+
+    concurrent = True
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
+        gradient = require(statistics.gradient, "the gradient", self)
+        energy = gradient.energy()
+        return min(gradient.tail_energy(rank) / energy, 1.0) if energy > 0 else 0.0
+
+
+class PreconditionedTail(Scorer):
+    """T_r(P), the default: what rank r leaves behind of Adam's step; works on sketches, too."""
+
+    concurrent = True
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
+        return require(statistics.gradient, "the gradient", self).preconditioned().tail_energy(rank)
+
+
+class GradientNorm(Scorer):
+    """||G||_F, the Frobenius norm of the mean gradient."""
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
+        return max(require(statistics.gradient, "the gradient", self).energy(), 0.0) ** 0.5
+
+
+class WeightGradient(Scorer):
+    """sum_ij |W_ij G_ij|: to first order, how much the loss moves if each weight is changed by its own size.
+
+    The saliency known from pruning, summed over the module; needs whole gradients.
+    """
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
+        gradient = require(statistics.gradient, "the gradient", self).matrix().double()
+        return float((statistics.weight.to(gradient) * gradient).abs().sum())
+
+
+class SpectrumSNR(Scorer):
+    """Signal-to-noise score of the tail, between 0 (all noise) and 1 (none); needs at least two calibration losses."""
+
+    needs_halves = True
+    concurrent = True
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
+        whole = require(statistics.gradient, "the gradient", self).tail_energy(rank)
+        noise = require(statistics.noise, "the split halves", self).tail_energy(rank)
+        return max(whole - noise, 0.0) / (whole + noise) if whole + noise > 0 else 0.0
+
+
+class Probe(Scorer):
+    """Measured gain of a full step over a rank-r step; two evaluations of the calibration loss per module.
+
+    The weights are restored bit for bit. Needs whole gradients.
+
+    Args:
+        step: length of the full step, relative to the norm of the weight.
+    """
+
+    needs_loss = True
+
+    def __init__(self, step: float = 0.01) -> None:
+        if not step > 0:
+            raise ConfigError(f"step={step}: must be positive, a fraction of the weight's norm such as 0.01.")
+        self.step = step
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
+        gradient = require(statistics.gradient, "the gradient", self).matrix()
+        evaluate_loss = require(statistics.evaluate_loss, "evaluate_loss", self)
+        norm = float(gradient.double().norm())
+        if norm == 0 or rank >= min(gradient.shape):
+            return 0.0
+        weight = statistics.weight
+        length = self.step * float(weight.double().norm()) / norm
+        start = weight.clone()
+        losses = []
+        with torch.no_grad():
+            for direction in (low_rank(gradient, rank), gradient):
+                try:
+                    weight.copy_(start.double() - length * direction.to(start.device, torch.float64))
+                    losses.append(float(evaluate_loss()))
+                finally:
+                    weight.copy_(start)
+        return losses[0] - losses[1]
+
+
+class Random(Scorer):
+    """A uniform number between 0 and 1 that depends on seed and module name only; needs no calibration.
+
+    Args:
+        seed: another seed chooses other modules.
+    """
+
+    needs_gradient = False
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
+        digest = hashlib.sha256(f"{self.seed} {statistics.name}".encode()).digest()
+        return int.from_bytes(digest[:6], "big") / 2**48

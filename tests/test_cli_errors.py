@@ -150,7 +150,7 @@ OPTIONS = [
     # numbers
     ("trainer.max_steps=-5", r"trainer: `max_steps` must be a non-negative integer or -1"),
     ("trainer.max_steps=abc", r'"trainer\.max_steps": expected int\. Got value: abc'),
-    ("trainer.limit_train_batches=-1", r"trainer: .*invalid value -1 for limit_train_batches, it has to be in"),
+    ("trainer.limit_train_batches=-1", r"trainer: .*invalid value -1(\.0)? for limit_train_batches, it has to be in"),
     ("model.sampler.temperature=-1", r"sampler\.temperature must be positive, got -1\.0"),
     ("model.samples_per_prompt=1", r"samples_per_prompt=1: .* set samples_per_prompt to 2 or more"),
     ("adapter.rank=0", r"rank=0: LoRA needs a rank of at least 1"),

@@ -33,6 +33,8 @@ from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.ranks import world_size
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
+__all__ = ["PolicyModule"]
+
 
 class PolicyModule(CalibratedModule):
     """Trains a language model by reinforcement learning with verifiable rewards.

@@ -3,6 +3,8 @@
 from hybrid_lightning.losses import DPOLoss
 from hybrid_lightning.policy.examples import ExampleModule
 
+__all__ = ["PreferenceModule"]
+
 
 class PreferenceModule(ExampleModule):
     """Preference alignment by a loss of pairs, such as DPO.

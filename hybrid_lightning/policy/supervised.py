@@ -3,6 +3,8 @@
 from hybrid_lightning.losses import SupervisedLoss
 from hybrid_lightning.policy.examples import ExampleModule
 
+__all__ = ["SupervisedModule"]
+
 
 class SupervisedModule(ExampleModule):
     """Supervised fine-tuning, on completions only.

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from transformers import (
@@ -180,8 +181,9 @@ def check_weights(source: ModelSource) -> None:
     Raises:
         ModelError: If one is not.
     """
+    # A mirror that lists no files may have them all the same.
     if "gguf_file" not in source.arguments:
-        with _errors_of(source, "the model"):
+        with _errors_of(source, "the model"), suppress(HfHubHTTPError):
             _weight_files(source)
 
 
@@ -211,9 +213,10 @@ def _tell_download(source: ModelSource) -> None:
     """A line before what may take an hour, since logs show no bars."""
     if not source.on_hub or not reachable():
         return
-    size = sum(size for name, size in _weight_files(source).items() if not _path(source, name).is_file())
-    if size:
-        rank_zero_info(f"downloading {source.location}, {size / 1e9:.2g} GB, into {constants.HF_HUB_CACHE}")
+    with suppress(HfHubHTTPError):
+        size = sum(size for name, size in _weight_files(source).items() if not _path(source, name).is_file())
+        if size:
+            rank_zero_info(f"downloading {source.location}, {size / 1e9:.2g} GB, into {constants.HF_HUB_CACHE}")
 
 
 def _files(source: ModelSource) -> dict[str, int]:
@@ -221,8 +224,8 @@ def _files(source: ModelSource) -> dict[str, int]:
     if not source.on_hub:
         return {path.name: path.stat().st_size for path in Path(source.location).iterdir() if path.is_file()}
     if reachable():
-        about = HfApi().model_info(source.location, revision=source.arguments.get("revision"), files_metadata=True)
-        return {file.rfilename: file.size or 0 for file in about.siblings or []}
+        tree = HfApi().list_repo_tree(source.location, revision=source.arguments.get("revision"))
+        return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
     kept = _path(source, "config.json").parent
     return {path.name: path.stat().st_size for path in kept.iterdir() if path.is_file()}  # of a broken link it is none
 

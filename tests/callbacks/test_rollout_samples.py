@@ -132,7 +132,7 @@ def test_hyper_parameters_are_there(run):
     content = log.events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
     values = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert values["lr_lora"].number_value == 0.01 and values["loss/init_args/kl_coef"].number_value == 0.01
-    assert values["loss/class_path"].string_value == "hybrid_lightning.losses.grpo.GRPOLoss"
+    assert values["loss/class_path"].string_value == "hybrid_lightning.losses.GRPOLoss"
 
 
 def test_the_results_on_the_page_of_hyper_parameters_are_accuracy_and_reward(run):

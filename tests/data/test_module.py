@@ -189,5 +189,5 @@ data:
     assert [turn["content"] for turn in prompt.messages[:3]] == ["Add.", "3+3=", "6"]
     assert prompt.answer in ("2", "4") and len(data.validation_prompts) == 1
     config = data.source.to_config()
-    assert config["class_path"] == "hybrid_lightning.data.files.FileSource"
+    assert config["class_path"] == "hybrid_lightning.data.FileSource"
     assert config["init_args"]["answer_column"] == "reply" and config["init_args"]["validation_fraction"] == 0.5

@@ -14,6 +14,7 @@ from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, bu
 from torch.utils._python_dispatch import TorchDispatchMode
 from wide_models import write_wide_model
 
+from hybrid_lightning.advantages import GroupMeanAdvantage
 from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import (
@@ -83,8 +84,9 @@ class Deterministic(Callback):
 
 
 LOSSES = [GRPOLoss, GSPOLoss, GSPOTokenLoss, DAPOLoss, DrGRPOLoss, BNPOLoss, CISPOLoss, SAPOLoss]
+ADVANTAGES = {DrGRPOLoss: GroupMeanAdvantage()}  # which it warns of being without
 CASES = {
-    **{loss.__name__: {"loss": loss(entropy_coef=0.01, kl_coef=0.01)} for loss in LOSSES},
+    **{loss.__name__: {"loss": loss(entropy_coef=0.01, kl_coef=0.01), "advantage": ADVANTAGES.get(loss)} for loss in LOSSES},
     "masks, correction and filters": {
         "token_mask": TopEntropyMask(0.5),
         "correction": TokenTruncation(),

@@ -174,5 +174,5 @@ def test_names():
 
 def test_config_describes_nested_rewards():
     config = WeightedSum([ExactMatch(ignore_case=True)], [0.5]).to_config()
-    assert config["class_path"] == "hybrid_lightning.rewards.weighted_sum.WeightedSum"
+    assert config["class_path"] == "hybrid_lightning.rewards.WeightedSum"
     assert config["init_args"]["rewards"][0]["init_args"] == {"ignore_case": True}

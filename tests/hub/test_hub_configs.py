@@ -121,13 +121,16 @@ def test_every_config_that_names_the_hub_runs_here():
     assert run == overlays | from_hub | {"evaluate", "strategy/fsdp2"}
 
 
-def test_it_runs_sharded_over_two_processes(hub, home, tmp_path):
+def test_it_runs_sharded_over_two_processes_and_then_from_the_cache(hub, home, tmp_path):
     command = [sys.executable, "-m", "hybrid_lightning", *arguments(*SHARDED), "--trainer.devices=2"]
-    done = subprocess.run(
-        command, env=environment(hub.endpoint, home), cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((last_run(tmp_path, "qwen3") / "summary.json").read_text())["steps"] == 4
+    asked = 0
+    for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
+        asked, env = len(hub.requests), {**environment(hub.endpoint, home), **offline}
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads((last_run(tmp_path, "qwen3") / "summary.json").read_text())["steps"] == 4
+    assert len(list((tmp_path / "runs" / "qwen3").iterdir())) == 2
+    assert len(hub.requests) == asked, "offline, the hub was asked"
 
 
 @pytest.mark.parametrize(
@@ -156,12 +159,7 @@ def test_what_was_trained_is_tested_and_exported_without_a_network(offline):
 
 def test_the_hub_is_not_asked_where_everything_is_local(hub, online):
     asked = len(hub.requests)
-    online(
-        "fit",
-        "--config",
-        CONFIGS / "gspo.yaml",
-        "--trainer.max_steps=1",
-        "--trainer.num_sanity_val_steps=0",
-        "--trainer.limit_val_batches=0",
-    )
+    without = ("--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0")
+    result = online("fit", "--config", CONFIGS / "gspo.yaml", "--trainer.max_steps=1", *without)
+    assert result.code == 0, result.err
     assert len(hub.requests) == asked

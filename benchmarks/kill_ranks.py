@@ -24,7 +24,7 @@ from kill_report import Outcome, markdown, said, table
 from report import command_line, machine, versions
 from torch import Tensor
 
-from hybrid_lightning.sharding.whole_files import WholeFiles
+from hybrid_lightning.sharding.checkpoints import WholeFiles
 
 LIMIT_S = 60.0  # for all processes to end once one has been killed
 JOB_LIMIT_S = 600.0  # for a job that nobody disturbs

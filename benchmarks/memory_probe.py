@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.engine.decoding import SharedPromptDecoding
-from hybrid_lightning.memory.live_tensors import LiveTensors
+from hybrid_lightning.memory.fake_model import LiveTensors
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -12,7 +12,7 @@ import torch
 from qwen3_report import long_table, short_table
 from transformers import Qwen3Config
 
-from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.memory import FSDP2, RunSettings, Sharding, SingleDevice, plan_memory
 
 # As in config.json of Qwen/Qwen3-0.6B, Qwen/Qwen3-8B and Qwen/Qwen3-32B on the Hugging Face hub (layers and heads are also in

@@ -25,7 +25,7 @@ from memory_probe import MemoryProbe, process_bytes
 from torch.utils.data import DataLoader
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import DDP, FSDP1, FSDP2, RunSettings, Sharding, SingleDevice, plan_memory

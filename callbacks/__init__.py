@@ -8,8 +8,7 @@ from hybrid_lightning.callbacks.model_checkpoint import ModelCheckpoint
 from hybrid_lightning.callbacks.policy_export import PolicyExport
 from hybrid_lightning.callbacks.prediction_writer import PredictionWriter
 from hybrid_lightning.callbacks.reward_divergence import RewardDivergence
-from hybrid_lightning.callbacks.rollout_progress import RolloutProgress
-from hybrid_lightning.callbacks.rollout_samples import RolloutSamples
+from hybrid_lightning.callbacks.rollout_display import RolloutProgress, RolloutSamples
 from hybrid_lightning.callbacks.run_folder import RunFolder
 from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import StepTimer

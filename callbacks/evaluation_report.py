@@ -26,7 +26,7 @@ class EvaluationReport(Callback):
 
     The numbers are those of TensorBoard, under the names that they have there after `val/` or `test/`: `overall` is the mean over
     named sets, each with the same weight, or the only set if none has a name. Shares come with 95% confidence intervals over
-    problems (see `hybrid_lightning.metrics.intervals`). The file holds the last evaluation of the run.
+    problems (see `hybrid_lightning.metrics.problem_means`). The file holds the last evaluation of the run.
 
     The module gives them as `last_evaluation`: set -> metric -> value, with "" for all sets together.
 

@@ -1,20 +1,46 @@
-"""`GracefulStop`: a signal, or a reward that fails, ends a run with what it can go on from bit for bit."""
+"""What a process says when another one of its run is gone.
+
+`GracefulStop`: a signal, or a reward that fails, ends a run with what it can go on from bit for bit.
+"""
 
 import copy
+import re
 import sys
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.adapters.kept_scoring import SCORING
-from hybrid_lightning.callbacks.display import resume_command, say
+from hybrid_lightning.callbacks.display import resume_command, saved_config, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
-from hybrid_lightning.callbacks.lost_contact import lost_contact
 from hybrid_lightning.callbacks.run_folder import find_run_folder, run_folder
 from hybrid_lightning.errors import RewardError
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.stopping import NOTHING_MADE, RunStopped, StopSignals
+
+# What gloo, NCCL and torch's watchdog say.
+_SIGNS = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|NCCL|gloo|heartbeat", re.IGNORECASE)
+
+
+def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
+    """One line that names the cause and the checkpoint to go on from; None for errors that a process has by itself.
+
+    Args:
+        trainer: Of this process. Nothing is asked of the others.
+        exception: What ended the run here.
+    """
+    if not isinstance(exception, RuntimeError) or not _SIGNS.search(str(exception)):
+        return None
+    # Not `last_model_path`, which Lightning sets before it writes: that file may be the one whose writing was cut short.
+    checkpoint = getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path
+    command = f"--ckpt_path {checkpoint}" if saved_config(trainer) is None else resume_command(trainer, str(checkpoint))
+    remedy = f"go on with {command}" if checkpoint else "no checkpoint has been saved yet"
+    return (
+        f"rank {trainer.global_rank} lost contact with another rank, which was killed, has failed or hangs; its own output says "
+        f"why; {remedy}"
+    )
+
 
 # In a checkpoint: step and epoch as which a validation is logged that was due and had not ended.
 _VALIDATION_DUE = "validation_due"

@@ -13,15 +13,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.accumulators import ExactGradients, GradientMode
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, describe, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.digest import model_digest
-from hybrid_lightning.adapters.heatmap import draw_heatmap
+from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.kept_scoring import SCORING, KeptScoring
-from hybrid_lightning.adapters.lora import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.adapters.planning import describe, make_plan
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
+from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_markdown, plan_rows, plan_table
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
@@ -30,15 +28,15 @@ from hybrid_lightning.callbacks.loggers import log_figure, log_table
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import measured
+from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
-from hybrid_lightning.parts import Part
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.calibrated import CalibratedModule
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.policy.stepped import begin_epoch_anew
-from hybrid_lightning.sharding.whole_files import is_there, read_content
+from hybrid_lightning.sharding.checkpoints import is_there, read_content
 from hybrid_lightning.stopping import RunStopped
 
 _SHOWN_OTHERS = 10  # modules of a plan on the screen, beside the fully trained ones
@@ -59,7 +57,7 @@ _AFTER_SCORING = {
 }
 
 
-class HybridAdapterSetup(Part, Callback):
+class HybridAdapterSetup(Configurable, Callback):
     """Chooses the modules that are trained fully and gives LoRA to all other candidates.
 
     The plan is taken from the checkpoint that is being loaded, else from `plan`, else made by scoring. It is written into the
@@ -166,7 +164,7 @@ class HybridAdapterSetup(Part, Callback):
         """Show the plan in the loggers, as a table and a picture."""
         if self.plan is None or not trainer.is_global_zero or not trainer.loggers:
             return
-        log_table(trainer, "plan", *self.plan.rows(), step=0, markdown=self.plan.markdown())
+        log_table(trainer, "plan", *plan_rows(self.plan), step=0, markdown=plan_markdown(self.plan))
         if any(module.score is not None for module in self.plan.candidates):
             log_figure(trainer, "plan/scores", draw_heatmap(self.plan), step=0)
 
@@ -344,7 +342,7 @@ class HybridAdapterSetup(Part, Callback):
         if folder is not None:
             plan.save(folder / "plan.json")
             self._draw(plan, folder / "plan.png")
-        table = plan.table(_SHOWN_OTHERS)
+        table = plan_table(plan, _SHOWN_OTHERS)
         console().print(table)
         rest = len(plan.candidates) - table.row_count
         more = f"{rest} more {'module' if rest == 1 else 'modules'}"

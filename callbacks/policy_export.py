@@ -11,10 +11,9 @@ from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.export.form import ExportForm
-from hybrid_lightning.export.live import policy_of_module
 from hybrid_lightning.export.merged_model import MergedModel
-from hybrid_lightning.export.trained import TrainedPolicy
+from hybrid_lightning.export.sources import policy_of_module
+from hybrid_lightning.export.trained import ExportForm, TrainedPolicy
 from hybrid_lightning.export.write import write_policy, written
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import SaveConfigCallback
 
-from hybrid_lightning.parts import Part, public_path, translated
+from hybrid_lightning.configurable import Configurable, public_path, translated
 from hybrid_lightning.policy.adaptation import adapter_state
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.rollout.prompt_order import prompts_digest
@@ -26,7 +26,7 @@ def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Callback)
     if isinstance(pl_module, LanguageModule):
         settings["model"] = described(pl_module, {n: v for n, v in pl_module.hparams.items() if not n.startswith("_")})
     data = getattr(trainer, "datamodule", None)
-    if isinstance(data, Part):
+    if isinstance(data, Configurable):
         settings["data"] = described(data, data._init_args)
     for name, attribute in (("training prompts", "train_prompts"), ("validation prompts", "validation_prompts")):
         prompts = getattr(data, attribute, None) if trainer.state.fn == "fit" else None
@@ -66,7 +66,7 @@ def described(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {**_defaults(type(instance)), **arguments}
     # Not by getattr: the data module has properties of such names, which would format the test split.
     chosen = {name: vars(instance).get(name) for name, value in arguments.items() if value is None}
-    arguments |= {name: part for name, part in chosen.items() if isinstance(part, Part)}
+    arguments |= {name: part for name, part in chosen.items() if isinstance(part, Configurable)}
     return {"class_path": public_path(type(instance)), "init_args": _plain(arguments)}
 
 
@@ -84,7 +84,7 @@ def _flags(trainer: Trainer) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Numbers, text, lists and dicts; what is none of these, by its class."""
-    if isinstance(value, Part):
+    if isinstance(value, Configurable):
         return {"class_path": public_path(type(value)), "init_args": _plain(value._init_args)}
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}

@@ -27,8 +27,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError, RewardError
-from hybrid_lightning.parts import Part
 from hybrid_lightning.types import Rewards
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-class AdvantageEstimator(Part, ABC):
+class AdvantageEstimator(Configurable, ABC):
     """Base class of estimators: a subclass maps rewards in groups, [P, G], to advantages in groups.
 
     In training P is all prompts of a rollout, over all ranks, so that what is computed over more than a group does not depend on

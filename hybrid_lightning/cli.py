@@ -129,17 +129,17 @@ class HybridLightningCLI(LightningCLI):
         parser.set_defaults(
             {
                 "model": {
-                    "class_path": "hybrid_lightning.policy.module.PolicyModule",
+                    "class_path": "hybrid_lightning.policy.PolicyModule",
                     "init_args": {
-                        "sampler": {"class_path": "hybrid_lightning.rollout.sampler.Sampler"},
+                        "sampler": {"class_path": "hybrid_lightning.rollout.Sampler"},
                         "advantage": {"class_path": "hybrid_lightning.advantages.GroupAdvantage"},
-                        "schedule": {"class_path": "hybrid_lightning.policy.optim.ConstantSchedule"},
+                        "schedule": {"class_path": "hybrid_lightning.policy.ConstantSchedule"},
                     },
                 },
                 "data": {"class_path": "hybrid_lightning.data.PromptDataModule"},
-                "adapter.budget": {"class_path": "hybrid_lightning.adapters.budgets.ModuleBudget"},
-                "adapter.scorer": {"class_path": "hybrid_lightning.adapters.scorers.PreconditionedTail"},
-                "adapter.gradients": {"class_path": "hybrid_lightning.adapters.accumulators.ExactGradients"},
+                "adapter.budget": {"class_path": "hybrid_lightning.adapters.ModuleBudget"},
+                "adapter.scorer": {"class_path": "hybrid_lightning.adapters.PreconditionedTail"},
+                "adapter.gradients": {"class_path": "hybrid_lightning.adapters.ExactGradients"},
                 "checkpoint.save_last": True,
                 "checkpoint.filename": "step={step}",
                 "checkpoint.auto_insert_metric_name": False,

@@ -15,8 +15,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from hybrid_lightning.configurable import translated
 from hybrid_lightning.errors import HybridLightningError
-from hybrid_lightning.parts import translated
 from hybrid_lightning.remedies import is_of_the_machine, with_remedy
 
 # What jsonargparse says -> what a reader of one line can use.

@@ -19,16 +19,15 @@ from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export.adapter_folder import AdapterFolder
-from hybrid_lightning.export.checkpoint import policy_of_checkpoint
-from hybrid_lightning.export.form import ExportForm
 from hybrid_lightning.export.merged_model import MergedModel
-from hybrid_lightning.export.new_folder import check_target
-from hybrid_lightning.export.write import write_policy, written
+from hybrid_lightning.export.sources import policy_of_checkpoint
+from hybrid_lightning.export.trained import ExportForm
+from hybrid_lightning.export.write import check_target, write_policy, written
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
-from hybrid_lightning.memory.table import notes, rich_table, title
+from hybrid_lightning.memory.peaks import notes, rich_table, title
 from hybrid_lightning.policy.stepped import TRAINING_METRICS, SteppedModule
-from hybrid_lightning.sharding.whole_files import read_content, require_checkpoint
+from hybrid_lightning.sharding.checkpoints import read_content, require_checkpoint
 
 _STAGES = {
     "fit": TrainerFn.FITTING,

@@ -10,13 +10,13 @@ import pytest
 from cli_runs import Result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hybrid_lightning.adapters import collect, scores
+from hybrid_lightning.adapters import gradients, scores
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.callbacks import RunSummary
 from hybrid_lightning.policy import evaluated
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.whole_files import WholeFiles
+from hybrid_lightning.sharding.checkpoints import WholeFiles
 
 # An epoch has three rollouts of two steps of two micro-batches; a validation comes after the fourth step, and one at the end.
 FIT = (
@@ -36,7 +36,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "the first completions for scoring": (Sampler, "sample", 1),
     "later completions for scoring": (Sampler, "sample", 3),
     "a reward for scoring": (evaluated, "evaluate_reward", 2),
-    "a gradient for scoring": (collect, "_check_loss", 2),
+    "a gradient for scoring": (gradients, "_check_loss", 2),
     "a score": (scores, "_statistics", 3),
     "the plan is written": (AdapterPlan, "save", 1),
     "the first validation": (PolicyModule, "_sample", 1),

@@ -8,11 +8,11 @@ import yaml
 from cli_runs import run, write_folder
 from lightning.pytorch import Callback
 
-from hybrid_lightning.adapters.accumulators import ExactGradients
 from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.cli_help import Section
 from hybrid_lightning.cli_parser import known_classes
-from hybrid_lightning.parts import Part
+from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.optim import LearningRateSchedule
 from hybrid_lightning.policy.quantization import Quantization
@@ -143,7 +143,7 @@ def test_help_without_a_command(folder):
 
 PARTS = {
     f"{part.__module__}.{part.__qualname__}": part
-    for base in (Part, LanguageModule, Callback, LearningRateSchedule, Quantization, ExactGradients, ModuleBudget)
+    for base in (Configurable, LanguageModule, Callback, LearningRateSchedule, Quantization, ExactGradients, ModuleBudget)
     for part in known_classes(base).values()
     if part.__module__.startswith("hybrid_lightning.")
 }

@@ -15,7 +15,7 @@ from cli_runs import run
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.advantages import LeaveOneOutAdvantage
-from hybrid_lightning.parts import MOVED
+from hybrid_lightning.configurable import public_path, translated
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.preference import PreferenceModule
 from hybrid_lightning.policy.supervised import SupervisedModule
@@ -110,11 +110,13 @@ def test_classes_that_have_moved_since_are_found(folder):
     summary = json.loads((folder / "runs/policy/version_0/summary.json").read_text())
     assert [change for change in summary["changes"] if "max_steps" not in str(change)] == []
     saved = (folder / "runs/policy/version_0/config.yaml").read_text()
-    assert old not in saved and moved not in saved and "hybrid_lightning.adapters.scorers.TailFraction" in saved
+    assert old not in saved and moved not in saved and "hybrid_lightning.adapters.TailFraction" in saved
 
 
-def test_whatever_has_moved_is_there():
-    for module, now in MOVED.items():
-        with pytest.raises(ModuleNotFoundError):
-            import_module(module)
-        assert import_module(now)
+@pytest.mark.parametrize("path", (WRITTEN / "classes.txt").read_text().split())
+def test_each_class_that_a_config_could_name_is_found(path):
+    """All classes of a100f97 that were no base of others, named by file as it did."""
+    room, _, name = translated(path).rpartition(".")
+    assert isinstance(getattr(import_module(room), name), type)
+    kind = getattr(import_module(room), name)
+    assert public_path(kind) == translated(path), "and it is written by the same name"

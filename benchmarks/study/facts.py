@@ -14,7 +14,7 @@ import string
 from itertools import product
 
 from hybrid_lightning.data import PromptSource, Row, Splits
-from hybrid_lightning.data.operands import hashed_split
+from hybrid_lightning.data.arithmetic import hashed_split
 from hybrid_lightning.errors import ConfigError
 
 # One token each; none differs from another in case alone, since questions are compared without it.

@@ -1,1 +1,77 @@
 """Adapters: score the candidate modules, plan which are fully trained, apply the plan with PEFT, draw it."""
+
+from typing import TYPE_CHECKING
+
+from hybrid_lightning.configurable import public_names
+
+if TYPE_CHECKING:
+    from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan
+    from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ParameterBudget, make_plan
+    from hybrid_lightning.adapters.candidates import find_candidates
+    from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
+    from hybrid_lightning.adapters.lora_settings import LoraSettings
+    from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
+    from hybrid_lightning.adapters.scorers import (
+        GradientNorm,
+        PreconditionedTail,
+        Probe,
+        Random,
+        Scorer,
+        SpectrumSNR,
+        TailEnergy,
+        TailFraction,
+        WeightGradient,
+    )
+    from hybrid_lightning.adapters.scores import score_modules
+    from hybrid_lightning.adapters.sketch import SketchedGradients
+
+__all__ = [
+    "AdapterPlan",
+    "Budget",
+    "ExactGradients",
+    "GradientMode",
+    "GradientNorm",
+    "LoraSettings",
+    "ModuleBudget",
+    "ParameterBudget",
+    "PlannedModule",
+    "PreconditionedTail",
+    "Probe",
+    "Random",
+    "Scorer",
+    "SketchedGradients",
+    "SpectrumSNR",
+    "TailEnergy",
+    "TailFraction",
+    "WeightGradient",
+    "adapter_disabled",
+    "apply_plan",
+    "find_candidates",
+    "make_plan",
+    "score_modules",
+]
+
+__getattr__ = public_names(
+    __name__,
+    {
+        "apply": ["apply_plan", "adapter_disabled"],
+        "budgets": ["Budget", "ModuleBudget", "ParameterBudget", "make_plan"],
+        "candidates": ["find_candidates"],
+        "gradients": ["ExactGradients", "GradientMode"],
+        "lora_settings": ["LoraSettings"],
+        "plan": ["AdapterPlan", "PlannedModule"],
+        "scorers": [
+            "GradientNorm",
+            "PreconditionedTail",
+            "Probe",
+            "Random",
+            "Scorer",
+            "SpectrumSNR",
+            "TailEnergy",
+            "TailFraction",
+            "WeightGradient",
+        ],
+        "scores": ["score_modules"],
+        "sketch": ["SketchedGradients"],
+    },
+)

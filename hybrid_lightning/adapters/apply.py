@@ -1,4 +1,6 @@
-"""A plan becomes an adapter: one `PeftModel` with LoRA on some modules and trainable copies of others.
+"""A plan as PEFT's `LoraConfig`.
+
+A plan becomes an adapter: one `PeftModel` with LoRA on some modules and trainable copies of others.
 
 PEFT matches names loosely (by suffix, for `modules_to_save` without a dot boundary) and ignores those that it does
 not find, so what has been wrapped is compared with the plan afterwards. All trainable weights are float32, unless another
@@ -19,9 +21,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hybrid_lightning.adapters.lora import ADAPTER
+from hybrid_lightning.adapters.lora_settings import ADAPTER, lora_config
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.adapters.plan_peft import lora_config
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.fused_layers import use_fused_layers, use_fused_rotary
 from hybrid_lightning.engine.fused_lora import use_fused_lora

@@ -1,27 +1,65 @@
-"""`AdapterPlan`: which module is trained how, and where that decision came from.
+"""A cheap fingerprint of a model's weights, by which a plan or a checkpoint recognises its base model.
+
+`AdapterPlan`: which module is trained how, and where that decision came from.
 
 Saved as `plan.json` in the run folder and inside every checkpoint. To change a plan by hand, edit the `mode` of a
 module and delete the line with the digest (or make it null): with a digest, a file must be exactly as it was written.
 """
 
+import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from rich.table import Table
+import torch
 from torch import nn
 
-from hybrid_lightning.adapters import plan_json, plan_table
+from hybrid_lightning.adapters import plan_json
 from hybrid_lightning.adapters.candidates import LinearLike, linear_shape
-from hybrid_lightning.adapters.digest import model_digest
-from hybrid_lightning.adapters.lora import LoraSettings
-from hybrid_lightning.errors import ConfigError, PlanError
+from hybrid_lightning.adapters.lora_settings import LoraSettings, lora_config
+from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+SAMPLES_PER_PARAMETER = 1024
+
+
+def model_digest(model: nn.Module) -> str:
+    """Fingerprint a model before it is adapted, quantized or sharded.
+
+    Hashed are name, shape and dtype of every parameter and at most 1024 of its values at a fixed stride, so that it
+    takes seconds for any size of model and does not depend on the device.
+
+    Args:
+        model: the base model, with real weights.
+
+    Returns:
+        The SHA-256 as 64 hexadecimal digits.
+
+    Raises:
+        ModelError: if weights are on the meta device.
+    """
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            raise ModelError(f"parameter {name} has no values yet (meta device): load the weights before the digest.")
+        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        sha.update(_sample_bytes(parameter))
+    return sha.hexdigest()
+
+
+def _sample_bytes(parameter: torch.Tensor) -> bytes:
+    flat = parameter.detach().reshape(-1)
+    # an odd stride: an even one would look at the same few columns of every row of a matrix
+    stride = math.ceil(flat.numel() / SAMPLES_PER_PARAMETER) | 1
+    return flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
 
 Mode = Literal["full", "lora", "frozen"]
 
@@ -107,27 +145,9 @@ class AdapterPlan:
             ConfigError: If a value is impossible.
             PlanError: If nothing is trained, or PEFT, which matches names by their ends, would take a module for another.
         """
-        from hybrid_lightning.adapters.plan_peft import lora_config  # PEFT is slow to import
-
         given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_dora": use_dora, "use_rslora": use_rslora}
         settings = replace(self.lora, **{name: value for name, value in given.items() if value is not None})
         return lora_config({module.name: module.mode for module in self.candidates}, settings)
-
-    def table(self, others: int | None = None) -> Table:
-        """Modules by descending score, for the screen.
-
-        Args:
-            others: How many are shown beside the (at most 30) fully trained ones; None shows all.
-        """
-        return plan_table.rich_table(self, others)
-
-    def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """All modules as columns and rows, for loggers."""
-        return plan_table.rows(self)
-
-    def markdown(self) -> str:
-        """All modules as Markdown, for TensorBoard's text page."""
-        return plan_table.markdown(self)
 
     def check_model(self, model: nn.Module) -> None:
         """Make sure that the plan fits a base model: every planned module is there, with its shape.

@@ -32,8 +32,8 @@ import torch
 
 from hybrid_lightning.adapters.spectra import low_rank
 from hybrid_lightning.adapters.statistics import ModuleStatistics, require
+from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.parts import Part
 
 __all__ = [
     "GradientNorm",
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 
-class Scorer(Part, ABC):
+class Scorer(Configurable, ABC):
     """Turns the calibration statistics of one module into one number; the higher, the more it wants full training.
 
     A scorer of your own is a subclass, named by its `class_path`. The class attributes say which statistics to collect, and

@@ -24,7 +24,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hybrid_lightning.adapters.accumulators import ExactForm, GradientForm, GradientMode
+from hybrid_lightning.adapters.gradients import ExactForm, GradientForm, GradientMode
 from hybrid_lightning.adapters.spectra import few_threads
 from hybrid_lightning.adapters.statistics import Gradient, preconditioner
 from hybrid_lightning.errors import ConfigError

@@ -13,8 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hybrid_lightning.adapters.krylov import krylov_tail_energy
-from hybrid_lightning.adapters.spectra import squared_singular_values
+from hybrid_lightning.adapters.spectra import krylov_tail_energy, squared_singular_values
 from hybrid_lightning.errors import ConfigError
 
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hybrid_lightning.data import DemonstrationFormat, PromptDataModule, PromptSource, Row, Splits
-from hybrid_lightning.data.products import FACTORS, product_split, worked_answer
+from hybrid_lightning.data.arithmetic import FACTORS, product_split, worked_answer
 from hybrid_lightning.policy.optim import CosineSchedule, build_optimizer
 from hybrid_lightning.policy.supervised import SupervisedModule
 

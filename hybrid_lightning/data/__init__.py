@@ -1,15 +1,11 @@
 """Problems as prompts: sources, formats and the LightningDataModule that joins them."""
 
-from hybrid_lightning.data.arithmetic import ArithmeticSource
+from hybrid_lightning.data.arithmetic import ArithmeticSource, ProductSource
 from hybrid_lightning.data.columns import GSM8K_ANSWER, TableSource
 from hybrid_lightning.data.conversations import ConversationFormat
-from hybrid_lightning.data.examples import DemonstrationFormat, PreferenceFormat
-from hybrid_lightning.data.files import FileSource
-from hybrid_lightning.data.format_by_set import FormatBySet
-from hybrid_lightning.data.formatting import ChatFormat, PlainFormat, PromptFormat
-from hybrid_lightning.data.hub import HubSource
-from hybrid_lightning.data.mixture import Mixture
-from hybrid_lightning.data.module import PromptDataModule
+from hybrid_lightning.data.data_module import PromptDataModule
+from hybrid_lightning.data.example_formats import DemonstrationFormat, PreferenceFormat
+from hybrid_lightning.data.formatting import ChatFormat, FormatBySet, PlainFormat, PromptFormat
 from hybrid_lightning.data.presets import (
     AIME24,
     AIME25,
@@ -22,10 +18,10 @@ from hybrid_lightning.data.presets import (
     MMLUPro,
     PresetSource,
 )
-from hybrid_lightning.data.products import ProductSource
-from hybrid_lightning.data.reasoning_gym import ReasoningGymSource
-from hybrid_lightning.data.source import PromptSource
+from hybrid_lightning.data.reasoning_gym_source import ReasoningGymSource
+from hybrid_lightning.data.source import Mixture, PromptSource
 from hybrid_lightning.data.splitting import Row, Splits, problem_key, split_rows
+from hybrid_lightning.data.table_sources import FileSource, HubSource
 
 __all__ = [
     "AIME24",

@@ -2,23 +2,25 @@ r"""From a row to a prompt: `PromptFormat`, the part that a config swaps between
 
 A template is text with the names of columns in braces: `"{question}\nAnswer:"`. Every column of the row can be used, and
 `{question}` is the question as the source made it. Write `{{` and `}}` for braces that are meant as such: `\boxed{{}}`.
+
+Each set of a mixture with a format of its own.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import fields
 from typing import Any
 
+from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data.splitting import Row
 from hybrid_lightning.data.tables import read_table
 from hybrid_lightning.data.template import render, template_fields
-from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.parts import Part
+from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.types import Prompt
 
 FewShot = list[dict[str, Any]] | str | None
 
 
-class PromptFormat(Part, ABC):
+class PromptFormat(Configurable, ABC):
     """Turns rows into prompts.
 
     Args:
@@ -126,3 +128,33 @@ class ChatFormat(PromptFormat):
 def of_row(row: Row) -> dict[str, Any]:
     """What a prompt keeps of its row beside the question."""
     return {field.name: getattr(row, field.name) for field in fields(row) if field.name != "question"}
+
+
+class FormatBySet(PromptFormat):
+    r"""Asks the problems of each set in their own way: mathematics with the answer in `\boxed{}`, code in a block of Python.
+
+    Args:
+        formats: Name of the set (as in the data source `Mixture`) -> its format.
+
+    Raises:
+        ConfigError: If there is no set.
+    """
+
+    def __init__(self, formats: dict[str, PromptFormat]) -> None:
+        super().__init__()
+        if not formats:
+            raise ConfigError("FormatBySet: formats={}: give each set a format, as in formats: {gsm8k: ChatFormat}")
+        self.formats = formats
+
+    def format(self, row: Row) -> Prompt:
+        """Make the prompt of a row as its set does.
+
+        Raises:
+            DataError: If the set has no format.
+        """
+        if row.set_name not in self.formats:
+            raise DataError(
+                f"FormatBySet: {row.source}, row {row.index} is of set {row.set_name!r}, which has no format; there is one for "
+                f"{', '.join(self.formats)}: name the sets as the data source does"
+            )
+        return self.formats[row.set_name].format(row)

@@ -4,11 +4,9 @@ Plan, trained weights and base make a `TrainedPolicy`; `write_policy` writes it 
 """
 
 from hybrid_lightning.export.adapter_folder import AdapterFolder, LoraFolder
-from hybrid_lightning.export.checkpoint import policy_of_checkpoint
-from hybrid_lightning.export.form import ExportForm
-from hybrid_lightning.export.live import policy_of_module
 from hybrid_lightning.export.merged_model import MergedModel
-from hybrid_lightning.export.trained import TrainedPolicy
+from hybrid_lightning.export.sources import policy_of_checkpoint, policy_of_module
+from hybrid_lightning.export.trained import ExportForm, TrainedPolicy
 from hybrid_lightning.export.write import write_policy
 
 __all__ = [

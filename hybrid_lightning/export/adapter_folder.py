@@ -8,8 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.export.form import ExportForm
-from hybrid_lightning.export.trained import BaseModel, TrainedPolicy
+from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy
 
 
 class AdapterFolder(ExportForm):

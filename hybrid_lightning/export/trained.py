@@ -1,9 +1,18 @@
-"""`TrainedPolicy`: all that an export needs, wherever it comes from."""
+"""Trained weights by the names that PEFT gives them in a file.
+
+A checkpoint has `model.base_model.model.NAME.lora_A.default.weight` and `...NAME.modules_to_save.default.weight`, a PEFT file
+`base_model.model.NAME.lora_A.weight` and `base_model.model.NAME.weight`, where NAME is that of the module in the base.
+
+`TrainedPolicy`: all that an export needs, wherever it comes from.
+
+`ExportForm`: what a policy is exported as; one class for each form, named on the command line by `--form`.
+"""
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +23,72 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.adapters.lora_settings import ADAPTER
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
+from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.policy.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
+
+PREFIX = "base_model.model."
+_FULL = f".modules_to_save.{ADAPTER}."
+_LORA = (f".lora_A.{ADAPTER}.", f".lora_B.{ADAPTER}.", f".lora_magnitude_vector.{ADAPTER}.")
+
+
+def is_trained(name: str) -> bool:
+    """Whether a name in a state dict is that of a weight of the adapter, and not of the frozen base."""
+    return PREFIX in name and (_FULL in name or any(part in name for part in _LORA))
+
+
+def peft_weights(state: Mapping[str, Tensor], plan: AdapterPlan, source: str) -> dict[str, Tensor]:
+    """Pick the adapter's weights from a state dict and name them as PEFT does in a file.
+
+    Args:
+        state: Of the adapted model, or of a module that holds it; whatever else it has is left out.
+        plan: By which they were trained.
+        source: Where they come from, for the error message.
+
+    Raises:
+        CheckpointError: If there are other weights than the plan's, or not in their shapes.
+    """
+    weights = {_peft_name(name): weight for name, weight in state.items() if is_trained(name)}
+    expected = dict(_expected(plan))
+    biases = {f"{PREFIX}{name}.bias" for name in plan.full_modules}  # which a module has or not
+    different = sorted((expected.keys() ^ weights.keys()) - biases)
+    if different:
+        verb = "lacks" if different[0] in expected else "has what is not in its plan:"
+        raise CheckpointError(f"{source} {verb} the trained weight {different[0]!r}; it is damaged, or not whole")
+    for name, shapes in expected.items():
+        if tuple(weights[name].shape) not in shapes:
+            raise CheckpointError(
+                f"{source}: {name} has shape {tuple(weights[name].shape)}, where the plan has {shapes[0]}; it is damaged, or not "
+                "whole"
+            )
+    return weights
+
+
+def _peft_name(name: str) -> str:
+    name = name[name.index(PREFIX) :]
+    name = name.replace(_FULL, ".").replace(f".lora_magnitude_vector.{ADAPTER}.weight", ".lora_magnitude_vector")
+    return name.replace(f".lora_A.{ADAPTER}.", ".lora_A.").replace(f".lora_B.{ADAPTER}.", ".lora_B.")
+
+
+def _expected(plan: AdapterPlan) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
+    """Name and possible shapes of every weight that the plan trains, biases aside."""
+    for module in plan.candidates:
+        name = f"{PREFIX}{module.name}"
+        outputs, inputs = module.shape
+        if module.mode == "full":
+            yield f"{name}.weight", [(outputs, inputs), (inputs, outputs)]  # GPT-2's Conv1D is transposed
+        elif module.mode == "lora":
+            yield from _expected_lora(name, module, plan)
+
+
+def _expected_lora(name: str, module: PlannedModule, plan: AdapterPlan) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
+    outputs, inputs = module.shape
+    yield f"{name}.lora_A.weight", [(plan.lora.rank, inputs)]
+    yield f"{name}.lora_B.weight", [(outputs, plan.lora.rank)]
+    if plan.lora.use_dora:
+        yield f"{name}.lora_magnitude_vector", [(outputs,)]
 
 
 @dataclass(frozen=True)
@@ -157,3 +229,38 @@ def training_of(
         after=summary.get("after", {}),
         validated_step=summary.get("validated_step"),
     )
+
+
+class ExportForm(Configurable, ABC):
+    """Writes a policy into a folder.
+
+    A form of one's own implements `write` and `how_to_load`.
+    """
+
+    name: str  # of the folder in a run folder
+    library: str  # `library_name` and
+    relation: str  # `base_model_relation` of the model card
+
+    def check(self, plan: AdapterPlan) -> None:
+        """Make sure that the form can hold what a plan trains; most can. Called before training where the plan is known.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+
+    def weights_dtype(self, policy: TrainedPolicy) -> str | None:
+        """Dtype of the weights that it writes, for the screen and the model card; None says nothing of it."""
+        return None
+
+    @abstractmethod
+    def write(self, policy: TrainedPolicy, folder: Path) -> None:
+        """Write weights, configs and tokenizer; the model card and the plan are written by the caller.
+
+        Args:
+            policy: To write.
+            folder: Empty.
+        """
+
+    @abstractmethod
+    def how_to_load(self, policy: TrainedPolicy) -> str:
+        """Python code for the model card that loads the policy, run with this folder as the working directory."""

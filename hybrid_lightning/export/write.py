@@ -1,14 +1,78 @@
-"""`write_policy`: a policy in a form, into a new folder."""
+"""A folder that is there whole or not at all.
 
+`write_policy`: a policy in a form, into a new folder.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 
-from hybrid_lightning.export.form import ExportForm
-from hybrid_lightning.export.licence import copy_licence_files
-from hybrid_lightning.export.model_card import model_card
-from hybrid_lightning.export.new_folder import new_folder
-from hybrid_lightning.export.trained import TrainedPolicy
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.export.model_card import copy_licence_files, model_card
+from hybrid_lightning.export.trained import ExportForm, TrainedPolicy
+
+
+def check_target(target: Path) -> None:
+    """Make sure that nothing would be overwritten.
+
+    Raises:
+        ConfigError: If the target is a file, a folder that holds something, or below what cannot be written to.
+    """
+    if target.is_dir():
+        if next(target.iterdir(), None) is not None:
+            raise ConfigError(f"folder={str(target)!r} is there and not empty; give a new folder, or remove this one")
+    elif target.exists() or target.is_symlink():
+        raise ConfigError(f"folder={str(target)!r} is a file; give a new folder")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"folder={str(target)!r}: {above} is no folder that can be written to; give a folder elsewhere")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Fill a folder beside the target, which takes the target's name once it is whole and on the disk.
+
+    A process that is killed meanwhile leaves `.NAME.XXXXXXXX.partial` behind, which nothing takes for the target.
+
+    Args:
+        target: New, or an empty folder; folders above it are made.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        ConfigError: If the target holds something, before or when all is written.
+    """
+    target = target.absolute()
+    check_target(target)
+    partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"folder={str(target)!r} cannot be made: {error}; give a folder elsewhere") from error
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+        check_target(target)
+        partial.replace(target)  # an empty folder gives way
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_policy(policy: TrainedPolicy, form: ExportForm, target: str | Path) -> Path:

@@ -4,8 +4,6 @@ Beside them `SupervisedLoss` and `DPOLoss` for completions that the data has, an
 importance corrections, and the choice of tokens by entropy.
 """
 
-from hybrid_lightning.losses.base import PolicyLoss
-from hybrid_lightning.losses.bnpo import BNPOLoss
 from hybrid_lightning.losses.cispo import CISPOLoss
 from hybrid_lightning.losses.clipped import ClippedLoss
 from hybrid_lightning.losses.correction import (
@@ -15,15 +13,12 @@ from hybrid_lightning.losses.correction import (
     TokenMask,
     TokenTruncation,
 )
-from hybrid_lightning.losses.dapo import DAPOLoss
-from hybrid_lightning.losses.dr_grpo import DrGRPOLoss
-from hybrid_lightning.losses.examples import DPOLoss, ExampleLoss, SupervisedLoss
-from hybrid_lightning.losses.grpo import GRPOLoss
-from hybrid_lightning.losses.gspo import GSPOLoss
-from hybrid_lightning.losses.gspo_token import GSPOTokenLoss
+from hybrid_lightning.losses.example_losses import DPOLoss, ExampleLoss, SupervisedLoss
+from hybrid_lightning.losses.grpo import BNPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, TokenClippedLoss
+from hybrid_lightning.losses.gspo import GSPOLoss, GSPOTokenLoss
+from hybrid_lightning.losses.policy_loss import PolicyLoss
 from hybrid_lightning.losses.sapo import SAPOLoss
 from hybrid_lightning.losses.shares import combine_metrics
-from hybrid_lightning.losses.token_clipped import TokenClippedLoss
 from hybrid_lightning.losses.top_entropy import TopEntropyMask
 
 __all__ = [

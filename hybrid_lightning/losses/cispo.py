@@ -20,8 +20,8 @@ import math
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses.base import PolicyLoss
 from hybrid_lightning.losses.functional import mean_over_tokens, token_ratio
+from hybrid_lightning.losses.policy_loss import PolicyLoss
 from hybrid_lightning.losses.shares import share
 from hybrid_lightning.types import LossInputs
 

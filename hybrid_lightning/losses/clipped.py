@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import functional as F
-from hybrid_lightning.losses.base import PolicyLoss
+from hybrid_lightning.losses.policy_loss import PolicyLoss
 from hybrid_lightning.losses.shares import share
 from hybrid_lightning.types import LossInputs
 

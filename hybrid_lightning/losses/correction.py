@@ -22,12 +22,12 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import functional as F
-from hybrid_lightning.parts import Part
 
 
-class ImportanceCorrection(Part, ABC):
+class ImportanceCorrection(Configurable, ABC):
     """Base class of corrections: a subclass bounds the ratio of training and sampling probabilities.
 
     Example:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses.base import PolicyLoss
 from hybrid_lightning.losses.functional import token_ratio
+from hybrid_lightning.losses.policy_loss import PolicyLoss
 from hybrid_lightning.types import LossInputs
 
 

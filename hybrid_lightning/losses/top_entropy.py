@@ -22,11 +22,11 @@ import math
 import torch
 from torch import Tensor
 
+from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.parts import Part
 
 
-class TopEntropyMask(Part):
+class TopEntropyMask(Configurable):
     """Chooses the most entropic tokens of an optimizer step.
 
     Args:

@@ -7,7 +7,7 @@ the optimizer. What each holds of weights, gradients and optimizer state is arit
 letting the engine's own code run on tensors that have a shape but no memory.
 """
 
-from hybrid_lightning.memory.moments import MethodMemory, Parts, plan_memory
+from hybrid_lightning.memory.peaks import MethodMemory, Parts, plan_memory
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
 

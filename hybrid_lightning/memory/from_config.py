@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
-from hybrid_lightning.adapters.accumulators import ExactGradients
+from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.errors import ConfigError, DataError, ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice

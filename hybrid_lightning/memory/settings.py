@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from transformers import PretrainedConfig
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
-from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.engine.token_budget import tokens_of_pass
 from hybrid_lightning.errors import ConfigError

@@ -1,10 +1,7 @@
 """How good a policy is at problems: avg@n, pass@k and maj@k with confidence intervals, by named set."""
 
-from hybrid_lightning.metrics.completions import completion_draws, completion_values, numbers_of_voters
-from hybrid_lightning.metrics.intervals import confidence_interval
-from hybrid_lightning.metrics.maj_at_k import maj_at_k
-from hybrid_lightning.metrics.pass_at_k import pass_at_k
-from hybrid_lightning.metrics.problem_means import LOWER, OVERALL, UPPER, ProblemMeans, check_set_name
+from hybrid_lightning.metrics.completions import completion_draws, completion_values, maj_at_k, numbers_of_voters, pass_at_k
+from hybrid_lightning.metrics.problem_means import LOWER, OVERALL, UPPER, ProblemMeans, check_set_name, confidence_interval
 
 __all__ = [
     "LOWER",

@@ -1,1 +1,45 @@
 """The policy: a causal language model as a LightningModule."""
+
+from typing import TYPE_CHECKING
+
+from hybrid_lightning.configurable import public_names
+
+if TYPE_CHECKING:
+    from hybrid_lightning.policy.language import LanguageModule
+    from hybrid_lightning.policy.master_weights import MasterWeights
+    from hybrid_lightning.policy.module import PolicyModule
+    from hybrid_lightning.policy.optim import ConstantSchedule, CosineSchedule, LearningRateSchedule, LinearSchedule
+    from hybrid_lightning.policy.precision import Bfloat16Precision
+    from hybrid_lightning.policy.preference import PreferenceModule
+    from hybrid_lightning.policy.quantization import NF4, Int8, Quantization
+    from hybrid_lightning.policy.supervised import SupervisedModule
+
+__all__ = [
+    "NF4",
+    "Bfloat16Precision",
+    "ConstantSchedule",
+    "CosineSchedule",
+    "Int8",
+    "LanguageModule",
+    "LearningRateSchedule",
+    "LinearSchedule",
+    "MasterWeights",
+    "PolicyModule",
+    "PreferenceModule",
+    "Quantization",
+    "SupervisedModule",
+]
+
+__getattr__ = public_names(
+    __name__,
+    {
+        "language": ["LanguageModule"],
+        "master_weights": ["MasterWeights"],
+        "module": ["PolicyModule"],
+        "optim": ["ConstantSchedule", "CosineSchedule", "LearningRateSchedule", "LinearSchedule"],
+        "precision": ["Bfloat16Precision"],
+        "preference": ["PreferenceModule"],
+        "quantization": ["Int8", "NF4", "Quantization"],
+        "supervised": ["SupervisedModule"],
+    },
+)

@@ -49,7 +49,7 @@ class CalibratedModule(UpdatedModule):
         samples = self.rollout_schedule.samples_per_prompt
         rollouts, rewards = self._calibration_rollouts(chosen, samples, kept or KeptScoring(), device)
         advantages = self.advantage.of_rewards(rewards, samples)
-        sequences = self.taught_sequences(rollouts)
+        sequences = self.trained_sequences(rollouts)
         if not sequences.completion_mask.any():
             raise ConfigError(
                 f"all {len(sequences)} calibration completions were cut at max_new_tokens={self.sampler.max_new_tokens}, and "

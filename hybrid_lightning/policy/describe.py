@@ -3,8 +3,8 @@
 import functools
 from typing import Any
 
+from hybrid_lightning.configurable import Configurable, public_path, to_plain
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.parts import Part, public_path, to_plain
 
 
 def describe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def describe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(name: str, value: Any) -> Any:
-    if isinstance(value, Part):
+    if isinstance(value, Configurable):
         return _describe(name, value.to_config())
     if isinstance(value, type):
         _check_importable(name, value.__qualname__)
@@ -36,7 +36,7 @@ def _describe(name: str, value: Any) -> Any:
         return value
     raise ConfigError(
         f"{name}={value!r} cannot be written into a checkpoint; give a class, functools.partial(Class, ...), a subclass of "
-        "hybrid_lightning.parts.Part, or plain numbers and strings"
+        "hybrid_lightning.configurable.Configurable, or plain numbers and strings"
     )
 
 

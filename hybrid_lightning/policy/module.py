@@ -157,7 +157,7 @@ class PolicyModule(CalibratedModule):
         with self.clock.phase("reward"):
             advantages = advantages_over_ranks(self.advantage, rewards, rollouts.samples_per_prompt)
         self.last_rollout = (rollouts, rewards, advantages)
-        taught = self.taught_sequences(rollouts)
+        taught = self.trained_sequences(rollouts)
         if len(taught) and not taught.completion_mask.any():
             rank_zero_warn(
                 f"all {len(taught)} completions of a rollout were cut at max_new_tokens={self.sampler.max_new_tokens}, and "
@@ -183,7 +183,7 @@ class PolicyModule(CalibratedModule):
         groups = sample_groups(rule, prompts, draw_more, lambda some: self._complete(some, generator), self._teaching_groups)
         with self.clock.phase("reward"):
             minibatches = self.rollout_schedule.minibatches_per_rollout
-            taught = self.taught_sequences(groups.rollouts)
+            taught = self.trained_sequences(groups.rollouts)
             trained = choose_trained(groups, taught, self.advantage, minibatches, self.global_rank)
         self.last_rollout = (groups.rollouts, groups.rewards, trained.of_sampled)
         metrics = {**rollout_metrics(groups.rollouts, groups.rewards), **groups.metrics()}
@@ -199,7 +199,7 @@ class PolicyModule(CalibratedModule):
 
     def _teaching_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
         correctness = [rewards.parts[term.name] for term, _ in self.reward.terms() if term.measures_correctness]
-        taught = self.taught_sequences(rollouts).completion_mask.any(dim=1)
+        taught = self.trained_sequences(rollouts).completion_mask.any(dim=1)
         return teaching_groups(rewards.total, correctness, taught, rollouts.samples_per_prompt)
 
     def check_settings(self) -> None:

@@ -11,14 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.parts import Part
 from hybrid_lightning.policy.master_weights import MasterWeights
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 
 
-class LearningRateSchedule(Part, ABC):
+class LearningRateSchedule(Configurable, ABC):
     """Factor on the learning rates: a linear warm-up, then what a subclass says.
 
     Args:

@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.sharding.norms import total_norm
+from hybrid_lightning.sharding.ranks import total_norm
 
 _BFLOAT16 = "bf16-true"
 

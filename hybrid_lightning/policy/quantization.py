@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
+from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.parts import Part
 
 _BLOCK = 64  # weights with a scale of their own
 
 
-class Quantization(Part, ABC):
+class Quantization(Configurable, ABC):
     """A format for frozen weights, by bitsandbytes.
 
     Raises:

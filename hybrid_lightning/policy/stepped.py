@@ -24,8 +24,7 @@ from hybrid_lightning.policy.step_metrics import StepMetrics, join_ranks
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
-from hybrid_lightning.sharding.norms import total_norm
-from hybrid_lightning.sharding.ranks import gather_counts, gather_objects, sum_over_ranks
+from hybrid_lightning.sharding.ranks import gather_counts, gather_objects, sum_over_ranks, total_norm
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 # First parts of the names of all that training logs, by modules, losses and callbacks of ours.
@@ -81,7 +80,7 @@ class SteppedModule(EvaluatedModule, ABC):
         generator = torch.Generator(device=self.device).manual_seed(self.seed * 100_003 + 1_000_000_007 * epoch)
         return RolloutLoader(
             prompts,
-            cast(RolloutSource, self),
+            cast("RolloutSource", self),
             self.rollout_schedule,
             accumulate_grad_batches=lambda: trainer.accumulate_grad_batches,
             generator=generator,
@@ -266,7 +265,7 @@ def begin_epoch_anew(trainer: Trainer) -> None:
     Called between `setup_data` and the first micro-batch.
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress
-    total, current = cast(_ProcessedTracker, progress.total), cast(_ProcessedTracker, progress.current)
+    total, current = cast("_ProcessedTracker", progress.total), cast("_ProcessedTracker", progress.current)
     count = int(trainer.num_training_batches) if progress.is_last_batch else 0  # an epoch that is over stays so
     current.ready = current.started = current.processed = count
     # A checkpoint that is saved within a micro-batch's last hook does not count it as completed; Lightning then adds it.

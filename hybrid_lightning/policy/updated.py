@@ -28,7 +28,7 @@ class UpdatedModule(SteppedModule):
         with_gradient = self.loss.needs_entropy
         return self.weights.as_forward(lambda: token_logprobs(self.engine, sequences, self.sampler.temperature, with_gradient))
 
-    def taught_sequences(self, rollouts: Rollouts) -> Sequences:
+    def trained_sequences(self, rollouts: Rollouts) -> Sequences:
         """The sequences of rollouts as the loss sees them: a completion that is masked has no tokens."""
         sequences = rollouts.sequences
         if not self.mask_truncated_completions:

@@ -1,19 +1,53 @@
-"""A program that passes its problem's tests."""
+"""The program in a completion.
+
+A program that passes its problem's tests.
+"""
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 
 from hybrid_lightning.errors import ConfigError, DataError
-from hybrid_lightning.rewards.base import RewardFunction
-from hybrid_lightning.rewards.code_extraction import extract_program
 from hybrid_lightning.rewards.code_problem import read_problem
-from hybrid_lightning.rewards.extraction import compile_pattern, extract
+from hybrid_lightning.rewards.reward_function import RewardFunction
+from hybrid_lightning.rewards.text import compile_pattern, extract
 from hybrid_lightning.sandbox.isolation import require_isolation
-from hybrid_lightning.sandbox.limits import Limits
-from hybrid_lightning.sandbox.packages import check_packages, find_packages
-from hybrid_lightning.sandbox.programs import CallTests, Outcome, Settings, StandardStreamTests, run_programs
+from hybrid_lightning.sandbox.launch import Limits
+from hybrid_lightning.sandbox.programs import (
+    CallTests,
+    Outcome,
+    Settings,
+    StandardStreamTests,
+    check_packages,
+    find_packages,
+    run_programs,
+)
 from hybrid_lightning.types import Prompt
+
+# Possessive quantifiers: a long line must not take time that grows with its square.
+_BLOCK = re.compile(
+    r"^[ \t]*+(?P<fence>`{3,}+|~{3,}+)[ \t]*+(?P<language>[\w+.-]*+)[^\n]*+\n(?P<code>.*?)(?:^[ \t]*+(?P=fence)|\Z)", re.M | re.S
+)
+_PYTHON = {"python", "py", "python3"}
+
+
+def extract_program(completion: str) -> str:
+    r"""The last fenced block of Python, else the last fenced block, else the whole completion.
+
+    A fence that is never closed ends with the completion: the sampler may stop at the closing one.
+
+    Args:
+        completion: The text.
+
+    Example:
+        >>> extract_program("So:\n```python\nprint(1)\n```\nwhich prints\n```\n1\n```\n")
+        'print(1)\n'
+    """
+    blocks = [(match["language"].lower(), match["code"]) for match in _BLOCK.finditer(completion)]
+    python = [code for language, code in blocks if language in _PYTHON]
+    return (python or [code for _, code in blocks] or [completion])[-1]
+
 
 logger = logging.getLogger(__name__)
 

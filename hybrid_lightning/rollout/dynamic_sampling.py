@@ -29,11 +29,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.parts import Part
 
 
-class DynamicSampling(Part):
+class DynamicSampling(Configurable):
     """Replaces groups that teach nothing, within a bounded number of extra rollouts.
 
     Args:

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Sequence, Set
 from typing import Any
 
-from hybrid_lightning.sandbox import plain_objects, wire
+from hybrid_lightning.sandbox import wire
 
 RECURSION_LIMIT = 100_000  # judges of programming problems raise it as well
 MAIN, MODULE = "__main__", "solution"
@@ -50,7 +50,7 @@ class Server:
         names = self.module.__dict__
         for code in before:
             exec(code, names)
-        self.classes = plain_objects.own_classes(names, MODULE, self.tested).keys()
+        self.classes = wire.own_classes(names, MODULE, self.tested).keys()
         exec(program, names)
 
     def keep(self, value: Any) -> int:

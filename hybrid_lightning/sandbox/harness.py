@@ -14,7 +14,7 @@ import types
 from collections.abc import MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
-from hybrid_lightning.sandbox import plain_objects, wire
+from hybrid_lightning.sandbox import wire
 from hybrid_lightning.sandbox.candidate import RECURSION_LIMIT
 
 MODULE = "tests"
@@ -158,7 +158,7 @@ def _overwrite(old: Any, new: Any) -> None:
         old.clear()
         old.update(new)
     elif type(old).__module__ == MODULE:
-        for name, value in plain_objects.attributes(new).items():
+        for name, value in wire.attributes(new).items():
             setattr(old, name, value)
 
 
@@ -196,7 +196,7 @@ def run_tests(job: dict[str, Any], requests: int, replies: int) -> dict[str, Any
         exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), names)
     except BaseException as error:
         return {"passed": 0, "total": 1, "reason": f"the set-up code of the tests fails: {_describe(error)}", "unusable": True}
-    peer.classes = plain_objects.own_classes(names, MODULE, job["tested"])
+    peer.classes = wire.own_classes(names, MODULE, job["tested"])
     results: list[bool] = []
     names[RESULTS] = results
     reason = ""

@@ -22,8 +22,7 @@ from functools import cache
 from pathlib import Path
 
 from hybrid_lightning.errors import SandboxError
-from hybrid_lightning.sandbox.launch import Box, launch, probe
-from hybrid_lightning.sandbox.limits import Limits
+from hybrid_lightning.sandbox.launch import Box, Limits, launch, probe
 
 # Tried at start, in the sandbox itself; prints the names of those that work.
 _ATTEMPTS = """

@@ -1,4 +1,6 @@
-"""Values as bytes between the tests' process and the program's: plain data, never code and never a class of the sender.
+"""Objects of the classes of set-up code, such as ListNode: plain data, by their attributes.
+
+Values as bytes between the tests' process and the program's: plain data, never code and never a class of the sender.
 
 A value is a JSON list: the value itself, then every container that it refers to as `[tag, item, ...]`. An item is a JSON scalar,
 or `[n]` for container number n. So nesting has no depth, and what is shared or circular stays so.
@@ -6,10 +8,33 @@ or `[n]` for container number n. So nesting has no depth, and what is shared or 
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
-from hybrid_lightning.sandbox import plain_objects
+
+def own_classes(names: Mapping[str, Any], module: str, tested: Iterable[str]) -> dict[str, type]:
+    """Classes of the set-up code, without those that the program has to bring itself.
+
+    Args:
+        names: Namespace in which the set-up code has run.
+        module: Name of that module.
+        tested: Names that the program gives to the tests.
+    """
+    kinds = {name: value for name, value in names.items() if isinstance(value, type) and value.__module__ == module}
+    return {name: kind for name, kind in kinds.items() if name not in tested}
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """Attributes of an object, those in slots included."""
+    slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ()) if hasattr(value, name)]
+    return {**{name: getattr(value, name) for name in slots if not name.startswith("__")}, **getattr(value, "__dict__", {})}
+
+
+def is_computed(kind: type, name: str) -> bool:
+    """Whether a class has a method of that name, or an attribute that it computes: data must not replace it."""
+    held = next((type(vars(base)[name]) for base in kind.__mro__ if name in vars(base)), None)
+    return hasattr(held, "__get__") and not hasattr(held, "__set__")
+
 
 MAX_BYTES = 64 * 2**20
 
@@ -117,7 +142,7 @@ class _Encoder:
             return self.container(value.item())  # a scalar of numpy
         named = next((base.__name__ for base in type(value).__mro__ if base.__name__ in self.classes), None)
         if named:
-            held = plain_objects.attributes(value)
+            held = attributes(value)
             return ["object", named, *(part for key, value in held.items() for part in (key, self.item(value)))]
         return ["unknown", self.unknown(value), callable(value)]
 
@@ -204,7 +229,7 @@ class _Decoder:
                 for name, item in zip(items[1::2], items[2::2], strict=True):
                     if name.startswith("__"):
                         raise WireError(f"attribute {name!r:.40}")
-                    if not plain_objects.is_computed(type(value), name):
+                    if not is_computed(type(value), name):
                         object.__setattr__(value, name, self.item(item))  # objects of a frozen dataclass as well
 
 

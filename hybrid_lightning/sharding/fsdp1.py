@@ -32,10 +32,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.sharding.blocks import decoder_blocks
 from hybrid_lightning.sharding.checkpoints import SplitCheckpoints
-from hybrid_lightning.sharding.names import parameter_names, trained_names
-from hybrid_lightning.sharding.optimizer_state import check_names
+from hybrid_lightning.sharding.parameters import check_names, decoder_blocks, parameter_names, trained_names
 from hybrid_lightning.sharding.ranks import send_trained_weights
 
 

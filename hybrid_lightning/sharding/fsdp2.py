@@ -15,10 +15,8 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.sharding.blocks import decoder_blocks
 from hybrid_lightning.sharding.checkpoints import SplitCheckpoints
-from hybrid_lightning.sharding.names import parameter_names
-from hybrid_lightning.sharding.optimizer_state import check_names, is_of
+from hybrid_lightning.sharding.parameters import check_names, decoder_blocks, is_of, parameter_names
 from hybrid_lightning.sharding.ranks import send_trained_weights
 
 

@@ -1,14 +1,17 @@
 """What the processes (ranks) of a run tell each other. A run of one process gets back what it gave, at no cost.
 
 All ranks have to call each of these functions, and in the same order.
+
+The norm of a gradient that may lie in parts on several ranks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.errors import CheckpointError
 
@@ -119,3 +122,23 @@ def send_trained_weights(model: nn.Module, device: torch.device) -> None:
             value = parameter.detach().to(device)
             dist.broadcast(value, src=0)
             parameter.data.copy_(value)
+
+
+def total_norm(gradients: Sequence[Tensor], device: torch.device, local_parts: bool = False) -> Tensor:
+    """Norm of all gradients together in float32, the same on every rank.
+
+    Args:
+        gradients: Of this rank.
+        device: Of the result, and that the ranks train on; gradients may lie on the CPU beside it.
+        local_parts: Each rank has a part of its own of the gradients, and they do not say so themselves as a `DTensor` does.
+    """
+    norm = torch.zeros((), device=device)
+    if gradients and all(gradient.dtype == torch.float32 for gradient in gradients):
+        norm = torch.nn.utils.get_total_norm(gradients)
+    elif gradients:  # of bfloat16 gradients torch's own has the three digits of bfloat16
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+    if isinstance(norm, DTensor):
+        return norm.full_tensor().to(device)
+    norm = norm.to(device)
+    return sum_over_ranks(norm.square()).sqrt() if local_parts else norm

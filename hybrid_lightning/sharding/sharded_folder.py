@@ -21,7 +21,7 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from hybrid_lightning.errors import CheckpointError
-from hybrid_lightning.sharding.in_place import discard, flush, part_of, put_in_place
+from hybrid_lightning.sharding.atomic import discard, flush, part_of, put_in_place
 from hybrid_lightning.sharding.ranks import first_rank_does
 
 _META = "meta.pt"  # Lightning's name

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.digest import model_digest
-from hybrid_lightning.adapters.lora import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.adapters.planning import make_plan
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
 from hybrid_lightning.adapters.scorers import Random
 
 MICRO_BATCHES = torch.randint(3, 40, (6, 3, 10), generator=torch.Generator().manual_seed(7))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hybrid_lightning.adapters.accumulators import ExactForm, ModuleAccumulator
+from hybrid_lightning.adapters.gradients import ExactForm, ModuleAccumulator
 from hybrid_lightning.errors import CalibrationError
 
 

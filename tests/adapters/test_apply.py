@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, parameter_groups, trainable_state
 from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.errors import ConfigError, PlanError
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "gpt2"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid_lightning.adapters.digest import model_digest
+from hybrid_lightning.adapters.plan import model_digest
 from hybrid_lightning.errors import ModelError
 
 

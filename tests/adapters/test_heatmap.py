@@ -8,9 +8,9 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 
-from hybrid_lightning.adapters.heatmap import FRAME, VALUES_UP_TO, draw_heatmap
-from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
+from hybrid_lightning.adapters.plan_display import FRAME, VALUES_UP_TO, draw_heatmap
 
 KINDS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]
 

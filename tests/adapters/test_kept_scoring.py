@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hybrid_lightning.adapters import kept_scoring
-from hybrid_lightning.adapters.accumulators import ExactGradients
 from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.adapters.kept_scoring import KeptScoring, is_scoring
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Probe, SpectrumSNR
 from hybrid_lightning.adapters.scores import score_modules

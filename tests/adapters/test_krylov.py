@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hybrid_lightning.adapters import statistics
-from hybrid_lightning.adapters.krylov import krylov_tail_energy
+from hybrid_lightning.adapters.spectra import krylov_tail_energy
 from hybrid_lightning.adapters.statistics import ExactGradient
 
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ParameterBudget
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ParameterBudget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
-from hybrid_lightning.adapters.planning import make_plan
+from hybrid_lightning.adapters.plan_display import plan_markdown, plan_table
 from hybrid_lightning.adapters.scorers import Random, TailEnergy
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.errors import ConfigError, PlanError
@@ -101,7 +101,7 @@ def test_plan_against_one_from_full_gradients(make_model, losses):
 def test_a_plan_records_settings_left_at_their_defaults(make_model):
     options = {"model": "tiny", "model_digest": "0", "candidates": find_candidates(make_model("llama"))}
     plan = make_plan(budget=ModuleBudget(1), lora=LoraSettings(), scorer=Random(), calibration={"signal": "reward"}, **options)
-    assert plan.scorer == {"class_path": "hybrid_lightning.adapters.scorers.Random", "init_args": {"seed": 0}}
+    assert plan.scorer == {"class_path": "hybrid_lightning.adapters.Random", "init_args": {"seed": 0}}
     assert plan.budget["init_args"] == {"share": 1}
     assert make_plan(budget=ModuleBudget(0), lora=LoraSettings(), **options).budget["init_args"] == {"share": 0}
     assert plan.candidates[0].score is None and plan.lora_modules == ()
@@ -137,26 +137,26 @@ def test_lora_settings_are_checked(settings, message):
 
 def test_tables_list_all_modules_by_score(plan):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(plan.table())
+    console.print(plan_table(plan))
     text = console.export_text()
     names = [m.name for m in sorted(plan.candidates, key=lambda m: -m.score)]
-    for table in (text, plan.markdown()):
+    for table in (text, plan_markdown(plan)):
         places = [table.index(f"{name} " if table is text else name) for name in names]
         assert places == sorted(places)
         assert "3 fully trained, 11 with LoRA of rank 4" in table
-    assert f"| **{names[0]}** |" in plan.markdown()
+    assert f"| **{names[0]}** |" in plan_markdown(plan)
 
 
 def test_a_table_may_be_of_the_full_modules_and_the_next_few(plan):
     by_score = [m.name for m in sorted(plan.candidates, key=lambda m: -m.score)]
-    (names, *_), full = plan.table(2).columns, set(plan.full_modules)
+    (names, *_), full = plan_table(plan, 2).columns, set(plan.full_modules)
     others = [name for name in by_score if name not in full][:2]
     assert list(names.cells) == [name for name in by_score if name in full or name in others]
     everything = dataclasses.replace(
         plan,
         candidates=tuple(dataclasses.replace(m, mode="full", name=f"{m.name}.{n}") for m in plan.candidates for n in range(3)),
     )
-    assert everything.table(10).row_count == 30 and everything.table().row_count == 42
+    assert plan_table(everything, 10).row_count == 30 and plan_table(everything).row_count == 42
 
 
 # ---- files

@@ -138,7 +138,7 @@ def test_wrong_arguments():
 
 def test_scorers_remember_their_arguments():
     assert Random(3).to_config() == {
-        "class_path": "hybrid_lightning.adapters.scorers.Random",
+        "class_path": "hybrid_lightning.adapters.Random",
         "init_args": {"seed": 3},
     }
     assert issubclass(Random, Scorer)

@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid_lightning.adapters.accumulators import ExactGradients
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.collect import collect_gradients
+from hybrid_lightning.adapters.gradients import ExactGradients, collect_gradients
 from hybrid_lightning.adapters.scorers import (
     GradientNorm,
     PreconditionedTail,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hybrid_lightning.adapters.accumulators import ExactForm
+from hybrid_lightning.adapters.gradients import ExactForm
 from hybrid_lightning.adapters.sketch import SketchedGradients, SketchForm
 from hybrid_lightning.adapters.statistics import ExactGradient
 from hybrid_lightning.errors import ConfigError

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.errors import ConfigError, PlanError
 

@@ -15,7 +15,7 @@ from hybrid_lightning.assets.pretrain import (
     pretrain,
 )
 from hybrid_lightning.data import ProductSource
-from hybrid_lightning.data.products import FACTORS, product_split, worked_answer
+from hybrid_lightning.data.arithmetic import FACTORS, product_split, worked_answer
 from hybrid_lightning.rewards import ExactMatch
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt

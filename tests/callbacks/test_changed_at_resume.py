@@ -101,7 +101,7 @@ APPLIED = {
     "model.lr_full": 1e-6,
     "model.lr_lora": 1e-5,
     "model.optimizer.betas": [0.8, 0.9],
-    "model.schedule": "hybrid_lightning.policy.optim.CosineSchedule",
+    "model.schedule": "hybrid_lightning.policy.CosineSchedule",
     "model.loss.kl_coef": 0.02,
     "model.reward.bonus": 0.5,
     "model.sampler.temperature": 0.9,

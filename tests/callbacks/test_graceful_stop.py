@@ -12,7 +12,7 @@ from stopped_runs import FIT, MOMENTS, Sent, points, run_of
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.whole_files import WholeFiles
+from hybrid_lightning.sharding.checkpoints import WholeFiles
 
 # One after another in the life of one run.
 AGAIN = (

@@ -8,8 +8,8 @@ from tiny_models import build_model
 from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
 from hybrid_lightning.adapters import scorers
-from hybrid_lightning.adapters.accumulators import ExactGradients
 from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget
+from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.callbacks import HybridAdapterSetup
@@ -147,7 +147,7 @@ def test_settings_reach_the_plan(model, sums, tmp_path):
     plan = policy.plan
     assert {module.name.rsplit(".", 1)[1] for module in plan.candidates} == {"q_proj", "down_proj"}
     assert (plan.lora.rank, plan.lora.alpha, plan.lora.dropout) == (3, 5.0, 0.1)
-    assert plan.budget == {"class_path": "hybrid_lightning.adapters.budgets.ParameterBudget", "init_args": {"share": 0.5}}
+    assert plan.budget == {"class_path": "hybrid_lightning.adapters.ParameterBudget", "init_args": {"share": 0.5}}
     assert (plan.model, plan.revision, plan.seed, plan.calibration["prompts"]) == (str(model), None, 0, 4)
 
 

@@ -5,7 +5,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hybrid_lightning.callbacks import GracefulStop
-from hybrid_lightning.callbacks.lost_contact import lost_contact
+from hybrid_lightning.callbacks.graceful_stop import lost_contact
 from hybrid_lightning.callbacks.run_folder import RunFolder
 
 

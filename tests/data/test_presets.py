@@ -7,8 +7,8 @@ import pytest
 from preset_rows import DAPO, DAPO_PROBLEM, ROWS
 
 from hybrid_lightning.data import AIME24, AIME25, AMC23, GSM8K, MATH, MATH500, DAPOMath17k, HubSource, LeetCode, MMLUPro
-from hybrid_lightning.data.presets import base
-from hybrid_lightning.data.presets.cells import last_boxed
+from hybrid_lightning.data.presets import preset_source
+from hybrid_lightning.data.presets.preset_source import last_boxed
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards import MathMatch
 from hybrid_lightning.types import Prompt
@@ -68,7 +68,7 @@ def test_what_is_asked_of_the_hub(preset, monkeypatch):
         asked.append((path, name, parameter, split, revision, max_rows))
         return [{**columns, question: f"{parameter} {columns[question]}"}]
 
-    monkeypatch.setattr(base, "read_hub_split", read)
+    monkeypatch.setattr(preset_source, "read_hub_split", read)
     splits = preset(revision="v1", max_rows=7).load()
     path, name, wanted = HUB[preset]
     assert asked == [(path, name, parameter, split, "v1", 7) for parameter, split in wanted.items()]

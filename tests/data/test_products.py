@@ -1,7 +1,7 @@
 import pytest
 
 from hybrid_lightning.data import PlainFormat, ProductSource, PromptDataModule
-from hybrid_lightning.data.products import FACTORS, product_split
+from hybrid_lightning.data.arithmetic import FACTORS, product_split
 from hybrid_lightning.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ from peft.tuners import lora
 from rounding import additions_of, assert_same_sums
 from tiny_models import build_model
 
-from hybrid_lightning.engine import fused_lora as fused_lora
+from hybrid_lightning.engine import fused_lora
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as low_rank
 from hybrid_lightning.engine.cpu.build import library

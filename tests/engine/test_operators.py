@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.cpu.build import library
-from hybrid_lightning.rollout.drawing import draw
+from hybrid_lightning.rollout.sampler import draw
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no kernels to test")
 SIZES = [2, 7, 16, 50, 576]

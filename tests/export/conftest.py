@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hybrid_lightning.adapters.apply import apply_plan, trainable_state
-from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.budgets import ModuleBudget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.digest import model_digest
-from hybrid_lightning.adapters.lora import LoraSettings
-from hybrid_lightning.adapters.planning import make_plan
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.plan import model_digest
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.export import TrainedPolicy
-from hybrid_lightning.export.trained import BaseModel, Training
-from hybrid_lightning.export.weights import peft_weights
+from hybrid_lightning.export.trained import BaseModel, Training, peft_weights
 from hybrid_lightning.policy.loading import DTYPES
 
 

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from hybrid_lightning.adapters.apply import apply_plan, trainable_state
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError, PlanError
 from hybrid_lightning.export import AdapterFolder, MergedModel, write_policy
-from hybrid_lightning.export.trained import BaseModel
-from hybrid_lightning.export.weights import PREFIX
+from hybrid_lightning.export.trained import PREFIX, BaseModel
 from hybrid_lightning.export.write import written
 from hybrid_lightning.policy.loading import ModelSource
 

@@ -9,8 +9,7 @@ from rounding import assert_same_logits
 
 from hybrid_lightning.data import FileSource, HubSource
 from hybrid_lightning.export import AdapterFolder, LoraFolder, MergedModel, write_policy
-from hybrid_lightning.export.licence import base_licence
-from hybrid_lightning.export.model_card import model_card
+from hybrid_lightning.export.model_card import base_licence, model_card
 from hybrid_lightning.export.trained import BaseModel, Training, training_of
 
 TRAINING = Training(

@@ -6,7 +6,7 @@ import pytest
 from exported import files
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.export.new_folder import check_target, new_folder
+from hybrid_lightning.export.write import check_target, new_folder
 
 
 @pytest.mark.parametrize("empty", [True, False])

@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, build_model
 from hybrid_lightning.engine.token_budget import default_token_budget
 from hybrid_lightning.memory import RunSettings, SingleDevice, plan_memory
 from hybrid_lightning.memory.fake_model import FakeModel
-from hybrid_lightning.memory.passes import Traces, _update, passes_of_step
+from hybrid_lightning.memory.pass_memory import Traces, _update, passes_of_step
 
 SETTINGS = Case(prompts=4, samples=4).settings()
 

@@ -7,11 +7,11 @@ from tiny_models import FAMILIES, build_model
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.sizes import measure, meta_model, plan_of_budget
 from hybrid_lightning.policy.quantization import NF4, Int8, quantize_base
-from hybrid_lightning.sharding.blocks import decoder_blocks
+from hybrid_lightning.sharding.parameters import decoder_blocks
 
 LORA = LoraSettings(rank=4)
 

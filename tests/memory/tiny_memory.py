@@ -11,7 +11,7 @@ from tiny_runs import build_trainer
 from torch.utils.data import DataLoader
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss

@@ -6,7 +6,7 @@ from torch import nn
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.optim import ConstantSchedule, CosineSchedule, LinearSchedule, build_optimizer
-from hybrid_lightning.sharding.optimizer_state import name_state
+from hybrid_lightning.sharding.parameters import name_state
 
 
 def factors(schedule, total, count=None):

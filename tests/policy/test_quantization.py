@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from wide_models import FAMILIES, build_wide_model, write_wide_model
 
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, trainable_state
-from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.budgets import ModuleBudget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.digest import model_digest
-from hybrid_lightning.adapters.lora import LoraSettings
-from hybrid_lightning.adapters.planning import make_plan
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.plan import model_digest
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.policy.loading import load_config, resolve_model

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from wide_models import write_wide_model
 
 from hybrid_lightning.adapters.apply import apply_plan, trainable_state
-from hybrid_lightning.adapters.digest import model_digest
+from hybrid_lightning.adapters.plan import model_digest
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, write_policy
-from hybrid_lightning.export.live import policy_of_module
+from hybrid_lightning.export.sources import policy_of_module
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.module import PolicyModule
@@ -199,7 +199,7 @@ def test_the_command_line_fits_resumes_and_exports(command_folder, request):
     assert first.code == 0, first.err
     folder = command_folder / "runs" / "default" / "version_0"
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["model"]["init_args"]["quantization"] == {"class_path": "hybrid_lightning.policy.quantization.NF4"}
+    assert config["model"]["init_args"]["quantization"] == {"class_path": "hybrid_lightning.policy.NF4"}
     last = folder / "checkpoints" / "last.ckpt"
     again = cli_runs.run(command_folder, "fit", "--config", folder / "config.yaml", "--ckpt_path", last, "--trainer.max_steps=4")
     assert again.code == 0, again.err

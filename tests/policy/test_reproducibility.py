@@ -32,7 +32,7 @@ from hybrid_lightning.losses import (
 from hybrid_lightning.policy.quantization import NF4, Int8
 from hybrid_lightning.policy.reproducibility import check_reproducibility
 from hybrid_lightning.rewards import CosineLength, FunctionReward, RewardBySet, WeightedSum
-from hybrid_lightning.rollout import drawing
+from hybrid_lightning.rollout import sampler
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.sampler import Sampler
 
@@ -119,7 +119,7 @@ def by(request, monkeypatch):
     if request.param == "kernels":
         return nullcontext
     monkeypatch.setattr(calls, "library", lambda: None)
-    monkeypatch.setattr(drawing, "running_sums", drawing.sums_by_doubling)
+    monkeypatch.setattr(sampler, "running_sums", sampler.sums_by_doubling)
     return OnGPU
 
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
 
-from hybrid_lightning.adapters.planning import describe
+from hybrid_lightning.adapters.budgets import describe
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.losses import GRPOLoss, PolicyLoss
 from hybrid_lightning.losses import functional as F

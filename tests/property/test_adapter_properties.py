@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, parameter_groups
-from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget
+from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.lora import LoraSettings
+from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
-from hybrid_lightning.adapters.planning import make_plan
 from hybrid_lightning.adapters.sketch import SketchForm
 from hybrid_lightning.adapters.statistics import ExactGradient
 from hybrid_lightning.errors import ConfigError

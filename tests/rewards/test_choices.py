@@ -4,7 +4,7 @@ import pytest
 
 from hybrid_lightning.errors import DataError, RewardError
 from hybrid_lightning.rewards import MultipleChoice, evaluate_reward
-from hybrid_lightning.rewards.choices import CHOICES, extract_choice, reference_choice
+from hybrid_lightning.rewards.multiple_choice import CHOICES, extract_choice, reference_choice
 from hybrid_lightning.types import Prompt
 
 FOUND = {

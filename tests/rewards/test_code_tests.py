@@ -12,7 +12,7 @@ from code_problems import LEETCODE, PREAMBLE
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards import CodeTests, FormatReward, WeightedSum, evaluate_reward
-from hybrid_lightning.rewards.code_extraction import extract_program
+from hybrid_lightning.rewards.code_tests import extract_program
 from hybrid_lightning.types import Prompt
 
 LEETCODE_FILE = Path(__file__).parents[3] / "shared" / "data" / "leetcode" / "v0.2.0-test.jsonl.gz"

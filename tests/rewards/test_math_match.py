@@ -11,7 +11,7 @@ import pytest
 
 from hybrid_lightning.errors import ConfigError, RewardError
 from hybrid_lightning.rewards import MathMatch, evaluate_reward
-from hybrid_lightning.rewards import math_match as module
+from hybrid_lightning.rewards.mathematics import match as module
 from hybrid_lightning.types import Prompt
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import TopPLogitsWarper
 
-from hybrid_lightning.rollout import drawing
-from hybrid_lightning.rollout.drawing import draw, filter_logits, sums_by_doubling
+from hybrid_lightning.rollout import sampler
+from hybrid_lightning.rollout.sampler import draw, filter_logits, sums_by_doubling
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 100, 257])
@@ -19,6 +19,6 @@ def test_draws_and_top_p_are_those_of_cumulative_sums(doubling, monkeypatch):
     expected = TopPLogitsWarper(0.8)(torch.empty(0), logits)
     tokens = draw(logits, uniform)
     if doubling:
-        monkeypatch.setattr(drawing, "running_sums", sums_by_doubling)
+        monkeypatch.setattr(sampler, "running_sums", sums_by_doubling)
     assert torch.equal(filter_logits(logits, 0, 0.8), expected)
     assert torch.equal(draw(logits, uniform), tokens)

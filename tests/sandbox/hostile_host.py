@@ -7,10 +7,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from hybrid_lightning.sandbox.launch import Box, launch
-from hybrid_lightning.sandbox.limits import Limits
-from hybrid_lightning.sandbox.packages import find_packages
-from hybrid_lightning.sandbox.programs import CallTests, Settings
+from hybrid_lightning.sandbox.launch import Box, Limits, launch
+from hybrid_lightning.sandbox.programs import CallTests, Settings, find_packages
 
 _EACH = """
 import json, os

@@ -18,7 +18,7 @@ from hostile_host import in_one, lend, results, whole
 
 from hybrid_lightning.sandbox import namespaces
 from hybrid_lightning.sandbox.isolation import require_isolation
-from hybrid_lightning.sandbox.limits import Limits
+from hybrid_lightning.sandbox.launch import Limits
 from hybrid_lightning.sandbox.programs import Settings, StandardStreamTests, run_programs
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +215,7 @@ def test_programs_run_whatever_the_umask_is():
 def test_programs_die_with_the_one_who_started_them():
     code = (
         "from hybrid_lightning.sandbox.isolation import require_isolation\n"
-        "from hybrid_lightning.sandbox.limits import Limits\n"
+        "from hybrid_lightning.sandbox.launch import Limits\n"
         "from hybrid_lightning.sandbox.programs import Settings, StandardStreamTests, run_programs\n"
         "run_programs([('import time; time.sleep(1000)', StandardStreamTests((('', ''),)))], "
         "Settings(require_isolation().mechanisms, Limits(wall_seconds=1000)), 1)"

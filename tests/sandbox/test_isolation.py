@@ -13,8 +13,7 @@ from hybrid_lightning.errors import ConfigError, SandboxError
 from hybrid_lightning.rewards import CodeTests
 from hybrid_lightning.sandbox import isolation, seccomp
 from hybrid_lightning.sandbox import launch as launch_module
-from hybrid_lightning.sandbox.launch import launch, probe
-from hybrid_lightning.sandbox.limits import Limits
+from hybrid_lightning.sandbox.launch import Limits, launch, probe
 from hybrid_lightning.sandbox.programs import Settings, StandardStreamTests, run_programs
 
 
@@ -194,6 +193,6 @@ def test_nothing_but_the_standard_library_is_needed():
 
 
 def test_the_sandbox_does_not_load_torch():
-    code = "import hybrid_lightning.sandbox.isolation, hybrid_lightning.sandbox.packages, sys; print('torch' in sys.modules)"
+    code = "import hybrid_lightning.sandbox.isolation, hybrid_lightning.sandbox.programs, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

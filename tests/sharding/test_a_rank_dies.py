@@ -12,7 +12,7 @@ from ranks_of_tests import run, start, wait
 from runs_of_tests import train, train_each
 from test_equal_to_one_process import ADAM, STRATEGIES
 
-from hybrid_lightning.callbacks.lost_contact import lost_contact
+from hybrid_lightning.callbacks.graceful_stop import lost_contact
 from hybrid_lightning.errors import HybridLightningError
 from hybrid_lightning.rewards import RewardFunction
 

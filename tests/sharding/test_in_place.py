@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from hybrid_lightning.errors import CheckpointError
-from hybrid_lightning.sharding import in_place
-from hybrid_lightning.sharding.in_place import part_of, put_in_place, remove, replaced_by
-from hybrid_lightning.sharding.whole_files import is_there
+from hybrid_lightning.sharding import atomic
+from hybrid_lightning.sharding.atomic import part_of, put_in_place, remove, replaced_by
+from hybrid_lightning.sharding.checkpoints import is_there
 
 
 class Killed(BaseException):
@@ -29,7 +29,7 @@ def read(path):
 @pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
 def exchanges(request, monkeypatch):
     if not request.param:
-        monkeypatch.setattr(in_place, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     return request.param
 
 
@@ -70,8 +70,8 @@ def test_killed_at_any_call_one_of_them_is_there_whole(tmp_path, exchanges, old,
 
     for owner, name in ((type(tmp_path), "rename"), (type(tmp_path), "replace"), (type(tmp_path), "unlink")):
         monkeypatch.setattr(owner, name, countdown(getattr(owner, name)))
-    monkeypatch.setattr(in_place, "flush", countdown(in_place.flush))
-    monkeypatch.setattr(in_place, "_exchange", countdown(in_place._exchange))
+    monkeypatch.setattr(atomic, "flush", countdown(atomic.flush))
+    monkeypatch.setattr(atomic, "_exchange", countdown(atomic._exchange))
     monkeypatch.setattr(shutil, "rmtree", countdown(shutil.rmtree))
     for killed_at in range(1, 12):
         path = tmp_path / str(killed_at) / "last.ckpt"
@@ -127,4 +127,4 @@ def test_a_folder_that_is_half_removed_has_no_name(tmp_path, monkeypatch):
 
 def test_an_error_of_the_disk_is_not_taken_for_a_system_that_cannot_exchange(tmp_path):
     with pytest.raises(FileNotFoundError):
-        in_place._exchange(tmp_path / "a", tmp_path / "b")
+        atomic._exchange(tmp_path / "a", tmp_path / "b")

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.sharding.sharded_folder import read_folder
 
-FSDP2 = ["--trainer.strategy=hybrid_lightning.sharding.fsdp2.FSDP2Strategy", "--trainer.devices=2"]
+FSDP2 = ["--trainer.strategy=hybrid_lightning.sharding.FSDP2Strategy", "--trainer.devices=2"]
 FSDP2 += ["--trainer.strategy.save_distributed_checkpoint=true"]
-FSDP1 = ["--trainer.strategy=hybrid_lightning.sharding.fsdp1.FSDP1Strategy", "--trainer.devices=2"]
+FSDP1 = ["--trainer.strategy=hybrid_lightning.sharding.FSDP1Strategy", "--trainer.devices=2"]
 FSDP1 += ["--trainer.strategy.state_dict_type=sharded"]
 CONFIG = ["fit", "--config", "t.yaml", "--trainer.num_sanity_val_steps=0", "--trainer.logger.name=sums"]
 CONFIG += ["--trainer.limit_val_batches=0", "--adapter.calibration_prompts=4"]

@@ -13,7 +13,7 @@ from ranks_of_tests import start, wait
 from runs_of_tests import train
 
 from hybrid_lightning.errors import CheckpointError
-from hybrid_lightning.sharding.whole_files import WholeFiles, write_whole_files
+from hybrid_lightning.sharding.checkpoints import WholeFiles, write_whole_files
 
 
 def save_until_killed(path):

@@ -15,13 +15,8 @@
 Which split serves what can be changed, and a local copy used instead (see `PresetSource`).
 """
 
-from hybrid_lightning.data.presets.aime import AIME24, AIME25
-from hybrid_lightning.data.presets.amc import AMC23
-from hybrid_lightning.data.presets.base import PresetSource
-from hybrid_lightning.data.presets.dapo_math import DAPOMath17k
-from hybrid_lightning.data.presets.gsm8k import GSM8K
-from hybrid_lightning.data.presets.leetcode import LeetCode
-from hybrid_lightning.data.presets.math import MATH, MATH500
-from hybrid_lightning.data.presets.mmlu_pro import MMLUPro
+from hybrid_lightning.data.presets.code_and_knowledge import LeetCode, MMLUPro
+from hybrid_lightning.data.presets.mathematics import AIME24, AIME25, AMC23, GSM8K, MATH, MATH500, DAPOMath17k
+from hybrid_lightning.data.presets.preset_source import PresetSource
 
 __all__ = ["AIME24", "AIME25", "AMC23", "GSM8K", "MATH", "MATH500", "DAPOMath17k", "LeetCode", "MMLUPro", "PresetSource"]

@@ -1,0 +1,143 @@
+"""`RolloutProgress`: Lightning's progress bar with a second bar for the generation of completions.
+
+`RolloutSamples`: what the policy says, as a table in every logger.
+"""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from torch import Tensor
+
+from hybrid_lightning.callbacks.loggers import log_histogram, log_table
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.types import Rewards, Rollouts
+
+
+class RolloutProgress(RichProgressBar):
+    """Shows reward and completion length beside the training bar, and the tokens decoded while a rollout is generated."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10)
+        self._generation_task: Any = None
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Micro-batches of this epoch, no more than `max_steps` allows."""
+        of_epoch = self.trainer.num_training_batches
+        if self.trainer.max_steps < 0:
+            return of_epoch
+        done = (self.trainer.fit_loop.batch_idx + 1) % of_epoch  # at an epoch's start Lightning still counts the one before
+        left = (self.trainer.max_steps - self.trainer.global_step) * self.trainer.accumulate_grad_batches
+        return min(of_epoch, done + left)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen to the generation."""
+        super().setup(trainer, pl_module, stage)
+        listeners = getattr(pl_module, "generation_listeners", None)
+        if listeners is not None and self._show_generation not in listeners:
+            listeners.append(self._show_generation)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Without the version number of the run folder."""
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)  # type: ignore[assignment]
+        metrics.pop("v_num", None)
+        return metrics
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Lightning's "Epoch 0/-2" says nothing where `max_steps` ends the run."""
+        return f"Training (epoch {current_epoch})"
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop listening."""
+        super().teardown(trainer, pl_module, stage)
+        listeners = getattr(pl_module, "generation_listeners", [])
+        if self._show_generation in listeners:
+            listeners.remove(self._show_generation)
+
+    def _show_generation(self, running: int, decoded: int, total: int) -> None:
+        if self.progress is None or self._progress_stopped or self.is_disabled:
+            return
+        if self._generation_task not in self.progress.task_ids:
+            self._generation_task = self._add_task(total, "Generating")
+        done = running == 0 or decoded == total
+        self.progress.update(self._generation_task, completed=decoded, total=total, visible=not done)
+
+
+class RolloutSamples(Callback):
+    """Writes a page of sampled completions with rewards and advantages, and a histogram of the rewards.
+
+    Args:
+        every_n_rollouts: Rollouts between two pages.
+        prompts: Prompts shown on a page.
+        completions: Completions shown of each.
+    """
+
+    def __init__(self, every_n_rollouts: int = 10, prompts: int = 4, completions: int = 4) -> None:
+        for name, value in (("every_n_rollouts", every_n_rollouts), ("prompts", prompts), ("completions", completions)):
+            if value < 1:
+                raise ConfigError(f"samples.{name} must be at least 1, got {value}")
+        self.every_n_rollouts, self.prompts, self.completions = every_n_rollouts, prompts, completions
+        self._seen = 0
+        self._last: Any = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Show the rollout that the batch comes from, once."""
+        rollout = getattr(pl_module, "last_rollout", None)
+        if rollout is None or rollout is self._last:
+            return
+        self._last = rollout
+        if self._seen % self.every_n_rollouts == 0 and trainer.is_global_zero:
+            columns, rows = self.table(*rollout)
+            log_table(trainer, "samples", columns, rows, trainer.global_step, self.page(*rollout))
+            log_histogram(trainer, "rewards/histogram", rollout[1].total.float().cpu(), trainer.global_step)
+        self._seen += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know to write the pages of one that was not stopped."""
+        return {"seen": self._seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._seen = state_dict["seen"]
+
+    def table(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> tuple[list[str], list[list[Any]]]:
+        """The first prompts and completions as columns and rows of texts and numbers."""
+        names = list(rewards.parts) if len(rewards.parts) > 1 else []
+        samples = rollouts.samples_per_prompt
+        rows: list[list[Any]] = []
+        for number, prompt in enumerate(rollouts.prompts[: self.prompts]):
+            for row in range(number * samples, number * samples + min(samples, self.completions)):
+                text = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
+                rows.append(
+                    [
+                        str(text)[-300:],
+                        str(prompt.answer),
+                        rollouts.completions[row],
+                        "yes" if bool(rollouts.finished[row]) else "no",
+                        "yes" if bool(rewards.correct[row]) else "no",
+                        float(rewards.total[row]),
+                        *(float(rewards.parts[name][row]) for name in names),
+                        float(advantages[row]),
+                    ]
+                )
+        return ["prompt", "answer", "completion", "finished", "correct", "reward", *names, "advantage"], rows
+
+    def page(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> str:
+        """The same as Markdown, where a completion that was cut says so itself."""
+        columns, rows = self.table(rollouts, rewards, advantages)
+        columns.remove("finished")
+        lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+        for prompt, answer, completion, finished, correct, *numbers, advantage in rows:
+            texts = [_cell(prompt), _cell(answer), _cell(completion) + ("" if finished == "yes" else " *(cut)*"), correct]
+            lines.append(f"| {' | '.join([*texts, *(f'{number:.3g}' for number in numbers), f'{advantage:+.3f}'])} |")
+        return "\n".join(lines)
+
+
+# Everything that Markdown or HTML would take for markup, as what it looks like; one line, since a line is a row.
+_AS_TEXT = str.maketrans({**{c: f"&#{ord(c)};" for c in "&<>|\\`*_{}[]()#+-!~"}, "\n": "<br>", "\r": None})
+
+
+def _cell(text: str) -> str:
+    """Text that neither breaks the table nor is taken for markup."""
+    return text.translate(_AS_TEXT) or "*(empty)*"

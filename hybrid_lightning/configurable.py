@@ -1,0 +1,114 @@
+"""`Configurable`: base of everything that a config swaps by class, such as losses, rewards, scorers and samplers.
+
+It remembers the arguments that it was built with, so that a checkpoint and the TensorBoard page can describe it as the
+same `class_path` / `init_args` pair that a YAML file holds, whether it was built by the command line or in Python.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, Self
+
+_PATH = re.compile(r"hybrid_lightning\.\w+(?:\.\w+)*\.[A-Z]\w*")  # of a class
+
+# What a config may name by its room alone. Earlier versions wrote the file as well (hybrid_lightning.losses.gspo.GSPOLoss).
+ROOMS = frozenset(
+    {"adapters", "advantages", "callbacks", "data", "export", "losses", "metrics", "policy", "rewards", "rollout", "sharding"}
+)
+
+
+class Configurable:
+    """Base class that records constructor arguments.
+
+    Example:
+        >>> class Clip(Configurable):
+        ...     def __init__(self, low: float, high: float = 0.2) -> None:
+        ...         self.low, self.high = low, high
+        >>> Clip(0.1).to_config()["init_args"]
+        {'low': 0.1}
+    """
+
+    _init_args: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the arguments; `__init__` gets them as usual."""
+        self = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+        except TypeError:  # wrong arguments (the constructor says so next), or a copy, which restores the attributes itself
+            return self
+        arguments = dict(list(bound.arguments.items())[1:])
+        for parameter in inspect.signature(cls.__init__).parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(parameter.name, {}))
+        self._init_args = arguments
+        return self
+
+    def to_config(self) -> dict[str, Any]:
+        """Describe this object as `{"class_path": ..., "init_args": {...}}`, nested ones included."""
+        return {"class_path": public_path(type(self)), "init_args": to_plain(self._init_args)}
+
+
+def to_plain(value: Any) -> Any:
+    """Replace every `Configurable` inside lists, tuples and dicts by its config."""
+    if isinstance(value, Configurable):
+        return value.to_config()
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def public_path(kind: type) -> str:
+    """Where a class is to be imported from: the first package on its way that has it, so that files in it can move.
+
+    Example:
+        >>> from hybrid_lightning.losses import GSPOLoss
+        >>> public_path(GSPOLoss)
+        'hybrid_lightning.losses.GSPOLoss'
+    """
+    names = kind.__module__.split(".")
+    for end in range(1, len(names)):
+        place = ".".join(names[:end])
+        if getattr(sys.modules.get(place), kind.__qualname__, None) is kind:
+            return f"{place}.{kind.__qualname__}"
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def translated(value: Any) -> Any:
+    """A config, or a part of one, with every class of ours named by its public path, whatever an earlier version wrote.
+
+    Example:
+        >>> translated({"class_path": "hybrid_lightning.losses.gspo_token.GSPOTokenLoss"})
+        {'class_path': 'hybrid_lightning.losses.GSPOTokenLoss'}
+    """
+    if isinstance(value, dict):
+        return {key: translated(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [translated(item) for item in value]
+    if not isinstance(value, str) or not _PATH.fullmatch(value):
+        return value
+    package, room, *_, name = value.split(".")
+    return f"{package}.{room}.{name}" if room in ROOMS else value
+
+
+def public_names(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package whose modules are imported when one of their names is first asked for.
+
+    So a class has a short path that does not change when files are moved, and what needs only torch is not held up by PEFT.
+
+    Args:
+        package: Full name of the package.
+        names: Module within it -> its public names.
+    """
+    modules = {name: module for module, of_module in names.items() for name in of_module}
+
+    def find(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{modules[name]}"), name)
+
+    return find

@@ -1,0 +1,198 @@
+"""`PromptDataModule`: the splits of a source, formatted, as Lightning wants them."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.data.formatting import PromptFormat
+from hybrid_lightning.data.source import PromptSource
+from hybrid_lightning.data.splitting import Splits
+from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.types import Prompt
+
+Encode = Callable[[Prompt], list[int]]
+
+# Stage -> splits it uses; the first cannot be empty.
+_STAGES = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": ("test",),
+}
+
+
+class PromptDataModule(Configurable, LightningDataModule):
+    """Prompts for training, validation, test and prediction.
+
+    Rollouts are the training data: `train_dataloader` is the policy's `rollout_loader` of `train_prompts`. The other
+    dataloaders give lists of `Prompt`. The sampler that Lightning puts into them under several ranks may repeat prompts;
+    `Prompt.index` is unique within a split and set, so that metrics can count each once.
+
+    Args:
+        source: Where the problems come from.
+        format: How a problem becomes a prompt.
+        max_prompt_tokens: Longer prompts are dropped, with their number shown; they are never truncated. None for no limit.
+        validation_prompts: Validate on so many prompts, drawn at random by `seed`; None for all.
+        test_prompts: Test on so many prompts, likewise.
+        eval_batch_size: Prompts in a batch of validation, test and prediction.
+        seed: Of the draw of validation and test prompts.
+    """
+
+    def __init__(
+        self,
+        source: PromptSource,
+        format: PromptFormat,
+        max_prompt_tokens: int | None = None,
+        validation_prompts: int | None = None,
+        test_prompts: int | None = None,
+        eval_batch_size: int = 32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        limits = {
+            "max_prompt_tokens": max_prompt_tokens,
+            "validation_prompts": validation_prompts,
+            "test_prompts": test_prompts,
+            "eval_batch_size": eval_batch_size,
+        }
+        for name, value in limits.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: give at least 1" + ("" if name == "eval_batch_size" else ", or null"))
+        self.source = source
+        self.format = format
+        self.max_prompt_tokens = max_prompt_tokens
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        self._limits = {"train": None, "validation": validation_prompts, "test": test_prompts}
+        self._encode: Encode | None = None
+        self._splits: Splits | None = None
+        self._prompts: dict[str, list[Prompt]] = {}
+
+    def setup(self, stage: str | None = None, encode: Encode | None = None) -> None:
+        """Load, format and filter the splits of a stage; what is done already is not done again.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict"; None for all splits.
+            encode: Gives the token ids of a prompt, to count them; only needed with `max_prompt_tokens` and without a trainer,
+                whose policy is asked otherwise.
+
+        Raises:
+            DataError: If the data is malformed, or has nothing for this stage.
+        """
+        self._encode = encode or self._encode
+        splits = ("train", "validation", "test") if stage is None else _STAGES[stage]
+        for split in splits:
+            self._split(split)
+        if stage is not None and not self._split(splits[0]):
+            raise DataError(
+                f"{type(self.source).__name__} has no {splits[0]} rows, which {str.__str__(stage)} needs: give data.source a "
+                f"{splits[0]} split"
+            )
+
+    def set_names(self, split: str) -> list[str]:
+        """Names of the sets of a split, "" for prompts of none; the rows are read, but not formatted.
+
+        Args:
+            split: "train", "validation" or "test".
+        """
+        return list(dict.fromkeys(row.set_name for row in getattr(self._read(), split)))
+
+    @property
+    def train_prompts(self) -> list[Prompt]:
+        """Prompts to sample rollouts from."""
+        return self._split("train")
+
+    @property
+    def validation_prompts(self) -> list[Prompt]:
+        """Prompts of the validation loop."""
+        return self._split("validation")
+
+    @property
+    def test_prompts(self) -> list[Prompt]:
+        """Prompts of the test and of prediction."""
+        return self._split("test")
+
+    def train_dataloader(self) -> Any:
+        """Rollouts of the training prompts by the policy that is being trained.
+
+        Raises:
+            ConfigError: If the trainer's module makes no rollouts.
+        """
+        rollout_loader = getattr(self.trainer and self.trainer.lightning_module, "rollout_loader", None)
+        if rollout_loader is None:
+            raise ConfigError("PromptDataModule trains a module that has rollout_loader(prompts), such as PolicyModule")
+        return rollout_loader(self.train_prompts)
+
+    def val_dataloader(self) -> "DataLoader[Prompt] | list[Prompt]":
+        """Batches of validation prompts; an empty list, which makes `fit` skip validation, if there are none."""
+        return self._loader(self.validation_prompts) if self.validation_prompts else []
+
+    def test_dataloader(self) -> "DataLoader[Prompt]":
+        """Batches of test prompts."""
+        return self._loader(self.test_prompts)
+
+    def predict_dataloader(self) -> "DataLoader[Prompt]":
+        """Batches of test prompts."""
+        return self._loader(self.test_prompts)
+
+    def _loader(self, prompts: list[Prompt]) -> "DataLoader[Prompt]":
+        return DataLoader(
+            prompts,  # type: ignore[arg-type]
+            batch_size=self.eval_batch_size,
+            shuffle=False,
+            collate_fn=list,
+            # Every iteration draws a seed for workers; from the global generator, it would change training after a validation.
+            generator=torch.Generator(),
+        )
+
+    def _read(self) -> Splits:
+        self._splits = self._splits or self.source.load()
+        return self._splits
+
+    def _split(self, split: str) -> list[Prompt]:
+        if split not in self._prompts:
+            prompts = [self.format.format(row) for row in getattr(self._read(), split)]
+            prompts = self._draw(split, self._short_enough(split, prompts))
+            check = getattr(self.trainer and self.trainer.lightning_module, "check_prompts", None)
+            if check is not None:  # a row that its reward cannot score, before it is drawn after hours
+                check(prompts)
+            self._prompts[split] = prompts
+        return self._prompts[split]
+
+    def _short_enough(self, split: str, prompts: list[Prompt]) -> list[Prompt]:
+        if self.max_prompt_tokens is None or not prompts:
+            return prompts
+        encode = self._encode or self._policy_encode()
+        lengths = [len(encode(prompt)) for prompt in prompts]
+        kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= self.max_prompt_tokens]
+        if not kept:
+            raise DataError(
+                f"all {len(prompts)} {split} prompts are longer than max_prompt_tokens={self.max_prompt_tokens}: raise it, the "
+                f"shortest has {min(lengths)} tokens and the longest {max(lengths)}"
+            )
+        if len(kept) < len(prompts):
+            dropped = f"{len(prompts) - len(kept)} of {len(prompts)} {split} prompts"
+            rank_zero_info(f"dropped {dropped} longer than max_prompt_tokens={self.max_prompt_tokens}")
+        return kept
+
+    def _policy_encode(self) -> Encode:
+        encode = getattr(self.trainer and self.trainer.lightning_module, "encode", None)
+        if encode is None:
+            raise ConfigError(
+                f"max_prompt_tokens={self.max_prompt_tokens} needs a tokenizer: call setup(encode=policy.encode), or let a "
+                "trainer run a policy that has encode(prompt)"
+            )
+        return encode  # type: ignore[no-any-return]
+
+    def _draw(self, split: str, prompts: list[Prompt]) -> list[Prompt]:
+        limit = self._limits[split]
+        if limit is None or limit >= len(prompts):
+            return prompts
+        drawn = random.Random(self.seed).sample(range(len(prompts)), limit)
+        return [prompts[position] for position in sorted(drawn)]

@@ -1,0 +1,242 @@
+"""What a policy loss is given: refused where it cannot be meant, and made ready to compute with.
+
+`PolicyLoss`: what every policy loss shares, so that a new one is a class of about ten lines.
+
+    loss = aggregate(importance_weights * policy_term + kl_coef * kl) - entropy_coef * entropy
+
+A subclass gives `policy_term`, and may give `aggregate` (default: mean over sequences of the mean over tokens) and
+`policy_metrics`. The base checks the inputs, up-casts half precision, empties the padding, adds the KL and entropy terms, and
+logs.
+
+Shares. What a call returns is the *share* of its sequences in the optimizer step's loss: the denominators are those of the
+whole step (`LossInputs.num_sequences`, `num_tokens`), so that the shares of all micro-batches and ranks add up to the loss,
+and how a step is split never changes its gradient. Metrics are shares likewise (see `shares`).
+
+The KL estimate is k3 (see `functional.k3_kl`), GRPO's (arXiv 2402.03300, equation 4): inside the aggregation, outside the
+clip. With `kl_importance_weight` it is multiplied by the differentiable ratio, which corrects k3 for tokens that the old
+policy sampled (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
+
+The entropy bonus is the mean entropy of the policy over all completion tokens of the optimizer step, whatever the
+aggregation, so that its weight means the same for every loss (as in TRL, whose mean is over a micro-batch; verl aggregates it
+as the loss).
+
+Importance weights, if there are any, correct for a sampler that is not quite the policy (see `correction`), or leave tokens
+out (see `top_entropy`). They multiply the policy term of each token after its clip, without gradient; the KL, the entropy
+bonus and the metrics stay as they are (as in TRL, but for its bonus, which is then over the tokens that are left).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.configurable import Configurable
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.losses import functional as F
+from hybrid_lightning.losses.shares import largest, share
+from hybrid_lightning.types import LossInputs, LossOutput
+
+COUNTS = (
+    "num_sequences",
+    "num_tokens",
+    "updated_sequences",
+    "updated_tokens",
+    "max_completion_tokens",
+    "micro_batch_tokens",
+    "num_micro_batches",
+)
+
+
+def clean_inputs(inputs: LossInputs) -> LossInputs:
+    """Compute in float32 at least, without gradient except through `logprobs` and `entropy`, with 0 for everything padded."""
+    dtype = torch.promote_types(inputs.logprobs.dtype, torch.float32)
+
+    def unpad(values: Tensor) -> Tensor:
+        return torch.where(inputs.completion_mask, values.to(dtype), 0.0)
+
+    old, ref, weights = inputs.old_logprobs, inputs.ref_logprobs, inputs.importance_weights
+    return replace(
+        inputs,
+        logprobs=unpad(inputs.logprobs),
+        advantages=inputs.advantages.detach().to(dtype),
+        old_logprobs=None if old is None else unpad(old.detach()),
+        ref_logprobs=None if ref is None else unpad(ref.detach()),
+        importance_weights=None if weights is None else unpad(weights.detach()),
+        entropy=None if inputs.entropy is None else unpad(inputs.entropy),
+    )
+
+
+def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_entropy: bool) -> None:
+    """Refuse tensors that would broadcast into something else than meant."""
+    shape = tuple(inputs.logprobs.shape)
+    if len(shape) != 2:
+        raise ConfigError(f"{name}: logprobs has shape {shape}: give one log-probability a completion token, [B, T].")
+    per_token = ("logprobs", "old_logprobs", "ref_logprobs", "importance_weights", "entropy")
+    floating = {"advantages": shape[:1], **dict.fromkeys(per_token, shape)}
+    for field, want in {**floating, "completion_mask": shape}.items():
+        value = getattr(inputs, field)
+        if value is not None and tuple(value.shape) != want:
+            raise ConfigError(f"{name}: {field} has shape {tuple(value.shape)}, but logprobs {shape}: it must be {want}.")
+    if inputs.completion_mask.dtype != torch.bool:
+        raise ConfigError(f"{name}: completion_mask is {inputs.completion_mask.dtype}: convert it with `.bool()`.")
+    for field in floating:
+        value = getattr(inputs, field)
+        if value is not None and not value.is_floating_point():
+            raise ConfigError(f"{name}: {field} is {value.dtype}: convert it with `.float()`.")
+    for field in COUNTS:
+        value = getattr(inputs, field)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{name}: {field}={value} is no count: give that of the optimizer step, or None.")
+    if needs_reference and inputs.ref_logprobs is None:
+        raise ConfigError(
+            f"{name}: kl_coef is not 0, but ref_logprobs is None: give the start policy's log-probabilities, or set kl_coef=0."
+        )
+    if needs_entropy and (inputs.entropy is None or (inputs.logprobs.requires_grad and not inputs.entropy.requires_grad)):
+        what = "is None" if inputs.entropy is None else "has no gradient"
+        raise ConfigError(
+            f"{name}: entropy_coef is not 0, but entropy {what}: give the entropy of each token with gradient, or "
+            "set entropy_coef=0."
+        )
+
+
+class PolicyLoss(Configurable, ABC):
+    """Base class of policy losses.
+
+    Args:
+        kl_coef: weight of the KL to the start policy; 0 leaves the term out, and no reference is computed.
+        kl_importance_weight: multiply the KL by the importance ratio, gradient included.
+        entropy_coef: weight of the entropy bonus; 0 leaves it out, and costs nothing.
+
+    Raises:
+        ConfigError: if a weight is negative or not finite.
+
+    Example:
+        >>> class ReinforceLoss(PolicyLoss):
+        ...     def policy_term(self, inputs, old_logprobs):
+        ...         ratio = F.token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
+        ...         return -ratio * inputs.advantages[:, None], ratio
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> logprobs = torch.full((2, 2), -1.0, requires_grad=True)
+        >>> output = ReinforceLoss()(LossInputs(logprobs, torch.tensor([1.0, -1.0]), mask))
+        >>> output.loss.backward()
+        >>> logprobs.grad.tolist()
+        [[-0.25, -0.25], [0.5, 0.0]]
+    """
+
+    takes_group_std = True  # whether the method's advantages may be divided by the standard deviation of their group
+
+    def __init__(self, kl_coef: float = 0.0, kl_importance_weight: bool = False, entropy_coef: float = 0.0) -> None:
+        name = type(self).__name__
+        if not (math.isfinite(kl_coef) and kl_coef >= 0):
+            raise ConfigError(f"{name}: kl_coef={kl_coef} is not a weight: use 0 for no KL term, or e.g. 0.001.")
+        if not (math.isfinite(entropy_coef) and entropy_coef >= 0):
+            raise ConfigError(f"{name}: entropy_coef={entropy_coef} is not a weight: use 0 for no entropy bonus, or e.g. 0.001.")
+        self.kl_coef = kl_coef
+        self.kl_importance_weight = kl_importance_weight
+        self.entropy_coef = entropy_coef
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `LossInputs.ref_logprobs` must be given."""
+        return self.kl_coef != 0
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether `LossInputs.entropy` must be given."""
+        return self.entropy_coef != 0
+
+    @property
+    def ignores_zero_advantage(self) -> bool:
+        """Whether a sequence of advantage 0 adds exactly nothing to the loss and its gradient, so that it can be left out.
+
+        A loss whose policy term is a multiple of the advantage may return `is_policy_term_alone`.
+        """
+        return False
+
+    @property
+    def is_policy_term_alone(self) -> bool:
+        """Whether there is neither a KL term nor an entropy bonus, to which sequences of advantage 0 add as well."""
+        return not (self.needs_reference or self.needs_entropy)
+
+    @abstractmethod
+    def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss before KL and aggregation, and the importance ratio.
+
+        Args:
+            inputs: float32 or float64 throughout; log-probabilities are 0 on padding.
+            old_logprobs: [B, T], those of the inputs, or if there are none the current ones without gradient.
+
+        Returns:
+            The loss, [B, T] or [B] where a sequence has one, and the ratio, likewise. Padding may hold anything.
+        """
+
+    def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
+        """Reduce the loss of each token, [B, T], to these sequences' share in the optimizer step's loss."""
+        return F.mean_of_sequence_means(per_token_loss, inputs.completion_mask, inputs.num_sequences)
+
+    def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
+        """What to log besides the ratio and the KL: name -> scalar share (see the head of this file)."""
+        return {}
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """Compute the loss of one micro-batch.
+
+        Args:
+            inputs: log-probabilities (float32, float64, or half precision, which is computed in float32), advantages,
+                mask and denominators.
+
+        Returns:
+            The share in the optimizer step's loss, differentiable in `inputs.logprobs`, and metrics, which are shares too:
+            "ratio/mean" (over sequences where the loss has one ratio a sequence, else over tokens), "ratio/max", with a KL
+            term "kl" (mean over tokens, with its importance weight if it has one), and those of `policy_metrics`.
+
+        Raises:
+            ConfigError: if shapes or dtypes do not fit together, or the KL term lacks its reference or the bonus its entropy.
+        """
+        check_inputs(inputs, type(self).__name__, self.needs_reference, self.needs_entropy)
+        inputs = clean_inputs(inputs)
+        old_logprobs = inputs.logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs
+        returned = self.policy_term(inputs, old_logprobs)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            what = f"{len(returned)} values" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
+            raise ConfigError(f"{type(self).__name__}.policy_term returned {what}: return two tensors, the loss and the ratio.")
+        term, ratio = returned
+        self._check_shape("policy_term", "loss", term, inputs.logprobs.shape, inputs.advantages.shape)
+        self._check_shape("policy_term", "ratio", ratio, inputs.logprobs.shape, inputs.advantages.shape)
+        per_token_loss = F.per_token(term, inputs.completion_mask)
+        if inputs.importance_weights is not None:
+            per_token_loss = per_token_loss * inputs.importance_weights
+        metrics = self._ratio_metrics(inputs, ratio.detach()) | self.policy_metrics(inputs, ratio.detach())
+        if self.needs_reference:
+            kl = self._kl(inputs, ratio)
+            per_token_loss = per_token_loss + self.kl_coef * kl
+            metrics["kl"] = F.mean_over_tokens(kl, inputs.completion_mask, inputs.num_tokens)
+        loss = self.aggregate(per_token_loss, inputs)
+        self._check_shape("aggregate", "loss", loss, torch.Size())
+        if self.needs_entropy:
+            assert inputs.entropy is not None, "checked before"
+            loss = loss - self.entropy_coef * F.mean_over_tokens(inputs.entropy, inputs.completion_mask, inputs.num_tokens)
+        if inputs.logprobs.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
+            raise ConfigError(
+                f"{type(self).__name__}: the loss has no gradient: compute policy_term from inputs.logprobs, and detach "
+                "weights alone."
+            )
+        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+    def _check_shape(self, method: str, what: str, value: Tensor, *allowed: torch.Size) -> None:
+        """Name the method of a subclass that returned a wrong shape, before broadcasting hides it."""
+        if value.shape not in allowed:
+            shapes = " or, with one value a sequence, ".join(str(tuple(shape)) for shape in allowed)
+            raise ConfigError(f"{type(self).__name__}.{method} returned a {what} of shape {tuple(value.shape)}: return {shapes}.")
+
+    def _kl(self, inputs: LossInputs, ratio: Tensor) -> Tensor:
+        """KL to the start policy, [B, T]."""
+        assert inputs.ref_logprobs is not None, "checked before"
+        kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.completion_mask)
+        return kl * F.per_token(ratio, inputs.completion_mask) if self.kl_importance_weight else kl
+
+    def _ratio_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
+        """Mean and largest ratio."""
+        return {"ratio/mean": share(ratio, inputs), "ratio/max": largest(ratio, inputs)}

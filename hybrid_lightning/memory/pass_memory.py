@@ -1,0 +1,194 @@
+"""What passes through the model hold while they run: updates, scoring, and decoding.
+
+Each is traced with one layer and with two; what one layer more adds is what each of the others adds.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.cpu import operators as kernels
+from hybrid_lightning.engine.decoding import SharedPromptDecoding
+from hybrid_lightning.engine.logprobs import logprobs_of_hidden
+from hybrid_lightning.engine.packing import PackedSequences, begins_group
+from hybrid_lightning.engine.passes import prepacked_projection
+from hybrid_lightning.engine.prepacked import prepacked_weights
+from hybrid_lightning.memory.fake_model import FakeModel
+from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.rollout.batching import split_by_tokens
+from hybrid_lightning.rollout.sampler import draw, filter_logits
+from hybrid_lightning.types import Sequences
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Bytes at the moment when a pass holds most."""
+
+    activations: float
+    logits: float
+    backward: float = 0.0  # all that the backward pass holds at its peak
+    cache: float = 0.0  # keys and values
+    packed: float = 0.0  # copies of weights in the order or dtype in which products read them
+
+    def combine(self, other: "Traced", function: Callable[[float, float], float]) -> "Traced":
+        """Field by field."""
+        return Traced(*(function(getattr(self, entry.name), getattr(other, entry.name)) for entry in fields(self)))
+
+
+def passes_of_step(settings: RunSettings, prompts: int) -> list[Sequences]:
+    """The rows of each forward and backward pass of one micro-batch, if all take part and have full length.
+
+    Args:
+        settings: Of the run.
+        prompts: Of one device in a rollout.
+    """
+    rows = _sequences(prompts, settings.samples_per_prompt, settings.prompt_tokens, settings.completion_tokens)
+    return _cut(rows.rows(slice(0, max(1, len(rows) // settings.micro_batches))), settings)
+
+
+def passes_of_scoring(settings: RunSettings, prompts: int) -> list[Sequences]:
+    """The same for calibration, which cuts a rollout by the token budget alone."""
+    return _cut(_sequences(prompts, settings.samples_per_prompt, settings.prompt_tokens, settings.completion_tokens), settings)
+
+
+class Traces:
+    """What passes of a run hold, each found out once.
+
+    Args:
+        settings: Of the run.
+    """
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings = settings
+        self._known: dict[Hashable, Traced] = {}
+
+    def update(self, rows: Sequences, share_full: float | None) -> Traced:
+        """Forward and backward pass over rows.
+
+        Args:
+            rows: Of the pass.
+            share_full: Of the candidates' numbers, how many are trained fully; the others are by LoRA. None for the base model,
+                as it is scored.
+        """
+        sizes = (len(rows), int(begins_group(rows).sum()), rows.prompt_ids.shape[1], rows.completion_ids.shape[1])
+        return self._of_share(("update", *sizes), share_full, lambda fake: _update(fake, rows))
+
+    def decoding(self, prompts: int, samples: int, share_full: float | None) -> Traced:
+        """Sampling completions of full length.
+
+        Args:
+            prompts: Completed together on one device.
+            samples: Completions of each.
+            share_full: See `update`.
+        """
+        return self._of_share(("decoding", prompts, samples), share_full, lambda fake: _decoding(fake, prompts, samples))
+
+    def _of_share(self, name: tuple[str | int, ...], share_full: float | None, trace: Callable[[FakeModel], Traced]) -> Traced:
+        if share_full is None or share_full in (0, 1):
+            return self._of_layers((*name, share_full), share_full, trace)
+        lora, full = (self._of_layers((*name, share), share, trace) for share in (0, 1))
+        return lora.combine(full, lambda few, many: few + share_full * (many - few))
+
+    def _of_layers(self, name: Hashable, share_full: float | None, trace: Callable[[FakeModel], Traced]) -> Traced:
+        if name not in self._known:
+            layers = self.settings.layers
+            one = trace(FakeModel(self.settings, 1, share_full))
+            if layers > 1:
+                two = trace(FakeModel(self.settings, 2, share_full))
+                one = one.combine(two, lambda first, both: first + (layers - 1) * (both - first))
+            self._known[name] = one
+        return self._known[name]
+
+
+def _update(fake: FakeModel, rows: Sequences) -> Traced:
+    packed = PackedSequences(rows, fake.engine.backend)
+    tokens = fake.fake(rows.completion_ids[rows.completion_mask])
+    fake.fake_layout(packed)
+    with fake.computing() as live:
+        with fake.autocast():
+            hidden = fake.engine.hidden(packed.ids, packed.positions, packed)
+            kept, before = live.bytes, live.peak
+            live.restart_peak()
+            bonus = fake.settings.entropy_gradient
+            logprobs, entropy = logprobs_of_hidden(fake.engine, packed.predicting(hidden), tokens, 1.0, bonus)
+            loss = logprobs.mean() + entropy.mean() if bonus else logprobs.mean()
+            del entropy
+            del hidden
+        with_logits = live.peak
+        live.restart_peak()
+        loss.backward()  # type: ignore[no-untyped-call]
+    logits = with_logits - kept
+    return Traced(activations=max(before, with_logits) - logits, logits=logits, backward=live.peak)
+
+
+def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
+    settings = fake.settings
+    rows = _sequences(prompts, 1, settings.prompt_tokens, 1)
+    decoding = SharedPromptDecoding(fake.engine, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
+    fake.fake_layout(decoding.layout)
+    decoding.lengths = fake.fake(decoding.lengths)
+    dtype = torch.bfloat16 if settings.mixed_precision else None
+    with fake.computing() as live, torch.no_grad(), fake.autocast(), prepacked_weights(fake.model, fake.engine.backend, dtype):
+        decoding.project = prepacked_projection(fake.model, fake.engine.backend)
+        packed = live.bytes
+        live.restart_peak()
+        logits = decoding.prefill(samples)
+        reading = live.peak
+        if settings.completion_tokens > 1:
+            del logits
+            _fill_cache(decoding, prompts * samples)
+            live.restart_peak()
+            logits = decoding.step(decoding.lengths.new_zeros(prompts * samples))
+        cache = sum(part.nbytes for part in _cache(decoding))
+        forward, before = live.peak, live.bytes - logits.nbytes
+        live.restart_peak()
+        _draw(logits, fake.engine.backend)
+        of_logits = live.peak - before
+        peak = max(reading, forward, live.peak) - packed
+        del logits
+    return Traced(activations=max(0.0, peak - cache - of_logits), logits=of_logits, cache=cache, packed=packed)
+
+
+def _draw(logits: Tensor, backend: Backend) -> None:
+    """What the sampler does with logits, at its defaults."""
+    uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
+    if backend.usable(logits):
+        kernels.draw_tokens(logits, uniform, 1.0)
+    else:
+        scaled = logits.float()
+        token = draw(filter_logits(scaled, 0, 1.0), uniform)
+        scaled.log_softmax(dim=-1).gather(1, token[:, None])
+
+
+def _fill_cache(decoding: SharedPromptDecoding, rows: int) -> None:
+    """Let the next step be that of the last token."""
+    decoding.step(decoding.lengths.new_zeros(rows))  # which allocates room for the first tokens
+    made = {layer: [(*part.shape[:3], part.shape[4], part.dtype) for part in pair] for layer, pair in decoding.own.items()}
+    decoding.own.clear()
+    for layer, pair in made.items():
+        keys, values = (
+            decoding.lengths.new_empty(*sizes[:3], decoding.max_new_tokens, sizes[3], dtype=sizes[4]) for sizes in pair
+        )
+        decoding.own[layer] = (keys, values)
+    decoding.decoded = decoding.max_new_tokens - 2
+
+
+def _cache(decoding: SharedPromptDecoding) -> list[Tensor]:
+    return [part for layers in (decoding.prompt, decoding.own) for pair in layers.values() for part in pair]
+
+
+def _cut(rows: Sequences, settings: RunSettings) -> list[Sequences]:
+    return [rows.rows(run) for run in split_by_tokens(rows, settings.tokens_of_pass)]
+
+
+def _sequences(prompts: int, samples: int, prompt_tokens: int, completion_tokens: int) -> Sequences:
+    """Rows of these sizes, in which different prompts differ."""
+    number = torch.arange(prompts).repeat_interleave(samples)[:, None]
+    prompt_ids = number.expand(-1, prompt_tokens)
+    completion_ids = torch.zeros(len(number), completion_tokens, dtype=torch.long)
+    masks = (torch.ones_like(ids, dtype=torch.bool) for ids in (prompt_ids, completion_ids))
+    prompt_mask, completion_mask = masks
+    return Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask)

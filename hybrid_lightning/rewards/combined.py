@@ -1,0 +1,170 @@
+"""`CachedReward`: a reward whose values another one needs too, so that nothing is scored twice.
+
+Several rewards added up.
+
+Each set of a mixture with a reward of its own.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.rewards.reward_function import RewardFunction
+from hybrid_lightning.types import Prompt
+
+
+class CachedReward(RewardFunction):
+    """A reward that keeps what it said of the last batch.
+
+    Args:
+        reward: The reward; one that measures correctness, and no sum.
+        user: Name of the class that needs it, for error messages.
+
+    Raises:
+        ConfigError: If the reward is a sum, or measures something else.
+    """
+
+    def __init__(self, reward: RewardFunction, user: str) -> None:
+        if reward.terms() != [(reward, 1.0)] or not reward.measures_correctness:
+            raise ConfigError(
+                f"{user}: reward={type(reward).__name__} must be one reward that measures correctness, such as MathMatch; put "
+                f"further rewards beside {user} into a WeightedSum"
+            )
+        self.reward = reward
+        self._last: tuple[Sequence[str], Sequence[Prompt], Sequence[float] | Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """That of the reward."""
+        return self.reward.name
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Sequence[float] | Tensor:
+        """Score completions, unless they are the very objects that were scored last."""
+        if self._last is None or self._last[0] is not completions or self._last[1] is not prompts:
+            self._last = (completions, prompts, self.reward(completions, prompts))
+        return self._last[2]
+
+    def correct(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[bool]:
+        """Whether each completion, of B, is right."""
+        return [float(value) >= 1.0 for value in self(completions, prompts)]
+
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """As the reward does."""
+        return self.reward.extract_answer(completion, prompt)
+
+    def decided_by_time(self) -> str | None:
+        """As the reward does."""
+        return self.reward.decided_by_time()
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """As the reward does."""
+        self.reward.check_prompt(prompt)
+
+
+class WeightedSum(RewardFunction):
+    """Weighted sum of rewards; each is logged on its own, before weighting.
+
+    Args:
+        rewards: At least one; a sum within a sum counts as its terms. Names must differ: give two rewards of one class names.
+        weights: One for each reward, negative ones punish; None for 1.0 each.
+    """
+
+    def __init__(self, rewards: list[RewardFunction], weights: list[float] | None = None) -> None:
+        if not rewards:
+            raise ConfigError("rewards=[]: give at least one reward")
+        weights = [1.0] * len(rewards) if weights is None else list(weights)
+        if len(weights) != len(rewards):
+            raise ConfigError(f"weights={weights} for {len(rewards)} rewards: give one weight for each reward")
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ConfigError(f"weights={weights}: every weight must be a finite number")
+        self._terms = [
+            (term, weight * inner) for reward, weight in zip(rewards, weights, strict=True) for term, inner in reward.terms()
+        ]
+        names = [term.name for term, _ in self._terms]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ConfigError(f"rewards: more than one is called {', '.join(repeated)}: give each a name of its own")
+
+    def terms(self) -> list[tuple[RewardFunction, float]]:
+        """The rewards and their weights, sums within this sum resolved."""
+        return self._terms
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
+        """Weighted sum for each completion, [B]."""
+        total = torch.zeros(len(completions))
+        for term, weight in self._terms:
+            total = total + weight * torch.as_tensor(term(completions, prompts), dtype=torch.float32)
+        return total
+
+
+class RewardBySet(RewardFunction):
+    """Scores a completion by the reward of its prompt's set: mathematics by `MathMatch`, code by `CodeTests`, and so on.
+
+    Args:
+        rewards: Name of the set (as in the data source `Mixture`) -> its reward. Not a sum: what all sets share, such as a
+            format reward, stands beside this one in a `WeightedSum`.
+        name: What it is logged as; None for `reward_by_set`.
+
+    Raises:
+        ConfigError: If there is no set, a reward is a sum, or only some of them measure correctness.
+    """
+
+    def __init__(self, rewards: dict[str, RewardFunction], name: str | None = None) -> None:
+        if not rewards:
+            raise ConfigError("RewardBySet: rewards={}: give each set a reward, as in rewards: {gsm8k: MathMatch}")
+        for set_name, reward in rewards.items():
+            if reward.terms() != [(reward, 1.0)]:
+                raise ConfigError(
+                    f"RewardBySet: the reward of set {set_name!r} is a sum: give it one reward, and put RewardBySet and what all "
+                    "sets share into a WeightedSum"
+                )
+        if len({reward.measures_correctness for reward in rewards.values()}) > 1:
+            kinds = ", ".join(f"{key}: {value.measures_correctness}" for key, value in rewards.items())
+            raise ConfigError(f"RewardBySet: all rewards must measure correctness, or none ({kinds})")
+        self.rewards = rewards
+        self.measures_correctness = next(iter(rewards.values())).measures_correctness
+        self._name = name
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
+        """Score B completions, those of each set together."""
+        positions: dict[str, list[int]] = defaultdict(list)
+        for position, prompt in enumerate(prompts):
+            positions[prompt.set_name].append(position)
+            self._reward(prompt)
+        values = torch.zeros(len(completions), dtype=torch.float64)
+        for set_name, rows in positions.items():
+            own = self.rewards[set_name]([completions[row] for row in rows], [prompts[row] for row in rows])
+            if len(own) != len(rows):
+                raise ValueError(f"the reward of set {set_name!r} returned {len(own)} values for {len(rows)} completions")
+            values[rows] = torch.as_tensor(own, dtype=torch.float64)
+        return values
+
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """As the reward of the set does."""
+        return self._reward(prompt).extract_answer(completion, prompt)
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """As the reward of the set does."""
+        self._reward(prompt).check_prompt(prompt)
+
+    def check_length(self, max_new_tokens: int) -> None:
+        """As the reward of each set does."""
+        for reward in self.rewards.values():
+            reward.check_length(max_new_tokens)
+
+    def decided_by_time(self) -> str | None:
+        """As the rewards of the sets do."""
+        found = [reward.decided_by_time() for reward in self.rewards.values()]
+        return "; ".join(dict.fromkeys(text for text in found if text is not None)) or None
+
+    def _reward(self, prompt: Prompt) -> RewardFunction:
+        if prompt.set_name not in self.rewards:
+            raise DataError(
+                f"RewardBySet: {prompt.source or 'a prompt'} row {prompt.index} is of set {prompt.set_name!r}, which has no "
+                f"reward; there is one for {', '.join(self.rewards)}: name the sets as the data source does"
+            )
+        return self.rewards[prompt.set_name]

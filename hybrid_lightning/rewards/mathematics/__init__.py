@@ -1,0 +1,1 @@
+"""Mathematical answers: what a completion answers, and whether that equals the reference."""

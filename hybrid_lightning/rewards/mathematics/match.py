@@ -1,0 +1,104 @@
+"""The answer as the same number or formula, by the library math-verify (github.com/huggingface/Math-Verify)."""
+
+import logging
+import re
+from collections.abc import Sequence
+from functools import cache
+
+from hybrid_lightning.errors import ConfigError, RewardError
+from hybrid_lightning.rewards.mathematics.verifier import MathVerifier
+from hybrid_lightning.rewards.multiple_choice import CHOICES, extract_choice, reference_choice
+from hybrid_lightning.rewards.reward_function import RewardFunction
+from hybrid_lightning.rewards.text import after_thinking, compile_pattern, extract, reference_answer
+from hybrid_lightning.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+
+class MathMatch(RewardFunction):
+    r"""1.0 if the completion's answer equals the reference answer as mathematics, else 0.0.
+
+    The answer of a completion is what is in its last `\boxed{}` (boxes with "and", "or" or a comma between them are one set),
+    else what it says as a whole or after "the answer is" if that is a formula, else its last number, plain expression or LaTeX
+    formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" and "1 234" are 1234; "2,5" is
+    2.5; "50%" is 50 and 0.5. Decimals are compared to six places, as math-verify does, and numbers below 0.001 to one part in a
+    hundred besides. An interval may also be an inequality, and of numbers with a base, such as `2516_8`, the bases must agree
+    where both are given. What stands in `<think> </think>` is not looked at.
+
+    - Units must agree where both answers have one of those in `math_units.py`; they are converted within a dimension: 15 cm are
+      0.15 m and no 15 m. "$5 per hour" may be "$5", but 5 m/s is no 5 m. Other units, such as apples, are not compared.
+      "1 hour and 30 minutes" is 90 minutes, and 90 or 1.5 where the reference answer has no unit.
+    - A bound is no number: "the answer is at least 18", "more than 18", "18 or more" and "18+" are wrong for 18. After other
+      verbs, "at least 18" says how many are needed and is 18: "She needs at least 18 eggs".
+    - Of "18 dollars (9 eggs at $2)", as a whole or after "the answer is", the answer is what stands before the brackets.
+    - "x = 2 and y = 3" is (2, 3), whatever the order, and without a box also the last of the two values, if one is asked for.
+
+    The reference answer is a number, perhaps with a unit, in brackets or not ("9 apples", "9 (apples)"), or a formula, with or
+    without LaTeX delimiters; or a letter from A to J, which is compared with the letter that the completion chooses, as
+    `MultipleChoice` does.
+
+    Args:
+        pattern: Regular expression with one group, the answer; the last match counts, no match earns nothing, `.` also matches
+            line breaks. None: the answer is looked for in the whole completion.
+        cpu_seconds: CPU time that one comparison may take; a completion that takes more earns nothing, with a warning.
+        name: What it is logged as; None for `math_match`.
+
+    Example:
+        >>> prompt = Prompt(text="1/2 + 1/4?", answer="3/4")
+        >>> MathMatch()(["It is 0.75.", r"\boxed{\frac{6}{8}}", "3/4 or 4/5", ""], [prompt] * 4)
+        [1.0, 1.0, 0.0, 0.0]
+    """
+
+    def __init__(self, pattern: str | None = None, cpu_seconds: float = 3.0, name: str | None = None) -> None:
+        if not cpu_seconds > 0:
+            raise ConfigError(f"cpu_seconds={cpu_seconds}: give a positive number of seconds")
+        self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
+        self.cpu_seconds = cpu_seconds
+        self._name = name
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
+        """Compare each completion, of B, with its prompt's answer."""
+        return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
+
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """The number, formula or letter that is compared: 0.5 and 1/2 agree."""
+        text = extract(self.pattern, after_thinking(completion))
+        if text is None or not text.strip():
+            return None
+        if _is_choice(reference_answer(type(self).__name__, prompt)):
+            return extract_choice(text, CHOICES)
+        return _verifier(self.cpu_seconds).value(text)
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Make sure that the reference answer is one that can be compared with."""
+        gold = reference_answer(type(self).__name__, prompt)
+        if not _is_choice(gold) and not _verifier(self.cpu_seconds).is_gold(gold):
+            number = re.match(r"-?\$?[\d.,/]*\d", gold.strip())
+            pattern = r", such as answer_pattern='^(-?\$?[\d.,/]*\d)' for the number that it begins with" if number else ""
+            raise RewardError(
+                f"MathMatch: the reference answer {gold!r} of {prompt.source or 'a prompt'} row {prompt.index} is neither a "
+                f"number nor a formula; correct the row or the source's answer_pattern{pattern}, or use ExactMatch"
+            )
+
+    def _score(self, completion: str, prompt: Prompt) -> float:
+        self.check_prompt(prompt)
+        gold = reference_answer(type(self).__name__, prompt)
+        text = extract(self.pattern, after_thinking(completion))
+        if text is None or not text.strip():
+            return 0.0
+        if _is_choice(gold):
+            return float(extract_choice(text, CHOICES) == reference_choice(gold))
+        equal = _verifier(self.cpu_seconds).equal(gold, text)
+        if equal is None:
+            logger.warning("MathMatch gave up after %g s of CPU time on a completion ending %r", self.cpu_seconds, text[-80:])
+        return float(bool(equal))
+
+
+def _is_choice(gold: str) -> bool:
+    return (reference_choice(gold) or "none") in CHOICES
+
+
+@cache
+def _verifier(cpu_seconds: float) -> MathVerifier:
+    """One process for all rewards with the same limit; not held by the reward, which is copied and pickled."""
+    return MathVerifier(cpu_seconds)

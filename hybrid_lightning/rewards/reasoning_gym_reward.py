@@ -1,0 +1,120 @@
+"""The verifier that a reasoning-gym task brings along."""
+
+import json
+import logging
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import lru_cache
+from typing import Any
+
+from hybrid_lightning.errors import ConfigError, RewardError
+from hybrid_lightning.rewards.evaluate import describe, place
+from hybrid_lightning.rewards.reward_function import RewardFunction
+from hybrid_lightning.rewards.text import compile_pattern, extract
+from hybrid_lightning.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+
+class ReasoningGymReward(RewardFunction):
+    r"""What the task's own verifier says, from 0.0 to 1.0; many give partial credit, and some take numbers that are merely close.
+
+    A completion on which the verifier raises earns nothing, with a warning.
+
+    For prompts of `ReasoningGymSource`: their columns `task`, `config` and `item` are the recipe by which the problem, with
+    all that the verifier needs, is made again.
+
+    Args:
+        pattern: Regular expression with one group, the answer, such as `<answer>(.*?)</answer>`; the last match counts, no
+            match earns nothing. None: the whole completion, without space around it.
+        name: What it is logged as; None for `reasoning_gym_reward`.
+    """
+
+    def __init__(self, pattern: str | None = None, name: str | None = None) -> None:
+        self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
+        self._name = name
+        self._checked: set[tuple[str, str]] = set()
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
+        """Verify each completion, of B."""
+        return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
+
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """What the verifier is given."""
+        answer = extract(self.pattern, completion)
+        return None if answer is None else answer.strip() or None
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Make sure, for the first prompt of each task, that its problem can be made again and not every text is right.
+
+        Raises:
+            RewardError: If it cannot, or is.
+        """
+        recipe = str(prompt.columns.get("task")), json.dumps(prompt.columns.get("config"), sort_keys=True)
+        if recipe in self._checked:  # a problem can take a second to make
+            return
+        self._problem(prompt)
+        if _takes_everything(*recipe):
+            raise RewardError(
+                f"ReasoningGymReward: the verifier of reasoning-gym task {recipe[0]!r} takes any text for right: choose another "
+                "task, or a newer reasoning-gym"
+            )
+        self._checked.add(recipe)
+
+    def _score(self, completion: str, prompt: Prompt) -> float:
+        answer = self.extract_answer(completion, prompt)
+        dataset, entry = self._problem(prompt)
+        if answer is None:
+            return 0.0
+        try:
+            value = float(dataset.score_answer(answer, deepcopy(entry)))
+        except Exception as error:  # verifiers take what they expect for granted
+            logger.warning("reasoning-gym's verifier raised %s %s: it earns nothing", describe(error), place(completion, prompt))
+            return 0.0
+        return min(value, 1.0)
+
+    def _problem(self, prompt: Prompt) -> tuple[Any, dict[str, Any]]:
+        try:
+            task, config, item = (prompt.columns[column] for column in ("task", "config", "item"))
+            question = prompt.columns["question"]
+        except KeyError as error:
+            raise RewardError(
+                f"ReasoningGymReward: {prompt.source or 'a prompt'} row {prompt.index} has no column {error}: it only scores "
+                "prompts of ReasoningGymSource"
+            ) from error
+        dataset, entry = _entry(task, json.dumps(config, sort_keys=True), item)
+        if entry["question"] != question:
+            raise RewardError(
+                f"ReasoningGymReward: reasoning-gym task {task!r} made another problem {item} than for {prompt.source} row "
+                f"{prompt.index}: it is not reproducible, choose another task"
+            )
+        return dataset, entry
+
+
+@lru_cache(maxsize=16)
+def _dataset(task: str, config: str) -> Any:
+    try:
+        from reasoning_gym.factory import create_dataset
+    except ImportError as error:
+        raise ConfigError(
+            "ReasoningGymReward needs the library reasoning-gym: install the optional extra: "
+            "pip install 'hybrid-lightning[reasoning-gym]'"
+        ) from error
+    return create_dataset(task, **json.loads(config))
+
+
+@lru_cache(maxsize=1024)
+def _entry(task: str, config: str, item: int) -> tuple[Any, dict[str, Any]]:
+    dataset = _dataset(task, config)
+    return dataset, dataset[item]
+
+
+@lru_cache(maxsize=64)
+def _takes_everything(task: str, config: str) -> bool:
+    """Whether two texts that are no answer to anything earn 1.0 on the first problems of a task."""
+    dataset = _dataset(task, config)
+    try:
+        scores = [dataset.score_answer(text, dataset[item]) for item in range(min(2, len(dataset))) for text in ("\u2603", "?!")]
+    except Exception:
+        return False  # it does not take these
+    return min(scores) >= 1.0

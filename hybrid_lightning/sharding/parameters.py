@@ -1,0 +1,86 @@
+"""The decoder blocks of a language model, which are its units of sharding.
+
+The names of parameters, the same whether or not the model is wrapped for sharding.
+
+Optimizer state by parameter name, so that a checkpoint does not depend on how parameters are numbered or split.
+
+Torch numbers parameters and takes the numbers, or whatever stands in their place, from the saved `param_groups` when it loads;
+so that names load into any optimizer with the same groups.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hybrid_lightning.errors import CheckpointError, ModelError
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules in the outermost numbered lists: what is gathered, computed and given back together.
+
+    Args:
+        model: A language model, adapted or not.
+
+    Raises:
+        ModelError: If it has none.
+    """
+    blocks: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        within = any(name.startswith(f"{block}.") for block in blocks)
+        if isinstance(module, nn.ModuleList) and not within:
+            blocks |= {f"{name}.{number}": block for number, block in enumerate(module)}
+    if not blocks:
+        raise ModelError(f"{type(model).__name__} has no numbered decoder blocks, so it cannot be sharded; use DDP instead")
+    return list(blocks.values())
+
+
+_WRAPPER = "_fsdp_wrapped_module."  # what FSDP1 puts into names
+
+
+def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
+    """Parameter -> its name in the module as it was before sharding."""
+    return {parameter: name.replace(_WRAPPER, "") for name, parameter in module.named_parameters()}
+
+
+def trained_names(module: nn.Module) -> set[str]:
+    """Names of the parameters that are trained."""
+    return {name for parameter, name in parameter_names(module).items() if parameter.requires_grad}
+
+
+def name_state(state: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """Replace parameters' numbers by their names.
+
+    Args:
+        state: As from `optimizer.state_dict()`, or by name already; empty on a rank that does not save.
+        optimizer: Whose state it is.
+        names: Parameter -> name.
+    """
+    if not state or any(isinstance(number, str) for group in state["param_groups"] for number in group["params"]):
+        return state
+    named: dict[Any, str] = {}
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        named |= {number: names[parameter] for number, parameter in zip(saved["params"], group["params"], strict=True)}
+    groups = [{**saved, "params": [named[number] for number in saved["params"]]} for saved in state["param_groups"]]
+    return {"state": {named[number]: value for number, value in state["state"].items()}, "param_groups": groups}
+
+
+def check_names(state: Mapping[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> None:
+    """Make sure that a saved state has the parameters of an optimizer, in its order.
+
+    Raises:
+        CheckpointError: If it has not.
+    """
+    saved = [list(group["params"]) for group in state["param_groups"]]
+    mine = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    if saved != mine:
+        raise CheckpointError(
+            "the checkpoint's optimizer state is of other parameters than those that are trained now; if an earlier "
+            "version wrote it, resume with that version"
+        )
+
+
+def is_of(parameter: nn.Parameter, value: Any) -> bool:
+    """Whether a value of the state is split as its parameter is: moments are, counters are not."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape

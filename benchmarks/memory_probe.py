@@ -58,7 +58,7 @@ class MemoryProbe(Callback):
         self.policy, self.trainer = pl_module, trainer
         self.live.count([*pl_module.parameters(), *pl_module.buffers()])
         self._replace("generate", self._generate)
-        self._replace("_run", self._run)
+        self._replace("chunk_loss", self._chunk_loss)
         self._replace("calibration_losses", self._calibration_losses)
         self._replace("adapt", self._adapt)
 
@@ -82,9 +82,9 @@ class MemoryProbe(Callback):
         self._end()
         return result
 
-    def _run(self, run: Callable[..., Any], *arguments: Any) -> Any:
+    def _chunk_loss(self, loss: Callable[..., Any], *arguments: Any) -> Any:
         before = self.live.bytes
-        result = run(*arguments)
+        result = loss(*arguments)
         self._kept = max(self._kept, self.live.bytes - before)
         return result
 

@@ -88,7 +88,7 @@ def measure(case: MemoryCase, folder: Path, counted: bool) -> dict[str, Any]:
         gradient_checkpointing=case.checkpointing,
         eval_samples=case.samples,
     )
-    policy.stop_ids = [10**9]  # no such token: nothing ends
+    policy.pretrained.stop_ids = [10**9]  # no such token: nothing ends
     probe = MemoryProbe()
     budget = ModuleBudget(SHARES[case.method])
     adapter = HybridAdapterSetup(budget=budget, rank=case.rank, alpha=2 * case.rank, keep_start_weights=case.keep_start_weights)

@@ -32,10 +32,10 @@ from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
-from hybrid_lightning.policy.calibrated import CalibratedModule
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
-from hybrid_lightning.policy.stepped import begin_epoch_anew
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.update import begin_epoch_anew
 from hybrid_lightning.sharding.checkpoints import is_there, read_content
 from hybrid_lightning.stopping import RunStopped
 
@@ -215,9 +215,9 @@ class HybridAdapterSetup(Configurable, Callback):
         """
         self._check_start_weights(pl_module)
         if self.target_modules is not None:
-            find_candidates(pl_module.skeleton(), self.target_modules)
+            find_candidates(pl_module.pretrained.skeleton(), self.target_modules)
         if self.given_plan is not None:
-            self.given_plan.check_model(pl_module.skeleton())
+            self.given_plan.check_model(pl_module.pretrained.skeleton())
 
     def _check_start_weights(self, pl_module: LightningModule) -> None:
         loss = getattr(pl_module, "loss", None)
@@ -293,7 +293,7 @@ class HybridAdapterSetup(Configurable, Callback):
                 listeners = getattr(pl_module, "generation_listeners", [])
                 listeners.append(advance_by_token := lambda running, decoded, total: advance(decoded, total))
                 try:
-                    options = {"kept": kept} if isinstance(pl_module, CalibratedModule) else {}
+                    options = {"kept": kept} if isinstance(pl_module, PolicyModule) else {}
                     losses = pl_module.calibration_losses(self.calibration_prompts, **options)  # type: ignore[operator]
                 finally:
                     listeners.remove(advance_by_token)

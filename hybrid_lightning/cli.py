@@ -44,11 +44,12 @@ from hybrid_lightning.cli_parser import Parser, cause_of, print_error, unwrapped
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.from_config import TrainerFlags, policy_arguments
+from hybrid_lightning.policy.examples import (
+    PreferenceModule,  # noqa: F401  (as above)
+    SupervisedModule,  # noqa: F401  (as above)
+)
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.policy.preference import PreferenceModule  # noqa: F401  (as above)
-from hybrid_lightning.policy.stepped import SteppedModule
-from hybrid_lightning.policy.supervised import SupervisedModule  # noqa: F401  (as above)
 from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import Trainer
@@ -206,7 +207,7 @@ class HybridLightningCLI(LightningCLI):
             self.trainer.check_checkpoint(self._get(self.config_init, "ckpt_path"))
         if subcommand not in ("export", "plan"):
             check_run_folder(self.trainer)
-            if isinstance(self.model, SteppedModule):
+            if isinstance(self.model, LanguageModule):
                 self.trainer.check(self.model, self.datamodule, subcommand)
             self.model.load()
         super()._run_subcommand(subcommand)

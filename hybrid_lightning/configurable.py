@@ -4,12 +4,15 @@ It remembers the arguments that it was built with, so that a checkpoint and the 
 same `class_path` / `init_args` pair that a YAML file holds, whether it was built by the command line or in Python.
 """
 
+import functools
 import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Self
+
+from hybrid_lightning.errors import ConfigError
 
 _PATH = re.compile(r"hybrid_lightning\.\w+(?:\.\w+)*\.[A-Z]\w*")  # of a class
 
@@ -60,6 +63,71 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
     return value
+
+
+def constructor_defaults(kind: type) -> dict[str, Any]:
+    """The defaults of all arguments that a class takes, those that it hands on to its parents by `**kwargs` included.
+
+    Example:
+        >>> class Inner:
+        ...     def __init__(self, low: float = 0.1) -> None: ...
+        >>> class Outer(Inner):
+        ...     def __init__(self, high: float = 0.2, **kwargs) -> None: ...
+        >>> constructor_defaults(Outer)
+        {'high': 0.2, 'low': 0.1}
+    """
+    defaults: dict[str, Any] = {}
+    for parent in kind.__mro__:
+        if "__init__" in vars(parent):
+            parameters = inspect.signature(parent.__init__).parameters.values()  # type: ignore[misc]
+            of_parent = {entry.name: entry.default for entry in parameters if entry.default is not inspect.Parameter.empty}
+            defaults |= {name: value for name, value in of_parent.items() if name not in defaults}
+            if all(entry.kind is not inspect.Parameter.VAR_KEYWORD for entry in parameters):
+                break
+    return defaults
+
+
+def describe_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments as plain data, by which a checkpoint can rebuild what was made in Python.
+
+    Replaces configurables, classes and partial classes by `{"class_path": ..., "init_args": ...}`, at any depth.
+
+    Raises:
+        ConfigError: If a value cannot be written into a checkpoint.
+    """
+    return {name: _describe(name, value) for name, value in arguments.items()}
+
+
+def _describe(name: str, value: Any) -> Any:
+    if isinstance(value, Configurable):
+        return _describe(name, value.to_config())
+    if isinstance(value, type):
+        _check_importable(name, value.__qualname__)
+        return {"class_path": public_path(value), "init_args": {}}
+    if isinstance(value, functools.partial):
+        # jsonargparse, which rebuilds a module from a checkpoint, has the class among the positional arguments.
+        classes = [item for item in (value.func, *value.args) if isinstance(item, type)]
+        if len(classes) == 1:
+            return {**_describe(name, classes[0]), "init_args": describe_arguments(value.keywords)}
+    if isinstance(value, dict):
+        _check_importable(name, str(value.get("class_path")))
+        return {key: _describe(name, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_describe(name, item) for item in to_plain(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ConfigError(
+        f"{name}={value!r} cannot be written into a checkpoint; give a class, functools.partial(Class, ...), a subclass of "
+        "hybrid_lightning.configurable.Configurable, or plain numbers and strings"
+    )
+
+
+def _check_importable(name: str, path: str) -> None:
+    if "<locals>" in path:
+        raise ConfigError(
+            f"{name}: the class {path} cannot be written into a checkpoint, since it is defined within a function; define it at "
+            "the top level of a module"
+        )
 
 
 def public_path(kind: type) -> str:

@@ -26,7 +26,8 @@ from hybrid_lightning.export.write import check_target, write_policy, written
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
 from hybrid_lightning.memory.peaks import notes, rich_table, title
-from hybrid_lightning.policy.stepped import TRAINING_METRICS, SteppedModule
+from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.policy.update import TRAINING_METRICS
 from hybrid_lightning.sharding.checkpoints import read_content, require_checkpoint
 
 _STAGES = {
@@ -116,7 +117,7 @@ class Trainer(LightningTrainer):
             self.fit_loop.on_run_end()
         return results
 
-    def check(self, model: SteppedModule, datamodule: LightningDataModule | None = None, command: str = "fit") -> None:
+    def check(self, model: LanguageModule, datamodule: LightningDataModule | None = None, command: str = "fit") -> None:
         """Find what is wrong with settings, data, reward and monitors, before a model is loaded.
 
         The command line does so with a module that is made `unloaded`. What is read here the data module keeps. A data module
@@ -139,7 +140,7 @@ class Trainer(LightningTrainer):
         self.state.fn = _STAGES[command]
         try:
             model.check_settings()
-            model.check_model()  # of the hub as well, before data of the hub is waited for
+            model.pretrained.check()  # of the hub as well, before data of the hub is waited for
             if isinstance(datamodule, PromptDataModule) and not _prepares_itself(datamodule):
                 self._check_data(model, datamodule, command)
             if self.state.fn == "fit":
@@ -149,7 +150,7 @@ class Trainer(LightningTrainer):
         finally:
             self.state.fn = None
 
-    def _check_data(self, model: SteppedModule, datamodule: PromptDataModule, command: str) -> None:
+    def _check_data(self, model: LanguageModule, datamodule: PromptDataModule, command: str) -> None:
         assert self.state.fn is not None
         if command == "fit" and self.limit_val_batches and _all_ours(model, self):
             sets = datamodule.set_names("validation")
@@ -258,7 +259,7 @@ def _prepares_itself(datamodule: PromptDataModule) -> bool:
     return kind.setup is not PromptDataModule.setup or kind.prepare_data is not PromptDataModule.prepare_data
 
 
-def _all_ours(model: SteppedModule, trainer: LightningTrainer) -> bool:
+def _all_ours(model: LanguageModule, trainer: LightningTrainer) -> bool:
     """Whether nobody else's code could log something in a validation."""
     parts = [model, model.loss, *trainer.callbacks]  # type: ignore[attr-defined]
     return all(type(part).__module__.partition(".")[0] in ("hybrid_lightning", "lightning") for part in parts)

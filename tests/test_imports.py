@@ -17,6 +17,7 @@ LEAVES = {"data", "rollout", "rewards", "advantages", "losses", "adapters", "met
 # Top-level name within the package -> names that it may import; itself is always allowed.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
+    "configurable": {"errors"},
     **{name: GROUND for name in LEAVES},
     "engine": GROUND,
     "rollout": GROUND | {"engine"},

@@ -16,9 +16,8 @@ from cli_runs import run
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.advantages import LeaveOneOutAdvantage
 from hybrid_lightning.configurable import public_path, translated
+from hybrid_lightning.policy.examples import PreferenceModule, SupervisedModule
 from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.policy.preference import PreferenceModule
-from hybrid_lightning.policy.supervised import SupervisedModule
 from hybrid_lightning.sharding.sharded_folder import read_weights
 
 WRITTEN = Path(__file__).parent / "written_by_a100f97"

@@ -9,8 +9,7 @@ from tiny_runs import build_adapter, build_trainer
 
 from hybrid_lightning.data import DemonstrationFormat, FileSource, PreferenceFormat, PromptDataModule
 from hybrid_lightning.losses import DPOLoss
-from hybrid_lightning.policy.preference import PreferenceModule
-from hybrid_lightning.policy.supervised import SupervisedModule
+from hybrid_lightning.policy.examples import PreferenceModule, SupervisedModule
 
 KINDS = {
     "supervised": (SupervisedModule, DemonstrationFormat),

@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from hybrid_lightning.data import DemonstrationFormat, PromptDataModule, PromptSource, Row, Splits
 from hybrid_lightning.data.arithmetic import FACTORS, product_split, worked_answer
+from hybrid_lightning.policy.examples import SupervisedModule
 from hybrid_lightning.policy.optim import CosineSchedule, build_optimizer
-from hybrid_lightning.policy.supervised import SupervisedModule
 
 WORKED_CUE_SHARE = 0.6  # lines with ":"
 WORKED_SHARE = 0.3  # worked lines among those with "="

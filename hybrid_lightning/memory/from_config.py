@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from hybrid_lightning.adapters.gradients import ExactGradients
+from hybrid_lightning.configurable import constructor_defaults
 from hybrid_lightning.errors import ConfigError, DataError, ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
@@ -55,9 +56,9 @@ class TrainerFlags:
 
 def policy_arguments(policy: type, *given: Any, **named: Any) -> SimpleNamespace:
     """What a policy would be made with, defaults included, instead of the policy: as attributes."""
-    bound = inspect.signature(policy).bind(*given, **named)
-    bound.apply_defaults()
-    return SimpleNamespace(**bound.arguments)
+    given_by_name = inspect.signature(policy).bind(*given, **named).arguments
+    handed_on = given_by_name.pop("kwargs", {})
+    return SimpleNamespace(**{**constructor_defaults(policy), **given_by_name, **handed_on})
 
 
 def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prompt_tokens: int | None = None) -> RunSettings:

@@ -5,20 +5,20 @@ from typing import TYPE_CHECKING
 from hybrid_lightning.configurable import public_names
 
 if TYPE_CHECKING:
+    from hybrid_lightning.policy.examples import ExampleModule, PreferenceModule, SupervisedModule
     from hybrid_lightning.policy.language import LanguageModule
     from hybrid_lightning.policy.master_weights import MasterWeights
     from hybrid_lightning.policy.module import PolicyModule
     from hybrid_lightning.policy.optim import ConstantSchedule, CosineSchedule, LearningRateSchedule, LinearSchedule
     from hybrid_lightning.policy.precision import Bfloat16Precision
-    from hybrid_lightning.policy.preference import PreferenceModule
     from hybrid_lightning.policy.quantization import NF4, Int8, Quantization
-    from hybrid_lightning.policy.supervised import SupervisedModule
 
 __all__ = [
     "NF4",
     "Bfloat16Precision",
     "ConstantSchedule",
     "CosineSchedule",
+    "ExampleModule",
     "Int8",
     "LanguageModule",
     "LearningRateSchedule",
@@ -33,13 +33,12 @@ __all__ = [
 __getattr__ = public_names(
     __name__,
     {
+        "examples": ["ExampleModule", "PreferenceModule", "SupervisedModule"],
         "language": ["LanguageModule"],
         "master_weights": ["MasterWeights"],
         "module": ["PolicyModule"],
         "optim": ["ConstantSchedule", "CosineSchedule", "LearningRateSchedule", "LinearSchedule"],
         "precision": ["Bfloat16Precision"],
-        "preference": ["PreferenceModule"],
         "quantization": ["Int8", "NF4", "Quantization"],
-        "supervised": ["SupervisedModule"],
     },
 )

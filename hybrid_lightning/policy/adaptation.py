@@ -1,4 +1,6 @@
-"""`AdaptedModule`: what makes a LightningModule with a hybrid adapter save, resume and reload by itself.
+"""`AdaptedModule`: a LightningModule with a hybrid adapter.
+
+It is optimized with one learning rate for fully trained modules and one for LoRA, and it saves, resumes and reloads by itself.
 
 A checkpoint holds the trainable weights only, the optimizer's state by the names of its parameters, and under the key
 `hybrid_lightning` the adapter plan and the digest of the base model that they belong to.
@@ -13,13 +15,22 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim import AdamW
 
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
-from hybrid_lightning.configurable import translated
+from hybrid_lightning.configurable import constructor_defaults, describe_arguments, translated
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.errors import CheckpointError, PlanError
+from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
+from hybrid_lightning.policy.optim import (
+    ConstantSchedule,
+    LearningRateSchedule,
+    OptimizerCallable,
+    build_optimizer,
+    with_hyper_parameters,
+)
 from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.policy.quantization import Quantization, quantize_base
 from hybrid_lightning.sharding.checkpoints import read_content, write_whole_files
@@ -37,19 +48,50 @@ _ARGUMENTS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 
 
 class AdaptedModule(LightningModule):
-    """A LightningModule whose attribute `adapter_attribute` holds a model that a plan can adapt."""
+    """A LightningModule whose attribute `adapter_attribute` holds a model that a plan can adapt.
+
+    Args:
+        quantization: Of the frozen base once the modules are scored, such as `NF4()`; None keeps it as it is.
+        optimizer: Called with the parameter groups.
+        lr_full: Learning rate of fully trained modules.
+        lr_lora: Learning rate of LoRA weights, about 10 times `lr_full`.
+        schedule: Learning rate schedule; None takes `ConstantSchedule()`.
+
+    Raises:
+        ConfigError: If a learning rate is impossible.
+    """
 
     adapter_attribute: str = "model"
-    quantization: Quantization | None = None  # of the base, when a plan is applied to it
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        quantization: Quantization | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        lr_full: float = 1e-5,
+        lr_lora: float = 1e-4,
+        schedule: LearningRateSchedule | None = None,
+    ) -> None:
         super().__init__()
+        for name, rate in (("lr_full", lr_full), ("lr_lora", lr_lora)):
+            if not 0 <= rate < float("inf"):
+                raise ConfigError(f"model.{name} must be a non-negative number, got {rate}")
+        self.quantization, self.optimizer_class = quantization, optimizer
+        self.lr_full, self.lr_lora, self.schedule = lr_full, lr_lora, schedule or ConstantSchedule()
         self.plan: AdapterPlan | None = None
         self.keep_start_weights = True
         self._base_digest: str | None = None
         self.weights = Weights()  # of the model, which a strategy may split
         # The frozen base is not in checkpoints; `load_state_dict` checks what has to be there.
         self.strict_loading = False
+
+    def _describe_hyperparameters(self) -> None:
+        """Make plain data of the saved arguments, defaults included, by which a checkpoint can rebuild the module."""
+        if "_instantiator" not in self.hparams:  # made in Python and not by the command line, which saves its config
+            plain = describe_arguments({**constructor_defaults(type(self)), **self.hparams})
+            plain["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
+            self._set_hparams(plain)
+            self._hparams_initial = self._to_hparams_dict(plain)
 
     @property
     def adapter_target(self) -> nn.Module:
@@ -133,6 +175,14 @@ class AdaptedModule(LightningModule):
     def on_sharded(self) -> None:
         """Called on all ranks together, when the model has been split and lies on its device."""
 
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Two parameter groups, `full` and `lora`, each with its learning rate."""
+        from hybrid_lightning.adapters.apply import parameter_groups  # as above
+
+        full, lora = parameter_groups(self.adapter_target)
+        groups = {"full": (list(full.values()), self.lr_full), "lora": (list(lora.values()), self.lr_lora)}
+        return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trainable weights, name the optimizer's state of each, and say which plan and base model they belong to."""
         trainable = trained_names(self)
@@ -152,28 +202,40 @@ class AdaptedModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Apply the checkpoint's plan, unless it is applied already.
 
+        Moments and counters of the optimizer are the checkpoint's, its hyper-parameters those of this run.
+
         Raises:
             CheckpointError: If the checkpoint was written with another base model or plan, or by another program.
         """
         saved = adapter_state(checkpoint)
+        self._check_base(saved)
+        resumed = self._trainer is not None and self.trainer.state.fn == "fit"
+        if saved["plan"] is None:
+            if self.plan is not None:
+                raise CheckpointError("the checkpoint was saved without an adapter; resume it without HybridAdapterSetup")
+        else:
+            if resumed:
+                self._check_resumable(saved)
+            self._adapt_as(AdapterPlan.from_dict(saved["plan"]), saved["keep_start_weights"])
+        if resumed:
+            rates = {"full": self.lr_full, "lora": self.lr_lora}
+            for state in checkpoint.get("optimizer_states", []):
+                state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimizer_class, rates)
+
+    def _check_base(self, saved: Mapping[str, Any]) -> None:
         if saved["base_digest"] != self.base_digest:
             raise CheckpointError(
                 f"the checkpoint belongs to a base model with digest {saved['base_digest'][:12]}, but the model loaded now has "
                 f"{self.base_digest[:12]}; give the same model.model, model.revision and model.dtype as in the run's config.yaml"
             )
-        if saved["plan"] is None:
-            if self.plan is not None:
-                raise CheckpointError("the checkpoint was saved without an adapter; resume it without HybridAdapterSetup")
-            return
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            self._check_resumable(saved)
-        plan = AdapterPlan.from_dict(saved["plan"])
+
+    def _adapt_as(self, plan: AdapterPlan, keep_start_weights: bool) -> None:
         if self.plan is not None and self.plan.digest != plan.digest:
             raise CheckpointError(
                 f"the checkpoint was trained with adapter plan {plan.digest[:12]}, but plan {self.plan.digest[:12]} is applied; "
                 "remove adapter.plan (the checkpoint brings its own), or start a new run"
             )
-        self.adapt(plan, saved["keep_start_weights"])
+        self.adapt(plan, keep_start_weights)
 
     def _trained_dtype(self) -> torch.dtype:
         return torch.float32 if self._trainer is None else dtype_of_precision(str(self.trainer.precision))

@@ -1,5 +1,11 @@
-"""Calibration: the training objective's gradient at the start policy, from which modules are scored."""
+"""Calibration: losses at the start policy, by whose mean gradient the modules are scored.
 
+Rewards give them where some completion has an advantage, reference answers where all rewards tie, and examples where the policy
+is trained on those. Axes: N sequences, B of one chunk, T completion tokens.
+"""
+
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -7,10 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_lightning.errors import CalibrationError
-from hybrid_lightning.losses import PolicyLoss
-from hybrid_lightning.rollout.batching import pad_left, pad_right, split_by_tokens
-from hybrid_lightning.types import LossInputs, Prompt, Sequences
+from hybrid_lightning.adapters.kept_scoring import KeptScoring
+from hybrid_lightning.errors import CalibrationError, ConfigError
+from hybrid_lightning.losses import ExampleLoss, PolicyLoss
+from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, pad_left, pad_right, split_by_tokens
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.types import Completion, LossInputs, Prompt, Rewards, Rollouts, Sequences
 
 LogprobFunction = Callable[[Sequences], tuple[Tensor, Tensor]]
 
@@ -145,3 +153,127 @@ class AnswerCalibration:
             mask = sequences.completion_mask
             token_mean = (self.logprobs(sequences)[0] * mask).sum(dim=1) / mask.sum(dim=1)
             yield -token_mean.sum() * share
+
+
+class ExampleCalibration:
+    """Losses of chunks of examples, whose mean is the training loss of all of them; iterating computes them afresh.
+
+    The first iteration is at the start policy and keeps its log-probabilities as the reference.
+
+    Args:
+        sequences: N rows.
+        chunks: Slices of them that take one forward and backward pass each, as in training.
+        loss: The training loss.
+        logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        chunks: Sequence[slice],
+        loss: ExampleLoss,
+        logprobs: LogprobFunction,
+    ) -> None:
+        self.chunks = [sequences.rows(chunk) for chunk in chunks]
+        self.loss, self.logprobs = loss, logprobs
+        # Denominators of which the mean over chunks is the mean over all rows or tokens.
+        self.num_sequences = len(sequences) / len(chunks)
+        self.num_tokens = float(sequences.completion_mask.sum()) / len(chunks)
+        self.references: list[Tensor] = []  # of each chunk
+        self.info: dict[str, Any] = {"signal": "examples", "sequences": len(sequences), "useful_sequences": len(sequences)}
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.since(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Log-probabilities of the start policy so far."""
+        return {"references": self.references}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over from a run that was stopped."""
+        device = self.chunks[0].completion_ids.device
+        self.references = [logprobs.to(device) for logprobs in state["references"]]
+
+    def since(self, seen: int) -> Iterator[Tensor]:
+        """The losses after so many."""
+        for number, sequences in enumerate(self.chunks[seen:], start=seen):
+            logprobs, _ = self.logprobs(sequences)
+            if number == len(self.references):
+                self.references.append(logprobs.detach())
+            inputs = LossInputs(
+                logprobs=logprobs,
+                advantages=torch.ones(len(sequences), device=logprobs.device),
+                completion_mask=sequences.completion_mask,
+                ref_logprobs=self.references[number],
+                num_sequences=self.num_sequences,
+                num_tokens=self.num_tokens,
+            )
+            yield self.loss(inputs).loss
+
+
+def training_prompts(trainer: Any) -> list[Prompt]:
+    """The training prompts of the Trainer's data module.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    prompts = getattr(trainer.datamodule, "train_prompts", None)
+    if prompts is None:
+        raise ConfigError(
+            "modules are scored on the train_prompts of the data module, but trainer.datamodule has none; give "
+            "trainer.fit(datamodule=PromptDataModule(...)), or a plan to HybridAdapterSetup"
+        )
+    return list(prompts)
+
+
+def calibration_rollouts(module: Any, prompts: Sequence[Prompt], kept: KeptScoring) -> tuple[Rollouts, Rewards]:
+    """Complete and score prompts by a `LanguageModule`, of which as many together as in a rollout.
+
+    Args:
+        module: The start policy.
+        prompts: To complete, each as often as in training.
+        kept: Keeps completions and rewards as they are made, and has those that a stopped run has made.
+    """
+    # Not module.device: the callback has moved the model, and Lightning moves the module only after the setup hooks.
+    device = next(module.model.parameters()).device
+    samples, together = module.rollout_schedule.samples_per_prompt, module.rollout_schedule.prompts_per_rollout
+    ids = [module.encode(prompt) for prompt in prompts]
+    kept.require({"calibration prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]})
+    parts: list[tuple[Rollouts, Rewards]] = []
+    for start in range(0, len(prompts), together):
+        some = prompts[start : start + together]
+
+        def complete(some: Sequence[Prompt] = some, start: int = start) -> dict[str, Any]:
+            draws = PromptDraws(some, samples, module.seed + 7919, range(start, start + len(some)))
+            return _completions_to_state(module.generate(some, samples, draws))
+
+        rollouts = _completions_from_state(kept.recall(f"completions-{start // together}", complete), some, samples, device)
+
+        def score(rollouts: Rollouts = rollouts) -> dict[str, Any]:
+            return vars(module.score(rollouts).to("cpu"))
+
+        rewards = Rewards(**kept.recall(f"rewards-{start // together}", score)).to(device)
+        parts.append((rollouts, rewards))
+    return join_rollouts([rollouts for rollouts, _ in parts]), join_rewards([rewards for _, rewards in parts])
+
+
+def _completions_to_state(rollouts: Rollouts) -> dict[str, Any]:
+    """Rollouts as plain data and tensors on the CPU."""
+    texts = [(str(text), text.num_tokens, text.finished, text.thinking) for text in rollouts.completions]
+    tensors = {"sampling_logprobs": rollouts.sampling_logprobs.cpu(), "finished": rollouts.finished.cpu()}
+    return {"sequences": vars(rollouts.sequences.to("cpu")), "completions": texts, **tensors}
+
+
+def _completions_from_state(state: dict[str, Any], prompts: Sequence[Prompt], samples: int, device: torch.device) -> Rollouts:
+    """The rollouts that `_completions_to_state` was given."""
+    return Rollouts(
+        prompts=tuple(prompts),
+        sequences=Sequences(**state["sequences"]).to(device),
+        completions=tuple(Completion(*completion) for completion in state["completions"]),
+        sampling_logprobs=state["sampling_logprobs"].to(device),
+        finished=state["finished"].to(device),
+        samples_per_prompt=samples,
+    )

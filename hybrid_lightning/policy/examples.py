@@ -1,4 +1,4 @@
-"""`ExampleModule`: a policy that is trained on completions that the data has, instead of its own.
+"""Policies that are trained on completions that the data has, instead of their own: supervised fine-tuning, and DPO.
 
     examples -> PolicyBatch -> loss -> optimizer
 
@@ -7,55 +7,37 @@ denominators of the whole optimizer step), but that a "rollout" is looked up: ea
 (`Prompt.completions`), and one rollout is one optimizer step. Examples are complete or an error: none is cut.
 """
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
 
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
-from hybrid_lightning.losses import ExampleLoss
-from hybrid_lightning.policy.evaluation import EvaluationMetrics
-from hybrid_lightning.policy.example_calibration import ExampleCalibration
-from hybrid_lightning.policy.example_evaluation import EvaluatedExamples
-from hybrid_lightning.policy.example_metrics import ExampleMetrics
-from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
-from hybrid_lightning.policy.quantization import Quantization
-from hybrid_lightning.policy.step_times import PhaseClock
+from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
+from hybrid_lightning.policy.calibration import ExampleCalibration, training_prompts
+from hybrid_lightning.policy.evaluation import ExampleMetrics
+from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule
-from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
+from hybrid_lightning.types import LossInputs, PolicyBatch, Prompt, Sequences
+
+__all__ = ["ExampleModule", "PreferenceModule", "SupervisedModule"]
 
 
-class ExampleModule(EvaluatedExamples):
-    """Training and held-out loss on examples; a subclass says which loss is meant and what an example has to look like.
+class ExampleModule(LanguageModule):
+    """Training and held-out loss on examples; a subclass says which loss is meant and how an example has to look.
 
     Args:
         loss: Loss of examples; None takes the class's own (`default_loss`).
-        model: `embedded`, a folder, a GGUF file, `package:NAME/FILE`, or a hub id.
-        revision: Branch, tag or commit of a hub model.
-        dtype: Weights in memory: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
-        quantization: Of the frozen base once the modules are scored, such as `NF4()`; None keeps it in `dtype`.
-        attn_implementation: Such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
-        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
-        chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
-        chat_template_kwargs: Variables of the chat template.
-        examples_per_step: Examples (of a loss of pairs: pairs) of an optimizer step, over all devices and micro-batches.
-        max_tokens_per_micro_batch: Tokens that one forward and backward pass takes, which changes memory and not the gradient.
-            None chooses by the sizes of the model (see `default_token_budget`).
         reward: Scores completions of held-out prompts; validation and test then generate, too. None measures the loss alone.
-        sampler: Decoding parameters of that evaluation; None takes `Sampler()`.
-        eval_samples: Completions per prompt in that evaluation (the n of avg@n), beside the greedy one.
-        optimizer: Called with the parameter groups.
-        lr_full: Learning rate of fully trained modules.
-        lr_lora: Learning rate of LoRA weights, about 10 times `lr_full`.
-        schedule: Learning rate schedule; None takes `ConstantSchedule()`.
-        seed: Of the order of examples and of the evaluation.
+        examples_per_step: Examples (of a loss of pairs: pairs) of an optimizer step, over all devices and micro-batches.
+        **kwargs: See `LanguageModule`.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -63,65 +45,24 @@ class ExampleModule(EvaluatedExamples):
     """
 
     default_loss: type[ExampleLoss]
-    examples_per_step: int
     completions_wanted: str  # how an example has to look, for error messages
 
     def __init__(
         self,
         loss: ExampleLoss | None = None,
-        model: str = "embedded",
-        revision: str | None = None,
-        dtype: str = "float32",
-        quantization: Quantization | None = None,
-        attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
-        chat_template: str | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        examples_per_step: int = 32,
-        max_tokens_per_micro_batch: int | None = None,
         reward: RewardFunction | None = None,
-        sampler: Sampler | None = None,
-        eval_samples: int = 8,
-        optimizer: OptimizerCallable = AdamW,
-        lr_full: float = 1e-5,
-        lr_lora: float = 1e-4,
-        schedule: LearningRateSchedule | None = None,
-        seed: int = 0,
+        *,
+        examples_per_step: int = 32,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self._save_arguments()
-        self._set_examples(loss or self.default_loss(), reward, sampler, examples_per_step, eval_samples, seed)
-        self._train_with(optimizer, lr_full, lr_lora, schedule, max_tokens_per_micro_batch)
-        self._load(
-            model,
-            revision,
-            dtype,
-            quantization,
-            attn_implementation,
-            gradient_checkpointing,
-            chat_template,
-            chat_template_kwargs,
-        )
-
-    def _set_examples(
-        self,
-        loss: ExampleLoss,
-        reward: RewardFunction | None,
-        sampler: Sampler | None,
-        examples_per_step: int,
-        eval_samples: int,
-        seed: int,
-    ) -> None:
-        for name, value in (("examples_per_step", examples_per_step), ("eval_samples", eval_samples)):
-            if value < 1:
-                raise ConfigError(f"model.{name} must be at least 1, got {value}")
-        self.loss, self.reward, self.sampler = loss, reward, sampler or Sampler()
-        self.examples_per_step, self.eval_samples, self.seed = examples_per_step, eval_samples, seed
-        self.rows_together = loss.rows_per_example
-        self.rollout_schedule = RolloutSchedule(examples_per_step, loss.rows_per_example)
+        if examples_per_step < 1:
+            raise ConfigError(f"model.examples_per_step must be at least 1, got {examples_per_step}")
+        trained_by = loss or self.default_loss()
+        schedule = RolloutSchedule(examples_per_step, trained_by.rows_per_example)
+        super().__init__(trained_by, reward, schedule, **kwargs)
+        self.examples_per_step = examples_per_step
+        self.rows_together = trained_by.rows_per_example
         self.example_metrics = torch.nn.ModuleDict({"val": ExampleMetrics(), "test": ExampleMetrics()})
-        self.validation_metrics, self.test_metrics = EvaluationMetrics(eval_samples), EvaluationMetrics(eval_samples)
-        self.clock = PhaseClock()  # StepTimer gives its own
 
     # ---- training data
 
@@ -149,13 +90,13 @@ class ExampleModule(EvaluatedExamples):
 
         def add(batch: PolicyBatch) -> PolicyBatch:
             with self.start_policy():
-                return batch.with_logprobs(None, self._constant_logprobs(batch.sequences)[0])
+                return batch.with_logprobs(None, self.update.logprobs(self, batch.sequences)[0])
 
         def add_all() -> list[PolicyBatch]:
             with self.signals.at_once():
                 return [add(batch) for batch in batches]
 
-        with self.stopping_together(), self.clock.phase("logprobs"), self._inference():
+        with self.stopping_together(), self.clock.phase("logprobs"), self.inference():
             filled = self.weights.gathered(add_all, as_trained=True)
         return filled
 
@@ -179,9 +120,9 @@ class ExampleModule(EvaluatedExamples):
                 f"{where} has {len(prompt.completions)} completions, but {type(self).__name__} needs {self.completions_wanted}"
             )
         asked = self.encode(prompt)
-        said = [self.encoder.encode_completion(prompt, text, self.stop_ids) for text in prompt.completions]
+        said = [self.pretrained.encoder.encode_completion(prompt, text, self.pretrained.stop_ids) for text in prompt.completions]
         longest = len(asked) + max(map(len, said))
-        limit = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(self.pretrained.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise DataError(
                 f"{where} has {longest} tokens ({len(asked)} of the prompt), more than the {limit} that the model reads; shorten "
@@ -213,11 +154,6 @@ class ExampleModule(EvaluatedExamples):
                     f"trainer.accumulate_grad_batches={accumulate}; change one"
                 )
 
-    def _train_prompts(self) -> list[Prompt]:
-        prompts = super()._train_prompts()
-        self.check_enough(prompts)
-        return prompts
-
     def check_enough(self, prompts: Sequence[Prompt]) -> None:
         """Raise ConfigError if these training examples are fewer than one optimizer step takes."""
         if len(prompts) < self.examples_per_step:
@@ -232,9 +168,10 @@ class ExampleModule(EvaluatedExamples):
         """Log-probabilities with gradient and entropies [B, T] of completions."""
         return self.weights.as_forward(lambda: token_logprobs(self.engine, sequences, 1.0))
 
-    def _run(self, batch: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs, entropy = self.logprobs(batch.sequences)
-        output = self.loss(replace(batch.loss_inputs(logprobs), entropy=entropy.detach()))
+    def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a chunk of a micro-batch's rows, all of them shares in the optimizer step's."""
+        logprobs, entropy = self.logprobs(chunk.sequences)
+        output = self.loss(replace(chunk.loss_inputs(logprobs), entropy=entropy.detach()))
         return output.loss, output.metrics
 
     def calibration_losses(self, num_prompts: int | None = None) -> ExampleCalibration:
@@ -246,15 +183,105 @@ class ExampleModule(EvaluatedExamples):
         Raises:
             ConfigError: If there are no training examples.
         """
-        prompts = self._train_prompts()
+        prompts = training_prompts(self.trainer)
+        self.check_enough(prompts)
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
         chosen = [prompts[i] for i in order[: num_prompts or self.examples_per_step]]
         # Not self.device: the callback has moved the model, and Lightning moves this module only after the setup hooks.
         sequences = self.example_sequences(chosen, next(self.model.parameters()).device)
-        losses = ExampleCalibration(sequences, self._runs(sequences), self.loss, self._calibration_logprobs)
+        losses = ExampleCalibration(sequences, self.update.chunks(self, sequences), self.loss, self.calibration_logprobs)
         losses.info["prompts"] = len(chosen)
         return losses
 
-    def _calibration_logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        with self._precision():
-            return self.logprobs(sequences)
+    # ---- evaluation: the held-out loss, and where there is a reward what the policy makes of the prompts
+
+    def validation_names(self, sets: Collection[str]) -> list[str]:
+        """What a validation on examples of these sets logs."""
+        rows = torch.zeros(self.loss.rows_per_example, 1)
+        reference = rows if self.loss.needs_reference else None
+        inputs = LossInputs(rows, rows[:, 0], torch.ones_like(rows, dtype=torch.bool), ref_logprobs=reference, entropy=rows)
+        measured = [f"val/{name}" for name in self.loss.terms(inputs)]
+        return measured if self.reward is None else measured + super().validation_names(sets)
+
+    def _measure(self, prompts: Sequence[Prompt], metrics: ExampleMetrics) -> None:
+        sequences = self.example_sequences(prompts, self.device)
+
+        def terms() -> LossInputs:
+            reference = None
+            with self.signals.at_once():
+                logprobs, entropy = self.update.logprobs(self, sequences)
+                if self.loss.needs_reference:
+                    with self.start_policy():
+                        reference, _ = self.update.logprobs(self, sequences)
+            ones = torch.ones(len(sequences), device=self.device)
+            return LossInputs(logprobs, ones, sequences.completion_mask, ref_logprobs=reference, entropy=entropy)
+
+        with self.inference():
+            inputs = self.weights.gathered(terms)
+        identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in prompts]
+        weights = self.loss.weights(sequences.completion_mask)
+        metrics.update(torch.tensor(identity, device=self.device), weights, self.loss.terms(inputs))
+
+    def validation_step(self, batch: Sequence[Prompt], *place: Any, **places: Any) -> None:
+        """Loss of a batch of examples, and completions of their prompts if there is a reward."""
+        with self.stopping_together() if self.trainer.state.fn == "fit" else nullcontext():
+            self._measure(batch, self.example_metrics["val"])  # type: ignore[arg-type]
+        if self.reward is not None:
+            super().validation_step(batch, *place, **places)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/...`."""
+        if self.reward is not None:
+            super().on_validation_epoch_end()
+        self._log_measured("val")
+
+    def test_step(self, batch: Sequence[Prompt], *place: Any, **places: Any) -> None:
+        """As in validation."""
+        self._measure(batch, self.example_metrics["test"])  # type: ignore[arg-type]
+        if self.reward is not None:
+            super().test_step(batch, *place, **places)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/...`."""
+        if self.reward is not None:
+            super().on_test_epoch_end()
+        self._log_measured("test")
+
+    def _log_measured(self, prefix: str) -> None:
+        metrics: Any = self.example_metrics[prefix]
+        measured = {name: float(value) for name, value in metrics.compute().items()}
+        # Every rank has the same values; `sync_dist` lets Lightning know.
+        self.log_dict({f"{prefix}/{name}": value for name, value in measured.items()}, sync_dist=self.trainer.world_size > 1)
+        evaluation = self.last_evaluation if self.reward is not None else {}
+        self.last_evaluation = {**evaluation, "": {**measured, **evaluation.get("", {})}}
+        metrics.reset()
+
+
+class SupervisedModule(ExampleModule):
+    """Supervised fine-tuning, on completions only.
+
+    Data is a `PromptDataModule` whose format is a `DemonstrationFormat`. The model is frozen as loaded; `HybridAdapterSetup`
+    makes part of it trainable, scored by the gradient of the supervised loss. What comes out can be exported and be the start
+    policy of a `PolicyModule`.
+
+    Arguments and errors are those of `ExampleModule`.
+    """
+
+    default_loss = SupervisedLoss
+    completions_wanted = "one: give data.format=DemonstrationFormat"
+    shown_metrics = ("loss",)
+
+
+class PreferenceModule(ExampleModule):
+    """Preference alignment by a loss of pairs, such as DPO.
+
+    Data is a `PromptDataModule` whose format is a `PreferenceFormat`; chosen and rejected completion share their prompt's forward
+    and backward pass. The start policy, with which the loss compares, is the model with its adapter switched off: there is no
+    second one. `HybridAdapterSetup` scores the modules by the gradient of the loss at the start policy.
+
+    Arguments and errors are those of `ExampleModule`.
+    """
+
+    default_loss = DPOLoss
+    completions_wanted = "two, the chosen and the rejected one: give data.format=PreferenceFormat"
+    shown_metrics = ("loss", "rewards/accuracies")

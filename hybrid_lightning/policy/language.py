@@ -1,234 +1,176 @@
 """`LanguageModule`: a causal language model under Lightning, whatever it is trained by.
 
-    LanguageModule <- EvaluatedModule <- SteppedModule <- PolicyModule        its own rollouts and rewards
-                                                       <- SupervisedModule    completions that the data has
-                                                       <- PreferenceModule    pairs of them, one preferred
+    AdaptedModule <- LanguageModule <- PolicyModule                        its own rollouts and rewards
+                                    <- ExampleModule <- SupervisedModule   completions that the data has
+                                                     <- PreferenceModule   pairs of them, one preferred
 
-It loads model and tokenizer, makes the optimizer with one learning rate for fully trained modules and one for LoRA, and refuses
-what strategy, precision and quantization cannot do.
-
-The command line makes it `unloaded` and loads when data, reward and settings have been checked (see `Trainer.check`), so that a
-wrong column is found in the time that it takes to read a file.
+It loads the model, generates completions, validates and tests, and makes the optimizer. What a subclass adds is the data that one
+optimizer step is made from, and its loss.
 """
 
-from copy import deepcopy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.adaptation import AdaptedModule
-from hybrid_lightning.policy.describe import describe_arguments
-from hybrid_lightning.policy.loading import (
-    ModelSource,
-    check_dtype,
-    check_weights,
-    load_config,
-    load_generation_config,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-    stop_token_ids,
-)
-from hybrid_lightning.policy.modes import checkpoint_gradients
-from hybrid_lightning.policy.optim import (
-    ConstantSchedule,
-    LearningRateSchedule,
-    OptimizerCallable,
-    build_optimizer,
-    with_hyper_parameters,
-)
-from hybrid_lightning.policy.precision import check_precision, use_bfloat16_precision
-from hybrid_lightning.policy.prompts import PromptEncoder
-from hybrid_lightning.policy.quantization import Quantization, check_quantization
-from hybrid_lightning.sharding.checks import check_strategy
-from hybrid_lightning.types import PolicyBatch, Prompt
+from hybrid_lightning.policy.evaluation import EvaluationMetrics, evaluate, log_evaluation, predictions, repeat_prompts
+from hybrid_lightning.policy.modes import checkpoint_gradients, evaluation_mode, precision_of, product_dtype
+from hybrid_lightning.policy.pretrained import Pretrained
+from hybrid_lightning.policy.run_checks import check_prompts, check_run, warn_of_differences
+from hybrid_lightning.policy.step_times import PhaseClock
+from hybrid_lightning.policy.update import Update, rollout_loader
+from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
+from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.sampler import Sampler, check_positions
+from hybrid_lightning.sharding.ranks import gather_counts
+from hybrid_lightning.stopping import RunStopped, StopSignals
+from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine.engine import Engine
 
 
-@dataclass(frozen=True)
-class _ToLoad:
-    """What is loaded, and how."""
+class LanguageModule(AdaptedModule, ABC):
+    """A language model that generates, is evaluated and is trained.
 
-    source: ModelSource
-    attn_implementation: str | None
-    gradient_checkpointing: bool
-    chat_template: str | None
-    chat_template_kwargs: dict[str, Any] | None
+    It is frozen as loaded; `HybridAdapterSetup` makes part of it trainable.
 
+    Args:
+        loss: What is trained by; says by `needs_reference` whether it compares with the start policy.
+        reward: Scores completions; None where nothing is generated.
+        rollout_schedule: Sizes of a rollout and its optimizer steps.
+        model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Weights in memory: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
+        attn_implementation: Such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
+        chat_template_kwargs: Variables of the chat template.
+        sampler: Decoding parameters; None takes `Sampler()`.
+        eval_samples: Completions per prompt in validation, test and predict (the n of avg@n), beside the greedy one.
+        max_tokens_per_micro_batch: Tokens of prompts and completions that one forward and backward pass takes, a prompt counted
+            once for its completions. Smaller takes less memory for activations and gives the same gradient. None chooses by the
+            sizes of the model (see `default_token_budget`).
+        seed: Of the order of the data, sampling and evaluation.
+        **kwargs: See `AdaptedModule`.
 
-# Attribute -> what loads it where it is asked for before `load`, as by a row that is tokenized to be checked.
-_LOADERS = {
-    "tokenizer": "_load_tokenizer",
-    "encoder": "_load_tokenizer",
-    "model_config": "_load_config",
-    "stop_ids": "_load_stop_ids",
-    "model": "_load_weights",
-    "engine": "_load_weights",
-    "base_parameters": "_load_weights",
-}
+    Raises:
+        ConfigError: If a value is impossible.
+        ModelError: If the model cannot be loaded.
+    """
 
-
-class LanguageModule(AdaptedModule):
-    """Loading, optimizer and checks; a subclass calls `_save_arguments`, `_train_with` and `_load` in its constructor."""
-
-    loss: Any  # of a type that says by `needs_reference` whether it compares with the start policy
-    model: nn.Module
-    model_config: PretrainedConfig
-    engine: "Engine"
-    tokenizer: PreTrainedTokenizerBase
-    encoder: PromptEncoder
-    stop_ids: list[int]
-    base_parameters: int
-    max_tokens_per_micro_batch: int | None
+    shown_metrics: tuple[str, ...] = ("reward", "completions/mean_length")  # beside the progress bar
+    rows_together = 1  # so many neighbouring rows are never cut apart: the pairs of a preference loss
     _loads_later = False
-    _to_load: _ToLoad | None = None
+
+    def __init__(
+        self,
+        loss: Any,
+        reward: RewardFunction | None,
+        rollout_schedule: RolloutSchedule,
+        *,
+        model: str = "embedded",
+        revision: str | None = None,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        sampler: Sampler | None = None,
+        eval_samples: int = 8,
+        max_tokens_per_micro_batch: int | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters(ignore=["rollout_schedule"])
+        self._describe_hyperparameters()
+        for name, count in (("eval_samples", eval_samples), ("max_tokens_per_micro_batch", max_tokens_per_micro_batch)):
+            if count is not None and count < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {count}")
+        self.loss, self.reward, self.rollout_schedule = loss, reward, rollout_schedule
+        self.sampler, self.eval_samples, self.seed = sampler or Sampler(), eval_samples, seed
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self.dtype_name, self.gradient_checkpointing = dtype, gradient_checkpointing
+        self.pretrained = Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs)
+        self.update = Update()
+        self.clock = PhaseClock()  # StepTimer gives its own
+        self.signals = StopSignals()  # GracefulStop gives those of the process
+        self.generation_listeners: list[Callable[[int, int, int], None]] = []  # of (running, decoded, max_new_tokens)
+        self.last_evaluation: dict[str, dict[str, float]] = {}  # set -> metric -> value; "" for all sets
+        self._told_what_differs = False
+        self._missing_batches = 0  # of a prediction, on this rank, where the model is sharded
+        if not self._loads_later:
+            self.load()
+        self.validation_metrics, self.test_metrics = EvaluationMetrics(eval_samples), EvaluationMetrics(eval_samples)
+
+    # ---- model
 
     @classmethod
     def unloaded(cls, *arguments: Any, **named: Any) -> Self:
-        """Make the module, all its arguments checked, without model and tokenizer: `load` loads them.
-
-        Args:
-            *arguments: Of the class.
-            **named: Likewise.
-        """
+        """Make the module with the arguments of the class, all checked, but without the model's weights: `load` loads them."""
         module = cls.__new__(cls)
         module._loads_later = True
         module.__init__(*arguments, **named)  # type: ignore[misc]
         return module
-
-    def load(self) -> None:
-        """Load what is not there yet.
-
-        Raises:
-            ModelError: If model or tokenizer cannot be loaded.
-        """
-        if self._to_load is not None:
-            for name in ("tokenizer", "model"):
-                getattr(self, name)
-
-    def check_model(self) -> None:
-        """Make sure that there is such a causal language model, with all its files; of a GGUF file, that would take seconds.
-
-        Raises:
-            ModelError: If there is none.
-        """
-        if self._to_load is not None and "gguf_file" not in self._to_load.source.arguments:
-            _ = self.model_config
-            check_weights(self._to_load.source)
-
-    def skeleton(self) -> nn.Module:
-        """The modules of the base model without weights, on the meta device."""
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(deepcopy(self.model_config))
-        return model
 
     @property
     def is_loaded(self) -> bool:
         """Whether the weights are there."""
         return "model" in self._modules
 
-    def __getattr__(self, name: str) -> Any:
-        """Load what has not been loaded yet, and is asked for, such as by the constructor of a subclass."""
-        if name in _LOADERS and self._to_load is not None and name not in self._modules:
-            getattr(self, _LOADERS[name])(self._to_load)
-            return getattr(self, name)
-        return super().__getattr__(name)
-
-    def _save_arguments(self) -> None:
-        self.save_hyperparameters()
-        if "_instantiator" not in self.hparams:  # made in Python and not by the command line, which saves its config
-            plain = describe_arguments(dict(self.hparams))
-            plain["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
-            self._set_hparams(plain)
-            self._hparams_initial = self._to_hparams_dict(plain)
-
-    def _train_with(
-        self,
-        optimizer: OptimizerCallable,
-        lr_full: float,
-        lr_lora: float,
-        schedule: LearningRateSchedule | None,
-        max_tokens_per_micro_batch: int | None,
-    ) -> None:
-        if max_tokens_per_micro_batch is not None and max_tokens_per_micro_batch < 1:
-            raise ConfigError(f"model.max_tokens_per_micro_batch must be at least 1, got {max_tokens_per_micro_batch}")
-        for name, value in (("lr_full", lr_full), ("lr_lora", lr_lora)):
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"model.{name} must be a non-negative number, got {value}")
-        self.optimizer_class, self.lr_full, self.lr_lora = optimizer, lr_full, lr_lora
-        self.schedule = schedule or ConstantSchedule()
-        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
-
-    def _load(
-        self,
-        model: str,
-        revision: str | None,
-        dtype: str,
-        quantization: Quantization | None,
-        attn_implementation: str | None,
-        gradient_checkpointing: bool,
-        chat_template: str | None,
-        chat_template_kwargs: dict[str, Any] | None,
-    ) -> None:
-        check_dtype(dtype)
-        self.dtype_name, self.quantization = dtype, quantization
-        self._to_load = _ToLoad(
-            resolve_model(model, revision), attn_implementation, gradient_checkpointing, chat_template, chat_template_kwargs
-        )
-        if not self._loads_later:
-            self.load()
-
-    def _load_tokenizer(self, what: _ToLoad) -> None:
-        self.tokenizer = load_tokenizer(what.source)
-        self.encoder = PromptEncoder(self.tokenizer, what.chat_template, what.chat_template_kwargs)
-
-    def _load_config(self, what: _ToLoad) -> None:
-        self.model_config = load_config(what.source)
-
-    def _load_stop_ids(self, what: _ToLoad) -> None:
-        self.stop_ids = stop_token_ids(load_generation_config(what.source, self.model_config), self.tokenizer)
-
-    def _load_weights(self, what: _ToLoad) -> None:
+    def load(self) -> None:
+        """Load the weights, if they are not there yet."""
+        if self.is_loaded:
+            return
         from hybrid_lightning.engine.engine import Engine  # with PEFT, which takes a second to import
 
-        loaded = load_model(what.source, self.dtype_name, what.attn_implementation, self.model_config)
-        self.engine = Engine(loaded)
+        loaded = self.pretrained.load()
+        self._engine = Engine(loaded)
         self.base_parameters = sum(parameter.numel() for parameter in loaded.parameters())
-        self.stop_ids = stop_token_ids(loaded.generation_config, self.tokenizer)
-        if what.gradient_checkpointing:
-            checkpoint_gradients(loaded, self.engine.backend)
-        self.model = loaded
+        if self.gradient_checkpointing:
+            checkpoint_gradients(loaded, self._engine.backend)
+        setattr(self, self.adapter_attribute, loaded)
+
+    @property
+    def model(self) -> nn.Module:
+        """The language model, adapted or not; loaded if somebody asks before `load`, as a subclass's constructor may."""
+        self.load()
+        return cast(nn.Module, self._modules["model"])
+
+    @property
+    def engine(self) -> "Engine":
+        """What computes with the model."""
+        self.load()
+        return self._engine
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's."""
+        return self.pretrained.tokenizer
 
     def _put(self, model: nn.Module) -> None:
         super()._put(model)
-        self.engine = self.engine.of(model)
+        self._engine = self.engine.of(model)
 
     def _backend(self) -> Backend:
         return self.engine.backend
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Two parameter groups, `full` and `lora`, each with its learning rate."""
-        from hybrid_lightning.adapters.apply import parameter_groups  # PEFT is slow to import
+    def on_sharded(self) -> None:
+        """Find out what the model can do, which takes forward passes: not in the first training pass, nor on some ranks alone."""
+        with self.inference():
+            self.weights.gathered(self.engine.prepare)
 
-        full, lora = parameter_groups(self.model)
-        groups = {"full": (list(full.values()), self.lr_full), "lora": (list(lora.values()), self.lr_lora)}
-        return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take moments and counters from the checkpoint, but the hyper-parameters of the optimizer from this run."""
-        super().on_load_checkpoint(checkpoint)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            rates = {"full": self.lr_full, "lora": self.lr_lora}
-            for state in checkpoint.get("optimizer_states", []):
-                state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimizer_class, rates)
+    # ---- settings and data
 
     def setup(self, stage: str) -> None:
         """Check what cannot work before anything is spent (see `check_settings`)."""
@@ -242,25 +184,207 @@ class LanguageModule(AdaptedModule):
             ConfigError: If the strategy cannot work, the precision cannot work or contradicts the dtype, or the loss needs a
                 start policy that is not kept.
         """
-        check_strategy(self.trainer, self.optimizer_class, self.dtype_name)
-        if self.quantization is not None:
-            check_quantization(self.quantization, self.trainer)
-        check_precision(str(self.trainer.precision), self.dtype_name, self.optimizer_class)
-        use_bfloat16_precision(self.trainer.strategy)
+        check_run(self.trainer, self.optimizer_class, self.dtype_name, self.quantization)
         if self.loss.needs_reference and self.plan is not None and not self.keep_start_weights:
             raise ConfigError(
                 "the loss needs the start policy (a KL term with kl_coef > 0, or DPO); set adapter.keep_start_weights=true"
             )
-
-    def _train_prompts(self) -> list[Prompt]:
-        prompts = getattr(self.trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
-        if prompts is None:
-            raise ConfigError(
-                "modules are scored on the train_prompts of the data module, but trainer.datamodule has none; give "
-                "trainer.fit(datamodule=PromptDataModule(...)), or a plan to HybridAdapterSetup"
+        if self.is_loaded and not self._told_what_differs:  # what the attention is, the model says
+            self._told_what_differs = True
+            warn_of_differences(
+                self.trainer, getattr(base_model(self.model).config, "_attn_implementation", None), self.reward_terms()
             )
-        return list(prompts)
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Make sure that completions of these prompts can be scored (see `RewardFunction.check_prompt`) and reported on."""
+        check_prompts(prompts, self.reward_terms())
+
+    def check_encoding(self, prompts: Sequence[Prompt]) -> None:
+        """Make sure that the first prompt of each set can be rendered, tokenized, and completed within the model's positions."""
+        for prompt in {prompt.set_name: prompt for prompt in reversed(prompts)}.values():
+            tokens = len(self.encode(prompt))
+            if self.reward is not None:  # or nothing is completed
+                check_positions(self.pretrained.config, tokens, self.sampler.max_new_tokens)
+
+    def check_enough(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ConfigError if these training prompts are fewer than one rollout takes."""
+        self.rollout_schedule.check_prompts(len(prompts))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Prompts have nothing to move."""
         return batch.to(device) if isinstance(batch, PolicyBatch) else batch
+
+    def reward_terms(self) -> list[RewardFunction]:
+        """The reward's parts."""
+        return [] if self.reward is None else [term for term, _ in self.reward.terms()]
+
+    # ---- signals
+
+    @contextmanager
+    def stopping_together(self) -> Iterator[None]:
+        """Let all ranks stop if a signal has asked one of them to, here or before. All have to enter and leave it."""
+        with suppress(RunStopped):  # of this rank; the others learn of it now
+            yield
+        self.check_stop()
+
+    def check_stop(self) -> None:
+        """Raise `RunStopped` on all ranks if one of them has been asked to stop. All have to call it."""
+        number = max(gather_counts(self.signals.requested, self.device))
+        if number:
+            raise RunStopped(number, together=True)
+
+    # ---- completions
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, rendered by the chat template if it has messages."""
+        return self.pretrained.encoder.encode(prompt)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Eval mode, no gradient, the Trainer's precision; all put back afterwards."""
+        with evaluation_mode(self.model), torch.no_grad(), self.precision():
+            yield
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """A context with the Trainer's precision; without a Trainer that of the base model."""
+        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else precision_of(self.model)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int = 1,
+        generator: torch.Generator | PromptDraws | None = None,
+        greedy: bool = False,
+    ) -> Rollouts:
+        """Complete prompts with the policy as it is now: P * G sequences.
+
+        Args:
+            prompts: P prompts.
+            samples_per_prompt: G; 1 if `greedy`.
+            generator: Random generator on the model's device, or `PromptDraws` of these prompts.
+            greedy: Most probable tokens instead of sampled ones.
+        """
+
+        def on_token(running: int, decoded: int) -> None:
+            for listener in self.generation_listeners:
+                listener(running, decoded, self.sampler.max_new_tokens)
+
+        def sample() -> Rollouts:
+            # Nothing here waits for another rank, which might wait for this one in vain.
+            with self.signals.at_once(), self.engine.sampling(product_dtype(self.model)):
+                return self.sampler.sample(
+                    self.engine,
+                    self.tokenizer,
+                    prompts,
+                    [self.encode(prompt) for prompt in prompts],
+                    samples_per_prompt,
+                    generator=generator,
+                    greedy=greedy,
+                    stop_ids=self.pretrained.stop_ids,
+                    on_token=on_token,
+                )
+
+        with self.inference():
+            return self.weights.gathered(sample)
+
+    def score(self, rollouts: Rollouts) -> Rewards:
+        """Rewards of rollouts, on their device."""
+        assert self.reward is not None
+        prompts = repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt)
+        with self.signals.at_once():
+            rewards = evaluate_reward(self.reward, rollouts.completions, prompts)
+        return rewards.to(rollouts.sequences.completion_ids.device)
+
+    def answers(self, rollouts: Rollouts) -> list[str | None]:
+        """What each completion answers, as the reward takes it out of the text (see `RewardFunction.extract_answer`)."""
+        assert self.reward is not None
+        return extract_answers(self.reward, rollouts.completions, repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt))
+
+    # ---- training: a rollout source (see `RolloutLoader`), and the loss of what it gives
+
+    @abstractmethod
+    def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Log-probabilities with gradient and entropies of completions, [B, T] each."""
+
+    def calibration_logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """`logprobs` in the Trainer's precision, outside of a training step."""
+        with self.precision():
+            return self.logprobs(sequences)
+
+    @abstractmethod
+    def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a chunk of a micro-batch's rows, all of them shares in the optimizer step's.
+
+        Args:
+            chunk: The rows.
+            micro_batch_tokens: Completion tokens of the whole micro-batch.
+        """
+
+    def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
+        """The train dataloader: rollouts of these prompts. A data module's `train_dataloader` returns it."""
+        return rollout_loader(self, prompts)
+
+    def on_train_start(self) -> None:
+        """Let the loader go on where the checkpoint was."""
+        # Lightning does so as it asks for the loader: too early, where a schedule has asked how many steps `max_epochs` are.
+        self.trainer.fit_loop._load_combined_loader_states()
+
+    def on_train_epoch_start(self) -> None:
+        """An epoch begins with an optimizer step, also after one that was cut short within a step."""
+        self.update = Update()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The update begins, after all callbacks' hooks of this name; `StepTimer` sees its end before any other callback."""
+        self.clock.switch("update")
+
+    def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch (see `Update`)."""
+        return self.update.micro_batch(self, batch, batch_idx)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Clear old gradients, unless the update has done so."""
+        self.update.clear_gradients(optimizer)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient norm of each group before clipping; TrainingError if one is not finite."""
+        self.update.log_gradient_norms(self, optimizer)
+
+    # ---- evaluation
+
+    def validation_names(self, sets: Collection[str]) -> list[str]:
+        """What a validation on prompts of these sets logs."""
+        names = self.validation_metrics.names(sets)
+        return ["/".join(filter(None, ("val", name, value))) for name, values in names.items() for value in values]
+
+    def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+        """Greedy and sampled completions of a batch of prompts."""
+        # In training all ranks save what they have; a validation by itself has nothing to save.
+        with self.stopping_together() if self.trainer.state.fn == "fit" else nullcontext():
+            evaluate(self, batch, self.validation_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/...`."""
+        self.last_evaluation = log_evaluation(self, "val", self.validation_metrics)
+
+    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+        """Greedy and sampled completions of a batch of prompts."""
+        evaluate(self, batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/...`."""
+        self.last_evaluation = log_evaluation(self, "test", self.test_metrics)
+
+    def on_predict_epoch_start(self) -> None:
+        """Find out how many batches other ranks have more than this one."""
+        if self.weights.sharded:
+            batches = sum(int(count) for count in self.trainer.num_predict_batches)
+            self._missing_batches = max(gather_counts(batches, self.device)) - batches
+
+    def on_predict_epoch_end(self) -> None:
+        """No prompt is repeated to make the ranks even; those with fewer batches still gather the weights as often."""
+        for _ in range(self._missing_batches):
+            self.weights.gathered(lambda: None)
+
+    def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
+        """Sampled completions of a batch of prompts with their rewards, as records for JSON."""
+        return predictions(self, batch, self.pretrained.encoder)

@@ -1,4 +1,4 @@
-"""Train and eval mode, module by module.
+"""How a model computes: train or eval mode, module by module, and the precision.
 
 The base model stays in eval mode while it is trained: its own dropout would make the log-probabilities of a training step
 differ from those of the policy that sampled, and the ratio of the first minibatch would not be 1. Modules that the adapter
@@ -6,11 +6,15 @@ adds are in train mode, so that LoRA's dropout is what its setting says.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+import torch
 from torch import nn
 
 from hybrid_lightning.engine.backend import Backend
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -40,3 +44,15 @@ def checkpoint_gradients(model: nn.Module, backend: Backend) -> None:
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True
+
+
+def precision_of(model: nn.Module) -> AbstractContextManager[Any]:
+    """Autocast to the dtype of the model's frozen weights, beside which trained weights are float32; nothing for float32."""
+    weight = next(model.parameters())
+    return torch.autocast(weight.device.type, weight.dtype) if weight.dtype in _HALF else nullcontext()
+
+
+def product_dtype(model: nn.Module) -> torch.dtype | None:
+    """What autocast makes of the operands of matrix products; None without it."""
+    device = next(model.parameters()).device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

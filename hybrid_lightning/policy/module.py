@@ -7,36 +7,36 @@ pure loss on one micro-batch.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.optim import AdamW
 
+from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
+from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
-from hybrid_lightning.policy.calibrated import CalibratedModule
-from hybrid_lightning.policy.evaluation import EvaluationMetrics
-from hybrid_lightning.policy.group_advantages import advantages_over_ranks
-from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
-from hybrid_lightning.policy.quantization import Quantization
+from hybrid_lightning.losses.shares import share
+from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration, calibration_rollouts, training_prompts
+from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
-from hybrid_lightning.policy.sampled_groups import choose_trained, sample_groups
-from hybrid_lightning.policy.step_times import PhaseClock
+from hybrid_lightning.policy.sampled_groups import advantages_over_ranks, choose_trained, sample_groups
+from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, teaching_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule
+from hybrid_lightning.rollout.prompt_order import PromptOrder
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.ranks import world_size
-from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
+from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
 __all__ = ["PolicyModule"]
 
 
-class PolicyModule(CalibratedModule):
+class PolicyModule(LanguageModule):
     """Trains a language model by reinforcement learning with verifiable rewards.
 
     The model is frozen as loaded; `HybridAdapterSetup` makes part of it trainable.
@@ -44,15 +44,6 @@ class PolicyModule(CalibratedModule):
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
         reward: Scores completions.
-        model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
-        revision: Branch, tag or commit of a hub model.
-        dtype: Weights in memory: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
-        quantization: Of the frozen base once the modules are scored, such as `NF4()`; None keeps it in `dtype`.
-        attn_implementation: Such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
-        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
-        chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
-        chat_template_kwargs: Variables of the chat template.
-        sampler: Decoding parameters; None takes `Sampler()`.
         advantage: Advantage estimator; None takes `GroupAdvantage()`.
         correction: Weighs the policy term where sampling and training probabilities differ, such as `TokenTruncation()`: in
             bfloat16, or with merged weights while sampling, if `sampling/logp_difference` is not small; None for none.
@@ -66,15 +57,7 @@ class PolicyModule(CalibratedModule):
         samples_per_prompt: Completions of each prompt in a rollout (G).
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
         epochs_per_rollout: Passes over a rollout.
-        max_tokens_per_micro_batch: Tokens of prompts and completions that one forward and backward pass takes, a prompt counted
-            once for its completions. Smaller takes less memory for activations and gives the same gradient. None chooses by the
-            sizes of the model (see `default_token_budget`).
-        eval_samples: Completions per prompt in validation, test and predict (the n of avg@n), beside the greedy one.
-        optimizer: Called with the parameter groups.
-        lr_full: Learning rate of fully trained modules.
-        lr_lora: Learning rate of LoRA weights, about 10 times `lr_full`.
-        schedule: Learning rate schedule; None takes `ConstantSchedule()`.
-        seed: Of prompt order, sampling and evaluation.
+        **kwargs: See `LanguageModule`.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -85,15 +68,7 @@ class PolicyModule(CalibratedModule):
         self,
         loss: PolicyLoss,
         reward: RewardFunction,
-        model: str = "embedded",
-        revision: str | None = None,
-        dtype: str = "float32",
-        quantization: Quantization | None = None,
-        attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
-        chat_template: str | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        sampler: Sampler | None = None,
+        *,
         advantage: AdvantageEstimator | None = None,
         correction: ImportanceCorrection | None = None,
         token_mask: TopEntropyMask | None = None,
@@ -103,47 +78,20 @@ class PolicyModule(CalibratedModule):
         samples_per_prompt: int = 8,
         minibatches_per_rollout: int = 1,
         epochs_per_rollout: int = 1,
-        max_tokens_per_micro_batch: int | None = None,
-        eval_samples: int = 8,
-        optimizer: OptimizerCallable = AdamW,
-        lr_full: float = 1e-5,
-        lr_lora: float = 1e-4,
-        schedule: LearningRateSchedule | None = None,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self._save_arguments()
-        self.rollout_schedule = RolloutSchedule(
-            prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout
-        )
-        if eval_samples < 1:
-            raise ConfigError(f"model.eval_samples must be at least 1, got {eval_samples}")
+        schedule = RolloutSchedule(prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout)
         if dynamic_sampling is not None and samples_per_prompt < 2:
             raise ConfigError(
                 f"model.samples_per_prompt={samples_per_prompt}: model.dynamic_sampling looks for prompts whose completions "
                 "differ; set samples_per_prompt to 2 or more"
             )
-        self.loss, self.reward = loss, reward
-        self.sampler = sampler or Sampler()
+        super().__init__(loss, reward, schedule, **kwargs)
         self.advantage = advantage or GroupAdvantage()
         self.correction, self.token_mask = correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
         self._warned_of_ties = self._warned_of_std = False
-        self.eval_samples, self.seed = eval_samples, seed
-        self._train_with(optimizer, lr_full, lr_lora, schedule, max_tokens_per_micro_batch)
-        self._load(
-            model,
-            revision,
-            dtype,
-            quantization,
-            attn_implementation,
-            gradient_checkpointing,
-            chat_template,
-            chat_template_kwargs,
-        )
-        self.validation_metrics, self.test_metrics = EvaluationMetrics(eval_samples), EvaluationMetrics(eval_samples)
         self.last_rollout: tuple[Rollouts, Rewards, Tensor] | None = None  # for callbacks that show samples
-        self.clock = PhaseClock()  # StepTimer gives its own
 
     # ---- training data
 
@@ -198,9 +146,76 @@ class PolicyModule(CalibratedModule):
         return trained.sequences, trained.sampling_logprobs, trained.advantages, metrics
 
     def _teaching_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
-        correctness = [rewards.parts[term.name] for term, _ in self.reward.terms() if term.measures_correctness]
+        correctness = [rewards.parts[term.name] for term in self.reward_terms() if term.measures_correctness]
         taught = self.trained_sequences(rollouts).completion_mask.any(dim=1)
         return teaching_groups(rewards.total, correctness, taught, rollouts.samples_per_prompt)
+
+    # ---- loss
+
+    def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [B, T] under the sampler's temperature; entropies have a gradient if the loss asks."""
+        with_gradient = self.loss.needs_entropy
+        return self.weights.as_forward(lambda: token_logprobs(self.engine, sequences, self.sampler.temperature, with_gradient))
+
+    def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a chunk of a micro-batch's rows, all of them shares in the optimizer step's."""
+        logprobs, entropy = self.logprobs(chunk.sequences)
+        inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction)
+        inputs = replace(
+            inputs,
+            entropy=entropy,
+            max_completion_tokens=float(self.sampler.max_new_tokens),
+            micro_batch_tokens=micro_batch_tokens,
+            num_micro_batches=float(self.trainer.accumulate_grad_batches * self.trainer.world_size),
+        )
+        metrics["entropy"] = share(entropy.detach(), inputs)
+        if chunk.policy_mask is not None:
+            metrics["top_entropy/share"] = share(chunk.policy_mask.to(entropy.dtype), inputs)
+        output = self.loss(inputs)
+        return output.loss, {**output.metrics, **metrics}
+
+    def trained_sequences(self, rollouts: Rollouts) -> Sequences:
+        """The sequences of rollouts as the loss sees them: a completion that is masked has no tokens."""
+        sequences = rollouts.sequences
+        if not self.mask_truncated_completions:
+            return sequences
+        return replace(sequences, completion_mask=sequences.completion_mask & rollouts.finished[:, None])
+
+    def takes_part(self, advantages: Tensor) -> Tensor:
+        """Rows that an update needs (see `RolloutSource`): those with an advantage, if the loss ignores the others."""
+        return advantages != 0 if self.loss.ignores_zero_advantage else torch.ones_like(advantages, dtype=torch.bool)
+
+    def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
+        """Fill in old and reference log-probabilities and the mask of tokens, where they are needed (see `RolloutSource`).
+
+        Old ones come from the same forward pass that trains, not from the sampler: on the first minibatch the ratio is then
+        exactly 1, which GSPO's narrow clip range needs.
+        """
+        if on_policy and not self.loss.needs_reference and self.token_mask is None:
+            return list(batches)
+
+        def add(batch: PolicyBatch) -> tuple[PolicyBatch, Tensor]:
+            old = reference = None
+            entropy = torch.zeros(batch.sequences.completion_mask.shape, device=self.device)
+            if not len(batch.sequences):
+                return batch, entropy
+            if not on_policy or self.token_mask is not None:
+                old, entropy = self.update.logprobs(self, batch.sequences)
+            if self.loss.needs_reference:
+                with self.start_policy():
+                    reference, _ = self.update.logprobs(self, batch.sequences)
+            return batch.with_logprobs(None if on_policy else old, reference), entropy
+
+        def add_all() -> list[tuple[PolicyBatch, Tensor]]:
+            with self.signals.at_once():
+                return [add(batch) for batch in batches]
+
+        with self.stopping_together(), self.clock.phase("logprobs"), self.inference():
+            filled = self.weights.gathered(add_all, as_trained=True)
+        batches = [batch for batch, _ in filled]
+        return batches if self.token_mask is None else mask_tokens(batches, [entropy for _, entropy in filled], self.token_mask)
+
+    # ---- checks and scoring
 
     def check_settings(self) -> None:
         """Called before scoring and before training.
@@ -211,7 +226,7 @@ class PolicyModule(CalibratedModule):
         """
         super().check_settings()
         self.advantage.check_samples(self.rollout_schedule.samples_per_prompt)
-        for term, _ in self.reward.terms():
+        for term in self.reward_terms():
             term.check_length(self.sampler.max_new_tokens)
         if self.trainer.state.fn == "fit":
             self._warn_of_std()
@@ -224,3 +239,44 @@ class PolicyModule(CalibratedModule):
                 f"{type(self.loss).__name__} is meant for advantages that are not divided by the standard deviation of their "
                 f"group, as those of {type(self.advantage).__name__} are; give --model.advantage=GroupMeanAdvantage"
             )
+
+    def calibration_losses(
+        self, num_prompts: int | None = None, kept: KeptScoring | None = None
+    ) -> RewardCalibration | AnswerCalibration:
+        """Losses whose mean gradient scores the modules: of rollouts of the start policy on training prompts.
+
+        Where all rewards tie there is no gradient; then the reference answers are used (supervised), where the data has them.
+
+        Args:
+            num_prompts: Training prompts to use; fewer if there are not as many. None: as many as one rollout has.
+            kept: Keeps completions and rewards as they are made, and has those that a stopped run has made.
+
+        Raises:
+            ConfigError: If there are too few training prompts, or all completions are masked.
+            CalibrationError: If rewards tie and there are no answers.
+        """
+        prompts = training_prompts(self.trainer)
+        self.check_enough(prompts)
+        order = PromptOrder(prompts, seed=0).of(self.seed + 7919)
+        count = self.rollout_schedule.prompts_per_rollout if num_prompts is None else num_prompts
+        chosen = [prompts[i] for i in order[:count]]
+        rollouts, rewards = calibration_rollouts(self, chosen, kept or KeptScoring())
+        advantages = self.advantage.of_rewards(rewards, self.rollout_schedule.samples_per_prompt)
+        sequences = self.trained_sequences(rollouts)
+        if not sequences.completion_mask.any():
+            raise ConfigError(
+                f"all {len(sequences)} calibration completions were cut at max_new_tokens={self.sampler.max_new_tokens}, and "
+                "model.mask_truncated_completions leaves those out of the loss, so that nothing would be learned; raise "
+                "model.sampler.max_new_tokens, or set model.mask_truncated_completions=false"
+            )
+        max_tokens = self.update.token_budget(self)
+        losses: RewardCalibration | AnswerCalibration
+        if bool(advantages[sequences.completion_mask.any(dim=1)].any()):
+            longest = self.sampler.max_new_tokens
+            losses = RewardCalibration(sequences, advantages, self.loss, self.calibration_logprobs, max_tokens, longest)
+        else:
+            ids = [self.encode(prompt) for prompt in chosen]
+            device = sequences.completion_ids.device
+            losses = AnswerCalibration(chosen, ids, self.tokenizer, self.calibration_logprobs, max_tokens, device)
+        losses.info["prompts"] = len(chosen)
+        return losses

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.advantages import AdvantageEstimator
-from hybrid_lightning.policy.group_advantages import gather_rewards
 from hybrid_lightning.rollout.batching import join_columns, join_rewards, join_rollouts, join_sequences
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups
 from hybrid_lightning.rollout.loader import DrawPrompts
-from hybrid_lightning.sharding.ranks import gather_columns, gather_objects, world_size
+from hybrid_lightning.sharding.ranks import gather_columns, gather_objects, own_rows, world_size
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
 
@@ -113,6 +112,38 @@ def choose_trained(
     shares = share_groups((chosen % ranks).tolist(), ranks, minibatches)
     sequences, logprobs = _exchange(taught, groups.rollouts.sampling_logprobs, chosen.tolist(), shares, rank, samples)
     return TrainedGroups(sequences, logprobs, advantages[shares[rank]].flatten(), of_sampled.flatten())
+
+
+def advantages_over_ranks(estimator: AdvantageEstimator, rewards: Rewards, samples_per_prompt: int) -> Tensor:
+    """Let every rank estimate the advantages of all ranks' completions, and keep its own: an estimator knows of no ranks.
+
+    All ranks have to call it.
+
+    Args:
+        estimator: Of the advantages.
+        rewards: Of this rank's B completions; as many on every rank.
+        samples_per_prompt: G.
+
+    Returns:
+        [B], those of this rank.
+    """
+    return own_rows(estimator.of_rewards(gather_rewards(rewards), samples_per_prompt))
+
+
+def gather_rewards(rewards: Rewards) -> Rewards:
+    """The rewards of all ranks' completions, those of each rank below each other; all ranks have to call it.
+
+    Args:
+        rewards: Of this rank's B completions; as many on every rank.
+    """
+    parts = {f"parts/{name}": part for name, part in rewards.parts.items()}
+    columns = gather_columns({"total": rewards.total, "correct": rewards.correct, **parts})
+    return replace(
+        rewards,
+        total=columns["total"],
+        correct=columns["correct"],
+        parts={name: columns[f"parts/{name}"] for name in rewards.parts},
+    )
 
 
 def _exchange(

@@ -111,7 +111,7 @@ class Case:
             eval_samples=self.eval_samples,
             optimizer=self.optimizer,
         )
-        policy.stop_ids = [1_000]  # no such token: nothing ends
+        policy.pretrained.stop_ids = [1_000]  # no such token: nothing ends
         probe = MemoryProbe()
         adapter = HybridAdapterSetup(budget=ModuleBudget(self.share), rank=8, keep_start_weights=self.keep_start_weights)
         steps = self.micro_batches + 1  # to the first of the second rollout, which finds gradients and optimizer state

@@ -10,7 +10,7 @@ from tiny_runs import build_adapter, build_policy, build_trainer, fit, write_mod
 
 from hybrid_lightning.data import PlainFormat, ProductSource, PromptDataModule
 from hybrid_lightning.losses import GSPOLoss, SequenceMask, TokenTruncation, combine_metrics
-from hybrid_lightning.policy.agreement import compare_with_sampler
+from hybrid_lightning.policy.token_weights import compare_with_sampler
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import PolicyBatch, Sequences
 

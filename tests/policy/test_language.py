@@ -1,5 +1,7 @@
 """A module that is made without its model, and loads it when that is asked for."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
@@ -8,8 +10,8 @@ from transformers import T5Config
 from hybrid_lightning.data import FileSource
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.policy.examples import SupervisedModule
 from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.policy.supervised import SupervisedModule
 from hybrid_lightning.rewards import ExactMatch
 from hybrid_lightning.types import Prompt
 
@@ -35,20 +37,20 @@ def no_weights(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the weights are loaded")
 
-    monkeypatch.setattr("hybrid_lightning.policy.language.load_model", fail)
+    monkeypatch.setattr("hybrid_lightning.policy.pretrained.load_model", fail)
 
 
 def unloaded(folder, kind=PolicyModule, **arguments):
-    return kind.unloaded(GRPOLoss(), ExactMatch(), str(folder / "model"), **arguments)
+    return kind.unloaded(GRPOLoss(), ExactMatch(), model=str(folder / "model"), **arguments)
 
 
 def test_what_is_loaded_later_is_the_same_module(folder):
-    module, expected = unloaded(folder), PolicyModule(GRPOLoss(), ExactMatch(), str(folder / "model"))
+    module, expected = unloaded(folder), PolicyModule(GRPOLoss(), ExactMatch(), model=str(folder / "model"))
     assert not module.is_loaded and expected.is_loaded and dict(module.hparams) == dict(expected.hparams)
     module.load()
     assert module.is_loaded and module.state_dict().keys() == expected.state_dict().keys()
-    for name in ("base_parameters", "stop_ids", "base_digest"):
-        assert getattr(module, name) == getattr(expected, name)
+    for name in ("base_parameters", "pretrained.stop_ids", "base_digest"):
+        assert attrgetter(name)(module) == attrgetter(name)(expected)
     model = module.model
     module.load()
     assert module.model is model, "once"
@@ -59,7 +61,7 @@ def test_it_tokenizes_without_its_weights(folder, no_weights):
     assert len(module.encode(Prompt(text="1+1="))) == 4 and not module.is_loaded
     examples = SupervisedModule.unloaded(model=str(folder / "model"))
     examples.check_prompts([Prompt(text="1+1=", completions=("2",))])
-    assert examples.stop_ids == [2] and not examples.is_loaded
+    assert examples.pretrained.stop_ids == [2] and not examples.is_loaded
     with pytest.raises(AssertionError, match="the weights are loaded"):
         examples.load()
 
@@ -70,17 +72,17 @@ def test_stop_tokens_are_those_that_the_model_will_have(folder, tmp_path):
     (tmp_path / "ends" / "model.safetensors").rename(tmp_path / "weights")
     (tmp_path / "ends" / "model.safetensors").write_bytes(b"not read")
     module = SupervisedModule.unloaded(model=str(tmp_path / "ends"))
-    assert module.stop_ids == [2, 7]
+    assert module.pretrained.stop_ids == [2, 7]
     (tmp_path / "weights").replace(tmp_path / "ends" / "model.safetensors")
     module.load()
-    assert module.stop_ids == [2, 7]
+    assert module.pretrained.stop_ids == [2, 7]
 
 
 def test_that_there_is_such_a_model_is_found_out_before_its_data_is_read(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(FileSource, "read_tables", lambda self: pytest.fail("the data is read"))
     T5Config().save_pretrained(tmp_path / "t5")
     (tmp_path / "t5" / "model.safetensors").write_bytes(b"not read")
-    module = PolicyModule.unloaded(GRPOLoss(), ExactMatch(), str(tmp_path / "t5"))
+    module = PolicyModule.unloaded(GRPOLoss(), ExactMatch(), model=str(tmp_path / "t5"))
     with pytest.raises(ModelError, match="no causal language model"):
         build_trainer(tmp_path).check(module, build_data(folder / "sums.jsonl"))
 
@@ -112,7 +114,7 @@ def test_a_run_that_was_checked_is_the_run_that_was_not(folder, tmp_path):
     module = PolicyModule.unloaded(
         given.loss,
         given.reward,
-        str(folder / "model"),
+        model=str(folder / "model"),
         sampler=given.sampler,
         prompts_per_rollout=4,
         samples_per_prompt=4,

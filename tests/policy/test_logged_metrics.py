@@ -9,7 +9,7 @@ from tiny_runs import StartsWithDigit, fit, write_model, write_sums
 
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.losses import CISPOLoss, GSPOLoss, SAPOLoss, TokenTruncation, TopEntropyMask
-from hybrid_lightning.policy.stepped import TRAINING_METRICS
+from hybrid_lightning.policy.update import TRAINING_METRICS
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 
 

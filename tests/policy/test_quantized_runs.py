@@ -133,7 +133,7 @@ def test_it_is_exported_onto_the_sixteen_bit_base(trained, folder, tmp_path, liv
     expected = expected.eval()(IDS).logits
     policy = policy_of_module(module) if live else policy_of_checkpoint(root / f"step={STEPS}.ckpt")
     merged = AutoModelForCausalLM.from_pretrained(write_policy(policy, MergedModel("float32"), tmp_path / "merged"))
-    assert f"policy.quantization.{type(module.quantization).__name__}" in (tmp_path / "merged" / "README.md").read_text()
+    assert f"hybrid_lightning.policy.{type(module.quantization).__name__}" in (tmp_path / "merged" / "README.md").read_text()
     assert_same_sums(merged(IDS).logits, expected, additions_of(merged, IDS.shape[1]))
     plain = AutoModelForCausalLM.from_pretrained(folder / "model")
     adapter = PeftModel.from_pretrained(plain, write_policy(policy, AdapterFolder(), tmp_path / "adapter"))

@@ -30,7 +30,7 @@ from hybrid_lightning.losses import (
     TopEntropyMask,
 )
 from hybrid_lightning.policy.quantization import NF4, Int8
-from hybrid_lightning.policy.reproducibility import check_reproducibility
+from hybrid_lightning.policy.run_checks import warn_of_differences
 from hybrid_lightning.rewards import CosineLength, FunctionReward, RewardBySet, WeightedSum
 from hybrid_lightning.rollout import sampler
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
@@ -225,20 +225,20 @@ class OfGPU:
 def test_on_a_gpu_what_has_no_order_is_named(monkeypatch):
     monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
     with pytest.warns(UserWarning, match=r"set trainer\.deterministic=true$"):
-        check_reproducibility(OfGPU(), "packed_sdpa", [])
+        warn_of_differences(OfGPU(), "packed_sdpa", [])
     torch.backends.cudnn.benchmark = True
     with pytest.warns(UserWarning, match=r"FLASH_ATTENTION_DETERMINISTIC=1 .*; some operations .*; trainer\.benchmark=true"):
-        check_reproducibility(OfGPU(), "packed_flash_attention_2", [])
+        warn_of_differences(OfGPU(), "packed_flash_attention_2", [])
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
     with pytest.raises(ConfigError, match=r"trainer\.deterministic=true cannot be had: .*flash_attention_2.*take sdpa"):
-        check_reproducibility(OfGPU(), "flash_attention_2", [])
+        warn_of_differences(OfGPU(), "flash_attention_2", [])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_reproducibility(OfGPU(), "sdpa", [])
+        warn_of_differences(OfGPU(), "sdpa", [])
         monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
-        check_reproducibility(OfGPU(), "flash_attention_2", [])
+        warn_of_differences(OfGPU(), "flash_attention_2", [])
     monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC")
     torch.use_deterministic_algorithms(True, warn_only=True)
     with pytest.warns(UserWarning, match="flash_attention_2"):
-        check_reproducibility(OfGPU(), "flash_attention_2", [])
+        warn_of_differences(OfGPU(), "flash_attention_2", [])

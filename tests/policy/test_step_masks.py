@@ -11,7 +11,7 @@ from tiny_runs import build_adapter, fit, write_model, write_sums
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import BNPOLoss, DAPOLoss, GRPOLoss, TopEntropyMask
-from hybrid_lightning.policy.token_choice import mask_tokens
+from hybrid_lightning.policy.token_weights import mask_tokens
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import PolicyBatch, Sequences
 
@@ -68,7 +68,7 @@ def test_what_bnpo_takes_for_a_micro_batch_is_not_cut_by_the_token_budget(model,
 def test_truncated_completions_are_left_out_and_count_as_sequences_alone(model, sums, tmp_path, monkeypatch):
     batches = []
     monkeypatch.setattr(
-        "hybrid_lightning.policy.updated.UpdatedModule.add_logprobs",
+        "hybrid_lightning.policy.module.PolicyModule.add_logprobs",
         lambda self, parts, on_policy: batches.append((self.last_rollout[0], parts)) or list(parts),
     )
     policy = {"loss": GRPOLoss(), "sampler": OftenDone(3), "mask_truncated_completions": True, "minibatches_per_rollout": 1}

@@ -1,12 +1,15 @@
-"""How well the sampler and the training forward agree on the tokens of a micro-batch, and what is made of it."""
+"""How much each token counts in the policy term: by how far sampling and training disagree on it, and by its entropy."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from hybrid_lightning.losses import ImportanceCorrection
+from hybrid_lightning.losses import ImportanceCorrection, TopEntropyMask
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.losses.shares import largest, share, smallest
+from hybrid_lightning.sharding.ranks import gather_objects
 from hybrid_lightning.types import LossInputs, PolicyBatch
 
 
@@ -48,3 +51,25 @@ def compare_with_sampler(
     if inputs.importance_weights is not None:  # tokens that are left out stay left out
         weights = weights * inputs.importance_weights
     return replace(inputs, importance_weights=weights), metrics
+
+
+def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mask: TopEntropyMask) -> list[PolicyBatch]:
+    """Set `policy_mask`, with one threshold for the micro-batches of all ranks.
+
+    All ranks have to call it.
+
+    Args:
+        batches: This rank's micro-batches of one optimizer step.
+        entropies: [B, T] of each, under the policy that sampled.
+        mask: Finds the threshold, over the tokens of all sequences that have an advantage.
+    """
+    masks = [batch.sequences.completion_mask for batch in batches]
+    taught = [
+        entropy[tokens & (batch.advantages != 0)[:, None]]
+        for batch, entropy, tokens in zip(batches, entropies, masks, strict=True)
+    ]
+    threshold = mask.threshold(torch.cat(gather_objects(torch.cat(taught).cpu())))
+    return [
+        replace(batch, policy_mask=tokens & (entropy >= threshold))
+        for batch, entropy, tokens in zip(batches, entropies, masks, strict=True)
+    ]

@@ -1,6 +1,6 @@
-"""What in the settings of a run can make two runs with one seed differ, on one machine and with the same libraries.
+"""Settings of a run that cannot work are refused, and those that make two runs with one seed differ are warned of.
 
-Everything of ours gives the same bits however busy the machine is. What is listed here is decided by a clock, or by libraries
+Everything of ours gives the same bits on one machine, however busy it is. What can differ is decided by a clock, or by libraries
 that add up in whatever order their threads come.
 """
 
@@ -13,12 +13,41 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.metrics import check_set_name
+from hybrid_lightning.policy.optim import OptimizerCallable
+from hybrid_lightning.policy.precision import check_precision, use_bfloat16_precision
+from hybrid_lightning.policy.quantization import Quantization, check_quantization
 from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.sharding.checks import check_strategy
+from hybrid_lightning.types import Prompt
 
 _FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 
 
-def check_reproducibility(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> None:
+def check_run(trainer: Trainer, optimizer: OptimizerCallable, dtype: str, quantization: Quantization | None) -> None:
+    """Raise ConfigError if strategy, precision, dtype, optimizer and quantization do not go together."""
+    check_strategy(trainer, optimizer, dtype)
+    if quantization is not None:
+        check_quantization(quantization, trainer)
+    check_precision(str(trainer.precision), dtype, optimizer)
+    use_bfloat16_precision(trainer.strategy)
+
+
+def check_prompts(prompts: Sequence[Prompt], rewards: Sequence[RewardFunction]) -> None:
+    """Make sure that completions of prompts can be scored and reported on.
+
+    Raises:
+        ConfigError: If a set has a name that metrics cannot have.
+        RewardError: If a reward cannot score completions of a prompt, or another error that it raises.
+    """
+    for name in {prompt.set_name for prompt in prompts}:
+        check_set_name(name)
+    for reward in rewards:
+        for prompt in prompts:
+            reward.check_prompt(prompt)
+
+
+def warn_of_differences(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> None:
     """Warn in one line of all that can make runs differ; each cause is named with its remedy.
 
     Args:

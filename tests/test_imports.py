@@ -34,7 +34,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_parser": GROUND | {"remedies"},
     "process": set(),
     "__main__": {"cli", "process", "sharding", "stopping"},
-    "assets.pretrain": GROUND | LEAVES | {"policy"},  # the command that made the assets; nothing imports it
     "__init__": GROUND | {"version"},
 }
 TORCH_ONLY = ["losses", "advantages", "adapters.scores", "adapters.scorers", "adapters.sketch"]

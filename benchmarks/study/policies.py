@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.embedded_policy import build_model, build_tokenizer
 from benchmarks.study.facts import CHARACTERS, PlausibleFacts
-from hybrid_lightning.assets.pretrain import build_model, build_tokenizer
 from hybrid_lightning.data import PromptSource
 
 FOLDER = Path("runs/study/policies")  # below the folder in which the commands run; the tasks name it, too

@@ -8,8 +8,8 @@ import argparse
 
 import torch
 
+from benchmarks.embedded_policy import pretrain_on
 from benchmarks.study.policies import FOLDER, RECIPES
-from hybrid_lightning.assets.pretrain import pretrain_on
 
 
 def main() -> None:

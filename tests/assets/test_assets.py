@@ -5,8 +5,7 @@ import torch
 from tiny_models import engine_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from hybrid_lightning.assets import embedded_policy_path
-from hybrid_lightning.assets.pretrain import (
+from benchmarks.embedded_policy import (
     CHARACTERS,
     CorpusSource,
     build_model,
@@ -14,6 +13,7 @@ from hybrid_lightning.assets.pretrain import (
     corpus_line,
     pretrain,
 )
+from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.data import ProductSource
 from hybrid_lightning.data.arithmetic import FACTORS, product_split, worked_answer
 from hybrid_lightning.rewards import ExactMatch

@@ -1,4 +1,4 @@
-"""Makes the embedded policy: `python -m hybrid_lightning.assets.pretrain --out FOLDER`.
+"""Makes the embedded policy: `python -m benchmarks.embedded_policy --out FOLDER`.
 
 A Llama model of 0.9 M parameters reads a corpus of products, every line of which is right:
 

@@ -15,8 +15,8 @@ Three ways to compute it, which give the same numbers:
 - by `scaled_dot_product_attention` with repeated keys and values on accelerators, whose kernels keep no scores.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,40 @@ class AttentionSettings:
     def factor(self, query: Tensor) -> float:
         """Of the scores of queries [..., D]."""
         return self.scaling if self.scaling is not None else query.shape[-1] ** -0.5
+
+
+class UnsupportedAttentionError(Exception):
+    """A layer asks for something that a packing does not compute."""
+
+
+class Packing(Protocol):
+    """Who attends to whom in one row of tokens."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
+    ) -> Tensor:
+        """Attention of N tokens.
+
+        Args:
+            layer: Number of the decoder layer.
+            query: [N, H, D].
+            key: [N, K, D].
+            value: [N, K, D].
+            window: A token sees this many positions, itself included; None for all.
+            settings: Of the layer.
+
+        Returns:
+            [N, H, D].
+        """
+        ...
+
+
+@dataclass
+class AttentionCalls:
+    """What the layers asked for, recorded while a model is checked."""
+
+    windows: list[int | None] = field(default_factory=list)
+    settings: list[AttentionSettings] = field(default_factory=list)
 
 
 def shared_attention(

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.engine.attention_hook import Packing
+from hybrid_lightning.engine.attention import Packing
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.decoder_layers import KnownLayer, adapters_of, compiled_layers, compiling_pays, variants_allowed
-from hybrid_lightning.engine.fused_layers import rotary_of_tokens
+from hybrid_lightning.engine.fused_attention import rotary_of_tokens
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import products_together

@@ -26,10 +26,10 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, Mistr
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3Model
 
-from hybrid_lightning.engine.attention import AttentionSettings
-from hybrid_lightning.engine.attention_hook import AttentionCalls
+from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, is_watched, plain_norm, plain_rotary
+from hybrid_lightning.engine.fused_attention import plain_rotary
+from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, is_watched, plain_norm
 from hybrid_lightning.engine.prepacked import ProductFactors, multiply, product_factors
 
 _FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {

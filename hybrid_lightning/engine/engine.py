@@ -14,11 +14,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.engine.attention_hook import AttentionCalls, Packing
+from hybrid_lightning.engine.attention import AttentionCalls, Packing
+from hybrid_lightning.engine.attention_hook import try_packing
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.decoder import FastDecoder, Pass
 from hybrid_lightning.engine.decoder_layers import known_layers
-from hybrid_lightning.engine.packing_trial import try_packing
 from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import prepacked_weights
 

@@ -17,9 +17,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.backend import Backend, product
 from hybrid_lightning.engine.cpu.operators import add_low_rank, low_rank_gradients, pays
-from hybrid_lightning.engine.cpu.products import product
 
 
 class Factors(NamedTuple):

@@ -18,11 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.engine.attention_hook import UnsupportedAttentionError, use_packing
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.attention import UnsupportedAttentionError
+from hybrid_lightning.engine.attention_hook import use_packing
+from hybrid_lightning.engine.backend import Backend, packs
 from hybrid_lightning.engine.cpu.build import library
 from hybrid_lightning.engine.cpu.operators import fit
-from hybrid_lightning.engine.cpu.products import packs
 from hybrid_lightning.engine.engine import Engine
 from hybrid_lightning.engine.fused_layers import use_fused_layers
 from hybrid_lightning.engine.fused_lora import FusedLora, replace_modules

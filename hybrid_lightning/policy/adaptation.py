@@ -23,12 +23,12 @@ from hybrid_lightning.errors import CheckpointError, PlanError
 from hybrid_lightning.parts import translated
 from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.policy.quantization import Quantization, quantize_base
-from hybrid_lightning.sharding.forward import Weights, weights_of
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.names import parameter_names, trained_names
 from hybrid_lightning.sharding.optimizer_state import name_state
 from hybrid_lightning.sharding.sharded_folder import is_folder, read_weights
+from hybrid_lightning.sharding.weights import Weights, weights_of
 from hybrid_lightning.sharding.whole_files import read_content, write_whole_files
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import StopStringCriteria
 
 from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.metrics import check_set_name
@@ -41,6 +42,7 @@ class EvaluatedModule(LanguageModule):
         self.last_evaluation: dict[str, dict[str, float]] = {}  # set -> metric -> value; "" for all sets
         self.signals = StopSignals()  # GracefulStop gives those of the process
         self._told_what_differs = False
+        self._stop_criteria: StopStringCriteria | None = None  # of the sampler, made for the tokenizer once
         self._missing_batches = 0  # of a prediction, on this rank, where the model is sharded
 
     def check_settings(self) -> None:
@@ -142,9 +144,12 @@ class EvaluatedModule(LanguageModule):
                     generator=generator,
                     greedy=greedy,
                     stop_ids=self.stop_ids,
+                    stop_criteria=self._stop_criteria,
                     on_token=on_token,
                 )
 
+        if self._stop_criteria is None:
+            self._stop_criteria = self.sampler.stop_criteria(self.tokenizer)
         with self._inference():
             return self.weights.gathered(sample)
 

@@ -7,6 +7,7 @@ in float32, and a random generator of its own whose state a checkpoint can hold.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +64,6 @@ class Sampler(Part):
         self.top_p = top_p
         self.top_k = top_k
         self.stop = tuple(stop)
-        self._stop_criteria: tuple[int, StopStringCriteria] | None = None
 
     @torch.no_grad()
     def sample(
@@ -77,6 +77,7 @@ class Sampler(Part):
         generator: torch.Generator | PromptDraws | None = None,
         greedy: bool = False,
         stop_ids: Sequence[int] | None = None,
+        stop_criteria: StopStringCriteria | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> Rollouts:
         """Complete every prompt `samples_per_prompt` times.
@@ -91,6 +92,7 @@ class Sampler(Part):
                 torch's global generator.
             greedy: Take the most probable token instead of sampling (`samples_per_prompt` must then be 1).
             stop_ids: Token ids that end a completion; None takes the tokenizer's end-of-sequence token.
+            stop_criteria: The result of `stop_criteria` for the tokenizer; None makes it for this call alone.
             on_token: Called after every token with (sequences still running, tokens decoded), for progress bars; what it
                 raises ends the sampling.
 
@@ -101,8 +103,10 @@ class Sampler(Part):
             ConfigError: If the longest prompt and completion do not fit into the model's positions.
         """
         assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
-        decoder = _Decoder(self, engine, tokenizer, stop_ids or [int(tokenizer.eos_token_id)], generator, greedy)
         device = next(engine.model.parameters()).device
+        ending_ids = torch.tensor(list(stop_ids or [int(tokenizer.eos_token_id)]), device=device)
+        stops = _Stops(ending_ids, stop_criteria or self.stop_criteria(tokenizer))
+        decoder = _Decoder(self, engine, tokenizer, stops, generator, greedy)
         ids, mask = pad_left(prompt_ids, decoder.pad_id, device)
         check_positions(getattr(engine.model, "config", None), ids.shape[1], self.max_new_tokens)
         tokens, logprobs, lengths, finished = decoder.run(ids, mask, samples_per_prompt, on_token)
@@ -124,12 +128,11 @@ class Sampler(Part):
         return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
 
     def stop_criteria(self, tokenizer: PreTrainedTokenizerBase) -> StopStringCriteria | None:
-        """The (cached) test for stop strings; None if there are none."""
-        if not self.stop:
-            return None
-        if self._stop_criteria is None or self._stop_criteria[0] != id(tokenizer):
-            self._stop_criteria = (id(tokenizer), StopStringCriteria(tokenizer, list(self.stop)))
-        return self._stop_criteria[1]
+        """What finds the stop strings in completions; None if there are none.
+
+        It looks at every token of the vocabulary, which takes long for a large one: who samples often makes it once.
+        """
+        return StopStringCriteria(tokenizer, list(self.stop)) if self.stop else None
 
     def _cut(self, text: str) -> str:
         ends = [text.index(stop) for stop in self.stop if stop in text]
@@ -156,6 +159,14 @@ def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> Non
         )
 
 
+@dataclass(frozen=True)
+class _Stops:
+    """What ends a completion."""
+
+    ids: Tensor  # of tokens, [n]
+    strings: StopStringCriteria | None
+
+
 class _Decoder:
     """One call of `Sampler.sample`: prefill, then one token at a time for the rows that still run."""
 
@@ -164,14 +175,12 @@ class _Decoder:
         sampler: Sampler,
         engine: "Engine",
         tokenizer: PreTrainedTokenizerBase,
-        stop_ids: Sequence[int],
+        stops: "_Stops",
         generator: torch.Generator | PromptDraws | None,
         greedy: bool,
     ) -> None:
-        self.sampler, self.engine, self.generator, self.greedy = sampler, engine, generator, greedy
+        self.sampler, self.engine, self.stops, self.generator, self.greedy = sampler, engine, stops, generator, greedy
         self.device = next(engine.model.parameters()).device
-        self.stop_ids = torch.tensor(list(stop_ids), device=self.device)
-        self.stop_criteria = sampler.stop_criteria(tokenizer)
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
     def run(
@@ -228,7 +237,7 @@ class _Decoder:
         return torch.rand(len(rows), 1, dtype=torch.float64, device=self.device, generator=self.generator)
 
     def _ended(self, token: Tensor, completion: Tensor) -> Tensor:
-        ended = torch.isin(token, self.stop_ids)
-        if self.stop_criteria is not None:
-            ended = ended | self.stop_criteria(completion, None).to(ended.device)
+        ended = torch.isin(token, self.stops.ids)
+        if self.stops.strings is not None:
+            ended = ended | self.stops.strings(completion, None).to(ended.device)
         return ended

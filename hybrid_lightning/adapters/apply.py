@@ -22,10 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from hybrid_lightning.adapters.lora import ADAPTER
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.plan_peft import lora_config
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.fused_attention import use_fused_attention
-from hybrid_lightning.engine.fused_layers import use_fused_layers
-from hybrid_lightning.engine.fused_lora import use_fused_lora
+from hybrid_lightning.engine import Backend, use_fused_modules
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 
@@ -72,9 +69,7 @@ def apply_plan(
     for parameter in (*full.values(), *lora.values()):
         parameter.data = parameter.data.to(dtype)
     _set_dora_lengths(adapted)
-    backend = backend or Backend()
-    for use_fused in (use_fused_lora, use_fused_layers, use_fused_attention):
-        use_fused(adapted, backend)
+    use_fused_modules(adapted, backend or Backend())
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trainable == {*full, *lora}, "PEFT made other parameters trainable than those of the adapter"
     return adapted

@@ -101,7 +101,7 @@ def _settings(options: dict[str, Any]) -> AttentionSettings:
     return AttentionSettings(**known)
 
 
-def try_packing(model: nn.Module, backend: Backend) -> AttentionCalls | None:
+def try_packing(model: nn.Module, backend: Backend) -> AttentionCalls:
     """Let a model attend by packings if packed sequences give its own numbers; if not, leave it as it was and say why.
 
     Args:
@@ -109,7 +109,10 @@ def try_packing(model: nn.Module, backend: Backend) -> AttentionCalls | None:
         backend: Of its fused layers.
 
     Returns:
-        What its layers ask of attention; None if it cannot be packed.
+        What its layers ask of attention.
+
+    Raises:
+        UnsupportedAttentionError: If it cannot be packed.
     """
     base = base_model(model)
     original = getattr(base.config, "_attn_implementation", None)
@@ -124,7 +127,7 @@ def try_packing(model: nn.Module, backend: Backend) -> AttentionCalls | None:
             type(base).__name__,
             error,
         )
-        return None
+        raise
 
 
 def _check(model: nn.Module, base: PreTrainedModel, backend: Backend) -> AttentionCalls:

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lightning.engine.cpu import operators
+from hybrid_lightning.engine.cpu.build import library
 
+_PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _FEWEST = 500_000  # multiplications: below, the call costs more than it saves
 
 
@@ -53,6 +55,25 @@ class Backend:
         """Whether a fused layer may use operators for these tensors now."""
         return self._in_pass and self.usable(*tensors)
 
+    def why_no_operators(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Why there are no operators for tensors of a device and a dtype, in words for the user; empty where there are."""
+        if device.type != "cpu":
+            return f"they are for CPUs, and the model is on {device.type}"
+        return operators.why_unusable(dtype)
+
+    def draw_tokens(self, logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Draw a token for each row of logits that are `usable`.
+
+        Args:
+            logits: [B, V].
+            uniform: Numbers from 0 to 1 that decide, [B, 1] float64.
+            temperature: Divides the logits.
+
+        Returns:
+            Tokens [B] int64, and their log-probabilities [B] float32.
+        """
+        return operators.draw_tokens(logits, uniform, temperature)
+
     def products_are_faster(self, device: torch.device) -> bool:
         """Whether matrix products beat torch's fused kernels of attention, at the lengths of rollouts."""
         return device.type == "cpu"
@@ -65,9 +86,52 @@ class Backend:
         """Whether decoding is so much faster by a copy of the weights, made for its products, that it is worth the memory."""
         return device.type == "cpu"
 
+    def why_no_copies(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Why `prepacked_product` makes no copy of a weight, in words for the user; empty where it makes one."""
+        if not self.copies_pay(device):
+            return f"copies of weights do not pay on {device.type}"
+        if dtype not in _PACKED_DTYPES:
+            return f"float32 and bfloat16 can be prepacked, and the model computes with {str(dtype).partition('.')[2]}"
+        return "" if _has_onednn() else "this processor has no AVX-512, or this torch no oneDNN"
+
     def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """The product with a weight [m, n] that does not change: from rows [N, n] to [N, m], without a gradient."""
         return prepacked_product(weight)
+
+
+class PlannedBackend(Backend):
+    """What would be computed by on a CPU or on an accelerator, for fake tensors, whatever they pretend to lie on.
+
+    Args:
+        on_cpu: Or on an accelerator.
+    """
+
+    def __init__(self, on_cpu: bool) -> None:
+        super().__init__()
+        self._on_cpu = on_cpu
+        self._has_operators = on_cpu and has_operators()
+
+    def usable(self, *tensors: Tensor) -> bool:
+        """See `Backend`."""
+        return self._has_operators and operators.fit(*tensors)
+
+    def products_are_faster(self, device: torch.device) -> bool:
+        """See `Backend`."""
+        return self._on_cpu
+
+    def copies_pay(self, device: torch.device) -> bool:
+        """See `Backend`."""
+        return self._on_cpu
+
+    def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """See `Backend`; with a copy where there would be one, since oneDNN's packs no fake tensors."""
+        kept = weight.clone() if self._on_cpu and packs(weight.dtype) else weight
+        return lambda rows: F.linear(rows, kept)
+
+
+def has_operators() -> bool:
+    """Whether there are operators for this machine's CPU."""
+    return library() is not None
 
 
 @cache
@@ -101,7 +165,7 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
 
 def packs(dtype: torch.dtype) -> bool:
     """Whether `prepacked_product` holds a copy of a weight of this dtype on this CPU; it lies where torch counts no tensor."""
-    return dtype in (torch.float32, torch.bfloat16) and _has_onednn()
+    return dtype in _PACKED_DTYPES and _has_onednn()
 
 
 def prepacked_product(weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -31,9 +31,15 @@ Maker = Callable[[Any, list[KnownLayer], Backend], Pass]
 
 
 class FastDecoder:
-    """Makes a model's fastest pass that gives the same as its own; which one that is, is found out once."""
+    """Makes a model's fastest pass that gives the same as its own; which one that is, is found out once.
+
+    Attributes:
+        why_own: Why the model's own pass is all there is, in words for the user; empty where there is another.
+        why_not_compiled: Why its layers are not compiled; empty where they are, or where that would not pay.
+    """
 
     def __init__(self) -> None:
+        self.why_own = self.why_not_compiled = ""
         self._make: Maker | None = None
         self._tried = False
 
@@ -47,7 +53,7 @@ class FastDecoder:
         """
         decoder = base_model(model).get_decoder()
         if not self._tried:
-            self._make, self._tried = _maker(model, decoder, layers, backend), True
+            self._make, self._tried = self._try(model, decoder, layers, backend), True
         if self._make is not _compiled_pass:
             return None if self._make is None else self._make(decoder, layers, backend)
         compiled, plain = _compiled_pass(decoder, layers, backend), _plain_pass(decoder, layers, backend)
@@ -58,10 +64,55 @@ class FastDecoder:
                     return compiled(ids, positions, packing)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     self._make = _plain_pass
-                    _warn_not_compiled(decoder, f"{type(error).__name__}: {error}")
+                    self._give_up_compiling(decoder, f"{type(error).__name__}: {error}")
             return plain(ids, positions, packing)  # whatever the packing got before, it gets the same once more
 
         return hidden_states
+
+    def _try(self, model: nn.Module, decoder: Any, layers: list[KnownLayer], backend: Backend) -> Maker | None:
+        """What makes the fastest pass that gives the same as the model's own; None for none."""
+        device = next(decoder.parameters()).device
+        ids = torch.arange(2, 14, device=device).view(2, 6) % decoder.config.vocab_size
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        packed = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), backend, completions=False)
+        with torch.no_grad():
+            with backend.in_pass():
+                expected = own_hidden(model, packed.ids, packed.positions, packed)
+            if compiling_pays(device) and self._compiles(decoder, layers, backend, packed, expected):
+                return _compiled_pass
+            off = _difference(_plain_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
+        if off:
+            self.why_own = f"calling its parts one by one gave {off}"
+            logger.warning(
+                "%s is sampled from by its own forward pass, which takes longer: %s. "
+                "This version of transformers may be newer than this project knows",
+                type(decoder).__name__,
+                self.why_own,
+            )
+        return None if off else _plain_pass
+
+    def _compiles(
+        self, decoder: Any, layers: list[KnownLayer], backend: Backend, packed: PackedSequences, expected: Tensor
+    ) -> bool:
+        logger.info("torch.compile compiles the layers of %s for sampling, once", type(decoder).__name__)
+        try:
+            off = _difference(_compiled_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
+            off = f"{type(error).__name__}: {error}"
+        if off:
+            self._give_up_compiling(decoder, off)
+        return not off
+
+    def _give_up_compiling(self, decoder: Any, reason: str) -> None:
+        self.why_not_compiled = f"torch.compile gave {reason}"
+        logger.warning(
+            "%s is sampled from without torch.compile, which takes longer, since that gave %s. "
+            "Without the attempt and this warning: TORCH_COMPILE_DISABLE=1",
+            type(decoder).__name__,
+            reason,
+        )
 
 
 class _Layer(Protocol):
@@ -132,50 +183,6 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer], b
         return result
 
     return hidden_states
-
-
-def _maker(model: nn.Module, decoder: Any, layers: list[KnownLayer], backend: Backend) -> Maker | None:
-    """What makes the fastest pass that gives the same as the model's own; None for none."""
-    device = next(decoder.parameters()).device
-    ids = torch.arange(2, 14, device=device).view(2, 6) % decoder.config.vocab_size
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    packed = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), backend, completions=False)
-    with torch.no_grad():
-        with backend.in_pass():
-            expected = own_hidden(model, packed.ids, packed.positions, packed)
-        if compiling_pays(device) and _compiles(decoder, layers, backend, packed, expected):
-            return _compiled_pass
-        off = _difference(_plain_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
-    if off:
-        logger.warning(
-            "%s is sampled from by its own forward pass, which takes longer: calling its parts one by one gave %s. "
-            "This version of transformers may be newer than this project knows",
-            type(decoder).__name__,
-            off,
-        )
-    return None if off else _plain_pass
-
-
-def _compiles(decoder: Any, layers: list[KnownLayer], backend: Backend, packed: PackedSequences, expected: Tensor) -> bool:
-    logger.info("torch.compile compiles the layers of %s for sampling, once", type(decoder).__name__)
-    try:
-        off = _difference(_compiled_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
-        off = f"{type(error).__name__}: {error}"
-    if off:
-        _warn_not_compiled(decoder, off)
-    return not off
-
-
-def _warn_not_compiled(decoder: Any, reason: str) -> None:
-    logger.warning(
-        "%s is sampled from without torch.compile, which takes longer, since that gave %s. "
-        "Without the attempt and this warning: TORCH_COMPILE_DISABLE=1",
-        type(decoder).__name__,
-        reason,
-    )
 
 
 def _difference(found: Tensor, expected: Tensor) -> str:

@@ -40,6 +40,10 @@ _FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
 }
 
 
+class UnknownLayerError(Exception):
+    """Why a decoder's layers cannot be computed as plain calls."""
+
+
 class KnownLayer(NamedTuple):
     """What a decoder layer consists of."""
 
@@ -58,22 +62,27 @@ class KnownLayer(NamedTuple):
         return [self.queries_keys_values, [self.mlp.gate_proj, self.mlp.up_proj]]
 
 
-def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[KnownLayer] | None:
-    """The decoder's layers; None unless all of it is known, and nobody watches.
+def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[KnownLayer]:
+    """The decoder's layers.
 
     Args:
         decoder: Of a causal language model.
         calls: What its layers ask of attention.
         backend: Of its fused layers.
+
+    Raises:
+        UnknownLayerError: Unless all of the decoder is known, and nobody watches.
     """
-    if type(decoder) not in _FAMILIES or not isinstance(decoder.norm, FusedRMSNorm):
-        return None
-    if _has_any_global_hook() or is_watched(decoder) or is_watched(decoder.norm):
-        return None
+    if type(decoder) not in _FAMILIES:
+        blocks = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
+        raise UnknownLayerError(f"{type(blocks[0]).__name__} is not known")
+    if not isinstance(decoder.norm, FusedRMSNorm):
+        raise UnknownLayerError(f"{type(decoder.norm).__name__} is not fused")
+    if _has_any_global_hook():
+        raise UnknownLayerError("torch has hooks for the calls of all modules")
+    _check_unwatched(decoder, decoder.norm)
     asked = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.windows, calls.settings, strict=True)
-    layers = [_layer(layer, _FAMILIES[type(decoder)], backend, window, settings) for layer, window, settings in asked]
-    known = [layer for layer in layers if layer is not None]
-    return known if len(known) == len(layers) else None
+    return [_layer(layer, _FAMILIES[type(decoder)], backend, window, settings) for layer, window, settings in asked]
 
 
 def _layer(
@@ -82,32 +91,29 @@ def _layer(
     backend: Backend,
     window: int | None,
     settings: AttentionSettings,
-) -> KnownLayer | None:
+) -> KnownLayer:
     if type(layer) is not classes[0]:
-        return None
-    attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
-    if not (isinstance(attention, classes[1]) and isinstance(mlp, FusedMLP)) or attention.training:
-        return None
-    return _parts(layer, attention, mlp, norms, backend, window, settings)
-
-
-def _parts(
-    layer: nn.Module,
-    attention: Any,
-    mlp: FusedMLP,
-    norms: tuple[Any, Any],
-    backend: Backend,
-    window: int | None,
-    settings: AttentionSettings,
-) -> KnownLayer | None:
+        raise UnknownLayerError(f"{type(layer).__name__} is not known, as where a strategy has wrapped it")
+    parts: Any = layer
+    attention, mlp, norms = parts.self_attn, parts.mlp, (parts.input_layernorm, parts.post_attention_layernorm)
+    if not issubclass(type(attention), classes[1]):
+        raise UnknownLayerError(f"{type(attention).__name__} is not known")
+    if attention.training:
+        raise UnknownLayerError("attention is in train mode")
     head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    of_mlp = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     all_norms = (*norms, *(head_norms or ()))
-    known = all(isinstance(norm, FusedRMSNorm) for norm in all_norms)
-    if not known or any(is_watched(module) for module in (layer, attention, mlp, *all_norms, *projections, *of_mlp)):
-        return None
+    for part in (mlp, *all_norms):
+        if not isinstance(part, (FusedMLP, FusedRMSNorm)):
+            raise UnknownLayerError(f"{type(part).__name__} is not fused")
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    _check_unwatched(layer, attention, mlp, *all_norms, *projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     return KnownLayer(norms, projections[:3], head_norms, backend, window, settings, attention.head_dim, projections[3], mlp)
+
+
+def _check_unwatched(*modules: nn.Module) -> None:
+    for module in modules:
+        if is_watched(module):
+            raise UnknownLayerError(f"hooks watch the calls of {type(module).__name__}, as FSDP's do where weights are sharded")
 
 
 # A model has at most 2^3 combinations of kinds of projections before attention and 2^4 after it, twice with inference mode; and a

@@ -110,7 +110,7 @@ class SharedPromptDecoding:
 
     def __init__(self, engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
         self.engine, self.max_new_tokens = engine, max_new_tokens
-        self.project = prepacked_projection(engine.model, engine.backend)
+        self.prepack_projection()
         self.layout = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), engine.backend, completions=False)
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, S, D]
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, G, capacity, D]
@@ -118,6 +118,10 @@ class SharedPromptDecoding:
         self.decoded = 0  # tokens in `own`, the same for all running rows
         self.own_width = 0  # of these and of zeros behind them, that attention gets
         self._masks: dict[int | None, Masks] = {}
+
+    def prepack_projection(self) -> None:
+        """Make the function from hidden states [N, H] to logits [N, V] anew, as after a change of the weights."""
+        self.project = prepacked_projection(self.engine.model, self.engine.backend)
 
     def prefill(self, samples: int) -> Tensor:
         """See `Decoding`."""

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -65,19 +64,28 @@ class FusedLora(lora.Linear):
 
     def plain_adapter(self) -> str | None:
         """The only active adapter, if what is to be computed is y = x W' + s (x A') B' and the base is frozen."""
+        name = self.plain_adapter_in_eval()
+        dropout = None if name is None else self.lora_dropout[name]
+        return None if self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0 else name
+
+    def plain_adapter_in_eval(self) -> str | None:
+        """The same without dropout, as in eval mode."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.base_layer
         if self.disable_adapters or self.merged or len(active) != 1 or type(base) is not nn.Linear or base.weight.requires_grad:
             return None
         name: str = active[0]
-        dropout = self.lora_dropout[name]
-        drops = self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
-        return None if drops or name in self.lora_variant or self.lora_B[name].bias is not None else name
+        return None if name in self.lora_variant or self.lora_B[name].bias is not None else name
 
 
-def use_fused_lora(model: PeftModel, backend: Backend) -> None:
+def use_fused_lora(model: nn.Module, backend: Backend) -> None:
     """Let the model's LoRA layers on linear modules be `FusedLora`; their weights and names stay as they are."""
     replace_modules(model, lambda module: FusedLora if type(module) is lora.Linear else None, backend)
+
+
+def use_peft_lora(model: nn.Module, backend: Backend) -> None:
+    """The other way round, as on a quantized base, where PEFT's own LoRA layers compute."""
+    replace_modules(model, lambda module: lora.Linear if type(module) is FusedLora else None, backend)
 
 
 def replace_modules(model: nn.Module, kind_of: Callable[[nn.Module], type[nn.Module] | None], backend: Backend) -> None:

@@ -111,6 +111,22 @@ def prepacked_weights(
                 layer.prepacked = None
 
 
+def why_not_prepacked(model: nn.Module, backend: Backend, dtype: torch.dtype) -> str:
+    """Why no weight is prepacked for sampling, in words for the user; empty where some are.
+
+    Args:
+        model: With or without LoRA layers.
+        backend: Of the model.
+        dtype: Of the products.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FusedLora)]
+    if not layers:
+        return "no layer has LoRA"
+    if all(layer.plain_adapter_in_eval() is None for layer in layers):
+        return "its LoRA is of a special kind, such as DoRA, or on quantized weights"
+    return backend.why_no_copies(next(model.parameters()).device, dtype)
+
+
 def _groups(model: nn.Module, backend: Backend, together: Iterable[Sequence[nn.Module]]) -> list[list[FusedLora]]:
     """All layers of plain LoRA; those that are multiplied at once together."""
     plain = [module for module in model.modules() if isinstance(module, FusedLora) and module.plain_adapter() is not None]
@@ -119,8 +135,8 @@ def _groups(model: nn.Module, backend: Backend, together: Iterable[Sequence[nn.M
         group = [layer for layer in layers if isinstance(layer, FusedLora) and layer.plain_adapter() is not None]
         if len(group) > 1 and backend.copies_pay(weight_of(group[0].base_layer).device):
             groups.append(group)
-    joined = {id(layer) for group in groups for layer in group}
-    return [*groups, *([layer] for layer in plain if id(layer) not in joined)]
+    joined = {layer for group in groups for layer in group}
+    return [*groups, *([layer] for layer in plain if layer not in joined)]
 
 
 class _Products:

@@ -18,7 +18,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from hybrid_lightning.adapters.digest import model_digest
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import CheckpointError, PlanError
 from hybrid_lightning.parts import translated
 from hybrid_lightning.policy.precision import dtype_of_precision

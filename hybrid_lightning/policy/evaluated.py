@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import StopStringCriteria
 
-from hybrid_lightning.engine.passes import base_model
+from hybrid_lightning.engine import base_model
 from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
 from hybrid_lightning.policy.language import LanguageModule

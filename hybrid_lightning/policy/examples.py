@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from hybrid_lightning.engine.logprobs import token_logprobs
+from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import ExampleLoss
 from hybrid_lightning.policy.evaluation import EvaluationMetrics

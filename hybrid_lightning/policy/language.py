@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.describe import describe_arguments
@@ -50,7 +50,7 @@ from hybrid_lightning.sharding.checks import check_strategy
 from hybrid_lightning.types import PolicyBatch, Prompt
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine.engine import Engine
+    from hybrid_lightning.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class LanguageModule(AdaptedModule):
         self.stop_ids = stop_token_ids(load_generation_config(what.source, self.model_config), self.tokenizer)
 
     def _load_weights(self, what: _ToLoad) -> None:
-        from hybrid_lightning.engine.engine import Engine  # with PEFT, which takes a second to import
+        from hybrid_lightning.engine import Engine  # with PEFT, which takes a second to import
 
         loaded = load_model(what.source, self.dtype_name, what.attn_implementation, self.model_config)
         self.engine = Engine(loaded)

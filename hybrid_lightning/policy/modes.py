@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine import Backend
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from hybrid_lightning.engine.passes import default_token_budget
+from hybrid_lightning.engine import default_token_budget
 from hybrid_lightning.errors import TrainingError
 from hybrid_lightning.losses.shares import combine_metrics
 from hybrid_lightning.policy.evaluated import EvaluatedModule

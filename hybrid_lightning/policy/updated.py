@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hybrid_lightning.engine.logprobs import token_logprobs
+from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.losses.shares import share
 from hybrid_lightning.policy.agreement import compare_with_sampler

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
-from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.decoding import decoding_of
+from hybrid_lightning.engine import decoding_of
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.parts import Part
 from hybrid_lightning.rollout.batching import pad_left
@@ -24,7 +23,7 @@ from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
+    from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
 
 
 class Sampler(Part):
@@ -222,7 +221,7 @@ class _Decoder:
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         sampler = self.sampler
         if not self.greedy and sampler.top_k == 0 and sampler.top_p == 1 and self.engine.backend.usable(logits):
-            return kernels.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
+            return self.engine.backend.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
         scaled = logits.float() if self.sampler.temperature == 1 else logits.float() / self.sampler.temperature
         if self.greedy:
             token = scaled.argmax(dim=-1)

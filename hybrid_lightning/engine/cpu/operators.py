@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hybrid_lightning.engine.cpu.build import library
+from hybrid_lightning.engine.cpu.build import library, why_none
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _KINDS = {Tensor, torch.nn.Parameter}  # not those that only look like one, such as distributed tensors
@@ -38,6 +38,15 @@ def usable(*tensors: Tensor) -> bool:
         if part.dtype is not dtype or not part.is_cpu or type(part) not in _KINDS:
             return False
     return dtype in _SUFFIX and library() is not None
+
+
+def why_unusable(dtype: torch.dtype) -> str:
+    """Why there are no kernels for tensors of a dtype on the CPU, in words for the user; empty where there are."""
+    if library() is None:
+        return why_none() or "they were switched off"
+    return (
+        "" if dtype in _SUFFIX else f"they compute with float32 and bfloat16, and the model with {str(dtype).partition('.')[2]}"
+    )
 
 
 def fit(*tensors: Tensor) -> bool:

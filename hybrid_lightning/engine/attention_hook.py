@@ -1,6 +1,6 @@
 """How a Hugging Face model is made to attend as a `Packing` says, and the trial whether that gives the model's own numbers.
 
-The sequences of a batch go through the model as one row of tokens without padding; everything in a decoder but attention treats
+The sequences of a batch go through the model as one packed sequence without padding; everything in a decoder but attention treats
 each token by itself. The model's attention layers call the function registered here with transformers' attention interface. It
 hands queries, keys and values to the packing that came with the call, or, for a call without one, to the implementation that the
 model had.
@@ -30,7 +30,7 @@ from hybrid_lightning.types import Sequences
 logger = logging.getLogger(__name__)
 
 _PREFIX = "packed_"
-# Tensors among the arguments of an attention layer that say nothing about who attends to whom.
+# Tensors that layers hand to attention, and that say nothing about who attends to whom.
 _HARMLESS = {"position_ids", "cache_position"}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # Relative to the spread of the logits. Wrong attention changes them by tenths at least.
@@ -106,7 +106,7 @@ def try_packing(model: nn.Module, backend: Backend) -> AttentionCalls:
 
     Args:
         model: Causal language model.
-        backend: Of its fused layers.
+        backend: That of its fused layers.
 
     Returns:
         What its layers ask of attention.
@@ -131,7 +131,7 @@ def try_packing(model: nn.Module, backend: Backend) -> AttentionCalls:
 
 
 def _check(model: nn.Module, base: PreTrainedModel, backend: Backend) -> AttentionCalls:
-    """What the layers ask for; raises UnsupportedAttentionError unless packed and separate sequences agree."""
+    """What the layers ask for; raises UnsupportedAttentionError unless packed and padded sequences give the same logits."""
     config: Any = base.config.get_text_config()
     expected = _expected_windows(config)
     calls = AttentionCalls()

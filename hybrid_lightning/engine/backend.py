@@ -21,7 +21,7 @@ from hybrid_lightning.engine.cpu import operators
 from hybrid_lightning.engine.cpu.build import library
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
-_FEWEST = 500_000  # multiplications: below, the call costs more than it saves
+_FEWEST = 500_000  # multiplications in a product; with fewer, oneDNN's call costs more than it saves
 
 
 class Backend:
@@ -36,7 +36,7 @@ class Backend:
 
     @contextmanager
     def in_pass(self, value: bool = True) -> Iterator[None]:
-        """Within this context a pass of the engine runs, or none does."""
+        """Within this context the fused layers know that a pass of the engine runs; with False, that none does."""
         before, self._in_pass = self._in_pass, value
         try:
             yield
@@ -44,7 +44,7 @@ class Backend:
             self._in_pass = before
 
     def recomputed_alike(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """The `context_fn` of a checkpoint whose forward pass, made again in the backward pass, is to use the same operators."""
+        """Two contexts for `torch.utils.checkpoint` (its `context_fn`), by which a repeated forward pass uses the same operators."""
         return nullcontext(), self.in_pass(self._in_pass)
 
     def usable(self, *tensors: Tensor) -> bool:
@@ -79,11 +79,11 @@ class Backend:
         return device.type == "cpu"
 
     def key_dtype(self, key: Tensor) -> torch.dtype:
-        """The dtype to keep keys in that many later calls will use: the one that they would else be converted to every time."""
+        """The dtype of cached keys: float32 where products need it, so that keys are converted once and not at every token."""
         return torch.float32 if self.products_are_faster(key.device) else key.dtype
 
     def copies_pay(self, device: torch.device) -> bool:
-        """Whether decoding is so much faster by a copy of the weights, made for its products, that it is worth the memory."""
+        """Whether decoding gains enough by a copy of the weights, made for its products, to be worth the memory."""
         return device.type == "cpu"
 
     def why_no_copies(self, device: torch.device, dtype: torch.dtype) -> str:

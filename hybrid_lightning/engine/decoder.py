@@ -5,7 +5,7 @@ its tensors. On a CPU that takes as long as a small model's layer computes: with
 and one of the embedded policy 0.8, with the same numbers bit for bit. On an accelerator what lies between the layers' attentions
 is compiled.
 
-Once for each model its own pass and this one have to give the same; else its own is used.
+Once for each model both passes are tried on a few tokens. Where their numbers differ, the model's own pass is used.
 """
 
 import logging
@@ -48,8 +48,8 @@ class FastDecoder:
 
         Args:
             model: Causal language model in eval mode, within `prepacked_weights`.
-            layers: Of its decoder.
-            backend: Of its fused layers.
+            layers: Those of its decoder.
+            backend: That of its fused layers.
         """
         decoder = base_model(model).get_decoder()
         if not self._tried:
@@ -128,7 +128,7 @@ class _Layer(Protocol):
 
 
 class _PlainLayer:
-    """Plain calls."""
+    """A layer by plain calls of its parts."""
 
     def __init__(self, known: KnownLayer) -> None:
         self.known = known

@@ -1,13 +1,12 @@
 """Decoder layers whose computation is known: those that compute what Llama's, Mistral's, Qwen2's or Qwen3's do.
 
 They are recognised by their classes and by what they consist of, and a trial then has to give the same numbers (`decoder.py`).
-Where somebody watches the modules' calls, as FSDP does, they are not known, since they have to be called.
+Modules whose calls are watched by hooks, as by FSDP's, have to be called as modules: they are not known.
 
-For accelerators what a layer computes before and after its attention is two functions that torch compiles. There a token of a
-layer is some sixty small operations, each of which takes longer to launch than to compute; torch.compile makes few kernels of all
-that lies between the matrix products, and one call of each function. They are functions of tensors alone: every rollout has new
-tensors (s B, for one), and all layers share what was compiled for one of them; layers with other kinds of projections, such as a
-fully trained one among those with LoRA, get a variant of their own.
+For accelerators, what a layer computes before and after its attention is two functions that torch compiles. Uncompiled, a token
+of a layer takes some sixty small operations there, each of which takes longer to launch than to compute. The functions take
+tensors alone, so that all layers and rollouts share what was compiled for the first layer. A layer with other kinds of
+projections, such as a fully trained one among those with LoRA, gets a compiled variant of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -66,12 +65,12 @@ def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[
     """The decoder's layers.
 
     Args:
-        decoder: Of a causal language model.
+        decoder: The decoder of a causal language model.
         calls: What its layers ask of attention.
-        backend: Of its fused layers.
+        backend: That of its fused layers.
 
     Raises:
-        UnknownLayerError: Unless all of the decoder is known, and nobody watches.
+        UnknownLayerError: Unless all of the decoder is known and none of its modules is watched by hooks.
     """
     if type(decoder) not in _FAMILIES:
         blocks = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
@@ -128,14 +127,14 @@ def compiling_pays(device: torch.device) -> bool:
 
 
 class Norm(NamedTuple):
-    """Of root mean squares."""
+    """A root mean square norm."""
 
     weight: Tensor  # [n]
     eps: float
 
 
 class BeforeAttention(NamedTuple):
-    """What a layer's queries, keys and values are made with."""
+    """What makes a layer's queries, keys and values."""
 
     norm: Norm
     projections: tuple[ProductFactors, ProductFactors, ProductFactors]
@@ -144,7 +143,7 @@ class BeforeAttention(NamedTuple):
 
 
 class AfterAttention(NamedTuple):
-    """What a layer makes of the attention's result."""
+    """What makes a layer's output of the result of attention."""
 
     output: ProductFactors
     norm: Norm
@@ -157,10 +156,10 @@ def before_attention(hidden: Tensor, cosines: Tensor, sines: Tensor, layer: Befo
     """Queries [N, H, D], keys [N, K, D] and values [N, K, D].
 
     Args:
-        hidden: [N, n].
-        cosines: Of the rotary embeddings, [N, D].
-        sines: [N, D].
-        layer: Of the decoder.
+        hidden: Hidden states before the layer, [N, n].
+        cosines: Cosines of the rotary embeddings, [N, D].
+        sines: Sines, [N, D].
+        layer: Weights of the layer.
     """
     x = _normed(hidden, layer.norm)
     query, key, value = (multiply(x, factors).view(x.shape[0], -1, layer.head_size) for factors in layer.projections)
@@ -171,12 +170,12 @@ def before_attention(hidden: Tensor, cosines: Tensor, sines: Tensor, layer: Befo
 
 
 def after_attention(hidden: Tensor, attended: Tensor, layer: AfterAttention) -> Tensor:
-    """The next layer's [N, n].
+    """Hidden states after the layer, [N, n].
 
     Args:
-        hidden: [N, n].
-        attended: [N, H D].
-        layer: Of the decoder.
+        hidden: Hidden states before the layer, [N, n].
+        attended: Result of attention, [N, H D].
+        layer: Weights of the layer.
     """
     hidden = hidden + multiply(attended, layer.output)
     x = _normed(hidden, layer.norm)
@@ -195,7 +194,7 @@ def variants_allowed() -> Iterator[None]:
 
 
 class CompiledLayer:
-    """A layer by the two functions, while weights do not change."""
+    """A layer by `before_attention` and `after_attention`, while weights do not change."""
 
     def __init__(self, before: BeforeAttention, after: AfterAttention) -> None:
         self.before, self.after = before, after
@@ -218,7 +217,7 @@ def compiled_layers(layers: list[KnownLayer]) -> list[CompiledLayer] | None:
 
 
 def adapters_of(layers: list[KnownLayer]) -> list[BaseTunerLayer | ModulesToSaveWrapper]:
-    """What can be disabled in them."""
+    """The adapters in the layers, which can be disabled."""
     modules = [module for layer in layers for module in _projections(layer)]
     return [module for module in modules if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))]
 

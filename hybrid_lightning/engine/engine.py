@@ -46,7 +46,7 @@ def use_fused_modules(model: nn.Module, backend: Backend) -> None:
 
     Args:
         model: Changed in place.
-        backend: Of the model.
+        backend: That of the model.
     """
     use_fused_lora(model, backend)
     use_fused_layers(model, backend)
@@ -67,7 +67,7 @@ class Engine:
 
     Args:
         model: Adapted or not.
-        backend: Of its fused layers; None for a model that has none yet.
+        backend: That of its fused layers; None for a model that has none yet.
     """
 
     def __init__(self, model: nn.Module, backend: Backend | None = None) -> None:
@@ -130,11 +130,11 @@ class Engine:
         return f"engine{'' if self._has_adapter else ' of the model without an adapter'}: {_described(self.passes())}"
 
     def hidden(self, ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
-        """Hidden states [N, H] before the output layer of N tokens in one row.
+        """Hidden states [N, H] of N packed tokens, before the output layer.
 
         Args:
             ids: [N].
-            positions: [N].
+            positions: [N], each counted within its sequence.
             packing: Who attends to whom.
         """
         if self._pass is not None and not torch.is_grad_enabled():
@@ -144,10 +144,10 @@ class Engine:
 
     @contextmanager
     def sampling(self, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """Within this context weights do not change, so that what products need of them is made once, and layers are plain calls.
+        """Within this context weights do not change: they are prepacked for products once, and layers are plain calls.
 
         Args:
-            dtype: Of the products; None takes that of each weight.
+            dtype: Dtype of the products; None takes that of each weight.
         """
         self.prepare()
         layers = self._known_layers()

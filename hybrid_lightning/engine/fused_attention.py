@@ -83,7 +83,7 @@ def use_fused_attention(model: nn.Module, backend: Backend) -> None:
 
     Args:
         model: Changed in place. Its projections may have adapters already.
-        backend: Of the model.
+        backend: That of the model.
     """
     tried: dict[Hashable, bool] = {}
 
@@ -199,7 +199,7 @@ def rotary(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> 
     """Rotated queries and keys, by transformers' function where there is no operator.
 
     Args:
-        backend: Of the model.
+        backend: That of the model.
         q: [B, H, N, D].
         k: [B, K, N, D].
         cos: [B, N, D], or [1, N, D].
@@ -220,10 +220,10 @@ def rotary(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> 
 
 
 def rotary_of_tokens(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for N tokens in one row, without a gradient.
+    """The same for N packed tokens, without a gradient.
 
     Args:
-        backend: Of the model.
+        backend: That of the model.
         q: [N, H, D].
         k: [N, K, D].
         cos: [N, D], contiguous.

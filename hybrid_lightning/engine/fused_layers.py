@@ -23,9 +23,9 @@ from hybrid_lightning.engine.fused_lora import Factors, FusedLora, lora_gradient
 
 
 class FusedRMSNorm(LlamaRMSNorm):
-    """Root mean square normalisation that keeps its input and one number a token."""
+    """Root mean square norm that keeps nothing for its backward pass but its input and one number a token."""
 
-    backend = Backend()  # off, until it gets that of its model
+    backend = Backend()  # without operators, until it gets that of its model
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
@@ -39,7 +39,7 @@ class FusedRMSNorm(LlamaRMSNorm):
 
 
 class FusedMLP(LlamaMLP):
-    """Gated MLP that keeps the gate and what it is multiplied by; their product is made once more in the backward pass."""
+    """Gated MLP that keeps the outputs of gate and up projection alone, and computes their product again in the backward pass."""
 
     backend = Backend()
 
@@ -58,12 +58,12 @@ class FusedMLP(LlamaMLP):
         return result
 
     def activated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """What the last product gets, without a gradient: silu(gate) up, [..., m]."""
+        """The input of the down projection, without a gradient: silu(gate) up, [..., m]."""
         return _gated_silu(gate, up, self.backend.usable_in_layers(gate, up))
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether somebody waits for calls of this module, so that it has to be called."""
+    """Whether hooks wait for calls of this module, so that it has to be called as a module."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
@@ -72,7 +72,7 @@ def use_fused_layers(model: nn.Module, backend: Backend) -> None:
 
     Args:
         model: Changed in place.
-        backend: Of the model; fused layers that it has already get it, too.
+        backend: That of the model; layers that are fused already get it, too.
     """
     replace_modules(model, _fused_layer, backend)
 
@@ -163,7 +163,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tensor, Tensor]:
-    """The norm of x [..., n], and r [..., 1]."""
+    """The norm of x [..., n], and its r [..., 1] (see `_RMSNorm`)."""
     same = _in_dtype_of(x, weight)
     if backend.usable_in_layers(x, same):
         return kernels.rms_norm(x, same, eps)
@@ -171,14 +171,14 @@ def _norm(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tens
 
 
 def plain_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What `FusedRMSNorm` computes without a kernel: w x r [..., n] of x [..., n], and r [..., 1]."""
+    """What `FusedRMSNorm` computes without an operator: w x r [..., n] for x [..., n], and r [..., 1]."""
     exact = x.float()
     inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (exact * inverse).to(x.dtype), inverse
 
 
 def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
-    """A weight as a kernel takes it; the same numbers, or as it is where the norm of x has the weight's dtype."""
+    """The weight in the dtype of x where that keeps its numbers, as an operator takes it; else the weight as it is."""
     if weight.dtype == x.dtype or torch.promote_types(x.dtype, weight.dtype) != x.dtype:
         return weight
     return weight.to(x.dtype)
@@ -191,14 +191,14 @@ def _gated_silu(gate: Tensor, up: Tensor, has_kernel: bool) -> Tensor:
 
 
 def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
-    """Of gate and up."""
+    """Gradients of gate and up [..., m], from that of silu(gate) up."""
     if backend.usable(outer, gate, up):
         return kernels.gated_silu_backward(outer, gate, up)
     return torch.ops.aten.silu_backward(outer * up, gate), F.silu(gate).mul_(outer)
 
 
 class _GatedSiLU(torch.autograd.Function):
-    """silu(gate) up."""
+    """silu(gate) up, [..., m], which keeps gate and up."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, backend: Backend) -> Tensor:
@@ -214,7 +214,7 @@ class _GatedSiLU(torch.autograd.Function):
 
 
 class _GatedLora(torch.autograd.Function):
-    """LoRA of silu(gate) up."""
+    """A LoRA layer of silu(gate) up, which keeps gate and up and not their product."""
 
     @staticmethod
     def forward(

@@ -78,14 +78,14 @@ def last_logits(
 def own_hidden(
     model: nn.Module, ids: Tensor, positions: Tensor, packing: Packing, attention_calls: AttentionCalls | None = None
 ) -> Tensor:
-    """Hidden states [N, H] before the output layer of N tokens in one row, by the forward pass of the decoder itself.
+    """Hidden states [N, H] of N packed tokens before the output layer, by the forward pass of the decoder itself.
 
     Args:
         model: Causal language model that attends by packings.
         ids: [N].
-        positions: [N].
-        packing: Who attends to whom; it keeps keys and values itself, if it wants them later.
-        attention_calls: Takes note of the layers' attention.
+        positions: [N], each counted within its sequence.
+        packing: Who attends to whom; it stores keys and values itself, if it wants them later.
+        attention_calls: Records what the layers ask of attention.
     """
     arguments: dict[str, Any] = {
         "input_ids": ids[None],
@@ -139,7 +139,7 @@ def _changes_of_logits(base: PreTrainedModel) -> dict[str, Any]:
 
 
 def prepacked_projection(model: nn.Module, backend: Backend) -> Callable[[Tensor], Tensor]:
-    """`project` for many calls between which weights do not change, without a gradient. It may hold a copy of the weight."""
+    """`project` without a gradient, for many calls between which weights do not change. It may hold a copy of the weight."""
     weight = plain_projection(model)
     if weight is None:
         return partial(project, model)
@@ -158,19 +158,19 @@ def default_token_budget(model: nn.Module, device: torch.device) -> int:
 
     Args:
         model: Causal language model, adapted or not.
-        device: That computes; the weights may lie elsewhere.
+        device: The one that computes; the weights may lie elsewhere.
     """
     text = base_model(model).config.get_text_config()
     return tokens_of_pass(text, recomputes_activations(model), device.type == "cpu")
 
 
 def tokens_of_pass(config: Any, recomputes: bool, on_cpu: bool) -> int:
-    """The same from the config of a language model.
+    """Tokens of a pass, as `default_token_budget`, from what is known of a model before it is there.
 
     Args:
-        config: Of the text model.
+        config: Config of the language model, without those of other parts.
         recomputes: Whether gradient checkpointing is on.
-        on_cpu: Or on an accelerator.
+        on_cpu: Whether a CPU computes, or an accelerator.
     """
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden

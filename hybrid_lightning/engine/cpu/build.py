@@ -1,4 +1,4 @@
-"""Compiles the kernels for this processor, once, and loads them.
+"""Compiles the CPU kernels for this processor, once, and loads them.
 
 They are compiled on the user's machine because only there it is known what the processor can do, and without torch's headers, so
 that it takes seconds. The library lies in the user's cache folder under a name that says all that it depends on.

@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors. Their callers ask `usable` first, and compute with torch where it says no."""
+"""The CPU kernels as functions of tensors. Callers ask `usable` first, and compute with torch where it says no."""
 
 import ctypes
 from collections.abc import Iterable
@@ -50,7 +50,7 @@ def why_unusable(dtype: torch.dtype) -> str:
 
 
 def fit(*tensors: Tensor) -> bool:
-    """Whether tensors have one dtype, and one that kernels compute with."""
+    """Whether tensors, wherever they lie, all have one dtype that kernels compute with."""
     dtype = tensors[0].dtype
     return dtype in _SUFFIX and all(part.dtype == dtype for part in tensors)
 
@@ -74,7 +74,7 @@ def call(name: str, dtype: torch.dtype, tensors: Iterable[Tensor | None], *numbe
 
 
 def _floats(*shape: int) -> Tensor:
-    """Room for float32, whatever torch's default dtype and device are: precision plugins set them."""
+    """An empty float32 tensor on the CPU, whatever torch's default dtype and device are: precision plugins set them."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 

@@ -44,7 +44,7 @@ class Backend:
             self._in_pass = before
 
     def recomputed_alike(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Two contexts for `torch.utils.checkpoint` (its `context_fn`), by which a repeated forward pass uses the same operators."""
+        """The `context_fn` of `torch.utils.checkpoint`, by which a repeated forward pass uses the operators of the first one."""
         return nullcontext(), self.in_pass(self._in_pass)
 
     def usable(self, *tensors: Tensor) -> bool:

@@ -6,7 +6,7 @@
         decoding_of(engine, ids, mask, max_new_tokens)
 
 Whoever makes the model makes its engine and hands it on. `engine.passes()` says which of its passes are fast, and why others are
-not; the same is logged once for a model.
+not. A run logs the same once.
 """
 
 from collections.abc import Iterator, Mapping
@@ -76,24 +76,29 @@ class Engine:
         self._trial: _Trial | None = None
         self._fast = FastDecoder()
         self._pass: Pass | None = None
-        self._told = False
+        self._is_to_report = self._has_reported = False
 
     def of(self, adapted: nn.Module) -> "Engine":
         """The engine of the same model with an adapter in it, which needs no new trial."""
         engine = Engine(adapted, self.backend)
         engine._trial, engine._fast = self._trial, self._fast
+        engine._is_to_report, engine._has_reported = self._is_to_report, self._has_reported
         return engine
 
     def prepare(self) -> None:
         """Find out by a few tokens whether the model can be packed; on sharded weights, on all ranks together.
 
-        It is done once, at the latest before the first pass. Then the log says which passes are fast.
+        It is done once, at the latest before the first pass.
         """
         if self._trial is None:
             self._trial = self._try_packing()
-        if not self._told:
-            self._told = True
+        if self._is_to_report and not self._has_reported:
+            self._has_reported = True
             rank_zero_info(self.description())
+
+    def report(self) -> None:
+        """Log, once, which passes are fast. That is at the next pass, when the model is on its device and perhaps sharded."""
+        self._is_to_report = True
 
     def assume_packing(self) -> None:
         """Let the model attend by packings without a trial, as where its weights are not there.
@@ -102,7 +107,7 @@ class Engine:
             UnsupportedAttentionError: If the model does not call transformers' attention interface.
         """
         use_packing(base_model(self.model))
-        self._trial, self._told = _Trial(None, "it was not tried"), True
+        self._trial = _Trial(None, "it was not tried")
 
     @property
     def packs(self) -> bool:

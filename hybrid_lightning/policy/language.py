@@ -234,6 +234,8 @@ class LanguageModule(AdaptedModule):
         """Check what cannot work before anything is spent (see `check_settings`)."""
         super().setup(stage)
         self.check_settings()
+        if self.is_loaded:  # and adapted, since callbacks come first
+            self.engine.report()
 
     def check_settings(self) -> None:
         """Called before scoring and before training.

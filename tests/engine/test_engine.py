@@ -46,8 +46,10 @@ def lines(caplog):
 def test_all_passes_of_known_families_are_fast(family, caplog):
     engine = build(family)
     with caplog.at_level(logging.INFO):
-        assert not slow(engine)
-        engine.prepare()
+        assert not slow(engine) and not lines(caplog), "nobody wants to know it yet"
+        for _ in range(2):
+            engine.report()
+            engine.prepare()
     assert lines(caplog) == [
         "engine: packed training, shared prompts, fused layers, CPU kernels, prepacked weights and fast decoding"
     ]
@@ -92,6 +94,7 @@ def test_a_family_whose_attention_cannot_be_packed(caplog):
     model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=2, target_modules=["dense_h_to_4h"]))
     engine = Engine(model.eval())
     use_fused_modules(model, engine.backend)
+    engine.report()
     with caplog.at_level(logging.INFO):
         reasons = slow(engine)
     assert reasons["packed training"] == reasons["shared prompts"] == reasons["fast decoding"]
@@ -167,25 +170,36 @@ def test_a_processor_without_onednn(monkeypatch):
     assert "no AVX-512" in slow(build("llama"))["prepacked weights"]
 
 
-def test_a_model_without_an_adapter_says_so_and_the_adapted_one_speaks_again(caplog):
+@needs_kernels
+def test_a_model_without_an_adapter_says_so():
+    engine = Engine(build_model("llama"))
+    engine.prepare()
+    assert engine.description().startswith(
+        "engine of the model without an adapter: packed training, shared prompts and CPU kernels;"
+    )
+    assert "the model has no adapter, with which its layers are fused" in engine.description()
+
+
+@needs_kernels
+def test_what_is_to_be_reported_is_so_by_the_engine_of_the_adapted_model(caplog):
     base = build_model("llama")
     engine = Engine(base)
     with caplog.at_level(logging.INFO):
-        engine.prepare()
+        engine.prepare()  # as for scoring
+        engine.report()
         adapted = engine.of(get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])))
         use_fused_modules(adapted.model, adapted.backend)
         adapted.prepare()
-        adapted.prepare()
-    first, second = lines(caplog)
-    assert first.startswith("engine of the model without an adapter: packed training, shared prompts")
-    assert "the model has no adapter, with which its layers are fused" in first
-    assert second.startswith("engine: packed training, shared prompts, fused layers")
+        adapted.of(adapted.model).prepare()  # as when it is sharded
+    (line,) = lines(caplog)
+    assert line.startswith("engine: packed training, shared prompts, fused layers")
 
 
 def test_a_run_says_it(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         fit(write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl"), tmp_path / "runs", max_steps=2)
-    assert len([line for line in lines(caplog) if line.startswith("engine: packed training")]) == 1
+    (line,) = lines(caplog)
+    assert line.startswith("engine: packed training, shared prompts, fused layers"), "of the adapted model, and not while scored"
 
 
 def test_a_copy_of_an_engine_is_one_of_its_own():

@@ -94,6 +94,8 @@ class FastDecoder:
     def _compiles(
         self, decoder: Any, layers: list[KnownLayer], backend: Backend, packed: PackedSequences, expected: Tensor
     ) -> bool:
+        if compiled_layers(layers) is None:
+            self.why_not_compiled = "a projection is of a special kind, such as a quantized one"
         logger.info("torch.compile compiles the layers of %s for sampling, once", type(decoder).__name__)
         try:
             off = _difference(_compiled_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)

@@ -122,8 +122,14 @@ _MOST_VARIANTS = 64
 
 def compiling_pays(device: torch.device) -> bool:
     """Whether to compile for a device, if `TORCH_COMPILE_DISABLE` does not forbid it. On a CPU it does not pay."""
-    # Devices that torch's compiler writes Triton kernels for.
-    return device.type in ("cuda", "xpu") and not torch._dynamo.config.disable
+    return not why_not_compiled(device)
+
+
+def why_not_compiled(device: torch.device) -> str:
+    """Why nothing is compiled for a device, in words for the user; empty where it pays."""
+    if device.type not in ("cuda", "xpu"):  # devices that torch's compiler writes Triton kernels for
+        return f"compiling does not pay on {device.type}"
+    return "TORCH_COMPILE_DISABLE=1 is set" if torch._dynamo.config.disable else ""
 
 
 class Norm(NamedTuple):

@@ -22,7 +22,7 @@ from hybrid_lightning.engine.attention import AttentionCalls, Packing, Unsupport
 from hybrid_lightning.engine.attention_hook import try_packing, use_packing
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.decoder import FastDecoder, Pass
-from hybrid_lightning.engine.decoder_layers import KnownLayer, UnknownLayerError, known_layers
+from hybrid_lightning.engine.decoder_layers import KnownLayer, UnknownLayerError, known_layers, why_not_compiled
 from hybrid_lightning.engine.fused_attention import FusedAttention, use_fused_attention
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
 from hybrid_lightning.engine.fused_lora import use_fused_lora
@@ -127,7 +127,7 @@ class Engine:
             "fast decoding": packing or self._why_own_decoding(),
         }
         if device.type != "cpu" and not reasons["fast decoding"]:
-            reasons["compiled layers"] = self._fast.why_not_compiled
+            reasons["compiled layers"] = why_not_compiled(device) or self._fast.why_not_compiled
         return reasons
 
     def description(self) -> str:

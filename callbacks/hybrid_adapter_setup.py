@@ -29,7 +29,7 @@ from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evalua
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import measured
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.language import LanguageModule
@@ -303,7 +303,7 @@ class HybridAdapterSetup(Configurable, Callback):
                     "All calibration rewards tie, so rollouts carry no signal: modules are scored by the supervised gradient of "
                     "the reference answers instead."
                 )
-        from hybrid_lightning.engine.fused_layers import use_fused_layers  # PEFT is slow to import
+        from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
 
         total = len(losses) if hasattr(losses, "__len__") else None
         # As when it is adapted: the passes of scoring are as large as those of training.

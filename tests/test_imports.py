@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hybrid_lightning
+from hybrid_lightning import engine
 
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
@@ -96,6 +97,18 @@ def test_no_arrow_points_the_wrong_way(name):
         if imported != PACKAGE and part_of(imported) not in MAY_IMPORT[part] | {part}
     }
     assert not wrong, f"{name} must not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if part_of(name) != "engine"])
+def test_the_engine_is_used_by_its_public_names(name):
+    """Its files may be cut anew without a change elsewhere."""
+    inside = {imported for imported in imports_of(name) if imported.startswith(f"{PACKAGE}.engine.")}
+    assert not inside, f"{name} reaches into {sorted(inside)}: import from {PACKAGE}.engine what it needs"
+
+
+@pytest.mark.parametrize("name", engine.__all__)
+def test_the_public_names_of_the_engine_are_there(name):
+    assert getattr(engine, name).__module__.startswith(f"{PACKAGE}.engine.")
 
 
 @pytest.mark.parametrize("name", FILES)

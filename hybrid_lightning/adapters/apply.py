@@ -23,9 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.lora_settings import ADAPTER, lora_config
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.fused_layers import use_fused_layers, use_fused_rotary
-from hybrid_lightning.engine.fused_lora import use_fused_lora
+from hybrid_lightning.engine import Backend, use_fused_modules
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 
@@ -72,9 +70,7 @@ def apply_plan(
     for parameter in (*full.values(), *lora.values()):
         parameter.data = parameter.data.to(dtype)
     _set_dora_lengths(adapted)
-    backend = backend or Backend()
-    for use_fused in (use_fused_lora, use_fused_layers, use_fused_rotary):
-        use_fused(adapted, backend)
+    use_fused_modules(adapted, backend or Backend())
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trainable == {*full, *lora}, "PEFT made other parameters trainable than those of the adapter"
     return adapted

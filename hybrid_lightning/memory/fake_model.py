@@ -3,18 +3,16 @@
 An adapted model of a few layers whose tensors have shapes but no memory, and which computes on them as on a CPU.
 
 Fake tensors pretend to lie on the CPU even where the run will use an accelerator, since a torch without CUDA cannot pretend the
-other. Where the engine itself goes another way on accelerators, `PlannedBackend` says so.
+other. Where the engine itself goes another way on accelerators, its `PlannedBackend` says so.
 """
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from peft.tuners import lora
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -24,16 +22,15 @@ from torch.utils._pytree import tree_leaves
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.engine.attention_hook import UnsupportedAttentionError, use_packing
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.cpu.build import library
-from hybrid_lightning.engine.cpu.operators import fit
-from hybrid_lightning.engine.cpu.products import packs
-from hybrid_lightning.engine.engine import Engine
-from hybrid_lightning.engine.fused_layers import use_fused_layers
-from hybrid_lightning.engine.fused_lora import FusedLora, replace_modules
-from hybrid_lightning.engine.packing import PackedSequences
-from hybrid_lightning.engine.passes import base_model
+from hybrid_lightning.engine import (
+    Engine,
+    PackedSequences,
+    PlannedBackend,
+    UnsupportedAttentionError,
+    base_model,
+    use_fused_layers,
+    use_peft_lora,
+)
 from hybrid_lightning.errors import ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import meta_model, plan_of_budget
@@ -131,14 +128,14 @@ class FakeModel:
             with torch.device("meta"):
                 model = apply_plan(model, plan, settings.keep_start_weights, settings.trained_dtype, backend)
         if settings.quantization is not None:
-            _use_peft_lora(model, backend)
+            use_peft_lora(model, backend)
+        self.model, self.engine = model, Engine(model, backend)
         try:
-            use_packing(base_model(model))
+            self.engine.assume_packing()
         except UnsupportedAttentionError as error:
             raise ModelError(f"the memory of a {settings.config.model_type!r} model cannot be planned: {error}") from error
         if settings.gradient_checkpointing:
             checkpoint_gradients(base_model(model), backend)
-        self.model, self.engine = model, Engine(model, backend)
         self._fake_weights()
 
     def fake(self, tensor: Tensor) -> Tensor:
@@ -198,36 +195,5 @@ class FakeModel:
         return dataclasses.replace(value, **entries)  # type: ignore[type-var]
 
 
-class PlannedBackend(Backend):
-    """What the engine would compute by on a CPU or on an accelerator, whatever fake tensors pretend to lie on."""
-
-    def __init__(self, on_cpu: bool) -> None:
-        super().__init__()
-        self._on_cpu = on_cpu
-        self._has_operators = on_cpu and library() is not None
-
-    def usable(self, *tensors: Tensor) -> bool:
-        """See `Backend`."""
-        return self._has_operators and fit(*tensors)
-
-    def products_are_faster(self, device: torch.device) -> bool:
-        """See `Backend`."""
-        return self._on_cpu
-
-    def copies_pay(self, device: torch.device) -> bool:
-        """See `Backend`."""
-        return self._on_cpu
-
-    def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """See `Backend`; with the copy that there would be, since what packs knows no fake tensors."""
-        kept = weight.clone() if self._on_cpu and packs(weight.dtype) else weight
-        return lambda rows: F.linear(rows, kept)
-
-
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-def _use_peft_lora(model: nn.Module, backend: Backend) -> None:
-    """On a quantized base PEFT's own LoRA layers compute, which keep more."""
-    replace_modules(model, lambda module: lora.Linear if type(module) is FusedLora else None, backend)

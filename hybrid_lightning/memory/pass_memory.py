@@ -9,13 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.decoding import SharedPromptDecoding
-from hybrid_lightning.engine.logprobs import logprobs_of_hidden
-from hybrid_lightning.engine.packing import PackedSequences, begins_group
-from hybrid_lightning.engine.passes import prepacked_projection
-from hybrid_lightning.engine.prepacked import prepacked_weights
+from hybrid_lightning.engine import Backend, PackedSequences, SharedPromptDecoding, begins_group, logprobs_of_hidden
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.rollout.batching import split_by_tokens
@@ -131,8 +125,8 @@ def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
     fake.fake_layout(decoding.layout)
     decoding.lengths = fake.fake(decoding.lengths)
     dtype = torch.bfloat16 if settings.mixed_precision else None
-    with fake.computing() as live, torch.no_grad(), fake.autocast(), prepacked_weights(fake.model, fake.engine.backend, dtype):
-        decoding.project = prepacked_projection(fake.model, fake.engine.backend)
+    with fake.computing() as live, torch.no_grad(), fake.autocast(), fake.engine.sampling(dtype):
+        decoding.prepack_projection()
         packed = live.bytes
         live.restart_peak()
         logits = decoding.prefill(samples)
@@ -156,7 +150,7 @@ def _draw(logits: Tensor, backend: Backend) -> None:
     """What the sampler does with logits, at its defaults."""
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
     if backend.usable(logits):
-        kernels.draw_tokens(logits, uniform, 1.0)
+        backend.draw_tokens(logits, uniform, 1.0)
     else:
         scaled = logits.float()
         token = draw(filter_logits(scaled, 0, 1.0), uniform)

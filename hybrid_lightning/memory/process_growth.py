@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrid_lightning.engine.cpu.build import library
+from hybrid_lightning.engine import has_operators
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import ModelSizes
 from hybrid_lightning.process import KEPT_PRODUCTS
@@ -72,9 +72,9 @@ def growth(settings: RunSettings, sizes: ModelSizes, tensors: float, batches: Co
         split: Whether weights are split over processes by then; else they stay in the file that they are read from.
     """
     narrow = settings.mixed_precision or settings.dtype != torch.float32
-    engine = _BY_TORCH if library() is None else _BY_KERNELS
+    engine = _BY_KERNELS if has_operators() else _BY_TORCH
     products = (engine.narrow if narrow else engine.float32)[sizes.share_full < 1]
-    if narrow and library() is None:
+    if narrow and not has_operators():
         products += int(_SIZES * settings.completion_tokens * len(set(batches)))
     base = sizes.parameters * settings.dtype.itemsize
     in_file = 0 if split or settings.quantization is not None else min(base, sizes.frozen_bytes)

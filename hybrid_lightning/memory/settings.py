@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.engine.token_budget import tokens_of_pass
+from hybrid_lightning.engine import tokens_of_pass
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.optim import OptimizerCallable
 from hybrid_lightning.policy.quantization import Quantization

@@ -22,7 +22,7 @@ from torch.optim import AdamW
 
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
 from hybrid_lightning.configurable import constructor_defaults, describe_arguments, translated
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.optim import (
     ConstantSchedule,
@@ -34,11 +34,11 @@ from hybrid_lightning.policy.optim import (
 from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.policy.quantization import Quantization, quantize_base
 from hybrid_lightning.sharding.checkpoints import read_content, write_whole_files
-from hybrid_lightning.sharding.forward import Weights, weights_of
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import name_state, parameter_names, trained_names
 from hybrid_lightning.sharding.sharded_folder import is_folder, read_weights
+from hybrid_lightning.sharding.weights import Weights, weights_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

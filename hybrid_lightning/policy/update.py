@@ -16,7 +16,7 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from hybrid_lightning.engine.token_budget import default_token_budget
+from hybrid_lightning.engine import default_token_budget
 from hybrid_lightning.errors import TrainingError
 from hybrid_lightning.losses.shares import combine_metrics, is_extreme, join
 from hybrid_lightning.rollout.batching import join_rows, split_by_tokens

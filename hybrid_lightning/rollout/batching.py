@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hybrid_lightning.engine.packing import begins_group
+from hybrid_lightning.engine import begins_group
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.types import PolicyBatch, Rewards, Rollouts, Sequences
 

@@ -9,6 +9,7 @@ in float32, and a random generator of its own whose state a checkpoint can hold.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,15 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StopStringCriteria, TopKLogitsWarper
 
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.decoding import decoding_of
+from hybrid_lightning.engine import decoding_of
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
+    from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
 
 
 _BLOCK = 256  # tokens
@@ -127,7 +127,6 @@ class Sampler(Configurable):
         self.top_p = top_p
         self.top_k = top_k
         self.stop = tuple(stop)
-        self._stop_criteria: tuple[int, StopStringCriteria] | None = None
 
     @torch.no_grad()
     def sample(
@@ -141,6 +140,7 @@ class Sampler(Configurable):
         generator: torch.Generator | PromptDraws | None = None,
         greedy: bool = False,
         stop_ids: Sequence[int] | None = None,
+        stop_criteria: StopStringCriteria | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> Rollouts:
         """Complete every prompt `samples_per_prompt` times.
@@ -155,6 +155,7 @@ class Sampler(Configurable):
                 torch's global generator.
             greedy: Take the most probable token instead of sampling (`samples_per_prompt` must then be 1).
             stop_ids: Token ids that end a completion; None takes the tokenizer's end-of-sequence token.
+            stop_criteria: The result of `stop_criteria` for the tokenizer; None makes it for this call alone.
             on_token: Called after every token with (sequences still running, tokens decoded), for progress bars; what it
                 raises ends the sampling.
 
@@ -165,8 +166,10 @@ class Sampler(Configurable):
             ConfigError: If the longest prompt and completion do not fit into the model's positions.
         """
         assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
-        decoder = _Decoder(self, engine, tokenizer, stop_ids or [int(tokenizer.eos_token_id)], generator, greedy)
         device = next(engine.model.parameters()).device
+        ending_ids = torch.tensor(list(stop_ids or [int(tokenizer.eos_token_id)]), device=device)
+        stops = _Stops(ending_ids, stop_criteria or self.stop_criteria(tokenizer))
+        decoder = _Decoder(self, engine, tokenizer, stops, generator, greedy)
         ids, mask = pad_left(prompt_ids, decoder.pad_id, device)
         check_positions(getattr(engine.model, "config", None), ids.shape[1], self.max_new_tokens)
         tokens, logprobs, lengths, finished = decoder.run(ids, mask, samples_per_prompt, on_token)
@@ -188,12 +191,11 @@ class Sampler(Configurable):
         return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
 
     def stop_criteria(self, tokenizer: PreTrainedTokenizerBase) -> StopStringCriteria | None:
-        """The (cached) test for stop strings; None if there are none."""
-        if not self.stop:
-            return None
-        if self._stop_criteria is None or self._stop_criteria[0] != id(tokenizer):
-            self._stop_criteria = (id(tokenizer), StopStringCriteria(tokenizer, list(self.stop)))
-        return self._stop_criteria[1]
+        """What finds the stop strings in completions; None if there are none.
+
+        It looks at every token of the vocabulary, which takes long for a large one: who samples often makes it once.
+        """
+        return StopStringCriteria(tokenizer, list(self.stop)) if self.stop else None
 
     def _cut(self, text: str) -> str:
         ends = [text.index(stop) for stop in self.stop if stop in text]
@@ -220,6 +222,14 @@ def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> Non
         )
 
 
+@dataclass(frozen=True)
+class _Stops:
+    """What ends a completion."""
+
+    ids: Tensor  # of tokens, [n]
+    strings: StopStringCriteria | None
+
+
 class _Decoder:
     """One call of `Sampler.sample`: prefill, then one token at a time for the rows that still run."""
 
@@ -228,14 +238,12 @@ class _Decoder:
         sampler: Sampler,
         engine: "Engine",
         tokenizer: PreTrainedTokenizerBase,
-        stop_ids: Sequence[int],
+        stops: "_Stops",
         generator: torch.Generator | PromptDraws | None,
         greedy: bool,
     ) -> None:
-        self.sampler, self.engine, self.generator, self.greedy = sampler, engine, generator, greedy
+        self.sampler, self.engine, self.stops, self.generator, self.greedy = sampler, engine, stops, generator, greedy
         self.device = next(engine.model.parameters()).device
-        self.stop_ids = torch.tensor(list(stop_ids), device=self.device)
-        self.stop_criteria = sampler.stop_criteria(tokenizer)
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
     def run(
@@ -277,7 +285,7 @@ class _Decoder:
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         sampler = self.sampler
         if not self.greedy and sampler.top_k == 0 and sampler.top_p == 1 and self.engine.backend.usable(logits):
-            return kernels.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
+            return self.engine.backend.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
         scaled = logits.float() if self.sampler.temperature == 1 else logits.float() / self.sampler.temperature
         if self.greedy:
             token = scaled.argmax(dim=-1)
@@ -292,7 +300,7 @@ class _Decoder:
         return torch.rand(len(rows), 1, dtype=torch.float64, device=self.device, generator=self.generator)
 
     def _ended(self, token: Tensor, completion: Tensor) -> Tensor:
-        ended = torch.isin(token, self.stop_ids)
-        if self.stop_criteria is not None:
-            ended = ended | self.stop_criteria(completion, None).to(ended.device)
+        ended = torch.isin(token, self.stops.ids)
+        if self.stops.strings is not None:
+            ended = ended | self.stops.strings(completion, None).to(ended.device)
         return ended

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_memory import Case
 
-from hybrid_lightning.engine.cpu.products import packs
+from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.memory import SingleDevice, plan_memory
 
 CASES = {

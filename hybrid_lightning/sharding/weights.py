@@ -1,15 +1,17 @@
-"""Computing with a model whose weights may be split over ranks by other ways than its own `forward`.
+"""`Weights`: computing with a model whose weights may be split over ranks, by other ways than its own `forward`.
 
 FSDP gathers the weights of a module before its forward pass, and reduces its gradients after its backward pass, around the
 call of the module. The policy computes log-probabilities from parts of the model, so the whole is called once around them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
+from torch.distributed.fsdp._common_utils import TrainingState
 
 Result = TypeVar("Result")
 
@@ -37,9 +39,52 @@ class Weights:
         return function()
 
 
+class FSDP1Unit(FullyShardedDataParallel):
+    """A part of a model whose weights FSDP1 gathers together.
+
+    It can be called while all weights are summoned, too. Then there is nothing to gather, and FSDP1's own forward pass refuses.
+    """
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Of the module that it wraps, whose weights are gathered meanwhile."""
+        if self.training_state == TrainingState.SUMMON_FULL_PARAMS:
+            return self.module(*arguments, **options)
+        return super().forward(*arguments, **options)
+
+
+class _OrFunction(ActivationWrapper):
+    """A model, or a function that is computed in its place, between the outermost unit of FSDP1 and the model.
+
+    The base class is torch's for wrappers that FSDP1 knows: it leaves them out of the names of weights and out of `unit.module`.
+    """
+
+    def forward(self, *arguments: Any, computed_by: Callable[[], Any] | None = None, **options: Any) -> Any:
+        """The result of `computed_by`, if there is such a function, or else of the model."""
+        if computed_by is not None:
+            return computed_by()
+        return self._checkpoint_wrapped_module(*arguments, **options)
+
+
+def split_by_fsdp1(model: nn.Module, blocks: Collection[nn.Module], **options: Any) -> FSDP1Unit:
+    """Split a model into units of FSDP1, such that `weights_of` can compute with it.
+
+    FSDP1's own wrapping policies would make the units of its own class.
+
+    Args:
+        model: That every rank has in full; the blocks in it are replaced.
+        blocks: Modules that become units. What is outside of them is one more.
+        **options: Of `FullyShardedDataParallel`, for each unit.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in blocks:
+                parent.add_module(name, FSDP1Unit(child, **options))
+    return FSDP1Unit(_OrFunction(model), **options)
+
+
 def weights_of(model: nn.Module) -> Weights:
     """How to compute with the weights of a model, which may have been split."""
-    if isinstance(model, FullyShardedDataParallel):
+    if isinstance(model, FSDP1Unit):
         return _Weights1(model)
     return _Weights2(model) if isinstance(model, FSDPModule) else Weights()
 
@@ -97,39 +142,23 @@ class _Weights2(_ShardedWeights):
 
 
 class _Weights1(_ShardedWeights):
-    """Of FSDP1, whose wrappers call the forward pass of what they wrap: meanwhile that is the function."""
+    """Of FSDP1, whose outermost unit calls a function in the place of the model where it is handed one."""
 
-    def __init__(self, model: FullyShardedDataParallel) -> None:
+    def __init__(self, model: FSDP1Unit) -> None:
         super().__init__()
         self._model = model
 
     def as_forward(self, function: Callable[[], Result]) -> Result:
         if self._within:
             return function()
-
-        def forward() -> Result:
-            restore()  # the function may itself call the model
-            return function()
-
-        restore = _replace_forward(self._model.module, forward)
         with self._gathered_once():
-            try:
-                result: Result = self._model()
-                return result
-            finally:
-                restore()
+            result: Result = self._model(computed_by=function)
+            return result
 
     def gathered(self, function: Callable[[], Result], as_trained: bool = False) -> Result:
-        wrappers = [module for module in self._model.modules() if isinstance(module, FullyShardedDataParallel)]
         flagged = _all_flagged_as_trained(self._model) if as_trained else nullcontext()
-        with flagged, FullyShardedDataParallel.summon_full_params(self._model, writeback=False), self._gathered_once():
-            # What the wrappers would do in their forward pass is done, and they refuse to do it now.
-            restores = [_replace_forward(wrapper, wrapper.module.__call__) for wrapper in wrappers]
-            try:
-                return function()
-            finally:
-                for restore in restores:
-                    restore()
+        with flagged, FSDP1Unit.summon_full_params(self._model, writeback=False), self._gathered_once():
+            return function()
 
 
 def _call(function: Callable[[], Result]) -> Result:
@@ -147,17 +176,3 @@ def _all_flagged_as_trained(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-def _replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Replace the forward pass of one module; returns what puts it back, which may be called again."""
-    original = vars(module).get("forward")
-    module.forward = forward
-
-    def restore() -> None:
-        if original is not None:
-            module.forward = original
-        elif "forward" in vars(module):
-            del module.forward
-
-    return restore

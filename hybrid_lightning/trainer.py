@@ -22,7 +22,7 @@ from hybrid_lightning.export.adapter_folder import AdapterFolder
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.sources import policy_of_checkpoint
 from hybrid_lightning.export.trained import ExportForm
-from hybrid_lightning.export.write import check_target, write_policy, written
+from hybrid_lightning.export.write import check_target, write_policy, written_message
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
 from hybrid_lightning.memory.peaks import notes, rich_table, title
@@ -221,7 +221,7 @@ class Trainer(LightningTrainer):
         if policy is not None:
             form = form or MergedModel()
             write_policy(policy, form, folder)
-            say(written(policy, form, folder))
+            say(written_message(policy, form, folder))
             if ckpt_path is not None and isinstance(form, (MergedModel, AdapterFolder)):
                 validated = bool(policy.training.before or policy.training.after)
                 command = export_command(Path(ckpt_path).parent.parent, folder, validated)

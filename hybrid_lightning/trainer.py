@@ -25,7 +25,7 @@ from hybrid_lightning.export.trained import ExportForm
 from hybrid_lightning.export.write import check_target, write_policy, written_message
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
-from hybrid_lightning.memory.peaks import notes, rich_table, title
+from hybrid_lightning.memory.peaks import memory_notes, memory_table, memory_title
 from hybrid_lightning.policy.stepped import TRAINING_METRICS, SteppedModule
 from hybrid_lightning.sharding.checkpoints import read_content, require_checkpoint
 
@@ -248,9 +248,9 @@ class Trainer(LightningTrainer):
             raise ConfigError("plan needs the callback HybridAdapterSetup among trainer.callbacks")
         settings = run_settings(model, adapters[0], datamodule, flags, prompt_tokens)
         methods = plan_memory(settings, flags.sharding)
-        console().print(title(methods, settings, flags.sharding), soft_wrap=True)
-        console().print(rich_table(methods))
-        console().print(notes(methods, settings), soft_wrap=True)
+        console().print(memory_title(methods, settings, flags.sharding), soft_wrap=True)
+        console().print(memory_table(methods))
+        console().print(memory_notes(methods, settings), soft_wrap=True)
 
 
 def _prepares_itself(datamodule: PromptDataModule) -> bool:

@@ -1,9 +1,10 @@
-"""Collect the candidates' mean gradients in one calibration pass, without ever holding all of them in memory.
+"""Collect the candidates' mean gradients in one calibration pass: each gradient is taken when it is ready, added up and freed.
 
-A hook on each candidate's weight takes the gradient as soon as the backward pass has made it, adds what is to be kept of it to
-that module's accumulator, and frees it. A `GradientMode` decides what is kept: all of the gradient (`ExactGradients`) or a
-sketch of it (`SketchedGradients`, in sketch.py). Either is a linear function of the gradient (a `GradientForm`), so the
-gradients of micro-batches and ranks are added up in that form. Only the candidates' weights get gradients.
+A hook on each candidate's weight hands the gradient to that module's accumulator as soon as the backward pass has made it, and
+frees it, so that the whole gradients of all candidates are never there together. A `GradientMode` decides how much of each is
+kept in the
+sums: all of it (`ExactGradients`) or a sketch (`SketchedGradients`, in sketch.py). Either is a linear function of the gradient (a
+`GradientForm`), so gradients of micro-batches and ranks are added up in that form. Only the candidates' weights get gradients.
 """
 
 import math
@@ -36,7 +37,7 @@ class GradientForm(ABC):
 
     @abstractmethod
     def estimate(self, kept: tuple[Tensor, ...]) -> Gradient:
-        """The gradient of which `kept` is what `compress` gives, as far as it is known."""
+        """Estimate a gradient from what was kept of it."""
 
 
 class ExactForm(GradientForm):
@@ -227,7 +228,7 @@ def collect_gradients(
                 if on_loss is not None:
                     on_loss(seen)
         except RunStopped:
-            keep_sums(kept, accumulators, losses, seen, stopped=True)
+            save_progress(kept, accumulators, losses, seen, stopped=True)
             raise
     counts = [seen] if not halves else [(seen + 1) // 2, seen // 2]
     for accumulator in accumulators.values():
@@ -239,7 +240,7 @@ def collect_gradients(
     return accumulators
 
 
-def keep_sums(
+def save_progress(
     kept: KeptScoring, accumulators: Mapping[str, ModuleAccumulator], losses: object, seen: int, stopped: bool = False
 ) -> None:
     """Save the sums over the first `seen` losses, and the state that the remaining losses need, if saving is due."""
@@ -296,7 +297,7 @@ def _backward_all(
                 loss.backward()  # type: ignore[no-untyped-call]
                 index += 1
                 yield index
-                keep_sums(kept, accumulators, losses, index)
+                save_progress(kept, accumulators, losses, index)
             kept.signals.check()
     finally:
         for handle in handles:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode, ModuleAccumulator, collect_gradients, keep_sums
+from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode, ModuleAccumulator, collect_gradients, save_progress
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.spectra import ONE_THREAD_UP_TO
@@ -104,7 +104,9 @@ def score_modules(
                 kept.keep_scores({name: score(name)})
             collected.pop(name, None)  # frees the module's sums once it is scored
     except RunStopped:
-        keep_sums(kept, {name: sums for name, sums in collected.items() if name not in kept.scores}, losses, seen, stopped=True)
+        save_progress(
+            kept, {name: sums for name, sums in collected.items() if name not in kept.scores}, losses, seen, stopped=True
+        )
         raise
     kept.keep_scores({}, last=True)
     return {name: kept.scores[name] for name in candidates}

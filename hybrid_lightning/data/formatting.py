@@ -24,7 +24,7 @@ class PromptFormat(Configurable, ABC):
     """Turns rows into prompts.
 
     Args:
-        template: Template of the question, with columns in braces.
+        template: What the policy is asked, with columns in braces.
         system_prompt: Instruction in front of everything, used unchanged; None for none.
         few_shot: Solved examples in front of the question: a list of rows such as `{"question": "1+1=", "answer": "2"}`, or the
             path of a file with such rows (JSONL, JSON, CSV or Parquet). They need the columns that `template` and
@@ -126,7 +126,7 @@ class ChatFormat(PromptFormat):
 
 
 class FormatBySet(PromptFormat):
-    r"""Gives each set its own format: mathematics with the answer in `\boxed{}`, code in a block of Python.
+    r"""Gives each set its own format, such as mathematics with the answer in `\boxed{}`, code in a block of Python.
 
     Args:
         formats: Name of the set, as in the source `Mixture` -> its format.

@@ -54,7 +54,7 @@ def policy_of_checkpoint(path: str | Path, arguments: Mapping[str, Any] | None =
 def policy_of_module(
     module: LightningModule, steps: int = 0, summary: Any = None, datamodule: Any = None, keep: bool = True
 ) -> TrainedPolicy | None:
-    """Copy plan and trained weights from a module, which is not changed.
+    """Take plan and trained weights from a module, which is not changed.
 
     Under sharding every process must call this, since shards are gathered one weight at a time.
 

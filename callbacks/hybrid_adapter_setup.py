@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, describe, make_plan
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, config_with_defaults, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.kept_scoring import SCORING, KeptScoring
@@ -277,8 +277,8 @@ class HybridAdapterSetup(Configurable, Callback):
         settings = {name: value for name, value in hparams.items() if name not in _AFTER_SCORING and not name.startswith("_")}
         return {
             **{f"model.{name}": value for name, value in sorted(settings.items())},
-            "adapter.scorer": describe(self.scorer),
-            "adapter.gradients": describe(self.gradients or ExactGradients()),
+            "adapter.scorer": config_with_defaults(self.scorer),
+            "adapter.gradients": config_with_defaults(self.gradients or ExactGradients()),
             "adapter.rank": self.lora.rank,
             "adapter.calibration_prompts": self.calibration_prompts,
         }

@@ -14,7 +14,7 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.sources import policy_of_module
 from hybrid_lightning.export.trained import ExportForm, TrainedPolicy
-from hybrid_lightning.export.write import write_policy, written
+from hybrid_lightning.export.write import write_policy, written_message
 
 
 class PolicyExport(Callback):
@@ -100,7 +100,7 @@ class PolicyExport(Callback):
             policy = policy_in_training(trainer, pl_module)
             if policy is not None:
                 target = write_policy(policy, self.form, folder / f"step={trainer.global_step}")
-                say(written(policy, self.form, target))
+                say(written_message(policy, self.form, target))
             trainer.strategy.barrier("PolicyExport")
 
 

@@ -22,10 +22,10 @@ from hybrid_lightning.export.adapter_folder import AdapterFolder
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.sources import policy_of_checkpoint
 from hybrid_lightning.export.trained import ExportForm
-from hybrid_lightning.export.write import check_target, write_policy, written
+from hybrid_lightning.export.write import check_target, write_policy, written_message
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
-from hybrid_lightning.memory.peaks import notes, rich_table, title
+from hybrid_lightning.memory.peaks import memory_notes, memory_table, memory_title
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.update import TRAINING_METRICS
 from hybrid_lightning.sharding.checkpoints import read_content, require_checkpoint
@@ -222,7 +222,7 @@ class Trainer(LightningTrainer):
         if policy is not None:
             form = form or MergedModel()
             write_policy(policy, form, folder)
-            say(written(policy, form, folder))
+            say(written_message(policy, form, folder))
             if ckpt_path is not None and isinstance(form, (MergedModel, AdapterFolder)):
                 validated = bool(policy.training.before or policy.training.after)
                 command = export_command(Path(ckpt_path).parent.parent, folder, validated)
@@ -249,9 +249,9 @@ class Trainer(LightningTrainer):
             raise ConfigError("plan needs the callback HybridAdapterSetup among trainer.callbacks")
         settings = run_settings(model, adapters[0], datamodule, flags, prompt_tokens)
         methods = plan_memory(settings, flags.sharding)
-        console().print(title(methods, settings, flags.sharding), soft_wrap=True)
-        console().print(rich_table(methods))
-        console().print(notes(methods, settings), soft_wrap=True)
+        console().print(memory_title(methods, settings, flags.sharding), soft_wrap=True)
+        console().print(memory_table(methods))
+        console().print(memory_notes(methods, settings), soft_wrap=True)
 
 
 def _prepares_itself(datamodule: PromptDataModule) -> bool:

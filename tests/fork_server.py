@@ -11,6 +11,7 @@ import inspect
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,14 +29,20 @@ from hybrid_lightning.process import _SPINS
 
 _context = get_context("forkserver")
 # With what is imported only as a run needs it, and the helpers of tests.
-_IMPORTED = ["hybrid_lightning.cli", "hybrid_lightning.adapters.apply", "hybrid_lightning.export"]
-_IMPORTED += ["hybrid_lightning.sharding.fsdp1", "hybrid_lightning.sharding.fsdp2", "torch.utils.serialization"]
-_IMPORTED += ["transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb"]
-_IMPORTED += ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.algorithms.ddp_comm_hooks"]
-_IMPORTED += ["torch.utils.tensorboard", "rich._emoji_codes", "matplotlib.backends.backend_agg", "pytest"]
-_IMPORTED += ["tiny_runs", "tiny_examples", "cli_runs", "stopped_runs"]
-_context.set_forkserver_preload(_IMPORTED)
+IMPORTED = ["hybrid_lightning.cli", "hybrid_lightning.adapters.apply", "hybrid_lightning.export"]
+IMPORTED += ["hybrid_lightning.sharding.fsdp1", "hybrid_lightning.sharding.fsdp2", "torch.utils.serialization", "attrs"]
+IMPORTED += ["transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb"]
+IMPORTED += ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.algorithms.ddp_comm_hooks"]
+IMPORTED += ["torch.utils.tensorboard", "rich._emoji_codes", "matplotlib.backends.backend_agg", "pytest"]
+IMPORTED += ["tiny_runs", "tiny_examples", "cli_runs", "stopped_runs"]
+_context.set_forkserver_preload(IMPORTED)
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def forked(target: Callable[..., None], *arguments: Any) -> Any:

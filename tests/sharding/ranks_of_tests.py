@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -10,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fork_server import forked
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from fork_server import forked, free_port
 
 
 def _work(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..., Any], arguments: dict[str, Any]) -> None:

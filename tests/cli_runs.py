@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from tiny_runs import write_model, write_sums
 
+from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.callbacks import hybrid_adapter_setup
 from hybrid_lightning.cli import main
 
@@ -102,14 +103,16 @@ class Result:
         return lines[-1] if lines else ""
 
 
-def run(folder, *arguments) -> Result:
-    """One command in a folder, from which Python imports as it does for `python -m`.
+def empty_picture(plan: AdapterPlan) -> Figure:
+    """In the place of a heat map."""
+    return Figure(figsize=(0.1, 0.1))
 
-    The picture of its plan is empty: drawn twice, it would take as long as a fifth of a small run.
-    """
+
+def run(folder, *arguments) -> Result:
+    """One command in a folder, from which Python imports as it does for `python -m`; the picture of its plan is empty."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(hybrid_adapter_setup, "draw_heatmap", lambda plan: Figure(figsize=(0.1, 0.1)))
+        patch.setattr(hybrid_adapter_setup, "draw_heatmap", empty_picture)
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["hybrid_lightning", *map(str, arguments)])
         torch.set_num_threads(1)

@@ -60,7 +60,7 @@ def forked(target: Callable[..., None], *arguments: Any) -> Any:
 
 def _begin(paths: str | None, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     if paths is None:
-        del os.environ["PYTHONPATH"]
+        os.environ.pop("PYTHONPATH", None)
     else:
         os.environ["PYTHONPATH"] = paths
     gc.freeze()  # what the server has imported is not looked through, nor copied for it

@@ -1,10 +1,10 @@
 """What the study makes of its records: comparisons and tables."""
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fork_server
 import pytest
 
 pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
@@ -166,7 +166,7 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch):
         "before\n<!-- study: headline -->\nold\n<!-- end -->\nbetween\n<!-- study: targets -->\n<!-- end -->\nafter\n"
     )
     options = ("--results", str(tmp_path / "results"), "--pages", str(page))
-    subprocess.run((sys.executable, "-m", "benchmarks.study.analyse", *options), cwd=ROOT, check=True, capture_output=True)
+    fork_server.run((sys.executable, "-m", "benchmarks.study.analyse", *options), cwd=ROOT, check=True, capture_output=True)
     text = page.read_text()
     monkeypatch.setattr(sys, "argv", ["analyse", *options])
     analyse.main()

@@ -4,8 +4,9 @@ The other parts of the project use the names below, and above all `Engine`. A na
 need PEFT, which takes a second to import.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hybrid_lightning.configurable import public_names
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine.attention import UnsupportedAttentionError
@@ -38,22 +39,17 @@ __all__ = [
     "use_peft_lora",
 ]
 
-_FILES = {
-    "attention": ("UnsupportedAttentionError",),
-    "backend": ("Backend", "PlannedBackend", "has_operators"),
-    "decoding": ("SharedPromptDecoding", "decoding_of"),
-    "engine": ("Engine", "use_fused_modules"),
-    "fused_layers": ("use_fused_layers",),
-    "fused_lora": ("use_peft_lora",),
-    "logprobs": ("logprobs_of_hidden", "token_logprobs"),
-    "packing": ("PackedSequences", "begins_group"),
-    "passes": ("base_model", "default_token_budget", "tokens_of_pass"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name."""
-    for file, names in _FILES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{file}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = public_names(
+    __name__,
+    {
+        "attention": ("UnsupportedAttentionError",),
+        "backend": ("Backend", "PlannedBackend", "has_operators"),
+        "decoding": ("SharedPromptDecoding", "decoding_of"),
+        "engine": ("Engine", "use_fused_modules"),
+        "fused_layers": ("use_fused_layers",),
+        "fused_lora": ("use_peft_lora",),
+        "logprobs": ("logprobs_of_hidden", "token_logprobs"),
+        "packing": ("PackedSequences", "begins_group"),
+        "passes": ("base_model", "default_token_budget", "tokens_of_pass"),
+    },
+)

@@ -28,7 +28,7 @@ from hybrid_lightning.memory.sizes import (
 )
 from hybrid_lightning.memory.strategies import FSDP1, Held, Sharding
 from hybrid_lightning.rollout.loader import RolloutSchedule
-from hybrid_lightning.rollout.sampler import check_positions
+from hybrid_lightning.rollout.rollout_engine import check_positions
 
 if TYPE_CHECKING:
     from hybrid_lightning.memory.pass_memory import Traced

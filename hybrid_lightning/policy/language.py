@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, StopStringCriteria
+from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.engine import Backend, base_model
 from hybrid_lightning.errors import ConfigError
@@ -29,7 +29,8 @@ from hybrid_lightning.policy.update import Update, rollout_loader
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.sampler import Sampler, check_positions
+from hybrid_lightning.rollout.rollout_engine import Stops, check_positions
+from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
@@ -106,7 +107,7 @@ class LanguageModule(AdaptedModule, ABC):
         self.signals = StopSignals()  # GracefulStop gives those of the process
         self.generation_listeners: list[Callable[[int, int, int], None]] = []  # of (running, decoded, max_new_tokens)
         self.last_evaluation: dict[str, dict[str, float]] = {}  # set -> metric -> value; "" for all sets
-        self._stop_criteria: StopStringCriteria | None = None  # of the sampler, made for the tokenizer once
+        self._stops: Stops | None = None  # of completions, made for the tokenizer once
         self._told_what_differs = False
         self._missing_batches = 0  # of a prediction, on this rank, where the model is sharded
         if not self._loads_later:
@@ -282,13 +283,12 @@ class LanguageModule(AdaptedModule, ABC):
                     samples_per_prompt,
                     generator=generator,
                     greedy=greedy,
-                    stop_ids=self.pretrained.stop_ids,
-                    stop_criteria=self._stop_criteria,
+                    stops=self._stops,
                     on_token=on_token,
                 )
 
-        if self._stop_criteria is None:
-            self._stop_criteria = self.sampler.stop_criteria(self.tokenizer)
+        if self._stops is None:
+            self._stops = self.sampler.stops(self.tokenizer, self.pretrained.stop_ids)
         with self.inference():
             return self.weights.gathered(sample)
 

@@ -1,27 +1,24 @@
-"""From logits to a token: top-k and top-p (nucleus) truncation as by the logits processors of transformers, and the draw.
-
-`Sampler`: completions of prompts by a causal language model.
+"""`Sampler`: completions of prompts by a causal language model, in the training process.
 
 Each prompt is prefilled once; its key-value cache is then repeated for its G completions, and sequences that ended leave
 the decoding batch. Decoding is written here rather than taken from `generate` because training needs three things that
 `generate` does not give together: the shared prefill, the log-probability of each token under softmax(logits / temperature)
-in float32, and a random generator of its own whose state a checkpoint can hold.
+in float32, and a random generator of its own whose state a checkpoint can hold. From logits to a token, top-k and top-p
+(nucleus) truncate as the logits processors of transformers do. Axes: B rows, V tokens of the vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StopStringCriteria, TopKLogitsWarper
+from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
-from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.engine import decoding_of
-from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops, check_positions
 from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
 
 if TYPE_CHECKING:
@@ -90,43 +87,11 @@ def sums_by_doubling(values: Tensor) -> Tensor:
     return values
 
 
-class Sampler(Configurable):
-    """Samples completions.
+class Sampler(RolloutEngine):
+    """The rollout engine of this project: samples in the training process, by the very weights that are trained.
 
-    Args:
-        max_new_tokens: Longest completion in tokens; one that reaches it without a stop token counts as not finished.
-        temperature: Divides the logits; must be positive. Greedy decoding is a method's argument, since training with it
-            would have no exploration.
-        top_p: Smallest set of tokens whose probability reaches this is kept; 1 keeps all.
-        top_k: Number of most probable tokens kept; 0 keeps all.
-        stop: Strings that end a completion. The tokens of the string stay in the sequence, the text is cut before it.
+    Arguments and errors are those of `RolloutEngine`.
     """
-
-    def __init__(
-        self,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        stop: Sequence[str] = (),
-    ) -> None:
-        if max_new_tokens < 1:
-            raise ConfigError(f"sampler.max_new_tokens must be at least 1, got {max_new_tokens}")
-        if not temperature > 0:
-            raise ConfigError(f"sampler.temperature must be positive, got {temperature}; 1.0 samples from the policy itself")
-        if not 0 < top_p <= 1:
-            raise ConfigError(f"sampler.top_p must be in (0, 1], got {top_p}; 1 keeps all tokens")
-        if top_k < 0:
-            raise ConfigError(f"sampler.top_k must not be negative, got {top_k}; 0 keeps all tokens")
-        if isinstance(stop, str):
-            raise ConfigError(f"sampler.stop must be a list of strings, got the string {stop!r}; write [{stop!r}]")
-        if any(not text for text in stop):
-            raise ConfigError("sampler.stop holds an empty string, which would end every completion at once; remove it")
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.top_p = top_p
-        self.top_k = top_k
-        self.stop = tuple(stop)
 
     @torch.no_grad()
     def sample(
@@ -139,37 +104,13 @@ class Sampler(Configurable):
         *,
         generator: torch.Generator | PromptDraws | None = None,
         greedy: bool = False,
-        stop_ids: Sequence[int] | None = None,
-        stop_criteria: StopStringCriteria | None = None,
+        stops: Stops | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> Rollouts:
-        """Complete every prompt `samples_per_prompt` times.
-
-        Args:
-            engine: Of a causal language model, which the caller puts into eval mode.
-            tokenizer: Decodes the completions; its end-of-sequence token ends them.
-            prompts: P prompts, for the record in the result.
-            prompt_ids: Their token ids.
-            samples_per_prompt: G.
-            generator: Source of randomness: a generator on the model's device, or `PromptDraws` of these prompts; None takes
-                torch's global generator.
-            greedy: Take the most probable token instead of sampling (`samples_per_prompt` must then be 1).
-            stop_ids: Token ids that end a completion; None takes the tokenizer's end-of-sequence token.
-            stop_criteria: The result of `stop_criteria` for the tokenizer; None makes it for this call alone.
-            on_token: Called after every token with (sequences still running, tokens decoded), for progress bars; what it
-                raises ends the sampling.
-
-        Returns:
-            Rollouts of B = P * G sequences, on the model's device.
-
-        Raises:
-            ConfigError: If the longest prompt and completion do not fit into the model's positions.
-        """
+        """See `RolloutEngine`."""
         assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
         device = next(engine.model.parameters()).device
-        ending_ids = torch.tensor(list(stop_ids or [int(tokenizer.eos_token_id)]), device=device)
-        stops = _Stops(ending_ids, stop_criteria or self.stop_criteria(tokenizer))
-        decoder = _Decoder(self, engine, tokenizer, stops, generator, greedy)
+        decoder = _Decoder(self, engine, tokenizer, stops or self.stops(tokenizer), generator, greedy)
         ids, mask = pad_left(prompt_ids, decoder.pad_id, device)
         check_positions(getattr(engine.model, "config", None), ids.shape[1], self.max_new_tokens)
         tokens, logprobs, lengths, finished = decoder.run(ids, mask, samples_per_prompt, on_token)
@@ -190,13 +131,6 @@ class Sampler(Configurable):
         )
         return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
 
-    def stop_criteria(self, tokenizer: PreTrainedTokenizerBase) -> StopStringCriteria | None:
-        """What finds the stop strings in completions; None if there are none.
-
-        It looks at every token of the vocabulary, which takes long for a large one: who samples often makes it once.
-        """
-        return StopStringCriteria(tokenizer, list(self.stop)) if self.stop else None
-
     def _cut(self, text: str) -> str:
         ends = [text.index(stop) for stop in self.stop if stop in text]
         return text[: min(ends)] if ends else text
@@ -204,30 +138,6 @@ class Sampler(Configurable):
 
 def _ends_in_thinking(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
     return str(tokenizer.decode(list(ids[-16:]))).rstrip().endswith("<think>")
-
-
-def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise ConfigError unless a prompt and its completion fit into the positions of a model.
-
-    Args:
-        config: Of the model.
-        prompt_tokens: Of the prompt.
-        max_new_tokens: Longest completion.
-    """
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and prompt_tokens + max_new_tokens > limit:
-        raise ConfigError(
-            f"a prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} exceed the model's {limit} positions; lower "
-            "data.max_prompt_tokens or sampler.max_new_tokens"
-        )
-
-
-@dataclass(frozen=True)
-class _Stops:
-    """What ends a completion."""
-
-    ids: Tensor  # of tokens, [n]
-    strings: StopStringCriteria | None
 
 
 class _Decoder:
@@ -238,12 +148,13 @@ class _Decoder:
         sampler: Sampler,
         engine: "Engine",
         tokenizer: PreTrainedTokenizerBase,
-        stops: "_Stops",
+        stops: Stops,
         generator: torch.Generator | PromptDraws | None,
         greedy: bool,
     ) -> None:
-        self.sampler, self.engine, self.stops, self.generator, self.greedy = sampler, engine, stops, generator, greedy
+        self.sampler, self.engine, self.generator, self.greedy = sampler, engine, generator, greedy
         self.device = next(engine.model.parameters()).device
+        self.stop_ids, self.stop_criteria = torch.tensor(stops.ids, device=self.device), stops.strings
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
     def run(
@@ -300,7 +211,7 @@ class _Decoder:
         return torch.rand(len(rows), 1, dtype=torch.float64, device=self.device, generator=self.generator)
 
     def _ended(self, token: Tensor, completion: Tensor) -> Tensor:
-        ended = torch.isin(token, self.stops.ids)
-        if self.stops.strings is not None:
-            ended = ended | self.stops.strings(completion, None).to(ended.device)
+        ended = torch.isin(token, self.stop_ids)
+        if self.stop_criteria is not None:
+            ended = ended | self.stop_criteria(completion, None).to(ended.device)
         return ended

@@ -4,7 +4,7 @@ from tiny_models import FAMILIES, build_model, build_tokenizer, engine_of
 from tiny_runs import build_policy, write_model
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.rollout import sampler as sampler_module
+from hybrid_lightning.rollout import rollout_engine
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
 
@@ -187,19 +187,19 @@ def test_a_completion_knows_that_its_prompt_began_the_reasoning():
 
 @pytest.fixture
 def criteria_made(monkeypatch):
-    made, original = [], sampler_module.StopStringCriteria
-    monkeypatch.setattr(sampler_module, "StopStringCriteria", lambda *parts: made.append(parts) or original(*parts))
+    made, original = [], rollout_engine.StopStringCriteria
+    monkeypatch.setattr(rollout_engine, "StopStringCriteria", lambda *parts: made.append(parts) or original(*parts))
     return made
 
 
 def test_what_finds_stop_strings_can_be_made_once_for_many_calls(tokenizer, criteria_made):
     sampler = Sampler(max_new_tokens=4, stop=["7", "+"])
-    given = sampler.stop_criteria(tokenizer)
-    assert len(criteria_made) == 1 and Sampler().stop_criteria(tokenizer) is None
+    given = sampler.stops(tokenizer)
+    assert len(criteria_made) == 1 and Sampler().stops(tokenizer).strings is None
     arguments = (engine_of(build_model("llama")), tokenizer, prompts_of("1+"), ids_of(tokenizer, "1+"), 4)
     first, *others = (
-        sampler.sample(*arguments, generator=torch.Generator().manual_seed(1), stop_criteria=criteria).sequences.completion_ids
-        for criteria in (given, given, None)
+        sampler.sample(*arguments, generator=torch.Generator().manual_seed(1), stops=stops).sequences.completion_ids
+        for stops in (given, given, None)
     )
     assert len(criteria_made) == 2, "where none is given, for the call alone"
     assert all(torch.equal(ids, first) for ids in others)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hybrid_lightning.losses.shares import is_extreme, join
+from hybrid_lightning.losses.shares import is_extreme, join_metric
 from hybrid_lightning.sharding.ranks import gather_objects, largest_over_ranks, sum_over_ranks
 
 
@@ -39,7 +39,7 @@ class StepMetrics:
         self._count += 1
         for name, value in shares.items():
             kept = self._extremes if is_extreme(name) else self._shares
-            kept[name] = join(name, kept[name], value) if name in kept else value
+            kept[name] = join_metric(name, kept[name], value) if name in kept else value
         for name, value in means.items():
             self._means[name] = self._means.get(name, torch.zeros_like(value)) + value
         return {**self._shares, **{name: value / self._count for name, value in self._means.items()}, **self._extremes}

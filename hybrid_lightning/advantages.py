@@ -56,7 +56,7 @@ class AdvantageEstimator(Configurable, ABC):
         [0.0, -1.0]
     """
 
-    divides_by_group_std = False  # which gives prompts more weight whose rewards hardly differ; see `PolicyLoss.takes_group_std`
+    divides_by_group_std = False  # True favours prompts whose rewards hardly differ (see `PolicyLoss.takes_group_std`)
 
     @abstractmethod
     def estimate(self, groups: Tensor) -> Tensor:

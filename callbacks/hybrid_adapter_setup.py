@@ -36,7 +36,7 @@ from hybrid_lightning.policy.calibrated import CalibratedModule
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.policy.stepped import begin_epoch_anew
-from hybrid_lightning.sharding.checkpoints import is_there, read_content
+from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
 from hybrid_lightning.stopping import RunStopped
 
 _SHOWN_OTHERS = 10  # modules of a plan on the screen, beside the fully trained ones
@@ -359,7 +359,9 @@ class HybridAdapterSetup(Configurable, Callback):
 def _checkpoint(trainer: Trainer) -> dict[str, Any] | None:
     """What is about to be loaded, without its tensors."""
     path = trainer.ckpt_path
-    return read_content(path) if path and is_there(path) else None  # Lightning itself says that a checkpoint is missing
+    return (
+        read_checkpoint(path) if path and checkpoint_exists(path) else None
+    )  # Lightning itself says that a checkpoint is missing
 
 
 def _mean_loss(losses: Iterable[Tensor]) -> float:

@@ -27,7 +27,7 @@ from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
 from hybrid_lightning.memory.peaks import notes, rich_table, title
 from hybrid_lightning.policy.stepped import TRAINING_METRICS, SteppedModule
-from hybrid_lightning.sharding.checkpoints import read_content, require_checkpoint
+from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
 
 _STAGES = {
     "fit": TrainerFn.FITTING,
@@ -216,7 +216,7 @@ class Trainer(LightningTrainer):
         else:
             for callback in self.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, HybridAdapterSetup):
-                    check_evaluated(read_content(ckpt_path), callback)
+                    check_evaluated(read_checkpoint(ckpt_path), callback)
             policy = policy_of_checkpoint(ckpt_path, dict(model.hparams), datamodule) if self.is_global_zero else None
         if policy is not None:
             form = form or MergedModel()

@@ -22,12 +22,12 @@ from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.errors import CheckpointError, PlanError
 from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.policy.quantization import Quantization, quantize_base
-from hybrid_lightning.sharding.checkpoints import read_content, write_whole_files
+from hybrid_lightning.sharding.checkpoints import read_checkpoint, write_whole_files
 from hybrid_lightning.sharding.forward import Weights, weights_of
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
-from hybrid_lightning.sharding.parameters import name_state, parameter_names, trained_names
-from hybrid_lightning.sharding.sharded_folder import is_folder, read_weights
+from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter_names, trained_names
+from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -140,7 +140,7 @@ class AdaptedModule(LightningModule):
         if "optimizer_states" in checkpoint:
             names = parameter_names(self)
             states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
-            checkpoint["optimizer_states"] = [name_state(state, optimizer, names) for state, optimizer in states]
+            checkpoint["optimizer_states"] = [name_optimizer_state(state, optimizer, names) for state, optimizer in states]
         checkpoint[CHECKPOINT_KEY] = {
             "plan": None if self.plan is None else self.plan.to_dict(),
             "keep_start_weights": self.keep_start_weights,
@@ -208,10 +208,10 @@ class AdaptedModule(LightningModule):
             CheckpointError: If a folder is not whole, or what it holds does not fit.
         """
         content = None
-        if is_folder(checkpoint_path):  # which Lightning cannot read
+        if is_sharded_checkpoint(checkpoint_path):  # which Lightning cannot read
             content = read_weights(Path(checkpoint_path))
         elif isinstance(checkpoint_path, (str, Path)) and Path(checkpoint_path).is_file():
-            content = read_content(checkpoint_path)
+            content = read_checkpoint(checkpoint_path)
             if translated(content.get(_ARGUMENTS)) == content.get(_ARGUMENTS):
                 content = None
         if content is not None:

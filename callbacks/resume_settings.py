@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import SaveConfigCallback
 
-from hybrid_lightning.configurable import Configurable, public_path, translated
+from hybrid_lightning.configurable import Configurable, public_path, with_public_paths
 from hybrid_lightning.policy.adaptation import adapter_state
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.rollout.prompt_order import prompts_digest
@@ -134,6 +134,6 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 def imported(path: str) -> type | None:
     """The class of a path if its module is there already: a checkpoint is no reason to import one."""
-    module, _, name = translated(path).rpartition(".")
+    module, _, name = with_public_paths(path).rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     return found if isinstance(found, type) else None

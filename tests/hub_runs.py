@@ -75,7 +75,7 @@ def _serve() -> None:
         os.environ.pop("HF_TOKEN", None)
         if asked["token"]:
             os.environ["HF_TOKEN"] = asked["token"]
-        hub.answers.cache_clear()  # each command is a process of its own to a user
+        hub.hub_answers.cache_clear()  # each command is a process of its own to a user
         try:
             result = run(asked["folder"], *asked["arguments"])
         except BaseException as error:  # what a command line must never let out

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
-from hybrid_lightning.configurable import translated
+from hybrid_lightning.configurable import with_public_paths
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.errors import CheckpointError, PlanError
 from hybrid_lightning.policy.precision import dtype_of_precision
@@ -212,11 +212,11 @@ class AdaptedModule(LightningModule):
             content = read_weights(Path(checkpoint_path))
         elif isinstance(checkpoint_path, (str, Path)) and Path(checkpoint_path).is_file():
             content = read_checkpoint(checkpoint_path)
-            if translated(content.get(_ARGUMENTS)) == content.get(_ARGUMENTS):
+            if with_public_paths(content.get(_ARGUMENTS)) == content.get(_ARGUMENTS):
                 content = None
         if content is not None:
             checkpoint_path = io.BytesIO()
-            torch.save({**content, _ARGUMENTS: translated(content.get(_ARGUMENTS))}, checkpoint_path)
+            torch.save({**content, _ARGUMENTS: with_public_paths(content.get(_ARGUMENTS))}, checkpoint_path)
             checkpoint_path.seek(0)
         module: Self = super().load_from_checkpoint(checkpoint_path, *arguments, **options)
         return module

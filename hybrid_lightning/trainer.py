@@ -15,7 +15,7 @@ from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.policy_export import policy_in_training
 from hybrid_lightning.callbacks.resume import check_evaluated
 from hybrid_lightning.callbacks.run_folder import RunFolder, find_run_folder, run_folder
-from hybrid_lightning.callbacks.step_timer import measured
+from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export.adapter_folder import AdapterFolder
@@ -105,7 +105,7 @@ class Trainer(LightningTrainer):
 
     def save_checkpoint(self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None) -> None:
         """Save a checkpoint as Lightning does, and measure the time."""
-        with measured(self, "checkpoint"):
+        with time_charged_to(self, "checkpoint"):
             super().save_checkpoint(filepath, weights_only, storage_options)
 
     def _run_stage(self) -> Any:

@@ -1,10 +1,14 @@
-"""`Sampler`: completions of prompts by a causal language model, in the training process.
+"""`Sampler`: samples completions of prompts from a causal language model, in the training process.
 
-Each prompt is prefilled once; its key-value cache is then repeated for its G completions, and sequences that ended leave
-the decoding batch. Decoding is written here rather than taken from `generate` because training needs three things that
-`generate` does not give together: the shared prefill, the log-probability of each token under softmax(logits / temperature)
-in float32, and a random generator of its own whose state a checkpoint can hold. From logits to a token, top-k and top-p
-(nucleus) truncate as the logits processors of transformers do. Axes: B rows, V tokens of the vocabulary.
+Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order, S prompt tokens, T completion tokens, V
+vocabulary.
+
+Each prompt is prefilled once. Its key-value cache is then repeated for its G completions, and sequences that have ended leave the
+decoding batch. The decoding loop is written here instead of using `generate`, because training needs three things that `generate`
+does not offer together: the shared prefill, the log-probability of each token under softmax(logits / temperature) in float32, and
+a random generator of its own whose state a checkpoint can hold.
+
+Logits become a token by top-k and top-p (nucleus) truncation, as with the logits processors of transformers, and a draw.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +33,9 @@ _BLOCK = 256  # tokens
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [B, V] with every token outside the kept set at minus infinity; top-k first, as in `generate`."""
+    """Set the logits, [B, V], of tokens outside of the top-k and top-p sets to minus infinity; top-k first, as in `generate`."""
     if top_k > 0:
-        unused = torch.empty(0, dtype=torch.long)  # this processor does not look at the tokens so far
+        unused = torch.empty(0, dtype=torch.long)  # this processor ignores the tokens so far
         logits = TopKLogitsWarper(top_k)(unused, logits)
     if top_p < 1:
         logits = _top_p(logits, top_p)
@@ -39,7 +43,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _top_p(logits: Tensor, top_p: float) -> Tensor:
-    """What `TopPLogitsWarper` gives, whose sums are in no order on a GPU."""
+    """The same result as that of `TopPLogitsWarper`, whose cumulative sums are not deterministic on a GPU."""
     ascending, order = logits.sort(dim=1, stable=True)
     left_out = running_sums(ascending.softmax(dim=1)) <= 1 - top_p
     left_out[:, -1] = False
@@ -47,11 +51,18 @@ def _top_p(logits: Tensor, top_p: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One token [B] per row of logits [B, V] for uniform numbers [B, 1] float64, by inverting the distribution function.
+    """Draw one token per row of logits by inverting the cumulative distribution.
 
-    `torch.multinomial` draws V exponential numbers for a token, which for a vocabulary of 50,000 takes longer on a CPU than the
-    model's output layer; this takes one, and looks it up in blocks of tokens first, so that only one block is summed up token by
-    token. Running sums are in float64: V small float32 numbers would not add up to 1 well enough.
+    `torch.multinomial` draws V exponential numbers for each token, which for a vocabulary of 50,000 takes longer on a CPU than
+    the model's output layer. This function needs one number. It looks the number up in blocks of tokens first, so that only one
+    block is summed up token by token. Running sums are in float64, since V small float32 numbers do not add up to 1 well enough.
+
+    Args:
+        logits: [B, V].
+        uniform: [B, 1] float64, uniform random numbers in [0, 1).
+
+    Returns:
+        [B] int64, token ids.
     """
     width = logits.shape[1]
     probabilities = logits.softmax(dim=-1)
@@ -63,25 +74,25 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     block = torch.searchsorted(ends, target, right=True).clamp(max=blocks.shape[1] - 1)
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
-    # The first token whose cumulative probability exceeds the number, and where rounding of the block's sum leaves none the last
-    # with any probability: never one of probability zero.
+    # The first token whose cumulative probability exceeds the number. If there is none, because the sum of the block is rounded,
+    # the last token with a probability above zero.
     token = torch.searchsorted(running_sums(inside.double()), target - before, right=True).squeeze(1)
     last = _BLOCK - 1 - inside.flip(1).gt(0).long().argmax(dim=1)
     return block.squeeze(1) * _BLOCK + torch.minimum(token, last)
 
 
 def running_sums(values: Tensor) -> Tensor:
-    """Cumulative sums of [B, n] along the second axis, in an order that is always the same.
+    """Cumulative sums of [B, n] along the second axis, added in an order that is always the same.
 
-    That of `torch.cumsum` on a GPU is not, and `trainer.deterministic=true` refuses it there.
+    On a GPU `torch.cumsum` adds in no fixed order, and `trainer.deterministic=true` refuses it.
     """
     return values.cumsum(dim=1) if values.device.type == "cpu" else sums_by_doubling(values)
 
 
 def sums_by_doubling(values: Tensor) -> Tensor:
-    """The same by about log2(n) additions of whole tensors."""
+    """Cumulative sums of [B, n] by about log2(n) additions of whole tensors."""
     step = 1
-    while step < values.shape[1]:  # each number is the sum of the last `step` ones, or of all before
+    while step < values.shape[1]:  # each entry is the sum of up to `step` original entries that end with it
         values = torch.cat([values[:, :step], values[:, step:] + values[:, :-step]], dim=1)
         step *= 2
     return values
@@ -141,7 +152,7 @@ def _ends_in_thinking(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
 
 
 class _Decoder:
-    """One call of `Sampler.sample`: prefill, then one token at a time for the rows that still run."""
+    """One call of `Sampler.sample`: prefill, then one token at a time for the sequences that have not ended."""
 
     def __init__(
         self,
@@ -160,11 +171,11 @@ class _Decoder:
     def run(
         self, ids: Tensor, mask: Tensor, samples: int, on_token: Callable[[int, int], None] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns tokens [B, T], log-probabilities [B, T], lengths [B] and finished [B]."""
+        """Decode. Returns tokens [B, T], log-probabilities [B, T], lengths [B] and finished [B]."""
         decoding = decoding_of(self.engine, ids, mask, self.sampler.max_new_tokens)
         logits = decoding.prefill(samples)
         batch = logits.shape[0]
-        rows = torch.arange(batch, device=self.device)  # which sequence each row of the decoding batch is
+        rows = torch.arange(batch, device=self.device)  # the sequence of each row of the decoding batch
         running = torch.ones(batch, dtype=torch.bool, device=self.device)
         lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         tokens = torch.full((batch, self.sampler.max_new_tokens), self.pad_id, device=self.device)
@@ -183,7 +194,7 @@ class _Decoder:
                 break
             remaining = -(-alive // leaving) * leaving
             if remaining < len(rows):
-                # Rows that have ended fill up what does not leave yet.
+                # Rows leave in multiples of `leaving`: some that have ended stay until enough can leave together.
                 keep = running.logical_not().long().argsort(stable=True)[:remaining].sort().values
                 decoding.select(keep)
                 rows, token, running = rows[keep], token[keep], running[keep]

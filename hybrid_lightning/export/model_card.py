@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy, Training
+from hybrid_lightning.hub import offline_if_unreachable
 from hybrid_lightning.metrics import LOWER, UPPER
 
 _SHOWN_MODULES = 24  # the card lists at most so many fully trained modules; plan.json has all

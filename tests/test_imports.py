@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_parser": GROUND | {"remedies"},
     "process": set(),
     "__main__": {"cli", "process", "sharding", "stopping"},
-    "__init__": GROUND | {"version"},
+    "__init__": GROUND,
 }
 TORCH_ONLY = ["losses", "advantages", "adapters.scores", "adapters.scorers", "adapters.sketch"]
 HEAVY = {"lightning", "transformers", "peft", "datasets", "torchmetrics", "matplotlib", "rich"}

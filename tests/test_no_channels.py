@@ -6,7 +6,7 @@ import pytest
 from test_imports import FILES, PACKAGE
 
 # A program's names are looked after where it runs, and a copy of a module has its parts.
-OWN_NAMESPACES = {"sandbox.candidate", "sandbox.harness", "sandbox.plain_objects", "engine.fused_lora"}
+OWN_NAMESPACES = {"sandbox.candidate", "sandbox.harness", "sandbox.wire", "engine.fused_lora"}
 # What is sent over a pipe is numbered, and kept as long as its numbers.
 OWN_IDS = {"sandbox.candidate", "sandbox.wire"}
 

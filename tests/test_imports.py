@@ -174,3 +174,30 @@ def test_every_package_is_in_the_wheel():
     assert set(settings["tool"]["setuptools"]["packages"]) == {".".join(path.parts) for path in packages} | {
         f"{PACKAGE}.callbacks"
     }
+
+
+def test_no_imports_go_in_a_circle():
+    """Not even within functions, or for types alone."""
+    arrows = {
+        name: {imported for imported in imports_of(name) & FILES.keys() if FILES[imported].name != "__init__.py"}
+        for name in FILES
+    }
+    done: set[str] = set()
+
+    def walk(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a circle: {' -> '.join((*way[way.index(name) :], name))}"
+        if name not in done:
+            for imported in sorted(arrows[name]):
+                walk(imported, (*way, name))
+            done.add(name)
+
+    for name in FILES:
+        walk(name, ())
+
+
+def test_files_can_be_told_apart_and_read_at_once():
+    paths = [path for path in FILES.values() if path.name != "__init__.py"]
+    names = [path.name for path in paths]
+    assert len(names) == len(set(names)), "two files of one name"
+    long = {path.name: lines for path in paths if (lines := path.read_text(encoding="utf-8").count("\n")) > 400}
+    assert not long, "more than one idea"

@@ -12,7 +12,7 @@ from hybrid_lightning.data.columns import TableSource, given_splits
 from hybrid_lightning.data.tables import Table, read_table
 from hybrid_lightning.data.values import one_line
 from hybrid_lightning.errors import DataError
-from hybrid_lightning.hub import HubRepository, not_waiting, reachable
+from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreachable
 
 
 class FileSource(TableSource):
@@ -115,14 +115,14 @@ def read_hub_split(
         None if local.exists() else HubRepository("data set", path, revision, "revision", str(datasets.config.HF_DATASETS_CACHE))
     )
     try:
-        with not_waiting() if hub else nullcontext():
+        with offline_if_unreachable() if hub else nullcontext():
             data = datasets.load_dataset(path if hub else str(local), name, revision=revision, split=split)
         table = list(data.select(range(min(max_rows or len(data), len(data)))))
     except Exception as error:  # datasets, huggingface_hub and pyarrow raise dozens of types
         raise DataError(_explain(error, parameter, split, path, name, hub)) from error
     if not table:
         raise DataError(f"{parameter}={split!r} of data set {path!r} has no rows: name a split with at least one")
-    if hub is not None and revision is not None and not reachable():
+    if hub is not None and revision is not None and not hub_reachable():
         _check_revision(hub, data)
     return table
 

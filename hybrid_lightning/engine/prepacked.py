@@ -25,18 +25,18 @@ class ProductFactors(NamedTuple):
 
     weight: Tensor  # W [m, n]
     bias: Tensor | None  # b [m]
-    down: Tensor | None = None  # A [r, n]
-    up: Tensor | None = None  # s B [m, r]
+    lora_a: Tensor | None = None  # A [r, n]
+    lora_b: Tensor | None = None  # s B [m, r]
 
 
 def multiply(x: Tensor, factors: ProductFactors) -> Tensor:
     """[N, n] -> [N, m] without a gradient, in the dtype of the factors or autocast's. It takes tensors alone, so that torch can
     compile it.
     """
-    weight, bias, down, up = factors
+    weight, bias, lora_a, lora_b = factors
     x = x.to(weight.dtype)
     result = F.linear(x, weight, bias)
-    return result if down is None or up is None else result.addmm_(F.linear(x, down), up.T)
+    return result if lora_a is None or lora_b is None else result.addmm_(F.linear(x, lora_a), lora_b.T)
 
 
 def product_factors(layer: nn.Module) -> ProductFactors | None:
@@ -165,7 +165,9 @@ class _Products:
             self.factors = ProductFactors(base[0], self.bias, downs[0].to(dtype), ups[0].to(dtype))
         elif dtype == torch.float32:
             pairs = zip(base, ups, downs, strict=True)
-            self.product = backend.prepacked_product(torch.cat([torch.addmm(part, up, down) for part, up, down in pairs]))
+            self.product = backend.prepacked_product(
+                torch.cat([torch.addmm(part, lora_b, lora_a) for part, lora_b, lora_a in pairs])
+            )
         else:
             # [x, x A'] [W, s B]' is one product instead of two and a sum, and rounded once.
             self.with_low = _with_low_rank(torch.cat(downs).to(dtype), backend)
@@ -189,12 +191,12 @@ class _Products:
         return result
 
 
-def _with_low_rank(down: Tensor, backend: Backend) -> Callable[[Tensor], Tensor]:
+def _with_low_rank(lora_a: Tensor, backend: Backend) -> Callable[[Tensor], Tensor]:
     """The function from x [N, n] to [x, x A'] [N, n + r]."""
-    if backend.usable(down):
-        factors = down.float()
+    if backend.usable(lora_a):
+        factors = lora_a.float()
         return lambda rows: kernels.with_low_rank(rows, factors)
-    product = backend.prepacked_product(down)
+    product = backend.prepacked_product(lora_a)
     return lambda rows: torch.cat([rows, product(rows)], dim=1)
 
 

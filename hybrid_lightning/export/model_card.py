@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy, Training
-from hybrid_lightning.hub import not_waiting
+from hybrid_lightning.hub import offline_if_unreachable
 from hybrid_lightning.metrics import LOWER, UPPER
 
 _SHOWN_MODULES = 24  # the card lists at most so many fully trained modules; plan.json has all
@@ -74,7 +74,7 @@ def base_licence(base: BaseModel) -> str | None:
     if folder.is_dir():
         return _licence_in_card(folder / "README.md")
     try:
-        with not_waiting():
+        with offline_if_unreachable():
             card = hf_hub_download(source.location, "README.md", revision=base.revision)
     except (OSError, ValueError, HfHubHTTPError):  # no network, no card, no access
         return None

@@ -16,7 +16,7 @@ from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export.trained import TrainedPolicy, base_model_of, is_adapter_weight, peft_weights, training_of
 from hybrid_lightning.policy.adaptation import adapter_state
-from hybrid_lightning.sharding.checkpoints import read_content
+from hybrid_lightning.sharding.checkpoints import read_checkpoint
 from hybrid_lightning.sharding.sharded_folder import read_weights
 
 
@@ -34,7 +34,7 @@ def policy_of_checkpoint(path: str | Path, arguments: Mapping[str, Any] | None =
         ConfigError: If neither the checkpoint nor `arguments` names the base model.
     """
     path = Path(path)
-    content = read_content(path)
+    content = read_checkpoint(path)
     saved = adapter_state(content)["plan"]
     if saved is None:
         raise CheckpointError(f"{path} was saved without an adapter: nothing in it has been trained; give another checkpoint")

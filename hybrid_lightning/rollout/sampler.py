@@ -201,7 +201,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         logits: [R, V].
-        uniform: Numbers from 0 to 1, [R, 1] float64.
+        uniform: Uniform random numbers in [0, 1), [R, 1] float64.
 
     Returns:
         Tokens [R] int64.
@@ -234,7 +234,7 @@ def running_sums(values: Tensor) -> Tensor:
 def sums_by_doubling(values: Tensor) -> Tensor:
     """The same, by about log2(n) additions of whole tensors."""
     step = 1
-    while step < values.shape[1]:  # each number is the sum of the last `step` ones, or of all before
+    while step < values.shape[1]:  # each entry is the sum of up to `step` original entries that end with it
         values = torch.cat([values[:, :step], values[:, step:] + values[:, :-step]], dim=1)
         step *= 2
     return values

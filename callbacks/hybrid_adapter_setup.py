@@ -35,7 +35,7 @@ from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, ad
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.policy.update import begin_epoch_anew
+from hybrid_lightning.policy.update import restart_epoch
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
 from hybrid_lightning.stopping import RunStopped
 
@@ -158,7 +158,7 @@ class HybridAdapterSetup(Configurable, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the epoch anew if its number of micro-batches was changed at a resume."""
         if self.resume.epoch_begins_anew:
-            begin_epoch_anew(trainer)
+            restart_epoch(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the plan as a table and a picture."""

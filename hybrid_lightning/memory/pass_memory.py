@@ -13,7 +13,7 @@ from hybrid_lightning.engine import Backend, PackedSequences, SharedPromptDecodi
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.rollout.batching import split_by_tokens
-from hybrid_lightning.rollout.sampler import draw, filter_logits
+from hybrid_lightning.rollout.sampler import draw_tokens, filter_logits
 from hybrid_lightning.types import Sequences
 
 
@@ -161,7 +161,7 @@ def _draw(logits: Tensor, backend: Backend) -> None:
         backend.draw_tokens(logits, uniform, 1.0)
     else:
         scaled = logits.float()
-        token = draw(filter_logits(scaled, 0, 1.0), uniform)
+        token = draw_tokens(filter_logits(scaled, 0, 1.0), uniform)
         scaled.log_softmax(dim=-1).gather(1, token[:, None])
 
 

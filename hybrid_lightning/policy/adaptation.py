@@ -1,9 +1,8 @@
-"""`AdaptedModule`: a LightningModule with a hybrid adapter.
+"""`AdaptedModule`: a LightningModule with a hybrid adapter, which trains some modules fully and others by LoRA.
 
-It is optimized with one learning rate for fully trained modules and one for LoRA, and it saves, resumes and reloads by itself.
-
-A checkpoint holds the trainable weights only, the optimizer's state by the names of its parameters, and under the key
-`hybrid_lightning` the adapter plan and the digest of the base model that they belong to.
+It applies the adapter plan, makes an optimizer with one learning rate for fully trained modules and one for LoRA, and saves and
+loads checkpoints. A checkpoint holds the trainable weights alone, the optimizer's state keyed by parameter name, and under the
+key `hybrid_lightning` the adapter plan and the digest of the base model, so that the module can be rebuilt from it.
 """
 
 import io
@@ -48,11 +47,11 @@ _ARGUMENTS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 
 
 class AdaptedModule(LightningModule):
-    """A LightningModule whose attribute `adapter_attribute` holds a model that a plan can adapt.
+    """A LightningModule whose attribute named `adapter_attribute` holds a model that a plan can adapt.
 
     Args:
-        quantization: Of the frozen base once the modules are scored, such as `NF4()`; None keeps it as it is.
-        optimizer: Called with the parameter groups.
+        quantization: Quantizes the frozen base once the modules are scored, such as `NF4()`; None keeps it as it is.
+        optimizer: Makes the optimizer of the parameter groups that it is called with.
         lr_full: Learning rate of fully trained modules.
         lr_lora: Learning rate of LoRA weights, about 10 times `lr_full`.
         schedule: Learning rate schedule; None takes `ConstantSchedule()`.
@@ -81,13 +80,13 @@ class AdaptedModule(LightningModule):
         self.plan: AdapterPlan | None = None
         self.keep_start_weights = True
         self._base_digest: str | None = None
-        self.weights = Weights()  # of the model, which a strategy may split
-        # The frozen base is not in checkpoints; `load_state_dict` checks what has to be there.
+        self.weights = Weights()  # how the model computes where a strategy has split its weights
+        # Checkpoints lack the frozen base; `load_state_dict` checks that all trainable weights are there.
         self.strict_loading = False
 
     def _describe_hyperparameters(self) -> None:
-        """Make plain data of the saved arguments, defaults included, by which a checkpoint can rebuild the module."""
-        if "_instantiator" not in self.hparams:  # made in Python and not by the command line, which saves its config
+        """Save the constructor's arguments, defaults included, as plain data from which a checkpoint can rebuild the module."""
+        if "_instantiator" not in self.hparams:  # the module was made in Python; the command line saves its config instead
             plain = describe_arguments({**constructor_defaults(type(self)), **self.hparams})
             plain["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
             self._set_hparams(plain)
@@ -102,18 +101,18 @@ class AdaptedModule(LightningModule):
 
     @property
     def base_digest(self) -> str:
-        """Digest of the model before any adapter."""
+        """Digest of the model without an adapter."""
         if self._base_digest is None:
             assert self.plan is None, "the digest is taken before the adapter is applied"
             self._base_digest = model_digest(self.adapter_target)
         return self._base_digest
 
-    def _put(self, model: nn.Module) -> None:
+    def _set_model(self, model: nn.Module) -> None:
         setattr(self, self.adapter_attribute, model)
         self.weights = weights_of(model)
 
     def _backend(self) -> Backend | None:
-        """Of the model's engine, where it has one."""
+        """The backend of the model's engine, where it has an engine."""
         return None
 
     def adapt(self, plan: AdapterPlan, keep_start_weights: bool = True) -> None:
@@ -140,36 +139,36 @@ class AdaptedModule(LightningModule):
                 f"{self.base_digest[:12]}; use the same model, revision and dtype, or make a new plan with the score command"
             )
         if self.quantization is not None:
-            # Where it is trained, since devices may round a weight differently, and a resumed run must have the same base.
+            # On the device that trains: devices may round a weight differently, and a resumed run must have the same base.
             device = None if self._trainer is None else self.trainer.strategy.root_device
             quantize_base(self.adapter_target, self.quantization, plan.full_modules, device)
         from hybrid_lightning.adapters.apply import apply_plan  # PEFT is slow to import
 
         dtype = self._trained_dtype()
-        self._put(apply_plan(self.adapter_target, plan, keep_start_weights, dtype, self._backend()))
+        self._set_model(apply_plan(self.adapter_target, plan, keep_start_weights, dtype, self._backend()))
         self.plan, self.keep_start_weights = plan, keep_start_weights
 
     @contextmanager
     def start_policy(self) -> Iterator[None]:
-        """Within this context the model is exactly the one before adaptation, without a second copy in memory."""
+        """Within this context the model computes as it did before adaptation; there is no second copy of it in memory."""
         if self.plan is None:
             yield
             return
-        from hybrid_lightning.adapters.apply import adapter_disabled  # as above
+        from hybrid_lightning.adapters.apply import adapter_disabled  # PEFT is slow to import
 
         with adapter_disabled(cast("PeftModel", self.adapter_target)):
             yield
 
     def setup(self, stage: str) -> None:
-        """Let checkpoints be written so that none is ever there in part."""
+        """Let the strategy write checkpoints whole or not at all."""
         write_whole_files(self.trainer.strategy)
 
     def configure_model(self) -> None:
-        """Let the strategy split the adapted model over ranks, if it does so; Lightning calls this after all setup hooks."""
+        """Let an FSDP strategy split the adapted model over ranks; Lightning calls this after all setup hooks."""
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, (FSDP2Strategy, FSDP1Strategy)):
-            assert self.base_digest  # taken while the weights are in one piece
-            self._put(strategy.shard(self.adapter_target))
+            assert self.base_digest  # computed now, while this rank has all weights
+            self._set_model(strategy.shard(self.adapter_target))
             self.on_sharded()
 
     def on_sharded(self) -> None:
@@ -177,14 +176,14 @@ class AdaptedModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Two parameter groups, `full` and `lora`, each with its learning rate."""
-        from hybrid_lightning.adapters.apply import parameter_groups  # as above
+        from hybrid_lightning.adapters.apply import parameter_groups  # PEFT is slow to import
 
         full, lora = parameter_groups(self.adapter_target)
         groups = {"full": (list(full.values()), self.lr_full), "lora": (list(lora.values()), self.lr_lora)}
         return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trainable weights, name the optimizer's state of each, and say which plan and base model they belong to."""
+        """Keep the trainable weights alone, key the optimizer's state by their names, and add plan and base model."""
         trainable = trained_names(self)
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trainable}
         if "optimizer_states" in checkpoint:
@@ -202,7 +201,7 @@ class AdaptedModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Apply the checkpoint's plan, unless it is applied already.
 
-        Moments and counters of the optimizer are the checkpoint's, its hyper-parameters those of this run.
+        The optimizer takes moments and counters from the checkpoint, and hyper-parameters from this run.
 
         Raises:
             CheckpointError: If the checkpoint was written with another base model or plan, or by another program.
@@ -259,23 +258,23 @@ class AdaptedModule(LightningModule):
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **options: Any) -> Self:  # noqa: N805
-        """Make a module from a checkpoint as Lightning does, also from the folder of a sharded one.
+        """Make a module from a checkpoint as Lightning does, and also from the folder of a sharded checkpoint.
 
         Args:
             checkpoint_path: File, folder, URL, or an open file.
-            *arguments: As Lightning takes them.
-            **options: As Lightning takes them; those of the module itself replace what the checkpoint says.
+            *arguments: Arguments of Lightning's method.
+            **options: Options of Lightning's method, and arguments of the module that replace those in the checkpoint.
 
         Raises:
-            CheckpointError: If a folder is not whole, or what it holds does not fit.
+            CheckpointError: If the folder is incomplete, or the checkpoint belongs to another model.
         """
         content = None
-        if is_sharded_checkpoint(checkpoint_path):  # which Lightning cannot read
+        if is_sharded_checkpoint(checkpoint_path):  # Lightning cannot read it
             content = read_weights(Path(checkpoint_path))
         elif isinstance(checkpoint_path, (str, Path)) and Path(checkpoint_path).is_file():
             content = read_checkpoint(checkpoint_path)
             if with_public_paths(content.get(_ARGUMENTS)) == content.get(_ARGUMENTS):
-                content = None
+                content = None  # Lightning can read the file as it is
         if content is not None:
             checkpoint_path = io.BytesIO()
             torch.save({**content, _ARGUMENTS: with_public_paths(content.get(_ARGUMENTS))}, checkpoint_path)
@@ -284,7 +283,7 @@ class AdaptedModule(LightningModule):
         return module
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights; every trainable one must be there and none may be unknown, whatever `strict` says.
+        """Load weights; all trainable ones have to be there, and none that the model lacks, whatever `strict` says.
 
         Raises:
             CheckpointError: If the names do not fit.
@@ -305,7 +304,7 @@ class AdaptedModule(LightningModule):
 
 
 def adapter_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a checkpoint that names plan and base model.
+    """The entry of a checkpoint that names its plan and base model (see `AdaptedModule.on_save_checkpoint`).
 
     Raises:
         CheckpointError: If the checkpoint was not written by this package.

@@ -1,11 +1,14 @@
-"""Calibration: losses at the start policy, by whose mean gradient the modules are scored.
+"""Calibration: losses at the start policy, whose mean gradient scores the modules.
 
-Rewards give them where some completion has an advantage, reference answers where all rewards tie, and examples where the policy
-is trained on those. Axes: N sequences, B of one chunk, T completion tokens.
+    training prompts -> calibration rollouts -> losses, one for each chunk of rows
+
+The losses are those of training on rewards; of reference answers (supervised) where all rewards tie, which gives no gradient; or
+of training on examples. Axes: P prompts, N sequences, B sequences of one chunk, T completion tokens.
 """
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import ExampleLoss, PolicyLoss
+from hybrid_lightning.policy.protocols import CalibratedPolicy
 from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, pad_left, pad_right, split_by_tokens
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, LossInputs, Prompt, Rewards, Rollouts, Sequences
@@ -23,19 +27,95 @@ from hybrid_lightning.types import Completion, LossInputs, Prompt, Rewards, Roll
 LogprobFunction = Callable[[Sequences], tuple[Tensor, Tensor]]
 
 
-class RewardCalibration:
-    """Losses of calibration rollouts; iterating computes them afresh.
+def training_prompts(trainer: Any) -> list[Prompt]:
+    """The training prompts of the Trainer's data policy.
 
-    Rows without advantage are left out, unless there is an entropy bonus: their gradient is exactly zero. The first iteration
-    is at the start policy and keeps its log-probabilities as the old ones, so that later iterations measure how far changed
+    Raises:
+        ConfigError: If the Trainer has no data module, or the data module no training prompts.
+    """
+    prompts = getattr(trainer.datamodule, "train_prompts", None)
+    if prompts is None:
+        raise ConfigError(
+            "modules are scored on the train_prompts of the data module, but trainer.datamodule has none; give "
+            "trainer.fit(datamodule=PromptDataModule(...)), or a plan to HybridAdapterSetup"
+        )
+    return list(prompts)
+
+
+def calibration_rollouts(policy: CalibratedPolicy, prompts: Sequence[Prompt], kept: KeptScoring) -> tuple[Rollouts, Rewards]:
+    """Complete and score prompts with the start policy, as many at a time and each as often as in a rollout of training.
+
+    Args:
+        policy: The start policy.
+        prompts: P prompts.
+        kept: Saves completions and rewards as they are made, and returns those that a stopped run has saved.
+    """
+    # Not policy.device: the callback moves the model to its device, and Lightning the policy only after the setup hooks.
+    device = next(policy.model.parameters()).device
+    samples, at_once = policy.rollout_schedule.samples_per_prompt, policy.rollout_schedule.prompts_per_rollout
+    ids = [policy.encode(prompt) for prompt in prompts]
+    kept.require({"calibration prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]})
+    parts: list[tuple[Rollouts, Rewards]] = []
+    for start in range(0, len(prompts), at_once):
+        some = prompts[start : start + at_once]
+
+        def complete(some: Sequence[Prompt] = some, start: int = start) -> dict[str, Any]:
+            draws = PromptDraws(some, samples, policy.seed + 7919, range(start, start + len(some)))
+            return _completions_to_state(policy.generate(some, samples, draws))
+
+        rollouts = _completions_from_state(kept.recall(f"completions-{start // at_once}", complete), some, samples, device)
+
+        def score(rollouts: Rollouts = rollouts) -> dict[str, Any]:
+            return vars(policy.score(rollouts).to("cpu"))
+
+        rewards = Rewards(**kept.recall(f"rewards-{start // at_once}", score)).to(device)
+        parts.append((rollouts, rewards))
+    return join_rollouts([rollouts for rollouts, _ in parts]), join_rewards([rewards for _, rewards in parts])
+
+
+class CalibrationLosses(ABC):
+    """Scalar losses, one for each chunk of rows; their mean is the loss of all rows. Iterating computes them anew.
+
+    Attributes:
+        chunks: What each loss is computed from.
+        info: Plain values about the losses, which the plan keeps.
+    """
+
+    chunks: Sequence[Any]
+    info: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.since(0)
+
+    @abstractmethod
+    def since(self, seen: int) -> Iterator[Tensor]:
+        """The losses after the first `seen` ones."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later losses need of those computed so far; nothing unless a subclass says so."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of a run that was stopped."""
+        assert not state, "this class keeps no state"
+
+
+class RewardCalibration(CalibrationLosses):
+    """Training losses of calibration rollouts.
+
+    Rows without advantage are left out, unless the loss has an entropy bonus: their gradient is exactly zero. The first iteration
+    is at the start policy, and its log-probabilities are kept as the old ones. So later iterations measure by how much changed
     weights improve the objective.
 
     Args:
-        sequences: N sequences of calibration rollouts; masked ones have no tokens.
+        sequences: N sequences of calibration rollouts; those that are left out of the loss have no tokens.
         advantages: [N].
         loss: The training loss.
         logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
-        max_tokens: Tokens per loss, as in training: scoring should not need more memory.
+        max_tokens: Most tokens of a chunk: as in training, so that scoring needs no more memory.
         max_completion_tokens: Longest completion that the sampler makes.
     """
 
@@ -55,28 +135,22 @@ class RewardCalibration:
         kept, weights = sequences.rows(useful), advantages[useful]
         self.chunks = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
         self.old_logprobs: list[Tensor] = []  # of each chunk
-        # Shares of which the mean over chunks is the mean over all N sequences, or over all their tokens.
+        # Denominators for which the mean of the chunks' losses is the mean over all N sequences, or over all their tokens.
         self.num_sequences = len(sequences) / max(1, len(self.chunks))
         self.num_tokens = float(sequences.completion_mask.sum()) / max(1, len(self.chunks))
         self.info: dict[str, Any] = {"signal": "reward", "sequences": len(sequences), "useful_sequences": len(useful)}
 
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self.since(0)
-
     def state_dict(self) -> dict[str, Any]:
-        """Log-probabilities of the start policy so far."""
+        """Log-probabilities of the start policy, of the chunks computed so far."""
         return {"old_logprobs": self.old_logprobs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over from a run that was stopped."""
+        """Take over the state of a run that was stopped."""
         device = self.chunks[0][1].device
         self.old_logprobs = [logprobs.to(device) for logprobs in state["old_logprobs"]]
 
     def since(self, seen: int) -> Iterator[Tensor]:
-        """The losses after so many."""
+        """See `CalibrationLosses`."""
         for number, (sequences, advantages) in enumerate(self.chunks[seen:], start=seen):
             logprobs, entropy = self.logprobs(sequences)
             if number == len(self.old_logprobs):
@@ -96,16 +170,16 @@ class RewardCalibration:
             yield self.loss(inputs).loss
 
 
-class AnswerCalibration:
-    """Supervised losses on reference answers: the fallback where all rewards tie.
+class AnswerCalibration(CalibrationLosses):
+    """Supervised losses of reference answers, for calibration rollouts whose rewards all tie.
 
     Args:
         prompts: Prompts with answers.
-        prompt_ids: Their token ids.
-        tokenizer: Encodes the answers; its end-of-sequence token ends them.
+        prompt_ids: Token ids of the prompts.
+        tokenizer: Encodes the answers and ends each with its end-of-sequence token.
         logprobs: See `RewardCalibration`.
         max_tokens: See `RewardCalibration`.
-        device: Where the sequences go.
+        device: Where the tensors go.
 
     Raises:
         CalibrationError: If a prompt has no answer.
@@ -133,21 +207,8 @@ class AnswerCalibration:
         self.logprobs = logprobs
         self.info: dict[str, Any] = {"signal": "answers", "sequences": len(prompts), "useful_sequences": len(prompts)}
 
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self.since(0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the losses know nothing of each other."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take over."""
-
     def since(self, seen: int) -> Iterator[Tensor]:
-        """The losses after so many."""
+        """See `CalibrationLosses`."""
         share = len(self.chunks) / len(self.sequences)
         for sequences in self.chunks[seen:]:
             mask = sequences.completion_mask
@@ -155,14 +216,14 @@ class AnswerCalibration:
             yield -token_mean.sum() * share
 
 
-class ExampleCalibration:
-    """Losses of chunks of examples, whose mean is the training loss of all of them; iterating computes them afresh.
+class ExampleCalibration(CalibrationLosses):
+    """Training losses of examples.
 
-    The first iteration is at the start policy and keeps its log-probabilities as the reference.
+    The first iteration is at the start policy, and its log-probabilities are kept as the reference.
 
     Args:
         sequences: N rows.
-        chunks: Slices of them that take one forward and backward pass each, as in training.
+        chunks: The slices of rows that take one forward and backward pass each, as in training.
         loss: The training loss.
         logprobs: Log-probabilities with gradient and entropies of B sequences, [B, T] each.
     """
@@ -176,29 +237,23 @@ class ExampleCalibration:
     ) -> None:
         self.chunks = [sequences.rows(chunk) for chunk in chunks]
         self.loss, self.logprobs = loss, logprobs
-        # Denominators of which the mean over chunks is the mean over all rows or tokens.
+        # Denominators for which the mean of the chunks' losses is the mean over all rows or tokens.
         self.num_sequences = len(sequences) / len(chunks)
         self.num_tokens = float(sequences.completion_mask.sum()) / len(chunks)
         self.references: list[Tensor] = []  # of each chunk
         self.info: dict[str, Any] = {"signal": "examples", "sequences": len(sequences), "useful_sequences": len(sequences)}
 
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self.since(0)
-
     def state_dict(self) -> dict[str, Any]:
-        """Log-probabilities of the start policy so far."""
+        """Log-probabilities of the start policy, of the chunks computed so far."""
         return {"references": self.references}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over from a run that was stopped."""
+        """Take over the state of a run that was stopped."""
         device = self.chunks[0].completion_ids.device
         self.references = [logprobs.to(device) for logprobs in state["references"]]
 
     def since(self, seen: int) -> Iterator[Tensor]:
-        """The losses after so many."""
+        """See `CalibrationLosses`."""
         for number, sequences in enumerate(self.chunks[seen:], start=seen):
             logprobs, _ = self.logprobs(sequences)
             if number == len(self.references):
@@ -214,52 +269,6 @@ class ExampleCalibration:
             yield self.loss(inputs).loss
 
 
-def training_prompts(trainer: Any) -> list[Prompt]:
-    """The training prompts of the Trainer's data module.
-
-    Raises:
-        ConfigError: If it has none.
-    """
-    prompts = getattr(trainer.datamodule, "train_prompts", None)
-    if prompts is None:
-        raise ConfigError(
-            "modules are scored on the train_prompts of the data module, but trainer.datamodule has none; give "
-            "trainer.fit(datamodule=PromptDataModule(...)), or a plan to HybridAdapterSetup"
-        )
-    return list(prompts)
-
-
-def calibration_rollouts(module: Any, prompts: Sequence[Prompt], kept: KeptScoring) -> tuple[Rollouts, Rewards]:
-    """Complete and score prompts by a `LanguageModule`, of which as many together as in a rollout.
-
-    Args:
-        module: The start policy.
-        prompts: To complete, each as often as in training.
-        kept: Keeps completions and rewards as they are made, and has those that a stopped run has made.
-    """
-    # Not module.device: the callback has moved the model, and Lightning moves the module only after the setup hooks.
-    device = next(module.model.parameters()).device
-    samples, together = module.rollout_schedule.samples_per_prompt, module.rollout_schedule.prompts_per_rollout
-    ids = [module.encode(prompt) for prompt in prompts]
-    kept.require({"calibration prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]})
-    parts: list[tuple[Rollouts, Rewards]] = []
-    for start in range(0, len(prompts), together):
-        some = prompts[start : start + together]
-
-        def complete(some: Sequence[Prompt] = some, start: int = start) -> dict[str, Any]:
-            draws = PromptDraws(some, samples, module.seed + 7919, range(start, start + len(some)))
-            return _completions_to_state(module.generate(some, samples, draws))
-
-        rollouts = _completions_from_state(kept.recall(f"completions-{start // together}", complete), some, samples, device)
-
-        def score(rollouts: Rollouts = rollouts) -> dict[str, Any]:
-            return vars(module.score(rollouts).to("cpu"))
-
-        rewards = Rewards(**kept.recall(f"rewards-{start // together}", score)).to(device)
-        parts.append((rollouts, rewards))
-    return join_rollouts([rollouts for rollouts, _ in parts]), join_rewards([rewards for _, rewards in parts])
-
-
 def _completions_to_state(rollouts: Rollouts) -> dict[str, Any]:
     """Rollouts as plain data and tensors on the CPU."""
     texts = [(str(text), text.num_tokens, text.finished, text.thinking) for text in rollouts.completions]
@@ -268,7 +277,7 @@ def _completions_to_state(rollouts: Rollouts) -> dict[str, Any]:
 
 
 def _completions_from_state(state: dict[str, Any], prompts: Sequence[Prompt], samples: int, device: torch.device) -> Rollouts:
-    """The rollouts that `_completions_to_state` was given."""
+    """Undo `_completions_to_state`."""
     return Rollouts(
         prompts=tuple(prompts),
         sequences=Sequences(**state["sequences"]).to(device),

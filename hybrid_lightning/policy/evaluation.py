@@ -1,10 +1,13 @@
-"""Evaluation: what a policy makes of held-out prompts, and how well it predicts held-out examples.
+"""Evaluation: how well a policy solves held-out prompts, and how well it predicts held-out examples.
+
+Validation and test call `evaluate` for each batch of prompts and `log_evaluation` at the end; predict calls `predictions`. A loss
+on held-out examples is averaged by `ExampleMetrics`.
 
 Axes: P prompts, n sampled completions of each in prompt-major order; E examples.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from hybrid_lightning.metrics import ProblemMeans, completion_draws, completion_values
 from hybrid_lightning.policy.prompts import PromptEncoder
+from hybrid_lightning.policy.protocols import EvaluatedPolicy
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt, Rewards, Rollouts
 
@@ -20,10 +24,10 @@ Answers = Sequence[str | None]
 
 
 class EvaluationMetrics(nn.Module):
-    """The metrics of one evaluation, of greedy completions and of n sampled ones.
+    """Metrics of one evaluation, by one greedy and n sampled completions of each prompt.
 
     Args:
-        samples: n.
+        samples: Sampled completions of each prompt (n).
     """
 
     def __init__(self, samples: int) -> None:
@@ -34,9 +38,9 @@ class EvaluationMetrics(nn.Module):
         """Add the prompts of one batch.
 
         Args:
-            greedy: P completions, one for each prompt.
-            sampled: P * n completions of the same prompts.
-            answers: What each of the P * n completions answers, None for nothing.
+            greedy: P completions, one for each prompt, and their rewards.
+            sampled: P * n completions of the same prompts, and their rewards.
+            answers: The answer in each of the P * n completions, None where there is none.
         """
         rollouts, rewards = sampled
         shape = (len(rollouts.prompts), rollouts.samples_per_prompt)
@@ -54,15 +58,17 @@ class EvaluationMetrics(nn.Module):
         self.means.update([prompt.set_name for prompt in rollouts.prompts], index, values)
 
     def compute(self) -> dict[str, dict[str, Tensor]]:
-        """Set -> name -> value, "" for all sets together (see `ProblemMeans`).
+        """Average what was added.
 
-        The names: `problems`, `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`,
-        `truncation_rate`, and the ends of confidence intervals.
+        Returns:
+            Set -> metric -> value, with "" for all sets together (see `ProblemMeans`). The metrics are `problems`,
+            `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`, `truncation_rate`, and
+            the ends of confidence intervals.
         """
         return self.means.compute()
 
     def names(self, sets: Collection[str]) -> dict[str, list[str]]:
-        """Set -> names, as `compute` will give them for problems of these sets."""
+        """Set -> names of the metrics that `compute` returns for problems of these sets."""
         return self.means.names(sets)
 
     def reset(self) -> None:
@@ -71,7 +77,7 @@ class EvaluationMetrics(nn.Module):
 
 
 class ExampleMetrics(Metric):
-    """Means over examples, each counted once by its index, however many ranks have seen it (as in `ProblemMeans`)."""
+    """Weighted means over examples. As in `ProblemMeans`, an example counts once, even if several ranks have seen it."""
 
     full_state_update = False
     is_differentiable = False
@@ -81,7 +87,7 @@ class ExampleMetrics(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.names: list[str] = []  # of the columns behind the first, which is the weight
+        self.names: list[str] = []  # of the columns of `rows` after the first, which is the weight
         self.add_state("index", default=[], dist_reduce_fx="cat")
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
@@ -89,17 +95,17 @@ class ExampleMetrics(Metric):
         """Add examples.
 
         Args:
-            index: [E] int64, what identifies each.
-            weights: [E], what each counts.
-            terms: Name -> [E], what each adds; the same names every time.
+            index: A number that identifies each example, [E] int64.
+            weights: Weight of each example in the means, [E].
+            terms: Name of a mean -> what each example adds to its numerator, [E]; the same names at every call.
         """
         self.names = list(terms)
         self.index.append(index.long())
         self.rows.append(torch.stack([weights.double(), *(value.double() for value in terms.values())], dim=1))
 
     def compute(self) -> dict[str, Tensor]:
-        """Name -> sum of the terms / sum of the weights, float32; nothing if there was no example."""
-        if len(self.index) == 0:  # a list, or a tensor once ranks have been gathered
+        """Name -> sum of the terms / sum of the weights, float32; empty if there was no example."""
+        if len(self.index) == 0:  # not `not self.index`: it is a tensor once the ranks' values have been gathered
             return {}
         index, rows = dim_zero_cat(self.index), dim_zero_cat(self.rows)
         _, inverse = index.unique(return_inverse=True)
@@ -109,43 +115,17 @@ class ExampleMetrics(Metric):
         return {name: (value / weight).float() for name, value in zip(self.names, terms, strict=True)}
 
 
-class Completes(Protocol):
-    """What is evaluated: a policy that completes prompts and is rewarded for it (see `LanguageModule`)."""
-
-    eval_samples: int
-    seed: int
-    trainer: Any
-
-    def generate(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, generator: PromptDraws | None = None, greedy: bool = False
-    ) -> Rollouts:
-        """Complete prompts."""
-        ...
-
-    def score(self, rollouts: Rollouts) -> Rewards:
-        """Rewards of completions."""
-        ...
-
-    def answers(self, rollouts: Rollouts) -> list[str | None]:
-        """Answers of completions."""
-        ...
-
-    def log_dict(self, dictionary: dict[str, Any], *, sync_dist: bool) -> None:
-        """Lightning's."""
-        ...
-
-
-def evaluate(policy: Completes, prompts: Sequence[Prompt], metrics: EvaluationMetrics) -> None:
-    """Complete prompts greedily and by sampling, and add what comes of it to the metrics."""
+def evaluate(policy: EvaluatedPolicy, prompts: Sequence[Prompt], metrics: EvaluationMetrics) -> None:
+    """Complete and score prompts, greedily and by sampling, and add the results to the metrics."""
     greedy, sampled = policy.generate(prompts, 1, greedy=True), _sample(policy, prompts)
     metrics.update((greedy, policy.score(greedy)), (sampled, policy.score(sampled)), policy.answers(sampled))
 
 
-def log_evaluation(policy: Completes, prefix: str, metrics: EvaluationMetrics) -> dict[str, dict[str, float]]:
-    """Log PREFIX/METRIC over all sets, and PREFIX/SET/METRIC for each that has a name; then forget all prompts.
+def log_evaluation(policy: EvaluatedPolicy, prefix: str, metrics: EvaluationMetrics) -> dict[str, dict[str, float]]:
+    """Log PREFIX/METRIC over all sets and PREFIX/SET/METRIC for each named set, and reset the metrics.
 
     Returns:
-        Set -> metric -> value; "" for all sets.
+        Set -> metric -> value, with "" for all sets together.
     """
     found = {name: {key: float(value) for key, value in of_set.items()} for name, of_set in metrics.compute().items()}
     values = {
@@ -156,7 +136,7 @@ def log_evaluation(policy: Completes, prefix: str, metrics: EvaluationMetrics) -
     return found
 
 
-def predictions(policy: Completes, prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[dict[str, Any]]:
+def predictions(policy: EvaluatedPolicy, prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[dict[str, Any]]:
     """Sampled completions of prompts with their rewards, as records for JSON."""
     rollouts = _sample(policy, prompts)
     return prediction_records(
@@ -164,13 +144,20 @@ def predictions(policy: Completes, prompts: Sequence[Prompt], encoder: PromptEnc
     )
 
 
-def _sample(policy: Completes, prompts: Sequence[Prompt]) -> Rollouts:
-    # The same draws at every evaluation, and none from the generators that training uses.
+def _sample(policy: EvaluatedPolicy, prompts: Sequence[Prompt]) -> Rollouts:
+    # The random numbers are the same at every evaluation, and not taken from the generators of training.
     return policy.generate(prompts, policy.eval_samples, PromptDraws(prompts, policy.eval_samples, policy.seed + 104_729))
 
 
 def prediction_records(rollouts: Rollouts, rewards: Rewards, texts: list[str], answers: Answers) -> list[dict[str, Any]]:
-    """One record per prompt, ready for JSON: what it is, and a list of each thing that is known of its completions."""
+    """One record per prompt, ready for JSON: the prompt, and lists with an entry for each of its completions.
+
+    Args:
+        rollouts: P * n completions.
+        rewards: Their rewards.
+        texts: The P prompts as the model reads them.
+        answers: The answer in each completion, None where there is none.
+    """
     samples = rollouts.samples_per_prompt
     records = []
     for number, (prompt, text) in enumerate(zip(rollouts.prompts, texts, strict=True)):
@@ -194,5 +181,5 @@ def prediction_records(rollouts: Rollouts, rewards: Rewards, texts: list[str], a
 
 
 def repeat_prompts(prompts: tuple[Prompt, ...], samples: int) -> list[Prompt]:
-    """The prompt of each of B = P * G completions."""
+    """The prompt of each completion, where every prompt has `samples` of them in prompt-major order."""
     return [prompt for prompt in prompts for _ in range(samples)]

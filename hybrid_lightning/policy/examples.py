@@ -1,10 +1,10 @@
-"""Policies that are trained on completions that the data has, instead of their own: supervised fine-tuning, and DPO.
+"""Policies that are trained on completions in the data instead of their own: supervised fine-tuning, and DPO.
 
     examples -> PolicyBatch -> loss -> optimizer
 
-All is as for a policy that samples (`RolloutLoader`, micro-batches, packed rows in which a prompt is shared by its completions,
-denominators of the whole optimizer step), but that a "rollout" is looked up: each prompt comes with its completions
-(`Prompt.completions`), and one rollout is one optimizer step. Examples are complete or an error: none is cut.
+A step is made as for a policy that samples (see `language.py`), with one difference: a "rollout" is looked up, not sampled. Each
+prompt comes with its completions (`Prompt.completions`), and one rollout is one optimizer step. An example that is too long for
+the model is an error; none is cut.
 """
 
 import zlib
@@ -22,6 +22,7 @@ from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
 from hybrid_lightning.policy.calibration import ExampleCalibration, training_prompts
 from hybrid_lightning.policy.evaluation import ExampleMetrics
 from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.policy.prompts import place_of
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule
@@ -31,12 +32,13 @@ __all__ = ["ExampleModule", "PreferenceModule", "SupervisedModule"]
 
 
 class ExampleModule(LanguageModule):
-    """Training and held-out loss on examples; a subclass says which loss is meant and how an example has to look.
+    """Trains and evaluates by a loss on examples; a subclass says which loss, and which completions an example needs.
 
     Args:
-        loss: Loss of examples; None takes the class's own (`default_loss`).
-        reward: Scores completions of held-out prompts; validation and test then generate, too. None measures the loss alone.
-        examples_per_step: Examples (of a loss of pairs: pairs) of an optimizer step, over all devices and micro-batches.
+        loss: Loss on examples; None takes the class's `default_loss`.
+        reward: Scores completions of held-out prompts, which validation and test then generate as well. None evaluates the loss
+            alone.
+        examples_per_step: Examples (pairs, for a loss on pairs) in an optimizer step, over all devices and micro-batches.
         **kwargs: See `LanguageModule`.
 
     Raises:
@@ -45,7 +47,7 @@ class ExampleModule(LanguageModule):
     """
 
     default_loss: type[ExampleLoss]
-    completions_wanted: str  # how an example has to look, for error messages
+    completions_wanted: str  # which completions an example needs, for error messages
 
     def __init__(
         self,
@@ -74,17 +76,17 @@ class ExampleModule(LanguageModule):
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
     ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
-        """Look up the completions of prompts (see `RolloutSource`); they have no rewards, and advantages of 1."""
+        """Look up the completions of prompts (see `RolloutSource`). They have no rewards; their advantages are 1."""
         sequences = self.example_sequences(prompts, self.device)
         ones = torch.ones(len(sequences), device=self.device)
         return sequences, torch.zeros(sequences.completion_ids.shape, device=self.device), ones, {}
 
     def takes_part(self, advantages: Tensor) -> Tensor:
-        """All rows."""
+        """Every row is needed (see `RolloutSource`)."""
         return torch.ones_like(advantages, dtype=torch.bool)
 
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
-        """Fill in log-probabilities under the start policy, where the loss compares with it (see `RolloutSource`)."""
+        """Fill in reference log-probabilities, where the loss compares with the start policy (see `RolloutSource`)."""
         if not self.loss.needs_reference:
             return list(batches)
 
@@ -101,47 +103,54 @@ class ExampleModule(LanguageModule):
         return filled
 
     def example_sequences(self, prompts: Sequence[Prompt], device: torch.device) -> Sequences:
-        """Prompts and completions as tokens, the completions of a prompt below each other.
+        """Tokens of prompts and completions; the completions of a prompt are neighbouring rows.
+
+        Args:
+            prompts: Prompts with their completions.
+            device: Where the tensors go.
 
         Raises:
-            DataError: If a row lacks its completions, or is longer than the model can read.
+            DataError: If a prompt has another number of completions than the loss needs, or is longer with one of them than the
+                model can read.
         """
-        rows = [self._tokens(prompt) for prompt in prompts]
+        rows = [self._example_tokens(prompt) for prompt in prompts]
         pad = self.tokenizer.pad_token_id
         pad = int(self.tokenizer.eos_token_id if pad is None else pad)
-        asked = [ids for ids, completions in rows for _ in completions]
-        said = [ids for _, completions in rows for ids in completions]
-        return Sequences(*pad_left(asked, pad, device), *pad_right(said, pad, device))
+        prompt_ids = [ids for ids, completions in rows for _ in completions]
+        completion_ids = [ids for _, completions in rows for ids in completions]
+        return Sequences(*pad_left(prompt_ids, pad, device), *pad_right(completion_ids, pad, device))
 
-    def _tokens(self, prompt: Prompt) -> tuple[list[int], list[list[int]]]:
-        where = f"{prompt.source or 'the data'} row {prompt.index}"
+    def _example_tokens(self, prompt: Prompt) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a prompt, and of each of its completions."""
+        place = place_of(prompt)
         if len(prompt.completions) != self.loss.rows_per_example:
             raise DataError(
-                f"{where} has {len(prompt.completions)} completions, but {type(self).__name__} needs {self.completions_wanted}"
+                f"{place} has {len(prompt.completions)} completions, but {type(self).__name__} needs {self.completions_wanted}"
             )
-        asked = self.encode(prompt)
-        said = [self.pretrained.encoder.encode_completion(prompt, text, self.pretrained.stop_ids) for text in prompt.completions]
-        longest = len(asked) + max(map(len, said))
+        ids, encoder, stop_ids = self.encode(prompt), self.pretrained.encoder, self.pretrained.stop_ids
+        completions = [encoder.encode_completion(prompt, text, stop_ids) for text in prompt.completions]
+        longest = len(ids) + max(map(len, completions))
         limit = getattr(self.pretrained.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise DataError(
-                f"{where} has {longest} tokens ({len(asked)} of the prompt), more than the {limit} that the model reads; shorten "
+                f"{place} has {longest} tokens ({len(ids)} of the prompt), more than the {limit} that the model reads; shorten "
                 "or remove the row, or drop long prompts by data.max_prompt_tokens (examples are never cut)"
             )
-        return asked, said
+        return ids, completions
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Make sure that all examples can be trained on, and their answers be rewarded, before anything is spent."""
+        """Make sure that all examples can be trained on, and scored if there is a reward, before time is spent on the run."""
         if self.reward is not None:
             super().check_prompts(prompts)
         for prompt in prompts:
-            self._tokens(prompt)
+            self._example_tokens(prompt)
 
     def check_settings(self) -> None:
-        """Called before scoring and before training.
+        """Check the settings of the run; called before scoring and before training.
 
         Raises:
-            ConfigError: For the reasons of `LanguageModule`, or if examples of a step cannot be dealt evenly.
+            ConfigError: For the reasons of `LanguageModule`, or if the examples of a step cannot be split evenly over devices
+                and micro-batches, or predictions are asked for without a reward.
         """
         super().check_settings()
         if self.trainer.state.fn == "predict" and self.reward is None:
@@ -165,48 +174,49 @@ class ExampleModule(LanguageModule):
     # ---- loss
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Log-probabilities with gradient and entropies [B, T] of completions."""
+        """Log-probabilities with gradient and entropies of completions, [B, T] each, at temperature 1."""
         return self.weights.as_forward(lambda: token_logprobs(self.engine, sequences, 1.0))
 
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a chunk of a micro-batch's rows, all of them shares in the optimizer step's."""
+        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `TrainedPolicy`)."""
         logprobs, entropy = self.logprobs(chunk.sequences)
         output = self.loss(replace(chunk.loss_inputs(logprobs), entropy=entropy.detach()))
         return output.loss, output.metrics
 
     def calibration_losses(self, num_prompts: int | None = None) -> ExampleCalibration:
-        """Losses whose mean gradient scores the modules: the training loss of training examples under the start policy.
+        """Losses whose mean gradient scores the modules: those of training examples under the start policy.
 
         Args:
-            num_prompts: Training examples to use; fewer if there are not as many. None: as many as one optimizer step has.
+            num_prompts: Training examples to use, or all if there are fewer; None uses as many as one optimizer step has.
 
         Raises:
-            ConfigError: If there are no training examples.
+            ConfigError: If there are fewer training examples than one optimizer step takes.
         """
         prompts = training_prompts(self.trainer)
         self.check_enough(prompts)
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
         chosen = [prompts[i] for i in order[: num_prompts or self.examples_per_step]]
-        # Not self.device: the callback has moved the model, and Lightning moves this module only after the setup hooks.
+        # Not self.device: the callback moves the model to its device, and Lightning this module only after the setup hooks.
         sequences = self.example_sequences(chosen, next(self.model.parameters()).device)
         losses = ExampleCalibration(sequences, self.update.chunks(self, sequences), self.loss, self.calibration_logprobs)
         losses.info["prompts"] = len(chosen)
         return losses
 
-    # ---- evaluation: the held-out loss, and where there is a reward what the policy makes of the prompts
+    # ---- evaluation: the loss on held-out examples, and completions of their prompts where there is a reward
 
     def validation_names(self, sets: Collection[str]) -> list[str]:
-        """What a validation on examples of these sets logs."""
+        """Names of all that a validation on examples of these sets logs."""
         rows = torch.zeros(self.loss.rows_per_example, 1)
         reference = rows if self.loss.needs_reference else None
         inputs = LossInputs(rows, rows[:, 0], torch.ones_like(rows, dtype=torch.bool), ref_logprobs=reference, entropy=rows)
         measured = [f"val/{name}" for name in self.loss.terms(inputs)]
         return measured if self.reward is None else measured + super().validation_names(sets)
 
-    def _measure(self, prompts: Sequence[Prompt], metrics: ExampleMetrics) -> None:
+    def _add_losses(self, prompts: Sequence[Prompt], metrics: ExampleMetrics) -> None:
+        """Add what the loss measures on examples to the metrics."""
         sequences = self.example_sequences(prompts, self.device)
 
-        def terms() -> LossInputs:
+        def loss_inputs() -> LossInputs:
             reference = None
             with self.signals.at_once():
                 logprobs, entropy = self.update.logprobs(self, sequences)
@@ -217,7 +227,7 @@ class ExampleModule(LanguageModule):
             return LossInputs(logprobs, ones, sequences.completion_mask, ref_logprobs=reference, entropy=entropy)
 
         with self.inference():
-            inputs = self.weights.gathered(terms)
+            inputs = self.weights.gathered(loss_inputs)
         identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in prompts]
         weights = self.loss.weights(sequences.completion_mask)
         metrics.update(torch.tensor(identity, device=self.device), weights, self.loss.terms(inputs))
@@ -225,7 +235,7 @@ class ExampleModule(LanguageModule):
     def validation_step(self, batch: Sequence[Prompt], *place: Any, **places: Any) -> None:
         """Loss of a batch of examples, and completions of their prompts if there is a reward."""
         with self.stopping_together() if self.trainer.state.fn == "fit" else nullcontext():
-            self._measure(batch, self.example_metrics["val"])  # type: ignore[arg-type]
+            self._add_losses(batch, self.example_metrics["val"])  # type: ignore[arg-type]
         if self.reward is not None:
             super().validation_step(batch, *place, **places)
 
@@ -233,11 +243,11 @@ class ExampleModule(LanguageModule):
         """Log `val/...`."""
         if self.reward is not None:
             super().on_validation_epoch_end()
-        self._log_measured("val")
+        self._log_losses("val")
 
     def test_step(self, batch: Sequence[Prompt], *place: Any, **places: Any) -> None:
-        """As in validation."""
-        self._measure(batch, self.example_metrics["test"])  # type: ignore[arg-type]
+        """Loss of a batch of examples, and completions of their prompts if there is a reward."""
+        self._add_losses(batch, self.example_metrics["test"])  # type: ignore[arg-type]
         if self.reward is not None:
             super().test_step(batch, *place, **places)
 
@@ -245,12 +255,13 @@ class ExampleModule(LanguageModule):
         """Log `test/...`."""
         if self.reward is not None:
             super().on_test_epoch_end()
-        self._log_measured("test")
+        self._log_losses("test")
 
-    def _log_measured(self, prefix: str) -> None:
+    def _log_losses(self, prefix: str) -> None:
+        """Log PREFIX/NAME for all that the loss measured, and add it to `last_evaluation`."""
         metrics: Any = self.example_metrics[prefix]
         measured = {name: float(value) for name, value in metrics.compute().items()}
-        # Every rank has the same values; `sync_dist` lets Lightning know.
+        # All ranks have the same values already; `sync_dist` tells Lightning so.
         self.log_dict({f"{prefix}/{name}": value for name, value in measured.items()}, sync_dist=self.trainer.world_size > 1)
         evaluation = self.last_evaluation if self.reward is not None else {}
         self.last_evaluation = {**evaluation, "": {**measured, **evaluation.get("", {})}}
@@ -260,9 +271,9 @@ class ExampleModule(LanguageModule):
 class SupervisedModule(ExampleModule):
     """Supervised fine-tuning, on completions only.
 
-    Data is a `PromptDataModule` whose format is a `DemonstrationFormat`. The model is frozen as loaded; `HybridAdapterSetup`
-    makes part of it trainable, scored by the gradient of the supervised loss. What comes out can be exported and be the start
-    policy of a `PolicyModule`.
+    The data is a `PromptDataModule` whose format is a `DemonstrationFormat`. All weights are frozen when the model is loaded;
+    `HybridAdapterSetup` scores the modules by the gradient of the supervised loss, and makes some weights trainable. The trained
+    model can be exported, and a `PolicyModule` can start from it.
 
     Arguments and errors are those of `ExampleModule`.
     """
@@ -273,11 +284,11 @@ class SupervisedModule(ExampleModule):
 
 
 class PreferenceModule(ExampleModule):
-    """Preference alignment by a loss of pairs, such as DPO.
+    """Preference alignment by a loss on pairs, such as DPO.
 
-    Data is a `PromptDataModule` whose format is a `PreferenceFormat`; chosen and rejected completion share their prompt's forward
-    and backward pass. The start policy, with which the loss compares, is the model with its adapter switched off: there is no
-    second one. `HybridAdapterSetup` scores the modules by the gradient of the loss at the start policy.
+    The data is a `PromptDataModule` whose format is a `PreferenceFormat`. Chosen and rejected completion share the forward and
+    backward pass of their prompt. The loss compares with the start policy, which is the model with its adapter switched off:
+    there is no second model. `HybridAdapterSetup` scores the modules by the gradient of the loss at the start policy.
 
     Arguments and errors are those of `ExampleModule`.
     """

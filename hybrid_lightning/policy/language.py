@@ -1,11 +1,21 @@
-"""`LanguageModule`: a causal language model under Lightning, whatever it is trained by.
+"""`LanguageModule`: a causal language model under Lightning, whatever it is trained on.
 
-    AdaptedModule <- LanguageModule <- PolicyModule                        its own rollouts and rewards
-                                    <- ExampleModule <- SupervisedModule   completions that the data has
+    AdaptedModule <- LanguageModule <- PolicyModule                        its own rollouts and their rewards
+                                    <- ExampleModule <- SupervisedModule   completions in the data
                                                      <- PreferenceModule   pairs of them, one preferred
 
-It loads the model, generates completions, validates and tests, and makes the optimizer. What a subclass adds is the data that one
-optimizer step is made from, and its loss.
+How an optimizer step is made; a subclass gives the methods that are marked with *:
+
+    RolloutLoader                    the train dataloader
+      roll_out *                     completions of a batch of prompts, and their advantages
+      takes_part *                   the rows that the update needs, split into the micro-batches of each step
+      add_logprobs *                 log-probabilities of the policy before the step, and of the start policy
+    training_step -> Update          cuts a micro-batch into chunks that fit into memory
+      chunk_loss *                   loss of a chunk, from
+        logprobs *                     the policy's log-probabilities, with gradient
+    on_before_optimizer_step         gradient norms; Lightning then clips and makes the step
+
+This file has the rest: it loads the model, generates and scores completions, validates, tests and predicts.
 """
 
 from abc import ABC, abstractmethod
@@ -21,13 +31,13 @@ from hybrid_lightning.engine import Backend, base_model
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, evaluate, log_evaluation, predictions, repeat_prompts
-from hybrid_lightning.policy.modes import checkpoint_gradients, evaluation_mode, precision_of, product_dtype
+from hybrid_lightning.policy.modes import autocast_of, checkpoint_gradients, evaluation_mode, product_dtype
 from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.run_checks import check_prompts, check_run, warn_of_differences
 from hybrid_lightning.policy.step_times import PhaseClock
-from hybrid_lightning.policy.update import Update, rollout_loader
+from hybrid_lightning.policy.update import Update, make_rollout_loader
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
-from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
+from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import Stops, check_positions
 from hybrid_lightning.rollout.sampler import Sampler
@@ -39,28 +49,28 @@ if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine
 
 
-class LanguageModule(AdaptedModule, ABC):
+class LanguageModule(AdaptedModule, RolloutSource, ABC):
     """A language model that generates, is evaluated and is trained.
 
-    It is frozen as loaded; `HybridAdapterSetup` makes part of it trainable.
+    All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable.
 
     Args:
-        loss: What is trained by; says by `needs_reference` whether it compares with the start policy.
+        loss: Training loss. Its `needs_reference` says whether it compares with the start policy.
         reward: Scores completions; None where nothing is generated.
         rollout_schedule: Sizes of a rollout and its optimizer steps.
         model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
         revision: Branch, tag or commit of a hub model.
-        dtype: Weights in memory: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
-        attn_implementation: Such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
+        dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
+        attn_implementation: Attention, such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
         chat_template_kwargs: Variables of the chat template.
         sampler: Decoding parameters; None takes `Sampler()`.
-        eval_samples: Completions per prompt in validation, test and predict (the n of avg@n), beside the greedy one.
-        max_tokens_per_micro_batch: Tokens of prompts and completions that one forward and backward pass takes, a prompt counted
-            once for its completions. Smaller takes less memory for activations and gives the same gradient. None chooses by the
-            sizes of the model (see `default_token_budget`).
-        seed: Of the order of the data, sampling and evaluation.
+        eval_samples: Sampled completions per prompt in validation, test and predict (the n of avg@n), beside the greedy one.
+        max_tokens_per_micro_batch: Most tokens of prompts and completions in one forward and backward pass; a prompt counts once
+            for all its completions. A smaller number takes less memory for activations and gives the same gradient. None chooses
+            by the sizes of the model (see `default_token_budget`).
+        seed: Seed of the order of the data, of sampling and of evaluation.
         **kwargs: See `AdaptedModule`.
 
     Raises:
@@ -69,8 +79,8 @@ class LanguageModule(AdaptedModule, ABC):
     """
 
     shown_metrics: tuple[str, ...] = ("reward", "completions/mean_length")  # beside the progress bar
-    rows_together = 1  # so many neighbouring rows are never cut apart: the pairs of a preference loss
-    _loads_later = False
+    rows_together = 1  # so many neighbouring rows are never in different chunks: 2 for the pairs of a preference loss
+    _loads_later = False  # whether the constructor leaves the weights to `load`
 
     def __init__(
         self,
@@ -103,13 +113,13 @@ class LanguageModule(AdaptedModule, ABC):
         self.dtype_name, self.gradient_checkpointing = dtype, gradient_checkpointing
         self.pretrained = Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs)
         self.update = Update()
-        self.clock = PhaseClock()  # StepTimer gives its own
-        self.signals = StopSignals()  # GracefulStop gives those of the process
-        self.generation_listeners: list[Callable[[int, int, int], None]] = []  # of (running, decoded, max_new_tokens)
+        self.clock = PhaseClock()  # replaced by StepTimer's
+        self.signals = StopSignals()  # replaced by GracefulStop's, which are those of the process
+        self.generation_listeners: list[Callable[[int, int, int], None]] = []  # called with (running, decoded, max_new_tokens)
         self.last_evaluation: dict[str, dict[str, float]] = {}  # set -> metric -> value; "" for all sets
-        self._stops: Stops | None = None  # of completions, made for the tokenizer once
-        self._told_what_differs = False
-        self._missing_batches = 0  # of a prediction, on this rank, where the model is sharded
+        self._stops: Stops | None = None  # what ends a completion; made once, at the first use
+        self._warned_of_differences = False
+        self._missing_batches = 0  # prediction batches that other ranks have more than this one, where the model is sharded
         if not self._loads_later:
             self.load()
         self.validation_metrics, self.test_metrics = EvaluationMetrics(eval_samples), EvaluationMetrics(eval_samples)
@@ -118,7 +128,7 @@ class LanguageModule(AdaptedModule, ABC):
 
     @classmethod
     def unloaded(cls, *arguments: Any, **named: Any) -> Self:
-        """Make the module with the arguments of the class, all checked, but without the model's weights: `load` loads them."""
+        """Make the module with the arguments of the class and check them all, but leave the model's weights to `load`."""
         module = cls.__new__(cls)
         module._loads_later = True
         module.__init__(*arguments, **named)  # type: ignore[misc]
@@ -126,14 +136,14 @@ class LanguageModule(AdaptedModule, ABC):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the weights are there."""
+        """Whether the weights have been loaded."""
         return "model" in self._modules
 
     def load(self) -> None:
-        """Load the weights, if they are not there yet."""
+        """Load the weights, if that has not been done yet."""
         if self.is_loaded:
             return
-        from hybrid_lightning.engine import Engine  # with PEFT, which takes a second to import
+        from hybrid_lightning.engine import Engine  # here, since it imports PEFT, which takes a second
 
         loaded = self.pretrained.load()
         self._engine = Engine(loaded)
@@ -144,47 +154,47 @@ class LanguageModule(AdaptedModule, ABC):
 
     @property
     def model(self) -> nn.Module:
-        """The language model, adapted or not; loaded if somebody asks before `load`, as a subclass's constructor may."""
+        """The language model, adapted or not. Asking for it before `load`, as a subclass's constructor may, loads it."""
         self.load()
         return cast(nn.Module, self._modules["model"])
 
     @property
     def engine(self) -> "Engine":
-        """What computes with the model."""
+        """The engine that computes with the model."""
         self.load()
         return self._engine
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's."""
+        """The model's tokenizer."""
         return self.pretrained.tokenizer
 
-    def _put(self, model: nn.Module) -> None:
-        super()._put(model)
+    def _set_model(self, model: nn.Module) -> None:
+        super()._set_model(model)
         self._engine = self.engine.of(model)
 
     def _backend(self) -> Backend:
         return self.engine.backend
 
     def on_sharded(self) -> None:
-        """Find out what the model can do, which takes forward passes: not in the first training pass, nor on some ranks alone."""
+        """Try which fast passes the model supports: now, since that takes forward passes of all ranks together."""
         with self.inference():
             self.weights.gathered(self.engine.prepare)
 
     # ---- settings and data
 
     def setup(self, stage: str) -> None:
-        """Check what cannot work before anything is spent (see `check_settings`)."""
+        """Refuse settings that cannot work before time is spent on the run (see `check_settings`)."""
         super().setup(stage)
         self.check_settings()
-        if self.is_loaded:  # and adapted, since callbacks come first
+        if self.is_loaded:  # and adapted, since callbacks are set up first
             self.engine.report()
 
     def check_settings(self) -> None:
-        """Called before scoring and before training.
+        """Check the settings of the run; called before scoring and before training.
 
         Raises:
-            ConfigError: If the strategy cannot work, the precision cannot work or contradicts the dtype, or the loss needs a
+            ConfigError: If strategy, precision, dtype, optimizer and quantization do not work together, or the loss needs a
                 start policy that is not kept.
         """
         check_run(self.trainer, self.optimizer_class, self.dtype_name, self.quantization)
@@ -192,8 +202,8 @@ class LanguageModule(AdaptedModule, ABC):
             raise ConfigError(
                 "the loss needs the start policy (a KL term with kl_coef > 0, or DPO); set adapter.keep_start_weights=true"
             )
-        if self.is_loaded and not self._told_what_differs:  # what the attention is, the model says
-            self._told_what_differs = True
+        if self.is_loaded and not self._warned_of_differences:  # not before, since the attention is known from the model
+            self._warned_of_differences = True
             warn_of_differences(
                 self.trainer, getattr(base_model(self.model).config, "_attn_implementation", None), self.reward_terms()
             )
@@ -214,24 +224,24 @@ class LanguageModule(AdaptedModule, ABC):
         self.rollout_schedule.check_prompts(len(prompts))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Prompts have nothing to move."""
+        """Move micro-batches alone: the prompts of an evaluation have no tensors."""
         return batch.to(device) if isinstance(batch, PolicyBatch) else batch
 
     def reward_terms(self) -> list[RewardFunction]:
-        """The reward's parts."""
+        """The rewards that the reward is the weighted sum of; none without a reward."""
         return [] if self.reward is None else [term for term, _ in self.reward.terms()]
 
     # ---- signals
 
     @contextmanager
     def stopping_together(self) -> Iterator[None]:
-        """Let all ranks stop if a signal has asked one of them to, here or before. All have to enter and leave it."""
-        with suppress(RunStopped):  # of this rank; the others learn of it now
+        """Stop all ranks at the end of this context if one has been asked to by then. All ranks have to enter and leave it."""
+        with suppress(RunStopped):  # raised on this rank alone; `check_stop` tells the others
             yield
         self.check_stop()
 
     def check_stop(self) -> None:
-        """Raise `RunStopped` on all ranks if one of them has been asked to stop. All have to call it."""
+        """Raise `RunStopped` on all ranks if one of them has been asked to stop. All ranks have to call it."""
         number = max(gather_counts(self.signals.requested, self.device))
         if number:
             raise RunStopped(number, together=True)
@@ -244,13 +254,13 @@ class LanguageModule(AdaptedModule, ABC):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Eval mode, no gradient, the Trainer's precision; all put back afterwards."""
+        """Within this context: eval mode, no gradient, the Trainer's precision."""
         with evaluation_mode(self.model), torch.no_grad(), self.precision():
             yield
 
     def precision(self) -> AbstractContextManager[Any]:
-        """A context with the Trainer's precision; without a Trainer that of the base model."""
-        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else precision_of(self.model)
+        """A context with the Trainer's precision; without a Trainer, with the precision of the model's dtype."""
+        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else autocast_of(self.model)
 
     def generate(
         self,
@@ -259,13 +269,13 @@ class LanguageModule(AdaptedModule, ABC):
         generator: torch.Generator | PromptDraws | None = None,
         greedy: bool = False,
     ) -> Rollouts:
-        """Complete prompts with the policy as it is now: P * G sequences.
+        """Complete prompts with the current policy: P * G sequences.
 
         Args:
             prompts: P prompts.
             samples_per_prompt: G; 1 if `greedy`.
             generator: Random generator on the model's device, or `PromptDraws` of these prompts.
-            greedy: Most probable tokens instead of sampled ones.
+            greedy: Take the most probable tokens instead of sampling.
         """
 
         def on_token(running: int, decoded: int) -> None:
@@ -273,7 +283,7 @@ class LanguageModule(AdaptedModule, ABC):
                 listener(running, decoded, self.sampler.max_new_tokens)
 
         def sample() -> Rollouts:
-            # Nothing here waits for another rank, which might wait for this one in vain.
+            # A signal may end this at once: no other rank waits for this one meanwhile.
             with self.signals.at_once(), self.engine.sampling(product_dtype(self.model)):
                 return self.sampler.sample(
                     self.engine,
@@ -301,11 +311,11 @@ class LanguageModule(AdaptedModule, ABC):
         return rewards.to(rollouts.sequences.completion_ids.device)
 
     def answers(self, rollouts: Rollouts) -> list[str | None]:
-        """What each completion answers, as the reward takes it out of the text (see `RewardFunction.extract_answer`)."""
+        """The answer that the reward finds in each completion, None if it finds none (see `RewardFunction.extract_answer`)."""
         assert self.reward is not None
         return extract_answers(self.reward, rollouts.completions, repeat_prompts(rollouts.prompts, rollouts.samples_per_prompt))
 
-    # ---- training: a rollout source (see `RolloutLoader`), and the loss of what it gives
+    # ---- training (see the top of this file); `roll_out`, `takes_part` and `add_logprobs` are documented in `RolloutSource`
 
     @abstractmethod
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -318,32 +328,27 @@ class LanguageModule(AdaptedModule, ABC):
 
     @abstractmethod
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a chunk of a micro-batch's rows, all of them shares in the optimizer step's.
-
-        Args:
-            chunk: The rows.
-            micro_batch_tokens: Completion tokens of the whole micro-batch.
-        """
+        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `TrainedPolicy`)."""
 
     def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
         """The train dataloader: rollouts of these prompts. A data module's `train_dataloader` returns it."""
-        return rollout_loader(self, prompts)
+        return make_rollout_loader(self, prompts)
 
     def on_train_start(self) -> None:
-        """Let the loader go on where the checkpoint was."""
-        # Lightning does so as it asks for the loader: too early, where a schedule has asked how many steps `max_epochs` are.
+        """Let a resumed run's loader go on from its state in the checkpoint."""
+        # Lightning has done so when it got the loader. That is too early where the schedule had asked for the number of steps.
         self.trainer.fit_loop._load_combined_loader_states()
 
     def on_train_epoch_start(self) -> None:
-        """An epoch begins with an optimizer step, also after one that was cut short within a step."""
+        """Begin the epoch with a new optimizer step, even if the last epoch ended in the middle of one."""
         self.update = Update()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """The update begins, after all callbacks' hooks of this name; `StepTimer` sees its end before any other callback."""
+        """Start the clock's phase "update", after the callbacks' hooks of this name; `StepTimer` ends it."""
         self.clock.switch("update")
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch (see `Update`)."""
+        """Loss of one micro-batch (see `Update.micro_batch`)."""
         return self.update.micro_batch(self, batch, batch_idx)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -351,19 +356,19 @@ class LanguageModule(AdaptedModule, ABC):
         self.update.clear_gradients(optimizer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient norm of each group before clipping; TrainingError if one is not finite."""
+        """Log the gradient norm of each parameter group before clipping; TrainingError if one is not finite."""
         self.update.log_gradient_norms(self, optimizer)
 
     # ---- evaluation
 
     def validation_names(self, sets: Collection[str]) -> list[str]:
-        """What a validation on prompts of these sets logs."""
+        """Names of all that a validation on prompts of these sets logs."""
         names = self.validation_metrics.names(sets)
         return ["/".join(filter(None, ("val", name, value))) for name, values in names.items() for value in values]
 
     def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
-        """Greedy and sampled completions of a batch of prompts."""
-        # In training all ranks save what they have; a validation by itself has nothing to save.
+        """Complete and score a batch of prompts, greedily and by sampling."""
+        # A run that is stopped in training is saved by all ranks together; a validation by itself has nothing to save.
         with self.stopping_together() if self.trainer.state.fn == "fit" else nullcontext():
             evaluate(self, batch, self.validation_metrics)
 
@@ -372,7 +377,7 @@ class LanguageModule(AdaptedModule, ABC):
         self.last_evaluation = log_evaluation(self, "val", self.validation_metrics)
 
     def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
-        """Greedy and sampled completions of a batch of prompts."""
+        """Complete and score a batch of prompts, greedily and by sampling."""
         evaluate(self, batch, self.test_metrics)
 
     def on_test_epoch_end(self) -> None:
@@ -380,13 +385,13 @@ class LanguageModule(AdaptedModule, ABC):
         self.last_evaluation = log_evaluation(self, "test", self.test_metrics)
 
     def on_predict_epoch_start(self) -> None:
-        """Find out how many batches other ranks have more than this one."""
+        """Where the model is sharded, find out how many more batches than this rank another one has."""
         if self.weights.sharded:
             batches = sum(int(count) for count in self.trainer.num_predict_batches)
             self._missing_batches = max(gather_counts(batches, self.device)) - batches
 
     def on_predict_epoch_end(self) -> None:
-        """No prompt is repeated to make the ranks even; those with fewer batches still gather the weights as often."""
+        """Gather the weights as often as the rank with the most batches: no prompt is repeated to make the ranks even."""
         for _ in range(self._missing_batches):
             self.weights.gathered(lambda: None)
 

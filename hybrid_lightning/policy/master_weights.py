@@ -1,16 +1,17 @@
-"""`MasterWeights`: an optimizer for bfloat16 weights in which no step is lost.
+"""`MasterWeights`: an optimizer that trains bfloat16 weights as exactly as float32 ones.
 
-A bfloat16 weight has 8 bits of precision: at 0.05 the next one is 0.0002 away, and a step of 1e-6 is rounded off, however often
-it is made. So each trained weight is a float32 number in two halves:
+A bfloat16 weight has 8 bits of precision: the neighbours of 0.05 are 0.0002 away, so that a step of 1e-6 is rounded off, however
+often it is made. So each trained weight is a float32 number in two halves:
 
-    w = high + low,   high = w rounded to bfloat16: the weight that computes, is gathered, and samples
+    w = high + low,   high = w rounded to bfloat16: the model's parameter, which computes, is gathered, and samples
                       low  = the other 16 bits: known to the optimizer alone
 
-For a step the halves are joined, the optimizer that was asked for makes its step in float32, with moments in float32, and the
-result is split again. The weights are those of float32 training under autocast, which rounds them to bfloat16 in every pass; with
-Adam they take 14 bytes a number (2 high, 2 gradient, 2 low, 8 moments) instead of 16, and 2 instead of 4 where they are gathered.
-Splitting weights in this way is known from Split-SGD (arXiv 2005.04680). Rounding stochastically would save the 2 bytes of `low`
-and cost noise, which is larger than the steps where these are small.
+For a step the halves are joined, the user's optimizer makes its step in float32, with moments in float32, and the result is split
+again. The weights are then those of float32 training under autocast, which rounds them to bfloat16 in every pass. With Adam they
+take 14 bytes per number (2 high, 2 gradient, 2 low, 8 moments) instead of 16, and 2 instead of 4 where they are gathered.
+
+Weights are split in this way in Split-SGD (arXiv 2005.04680). Stochastic rounding would save the 2 bytes of `low`, but add noise
+that is larger than small steps.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,22 +24,22 @@ from torch.optim import Optimizer
 
 from hybrid_lightning.errors import ConfigError
 
-MASTER = "master_weight"  # its name in saved states
-_LOW = "low_bits"  # and that of its lower half in memory
-# Numbers that are joined at a time: what a step needs beside the state is 64 MiB for each copy, or one module's.
+MASTER = "master_weight"  # key of the float32 weight in a saved state
+_LOW = "low_bits"  # key of its lower half in the state in memory
+# A step joins weights of at most so many numbers at a time, or one larger weight: 64 MiB for each temporary float32 copy.
 _CHUNK = 2**24
 
 
 class MasterWeights(Optimizer):
-    """Lets an optimizer train bfloat16 weights as float32 ones.
+    """Wraps an optimizer, which then trains bfloat16 weights as float32 ones.
 
-    Its `state_dict` has, beside the state of that optimizer, the float32 weights under `master_weight`; no value of it is rounded
-    when it is loaded, and the weights are set to those that it holds.
+    The `state_dict` has the state of the wrapped optimizer, and the float32 weights under `master_weight`. Loading it sets the
+    weights to those in it, and rounds no value of the state.
 
     Args:
-        optimizer: Called with parameter groups. It must be one that takes each parameter for itself, as those of torch and
-            bitsandbytes do, LBFGS aside: it is given some of them at a time.
-        groups: Parameter groups of bfloat16 weights, split over ranks as `DTensor` or not.
+        optimizer: Makes the wrapped optimizer of parameter groups. It must treat each parameter by itself, since a step is made
+            for some parameters at a time. All optimizers of torch but LBFGS do, and so do those of bitsandbytes.
+        groups: Parameter groups of bfloat16 weights, which may be split over ranks as `DTensor`.
     """
 
     def __init__(self, optimizer: Callable[[Iterable], Optimizer], groups: list[dict[str, Any]]) -> None:
@@ -54,13 +55,13 @@ class MasterWeights(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make a step of the optimizer on the float32 weights.
+        """Make a step of the wrapped optimizer on the float32 weights.
 
         Args:
             closure: Computes the gradients and returns the loss.
 
         Raises:
-            ConfigError: If the optimizer does not take each parameter for itself.
+            ConfigError: If the wrapped optimizer does not treat each parameter by itself.
         """
         loss = None
         if closure is not None:
@@ -82,9 +83,9 @@ class MasterWeights(Optimizer):
                 )
 
     def _step(self, chunk: list[tuple[int, nn.Parameter]]) -> None:
-        """A step of some weights, each given with the number of its group."""
+        """Make a step for some weights, each given with the number of its group."""
         masters = [(weight, nn.Parameter(self._master(weight))) for _, weight in chunk]
-        self._forget()
+        self._empty_inner()
         for (number, weight), (_, master) in zip(chunk, masters, strict=True):
             master.grad = weight.grad.to(torch.float32)  # type: ignore[union-attr]
             self._inner.param_groups[number]["params"].append(master)
@@ -93,16 +94,16 @@ class MasterWeights(Optimizer):
         for weight, master in masters:
             low = self.state[weight].get(_LOW)
             self.state[weight] = {**self._inner.state[master], _LOW: _split(_local(master), _local(weight), low)}
-        self._forget()
+        self._empty_inner()
 
-    def _forget(self) -> None:
-        """Let the optimizer hold nothing."""
+    def _empty_inner(self) -> None:
+        """Take all parameters and their state out of the wrapped optimizer."""
         self._inner.state.clear()
         for group in self._inner.param_groups:
             group["params"] = []
 
     def _chunks(self) -> Iterator[list[tuple[int, nn.Parameter]]]:
-        """Weights that have a gradient, with the numbers of their groups, some at a time."""
+        """The weights that have a gradient, each with the number of its group, in lists of at most `_CHUNK` numbers."""
         chunk: list[tuple[int, nn.Parameter]] = []
         count = 0
         for number, group in enumerate(self.param_groups):
@@ -118,7 +119,7 @@ class MasterWeights(Optimizer):
             yield chunk
 
     def _master(self, weight: nn.Parameter) -> Tensor:
-        """The float32 weight, split over ranks as the weight is."""
+        """The float32 value of a weight, split over ranks as the weight is."""
         low = self.state[weight].get(_LOW)
         master = torch.empty_like(weight, dtype=torch.float32, requires_grad=False)
         _local(master).copy_(_local(weight) if low is None else _join(_local(weight), low))
@@ -126,7 +127,7 @@ class MasterWeights(Optimizer):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """State by number of the parameter, with the float32 weights."""
+        """The state, keyed by the number of the parameter as in every optimizer, with the float32 weights."""
         content = super().state_dict()
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for number, entry in content["state"].items():
@@ -136,10 +137,10 @@ class MasterWeights(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state; torch's own would round it to the dtype of the weights.
+        """Load a state, where torch's own method would round it to the dtype of the weights.
 
         Args:
-            state_dict: As `state_dict` gives it, in whatever way it numbers parameters.
+            state_dict: Result of `state_dict`; parameters may have other numbers in it.
         """
         super().load_state_dict({**state_dict, "state": {}})
         self.state.clear()
@@ -149,30 +150,30 @@ class MasterWeights(Optimizer):
                 if not entry:
                     continue
                 master = entry.pop(MASTER).to(weight.device)
-                stays = () if group.get("fused") or group.get("capturable") else ("step",)
+                on_cpu = () if group.get("fused") or group.get("capturable") else ("step",)
                 for name, value in entry.items():
-                    moves = isinstance(value, Tensor) and name not in stays
+                    moves = isinstance(value, Tensor) and name not in on_cpu
                     entry[name] = value.to(weight.device, copy=True) if moves else value
                 self.state[weight] = {**entry, _LOW: _split(_local(master), _local(weight), None)}
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part, which shares memory with the tensor."""
+    """This rank's part of a tensor, which shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _join(high: Tensor, low: Tensor) -> Tensor:
-    """bfloat16 and the 16 bits below it as float32."""
+    """The float32 numbers whose upper halves are `high`, bfloat16, and whose lower 16 bits are `low` (see `_split`)."""
     bits = high.view(torch.int16).to(torch.int32).mul_(2**16).add_(low)
     return bits.view(torch.float32)
 
 
 def _split(value: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
-    """Write float32 into `high`, rounded to bfloat16, and into `low` what is left; returns the latter.
+    """Write float32 numbers into `high`, rounded to bfloat16, and what is left into `low`; returns `low`.
 
-    That is the difference of the bits, read as whole numbers: from -2^15, where the value lies just between two bfloat16 numbers
-    and was rounded up to the even one, to 2^15 - 1. A value that was rounded down from there, one of 131072, would need 2^15: it
-    is kept one step of float32 nearer to zero, so that `high` is what autocast would make of the weight.
+    What is left is the difference of the bits, read as whole numbers, from -2^15 to 2^15 - 1. It is -2^15 for a value halfway
+    between two bfloat16 numbers that was rounded up, to the even one. A halfway value that was rounded down, one in 131072, would
+    need 2^15: it is kept one step of float32 nearer to zero, so that `high` is what autocast makes of the weight.
     """
     high.copy_(value)
     left = value.view(torch.int32) - high.view(torch.int16).to(torch.int32).mul_(2**16)

@@ -1,8 +1,8 @@
-"""How a model computes: train or eval mode, module by module, and the precision.
+"""Modes in which a model computes: train or eval mode of each of its modules, gradient checkpointing, and autocast.
 
 The base model stays in eval mode while it is trained: its own dropout would make the log-probabilities of a training step
 differ from those of the policy that sampled, and the ratio of the first minibatch would not be 1. Modules that the adapter
-adds are in train mode, so that LoRA's dropout is what its setting says.
+adds are in train mode, so that LoRA's dropout is active.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for all modules; afterwards each is in its own mode again, which `model.train(flag)` would not do."""
+    """Within this context all modules are in eval mode; afterwards those that were in train mode, and no others, are again."""
     trained = [module for module in model.modules() if module.training]
-    # Not by the modules' own way to set attributes, which looks for parameters first: an adapter has hundreds of modules.
+    # `nn.Module.__setattr__` looks for parameters first, which takes long for the hundreds of modules of an adapter.
     for module in trained:
         object.__setattr__(module, "training", False)
     try:
@@ -34,11 +34,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def checkpoint_gradients(model: nn.Module, backend: Backend) -> None:
     """Recompute the activations of decoder blocks in the backward pass instead of keeping them.
 
-    Transformers honours this in train mode only, so the blocks themselves, but not the modules in them, are put into it.
+    transformers does so in train mode only. So the blocks, but not the modules in them, are put into train mode.
 
     Args:
-        model: Of transformers.
-        backend: Of its fused layers.
+        model: A model of transformers, changed in place.
+        backend: The backend of its fused layers.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": backend.recomputed_alike})  # type: ignore[operator]
     for module in model.modules():
@@ -46,13 +46,13 @@ def checkpoint_gradients(model: nn.Module, backend: Backend) -> None:
             module.training = True
 
 
-def precision_of(model: nn.Module) -> AbstractContextManager[Any]:
-    """Autocast to the dtype of the model's frozen weights, beside which trained weights are float32; nothing for float32."""
+def autocast_of(model: nn.Module) -> AbstractContextManager[Any]:
+    """Autocast to the dtype of the model's frozen weights, since trained weights are float32; no autocast if all are float32."""
     weight = next(model.parameters())
     return torch.autocast(weight.device.type, weight.dtype) if weight.dtype in _HALF else nullcontext()
 
 
 def product_dtype(model: nn.Module) -> torch.dtype | None:
-    """What autocast makes of the operands of matrix products; None without it."""
+    """Dtype of the operands of the model's matrix products under the current autocast; None without autocast."""
     device = next(model.parameters()).device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

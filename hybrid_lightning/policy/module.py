@@ -2,8 +2,11 @@
 
     prompts -> rollout -> rewards -> advantages -> PolicyBatch -> loss -> optimizer
 
-The rollouts are made in the train dataloader (`RolloutLoader` asks `roll_out` and `add_logprobs`), so that `training_step` is a
-pure loss on one micro-batch.
+The rollouts are made in the train dataloader, so that `training_step` is a pure loss on one micro-batch. `language.py` shows in
+which order the methods here are called: `roll_out`, `takes_part` and `add_logprobs` by the dataloader, then `chunk_loss`. What is
+done to one rollout or micro-batch is in `sampled_groups.py`, `rollout_metrics.py` and `token_weights.py`.
+
+Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 """
 
 from collections.abc import Sequence
@@ -39,20 +42,22 @@ __all__ = ["PolicyModule"]
 class PolicyModule(LanguageModule):
     """Trains a language model by reinforcement learning with verifiable rewards.
 
-    The model is frozen as loaded; `HybridAdapterSetup` makes part of it trainable.
+    All weights are frozen when the model is loaded; `HybridAdapterSetup` makes some of them trainable.
 
     Args:
         loss: Policy loss, such as `GRPOLoss` or `GSPOLoss`.
         reward: Scores completions.
         advantage: Advantage estimator; None takes `GroupAdvantage()`.
-        correction: Weighs the policy term where sampling and training probabilities differ, such as `TokenTruncation()`: in
-            bfloat16, or with merged weights while sampling, if `sampling/logp_difference` is not small; None for none.
-        token_mask: Gives a policy gradient to the most entropic tokens alone, such as `TopEntropyMask()`; None for all tokens.
+        correction: Weighs the policy term where sampling and training probabilities differ, such as `TokenTruncation()`. It is
+            for bfloat16, or weights that are merged while sampling, if `sampling/logp_difference` is not small. None weighs
+            nothing.
+        token_mask: Restricts the policy gradient to the tokens of highest entropy, such as `TopEntropyMask()`; None for all
+            tokens.
         mask_truncated_completions: Whether completions that were cut at the sampler's `max_new_tokens` are left out of the loss
-            (DAPO's overlong filtering). Their rewards still count in their group, and they in the number of sequences, but their
-            tokens nowhere (as in TRL).
-        dynamic_sampling: Replaces groups of completions that teach nothing, since all of them succeed or all fail, by those of
-            further prompts, such as `DynamicSampling()`; None trains on all groups. Not used in scoring and evaluation.
+            (DAPO's overlong filtering). As in TRL, their rewards still count in their group, and they still count in the number
+            of sequences, but their tokens count nowhere.
+        dynamic_sampling: Replaces groups whose completions all succeed or all fail, which teach nothing, by groups of further
+            prompts, such as `DynamicSampling()`; None trains on all groups. Not used in scoring and evaluation.
         prompts_per_rollout: Prompts of a rollout, over all devices (P).
         samples_per_prompt: Completions of each prompt in a rollout (G).
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
@@ -98,7 +103,7 @@ class PolicyModule(LanguageModule):
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
     ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
-        """Complete and score prompts (see `RolloutSource`); metrics are those of all completions, trained on or not."""
+        """Complete and score prompts (see `RolloutSource`). The metrics are of all completions, trained on or not."""
         if self.dynamic_sampling is not None:
             return self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more)
         rollouts, rewards = self._complete(prompts, generator)
@@ -116,7 +121,7 @@ class PolicyModule(LanguageModule):
 
     def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
         with self.stopping_together(), self.clock.phase("generate"):
-            # So that a prompt is completed alike however many ranks there are.
+            # Random numbers by position in the rollout: a prompt is completed alike however many ranks there are.
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
             places = range(self.global_rank, len(prompts) * world_size(), world_size())
             samples = self.rollout_schedule.samples_per_prompt
@@ -153,12 +158,12 @@ class PolicyModule(LanguageModule):
     # ---- loss
 
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [B, T] under the sampler's temperature; entropies have a gradient if the loss asks."""
+        """Log-probabilities and entropies [B, T] at the sampler's temperature; entropies with gradient if the loss needs it."""
         with_gradient = self.loss.needs_entropy
         return self.weights.as_forward(lambda: token_logprobs(self.engine, sequences, self.sampler.temperature, with_gradient))
 
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a chunk of a micro-batch's rows, all of them shares in the optimizer step's."""
+        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `TrainedPolicy`)."""
         logprobs, entropy = self.logprobs(chunk.sequences)
         inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction)
         inputs = replace(
@@ -175,20 +180,20 @@ class PolicyModule(LanguageModule):
         return output.loss, {**output.metrics, **metrics}
 
     def trained_sequences(self, rollouts: Rollouts) -> Sequences:
-        """The sequences of rollouts as the loss sees them: a completion that is masked has no tokens."""
+        """The sequences as the loss sees them: without tokens where `mask_truncated_completions` leaves a completion out."""
         sequences = rollouts.sequences
         if not self.mask_truncated_completions:
             return sequences
         return replace(sequences, completion_mask=sequences.completion_mask & rollouts.finished[:, None])
 
     def takes_part(self, advantages: Tensor) -> Tensor:
-        """Rows that an update needs (see `RolloutSource`): those with an advantage, if the loss ignores the others."""
+        """The rows that an update needs (see `RolloutSource`): those with an advantage, or all if the loss needs the others."""
         return advantages != 0 if self.loss.ignores_zero_advantage else torch.ones_like(advantages, dtype=torch.bool)
 
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
-        """Fill in old and reference log-probabilities and the mask of tokens, where they are needed (see `RolloutSource`).
+        """Fill in old and reference log-probabilities and the token mask, where they are needed (see `RolloutSource`).
 
-        Old ones come from the same forward pass that trains, not from the sampler: on the first minibatch the ratio is then
+        Old log-probabilities are computed as in training, not taken from the sampler: the ratio of the first minibatch is then
         exactly 1, which GSPO's narrow clip range needs.
         """
         if on_policy and not self.loss.needs_reference and self.token_mask is None:
@@ -218,11 +223,12 @@ class PolicyModule(LanguageModule):
     # ---- checks and scoring
 
     def check_settings(self) -> None:
-        """Called before scoring and before training.
+        """Check the settings of the run; called before scoring and before training.
 
         Raises:
-            ConfigError: For the reasons of `LanguageModule`, or if a prompt has too few completions to compare, a reward does
-                not go with the sampler's length, or a rollout cannot be split into the micro-batches that the Trainer asks for.
+            ConfigError: For the reasons of `LanguageModule`, or if the advantage needs more completions per prompt, a reward
+                does not fit the sampler's `max_new_tokens`, or a rollout cannot be split into the micro-batches that the Trainer
+                asks for.
         """
         super().check_settings()
         self.advantage.check_samples(self.rollout_schedule.samples_per_prompt)
@@ -234,7 +240,7 @@ class PolicyModule(LanguageModule):
 
     def _warn_of_std(self) -> None:
         if self.advantage.divides_by_group_std and not self.loss.takes_group_std and not self._warned_of_std:
-            self._warned_of_std = True  # these checks come several times
+            self._warned_of_std = True  # settings are checked several times
             rank_zero_warn(
                 f"{type(self.loss).__name__} is meant for advantages that are not divided by the standard deviation of their "
                 f"group, as those of {type(self.advantage).__name__} are; give --model.advantage=GroupMeanAdvantage"
@@ -243,13 +249,14 @@ class PolicyModule(LanguageModule):
     def calibration_losses(
         self, num_prompts: int | None = None, kept: KeptScoring | None = None
     ) -> RewardCalibration | AnswerCalibration:
-        """Losses whose mean gradient scores the modules: of rollouts of the start policy on training prompts.
+        """Losses whose mean gradient scores the modules: those of rollouts of the start policy on training prompts.
 
-        Where all rewards tie there is no gradient; then the reference answers are used (supervised), where the data has them.
+        Where all rewards tie they have no gradient. The supervised losses of reference answers are then used, if the data has
+        answers.
 
         Args:
-            num_prompts: Training prompts to use; fewer if there are not as many. None: as many as one rollout has.
-            kept: Keeps completions and rewards as they are made, and has those that a stopped run has made.
+            num_prompts: Training prompts to use, or all if there are fewer; None uses as many as one rollout has.
+            kept: Saves completions and rewards as they are made, and returns those that a stopped run has saved.
 
         Raises:
             ConfigError: If there are too few training prompts, or all completions are masked.

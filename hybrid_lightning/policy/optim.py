@@ -1,4 +1,8 @@
-"""Optimizer with one learning rate per group of parameters, and learning rate schedules."""
+"""Learning rate schedules, and the optimizer of a policy: one learning rate for each group of parameters.
+
+`build_optimizer` makes what `configure_optimizers` returns. A resumed run takes the optimizer's state from the checkpoint and
+keeps its own hyper-parameters (`with_hyper_parameters`).
+"""
 
 import inspect
 import math
@@ -19,7 +23,7 @@ OptimizerCallable = Callable[[Iterable], Optimizer]
 
 
 class LearningRateSchedule(Configurable, ABC):
-    """Factor on the learning rates: a linear warm-up, then what a subclass says.
+    """Factor on the learning rates: a linear warm-up, then the factor of a subclass.
 
     Args:
         warmup_steps: Optimizer steps in which the factor rises from 1 / (warmup_steps + 1) to 1.
@@ -31,17 +35,17 @@ class LearningRateSchedule(Configurable, ABC):
         self.warmup_steps = warmup_steps
 
     def factor(self, step: int, total_steps: float) -> float:
-        """Factor at optimizer step `step` (from 0) of `total_steps` (infinite if the run is not limited in steps)."""
+        """Factor at optimizer step `step` (counted from 0) of `total_steps` (infinite if the run has no limit of steps)."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         return self.after_warmup(step, total_steps)
 
     @abstractmethod
     def after_warmup(self, step: int, total_steps: float) -> float:
-        """Factor once the warm-up is over."""
+        """Factor at a step after the warm-up; arguments as of `factor`."""
 
     def progress(self, step: int, total_steps: float) -> float:
-        """Share of the steps after the warm-up that are done, in [0, 1].
+        """Share of the steps after the warm-up that have been made, in [0, 1].
 
         Raises:
             ConfigError: If the run's length is unknown.
@@ -63,7 +67,7 @@ class ConstantSchedule(LearningRateSchedule):
 
 
 class LinearSchedule(LearningRateSchedule):
-    """Straight line to `final_factor`, which is reached when the run's last step is done.
+    """Straight line from 1 to `final_factor`, which is reached after the last step of the run.
 
     Args:
         warmup_steps: See `LearningRateSchedule`.
@@ -80,7 +84,7 @@ class LinearSchedule(LearningRateSchedule):
 
 
 class CosineSchedule(LearningRateSchedule):
-    """Half a cosine to `final_factor`, which is reached when the run's last step is done.
+    """Half a cosine from 1 to `final_factor`, which is reached after the last step of the run.
 
     Args:
         warmup_steps: See `LearningRateSchedule`.
@@ -103,16 +107,16 @@ def build_optimizer(
     schedule: LearningRateSchedule,
     total_steps: float,
 ) -> dict[str, Any]:
-    """What `configure_optimizers` returns.
+    """Make what `configure_optimizers` returns: the optimizer and its learning rate scheduler.
 
     Args:
-        optimizer: Called with the parameter groups.
+        optimizer: Makes the optimizer of the parameter groups that it is called with.
         groups: Group name -> (parameters, learning rate); empty groups are left out.
         schedule: Factor on every learning rate.
-        total_steps: Optimizer steps of the run.
+        total_steps: Optimizer steps of the run, infinite if it has no limit.
 
     Raises:
-        ConfigError: If no parameter is trainable.
+        ConfigError: If no parameter is trainable, or the schedule needs the length of a run that has no limit.
     """
     parameter_groups: list[dict[str, Any]] = [
         {"params": parameters, "lr": lr, "name": name} for name, (parameters, lr) in groups.items() if parameters
@@ -122,16 +126,16 @@ def build_optimizer(
             "the policy has no trainable parameter; add the callback HybridAdapterSetup (a budget of share 1 is full fine-tuning)"
         )
     built = make_optimizer(optimizer, parameter_groups)
-    schedule.factor(schedule.warmup_steps, total_steps)  # an impossible combination is said now and not after the warm-up
-    scheduler = _ScheduledRates(built, lambda step: schedule.factor(step, total_steps))
+    schedule.factor(schedule.warmup_steps, total_steps)  # raises now, not after the warm-up, if it needs the run's length
+    scheduler = _Scheduler(built, lambda step: schedule.factor(step, total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
 
-class _ScheduledRates(LambdaLR):
-    """A resumed run goes on at the step of the checkpoint, with the rates and the schedule that it was given itself."""
+class _Scheduler(LambdaLR):
+    """Scheduler of which a checkpoint restores the step alone: a resumed run has its own learning rates and schedule."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the step."""
+        """Go on at the step of a checkpoint."""
         rates = self.base_lrs
         super().load_state_dict(state_dict)
         self.base_lrs = rates
@@ -143,13 +147,13 @@ class _ScheduledRates(LambdaLR):
 def with_hyper_parameters(
     groups: Sequence[Mapping[str, Any]], optimizer: OptimizerCallable, rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Saved parameter groups with the hyper-parameters of a run that goes on: all that the optimizer's constructor takes.
+    """Saved parameter groups with the hyper-parameters of the run that resumes: the arguments of the optimizer's constructor.
 
-    What else stands in a group, such as a counter of the optimizer, is state and stays.
+    All else in a group, such as a counter of the optimizer, is state and stays as saved.
 
     Args:
-        groups: As saved.
-        optimizer: Called with parameter groups.
+        groups: The saved groups.
+        optimizer: Makes the optimizer of the parameter groups that it is called with.
         rates: Group name -> learning rate.
     """
     return [
@@ -166,7 +170,7 @@ def _hyper_parameters(optimizer: OptimizerCallable, rate: float) -> dict[str, An
 
 
 def make_optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
-    """The optimizer of these groups; `MasterWeights` around it where weights are bfloat16."""
+    """Make the optimizer of these groups, wrapped in `MasterWeights` if a weight is bfloat16."""
     bfloat16 = any(weight.dtype == torch.bfloat16 for group in groups for weight in group["params"])
     return MasterWeights(optimizer, groups) if bfloat16 else optimizer(groups)
 

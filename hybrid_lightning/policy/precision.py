@@ -1,20 +1,20 @@
-"""What `trainer.precision` means for a policy, and what of it works.
+"""The values of `trainer.precision` that work for a policy, and what they mean.
 
-| trainer.precision | model.dtype       | trained weights, gradients | products are computed in            |
+| trainer.precision | model.dtype       | trained weights, gradients | matrix products                     |
 |-------------------|-------------------|----------------------------|-------------------------------------|
 | `32-true`         | float32           | float32                    | float32                             |
 | `bf16-mixed`      | float32, bfloat16 | float32                    | bfloat16, by autocast               |
 | `bf16-true`       | bfloat16          | bfloat16                   | bfloat16, without autocast          |
 | `16-mixed`        | float32, float16  | float32                    | float16, by autocast                |
 
-Under `16-mixed` the loss is scaled, so that small gradients do not vanish; where one becomes too large for float16 the step is
-left out, by all processes together. On a CPU Lightning makes `bf16-mixed` of it, and with FSDP2 it takes it as a plugin only:
+Under `16-mixed` the loss is scaled, so that small gradients do not vanish; if a gradient becomes too large for float16, all
+processes skip the step. On a CPU Lightning replaces it by `bf16-mixed`; with FSDP2 Lightning takes it as a plugin only:
 
     --trainer.plugins=lightning.pytorch.plugins.MixedPrecision --trainer.plugins.precision=16-mixed --trainer.plugins.device=cuda
 
-Losses, log-probabilities, scores of attention and the optimizer's moments are float32 under all of them. Under `bf16-true`, too,
-no step is rounded off: see `MasterWeights`. What is lost against `bf16-mixed` is that the gradients of an optimizer step are
-added up in bfloat16, where it is made of several forward and backward passes, and over processes.
+Losses, log-probabilities, attention scores and the optimizer's moments are float32 under all of them. Under `bf16-true`, too, no
+step is rounded off (see `MasterWeights`). It is less exact than `bf16-mixed` in one thing: the gradients of an optimizer step are
+added up in bfloat16, over its forward and backward passes and over processes.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,14 +34,14 @@ _BFLOAT16 = "bf16-true"
 class Bfloat16Precision(Precision):
     """`bf16-true` for a model that is loaded in bfloat16.
 
-    Lightning's own would make every new tensor bfloat16, and turn each batch into it: advantages and log-probabilities, whose
-    differences are what a policy learns from, would be rounded to three digits.
+    Lightning's own plugin would make every new tensor bfloat16, and convert each batch to it. Advantages and log-probabilities,
+    from whose differences a policy learns, would be rounded to three digits.
     """
 
     precision = "bf16-true"
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        """Clip by a norm in float32."""
+        """Clip gradients by their norm, which is computed in float32."""
         weights = [weight for weight in self.main_params(optimizer) if weight.grad is not None]
         if weights:
             norm = total_norm([weight.grad for weight in weights if weight.grad is not None], weights[0].device)
@@ -49,24 +49,24 @@ class Bfloat16Precision(Precision):
 
 
 def use_bfloat16_precision(strategy: Strategy) -> None:
-    """Let a strategy have `Bfloat16Precision` in place of Lightning's own for `bf16-true`."""
+    """Replace Lightning's plugin for `bf16-true` in a strategy by `Bfloat16Precision`."""
     plugin = strategy.precision_plugin
     if isinstance(plugin, HalfPrecision) and plugin.precision == _BFLOAT16:
         strategy.precision_plugin = Bfloat16Precision()
 
 
 def dtype_of_precision(precision: str) -> torch.dtype:
-    """Dtype of the weights that are trained under a precision of the Trainer."""
+    """Dtype of the trained weights under a precision of the Trainer."""
     return torch.bfloat16 if precision == _BFLOAT16 else torch.float32
 
 
 def check_precision(precision: str, dtype: str, optimizer: Callable[[Iterable], Optimizer]) -> None:
-    """Check precision, dtype and optimizer together.
+    """Check that precision, dtype and optimizer work together.
 
     Args:
-        precision: Of the Trainer.
-        dtype: Of the model as loaded.
-        optimizer: Called with parameter groups.
+        precision: The Trainer's precision.
+        dtype: Name of the dtype that the model is loaded in.
+        optimizer: Makes the optimizer of the parameter groups that it is called with.
 
     Raises:
         ConfigError: If they do not work together.

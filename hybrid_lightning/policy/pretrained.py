@@ -1,4 +1,4 @@
-"""`Pretrained`: the model that a policy starts from. Its parts are read when they are first asked for.
+"""`Pretrained`: the config, tokenizer and weights that a policy starts from, each of which is read when it is first asked for.
 
 So the command line can refuse a wrong column or setting before the weights are read, which takes longest (see `Trainer.check`).
 """
@@ -28,16 +28,16 @@ class Pretrained:
     """Config, tokenizer and weights of a causal language model.
 
     Args:
-        model: See `LanguageModule`, like all the others.
-        revision: Of a hub model.
-        dtype: Of the weights in memory, by name.
-        attn_implementation: Of the attention.
-        chat_template: Of chat prompts.
-        chat_template_kwargs: Variables of the template.
+        model: The model, by one string (see `loading.py`).
+        revision: Branch, tag or commit of a hub model.
+        dtype: Name of the dtype of the weights.
+        attn_implementation: Attention, such as `sdpa`; None lets transformers choose.
+        chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
+        chat_template_kwargs: Variables of the chat template.
 
     Raises:
         ConfigError: If the dtype is unknown.
-        ModelError: If there is no such model; each part raises it too, if it cannot be read.
+        ModelError: If there is no such model. The properties raise it, too, if what they read cannot be read.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class Pretrained:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Sizes and architecture."""
+        """The config: sizes and architecture of the model."""
         return load_config(self.source)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Between text and token ids."""
+        """The model's tokenizer."""
         return load_tokenizer(self.source)
 
     @cached_property
     def encoder(self) -> PromptEncoder:
-        """From a prompt to token ids, by tokenizer and chat template."""
+        """Renders prompts by the chat template, and tokenizes them."""
         return PromptEncoder(self.tokenizer, self.chat_template, self.chat_template_kwargs)
 
     @cached_property
@@ -75,22 +75,22 @@ class Pretrained:
         return stop_token_ids(load_generation_config(self.source, self.config), self.tokenizer)
 
     def check(self) -> None:
-        """Make sure that the model and all its files are there; of a GGUF file that would take seconds, so it is not done.
+        """Make sure that the model and all its files are there, except for a GGUF file, where that would take seconds.
 
         Raises:
-            ModelError: If something is not there.
+            ModelError: If a file is missing, or the model cannot be a policy.
         """
         if "gguf_file" not in self.source.arguments:
             _ = self.config
             check_weights(self.source)
 
     def load(self) -> PreTrainedModel:
-        """The model with its weights, frozen and in eval mode."""
+        """Load the model with its weights, frozen and in eval mode."""
         _ = self.tokenizer  # a model without one is refused before its weights are read
         return load_model(self.source, self.dtype, self.attn_implementation, self.config)
 
     def skeleton(self) -> nn.Module:
-        """The modules of the model without weights, on the meta device."""
+        """The model without weights, on the meta device."""
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(deepcopy(self.config))
         return model

@@ -1,4 +1,4 @@
-"""From `Prompt` to token ids, by the policy's tokenizer and chat template."""
+"""`PromptEncoder`: from prompts, and from completions in the data, to token ids by tokenizer and chat template."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -56,62 +56,64 @@ class PromptEncoder:
             if type(error) is TemplateError and any(message["role"] == "system" for message in prompt.messages):
                 change += " (for no system role: system_prompt=null, and template='Reason step by step. {question}' or the like)"
             raise ConfigError(
-                f"the chat template refuses the prompt of {_place(prompt)}: {error}; {change} or model.chat_template"
+                f"the chat template refuses the prompt of {place_of(prompt)}: {error}; {change} or model.chat_template"
             ) from error
         assert isinstance(text, str)
         return text
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, without any end-of-sequence token that the tokenizer would append.
+        """Token ids of a prompt, without the end-of-sequence token that some tokenizers append.
 
         Raises:
-            DataError: If there are none, since a model can complete nothing but tokens.
+            DataError: If the tokenizer cannot encode the prompt, or the prompt has no tokens, which no model can complete.
         """
-        # A chat template writes the special tokens itself.
         text = self.render(prompt)
         try:
+            # A chat template writes the special tokens itself.
             ids = list(self.tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"])
-        except Exception as error:  # a tokenizer without a token for what it does not know raises no class of its own
+        except Exception as error:  # tokenizers without an "unknown" token have no error class of their own
             raise DataError(
-                f"the tokenizer cannot encode the prompt of {_place(prompt)}, which begins {text[:60]!r}: {error}; the model's "
+                f"the tokenizer cannot encode the prompt of {place_of(prompt)}, which begins {text[:60]!r}: {error}; the model's "
                 "vocabulary lacks a part of it, so take another model, other data or another data.format, system_prompt "
                 "included (the embedded policy knows digits and signs alone)"
             ) from error
         while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and prompt.messages is None:
             ids.pop()
         if not ids:
-            raise DataError(f"the prompt of {_place(prompt)} is empty; remove the row, or give data.format a template with text")
+            place = place_of(prompt)
+            raise DataError(f"the prompt of {place} is empty; remove the row, or give data.format a template with text")
         return ids
 
     def encode_completion(self, prompt: Prompt, text: str, stop_ids: Sequence[int]) -> list[int]:
-        """Token ids of what is said to a prompt, with the token that ends it: as a rollout of that text would be.
+        """Token ids of a completion in the data, with the token that ends it: the same ids as if the policy had sampled it.
 
-        The completion is tokenized by itself, as what the policy samples after a prompt is. In a chat it is what the template
-        writes for the assistant's turn after the prompt, up to the last token that ends a completion.
+        The completion is tokenized by itself, since the policy, too, samples it after the prompt's tokens. In a chat it is what
+        the template writes for the assistant's turn, up to the last token that ends a completion.
 
         Args:
-            prompt: What is answered.
-            text: The answer.
+            prompt: The prompt of the completion.
+            text: The completion.
             stop_ids: Tokens that end a completion.
 
         Raises:
-            ConfigError: If the chat template writes the prompt otherwise once it is answered.
-            DataError: If the answer has no tokens.
+            ConfigError: If the chat template changes the text of the prompt once an answer follows.
+            DataError: If the completion has no tokens.
         """
         if prompt.messages is not None:
             asked, whole = self.render(prompt), self._render_answered(prompt, text)
             if not whole.startswith(asked):
                 raise ConfigError(
-                    f"the chat template writes the prompt of {_place(prompt)} otherwise once it is answered, so that completions "
-                    "could not be told from prompts; set model.chat_template to one that adds the answer behind the prompt"
+                    f"the chat template writes the prompt of {place_of(prompt)} otherwise once it is answered, so that "
+                    "completions could not be told from prompts; set model.chat_template to one that adds the answer behind "
+                    "the prompt"
                 )
             text = whole.removeprefix(asked)
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
-            raise DataError(f"a completion of {_place(prompt)} has no tokens; correct or remove the row")
+            raise DataError(f"a completion of {place_of(prompt)} has no tokens; correct or remove the row")
         last = max((place for place, token in enumerate(ids) if token in stop_ids), default=None)
         if prompt.messages is not None and last is not None:
-            return ids[: last + 1]  # behind it a template may write a line break, which no policy has to learn
+            return ids[: last + 1]  # a template may write a line break behind it, which the policy need not learn
         return ids if ids[-1] in stop_ids else [*ids, int(self.tokenizer.eos_token_id)]
 
     def _render_answered(self, prompt: Prompt, text: str) -> str:
@@ -122,11 +124,12 @@ class PromptEncoder:
             )
         except TemplateError as error:
             raise ConfigError(
-                f"the chat template refuses the answer of {_place(prompt)}: {error}; change model.chat_template"
+                f"the chat template refuses the answer of {place_of(prompt)}: {error}; change model.chat_template"
             ) from error
         assert isinstance(whole, str)
         return whole
 
 
-def _place(prompt: Prompt) -> str:
+def place_of(prompt: Prompt) -> str:
+    """Where a prompt comes from, for error messages."""
     return f"{prompt.source or 'the data'} row {prompt.index}"

@@ -1,10 +1,10 @@
-"""How many bits the frozen base is kept in while it is trained around.
+"""Quantization of the frozen base to 4 or 8 bits, after its modules have been scored.
 
     16-bit base -> scores -> plan -> quantized base + float32 copies of the fully trained modules -> adapter
 
-The base is loaded in 16 (or 32) bits, which scoring needs, and its linear modules are then quantized one at a time, in memory:
-so it works for every model that can be loaded, GGUF files included, and the names of what is left alone are exact. Left alone are
-the modules that the plan trains fully, and what is outside the decoder blocks (embeddings, output layer).
+The base is loaded in 16 (or 32) bits, which scoring needs, and its linear modules are then quantized in memory, one at a time. So
+every model that can be loaded can be quantized, GGUF files included. The modules that the plan trains fully stay as they are, and
+so do those outside the decoder blocks (embeddings, output layer).
 """
 
 from abc import ABC, abstractmethod
@@ -22,17 +22,17 @@ from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 
-_BLOCK = 64  # weights with a scale of their own
+_BLOCK = 64  # neighbouring weights that share a scale in NF4
 
 
 class Quantization(Configurable, ABC):
-    """A format for frozen weights, by bitsandbytes.
+    """A format for frozen weights, computed by bitsandbytes.
 
     Raises:
         ConfigError: If bitsandbytes is not installed.
     """
 
-    peft_flag: ClassVar[str]  # attribute of a model by which PEFT knows that it has such layers
+    peft_flag: ClassVar[str]  # attribute of a model that tells PEFT of such layers in it
 
     def __init__(self) -> None:
         if find_spec("bitsandbytes") is None:
@@ -42,25 +42,31 @@ class Quantization(Configurable, ABC):
             )
 
     def takes(self, shape: tuple[int, int]) -> bool:
-        """Whether a weight of this shape, (outputs, inputs), can be quantized; one that cannot stays as it is."""
+        """Whether a weight of this shape, (outputs, inputs), can be quantized. Others stay as they are."""
         return True
 
     @abstractmethod
     def layer(self, weight: Tensor, bias: nn.Parameter | None, device: torch.device) -> nn.Linear:
-        """Quantize a weight [m, n] on a device, as a linear layer without gradient."""
+        """Make a linear layer with a frozen, quantized weight.
+
+        Args:
+            weight: [m, n] in 16 or 32 bits.
+            bias: [m], kept as it is.
+            device: Where the weight is quantized, and is afterwards.
+        """
 
 
 class NF4(Quantization):
-    """4 bits a weight (NormalFloat of QLoRA, arXiv 2305.14314) and 0.13 for scales.
+    """4 bits per weight (NormalFloat of QLoRA, arXiv 2305.14314), and 0.13 for scales.
 
-    It takes weights whose inputs are a multiple of 64: in others a block of weights with one scale spans two rows, which
-    bitsandbytes' kernels for CPUs unpack wrongly (0.50.2).
+    The number of inputs must be a multiple of 64. Otherwise a block of weights with one scale spans two rows, which bitsandbytes'
+    kernels for CPUs unpack wrongly (0.50.2).
     """
 
     peft_flag = "is_loaded_in_4bit"
 
     def takes(self, shape: tuple[int, int]) -> bool:
-        """Whether rows are made of whole blocks."""
+        """Whether each row consists of whole blocks."""
         return shape[1] % _BLOCK == 0
 
     def layer(self, weight: Tensor, bias: nn.Parameter | None, device: torch.device) -> nn.Linear:
@@ -71,7 +77,7 @@ class NF4(Quantization):
 
 
 class Int8(Quantization):
-    """8 bits a weight, and one scale for each output."""
+    """8 bits per weight, and one scale for each output."""
 
     peft_flag = "is_loaded_in_8bit"
 
@@ -85,13 +91,13 @@ class Int8(Quantization):
 def quantize_base(
     model: nn.Module, quantization: Quantization, full_modules: Collection[str], device: torch.device | None = None
 ) -> None:
-    """Quantize the linear modules in the decoder blocks, one at a time; to be called before the adapter is applied.
+    """Quantize the linear modules in the decoder blocks, one at a time. To be called before the adapter is applied.
 
     Args:
         model: Base model with its weights; changed in place.
-        quantization: The format.
+        quantization: The format of the quantized weights.
         full_modules: Names of the modules that will be trained fully, which stay as they are.
-        device: Where to quantize, and where the weights are afterwards; None leaves each where it is.
+        device: Where weights are quantized, and are afterwards; None leaves each on its device.
 
     Raises:
         ConfigError: If nothing can be quantized.
@@ -110,7 +116,7 @@ def quantize_base(
             f"model.quantization={kind} has nothing to quantize: it takes weights whose inputs are a multiple of {_BLOCK}, and "
             "no linear module has such; use model.quantization=Int8, or null"
         )
-    del plain  # so that each weight is freed when it has been quantized
+    del plain  # it would keep every weight in memory until the end
     for name in names:
         module = model.get_submodule(name)
         weight, bias = module.get_parameter("weight").detach(), module.bias
@@ -126,7 +132,7 @@ def check_quantization(quantization: Quantization, trainer: Trainer) -> None:
     """Check that the strategy can hold a quantized base.
 
     Raises:
-        ConfigError: If it splits weights over devices.
+        ConfigError: If the strategy splits weights over devices.
     """
     strategy = trainer.strategy
     if isinstance(strategy, ParallelStrategy) and not isinstance(strategy, DDPStrategy):

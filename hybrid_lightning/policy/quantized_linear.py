@@ -1,11 +1,12 @@
-"""Linear layers whose frozen weight is kept in 4 or 8 bits. Importing this needs bitsandbytes, of which they are layers.
+"""Linear layers whose frozen weight is stored in 4 or 8 bits. They derive from layers of bitsandbytes, which must be installed.
 
-They compute the product of the unpacked weight with the input as it is, in the dtype of autocast:
+They unpack the weight and multiply the input by it, in the dtype of autocast. bitsandbytes' own layers compute otherwise in two
+things, which would be wrong for a policy:
 
-- A row's result depends neither on the rows beside it nor on the mode of the layer, so that log-probabilities of sampling and
-  training agree. bitsandbytes' own 8-bit layer also rounds its input to 8 bits, with outliers looked for in all rows together.
-- The gradient is there after generation. On CPUs with AVX512-bf16 bitsandbytes' own 4-bit layer, in eval mode, rearranges its
-  weight for a product in bfloat16 without a gradient, and the base of a policy is in eval mode while it is trained.
+- The 8-bit layer rounds its input to 8 bits as well, after a search for outliers in all rows together. Here the result of a row
+  depends neither on the other rows nor on the layer's mode, so that log-probabilities of sampling and training agree.
+- On CPUs with AVX512-bf16 the 4-bit layer in eval mode rearranges its weight for a product in bfloat16, which has no gradient;
+  but the base of a policy is in eval mode while it is trained. Here there is a gradient in both modes.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 
 class NF4Linear(Linear4bit):
-    """4 bits a weight; the scale of each block of 64 is itself kept in 8 bits.
+    """A linear layer with 4 bits per weight; the scale of each block of 64 weights has 8 bits.
 
     Args:
         weight: [m, n] in 16 or 32 bits, n a multiple of 64.
@@ -28,10 +29,10 @@ class NF4Linear(Linear4bit):
     """
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, device: torch.device) -> None:
-        # On the meta device no weight is allocated, nor drawn from the random state.
+        # On the meta device no memory is taken for a weight, and no random numbers for its values.
         super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, quant_type="nf4", device="meta")
         packed: Any = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=self)
-        self.weight = packed.to(device)  # which quantizes
+        self.weight = packed.to(device)  # this quantizes it
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class NF4Linear(Linear4bit):
 
 
 class Int8Linear(Linear8bitLt):
-    """8 bits a weight, and one scale for each output.
+    """A linear layer with 8 bits per weight and one scale for each output.
 
     Args:
         weight: [m, n] in 16 or 32 bits.
@@ -57,30 +58,30 @@ class Int8Linear(Linear8bitLt):
         super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, has_fp16_weights=False, device="meta")
         packed, largest, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.detach().to(device, torch.float16))
         self.weight = Int8Params(packed, requires_grad=False, has_fp16_weights=False, SCB=largest)
-        self.state.SCB = largest  # for PEFT
+        self.state.SCB = largest  # PEFT reads it here
         self.register_buffer("scale", largest / 127, persistent=False)
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m]."""
         x, bias = _cast(x, self.bias)
-        result: Tensor = _Product.apply(x, self.weight.data, self.scale, bias)  # type: ignore[no-untyped-call]
+        result: Tensor = _UnpackedProduct.apply(x, self.weight.data, self.scale, bias)  # type: ignore[no-untyped-call]
         return result
 
 
 def _cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What autocast, which does not know these layers, does for `nn.Linear`."""
+    """Cast as autocast does for `nn.Linear`; it does not know these layers."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     return x.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _unpack(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return packed.to(dtype).mul_(scale[:, None])  # in place, which rounds once
+    return packed.to(dtype).mul_(scale[:, None])  # in place, so that the product is rounded once
 
 
-class _Product(torch.autograd.Function):
-    """`F.linear` with a weight that is unpacked in the forward pass, and again in the backward pass."""
+class _UnpackedProduct(torch.autograd.Function):
+    """`F.linear` with an 8-bit weight, which is unpacked in the forward pass and again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

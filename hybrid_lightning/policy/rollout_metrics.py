@@ -1,4 +1,4 @@
-"""What is logged of a rollout, under the names that users of TRL know.
+"""Metrics of a rollout, under the names that users of TRL know.
 
 Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order.
 """
@@ -11,13 +11,17 @@ from hybrid_lightning.types import Rewards, Rollouts
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
-    """Scalars of one rollout, of all ranks together; each rank has the same number of prompts.
+    """Compute the metrics of one rollout over all ranks, which have equally many prompts. All ranks have to call it.
+
+    Args:
+        rollouts: This rank's B sequences.
+        rewards: Their rewards.
 
     Returns:
         `reward` (mean over sequences), `reward_std` (mean over groups of the unbiased standard deviation in a group),
         `frac_reward_zero_std` (share of groups whose rewards all tie: they teach nothing), `rewards/{name}/mean` and `/std`,
-        `solve_rate/{all,none,mixed}` (shares of groups by correctness), `accuracy`, `completions/*` in tokens, `num_tokens`;
-        for each set of a mixture `sets/{name}/{reward,accuracy,mean_length}`.
+        `solve_rate/{all,none,mixed}` (shares of groups of which all, none or some completions are correct), `accuracy`,
+        `completions/*` in tokens, `num_tokens`; for each set of a mixture `sets/{name}/{reward,accuracy,mean_length}`.
     """
     sequences = rollouts.sequences
     columns = gather_columns(
@@ -53,15 +57,15 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
         part = columns[f"rewards/{name}"]
         metrics[f"rewards/{name}/mean"] = part.mean()
         metrics[f"rewards/{name}/std"] = part.std() if len(part) > 1 else torch.zeros(())
-    for name, rows in _sets(rollouts, groups.device).items():
+    for name, rows in _rows_of_sets(rollouts, groups.device).items():
         metrics[f"sets/{name}/reward"] = columns["total"][rows].mean()
         metrics[f"sets/{name}/accuracy"] = columns["correct"][rows].float().mean()
         metrics[f"sets/{name}/mean_length"] = lengths[rows].mean()
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _sets(rollouts: Rollouts, device: torch.device) -> dict[str, Tensor]:
-    """Sequences of each named set, of all ranks together; none where the data is one set."""
+def _rows_of_sets(rollouts: Rollouts, device: torch.device) -> dict[str, Tensor]:
+    """Name of a set -> [all ranks' B] bool, the sequences that belong to it; empty where the data is one set without a name."""
     if not rollouts.prompts[0].set_name:
         return {}
     names = [name for rank in gather_objects([prompt.set_name for prompt in rollouts.prompts]) for name in rank]

@@ -1,7 +1,7 @@
-"""Settings of a run that cannot work are refused, and those that make two runs with one seed differ are warned of.
+"""Checks of a run's settings: refuses those that cannot work, and warns of those with which two runs with one seed may differ.
 
-Everything of ours gives the same bits on one machine, however busy it is. What can differ is decided by a clock, or by libraries
-that add up in whatever order their threads come.
+This package computes the same bits in every run on one machine, however busy it is. Two runs can differ where a clock decides
+something, or where a library adds up numbers in whatever order its threads finish.
 """
 
 import os
@@ -21,11 +21,18 @@ from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.sharding.checks import check_strategy
 from hybrid_lightning.types import Prompt
 
-_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
+_DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
 
 
 def check_run(trainer: Trainer, optimizer: OptimizerCallable, dtype: str, quantization: Quantization | None) -> None:
-    """Raise ConfigError if strategy, precision, dtype, optimizer and quantization do not go together."""
+    """Raise ConfigError if strategy, precision, dtype, optimizer and quantization do not work together.
+
+    Args:
+        trainer: Has strategy and precision; the strategy gets our plugin for `bf16-true`.
+        optimizer: Makes the optimizer of the parameter groups that it is called with.
+        dtype: Name of the model's dtype.
+        quantization: Of the frozen base; None for none.
+    """
     check_strategy(trainer, optimizer, dtype)
     if quantization is not None:
         check_quantization(quantization, trainer)
@@ -37,8 +44,8 @@ def check_prompts(prompts: Sequence[Prompt], rewards: Sequence[RewardFunction]) 
     """Make sure that completions of prompts can be scored and reported on.
 
     Raises:
-        ConfigError: If a set has a name that metrics cannot have.
-        RewardError: If a reward cannot score completions of a prompt, or another error that it raises.
+        ConfigError: If the name of a set cannot be part of a metric's name.
+        RewardError: If a reward cannot score completions of a prompt; a reward may raise other errors as well.
     """
     for name in {prompt.set_name for prompt in prompts}:
         check_set_name(name)
@@ -48,17 +55,17 @@ def check_prompts(prompts: Sequence[Prompt], rewards: Sequence[RewardFunction]) 
 
 
 def warn_of_differences(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> None:
-    """Warn in one line of all that can make runs differ; each cause is named with its remedy.
+    """Warn in one line of every cause for which two runs with one seed may differ, each with its remedy.
 
     Args:
-        trainer: Has device and flags.
-        attention: Implementation of the model's attention, as transformers names it.
+        trainer: Has the device and the flags of the run.
+        attention: Implementation of the model's attention, as transformers names it; None if it is not known.
         rewards: Terms of the reward.
 
     Raises:
-        ConfigError: If `trainer.deterministic=true` asks for what the attention cannot do, and torch does not know.
+        ConfigError: If `trainer.deterministic=true` is set but the attention is not deterministic, which torch cannot tell.
     """
-    causes = [*_of_attention(trainer, attention), *_of_devices(trainer), *_of_clocks(trainer, rewards)]
+    causes = [*_causes_in_attention(trainer, attention), *_causes_in_devices(trainer), *_causes_in_clocks(trainer, rewards)]
     if causes:
         rank_zero_warn(f"two runs with one seed may differ: {'; '.join(causes)}")
 
@@ -67,19 +74,21 @@ def _on_cuda(trainer: Trainer) -> bool:
     return trainer.strategy.root_device.type == "cuda"
 
 
-def _of_attention(trainer: Trainer, attention: str | None) -> Iterator[str]:
-    if attention is None or "flash_attention" not in attention or not _on_cuda(trainer) or os.environ.get(_FLASH) == "1":
+def _causes_in_attention(trainer: Trainer, attention: str | None) -> Iterator[str]:
+    if attention is None or "flash_attention" not in attention or not _on_cuda(trainer):
+        return
+    if os.environ.get(_DETERMINISTIC_FLASH) == "1":
         return
     cause = (
         "the backward pass of model.attn_implementation=flash_attention_2 adds in no fixed order; set "
-        f"{_FLASH}=1 in the environment, or take sdpa"
+        f"{_DETERMINISTIC_FLASH}=1 in the environment, or take sdpa"
     )
     if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
         raise ConfigError(f"trainer.deterministic=true cannot be had: {cause}")
     yield cause
 
 
-def _of_devices(trainer: Trainer) -> Iterator[str]:
+def _causes_in_devices(trainer: Trainer) -> Iterator[str]:
     if _on_cuda(trainer) and not torch.are_deterministic_algorithms_enabled():
         yield "some operations of a GPU add in no fixed order; set trainer.deterministic=true"
     if _on_cuda(trainer) and torch.backends.cudnn.benchmark:
@@ -88,7 +97,7 @@ def _of_devices(trainer: Trainer) -> Iterator[str]:
         yield "OMP_DYNAMIC=true lets the number of threads depend on the machine's load; unset it"
 
 
-def _of_clocks(trainer: Trainer, rewards: Sequence[RewardFunction]) -> Iterator[str]:
+def _causes_in_clocks(trainer: Trainer, rewards: Sequence[RewardFunction]) -> Iterator[str]:
     if trainer.state.fn == "fit" and any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         yield "trainer.max_time ends training by a clock; give trainer.max_steps alone"
     for reward in rewards:

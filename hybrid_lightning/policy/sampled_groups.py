@@ -1,7 +1,11 @@
-"""Groups of completions that were sampled for a rollout, and the P of them, over all ranks, that are trained on.
+"""The groups that are sampled for a rollout, and the P of them, over all ranks, that are trained on.
 
-Positions are in the order in which prompts were drawn, N over all ranks. Each draw is dealt to the ranks one by one, so that
-position p lies on rank p % ranks, as its group p // ranks.
+    sample_groups  ->  SampledGroups  ->  choose_trained  ->  TrainedGroups          with dynamic sampling
+    advantages_over_ranks                                                            without: all groups are trained on
+
+Axes: N groups that were sampled over all ranks, G samples per prompt, B sequences of one rank, T completion tokens. The position
+of a group is its number in the order in which prompts were drawn. Ranks take the prompts of a draw in turns, so that position p
+is group p // ranks of rank p % ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,20 +24,20 @@ from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
 @dataclass(frozen=True)
 class SampledGroups:
-    """All groups of a rollout and its extra rollouts."""
+    """All groups that were sampled for a rollout, in the first draw of prompts and in extra ones."""
 
-    rollouts: Rollouts  # of this rank, N / ranks groups
-    rewards: Rewards  # theirs
-    useful: Tensor  # [N] bool: groups of all ranks that teach something, by position
-    wanted: int  # P
-    extra_rollouts: int
+    rollouts: Rollouts  # this rank's N / ranks groups
+    rewards: Rewards  # of this rank's groups
+    useful: Tensor  # [N] bool, by position: groups that teach something
+    wanted: int  # P, groups to train on over all ranks
+    extra_rollouts: int  # draws after the first
 
     def metrics(self) -> dict[str, float]:
-        """What became of the groups.
+        """How many groups were sampled and used.
 
         Returns:
-            `sampling/extra_rollouts`; of the groups that were sampled, `sampling/kept_groups` (share that teach and are trained
-            on) and `sampling/surplus_groups` (share that teach and are too many); of those that are trained on,
+            `sampling/extra_rollouts`; of the sampled groups, `sampling/kept_groups` (share that teach and are trained on) and
+            `sampling/surplus_groups` (share that teach but are not needed); of the groups that are trained on,
             `sampling/filled_groups` (share that teach nothing).
         """
         sampled, useful = len(self.useful), int(self.useful.sum())
@@ -48,12 +52,12 @@ class SampledGroups:
 
 @dataclass(frozen=True)
 class TrainedGroups:
-    """This rank's share of the groups that are trained on, B = P / ranks * G sequences."""
+    """This rank's part of the groups that are trained on: B = P / ranks * G sequences."""
 
     sequences: Sequences  # B
     sampling_logprobs: Tensor  # [B, T]
     advantages: Tensor  # [B]
-    of_sampled: Tensor  # [N / ranks * G] advantages of this rank's sampled groups, 0 for those that are not trained on
+    of_sampled: Tensor  # [N / ranks * G] advantages of all groups that this rank sampled, 0 for those that are not trained on
 
 
 def sample_groups(
@@ -63,21 +67,21 @@ def sample_groups(
     sample: Callable[[Sequence[Prompt]], tuple[Rollouts, Rewards]],
     teaches: Callable[[Rollouts, Rewards], Tensor],
 ) -> SampledGroups:
-    """Sample until enough groups teach something, or the bound is reached. All ranks have to call it.
+    """Sample until P groups teach something, or there have been as many extra rollouts as allowed. All ranks have to call it.
 
     Args:
-        rule: Says how much more to sample.
+        rule: Says how many more prompts to sample.
         prompts: This rank's P / ranks prompts of the rollout.
         draw_more: See `RolloutSource`; None for no extra rollouts.
         sample: Completes and scores prompts.
-        teaches: Which of the groups, [n] bool.
+        teaches: Says which of n groups teach something, [n] bool.
     """
     ranks = world_size()
     wanted = len(prompts) * ranks
     parts = [sample(prompts)]
     useful = _by_position(teaches(*parts[0]), ranks)
     while draw_more is not None:
-        # The same on every rank, since it follows from what all of them sampled.
+        # The count is the same on every rank, since it follows from the groups of all ranks.
         count = rule.prompts_to_add(int(useful.sum()), len(useful), wanted, len(parts) - 1, ranks)
         if not count:
             break
@@ -90,21 +94,21 @@ def sample_groups(
 def choose_trained(
     groups: SampledGroups, taught: Sequences, estimator: AdvantageEstimator, minibatches: int, rank: int
 ) -> TrainedGroups:
-    """Choose P groups, estimate their advantages and deal them to the ranks. All ranks have to call it.
+    """Choose P groups, estimate their advantages and spread them over the ranks. All ranks have to call it.
 
     Args:
-        groups: That were sampled.
+        groups: The groups that were sampled.
         taught: Their sequences as the loss sees them.
-        estimator: Of the advantages, which compares none but the chosen groups.
-        minibatches: That the P groups are cut into.
-        rank: This process.
+        estimator: Estimates advantages; it compares the chosen groups alone.
+        minibatches: Minibatches that the P groups are split into.
+        rank: Number of this rank.
     """
     ranks, samples = world_size(), groups.rollouts.samples_per_prompt
     chosen = choose_groups(groups.useful, groups.wanted)
     in_gathered = chosen % ranks * len(groups.rollouts.prompts) + chosen // ranks
     rewards = _select(gather_rewards(groups.rewards), _rows_of(in_gathered, samples))
     advantages = estimator.of_rewards(rewards, samples).view(-1, samples)
-    # The rewards of a group that fills up may differ, in a penalty for length for instance.
+    # A group that teaches nothing and fills up the batch has no advantage, even if its rewards differ, as by a length penalty.
     advantages = torch.where(groups.useful[chosen][:, None], advantages, 0.0)
     of_sampled = advantages.new_zeros(len(groups.rollouts.prompts), samples)
     own = chosen % ranks == rank
@@ -115,26 +119,26 @@ def choose_trained(
 
 
 def advantages_over_ranks(estimator: AdvantageEstimator, rewards: Rewards, samples_per_prompt: int) -> Tensor:
-    """Let every rank estimate the advantages of all ranks' completions, and keep its own: an estimator knows of no ranks.
+    """Estimate the advantages of all ranks' completions together, since an estimator does not know of ranks.
 
     All ranks have to call it.
 
     Args:
-        estimator: Of the advantages.
-        rewards: Of this rank's B completions; as many on every rank.
-        samples_per_prompt: G.
+        estimator: Estimates the advantages.
+        rewards: Rewards of this rank's B completions; every rank has equally many.
+        samples_per_prompt: Completions of each prompt (G).
 
     Returns:
-        [B], those of this rank.
+        Advantages of this rank's completions, [B].
     """
     return own_rows(estimator.of_rewards(gather_rewards(rewards), samples_per_prompt))
 
 
 def gather_rewards(rewards: Rewards) -> Rewards:
-    """The rewards of all ranks' completions, those of each rank below each other; all ranks have to call it.
+    """The rewards of all ranks' completions, rank by rank. All ranks have to call it.
 
     Args:
-        rewards: Of this rank's B completions; as many on every rank.
+        rewards: Rewards of this rank's B completions; every rank has equally many.
     """
     parts = {f"parts/{name}": part for name, part in rewards.parts.items()}
     columns = gather_columns({"total": rewards.total, "correct": rewards.correct, **parts})
@@ -149,7 +153,7 @@ def gather_rewards(rewards: Rewards) -> Rewards:
 def _exchange(
     sequences: Sequences, logprobs: Tensor, chosen: list[int], shares: list[list[int]], rank: int, samples: int
 ) -> tuple[Sequences, Tensor]:
-    """The groups of this rank's share, those that other ranks sampled fetched from them."""
+    """The sequences and sampling log-probabilities of this rank's share; groups are fetched from the ranks that sampled them."""
     ranks = len(shares)
 
     def group(number: int) -> tuple[Sequences, Tensor]:
@@ -159,7 +163,7 @@ def _exchange(
 
     moved = [number for other, share in enumerate(shares) for number in share if chosen[number] % ranks != other]
     fetched: dict[int, tuple[Sequences, Tensor]] = {}
-    if moved:  # on all ranks, or on none
+    if moved:  # the same on all ranks
         sent = {n: tuple(value.to("cpu") for value in group(n)) for n in moved if chosen[n] % ranks == rank}
         for of_rank in gather_objects(sent):
             fetched |= of_rank
@@ -172,12 +176,12 @@ def _exchange(
 
 
 def _by_position(own: Tensor, ranks: int) -> Tensor:
-    """Values of all ranks' groups in the order of the prompts, [ranks * n], from this rank's [n]."""
+    """Values of all ranks' groups by position, [ranks * n], from those of this rank's groups, [n]."""
     return gather_columns({"": own})[""].view(ranks, -1).T.flatten()
 
 
 def _rows_of(groups: Tensor, samples: int) -> Tensor:
-    """Rows of the completions of groups."""
+    """Rows of the completions of groups, given by their numbers."""
     return (groups[:, None] * samples + torch.arange(samples, device=groups.device)).flatten()
 
 

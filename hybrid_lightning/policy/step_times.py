@@ -1,6 +1,6 @@
-"""Where the time goes: a clock that charges every moment to one phase, and amounts spread over optimizer steps.
+"""Where the time of a run goes: a clock for the phases of training, and costs of a rollout spread over its optimizer steps.
 
-Since each moment belongs to exactly one phase, the phases add up to the wall time by construction, whatever runs inside what.
+Each moment belongs to exactly one phase, so that the phases add up to the wall time however they are nested.
 """
 
 import time
@@ -11,10 +11,10 @@ import torch
 
 
 class PhaseClock:
-    """Charges wall time to phases; of nested ones the innermost counts.
+    """Adds up the wall time of phases. Of nested phases the innermost counts.
 
-    Work on an accelerator runs behind the program, so a stamp says something only once it is finished. The clock waits for it
-    where a nested phase ends and where `switch` is told to, and nowhere else.
+    The program runs ahead of an accelerator's work, so that a time is right only if the clock waits until the work is done. It
+    waits where a nested phase ends, and in `switch` if asked to.
 
     Example:
         >>> clock = PhaseClock()
@@ -25,11 +25,11 @@ class PhaseClock:
     """
 
     def __init__(self) -> None:
-        self.device = torch.device("cpu")  # on which the phases' work runs
+        self.device = torch.device("cpu")  # the device that does the work of the phases
         self.restart("other")
 
     def restart(self, phase: str) -> None:
-        """Forget everything and begin in `phase`."""
+        """Forget all times and begin `phase`."""
         self._seconds = {phase: 0.0}
         self._running = [phase]
         self._since = time.perf_counter()
@@ -39,23 +39,22 @@ class PhaseClock:
 
         Args:
             phase: What runs from now on.
-            synchronize: Whether the running phase's work on the device has to be finished first.
+            synchronize: Whether to wait for the running phase's work on the device.
         """
         self._charge(synchronize)
         self._running[-1] = phase
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Charge what runs within to `name` and go on with what ran before; also after an exception."""
-        self._charge()
-        self._running.append(name)
+        """Within this context the phase is `name`; afterwards, also after an exception, the one before goes on."""
+        self.enter(name)
         try:
             yield
         finally:
             self.leave()
 
     def enter(self, name: str) -> None:
-        """Begin a nested phase that `leave` ends; for a pair of hooks, which cannot share a `with` block."""
+        """Begin a nested phase that `leave` ends, as `phase` does; for two hooks, which cannot share a `with` block."""
         self._charge()
         self._running.append(name)
 
@@ -65,7 +64,7 @@ class PhaseClock:
         self._running.pop()
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of every phase since the restart, the running one included."""
+        """Phase -> seconds since the restart, with the running phase up to now."""
         self._charge()
         return dict(self._seconds)
 
@@ -79,9 +78,9 @@ class PhaseClock:
 
 
 class Spread:
-    """Deals what a rollout cost evenly to the optimizer steps that it serves, so that their shares add up to it.
+    """Spreads the costs of a rollout evenly over the optimizer steps that are made from it.
 
-    What steps that never came have left over (an epoch that ended within a rollout) goes to those of the next rollout.
+    If an epoch ends before all of these steps have been made, the next rollout's steps share the rest.
 
     Example:
         >>> spread = Spread()
@@ -91,16 +90,16 @@ class Spread:
     """
 
     def __init__(self, amounts: Mapping[str, float] | None = None, steps: int = 0) -> None:
-        self.amounts = dict(amounts or {})  # still to be dealt
-        self.steps = steps  # still to come
+        self.amounts = dict(amounts or {})  # name -> cost that no step has taken yet
+        self.steps = steps  # steps that are still to come
 
     def put(self, amounts: Mapping[str, float], steps: int) -> None:
-        """Add amounts, for the next `steps` steps."""
+        """Add amounts, to be shared by the next `steps` steps."""
         self.amounts = {name: self.amounts.get(name, 0.0) + value for name, value in amounts.items()}
         self.steps = steps
 
     def take(self) -> dict[str, float]:
-        """The share of one step; zeros when all has been dealt."""
+        """The share of the next step; zeros after the last one."""
         shares = {name: value / max(self.steps, 1) for name, value in self.amounts.items()}
         self.amounts = {name: value - shares[name] for name, value in self.amounts.items()}
         self.steps = max(self.steps - 1, 0)

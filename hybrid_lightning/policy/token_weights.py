@@ -1,4 +1,7 @@
-"""How much each token counts in the policy term: by how far sampling and training disagree on it, and by its entropy."""
+"""Weights of tokens in the policy term: by how far sampling and training disagree on a token, and by its entropy.
+
+Axes: B sequences, T completion tokens.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,20 +19,20 @@ from hybrid_lightning.types import LossInputs, PolicyBatch
 def compare_with_sampler(
     batch: PolicyBatch, logprobs: Tensor, correction: ImportanceCorrection | None
 ) -> tuple[LossInputs, dict[str, Tensor]]:
-    """Make the loss's inputs, and measure how far sampling and training log-probabilities are apart.
+    """Make the inputs of the loss, and measure how far sampling and training log-probabilities are apart.
 
-    Both are of the weights that sampled: the old log-probabilities, or on the exactly on-policy micro-batch the current ones,
-    which the dropout of LoRA, if there is any, tells apart from the sampler's. No forward pass is needed.
+    Both are under the weights that sampled: training's are the old log-probabilities, or in an exactly on-policy step the current
+    ones, which LoRA's dropout changes where it is used. So no forward pass is needed.
 
     Args:
-        batch: The micro-batch.
+        batch: A micro-batch or a chunk of one.
         logprobs: Log-probabilities [B, T] of the policy being trained.
         correction: Weighs the policy term; None leaves it as it is.
 
     Returns:
-        The inputs, and metrics that are shares in the optimizer step (see `losses.shares`): `sampling/logp_difference/mean` and
-        `/max`, of |l_train - l_sample| over tokens; with a correction `sampling/importance_weight/mean`, `/min` and `/max`, over
-        sequences where it has one weight a sequence, else over tokens.
+        The inputs, and metrics as shares in those of the optimizer step (see `losses.shares`): `sampling/logp_difference/mean`
+        and `/max`, of |l_train - l_sample| over tokens; with a correction also `sampling/importance_weight/mean`, `/min` and
+        `/max`, over sequences if it has one weight per sequence, else over tokens.
     """
     mask = batch.sequences.completion_mask
     trained = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
@@ -48,20 +51,20 @@ def compare_with_sampler(
         "sampling/importance_weight/max": largest(weights, inputs),
     }
     weights = F.per_token(weights, mask)
-    if inputs.importance_weights is not None:  # tokens that are left out stay left out
+    if inputs.importance_weights is not None:  # 0 for tokens that the mask leaves out, which stay left out
         weights = weights * inputs.importance_weights
     return replace(inputs, importance_weights=weights), metrics
 
 
 def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mask: TopEntropyMask) -> list[PolicyBatch]:
-    """Set `policy_mask`, with one threshold for the micro-batches of all ranks.
+    """Set `policy_mask` of an optimizer step's micro-batches, by one threshold of the entropy for all ranks.
 
     All ranks have to call it.
 
     Args:
-        batches: This rank's micro-batches of one optimizer step.
-        entropies: [B, T] of each, under the policy that sampled.
-        mask: Finds the threshold, over the tokens of all sequences that have an advantage.
+        batches: This rank's micro-batches of the step.
+        entropies: Entropies [B, T] of each micro-batch, under the policy that sampled.
+        mask: Finds the threshold, from the entropies of all sequences that have an advantage.
     """
     masks = [batch.sequences.completion_mask for batch in batches]
     taught = [

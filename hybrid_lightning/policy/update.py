@@ -1,8 +1,14 @@
-"""`Update`: an optimizer step is the sum of what its micro-batches, and chunks of their rows, add to the loss.
+"""`Update`: how an optimizer step is made of micro-batches, and a micro-batch of chunks.
 
-Lightning asks for the loss of one micro-batch at a time (`accumulate_grad_batches` of them make an optimizer step). Its rows may
-be more tokens than memory holds activations for, so they are cut into chunks of at most `max_tokens_per_micro_batch` tokens. All
-but the last chunk go backward at once; the loss of the last is returned to Lightning.
+Lightning asks for the loss of one micro-batch at a time: what one `training_step` gets. `accumulate_grad_batches` of them make an
+optimizer step. The activations of all rows of a micro-batch may not fit into memory, so the rows are cut into chunks of at most
+`max_tokens_per_micro_batch` tokens, each of which takes one forward and one backward pass. The backward passes of all chunks but
+the last run here; the loss of the last is returned to Lightning, which runs its backward pass.
+
+The loss and the metrics of a chunk are shares: parts of a sum over the chunks, micro-batches and ranks of the optimizer step (see
+`losses.shares`). So neither the gradient nor what is logged depends on how rows are split.
+
+The train dataloader, whose micro-batches these are, is made at the end of this file.
 """
 
 import math
@@ -19,12 +25,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from hybrid_lightning.engine import default_token_budget
 from hybrid_lightning.errors import TrainingError
 from hybrid_lightning.losses.shares import combine_metrics, is_extreme, join_metric
+from hybrid_lightning.policy.protocols import TrainedPolicy
 from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import gather_counts, gather_objects, largest_over_ranks, sum_over_ranks, total_norm
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
-# First parts of the names of all that training logs, by modules, losses and callbacks of ours.
+# First part ("completions" of "completions/mean_length") of every metric that training logs: by policies, losses and callbacks.
 TRAINING_METRICS = frozenset(
     {
         "accuracy",
@@ -55,102 +62,108 @@ TRAINING_METRICS = frozenset(
 
 
 class Update:
-    """What is known of an epoch's optimizer step while its micro-batches come, one after the other.
+    """The optimizer step in progress: its gradients so far, and the metrics of its micro-batches so far.
 
-    Its methods are the training hooks of `module`, a `LanguageModule`.
+    A policy calls the methods from its hooks of the same purpose, and makes a new `Update` for every epoch.
     """
 
     def __init__(self) -> None:
         self._metrics = StepMetrics()
         self._gradients_begun = False
         self._default_budget: int | None = None
-        self._logged: set[str] = set()  # metrics of the step that was logged last
-        self._logged_rollout: dict[str, float] = {}  # metrics of the rollout that were logged last
+        self._logged: set[str] = set()  # names of the metrics that were logged last
+        self._logged_rollout: dict[str, float] = {}  # the rollout's metrics that were logged last
 
-    def token_budget(self, module: Any) -> int:
-        """Tokens that one forward and backward pass takes."""
-        if module.max_tokens_per_micro_batch:
-            return int(module.max_tokens_per_micro_batch)
-        if self._default_budget is None:  # asking the model takes as long as a small policy's layer
-            self._default_budget = default_token_budget(module.model, module.device)
+    def token_budget(self, policy: TrainedPolicy) -> int:
+        """The most tokens that one forward and backward pass may take."""
+        if policy.max_tokens_per_micro_batch:
+            return int(policy.max_tokens_per_micro_batch)
+        if self._default_budget is None:  # computing it takes as long as one layer of a small policy
+            self._default_budget = default_token_budget(policy.model, policy.device)
         return self._default_budget
 
-    def chunks(self, module: Any, sequences: Sequences) -> list[slice]:
-        """Rows that take one forward and backward pass together."""
-        return split_by_tokens(sequences, self.token_budget(module), module.rows_together)
+    def chunks(self, policy: TrainedPolicy, sequences: Sequences) -> list[slice]:
+        """Cut rows into chunks, each of which takes one forward and backward pass."""
+        return split_by_tokens(sequences, self.token_budget(policy), policy.rows_together)
 
-    def logprobs(self, module: Any, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """What `module.logprobs` gives, in the same chunks in which the rows are trained, so that the same numbers come out."""
+    def logprobs(self, policy: TrainedPolicy, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """`policy.logprobs` of all rows, chunk by chunk as in training, so that training gets exactly the same numbers."""
         width = sequences.completion_ids.shape[1]
-        parts = [module.logprobs(sequences.rows(chunk)) for chunk in self.chunks(module, sequences)]
+        parts = [policy.logprobs(sequences.rows(chunk)) for chunk in self.chunks(policy, sequences)]
         logprobs, entropies = zip(*parts, strict=True)
         return join_rows(logprobs, width), join_rows(entropies, width)
 
-    def micro_batch(self, module: Any, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        """Loss of one micro-batch."""
-        ranks = module.trainer.world_size
-        chunks = self.chunks(module, batch.sequences)
-        chunks_of_ranks = gather_counts(len(chunks), module.device)
-        # Where the model is sharded, a forward and a backward pass are made by all ranks together.
-        passes = max(1, *chunks_of_ranks) if module.weights.sharded else len(chunks)
+    def micro_batch(self, policy: TrainedPolicy, batch: PolicyBatch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch, for Lightning to run the backward pass of; those of all chunks but the last have run already.
+
+        Args:
+            policy: The policy that is trained.
+            batch: This rank's rows, perhaps none.
+            batch_idx: Number of the micro-batch in the epoch.
+        """
+        ranks = policy.trainer.world_size
+        chunks = self.chunks(policy, batch.sequences)
+        chunks_of_ranks = gather_counts(len(chunks), policy.device)
+        # Ranks that share a sharded model make every pass together: those with fewer chunks add idle passes.
+        passes = max(1, *chunks_of_ranks) if policy.weights.sharded else len(chunks)
         if passes > 1:
-            self._begin_gradients(module, batch_idx)
+            self._begin_gradients(policy, batch_idx)
         tokens = float(batch.sequences.completion_mask.sum())
         losses, metrics = [], []
         for number in range(passes):
             last = number + 1 == passes
-            if module.weights.sharded or last:
-                module.check_stop()  # before ranks wait for each other
-            elif module.signals.requested:
+            if policy.weights.sharded or last:
+                policy.check_stop()  # before ranks wait for each other
+            elif policy.signals.requested:
                 continue
-            # Torn apart, a pass would leave other ranks waiting for this one.
-            with module.signals.at_once() if ranks == 1 else nullcontext():
+            # With several ranks a pass is never interrupted: the others would wait for this one forever.
+            with policy.signals.at_once() if ranks == 1 else nullcontext():
                 if number < len(chunks):
-                    loss, of_chunk = module.chunk_loss(batch.rows(chunks[number]), tokens)
+                    loss, of_chunk = policy.chunk_loss(batch.rows(chunks[number]), tokens)
                     losses.append(loss.detach())
                     metrics.append(of_chunk)
                 else:
-                    loss = _idle_pass(module)
+                    loss = _idle_pass(policy)
                 if not last:
-                    _backward(module.trainer, loss * ranks)
-        if not passes:  # no row has an advantage: the gradient is zero, not missing, or optimizers would skip their decay
-            module.check_stop()
-            trained = [parameter for parameter in module.model.parameters() if parameter.requires_grad]
-            loss = sum(((parameter * 0).sum() for parameter in trained), start=torch.zeros((), device=module.device))
+                    _backward(policy.trainer, loss * ranks)
+        if not passes:
+            policy.check_stop()
+            loss = _zero_loss(policy)
         total = torch.stack(losses).sum() if losses else loss.detach()
-        loss = loss + (total - loss.detach())  # the value of all chunks, for callbacks; the gradient of the last
-        self._log(module, batch, join_ranks({"loss": total, **combine_metrics(metrics)}, chunks_of_ranks))
-        # Lightning divides by the accumulated micro-batches and DDP/FSDP average over ranks; the loss is a share of a sum.
-        return loss * (module.trainer.accumulate_grad_batches * ranks)
+        loss = loss + (total - loss.detach())  # the value is that of all chunks, for callbacks; the gradient that of the last
+        self._log(policy, batch, join_over_ranks({"loss": total, **combine_metrics(metrics)}, chunks_of_ranks))
+        # The loss is a share of a sum. Lightning divides it by the number of accumulated micro-batches, and DDP and FSDP average
+        # over ranks: both is undone here.
+        return loss * (policy.trainer.accumulate_grad_batches * ranks)
 
-    def _begin_gradients(self, module: Any, batch_idx: int) -> None:
+    def _begin_gradients(self, policy: TrainedPolicy, batch_idx: int) -> None:
         """Clear old gradients at the first micro-batch of an optimizer step.
 
-        Lightning would clear them after `training_step` and before the backward pass, when the first chunks' gradients are there.
+        Lightning would clear them between `training_step` and the last backward pass, and the first chunks' gradients with them.
         """
-        if batch_idx % module.trainer.accumulate_grad_batches == 0:
-            module.optimizers(use_pl_optimizer=False).zero_grad()
+        if batch_idx % policy.trainer.accumulate_grad_batches == 0:
+            policy.optimizers(use_pl_optimizer=False).zero_grad()
             self._gradients_begun = True
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clear old gradients, unless `micro_batch` has done so."""
+        """Clear old gradients when Lightning asks for it, unless `micro_batch` has done so."""
         if not self._gradients_begun:
             optimizer.zero_grad()
         self._gradients_begun = False
 
-    def log_gradient_norms(self, module: Any, optimizer: torch.optim.Optimizer) -> None:
+    def log_gradient_norms(self, policy: TrainedPolicy, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm of each group before clipping.
 
         Raises:
-            TrainingError: If one is not finite: a step by it would make all weights nan. The scaler of float16 leaves such a
-                step out and tries a smaller scale.
+            TrainingError: If a norm is not finite, since the step would make all weights nan. Not under `16-mixed`, whose scaler
+                skips such a step and lowers the scale.
         """
-        trainer = module.trainer
+        trainer = policy.trainer
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         for group in optimizer.param_groups:
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-            norm = total_norm(gradients, module.device, local_parts=isinstance(module.model, FullyShardedDataParallel))
-            module.log(f"grad_norm/{group['name']}", norm, on_step=True, on_epoch=False)
+            norm = total_norm(gradients, policy.device, local_parts=isinstance(policy.model, FullyShardedDataParallel))
+            policy.log(f"grad_norm/{group['name']}", norm, on_step=True, on_epoch=False)
             if not scaled and not torch.isfinite(norm):
                 raise TrainingError(
                     f"the gradient of step {trainer.global_step + 1} is {float(norm)} (grad_norm/{group['name']}), "
@@ -158,26 +171,26 @@ class Update:
                     "earlier checkpoint"
                 )
 
-    def _log(self, module: Any, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
-        """Log what is the same on every rank: metrics of rollouts and shares have been joined over ranks."""
-        averages = self._metrics.update(dict(shares), module.trainer.accumulate_grad_batches)
-        _forget(module.trainer, self._logged - averages.keys())
+    def _log(self, policy: TrainedPolicy, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
+        """Log the rollout's metrics and the step's so far, both joined over ranks already."""
+        averages = self._metrics.update(dict(shares), policy.trainer.accumulate_grad_batches)
+        _forget_logged(policy.trainer, self._logged - averages.keys())
         self._logged = set(averages)
-        # Lightning keeps what was logged until the epoch ends, and each call takes it as long as a small policy's layer: what is
-        # said of a rollout is said once.
+        # Logging a value takes Lightning as long as one layer of a small policy, and it keeps the value until the epoch ends: so
+        # the metrics of a rollout are logged once, and not with each of its micro-batches.
         of_rollout = {} if batch.metrics == self._logged_rollout else batch.metrics
         self._logged_rollout = batch.metrics
         values: dict[str, Any] = {**of_rollout, **averages}
-        shown = {name: values[name] for name in module.shown_metrics if name in values}
+        shown = {name: values[name] for name in policy.shown_metrics if name in values}
         options: dict[str, Any] = {"on_step": True, "on_epoch": False, "batch_size": max(1, len(batch.sequences))}
-        module.log_dict(shown, prog_bar=True, **options)
-        module.log_dict({name: value for name, value in values.items() if name not in shown}, **options)
+        policy.log_dict(shown, prog_bar=True, **options)
+        policy.log_dict({name: value for name, value in values.items() if name not in shown}, **options)
 
 
 class StepMetrics:
-    """Adds the shares of the micro-batches of one optimizer step.
+    """Adds up what the micro-batches of one optimizer step report.
 
-    Lightning logs what the last micro-batch of a step reported; without this the others would not be seen.
+    Lightning logs the values of a step's last micro-batch alone, so each micro-batch reports the sum so far.
     """
 
     def __init__(self) -> None:
@@ -189,9 +202,8 @@ class StepMetrics:
         """Add a micro-batch.
 
         Args:
-            shares: Values that add up over micro-batches; of a name that ends in `/max` or `/min` the largest or smallest is
-                kept.
-            micro_batches: Micro-batches in a step; after that many the next call starts anew.
+            shares: Values to add up; under a name that ends in `/max` or `/min` the largest or smallest is kept.
+            micro_batches: Micro-batches in a step; the call after so many begins the next step.
 
         Returns:
             The values of the step so far.
@@ -205,21 +217,21 @@ class StepMetrics:
         return {**self._shares, **self._extremes}
 
 
-def join_ranks(shares: Mapping[str, Tensor], passes: Sequence[int]) -> dict[str, Tensor]:
-    """Join a micro-batch's shares over ranks: sums, and of a name that ends in `/max` or `/min` the largest or smallest.
+def join_over_ranks(shares: Mapping[str, Tensor], chunks: Sequence[int]) -> dict[str, Tensor]:
+    """Join a micro-batch's shares over ranks: sums, and under a name that ends in `/max` or `/min` the largest or smallest.
 
     Args:
-        shares: Of this rank, scalars on one device; at least one. A rank without passes may lack names that the others have.
-        passes: Forward passes of each rank.
+        shares: This rank's scalars, on one device; at least one. A rank without chunks may lack names that the others have.
+        chunks: Number of chunks of each rank.
 
     Returns:
         The same on every rank; in a run of one rank, the shares as they are.
     """
-    if len(passes) == 1:
+    if len(chunks) == 1:
         return dict(shares)
     names = list(shares)
-    if 0 in passes and any(passes):  # all ranks have to reduce the same values
-        whole = next(rank for rank, count in enumerate(passes) if count)
+    if 0 in chunks and any(chunks):  # all ranks have to reduce the same values
+        whole = next(rank for rank, count in enumerate(chunks) if count)
         names = gather_objects(names)[whole]
     some = next(iter(shares.values()))
 
@@ -240,59 +252,68 @@ def join_ranks(shares: Mapping[str, Tensor], passes: Sequence[int]) -> dict[str,
     return {name: result[name] for name in names}
 
 
-def _idle_pass(module: Any) -> Tensor:
-    """A loss of zero with a gradient of zero, from a forward pass as short as can be, for a rank with nothing to compute."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=module.device)
+def _idle_pass(policy: TrainedPolicy) -> Tensor:
+    """The shortest forward pass, with a loss and a gradient of zero: for a rank that has no chunk left while others have."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
     real = torch.ones_like(token, dtype=torch.bool)
-    zero: Tensor = module.logprobs(Sequences(token, real, token, real))[0].sum() * 0
+    zero: Tensor = policy.logprobs(Sequences(token, real, token, real))[0].sum() * 0
     return zero
 
 
+def _zero_loss(policy: TrainedPolicy) -> Tensor:
+    """A loss of zero for a micro-batch in which no row has an advantage.
+
+    Its gradient is zero as well, and not None, since optimizers would then leave out weight decay.
+    """
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    return sum(((parameter * 0).sum() for parameter in trained), start=torch.zeros((), device=policy.device))
+
+
 def _backward(trainer: Trainer, loss: Tensor) -> None:
-    """The backward pass that Lightning runs, now; outside of autocast, and with nothing kept of what it has cast."""
+    """Run the backward pass of a chunk as Lightning runs that of a micro-batch: outside of autocast, whose cache is emptied."""
     with torch.autocast(loss.device.type, enabled=False):
         trainer.strategy.backward(loss, None)
     torch.clear_autocast_cache()
 
 
-def _forget(trainer: Any, names: Iterable[str]) -> None:
-    """Let Lightning repeat nothing of an earlier step, where a step without a row to compute has no such value."""
+def _forget_logged(trainer: Any, names: Iterable[str]) -> None:
+    """Remove metrics of an earlier step, which Lightning would log again where this step has no such metric."""
     for name in names:
         trainer._results.pop(f"training_step.{name}", None)
         trainer._logger_connector._callback_metrics.pop(name, None)
 
 
-def rollout_loader(module: Any, prompts: Sequence[Prompt]) -> RolloutLoader:
-    """The train dataloader of `module`: rollouts of these prompts."""
-    trainer = module.trainer
+def make_rollout_loader(policy: TrainedPolicy, prompts: Sequence[Prompt]) -> RolloutLoader:
+    """Make the train dataloader: rollouts of these prompts by `policy`, in the micro-batches that its Trainer asks for."""
+    trainer = policy.trainer
     epoch = trainer.current_epoch
-    generator = torch.Generator(device=module.device).manual_seed(module.seed * 100_003 + 1_000_000_007 * epoch)
+    generator = torch.Generator(device=policy.device).manual_seed(policy.seed * 100_003 + 1_000_000_007 * epoch)
     return RolloutLoader(
         prompts,
-        module,
-        module.rollout_schedule,
+        policy,
+        policy.rollout_schedule,
         accumulate_grad_batches=lambda: trainer.accumulate_grad_batches,
         generator=generator,
-        seed=module.seed,
+        seed=policy.seed,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
         sum_over_ranks=sum_over_ranks,
         gather_over_ranks=gather_objects,
         epoch=epoch,
         shuffle=trainer.overfit_batches == 0,
-        on_other_prompts=lambda: begin_epoch_anew(trainer),
+        on_other_prompts=lambda: restart_epoch(trainer),
     )
 
 
-def begin_epoch_anew(trainer: Trainer) -> None:
-    """Count the micro-batches of an epoch from its first, when a resumed run has another number of them in it.
+def restart_epoch(trainer: Trainer) -> None:
+    """Let a resumed run count the micro-batches of its epoch from 0, where an epoch has another number of them than before.
 
-    Else the epoch would end, or an optimizer step be made, after a part of a step's micro-batches. Counts over all epochs stay.
-    Called between `setup_data` and the first micro-batch.
+    With the old count the epoch would end, or an optimizer step be made, in the middle of a step's micro-batches. Counts over all
+    epochs stay. To be called between Lightning's `setup_data` and the first micro-batch.
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress
     total, current = cast("_ProcessedTracker", progress.total), cast("_ProcessedTracker", progress.current)
     count = int(trainer.num_training_batches) if progress.is_last_batch else 0  # an epoch that is over stays so
     current.ready = current.started = current.processed = count
-    # A checkpoint that is saved within a micro-batch's last hook does not count it as completed; Lightning then adds it.
+    # A checkpoint that is saved in the last hook of a micro-batch does not count it as completed; Lightning then adds it.
     current.completed = count - (total.processed - total.completed)

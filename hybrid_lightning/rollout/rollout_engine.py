@@ -1,8 +1,8 @@
-"""`RolloutEngine`: what makes completions of prompts. The policy, its evaluation and its calibration know this interface alone.
+"""`RolloutEngine`: the interface by which the policy, its evaluation and its calibration get completions of prompts.
 
-Prompts come as token ids and completions leave as token ids, so that nothing is tokenized twice, with the log-probability of each
-token under softmax(logits / temperature), however top-k and top-p truncate what is drawn from. What an engine samples from is
-handed to it at each call: it keeps no weights that another call could find stale.
+Prompts go in as token ids and completions come out as token ids, so that nothing is tokenized twice. With each token comes its
+log-probability under softmax(logits / temperature), without the truncation by top-k and top-p. The model is an argument of every
+call: an engine keeps no weights, which training would make stale.
 """
 
 from abc import ABC, abstractmethod
@@ -26,20 +26,23 @@ if TYPE_CHECKING:
 class Stops:
     """What ends a completion."""
 
-    ids: tuple[int, ...]  # tokens
-    strings: StopStringCriteria | None  # finds the stop strings, by a look at every token of the vocabulary
+    ids: tuple[int, ...]  # stop tokens
+    strings: StopStringCriteria | None  # recognises stop strings; slow to make, since it looks at the whole vocabulary
 
 
 class RolloutEngine(Configurable, ABC):
     """Makes completions; a subclass says how.
 
     Args:
-        max_new_tokens: Longest completion in tokens; one that reaches it without a stop token counts as not finished.
-        temperature: Divides the logits; must be positive. Greedy decoding is a method's argument, since training with it
-            would have no exploration.
-        top_p: Smallest set of tokens whose probability reaches this is kept; 1 keeps all.
-        top_k: Number of most probable tokens kept; 0 keeps all.
-        stop: Strings that end a completion. The tokens of the string stay in the sequence, the text is cut before it.
+        max_new_tokens: Longest completion in tokens. One that reaches it without a stop token counts as not finished.
+        temperature: Divides the logits; must be positive. Greedy decoding is an argument of `sample` instead, since training
+            with it would have no exploration.
+        top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this; 1 keeps all tokens.
+        top_k: Sample from this many most probable tokens; 0 keeps all tokens.
+        stop: Strings that end a completion. The tokens of such a string stay in the sequence; the text is cut before it.
+
+    Raises:
+        ConfigError: If a value is impossible.
     """
 
     def __init__(
@@ -69,10 +72,10 @@ class RolloutEngine(Configurable, ABC):
         self.stop = tuple(stop)
 
     def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
-        """What ends a completion. It takes long where there are stop strings: who samples often makes it once.
+        """Make what ends a completion. That is slow where there are stop strings, so callers that sample often make it once.
 
         Args:
-            tokenizer: Of the policy.
+            tokenizer: The policy's tokenizer.
             ids: Token ids that end a completion; None takes the tokenizer's end-of-sequence token.
         """
         strings = StopStringCriteria(tokenizer, list(self.stop)) if self.stop else None
@@ -95,33 +98,33 @@ class RolloutEngine(Configurable, ABC):
         """Complete every prompt `samples_per_prompt` times.
 
         Args:
-            engine: Of a causal language model, which the caller puts into eval mode.
-            tokenizer: Decodes the completions; its end-of-sequence token ends them.
-            prompts: P prompts, for the record in the result.
-            prompt_ids: Their token ids.
-            samples_per_prompt: G.
-            generator: Source of randomness: a generator on the model's device, or `PromptDraws` of these prompts; None takes
+            engine: Engine of a causal language model, which the caller puts into eval mode.
+            tokenizer: Decodes the completions.
+            prompts: P prompts, which become part of the result.
+            prompt_ids: Token ids of the prompts.
+            samples_per_prompt: Completions of each prompt (G).
+            generator: Source of random numbers: a generator on the model's device, or `PromptDraws` of these prompts; None takes
                 torch's global generator.
             greedy: Take the most probable token instead of sampling (`samples_per_prompt` must then be 1).
-            stops: What ends a completion, made by the method of that name; None makes it for this call alone.
-            on_token: Called after every token with (sequences still running, tokens decoded), for progress bars; what it
-                raises ends the sampling.
+            stops: Result of the method `stops`; None makes it for this call.
+            on_token: Called after every token with (sequences still running, tokens decoded), for progress bars. An exception
+                from it ends the sampling.
 
         Returns:
             Rollouts of B = P * G sequences, on the model's device.
 
         Raises:
-            ConfigError: If the longest prompt and completion do not fit into the model's positions.
+            ConfigError: If the longest prompt with a completion of `max_new_tokens` exceeds the model's positions.
         """
 
 
 def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise ConfigError unless a prompt and its completion fit into the positions of a model.
+    """Raise ConfigError if a prompt with its longest completion exceeds the positions of a model.
 
     Args:
-        config: Of the model.
-        prompt_tokens: Of the prompt.
-        max_new_tokens: Longest completion.
+        config: The model's config.
+        prompt_tokens: Tokens of the prompt.
+        max_new_tokens: Tokens of the longest completion.
     """
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and prompt_tokens + max_new_tokens > limit:

@@ -1,14 +1,12 @@
-"""`Sampler`: samples completions of prompts from a causal language model, in the training process.
+"""`Sampler`: completions of prompts by a causal language model, in the training process.
 
-Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order, S prompt tokens, T completion tokens, V
-vocabulary.
+Each prompt is prefilled once for its G completions, and sequences that have ended leave the decoding batch. Decoding is written
+here rather than taken from `generate`, since training needs three things that `generate` does not give together: the shared
+prefill, the log-probability of each token under softmax(logits / temperature) in float32, and a random generator of its own,
+whose state a checkpoint can hold. Top-k and top-p (nucleus) truncate as the logits processors of transformers do.
 
-Each prompt is prefilled once. Its key-value cache is then repeated for its G completions, and sequences that have ended leave the
-decoding batch. The decoding loop is written here instead of using `generate`, because training needs three things that `generate`
-does not offer together: the shared prefill, the log-probability of each token under softmax(logits / temperature) in float32, and
-a random generator of its own whose state a checkpoint can hold.
-
-Logits become a token by top-k and top-p (nucleus) truncation, as with the logits processors of transformers, and a draw.
+Axes: P prompts, G samples per prompt, B = P * G sequences, R rows of the decoding batch, S prompt tokens, T completion tokens,
+V tokens of the vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,78 +26,11 @@ from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
 
-
-_BLOCK = 256  # tokens
-
-
-def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set the logits, [B, V], of tokens outside of the top-k and top-p sets to minus infinity; top-k first, as in `generate`."""
-    if top_k > 0:
-        unused = torch.empty(0, dtype=torch.long)  # this processor ignores the tokens so far
-        logits = TopKLogitsWarper(top_k)(unused, logits)
-    if top_p < 1:
-        logits = _top_p(logits, top_p)
-    return logits
-
-
-def _top_p(logits: Tensor, top_p: float) -> Tensor:
-    """The same result as that of `TopPLogitsWarper`, whose cumulative sums are not deterministic on a GPU."""
-    ascending, order = logits.sort(dim=1, stable=True)
-    left_out = running_sums(ascending.softmax(dim=1)) <= 1 - top_p
-    left_out[:, -1] = False
-    return logits.masked_fill(left_out.scatter(1, order, left_out), float("-inf"))
-
-
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one token per row of logits by inverting the cumulative distribution.
-
-    `torch.multinomial` draws V exponential numbers for each token, which for a vocabulary of 50,000 takes longer on a CPU than
-    the model's output layer. This function needs one number. It looks the number up in blocks of tokens first, so that only one
-    block is summed up token by token. Running sums are in float64, since V small float32 numbers do not add up to 1 well enough.
-
-    Args:
-        logits: [B, V].
-        uniform: [B, 1] float64, uniform random numbers in [0, 1).
-
-    Returns:
-        [B] int64, token ids.
-    """
-    width = logits.shape[1]
-    probabilities = logits.softmax(dim=-1)
-    if width % _BLOCK:
-        probabilities = F.pad(probabilities, (0, -width % _BLOCK))
-    blocks = probabilities.view(len(logits), -1, _BLOCK)
-    ends = running_sums(blocks.sum(dim=2).double())
-    target = uniform * ends[:, -1:]
-    block = torch.searchsorted(ends, target, right=True).clamp(max=blocks.shape[1] - 1)
-    before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
-    # The first token whose cumulative probability exceeds the number. If there is none, because the sum of the block is rounded,
-    # the last token with a probability above zero.
-    token = torch.searchsorted(running_sums(inside.double()), target - before, right=True).squeeze(1)
-    last = _BLOCK - 1 - inside.flip(1).gt(0).long().argmax(dim=1)
-    return block.squeeze(1) * _BLOCK + torch.minimum(token, last)
-
-
-def running_sums(values: Tensor) -> Tensor:
-    """Cumulative sums of [B, n] along the second axis, added in an order that is always the same.
-
-    On a GPU `torch.cumsum` adds in no fixed order, and `trainer.deterministic=true` refuses it.
-    """
-    return values.cumsum(dim=1) if values.device.type == "cpu" else sums_by_doubling(values)
-
-
-def sums_by_doubling(values: Tensor) -> Tensor:
-    """Cumulative sums of [B, n] by about log2(n) additions of whole tensors."""
-    step = 1
-    while step < values.shape[1]:  # each entry is the sum of up to `step` original entries that end with it
-        values = torch.cat([values[:, :step], values[:, step:] + values[:, :-step]], dim=1)
-        step *= 2
-    return values
+_BLOCK = 256  # tokens of the vocabulary that `draw_tokens` adds up together
 
 
 class Sampler(RolloutEngine):
-    """The rollout engine of this project: samples in the training process, by the very weights that are trained.
+    """Samples in the training process, with the very weights that are trained: the default rollout engine.
 
     Arguments and errors are those of `RolloutEngine`.
     """
@@ -143,16 +74,18 @@ class Sampler(RolloutEngine):
         return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
 
     def _cut(self, text: str) -> str:
+        """The text before the first stop string in it."""
         ends = [text.index(stop) for stop in self.stop if stop in text]
         return text[: min(ends)] if ends else text
 
 
 def _ends_in_thinking(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
+    """Whether a prompt ends in <think>, as chat templates of some reasoning models write it."""
     return str(tokenizer.decode(list(ids[-16:]))).rstrip().endswith("<think>")
 
 
 class _Decoder:
-    """One call of `Sampler.sample`: prefill, then one token at a time for the sequences that have not ended."""
+    """One call of `Sampler.sample`: prefill, then one token at a time for the sequences that still run."""
 
     def __init__(
         self,
@@ -171,7 +104,17 @@ class _Decoder:
     def run(
         self, ids: Tensor, mask: Tensor, samples: int, on_token: Callable[[int, int], None] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decode. Returns tokens [B, T], log-probabilities [B, T], lengths [B] and finished [B]."""
+        """Decode until all sequences have ended.
+
+        Args:
+            ids: Prompts [P, S], left-padded.
+            mask: True on real tokens, [P, S] bool.
+            samples: Completions of each prompt (G).
+            on_token: See `RolloutEngine.sample`.
+
+        Returns:
+            Tokens [B, T], log-probabilities [B, T], lengths [B], and whether a stop token or string ended the sequence, [B] bool.
+        """
         decoding = decoding_of(self.engine, ids, mask, self.sampler.max_new_tokens)
         logits = decoding.prefill(samples)
         batch = logits.shape[0]
@@ -194,7 +137,7 @@ class _Decoder:
                 break
             remaining = -(-alive // leaving) * leaving
             if remaining < len(rows):
-                # Rows leave in multiples of `leaving`: some that have ended stay until enough can leave together.
+                # Rows leave in multiples of `leaving`: the rows that run stay, and as many of those that have ended as needed.
                 keep = running.logical_not().long().argsort(stable=True)[:remaining].sort().values
                 decoding.select(keep)
                 rows, token, running = rows[keep], token[keep], running[keep]
@@ -205,6 +148,7 @@ class _Decoder:
         return tokens[:, :longest], logprobs[:, :longest], lengths, finished
 
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The next token [R] of each row of the decoding batch, and its log-probability [R], from logits [R, V]."""
         sampler = self.sampler
         if not self.greedy and sampler.top_k == 0 and sampler.top_p == 1 and self.engine.backend.usable(logits):
             return self.engine.backend.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
@@ -213,16 +157,84 @@ class _Decoder:
             token = scaled.argmax(dim=-1)
         else:
             kept = filter_logits(scaled, self.sampler.top_k, self.sampler.top_p)
-            token = draw(kept, self._uniform(rows, step))
+            token = draw_tokens(kept, self._uniform(rows, step))
         return token, scaled.log_softmax(dim=-1).gather(1, token[:, None]).squeeze(1)
 
     def _uniform(self, rows: Tensor, step: int) -> Tensor:
+        """A uniform random number for each row of the decoding batch, [R, 1] float64."""
         if isinstance(self.generator, PromptDraws):
             return self.generator.numbers(rows, step)
         return torch.rand(len(rows), 1, dtype=torch.float64, device=self.device, generator=self.generator)
 
     def _ended(self, token: Tensor, completion: Tensor) -> Tensor:
+        """Whether each row of the decoding batch has ended, [R] bool, from its last token [R] and all of its tokens."""
         ended = torch.isin(token, self.stop_ids)
         if self.stop_criteria is not None:
             ended = ended | self.stop_criteria(completion, None).to(ended.device)
         return ended
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits [R, V] with minus infinity for the tokens that top-k and top-p leave out; top-k first, as in `generate`."""
+    if top_k > 0:
+        unused = torch.empty(0, dtype=torch.long)  # in place of the tokens so far, which the processor does not use
+        logits = TopKLogitsWarper(top_k)(unused, logits)
+    if top_p < 1:
+        logits = _top_p(logits, top_p)
+    return logits
+
+
+def _top_p(logits: Tensor, top_p: float) -> Tensor:
+    """The same as `TopPLogitsWarper`, whose sums on a GPU have no fixed order."""
+    ascending, order = logits.sort(dim=1, stable=True)
+    left_out = running_sums(ascending.softmax(dim=1)) <= 1 - top_p
+    left_out[:, -1] = False
+    return logits.masked_fill(left_out.scatter(1, order, left_out), float("-inf"))
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a token for each row of logits by one random number, by inverting the cumulative distribution.
+
+    `torch.multinomial` draws V exponential numbers for a token, which for a vocabulary of 50,000 takes longer on a CPU than the
+    model's output layer. Here the one number is looked up among the sums of blocks of tokens first, so that only one block is
+    summed up token by token. Running sums are float64: in float32, V small numbers would not add up to 1 closely enough.
+
+    Args:
+        logits: [R, V].
+        uniform: Uniform random numbers in [0, 1), [R, 1] float64.
+
+    Returns:
+        Tokens [R] int64.
+    """
+    width = logits.shape[1]
+    probabilities = logits.softmax(dim=-1)
+    if width % _BLOCK:
+        probabilities = F.pad(probabilities, (0, -width % _BLOCK))
+    blocks = probabilities.view(len(logits), -1, _BLOCK)
+    ends = running_sums(blocks.sum(dim=2).double())
+    target = uniform * ends[:, -1:]
+    block = torch.searchsorted(ends, target, right=True).clamp(max=blocks.shape[1] - 1)
+    before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
+    # The first token whose cumulative probability exceeds the number. If there is none, since the block's sum was rounded, the
+    # last token with any probability: a token of probability 0 is never drawn.
+    token = torch.searchsorted(running_sums(inside.double()), target - before, right=True).squeeze(1)
+    last = _BLOCK - 1 - inside.flip(1).gt(0).long().argmax(dim=1)
+    return block.squeeze(1) * _BLOCK + torch.minimum(token, last)
+
+
+def running_sums(values: Tensor) -> Tensor:
+    """Cumulative sums of [R, n] along the second axis, always added up in the same order.
+
+    `torch.cumsum` has no fixed order on a GPU, and `trainer.deterministic=true` refuses it there.
+    """
+    return values.cumsum(dim=1) if values.device.type == "cpu" else sums_by_doubling(values)
+
+
+def sums_by_doubling(values: Tensor) -> Tensor:
+    """The same, by about log2(n) additions of whole tensors."""
+    step = 1
+    while step < values.shape[1]:  # each entry is the sum of up to `step` original entries that end with it
+        values = torch.cat([values[:, :step], values[:, step:] + values[:, :-step]], dim=1)
+        step *= 2
+    return values

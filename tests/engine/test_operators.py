@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.cpu.build import library
-from hybrid_lightning.rollout.sampler import draw
+from hybrid_lightning.rollout.sampler import draw_tokens
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: there are no kernels to test")
 SIZES = [2, 7, 16, 50, 576]
@@ -84,7 +84,7 @@ def test_drawn_tokens_are_those_of_torch_with_their_logprobs(size, temperature, 
     tokens, logprobs = kernels.draw_tokens(logits, uniform, temperature)
     exact = (logits.double() / temperature).log_softmax(dim=1)
     # Sums in another order move the edges between tokens by 1e-7 of the whole at most, and none of these numbers lies so near.
-    assert torch.equal(tokens, draw(logits.float() / temperature, uniform))
+    assert torch.equal(tokens, draw_tokens(logits.float() / temperature, uniform))
     assert_same_sums(logprobs, exact.gather(1, tokens[:, None])[:, 0].float(), size)
 
 

@@ -71,7 +71,7 @@ def test_the_base_is_loaded_once_and_in_no_other_place(folder, fitted, tmp_path,
     def fail(*_, **__):
         raise AssertionError("the module's own weights are loaded")
 
-    monkeypatch.setattr("hybrid_lightning.policy.language.load_model", fail)
+    monkeypatch.setattr("hybrid_lightning.policy.pretrained.load_model", fail)
     result = run(folder, "export", *arguments(fitted / "hybrid" / "version_0"), f"--folder={tmp_path}/out")
     assert result.code == 0, result.err
 

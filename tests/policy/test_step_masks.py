@@ -12,6 +12,7 @@ from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import BNPOLoss, DAPOLoss, GRPOLoss, TopEntropyMask
 from hybrid_lightning.policy.token_weights import mask_tokens
+from hybrid_lightning.rollout.rollout_engine import Stops
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import PolicyBatch, Sequences
 
@@ -30,14 +31,14 @@ class OftenDone(Sampler):
     """Every fourth token ends a completion, so that some of few tokens end and some do not, whatever is drawn."""
 
     def sample(self, *args, **options):
-        return super().sample(*args, **{**options, "stop_ids": list(range(2, VOCABULARY, 4))})
+        return super().sample(*args, **{**options, "stops": Stops(tuple(range(2, VOCABULARY, 4)), None)})
 
 
 class NeverDone(Sampler):
     """No token ends a completion."""
 
     def sample(self, *args, **options):
-        return super().sample(*args, **{**options, "stop_ids": [10_000]})
+        return super().sample(*args, **{**options, "stops": Stops((10_000,), None)})
 
 
 def test_splitting_a_step_changes_nothing(model, sums, tmp_path):

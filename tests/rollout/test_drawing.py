@@ -3,7 +3,7 @@ import torch
 from transformers import TopPLogitsWarper
 
 from hybrid_lightning.rollout import sampler
-from hybrid_lightning.rollout.sampler import draw, filter_logits, sums_by_doubling
+from hybrid_lightning.rollout.sampler import draw_tokens, filter_logits, sums_by_doubling
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 100, 257])
@@ -17,8 +17,8 @@ def test_draws_and_top_p_are_those_of_cumulative_sums(doubling, monkeypatch):
     logits = 3 * torch.randn(40, 600, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(40, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = TopPLogitsWarper(0.8)(torch.empty(0), logits)
-    tokens = draw(logits, uniform)
+    tokens = draw_tokens(logits, uniform)
     if doubling:
         monkeypatch.setattr(sampler, "running_sums", sums_by_doubling)
     assert torch.equal(filter_logits(logits, 0, 0.8), expected)
-    assert torch.equal(draw(logits, uniform), tokens)
+    assert torch.equal(draw_tokens(logits, uniform), tokens)

@@ -32,7 +32,7 @@ __all__ = ["ExampleModule", "PreferenceModule", "SupervisedModule"]
 
 
 class ExampleModule(LanguageModule):
-    """Trains and evaluates by a loss on examples; a subclass says which loss, and which completions an example needs.
+    """Trains and evaluates by a loss on examples: by supervised fine-tuning, where a subclass says nothing else.
 
     Args:
         loss: Loss on examples; None takes the class's `default_loss`.
@@ -46,8 +46,9 @@ class ExampleModule(LanguageModule):
         ModelError: If the model cannot be loaded.
     """
 
-    default_loss: type[ExampleLoss]
-    completions_wanted: str  # which completions an example needs, for error messages
+    default_loss: type[ExampleLoss] = SupervisedLoss
+    completions_wanted = "one: give data.format=DemonstrationFormat"  # by an example, for error messages
+    shown_metrics: tuple[str, ...] = ("loss",)
 
     def __init__(
         self,
@@ -277,10 +278,6 @@ class SupervisedModule(ExampleModule):
 
     Arguments and errors are those of `ExampleModule`.
     """
-
-    default_loss = SupervisedLoss
-    completions_wanted = "one: give data.format=DemonstrationFormat"
-    shown_metrics = ("loss",)
 
 
 class PreferenceModule(ExampleModule):

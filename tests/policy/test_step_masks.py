@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_updated import assert_same_gradients, run
+from test_policy_updates import assert_same_gradients, run
 from tiny_models import VOCABULARY
 from tiny_runs import build_adapter, fit, write_model, write_sums
 

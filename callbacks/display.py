@@ -130,7 +130,7 @@ def _has(datamodule: Any, command: str, split: str) -> bool:
 
 @contextmanager
 def progress_bar(trainer: Trainer, description: str, total: int | None) -> Iterator[Advance]:
-    """A bar that goes away when done; nothing on other ranks or under `enable_progress_bar=False`.
+    """A bar that goes away when done; nothing on other ranks, in a file, or under `enable_progress_bar=False`.
 
     Args:
         trainer: Decides whether a bar is wanted.
@@ -140,7 +140,7 @@ def progress_bar(trainer: Trainer, description: str, total: int | None) -> Itera
     Yields:
         A function to call with (steps done, total or None to keep it).
     """
-    if trainer.progress_bar_callback is None or not trainer.is_global_zero:
+    if trainer.progress_bar_callback is None or not trainer.is_global_zero or not console().is_terminal:
         yield lambda done, total: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

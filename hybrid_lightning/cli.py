@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from hybrid_lightning.callbacks import (
     StepTimer,
     TensorBoardOverview,
 )
+from hybrid_lightning.callbacks.display import console
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
 from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
 from hybrid_lightning.cli_help import ShowHelp, help_asked_last
@@ -53,6 +55,21 @@ from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import Trainer
+
+# Where Lightning writes lines, and those that go: advice, lists of devices, and what was typed or the summary says.
+_LIGHTNING_LOGS = (
+    "lightning.fabric.utilities.distributed",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "lightning.pytorch.accelerators.cuda",
+    "lightning.pytorch.utilities.rank_zero",
+)
+_SAYS_NOTHING = re.compile(
+    r"(\[rank: \d+\] )?Seed set to|GPU available: False|TPU available|LOCAL_RANK: \d+ - CUDA_VISIBLE_DEVICES"
+    r"|Initializing distributed:|Using \S+ Automatic Mixed Precision|Restoring states from the checkpoint|`Trainer.fit` stopped: `max_(steps|epochs)="
+    r"|.*litlogger|.*\bTip:",
+    re.DOTALL,
+)
 
 # Arguments of the Trainer's methods, which belong to one command and not to the run's config.
 _METHOD_ARGUMENTS = ("ckpt_path", "weights_only", "verbose", "return_predictions", "form", "folder", "prompt_tokens")
@@ -167,6 +184,8 @@ class HybridLightningCLI(LightningCLI):
         fixed: list[Callback] = [StepTimer(), RunSummary(), EvaluationReport(), GracefulStop(self._signals)]
         if config["logger"] and not config["fast_dev_run"]:
             fixed += [LearningRateMonitor(logging_interval="step"), TensorBoardOverview()]
+        if config["enable_progress_bar"] is None and not console().is_terminal:  # a file would get its last state, after all else
+            config["enable_progress_bar"] = False
         if config["enable_progress_bar"] is not False:
             fixed.append(RolloutProgress())
         try:
@@ -262,6 +281,10 @@ def main(signals: StopSignals | None = None) -> None:
         sys.exit(1)
 
 
+def _informs(record: logging.LogRecord) -> bool:
+    return _SAYS_NOTHING.match(record.getMessage()) is None
+
+
 def _quiet_libraries() -> None:
     """Silence advice that does not apply here, so that what matters can be read."""
     transformers.utils.logging.disable_progress_bar()
@@ -277,7 +300,8 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*dirpath has changed from.*")
     # One that was changed at a resume is another one to Lightning; the resume says so by the names of its options.
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    for name in _LIGHTNING_LOGS:
+        logging.getLogger(name).addFilter(_informs)
     # The loaders hold prompts or make rollouts; worker processes would not help.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Prompts that ranks are given twice are counted once.

@@ -1,7 +1,7 @@
 """How Sphinx builds these pages: `sphinx-build -W docs docs/_build`.
 
-The pages are plain Markdown. What Sphinx wants besides is made here: the tables of contents from the links of the index, and a page
-with the docstrings of each room.
+The pages are plain Markdown. What Sphinx wants besides is made here: the tables of contents from the links of the index, and a
+page with the docstrings of each room.
 """
 
 import inspect
@@ -15,6 +15,8 @@ sys.path.insert(0, str(HERE))
 
 import generate  # noqa: E402
 
+from hybrid_lightning.configurable import Configurable  # noqa: E402
+
 project = "hybrid_lightning"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
@@ -22,6 +24,7 @@ root_doc = "index"
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "hybrid_lightning"
+html_show_copyright = False
 myst_heading_anchors = 4
 autodoc_typehints = "none"  # the signature has them
 autodoc_member_order = "bysource"
@@ -35,6 +38,7 @@ def setup(app: Any) -> None:
     app.connect("builder-inited", write_rooms)
     app.connect("source-read", add_contents)
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-skip-member", skip)
 
 
@@ -90,6 +94,8 @@ def as_rst(app: Any, what: str, name: str, thing: Any, options: Any, lines: list
         else:
             blocks[number] = _marked(block)
     lines[:] = "\n\n".join(blocks).split("\n")
+    if what == "property":
+        lines.insert(0, "")  # or napoleon would take "True: if ..." for a type
 
 
 def _marked(text: str) -> str:
@@ -104,6 +110,14 @@ def _marked(text: str) -> str:
         else:
             parts[number] = re.sub(r"(?<!\*)\*(?!\*|\w+:)|\|(?=\S)|(?<=\w)_(?!\w)", lambda found: "\\" + found[0], part)
     return "".join(parts)
+
+
+def signature(app: Any, what: str, name: str, thing: Any, options: Any, given: str | None, returns: str | None) -> Any:
+    """That of the constructor, where `Configurable` notes the arguments; the types are in the text, or in the configuration."""
+    if what != "class" or not issubclass(thing, Configurable):
+        return None
+    parameters = list(inspect.signature(thing.__init__).parameters.values())[1:]
+    return str(inspect.Signature([parameter.replace(annotation=parameter.empty) for parameter in parameters])), returns
 
 
 def skip(app: Any, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool | None:

@@ -54,36 +54,47 @@ model:
 python -m hybrid_lightning fit --config configs/gspo.yaml --model.loss=GSPOLoss --model.loss.clip_high=5e-4
 ```
 
-A class of this package goes by its name alone, any other one, such as your own, by `module.Class`. Where a text says None, a config
-and the command line say `null`. `--print_config` shows the config that results, and `fit --config configs/gspo.yaml --help` the
-options of the classes that this config names, with their values.
+A class of this package goes by its name alone, any other one, such as your own, by `module.Class`. Where a text says None, a
+config and the command line say `null`. `--print_config` shows the config that results, and `--help` behind it the options of the
+classes that it names, with their values.
 
-What is not listed here is Lightning's or torch's: the options of `trainer`, of optimizers and of loggers. These defaults of `trainer`
-and `checkpoint` differ from Lightning's:
+What is not listed here is Lightning's or torch's: the options of `trainer`, of optimizers and of loggers. These defaults of
+`trainer` and `checkpoint` differ from Lightning's:
 
 """
 
 
 def configuration() -> str:
     """The page of all options."""
-    found: dict[type, str] = {}
     page = [GENERATED, _CONFIGURATION, *_changed_defaults()]
+    seen: set[type] = set()
     for title, text, key, classes in _roots():
         page.append(f"\n## {title}\n\n{text}\n")
-        waiting = [(key, part) for part in classes]
-        while waiting:
-            place, part = waiting.pop(0)
-            if part in found:
-                continue
-            found[part] = place
-            options = Section(place, part, {}).options()
-            page.append(f"\n### {part.__name__}\n\n`{place}`: {_sentence(part)}\n\n")
-            page += [_option(action) for action in options]
-            if not options:
-                page.append("No options.\n")
-            inner = [(action.dest, other) for action in options for other in _ours(type_of(action))]
-            waiting += inner  # what a class takes comes after all classes of its kind
+        for place, part, options in _parts(key, classes):
+            if part not in seen:
+                seen.add(part)
+                page.append(f"\n### {part.__name__}\n\n`{place}`: {_sentence(part)}\n\n")
+                page += [_option(action) for action in options] or ["No options.\n"]
     return "".join(page)
+
+
+def keys() -> set[str]:
+    """All options as they are typed, such as `model.loss.clip_low`, and what can be named, such as `model.loss`."""
+    return {action.dest for _, _, key, classes in _roots() for _, _, options in _parts(key, classes) for action in options}
+
+
+def _parts(key: str, classes: list[type]) -> Iterator[tuple[str, type, list[Any]]]:
+    """Where a class can be named, the class, and its options; what it takes itself comes after all classes of its kind."""
+    waiting = [(key, part) for part in classes]
+    found = set()
+    while waiting:
+        place, part = waiting.pop(0)
+        if (place, part) in found or place.count(".") > 3:
+            continue
+        found.add((place, part))
+        options = Section(place, part, {}).options()
+        yield place, part, options
+        waiting += [(action.dest, other) for action in options for other in _ours(type_of(action))]
 
 
 def _roots() -> Iterator[tuple[str, str, str, list[type]]]:
@@ -179,8 +190,8 @@ _API = """\
 # API
 
 The public names of the package, by room. Import them from there, such as `from hybrid_lightning.losses import GSPOLoss`: these
-paths stay, also where files move. The built pages have the whole docstrings, with all members; `help(GSPOLoss)` has them in Python.
-Losses, advantages and scorers need torch alone.
+paths stay, also where files move. The built pages have the whole docstrings, with all members; `help(GSPOLoss)` has them in
+Python. Losses, advantages and scorers need torch alone.
 """
 
 

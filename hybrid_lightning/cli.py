@@ -66,7 +66,8 @@ _LIGHTNING_LOGS = (
 )
 _SAYS_NOTHING = re.compile(
     r"(\[rank: \d+\] )?Seed set to|GPU available: False|TPU available|LOCAL_RANK: \d+ - CUDA_VISIBLE_DEVICES"
-    r"|Initializing distributed:|Using \S+ Automatic Mixed Precision|Restoring states from the checkpoint|`Trainer.fit` stopped: `max_(steps|epochs)="
+    r"|Initializing distributed:"
+    r"|Using \S+ Automatic Mixed Precision|Restoring states from the checkpoint|`Trainer.fit` stopped: `max_(steps|epochs)="
     r"|.*litlogger|.*\bTip:",
     re.DOTALL,
 )

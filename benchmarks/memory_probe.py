@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hybrid_lightning.engine.decoding import SharedPromptDecoding
+from hybrid_lightning.engine import SharedPromptDecoding
 from hybrid_lightning.memory.fake_model import LiveTensors
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

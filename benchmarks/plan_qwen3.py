@@ -71,10 +71,10 @@ def plan(name: str, sharding: Sharding) -> list[dict[str, Any]]:
             "method": method.method,
             "parameters": method.parameters,
             "trainable": method.trainable,
-            "parts": asdict(method.largest),
-            "peak": method.peak,
-            "moment": method.peak_moment,
-            "moments": {label: parts.total for label, parts in method.moments.items()},
+            "parts": asdict(method.largest_components),
+            "peak": method.peak_bytes,
+            "moment": method.peak_phase,
+            "moments": {phase: peak.total for phase, peak in method.peaks.items()},
         }
         for method in found
     ]

@@ -146,9 +146,14 @@ def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
     )
     sharding = SingleDevice() if case.strategy is None else _SHARDINGS[case.strategy](case.ranks)
     (found,) = [planned for planned in plan_memory(settings, sharding) if planned.method == case.method]
-    moments = {name: {**asdict(parts), "total": parts.total} for name, parts in found.moments.items()}
+    moments = {phase: {**asdict(peak), "total": peak.total} for phase, peak in found.peaks.items()}
     assert found.growth is not None
-    return {"moments": moments, "growth": found.process, "in the process": asdict(found.growth), "trainable": found.trainable}
+    return {
+        "moments": moments,
+        "growth": found.growth_bytes,
+        "in the process": asdict(found.growth),
+        "trainable": found.trainable,
+    }
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
-"""`Adaptable`: what `HybridAdapterSetup` asks of a LightningModule.
+"""`Adaptable`: the protocol that a LightningModule must follow so that `HybridAdapterSetup` can adapt it.
 
-Two names are enough, so that supervised and preference training can be adapted as well as a policy:
+It has two names, so that modules for supervised and preference training can follow it as well as a policy:
 
-- `adapter_attribute: str`, the name of the attribute that holds the model, and
-- `calibration_losses(num_prompts: int | None)`, an iterable of scalar losses that computes them afresh each time it is iterated;
-  the mean of their gradients scores the modules. None leaves the number of prompts (or examples) to the module, which should
-  take about what one training step has. An attribute `info` of it (a dict of plain values) is kept in the plan.
+- `adapter_attribute: str` is the name of the attribute that holds the model.
+- `calibration_losses(num_prompts: int | None)` returns an iterable of scalar losses, which computes them anew each time it is
+  iterated; the modules are scored by the mean of their gradients. None leaves the number of prompts (or examples) to the module,
+  which should take about as many as one training step has. If the iterable has an attribute `info` (a dict of plain values), it
+  is kept in the plan.
 """
 
 from collections.abc import Iterable
@@ -19,17 +20,17 @@ from hybrid_lightning.errors import ConfigError
 
 @runtime_checkable
 class Adaptable(Protocol):
-    """What a LightningModule has to offer."""
+    """What a LightningModule must have to be adapted (see the head of this file)."""
 
     adapter_attribute: str
 
     def calibration_losses(self, num_prompts: int | None) -> Iterable[Tensor]:
-        """Scalar losses at the start policy; None: of as many prompts as the module chooses."""
+        """Scalar losses of the start policy, on `num_prompts` prompts; None lets the module choose the number."""
         ...
 
 
 def check_adaptable(pl_module: LightningModule) -> None:
-    """Make sure that a module can be adapted, and build its model if it builds it late.
+    """Check that a module can be adapted, and build its model if that is done in `configure_model`.
 
     Raises:
         ConfigError: If the module does not follow the protocol.
@@ -41,7 +42,7 @@ def check_adaptable(pl_module: LightningModule) -> None:
             "attribute) and a method calibration_losses(num_prompts)"
         )
     if not _has_model(pl_module):
-        pl_module.configure_model()  # not where the model is there: a module may split it over processes in this hook
+        pl_module.configure_model()  # only if there is no model yet: this hook may also split a model over processes
     if not _has_model(pl_module):
         raise ConfigError(
             f"{name}.adapter_attribute is {pl_module.adapter_attribute!r}, but there is no such module; give the name of the "

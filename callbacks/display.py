@@ -1,4 +1,4 @@
-"""What the callbacks share to show things: the console, commands to type, and a progress bar."""
+"""What callbacks share for output: the console, commands for the user to type, and a progress bar."""
 
 import json
 import os
@@ -23,17 +23,17 @@ Advance = Callable[[int, int | None], None]
 
 
 def console() -> Console:
-    """The global console, which the progress bars share, so that lines appear above a bar and not through it."""
+    """The global console. Progress bars use the same one, so that lines appear above a bar and not in it."""
     return get_console()
 
 
 def say(text: str) -> None:
-    """Print lines as they are: a path may look like markup, and what is meant to be copied is not cut to fit the screen."""
+    """Print text without markup, which paths may look like, and without wrapping, so that commands can be copied."""
     console().print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def python_command() -> str:
-    """What to type for this Python: its path where its virtual environment is not activated, as in `.venv/bin/python`."""
+    """What to type for this Python: `python`, or its path if its virtual environment is not activated, as `.venv/bin/python`."""
     if sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ:
         return "python"
     path = Path(sys.executable)
@@ -41,18 +41,18 @@ def python_command() -> str:
 
 
 def command_line(*arguments: str | Path) -> str:
-    """A command of this package as it is typed into a shell, whatever its paths are called.
+    """A command of this package, quoted for a shell.
 
     Args:
-        arguments: The command, and what follows it.
+        arguments: The command and its arguments.
     """
     return f"{python_command()} -m hybrid_lightning {shlex.join(map(str, arguments))}"
 
 
 def saved_config(trainer: Trainer) -> Path | None:
-    """The config that a run of the command line has written; None for one of Python, which no command can go on from.
+    """The config that a run of the command line has saved; None for a run from Python, which no command can continue.
 
-    No run folder is made, and nothing is asked from other ranks.
+    This makes no run folder, and does not communicate with other ranks.
     """
     holder = find_run_folder(trainer)
     config = None if holder is None or holder.path is None else holder.path / "config.yaml"
@@ -60,9 +60,9 @@ def saved_config(trainer: Trainer) -> Path | None:
 
 
 def resume_command(trainer: Trainer, checkpoint: str | Path) -> str:
-    """What to type to go on from a checkpoint, or from what scoring has found; in Python, which argument to give.
+    """The command that continues from a checkpoint, or from a folder of scores; for a run from Python, the argument to give.
 
-    Nothing is asked from other ranks.
+    This does not communicate with other ranks.
     """
     command, config = getattr(trainer, "command", "fit"), saved_config(trainer)
     if config is None:
@@ -71,14 +71,14 @@ def resume_command(trainer: Trainer, checkpoint: str | Path) -> str:
 
 
 def evaluation_command(trainer: Trainer, checkpoint: str) -> str:
-    """The command that measures a checkpoint: on the test problems, or where there are none on those of validation.
+    """The command that evaluates a checkpoint: on the test problems, or if there are none on the validation problems.
 
     Args:
-        trainer: Of the process that writes, at the end of a run.
-        checkpoint: To measure.
+        trainer: The Trainer, at the end of a run.
+        checkpoint: The checkpoint to evaluate.
 
     Returns:
-        What will run as it is; "" if nothing would, as where the run was started from Python or the data has neither.
+        A command that can be run as it is; "" if there is none, because the run was started from Python or the data has neither.
     """
     config = saved_config(trainer)
     if config is None or not Path(checkpoint).exists():
@@ -90,15 +90,15 @@ def evaluation_command(trainer: Trainer, checkpoint: str) -> str:
 
 
 def export_command(run: Path, folder: str | Path, validated: bool) -> str:
-    """The command that measures an exported policy as its run was measured: by the reward, format and data of the run's config.
+    """The command that evaluates an exported policy like its run, with the reward, format and data of the run's config.
 
     Args:
         run: Folder of the run.
-        folder: Of the export.
-        validated: Whether the run was validated, so that `validate` will run.
+        folder: Folder of the export.
+        validated: Whether the run was validated, so that `validate` can be run.
 
     Returns:
-        What will run as it is; "" if there is no such config, or it has nothing to measure by.
+        A command that can be run as it is; "" if there is no config, or it has nothing to evaluate with.
     """
     config, summary = run / "config.yaml", run / "summary.json"
     if not config.is_file():
@@ -108,37 +108,37 @@ def export_command(run: Path, folder: str | Path, validated: bool) -> str:
     given: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
     arguments = given["model"].get("init_args", {})
     compares_alone = given["model"]["class_path"].endswith("PreferenceModule") and not arguments.get("reward")
-    if command is None or compares_alone:  # with the policy before training, which an export has not
+    if command is None or compares_alone:  # preferences are compared with the start policy, which an export does not have
         return ""
-    # Of the model that was trained, and not of what came of it.
+    # Options that are about the model before training, and not about the export.
     gone = [f"--model.{name}=null" for name in ("revision", "quantization") if arguments.get(name) is not None]
     gone += ["--adapter.plan=null"] if given.get("adapter", {}).get("plan") is not None else []
     return command_line(command, "--config", config, f"--model.model={folder}", *gone)
 
 
 def _has(datamodule: Any, command: str, split: str) -> bool:
-    """Whether a data module has what a command needs, found out in the way that the command would."""
+    """Whether a data module has the data that a command needs, found out in the same way as by the command."""
     if not isinstance(datamodule, PromptDataModule):
         loader = {"test": "test_dataloader", "validation": "val_dataloader"}[split]
         return datamodule is not None and is_overridden(loader, datamodule)
     try:
         datamodule.setup(command)
-    except Exception:  # whatever is wrong with rows that the run did not need must not take the place of its summary
+    except Exception:  # errors in rows that the run did not need must not replace its summary
         return False
     return True
 
 
 @contextmanager
 def progress_bar(trainer: Trainer, description: str, total: int | None) -> Iterator[Advance]:
-    """A bar that goes away when done; nothing on other ranks, in a file, or under `enable_progress_bar=False`.
+    """Show a progress bar that disappears at the end; nothing on other ranks, in a file, or with `enable_progress_bar=False`.
 
     Args:
-        trainer: Decides whether a bar is wanted.
-        description: Stands before the bar.
-        total: Steps; None if only known later.
+        trainer: The Trainer, which decides whether there are bars.
+        description: Text before the bar.
+        total: Number of steps; None if it is only known later.
 
     Yields:
-        A function to call with (steps done, total or None to keep it).
+        A function to call with (steps done, total), where None keeps the total.
     """
     if trainer.progress_bar_callback is None or not trainer.is_global_zero or not console().is_terminal:
         yield lambda done, total: None

@@ -1,4 +1,4 @@
-"""`EvaluationReport`: how good the policy is at each set of problems, as a table and as JSON."""
+"""`EvaluationReport`: how good the policy is on each set of problems, as a table and as JSON."""
 
 import json
 import re
@@ -22,25 +22,25 @@ _OVERALL_TITLE = "mean of sets"
 
 
 class EvaluationReport(Callback):
-    """Prints a table after `validate` and `test`, in `fit` where sets have names, and writes `evaluation.json` into the folder.
+    """Prints a table after `validate` and `test`, and in `fit` if sets have names; writes `evaluation.json` to the run folder.
 
-    The numbers are those of TensorBoard, under the names that they have there after `val/` or `test/`: `overall` is the mean over
-    named sets, each with the same weight, or the only set if none has a name. Shares come with 95% confidence intervals over
+    The numbers are the same as in TensorBoard, under the names that they have there after `val/` or `test/`. `overall` is the
+    mean over named sets, each with the same weight, or the only set if none has a name. Shares have 95% confidence intervals over
     problems (see `hybrid_lightning.metrics.problem_means`). The file holds the last evaluation of the run.
 
-    The module gives them as `last_evaluation`: set -> metric -> value, with "" for all sets together.
+    The module provides the numbers as `last_evaluation`: set -> metric -> value, with "" for all sets together.
 
     Raises:
-        ConfigError: If a checkpoint or another callback monitors what the validation before training does not measure. Lightning
-            says so at the first checkpoint only, which may be hours later. (`Trainer.check` says so before that validation, where
-            all that could log something is ours.)
+        ConfigError: If a checkpoint or another callback monitors a metric that the validation before training does not measure.
+            Lightning reports that only at the first checkpoint, which may be hours later. (`Trainer.check` reports it even before
+            that validation, if only code of this project and of Lightning can log metrics.)
     """
 
     def __init__(self) -> None:
         self._start = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the run folder made."""
+        """Make the run folder."""
         if stage != "predict":
             run_folder(trainer)
 
@@ -53,13 +53,13 @@ class EvaluationReport(Callback):
         self._start = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report."""
+        """Report the scores, and before training check what is monitored."""
         self._report(trainer, pl_module, "validation")
         if trainer.sanity_checking:
             check_monitors(trainer, trainer.callback_metrics)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report."""
+        """Report the scores."""
         self._report(trainer, pl_module, "test")
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
@@ -71,7 +71,7 @@ class EvaluationReport(Callback):
         if not fitting or len(scores) > 1:
             step = f" (step {trainer.global_step})" if fitting else ""
             table = score_table(scores, f"{split.capitalize()}{step}")
-            # In a file or pipe nothing has to fit a screen.
+            # In a file or pipe the table does not have to fit a screen.
             (out if out.is_terminal else Console(width=10_000)).print(table)
             out.print("Shares in percent, with 95% confidence intervals over problems.", soft_wrap=True)
             if not fitting:
@@ -96,11 +96,11 @@ class EvaluationReport(Callback):
 
 
 def measured_by(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
-    """What else than the policy decides about its numbers: the reward, how problems are put, and how the policy is computed.
+    """What besides the policy determines its scores: the reward, the format of the problems, and the dtypes of the computation.
 
     Args:
-        trainer: Has the data and the precision.
-        pl_module: Has the rest, as far as it is one of ours.
+        trainer: The Trainer, with the data and the precision.
+        pl_module: The module, with the reward and the dtype if it is one of ours.
     """
     parts = {"reward": getattr(pl_module, "reward", None), "format": getattr(trainer.datamodule, "format", None)}  # type: ignore[attr-defined]
     names = {name: type(part).__name__ for name, part in parts.items() if part is not None}
@@ -109,16 +109,16 @@ def measured_by(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
 
 
 def check_monitors(trainer: Trainer, measured: Collection[str], trained: Collection[str] | None = None) -> None:
-    """Refuse to monitor what neither validation nor training measures.
+    """Refuse callbacks that monitor a metric which neither validation nor training logs.
 
     Args:
-        trainer: Has the callbacks.
-        measured: Names that validation logs; others may be among them.
-        trained: First parts of the names that training logs; None where that is not known, so that only what sounds like a result
-            of validation is refused.
+        trainer: The Trainer with the callbacks.
+        measured: Names that validation logs; there may be others among them.
+        trained: First parts of the names that training logs; None if they are not known, so that only names that sound like
+            results of validation are refused.
 
     Raises:
-        ConfigError: If a callback does so.
+        ConfigError: If a callback monitors such a metric.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
@@ -133,11 +133,11 @@ def check_monitors(trainer: Trainer, measured: Collection[str], trained: Collect
 
 
 def score_table(scores: Scores, title: str) -> Table:
-    """Metrics as rows and sets as columns; shares in percent, with their intervals.
+    """A table with metrics as rows and sets as columns; shares are in percent, with their intervals.
 
     Args:
         scores: Set -> metric -> value.
-        title: Above the table.
+        title: Title of the table.
     """
     names = [name for name in scores if name != OVERALL]
     columns = {name: scores[name] for name in names} | {_OVERALL_TITLE if names else "": scores[OVERALL]}
@@ -152,7 +152,7 @@ def score_table(scores: Scores, title: str) -> Table:
 
 
 def _cell(values: Mapping[str, float], metric: str) -> str:
-    if metric not in values:  # the loss of given completions is over all sets
+    if metric not in values:  # the loss on given completions is only known for all sets together
         return "-"
     value = values[metric]
     if metric == "problems":

@@ -2,7 +2,7 @@
 
     calibration rollouts -> gradients -> scores -> plan -> adapter
 
-It is not tied to `PolicyModule`: see `Adaptable` for what it asks of a LightningModule.
+It works for every LightningModule that follows the protocol `Adaptable`, not only for `PolicyModule`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +13,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, describe, make_plan
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, config_with_defaults, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.kept_scoring import SCORING, KeptScoring
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
-from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_markdown, plan_rows, plan_table, title
+from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_markdown, plan_rows, plan_table, plan_title
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
@@ -27,20 +27,20 @@ from hybrid_lightning.callbacks.display import console, progress_bar, say
 from hybrid_lightning.callbacks.loggers import log_figure, log_table
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
-from hybrid_lightning.callbacks.step_timer import measured
+from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.update import begin_epoch_anew
-from hybrid_lightning.sharding.checkpoints import is_there, read_content
+from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
 from hybrid_lightning.stopping import RunStopped
 
-_SHOWN_OTHERS = 10  # modules of a plan on the screen, beside the fully trained ones
-# Arguments of the policy that no score depends on.
+_SHOWN_OTHERS = 10  # number of modules of a plan that are printed, in addition to the fully trained ones
+# Arguments of the policy on which no score depends.
 _AFTER_SCORING = {
     "correction",
     "dynamic_sampling",
@@ -60,17 +60,17 @@ _AFTER_SCORING = {
 class HybridAdapterSetup(Configurable, Callback):
     """Chooses the modules that are trained fully and gives LoRA to all other candidates.
 
-    The plan is taken from the checkpoint that is being loaded, else from `plan`, else made by scoring. It is written into the
-    run folder as `plan.json` and `plan.png`. What scoring finds is kept as it is found, in the run folder's `scoring`: given as
-    `ckpt_path` to another run with the same settings, that goes on from there to the same plan. Evaluating without a checkpoint
-    and without `plan` leaves the model as it is.
+    The plan is taken from the checkpoint that is being loaded, else from `plan`, else it is made by scoring. It is written to the
+    run folder as `plan.json` and `plan.png`. Scores are saved as they are found, in the folder `scoring` of the run folder: if
+    that is given as `ckpt_path` to another run with the same settings, scoring continues from there to the same plan. Evaluation
+    without a checkpoint and without `plan` leaves the model unchanged.
 
-    Checkpoints hold the settings of the run. Where one is resumed, they are compared with the new ones, and what was changed is
+    Checkpoints hold the settings of the run. When a run is resumed, they are compared with the new ones, and what was changed is
     applied or refused (see `callbacks/resume.py`).
 
     Args:
         budget: How many modules are fully trained; None takes `ModuleBudget(share=0.1)`. Share 0 is LoRA, 1 full fine-tuning.
-        scorer: What tells which modules low rank serves worst; None takes `PreconditionedTail()`.
+        scorer: Scores how badly low rank serves a module; None takes `PreconditionedTail()`.
         gradients: How gradients are held while scoring; None takes `ExactGradients()`.
         rank: LoRA rank r.
         alpha: LoRA scale: alpha / rank.
@@ -79,9 +79,9 @@ class HybridAdapterSetup(Configurable, Callback):
         use_rslora: Scale by alpha / sqrt(rank).
         target_modules: Candidates by the end of their name, such as `[q_proj, v_proj]`; None takes every linear module in the
             decoder blocks.
-        calibration_prompts: Prompts whose rollouts score the modules; None lets the module choose: `PolicyModule` takes as many
-            as one rollout has, so that scoring costs about a training step.
-        plan: A `plan.json` to use instead of scoring.
+        calibration_prompts: Number of prompts whose rollouts score the modules; None lets the module choose: `PolicyModule` takes
+            as many as one rollout has, so that scoring costs about as much as a training step.
+        plan: Path of a `plan.json` to use instead of scoring.
         keep_start_weights: Keep the frozen originals of fully trained modules, which a KL term needs. False saves their memory.
 
     Raises:
@@ -118,16 +118,16 @@ class HybridAdapterSetup(Configurable, Callback):
         self.resume = Resume()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Decide and apply; an adapter that is applied already stays as it is.
+        """Find the plan and apply it. An adapter that is already applied stays unchanged.
 
         Raises:
             ConfigError: If the module does not follow the protocol, or settings contradict each other.
-            CheckpointError: If a plan file and the checkpoint's plan differ, or a setting that cannot be applied to it.
-            PlanError: If the plan file is not the plan that is applied already, or belongs to another model.
+            CheckpointError: If the plan file, or a setting that cannot be changed, differs from the checkpoint.
+            PlanError: If the plan file is not the plan that is already applied, or belongs to another model.
         """
-        folder = run_folder(trainer) if stage == "fit" else None  # before the scoring, which may be stopped
+        folder = run_folder(trainer) if stage == "fit" else None  # made before the scoring, which may be stopped
         checkpoint = _checkpoint(trainer)
-        self._plan_of_checkpoint(trainer)  # another plan is refused as such, and not by the settings that it comes from
+        self._plan_of_checkpoint(trainer)  # first, so that the message for another plan is not about the settings behind it
         if stage == "fit":
             self.resume.begin(trainer, pl_module, self)
             if checkpoint is not None:
@@ -144,7 +144,7 @@ class HybridAdapterSetup(Configurable, Callback):
             self._show(plan, folder)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the settings, and the plan for modules that do not do so themselves."""
+        """Save the settings, and the plan for modules that do not save it themselves."""
         checkpoint[SETTINGS_KEY] = self.resume.state()
         if not isinstance(pl_module, AdaptedModule) and self.plan is not None:
             checkpoint[CHECKPOINT_KEY] = {"plan": self.plan.to_dict(), "base_digest": self.plan.model_digest}
@@ -152,16 +152,16 @@ class HybridAdapterSetup(Configurable, Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Apply what was changed at a resume."""
         if trainer.state.fn == "fit":
-            self.resume.compare(checkpoint, trainer)  # Lightning's own Trainer tells the setup of no checkpoint
+            self.resume.compare(checkpoint, trainer)  # under Lightning's own Trainer `setup` does not see the checkpoint
             self.resume.apply(checkpoint, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin an epoch anew whose number of micro-batches was changed at a resume."""
+        """Begin the epoch anew if its number of micro-batches was changed at a resume."""
         if self.resume.epoch_begins_anew:
             begin_epoch_anew(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the plan in the loggers, as a table and a picture."""
+        """Log the plan as a table and a picture."""
         if self.plan is None or not trainer.is_global_zero or not trainer.loggers:
             return
         log_table(trainer, "plan", *plan_rows(self.plan), step=0, markdown=plan_markdown(self.plan))
@@ -186,8 +186,8 @@ class HybridAdapterSetup(Configurable, Callback):
         if plan is None:
             check_settings = getattr(pl_module, "check_settings", None)
             if check_settings is not None:
-                check_settings()  # by every rank, so that each ends with the cause and none waits for rank 0's scores
-            with measured(trainer, "scoring"):
+                check_settings()  # on every rank, so that each ends with the cause, and none waits for the scores of rank 0
+            with time_charged_to(trainer, "scoring"):
                 plan = self._make_plan(trainer, pl_module, run_folder(trainer))
         self._apply(pl_module, plan)
         return plan
@@ -206,12 +206,12 @@ class HybridAdapterSetup(Configurable, Callback):
         return plan
 
     def check(self, pl_module: LanguageModule) -> None:
-        """Find what does not go with a module, before its weights are loaded.
+        """Check that the settings fit a module, before its weights are loaded.
 
         Raises:
             ConfigError: If its loss needs start weights that are not kept.
-            ModelError: If `target_modules` name none of its modules.
-            PlanError: If `plan` has modules that it lacks.
+            ModelError: If `target_modules` match none of its modules.
+            PlanError: If `plan` has modules that it does not have.
         """
         self._check_start_weights(pl_module)
         if self.target_modules is not None:
@@ -227,7 +227,7 @@ class HybridAdapterSetup(Configurable, Callback):
             )
 
     def _make_plan(self, trainer: Trainer, pl_module: LightningModule, folder: Path | None) -> AdapterPlan:
-        """Score on rank 0, on the device that trains, and tell the other ranks; also what went wrong, or they would wait."""
+        """Score on rank 0, on the device for training, and broadcast the plan, or the error, so that no rank waits forever."""
         content: dict[str, Any] = {}
         error: Exception | RunStopped | None = None
         if trainer.is_global_zero:
@@ -277,8 +277,8 @@ class HybridAdapterSetup(Configurable, Callback):
         settings = {name: value for name, value in hparams.items() if name not in _AFTER_SCORING and not name.startswith("_")}
         return {
             **{f"model.{name}": value for name, value in sorted(settings.items())},
-            "adapter.scorer": describe(self.scorer),
-            "adapter.gradients": describe(self.gradients or ExactGradients()),
+            "adapter.scorer": config_with_defaults(self.scorer),
+            "adapter.gradients": config_with_defaults(self.gradients or ExactGradients()),
             "adapter.rank": self.lora.rank,
             "adapter.calibration_prompts": self.calibration_prompts,
         }
@@ -303,10 +303,10 @@ class HybridAdapterSetup(Configurable, Callback):
                     "All calibration rewards tie, so rollouts carry no signal: modules are scored by the supervised gradient of "
                     "the reference answers instead."
                 )
-        from hybrid_lightning.engine.fused_layers import use_fused_layers  # PEFT is slow to import
+        from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
 
         total = len(losses) if hasattr(losses, "__len__") else None
-        # As when it is adapted: the passes of scoring are as large as those of training.
+        # Fused layers as in training, since the passes of scoring are as large as those of training.
         engine = getattr(pl_module, "engine", None)
         use_fused_layers(model, Backend() if engine is None else engine.backend)
         with evaluation_mode(model), progress_bar(trainer, "Scoring modules", total) as advance:
@@ -329,11 +329,11 @@ class HybridAdapterSetup(Configurable, Callback):
         if isinstance(pl_module, AdaptedModule):
             pl_module.adapt(plan, self.keep_start_weights)
             return
-        from hybrid_lightning.adapters.apply import apply_plan  # as above
+        from hybrid_lightning.adapters.apply import apply_plan  # PEFT is slow to import
 
         name: str = pl_module.adapter_attribute  # type: ignore[assignment]
         model = getattr(pl_module, name)
-        if plan is self.given_plan:  # with a checkpoint's plan come all weights
+        if plan is self.given_plan:  # not for the plan of a checkpoint, whose weights are loaded afterwards
             plan.check_weights(model)
         setattr(pl_module, name, apply_plan(model, plan, self.keep_start_weights))
         pl_module.plan = plan  # type: ignore[assignment]
@@ -342,7 +342,7 @@ class HybridAdapterSetup(Configurable, Callback):
         if folder is not None:
             plan.save(folder / "plan.json")
             self._draw(plan, folder / "plan.png")
-        say(title(plan))
+        say(plan_title(plan))
         rest = 0
         modes = {module.mode for module in plan.candidates}
         if len(modes) > 1 or any(module.score is not None for module in plan.candidates):  # else a table of them says nothing
@@ -362,9 +362,11 @@ class HybridAdapterSetup(Configurable, Callback):
 
 
 def _checkpoint(trainer: Trainer) -> dict[str, Any] | None:
-    """What is about to be loaded, without its tensors."""
+    """The content of the checkpoint that is about to be loaded, without its tensors."""
     path = trainer.ckpt_path
-    return read_content(path) if path and is_there(path) else None  # Lightning itself says that a checkpoint is missing
+    return (
+        read_checkpoint(path) if path and checkpoint_exists(path) else None
+    )  # Lightning itself says that a checkpoint is missing
 
 
 def _mean_loss(losses: Iterable[Tensor]) -> float:

@@ -1,7 +1,7 @@
-"""All that differs between loggers: TensorBoard, CSV, Weights & Biases, MLflow; any other gets scalars and hyperparameters.
+"""Everything that differs between loggers: TensorBoard, CSV, Weights & Biases and MLflow.
 
-Scalars and hyperparameters reach every logger through Lightning. Tables, pictures and texts are here, under names that each
-logger accepts.
+Scalars and hyperparameters reach every logger through Lightning, and other loggers get nothing else. Here are tables, pictures
+and texts, under names that each logger accepts, and the folders in which loggers keep their files.
 """
 
 import csv
@@ -34,10 +34,10 @@ _SQLITE = "sqlite:///"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a logger has the files of its runs."""
+    """Where a logger keeps the files of its runs."""
 
-    parent: Path  # the folder with one folder for each run
-    version: int | str | None  # the run that was asked for
+    parent: Path  # folder with one folder for each run
+    version: int | str | None  # the version that was given in the logger's arguments
     has_versions: bool  # whether the logger writes into `parent/version_N`
 
 
@@ -46,16 +46,16 @@ def keeps_files_in_a_version(logger: Logger) -> bool:
     return isinstance(logger, (TensorBoardLogger, CSVLogger)) and "://" not in str(logger.save_dir)
 
 
-def where(logger: Logger, fallback: Path) -> Place:
-    """Where a logger keeps its files, or would on this machine.
+def logger_place(logger: Logger, fallback: Path) -> Place:
+    """Where a logger keeps its files, or would keep them on this machine.
 
     Args:
-        logger: Any.
-        fallback: The root, if the logger has none here.
+        logger: Any logger.
+        fallback: Root folder for a logger that has none on this machine.
     """
     if isinstance(logger, (TensorBoardLogger, CSVLogger)) and keeps_files_in_a_version(logger):
         parent = Path(os.path.expanduser(os.path.expandvars(logger.root_dir)))
-        return Place(parent, logger._version, True)  # asking `version` would choose one
+        return Place(parent, logger._version, True)  # reading the property `version` would choose one
     root = logger.save_dir
     local = fallback if root in (None, ".") or "://" in str(root) else Path(str(root))  # "." is the default of WandbLogger
     return Place(local / (_project(logger) or "default").replace("/", "_"), None, False)
@@ -63,39 +63,39 @@ def where(logger: Logger, fallback: Path) -> Place:
 
 def _project(logger: Logger) -> str | None:
     if isinstance(logger, MLFlowLogger):
-        return logger._experiment_name  # its `name` is a number, for which it asks the store
-    if isinstance(logger, WandbLogger) and logger.name == "lightning_logs":  # the default: no project was given
+        return logger._experiment_name  # the property `name` is a number, for which the logger asks the store
+    if isinstance(logger, WandbLogger) and logger.name == "lightning_logs":  # the default if no project is given
         return logger._name or logger.name
     return logger.name if isinstance(logger.name, str) else None
 
 
-def made_already(logger: Logger) -> bool:
-    """Whether a logger has begun to write."""
+def has_begun(logger: Logger) -> bool:
+    """Whether a logger has already begun to write."""
     return getattr(logger, "_experiment", None) is not None
 
 
-def put_into(loggers: Sequence[Logger], version: int | str) -> None:
-    """Let loggers that have not begun write into the folder of a version, which is there and empty."""
-    new = [logger for logger in loggers if keeps_files_in_a_version(logger) and not made_already(logger)]
+def write_into_version(loggers: Sequence[Logger], version: int | str) -> None:
+    """Let loggers that have not begun to write use the folder of a version, which exists and is empty."""
+    new = [logger for logger in loggers if keeps_files_in_a_version(logger) and not has_begun(logger)]
     for logger in new:
         logger._version = version  # type: ignore[attr-defined]
     for logger in new:
         if isinstance(logger, CSVLogger):
-            _ = logger.experiment  # which warns of any file in its folder, so before others make theirs
+            _ = logger.experiment  # begin now: it warns if there are files of other loggers in its folder
 
 
-# ---- what they are given
+# ---- what loggers are given
 
 
 def log_table(
     trainer: Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int, markdown: str
 ) -> None:
-    """Add a page of rows to each logger's table; on the first process alone.
+    """Add a page of rows to the table of each logger, on the first process only.
 
     Args:
-        trainer: Has the loggers.
-        name: Of the table.
-        columns: Its head; a column `step` is put in front where a logger has no steps for tables.
+        trainer: The Trainer with the loggers.
+        name: Name of the table.
+        columns: Names of the columns; a column `step` is added in front if a logger has no steps for tables.
         rows: Texts and numbers.
         step: Optimizer step of the page.
         markdown: The page as TensorBoard shows it.
@@ -118,7 +118,7 @@ def log_table(
 
 
 def log_figure(trainer: Trainer, name: str, figure: "Figure", step: int) -> None:
-    """Show a picture; CSV has none."""
+    """Log a picture; CSV has none."""
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(name, figure, step, close=False)
@@ -129,7 +129,7 @@ def log_figure(trainer: Trainer, name: str, figure: "Figure", step: int) -> None
 
 
 def log_histogram(trainer: Trainer, name: str, values: torch.Tensor, step: int) -> None:
-    """Show how values are distributed, where a logger has histograms."""
+    """Log the distribution of values to loggers that have histograms."""
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_histogram(name, values, step)
@@ -140,25 +140,25 @@ def log_histogram(trainer: Trainer, name: str, values: torch.Tensor, step: int) 
 
 
 def log_config(trainer: Trainer, path: Path) -> None:
-    """Keep the run's config file; a CSV log has it beside itself."""
+    """Log the config file of the run; for a CSV log it is already in the same folder."""
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("config", f"```yaml\n{path.read_text(encoding='utf-8')}\n```", 0)
         elif isinstance(logger, WandbLogger):
-            # Not as a file: W&B writes one of this name itself.
+            # Not as a file, because W&B itself writes a file of this name.
             logger.log_hyperparams({"config": yaml.safe_load(path.read_text(encoding="utf-8"))})
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_artifact(logger.run_id, str(path))
 
 
 def log_numbers(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
-    """Give scalars to every logger at once, whatever `log_every_n_steps` says."""
+    """Log scalars to every logger immediately, whatever `log_every_n_steps` says."""
     for logger in trainer.loggers if values else ():
         logger.log_metrics(dict(values), step)
 
 
 def show_hyperparameters(trainer: Trainer, hyperparameters: Mapping[str, Any], metrics: Sequence[str]) -> None:
-    """Make TensorBoard's page of hyperparameters, which needs to know beforehand which scalars are its results."""
+    """Write TensorBoard's page of hyperparameters, which must know in advance which scalars are its results."""
     from torch.utils.tensorboard.summary import hparams
 
     plain = _sanitize_params(_flatten_dict(_convert_params(dict(hyperparameters))))
@@ -169,8 +169,8 @@ def show_hyperparameters(trainer: Trainer, hyperparameters: Mapping[str, Any], m
                 writer.add_summary(summary, 0)
 
 
-def hints(trainer: Trainer, folder: Path) -> list[str]:
-    """What to type or open to see the curves of a run, for each logger."""
+def curve_hints(trainer: Trainer, folder: Path) -> list[str]:
+    """For each logger, what to type or open to see the curves of a run."""
     return [hint for logger in trainer.loggers if (hint := _hint(logger, folder))]
 
 
@@ -195,6 +195,7 @@ def _from_here(path: Path) -> Path:
 
 
 def _loggers(trainer: Trainer) -> Sequence[Logger]:
+    """The loggers on the first process; none on the others."""
     return trainer.loggers if trainer.is_global_zero else ()
 
 
@@ -202,19 +203,19 @@ def _loggers(trainer: Trainer) -> Sequence[Logger]:
 
 
 class NamingMLFlowLogger(MLFlowLogger):
-    """Lightning's `MLFlowLogger` under names that every store of MLflow takes, with a store that MLflow still offers.
+    """Lightning's `MLFlowLogger` with names that every store of MLflow accepts, and a store that MLflow still supports.
 
-    The command line makes it wherever a config says `MLFlowLogger`. In a name `@` becomes `_at_`; and since some stores keep a
-    metric as a file, so that `val/x` cannot lie beside `val/x/ci_low`, the ends of an interval become `val/x_ci_low` and
-    `val/x_ci_high`. Without a `tracking_uri` (or `MLFLOW_TRACKING_URI`), runs go into `SAVE_DIR/mlflow.db`: MLflow refuses
-    Lightning's default, a plain folder.
+    The command line makes it wherever a config names `MLFlowLogger`. In names `@` becomes `_at_`. Some stores keep a metric as a
+    file, so that `val/x` and `val/x/ci_low` cannot both exist: the ends of an interval become `val/x_ci_low` and `val/x_ci_high`.
+    Without a `tracking_uri` (or `MLFLOW_TRACKING_URI`) runs go into `SAVE_DIR/mlflow.db`, because MLflow refuses Lightning's
+    default, a plain folder.
 
     Args:
-        tracking_uri: None takes `sqlite:///SAVE_DIR/mlflow.db`. The default is what the variable was when this was imported, as
-            it is Lightning's: MLflow sets it to the store in use.
+        tracking_uri: URI of the store; None takes `sqlite:///SAVE_DIR/mlflow.db`. As in Lightning, the default is the environment
+            variable at the time of import, since MLflow later sets the variable to the store in use.
         save_dir: A local folder.
-        artifact_location: None takes the folder `mlartifacts` beside a SQLite file.
-        arguments: The others of `MLFlowLogger`.
+        artifact_location: Folder for artifacts; None takes the folder `mlartifacts` beside a SQLite file.
+        arguments: The other arguments of `MLFlowLogger`.
     """
 
     def __init__(
@@ -228,14 +229,14 @@ class NamingMLFlowLogger(MLFlowLogger):
         uri = tracking_uri or f"{_SQLITE}{Path(save_dir or '.') / 'mlflow.db'}"
         self._folder = Path(uri.removeprefix(_SQLITE)).parent if uri.startswith(_SQLITE) else None
         if self._folder is not None and artifact_location is None:
-            artifact_location = (self._folder.absolute() / "mlartifacts").as_uri()  # wherever `mlflow ui` is started from
-        if self._folder is not None:  # MLflow keeps the store of a relative path open, also for another working directory
+            artifact_location = (self._folder.absolute() / "mlartifacts").as_uri()  # absolute, so that `mlflow ui` works anywhere
+        if self._folder is not None:  # absolute: MLflow keeps the store of a relative path open after the folder has changed
             uri = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
         given = {"tracking_uri": uri, "save_dir": save_dir, "artifact_location": artifact_location, **arguments}
         if self._folder is None:
             super().__init__(**given)
             return
-        # Processes may start at once, as the ranks of a run do: one makes tables and experiment, which MLflow lets all try.
+        # Processes may start at the same time, such as the ranks of a run. The lock lets one of them make tables and experiment.
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -249,15 +250,15 @@ class NamingMLFlowLogger(MLFlowLogger):
 
     @property
     def save_dir(self) -> str | None:
-        """The folder of the store, if it is on this machine."""
+        """The folder of the store if it is on this machine."""
         return super().save_dir if self._folder is None else str(self._folder)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log under names that MLflow takes."""
+        """Log metrics under names that MLflow accepts."""
         super().log_metrics({_mlflow_name(name): value for name, value in metrics.items()}, step)
 
     def log_hyperparams(self, params: Any) -> None:
-        """Log under names that MLflow takes; Lightning cuts values after 250 characters."""
+        """Log hyperparameters under names that MLflow accepts; Lightning cuts values after 250 characters."""
         super().log_hyperparams({_mlflow_name(name): value for name, value in _flatten_dict(_convert_params(params)).items()})
 
 

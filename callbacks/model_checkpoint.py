@@ -1,4 +1,4 @@
-"""`ModelCheckpoint`: Lightning's, whose `last.ckpt` is that of the last step."""
+"""`ModelCheckpoint`: Lightning's callback, except that `last.ckpt` is always the checkpoint of the last step."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint as LightningModelCheckpo
 class ModelCheckpoint(LightningModelCheckpoint):
     """Lightning's callback, which with `save_last` keeps the newest weights and not only the best.
 
-    Lightning 2.6 writes `last.ckpt` only where the monitored metric is good enough for a checkpoint of its own: after a run that
-    got no better, it would hold the weights of an earlier step than the accuracy that the run reports, and a killed run would
-    lose whatever came after its best validation. Here each validation (or whatever `every_n_train_steps` says) and the end of the
-    run write it. `save_last: link` stays Lightning's.
+    Lightning 2.6 writes `last.ckpt` only if the monitored metric is good enough for a checkpoint of its own. After a run that did
+    not get better, it would hold the weights of an earlier step than the accuracy that the run reports, and a killed run would
+    lose everything after its best validation. Here it is written at each validation (or as `every_n_train_steps` says) and at the
+    end of the run. `save_last: link` works as in Lightning.
     """
 
-    _step_of_last = -1  # for which this process has written it
+    _step_of_last = -1  # step for which this process has written `last.ckpt`
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
@@ -23,7 +23,7 @@ class ModelCheckpoint(LightningModelCheckpoint):
             self._save_last_checkpoint(trainer, monitor_candidates)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step, unless it has been."""
+        """Save the last step, unless it has been saved."""
         super().on_train_end(trainer, pl_module)
         if not trainer.fast_dev_run and self.save_last is True:  # type: ignore[attr-defined]
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

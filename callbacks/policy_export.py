@@ -1,4 +1,4 @@
-"""`PolicyExport`: the policy of a running job as a folder that plain PEFT or transformers loads."""
+"""`PolicyExport`: exports the policy of a running job as a folder that plain PEFT or transformers can load."""
 
 from pathlib import Path
 from typing import Any
@@ -9,24 +9,24 @@ from lightning.pytorch.strategies import FSDPStrategy
 from hybrid_lightning.callbacks.display import say
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.run_summary import RunSummary
-from hybrid_lightning.callbacks.step_timer import measured
+from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.sources import policy_of_module
 from hybrid_lightning.export.trained import ExportForm, TrainedPolicy
-from hybrid_lightning.export.write import write_policy, written
+from hybrid_lightning.export.write import write_policy, written_message
 
 
 class PolicyExport(Callback):
-    """Exports at the end of training, and every so many steps if asked to, each into a folder `step=N`.
+    """Exports the policy at the end of training, and optionally every n steps, each time into a folder `step=N`.
 
-    Training goes on as it would have without; its time counts as that of a checkpoint. Stands after `RunSummary`, so that the
-    model card has the last validation.
+    An export does not change the training; its time is counted as that of a checkpoint. It must come after `RunSummary`, so that
+    the model card has the last validation.
 
     Args:
-        form: What to write; None takes `MergedModel()`, which reads the base model anew, into memory of the CPU.
-        folder: Where the folders `step=N` go; None takes `export/FORM` in the run folder.
-        every_n_steps: Optimizer steps between exports; None for one at the end.
+        form: What to write; None takes `MergedModel()`, which reads the base model again, into the memory of the CPU.
+        folder: Folder for the folders `step=N`; None takes `export/FORM` in the run folder.
+        every_n_steps: Optimizer steps between exports; None for one export at the end.
 
     Raises:
         ConfigError: If `every_n_steps` is below 1.
@@ -43,16 +43,16 @@ class PolicyExport(Callback):
         self._exported_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the run folder made."""
+        """Make the run folder."""
         if stage == "fit":
             run_folder(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out before training what could not be exported after it.
+        """Check before training that the policy can be exported.
 
         Raises:
-            ConfigError: If the form cannot hold the plan, the folder has exports of steps that are still to come, or the strategy
-                is FSDP1.
+            ConfigError: If the form cannot hold the plan, the folder already has exports of later steps, or the strategy is
+                FSDP1.
         """
         plan = getattr(pl_module, "plan", None)
         if plan is None:
@@ -81,7 +81,7 @@ class PolicyExport(Callback):
             self._export(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export what training ended with."""
+        """Export the policy at the end of training."""
         if trainer.global_step > self._exported_step:
             self._export(trainer, pl_module)
 
@@ -94,18 +94,18 @@ class PolicyExport(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._exported_step = trainer.global_step
         folder = self._folder(trainer)
-        if folder is None:  # a trial run leaves nothing behind
+        if folder is None:  # under fast_dev_run, which writes nothing
             return
-        with measured(trainer, "checkpoint"):
+        with time_charged_to(trainer, "checkpoint"):
             policy = policy_in_training(trainer, pl_module)
             if policy is not None:
                 target = write_policy(policy, self.form, folder / f"step={trainer.global_step}")
-                say(written(policy, self.form, target))
+                say(written_message(policy, self.form, target))
             trainer.strategy.barrier("PolicyExport")
 
 
 def policy_in_training(trainer: Trainer, pl_module: LightningModule) -> TrainedPolicy | None:
-    """The policy as it is now, on the process that writes it; every process must call this."""
+    """The policy as it is now; None on processes that do not write it. Every process must call this."""
     summaries = [callback for callback in trainer.callbacks if isinstance(callback, RunSummary)]  # type: ignore[attr-defined]
     return policy_of_module(
         pl_module,

@@ -1,4 +1,4 @@
-"""`PredictionWriter`: predictions as JSON lines."""
+"""`PredictionWriter`: writes predictions as JSON lines."""
 
 import itertools
 import json
@@ -15,15 +15,17 @@ from hybrid_lightning.errors import ConfigError
 
 
 class PredictionWriter(Callback):
-    """Writes one line per prompt: its set, index, text and answer, and of its completions the text, what they answer, length in
-    tokens, whether they came to an end, rewards (total and parts), and whether they are correct.
+    """Writes one line per prompt, with its set, index, text and answer, and with its completions.
+
+    For each completion it has the text, the answer, the length in tokens, whether it is finished, the rewards (total and parts),
+    and whether it is correct.
 
     Args:
         path: A new file; None takes `predictions.jsonl` in the run folder, or `predictions-v1.jsonl` if the Trainer
-            predicts again. With several processes each writes its own file, the rank before the suffix.
+            predicts again. With several processes each writes its own file, with the rank before the suffix.
 
     Raises:
-        ConfigError: If `path` is there already.
+        ConfigError: If `path` is a folder, or exists when predicting begins.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -33,10 +35,11 @@ class PredictionWriter(Callback):
         self._file: TextIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the run folder made, and find out before anything is loaded that a file is there.
+        """Make the run folder, and check that the files can be written.
 
         Raises:
-            ConfigError: If one of any process is, on each of them, so that none waits for another; or none can be made there.
+            ConfigError: If the file of any process exists, on all processes, so that none waits for another; or if the folder
+                cannot be written to.
         """
         if stage != "predict":
             return

@@ -1,7 +1,8 @@
-"""What a resumed run was changed in: each setting that differs from those of the checkpoint is applied, or refused.
+"""Changed settings at a resume: each setting that differs from the checkpoint's is applied or refused.
 
-A checkpoint holds the settings of the run that wrote it as plain data (`settings_of`). At a resume they are compared, name by
-name, with those of the new run, before anything is scored or sampled; the tables below say what becomes of each that differs.
+A checkpoint holds the settings of the run that wrote it as plain data (see `run_settings.py`, which collects and flattens them).
+At a resume they are compared, name by name, with those of the new run, before anything is scored or sampled. The tables below say
+what happens with each setting that differs.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,18 +14,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from hybrid_lightning.callbacks.display import console
-from hybrid_lightning.callbacks.resume_settings import described, earlier_settings, flat, imported, settings_of
+from hybrid_lightning.callbacks.run_settings import describe_part, earlier_settings, flatten_settings, imported_class, settings_of
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.policy.examples import ExampleModule
 
 SETTINGS_KEY = "hybrid_lightning_settings"
 
-# What an applied change makes begin anew.
-ROLLOUT = "rollout"  # the one in progress, whose micro-batches were made by what has changed, is given up
-EPOCH = "epoch"  # Lightning's: it has another number of micro-batches now
-MEASURED = "measured"  # accuracies, which do not compare with what is measured from now on
+# Effects of a change: what begins anew.
+ROLLOUT = "rollout"  # the rollout in progress is given up, because its micro-batches were made with the old setting
+EPOCH = "epoch"  # Lightning's epoch, which now has another number of micro-batches
+MEASURED = "measured"  # accuracies so far, which cannot be compared with those measured from now on
 BEST = "best"  # which checkpoint is the best, for the same reason
-REFUSED = "refused"
+REFUSED = "refused"  # the change is not possible
 
 Effects = frozenset[str]
 _NOTHING: Effects = frozenset()
@@ -33,12 +34,12 @@ _FIXED: Effects = frozenset({REFUSED})
 _SIZES: Effects = frozenset({ROLLOUT, EPOCH})
 _ACCURACY: Effects = frozenset({MEASURED, BEST})
 
-# Option -> what a change of it, or of what is below it as in `model.loss.clip_low`, makes begin anew.
+# Option -> effects of a change of the option, or of an option below it as in `model.loss.clip_low`.
 MODEL: dict[str, Effects] = {
     **dict.fromkeys(("dtype", "quantization", "seed"), _FIXED),
-    # Another model is refused by the digest of its weights; the same one may have been moved.
+    # Another model is refused by the digest of its weights, but the same model may have been moved.
     **dict.fromkeys(("model", "revision"), _NOTHING),
-    # The class of the optimizer, and arguments that change its state, are refused below.
+    # Another class of optimizer, and arguments that change its state, are refused by `effects_of`.
     **dict.fromkeys(("optimizer", "lr_full", "lr_lora", "schedule"), _NOTHING),
     **dict.fromkeys(("max_tokens_per_micro_batch", "gradient_checkpointing"), _NOTHING),
     **dict.fromkeys(("loss", "advantage", "correction", "token_mask", "dynamic_sampling", "samples_per_prompt"), _MADE_BY),
@@ -50,10 +51,10 @@ MODEL: dict[str, Effects] = {
 ADAPTER: dict[str, Effects] = {
     **dict.fromkeys(("budget", "scorer", "gradients", "target_modules", "calibration_prompts"), _FIXED),
     **dict.fromkeys(("rank", "alpha", "dropout", "use_dora", "use_rslora"), _FIXED),
-    "plan": _NOTHING,  # compared by its digest
-    "keep_start_weights": _NOTHING,  # these are the model's own, which is loaded in any case
+    "plan": _NOTHING,  # plans are compared by their digests
+    "keep_start_weights": _NOTHING,  # these are the weights of the model, which is loaded in any case
 }
-# What a change of data does is seen in its prompts.
+# Changes of the data have effects only through the prompts ("training prompts" and "validation prompts" below).
 DATA: dict[str, Effects] = dict.fromkeys(
     ("source", "format", "max_prompt_tokens", "validation_prompts", "test_prompts", "eval_batch_size", "seed"), _NOTHING
 )
@@ -62,7 +63,7 @@ TRAINER: dict[str, Effects] = {
     **dict.fromkeys(("accumulate_grad_batches", "overfit_batches"), _SIZES),
     "limit_train_batches": frozenset({EPOCH}),
     "limit_val_batches": _ACCURACY,
-    "precision": _MADE_BY,  # one that trains another dtype is refused by the module
+    "precision": _MADE_BY,  # a precision that trains another dtype is refused by the module
     **dict.fromkeys(("accelerator", "strategy", "devices", "num_nodes", "plugins", "sync_batchnorm"), _NOTHING),
     **dict.fromkeys(("use_distributed_sampler", "deterministic", "benchmark", "inference_mode", "detect_anomaly"), _NOTHING),
     **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time"), _NOTHING),
@@ -72,7 +73,7 @@ TRAINER: dict[str, Effects] = {
     **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), _NOTHING),
     **dict.fromkeys(("enable_autolog_hparams", "profiler", "barebones", "default_root_dir", "model_registry"), _NOTHING),
 }
-# Of these every option is alike.
+# Sections in which every option has the same effects.
 WHOLE: dict[str, Effects] = {
     "seed_everything": _FIXED,
     "training prompts": _SIZES,
@@ -83,43 +84,43 @@ WHOLE: dict[str, Effects] = {
     "predictions": _NOTHING,
 }
 _OPTIONS = {"model": MODEL, "adapter": ADAPTER, "data": DATA, "trainer": TRAINER}
-# By these an optimizer needs more, or other, state of each weight than the checkpoint has.
+# Arguments with which an optimizer needs other state than the checkpoint has.
 _OPTIMIZER_STATE = {"amsgrad", "centered", "momentum", "optim_bits", "block_wise", "min_8bit_size", "percentile_clipping"}
-_OPTIMIZER_RATE = "model.optimizer.lr"  # each group has its own, so that this one has no effect
-# Where nothing is trained, these alone have to be the checkpoint's.
+_OPTIMIZER_RATE = "model.optimizer.lr"  # has no effect, because each group of weights has its own learning rate
+# Settings that must be the checkpoint's if nothing is trained.
 _OF_THE_PLAN = tuple(f"adapter.{name}" for name, effects in ADAPTER.items() if REFUSED in effects)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that is another one from a step on."""
+    """A change of a setting."""
 
-    step: int
-    name: str  # as on the command line
-    before: Any  # None: it was null, or there was none
-    after: Any
+    step: int  # optimizer step from which the new value holds
+    name: str  # name as on the command line
+    before: Any  # old value; None if it was null, or if there was none
+    after: Any  # new value
 
     def __str__(self) -> str:
         return f"{self.name} {_shown(self.before)} -> {_shown(self.after)}"
 
 
 class Resume:
-    """The settings of a run, and what was changed in them where it went on from a checkpoint."""
+    """The settings of a run, and their changes at each resume."""
 
     def __init__(self) -> None:
-        self.changes: list[Change] = []  # at this and at earlier resumes
+        self.changes: list[Change] = []  # changes at this and at earlier resumes
         self._settings: dict[str, Any] = {}
-        self._new: list[Change] | None = None  # at this one; None before a checkpoint is there to compare with
+        self._new: list[Change] | None = None  # changes at this resume; None before they are compared with a checkpoint
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, adapter: Callback) -> None:
-        """Note the settings of a run that begins."""
+        """Record the settings of a run that begins."""
         self.changes, self._settings, self._new = [], settings_of(trainer, pl_module, adapter), None
 
     def compare(self, checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
-        """Compare with the run that wrote a checkpoint, once, and say what differs.
+        """Compare the settings with those in a checkpoint, the first time that this is called, and print what differs.
 
         Raises:
-            CheckpointError: If something was changed that cannot be applied.
+            CheckpointError: If a change cannot be applied.
         """
         if self._new is not None:
             return
@@ -137,32 +138,32 @@ class Resume:
             _say(trainer, f"changed at this resume: {change}")
 
     def apply(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
-        """Take out of a checkpoint that is being restored what does not hold any longer."""
+        """Remove from a checkpoint that is being restored what the changes have made invalid."""
         effects = self._effects()
         if ROLLOUT in effects:
             count = _give_up_rollout(checkpoint)
             if count:
                 _say(trainer, f"the rollout in progress is of before the change: its last {count} micro-batches are given up")
         if isinstance(trainer.lightning_module, ExampleModule) and any(_is("model.loss", c.name) for c in self._new or []):
-            effects |= _ACCURACY  # the held-out loss
+            effects |= _ACCURACY  # the held-out loss is measured with the new loss
         states = checkpoint.get("callbacks", {})
         if MEASURED in effects and "RunSummary" in states:
             states["RunSummary"].update(before={}, after={}, validated_step=-1)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             state = states.get(callback.state_key)
             if state and isinstance(callback, EarlyStopping):
-                state["patience"] = callback.patience  # Lightning would take it from the checkpoint
+                state["patience"] = callback.patience  # otherwise Lightning would take it from the checkpoint
             if state and isinstance(callback, ModelCheckpoint) and BEST in effects:
                 state.update(best_model_score=None, best_model_path="", best_k_models={}, current_score=None)
                 state.update(kth_best_model_path="", kth_value=callback.kth_value)
 
     @property
     def epoch_begins_anew(self) -> bool:
-        """Whether an epoch has another number of micro-batches now."""
+        """Whether an epoch now has another number of micro-batches."""
         return EPOCH in self._effects()
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint: plain data."""
+        """Settings and changes for the checkpoint, as plain data."""
         return {"settings": self._settings, "changes": self.record()}
 
     def record(self) -> list[dict[str, Any]]:
@@ -174,12 +175,12 @@ class Resume:
 
 
 def check_evaluated(checkpoint: Mapping[str, Any], adapter: Callback) -> None:
-    """Refuse settings of the adapter that a checkpoint contradicts, where it is evaluated or exported.
+    """Refuse settings of the adapter that contradict a checkpoint which is to be evaluated or exported.
 
     Raises:
-        CheckpointError: naming them.
+        CheckpointError: If there are such settings; the message names them.
     """
-    changes = changes_of(checkpoint, {"adapter": described(adapter, getattr(adapter, "_init_args", {}))})
+    changes = changes_of(checkpoint, {"adapter": describe_part(adapter, getattr(adapter, "_init_args", {}))})
     _refuse([change for change in changes if any(_is(name, change.name) for name in _OF_THE_PLAN)])
 
 
@@ -187,19 +188,19 @@ def check_evaluated(checkpoint: Mapping[str, Any], adapter: Callback) -> None:
 
 
 def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Change]:
-    """All settings that differ from those of the run that wrote a checkpoint, of those sections that both have."""
+    """All settings that differ from those of the run that wrote a checkpoint, in the sections that both have."""
     saved = checkpoint.get(SETTINGS_KEY)
     old = earlier_settings(checkpoint, settings) if saved is None else saved["settings"]
     sections = old.keys() & settings.keys()
     if "seed_everything" not in settings and settings["adapter"]["init_args"].get("plan"):
-        sections -= {"adapter"}  # made in Python by a plan alone, which is compared by its digest
-    before, after = (flat({name: side[name] for name in side if name in sections}) for side in (old, settings))
-    if "seed_everything" not in sections:  # a Trainer that was made in Python does not tell all that it was given
+        sections -= {"adapter"}  # made in Python from a plan alone, and plans are compared by their digests
+    before, after = (flatten_settings({name: side[name] for name in side if name in sections}) for side in (old, settings))
+    if "seed_everything" not in sections:  # a Trainer made in Python does not keep all its arguments
         for name in [name for name in before.keys() ^ after.keys() if name.startswith("trainer.")]:
             before.pop(name, None)
             after.pop(name, None)
     differing = [name for name in dict.fromkeys([*before, *after]) if _differ(name, before.get(name), after.get(name))]
-    # Of a part of another class, only what it has itself is told.
+    # If a part has another class, the arguments of the old class are not listed.
     classes = [name for name in differing if any(_is(name, other) for other in after if other != name)]
     gone = [name for name in differing if name not in after and any(_is(kind, name) for kind in classes)]
     step = checkpoint.get("global_step", 0)
@@ -207,12 +208,12 @@ def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> li
 
 
 def _differ(name: str, before: Any, after: Any) -> bool:
-    # A limit of 1 is one batch, and of 1.0 all of them.
+    # The type matters: a limit of 1 is one batch, and a limit of 1.0 is all batches.
     return before != after or (name.startswith("trainer.") and type(before) is not type(after))
 
 
 def effects_of(name: str) -> Effects:
-    """What a change of a setting makes begin anew, or that it is refused."""
+    """The effects of a change of a setting."""
     section, _, rest = name.partition(".")
     option, _, below = rest.partition(".")
     if section not in _OPTIONS:
@@ -221,15 +222,15 @@ def effects_of(name: str) -> Effects:
         return _NOTHING if section == "data" else _FIXED
     if (section, option) == ("model", "optimizer"):
         return _FIXED if not below or below in _OPTIMIZER_STATE else _NOTHING
-    unknown = _SIZES | _ACCURACY if section == "model" else _NOTHING  # an argument of a module of one's own
+    unknown = _SIZES | _ACCURACY if section == "model" else _NOTHING  # for arguments of a user's own module
     return _OPTIONS[section].get(option, unknown)
 
 
 def check_changes(changes: Iterable[Change]) -> None:
-    """Refuse what cannot be applied as training goes on.
+    """Refuse changes that cannot be applied to a run that continues.
 
     Raises:
-        CheckpointError: naming each such setting, its old and new value, and what to give.
+        CheckpointError: If there are such changes; the message has each setting, its old and new value, and what to give.
     """
     changes = list(changes)
     _refuse([change for change in changes if REFUSED in effects_of(change.name)])
@@ -259,7 +260,7 @@ def _refuse(changes: list[Change]) -> None:
 
 
 def _is(name: str, other: str) -> bool:
-    """Whether another name is this one, or below it."""
+    """Whether `other` is the setting `name`, or a setting below it."""
     return other == name or other.startswith(f"{name}.")
 
 
@@ -267,13 +268,13 @@ def _is(name: str, other: str) -> bool:
 
 
 def _given(value: Any) -> str:
-    """As it is given on the command line, where only classes of ours have short names."""
+    """A value as it is given on the command line, where only our classes have short names."""
     return value if isinstance(value, str) and not value.startswith(f"{__name__.partition('.')[0]}.") else _shown(value)
 
 
 def _shown(value: Any) -> str:
-    """As YAML in one line, a class by its short name."""
-    kind = imported(value) if isinstance(value, str) else None
+    """A value as YAML in one line; a class by its short name."""
+    kind = imported_class(value) if isinstance(value, str) else None
     text = yaml.safe_dump(value if kind is None else kind.__name__, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("\n...\n").strip()
 
@@ -287,7 +288,7 @@ def _say(trainer: Trainer, line: str) -> None:
 
 
 def _give_up_rollout(checkpoint: Mapping[str, Any]) -> int:
-    """Let the loader draw a new rollout instead of going on with what is left of one; returns how many micro-batches that is."""
+    """Remove the rest of a rollout from a checkpoint, so that the loader draws a new one. Returns its number of micro-batches."""
     loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
     count = 0
     for state in (state for state in loaders if isinstance(state, dict) and "ranks" in state):

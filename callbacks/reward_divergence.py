@@ -11,13 +11,13 @@ from hybrid_lightning.errors import ConfigError
 
 
 class RewardDivergence(Callback):
-    """Compares the older with the newer half of the last rollouts, and warns once per part of the reward.
+    """Compares the older with the newer half of the last rollouts, and warns once for each part of the reward.
 
-    A reward of 0.1 for ending the completion can teach a policy to end at once: the reward rises and the accuracy falls.
+    For example, a reward of 0.1 for ending a completion can teach a policy to end at once: the reward rises, the accuracy falls.
 
     Args:
-        window: Rollouts looked at; an even number.
-        standard_errors: How clear both changes have to be.
+        window: Number of rollouts that are compared; an even number.
+        standard_errors: How many standard errors both changes must have.
     """
 
     def __init__(self, window: int = 20, standard_errors: float = 2.0) -> None:
@@ -31,7 +31,7 @@ class RewardDivergence(Callback):
         self._last: Any = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Take in the rollout that the batch comes from, once."""
+        """Record the rollout of the batch, once for each rollout."""
         rollout = getattr(pl_module, "last_rollout", None)
         if rollout is None or rollout is self._last:
             return
@@ -48,16 +48,16 @@ class RewardDivergence(Callback):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know to warn where one that was not stopped would."""
+        """The history, so that a resumed run warns where a run that was not stopped would."""
         return {"history": list(self._history), "warned": sorted(self._warned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on looking back."""
-        self._history.extend(state_dict["history"])  # of which the newest that fit the window stay
+        """Restore the history."""
+        self._history.extend(state_dict["history"])  # if the window is smaller now, the newest entries stay
         self._warned.update(state_dict["warned"])
 
     def diverging(self) -> list[str]:
-        """Parts that rise while accuracy falls, over the window as it is now."""
+        """Parts of the reward that rise while the accuracy falls, over the last `window` rollouts."""
         if len(self._history) < self.window:
             return []
         if self._change("accuracy") > -self.standard_errors:
@@ -65,7 +65,7 @@ class RewardDivergence(Callback):
         return [name for name in self._history[-1] if name != "accuracy" and self._change(name) >= self.standard_errors]
 
     def _change(self, name: str) -> float:
-        """Change from the older to the newer half in standard errors."""
+        """Change of a value from the older to the newer half, in standard errors."""
         values = [entry.get(name, 0.0) for entry in self._history]
         half = self.window // 2
         (old, old_error), (new, new_error) = _mean_and_error(values[:half]), _mean_and_error(values[half:])

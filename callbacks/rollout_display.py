@@ -1,7 +1,4 @@
-"""`RolloutProgress`: Lightning's progress bar with a second bar for the generation of completions.
-
-`RolloutSamples`: what the policy says, as a table in every logger.
-"""
+"""Show rollouts: `RolloutProgress` on the screen while they are generated, and `RolloutSamples` in the loggers."""
 
 from typing import Any
 
@@ -15,7 +12,7 @@ from hybrid_lightning.types import Rewards, Rollouts
 
 
 class RolloutProgress(RichProgressBar):
-    """Shows reward and completion length beside the training bar, and the tokens decoded while a rollout is generated."""
+    """Lightning's progress bar with reward and completion length, and a second bar with the tokens of a rollout in progress."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=10)
@@ -23,33 +20,33 @@ class RolloutProgress(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Micro-batches of this epoch, no more than `max_steps` allows."""
+        """Number of micro-batches in this epoch, limited by `max_steps`."""
         of_epoch = self.trainer.num_training_batches
         if self.trainer.max_steps < 0:
             return of_epoch
-        done = (self.trainer.fit_loop.batch_idx + 1) % of_epoch  # at an epoch's start Lightning still counts the one before
+        done = (self.trainer.fit_loop.batch_idx + 1) % of_epoch  # at the start of an epoch Lightning still has the last batch_idx
         left = (self.trainer.max_steps - self.trainer.global_step) * self.trainer.accumulate_grad_batches
         return min(of_epoch, done + left)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen to the generation."""
+        """Start listening to the generation of rollouts."""
         super().setup(trainer, pl_module, stage)
         listeners = getattr(pl_module, "generation_listeners", None)
         if listeners is not None and self._show_generation not in listeners:
             listeners.append(self._show_generation)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Without the version number of the run folder."""
+        """Metrics to show, without the version number of the run folder."""
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)  # type: ignore[assignment]
         metrics.pop("v_num", None)
         return metrics
 
     def _get_train_description(self, current_epoch: int) -> str:
-        """Lightning's "Epoch 0/-2" says nothing where `max_steps` ends the run."""
+        """Text before the training bar. Lightning's would be "Epoch 0/-2" if `max_steps` ends the run."""
         return f"Training (epoch {current_epoch})"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop listening."""
+        """Stop listening to the generation."""
         super().teardown(trainer, pl_module, stage)
         listeners = getattr(pl_module, "generation_listeners", [])
         if self._show_generation in listeners:
@@ -65,12 +62,12 @@ class RolloutProgress(RichProgressBar):
 
 
 class RolloutSamples(Callback):
-    """Writes a page of sampled completions with rewards and advantages, and a histogram of the rewards.
+    """Logs pages of sampled completions with rewards and advantages, and histograms of the rewards.
 
     Args:
-        every_n_rollouts: Rollouts between two pages.
-        prompts: Prompts shown on a page.
-        completions: Completions shown of each.
+        every_n_rollouts: Number of rollouts from one page to the next.
+        prompts: Number of prompts on a page.
+        completions: Number of completions shown for each prompt.
     """
 
     def __init__(self, every_n_rollouts: int = 10, prompts: int = 4, completions: int = 4) -> None:
@@ -82,7 +79,7 @@ class RolloutSamples(Callback):
         self._last: Any = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Show the rollout that the batch comes from, once."""
+        """Log the rollout of the batch, once for each rollout."""
         rollout = getattr(pl_module, "last_rollout", None)
         if rollout is None or rollout is self._last:
             return
@@ -94,15 +91,15 @@ class RolloutSamples(Callback):
         self._seen += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know to write the pages of one that was not stopped."""
+        """The number of rollouts, so that a resumed run writes the same pages as a run that was not stopped."""
         return {"seen": self._seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of rollouts."""
         self._seen = state_dict["seen"]
 
     def table(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> tuple[list[str], list[list[Any]]]:
-        """The first prompts and completions as columns and rows of texts and numbers."""
+        """The first prompts and completions as a table: names of the columns, and rows of texts and numbers."""
         names = list(rewards.parts) if len(rewards.parts) > 1 else []
         samples = rollouts.samples_per_prompt
         rows: list[list[Any]] = []
@@ -124,7 +121,7 @@ class RolloutSamples(Callback):
         return ["prompt", "answer", "completion", "finished", "correct", "reward", *names, "advantage"], rows
 
     def page(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> str:
-        """The same as Markdown, where a completion that was cut says so itself."""
+        """The table as Markdown, in which "(cut)" marks completions that are not finished."""
         columns, rows = self.table(rollouts, rewards, advantages)
         columns.remove("finished")
         lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
@@ -134,10 +131,10 @@ class RolloutSamples(Callback):
         return "\n".join(lines)
 
 
-# Everything that Markdown or HTML would take for markup, as what it looks like; one line, since a line is a row.
+# Escapes for every character that Markdown or HTML would take for markup, and for line breaks, since a row must be one line.
 _AS_TEXT = str.maketrans({**{c: f"&#{ord(c)};" for c in "&<>|\\`*_{}[]()#+-!~"}, "\n": "<br>", "\r": None})
 
 
 def _cell(text: str) -> str:
-    """Text that neither breaks the table nor is taken for markup."""
+    """Text escaped for a cell of a Markdown table."""
     return text.translate(_AS_TEXT) or "*(empty)*"

@@ -1,9 +1,9 @@
-"""`RunFolder`: the folder of a run, which no other run has.
+"""`RunFolder`: the folder of a run, which it shares with no other run.
 
     ROOT/NAME/version_N      such as runs/gspo/version_0
 
-ROOT and NAME are those of the first logger. The first process claims the folder by one `mkdir`, which only one of any number of
-runs can succeed with, and tells the others; from then on all know it, and nobody asks again.
+ROOT and NAME are those of the first logger. The first process claims the folder with one `mkdir`, which succeeds for only one of
+several runs, and tells the other processes; from then on all processes know it.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from hybrid_lightning.adapters.kept_scoring import SCORING, SETTINGS
-from hybrid_lightning.callbacks.loggers import keeps_files_in_a_version, made_already, put_into, where
+from hybrid_lightning.callbacks.loggers import has_begun, keeps_files_in_a_version, logger_place, write_into_version
 from hybrid_lightning.errors import ConfigError
 
 Version = int | str
@@ -29,41 +29,41 @@ _LOGS = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
 
 
 class RunFolder(Callback):
-    """Holds the folder of a run, and puts into it what loggers and `ModelCheckpoint` would put elsewhere.
+    """Holds the folder of a run, and makes loggers and `ModelCheckpoint` write into it.
 
-    Our Trainer has it from the start, and claims the folder before loggers make theirs. Lightning's own Trainer gets it from the
-    first callback that asks for the folder: its loggers have theirs by then, and the first one's is taken over if nothing but a
-    log is in it.
+    Our Trainer adds this callback at the start, and claims the folder before loggers make theirs. Lightning's own Trainer gets it
+    from the first callback that asks for the folder. Its loggers have their folders by then, and the folder of the first logger
+    is taken over if it contains only a log.
     """
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        self._own: list[Path] = []  # with those of loggers that keep their files elsewhere
-        self._above: list[Path] = []  # folders above them that had to be made
-        self._in_use = False  # whether anything has been done that logs may tell of
+        self._own: list[Path] = []  # the folder, and the folders of loggers that keep their files elsewhere
+        self._above: list[Path] = []  # parent folders that had to be made
+        self._in_use = False  # whether the run has done anything that should be kept
 
     def keep(self) -> None:
-        """Leave the folder where it is, whatever is in it: somebody is told to go on from there."""
+        """Keep the folder, whatever is in it, because the user is told to continue from there."""
         self._in_use = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *given: Any) -> None:
-        """Something has been done."""
+        """Keep the folder: something has been trained."""
         self._in_use = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Likewise."""
+        """Keep the folder: something has been validated."""
         self._in_use = True
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Likewise."""
+        """Keep the folder: something has been tested."""
         self._in_use = True
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *given: Any) -> None:
-        """Likewise."""
+        """Keep the folder: something has been predicted."""
         self._in_use = True
 
     def claim(self, trainer: Trainer) -> Path:
-        """Make the folder; all processes have to call this together."""
+        """Make the folder. All processes must call this together."""
         answer: tuple[Any, str | None] = (None, None)
         if trainer.is_global_zero:
             try:
@@ -76,14 +76,14 @@ class RunFolder(Callback):
         if error_text is not None:
             raise ConfigError(error_text)
         self.path, version = folder
-        put_into(trainer.loggers, version)
+        write_into_version(trainer.loggers, version)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.path / "checkpoints")
         return self.path
 
     def give_back(self) -> None:
-        """Remove the folder if the run ended before it had done anything, and what is in it can be made again in no time."""
+        """Remove the folder if the run ended before it had done anything, and its content can quickly be made again."""
         if self.path is None or self._in_use or not self.path.is_dir():
             return
         if all(_is_no_work(path.relative_to(folder), path.is_dir()) for folder in self._own for path in folder.rglob("*")):
@@ -93,15 +93,15 @@ class RunFolder(Callback):
 
 
 def check_run_folder(trainer: Trainer) -> None:
-    """Find out whether folders of this run could be made, before anything takes long; all that is made here is removed again.
+    """Check that the folders of this run can be made, before anything takes long. What is made for the check is removed again.
 
-    Nothing is asked from other ranks.
+    This does not communicate with other ranks.
 
     Args:
-        trainer: Set up as far as its constructor does.
+        trainer: A Trainer after its construction.
 
     Raises:
-        ConfigError: If one cannot be made, or nothing be written into it.
+        ConfigError: If a folder cannot be made or written to.
     """
     if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
         return
@@ -122,10 +122,10 @@ def check_run_folder(trainer: Trainer) -> None:
 
 
 def run_folder(trainer: Trainer) -> Path | None:
-    """Folder of this run's files; None under `fast_dev_run`, which leaves nothing behind.
+    """The folder for the files of this run; None under `fast_dev_run`, which writes nothing.
 
-    The first call makes it, and all processes make that one together: under our Trainer it is Lightning's, before anything is set
-    up, else that of the first `setup` hook. Later ones ask nobody.
+    The first call makes the folder, and must be made by all processes together. Under our Trainer it is a call of Lightning's
+    before anything is set up, else it is that of the first `setup` hook. Later calls do not communicate.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
@@ -141,19 +141,19 @@ def find_run_folder(trainer: Trainer) -> RunFolder | None:
 
 
 def _parents(trainer: Trainer) -> tuple[list[Path], Version | None]:
-    """The folders in which this run has a folder of its own, that of the first logger first; and the version asked for."""
-    places = [where(logger, fallback=_root(trainer)) for logger in trainer.loggers]
+    """The parents of the folders of this run, that of the first logger first; and the version that was given, if any."""
+    places = [logger_place(logger, fallback=_root(trainer)) for logger in trainer.loggers]
     parents = [place.parent for place in places[:1]] or [_without_logger(trainer)]
     parents += [place.parent for place in places if place.has_versions and place.parent not in parents]
     return parents, next((place.version for place in places if place.version not in (None, "")), None)
 
 
 def _new_folders(trainer: Trainer, made: list[Path]) -> tuple[list[Path], Version]:
-    """The first folder that could be made, with that of the same version for each logger that keeps its files elsewhere.
+    """Make folders of one version: the run folder, and one for each logger that keeps its files elsewhere.
 
     Args:
-        trainer: Has the loggers.
-        made: Takes the folders above that had to be made.
+        trainer: The Trainer with the loggers.
+        made: List to which parent folders that had to be made are added.
     """
     parents, asked = _parents(trainer)
     for parent in parents:
@@ -173,28 +173,29 @@ def _new_folders(trainer: Trainer, made: list[Path]) -> tuple[list[Path], Versio
 
 
 def _make_version(folder: Path, made: list[Path]) -> None:
+    """Make the folder of a version, which must not exist."""
     for last in (False, False, True):
         try:
             _make(folder.parent, made)
             folder.mkdir()
             return
-        except FileNotFoundError:  # another run may have removed what is above, being empty, since it had done nothing
+        except FileNotFoundError:  # another run that had done nothing may have removed the empty parent folder
             if last:
                 raise
 
 
 def _make(folder: Path, made: list[Path]) -> None:
-    """A folder with those above it; `made` takes those that were not there."""
+    """Make a folder and its parents; those that did not exist are added to `made`."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
-        with suppress(FileExistsError):  # meanwhile, by another run
+        with suppress(FileExistsError):  # another run may have made it meanwhile
             path.mkdir()
             made.append(path)
-    folder.mkdir(exist_ok=True)  # raises where something else is there
+    folder.mkdir(exist_ok=True)  # raises if there is a file of this name
 
 
 def _try_out(folder: Path) -> None:
-    """Make a folder, write something into it, and remove all that was made."""
+    """Make a folder, write something into it, and remove everything that was made."""
     made: list[Path] = []
     try:
         _make(folder, made)
@@ -206,7 +207,7 @@ def _try_out(folder: Path) -> None:
 
 
 def _remove_empty(made: list[Path]) -> None:
-    """Remove the folders that hold nothing, the last made first."""
+    """Remove those of the folders that are empty, the last one first."""
     for folder in reversed(made):
         with suppress(OSError):
             folder.rmdir()
@@ -218,14 +219,14 @@ def _cannot_be_made(trainer: Trainer, error: OSError) -> str:
 
 
 def _is_no_work(path: Path, is_folder: bool) -> bool:
-    """Whether something in a run folder is no loss: config, logs, a plan without the scoring that it cost, and empty folders."""
+    """Whether losing something in a run folder costs nothing: config, logs, a plan made without scoring, empty folders."""
     if is_folder:
         return path.name in ("checkpoints", SCORING)
     return any(path.match(name) for name in (*_LOGS, "config.yaml", "plan.json", "plan.png", f"{SCORING}/{SETTINGS}"))
 
 
 def _names(asked: Version | None, parents: Iterable[Path]) -> Iterator[tuple[str, Version]]:
-    """What a folder may be called: as asked for, and where that is taken with a number, as Lightning's checkpoints have it."""
+    """Possible names of the folder: the version that was given, then with numbers, as Lightning names its checkpoints."""
     if isinstance(asked, str):
         yield asked, asked
         yield from ((name := f"{asked}-v{number}", name) for number in itertools.count(1))
@@ -237,23 +238,23 @@ def _names(asked: Version | None, parents: Iterable[Path]) -> Iterator[tuple[str
 
 
 def _taken_over(loggers: list[Logger]) -> tuple[list[Path], Version] | None:
-    """The folder that the first logger has made for itself, unless it is another run's: it holds a log alone."""
-    if not loggers or not keeps_files_in_a_version(loggers[0]) or not made_already(loggers[0]):
+    """The folder that the first logger has already made, if it contains only a log; otherwise it may be another run's."""
+    if not loggers or not keeps_files_in_a_version(loggers[0]) or not has_begun(loggers[0]):
         return None
-    place = where(loggers[0], fallback=Path())
+    place = logger_place(loggers[0], fallback=Path())
     assert place.version is not None
     folder = place.parent / (place.version if isinstance(place.version, str) else f"version_{place.version}")
     if not folder.is_dir() or any(not any(path.match(log) for log in _LOGS) for path in folder.iterdir()):
         return None
     try:
-        (folder / "checkpoints").mkdir()  # of two runs whose loggers share a folder, only one succeeds
+        (folder / "checkpoints").mkdir()  # succeeds for only one of two runs whose loggers share a folder
     except FileExistsError:
         return None
     return [folder], place.version
 
 
 def _root(trainer: Trainer) -> Path:
-    """Where files go that no logger has a place for."""
+    """The folder for files if no logger has one."""
     root = Path(trainer.default_root_dir)
     return Path("runs") if root == Path.cwd() else root
 

@@ -1,4 +1,4 @@
-"""`RunSummary`: accuracy before and after, what was trained, how long it took and what to type next."""
+"""`RunSummary`: summarizes a run: accuracy before and after, what was trained, how long it took, and what to type next."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from hybrid_lightning.callbacks.display import console, evaluation_command, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
-from hybrid_lightning.callbacks.loggers import hints, log_numbers, show_hyperparameters
+from hybrid_lightning.callbacks.loggers import curve_hints, log_numbers, show_hyperparameters
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import find_step_timer
 from hybrid_lightning.metrics import LOWER, UPPER
@@ -19,34 +19,33 @@ from hybrid_lightning.metrics import LOWER, UPPER
 class RunSummary(Callback):
     """Prints a summary at the end of `fit` and writes it as `summary.json`.
 
-    The accuracy before training is that of Lightning's sanity check when it covers all of the validation data
-    (`num_sanity_val_steps: -1`); a resumed run takes it from the checkpoint. If training does not end with a validation, one is
-    made. With validation switched off both are null; so is, before training, what compares the policy with its start: DPO's
-    `rewards/accuracies`, for which loggers get 0 there, as TRL has it. Where the time went is there if a `StepTimer` stands
-    before this callback.
+    With `num_sanity_val_steps: -1` Lightning's sanity check covers all validation data, and gives the accuracy before training; a
+    resumed run takes it from the checkpoint. If training does not end with a validation, one is made. Without validation both are
+    null. A metric that compares the policy with the start policy, DPO's `rewards/accuracies`, is null before training, where
+    loggers get 0 as in TRL. The times by phase are there if a `StepTimer` comes before this callback.
 
-    `next_command` will run as it is, or is empty: as for a run that was made in Python, for which there is no config.
+    `next_command` is a command that can be run as it is, or empty, as for a run from Python, which has no config.
 
-    Loggers get the accuracy (of supervised and preference training the loss) before and after as scalars of their own,
+    Loggers get the accuracy (for supervised and preference training the loss) before and after as separate scalars,
     `summary/accuracy_before` and so on: with the reward, they are the results on TensorBoard's page of hyperparameters.
     """
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._earlier_seconds = 0.0  # of the runs that this one resumes
+        self._earlier_seconds = 0.0  # time of the runs that this one resumes
         self._before: dict[str, float] = {}
         self._after: dict[str, float] = {}
         self._validated_step = -1
         self._train_start = self._start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start the clock: scoring, which comes next, counts."""
+        """Start the clock, before the modules are scored."""
         if stage == "fit":
             self._start = time.perf_counter()
             run_folder(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
+        """Measurements and time so far, for a resumed run."""
         return {
             "before": self._before,
             "after": self._after,
@@ -55,12 +54,12 @@ class RunSummary(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over from the run that is resumed."""
+        """Take over the measurements and the time of the run that is resumed."""
         self._before, self._earlier_seconds = state_dict["before"], state_dict["seconds"]
         self._after, self._validated_step = state_dict["after"], state_dict["validated_step"]
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the metrics of the start policy, and log them as step 0."""
+        """Keep the metrics of the start policy, and log them as step 0."""
         loaders = trainer.num_sanity_val_batches
         if all(checked >= total for checked, total in zip(loaders, trainer.num_val_batches, strict=True)):
             self._before = _validation_metrics(trainer)
@@ -70,7 +69,7 @@ class RunSummary(Callback):
             self._print_validation(trainer, "start", self._before)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note when scoring and sanity check are over, and say what the run is measured by."""
+        """Record when scoring and sanity check are over, and log the hyperparameters with the results to expect."""
         self._train_start = time.perf_counter()
         results = [f"summary/{name}_{when}" for name in _measures(pl_module) for when in ("before", "after")]
         results += ["reward"] if _samples(pl_module) else []
@@ -79,13 +78,13 @@ class RunSummary(Callback):
         log_numbers(trainer, _results(pl_module, "before", self._before), step=0)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how far the policy has come."""
+        """Print the metrics of a validation."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._after, self._validated_step = _validation_metrics(trainer), trainer.global_step
             self._print_validation(trainer, f"step {trainer.global_step}", self._after)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate if the last step has not been, and sum up."""
+        """Validate if the last step has not been validated, and log the results."""
         if trainer.enable_validation and self._validated_step != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -94,14 +93,14 @@ class RunSummary(Callback):
             log_numbers(trainer, _results(pl_module, "after", self._after), step=trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print and write the summary, when all checkpoints have been written."""
+        """Print and write the summary, after all checkpoints have been written."""
         folder = run_folder(trainer)
         if folder is None or trainer.global_step == 0:
             return
-        summary = self._summary(trainer, pl_module)  # by every process: parameters may be divided among them
+        summary = self._summary(trainer, pl_module)  # on every process, because parameters may be split over them
         if trainer.is_global_zero:
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            self._print(summary, hints(trainer, folder))
+            self._print(summary, curve_hints(trainer, folder))
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         plan = getattr(pl_module, "plan", None)
@@ -111,7 +110,7 @@ class RunSummary(Callback):
         last = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
         folder = run_folder(trainer)
         now = time.perf_counter()
-        # A finished run that is resumed trains and validates no more; its checkpoint may know an earlier validation only.
+        # If a finished run is resumed, nothing is trained or validated, and its checkpoint may have only an earlier validation.
         after = self._after if self._validated_step == trainer.global_step else {}
         samples = getattr(pl_module, "eval_samples", 1)
         timer = find_step_timer(trainer)
@@ -179,11 +178,12 @@ def _validation_metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def _samples(pl_module: LightningModule) -> bool:
+    """Whether a module samples completions, as in RL."""
     return hasattr(pl_module, "last_rollout")
 
 
 def _measures(pl_module: LightningModule) -> dict[str, str]:
-    """What tells whether a run was worth it -> the metric that has it."""
+    """Name of a result in the summary -> the validation metric that has its value."""
     measures = {"accuracy": f"val/avg@{getattr(pl_module, 'eval_samples', 1)}"}
     if _samples(pl_module):
         return measures
@@ -191,7 +191,7 @@ def _measures(pl_module: LightningModule) -> dict[str, str]:
 
 
 def _shares_ahead(pl_module: LightningModule) -> set[str]:
-    """Metrics that compare with the start policy, and so tell nothing of it."""
+    """Metrics that compare with the start policy, and so mean nothing before training."""
     return {f"val/{name}" for name in getattr(getattr(pl_module, "loss", None), "shares_ahead", ())}
 
 
@@ -200,7 +200,7 @@ def _results(pl_module: LightningModule, when: str, metrics: dict[str, float]) -
 
 
 def _headline(metrics: dict[str, float], sets: Iterable[str]) -> dict[str, float]:
-    """What fits a line: of all sets together, without intervals, and of each `METRIC@k` the one with the largest k."""
+    """Metrics for one line: over all sets together, without intervals, and of each `METRIC@k` only the largest k."""
     hidden = tuple(f"{name}/" for name in sets if name)
     names = (name.removeprefix("val/") for name in metrics)
     overall = [name for name in names if not name.startswith(hidden) and not name.endswith((f"/{LOWER}", f"/{UPPER}"))]
@@ -216,18 +216,18 @@ def _change(before: float | None, after: float | None) -> str:
 
 
 def _loss_changes(before: dict[str, float], after: dict[str, float]) -> dict[str, str]:
-    """Of training on given completions: their held-out loss, and the share of pairs of which the chosen one is preferred."""
+    """Changes for training on given completions: the held-out loss, and the share of pairs whose chosen one is preferred."""
     changes = {}
     if "val/loss" in after:
         first = f"{before['val/loss']:.4f}" if "val/loss" in before else "not measured"
         changes["held-out loss"] = f"{first} -> {after['val/loss']:.4f}"
-    if "val/rewards/accuracies" in after:  # against the start policy, so that there is nothing before
+    if "val/rewards/accuracies" in after:  # a comparison with the start policy, which has no value before training
         changes["preferred as chosen"] = f"{after['val/rewards/accuracies']:.1%} of pairs, more than at the start (chance: 50%)"
     return changes
 
 
 def _time(summary: dict[str, Any]) -> str:
-    """Such as "68 s for 100 optimizer steps: generate 35%, update 41%, other 24%", without what rounds to nothing."""
+    """A text such as "68 s for 100 optimizer steps: generate 35%, update 41%, other 24%", without shares that round to 0."""
     total = f"{summary['seconds']:.0f} s for {summary['steps']} optimizer steps"
     shares = {name: seconds / summary["seconds"] for name, seconds in summary["seconds_by_phase"].items()}
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
@@ -235,7 +235,7 @@ def _time(summary: dict[str, Any]) -> str:
 
 
 def _speed(throughput: dict[str, float]) -> str:
-    """Tokens per second, that of the whole first."""
+    """Tokens per second as text, the total rate first."""
     names = {"tokens": "prompts and completions", "generated_tokens": "generation", "trained_tokens": "training"}
     rates = {text: throughput[f"{name}_per_second"] for name, text in names.items() if f"{name}_per_second" in throughput}
     return "tokens/s: " + ", ".join(f"{text} {rate:,.0f}" for text, rate in rates.items())

@@ -1,4 +1,4 @@
-"""`StepTimer`: where the time of a run goes, and how many tokens a second it makes of it."""
+"""`StepTimer`: measures where the time of a run goes, and its tokens per second."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from hybrid_lightning.policy.step_times import PhaseClock, Spread
 from hybrid_lightning.types import PolicyBatch
 
-# Of a rollout, before its first optimizer step; the module marks them on its `clock`.
+# Phases of a rollout, before its first optimizer step; the module marks them on its `clock`.
 ROLLOUT_PHASES = ("generate", "reward", "logprobs")
 STEP_PHASES = (*ROLLOUT_PHASES, "update", "other")
-# Beside the steps: none of them is in `time/step_s`.
+# The phases after STEP_PHASES are outside of steps: they are not in `time/step_s`.
 RUN_PHASES = (*STEP_PHASES, "validation", "checkpoint", "scoring", "startup")
 _ROLLOUT_TOKENS = ("generated_tokens", "tokens")
 _SECONDS_FOR = {"generated_tokens": ("generate",), "trained_tokens": ("logprobs", "update"), "tokens": STEP_PHASES}
@@ -22,30 +22,30 @@ _SECONDS_FOR = {"generated_tokens": ("generate",), "trained_tokens": ("logprobs"
 class StepTimer(Callback):
     """Logs the time of every optimizer step by phase and the tokens per second, and adds both up over the run.
 
-    Must stand before all other callbacks, so that their time is `other` and the scoring is seen.
+    It must come before all other callbacks, so that their time is counted as `other`, and the scoring is measured.
 
-    Logged for each optimizer step, in seconds:
+    For each optimizer step it logs, in seconds:
 
-    - `time/generate_s`, `time/reward_s` (advantages included) and `time/logprobs_s` (old and reference log-probabilities). They
-      are spent once a rollout and shared evenly among the optimizer steps that the rollout serves.
+    - `time/generate_s`, `time/reward_s` (advantages included) and `time/logprobs_s` (old and reference log-probabilities). This
+      time is spent once per rollout, and divided evenly among the optimizer steps of the rollout.
     - `time/update_s`: forward, backward and optimizer step of all micro-batches.
-    - `time/other_s`: everything else since the step before: data, logging, callbacks, waiting for slower processes.
-    - `time/step_s`: the sum. Validation, checkpoints, scoring and startup are in none of them.
+    - `time/other_s`: everything else since the last step: data, logging, callbacks, waiting for slower processes.
+    - `time/step_s`: the sum. Validation, checkpoints, scoring and startup are in none of these.
 
-    So the values of all steps add up to the time spent, except for shares of a rollout that the run ended within, and for
-    what follows the last step. And tokens per second of all processes, of the same steps:
+    So the values of all steps add up to the time spent, except for the rest of a rollout in whose middle the run ended, and for
+    what follows the last step. It also logs the tokens per second of all processes in the same steps:
 
     - `throughput/generated_tokens_per_second`: sampled tokens per second of generation.
     - `throughput/trained_tokens_per_second`: completion tokens of the optimizer step (`PolicyBatch.num_tokens`) per second of
       update and log-probabilities. Rows without advantage count, whether or not the update computes anything for them.
     - `throughput/tokens_per_second`: prompt and completion tokens of the rollout (`num_tokens`), each counted once however often
-      the rollout is trained on, per second of the steps that it serves: the speed of the whole.
+      the rollout is trained on, per second of the rollout's steps: the total speed.
 
-    Times are averaged over processes, `totals` are those of this process. The clock waits for an accelerator once where each
-    rollout phase and each optimizer step ends.
+    Times are averages over processes; `totals` are those of this process. The clock waits for an accelerator once at the end of
+    each rollout phase and of each optimizer step.
 
-    A module that has an attribute `clock` marks the phases of its rollouts on it, and where the update begins; for others the
-    update begins with this callback's `on_train_batch_start`.
+    A module with an attribute `clock` marks on it the phases of its rollouts and the beginning of the update. For other modules
+    the update begins with this callback's `on_train_batch_start`.
     """
 
     def __init__(self) -> None:
@@ -53,24 +53,24 @@ class StepTimer(Callback):
         self._forget()
 
     def _forget(self) -> None:
-        self._earlier_seconds: dict[str, float] = {}  # of the runs that this one resumes
-        self._tokens: dict[str, float] = {}  # of all processes and steps, those of earlier runs included
-        self._spread = Spread()
+        self._earlier_seconds: dict[str, float] = {}  # times of the runs that this one resumes
+        self._tokens: dict[str, float] = {}  # tokens of all processes and steps, including those of earlier runs
+        self._spread = Spread()  # divides what a rollout costs among its steps
         self._stamp: dict[str, float] = {}  # the clock at the end of the last optimizer step
 
     def totals(self) -> dict[str, float]:
-        """Seconds of each of `RUN_PHASES`, earlier parts of a resumed run included; they add up to the wall time."""
+        """Seconds of each of `RUN_PHASES`, including earlier parts of a resumed run; they add up to the wall time."""
         now = self.clock.seconds()
         return {name: self._earlier_seconds.get(name, 0.0) + now.get(name, 0.0) for name in RUN_PHASES}
 
     def rates(self) -> dict[str, float]:
-        """Tokens per second over all steps: `generated_tokens_per_second` and so on, of what has happened."""
+        """Tokens per second over all steps, `generated_tokens_per_second` and so on, for phases that have taken place."""
         return _rates(self._tokens, self.totals())
 
     # ---- the run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start the clock: scoring, which comes next, counts."""
+        """Start the clock, before the modules are scored."""
         if stage != "fit":
             return
         self._forget()
@@ -80,39 +80,39 @@ class StepTimer(Callback):
             pl_module.clock = self.clock  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
+        """Times and tokens so far, for a resumed run."""
         spread = {"amounts": self._spread.amounts, "steps": self._spread.steps}
         return {"seconds": self.totals(), "tokens": self._tokens, "spread": spread}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over from the run that is resumed."""
+        """Take over the times and tokens of the run that is resumed."""
         self._earlier_seconds, self._tokens = state_dict["seconds"], state_dict["tokens"]
         self._spread = Spread(**state_dict["spread"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first step begins."""
+        """Begin the first step."""
         self.clock.switch("other", synchronize=True)
         self._stamp = self.clock.seconds()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation is no part of a step, that before training no part of the startup."""
+        """Measure validation separately: it is not part of a step or, before training, of the startup."""
         if trainer.state.fn == "fit":
             self.clock.enter("validation")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with what ran before."""
+        """Continue with the phase before the validation."""
         if trainer.state.fn == "fit":
             self.clock.leave()
 
     # ---- a step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The update begins, unless the module says so itself, after all callbacks."""
+        """Begin the update, unless the module itself marks its beginning, after all callbacks."""
         if not hasattr(pl_module, "clock"):
             self.clock.switch("update")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The update of a micro-batch ends, and with the last one the step."""
+        """End the update of a micro-batch, and with the last one the step."""
         last = not trainer.fit_loop._should_accumulate()
         self.clock.switch("other", synchronize=last)
         if last:
@@ -145,14 +145,14 @@ def find_step_timer(trainer: Trainer) -> StepTimer | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, StepTimer)), None)  # type: ignore[attr-defined]
 
 
-def measured(trainer: Trainer, phase: str) -> AbstractContextManager[None]:
-    """Charge what runs within to a phase of the Trainer's `StepTimer`, if it has one."""
+def time_charged_to(trainer: Trainer, phase: str) -> AbstractContextManager[None]:
+    """Count the time within this context for a phase of the Trainer's `StepTimer`, if it has one."""
     timer = find_step_timer(trainer)
     return nullcontext() if timer is None else timer.clock.phase(phase)
 
 
 def _rollout_tokens(pl_module: LightningModule) -> dict[str, float]:
-    """Tokens of the last rollout of this process: completions alone, and with the prompt of each."""
+    """Tokens of the last rollout of this process: of completions alone, and of completions with their prompts."""
     sequences = pl_module.last_rollout[0].sequences  # type: ignore[index, union-attr]
     completions = float(sequences.completion_mask.sum())
     return {"generated_tokens": completions, "tokens": completions + float(sequences.prompt_mask.sum())}
@@ -164,7 +164,7 @@ def _steps_of_a_rollout(pl_module: LightningModule) -> int:
 
 
 def _mean_over_processes(trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:
-    """All values in one reduction, and none in a single process."""
+    """Means over processes, with one reduction for all values; a single process needs none."""
     if trainer.world_size == 1:
         return dict(values)
     summed = trainer.strategy.reduce(torch.tensor(list(values.values()), device=trainer.strategy.root_device), reduce_op="mean")
@@ -173,6 +173,6 @@ def _mean_over_processes(trainer: Trainer, values: Mapping[str, float]) -> dict[
 
 
 def _rates(tokens: Mapping[str, float], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Tokens per second, of those tokens that there are and of phases that took time."""
+    """Tokens per second, for tokens that have been counted and phases that have taken time."""
     spent = {name: sum(seconds[phase] for phase in phases) for name, phases in _SECONDS_FOR.items()}
     return {f"{name}_per_second": tokens[name] / spent[name] for name in spent if tokens.get(name) and spent[name] > 0}

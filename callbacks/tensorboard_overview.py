@@ -1,14 +1,14 @@
-"""`TensorBoardOverview`: what matters, on TensorBoard's first page."""
+"""`TensorBoardOverview`: puts the most important metrics on TensorBoard's first page."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-# TensorBoard orders groups and cards by name, and digits come first.
+# TensorBoard sorts groups and cards by name, and digits come first.
 GROUP = "0_overview"
-_VALIDATION = ("val/avg@", "val/greedy_accuracy")  # avg@ of whatever number of samples
-_EXAMPLES = ("val/loss", "val/rewards/accuracies")  # of training on given completions
+_VALIDATION = ("val/avg@", "val/greedy_accuracy")  # avg@ stands for any number of samples
+_EXAMPLES = ("val/loss", "val/rewards/accuracies")  # metrics of training on given completions
 _TRAINING = (
     "reward",
     "completions/mean_length",
@@ -23,9 +23,9 @@ _TRAINING = (
 
 
 class TensorBoardOverview(Callback):
-    """Repeats the metrics that tell whether a run goes well in one group, the first one of the page.
+    """Repeats the metrics that show whether a run goes well in one group, the first on the page.
 
-    All metrics also stand in groups under their own names, which are those that users of TRL know.
+    All metrics are also there under their own names, which are those that users of TRL know.
     """
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

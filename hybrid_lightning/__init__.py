@@ -1,1 +1,1 @@
-"""Hybrid-LoRA post-training with verifiable rewards, as PyTorch Lightning parts."""
+"""Hybrid-LoRA post-training of language models with verifiable rewards, as PyTorch Lightning modules and callbacks."""

@@ -1,4 +1,4 @@
-"""`python -m hybrid_lightning`."""
+"""`python -m hybrid_lightning`: prepares the process and its signals, runs the command line (`cli.py`), sets the exit code."""
 
 import atexit
 import logging
@@ -13,10 +13,10 @@ from hybrid_lightning.stopping import RunStopped, StopSignals
 
 
 def run() -> None:
-    """Run the command line; signals count from here on, before anything takes time, until the process is gone."""
+    """Run the command line. Signals are handled from the start, before anything takes time, until the process has ended."""
     signals = StopSignals(started_by_rank=end_with_starter())
     signals.take_over()
-    status = 1  # after an exception that nobody foresaw
+    status = 1  # exit code after an unexpected exception
     stop: RunStopped | None = None
 
     def end() -> None:
@@ -26,15 +26,15 @@ def run() -> None:
         number = signals.requested
         if number and (stop is None or not stop.explained):
             os.write(2, f"stopped by {signal.Signals(number).name}: {signals.last_words()}\n".encode())
-        # Where a rank ends with a code, Lightning kills the one that started it, which is still saving.
+        # If a rank ends with an exit code, Lightning kills the rank that started it, which may still be saving.
         together = signals.started_by_rank and stop is not None and stop.together
         os._exit(0 if together else 128 + number if number else status)
 
-    # Called last. Python would then take all modules apart, which takes a second or two, and hear no signal meanwhile.
+    # Called last, and ends the process at once: Python's own clean-up takes a second or two, without handling signals.
     atexit.register(end)
     try:
         prepare_process()  # before torch is loaded
-        # Advice about 4-bit kernels, given to everybody who has the package installed, when peft imports it.
+        # Hides advice about 4-bit kernels, which bitsandbytes gives to everybody who has it installed when peft imports it.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         from hybrid_lightning.cli import main
 
@@ -47,7 +47,7 @@ def run() -> None:
         status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         raise
     finally:
-        signals.defer()  # until the end: what is left must not be torn apart, but a signal still counts
+        signals.defer()  # until the end: a signal must not interrupt the clean-up, but still decides the exit code
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""Group-relative advantages: how much better a completion is than the others of its prompt. Swap estimators by class.
+"""Group-relative advantages: how much better a completion is than the other completions of its prompt. Swap estimators by class.
 
-Axes: P prompts, G samples per prompt, B = P * G in prompt-major order; R are rewards, means and standard deviations are over a
-group where nothing else is said. The batch is a rollout, over all ranks.
+Axes: P prompts, G samples per prompt, B = P * G in prompt-major order. R are the rewards. Means and standard deviations are over
+a group, unless they are said to be over the batch, which is a whole rollout over all ranks.
 
 - `GroupAdvantage`, GRPO (DeepSeekMath, arXiv 2402.03300): A = (R - mean) / (std + eps)
 - `GroupMeanAdvantage`, Dr. GRPO (arXiv 2503.20783): A = R - mean
 - `BatchStdAdvantage` (arXiv 2508.08221; TRL's `scale_rewards="batch"`): A = (R - mean) / (std over the batch + eps)
-- `LeaveOneOutAdvantage`, RLOO (Back to Basics, arXiv 2402.14740): A = R - mean over the other G - 1 samples, which is G / (G -
-  1) times `GroupMeanAdvantage`: the baseline does not hold the completion's own reward, so that it leaves the policy gradient
-  unbiased. The loss is another class here: the paper's is REINFORCE on whole sequences, which on-policy is `GRPOLoss` but for
-  the mean over tokens; TRL's RLOOTrainer clips the ratio of whole sequences.
-- `PerRewardAdvantage`, GDPO (arXiv 2601.05242): for each reward k A_k = (R_k - mean) / (std + eps), then S = sum_k weight_k A_k
-  and A = S / (std of S over the batch + eps). Where rewards are added up before they are normalised, different combinations of
-  them can end up with the same advantage; here each keeps its say, as much as its weight, however widely it spreads. The paper
-  subtracts the mean of S over the batch as well (TRL's "normalize_then_sum", too): it is zero, since that of every group is,
-  but for rounding, which would make a gradient where all rewards tie.
+- `LeaveOneOutAdvantage`, RLOO (Back to Basics, arXiv 2402.14740): A = R - mean over the other G - 1 samples, which is G / (G - 1)
+  times `GroupMeanAdvantage`. The baseline does not contain the completion's own reward, and so leaves the policy gradient
+  unbiased. The loss is chosen separately here: the paper's is REINFORCE on whole sequences, which on-policy is `GRPOLoss` except
+  for the mean over tokens; TRL's RLOOTrainer clips the ratio of whole sequences.
+- `PerRewardAdvantage`, GDPO (arXiv 2601.05242): A_k = (R_k - mean) / (std + eps) for each reward k, then S = sum_k weight_k A_k
+  and A = S / (std of S over the batch + eps). If rewards are added up before they are normalised, different combinations of them
+  can end up with the same advantage; here each reward has as much influence as its weight, however widely its values spread. The
+  paper (and TRL's "normalize_then_sum") also subtracts the mean of S over the batch. That mean is zero, since the mean of every
+  group is, except for rounding, which would make a gradient where all rewards tie.
 
-Departures of all from their papers: a standard deviation is the unbiased one and eps = 1e-4 is added to it, as in TRL. Where
-all rewards of a group tie, A is exactly 0, while R - mean is rounding noise (eight rewards of 0.1 leave -7e-9 in float32), and
-1 / eps would make a gradient of that.
+Departures of all estimators from their papers: the standard deviation is the unbiased one, and eps = 1e-4 is added to it, as in
+TRL. If all rewards of a group tie, A is exactly 0: R - mean would be rounding noise (eight rewards of 0.1 leave -7e-9 in
+float32), and division by eps would make a gradient of it.
 """
 
 import math
@@ -43,10 +43,10 @@ __all__ = [
 
 
 class AdvantageEstimator(Configurable, ABC):
-    """Base class of estimators: a subclass maps rewards in groups, [P, G], to advantages in groups.
+    """Base class of estimators. A subclass maps rewards in groups, [P, G], to advantages in groups.
 
-    In training P is all prompts of a rollout, over all ranks, so that what is computed over more than a group does not depend on
-    the number of devices.
+    In training P is all prompts of a rollout, over all ranks, so that a value over more than one group does not depend on the
+    number of devices.
 
     Example:
         >>> class BestOfGroup(AdvantageEstimator):
@@ -56,11 +56,11 @@ class AdvantageEstimator(Configurable, ABC):
         [0.0, -1.0]
     """
 
-    divides_by_group_std = False  # so that prompts whose completions hardly differ weigh more; see `PolicyLoss.takes_group_std`
+    divides_by_group_std = False  # True favours prompts whose rewards hardly differ (see `PolicyLoss.takes_group_std`)
 
     @abstractmethod
     def estimate(self, groups: Tensor) -> Tensor:
-        """Advantages of the rewards `groups`, both [P, G] with G at least 2; float32 or float64."""
+        """Advantages for the rewards `groups`, both [P, G] with G at least 2; float32 or float64."""
 
     def __call__(self, rewards: Tensor, samples_per_prompt: int) -> Tensor:
         """Compute the advantage of each completion.
@@ -80,19 +80,19 @@ class AdvantageEstimator(Configurable, ABC):
         return (self.estimate(groups) if len(groups) else groups).flatten()
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
-        """Compute the advantage of each completion from all that is known of its rewards; here of their weighted sum.
+        """Compute the advantage of each completion from its rewards: by default from their weighted sum.
 
         Args:
-            rewards: B totals, and the parts that they are made of.
+            rewards: B totals, and the parts of which they are the sum.
             samples_per_prompt: G.
 
         Returns:
-            As `__call__`.
+            [B], as `__call__`.
         """
         return self(rewards.total, samples_per_prompt)
 
     def check_samples(self, samples_per_prompt: int) -> None:
-        """Make sure that there are completions to compare; asked before anything is generated.
+        """Check that there are completions to compare. Called before anything is generated.
 
         Args:
             samples_per_prompt: G.
@@ -123,25 +123,8 @@ class AdvantageEstimator(Configurable, ABC):
         return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, samples_per_prompt)
 
 
-def centred(groups: Tensor) -> Tensor:
-    """Rewards less their group's mean, both [P, G]; exactly 0 in a group whose rewards all tie."""
-    tied = (groups == groups[:, :1]).all(dim=1, keepdim=True)
-    return torch.where(tied, 0.0, groups - groups.mean(dim=1, keepdim=True))
-
-
-def positive(eps: float, name: str) -> float:
-    """The `eps` of the estimator `name`.
-
-    Raises:
-        ConfigError: if it is not finite and positive.
-    """
-    if not (math.isfinite(eps) and eps > 0):
-        raise ConfigError(f"{name}: eps={eps} must be finite and above 0, since it keeps the division defined; set e.g. 1e-4.")
-    return eps
-
-
 class GroupAdvantage(AdvantageEstimator):
-    """GRPO's: (R - mean) / (std + eps), both over the group, std unbiased.
+    """GRPO's advantage: (R - mean) / (std + eps), both over the group, std unbiased.
 
     Args:
         eps: added to the standard deviation.
@@ -153,7 +136,7 @@ class GroupAdvantage(AdvantageEstimator):
     divides_by_group_std = True
 
     def __init__(self, eps: float = 1e-4) -> None:
-        self.eps = positive(eps, type(self).__name__)
+        self.eps = checked_eps(eps, type(self).__name__)
 
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages of `groups`, [P, G]."""
@@ -161,7 +144,7 @@ class GroupAdvantage(AdvantageEstimator):
 
 
 class GroupMeanAdvantage(AdvantageEstimator):
-    """Dr. GRPO's: R - mean over the group. Without std, easy and hard prompts are not weighted up."""
+    """Dr. GRPO's advantage: R - mean over the group. Without std, easy and hard prompts do not get more weight."""
 
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages of `groups`, [P, G]."""
@@ -169,7 +152,7 @@ class GroupMeanAdvantage(AdvantageEstimator):
 
 
 class BatchStdAdvantage(AdvantageEstimator):
-    """(R - mean over the group) / (std over all rewards of the rollout + eps): an easy or hard prompt is not weighted up.
+    """(R - mean over the group) / (std over all rewards of the rollout + eps): easy and hard prompts do not get more weight.
 
     Args:
         eps: added to the standard deviation.
@@ -179,7 +162,7 @@ class BatchStdAdvantage(AdvantageEstimator):
     """
 
     def __init__(self, eps: float = 1e-4) -> None:
-        self.eps = positive(eps, type(self).__name__)
+        self.eps = checked_eps(eps, type(self).__name__)
 
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages of `groups`, [P, G]."""
@@ -187,7 +170,7 @@ class BatchStdAdvantage(AdvantageEstimator):
 
 
 class LeaveOneOutAdvantage(AdvantageEstimator):
-    """RLOO's: R - mean over the other completions of the prompt."""
+    """RLOO's advantage: R - mean over the other completions of the prompt."""
 
     def estimate(self, groups: Tensor) -> Tensor:
         """Advantages of `groups`, [P, G]."""
@@ -196,7 +179,8 @@ class LeaveOneOutAdvantage(AdvantageEstimator):
 
 
 class PerRewardAdvantage(AdvantageEstimator):
-    """GDPO's: each reward of a `WeightedSum` normalised within its group, summed with the weights, and scaled over the rollout.
+    """GDPO's advantage: each reward of a sum normalised in its group, the weighted sum of these scaled by its std over the
+    rollout.
 
     Args:
         eps: added to each standard deviation.
@@ -208,7 +192,7 @@ class PerRewardAdvantage(AdvantageEstimator):
     divides_by_group_std = True
 
     def __init__(self, eps: float = 1e-4) -> None:
-        self.eps = positive(eps, type(self).__name__)
+        self.eps = checked_eps(eps, type(self).__name__)
 
     def of_rewards(self, rewards: Rewards, samples_per_prompt: int) -> Tensor:
         """Compute the advantage of each completion from the parts of its reward (see `AdvantageEstimator.of_rewards`)."""
@@ -218,7 +202,7 @@ class PerRewardAdvantage(AdvantageEstimator):
         return self._scaled(total).flatten()
 
     def estimate(self, groups: Tensor) -> Tensor:
-        """Advantages of a single reward, [P, G]."""
+        """Advantages for a single reward, [P, G]."""
         return self._scaled(self._normalised(groups))
 
     def _normalised(self, groups: Tensor) -> Tensor:
@@ -226,3 +210,20 @@ class PerRewardAdvantage(AdvantageEstimator):
 
     def _scaled(self, groups: Tensor) -> Tensor:
         return groups / (groups.std() + self.eps) if len(groups) else groups
+
+
+def centred(groups: Tensor) -> Tensor:
+    """Rewards minus the mean of their group, both [P, G]; exactly 0 in a group whose rewards all tie."""
+    tied = (groups == groups[:, :1]).all(dim=1, keepdim=True)
+    return torch.where(tied, 0.0, groups - groups.mean(dim=1, keepdim=True))
+
+
+def checked_eps(eps: float, name: str) -> float:
+    """Check the `eps` of the estimator `name`, and return it.
+
+    Raises:
+        ConfigError: if it is not finite and positive.
+    """
+    if not (math.isfinite(eps) and eps > 0):
+        raise ConfigError(f"{name}: eps={eps} must be finite and above 0, since it keeps the division defined; set e.g. 1e-4.")
+    return eps

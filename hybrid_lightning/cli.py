@@ -1,4 +1,9 @@
-"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score`, `export` and `plan`."""
+"""The command line: LightningCLI with `fit`, `validate`, `test`, `predict`, `score`, `export` and `plan`.
+
+This file has the commands: their options and defaults, the callbacks that they add, and the checks before a model is loaded.
+`cli_parser.py` reads arguments and configs and words their mistakes, `cli_help.py` writes the help, and `remedies.py` adds to
+other libraries' error messages what to do.
+"""
 
 import logging
 import os
@@ -24,7 +29,7 @@ import hybrid_lightning.advantages
 import hybrid_lightning.data
 import hybrid_lightning.export
 import hybrid_lightning.losses
-import hybrid_lightning.rewards  # noqa: F401  (a class is found by its short name once its module is imported)
+import hybrid_lightning.rewards  # noqa: F401  (imported so that classes are found by their short names)
 from hybrid_lightning.callbacks import (
     EvaluationReport,
     GracefulStop,
@@ -72,10 +77,10 @@ _SAYS_NOTHING = re.compile(
     re.DOTALL,
 )
 
-# Arguments of the Trainer's methods, which belong to one command and not to the run's config.
+# Arguments of the Trainer's methods. They belong to one command, and are not saved in the run's config.
 _METHOD_ARGUMENTS = ("ckpt_path", "weights_only", "verbose", "return_predictions", "form", "folder", "prompt_tokens")
-
-# An export needs no device: one process reads what any number of them wrote. Nor does a plan, for devices that may not be here.
+# Flags for commands that need no device. For an export one process reads what any number of processes wrote; a plan may be for
+# devices that this machine does not have.
 _TRAINER_WITHOUT_DEVICE = {
     "accelerator": "cpu",
     "devices": 1,
@@ -86,20 +91,23 @@ _TRAINER_WITHOUT_DEVICE = {
 }
 
 
-class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved config without the arguments of the command, so that every command can read it back."""
+def main(signals: StopSignals | None = None) -> None:
+    """Run the command line. A mistake of the user is reported in the last line, without a traceback.
 
-    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
-        config = config.clone()
-        for name in _METHOD_ARGUMENTS:
-            config.pop(name, None)
-        super().__init__(parser, config, **kwargs)
-
-    def save_config(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the loggers the file that has just been written."""
-        folder = run_folder(trainer)
-        if folder is not None:
-            log_config(trainer, folder / self.config_filename)
+    Args:
+        signals: Signal handlers of this process; None installs them only when the command trains, validates, tests or predicts.
+    """
+    _quiet_libraries()
+    signals = signals or StopSignals()
+    try:
+        HybridLightningCLI(signals)
+    except Exception as error:
+        cause = cause_of(error)
+        if cause is None and not signals.requested:  # an unexpected error, which needs the traceback of the original exception
+            raise unwrapped(error)  # noqa: B904
+        print_error(with_remedy(str(cause or error)))
+        signals.check()  # a signal may be the reason: another rank has gone, or a library gave up
+        sys.exit(1)
 
 
 class HybridLightningCLI(LightningCLI):
@@ -111,7 +119,8 @@ class HybridLightningCLI(LightningCLI):
         arguments = arguments if isinstance(arguments, list) else None
         check_whole_configs(arguments or [])
         first = arguments[0] if arguments else None
-        # Making a command's options takes long. It nearly always comes first; behind an option such as --config it may be any.
+        # Building the options of a command takes long, so only those of the given command are built. It is nearly always the
+        # first argument; after an option such as --config it may be any of the following ones.
         behind = first is not None and first.startswith("-") and first not in ("-h", "--help")
         anywhere = behind or arguments is None
         self._made = {name for name in self.subcommands() if anywhere or name == first}
@@ -134,12 +143,12 @@ class HybridLightningCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Commands, each a method of the Trainer, with the arguments that come from the config."""
+        """Name of each command, which is a method of the Trainer -> its arguments that come from the config."""
         given = {"model", "datamodule"}
         return {**LightningCLI.subcommands(), "score": given, "export": given, "plan": {*given, "flags"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Give each callback a group of options of its own."""
+        """Add a group of options for each configurable callback, and set defaults."""
         parser.add_lightning_class_args(HybridAdapterSetup, "adapter")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutSamples, "samples")
@@ -163,8 +172,8 @@ class HybridLightningCLI(LightningCLI):
                 "checkpoint.filename": "step={step}",
                 "checkpoint.auto_insert_metric_name": False,
                 "trainer.log_every_n_steps": 1,
-                "trainer.enable_model_summary": False,  # the plan says what is trained
-                "trainer.num_sanity_val_steps": -1,  # all of it: the accuracy before training
+                "trainer.enable_model_summary": False,  # the plan shows what is trained
+                "trainer.num_sanity_val_steps": -1,  # all validation data: this measures the accuracy before training
                 "trainer.logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                     "init_args": {"save_dir": "runs", "name": "default", "default_hp_metric": False},
@@ -173,7 +182,7 @@ class HybridLightningCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the callbacks that have no options; those with clocks first, since scoring counts."""
+        """Add the callbacks that have no options; those that measure time come first, so that they see the scoring."""
         config = self._get(self.config_init, "trainer")
         if self.subcommand == "plan":
             self._flags = TrainerFlags.of(config)
@@ -191,15 +200,15 @@ class HybridLightningCLI(LightningCLI):
             fixed.append(RolloutProgress())
         try:
             trainer = super().instantiate_trainer(callbacks=[*fixed, *given], **kwargs)
-        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:  # Lightning's own checks of its flags
+        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:  # from Lightning's checks of its flags
             raise ConfigError(with_remedy(f"trainer: {error}")) from error
         assert isinstance(trainer, Trainer)
-        # The config is there before the modules are scored, which may take an hour and be stopped.
+        # The config is saved before the modules are scored, because scoring may take an hour, and may be stopped.
         trainer.callbacks.sort(key=lambda callback: not isinstance(callback, (StepTimer, SaveRunConfig)))  # type: ignore[attr-defined]
         return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Answer a call for help once all other arguments are known, since they say of which classes."""
+        """Answer --help after all other arguments, because these decide which classes the help is about."""
         given = sys.argv[1:] if args is None else args
         command = isinstance(given, list) and any(name in given for name in self.subcommands())
         asked = help_asked_last(given) if command else given
@@ -210,17 +219,17 @@ class HybridLightningCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand not in self._made:
-            return self.init_parser(**kwargs)  # a name among the choices
+            return self.init_parser(**kwargs)  # no options, just a name among the choices
         parser = super()._prepare_subcommand_parser(klass, subcommand, add_help=False, **kwargs)
         parser.add_argument("-h", "--help", action=ShowHelp)
         if subcommand in ("validate", "test"):
-            parser.set_defaults({"verbose": False})  # Lightning's own table, of what EvaluationReport shows
+            parser.set_defaults({"verbose": False})  # no table of Lightning's: EvaluationReport shows the same
         return parser
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Find what is wrong with places, data, reward and settings, and only then load the model, which takes longest.
+        """Check folders, data, reward and settings before loading the model, which takes longest.
 
-        An export reads the weights itself, in the dtype that it wants, and a plan none.
+        An export reads the weights itself, in the dtype that it needs, and a plan needs no weights.
         """
         assert isinstance(self.trainer, Trainer)
         if subcommand != "plan":
@@ -233,7 +242,7 @@ class HybridLightningCLI(LightningCLI):
         super()._run_subcommand(subcommand)
 
     def _add_instantiators(self) -> None:
-        """Make the MLflow logger that works, and policies that are not loaded; for a plan their arguments are all it wants."""
+        """Replace the MLflow logger by ours, and make policies without weights; a plan gets just the arguments of the policy."""
         super()._add_instantiators()
         self.parser.add_instantiator(_mlflow_logger, MLFlowLogger)
         make = _arguments_of if self.subcommand == "plan" else partial(_unloaded, _InstantiatorFn(cli=self, key="model"))
@@ -244,10 +253,27 @@ class HybridLightningCLI(LightningCLI):
         return {**arguments, "flags": self._flags} if subcommand == "plan" else arguments
 
     def _parse_ckpt_path(self) -> None:
-        """Take nothing from a checkpoint silently: Lightning would let it override what the command line says."""
+        """Do nothing: Lightning would silently let the arguments in a checkpoint override the command line."""
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the resolved config without the arguments of the command, so that every command can read it."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        config = config.clone()
+        for name in _METHOD_ARGUMENTS:
+            config.pop(name, None)
+        super().__init__(parser, config, **kwargs)
+
+    def save_config(self, trainer: LightningTrainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the saved config to the loggers. Lightning calls this after it has written the file."""
+        folder = run_folder(trainer)
+        if folder is not None:
+            log_config(trainer, folder / self.config_filename)
 
 
 def _arguments_of(policy: type, *given: Any, applied_instantiation_links: Any, **named: Any) -> Any:
+    """The arguments of a policy instead of the policy, for `plan`."""
     if not issubclass(policy, PolicyModule):
         raise ConfigError(f"plan knows the memory of PolicyModule, but model is a {policy.__name__}; give a config of RL")
     return policy_arguments(policy, *given, **named)
@@ -256,6 +282,7 @@ def _arguments_of(policy: type, *given: Any, applied_instantiation_links: Any, *
 def _unloaded(
     make: Callable[..., Any], policy: type[LanguageModule], *given: Any, applied_instantiation_links: Any, **named: Any
 ) -> Any:
+    """A policy whose model is not loaded yet."""
     return make(policy.unloaded, *given, applied_instantiation_links=applied_instantiation_links, **named)
 
 
@@ -263,49 +290,30 @@ def _mlflow_logger(logger: type, *given: Any, applied_instantiation_links: Any, 
     return (NamingMLFlowLogger if logger is MLFlowLogger else logger)(*given, **named)
 
 
-def main(signals: StopSignals | None = None) -> None:
-    """Run the command line; what a user got wrong is said in the last line, without a traceback.
-
-    Args:
-        signals: Of this process; None leaves them alone until the command trains, validates, tests or predicts.
-    """
-    _quiet_libraries()
-    signals = signals or StopSignals()
-    try:
-        HybridLightningCLI(signals)
-    except Exception as error:
-        cause = cause_of(error)
-        if cause is None and not signals.requested:  # not foreseen: the traceback is needed, of what was raised first
-            raise unwrapped(error)  # noqa: B904
-        print_error(with_remedy(str(cause or error)))
-        signals.check()  # which may be why: another rank has gone, or a library gave up
-        sys.exit(1)
-
-
 def _informs(record: logging.LogRecord) -> bool:
     return _SAYS_NOTHING.match(record.getMessage()) is None
 
 
 def _quiet_libraries() -> None:
-    """Silence advice that does not apply here, so that what matters can be read."""
+    """Hide advice of libraries that does not apply here."""
     transformers.utils.logging.disable_progress_bar()
     if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
-        huggingface_hub.utils.enable_progress_bars()  # of downloads, which transformers has just switched off with its own
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for each page of samples
+        huggingface_hub.utils.enable_progress_bars()  # bars of downloads, which the line above has switched off as well
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # there would be one bar for each page of samples
     # LightningModule and data module share this hook by design.
     warnings.filterwarnings("ignore", message=".*overridden `transfer_batch_to_device`.*")
-    # Deprecations between the libraries, which their next versions settle.
+    # Deprecations between libraries, which their next versions will resolve.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch.nn.modules.module|peft")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    # Every run has a folder of its own; the checkpoint of another is meant to be read from there.
+    # Every run has a folder of its own, so that a resumed run reads a checkpoint from another folder.
     warnings.filterwarnings("ignore", message=".*dirpath has changed from.*")
-    # One that was changed at a resume is another one to Lightning; the resume says so by the names of its options.
+    # If a callback's options were changed at a resume, Lightning takes it for another callback; the resume reports the options.
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
     for name in _LIGHTNING_LOGS:
         logging.getLogger(name).addFilter(_informs)
-    # The loaders hold prompts or make rollouts; worker processes would not help.
+    # The loaders hold prompts or make rollouts: worker processes would not help.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Prompts that ranks are given twice are counted once.
+    # Prompts that the sampler gives to two ranks are counted once.
     warnings.filterwarnings("ignore", message=".*Using `DistributedSampler` with the dataloaders.*")
-    # The policy is frozen and in eval mode as loaded; the adapter decides what trains.
+    # The policy is loaded frozen and in eval mode; the adapter decides what is trained.
     warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")

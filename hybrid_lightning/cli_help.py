@@ -1,6 +1,8 @@
-"""Help: the options of the classes that a command's config names, and of any other class, with their docstrings.
+"""The help of the command line: options and docstrings of the classes that a command's config names, and of any other class.
 
---help  -->  config (all other arguments)  -->  sections (one a class)  -->  text
+    --help  ->  config (all other arguments)  ->  sections (one for each class)  ->  text
+
+It describes correct arguments; `cli_parser.py` reads arguments and reports mistakes in them.
 """
 
 import argparse
@@ -32,7 +34,7 @@ A config has them by the same names: --model.lr_lora=1e-3 is model: {lr_lora: 1e
 
 
 def help_asked_last(arguments: Sequence[str]) -> list[str]:
-    """Move what asks for help behind all else, as one `--help=KEY=CLASS`, so that it is answered with the config known.
+    """Move a request for help to the end, as one `--help=KEY=CLASS`, so that it is answered when the config is known.
 
     Example:
         >>> help_asked_last(["fit", "--model.loss.help", "GRPOLoss", "--config", "a.yaml"])
@@ -60,12 +62,12 @@ class ShowHelp(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs="?", default=argparse.SUPPRESS, help="Show this help.")
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Print and exit; `namespace` has what the arguments before it and their configs say."""
+        """Print the help and exit. `namespace` has the values of the arguments before this one and of their configs."""
         try:
             text = _help_on(parser, namespace, values) if values else _overview(parser, namespace)
         except ConfigError as error:
             parser.error(str(error))
-        with suppress(BrokenPipeError):  # of a reader such as head
+        with suppress(BrokenPipeError):  # the reader may stop reading, as head does
             print(text, flush=True)
         parser.exit()
 
@@ -76,20 +78,20 @@ class Section:
 
     key: str  # such as model.loss
     part: type
-    values: Mapping[str, Any]  # what the config gives for its arguments
-    positional: int = 0  # arguments that it gets from elsewhere
+    values: Mapping[str, Any]  # argument -> value in the config
+    positional: int = 0  # number of arguments that do not come from the config
 
     @classmethod
     def of(cls, key: str, part: type, values: Any, kind: Any = None) -> Self:
-        """Of an option whose type may be one such as `Callable[[Iterable], Optimizer]`, which is called with the parameters."""
+        """A section for an option. Its type may be such as `Callable[[Iterable], Optimizer]`, which is called with parameters."""
         return cls(key, part, _mapping(values or {}), len(get_args(kind)[0]) if get_origin(kind) is Callable else 0)
 
     def options(self) -> list[argparse.Action]:
-        """One for each argument of the class, by its whole name."""
+        """One option for each argument of the class, by its whole name."""
         return self.add_to(ArgumentParser(), "")
 
     def add_to(self, parser: ArgumentParser, title: str, description: str = "", base: Any = None) -> list[argparse.Action]:
-        """Add them to a parser, as a group with a title; where others with a `base` can be named, after the option for that."""
+        """Add the options to a parser as a group. With a `base` the group begins with the option that names another class."""
         group = parser.add_argument_group(title, description)
         if base is not None:
             group.add_argument(f"--{self.key}", type=base, help="Its class.")
@@ -102,7 +104,7 @@ class Section:
 
 
 def sections(parser: Parser, config: Namespace) -> list[Section]:
-    """The classes that a command's config names, those inside of others after them, the Trainer last."""
+    """A section for each class that a command's config names. A class within another follows it; the Trainer comes last."""
     found: list[Section] = []
     for key in sorted(parser.parts, key=lambda key: key == "trainer"):
         value = config.get(key)
@@ -203,11 +205,11 @@ def _new_parser(parser: Parser, config: Namespace, description: str = "") -> Arg
 
 
 def _values(keys: Iterable[str], values: Namespace | Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """What a config gives, by option."""
+    """Option -> value for everything that a config gives, as pairs."""
     for key in keys:
         value = _mapping(values).get(key)
         yield above + key, value
-        if not above and not _is_spec(value):  # of a class that cannot be another one
+        if not above and not _is_spec(value):  # options of a fixed class
             yield from _values(_mapping(value or {}), value or {}, f"{key}.")
             continue
         for name, spec in _specs(above + key, value):
@@ -215,7 +217,7 @@ def _values(keys: Iterable[str], values: Namespace | Mapping[str, Any], above: s
 
 
 class _Text(DefaultHelpFormatter):
-    """An option a line, what it means below; texts by paragraphs, of which examples keep their lines."""
+    """Formats one option per line with its meaning below, and texts by paragraphs; examples keep their lines."""
 
     given: Mapping[str, Any]
     expected: Mapping[str, Any]
@@ -253,16 +255,16 @@ class _Text(DefaultHelpFormatter):
 
 
 def _choices(kind: Any) -> dict[str, type]:
-    """Classes that an option takes, where it takes nothing else but null."""
+    """Classes that an option accepts, if it accepts nothing else except null."""
     alternatives = [kind] if get_origin(kind) is Callable else [part for part in get_args(kind) if part is not NoneType] or [kind]
     return known_classes(alternatives[0]) if len(alternatives) == 1 else {}
 
 
 def _paragraphs(part: type) -> list[str]:
-    """The docstring of a class without the account of its arguments."""
+    """The paragraphs of a class's docstring, without the sections on arguments and errors."""
     paragraphs, kept = [], True
     for block in re.split(r"\n\s*\n", inspect.getdoc(part) or ""):
-        if block.startswith(".. "):  # of Sphinx, such as formulas: torch's
+        if block.startswith(".. "):  # directives of Sphinx, such as the formulas in torch's docstrings
             break
         if re.match(r"\w+:\n", block):
             kept = not block.startswith(("Args:", "Raises:"))
@@ -273,7 +275,7 @@ def _paragraphs(part: type) -> list[str]:
 
 
 def _whole(text: str, part: type, name: str) -> str:
-    """What is said of an argument, with what is said of it in a base of the class: nowhere else, or by `As in Base; ...`."""
+    """The description of an argument. If there is none, or it begins with `As in Base`, that of a base class is inserted."""
     match = re.match(r"(?:As in|See) `(\w+)`", text)
     bases = part.__mro__[1:] if match is None else [base for base in part.__mro__ if base.__name__ == match[1]]
     if (text and match is None) or not bases:
@@ -291,7 +293,7 @@ def _first_sentence(text: str | None) -> str:
 
 
 def _is_of_a_library(part: type) -> bool:
-    """Whether its arguments are, as those of our Trainer, which are Lightning's."""
+    """Whether the constructor of a class is a library's, like that of our Trainer, which is Lightning's."""
     maker = next(base for base in part.__mro__ if "__init__" in vars(base))
     return maker.__module__.partition(".")[0] in ("lightning", "torch", "bitsandbytes")
 
@@ -317,7 +319,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A value as a config would have it, a class by its name."""
+    """A value as it would be in a config; a class by its name."""
     if _is_spec(value):
         return str(value["class_path"].rpartition(".")[2])
     if isinstance(value, (list, tuple)) and any(_is_spec(item) for item in value):

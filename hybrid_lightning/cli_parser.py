@@ -1,4 +1,8 @@
-"""The parser of the command line: how values are read, and how a mistake is said in one line."""
+"""The parser of the command line: reads values, and reports a mistake in arguments or configs in one line.
+
+What jsonargparse says about a mistake is reworded here, with the file or option it is in and the name that was probably meant.
+Mistakes that are found later, when a run is set up, are reworded by `remedies.py`.
+"""
 
 import inspect
 import re
@@ -15,11 +19,11 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from hybrid_lightning.configurable import translated
+from hybrid_lightning.configurable import with_public_paths
 from hybrid_lightning.errors import HybridLightningError
-from hybrid_lightning.remedies import is_of_the_machine, with_remedy
+from hybrid_lightning.remedies import is_machine_error, with_remedy
 
-# What jsonargparse says -> what a reader of one line can use.
+# Part of a message of jsonargparse -> what it is replaced by.
 _REWRITES = (
     (r"Does not validate against any of the Union subtypes\s+Subtypes: \[.*?\]\s+Errors:", ""),
     (r"-\s+Expected a path but \S+ either not accessible or invalid\s+", ""),
@@ -58,25 +62,26 @@ _load_yaml = jsonargparse.get_loader("yaml")
 
 
 def _load_value(text: str) -> Any:
-    """YAML, in which classes of earlier versions are named as now, except for two texts that jsonargparse would read otherwise.
+    """Read YAML, and translate the paths of classes from earlier versions.
 
-    It reads the strings of a config as YAML once more, and would turn `answer_pattern: '####\\s*(.+)'`, for YAML a comment alone,
-    into null. And it hands a null for an argument of a part on as Python writes it: `--data.format.system_prompt=null` would put
-    the word None in front of every prompt.
+    Two texts need care, because jsonargparse reads the strings of a config as YAML a second time. `answer_pattern:
+    '####\\s*(.+)'` would become null, since YAML takes it for a comment. And a null for an argument of a nested class arrives
+    here as Python's None: `--data.format.system_prompt=null` would put the word None in front of every prompt.
     """
     value = _load_yaml(text)
     if text == "None":
         return None
-    return text if value is None and text.lstrip().startswith("#") else translated(value)
+    return text if value is None and text.lstrip().startswith("#") else with_public_paths(value)
 
 
 jsonargparse.set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
 
 
 class Refusal(SystemExit):
-    """What the parser of a class refuses, for the parser of the command, which knows where it was given.
+    """Raised by the parser of a class for an option that the class does not have. The command's parser adds where it was given.
 
-    No mistake for jsonargparse, which would try the other types that an option may have, and report on all of them.
+    It is a `SystemExit`, because at an ordinary error jsonargparse would try the other types of the option, and report all of
+    them.
     """
 
     def __init__(self, part: type, name: str, names: list[str]) -> None:
@@ -85,21 +90,21 @@ class Refusal(SystemExit):
 
 
 class Parser(LightningArgumentParser):
-    """Refuses abbreviated options, and ends every error with one line that says what is wrong.
+    """Refuses abbreviated options, and reports every error in one line.
 
     Attributes:
-        parts: Classes whose options it has, by their key; of `model` and `data` a base of the classes that can be named.
+        parts: Key -> class whose options it has; for `model` and `data` a base class of the classes that can be named.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # An abbreviation would take --trainer.max_epoch=3 silently for max_epochs.
+        # With abbreviations --trainer.max_epoch=3 would silently be taken for max_epochs.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self.parts: dict[str, type] = {}
-        self.part: type | None = None  # of which it parses the arguments alone, if it does
+        self.part: type | None = None  # the class, if it parses the arguments of one class only
 
     @property
     def command(self) -> str:
-        """What is typed, such as `python -m hybrid_lightning fit`."""
+        """The command as it is typed, such as `python -m hybrid_lightning fit`."""
         return self.prog.replace(" [options]", "")
 
     def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **kwargs: Any) -> list[str]:
@@ -108,13 +113,13 @@ class Parser(LightningArgumentParser):
         return super().add_lightning_class_args(lightning_class, nested_key, *args, **kwargs)
 
     def add_class_arguments(self, class_type: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the options of a class; jsonargparse makes a parser without keys for each class that a config names."""
+        """Add the options of a class. Without a key this is the parser that jsonargparse makes for a class named in a config."""
         if nested_key is None:
             self.part = class_type
         return super().add_class_arguments(class_type, nested_key, *args, **kwargs)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """As usual; an option that a class does not have is said with its place."""
+        """Parse arguments; the error for an option that a class does not have says where it was given."""
         try:
             return super().parse_args(*args, **kwargs)
         except Refusal as refusal:
@@ -169,7 +174,7 @@ class Parser(LightningArgumentParser):
         return f"{f'{where}: ' if where else ''}{refusal.part.__name__} has no option {refusal.name}{near}"
 
     def _where(self, name: str) -> str:
-        """The option on the command line, or the file and key, that ends with a name and should not; empty if there is none."""
+        """Where an unknown name was given: the option on the command line, or the file and key; empty if it is not found."""
         places: dict[str, str] = {}
         for place, argument in enumerate(self.args):
             option, _, value = argument.partition("=")
@@ -188,7 +193,7 @@ class Parser(LightningArgumentParser):
         return [*own, *_of_known_classes(self.parts)]
 
     def _near(self, name: str, shown: str) -> str:
-        """The option that was meant: one whose end it is, one that is written nearly so, or one with such an end."""
+        """A hint at the option that was meant: one that ends with this name, is spelled similarly, or has a similar end."""
         names = self._names()
         root, dot, rest = name.partition(".")
         same_end = [full for full in names if full.endswith(f".{name}")]
@@ -208,7 +213,7 @@ def _which(key: str, base: str, known: Iterable[str]) -> str:
 
 
 def _of_known_classes(parts: Mapping[str, type]) -> Iterator[str]:
-    """Options that classes of ours have where they can be named, and those of the classes that they take themselves."""
+    """Options of our classes under each key, and options of the classes that they take as arguments."""
     for key, base in parts.items():
         for part in known_classes(base).values():
             if not _is_ours(part):
@@ -235,12 +240,12 @@ def _keys(config: Any, above: str = "") -> Iterator[str]:
 
 
 def type_of(action: Any) -> Any:
-    """The type hint of an option, for which jsonargparse has no public name; None for its own `--KEY.help`."""
+    """The type hint of an option, for which jsonargparse has no public attribute; None for its own `--KEY.help`."""
     return None if action is None or action.dest.endswith(".help") else getattr(action, "_typehint", None)
 
 
 def known_classes(kind: Any) -> dict[str, type]:
-    """Classes by their names that an option of a type takes and that are imported, private and abstract ones left out."""
+    """Name -> class for all imported classes that an option of a type accepts, without private and abstract ones."""
     found: dict[str, type] = {}
     waiting = [kind]
     while waiting:
@@ -256,7 +261,7 @@ def known_classes(kind: Any) -> dict[str, type]:
 
 
 def _is_internal(part: type) -> bool:
-    """Whether a class of ours is for others to derive from: not listed by its module or package; without a list, if others do."""
+    """Whether a class of ours is only a base class: not in `__all__` of its module or package or, without one, derived from."""
     places = [sys.modules.get(name) for name in (part.__module__, part.__module__.rpartition(".")[0])]
     named = next((place.__all__ for place in places if hasattr(place, "__all__")), None)  # type: ignore[union-attr]
     return _is_ours(part) and (any(map(_is_ours, part.__subclasses__())) if named is None else part.__name__ not in named)
@@ -267,27 +272,27 @@ def _is_ours(part: type) -> bool:
 
 
 def suggestion(name: str, names: Iterable[str], shown: str = "{}") -> str:
-    """`; did you mean X?`, where a name is near to another one, and nothing otherwise."""
+    """`; did you mean X?` if a name is similar to another one, else an empty text."""
     near = get_close_matches(name, sorted(set(names)), n=1, cutoff=0.7)
     return f"; did you mean {shown.format(near[0])}?" if near else ""
 
 
 def cause_of(error: BaseException | None) -> BaseException | None:
-    """The error in a chain that was raised for the user; jsonargparse wraps what a constructor raises."""
+    """The error in a chain that is meant for the user; jsonargparse wraps what a constructor raises."""
     while error is not None:
-        if isinstance(error, (HybridLightningError, MisconfigurationException, FileNotFoundError)) or is_of_the_machine(error):
+        if isinstance(error, (HybridLightningError, MisconfigurationException, FileNotFoundError)) or is_machine_error(error):
             return error
         error = error.__cause__
     return None
 
 
 def unwrapped(error: BaseException) -> BaseException:
-    """What a constructor raised, from below jsonargparse's account of a union, whose last line is the whole config."""
+    """What a constructor raised, without jsonargparse's error for a union around it, whose last line is the whole config."""
     while str(error).startswith("Does not validate against any of the Union subtypes") and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def print_error(message: str) -> None:
-    """Say on one line of the error output what is wrong."""
+    """Print an error message as one line."""
     sys.stderr.write(f"error: {' '.join(message.split())}\n")

@@ -1,7 +1,9 @@
-"""`Configurable`: base of everything that a config swaps by class, such as losses, rewards, scorers and samplers.
+"""`Configurable`: base class of everything that a config swaps by class, such as losses, rewards, scorers and samplers.
 
-It remembers the arguments that it was built with, so that a checkpoint and the TensorBoard page can describe it as the
-same `class_path` / `init_args` pair that a YAML file holds, whether it was built by the command line or in Python.
+An object remembers the arguments that it was built with, so that a checkpoint and TensorBoard can describe it by the same
+`class_path` and `init_args` as a YAML file, whether it was built by the command line or in Python.
+
+A class is named by its public path, such as hybrid_lightning.losses.GSPOLoss, so that files can move.
 """
 
 import functools
@@ -14,16 +16,17 @@ from typing import Any, Self
 
 from hybrid_lightning.errors import ConfigError
 
-_PATH = re.compile(r"hybrid_lightning\.\w+(?:\.\w+)*\.[A-Z]\w*")  # of a class
+_PATH = re.compile(r"hybrid_lightning\.\w+(?:\.\w+)*\.[A-Z]\w*")  # the path of a class
 
-# What a config may name by its room alone. Earlier versions wrote the file as well (hybrid_lightning.losses.gspo.GSPOLoss).
+# Packages whose classes are named by the package alone. Earlier versions also wrote the file
+# (hybrid_lightning.losses.gspo.GSPOLoss).
 ROOMS = frozenset(
     {"adapters", "advantages", "callbacks", "data", "export", "losses", "metrics", "policy", "rewards", "rollout", "sharding"}
 )
 
 
 class Configurable:
-    """Base class that records constructor arguments.
+    """Base class that records the arguments of the constructor.
 
     Example:
         >>> class Clip(Configurable):
@@ -36,11 +39,11 @@ class Configurable:
     _init_args: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the arguments; `__init__` gets them as usual."""
+        """Record the arguments; `__init__` gets them as usual."""
         self = super().__new__(cls)
         try:
             bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
-        except TypeError:  # wrong arguments (the constructor says so next), or a copy, which restores the attributes itself
+        except TypeError:  # wrong arguments, for which the constructor raises; or a copy, which restores the attributes itself
             return self
         arguments = dict(list(bound.arguments.items())[1:])
         for parameter in inspect.signature(cls.__init__).parameters.values():
@@ -50,12 +53,12 @@ class Configurable:
         return self
 
     def to_config(self) -> dict[str, Any]:
-        """Describe this object as `{"class_path": ..., "init_args": {...}}`, nested ones included."""
+        """Describe this object as `{"class_path": ..., "init_args": {...}}`, and nested objects likewise."""
         return {"class_path": public_path(type(self)), "init_args": to_plain(self._init_args)}
 
 
 def to_plain(value: Any) -> Any:
-    """Replace every `Configurable` inside lists, tuples and dicts by its config."""
+    """Replace every `Configurable` in nested lists, tuples and dicts by its config."""
     if isinstance(value, Configurable):
         return value.to_config()
     if isinstance(value, dict):
@@ -131,7 +134,7 @@ def _check_importable(name: str, path: str) -> None:
 
 
 def public_path(kind: type) -> str:
-    """Where a class is to be imported from: the first package on its way that has it, so that files in it can move.
+    """The path from which a class should be imported: the outermost package that has it, so that files in it can move.
 
     Example:
         >>> from hybrid_lightning.losses import GSPOLoss
@@ -146,17 +149,17 @@ def public_path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def translated(value: Any) -> Any:
-    """A config, or a part of one, with every class of ours named by its public path, whatever an earlier version wrote.
+def with_public_paths(value: Any) -> Any:
+    """A config, or a part of one, in which all our classes have their public paths, even if an earlier version wrote it.
 
     Example:
-        >>> translated({"class_path": "hybrid_lightning.losses.gspo_token.GSPOTokenLoss"})
+        >>> with_public_paths({"class_path": "hybrid_lightning.losses.gspo_token.GSPOTokenLoss"})
         {'class_path': 'hybrid_lightning.losses.GSPOTokenLoss'}
     """
     if isinstance(value, dict):
-        return {key: translated(item) for key, item in value.items()}
+        return {key: with_public_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [translated(item) for item in value]
+        return [with_public_paths(item) for item in value]
     if not isinstance(value, str) or not _PATH.fullmatch(value):
         return value
     package, room, *_, name = value.split(".")
@@ -164,13 +167,13 @@ def translated(value: Any) -> Any:
 
 
 def public_names(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package whose modules are imported when one of their names is first asked for.
+    """Make the `__getattr__` of a package that imports a module only when one of its names is first used.
 
-    So a class has a short path that does not change when files are moved, and what needs only torch is not held up by PEFT.
+    Classes so get short paths that do not change when files move, and code that needs only torch does not wait for PEFT.
 
     Args:
         package: Full name of the package.
-        names: Module within it -> its public names.
+        names: Module in the package -> its public names.
     """
     modules = {name: module for module, of_module in names.items() for name in of_module}
 

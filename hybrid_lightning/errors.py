@@ -1,12 +1,12 @@
-"""The exception tree: every error that a user can cause is a `HybridLightningError`.
+"""The exception classes: every error that a user can cause is a `HybridLightningError`.
 
-Each class also derives from the builtin that a Python user would expect, so `except ValueError` keeps working. A message is
-one line that names the cause, the value received and the remedy: the command line prints it as its last line.
+Each class also derives from the built-in class that a Python user would expect, so that `except ValueError` works. A message is
+one line with the cause, the value received and the remedy; the command line prints it as its last line.
 """
 
 
 class HybridLightningError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ConfigError(HybridLightningError, ValueError):
@@ -30,7 +30,7 @@ class RewardError(HybridLightningError, RuntimeError):
 
 
 class SandboxError(HybridLightningError, RuntimeError):
-    """Untrusted programs cannot be isolated on this machine, or not be run at all."""
+    """Untrusted programs cannot be isolated on this machine, or cannot be run at all."""
 
 
 class CalibrationError(HybridLightningError, RuntimeError):

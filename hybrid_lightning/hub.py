@@ -1,7 +1,7 @@
-"""The Hugging Face hub: whether it can be reached, and what its answers mean for a user.
+"""The Hugging Face hub: whether it can be reached, and what its errors mean for a user.
 
-Models and data sets come from it by other libraries, which wrap its errors in texts of their own and, without a network, wait
-half a minute for each file. So it is asked once whether it is there; where it is not, what is in the cache is taken at once.
+Other libraries load models and data sets from the hub. They wrap its errors in texts of their own and, without a network, wait
+half a minute for each file. So this file asks once whether the hub answers; if it does not, the cache is used at once.
 """
 
 import functools
@@ -26,14 +26,14 @@ from huggingface_hub.utils import get_session
 from lightning.pytorch.utilities import rank_zero_warn
 
 
-def reachable() -> bool:
-    """Whether the hub answers; asked once, and a warning says so if it does not. False under HF_HUB_OFFLINE."""
-    return not constants.HF_HUB_OFFLINE and answers()
+def hub_reachable() -> bool:
+    """Whether the hub answers. It is asked once, with a warning if it does not answer. False under HF_HUB_OFFLINE."""
+    return not constants.HF_HUB_OFFLINE and hub_answers()
 
 
 @functools.cache
-def answers() -> bool:
-    """Ask the hub for any answer at all."""
+def hub_answers() -> bool:
+    """Ask the hub once in this process whether it gives any answer at all."""
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # huggingface_hub's versions use different libraries for HTTP
@@ -44,14 +44,14 @@ def answers() -> bool:
 
 
 @contextmanager
-def not_waiting() -> Iterator[None]:
-    """Let other libraries take the cache at once where the hub cannot be reached, and not after minutes for each file.
+def offline_if_unreachable() -> Iterator[None]:
+    """Within this context other libraries use the cache at once if the hub cannot be reached, instead of waiting for each file.
 
-    They have no argument for it that all their requests heed, but read HF_HUB_OFFLINE, as it was when they were imported.
+    They have no argument for this that all their requests obey, but all read the value that HF_HUB_OFFLINE had at their import.
     """
     switches: list[Any] = [constants, *([sys.modules["datasets"].config] if "datasets" in sys.modules else [])]
     before = [switch.HF_HUB_OFFLINE for switch in switches]
-    offline = not reachable()
+    offline = not hub_reachable()
     for switch in switches:
         switch.HF_HUB_OFFLINE = switch.HF_HUB_OFFLINE or offline
     try:
@@ -63,29 +63,29 @@ def not_waiting() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A model or data set on the hub, as a user named it; its methods say what is wrong with it, and what to do."""
+    """A model or data set on the hub. The methods return error messages with the cause and the remedy."""
 
     kind: str  # "model" or "data set"
-    id: str
+    id: str  # its name on the hub, as the user gave it
     revision: str | None
-    revision_option: str  # that a user would correct
-    cache: str  # folder
+    revision_option: str  # name of the option for the revision
+    cache: str  # folder of the cache
 
     @property
     def page(self) -> str:
-        """Where it is shown."""
+        """Its web page."""
         return f"https://huggingface.co/{'' if self.kind == 'model' else 'datasets/'}{self.id}"
 
     def explain(self, error: BaseException) -> str | None:
-        """What an error means that came of reading it; None if it is none of the hub's."""
+        """What an error while reading it means; None if the error has nothing to do with the hub."""
         for cause in _chain(error):
             if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
-                continue  # some files are asked for that need not be there
+                continue  # libraries also ask for files that need not exist
             if isinstance(cause, HfHubHTTPError):
                 return self._refused(cause)
             if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
                 return self.not_in_cache()
-        return self.not_in_cache() if isinstance(error, OSError) and not reachable() else None
+        return self.not_in_cache() if isinstance(error, OSError) and not hub_reachable() else None
 
     def _refused(self, error: HfHubHTTPError) -> str:
         status = error.response.status_code
@@ -100,7 +100,7 @@ class HubRepository:
         return f"the hub answers {status} for the {self.kind} {self.id!r}: {_one_line(error)}; try again later"
 
     def not_found(self) -> str:
-        """There is none, as far as this user may know."""
+        """Message: it does not exist, or this user may not see it."""
         owner = "" if "/" in self.id else " (most are OWNER/NAME)"
         return (
             f"{self.id!r} is no folder here and no {self.kind} on the hub, or a private one: correct it{owner}, or log in by "
@@ -108,10 +108,10 @@ class HubRepository:
         )
 
     def gated(self, nobody_logged_in: bool) -> str:
-        """Its terms have to be accepted.
+        """Message: its terms must be accepted first.
 
         Args:
-            nobody_logged_in: Otherwise somebody is, who is not admitted.
+            nobody_logged_in: True if there is no login; False if the login has no access.
         """
         if nobody_logged_in:
             return (
@@ -123,14 +123,14 @@ class HubRepository:
         )
 
     def no_revision(self) -> str:
-        """The revision is a wrong one."""
+        """Message: it has no such revision."""
         return (
             f"the {self.kind} {self.id!r} has no revision {self.revision!r}: give {self.revision_option} a branch, tag or commit "
             f"of {self.page}/commits/main, or leave it out for the newest"
         )
 
     def not_in_cache(self) -> str:
-        """It has to be read from the cache, which does not have it."""
+        """Message: it must be read from the cache, but is not there."""
         revision = "" if self.revision is None else f" at revision {self.revision!r}"
         lacks = f"the {self.kind} {self.id!r}{revision} is not, or not as a whole, in the cache {self.cache}"
         if constants.HF_HUB_OFFLINE:

@@ -1,4 +1,7 @@
-"""What the command line says of mistakes that libraries notice, or nobody does: the cause, and what to give instead."""
+"""Remedies: add what to do to error messages of other libraries, and refuse configs whose mistake nothing else would notice.
+
+`cli_parser.py` words mistakes in arguments; this file is about messages of Lightning and of the operating system.
+"""
 
 import errno
 import re
@@ -10,7 +13,7 @@ import yaml
 
 from hybrid_lightning.errors import ConfigError
 
-# What Lightning says of the Trainer's flags -> what to give; its messages stand before it.
+# Pattern in Lightning's messages about the Trainer's flags -> what to do, which is put behind the message.
 _REMEDIES = (
     (
         r"No supported gpu backend|can not run on your system|Requirement 'torch_xla",
@@ -27,28 +30,21 @@ _REMEDIES = (
         "for no checkpoints give --checkpoint.save_last=false --checkpoint.save_top_k=0 instead",
     ),
 )
-# What no change of the code would mend: of a disk, whose errors name no file, and of a file or folder.
+# Errors that no change of the code would fix: of a disk, which name no file, and of a file or folder.
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded")
 _NOT_WRITABLE = re.compile(r"\[Errno \d+\] (?:Permission denied|Operation not permitted|Read-only file system)")
-# Modules that train on different things: the config of one is none of another.
+# Modules for different kinds of training: a config is for one of them only.
 _KINDS = ("PolicyModule", "SupervisedModule", "PreferenceModule")
-_WHOLE = {"model", "data", "trainer"}  # sections of a config that is complete by itself
-
-
-def is_of_the_machine(error: BaseException) -> bool:
-    """Whether a file or folder cannot be written or read here, as where a disk is full or a folder is read-only."""
-    if not isinstance(error, OSError):
-        return False
-    return error.errno in _FULL or (error.errno in _OF_THE_MACHINE and error.filename is not None)
+_WHOLE = {"model", "data", "trainer"}  # a config with these sections is complete by itself
 
 
 def with_remedy(message: str) -> str:
-    """A message, and what to do about it where it does not say so itself.
+    """Add to an error message what to do, if it does not say so itself.
 
     Args:
-        message: Of an error, as its library words it.
+        message: The message as its library words it.
     """
     for pattern, remedy in _REMEDIES:
         if re.search(pattern, message) and remedy not in message:
@@ -61,14 +57,21 @@ def with_remedy(message: str) -> str:
     return message
 
 
+def is_machine_error(error: BaseException) -> bool:
+    """Whether an error is about a file or folder that cannot be written or read, because a disk is full or a folder read-only."""
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in _FULL or (error.errno in _OF_THE_MACHINE and error.filename is not None)
+
+
 def check_whole_configs(arguments: Sequence[str]) -> None:
-    """Refuse configs of different kinds of training in one command: the last would win, and what the others say be dropped.
+    """Refuse configs for different kinds of training in one command: the last one would silently replace the others.
 
     Args:
-        arguments: Of the command line.
+        arguments: Arguments of the command line.
 
     Raises:
-        ConfigError: naming the two, and what to give.
+        ConfigError: If there are two such configs.
     """
     first: tuple[str, str] | None = None
     for path in _configs(arguments):
@@ -84,6 +87,7 @@ def check_whole_configs(arguments: Sequence[str]) -> None:
 
 
 def _configs(arguments: Sequence[str]) -> Iterable[str]:
+    """Paths of the configs among arguments of the command line."""
     for number, word in enumerate(arguments):
         if word.startswith("--config="):
             yield word.removeprefix("--config=")
@@ -92,10 +96,10 @@ def _configs(arguments: Sequence[str]) -> Iterable[str]:
 
 
 def _kind(path: str) -> str | None:
-    """Which of our modules a config trains; None for an overlay, a module of one's own, or what cannot be read."""
+    """Which of our modules a config is for; None for an overlay, for a user's own module, and for a file that cannot be read."""
     try:
         content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):  # the parser says what is wrong with it
+    except (OSError, ValueError, yaml.YAMLError):  # the parser will report what is wrong with it
         return None
     model = content.get("model") if isinstance(content, Mapping) else None
     if isinstance(model, str):

@@ -1,6 +1,6 @@
-"""How a signal ends a run: at once where nothing can be lost, else at the next moment from which the run can go on.
+"""How a signal ends a run: at once if nothing can be lost, else at the next moment from which the run can be resumed.
 
-Needs Python alone, so that a process can take its signals over before torch is imported, which takes seconds.
+This file needs only Python, so that a process can handle signals before it imports torch, which takes seconds.
 """
 
 import os
@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-# Ctrl-C; schedulers, `kill` and torchrun; SLURM before its limit (`--signal=USR1@120`); a terminal that is closed.
+# In this order from: Ctrl-C; schedulers, `kill` and torchrun; SLURM before its time limit (`--signal=USR1@120`); a closed
+# terminal.
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
@@ -19,33 +20,33 @@ NOTHING_MADE = "nothing that a run could go on from has been made; start the com
 
 
 class RunStopped(SystemExit):
-    """Ends a run that a signal asked to stop; the process exits with 128 + the signal's number, as shells have it.
+    """Ends a run that a signal asked to stop. The process exits with 128 + the number of the signal, as is usual in shells.
 
     Args:
-        number: Of the signal.
-        together: Whether all ranks stop, as they have told each other.
+        number: Number of the signal.
+        together: Whether the ranks have agreed to stop together.
     """
 
     def __init__(self, number: int, together: bool = False) -> None:
         super().__init__(128 + number)
         self.number, self.together = number, together
-        self.explained = False  # whether it has been said what there is to go on from
+        self.explained = False  # whether the user has been told how to resume
 
 
 class StopSignals:
-    """The signals that end a run. Without `take_over` it asks for nothing, and all that it offers does nothing.
+    """Handles the signals that end a run. Nothing is handled before `take_over`.
 
-    The first signal raises `RunStopped`, at once or, within `deferred`, at the next `check` or `at_once`. A second one ends the
-    process where it is.
+    The first signal raises `RunStopped`: at once or, within `deferred`, at the next `check` or `at_once`. A second signal ends
+    the process at once.
 
     Args:
-        started_by_rank: Whether another rank of the same command started this process. That rank hands its signals on, and a
-            terminal sends them to all of its processes itself: here a second one is no new wish.
+        started_by_rank: Whether another rank of the same command started this process. That rank passes its signals on, and a
+            terminal sends them to all its processes as well: a second signal is then no second request.
     """
 
     def __init__(self, started_by_rank: bool = False) -> None:
-        self.requested = 0  # number of the first signal
-        self.started_ranks: Sequence[int] = ()  # processes that this one started, which have to hear of it as well
+        self.requested = 0  # number of the first signal; 0 if there was none
+        self.started_ranks: Sequence[int] = ()  # ids of processes that this one started, to which signals are passed on
         self.last_words: Callable[[], str] = lambda: NOTHING_MADE
         self.started_by_rank = started_by_rank
         self._deferred = 0
@@ -53,20 +54,20 @@ class StopSignals:
 
     @property
     def taken_over(self) -> bool:
-        """Whether signals come here."""
+        """Whether signals are handled here."""
         return bool(self._previous)
 
     def take_over(self) -> None:
-        """Let the signals of this process come here, also where another library has taken them meanwhile.
+        """Handle the signals of this process, also if another library has installed its handlers meanwhile.
 
-        Only the main thread may do so; elsewhere nothing happens.
+        Only the main thread may do so; in other threads nothing happens.
         """
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
             current = signal.getsignal(number)
-            # `nohup` means what it says. A shell without job control lets programs in the background ignore Ctrl-C as well, but
-            # a SIGINT that is sent to one of them on purpose is meant.
+            # Under `nohup` SIGHUP stays ignored. A shell without job control makes programs in the background ignore SIGINT, too,
+            # but that is handled all the same: a SIGINT that is sent to such a program is sent on purpose.
             if number.name == "SIGHUP" and current == signal.SIG_IGN:
                 continue
             if current != self._handle:
@@ -74,7 +75,7 @@ class StopSignals:
                 signal.signal(number, self._handle)
 
     def give_back(self) -> None:
-        """Put the handlers back that there were before, and forget a signal that has been dealt with."""
+        """Restore the previous handlers, and forget a signal that has been dealt with."""
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous, self.requested, self.started_ranks = {}, 0, ()
@@ -85,12 +86,12 @@ class StopSignals:
             raise RunStopped(self.requested)
 
     def defer(self) -> None:
-        """Let signals wait for the next `check` or `at_once` from now on."""
+        """From now on, let signals wait for the next `check` or `at_once`."""
         self._deferred += 1
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within this context a signal waits for the next `check` or `at_once`: what runs here must not be torn apart."""
+        """Within this context a signal waits for the next `check` or `at_once`, since the code here must not be interrupted."""
         self.defer()
         try:
             yield
@@ -99,7 +100,7 @@ class StopSignals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within this context, inside of `deferred` too, a signal raises at once: what runs here changes nothing that counts."""
+        """Within this context a signal raises at once, even inside of `deferred`, since the code here changes no state."""
         self.check()
         outside, self._deferred = self._deferred, 0
         try:
@@ -131,6 +132,6 @@ class StopSignals:
 
 
 def _say(text: str) -> None:
-    # Not by sys.stderr, in the middle of whose own writing the signal may have come.
+    # Not through sys.stderr: the signal may have interrupted it while it was writing.
     with suppress(OSError):
         os.write(2, text.encode())

@@ -1,4 +1,4 @@
-"""`Trainer`: Lightning's Trainer with the commands `score`, `export` and `plan`."""
+"""`Trainer`: Lightning's Trainer with the commands `score`, `export` and `plan`, and with checks before a model is loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,20 @@ from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.policy_export import policy_in_training
 from hybrid_lightning.callbacks.resume import check_evaluated
 from hybrid_lightning.callbacks.run_folder import RunFolder, find_run_folder, run_folder
-from hybrid_lightning.callbacks.step_timer import measured
+from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export.adapter_folder import AdapterFolder
 from hybrid_lightning.export.merged_model import MergedModel
 from hybrid_lightning.export.sources import policy_of_checkpoint
 from hybrid_lightning.export.trained import ExportForm
-from hybrid_lightning.export.write import check_target, write_policy, written
+from hybrid_lightning.export.write import check_target, write_policy, written_message
 from hybrid_lightning.memory import plan_memory
 from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
-from hybrid_lightning.memory.peaks import notes, rich_table, title
+from hybrid_lightning.memory.peaks import memory_notes, memory_table, memory_title
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.update import TRAINING_METRICS
-from hybrid_lightning.sharding.checkpoints import read_content, require_checkpoint
+from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
 
 _STAGES = {
     "fit": TrainerFn.FITTING,
@@ -40,14 +40,15 @@ _STAGES = {
 
 
 class Trainer(LightningTrainer):
-    """Lightning's Trainer, which tells `setup` hooks the checkpoint that is about to be loaded, scores modules and exports.
+    """Lightning's Trainer, which also scores modules, exports and plans.
 
-    The time that checkpoints take is told to `StepTimer`, which has no hook around them. Whatever the loggers, a run has a folder
-    of its own, `log_dir`, in which they, checkpoints and callbacks keep their files (see `RunFolder`).
+    `setup` hooks can see the checkpoint that is about to be loaded. `StepTimer` is told the time that checkpoints take, for which
+    it has no hook. Whatever the loggers, a run has a folder of its own, `log_dir`, in which loggers, checkpoints and callbacks
+    keep their files (see `RunFolder`).
     """
 
-    command = "fit"  # as which the user runs `fit`
-    earlier_scoring: Path | None = None  # of a run that was stopped while it scored the modules
+    command = "fit"  # the command that the user has given, where Lightning runs `fit`: "fit" or "score"
+    earlier_scoring: Path | None = None  # folder with the scores so far of a run that was stopped while it scored the modules
 
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         if ckpt_path is not None:
@@ -60,22 +61,22 @@ class Trainer(LightningTrainer):
             raise CheckpointError(
                 f"score goes on from the folder {SCORING} of a run that was stopped meanwhile, not from {ckpt_path}"
             )
-        # Lightning sets `trainer.ckpt_path` only after the setup hooks; HybridAdapterSetup has to know the checkpoint's plan
-        # before, or it would score the modules anew.
+        # Lightning sets `trainer.ckpt_path` only after the setup hooks, but HybridAdapterSetup must know the checkpoint's plan in
+        # them, or it would score the modules again.
         self._checkpoint_connector._ckpt_path = ckpt_path
         if find_run_folder(self) is None:
             self.callbacks.insert(0, RunFolder())  # type: ignore[attr-defined]
         return super()._run(model, ckpt_path, weights_only)
 
     def check_checkpoint(self, ckpt_path: str | None) -> None:
-        """Find out whether there is a checkpoint, before anything is loaded; the command line does so.
+        """Check that a checkpoint exists. The command line does so before anything is loaded.
 
         Args:
-            ckpt_path: As given; None for none.
+            ckpt_path: The path as given, or None.
 
         Raises:
-            CheckpointError: If there is nothing, or it is a word by which Lightning means a checkpoint of an earlier `fit` of the
-                same Trainer, which a command does not have.
+            CheckpointError: If there is no such checkpoint, or if the path is a word by which Lightning means a checkpoint of an
+                earlier `fit` with the same Trainer, which a command does not have.
         """
         folder = getattr(self.checkpoint_callback, "dirpath", None)
         if ckpt_path == "best" or (ckpt_path == "last" and folder is None):
@@ -92,25 +93,26 @@ class Trainer(LightningTrainer):
         super()._teardown()
         folder = find_run_folder(self)
         if self.interrupted and folder is not None and self.is_global_zero:
-            folder.give_back()  # not before: loggers have been closed now, which write into it once more
+            folder.give_back()  # not earlier, because loggers write into the folder when they are closed
 
     @property
     def log_dir(self) -> str | None:
-        """The run's folder, whatever the loggers; None under `fast_dev_run`.
+        """The folder of the run, whatever the loggers; None under `fast_dev_run`.
 
-        All processes have to ask for it together the first time, as Lightning does before it lets loggers begin.
+        The first time all processes must ask for it together, as Lightning does before loggers begin to write.
         """
         folder = run_folder(self)
         return None if folder is None else str(folder)
 
     def save_checkpoint(self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None) -> None:
-        """Save a checkpoint as Lightning does, and time it."""
-        with measured(self, "checkpoint"):
+        """Save a checkpoint as Lightning does, and measure the time."""
+        with time_charged_to(self, "checkpoint"):
             super().save_checkpoint(filepath, weights_only, storage_options)
 
     def _run_stage(self) -> Any:
         results = super()._run_stage()
-        # A run that was stopped in its last validation has no step to make, for which Lightning does not begin to train.
+        # A run that was stopped in its last validation has no steps left, so that Lightning does not start the training loop, in
+        # whose hooks the validation is made.
         stops = [callback for callback in self.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
         if self.state.fn == "fit" and any(stop.validation_due for stop in stops):
             self.fit_loop.on_run_start()
@@ -118,13 +120,13 @@ class Trainer(LightningTrainer):
         return results
 
     def check(self, model: LanguageModule, datamodule: LightningDataModule | None = None, command: str = "fit") -> None:
-        """Find what is wrong with settings, data, reward and monitors, before a model is loaded.
+        """Check settings, data, reward and monitors before a model is loaded.
 
-        The command line does so with a module that is made `unloaded`. What is read here the data module keeps. A data module
-        that prepares or sets up its data in a way of its own is left to do so in its time.
+        The command line does so with a module that is made `unloaded`. The data module keeps the data that it reads here. A data
+        module that overrides how data is prepared or set up is not asked before its time.
 
         Args:
-            model: What is going to be run.
+            model: The module that is going to be run.
             datamodule: Its data.
             command: "fit", "score", "validate", "test" or "predict".
 
@@ -140,7 +142,7 @@ class Trainer(LightningTrainer):
         self.state.fn = _STAGES[command]
         try:
             model.check_settings()
-            model.pretrained.check()  # of the hub as well, before data of the hub is waited for
+            model.pretrained.check()  # asks the hub for the model, before the data is downloaded
             if isinstance(datamodule, PromptDataModule) and not _prepares_itself(datamodule):
                 self._check_data(model, datamodule, command)
             if self.state.fn == "fit":
@@ -169,15 +171,15 @@ class Trainer(LightningTrainer):
         Args:
             model: The module to score.
             datamodule: Its calibration data.
-            ckpt_path: The folder `scoring` of a run that was stopped while it scored, to go on from.
+            ckpt_path: The folder `scoring` of a run that was stopped while it scored, to continue from.
 
         Raises:
             CheckpointError: If `ckpt_path` is something else.
-            ConfigError: If no callback HybridAdapterSetup is there.
+            ConfigError: If there is no callback HybridAdapterSetup.
         """
         if not any(isinstance(callback, HybridAdapterSetup) for callback in self.callbacks):  # type: ignore[attr-defined]
             raise ConfigError("score needs the callback HybridAdapterSetup among trainer.callbacks")
-        # Scoring is part of the setup of `fit`; a fit of no steps is that setup and nothing else, under every strategy.
+        # Scoring is part of the setup of `fit`; a `fit` of 0 steps runs just that setup, under every strategy.
         self.fit_loop.epoch_loop.max_steps = 0
         self.num_sanity_val_steps = 0
         self.command = "score"
@@ -202,11 +204,11 @@ class Trainer(LightningTrainer):
             datamodule: Its data, for the model card.
             ckpt_path: Checkpoint to export, a file or a sharded folder; None exports the module as it is after `fit`.
             form: `MergedModel` (the default), `AdapterFolder` or `LoraFolder`.
-            folder: New or empty folder to write.
+            folder: Folder to write, which must be new or empty.
 
         Raises:
             CheckpointError: If the checkpoint cannot be read, or settings of the adapter contradict it.
-            ConfigError: If the folder holds something, or the form cannot hold the policy.
+            ConfigError: If the folder is not empty, or the form cannot hold the policy.
             PlanError: If the base model is not the one that was adapted.
         """
         if self.is_global_zero:
@@ -217,12 +219,12 @@ class Trainer(LightningTrainer):
         else:
             for callback in self.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, HybridAdapterSetup):
-                    check_evaluated(read_content(ckpt_path), callback)
+                    check_evaluated(read_checkpoint(ckpt_path), callback)
             policy = policy_of_checkpoint(ckpt_path, dict(model.hparams), datamodule) if self.is_global_zero else None
         if policy is not None:
             form = form or MergedModel()
             write_policy(policy, form, folder)
-            say(written(policy, form, folder))
+            say(written_message(policy, form, folder))
             if ckpt_path is not None and isinstance(form, (MergedModel, AdapterFolder)):
                 validated = bool(policy.training.before or policy.training.after)
                 command = export_command(Path(ckpt_path).parent.parent, folder, validated)
@@ -235,13 +237,13 @@ class Trainer(LightningTrainer):
         """Print how much memory a run will take, from the model's config alone: no weights are loaded.
 
         Args:
-            model: The arguments of the policy, which is not made (see `policy_arguments`).
-            datamodule: Its data, read only to find out how long prompts are.
-            flags: Of the Trainer that the run will have.
-            prompt_tokens: Tokens of each prompt; None takes data.max_prompt_tokens, or else the longest of the training prompts.
+            model: The arguments of the policy, which itself is not made (see `policy_arguments`).
+            datamodule: Its data, which is read only to find the length of prompts.
+            flags: Flags of the Trainer that the run will have.
+            prompt_tokens: Tokens of each prompt; None takes data.max_prompt_tokens, or else the longest training prompt.
 
         Raises:
-            ConfigError: If no callback HybridAdapterSetup is there, or a value is impossible.
+            ConfigError: If there is no callback HybridAdapterSetup, or a value is impossible.
             ModelError: If there is no such model, or it cannot be traced.
         """
         adapters = [callback for callback in self.callbacks if isinstance(callback, HybridAdapterSetup)]  # type: ignore[attr-defined]
@@ -249,17 +251,18 @@ class Trainer(LightningTrainer):
             raise ConfigError("plan needs the callback HybridAdapterSetup among trainer.callbacks")
         settings = run_settings(model, adapters[0], datamodule, flags, prompt_tokens)
         methods = plan_memory(settings, flags.sharding)
-        console().print(title(methods, settings, flags.sharding), soft_wrap=True)
-        console().print(rich_table(methods))
-        console().print(notes(methods, settings), soft_wrap=True)
+        console().print(memory_title(methods, settings, flags.sharding), soft_wrap=True)
+        console().print(memory_table(methods))
+        console().print(memory_notes(methods, settings), soft_wrap=True)
 
 
 def _prepares_itself(datamodule: PromptDataModule) -> bool:
+    """Whether a data module overrides how its data is prepared or set up."""
     kind = type(datamodule)
     return kind.setup is not PromptDataModule.setup or kind.prepare_data is not PromptDataModule.prepare_data
 
 
 def _all_ours(model: LanguageModule, trainer: LightningTrainer) -> bool:
-    """Whether nobody else's code could log something in a validation."""
+    """Whether only code of this project and of Lightning can log something in a validation."""
     parts = [model, model.loss, *trainer.callbacks]  # type: ignore[attr-defined]
     return all(type(part).__module__.partition(".")[0] in ("hybrid_lightning", "lightning") for part in parts)

@@ -1,7 +1,9 @@
-"""The nouns of both flows: what one stage hands to the next.
+"""The data that one stage of training passes to the next, as frozen dataclasses.
 
-Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order (the G completions of a prompt are
-neighbours), S prompt tokens (left-padded), T completion tokens (right-padded).
+    Prompt -> Rollouts (Completion, Sequences) -> Rewards -> PolicyBatch -> LossInputs -> LossOutput
+
+Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order (the G completions of a prompt are neighbours), S
+prompt tokens (left-padded), T completion tokens (right-padded).
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -17,22 +19,22 @@ class Prompt:
 
     text: str | None = None  # a plain prompt, given to the tokenizer as it is
     messages: tuple[dict[str, str], ...] | None = None  # chat turns {"role", "content"}, rendered by the chat template
-    answer: str | None = None  # the reference answer, None where the data has none
+    answer: str | None = None  # the reference answer; None if the data has none
     index: int = 0  # number of the row in its source, before any split or filter: identifies the problem
     source: str = ""  # where the row comes from, for error messages
     columns: dict[str, Any] = field(default_factory=dict)  # the whole row, for rewards that need more than the answer
-    set_name: str = ""  # the named set that the problem belongs to, which evaluation reports on its own; "" if there is one set
-    set_weight: float | None = None  # what training draws of its set, relative to other sets; None: in proportion to its size
-    completions: tuple[str, ...] = ()  # to train on: a demonstration, or the chosen and the rejected one; none for rewards
+    set_name: str = ""  # name of the set of the problem, which evaluation reports separately; "" if there is one set
+    set_weight: float | None = None  # share of its set in training, relative to other sets; None: in proportion to its size
+    completions: tuple[str, ...] = ()  # given completions to train on: a demonstration, or a chosen and a rejected one
 
     def __post_init__(self) -> None:
         assert (self.text is None) != (self.messages is None), "a Prompt has either text or messages"
 
 
 class Completion(str):
-    """The text of a completion, which also knows how many tokens it took, whether it came to an end and how it began.
+    """The text of a completion, with its number of tokens, whether it is finished, and whether it begins within reasoning.
 
-    To whoever needs none of it it is a plain string.
+    It is a string, and can be used as one.
 
     Example:
         >>> completion = Completion("12", num_tokens=3, finished=True)
@@ -41,11 +43,11 @@ class Completion(str):
     """
 
     num_tokens: int  # as in `Sequences.completion_mask`: up to and including the stop token
-    finished: bool  # True if ended by a stop token, False if cut at the maximum length
-    thinking: bool  # True if the prompt ends in <think>, as chat templates of some reasoning models write it
+    finished: bool  # True if a stop token or stop string ended it, False if it was cut at the maximum length
+    thinking: bool  # True if the prompt ends in <think>, as the chat templates of some reasoning models do
 
     def __new__(cls, text: str, num_tokens: int, finished: bool, thinking: bool = False) -> Self:
-        """A string with three attributes."""
+        """Make a string with three attributes."""
         self = super().__new__(cls, text)
         self.num_tokens, self.finished, self.thinking = num_tokens, finished, thinking
         return self
@@ -55,7 +57,7 @@ class Completion(str):
 
 
 class _TensorContainer:
-    """Moves every tensor of a dataclass, nested ones included (Lightning's batch transfer calls `to`)."""
+    """Moves all tensors of a dataclass together, including nested ones (Lightning's batch transfer calls `to`)."""
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Self:
         """A copy with every tensor on `device`."""
@@ -96,7 +98,7 @@ class Sequences(_TensorContainer):
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions of P prompts, G each."""
+    """Completions of P prompts, G for each prompt."""
 
     prompts: tuple[Prompt, ...]  # P
     sequences: Sequences  # B = P * G rows
@@ -108,56 +110,56 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Rewards(_TensorContainer):
-    """What a reward function says of B completions."""
+    """The rewards of B completions."""
 
     total: Tensor  # [B] float32, the training signal
     parts: dict[str, Tensor]  # name -> [B] float32 before weighting; a single reward has one part
-    correct: Tensor  # [B] bool: the parts that measure correctness are all fully earned
-    weights: dict[str, float] = field(default_factory=dict)  # name -> of the part in `total`; 1 for names that are not there
+    correct: Tensor  # [B] bool: True if all parts that measure correctness are fully earned
+    weights: dict[str, float] = field(default_factory=dict)  # name -> weight of the part in `total`; 1 for missing names
 
 
 @dataclass(frozen=True)
 class LossInputs(_TensorContainer):
-    """All that a policy loss may look at."""
+    """The inputs of a policy loss."""
 
     logprobs: Tensor  # [B, T] float32 with gradient: log pi(token) of the policy being trained
     advantages: Tensor  # [B] float32
     completion_mask: Tensor  # [B, T] bool
     old_logprobs: Tensor | None = None  # [B, T] of the policy that sampled; None: exactly on-policy, `logprobs.detach()`
-    ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed when `kl_coef` is not 0
+    ref_logprobs: Tensor | None = None  # [B, T] of the start policy; needed if `kl_coef` is not 0
     num_sequences: float | None = None  # sequences in the optimizer step, over micro-batches and ranks; None: those here
-    num_tokens: float | None = None  # completion tokens in the optimizer step, likewise
-    updated_sequences: float | None = None  # of `num_sequences`, those that take part in the update: what metrics are means over
-    updated_tokens: float | None = None  # of `num_tokens`, likewise
+    num_tokens: float | None = None  # number of completion tokens in the optimizer step, likewise
+    updated_sequences: float | None = None  # those of `num_sequences` that take part in the update: metrics are means over these
+    updated_tokens: float | None = None  # those of `num_tokens`, likewise
     importance_weights: Tensor | None = None  # [B, T] factors of the policy term (see `PolicyLoss`); None: all 1
-    entropy: Tensor | None = None  # [B, T] in nats, with gradient; needed when `entropy_coef` is not 0
-    max_completion_tokens: float | None = None  # longest completion that the sampler makes; `DrGRPOLoss` needs it
-    micro_batch_tokens: float | None = None  # completion tokens in the micro-batch of these rows; None: those here
-    num_micro_batches: float | None = None  # micro-batches in the optimizer step, over ranks; None: 1
+    entropy: Tensor | None = None  # [B, T] in nats, with gradient; needed if `entropy_coef` is not 0
+    max_completion_tokens: float | None = None  # length at which the sampler cuts completions; `DrGRPOLoss` needs it
+    micro_batch_tokens: float | None = None  # completion tokens in the micro-batch to which these rows belong; None: those here
+    num_micro_batches: float | None = None  # number of micro-batches in the optimizer step, over ranks; None: 1
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss and what to log beside it."""
+    """A loss and metrics to log with it."""
 
-    loss: Tensor  # scalar: the share of these sequences in the optimizer step's loss (shares add up, not average)
+    loss: Tensor  # scalar: the share of these sequences in the optimizer step's loss (shares are added up, not averaged)
     metrics: dict[str, Tensor]  # name -> scalar without gradient
 
 
 @dataclass(frozen=True)
 class PolicyBatch(_TensorContainer):
-    """One micro-batch of training data, made at rollout time."""
+    """One micro-batch of training data, made when the rollout is made."""
 
     sequences: Sequences  # B rows
     advantages: Tensor  # [B] float32
-    sampling_logprobs: Tensor  # [B, T] float32, as the sampler saw them (see `Rollouts`)
+    sampling_logprobs: Tensor  # [B, T] float32, as the sampler computed them (see `Rollouts`)
     old_logprobs: Tensor | None  # [B, T]; None if the micro-batch is exactly on-policy
     ref_logprobs: Tensor | None  # [B, T]; None if the loss has no KL term
-    num_sequences: float  # in the optimizer step that this micro-batch belongs to, over all its micro-batches and ranks
-    num_tokens: float  # completion tokens in that optimizer step, likewise
-    updated_sequences: float  # of `num_sequences`, those in a micro-batch: rows without advantage may be left out
-    updated_tokens: float  # of `num_tokens`, likewise
-    metrics: dict[str, float] = field(default_factory=dict)  # of the rollout that these rows come from, for logging
+    num_sequences: float  # number of sequences in the optimizer step of this micro-batch, over all its micro-batches and ranks
+    num_tokens: float  # number of completion tokens in that optimizer step, likewise
+    updated_sequences: float  # those of `num_sequences` that are in a micro-batch: rows without advantage may be left out
+    updated_tokens: float  # those of `num_tokens`, likewise
+    metrics: dict[str, float] = field(default_factory=dict)  # metrics of the rollout, to be logged
     policy_mask: Tensor | None = None  # [B, T] bool: tokens that get a policy gradient (see `TopEntropyMask`); None: all
 
     def with_logprobs(self, old_logprobs: Tensor | None, ref_logprobs: Tensor | None) -> "PolicyBatch":
@@ -183,7 +185,7 @@ class PolicyBatch(_TensorContainer):
         )
 
     def loss_inputs(self, logprobs: Tensor) -> LossInputs:
-        """Join the log-probabilities of the policy being trained, [B, T], with what was known at rollout time."""
+        """Combine the log-probabilities of the policy being trained, [B, T], with what was computed at rollout time."""
         return LossInputs(
             logprobs=logprobs,
             advantages=self.advantages,

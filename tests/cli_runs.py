@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tiny_runs import write_model, write_sums
 
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.callbacks import hybrid_adapter_setup
 from hybrid_lightning.cli import main
 
 CONFIG = """
@@ -100,10 +103,16 @@ class Result:
         return lines[-1] if lines else ""
 
 
+def empty_picture(plan: AdapterPlan) -> Figure:
+    """In the place of a heat map."""
+    return Figure(figsize=(0.1, 0.1))
+
+
 def run(folder, *arguments) -> Result:
-    """One command in a folder, from which Python imports as it does for `python -m`."""
+    """One command in a folder, from which Python imports as it does for `python -m`; the picture of its plan is empty."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(hybrid_adapter_setup, "draw_heatmap", empty_picture)
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["hybrid_lightning", *map(str, arguments)])
         torch.set_num_threads(1)

@@ -1,13 +1,16 @@
 """Fixtures that all tests share; helpers have modules of their own, since several folders have a conftest."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cli_runs import empty_picture
 from tiny_models import build_model, build_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hybrid_lightning.adapters.plan_display import draw_heatmap
+from hybrid_lightning.callbacks import hybrid_adapter_setup
 from hybrid_lightning.engine.cpu import operators as calls
 from hybrid_lightning.engine.cpu.build import library
 
@@ -21,6 +24,22 @@ def pytest_collection_finish() -> None:
     """Let the garbage collector not look again and again through libraries and tests, which all stay."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Let pictures of plans be empty: one that is drawn takes as long as a fifth of a small run, and most are not looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hybrid_adapter_setup, "draw_heatmap", empty_picture)
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Iterator[None]:
+    """Let pictures of plans be drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hybrid_adapter_setup, "draw_heatmap", draw_heatmap)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,20 @@
-"""Commands that ask a hub, one after the other in a process of their own: libraries read only once which hub that is.
+"""Commands that ask a hub, each forked from a process that has imported everything: libraries read only once which hub that is.
 
 As a program it reads a command a line from standard input, as JSON, and answers each with a line.
 """
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from cli_runs import Result, run
-
-from hybrid_lightning import hub
+from fork_server import IMPORTED, free_port
 
 
 class Commands:
@@ -39,10 +41,16 @@ class Commands:
 
         self._log = log.open()
 
-    def __call__(self, *arguments: Any, token: str = "") -> Result:
-        """Run a command, logged in by a token or not at all."""
+    def __call__(self, *arguments: Any, token: str = "", ranks: int = 1) -> Result:
+        """Run a command, logged in by a token or not at all; on several ranks what the first one says and the highest code."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        asked = {"folder": str(self.folder), "arguments": [str(argument) for argument in arguments], "token": token}
+        asked = {"folder": str(self.folder), "arguments": [str(argument) for argument in arguments], "environment": {}}
+        if token:
+            asked["environment"] = {"HF_TOKEN": token}
+        asked["ranks"] = [{}]
+        if ranks > 1:  # as torchrun starts them
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
+            asked["ranks"] = [{**shared, "LOCAL_RANK": str(rank)} for rank in range(ranks)]
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -69,21 +77,44 @@ def environment(endpoint: str, home: Path) -> dict[str, str]:
 
 
 def _serve() -> None:
+    for name in (*IMPORTED, "datasets", "fsspec.implementations.http", "transformers.models.qwen3.modeling_qwen3"):
+        import_module(name)
+    gc.freeze()
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be taken for an answer
     for line in sys.stdin:
         asked = json.loads(line)
-        os.environ.pop("HF_TOKEN", None)
-        if asked["token"]:
-            os.environ["HF_TOKEN"] = asked["token"]
-        hub.answers.cache_clear()  # each command is a process of its own to a user
-        try:
-            result = run(asked["folder"], *asked["arguments"])
-        except BaseException as error:  # what a command line must never let out
-            import traceback
-
-            result = Result(70, "", "".join(traceback.format_exception(error)))
-        answers.write(json.dumps(vars(result)) + "\n")
+        results = [_started(asked, {**asked["environment"], **rank}) for rank in asked["ranks"]]
+        results = [_result(*started) for started in results]
+        code = max(result["code"] for result in results)
+        answers.write(json.dumps({**results[0], "code": code}) + "\n")
         answers.flush()
+    os._exit(0)  # Python would take all modules apart
+
+
+def _started(asked: dict[str, Any], environment: dict[str, str]) -> tuple[int, int]:
+    """A process that runs a command, and where it writes its result."""
+    end, written = os.pipe()
+    process = os.fork()
+    if process:
+        os.close(written)
+        return process, end
+    os.close(end)
+    os.environ.update(environment)
+    try:
+        result = run(asked["folder"], *asked["arguments"])
+    except BaseException as error:  # what a command line must never let out
+        result = Result(70, "", "".join(traceback.format_exception(error)))
+    with os.fdopen(written, "w") as file:
+        file.write(json.dumps(vars(result)))
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _result(process: int, end: int) -> dict[str, Any]:
+    with os.fdopen(end) as file:
+        text = file.read()
+    _, status = os.waitpid(process, 0)
+    return json.loads(text) if text else {"code": 70, "out": "", "err": f"the process ended with status {status}"}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hybrid_lightning.adapters import gradients, scores
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.callbacks import RunSummary
-from hybrid_lightning.policy import evaluated
+from hybrid_lightning.policy import evaluation, language
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles
@@ -35,25 +35,25 @@ FIT = (
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "the first completions for scoring": (Sampler, "sample", 1),
     "later completions for scoring": (Sampler, "sample", 3),
-    "a reward for scoring": (evaluated, "evaluate_reward", 2),
+    "a reward for scoring": (language, "evaluate_reward", 2),
     "a gradient for scoring": (gradients, "_check_loss", 2),
     "a score": (scores, "_statistics", 3),
     "the plan is written": (AdapterPlan, "save", 1),
-    "the first validation": (PolicyModule, "_sample", 1),
+    "the first validation": (evaluation, "_sample", 1),
     "the first rollout": (PolicyModule, "roll_out", 1),
-    "the first reward": (evaluated, "evaluate_reward", 6),
-    "the first update": (PolicyModule, "_run", 1),
+    "the first reward": (language, "evaluate_reward", 6),
+    "the first update": (PolicyModule, "chunk_loss", 1),
     "the middle of the first step": (PolicyModule, "training_step", 2),
     "the first step is made": (PolicyModule, "on_before_optimizer_step", 1),
     "old log-probabilities": (PolicyModule, "add_logprobs", 2),
     "the second rollout": (PolicyModule, "roll_out", 2),
     "the middle of a later step": (PolicyModule, "training_step", 6),
     "the step before a validation": (PolicyModule, "on_before_optimizer_step", 4),
-    "a validation": (PolicyModule, "_sample", 2),
+    "a validation": (evaluation, "_sample", 2),
     "a checkpoint is saved": (WholeFiles, "save_checkpoint", 1),
     "the last update of an epoch": (PolicyModule, "training_step", 12),
     "the first rollout of an epoch": (PolicyModule, "roll_out", 4),
-    "the last validation": (PolicyModule, "_sample", 3),
+    "the last validation": (evaluation, "_sample", 3),
     "the summary": (RunSummary, "_summary", 1),
 }
 

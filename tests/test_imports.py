@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hybrid_lightning
+from hybrid_lightning import engine
 
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
@@ -98,6 +99,18 @@ def test_no_arrow_points_the_wrong_way(name):
     assert not wrong, f"{name} must not import {sorted(wrong)}"
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if part_of(name) != "engine"])
+def test_the_engine_is_used_by_its_public_names(name):
+    """Its files may be cut anew without a change elsewhere."""
+    inside = {imported for imported in imports_of(name) if imported.startswith(f"{PACKAGE}.engine.")}
+    assert not inside, f"{name} reaches into {sorted(inside)}: import from {PACKAGE}.engine what it needs"
+
+
+@pytest.mark.parametrize("name", engine.__all__)
+def test_the_public_names_of_the_engine_are_there(name):
+    assert getattr(engine, name).__module__.startswith(f"{PACKAGE}.engine.")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_callbacks_are_imported_by_their_one_name(name):
     """`callbacks` is a link: by another name every class would exist twice."""
@@ -161,3 +174,30 @@ def test_every_package_is_in_the_wheel():
     assert set(settings["tool"]["setuptools"]["packages"]) == {".".join(path.parts) for path in packages} | {
         f"{PACKAGE}.callbacks"
     }
+
+
+def test_no_imports_go_in_a_circle():
+    """Not even within functions, or for types alone."""
+    arrows = {
+        name: {imported for imported in imports_of(name) & FILES.keys() if FILES[imported].name != "__init__.py"}
+        for name in FILES
+    }
+    done: set[str] = set()
+
+    def walk(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a circle: {' -> '.join((*way[way.index(name) :], name))}"
+        if name not in done:
+            for imported in sorted(arrows[name]):
+                walk(imported, (*way, name))
+            done.add(name)
+
+    for name in FILES:
+        walk(name, ())
+
+
+def test_files_can_be_told_apart_and_read_at_once():
+    paths = [path for path in FILES.values() if path.name != "__init__.py"]
+    names = [path.name for path in paths]
+    assert len(names) == len(set(names)), "two files of one name"
+    long = {path.name: lines for path in paths if (lines := path.read_text(encoding="utf-8").count("\n")) > 400}
+    assert not long, "more than one idea"

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.remedies import check_whole_configs, is_of_the_machine, with_remedy
+from hybrid_lightning.remedies import check_whole_configs, is_machine_error, with_remedy
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 KIND = {"sft": "SupervisedModule", "dpo": "PreferenceModule"}
@@ -49,8 +49,8 @@ def test_a_machine_with_fewer_gpus_says_what_to_give():
 def test_what_the_machine_refuses_is_no_mistake_of_ours(name):
     number = getattr(errno, name)
     error = OSError(number, os.strerror(number), "runs/x")
-    assert is_of_the_machine(error) and "runs/x" in with_remedy(str(error))
-    assert is_of_the_machine(OSError(number, os.strerror(number))) == (name == "ENOSPC"), "a write tells of no file"
+    assert is_machine_error(error) and "runs/x" in with_remedy(str(error))
+    assert is_machine_error(OSError(number, os.strerror(number))) == (name == "ENOSPC"), "a write tells of no file"
     assert ("--trainer.logger.save_dir=FOLDER" in with_remedy(str(error))) == (name in ("EACCES", "EROFS", "ENOSPC"))
 
 
@@ -58,7 +58,7 @@ def test_what_the_machine_refuses_is_no_mistake_of_ours(name):
     "error", [OSError(errno.EACCES, "no file is named"), OSError("x"), KeyError("x"), TimeoutError(110, "x", "y")]
 )
 def test_other_errors_keep_their_traceback(error):
-    assert not is_of_the_machine(error) and with_remedy(str(error)) == str(error)
+    assert not is_machine_error(error) and with_remedy(str(error)) == str(error)
 
 
 @pytest.mark.parametrize(("first", "second"), itertools.permutations(["gspo", "sft", "dpo", "qwen3"], 2))

@@ -15,7 +15,7 @@ from cli_runs import run
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.advantages import LeaveOneOutAdvantage
-from hybrid_lightning.configurable import public_path, translated
+from hybrid_lightning.configurable import public_path, with_public_paths
 from hybrid_lightning.policy.examples import PreferenceModule, SupervisedModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.sharding.sharded_folder import read_weights
@@ -115,7 +115,7 @@ def test_classes_that_have_moved_since_are_found(folder):
 @pytest.mark.parametrize("path", (WRITTEN / "classes.txt").read_text().split())
 def test_each_class_that_a_config_could_name_is_found(path):
     """All classes of a100f97 that were no base of others, named by file as it did."""
-    room, _, name = translated(path).rpartition(".")
+    room, _, name = with_public_paths(path).rpartition(".")
     assert isinstance(getattr(import_module(room), name), type)
     kind = getattr(import_module(room), name)
-    assert public_path(kind) == translated(path), "and it is written by the same name"
+    assert public_path(kind) == with_public_paths(path), "and it is written by the same name"

@@ -5,9 +5,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, build_model
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from hybrid_lightning.engine.engine import Engine
-from hybrid_lightning.engine.fused_layers import use_fused_layers, use_fused_rotary
-from hybrid_lightning.engine.fused_lora import use_fused_lora
+from hybrid_lightning.engine import Engine, use_fused_modules
 from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
@@ -38,8 +36,7 @@ def build(family, targets=ALL, **settings):
 def fused(model):
     """The engine of a model whose layers it fuses."""
     engine = Engine(model)
-    for use_fused in (use_fused_lora, use_fused_layers, use_fused_rotary):
-        use_fused(model, engine.backend)
+    use_fused_modules(model, engine.backend)
     return engine
 
 

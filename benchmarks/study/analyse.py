@@ -1,7 +1,7 @@
 """Makes tables and figures of all records: `python -m benchmarks.study.analyse`.
 
-Reads the records alone, so that whoever doubts a number can make it again from them. Writes `tables.md` and the figures
-`accuracy.png`, `curves.png` and `sizes.png` beside them, and puts the tables of all tasks, and those of one task, between
+Reads the records alone, packed ones and files, so that whoever doubts a number can make it again from them. Writes `tables.md`
+and the figures `accuracy.png`, `curves.png` and `sizes.png`, and puts the tables of all tasks, and those of one task, between
 their marks in the pages that have such marks.
 """
 
@@ -15,7 +15,7 @@ from benchmarks.study.comparison import UNSEEN, Comparison, compare
 from benchmarks.study.cost_table import cost_table
 from benchmarks.study.equal_cost import equal_memory, equal_time
 from benchmarks.study.figures import draw_accuracies, draw_curves, draw_sizes
-from benchmarks.study.pool import RESULTS
+from benchmarks.study.store import RESULTS, Store, add_options, store_of
 from benchmarks.study.tables import choices, differences, headline, of_task, ratios, targets
 
 PAGES = (Path("README.md"), Path("docs/method.md"), Path("results/README.md"), Path("results/study/README.md"))
@@ -32,25 +32,26 @@ TITLES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
+    add_options(parser)
     parser.add_argument(
         "--pages",
         type=Path,
         nargs="*",
-        help=f"with marks to put tables between (default: {', '.join(map(str, PAGES))} for {RESULTS}, none for other records)",
+        help=f"with marks to put tables between (default: {', '.join(map(str, PAGES))} for {RESULTS}, none for another folder)",
     )
     arguments = parser.parse_args()
-    tasks = sorted(folder.name for folder in (arguments.results / "run").glob("*") if folder.is_dir())
-    comparisons = [comparison for task in tasks if (comparison := compare(arguments.results, task)).rows]
+    store = store_of(arguments)
+    comparisons = [comparison for task in store.folders("run") if (comparison := compare(store, task)).rows]
     if not comparisons:
-        sys.exit(f"error: no runs in {arguments.results}/run; make some with python -m benchmarks.study.run")
+        sys.exit(f"error: no runs in {store.folder}/run or {store.pack}; make some with python -m benchmarks.study.run")
     # Others have hybrids of another ratio of rates alone.
     of_hybrid = [comparison for comparison in comparisons if "hybrid" in comparison.rows]
     parts = {table.__name__: table(of_hybrid) for table in (headline, targets, choices, ratios)}
     with_gap = [comparison for comparison in of_hybrid if comparison.has_gap]
     parts["differences"] = differences(with_gap)
-    parts["unseen"] = differences([compare(arguments.results, comparison.task, UNSEEN) for comparison in with_gap])
-    page_text = _page(arguments.results, comparisons, parts)
+    parts["unseen"] = differences([compare(store, comparison.task, UNSEEN) for comparison in with_gap])
+    page_text = _page(store, comparisons, parts)
+    arguments.results.mkdir(parents=True, exist_ok=True)
     (arguments.results / "tables.md").write_text(page_text, encoding="utf-8")
     draw_accuracies(comparisons, arguments.results / "accuracy.png")
     draw_curves(comparisons, arguments.results / "curves.png")
@@ -65,17 +66,17 @@ def main() -> None:
     print(page_text)
 
 
-def _page(results: Path, comparisons: list[Comparison], parts: dict[str, str]) -> str:
+def _page(store: Store, comparisons: list[Comparison], parts: dict[str, str]) -> str:
     sections = []
     for comparison in comparisons:
         sections.append(f"## {comparison.task}\n\n{of_task(comparison)}\n")
         sections.append(f"At equal memory of what is trained (weights, gradients, Adam):\n\n{equal_memory(comparison)}\n")
         if in_time := equal_time(comparison):
             sections.append(f"At equal time (of the processor, each run one thread):\n\n{in_time}\n")
-    for folder in sorted((results / "scores").glob("*")):
-        sections.append(f"## Scores on {folder.name}\n\n{score_tables.of_task(results, folder.name)}\n")
-    if (results / "cost").is_dir():
-        sections.append(f"## Cost\n\n{cost_table(results)}\n")
+    for task in store.folders("scores"):
+        sections.append(f"## Scores on {task}\n\n{score_tables.of_task(store, task)}\n")
+    if store.within("cost"):
+        sections.append(f"## Cost\n\n{cost_table(store)}\n")
     text = "Made by `python -m benchmarks.study.analyse` of the records beside this file. Intervals are of 95%."
     if not parts["differences"]:
         text += " LoRA falls short of FFT beyond chance on no task with both and a hybrid, so that no gap is spoken of."

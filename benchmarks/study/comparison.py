@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
 from benchmarks.study.estimates import Estimate, difference, gap_closed, mean
 from benchmarks.study.methods import METHODS
 from benchmarks.study.records import Record, of_method
+from benchmarks.study.store import Store
 from benchmarks.study.tuning import means, runs_at_best_rate
 
 BASELINES = ("lora", "dora", "rslora", "adalora")  # the four that only adapt
@@ -76,15 +76,11 @@ class Comparison:
         return fmean(accuracies[s] for s in common) / fmean(others[s] for s in common) - 1 if common else None
 
 
-def compare(results: Path, task: str, first_seed: int = 0) -> Comparison:
+def compare(store: Store, task: str, first_seed: int = 0) -> Comparison:
     """Read the runs of a task with this seed or a higher one; methods without any are left out."""
-    records = {
-        name: [record for record in runs_at_best_rate(results, task, name) if record.seed >= first_seed] for name in METHODS
-    }
+    records = {name: [record for record in runs_at_best_rate(store, task, name) if record.seed >= first_seed] for name in METHODS}
     for name, variants in RATIO_TUNED.items():
-        tuned = {
-            variant: values for variant in variants if (values := means(of_method(results, "sweep", task, variant)).values())
-        }
+        tuned = {variant: values for variant in variants if (values := means(of_method(store, "sweep", task, variant)).values())}
         if len(tuned) > 1:
             records[name] = records[max(tuned, key=lambda variant: max(tuned[variant]))]
     seeds = {name: _by_seed(found) for name, found in records.items() if found}

@@ -17,6 +17,7 @@ from benchmarks.study.methods import METHODS
 from benchmarks.study.pool import add_options, methods_of, tasks_of
 from benchmarks.study.ranks import rank_of
 from benchmarks.study.runner import arguments, commit, read_task
+from benchmarks.study.store import store_of, write
 
 STEPS = 20
 
@@ -73,18 +74,16 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each method, in turn; default: %(default)s")
     given = parser.parse_args()
+    store = store_of(given)
     names = [name for name in methods_of(given) if not METHODS[name].frozen_rest]  # whose plan is no option of the command line
     for task in tasks_of(given):
         rounds: dict[str, list[dict[str, float | str]]] = {name: [] for name in names}
         for _ in range(given.rounds):
             for name in names:
-                rounds[name].append(measure(task, name, rank_of(METHODS[name], given.results, Path(task).stem), given.workers))
+                rounds[name].append(measure(task, name, rank_of(METHODS[name], store, Path(task).stem), given.workers))
                 print(Path(task).stem, name, rounds[name][-1], flush=True)
-        path = given.results / "cost" / f"{Path(task).stem}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({"threads": given.workers, "steps": STEPS, "rounds": rounds}, indent=1) + "\n", encoding="utf-8"
-        )
+        content = {"threads": given.workers, "steps": STEPS, "rounds": rounds}
+        write(content, store.folder / "cost" / f"{Path(task).stem}.json")
 
 
 if __name__ == "__main__":

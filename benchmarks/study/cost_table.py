@@ -1,9 +1,8 @@
 """What each method costs, as Markdown."""
 
-import json
-from pathlib import Path
 from statistics import median
 
+from benchmarks.study.store import Store
 from benchmarks.study.tables import markdown
 
 COLUMNS = {  # of a record: heading, unit, digits
@@ -16,14 +15,14 @@ COLUMNS = {  # of a record: heading, unit, digits
 }
 
 
-def cost_table(results: Path) -> str:
+def cost_table(store: Store) -> str:
     """The median over rounds of every method on every task that was measured."""
     rows = []
-    for path in sorted((results / "cost").glob("*.json")):
-        for method, rounds in json.loads(path.read_text(encoding="utf-8"))["rounds"].items():
+    for name, content in store.within("cost").items():
+        for method, rounds in content["rounds"].items():
             values = [
                 f"{median(measured[name] for measured in rounds) / unit:,.{digits}f}"
                 for name, (_, unit, digits) in COLUMNS.items()
             ]
-            rows.append((path.stem, method, *values))
+            rows.append((name.removesuffix(".json"), method, *values))
     return markdown(("task", "method", *(heading for heading, _, _ in COLUMNS.values())), rows)

@@ -4,10 +4,10 @@ A method has one learning rate, that of LoRA or of full fine-tuning. A hybrid ha
 that take one rate for both, or the ratio that the task has.
 """
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+from hybrid_lightning.configurable import constructor_defaults
 from hybrid_lightning.policy.module import PolicyModule
 
 FULL_TO_LORA = 0.3  # of most hybrids: the learning rate of their fully trained modules as a share of LoRA's
@@ -61,7 +61,7 @@ class Method:
 def own_rate(task: dict[str, Any], name: str) -> float:
     """`lr_full` or `lr_lora` of a task's config; where it has none, what the policy takes then."""
     model = task["model"]
-    return float(model.get("init_args", model).get(name, inspect.signature(PolicyModule).parameters[name].default))
+    return float(model.get("init_args", model).get(name, constructor_defaults(PolicyModule)[name]))
 
 
 def _share(share: float) -> dict[str, Any]:

@@ -9,18 +9,19 @@ import sys
 from pathlib import Path
 
 from benchmarks.study.methods import METHODS
-from benchmarks.study.pool import RESULTS, make_runs, tasks_of
+from benchmarks.study.pool import make_runs, tasks_of
 from benchmarks.study.records import Job, of_method
+from benchmarks.study.store import Store, add_options, store_of
 from benchmarks.study.tuning import best_rate
 
 
-def module_names(results: Path, task: str) -> list[str]:
+def module_names(store: Store, task: str) -> list[str]:
     """All candidate modules, as full fine-tuning trained them.
 
     Raises:
         SystemExit: If it has not been tuned yet, whose runs name them.
     """
-    runs = of_method(results, "sweep", task, "fft")
+    runs = of_method(store, "sweep", task, "fft")
     if not runs:
         raise SystemExit(f"error: the oracle needs the names of the modules: sweep fft on {task} first")
     return runs[0].full_modules
@@ -31,15 +32,16 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", default=["facts"], help="as of the other stages; default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(4)), help="default: 0 to 3")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
+    add_options(parser)
     arguments = parser.parse_args()
+    store = store_of(arguments)
     jobs = [
-        Job(task, f"only:{module}", best_rate(arguments.results, task, METHODS["hybrid"]), seed, "run")
+        Job(task, f"only:{module}", best_rate(store, task, METHODS["hybrid"]), seed, "run")
         for seed in arguments.seeds
         for task in tasks_of(arguments)
-        for module in module_names(arguments.results, Path(task).stem)
+        for module in module_names(store, Path(task).stem)
     ]
-    if make_runs(jobs, arguments.results, arguments.workers):
+    if make_runs(jobs, store, arguments.workers):
         sys.exit("error: some runs failed; see the lines above")
 
 

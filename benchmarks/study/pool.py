@@ -17,9 +17,10 @@ import yaml
 from benchmarks.study.methods import CORE, METHODS
 from benchmarks.study.policies import FOLDER
 from benchmarks.study.records import Job
+from benchmarks.study.store import Store
+from benchmarks.study.store import add_options as add_store_options
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # relative, since it is written into the records
-RESULTS = Path("results/study")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(METHODS)}, or all; default: {' '.join(CORE)}",
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time; default: the cores")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
+    add_store_options(parser)
 
 
 def tasks_of(arguments: argparse.Namespace) -> list[str]:
@@ -78,30 +79,31 @@ def methods_of(arguments: argparse.Namespace) -> list[str]:
 class Work(Protocol):
     """What has a record when it is done."""
 
-    def path(self, results: Path) -> Path: ...
+    @property
+    def file(self) -> str: ...
 
 
 W = TypeVar("W", bound=Work)
 
 
-def work_side_by_side(make: Callable[[W, Path], str], works: Sequence[W], results: Path, workers: int) -> int:
+def work_side_by_side(make: Callable[[W, Path], str], works: Sequence[W], store: Store, workers: int) -> int:
     """Make what has no record; one that fails does not stop the others.
 
     Args:
-        make: Makes one and writes its record; returns what is shown of it.
+        make: Makes one and writes its record into a folder; returns what is shown of it.
         works: All that are wanted.
-        results: Folder of the records.
+        store: The records that there are; its folder gets the new ones.
         workers: How many at a time.
 
     Returns:
         The number of failures.
     """
-    to_make = [work for work in works if not work.path(results).exists()]
+    to_make = [work for work in works if work.file not in store]
     print(f"{len(works)} wanted, {len(works) - len(to_make)} of them made already", flush=True)
     failures, start = 0, time.perf_counter()
     # New processes, since torch does not survive a fork; each makes many runs, since starting takes as long as a short one.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare) as pool:
-        futures = [pool.submit(make, work, results) for work in to_make]
+        futures = [pool.submit(make, work, store.folder) for work in to_make]
         for number, future in enumerate(as_completed(futures), 1):
             error = future.exception()
             failures += error is not None
@@ -110,13 +112,13 @@ def work_side_by_side(make: Callable[[W, Path], str], works: Sequence[W], result
     return failures
 
 
-def make_runs(jobs: Sequence[Job], results: Path, workers: int) -> int:
+def make_runs(jobs: Sequence[Job], store: Store, workers: int) -> int:
     """Make the runs that have no record.
 
     Returns:
         The number of failures.
     """
-    return work_side_by_side(_make, jobs, results, workers)
+    return work_side_by_side(_make, jobs, store, workers)
 
 
 def _prepare() -> None:
@@ -137,10 +139,10 @@ def _end_with_starter() -> None:
     os._exit(1)
 
 
-def _make(job: Job, results: Path) -> str:
+def _make(job: Job, folder: Path) -> str:
     from benchmarks.study.records import load
     from benchmarks.study.runner import make_run
 
-    record = load(make_run(job, results))
+    record = load(make_run(job, folder))
     settings = f"lr={record.learning_rate:g} seed={record.seed}"
     return f"{job.task_name} {job.method} {settings}: validation {record.validation:.3f}, test {record.accuracy:.3f}"

@@ -1,14 +1,14 @@
 """The rank at which LoRA alone trains as many parameters as the hybrid does."""
 
 import math
-from pathlib import Path
 from statistics import fmean
 
 from benchmarks.study.methods import Method
 from benchmarks.study.records import of_method
+from benchmarks.study.store import Store
 
 
-def rank_of(method: Method, results: Path, task: str) -> int | None:
+def rank_of(method: Method, store: Store, task: str) -> int | None:
     """The rank that a method leaves open; None for all others.
 
     Raises:
@@ -16,7 +16,7 @@ def rank_of(method: Method, results: Path, task: str) -> int | None:
     """
     if not method.match_state:
         return None
-    hybrid, lora = (of_method(results, "sweep", task, name) for name in ("hybrid", "lora"))
+    hybrid, lora = (of_method(store, "sweep", task, name) for name in ("hybrid", "lora"))
     if not hybrid or not lora:
         raise SystemExit(f"error: {method.name} needs the parameters of hybrid and lora: sweep these two on {task} first")
     of_one = lora[0].trainable_parameters / lora[0].options["adapter.rank"]

@@ -1,10 +1,10 @@
 """What is kept of each run: one small JSON file, whose name says which run it is."""
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from benchmarks.study.store import Store, malformed, read, write
 
 Purpose = Literal["sweep", "run"]
 TUNING_SEEDS = (1000, 1001)  # never those of the comparison
@@ -25,10 +25,10 @@ class Job:
     def task_name(self) -> str:
         return Path(self.task).stem
 
-    def path(self, results: Path) -> Path:
-        """Where its record belongs."""
-        name = f"lr={self.learning_rate:g}-seed={self.seed}.json"
-        return results / self.purpose / self.task_name / self.method.replace(":", "/") / name
+    @property
+    def file(self) -> str:
+        """Name of its record."""
+        return f"{folder_of(self.purpose, self.task_name, self.method)}/lr={self.learning_rate:g}-seed={self.seed}.json"
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,25 @@ class Record:
 
 
 def save(record: Record, path: Path) -> None:
-    """Write a record so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write(asdict(record), path)
 
 
 def load(path: Path) -> Record:
-    return Record(**json.loads(path.read_text(encoding="utf-8")))
+    return Record(**read(path))
 
 
-def of_method(results: Path, purpose: Purpose, task: str, method: str) -> list[Record]:
+def folder_of(purpose: Purpose, task: str, method: str) -> str:
+    """Where the records of a method are."""
+    return f"{purpose}/{task}/{method.replace(':', '/')}"
+
+
+def of_method(store: Store, purpose: Purpose, task: str, method: str) -> list[Record]:
     """All records of a method, by learning rate and seed."""
-    folder = results / purpose / task / method.replace(":", "/")
-    return sorted((load(path) for path in folder.glob("*.json")), key=lambda r: (r.learning_rate, r.seed))
+    folder = folder_of(purpose, task, method)
+    records = []
+    for name, content in store.within(folder).items():
+        try:
+            records.append(Record(**content))
+        except TypeError as error:
+            raise SystemExit(f"error: {malformed(store.folder / folder / name, str(error))}") from None
+    return sorted(records, key=lambda r: (r.learning_rate, r.seed))

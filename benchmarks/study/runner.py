@@ -81,7 +81,7 @@ def accuracies(trainer: Trainer, stage: str) -> dict[str, float]:
     return {"avg": round(sampled[0], 5), "greedy": round(metrics[f"{stage}/greedy_accuracy"], 5)}
 
 
-def make_run(job: Job, results: Path) -> Path:
+def make_run(job: Job, folder: Path) -> Path:
     """Train, test, and write the record.
 
     Returns:
@@ -90,8 +90,7 @@ def make_run(job: Job, results: Path) -> Path:
     Raises:
         RuntimeError: If the run fails, with the cause and the path of its log.
     """
-    path = job.path(results)
-    log = LOGS / path.relative_to(results).with_suffix(".log")
+    path, log = folder / job.file, (LOGS / job.file).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:

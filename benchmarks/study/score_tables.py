@@ -1,36 +1,34 @@
 """What the records of scoring and of the oracle say about each score."""
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from statistics import fmean
 
 from benchmarks.study.estimates import correlation, rank_correlation
 from benchmarks.study.records import of_method
+from benchmarks.study.store import Store
 from benchmarks.study.tables import markdown
 
 DEFAULT = "PreconditionedTail"
 Scores = Mapping[str, float]  # of each module
 
 
-def read(results: Path, task: str) -> dict[str, list[Scores]]:
+def read(store: Store, task: str) -> dict[str, list[Scores]]:
     """The scores of every variant, one entry for each calibration draw."""
-    folders = sorted((results / "scores" / task).glob("*"))
     return {
-        folder.name: [json.loads(path.read_text(encoding="utf-8"))["scores"] for path in sorted(folder.glob("*.json"))]
-        for folder in folders
+        name: [content["scores"] for content in store.within(f"scores/{task}/{name}").values()]
+        for name in store.folders(f"scores/{task}")
     }
 
 
-def oracle(results: Path, task: str) -> list[Scores]:
+def oracle(store: Store, task: str) -> list[Scores]:
     """Validation accuracy with each module alone trained fully, one entry for each seed that all modules have.
 
     Not test accuracy, by which methods are compared: a score is chosen by this.
     """
-    folders = sorted((results / "run" / task / "only").glob("*"))
     runs = {
-        folder.name: {r.seed: r.validation for r in of_method(results, "run", task, f"only:{folder.name}")} for folder in folders
+        module: {r.seed: r.validation for r in of_method(store, "run", task, f"only:{module}")}
+        for module in store.folders(f"run/{task}/only")
     }
     common = sorted(set.intersection(*(set(seeds) for seeds in runs.values()))) if runs else []
     return [{module: seeds[seed] for module, seeds in runs.items()} for seed in common]
@@ -65,9 +63,9 @@ def halves(draws: Sequence[Scores]) -> float | None:
     return fmean(rank_correlation(*aligned(first, second)) for first, second in means)
 
 
-def of_task(results: Path, task: str) -> str:
+def of_task(store: Store, task: str) -> str:
     """Each variant: how it agrees with the oracle, with the default score, and with itself on other draws; and its choice."""
-    found, seeds = read(results, task), oracle(results, task)
+    found, seeds = read(store, task), oracle(store, task)
     truth = mean_scores(seeds) if seeds else {}
     default = mean_scores(found[DEFAULT]) if found.get(DEFAULT) else {}
     rows = []

@@ -7,15 +7,15 @@ ranks, from sketches instead of exact gradients, and from the gradient of superv
 import argparse
 import contextlib
 import io
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.study.methods import METHODS, SEVERAL_LOSSES
-from benchmarks.study.pool import RESULTS, tasks_of, work_side_by_side
+from benchmarks.study.pool import tasks_of, work_side_by_side
 from benchmarks.study.runner import QUIET, arguments, commit, read_task
+from benchmarks.study.store import add_options, store_of, write
 
 SCORERS = (
     "PreconditionedTail",
@@ -46,8 +46,10 @@ class Scoring:
     seed: int
     options: dict[str, Any] = field(default_factory=dict)
 
-    def path(self, results: Path) -> Path:
-        return results / "scores" / Path(self.task).stem / self.name / f"seed={self.seed}.json"
+    @property
+    def file(self) -> str:
+        """Name of its record."""
+        return f"scores/{Path(self.task).stem}/{self.name}/seed={self.seed}.json"
 
 
 def variants(task: str) -> dict[str, dict[str, Any]]:
@@ -60,7 +62,7 @@ def variants(task: str) -> dict[str, dict[str, Any]]:
     return {**by_scorer, **sizes, **ranks, "sketched": {"adapter.gradients": "SketchedGradients"}, "supervised": SUPERVISED}
 
 
-def score(scoring: Scoring, results: Path) -> str:
+def score(scoring: Scoring, folder: Path) -> str:
     """Score once and write the record."""
     from hybrid_lightning.cli import HybridLightningCLI
 
@@ -76,11 +78,7 @@ def score(scoring: Scoring, results: Path) -> str:
         "calibration": plan.calibration,
         "scores": {module.name: module.score for module in plan.candidates},
     }
-    path = scoring.path(results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write(content, folder / scoring.file)
     return f"{Path(scoring.task).stem} {scoring.name} seed={scoring.seed}"
 
 
@@ -89,7 +87,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", default=["facts", "facts_deep"], help="as of the other stages; default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), help="calibration draws; default: 0 to 4")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
+    add_options(parser)
     given = parser.parse_args()
     scorings = [
         Scoring(task, name, seed, options)
@@ -97,7 +95,7 @@ def main() -> None:
         for seed in given.seeds
         for name, options in variants(task).items()
     ]
-    raise SystemExit(work_side_by_side(score, scorings, given.results, given.workers))
+    raise SystemExit(work_side_by_side(score, scorings, store_of(given), given.workers))
 
 
 if __name__ == "__main__":

@@ -13,21 +13,22 @@ from benchmarks.study.pool import add_options, make_runs, methods_of, tasks_of
 from benchmarks.study.ranks import rank_of
 from benchmarks.study.records import TUNING_SEEDS, Job, of_method
 from benchmarks.study.runner import read_task
+from benchmarks.study.store import Store, store_of
 from benchmarks.study.tuning import first_rates, means, next_rates, outcome
 
 
-def open_jobs(task: str, names: list[str], seeds: list[int], results: Path) -> list[Job]:
+def open_jobs(task: str, names: list[str], seeds: list[int], store: Store) -> list[Job]:
     """Runs that the next round of tuning needs."""
     jobs = []
     for name in names:
         method = METHODS[name]
         if method.untrained:
             continue
-        tuned = means(of_method(results, "sweep", Path(task).stem, name), seeds)
+        tuned = means(of_method(store, "sweep", Path(task).stem, name), seeds)
         for rate in next_rates(first_rates(method, read_task(task)), tuned):
-            rank = rank_of(method, results, Path(task).stem)
+            rank = rank_of(method, store, Path(task).stem)
             jobs += [Job(task, name, rate, seed, "sweep", rank) for seed in seeds]
-    return [job for job in jobs if not job.path(results).exists()]
+    return [job for job in jobs if job.file not in store]
 
 
 def main() -> None:
@@ -37,15 +38,15 @@ def main() -> None:
         "--seeds", type=int, nargs="+", default=list(TUNING_SEEDS), choices=TUNING_SEEDS, help="default: both of them"
     )
     arguments = parser.parse_args()
-    tasks, names = tasks_of(arguments), methods_of(arguments)
+    tasks, names, store = tasks_of(arguments), methods_of(arguments), store_of(arguments)
     # Those that others take their rank from come first.
     for stage in ([n for n in names if not METHODS[n].match_state], [n for n in names if METHODS[n].match_state]):
-        while jobs := [job for task in tasks for job in open_jobs(task, stage, arguments.seeds, arguments.results)]:
-            if make_runs(jobs, arguments.results, arguments.workers):
+        while jobs := [job for task in tasks for job in open_jobs(task, stage, arguments.seeds, store)]:
+            if make_runs(jobs, store, arguments.workers):
                 sys.exit("error: some runs failed, so that tuning cannot go on; see the lines above")
     for task in tasks:
         for method in (METHODS[name] for name in names if not METHODS[name].untrained):
-            tuned = means(of_method(arguments.results, "sweep", Path(task).stem, method.name))
+            tuned = means(of_method(store, "sweep", Path(task).stem, method.name))
             print(f"{Path(task).stem}, {method.name}: {outcome(tuned)}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.study.methods import Method, own_rate
 from benchmarks.study.records import Record, of_method
+from benchmarks.study.store import Store
 
 STEP = 2.0  # between neighbours on a grid
 FIRST = 3  # rates that tuning starts with
@@ -56,7 +57,7 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
-def best_rate(results: Path, task: str, method: Method) -> float:
+def best_rate(store: Store, task: str, method: Method) -> float:
     """The tuned learning rate of a method on a task, given by its name or the path of its config; 0 of the start policy.
 
     Raises:
@@ -64,7 +65,7 @@ def best_rate(results: Path, task: str, method: Method) -> float:
     """
     if method.untrained:
         return 0.0
-    tuned = means(of_method(results, "sweep", Path(task).stem, method.name))
+    tuned = means(of_method(store, "sweep", Path(task).stem, method.name))
     if len(tuned) < FIRST or next_rates((), tuned):
         raise SystemExit(
             f"error: {method.name} has no tuned learning rate for {task} yet: run python -m benchmarks.study.sweep --task {task} "
@@ -73,9 +74,9 @@ def best_rate(results: Path, task: str, method: Method) -> float:
     return _best(tuned)
 
 
-def runs_at_best_rate(results: Path, task: str, method: str) -> list[Record]:
+def runs_at_best_rate(store: Store, task: str, method: str) -> list[Record]:
     """The runs on fresh seeds by which a method is judged: those at its tuned learning rate, or all where no sweep is there."""
-    runs, tuned = of_method(results, "run", task, method), means(of_method(results, "sweep", task, method))
+    runs, tuned = of_method(store, "run", task, method), means(of_method(store, "sweep", task, method))
     return [run for run in runs if run.learning_rate == _best(tuned)] if tuned else runs
 
 

@@ -1,4 +1,4 @@
-"""Adapters: score the candidate modules, plan which are fully trained, apply the plan with PEFT, draw it."""
+"""Hybrid-LoRA adapters: score the candidate modules, plan which are fully trained, apply the plan with PEFT, show it."""
 
 from typing import TYPE_CHECKING
 

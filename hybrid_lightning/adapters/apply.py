@@ -1,11 +1,11 @@
-"""A plan as PEFT's `LoraConfig`.
+"""Apply a plan to a base model: one `PeftModel` with LoRA on some modules and trainable copies of others.
 
-A plan becomes an adapter: one `PeftModel` with LoRA on some modules and trainable copies of others.
+PEFT matches module names loosely (by suffix, for `modules_to_save` without a dot boundary) and ignores names that it does not
+find, so afterwards the wrapped modules are compared with the plan.
 
-PEFT matches names loosely (by suffix, for `modules_to_save` without a dot boundary) and ignores those that it does
-not find, so what has been wrapped is compared with the plan afterwards. All trainable weights are float32, unless another
-dtype is asked for: in bfloat16 small steps vanish. The base keeps its dtype, so that a bfloat16 base with float32
-weights beside it has to run under autocast, and merging leaves the fully trained modules float32.
+All trainable weights are float32 unless another dtype is asked for: in bfloat16 small optimizer steps vanish. The base keeps
+its dtype. A bfloat16 base with float32 trainable weights has to run under autocast, and merging it leaves the fully trained
+modules in float32.
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.lora_settings import ADAPTER, lora_config
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.fused_layers import use_fused_layers, use_fused_rotary
-from hybrid_lightning.engine.fused_lora import use_fused_lora
+from hybrid_lightning.engine import Backend, use_fused_modules
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 
@@ -36,29 +34,29 @@ def apply_plan(
     dtype: torch.dtype = torch.float32,
     backend: Backend | None = None,
 ) -> PeftModel:
-    """Adapt a base model as planned. Its outputs stay the same bit for bit until the first optimizer step.
+    """Adapt a base model as planned. Until the first optimizer step its outputs stay the same bit for bit.
 
     Fully training a module includes its bias; LoRA leaves biases alone.
 
     Args:
-        model: the base model; wrapped in place. LoRA's A matrices are drawn from torch's global random state.
-        plan: made for this model.
-        keep_start_weights: keep the original weights of fully trained modules, which `adapter_disabled` (a reference
-            policy for a KL term) needs; without them full fine-tuning takes no more memory than elsewhere.
-        dtype: of all trainable weights; bfloat16 needs a base in bfloat16, and an optimizer that loses no small steps.
-        backend: of the model's engine; None for a model without one.
+        model: Base model; wrapped in place. LoRA's A matrices are drawn from torch's global random state.
+        plan: Plan made for this model.
+        keep_start_weights: Whether to keep the original weights of fully trained modules, which `adapter_disabled` (the reference
+            policy of a KL term) needs; without them full fine-tuning takes no more memory than elsewhere.
+        dtype: Dtype of all trainable weights; bfloat16 needs a base in bfloat16, and an optimizer that loses no small steps.
+        backend: Backend of the model's engine; None for a model without one.
 
     Returns:
         The adapted model; only the adapter is trainable.
 
     Raises:
-        ModelError: if the model already has an adapter.
-        PlanError: if the plan does not fit the model, has nothing to train, or PEFT wrapped other modules than planned.
+        ModelError: If the model already has an adapter.
+        PlanError: If the plan does not fit the model or trains nothing, or if PEFT wrapped other modules than planned.
     """
     if any(isinstance(module, (PeftModel, BaseTunerLayer, ModulesToSaveWrapper)) for module in model.modules()):
         raise ModelError("the model already carries a PEFT adapter: apply the plan to the base model, loaded anew.")
     plan.check_model(model)
-    config = _lora_config(model, plan)
+    config = _peft_config(model, plan)
     start = {} if keep_start_weights else _take_weights(model, plan.full_modules)
     adapted = get_peft_model(model, config)
     _check_wrapped(adapted, plan)
@@ -71,10 +69,8 @@ def apply_plan(
     full, lora = parameter_groups(adapted)
     for parameter in (*full.values(), *lora.values()):
         parameter.data = parameter.data.to(dtype)
-    _set_dora_lengths(adapted)
-    backend = backend or Backend()
-    for use_fused in (use_fused_lora, use_fused_layers, use_fused_rotary):
-        use_fused(adapted, backend)
+    _set_dora_magnitudes(adapted)
+    use_fused_modules(adapted, backend or Backend())
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trainable == {*full, *lora}, "PEFT made other parameters trainable than those of the adapter"
     return adapted
@@ -82,15 +78,15 @@ def apply_plan(
 
 @contextmanager
 def adapter_disabled(model: PeftModel) -> Iterator[None]:
-    """Make an adapted model the start policy for a while, bit for bit, however far it has been trained.
+    """Within this context an adapted model is the start policy, bit for bit, however far it has been trained.
 
     Raises:
-        ConfigError: if the start weights were freed, or LoRA is merged into the base weights just now.
+        ConfigError: If the start weights were freed, or LoRA is currently merged into the base weights.
     """
     layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))]
     for layer in layers:
         if isinstance(layer, ModulesToSaveWrapper) and isinstance(layer.original_module, FreedStartWeights):
-            layer.original_module()  # says why not
+            layer.original_module()  # raises the error
         if isinstance(layer, BaseTunerLayer) and layer.merged:
             raise ConfigError("LoRA is merged into the base weights: unmerge before asking for the start policy.")
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -101,13 +97,15 @@ def adapter_disabled(model: PeftModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        for parameter, flag in flags:  # which PEFT switches off and on with the adapter
+        for parameter, flag in flags:  # PEFT switches these with the adapter
             parameter.requires_grad_(flag)
 
 
 def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """The adapter's parameters by full name: those of fully trained modules, and those of LoRA (DoRA's lengths
-    included)."""
+    """The adapter's parameters, as (parameters of fully trained modules, parameters of LoRA), each full name -> parameter.
+
+    LoRA's include DoRA's magnitudes.
+    """
     named = dict(model.named_parameters())
     full = {name: parameter for name, parameter in named.items() if f".modules_to_save.{ADAPTER}." in name}
     lora = {name: parameter for name, parameter in named.items() if ".lora_" in name and name not in full}
@@ -115,16 +113,16 @@ def parameter_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's weights by their names in `state_dict`, sharing memory with the model."""
+    """The adapter's weights, name in `state_dict` -> tensor that shares memory with the model."""
     full, lora = parameter_groups(model)
     return {name: parameter.detach() for name, parameter in {**full, **lora}.items()}
 
 
 class FreedStartWeights(nn.Module):
-    """Stands where the frozen original of a fully trained module was, once it has been freed.
+    """Takes the place of a fully trained module's frozen original that has been freed.
 
     Args:
-        name: of the module.
+        name: Full dotted name of the module, for the error message.
     """
 
     def __init__(self, name: str) -> None:
@@ -132,10 +130,10 @@ class FreedStartWeights(nn.Module):
         self._module = name
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
-        """Say why there is no start policy any more.
+        """Refuse to compute with the start weights.
 
         Raises:
-            ConfigError: always.
+            ConfigError: Always.
         """
         raise ConfigError(
             f"the start weights of {self._module} were freed, so the adapter cannot be disabled: set "
@@ -143,13 +141,13 @@ class FreedStartWeights(nn.Module):
         )
 
 
-def _lora_config(model: nn.Module, plan: AdapterPlan) -> LoraConfig:
+def _peft_config(model: nn.Module, plan: AdapterPlan) -> LoraConfig:
     conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules)
     return lora_config({module.name: module.mode for module in plan.candidates}, plan.lora, fan_in_fan_out=conv1d)
 
 
 def _take_weights(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    """Take the weights out of the modules, so that PEFT copies nothing where the original will not be kept."""
+    """Take the weights out of modules whose originals will not be kept, so that PEFT does not copy them."""
     taken: dict[str, dict[str, Tensor]] = {}
     for name in names:
         module = model.get_submodule(name)
@@ -163,18 +161,18 @@ def _full_wrappers(adapted: PeftModel) -> dict[str, ModulesToSaveWrapper]:
     return {name: module for name, module in modules if isinstance(module, ModulesToSaveWrapper)}
 
 
-def _set_dora_lengths(adapted: PeftModel) -> None:
-    """Start DoRA's lengths at the norms that its forward pass computes, in float32.
+def _set_dora_magnitudes(adapted: PeftModel) -> None:
+    """Initialize DoRA's magnitudes to the norms that its forward pass computes, in float32.
 
-    PEFT takes them in the dtype of the base: with bfloat16 the adapted model would not start as the base model.
+    PEFT computes them in the dtype of the base: with bfloat16 the adapted model would not start out equal to the base model.
     """
     for layer in adapted.modules():
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_magnitude_vector:
             weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
-            lengths: Any = layer.lora_magnitude_vector[ADAPTER]
+            magnitudes: Any = layer.lora_magnitude_vector[ADAPTER]
             zero_update = torch.zeros((), device=weight.device)  # B starts at zero
             with torch.no_grad():
-                lengths.weight.copy_(lengths.get_weight_norm(weight, zero_update, layer.scaling[ADAPTER]))
+                magnitudes.weight.copy_(magnitudes.get_weight_norm(weight, zero_update, layer.scaling[ADAPTER]))
 
 
 def _check_wrapped(adapted: PeftModel, plan: AdapterPlan) -> None:

@@ -1,8 +1,7 @@
-"""Budgets: how many modules are fully trained. The candidates compete by score, greedily.
+"""Budgets choose which modules are fully trained, and `make_plan` turns scores and a budget into an `AdapterPlan`.
 
-Ties go by name, so that the same scores always give the same plan, and a larger budget only ever adds modules.
-
-From scores to a plan.
+The candidates compete by score, greedily. Ties are broken by name, so that the same scores always give the same plan, and a
+larger budget only ever adds modules.
 """
 
 import inspect
@@ -25,7 +24,7 @@ class Budget(Configurable, ABC):
     """Chooses the modules to train fully.
 
     Args:
-        share: 0 is plain LoRA, 1 full fine-tuning of all candidates.
+        share: Share of the candidates to train fully: 0 is plain LoRA, 1 full fine-tuning of all candidates.
     """
 
     def __init__(self, share: float = 0.1) -> None:
@@ -35,18 +34,21 @@ class Budget(Configurable, ABC):
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the choice depends on scores: not for none and not for all."""
+        """Whether the choice depends on scores: with share 0 or 1 it does not."""
         return 0 < self.share < 1
 
     def choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> frozenset[str]:
-        """Names of the modules to train fully.
+        """Choose the modules to train fully.
 
         Args:
-            modules: the candidates; their modes are ignored.
-            lora: settings of the others.
+            modules: The candidates; their modes are ignored.
+            lora: LoRA settings of the modules that are not chosen.
+
+        Returns:
+            Full dotted names of the chosen modules.
 
         Raises:
-            ConfigError: if scores are needed and missing, or the budget is too small for any module.
+            ConfigError: If scores are needed and missing, or the budget is too small for any module.
         """
         if self.share == 0:
             return frozenset()
@@ -59,14 +61,14 @@ class Budget(Configurable, ABC):
 
     @abstractmethod
     def _choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> list[str]:
-        """Choose for a share strictly between 0 and 1, all modules being scored."""
+        """Choose modules for a share strictly between 0 and 1, where all modules have a score."""
 
 
 class ModuleBudget(Budget):
-    """A share of the candidate modules, the paper's 10%: share times their number, rounded half up, at least one.
+    """A share of the candidate modules, as in the paper (10%): share times their number, rounded half up, at least one.
 
     Args:
-        share: 0 is plain LoRA, 1 full fine-tuning of all candidates.
+        share: Share of the modules: 0 is plain LoRA, 1 full fine-tuning of all candidates.
     """
 
     def _choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> list[str]:
@@ -75,19 +77,19 @@ class ModuleBudget(Budget):
 
 
 class ParameterBudget(Budget):
-    """A share of the candidate parameters, a limit that is never exceeded.
+    """A share of the candidates' parameters, a limit that is never exceeded.
 
-    The order is by score per extra trainable parameter (those of the module less those that LoRA would add to it);
-    modules are taken in that order up to the first that no longer fits.
+    Modules are ordered by score per extra trainable parameter (the parameters of the module minus those that LoRA would add to
+    it) and taken until the first that no longer fits.
 
     Args:
-        share: 0 is plain LoRA, 1 full fine-tuning of all candidates.
+        share: Share of the parameters: 0 is plain LoRA, 1 full fine-tuning of all candidates.
     """
 
     def _choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> list[str]:
         def order(module: PlannedModule) -> tuple[bool, float, str]:
             extra = module.parameters - lora.parameters(module.shape)
-            # where LoRA would not even be smaller, full training costs nothing: first, by plain score
+            # Where LoRA would have at least as many parameters, full training costs nothing: such modules come first, by score.
             return (extra > 0, -_score(module) / max(extra, 1), module.name)
 
         limit = self.share * sum(module.parameters for module in modules)
@@ -108,11 +110,6 @@ class ParameterBudget(Budget):
         return chosen
 
 
-def _score(module: PlannedModule) -> float:
-    assert module.score is not None
-    return module.score
-
-
 def make_plan(
     *,
     model: str,
@@ -126,29 +123,29 @@ def make_plan(
     calibration: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> AdapterPlan:
-    """Spend the budget on the candidates with the highest scores; all others get LoRA.
+    """Make a plan: the budget chooses the fully trained modules among the candidates, and all others get LoRA.
 
     Args:
-        model: id or path of the base model.
-        model_digest: of the base model, as `model_digest` gives it.
-        candidates: full dotted name -> linear module.
-        budget: how many modules are fully trained.
-        lora: settings for the other modules.
-        scores: full dotted name -> score; None only where the budget does not need any (`Budget.needs_scores`).
-        scorer: made the scores.
-        revision: of a hub model.
-        calibration: what the scores were made from, in plain types; kept for the reader.
-        seed: of the calibration.
+        model: Id or path of the base model.
+        model_digest: Fingerprint of the base model's weights, from `plan.model_digest`.
+        candidates: Full dotted name -> linear module.
+        budget: Chooses the fully trained modules.
+        lora: LoRA settings of the other modules.
+        scores: Full dotted name -> score; None only where the budget does not need any (`Budget.needs_scores`).
+        scorer: Scorer that made the scores; None without scores.
+        revision: Revision of a hub model.
+        calibration: What the scores were made from, in plain types; recorded for whoever reads the plan.
+        seed: Seed of the calibration.
 
     Raises:
-        ConfigError: if the budget needs scores that are missing, or is too small for any module.
+        ConfigError: If the budget needs scores that are missing, or is too small for any module.
     """
     scores = {} if scores is None else scores
     modules = [
         PlannedModule(
             name=name,
             shape=linear_shape(module),
-            parameters=_parameters(module),
+            parameters=_count_parameters(module),
             score=None if name not in scores else float(scores[name]),
             mode="lora",
         )
@@ -161,20 +158,15 @@ def make_plan(
         model_digest=model_digest,
         candidates=tuple(replace(module, mode="full") if module.name in full else module for module in modules),
         lora=lora,
-        budget=describe(budget),
-        scorer=None if scorer is None else describe(scorer),
+        budget=config_with_defaults(budget),
+        scorer=None if scorer is None else config_with_defaults(scorer),
         calibration=plan_json.plain(to_plain(dict(calibration or {}))),
         seed=seed,
     )
 
 
-def _parameters(module: nn.Module) -> int:
-    outputs, inputs = linear_shape(module)
-    return outputs * inputs + (0 if getattr(module, "bias", None) is None else outputs)
-
-
-def describe(part: Configurable) -> dict[str, Any]:
-    """Like `Configurable.to_config`, with the arguments that were left at their defaults written out, in plain types."""
+def config_with_defaults(part: Configurable) -> dict[str, Any]:
+    """Like `Configurable.to_config`, but with arguments left at their defaults written out too, in plain types."""
     config = part.to_config()
     defaults = {
         name: parameter.default
@@ -184,3 +176,13 @@ def describe(part: Configurable) -> dict[str, Any]:
     config["init_args"] = to_plain({**defaults, **config["init_args"]})
     plain: dict[str, Any] = plan_json.plain(config)
     return plain
+
+
+def _score(module: PlannedModule) -> float:
+    assert module.score is not None
+    return module.score
+
+
+def _count_parameters(module: nn.Module) -> int:
+    outputs, inputs = linear_shape(module)
+    return outputs * inputs + (0 if getattr(module, "bias", None) is None else outputs)

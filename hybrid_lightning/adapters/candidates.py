@@ -1,10 +1,10 @@
-"""Which modules of a language model can be adapted: the linear modules inside its decoder blocks.
+"""Find the modules of a language model that can be adapted: the linear modules inside its decoder blocks.
 
-Everything outside a block (embeddings, `lm_head`) and every weight that two modules share (tied embeddings) is left
-alone: a fully trained copy of a shared weight would untie it in silence.
+Modules outside the blocks (embeddings, `lm_head`) are no candidates, nor is any module whose weight is shared with another (tied
+embeddings): a fully trained copy of a shared weight would silently untie it.
 
-Experts that a mixture keeps as one three-dimensional parameter (transformers 5 does so for most of them) are no
-linear modules, so they are no candidates and stay frozen.
+Many mixture-of-experts models keep their experts as one three-dimensional parameter (in transformers 5 most of them do). That is
+no linear module, so such experts are no candidates and stay frozen.
 """
 
 from collections import Counter
@@ -19,9 +19,9 @@ LinearLike = nn.Linear | Conv1D
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Shape of a linear module as (outputs, inputs), whatever the layout of its weight.
+    """Shape of a linear module as (outputs, inputs), however its weight is stored.
 
-    GPT-2's `Conv1D` stores its weight transposed, and a 4-bit linear module packs it.
+    GPT-2's `Conv1D` stores the weight transposed, and a 4-bit linear module stores it packed.
     """
     if isinstance(module, Conv1D):
         inputs, outputs = module.weight.shape
@@ -33,20 +33,19 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 def find_candidates(
     model: nn.Module, target_modules: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> dict[str, LinearLike]:
-    """Find the linear modules that can be fully trained or adapted.
+    """Find the linear modules that can be fully trained or adapted with LoRA.
 
     Args:
-        model: a causal language model without an adapter.
-        target_modules: ends of module names to choose from, each matching at a dot, such as `["q_proj",
-            "mlp.up_proj"]`; None takes all candidates.
-        exclude: parts of module names to leave out, such as `["layers.0", "down_proj"]`; each is matched from dot to
-            dot, anywhere in the name.
+        model: Causal language model without an adapter.
+        target_modules: Suffixes of the module names to take, whole dotted parts such as `["q_proj", "mlp.up_proj"]`; None takes
+            all candidates.
+        exclude: Modules to leave out, by whole dotted parts anywhere in their names, such as `["layers.0", "down_proj"]`.
 
     Returns:
         Full dotted name -> module, in the model's order.
 
     Raises:
-        ModelError: if nothing is left, a pattern matches nothing, or the model already has an adapter.
+        ModelError: If nothing is left, a pattern matches nothing, or the model already has an adapter.
     """
     if hasattr(model, "peft_config"):
         raise ModelError("the model already carries a PEFT adapter: find the candidates on the base model instead.")

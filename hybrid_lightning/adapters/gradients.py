@@ -1,10 +1,10 @@
-"""Where a module's gradients go, one micro-batch after another: linear forms of G, so that sums over micro-batches
-(and ranks) are sums of forms.
+"""Collect the candidates' mean gradients in one calibration pass: each gradient is taken when it is ready, added up and freed.
 
-One calibration pass: each candidate's gradient is taken the moment it is ready, added up and freed.
-
-The candidates' gradients are therefore never in memory together: what remains of each is what its accumulator keeps
-(all of it, or a sketch). Only the candidates' weights get gradients.
+A hook on each candidate's weight hands the gradient to that module's accumulator as soon as the backward pass has made it, and
+frees it, so that the whole gradients of all candidates are never there together. A `GradientMode` decides how much of each is
+kept in the
+sums: all of it (`ExactGradients`) or a sketch (`SketchedGradients`, in sketch.py). Either is a linear function of the gradient (a
+`GradientForm`), so gradients of micro-batches and ranks are added up in that form. Only the candidates' weights get gradients.
 """
 
 import math
@@ -25,27 +25,27 @@ from hybrid_lightning.stopping import RunStopped
 
 
 class GradientForm(ABC):
-    """A linear map of one module's gradient to the tensors that are kept of it, and the way back."""
+    """How one module's gradient is kept: a linear map from the gradient to a few tensors, and an estimate from these."""
 
     @abstractmethod
     def zeros(self) -> tuple[Tensor, ...]:
-        """The form of a zero gradient, float32, on the device where it is to be kept."""
+        """What is kept of a zero gradient, float32, on the device where sums are kept."""
 
     @abstractmethod
     def compress(self, gradient: Tensor) -> tuple[Tensor, ...]:
-        """Map a gradient [m, n]; linear in it."""
+        """What is kept of a gradient [m, n]; linear in the gradient."""
 
     @abstractmethod
     def estimate(self, kept: tuple[Tensor, ...]) -> Gradient:
-        """What is known of the gradient whose form is `kept`."""
+        """Estimate a gradient from what was kept of it."""
 
 
 class ExactForm(GradientForm):
-    """Keeps the gradient as it is.
+    """Keeps the whole gradient.
 
     Args:
         shape: (m, n).
-        device: where to keep it.
+        device: Where sums are kept.
     """
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str) -> None:
@@ -62,24 +62,24 @@ class ExactForm(GradientForm):
 
 
 class GradientMode(Configurable, ABC):
-    """How much of each gradient is kept during calibration; choose by class."""
+    """How much of each gradient is kept during calibration; a config chooses by class."""
 
     @abstractmethod
     def form(self, name: str, weight: Tensor, rank: int) -> GradientForm:
-        """Choose the form for one module.
+        """Choose how the gradient of one module is kept.
 
         Args:
-            name: full dotted name of the module.
-            weight: its weight, [m, n].
-            rank: LoRA rank at which it will be scored.
+            name: Full dotted name of the module.
+            weight: Weight of the module, [m, n].
+            rank: LoRA rank at which the module will be scored.
         """
 
 
 class ExactGradients(GradientMode):
-    """Keep every entry: 4 bytes per candidate parameter, and any scorer works.
+    """Keep whole gradients: 4 bytes per candidate parameter; every scorer works with them.
 
     Args:
-        device: where the sums are kept and decomposed; the default leaves the accelerator's memory to the model.
+        device: Where sums are kept and decomposed; the default leaves the accelerator's memory to the model.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -93,25 +93,25 @@ class ModuleAccumulator:
     """Sums of one module's gradients over the calibration losses.
 
     Args:
-        form: how gradients are kept.
-        halves: keep even and odd losses apart, for `noise`.
+        form: How gradients are kept.
         shape: (m, n).
+        halves: Whether to keep even and odd losses apart, as `noise` needs.
     """
 
     def __init__(self, form: GradientForm, shape: tuple[int, int], halves: bool) -> None:
         self._form, self.shape = form, shape
         self._sums = [form.zeros() for _ in range(2 if halves else 1)]
-        self.received = torch.zeros(())  # gradients taken: stays 0 where the calibration losses do not use the module
-        self.losses = torch.zeros(len(self._sums))  # losses in each half, set when all have been seen
+        self.received = torch.zeros(())  # number of gradients added: stays 0 where no calibration loss uses the module
+        self.losses = torch.zeros(len(self._sums))  # number of losses in each half (or in all), set after the last loss
 
     def add(self, gradient: Tensor, index: int) -> None:
-        """Take the gradient [m, n] of the loss with this index."""
+        """Add the gradient [m, n] of the loss with this index."""
         for total, part in zip(self._sums[index % len(self._sums)], self._form.compress(gradient), strict=True):
             total.add_(part.to(total.device))
         self.received += 1
 
     def tensors(self) -> list[Tensor]:
-        """Everything that has been summed: may itself be summed over ranks, in place."""
+        """All sums and counts, which may be summed over ranks in place."""
         sums = [tensor for half in self._sums for tensor in half]
         return [*sums, self.received, self.losses]
 
@@ -120,17 +120,17 @@ class ModuleAccumulator:
         return any(bool(tensor.any()) for half in self._sums for tensor in half)
 
     def mean(self) -> Gradient:
-        """Mean gradient over the losses."""
+        """Mean gradient over all losses."""
         return self._combine([1.0 / float(self.losses.sum())] * len(self._sums))
 
     def noise(self) -> Gradient:
-        """The halves' means subtracted: no signal is left, and the sampling noise has the variance of that in `mean`.
+        """Scaled difference of the halves' mean gradients: it has the sampling noise of `mean`, but none of its signal.
 
-        With a and b losses in the halves, N = a + b, it is sqrt(b / a) / N * sum_even - sqrt(a / b) / N * sum_odd;
-        half the difference of the two means if a = b.
+        With a even and b odd losses, N = a + b, it is sqrt(b / a) / N * sum_even - sqrt(a / b) / N * sum_odd, which is half the
+        difference of the two means if a = b.
 
         Raises:
-            CalibrationError: if there were fewer than two losses.
+            CalibrationError: If there were fewer than two losses.
         """
         even, odd = (float(count) for count in self.losses)
         if min(even, odd) == 0:
@@ -153,18 +153,18 @@ class ModuleAccumulator:
 
 @runtime_checkable
 class CalibrationState(Protocol):
-    """What losses may offer, so that scoring that was stopped goes on after those that it has seen."""
+    """Methods that calibration losses may have, so that stopped scoring resumes after the losses that it has seen."""
 
     def since(self, seen: int) -> Iterator[Tensor]:
-        """The losses after so many."""
+        """The losses that follow the first `seen`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What later losses, and later passes over all of them, have to know of those so far."""
+        """State that the remaining losses, and later passes over all losses, need."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         ...
 
 
@@ -182,30 +182,31 @@ def collect_gradients(
 ) -> dict[str, ModuleAccumulator]:
     """Average the candidates' gradients over the calibration losses.
 
-    The model is in eval mode meanwhile (no dropout). Where gradient checkpointing is on, which transformers honours in
-    train mode only, the checkpointing blocks themselves are in train mode, but not the modules in them, which hold the
-    dropout. Flags, modes and any gradients that were there are restored at the end, also after an error.
+    Meanwhile the model is in eval mode (no dropout). transformers does gradient checkpointing in train mode only, so blocks
+    with gradient checkpointing are put in train mode themselves, but not the modules inside them, which hold the dropout. At
+    the end, and after an error too, `requires_grad` flags, modes and earlier gradients are restored.
 
     Args:
-        model: the start policy, with floating-point weights.
-        candidates: full dotted name -> linear module.
-        losses: scalar losses, computed one after another while this function iterates over them, since each graph is
-            freed by its backward pass. All count the same.
-        mode: how much of each gradient to keep.
-        rank: LoRA rank (sketches are sized by it).
-        halves: keep even and odd losses apart.
-        sum_over_ranks: sums a tensor over processes in place, such as `torch.distributed.all_reduce`; each process
-            then gives losses of its own, and all get the same result.
-        kept: where sums are kept when the run is stopped, and which modules need none any more. Losses that it has seen are
-            left out (see `CalibrationState`); without `since` they are computed once more, without a backward pass.
-        on_loss: called with the number of losses that have been seen, after each.
+        model: The start policy, with floating-point weights.
+        candidates: Full dotted name -> linear module.
+        losses: Scalar losses, each with the same weight. They have to be computed lazily, while this function iterates over them:
+            the backward pass of each frees its graph.
+        mode: How much of each gradient to keep.
+        rank: LoRA rank, which sets the size of sketches.
+        halves: Whether to keep even and odd losses apart.
+        sum_over_ranks: Sums a tensor over processes in place, such as `torch.distributed.all_reduce`; each process then has
+            losses of its own, and all get the same result. None: one process.
+        kept: Saved progress of scoring: holds the sums of a stopped run, says which modules have their score already, and saves
+            the sums of this run. The losses that a stopped run has seen are skipped if they follow `CalibrationState`; others are
+            computed again, without a backward pass.
+        on_loss: Called after each loss with the number of losses seen so far.
 
     Returns:
-        Full dotted name -> sums of that module.
+        Full dotted name -> accumulator of that module; modules that have their score already are left out.
 
     Raises:
-        ModelError: if a weight cannot have a gradient, as in a quantized model.
-        CalibrationError: if there is no loss, a loss or gradient is not finite, or all gradients are zero.
+        ModelError: If a weight cannot have a gradient, as in a quantized model.
+        CalibrationError: If there is no loss, a loss or gradient is not finite, or all gradients are zero.
     """
     kept = kept or KeptScoring()
     assert sum_over_ranks is None or kept.folder is None, "sums over ranks would be summed up again by a run that goes on"
@@ -227,7 +228,7 @@ def collect_gradients(
                 if on_loss is not None:
                     on_loss(seen)
         except RunStopped:
-            keep_sums(kept, accumulators, losses, seen, stopped=True)
+            save_progress(kept, accumulators, losses, seen, stopped=True)
             raise
     counts = [seen] if not halves else [(seen + 1) // 2, seen // 2]
     for accumulator in accumulators.values():
@@ -239,10 +240,10 @@ def collect_gradients(
     return accumulators
 
 
-def keep_sums(
+def save_progress(
     kept: KeptScoring, accumulators: Mapping[str, ModuleAccumulator], losses: object, seen: int, stopped: bool = False
 ) -> None:
-    """Keep what has been summed up of so many losses, and what later ones have to know of them."""
+    """Save the sums over the first `seen` losses, and the state that the remaining losses need, if saving is due."""
 
     def state() -> dict[str, Any]:
         sums = {name: accumulator.tensors() for name, accumulator in accumulators.items()}
@@ -252,7 +253,7 @@ def keep_sums(
 
 
 def _restore(accumulators: Mapping[str, ModuleAccumulator], losses: object, kept: KeptScoring) -> int:
-    """Take over what is kept; returns how many losses it has seen."""
+    """Restore the sums of a stopped run; returns the number of losses that they contain."""
     state = kept.sums()
     if state is None:
         return 0
@@ -271,13 +272,13 @@ def _backward_all(
     seen: int,
     kept: KeptScoring,
 ) -> Iterator[int]:
-    """Run each loss that has not been seen backward into the accumulators; yields how many have been."""
+    """Run the backward pass of each unseen loss, with hooks that fill the accumulators; yields the number of losses seen."""
     index = seen
 
     def take_gradient(name: str) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             assert weight.grad is not None
-            # off, in case the losses were yielded from within autocast: sums and sketches are float32
+            # Losses may be yielded from within autocast, but sums and sketches are float32.
             with torch.autocast(weight.device.type, enabled=False):
                 if name in accumulators:
                     accumulators[name].add(weight.grad.detach(), index)
@@ -292,11 +293,11 @@ def _backward_all(
     try:
         for loss in losses.since(index) if isinstance(losses, CalibrationState) else islice(losses, index, None):
             _check_loss(loss, index)
-            with kept.signals.deferred():  # the sums have all of a loss or nothing
+            with kept.signals.deferred():  # a loss is in the sums of all modules or of none
                 loss.backward()  # type: ignore[no-untyped-call]
                 index += 1
                 yield index
-                keep_sums(kept, accumulators, losses, index)
+                save_progress(kept, accumulators, losses, index)
             kept.signals.check()
     finally:
         for handle in handles:

@@ -1,11 +1,11 @@
-"""`KeptScoring`: what scoring has found so far, in a folder, so that a run that was stopped meanwhile need not find it again.
+"""Save the progress of scoring in a folder, so that scoring that was stopped can be resumed.
 
     settings.json    what the scores depend on
-    NAME.pt          whatever was made before the first loss, such as completions and rewards of calibration prompts
-    gradients.pt     sums over the losses so far, while there are modules without a score
-    scores.json      module -> score
+    NAME.pt          what is made before the first loss, such as completions and rewards of calibration prompts
+    gradients.pt     sums of gradients over the losses so far, while there are modules without a score
+    scores.json      module name -> score
 
-This module needs only torch.
+This file needs only torch.
 """
 
 import json
@@ -23,26 +23,26 @@ import torch
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.stopping import StopSignals
 
-SCORING = "scoring"  # of this name in the run folder
-SETTINGS = "settings.json"  # in it from the start
+SCORING = "scoring"  # name of the folder, inside the run folder
+SETTINGS = "settings.json"  # written before anything else
 _GRADIENTS, _SCORES = "gradients.pt", "scores.json"
-# Sums of gradients are as large as the modules: they are written when the run is stopped, and beside so often that it takes no
-# more than this share of the time.
+# Sums of gradients can be as large as the modules. They are written when the run is stopped, and before that at most every
+# _EVERY_S seconds, and less often where writing would take more than _SHARE of the time.
 _EVERY_S, _SHARE = 300.0, 0.05
 
 
 def is_scoring(path: str | Path) -> bool:
-    """Whether a folder holds what scoring has found."""
+    """Whether a folder holds saved progress of scoring."""
     return (Path(path) / SETTINGS).is_file()
 
 
 class KeptScoring:
-    """Keeps what scoring finds, and gives back what has been found.
+    """Progress of scoring, saved in a folder as it is made.
 
     Args:
-        folder: Where to keep it; None keeps nothing.
-        earlier: Folder of a run that was stopped, which stays as it is; None begins anew.
-        signals: Those that end the run.
+        folder: Folder to save in; None saves nothing.
+        earlier: Folder that a stopped run saved in, to resume from; it is not changed. None starts from nothing.
+        signals: Signals that stop the run; None for a run that no signal stops.
 
     Raises:
         CheckpointError: If `earlier` cannot be read.
@@ -50,7 +50,7 @@ class KeptScoring:
 
     def __init__(self, folder: Path | None = None, earlier: Path | None = None, signals: StopSignals | None = None) -> None:
         self.folder, self.signals = folder, signals or StopSignals()
-        self._source = earlier  # where to read, until there is a folder of this run's own that has all of it
+        self._source = earlier  # folder to read from
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(earlier.iterdir()) if earlier is not None else ():
@@ -58,33 +58,33 @@ class KeptScoring:
             self._source = folder
         self._settings: dict[str, Any] = self._read_json(SETTINGS)
         self.scores: dict[str, float] = self._read_json(_SCORES)
-        self._next = time.monotonic() + _EVERY_S
+        self._next_save = time.monotonic() + _EVERY_S
 
     def require(self, settings: Mapping[str, Any]) -> None:
-        """Say what the scores depend on.
+        """Record settings that the scores depend on, and compare them with those of the saved progress.
 
         Args:
             settings: Name -> plain value.
 
         Raises:
-            CheckpointError: If what is kept was found with another value.
+            CheckpointError: If the saved progress was made with another value.
         """
         plain = json.loads(json.dumps(settings, sort_keys=True, default=str))
         for name, value in plain.items():
             if self._settings.get(name, value) != value:
                 raise CheckpointError(
-                    f"{self._source} was found with {name}={_short(self._settings[name])}, but it is {_short(value)} now: give "
-                    "the same, or start a new run without ckpt_path"
+                    f"{self._source} was found with {name}={_brief(self._settings[name])}, but it is {_brief(value)} now: "
+                    "give the same, or start a new run without ckpt_path"
                 )
         self._settings |= plain
         self._write(SETTINGS, lambda path: path.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8"))
 
     def recall(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What is kept of this name, or else what is made now, and kept.
+        """Load what was saved under a name; if there is nothing, make it and save it.
 
         Args:
-            name: Of what is kept.
-            make: Gives plain data and tensors.
+            name: Name of the file, without `.pt`.
+            make: Returns plain data and tensors.
         """
         found = self._read(f"{name}.pt")
         if found is None:
@@ -93,28 +93,28 @@ class KeptScoring:
         return found
 
     def sums(self) -> dict[str, Any] | None:
-        """The sums that `keep_sums` was given last."""
+        """The sums that `keep_sums` saved last; None if there are none."""
         return self._read(_GRADIENTS)
 
     def keep_sums(self, make: Callable[[], dict[str, Any]], stopped: bool = False) -> None:
-        """Keep sums of gradients, if it is time to or the run is being stopped.
+        """Save sums of gradients, if the last save is long enough ago or the run is being stopped.
 
         Args:
-            make: Gives plain data and tensors.
-            stopped: Whether there will be no other occasion.
+            make: Returns plain data and tensors.
+            stopped: Whether the run is being stopped, so that this is the last occasion.
         """
         begin = time.monotonic()
-        if stopped or begin > self._next:
+        if stopped or begin > self._next_save:
             self._write(_GRADIENTS, lambda path: torch.save(make(), path))
             now = time.monotonic()
-            self._next = now + max(_EVERY_S, (now - begin) / _SHARE)
+            self._next_save = now + max(_EVERY_S, (now - begin) / _SHARE)
 
     def keep_scores(self, scores: Mapping[str, float], last: bool = False) -> None:
-        """Keep scores, those of before included.
+        """Add scores to the saved ones.
 
         Args:
-            scores: Module -> score.
-            last: Whether all modules have one, so that sums are needed no more.
+            scores: Module name -> score.
+            last: Whether all modules now have a score, so that the sums of gradients are no longer needed.
         """
         self.scores = {**self.scores, **scores}
         self._write(_SCORES, lambda path: path.write_text(json.dumps(self.scores, indent=2) + "\n", encoding="utf-8"))
@@ -142,7 +142,7 @@ class KeptScoring:
         return found
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a file so that it is there whole or not at all. Scoring itself needs none of them: it goes on without."""
+        """Write a file completely or not at all; if that fails, warn and go on, since scoring itself needs none of the files."""
         if self.folder is None:
             return
         part = self.folder / f".{name}.part"
@@ -160,7 +160,7 @@ class KeptScoring:
 
 
 def _link(file: Path, place: Path) -> None:
-    """The same content under another name; no file that is kept is ever written again."""
+    """Hard-link a saved file into a new folder: safe, since saved files are replaced but never changed in place."""
     if file.name.startswith("."):
         return
     try:
@@ -169,6 +169,6 @@ def _link(file: Path, place: Path) -> None:
         shutil.copyfile(file, place)
 
 
-def _short(value: Any) -> str:
+def _brief(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,4 +1,4 @@
-"""The low-rank part of the adapter: its settings, and the `LoraConfig` by which PEFT makes it."""
+"""Settings of the low-rank part of the adapter, and the PEFT `LoraConfig` that builds an adapter as planned."""
 
 import math
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ ADAPTER = "default"  # PEFT's name for the only adapter
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """How modules that are not fully trained are adapted: W + (alpha / rank) B A, B [m, rank], A [rank, n].
+    """How LoRA adapts a module with weight W [m, n]: W + (alpha / rank) B A, with B [m, rank] and A [rank, n].
 
     Args:
-        rank: r of the update.
-        alpha: numerator of the update's scale.
-        dropout: on the input of A, while training.
-        use_dora: also learn the length of each output's weights (DoRA, arXiv 2402.09353).
-        use_rslora: scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
+        rank: Rank r of the update B A.
+        alpha: Numerator of the update's scale.
+        dropout: Probability of dropout on the input of A, while training.
+        use_dora: Also learn the norm of each row of the adapted weight (DoRA, arXiv 2402.09353).
+        use_rslora: Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
     """
 
     rank: int = 16
@@ -41,38 +41,38 @@ class LoraSettings:
 
     @property
     def scale(self) -> float:
-        """Factor of B A."""
+        """Factor of B A in the adapted weight."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def parameters(self, shape: tuple[int, int]) -> int:
-        """Trainable parameters that LoRA adds to a module.
+        """Number of trainable parameters that LoRA adds to a module.
 
         Args:
-            shape: (outputs, inputs) of the module.
+            shape: Shape of the module, (outputs, inputs).
         """
         outputs, inputs = shape
         return self.rank * (outputs + inputs) + (outputs if self.use_dora else 0)
 
 
 def lora_config(modes: Mapping[str, str], lora: LoraSettings, fan_in_fan_out: bool = False) -> "LoraConfig":
-    """Build the config that makes `get_peft_model` adapt modules as planned.
+    """Build the config with which PEFT's `get_peft_model` adapts modules as planned.
 
     Args:
         modes: Full module name -> `full`, `lora` or `frozen`.
-        lora: Settings of the low-rank part.
-        fan_in_fan_out: LoRA modules store their weights as [inputs, outputs], as GPT-2's do.
+        lora: LoRA settings.
+        fan_in_fan_out: Whether the LoRA modules store their weights as [inputs, outputs], as GPT-2's do.
 
     Raises:
-        PlanError: If nothing is trained, or a name ends like that of a module with another mode.
+        PlanError: If nothing is trained, or PEFT would mistake a module for one with another mode (see `_check_suffixes`).
     """
     from peft import LoraConfig  # slow to import, and not needed for a plan
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    low_rank = [name for name, mode in modes.items() if mode == "lora"]
+    lora_modules = [name for name, mode in modes.items() if mode == "lora"]
     full = [name for name, mode in modes.items() if mode == "full"]
-    if not low_rank and not full:
+    if not lora_modules and not full:
         raise PlanError('the plan leaves all modules frozen: give at least one the mode "full" or "lora".')
-    _check_ends(modes)
+    _check_suffixes(modes)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -81,19 +81,22 @@ def lora_config(modes: Mapping[str, str], lora: LoraSettings, fan_in_fan_out: bo
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         fan_in_fan_out=fan_in_fan_out,
-        # with None PEFT would fill in the architecture's usual modules, and with [] it refuses to go on
-        target_modules=low_rank or DUMMY_TARGET_MODULES,
+        # With None PEFT would take its defaults for the architecture, and it refuses [].
+        target_modules=lora_modules or DUMMY_TARGET_MODULES,
         modules_to_save=full or None,
     )
 
 
-def _check_ends(modes: Mapping[str, str]) -> None:
-    """PEFT also trains fully what ends like the name of a fully trained module, and gives LoRA to what ends, at a dot, like that
-    of a LoRA module."""
+def _check_suffixes(modes: Mapping[str, str]) -> None:
+    """Refuse names that PEFT, which matches names by suffix, would take for those of modules with another mode.
+
+    PEFT also trains fully every module whose name ends with the name of a fully trained one, and gives LoRA to every module whose
+    name ends, at a dot, with the name of a LoRA module.
+    """
     full = tuple(name for name, mode in modes.items() if mode == "full")
-    low_rank = tuple(f".{name}" for name, mode in modes.items() if mode == "lora")
+    lora_modules = tuple(f".{name}" for name, mode in modes.items() if mode == "lora")
     for name, mode in modes.items():
-        if (mode != "full" and name.endswith(full)) or (mode == "frozen" and name.endswith(low_rank)):
+        if (mode != "full" and name.endswith(full)) or (mode == "frozen" and name.endswith(lora_modules)):
             raise PlanError(
                 f'PEFT would not leave {name} "{mode}", since its name ends like that of a module with another mode: give them '
                 "the same mode in the plan."

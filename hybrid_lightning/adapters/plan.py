@@ -1,9 +1,9 @@
-"""A cheap fingerprint of a model's weights, by which a plan or a checkpoint recognises its base model.
+"""`AdapterPlan`: which module is trained how, and where that decision came from.
 
-`AdapterPlan`: which module is trained how, and where that decision came from.
+A plan is saved as `plan.json` in the run folder and inside every checkpoint. To change it by hand, edit the `mode` of a module
+and delete the line with the digest (or make it null): a file that has a digest must be exactly as it was written.
 
-Saved as `plan.json` in the run folder and inside every checkpoint. To change a plan by hand, edit the `mode` of a
-module and delete the line with the digest (or make it null): with a digest, a file must be exactly as it was written.
+`model_digest` is a cheap fingerprint of a model's weights, by which a plan or a checkpoint recognises its base model.
 """
 
 import hashlib
@@ -26,68 +26,35 @@ from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-
-SAMPLES_PER_PARAMETER = 1024
-
-
-def model_digest(model: nn.Module) -> str:
-    """Fingerprint a model before it is adapted, quantized or sharded.
-
-    Hashed are name, shape and dtype of every parameter and at most 1024 of its values at a fixed stride, so that it
-    takes seconds for any size of model and does not depend on the device.
-
-    Args:
-        model: the base model, with real weights.
-
-    Returns:
-        The SHA-256 as 64 hexadecimal digits.
-
-    Raises:
-        ModelError: if weights are on the meta device.
-    """
-    sha = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta:
-            raise ModelError(f"parameter {name} has no values yet (meta device): load the weights before the digest.")
-        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        sha.update(_sample_bytes(parameter))
-    return sha.hexdigest()
-
-
-def _sample_bytes(parameter: torch.Tensor) -> bytes:
-    flat = parameter.detach().reshape(-1)
-    # an odd stride: an even one would look at the same few columns of every row of a matrix
-    stride = math.ceil(flat.numel() / SAMPLES_PER_PARAMETER) | 1
-    return flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes()
-
-
 Mode = Literal["full", "lora", "frozen"]
+SAMPLES_PER_PARAMETER = 1024  # values that are hashed
+_NEW_PLAN = "make a new plan for this model with the score command."
 
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One candidate module and what becomes of it."""
+    """One candidate module and how it is trained."""
 
     name: str  # full dotted name in the base model
     shape: tuple[int, int]  # (outputs, inputs)
     parameters: int  # entries of weight and bias: full training includes the bias, LoRA leaves it alone
     score: float | None  # higher is more sensitive to low-rank adaptation; None: not scored
-    mode: Mode  # trained fully, adapted by LoRA, or left as it is
+    mode: Mode  # fully trained, adapted with LoRA, or frozen
 
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """The decision that scoring leads to: everything needed to build the adapter again."""
+    """The decision made from the scores: everything needed to build the adapter again."""
 
     model: str  # id or path of the base model
-    revision: str | None  # of a hub model
-    model_digest: str  # `model_digest` of the base
+    revision: str | None  # revision of a hub model; None: none was given
+    model_digest: str  # `model_digest` of the base model
     candidates: tuple[PlannedModule, ...]  # in the model's order
     lora: LoraSettings
-    budget: dict[str, Any]  # class_path and init_args
-    scorer: dict[str, Any] | None = None  # class_path and init_args; None: not scored
-    calibration: dict[str, Any] = field(default_factory=dict)  # what was scored on: plain values of the caller's choice
-    seed: int | None = None
+    budget: dict[str, Any]  # class_path and init_args of the `Budget`
+    scorer: dict[str, Any] | None = None  # class_path and init_args of the `Scorer`; None: not scored
+    calibration: dict[str, Any] = field(default_factory=dict)  # what the scores were made from, in plain values
+    seed: int | None = None  # seed of the calibration
 
     def __post_init__(self) -> None:
         names = [module.name for module in self.candidates]
@@ -99,7 +66,7 @@ class AdapterPlan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the whole content."""
+        """SHA-256 of the plan's whole content."""
         return plan_json.content_digest(self._content())
 
     @property
@@ -125,17 +92,17 @@ class AdapterPlan:
         use_dora: bool | None = None,
         use_rslora: bool | None = None,
     ) -> "LoraConfig":
-        """The plan for code of your own that takes a PEFT config, such as `get_peft_model` or TRL's trainers.
+        """The plan as a PEFT config, for code of your own that takes one, such as `get_peft_model` or TRL's trainers.
 
-        Give it a base model with float32 weights: PEFT keeps the copies of fully trained modules in the dtype of the base, and in
-        16 bits small steps vanish (`apply_plan` makes float32 copies).
+        Use it with a base model in float32: PEFT keeps the copies of fully trained modules in the dtype of the base, and in 16
+        bits small optimizer steps vanish (`apply_plan` makes float32 copies).
 
         Args:
-            rank: LoRA rank r; None, here and below, takes what the plan has.
-            alpha: LoRA scale alpha / rank; it does not follow a new rank by itself.
-            dropout: On the input of LoRA.
-            use_dora: Weight-decomposed LoRA.
-            use_rslora: Scale by alpha / sqrt(rank).
+            rank: LoRA rank r; here and below, None takes the plan's value.
+            alpha: Numerator of LoRA's scale alpha / rank; it does not change with a new rank by itself.
+            dropout: Probability of dropout on the input of LoRA.
+            use_dora: Whether to use weight-decomposed LoRA (DoRA).
+            use_rslora: Whether to scale by alpha / sqrt(rank) instead.
 
         Returns:
             A new `LoraConfig` with the LoRA modules as `target_modules` and the fully trained ones as `modules_to_save`, both by
@@ -143,58 +110,62 @@ class AdapterPlan:
 
         Raises:
             ConfigError: If a value is impossible.
-            PlanError: If nothing is trained, or PEFT, which matches names by their ends, would take a module for another.
+            PlanError: If nothing is trained, or PEFT, which matches names by suffix, would mistake one module for another.
         """
         given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_dora": use_dora, "use_rslora": use_rslora}
         settings = replace(self.lora, **{name: value for name, value in given.items() if value is not None})
         return lora_config({module.name: module.mode for module in self.candidates}, settings)
 
     def check_model(self, model: nn.Module) -> None:
-        """Make sure that the plan fits a base model: every planned module is there, with its shape.
+        """Check that the plan fits a base model: every planned module is there, with its shape.
 
         Raises:
-            PlanError: naming the first difference.
+            PlanError: If not; the message names the first difference.
         """
         modules = dict(model.named_modules())
         for planned in self.candidates:
             module = modules.get(planned.name)
             if not isinstance(module, LinearLike):
                 found = "no such module" if module is None else f"a {type(module).__name__} there, no linear module"
-                raise PlanError(f"the plan was made for {self.model} and names {planned.name}; this model has {found}: {_ANEW}")
+                raise PlanError(
+                    f"the plan was made for {self.model} and names {planned.name}; this model has {found}: {_NEW_PLAN}"
+                )
             if linear_shape(module) != planned.shape:
                 raise PlanError(
                     f"the plan was made for {self.model}, where {planned.name} has shape {planned.shape}; here it has "
-                    f"{linear_shape(module)}: {_ANEW}"
+                    f"{linear_shape(module)}: {_NEW_PLAN}"
                 )
 
     def check_weights(self, model: nn.Module) -> None:
-        """Make sure that a base model, neither quantized nor sharded yet, has the weights that were scored.
+        """Check that a base model, neither quantized nor sharded yet, has the weights that the plan was made for.
 
         Raises:
-            PlanError: if its digest differs.
+            PlanError: If its digest differs.
         """
         if model_digest(model) != self.model_digest:
-            raise PlanError(f"the plan was made for {self.model} with other weights or another dtype than this model's: {_ANEW}")
+            raise PlanError(
+                f"the plan was made for {self.model} with other weights or another dtype than this model's: {_NEW_PLAN}"
+            )
 
     def _content(self) -> dict[str, Any]:
         content = plan_json.plain({"format": plan_json.FORMAT, **asdict(self)})
-        # the long list last, so that a reader sees the rest first
+        # The long list comes last, so that a reader of the file sees the rest first.
         return {**content, "candidates": content.pop("candidates")}
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan in plain types, the digest included, for JSON and for checkpoints."""
+        """The plan in plain types, including its digest, for JSON and for checkpoints."""
         return {"digest": self.digest, **self._content()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "the adapter plan") -> "AdapterPlan":
-        """Build a plan from `to_dict`'s output.
+        """Build a plan from what `to_dict` returned.
 
         Args:
-            data: the plain types.
-            source: where they come from, for the error message.
+            data: The plan in plain types.
+            source: Where it comes from, for error messages.
 
         Raises:
-            PlanError: if fields are missing, unknown or of the wrong type, or the digest does not fit.
+            PlanError: If fields are missing, unknown or of the wrong type, or the digest does not fit.
         """
         content = plan_json.checked(data, plan_json.PLAN_FIELDS, source)
         try:
@@ -214,15 +185,15 @@ class AdapterPlan:
         return plan
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, one module a line."""
+        """Write the plan as JSON, one module per line."""
         Path(path).write_text(plan_json.dumps(self.to_dict()), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "AdapterPlan":
-        """Read a plan that `save` wrote, perhaps edited since.
+        """Read a plan that `save` wrote and that may have been edited since.
 
         Raises:
-            PlanError: if the file is missing or no plan.
+            PlanError: If the file is missing or holds no plan.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -233,7 +204,35 @@ class AdapterPlan:
         return cls.from_dict(data, source=str(path))
 
 
-_ANEW = "make a new plan for this model with the score command."
+def model_digest(model: nn.Module) -> str:
+    """Fingerprint a base model, before it is adapted, quantized or sharded.
+
+    It hashes the name, shape and dtype of every parameter and at most 1024 of its values at a fixed stride, so that it takes
+    seconds for a model of any size and does not depend on the device.
+
+    Args:
+        model: Base model, with real weights.
+
+    Returns:
+        The SHA-256 as 64 hexadecimal digits.
+
+    Raises:
+        ModelError: If weights are on the meta device.
+    """
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            raise ModelError(f"parameter {name} has no values yet (meta device): load the weights before the digest.")
+        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        sha.update(_sample_bytes(parameter))
+    return sha.hexdigest()
+
+
+def _sample_bytes(parameter: torch.Tensor) -> bytes:
+    flat = parameter.detach().reshape(-1)
+    # The stride is odd: an even one would take the same few columns of every row of a matrix.
+    stride = math.ceil(flat.numel() / SAMPLES_PER_PARAMETER) | 1
+    return flat[::stride].contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
 def _planned_module(data: Any, source: str) -> PlannedModule:

@@ -1,9 +1,8 @@
-"""A plan as a table and as a heat map.
+"""Show a plan as a table and as a heat map.
 
-The table is for the screen (rich), for TensorBoard (Markdown) and for other loggers (columns and rows). The heat map shows
-scores by layer (across) and kind of module (down), the fully trained modules framed.
-
-The heat map is drawn without pyplot, so that nothing global changes and no window opens.
+The table comes in three forms: for the screen (rich), for TensorBoard (Markdown), and for other loggers (columns and rows). The
+heat map shows the scores by layer (across) and kind of module (down), with frames around the fully trained modules. It is drawn
+without pyplot, so that no global state changes and no window opens.
 """
 
 import re
@@ -23,23 +22,30 @@ from rich.table import Table
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
 
 _COLUMNS = ("module", "shape", "parameters", "score", "mode")
-_MOST_FULL = 30  # of full fine-tuning, nobody wants to see every module on the screen
+_MAX_FULL_SHOWN = 30  # after full fine-tuning nobody wants to see every module on the screen
 _STYLES = {"full": "bold", "lora": "", "frozen": "dim"}
+COLORMAP = colormaps["YlGnBu"]
+FRAME_COLOR = "#e4572e"  # of fully trained modules; stands out against every color of the map
+UNSCORED_COLOR = "#e6e6e6"
+INK, FAINT_INK = "#222222", "#777777"
+LOG_SPAN = 30.0  # ratio of the largest to the smallest positive score above which the colors are logarithmic
+VALUES_UP_TO = 64  # up to this many modules each cell also shows its score
+OTHER = "other"  # column of modules outside numbered layers
 
 
 def plan_table(plan: AdapterPlan, others: int | None = None) -> Table:
-    """Modules by descending score, the fully trained ones in bold.
+    """The plan as a table for the screen: modules by descending score, the fully trained ones in bold.
 
     Args:
-        plan: Of which.
-        others: How many are shown beside the fully trained ones, and no more than 30 of these; None shows all.
+        plan: The plan to show.
+        others: Show at most 30 of the fully trained modules, and this many of the others; None shows all modules.
     """
-    table = Table(title=title(plan), title_justify="left")
+    table = Table(title=plan_title(plan), title_justify="left")
     for column in _COLUMNS:
         table.add_column(column, justify="right" if column in ("shape", "parameters", "score") else "left")
     modules = _by_score(plan)
     if others is not None:
-        full = [module.name for module in modules if module.mode == "full"][:_MOST_FULL]
+        full = [module.name for module in modules if module.mode == "full"][:_MAX_FULL_SHOWN]
         shown = {*full, *[module.name for module in modules if module.mode != "full"][:others]}
         modules = [module for module in modules if module.name in shown]
     for module in modules:
@@ -48,22 +54,56 @@ def plan_table(plan: AdapterPlan, others: int | None = None) -> Table:
 
 
 def plan_rows(plan: AdapterPlan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The names of the columns, and all modules by descending score."""
+    """The plan for loggers: names of the columns, and one row per module by descending score."""
     return _COLUMNS, [_cells(module) for module in _by_score(plan)]
 
 
 def plan_markdown(plan: AdapterPlan) -> str:
-    """All modules by descending score, the fully trained ones in bold."""
+    """The plan as a Markdown table: all modules by descending score, the fully trained ones in bold."""
     lines: list[tuple[str, ...]] = [_COLUMNS, ("---", "---:", "---:", "---:", "---")]
     for module in _by_score(plan):
         name, *rest, mode = _cells(module)
         mark = "**" if mode == "full" else ""
         lines.append((f"{mark}{name}{mark}", *rest, f"{mark}{mode}{mark}"))
-    return f"{title(plan)}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
+    return f"{plan_title(plan)}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
 
 
-def title(plan: AdapterPlan) -> str:
-    """One line: how many modules are trained how, and at what cost."""
+def draw_heatmap(plan: AdapterPlan) -> Figure:
+    """Draw the scores of all candidate modules as a heat map.
+
+    Modules outside numbered layers go into a column of their own, the last one. Colors are logarithmic where the positive scores
+    span more than a factor of 30; scores of 0 and below then have the lightest color.
+
+    Args:
+        plan: Plan to draw; cells of modules without a score are grey.
+
+    Returns:
+        A figure, ready for `savefig` or TensorBoard's `add_figure`.
+    """
+    grid = _Grid.of(plan.candidates)
+    show_values = len(plan.candidates) <= VALUES_UP_TO
+    cell = (0.74, 0.42) if show_values else (max(0.17, min(0.5, 11.0 / len(grid.columns))), 0.32)
+    width = max(cell[0] * len(grid.columns) + 3.4, 7.0)
+    height = cell[1] * len(grid.rows) + 1.9
+    figure = Figure(figsize=(min(width, 24.0), min(max(height, 3.0), 40.0)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    scores = grid.scores()
+    axes.set_facecolor("white")
+    norm = _color_norm(scores)
+    mesh = axes.pcolormesh(scores, cmap=COLORMAP, norm=norm, edgecolors="white", linewidth=0.8)
+    for (row, column), module in grid.cells.items():
+        _draw_cell(axes, row, column, module, norm, show_values)
+    _label_axes(axes, grid)
+    _draw_title(figure, axes, plan)
+    _draw_legend(figure, plan)
+    if bool(np.isfinite(scores).any()):
+        figure.colorbar(mesh, ax=axes, label=_colorbar_label(plan, norm), pad=0.015, aspect=22).outline.set_visible(False)  # type: ignore[operator]
+    return figure
+
+
+def plan_title(plan: AdapterPlan) -> str:
+    """One line: how many modules are fully trained, have LoRA or are frozen, and the number of trainable parameters."""
     full, lora = len(plan.full_modules), len(plan.lora_modules)
     frozen = len(plan.candidates) - full - lora
     parts = [f"{full} fully trained", f"{lora} with LoRA of rank {plan.lora.rank}"]
@@ -73,7 +113,7 @@ def title(plan: AdapterPlan) -> str:
 
 
 def _by_score(plan: AdapterPlan) -> list[PlannedModule]:
-    # unscored modules last; the sort is stable and keeps the model's order among equals
+    # Modules without a score come last; the sort is stable, so equal scores keep the model's order.
     return sorted(plan.candidates, key=lambda m: (m.score is None, -(m.score or 0.0)))
 
 
@@ -83,54 +123,13 @@ def _cells(module: PlannedModule) -> tuple[str, ...]:
     return (module.name, f"{outputs} x {inputs}", f"{module.parameters:,}", score, module.mode)
 
 
-COLORMAP = colormaps["YlGnBu"]
-FRAME = "#e4572e"  # of fully trained modules: stands out against every color of the map
-UNSCORED = "#e6e6e6"
-INK, FAINT_INK = "#222222", "#777777"
-LOG_SPAN = 30.0  # largest / smallest score from which the colors are logarithmic
-VALUES_UP_TO = 64  # number of modules up to which each cell also shows its score
-OTHER = "other"
-
-
-def draw_heatmap(plan: AdapterPlan) -> Figure:
-    """Draw the scores of all candidate modules.
-
-    Modules outside numbered layers go into a last column of their own. Colors are logarithmic where the positive scores span
-    more than a factor of 30; scores of 0 and less then have the lightest color.
-
-    Args:
-        plan: with or without scores (cells without one are grey).
-
-    Returns:
-        A figure, ready for `savefig` or TensorBoard's `add_figure`.
-    """
-    grid = _Grid.of(plan.candidates)
-    values = len(plan.candidates) <= VALUES_UP_TO
-    cell = (0.74, 0.42) if values else (max(0.17, min(0.5, 11.0 / len(grid.columns))), 0.32)
-    width = max(cell[0] * len(grid.columns) + 3.4, 7.0)
-    height = cell[1] * len(grid.rows) + 1.9
-    figure = Figure(figsize=(min(width, 24.0), min(max(height, 3.0), 40.0)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    scores = grid.scores()
-    axes.set_facecolor("white")
-    norm = _norm(scores)
-    mesh = axes.pcolormesh(scores, cmap=COLORMAP, norm=norm, edgecolors="white", linewidth=0.8)
-    for (row, column), module in grid.cells.items():
-        _draw_cell(axes, row, column, module, norm, values)
-    _label(axes, grid)
-    _title(figure, axes, plan)
-    _legend(figure, plan)
-    if bool(np.isfinite(scores).any()):
-        figure.colorbar(mesh, ax=axes, label=_score_label(plan, norm), pad=0.015, aspect=22).outline.set_visible(False)  # type: ignore[operator]
-    return figure
-
-
 @dataclass(frozen=True)
 class _Grid:
+    """Where each module goes in the heat map."""
+
     rows: list[str]  # kinds of modules, top to bottom
     columns: list[str]  # layer numbers in order, then `OTHER`
-    cells: dict[tuple[int, int], PlannedModule]
+    cells: dict[tuple[int, int], PlannedModule]  # (row, column) -> module
 
     @classmethod
     def of(cls, modules: Sequence[PlannedModule]) -> "_Grid":
@@ -148,7 +147,7 @@ class _Grid:
         return cls(list(rows), columns, cells)
 
     def scores(self) -> NDArray[np.float64]:
-        """[rows, columns], nan where there is no module or no score."""
+        """Scores by cell, [rows, columns]; nan where there is no module or no score."""
         scores = np.full((len(self.rows), len(self.columns)), np.nan)
         for place, module in self.cells.items():
             if module.score is not None:
@@ -157,12 +156,12 @@ class _Grid:
 
 
 def _place(name: str) -> tuple[str, int | None, str]:
-    """Split a module's name into its stack of layers, its layer's number and the rest."""
+    """Split a module's name into its stack of layers, the number of its layer, and the rest."""
     match = re.match(r"(.*?)\.(\d+)\.(.+)$", name)
     return (match[1], int(match[2]), match[3]) if match else ("", None, name)
 
 
-def _norm(scores: NDArray[np.float64]) -> Normalize:
+def _color_norm(scores: NDArray[np.float64]) -> Normalize:
     known = scores[np.isfinite(scores)]
     positive = known[known > 0]
     if len(positive) and positive.max() > LOG_SPAN * positive.min():
@@ -171,21 +170,21 @@ def _norm(scores: NDArray[np.float64]) -> Normalize:
     return Normalize(low, high if high > low else low + 1.0)
 
 
-def _draw_cell(axes: Axes, row: int, column: int, module: PlannedModule, norm: Normalize, value: bool) -> None:
+def _draw_cell(axes: Axes, row: int, column: int, module: PlannedModule, norm: Normalize, show_value: bool) -> None:
     if module.score is None:
-        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=UNSCORED, edgecolor="white", linewidth=0.8))
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=UNSCORED_COLOR, edgecolor="white", linewidth=0.8))
     if module.mode == "frozen":
         axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor=FAINT_INK, linewidth=0))
     if module.mode == "full":
-        # inside the cell, so that neighbours' frames do not run into each other
-        inset = Rectangle((column + 0.06, row + 0.06), 0.88, 0.88, fill=False, edgecolor=FRAME, linewidth=2.4)
+        # Inside the cell, so that the frames of neighbours do not touch.
+        inset = Rectangle((column + 0.06, row + 0.06), 0.88, 0.88, fill=False, edgecolor=FRAME_COLOR, linewidth=2.4)
         axes.add_patch(inset)
-    if value and module.score is not None:
+    if show_value and module.score is not None:
         dark = module.score > 0 and float(norm(max(module.score, float(norm.vmin or 0.0)))) > 0.55
         axes.text(
             column + 0.5,
             row + 0.5,
-            _short(module.score),
+            _short_number(module.score),
             ha="center",
             va="center",
             fontsize=7.5,
@@ -193,15 +192,15 @@ def _draw_cell(axes: Axes, row: int, column: int, module: PlannedModule, norm: N
         )
 
 
-def _short(score: float) -> str:
-    """At most seven characters."""
+def _short_number(score: float) -> str:
+    """Write a score in at most seven characters."""
     if score == 0 or 0.01 <= abs(score) < 1000:
         return f"{score:.3g}"
     mantissa, exponent = f"{score:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
 
-def _label(axes: Axes, grid: _Grid) -> None:
+def _label_axes(axes: Axes, grid: _Grid) -> None:
     axes.invert_yaxis()
     axes.set_yticks([row + 0.5 for row in range(len(grid.rows))], grid.rows, fontsize=9)
     every = max(1, round(len(grid.columns) / 40))
@@ -213,26 +212,26 @@ def _label(axes: Axes, grid: _Grid) -> None:
         spine.set_visible(False)
 
 
-def _title(figure: Figure, axes: Axes, plan: AdapterPlan) -> None:
-    headline, parameters = title(plan).split("; ")
+def _draw_title(figure: Figure, axes: Axes, plan: AdapterPlan) -> None:
+    headline, parameters = plan_title(plan).split("; ")
     figure.suptitle(headline, x=0.01, ha="left", fontsize=11, color=INK)
     model = plan.model if len(plan.model) <= 60 else f"...{plan.model[-57:]}"
     axes.set_title(f"{parameters}, {model}", loc="left", fontsize=9, color=FAINT_INK)
 
 
-def _legend(figure: Figure, plan: AdapterPlan) -> None:
-    handles = [Patch(facecolor="none", edgecolor=FRAME, linewidth=2.4, label="fully trained")]
+def _draw_legend(figure: Figure, plan: AdapterPlan) -> None:
+    handles = [Patch(facecolor="none", edgecolor=FRAME_COLOR, linewidth=2.4, label="fully trained")]
     unscored = all(module.score is None for module in plan.candidates)
     if plan.lora_modules:
-        color = UNSCORED if unscored else COLORMAP(0.35)
+        color = UNSCORED_COLOR if unscored else COLORMAP(0.35)
         handles.append(Patch(facecolor=color, label=f"LoRA of rank {plan.lora.rank}"))
     if any(module.mode == "frozen" for module in plan.candidates):
         handles.append(Patch(facecolor="white", edgecolor=FAINT_INK, hatch="////", linewidth=0, label="frozen"))
     if any(module.score is None for module in plan.candidates) and not unscored:
-        handles.append(Patch(facecolor=UNSCORED, label="not scored"))
+        handles.append(Patch(facecolor=UNSCORED_COLOR, label="not scored"))
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False, fontsize=9)
 
 
-def _score_label(plan: AdapterPlan, norm: Normalize) -> str:
+def _colorbar_label(plan: AdapterPlan, norm: Normalize) -> str:
     scorer = "score" if plan.scorer is None else plan.scorer["class_path"].rsplit(".", 1)[-1]
     return f"{scorer} (log scale)" if isinstance(norm, LogNorm) else scorer

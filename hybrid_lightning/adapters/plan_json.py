@@ -1,4 +1,4 @@
-"""A plan as JSON: its fields and types, its digest, and a layout that a person can read and edit."""
+"""The JSON form of a plan: its fields and their types, its digest, and a layout that a person can read and edit."""
 
 import hashlib
 import json
@@ -8,9 +8,8 @@ from typing import Any
 
 from hybrid_lightning.errors import PlanError
 
-FORMAT = 1
-
-Fields = Mapping[str, tuple[type, ...]]
+FORMAT = 1  # version of the fields below; a plan with another one is refused
+Fields = Mapping[str, tuple[type, ...]]  # name -> allowed types
 _NULL = type(None)
 PLAN_FIELDS: Fields = {
     "digest": (str, _NULL),
@@ -43,10 +42,10 @@ _OPTIONAL = {"digest"}
 
 
 def plain(value: Any) -> Any:
-    """Reduce a value to what JSON can hold, exactly as a file would give it back.
+    """Reduce a value to JSON's types, exactly as it would be read back from a file.
 
     Raises:
-        PlanError: if a number is not finite.
+        PlanError: If a number is not finite.
     """
     try:
         return json.loads(json.dumps(value, allow_nan=False, default=str))
@@ -55,23 +54,23 @@ def plain(value: Any) -> Any:
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of plain content, whatever the order of its keys."""
+    """SHA-256 of a plan in plain types, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def checked(data: Any, fields: Fields, source: str) -> dict[str, Any]:
-    """Check names and types of a JSON object's fields.
+    """Check the names and types of a JSON object's fields.
 
     Args:
-        data: the object.
-        fields: name -> allowed types.
-        source: where it stands, for the error message.
+        data: The object.
+        fields: Name -> allowed types.
+        source: Where the object comes from, for the error message.
 
     Returns:
         A copy of the object.
 
     Raises:
-        PlanError: naming the first wrong field.
+        PlanError: If one is wrong; the message names the first.
     """
     if not isinstance(data, Mapping):
         raise PlanError(f"{source} must be a JSON object, but is a {type(data).__name__}.")
@@ -89,16 +88,8 @@ def checked(data: Any, fields: Fields, source: str) -> dict[str, Any]:
     return dict(data)
 
 
-def _has_type(value: Any, kinds: tuple[type, ...]) -> bool:
-    if isinstance(value, bool):  # in Python also an int
-        return bool in kinds
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    return isinstance(value, kinds)
-
-
 def dumps(content: Mapping[str, Any]) -> str:
-    """JSON text with one line for each field, and for each entry of a list."""
+    """Write a plan as JSON with one line for each field and for each entry of a list."""
     lines = []
     for name, value in content.items():
         if isinstance(value, list):
@@ -107,3 +98,11 @@ def dumps(content: Mapping[str, Any]) -> str:
         else:
             lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _has_type(value: Any, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):  # bool is a subclass of int
+        return bool in kinds
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return isinstance(value, kinds)

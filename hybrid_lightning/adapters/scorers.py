@@ -1,27 +1,27 @@
-"""Scorers: how sensitive a module is to being trained at low rank only. A score of your own is one class more.
+"""Scorers: how sensitive a module is to being trained at low rank only. A scorer of your own is one more class.
 
-The definitions are this project's own: the public text of Hybrid-LoRA (arXiv 2605.18822) gives the idea, a module's sensitivity
-to low-rank adaptation under a fixed budget, and not the formula. G is the gradient of the training objective at the start
-policy, averaged over calibration rollouts, and sigma_i its singular values. A full-rank step along -G gains ||G||_F^2 to first
-order, the best step of rank r the sum of the first r squares.
+The public text of Hybrid-LoRA (arXiv 2605.18822) gives the idea, a module's sensitivity to low-rank adaptation under a fixed
+budget, but not the formula: the definitions below are this project's own. G is the gradient of the training objective at the
+start policy, averaged over calibration rollouts, and sigma_i its singular values. To first order, a full-rank step along -G
+gains ||G||_F^2, and the best step of rank r gains the sum of the first r sigma_i(G)^2.
 
-- `TailEnergy` and `TailFraction`, what LoRA of rank r cannot express of it: T_r(G) = ||G||_F^2 - sum_{i<=r} sigma_i(G)^2,
-  tau_r(G) = T_r(G) / ||G||_F^2
-- `PreconditionedTail`, the same of the step that Adam would take. Adam divides the gradient by the root of its second moment,
-  which at its first step is the square of that gradient: a module's step has the same size however large its gradient is, and
-  what then counts is how many directions it takes. With a second moment of rank one, as Adafactor keeps it (Shazeer and Stern
-  2018, arXiv 1804.04235), that step keeps how the entries compare: with u the means of the squares of G's rows, v those of its
-  columns and s the mean of all, P = diag(u)^(-1/2) G diag(v)^(-1/2) s^(1/2) and the score is T_r(P). It depends on the mean
-  gradient alone, so that it is the same however the calibration rollouts are cut into micro-batches.
-- `SpectrumSNR`, signal in the tail against the sampling noise of the calibration rollouts. Noise looks full-rank, so a raw tail
-  energy counts it as need for full training. Let D be the difference of the means of even and odd micro-batches, scaled (by
-  1/2, if there are as many of each) so that it has the noise of G and none of its signal. Then T_r(D) says how much of T_r(G)
-  noise alone would make, and the score is max(T_r(G) - T_r(D), 0) / (T_r(G) + T_r(D)), which grows with the ratio of signal to
-  noise x = T_r(G) / T_r(D) as (x - 1) / (x + 1), and stays finite without noise.
-- `Probe`, measured and not derived: with t = step * ||W||_F / ||G||_F and G_r the best rank-r approximation of G (its truncated
-  singular value decomposition), the score is loss(W - t G_r) - loss(W - t G), what the calibration loss gains if the step is
-  not held to rank r. For small steps this is t T_r(G).
-- `GradientNorm` and `WeightGradient` ignore rank: baselines. `Random` is chance, which every score has to beat.
+- `TailEnergy` and `TailFraction`: the part of G that LoRA of rank r cannot express, T_r(G) = ||G||_F^2 - sum_{i<=r} sigma_i(G)^2,
+  and its share tau_r(G) = T_r(G) / ||G||_F^2.
+- `PreconditionedTail`: the tail of the step that Adam would take. Adam divides the gradient by the root of its second moment,
+  which at the first step is the square of that gradient: a module's step has the same size however large its gradient is, and
+  what then counts is how many directions the step has. A second moment of rank one, as Adafactor keeps it (Shazeer and Stern
+  2018, arXiv 1804.04235), preserves how the entries compare: with u the mean squares of G's rows, v those of its columns and s
+  the mean square of all entries, P = diag(u)^(-1/2) G diag(v)^(-1/2) s^(1/2), and the score is T_r(P). It depends on the mean
+  gradient alone, so it is the same however the calibration rollouts are split into micro-batches.
+- `SpectrumSNR`: signal in the tail against the sampling noise of the calibration rollouts. Noise looks full-rank, so a plain tail
+  energy mistakes noise for a need of full training. Let D be the difference of the mean gradients of even and odd micro-batches,
+  scaled (by 1/2, if there are as many of each) so that it has the noise of G and none of its signal. Then T_r(D) is the part of
+  T_r(G) that noise alone would make, and the score is max(T_r(G) - T_r(D), 0) / (T_r(G) + T_r(D)). With the signal-to-noise ratio
+  x = T_r(G) / T_r(D) that is (x - 1) / (x + 1): it grows with x, and stays finite without noise.
+- `Probe`: measured, not derived. With t = step * ||W||_F / ||G||_F and G_r the best rank-r approximation of G (its truncated
+  singular value decomposition), the score is loss(W - t G_r) - loss(W - t G): what the calibration loss gains if the step is
+  not restricted to rank r. For small steps this is t T_r(G).
+- `GradientNorm` and `WeightGradient`: baselines that ignore the rank. `Random`: chance, which every other scorer has to beat.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from typing import ClassVar
 
 import torch
 
-from hybrid_lightning.adapters.spectra import low_rank
+from hybrid_lightning.adapters.spectra import best_low_rank
 from hybrid_lightning.adapters.statistics import ModuleStatistics, require
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
@@ -49,10 +49,10 @@ __all__ = [
 
 
 class Scorer(Configurable, ABC):
-    """Turns the calibration statistics of one module into one number; the higher, the more it wants full training.
+    """Turns the calibration statistics of one module into a number; modules with the highest scores are fully trained.
 
-    A scorer of your own is a subclass, named by its `class_path`. The class attributes say which statistics to collect, and
-    whether several modules may be scored at a time.
+    A scorer of your own is a subclass, which a config names by its `class_path`. The class attributes say which statistics to
+    collect, and whether several modules may be scored at a time.
 
     Example:
         >>> class LargestSingularValue(Scorer):
@@ -60,26 +60,26 @@ class Scorer(Configurable, ABC):
         ...         return float(statistics.gradient.spectrum()[0])
     """
 
-    needs_gradient: ClassVar[bool] = True  # `gradient`: without it no calibration pass is made
-    needs_halves: ClassVar[bool] = False  # `noise`
-    needs_loss: ClassVar[bool] = False  # `evaluate_loss`
-    concurrent: ClassVar[bool] = False  # `score` may run for several modules at a time: it only reads, and keeps nothing
+    needs_gradient: ClassVar[bool] = True  # reads `statistics.gradient`; if False there is no calibration pass
+    needs_halves: ClassVar[bool] = False  # reads `statistics.noise`
+    needs_loss: ClassVar[bool] = False  # calls `statistics.evaluate_loss`
+    concurrent: ClassVar[bool] = False  # `score` changes nothing, so it may run on several threads
 
     @abstractmethod
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
         """Score one module.
 
         Args:
-            statistics: of that module.
+            statistics: What is known of that module.
             rank: LoRA rank r.
 
         Returns:
-            A finite number.
+            A finite number; higher is more sensitive to low-rank adaptation.
         """
 
 
 class TailEnergy(Scorer):
-    """T_r(G): what rank r leaves behind, in the unit in which modules compete under plain gradient descent."""
+    """Tail energy T_r(G): what rank r loses to first order, in the unit in which modules compare under plain gradient descent."""
 
     concurrent = True
 
@@ -88,7 +88,7 @@ class TailEnergy(Scorer):
 
 
 class TailFraction(Scorer):
-    """tau_r(G), the tail as a share of the whole: scale-free, between 0 and 1; 0 for a zero gradient."""
+    """Tail fraction tau_r(G), the tail as a share of all energy: scale-free, between 0 and 1; 0 for a zero gradient."""
 
     concurrent = True
 
@@ -99,7 +99,7 @@ class TailFraction(Scorer):
 
 
 class PreconditionedTail(Scorer):
-    """T_r(P), the default: what rank r leaves behind of Adam's step; works on sketches, too."""
+    """Tail energy T_r(P) of Adam's step, the default; works with sketches too."""
 
     concurrent = True
 
@@ -108,16 +108,16 @@ class PreconditionedTail(Scorer):
 
 
 class GradientNorm(Scorer):
-    """||G||_F, the Frobenius norm of the mean gradient."""
+    """Frobenius norm of the mean gradient, ||G||_F."""
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
         return max(require(statistics.gradient, "the gradient", self).energy(), 0.0) ** 0.5
 
 
 class WeightGradient(Scorer):
-    """sum_ij |W_ij G_ij|: to first order, how much the loss moves if each weight is changed by its own size.
+    """Saliency known from pruning, summed over the module: sum_ij |W_ij G_ij|.
 
-    The saliency known from pruning, summed over the module; needs whole gradients.
+    To first order, how much the loss moves if each weight changes by its own size. Needs whole gradients (`ExactGradients`).
     """
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
@@ -126,7 +126,7 @@ class WeightGradient(Scorer):
 
 
 class SpectrumSNR(Scorer):
-    """Signal-to-noise score of the tail, between 0 (all noise) and 1 (none); needs at least two calibration losses."""
+    """Signal-to-noise score of the tail, between 0 (all noise) and 1 (no noise); needs at least two calibration losses."""
 
     needs_halves = True
     concurrent = True
@@ -138,12 +138,12 @@ class SpectrumSNR(Scorer):
 
 
 class Probe(Scorer):
-    """Measured gain of a full step over a rank-r step; two evaluations of the calibration loss per module.
+    """Measured gain of a full-rank step over a rank-r step; evaluates the calibration loss twice per module.
 
-    The weights are restored bit for bit. Needs whole gradients.
+    The weights are restored bit for bit. Needs whole gradients (`ExactGradients`).
 
     Args:
-        step: length of the full step, relative to the norm of the weight.
+        step: Length of the full-rank step, relative to the norm of the weight.
     """
 
     needs_loss = True
@@ -164,7 +164,7 @@ class Probe(Scorer):
         start = weight.clone()
         losses = []
         with torch.no_grad():
-            for direction in (low_rank(gradient, rank), gradient):
+            for direction in (best_low_rank(gradient, rank), gradient):
                 try:
                     weight.copy_(start.double() - length * direction.to(start.device, torch.float64))
                     losses.append(float(evaluate_loss()))
@@ -174,10 +174,10 @@ class Probe(Scorer):
 
 
 class Random(Scorer):
-    """A uniform number between 0 and 1 that depends on seed and module name only; needs no calibration.
+    """Uniform random score between 0 and 1, determined by the seed and the module's name; needs no calibration.
 
     Args:
-        seed: another seed chooses other modules.
+        seed: Another seed chooses other modules.
     """
 
     needs_gradient = False

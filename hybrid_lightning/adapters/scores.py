@@ -1,8 +1,6 @@
-"""Many small decompositions at a time, each on one thread: LAPACK gains little from threads of its own.
+"""Score all candidates: one calibration pass, then one number for each module.
 
-Scores of all candidates: one calibration pass, then one number for each module.
-
-This module and the scorers need only torch.
+This file and the scorers need only torch.
 """
 
 import math
@@ -14,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode, ModuleAccumulator, collect_gradients, keep_sums
+from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode, ModuleAccumulator, collect_gradients, save_progress
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.spectra import ONE_THREAD_UP_TO
@@ -24,29 +22,7 @@ from hybrid_lightning.stopping import RunStopped
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-
-MOST_WORKERS = 16  # each holds a float64 copy of its matrix
-
-
-def map_on_workers(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
-    """Call a function for each item on as many threads as torch may use; torch releases the interpreter's lock meanwhile.
-
-    Inside it torch uses one thread, so that results do not depend on how many there are. The first error ends the work: what has
-    not begun by then is left out.
-
-    Args:
-        function: safe to call from several threads.
-        items: its arguments.
-
-    Returns:
-        The results, in the order of the items.
-    """
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(min(threads, MOST_WORKERS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, items))
-    finally:
-        torch.set_num_threads(threads)  # a worker's setting is also what later threads would start with
+MAX_WORKERS = 16  # threads; each holds a float64 copy of its matrix
 
 
 def score_modules(
@@ -63,28 +39,28 @@ def score_modules(
 ) -> dict[str, float]:
     """Score each candidate's sensitivity to low-rank adaptation.
 
-    A candidate that no calibration loss used (an expert of a mixture that got no token) has no gradient and scores 0,
-    with a warning.
+    A candidate that no calibration loss used (such as an expert that got no token) has no gradient: it scores 0, with a warning.
 
     Args:
-        model: the start policy; unchanged afterwards.
-        candidates: full dotted name -> linear module, as from `find_candidates`.
-        losses: scalar calibration losses, iterated over lazily (see `collect_gradients`); not touched by a scorer
-            that needs no gradient.
-        scorer: the score's definition.
+        model: The start policy; unchanged afterwards.
+        candidates: Full dotted name -> linear module, as from `find_candidates`.
+        losses: Scalar calibration losses, iterated over lazily (see `collect_gradients`); not used if the scorer needs no
+            gradient.
+        scorer: Defines the score.
         rank: LoRA rank r.
-        mode: `ExactGradients()` (the default) or `SketchedGradients()`.
-        evaluate_loss: measures the calibration loss of the model as it stands; needed by `Probe` only.
-        sum_over_ranks: see `collect_gradients`.
-        kept: scores that have been found are taken from it, and what is found is kept in it.
-        on_loss: see `collect_gradients`.
+        mode: How gradients are kept, `ExactGradients()` (the default) or `SketchedGradients()`.
+        evaluate_loss: Measures the calibration loss at the model's current weights; needed by `Probe` only.
+        sum_over_ranks: See `collect_gradients`.
+        kept: Saved progress of scoring: the scores in it are not computed again, and new ones are saved in it. None saves
+            nothing.
+        on_loss: See `collect_gradients`.
 
     Returns:
         Full dotted name -> score; higher is more sensitive.
 
     Raises:
-        ConfigError: if the rank is not positive, or the scorer needs what is not there or returns no number.
-        CalibrationError: if the losses carry no signal, or a score is not finite.
+        ConfigError: If the rank is not positive, the scorer needs what is missing, or it returns no number.
+        CalibrationError: If the losses carry no signal, or a score is not finite.
     """
     if rank < 1:
         raise ConfigError(f"rank={rank}: scoring needs a LoRA rank of at least 1.")
@@ -126,16 +102,40 @@ def score_modules(
         for name in candidates:
             if name not in kept.scores:
                 kept.keep_scores({name: score(name)})
-            collected.pop(name, None)  # its memory is free once the module is scored
+            collected.pop(name, None)  # frees the module's sums once it is scored
     except RunStopped:
-        keep_sums(kept, {name: sums for name, sums in collected.items() if name not in kept.scores}, losses, seen, stopped=True)
+        save_progress(
+            kept, {name: sums for name, sums in collected.items() if name not in kept.scores}, losses, seen, stopped=True
+        )
         raise
     kept.keep_scores({}, last=True)
     return {name: kept.scores[name] for name in candidates}
 
 
+def map_on_workers(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
+    """Call a function for each item, on as many threads as torch may use.
+
+    Many small decompositions run faster side by side than one after another on LAPACK's own threads, from which LAPACK gains
+    little. Within the function torch uses one thread, so that results do not depend on the number of threads. torch releases
+    the interpreter's lock meanwhile. After the first error no further call is started.
+
+    Args:
+        function: Safe to call from several threads.
+        items: Its arguments, one for each call.
+
+    Returns:
+        The results, in the order of the items.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(min(threads, MAX_WORKERS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, items))
+    finally:
+        torch.set_num_threads(threads)  # the workers have also set what later threads would start with
+
+
 def _small_on_cpu(accumulator: ModuleAccumulator) -> bool:
-    """Small enough that one thread is best for it, and one more copy for each thread is little memory."""
+    """Whether the gradient is small enough for one thread, so that a float64 copy on each thread takes little memory too."""
     return min(accumulator.shape) <= ONE_THREAD_UP_TO and all(tensor.device.type == "cpu" for tensor in accumulator.tensors())
 
 

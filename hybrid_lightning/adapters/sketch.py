@@ -1,21 +1,20 @@
 """Gradients kept as sketches, so that a large model can be scored: O((m + n) k) numbers per module instead of m n.
 
-Method: Tropp, Yurtsever, Udell and Cevher, "Practical sketching algorithms for low-rank matrix approximation" (SIAM
-J. Matrix Anal. Appl. 2017, arXiv 1609.00048). With Gaussian test matrices Omega [n, k] and Psi [l, m] one keeps the
-range sketch Y = G Omega and the co-range sketch W = Psi G; both are linear in G, so they add over micro-batches and
-ranks. Then
+Method: Tropp, Yurtsever, Udell and Cevher, "Practical sketching algorithms for low-rank matrix approximation" (SIAM J. Matrix
+Anal. Appl. 2017, arXiv 1609.00048). With Gaussian test matrices Omega [n, k] and Psi [l, m], the range sketch Y = G Omega and
+the co-range sketch W = Psi G are kept; both are linear in G, so they add up over micro-batches and ranks. Then
 
     Q = orth(Y) [m, k],    X = pinv(Psi Q) W [k, n],    G ~ Q X.
 
-What this file adds is a correction of the energies. Write G = Q Q'G + E, where E is what the range sketch missed. Psi
-Q and Psi (1 - QQ') are independent Gaussians, hence
+This file adds a correction of the energies to the paper. Write G = Q Q'G + E, where E is what the range sketch missed. Psi Q and
+Psi (1 - QQ') are independent Gaussians, hence
 
     X = Q'G + N with noise N of mean 0 and E[N N'] = ||E||_F^2 / (l - k - 1) * identity,
     E ||W - Psi Q X||_F^2 = (l - k) ||E||_F^2.
 
-So R = ||W - Psi Q X||^2 / (l - k) estimates ||E||^2 without bias, ||X||^2 + R (1 - k / (l - k - 1)) estimates
-||G||_F^2 without bias, and sigma_i(X)^2 - R / (l - k - 1) the leading squared singular values. With l = 2k + 1, as
-here, the energy is simply ||X||^2.
+So R = ||W - Psi Q X||_F^2 / (l - k) is an unbiased estimate of ||E||_F^2, ||X||_F^2 + R (1 - k / (l - k - 1)) one of ||G||_F^2,
+and sigma_i(X)^2 - R / (l - k - 1) estimates the leading squared singular values. Here l = 2k + 1, for which the energy is
+simply ||X||_F^2.
 """
 
 import hashlib
@@ -31,13 +30,13 @@ from hybrid_lightning.errors import ConfigError
 
 
 class SketchedGradients(GradientMode):
-    """Keep sketches; works with the scorers that need no more than energies and singular values.
+    """Keep sketches of the gradients, for scorers that need only energies and singular values.
 
-    A module that is too small for a sketch to save memory is kept exactly.
+    The gradient of a module that is too small for a sketch to save memory is kept exactly.
 
     Args:
-        size: k, the number of directions of the range sketch, above the LoRA rank; None takes 2 * rank + 10.
-        seed: of the test matrices. They are drawn on the gradient's device, and are the same for all ranks and
+        size: Columns k of the range sketch, more than the LoRA rank; None takes 2 * rank + 10.
+        seed: Seed of the test matrices, which are drawn on the gradient's device and are the same for all ranks and
             micro-batches.
     """
 
@@ -57,16 +56,16 @@ class SketchedGradients(GradientMode):
 
 
 class SketchForm(GradientForm):
-    """Range and co-range sketch of one module's gradient.
+    """Keeps the range and co-range sketch of one module's gradient.
 
-    The test matrices are drawn anew for each use: that costs little beside the products, and halves the memory.
+    The test matrices are drawn again for each use: that costs little compared with the products, and halves the memory.
 
     Args:
-        name: of the module; gives each its own test matrices.
+        name: Full dotted name of the module; each module has test matrices of its own.
         shape: (m, n).
-        device: of the gradient; the sketches stay there.
-        size: k.
-        seed: of the test matrices.
+        device: Device of the gradient, where the sketches are kept too.
+        size: Columns k of the range sketch.
+        seed: Seed of the test matrices, together with the name.
     """
 
     def __init__(self, name: str, shape: tuple[int, int], device: torch.device, size: int, seed: int) -> None:
@@ -88,16 +87,18 @@ class SketchForm(GradientForm):
     def estimate(self, kept: tuple[Tensor, ...]) -> Gradient:  # noqa: D102
         _, psi = self._test_matrices()
         size = self._size
-        # small matrices: float64 on the CPU costs nothing and spares the inverse any doubt
+        # The matrices are small: float64 on the CPU costs little, and leaves no doubt about the accuracy of the solution.
         y, w, psi = (tensor.to("cpu", torch.float64) for tensor in (*kept, psi))
         with few_threads(size):
             q = torch.linalg.qr(y).Q
             psi_q = psi @ q
-            # Least squares; LAPACK's own routine for it gives other bits each time, by where its work space lies.
+            # Least squares by QR: LAPACK's own routine gives other bits from call to call, depending on where its work space
+            # lies.
             basis, triangle = torch.linalg.qr(psi_q)
             x = torch.linalg.solve_triangular(triangle, basis.T @ w, upper=True)
         missed = float((w - psi_q @ x).square().sum()) / (size + 1)  # ||E||_F^2; l - k = k + 1
-        # Energy of rows and of columns: that of Q X without its noise, and of what was missed the share that the sketches have.
+        # Energy of each row and column of G: that of Q X without its noise, plus its share of what was missed, which is taken to
+        # be distributed over rows as in Y and over columns as in W.
         energy = x.square().sum()
         captured = (1 - missed / energy).clamp(min=0) if energy > 0 else energy
         rows = ((q @ (x @ x.T)) * q).sum(1) * captured + missed * _shares(y.square().sum(1))
@@ -116,13 +117,13 @@ def _shares(energies: Tensor) -> Tensor:
 
 
 class SketchedGradient(Gradient):
-    """What sketches tell of a gradient, G ~ Q X.
+    """Mean gradient known by its sketches only, G ~ Q X.
 
     Args:
         basis: Q, [m, k] float64.
         coefficients: X, [k, n] float64.
-        missed: R, the estimate of ||E||_F^2, which is also the energy of the noise in X.
-        moments: means of the squares of G's rows [m] and columns [n].
+        missed: R, the estimate of ||E||_F^2; with l = 2k + 1 it is also the energy of the noise in X.
+        moments: Mean squares of G's rows [m] and columns [n], float64.
     """
 
     def __init__(self, basis: Tensor, coefficients: Tensor, missed: float, moments: tuple[Tensor, Tensor]) -> None:
@@ -142,10 +143,10 @@ class SketchedGradient(Gradient):
         )
 
     def preconditioned(self) -> Gradient:
-        """As the sketches tell it; what they missed, and their noise, are taken to be spread over rows and columns as G is."""
+        """P from Q X; what the sketches missed, and their noise, are taken to be spread over rows and columns like G itself."""
         rows, columns = preconditioner(*self._moments)
         q, r = torch.linalg.qr(rows[:, None] * self._basis)
-        mean = float(self._moments[0].mean())  # of the squares of all entries, which becomes 1
+        mean = float(self._moments[0].mean())  # mean square of all entries of G; that of P is 1
         missed = self._missed / mean if mean > 0 else 0.0
         even = (torch.ones_like(rows), torch.ones_like(columns))
         return SketchedGradient(q, r @ self._coefficients * columns, missed, even)

@@ -1,8 +1,10 @@
-"""What a scorer may know about one candidate module, and the two forms in which its mean gradient comes.
+"""What a scorer may know about one candidate module: its weight, its mean gradient, and the gradient's noise.
 
-Legend: a weight has m x n entries, G is the gradient of the calibration loss with respect to it, sigma_i(G) its
-singular values in descending order. Orientation does not matter: every number here is the same for G and its
-transpose.
+The mean gradient is held exactly (`ExactGradient`, here) or as a sketch (`SketchedGradient`, in sketch.py).
+
+Legend: a weight is an m x n matrix, G the mean gradient of the calibration loss with respect to it, sigma_i(G) the singular
+values of G in descending order. Every number here is the same for G and its transpose, so the orientation of a weight does not
+matter.
 """
 
 from abc import ABC, abstractmethod
@@ -18,11 +20,11 @@ from hybrid_lightning.errors import ConfigError
 
 T = TypeVar("T")
 
-KRYLOV_FROM = 1024  # rows (of the smaller side) from which a Krylov space is cheaper than all eigenvalues
+KRYLOV_FROM = 1024  # min(m, n) from which block Lanczos is cheaper than computing all eigenvalues
 
 
 class Gradient(ABC):
-    """A mean gradient G of one weight, known exactly or through a sketch."""
+    """Mean gradient G of one weight, known exactly or through a sketch."""
 
     shape: tuple[int, int]  # (m, n)
 
@@ -32,25 +34,25 @@ class Gradient(ABC):
 
     @abstractmethod
     def spectrum(self) -> Tensor:
-        """Squared singular values of G, descending, float64; a sketch knows the leading ones only."""
+        """Squared singular values of G in descending order, float64; of a sketch only the leading ones."""
 
     @abstractmethod
     def matrix(self) -> Tensor:
         """G itself, [m, n].
 
         Raises:
-            ConfigError: if only a sketch of G was kept.
+            ConfigError: If only a sketch of G was kept.
         """
 
     @abstractmethod
     def preconditioned(self) -> "Gradient":
-        """The direction of Adam's first step, by a second moment of rank one (see `scorers.preconditioned`)."""
+        """Adam's first step P for this gradient, with a second moment of rank one (see `PreconditionedTail` in scorers.py)."""
 
     def tail_energy(self, rank: int) -> float:
-        """The energy that no matrix of this rank can capture, T_r(G) = ||G||_F^2 - sum_{i<=r} sigma_i(G)^2.
+        """Energy that no matrix of this rank can capture, T_r(G) = ||G||_F^2 - sum_{i<=r} sigma_i(G)^2.
 
         Args:
-            rank: r, the LoRA rank.
+            rank: LoRA rank r.
 
         Returns:
             T_r(G), never negative, and exactly 0 where r >= min(m, n).
@@ -61,7 +63,7 @@ class Gradient(ABC):
 
 
 class ExactGradient(Gradient):
-    """All entries of G.
+    """Mean gradient of which all entries are kept.
 
     Args:
         matrix: G, [m, n], any floating dtype.
@@ -89,19 +91,19 @@ class ExactGradient(Gradient):
         if rank >= min(self.shape):
             return 0.0
         tail = krylov_tail_energy(self._matrix, rank) if min(self.shape) >= KRYLOV_FROM else None
-        # summed from the far end rather than subtracted: no cancellation where nearly all energy is in the first values
+        # The tail is summed, not subtracted from the total: no cancellation where nearly all energy is in the first values.
         return float(self.spectrum()[rank:].sum()) if tail is None else tail
 
 
 def preconditioner(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """What rows and columns are multiplied by, so that each entry is divided by the root of its second moment.
+    """Factors of the rows and columns of G that divide each entry by the root of its second moment of rank one.
 
     Args:
-        rows: means of the squares of each row, [m] float64.
-        columns: of each column, [n].
+        rows: Mean square of each row, [m] float64.
+        columns: Mean square of each column, [n] float64.
 
     Returns:
-        Factors [m] and [n]; zero where the moment is, as all entries are there.
+        Row factors [m] and column factors [n]; 0 for a row or column that is all zero.
     """
 
     def inverse_root(moments: Tensor) -> Tensor:
@@ -112,21 +114,21 @@ def preconditioner(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ModuleStatistics:
-    """All that a scorer may look at; what it did not ask for (see `Scorer`) is None."""
+    """All that a scorer may look at; what the scorer did not ask for (see `Scorer`) is None."""
 
     name: str  # full dotted name of the module
-    weight: Tensor  # [m, n], the model's own storage, detached
+    weight: Tensor  # [m, n], detached; shares memory with the model
     parameters: int  # entries of weight and bias
-    gradient: Gradient | None = None  # mean over the calibration losses
-    noise: Gradient | None = None  # difference of the mean gradients of even and odd losses, scaled to the noise in `gradient`
-    evaluate_loss: Callable[[], float] | None = None  # calibration loss of the model with its weights as they are now
+    gradient: Gradient | None = None  # G, the mean over the calibration losses
+    noise: Gradient | None = None  # difference of the mean gradients of even and odd losses, scaled to the noise of `gradient`
+    evaluate_loss: Callable[[], float] | None = None  # calibration loss at the model's current weights
 
 
 def require(value: T | None, what: str, scorer: object) -> T:
-    """Give `value`, or say that the scorer did not get what it declared.
+    """Return `value`, which the scorer needs, unless it is missing.
 
     Raises:
-        ConfigError: if the value is None.
+        ConfigError: If the value is None.
     """
     if value is None:
         raise ConfigError(f"{type(scorer).__name__} needs {what}: give it to score_modules, or choose another scorer.")

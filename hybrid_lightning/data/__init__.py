@@ -1,4 +1,4 @@
-"""Problems as prompts: sources, formats and the LightningDataModule that joins them."""
+"""Problems and prompts: sources read problems, formats turn them into prompts, and a LightningDataModule serves them."""
 
 from hybrid_lightning.data.arithmetic import ArithmeticSource, ProductSource
 from hybrid_lightning.data.columns import GSM8K_ANSWER, TableSource

@@ -1,8 +1,6 @@
-"""What the built-in arithmetic tasks share: problems of two operands, whose split is fixed by the operands.
+"""Built-in procedural tasks: sums of two numbers, and products of a number and a digit (the task of the embedded default).
 
-Sums of two numbers, a built-in procedural task with answers of several tokens.
-
-Products of a number and a digit: the task of the embedded default.
+Which split a problem belongs to is fixed by a hash of its two operands.
 """
 
 import hashlib
@@ -16,21 +14,24 @@ from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits
 from hybrid_lightning.errors import ConfigError
 
-_BUCKETS = 10  # one tenth of all problems for validation, one for the test
+FACTORS = range(2, 10)  # the digits of `ProductSource`
+_HASH_BUCKETS = 10  # of which one is validation and one is test
+_MAX_NUMBERS = 2_000  # all pairs are enumerated: 4 million take some seconds
+_MAX_FACTOR = 999_999  # all products are enumerated: 8 million take some seconds
 
 
 class OperandSource(PromptSource):
-    """Problems `a OP b=`, each in the split that a hash of its operands says, whatever the seed.
+    """Base of the arithmetic tasks: problems `a OP b=`, whose split is fixed by a hash of the operands, whatever the seed.
 
-    What was pretrained on training problems has therefore never seen a problem of validation or test, under any seed.
+    A model that was pretrained on training problems has therefore never seen a problem of validation or test, under any seed.
 
     Args:
         low: Smallest first operand.
         high: Largest first operand.
-        train_size: Training problems; None takes all there are.
-        validation_size: Validation problems.
-        test_size: Test problems.
-        seed: Of the draw of problems and of their order.
+        train_size: Number of training problems; None takes all there are.
+        validation_size: Number of validation problems.
+        test_size: Number of test problems.
+        seed: Seed for drawing problems and their order.
 
     Raises:
         ConfigError: If a size or the range is impossible.
@@ -53,11 +54,11 @@ class OperandSource(PromptSource):
 
     @abstractmethod
     def split_of(self, a: int, b: int) -> str:
-        """The split that a problem belongs to."""
+        """Split that the problem of two operands belongs to."""
 
     @abstractmethod
     def row(self, a: int, b: int) -> Row:
-        """The problem of two operands."""
+        """Row of the problem of two operands."""
 
     def read(self) -> Splits:
         """Draw the problems of each split."""
@@ -77,31 +78,10 @@ class OperandSource(PromptSource):
         return [self.row(a, b) for a, b in drawn]
 
 
-def hashed_split(problem: str) -> str:
-    """The split that a problem belongs to: `train`, `validation` or `test`.
-
-    Example:
-        >>> hashed_split("347*6") == hashed_split("347*6")
-        True
-    """
-    digest = hashlib.sha256(problem.encode()).digest()
-    bucket = int.from_bytes(digest[:8], "big") % _BUCKETS
-    return {0: "validation", 1: "test"}.get(bucket, "train")
-
-
-def arithmetic_row(a: int, operator: str, b: int, answer: int, index: int, source: str) -> Row:
-    """A row with the columns `a`, `b`, `question` and `answer`."""
-    question = f"{a}{operator}{b}="
-    return Row(question, str(answer), index, source, {"a": a, "b": b, "question": question, "answer": str(answer)})
-
-
-_WIDEST = 2_000  # all pairs are enumerated: 4 million take some seconds
-
-
 class ArithmeticSource(OperandSource):
     """Sums such as `37+85=`.
 
-    Which split a sum belongs to is fixed by a hash of its unordered pair of operands, whatever the seed: 85+37 is never held out
+    The split of a sum is fixed by a hash of its operands regardless of their order, whatever the seed: 85+37 is never held out
     while 37+85 is trained on.
 
     Each row has the columns `a`, `b`, `question` (`"37+85="`) and `answer` (`"122"`).
@@ -109,10 +89,10 @@ class ArithmeticSource(OperandSource):
     Args:
         low: Smallest operand.
         high: Largest operand.
-        train_size: Training problems; None takes all there are.
-        validation_size: Validation problems.
-        test_size: Test problems.
-        seed: Of the draw of problems and of their order.
+        train_size: Number of training problems; None takes all there are.
+        validation_size: Number of validation problems.
+        test_size: Number of test problems.
+        seed: Seed for drawing problems and their order.
 
     Raises:
         ConfigError: If there are not that many problems.
@@ -133,44 +113,41 @@ class ArithmeticSource(OperandSource):
         seed: int = 0,
     ) -> None:
         super().__init__(low, high, train_size, validation_size, test_size, seed)
-        if high - low >= _WIDEST:
+        if high - low >= _MAX_NUMBERS:
             raise ConfigError(
-                f"data.source: low={low} to high={high} is too wide: all pairs are enumerated; take fewer than {_WIDEST} numbers"
+                f"data.source: low={low} to high={high} is too wide: all pairs are enumerated; take fewer than "
+                f"{_MAX_NUMBERS} numbers"
             )
 
     def operands(self) -> Iterable[tuple[int, int]]:
-        """All ordered pairs."""
+        """All ordered pairs of numbers."""
         numbers = range(self.low, self.high + 1)
         return product(numbers, numbers)
 
     def split_of(self, a: int, b: int) -> str:
-        """The split of a sum, the same for both orders."""
+        """Split of a sum, the same for both orders of the operands."""
         return hashed_split(f"{min(a, b)}+{max(a, b)}")
 
     def row(self, a: int, b: int) -> Row:
-        """The sum of two numbers."""
+        """Row of the sum of two numbers."""
         return arithmetic_row(a, "+", b, a + b, index=a * (self.high + 1) + b, source=type(self).__name__)
-
-
-FACTORS = range(2, 10)
-_LARGEST = 999_999  # all products are enumerated: 8 million take some seconds
 
 
 class ProductSource(OperandSource):
     """Products such as `347*6=`, of a number and a digit from 2 to 9.
 
-    Which split a product belongs to is fixed by a hash of its operands, whatever the seed: what the embedded policy was
-    pretrained on is never in validation or test.
+    The split of a product is fixed by a hash of its operands, whatever the seed: problems that the embedded policy was pretrained
+    on are never in validation or test.
 
     Each row has the columns `a`, `b`, `question` (`"347*6="`), `answer` (`"2082"`) and `worked` (`"[42 28 20]2082"`).
 
     Args:
         low: Smallest number.
         high: Largest number; the embedded policy knows numbers of two and three digits.
-        train_size: Training problems; None takes all there are.
-        validation_size: Validation problems.
-        test_size: Test problems.
-        seed: Of the draw of problems and of their order.
+        train_size: Number of training problems; None takes all there are.
+        validation_size: Number of validation problems.
+        test_size: Number of test problems.
+        seed: Seed for drawing problems and their order.
 
     Raises:
         ConfigError: If there are not that many problems.
@@ -191,9 +168,9 @@ class ProductSource(OperandSource):
         seed: int = 0,
     ) -> None:
         super().__init__(low, high, train_size, validation_size, test_size, seed)
-        if high > _LARGEST:
+        if high > _MAX_FACTOR:
             raise ConfigError(
-                f"data.source: high={high} is too large, since all products are enumerated; take at most {_LARGEST}"
+                f"data.source: high={high} is too large, since all products are enumerated; take at most {_MAX_FACTOR}"
             )
 
     def operands(self) -> Iterable[tuple[int, int]]:
@@ -201,22 +178,34 @@ class ProductSource(OperandSource):
         return product(range(self.low, self.high + 1), FACTORS)
 
     def split_of(self, a: int, b: int) -> str:
-        """The split of a product."""
+        """Split of a product."""
         return product_split(a, b)
 
     def row(self, a: int, b: int) -> Row:
-        """The product of a number and a digit."""
+        """Row of the product of a number and a digit, with the column `worked` too."""
         row = arithmetic_row(a, "*", b, a * b, index=a * 10 + b, source=type(self).__name__)
         return replace(row, columns={**row.columns, "worked": worked_answer(a, b)})
 
 
+def hashed_split(problem: str) -> str:
+    """Split that a problem belongs to by its hash: `train`, `validation` or `test`.
+
+    Example:
+        >>> hashed_split("347*6") == hashed_split("347*6")
+        True
+    """
+    digest = hashlib.sha256(problem.encode()).digest()
+    bucket = int.from_bytes(digest[:8], "big") % _HASH_BUCKETS
+    return {0: "validation", 1: "test"}.get(bucket, "train")
+
+
 def product_split(a: int, b: int) -> str:
-    """The split that a product belongs to: `train`, `validation` or `test`."""
+    """Split that a product belongs to: `train`, `validation` or `test`."""
     return hashed_split(f"{a}*{b}")
 
 
 def worked_answer(a: int, b: int) -> str:
-    """The partial products in brackets, units first and with the carry added, and the product behind them.
+    """Worked answer of a product: partial products in brackets, units first and with the carry added, then the product.
 
     Example:
         >>> worked_answer(347, 6)
@@ -229,3 +218,9 @@ def worked_answer(a: int, b: int) -> str:
         partial_products.append(f"{partial:02d}")
         carry = partial // 10
     return f"[{' '.join(partial_products)}]{a * b}"
+
+
+def arithmetic_row(a: int, operator: str, b: int, answer: int, index: int, source: str) -> Row:
+    """Row of the problem `a OP b=`, with the columns `a`, `b`, `question` and `answer`."""
+    question = f"{a}{operator}{b}="
+    return Row(question, str(answer), index, source, {"a": a, "b": b, "question": question, "answer": str(answer)})

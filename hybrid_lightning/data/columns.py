@@ -1,7 +1,7 @@
-r"""Columns of a table as questions and answers.
+r"""`TableSource`: questions and answers from the columns of tables.
 
-The reference answer often ends a worked solution: `answer_pattern` takes it out. In GSM8K (openai/gsm8k) it follows `####`,
-which `GSM8K_ANSWER` matches; in YAML write `answer_pattern: '####\s*(.+)'`.
+The reference answer is often the end of a worked solution, from which `answer_pattern` extracts it. In GSM8K (openai/gsm8k) it
+follows `####`, which `GSM8K_ANSWER` matches; in YAML write `answer_pattern: '####\s*(.+)'`.
 """
 
 import re
@@ -12,36 +12,38 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from hybrid_lightning.data.conversations import asked_text, is_conversation
-from hybrid_lightning.data.options import letter_of, lettered, options_of, structure
+from hybrid_lightning.data.options import letter_of, lettered_options, options_of, parse_cell
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits, check_fractions, split_rows
 from hybrid_lightning.data.tables import Table
-from hybrid_lightning.data.template import render, template_fields
+from hybrid_lightning.data.template import fill_template, template_fields
 from hybrid_lightning.data.values import shorten, to_text
 from hybrid_lightning.errors import ConfigError, DataError
 
 GSM8K_ANSWER = r"####\s*(.+)"
-_MEND = "correct or remove the row, or set skip_bad_rows=true"
+_REMEDY = "correct or remove the row, or set skip_bad_rows=true"
 
 
 class TableSource(PromptSource):
-    """Base of the sources that read tables; a subclass says where the tables come from.
+    """Base of sources that read tables; a subclass says where the tables come from.
 
     Args:
         question_column: Column with the question, or with the turns of a conversation (see `ConversationFormat`); not read if
-            there is a `template`.
-        answer_column: Column with the reference answer, None if there is none. Numbers are written without exponent and
-            without a zero fractional part: 5.0 gives "5".
-        template: Makes the question from several columns, such as `"{Body} {Question}"`; `{choices[0]}` is an entry of a list.
+            a `template` is given.
+        answer_column: Column with the reference answer; None if there is none. Numbers are written without exponent and without a
+            fractional part of zero: 5.0 gives "5".
+        template: Template that makes the question from columns, such as `"{Body} {Question}"`; `{choices[0]}` is an entry of a
+            list.
         options_column: Column with the options of a multiple-choice question, a list in one of the layouts of `data/options.py`.
-            They follow the question, one a line as "A. ...", unless the template has that column's place, and the answer
-            becomes the letter that `MultipleChoice` wants, where the data has a label, a number from 0 or the text.
-        answer_pattern: Regular expression with one group, searched in the answer column: the group is the answer.
-        max_rows: Of each file or hub split, only the first so many rows are read; None for all.
-        skip_bad_rows: Whether rows without a usable question or answer are dropped, with their number shown, and are no error.
-        validation_fraction: Share of the training rows that becomes the validation split, if none is given.
-        test_fraction: Share of the training rows that becomes the test split, if none is given.
-        split_seed: Of the shuffle that decides which problems are held out by the fractions.
+            They are added to the question, one per line as "A. ...", unless the template uses that column. An answer that is a
+            label, a number from 0 or the text of an option becomes the letter that `MultipleChoice` needs.
+        answer_pattern: Regular expression that is searched in the answer column; its one group is the answer.
+        max_rows: Read only this many rows of each file or hub split, the first ones; None for all.
+        skip_bad_rows: Whether to drop rows without a usable question or answer, and show their number; otherwise they are an
+            error.
+        validation_fraction: Share of the training rows that becomes the validation split, where none is given.
+        test_fraction: Share of the training rows that becomes the test split, where none is given.
+        split_seed: Seed of the shuffle that decides which problems these fractions hold out.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class TableSource(PromptSource):
         self.answer_column = answer_column
         self.template = template
         self.options_column = options_column
-        self.answer_pattern = None if answer_pattern is None else _compile(answer_pattern)
+        self.answer_pattern = None if answer_pattern is None else _compile_pattern(answer_pattern)
         if answer_pattern is not None and answer_column is None:
             raise ConfigError(f"answer_pattern={answer_pattern!r} needs an answer_column to search in")
         self.max_rows = max_rows
@@ -77,10 +79,10 @@ class TableSource(PromptSource):
 
     @abstractmethod
     def read_tables(self) -> dict[str, tuple[str, Table]]:
-        """Read the tables: "train", "validation" or "test" -> (where it comes from, its rows)."""
+        """Read the tables: "train", "validation" or "test" -> (where the table comes from, its rows)."""
 
     def read(self) -> Splits:
-        """Read all tables and split off what the fractions ask for."""
+        """Read all tables, and split off validation and test rows by the fractions."""
         rows = {split: self._to_rows(source, table) for split, (source, table) in self.read_tables().items()}
         for split, fraction in (("validation", self.validation_fraction), ("test", self.test_fraction)):
             if fraction and split in rows:
@@ -127,29 +129,29 @@ class TableSource(PromptSource):
     def _to_row(self, source: str, index: int, columns: dict[str, Any]) -> Row:
         where = f"{source}, row {index} (the first is 0)"
         if self.template is None:
-            question = _text(where, "question_column", self.question_column, columns)
+            question = _cell_text(where, "question_column", self.question_column, columns)
         else:
             cells = {column: columns.get(column) for column in template_fields("template", self.template)}
-            question = render("template", self.template, cells, where).strip()
+            question = fill_template("template", self.template, cells, where).strip()
             if not question:
                 raise DataError(f"{where}: the question made by the template is empty; correct or remove the row")
-        options = None if self.options_column is None else _options(where, self.options_column, columns)
+        options = None if self.options_column is None else _cell_options(where, self.options_column, columns)
         if options is not None and (
             self.template is None or self.options_column not in template_fields("template", self.template)
         ):
-            question = f"{question}\n\n{lettered(options[0])}"
+            question = f"{question}\n\n{lettered_options(options[0])}"
         answer = None if self.answer_column is None else self._answer(where, columns)
         if answer is not None and options is not None:
             assert self.answer_column is not None
             cell = columns[self.answer_column] if self.answer_pattern is None else answer
-            answer = _letter(where, self.answer_column, cell, options)
+            answer = _answer_letter(where, self.answer_column, cell, options)
         if self.options_column is not None:
-            columns = {**columns, self.options_column: structure(columns[self.options_column])}
+            columns = {**columns, self.options_column: parse_cell(columns[self.options_column])}
         return Row(question, answer, index, source, columns)
 
     def _answer(self, where: str, columns: dict[str, Any]) -> str:
         assert self.answer_column is not None
-        text = _text(where, "answer_column", self.answer_column, columns)
+        text = _cell_text(where, "answer_column", self.answer_column, columns)
         if self.answer_pattern is None:
             return text
         match = self.answer_pattern.search(text)
@@ -162,32 +164,32 @@ class TableSource(PromptSource):
         return answer
 
 
-def _text(where: str, name: str, column: str, columns: dict[str, Any]) -> str:
+def _cell_text(where: str, name: str, column: str, columns: dict[str, Any]) -> str:
     try:
         value = columns.get(column)
         text = (asked_text(value) if is_conversation(value) else to_text(value)).strip()
         if not text:
             raise ValueError("is empty")
     except ValueError as error:
-        raise DataError(f"{where}: {name} {column!r} {error}; {_MEND}") from error
+        raise DataError(f"{where}: {name} {column!r} {error}; {_REMEDY}") from error
     return text
 
 
-def _options(where: str, column: str, columns: dict[str, Any]) -> tuple[list[str], list[str] | None]:
+def _cell_options(where: str, column: str, columns: dict[str, Any]) -> tuple[list[str], list[str] | None]:
     try:
         return options_of(columns.get(column))
     except ValueError as error:
-        raise DataError(f"{where}: options_column {column!r} {error}; {_MEND}") from error
+        raise DataError(f"{where}: options_column {column!r} {error}; {_REMEDY}") from error
 
 
-def _letter(where: str, column: str, cell: Any, options: tuple[list[str], list[str] | None]) -> str:
+def _answer_letter(where: str, column: str, cell: Any, options: tuple[list[str], list[str] | None]) -> str:
     try:
         return letter_of(cell, *options)
     except ValueError as error:
-        raise DataError(f"{where}: answer_column {column!r} {error}; {_MEND}") from error
+        raise DataError(f"{where}: answer_column {column!r} {error}; {_REMEDY}") from error
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -197,11 +199,14 @@ def _compile(pattern: str) -> re.Pattern[str]:
     return compiled
 
 
-def existing_splits(splits: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Keep the splits that a config gives; at least one is needed.
+def given_splits(splits: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Keep the splits that are not None; at least one is needed.
+
+    Args:
+        splits: Pairs of the parameter that gives a split, and its value.
 
     Raises:
-        ConfigError: If none is given.
+        ConfigError: If all are None.
     """
     given = [(split, value) for split, value in splits if value is not None]
     if not given:

@@ -1,4 +1,4 @@
-"""`PromptDataModule`: the splits of a source, formatted, as Lightning wants them."""
+"""`PromptDataModule`: the splits of a source, formatted as prompts, for Lightning's Trainer."""
 
 import random
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from hybrid_lightning.types import Prompt
 
 Encode = Callable[[Prompt], list[int]]
 
-# Stage -> splits it uses; the first cannot be empty.
+# Stage -> splits that it uses, of which the first must not be empty.
 _STAGES = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
@@ -30,18 +30,18 @@ _STAGES = {
 class PromptDataModule(Configurable, LightningDataModule):
     """Prompts for training, validation, test and prediction.
 
-    Rollouts are the training data: `train_dataloader` is the policy's `rollout_loader` of `train_prompts`. The other
-    dataloaders give lists of `Prompt`. The sampler that Lightning puts into them under several ranks may repeat prompts;
-    `Prompt.index` is unique within a split and set, so that metrics can count each once.
+    Rollouts are the training data: `train_dataloader` returns the policy's `rollout_loader(train_prompts)`. The other
+    dataloaders return lists of `Prompt`. On several ranks, the sampler that Lightning adds to them may repeat prompts;
+    `Prompt.index` is unique within a split and set, so that metrics can count each prompt once.
 
     Args:
-        source: Where the problems come from.
-        format: How a problem becomes a prompt.
-        max_prompt_tokens: Longer prompts are dropped, with their number shown; they are never truncated. None for no limit.
-        validation_prompts: Validate on so many prompts, drawn at random by `seed`; None for all.
-        test_prompts: Test on so many prompts, likewise.
-        eval_batch_size: Prompts in a batch of validation, test and prediction.
-        seed: Of the draw of validation and test prompts.
+        source: Source of the problems.
+        format: Turns a problem into a prompt.
+        max_prompt_tokens: Longer prompts are dropped, never truncated, and their number is shown. None for no limit.
+        validation_prompts: Number of prompts to validate on, drawn at random with `seed`; None for all.
+        test_prompts: Number of prompts to test on, drawn in the same way; None for all.
+        eval_batch_size: Prompts per batch of validation, test and prediction.
+        seed: Seed for drawing validation and test prompts.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class PromptDataModule(Configurable, LightningDataModule):
         self._prompts: dict[str, list[Prompt]] = {}
 
     def setup(self, stage: str | None = None, encode: Encode | None = None) -> None:
-        """Load, format and filter the splits of a stage; what is done already is not done again.
+        """Load, format and filter the splits of a stage, unless that has been done already.
 
         Args:
             stage: "fit", "validate", "test" or "predict"; None for all splits.
-            encode: Gives the token ids of a prompt, to count them; only needed with `max_prompt_tokens` and without a trainer,
-                whose policy is asked otherwise.
+            encode: Returns the token ids of a prompt, which are counted for `max_prompt_tokens`. None takes `encode` of the
+                policy that the trainer runs.
 
         Raises:
             DataError: If the data is malformed, or has nothing for this stage.
@@ -88,15 +88,15 @@ class PromptDataModule(Configurable, LightningDataModule):
         self._encode = encode or self._encode
         splits = ("train", "validation", "test") if stage is None else _STAGES[stage]
         for split in splits:
-            self._split(split)
-        if stage is not None and not self._split(splits[0]):
+            self._formatted(split)
+        if stage is not None and not self._formatted(splits[0]):
             raise DataError(
                 f"{type(self.source).__name__} has no {splits[0]} rows, which {str.__str__(stage)} needs: give data.source a "
                 f"{splits[0]} split"
             )
 
     def set_names(self, split: str) -> list[str]:
-        """Names of the sets of a split, "" for prompts of none; the rows are read, but not formatted.
+        """Names of the sets in a split ("" for rows that belong to no set); reads the rows, but does not format them.
 
         Args:
             split: "train", "validation" or "test".
@@ -105,21 +105,21 @@ class PromptDataModule(Configurable, LightningDataModule):
 
     @property
     def train_prompts(self) -> list[Prompt]:
-        """Prompts to sample rollouts from."""
-        return self._split("train")
+        """Training prompts, from which rollouts are sampled."""
+        return self._formatted("train")
 
     @property
     def validation_prompts(self) -> list[Prompt]:
-        """Prompts of the validation loop."""
-        return self._split("validation")
+        """Prompts to validate on."""
+        return self._formatted("validation")
 
     @property
     def test_prompts(self) -> list[Prompt]:
-        """Prompts of the test and of prediction."""
-        return self._split("test")
+        """Prompts to test on and to predict."""
+        return self._formatted("test")
 
     def train_dataloader(self) -> Any:
-        """Rollouts of the training prompts by the policy that is being trained.
+        """Loader of rollouts of the training prompts, made by the policy that is being trained.
 
         Raises:
             ConfigError: If the trainer's module makes no rollouts.
@@ -130,7 +130,7 @@ class PromptDataModule(Configurable, LightningDataModule):
         return rollout_loader(self.train_prompts)
 
     def val_dataloader(self) -> "DataLoader[Prompt] | list[Prompt]":
-        """Batches of validation prompts; an empty list, which makes `fit` skip validation, if there are none."""
+        """Batches of validation prompts; if there are none, an empty list, with which `fit` skips validation."""
         return self._loader(self.validation_prompts) if self.validation_prompts else []
 
     def test_dataloader(self) -> "DataLoader[Prompt]":
@@ -138,7 +138,7 @@ class PromptDataModule(Configurable, LightningDataModule):
         return self._loader(self.test_prompts)
 
     def predict_dataloader(self) -> "DataLoader[Prompt]":
-        """Batches of test prompts."""
+        """Batches of test prompts, which are also those to predict."""
         return self._loader(self.test_prompts)
 
     def _loader(self, prompts: list[Prompt]) -> "DataLoader[Prompt]":
@@ -147,7 +147,8 @@ class PromptDataModule(Configurable, LightningDataModule):
             batch_size=self.eval_batch_size,
             shuffle=False,
             collate_fn=list,
-            # Every iteration draws a seed for workers; from the global generator, it would change training after a validation.
+            # Each iteration draws a seed for workers: drawn from the global generator, it would change training after a
+            # validation.
             generator=torch.Generator(),
         )
 
@@ -155,12 +156,12 @@ class PromptDataModule(Configurable, LightningDataModule):
         self._splits = self._splits or self.source.load()
         return self._splits
 
-    def _split(self, split: str) -> list[Prompt]:
+    def _formatted(self, split: str) -> list[Prompt]:
         if split not in self._prompts:
             prompts = [self.format.format(row) for row in getattr(self._read(), split)]
             prompts = self._draw(split, self._short_enough(split, prompts))
             check = getattr(self.trainer and self.trainer.lightning_module, "check_prompts", None)
-            if check is not None:  # a row that its reward cannot score, before it is drawn after hours
+            if check is not None:  # finds rows that the reward cannot score now, not when one is drawn after hours of training
                 check(prompts)
             self._prompts[split] = prompts
         return self._prompts[split]

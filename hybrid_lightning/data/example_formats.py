@@ -1,8 +1,8 @@
-r"""From a row to an example that is trained on: a prompt, and the completions that the data has for it.
+r"""Formats of training examples: a prompt together with the completions that the data has for it.
 
-Each wraps the format of the prompt, plain or chat. A completion is a template over the row's columns, such as `"{completion}"`
-or `" {answer}"`; a column that holds a conversation stands for what the assistant says in its last turn. The end of the
-completion (the chat template's, or the end-of-sequence token) is added by the policy, and is learned too.
+They wrap the format of the prompt, plain or chat. A completion is a template over the row's columns, such as `"{completion}"` or
+`" {answer}"`; a column with a conversation stands for the text of the assistant's last turn. The policy adds the end of the
+completion (the chat template's, or the end-of-sequence token), which is learned too.
 
 | rows | prompt | completions |
 |---|---|---|
@@ -12,7 +12,7 @@ completion (the chat template's, or the end-of-sequence token) is added by the p
 | `{"prompt": "3+4=", "chosen": "7", "rejected": "8"}` | `PlainFormat("{prompt}")` | `"{chosen}"`, `"{rejected}"` |
 | `{"chosen": [turns], "rejected": [turns]}` | `ConversationFormat("chosen")` | `"{chosen}"`, `"{rejected}"` |
 
-The source needs a question that tells problems apart: `question_column: prompt` (or `messages`, or `chosen`), and
+The source needs a question that identifies the problem: set `question_column: prompt` (or `messages`, or `chosen`), and
 `answer_column: null` unless there is an answer that a reward can check.
 """
 
@@ -21,17 +21,17 @@ from dataclasses import replace
 from hybrid_lightning.data.conversations import answered_text, asked_turns, is_conversation, without_system
 from hybrid_lightning.data.formatting import PlainFormat, PromptFormat
 from hybrid_lightning.data.splitting import Row
-from hybrid_lightning.data.template import render, template_fields
+from hybrid_lightning.data.template import fill_template, template_fields
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.types import Prompt
 
 
 class ExampleFormat(PromptFormat):
-    """A prompt with its completions.
+    """Base of the formats of examples: a prompt with its completions.
 
     Args:
         prompt: Format of the prompt; None takes `PlainFormat()`.
-        completions: Name of a parameter -> template of a completion.
+        completions: Name of the parameter that gives a template -> template of a completion.
     """
 
     def __init__(self, prompt: PromptFormat | None, completions: dict[str, str]) -> None:
@@ -47,7 +47,7 @@ class ExampleFormat(PromptFormat):
 
         Raises:
             ConfigError: If a template names a column that the row lacks.
-            DataError: If a completion is empty, or answers another conversation than the prompt.
+            DataError: If a completion is empty, or belongs to another conversation than the prompt.
         """
         prompt = self.prompt.format(row)
         return replace(prompt, completions=tuple(self._completion(row, prompt, *item) for item in self.completions.items()))
@@ -57,23 +57,25 @@ class ExampleFormat(PromptFormat):
         values = {**row.columns, "question": row.question}
         for column in template_fields(name, template):
             turns = values.get(column)
-            if not is_conversation(turns) or f"{{{column}[" in template:  # an entry of it, taken as it is
+            if (
+                not is_conversation(turns) or f"{{{column}[" in template
+            ):  # the template takes an entry of it, which is used unchanged
                 continue
             values[column] = answered_text(turns, f"{where}: column {column!r}")
-            context = without_system(asked_turns(turns))  # the format may have put another in its place
+            context = without_system(asked_turns(turns))  # the prompt's format may have replaced the system turn
             if context and context != (prompt.messages or ())[-len(context) :]:
                 raise DataError(
                     f"{where}: column {column!r} answers other turns than the prompt has; correct or remove the row, or give "
                     "data.format.prompt the column with the turns before the answer"
                 )
-        text = render(name, template, values, where)
+        text = fill_template(name, template, values, where)
         if not text.strip():
             raise DataError(f"{where}: the completion that {name}={template!r} makes is empty; correct or remove the row")
         return text
 
 
 class DemonstrationFormat(ExampleFormat):
-    """A prompt and what is to be said to it, for supervised fine-tuning.
+    """A prompt with the completion to learn, for supervised fine-tuning.
 
     Args:
         prompt: Format of the prompt; None takes `PlainFormat()`.
@@ -91,12 +93,12 @@ class DemonstrationFormat(ExampleFormat):
 
 
 class PreferenceFormat(ExampleFormat):
-    """A prompt and two completions of which one is preferred, for DPO.
+    """A prompt with two completions, of which one is preferred, for DPO.
 
     Args:
         prompt: Format of the prompt; None takes `PlainFormat()`.
         chosen: Template of the preferred completion, with columns in braces.
-        rejected: Template of the other one.
+        rejected: Template of the other completion, with columns in braces.
 
     Example:
         >>> row = Row("3+4=", columns={"chosen": "7", "rejected": "8"})
@@ -112,7 +114,7 @@ class PreferenceFormat(ExampleFormat):
 
         Raises:
             ConfigError: As in `ExampleFormat`.
-            DataError: Likewise, and if both completions are the same, of which neither can be preferred.
+            DataError: As in `ExampleFormat`, or if both completions are the same, so that neither is preferred.
         """
         prompt = super().format(row)
         chosen, rejected = prompt.completions

@@ -1,9 +1,9 @@
-r"""From a row to a prompt: `PromptFormat`, the part that a config swaps between plain text and chat messages.
+r"""`PromptFormat`: turns a row into a prompt, the class that a config swaps between plain text and chat messages.
 
-A template is text with the names of columns in braces: `"{question}\nAnswer:"`. Every column of the row can be used, and
-`{question}` is the question as the source made it. Write `{{` and `}}` for braces that are meant as such: `\boxed{{}}`.
+A template is text with the names of columns in braces: `"{question}\nAnswer:"`. It may use every column of the row, and
+`{question}` is the question as the source made it. Write `{{` and `}}` for literal braces: `\boxed{{}}`.
 
-Each set of a mixture with a format of its own.
+`FormatBySet` gives each set of a mixture a format of its own.
 """
 
 from abc import ABC, abstractmethod
@@ -13,11 +13,11 @@ from typing import Any
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.data.splitting import Row
 from hybrid_lightning.data.tables import read_table
-from hybrid_lightning.data.template import render, template_fields
+from hybrid_lightning.data.template import fill_template, template_fields
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.types import Prompt
 
-FewShot = list[dict[str, Any]] | str | None
+FewShot = list[dict[str, Any]] | str | None  # rows, or the path of a file with rows
 
 
 class PromptFormat(Configurable, ABC):
@@ -25,11 +25,11 @@ class PromptFormat(Configurable, ABC):
 
     Args:
         template: What the policy is asked, with columns in braces.
-        system_prompt: Instruction in front of everything, used as it is; None for none.
-        few_shot: Solved examples in front of the question: a list of rows such as `{"question": "1+1=", "answer": "2"}`, or
-            the path of a file with such rows (JSONL, JSON, CSV or Parquet). They are shown by `template` and
-            `answer_template`, so they need the columns that these two use.
-        answer_template: How the answer of an example is shown.
+        system_prompt: Instruction in front of everything, used unchanged; None for none.
+        few_shot: Solved examples in front of the question: a list of rows such as `{"question": "1+1=", "answer": "2"}`, or the
+            path of a file with such rows (JSONL, JSON, CSV or Parquet). They need the columns that `template` and
+            `answer_template` use.
+        answer_template: Template of the answer of an example.
     """
 
     def __init__(
@@ -53,28 +53,28 @@ class PromptFormat(Configurable, ABC):
 
     @abstractmethod
     def format(self, row: Row) -> Prompt:
-        """Make the prompt of a row, keeping all else that a row has."""
+        """Make the prompt of a row, which keeps everything else that the row has."""
 
     def question(self, row: Row) -> str:
-        """Fill the template with a row."""
+        """Fill the template of the question with a row."""
         values = {**row.columns, "question": row.question}
-        return render("template", self.template, values, f"{row.source}, row {row.index}")
+        return fill_template("template", self.template, values, f"{row.source}, row {row.index}")
 
     def _example(self, number: int, example: dict[str, Any]) -> tuple[str, str]:
         where = f"few_shot example {number} (the first is 0)"
-        question = render("template", self.template, example, where)
-        return question, render("answer_template", self.answer_template, example, where)
+        question = fill_template("template", self.template, example, where)
+        return question, fill_template("answer_template", self.answer_template, example, where)
 
 
 class PlainFormat(PromptFormat):
-    r"""One text for the tokenizer, as base models and few-shot prompts want it.
+    r"""Prompts of plain text, as base models and few-shot prompting need them.
 
     Args:
         template: As in `PromptFormat`; the completion begins right after it.
         system_prompt: As in `PromptFormat`.
         few_shot: As in `PromptFormat`.
-        answer_template: What follows the template in an example; begin it with the space that the completion is to begin with.
-        separator: Between system prompt, examples and question.
+        answer_template: Text that follows the template in an example; begin it with a space if completions should begin with one.
+        separator: Text between system prompt, examples and question.
 
     Example:
         >>> plain = PlainFormat("Q: {question}\nA:", few_shot=[{"question": "1+1", "answer": 2}])
@@ -98,17 +98,17 @@ class PlainFormat(PromptFormat):
         pieces = [self.system_prompt] if self.system_prompt else []
         pieces += [question + answer for question, answer in self.examples]
         text = self.separator.join([*pieces, self.question(row)])
-        return Prompt(text=text, **of_row(row))
+        return Prompt(text=text, **prompt_fields(row))
 
 
 class ChatFormat(PromptFormat):
-    """Chat messages, which the policy renders by its chat template; examples are earlier turns.
+    """Prompts of chat messages, which the policy renders with its chat template; examples become earlier turns.
 
     Args:
         template: As in `PromptFormat`.
         system_prompt: As in `PromptFormat`.
         few_shot: As in `PromptFormat`.
-        answer_template: What the assistant says in an example.
+        answer_template: Template of the assistant's turn in an example.
 
     Example:
         >>> ChatFormat(system_prompt="Add.").format(Row("3+4", "7")).messages
@@ -122,19 +122,14 @@ class ChatFormat(PromptFormat):
             turns += [("user", question), ("assistant", answer)]
         turns.append(("user", self.question(row)))
         messages = tuple({"role": role, "content": content} for role, content in turns)
-        return Prompt(messages=messages, **of_row(row))
-
-
-def of_row(row: Row) -> dict[str, Any]:
-    """What a prompt keeps of its row beside the question."""
-    return {field.name: getattr(row, field.name) for field in fields(row) if field.name != "question"}
+        return Prompt(messages=messages, **prompt_fields(row))
 
 
 class FormatBySet(PromptFormat):
-    r"""Asks the problems of each set in their own way: mathematics with the answer in `\boxed{}`, code in a block of Python.
+    r"""Gives each set its own format, such as mathematics with the answer in `\boxed{}`, code in a block of Python.
 
     Args:
-        formats: Name of the set (as in the data source `Mixture`) -> its format.
+        formats: Name of the set, as in the source `Mixture` -> its format.
 
     Raises:
         ConfigError: If there is no set.
@@ -147,7 +142,7 @@ class FormatBySet(PromptFormat):
         self.formats = formats
 
     def format(self, row: Row) -> Prompt:
-        """Make the prompt of a row as its set does.
+        """Make the prompt of a row with the format of its set.
 
         Raises:
             DataError: If the set has no format.
@@ -158,3 +153,8 @@ class FormatBySet(PromptFormat):
                 f"{', '.join(self.formats)}: name the sets as the data source does"
             )
         return self.formats[row.set_name].format(row)
+
+
+def prompt_fields(row: Row) -> dict[str, Any]:
+    """Fields of a row that its prompt keeps: all but the question."""
+    return {field.name: getattr(row, field.name) for field in fields(row) if field.name != "question"}

@@ -1,4 +1,4 @@
-r"""The options of multiple-choice questions, in the layouts that data sets have, and which of them an answer is.
+r"""Options of multiple-choice questions, in the layouts that data sets use, and the option that an answer names.
 
 | layout | cell |
 |---|---|
@@ -6,7 +6,7 @@ r"""The options of multiple-choice questions, in the layouts that data sets have
 | ARC on the hub | `{"text": ["Paris", "Rome", ...], "label": ["A", "B", ...]}` |
 | ARC in its files | `[{"text": "Paris", "label": "A"}, ...]` |
 
-A CSV file has such a cell as text, in JSON or as Python writes it.
+In a CSV file such a cell is text, either JSON or a Python literal.
 """
 
 import ast
@@ -16,14 +16,14 @@ from typing import Any
 
 from hybrid_lightning.data.values import shorten, to_text
 
-MOST_OPTIONS = 26  # letters
+MAX_OPTIONS = 26  # one per letter
 
 
-def structure(cell: Any) -> Any:
-    """A list or dict that a cell holds as text, in JSON or as Python writes it; other cells as they are.
+def parse_cell(cell: Any) -> Any:
+    """Parse a cell that holds a list or dict as text (JSON or a Python literal); other cells are returned unchanged.
 
     Example:
-        >>> structure('["a", "b"]'), structure("['a', 'b']"), structure("[sic] a")
+        >>> parse_cell('["a", "b"]'), parse_cell("['a', 'b']"), parse_cell("[sic] a")
         (['a', 'b'], ['a', 'b'], '[sic] a')
     """
     if not isinstance(cell, str) or cell.strip()[:1] not in ("[", "{"):
@@ -36,25 +36,25 @@ def structure(cell: Any) -> Any:
         value = ast.literal_eval(cell.strip())
     except (ValueError, SyntaxError):
         return cell
-    # numpy writes ['a' 'b'], which Python reads as ['ab']
+    # numpy writes ['a' 'b'], which Python would read as ['ab'].
     return value if isinstance(value, (list, dict)) and repr(value) == cell.strip() else cell
 
 
 def options_of(cell: Any) -> tuple[list[str], list[str] | None]:
-    """Texts of the options of a cell, and their labels if it has some.
+    """Texts of the options in a cell, and their labels, or None where the cell has none.
 
     Raises:
-        ValueError: If it has no layout of the table above, or not 2 to 26 options of text or numbers.
+        ValueError: If the cell has none of the layouts above, or not 2 to 26 options that are text or numbers.
     """
-    cell = structure(cell)
+    cell = parse_cell(cell)
     labels = None
     if isinstance(cell, dict):
         cell, labels = cell.get("text"), cell.get("label")
     elif isinstance(cell, Sequence) and cell and all(isinstance(option, dict) for option in cell):
         labels = [option.get("label") for option in cell]
         cell, labels = [option.get("text") for option in cell], None if None in labels else labels
-    if not isinstance(cell, Sequence) or isinstance(cell, str) or not 2 <= len(cell) <= MOST_OPTIONS:
-        raise ValueError(f"must be a list of 2 to {MOST_OPTIONS} options, not {shorten(cell)}")
+    if not isinstance(cell, Sequence) or isinstance(cell, str) or not 2 <= len(cell) <= MAX_OPTIONS:
+        raise ValueError(f"must be a list of 2 to {MAX_OPTIONS} options, not {shorten(cell)}")
     if labels is not None and len(labels) != len(cell):
         raise ValueError(f"has {len(cell)} options and {len(labels)} labels")
     for option in cell:
@@ -63,40 +63,41 @@ def options_of(cell: Any) -> tuple[list[str], list[str] | None]:
     return [to_text(option).strip() for option in cell], None if labels is None else [to_text(label).strip() for label in labels]
 
 
-def lettered(texts: Sequence[str]) -> str:
-    r"""Options one a line, as `MultipleChoice` has them.
+def lettered_options(texts: Sequence[str]) -> str:
+    r"""Write options one per line with their letters, as `MultipleChoice` reads them.
 
     Example:
-        >>> lettered(["Paris", "Rome"])
+        >>> lettered_options(["Paris", "Rome"])
         'A. Paris\nB. Rome'
     """
-    return "\n".join(f"{_letter(number)}. {text}" for number, text in enumerate(texts))
+    return "\n".join(f"{option_letter(number)}. {text}" for number, text in enumerate(texts))
 
 
 def letter_of(answer: Any, texts: Sequence[str], labels: Sequence[str] | None) -> str:
-    """The letter of an answer that is a label, a letter, the number of an option, the first being 0, or its text.
+    """Letter of the option that an answer names by its label, its letter, its number (from 0) or its text.
 
     Raises:
-        ValueError: If it is none of them, or may be more than one option.
+        ValueError: If the answer names no option, or could be more than one.
     """
     text = to_text(answer).strip()
     if labels is not None and text in labels:
-        return _letter(labels.index(text))
-    found = {number for number in range(len(texts)) if text in (_letter(number), f"({_letter(number)})")}
+        return option_letter(labels.index(text))
+    found = {number for number in range(len(texts)) if text in (option_letter(number), f"({option_letter(number)})")}
     if text.isdecimal() and int(text) < len(texts):
         found.add(int(text))
-    if isinstance(answer, str):  # a number in a file is none of a text
+    if isinstance(answer, str):  # an answer that the data has as a number is never the text of an option
         found |= {number for number, option in enumerate(texts) if option == text}
     if not found:
         raise ValueError(
-            f"is {shorten(answer)}, which is no option: give a letter up to {_letter(len(texts) - 1)}, a number from 0 to "
+            f"is {shorten(answer)}, which is no option: give a letter up to {option_letter(len(texts) - 1)}, a number from 0 to "
             f"{len(texts) - 1}, or the text of an option"
         )
     if len(found) > 1:
-        meant = " or ".join(_letter(number) for number in sorted(found))
+        meant = " or ".join(option_letter(number) for number in sorted(found))
         raise ValueError(f"is {shorten(answer)}, which may be option {meant}: give the letter")
-    return _letter(found.pop())
+    return option_letter(found.pop())
 
 
-def _letter(number: int) -> str:
+def option_letter(number: int) -> str:
+    """Letter of an option by its number, 0 being A."""
     return chr(ord("A") + number)

@@ -1,4 +1,4 @@
-"""Procedural problems of the library reasoning-gym, each task with its own verifier."""
+"""`ReasoningGymSource`: procedural problems of the library reasoning-gym, in which each task has its own verifier."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ _INSTALL = "install the optional extra: pip install 'hybrid-lightning[reasoning-
 class ReasoningGymSource(PromptSource):
     """Problems of one reasoning-gym task, for `ReasoningGymReward`.
 
-    All splits are slices of one generated set, in which every problem has a random seed of its own; rows of the training
-    split that repeat a held-out problem are dropped besides, so that tasks with few different problems give fewer rows.
+    All splits are slices of one generated set, in which every problem has its own random seed. Training rows that repeat a
+    held-out problem are dropped, so a task with few different problems gives fewer rows.
 
     Args:
         task: Name of the task, such as "leg_counting".
         size: Number of training problems.
         validation_size: Number of validation problems.
         test_size: Number of test problems.
-        seed: Of the generated set.
+        seed: Seed of the generated set.
         config: Further arguments of the task, such as `{"max_animals": 5}`.
     """
 
@@ -49,8 +49,8 @@ class ReasoningGymSource(PromptSource):
 
     def read(self) -> Splits:
         """Generate the problems."""
-        # The columns are all that the reward needs to make the very same entry again, in any process: an entry itself may
-        # hold tuples and other objects that plain JSON would change.
+        # The columns hold what the reward needs to generate the same entry again, in any process. The entry itself may hold
+        # tuples and other objects that JSON would change.
         config = {**self.config, "seed": self.seed, "size": sum(self.sizes)}
         dataset = self._create(config)
         rows = []

@@ -1,6 +1,6 @@
-"""Where problems come from: `PromptSource`, the part that a config swaps to train on other data.
+"""`PromptSource`: where problems come from, the class that a config swaps to train on other data.
 
-Several sources as one, each a named set.
+`Mixture` joins several sources, each as a named set.
 """
 
 import math
@@ -16,9 +16,9 @@ from hybrid_lightning.errors import ConfigError, DataError
 
 
 class PromptSource(Configurable, ABC):
-    """A set of problems in up to three splits.
+    """Problems in up to three splits: train, validation and test.
 
-    A source of one's own implements `read` and nothing else:
+    A source of your own implements `read` and nothing else:
 
     Example:
         >>> class Doubling(PromptSource):
@@ -34,20 +34,20 @@ class PromptSource(Configurable, ABC):
 
     @abstractmethod
     def read(self) -> Splits:
-        """Read or make all rows; deterministic, so that every rank and every resumed run gets the same ones."""
+        """Read or generate all rows. It must be deterministic: every rank and every resumed run needs the same rows."""
 
     def load(self) -> Splits:
-        """Read the splits and make sure that no problem is in two of them.
+        """Read the splits and remove problems that are in two of them.
 
-        Rows of train that ask what validation or test ask, and rows of validation that ask what the test asks, are
-        dropped and their number is shown: compared is the question, regardless of case and spacing.
+        Training rows with a question of validation or test, and validation rows with a question of the test, are dropped, and
+        their number is shown. Questions are compared regardless of case and spacing (see `problem_key`).
 
         Returns:
-            Splits without a common question.
+            Splits that have no question in common.
 
         Raises:
-            DataError: If a split has two rows of the same index, or is left empty by this, or `read` returns something
-                else than splits of rows of text.
+            DataError: If a split has two rows with the same index or loses all its rows, or if `read` does not return splits of
+                rows of text.
         """
         splits = self.read()
         _check_types(type(self).__name__, splits)
@@ -60,39 +60,19 @@ class PromptSource(Configurable, ABC):
         return splits
 
 
-def _check_types(name: str, splits: Any) -> None:
-    """What a source of one's own easily gets wrong, and what would come out far from there."""
-    if not isinstance(splits, Splits):
-        raise DataError(f"{name}.read returned a {type(splits).__name__}: return Splits(train=[Row(...), ...], ...)")
-    for split, rows in vars(splits).items():
-        for position, row in enumerate(rows):
-            if not isinstance(row, Row):
-                raise DataError(f"{name}.read: {split} row {position} is a {type(row).__name__}: make it a Row(question, answer)")
-            for field, allowed in (("question", str), ("answer", (str, type(None)))):
-                value = getattr(row, field)
-                if not isinstance(value, allowed):
-                    raise DataError(f"{name}.read: the {field} of {split} row {position} is {value!r}: give text, as in str(...)")
-
-
-def _check_indices(name: str, rows: list[Row]) -> None:
-    seen: set[tuple[str, int]] = set()
-    for row in rows:
-        if (row.set_name, row.index) in seen:
-            raise DataError(f"two {name} rows from {row.source!r} have the index {row.index}: number them apart")
-        seen.add((row.set_name, row.index))
-
-
 class Mixture(PromptSource):
-    """Named sets to train and to evaluate on; each prompt keeps the name of its set.
+    """Named sets of problems to train and evaluate on; each prompt keeps the name of its set.
 
-    Training draws from the sets in proportion to their weights, however many rows they have: small sets are gone through more
-    often. Metrics of rollouts and evaluation are reported for each set besides, and `RewardBySet` gives each a reward of its own.
-    Sets without training rows are only evaluated. No training row of any set asks what another set holds out.
+    Training draws from the sets in proportion to their weights, however many rows they have, so that small sets are repeated
+    more often. Metrics of rollouts and evaluation are also reported for each set, and `RewardBySet` gives each set a reward of
+    its own. Sets without training rows are evaluated only. Training rows of any set whose question another set holds out are
+    dropped.
 
     Args:
-        sources: Name of the set -> where its problems come from.
-        weights: Name of the set -> its share of the training prompts, of which only the ratios count; every set with training
-            rows needs one. None: all training rows are one pool, which each epoch goes through once.
+        sources: Name of the set -> source of its problems.
+        weights: Name of the set -> its weight in training, of which only the ratios count; every set with training rows needs
+            one.
+            None: all training rows are one pool, which each epoch goes through once.
 
     Raises:
         ConfigError: If there is no set, a set is a mixture, or a weight is not positive or belongs to no set.
@@ -119,10 +99,10 @@ class Mixture(PromptSource):
         self.weights = weights
 
     def read(self) -> Splits:
-        """Read all sets.
+        """Read all sets and mark each row with its set and weight.
 
         Raises:
-            DataError: If a set with training rows has no weight, or one without has.
+            DataError: If a set with training rows has no weight, or a set without training rows has one.
         """
         splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
         for name, source in self.sources.items():
@@ -140,3 +120,25 @@ class Mixture(PromptSource):
         if weight is not None and not has_rows:
             raise DataError(f"Mixture: set {name!r} has a weight but no training rows; give its source a train split")
         return weight
+
+
+def _check_types(name: str, splits: Any) -> None:
+    """Refuse mistakes that a source of your own easily makes, and that would otherwise show up far away from it."""
+    if not isinstance(splits, Splits):
+        raise DataError(f"{name}.read returned a {type(splits).__name__}: return Splits(train=[Row(...), ...], ...)")
+    for split, rows in vars(splits).items():
+        for position, row in enumerate(rows):
+            if not isinstance(row, Row):
+                raise DataError(f"{name}.read: {split} row {position} is a {type(row).__name__}: make it a Row(question, answer)")
+            for field, allowed in (("question", str), ("answer", (str, type(None)))):
+                value = getattr(row, field)
+                if not isinstance(value, allowed):
+                    raise DataError(f"{name}.read: the {field} of {split} row {position} is {value!r}: give text, as in str(...)")
+
+
+def _check_indices(name: str, rows: list[Row]) -> None:
+    seen: set[tuple[str, int]] = set()
+    for row in rows:
+        if (row.set_name, row.index) in seen:
+            raise DataError(f"two {name} rows from {row.source!r} have the index {row.index}: number them apart")
+        seen.add((row.set_name, row.index))

@@ -1,7 +1,7 @@
-"""Rows and splits, and the rule that no problem stands in two splits.
+"""Rows and splits, and the rule that no problem is in two splits.
 
-A problem is identified by its question, not by its place in a file: data sets repeat questions, and a repeated one on
-both sides of a split would be trained on and then tested.
+A problem is identified by its question, not by its place in a file: data sets repeat questions, and a problem on both sides of a
+split would be trained on and then tested.
 """
 
 import random
@@ -19,13 +19,13 @@ from hybrid_lightning.errors import ConfigError, DataError
 class Row:
     """One problem as a source gives it, before it is formatted into a prompt."""
 
-    question: str  # identifies the problem: holds all that makes it another problem
+    question: str  # identifies the problem: must contain everything that tells it from other problems
     answer: str | None = None  # the reference answer alone, None where the data has none
-    index: int = 0  # number of the row in its source, the first is 0; unique within a split and set
+    index: int = 0  # number of the row in its source, from 0; unique within a split and set
     source: str = ""  # where the row comes from, for error messages
-    columns: dict[str, Any] = field(default_factory=dict)  # the whole row: plain JSON values, since prompts are pickled
-    set_name: str = ""  # of the set that it belongs to, where a source joins several (see `Prompt.set_name`)
-    set_weight: float | None = None  # of that set in training (see `Prompt.set_weight`)
+    columns: dict[str, Any] = field(default_factory=dict)  # the whole row, in plain JSON values, since prompts are pickled
+    set_name: str = ""  # set that the row belongs to, where a source joins several (see `Prompt.set_name`)
+    set_weight: float | None = None  # weight of that set in training (see `Prompt.set_weight`)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Splits:
 
 
 def problem_key(question: str) -> str:
-    """Reduce a question to what two copies of one problem share: case, spacing and Unicode form do not count.
+    """Normalize a question, so that copies of a problem have the same key: case, spacing and Unicode form do not count.
 
     Example:
         >>> problem_key("How  many are there ?") == problem_key("how many are there?")
@@ -49,16 +49,16 @@ def problem_key(question: str) -> str:
 
 
 def split_rows(rows: Sequence[Row], validation_fraction: float, test_fraction: float, seed: int) -> Splits:
-    """Split rows at random, all copies of a problem into the same split.
+    """Split rows at random; all copies of a problem go into the same split.
 
     Args:
         rows: The rows, in any order.
         validation_fraction: Share of the rows for validation.
         test_fraction: Share of the rows for the test.
-        seed: Of the shuffle that decides which problems go where.
+        seed: Seed of the shuffle that decides which problems go where.
 
     Returns:
-        The splits, each in the order of `rows`. Sizes are exact but for copies, which are never torn apart.
+        The splits, each in the order of `rows`. Sizes are exact, except that copies of a problem are never separated.
 
     Raises:
         ConfigError: If a fraction is out of range, or so small or large that a split would be empty.
@@ -86,7 +86,11 @@ def split_rows(rows: Sequence[Row], validation_fraction: float, test_fraction: f
 
 
 def check_fractions(validation_fraction: float, test_fraction: float) -> None:
-    """Refuse fractions that no split can have."""
+    """Refuse fractions of validation and test that are not possible.
+
+    Raises:
+        ConfigError: If one is not a share, or both leave nothing to train on.
+    """
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0 <= value < 1:
             raise ConfigError(f"{name}={value}: give a share of the rows between 0 and 1, such as 0.1")
@@ -98,16 +102,16 @@ def check_fractions(validation_fraction: float, test_fraction: float) -> None:
 
 
 def without_overlap(splits: Splits) -> tuple[Splits, dict[str, int]]:
-    """Drop from train what validation or test ask too, and from validation what the test asks.
+    """Drop training rows whose question is also in validation or test, and validation rows whose question is also in test.
 
     Args:
         splits: Splits that may share problems.
 
     Returns:
-        Splits that do not, and the number of rows dropped from `train` and from `validation`.
+        Splits without shared problems, and the number of rows dropped from `train` and from `validation`.
 
     Raises:
-        DataError: If rows were dropped and nothing is left of a split.
+        DataError: If a split loses all its rows.
     """
     test = {problem_key(row.question) for row in splits.test}
     validation = [row for row in splits.validation if problem_key(row.question) not in test]

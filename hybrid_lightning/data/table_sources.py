@@ -1,7 +1,4 @@
-"""Problems from local files.
-
-Problems from a data set on the Hugging Face hub, or from a local folder in its layout.
-"""
+"""Sources that read tables from local files (`FileSource`) or from the Hugging Face hub (`HubSource`)."""
 
 import re
 from contextlib import nullcontext
@@ -11,29 +8,29 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from hybrid_lightning.data.columns import TableSource, existing_splits
+from hybrid_lightning.data.columns import TableSource, given_splits
 from hybrid_lightning.data.tables import Table, read_table
 from hybrid_lightning.data.values import one_line
 from hybrid_lightning.errors import DataError
-from hybrid_lightning.hub import HubRepository, not_waiting, reachable
+from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreachable
 
 
 class FileSource(TableSource):
-    r"""JSONL, JSON, CSV or Parquet files (text also in `.gz`), one for each split.
+    r"""Problems from local JSONL, JSON, CSV or Parquet files (text also in `.gz`), one file per split.
 
-    Rows of `train` whose question is also in `validation` or `test` are dropped and their number is shown. Splits without a
-    file can be split off from `train` by `validation_fraction` and `test_fraction`.
+    Training rows whose question is also in `validation` or `test` are dropped, and their number is shown. Splits without a file
+    can be split off from `train` with `validation_fraction` and `test_fraction`.
 
     Args:
-        train: Path of the training file; None if there is nothing to train on.
-        validation: Path of the validation file.
-        test: Path of the test file.
+        train: Path of the training file; None for no training rows.
+        validation: Path of the validation file; None for none.
+        test: Path of the test file; None for none.
         **columns: Arguments of `TableSource`.
 
     Example:
         >>> source = FileSource("train.jsonl", test="test.jsonl", answer_pattern=r"####\s*(.+)", validation_fraction=0.1)
 
-        Multiple choice, of rows such as `{"question": "2+2?", "choices": ["3", "4"], "answer": 1}`; the reward is
+        Multiple choice, with rows such as `{"question": "2+2?", "choices": ["3", "4"], "answer": 1}`; the reward is
         `MultipleChoice(options_column="choices")`:
 
         >>> source = FileSource("questions.jsonl", options_column="choices", validation_fraction=0.1)
@@ -41,15 +38,106 @@ class FileSource(TableSource):
 
     def __init__(self, train: str | None = None, validation: str | None = None, test: str | None = None, **columns: Any) -> None:
         super().__init__(**columns)
-        self.paths = existing_splits([("train", train), ("validation", validation), ("test", test)])
+        self.paths = given_splits([("train", train), ("validation", validation), ("test", test)])
 
     def read_tables(self) -> dict[str, tuple[str, Table]]:
-        """Read every file that is given."""
+        """Read the file of each split that is given."""
         return {split: (path, read_table(split, path)) for split, path in self.paths}
 
 
-# What `datasets` says of a mistake -> what is said here.
-_MISTAKES = (
+class HubSource(TableSource):
+    r"""Problems from a data set on the Hugging Face hub, or from a local folder in the same layout.
+
+    Args:
+        path: Hub id such as "openai/gsm8k", or a local folder with data files, as `datasets.load_dataset` takes them.
+        name: Configuration of the data set, such as "main"; None if it has only one.
+        revision: Branch, tag or commit; None for the newest.
+        train_split: Name of the split to train on, or a slice such as "train[:90%]"; None for no training rows.
+        validation_split: Name of the validation split; None for none.
+        test_split: Name of the test split; None for none.
+        **columns: Arguments of `TableSource`.
+
+    Example:
+        >>> source = HubSource("openai/gsm8k", "main", test_split="test", answer_pattern=r"####\s*(.+)")
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        revision: str | None = None,
+        train_split: str | None = "train",
+        validation_split: str | None = None,
+        test_split: str | None = None,
+        **columns: Any,
+    ) -> None:
+        super().__init__(**columns)
+        self.path = path
+        self.name = name
+        self.revision = revision
+        self.hub_splits = given_splits(
+            [("train_split", train_split), ("validation_split", validation_split), ("test_split", test_split)]
+        )
+
+    def read_tables(self) -> dict[str, tuple[str, Table]]:
+        """Read each split that is named; what is not in the cache is downloaded."""
+        return {
+            parameter.removesuffix("_split"): (f"{self.path} {split}", self._read(parameter, split))
+            for parameter, split in self.hub_splits
+        }
+
+    def _read(self, parameter: str, split: str) -> Table:
+        return read_hub_split(parameter, split, self.path, self.name, self.revision, self.max_rows)
+
+
+def read_hub_split(
+    parameter: str, split: str, path: str, name: str | None = None, revision: str | None = None, max_rows: int | None = None
+) -> Table:
+    """Read one split of a data set, from the hub or its cache.
+
+    Args:
+        parameter: Name of the parameter that names the split, for error messages.
+        split: Name of the split, or a slice of it.
+        path: Hub id or local folder.
+        name: Configuration of the data set; None if it has only one.
+        revision: Branch, tag or commit; None for the newest.
+        max_rows: Read only this many rows, the first ones; None for all.
+
+    Raises:
+        DataError: If the split cannot be loaded, or has no rows.
+    """
+    import datasets  # slow to import, and only needed here
+
+    local = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) and not local.exists():
+        raise DataError(f"path={path!r} does not exist (looked for {local.absolute()}): correct it, or give a hub id OWNER/NAME")
+    hub = (
+        None if local.exists() else HubRepository("data set", path, revision, "revision", str(datasets.config.HF_DATASETS_CACHE))
+    )
+    try:
+        with offline_if_unreachable() if hub else nullcontext():
+            data = datasets.load_dataset(path if hub else str(local), name, revision=revision, split=split)
+        table = list(data.select(range(min(max_rows or len(data), len(data)))))
+    except Exception as error:  # datasets, huggingface_hub and pyarrow raise dozens of types
+        raise DataError(_explain(error, parameter, split, path, name, hub)) from error
+    if not table:
+        raise DataError(f"{parameter}={split!r} of data set {path!r} has no rows: name a split with at least one")
+    if hub is not None and revision is not None and not hub_reachable():
+        _check_revision(hub, data)
+    return table
+
+
+def _check_revision(hub: HubRepository, data: Any) -> None:
+    """Refuse a cached data set of another revision: offline, `datasets` takes the one used last, whichever is asked for."""
+    assert hub.revision is not None
+    kept = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=hub.id, repo_type="dataset"), "refs", hub.revision)
+    commit = kept.read_text() if kept.is_file() else hub.revision
+    if not all(commit in Path(file["filename"]).parts for file in data.cache_files):
+        raise DataError(hub.not_in_cache())
+
+
+# Message of `datasets` about a mistake in the config -> message that says what to change.
+_DATASETS_MESSAGES = (
     (
         r"BuilderConfig '.*?' not found\. Available: \[(.*?)\]",
         "data set {path!r} has no configuration name={name!r}: give one of {choices}",
@@ -79,100 +167,9 @@ _MISTAKES = (
 )
 
 
-class HubSource(TableSource):
-    r"""A data set that `datasets.load_dataset` finds.
-
-    Args:
-        path: Hub id such as "openai/gsm8k", or a local folder with data files.
-        name: Configuration of the data set, such as "main"; None if it has only one.
-        revision: Branch, tag or commit; None for the newest.
-        train_split: Name of the split to train on, slices such as "train[:90%]" included; None to train on nothing.
-        validation_split: Name of the validation split.
-        test_split: Name of the test split.
-        **columns: Arguments of `TableSource`.
-
-    Example:
-        >>> source = HubSource("openai/gsm8k", "main", test_split="test", answer_pattern=r"####\s*(.+)")
-    """
-
-    def __init__(
-        self,
-        path: str,
-        name: str | None = None,
-        revision: str | None = None,
-        train_split: str | None = "train",
-        validation_split: str | None = None,
-        test_split: str | None = None,
-        **columns: Any,
-    ) -> None:
-        super().__init__(**columns)
-        self.path = path
-        self.name = name
-        self.revision = revision
-        self.hub_splits = existing_splits(
-            [("train_split", train_split), ("validation_split", validation_split), ("test_split", test_split)]
-        )
-
-    def read_tables(self) -> dict[str, tuple[str, Table]]:
-        """Download what the cache does not have, and read every split that is named."""
-        return {
-            parameter.removesuffix("_split"): (f"{self.path} {split}", self._read(parameter, split))
-            for parameter, split in self.hub_splits
-        }
-
-    def _read(self, parameter: str, split: str) -> Table:
-        return read_hub_split(parameter, split, self.path, self.name, self.revision, self.max_rows)
-
-
-def read_hub_split(
-    parameter: str, split: str, path: str, name: str | None = None, revision: str | None = None, max_rows: int | None = None
-) -> Table:
-    """Read one split of a data set, from the hub or its cache.
-
-    Args:
-        parameter: Name of the parameter that names the split, for error messages.
-        split: Its name, or a slice of it.
-        path: Hub id or local folder.
-        name: Configuration of the data set.
-        revision: Branch, tag or commit.
-        max_rows: Read only the first so many rows.
-
-    Raises:
-        DataError: If it cannot be loaded, or has no rows.
-    """
-    import datasets  # slow to import, and only needed here
-
-    local = Path(path).expanduser()
-    if path.startswith((".", "/", "~")) and not local.exists():
-        raise DataError(f"path={path!r} does not exist (looked for {local.absolute()}): correct it, or give a hub id OWNER/NAME")
-    hub = (
-        None if local.exists() else HubRepository("data set", path, revision, "revision", str(datasets.config.HF_DATASETS_CACHE))
-    )
-    try:
-        with not_waiting() if hub else nullcontext():
-            data = datasets.load_dataset(path if hub else str(local), name, revision=revision, split=split)
-        table = list(data.select(range(min(max_rows or len(data), len(data)))))
-    except Exception as error:  # datasets, huggingface_hub and pyarrow raise dozens of types
-        raise DataError(_explain(error, parameter, split, path, name, hub)) from error
-    if not table:
-        raise DataError(f"{parameter}={split!r} of data set {path!r} has no rows: name a split with at least one")
-    if hub is not None and revision is not None and not reachable():
-        _check_revision(hub, data)
-    return table
-
-
-def _check_revision(hub: HubRepository, data: Any) -> None:
-    """Without the hub, `datasets` takes the revision that was used last, whichever is asked for."""
-    assert hub.revision is not None
-    kept = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=hub.id, repo_type="dataset"), "refs", hub.revision)
-    commit = kept.read_text() if kept.is_file() else hub.revision
-    if not all(commit in Path(file["filename"]).parts for file in data.cache_files):
-        raise DataError(hub.not_in_cache())
-
-
 def _explain(error: Exception, parameter: str, split: str, path: str, name: str | None, hub: HubRepository | None) -> str:
     text = one_line(error)
-    for pattern, message in _MISTAKES:
+    for pattern, message in _DATASETS_MESSAGES:
         match = re.search(pattern, text)
         if match is not None:
             choices = (match[1] if match.groups() else "").replace("'", "")

@@ -1,8 +1,9 @@
-"""Rows of one local file.
+"""Read the rows of a local file.
 
 JSON and CSV are read by the standard library and Parquet by `datasets`. The JSON and CSV readers of `datasets` infer types:
 they turn the text "2020-01-01" into a timestamp and an integer beyond 64 bits into a rounded float, shift the columns of a CSV
-file whose rows all have one field too many, and do not name the line that they cannot read. An answer must stay what it is.
+file whose rows all have one field too many, and do not name the line that they cannot read. An answer must not be changed by
+reading it.
 """
 
 import csv
@@ -16,28 +17,27 @@ from typing import IO, Any
 from hybrid_lightning.data.values import one_line, shorten
 from hybrid_lightning.errors import DataError
 
-Table = list[dict[str, Any]]
+Table = list[dict[str, Any]]  # rows, each column -> cell
 
 
 def read_table(name: str, path: str) -> Table:
-    """Read a JSONL, JSON, CSV or Parquet file; `.gz` is unpacked.
+    """Read a JSONL, JSON, CSV or Parquet file; a `.gz` file is unpacked.
 
     Args:
-        name: Of the parameter that holds the path, for error messages.
-        path: Of the file, relative to the working directory.
+        name: Name of the parameter that holds the path, for error messages.
+        path: Path of the file, relative to the working directory.
 
     Returns:
-        A dict for each row. Cells of a CSV file are text, as they stand in the file.
+        One dict per row. Cells of a CSV file are text, exactly as in the file.
 
     Raises:
-        DataError: If the file is missing, of another type, malformed (the line is named) or without rows.
+        DataError: If the file is missing, of another type, malformed (the message names the line) or without rows.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         kind = "is a folder, not a file" if file.is_dir() else "does not exist"
         raise DataError(f"{name}={path!r} {kind} (looked for {file.absolute()}): correct the path")
-    packed = file.suffix == ".gz"
-    suffix = Path(file.stem).suffix.lower() if packed else file.suffix.lower()
+    suffix, packed = _file_type(file)
     reader = _READERS.get(suffix)
     if reader is None or (packed and suffix == ".parquet"):
         known = ", ".join(sorted(_READERS))
@@ -52,14 +52,19 @@ def read_table(name: str, path: str) -> Table:
 
 
 def is_table(file: Path) -> bool:
-    """Whether a file can be read, by its name."""
-    packed = file.suffix == ".gz"
-    suffix = (Path(file.stem) if packed else file).suffix.lower()
+    """Whether `read_table` can read a file, judged by its name."""
+    suffix, packed = _file_type(file)
     return file.is_file() and suffix in _READERS and not (packed and suffix == ".parquet")
 
 
+def _file_type(file: Path) -> tuple[str, bool]:
+    """Suffix of a file without `.gz`, in lower case, and whether it is packed."""
+    packed = file.suffix == ".gz"
+    return (Path(file.stem) if packed else file).suffix.lower(), packed
+
+
 def _open(file: Path, packed: bool) -> IO[str]:
-    # utf-8-sig: some editors write a byte order mark, which is no part of the first column's name.
+    # utf-8-sig: some editors write a byte order mark, which must not become part of the first column's name.
     return (gzip.open if packed else open)(file, "rt", encoding="utf-8-sig", newline="")  # type: ignore[operator,no-any-return]
 
 
@@ -70,7 +75,7 @@ def _read_jsonl(file: Path, packed: bool) -> Table:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.rstrip("\r\n"))  # an error at the end is in this line, not at the start of the next
+                row = json.loads(line.rstrip("\r\n"))  # without the line break, an error at the end is reported in this line
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{file}, line {number} is no valid JSON: {error.msg} at column {error.colno}; correct it"

@@ -1,7 +1,7 @@
 r"""Templates such as `"{question}\nAnswer:"`, filled with the columns of a row.
 
-In a column that holds a list or a dict, brackets take an entry, as in Python's `str.format`: `{choices[0]}`,
-`{choices[text][0]}`. A whole list of options is written one a line, `A. ...`.
+Brackets take an entry of a column that holds a list or a dict, as in Python's `str.format`: `{choices[0]}`,
+`{choices[text][0]}`. A whole list of options is written one per line, as `A. ...`.
 """
 
 import re
@@ -9,22 +9,22 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
-from hybrid_lightning.data.options import lettered, options_of, structure
+from hybrid_lightning.data.options import lettered_options, options_of, parse_cell
 from hybrid_lightning.data.values import shorten, to_text
 from hybrid_lightning.errors import ConfigError, DataError
 
-_FIELD = re.compile(r"(?P<column>[^\[\]]+)(?P<keys>(?:\[[^\[\]]+\])*)")
+_PLACEHOLDER = re.compile(r"(?P<column>[^\[\]]+)(?P<keys>(?:\[[^\[\]]+\])*)")
 
 
 def template_fields(name: str, template: str) -> list[str]:
     """Names of the columns that a template uses.
 
     Args:
-        name: Of the parameter that holds the template, for error messages.
+        name: Name of the parameter that holds the template, for error messages.
         template: Text with `{column}` placeholders; `{{` and `}}` stand for literal braces.
 
     Raises:
-        ConfigError: If the braces do not match, or a placeholder is more than a column and an entry of it.
+        ConfigError: If the braces do not match, or a placeholder is more than a column or an entry of one.
     """
     try:
         pieces = [(field, spec, conversion) for _, field, spec, conversion in Formatter().parse(template)]
@@ -34,7 +34,7 @@ def template_fields(name: str, template: str) -> list[str]:
     for field, spec, conversion in pieces:
         if field is None:
             continue
-        match = _FIELD.fullmatch(field)
+        match = _PLACEHOLDER.fullmatch(field)
         if match is None or spec or conversion:
             raise ConfigError(
                 f"{name}={template!r}: a placeholder is the name of a column in braces and nothing else, such as {{question}}, "
@@ -44,25 +44,25 @@ def template_fields(name: str, template: str) -> list[str]:
     return fields
 
 
-def render(name: str, template: str, values: Mapping[str, Any], where: str) -> str:
-    """Fill a template.
+def fill_template(name: str, template: str, values: Mapping[str, Any], where: str) -> str:
+    """Fill a template with the columns of a row.
 
     Args:
-        name: Of the parameter that holds the template, for error messages.
+        name: Name of the parameter that holds the template, for error messages.
         template: As in `template_fields`.
         values: Column name -> value.
-        where: The row that the values come from, for error messages.
+        where: Where the row comes from, for error messages.
 
     Raises:
         ConfigError: If the template uses a column that the row does not have.
-        DataError: If a value that it uses is missing or cannot be written as text.
+        DataError: If a value that the template uses is missing or cannot be written as text.
     """
     text = []
     for literal, field, _, _ in Formatter().parse(template):
         text.append(literal)
         if field is None:
             continue
-        match = _FIELD.fullmatch(field)
+        match = _PLACEHOLDER.fullmatch(field)
         assert match is not None, "checked before"
         column = match["column"]
         if column not in values:
@@ -71,7 +71,7 @@ def render(name: str, template: str, values: Mapping[str, Any], where: str) -> s
                 "(write {{ and }} for braces that are no placeholder)"
             )
         try:
-            text.append(_to_text(_entry(values[column], match["keys"])))
+            text.append(_text_of(_entry(values[column], match["keys"])))
         except ValueError as error:
             remedy = f"correct {name} or the row" if match["keys"] else "correct or remove the row"
             raise DataError(f"{where}: column {column!r}, which {name} uses, {error}; {remedy}") from error
@@ -79,9 +79,9 @@ def render(name: str, template: str, values: Mapping[str, Any], where: str) -> s
 
 
 def _entry(value: Any, keys: str) -> Any:
-    """What brackets such as `[text][0]` take out of a cell."""
+    """Entry of a cell that brackets such as `[text][0]` take."""
     for key in re.findall(r"\[([^\[\]]+)\]", keys):
-        value = structure(value)
+        value = parse_cell(value)
         if isinstance(value, dict):
             if key not in value:
                 raise ValueError(f"has no entry [{key}], but {', '.join(f'[{known}]' for known in value) or 'none'}")
@@ -97,5 +97,6 @@ def _entry(value: Any, keys: str) -> Any:
     return value
 
 
-def _to_text(value: Any) -> str:
-    return lettered(options_of(value)[0]) if isinstance(value, (list, tuple, dict)) else to_text(value)
+def _text_of(value: Any) -> str:
+    """A value as text, lists of options one per line."""
+    return lettered_options(options_of(value)[0]) if isinstance(value, (list, tuple, dict)) else to_text(value)

@@ -1,1 +1,55 @@
-"""What makes a model's passes fast: packing, attention, decoding, fused layers, log-probabilities; `cpu/` for CPUs, in C++."""
+"""What makes a model's passes fast: packing, attention, decoding, fused layers, log-probabilities; `cpu/` for CPUs, in C++.
+
+The other parts of the project use the names below, and above all `Engine`. A name is imported when it is asked for, since some
+need PEFT, which takes a second to import.
+"""
+
+from typing import TYPE_CHECKING
+
+from hybrid_lightning.configurable import public_names
+
+if TYPE_CHECKING:
+    from hybrid_lightning.engine.attention import UnsupportedAttentionError
+    from hybrid_lightning.engine.backend import Backend, PlannedBackend, has_operators
+    from hybrid_lightning.engine.decoding import SharedPromptDecoding, decoding_of
+    from hybrid_lightning.engine.engine import Engine, use_fused_modules
+    from hybrid_lightning.engine.fused_layers import use_fused_layers
+    from hybrid_lightning.engine.fused_lora import use_peft_lora
+    from hybrid_lightning.engine.logprobs import logprobs_of_hidden, token_logprobs
+    from hybrid_lightning.engine.packing import PackedSequences, begins_group
+    from hybrid_lightning.engine.passes import base_model, default_token_budget, tokens_of_pass
+
+__all__ = [
+    "Backend",
+    "Engine",
+    "PackedSequences",
+    "PlannedBackend",
+    "SharedPromptDecoding",
+    "UnsupportedAttentionError",
+    "base_model",
+    "begins_group",
+    "decoding_of",
+    "default_token_budget",
+    "has_operators",
+    "logprobs_of_hidden",
+    "token_logprobs",
+    "tokens_of_pass",
+    "use_fused_layers",
+    "use_fused_modules",
+    "use_peft_lora",
+]
+
+__getattr__ = public_names(
+    __name__,
+    {
+        "attention": ("UnsupportedAttentionError",),
+        "backend": ("Backend", "PlannedBackend", "has_operators"),
+        "decoding": ("SharedPromptDecoding", "decoding_of"),
+        "engine": ("Engine", "use_fused_modules"),
+        "fused_layers": ("use_fused_layers",),
+        "fused_lora": ("use_peft_lora",),
+        "logprobs": ("logprobs_of_hidden", "token_logprobs"),
+        "packing": ("PackedSequences", "begins_group"),
+        "passes": ("base_model", "default_token_budget", "tokens_of_pass"),
+    },
+)

@@ -5,18 +5,18 @@ key-value heads (grouped-query attention: H = K * R), D numbers a head.
 
 Three ways to compute it, which give the same numbers:
 
-- by one operator of our own over the whole row of tokens, on CPUs that have it. Nothing is cut out of the row or padded, scores
-  exist for a dozen queries at a time, and nothing but queries, keys and values is kept for the backward pass. On two cores (AMD
-  EPYC, Zen 4) forward and backward pass took 0.3 to 0.6 of the time of matrix products with kernels between them, at prompts of 6
-  to 512 and completions of 10 to 128 tokens;
-- by matrix products over all queries of a prompt at once, whose backward pass is written out here. On CPUs this is many times
-  faster than torch's fused kernel at the lengths of rollouts (measured at S=128, T=64: 50 ms instead of 170 to 250 for forward
-  and backward), and keys and values are never repeated;
+- by one operator of our own over all packed tokens, on CPUs that have it. Nothing is cut out or padded, scores exist for a
+  dozen queries at a time, and nothing but queries, keys and values is kept for the backward pass. On two cores (AMD EPYC, Zen
+  4) forward and backward pass took 0.3 to 0.6 of the time of matrix products, at prompts of 6 to 512 and completions of 10 to
+  128 tokens;
+- by matrix products over all queries of a prompt at once, with a backward pass of their own. On CPUs this is many times faster
+  than torch's fused kernel at the lengths of rollouts (at S=128, T=64 forward and backward pass took 50 ms instead of 170 to
+  250), and keys and values are never repeated;
 - by `scaled_dot_product_attention` with repeated keys and values on accelerators, whose kernels keep no scores.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from hybrid_lightning.engine.cpu import attention_operators
 from hybrid_lightning.engine.cpu.attention_operators import Groups
 
 KeysValues = tuple[Tensor, Tensor]
-# Of the prompt's keys and of the completion's own; None where every query sees every key.
+# Masks of the prompt's keys and of the completion's own keys; None where every query sees every key.
 Masks = tuple[Tensor | None, Tensor | None]
 
 
@@ -52,8 +52,42 @@ class AttentionSettings:
         return self.plain and all(part.shape[-1] == size for part in tensors) and backend.usable(*tensors)
 
     def factor(self, query: Tensor) -> float:
-        """Of the scores of queries [..., D]."""
+        """The factor of the scores, for queries [..., D]."""
         return self.scaling if self.scaling is not None else query.shape[-1] ** -0.5
+
+
+class UnsupportedAttentionError(Exception):
+    """Why packings cannot compute what a model's layers ask for."""
+
+
+class Packing(Protocol):
+    """Who attends to whom among N tokens of several sequences, which go through the model as one packed sequence."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
+    ) -> Tensor:
+        """Attention of N tokens.
+
+        Args:
+            layer: Number of the decoder layer.
+            query: [N, H, D].
+            key: [N, K, D].
+            value: [N, K, D].
+            window: A token sees this many positions, itself included; None for all.
+            settings: What the layer asks for.
+
+        Returns:
+            [N, H, D].
+        """
+        ...
+
+
+@dataclass
+class AttentionCalls:
+    """What the layers asked for while a model was tried, one entry for each call of attention."""
+
+    windows: list[int | None] = field(default_factory=list)
+    settings: list[AttentionSettings] = field(default_factory=list)
 
 
 def shared_attention(
@@ -67,8 +101,8 @@ def shared_attention(
         own: Keys and values, [P, K, G, M, D] each.
         masks: Bool, broadcastable to [P, 1, G, 1, T, S] and [P, 1, G, 1, T, M]: True where a query may look. Every query must see
             a key.
-        settings: Of the layer.
-        backend: Of the model.
+        settings: What the layer asks for.
+        backend: That of the model.
 
     Returns:
         [P, K, G, R, T, D] in the dtype of the values.
@@ -138,9 +172,10 @@ def _weighted(weights: Tensor, prompt_values: Tensor | None, values: Tensor) -> 
 
 
 class _Products(torch.autograd.Function):
-    """`_by_products` with a gradient, which makes the weights once more where keeping them would cost memory.
+    """`_by_products` with a backward pass, for which the attention weights are kept or computed again.
 
-    Where a query sees more keys than it has numbers, its weights are larger than all else that a layer keeps.
+    Where a query sees more keys than it has numbers, its weights are larger than all else that a layer keeps: they are computed
+    again.
     """
 
     @staticmethod
@@ -228,7 +263,7 @@ def _by_kernel(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks:
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, window: int | None, scaling: float) -> Tensor:
-    """See `attention_operators.packed_attention`; with a gradient."""
+    """`attention_operators.packed_attention` with a backward pass."""
     if not torch.is_grad_enabled():
         return attention_operators.packed_attention(query, key, value, groups, window, scaling)
     result: Tensor = _PackedAttention.apply(query, key, value, groups, window, scaling)  # type: ignore[no-untyped-call]

@@ -1,14 +1,19 @@
-"""How a Hugging Face model is made to attend as a `Packing` says, through transformers' attention interface.
+"""How a Hugging Face model is made to attend as a `Packing` says, and the trial whether that gives the model's own numbers.
 
-The sequences of a batch go through the model as one row of tokens without padding; everything in a decoder but attention treats
-each token by itself. The model's attention layers call the function registered here, which hands queries, keys and values to
-the packing that came with the call, or, for a call without one, to the implementation that the model had.
+The sequences of a batch go through the model as one packed sequence without padding; everything in a decoder but attention treats
+each token by itself. The model's attention layers call the function registered here with transformers' attention interface. It
+hands queries, keys and values to the packing that came with the call, or, for a call without one, to the implementation that the
+model had.
+
+A family whose attention is not what a packing computes (sinks, biases, recurrent layers, chunks) would silently give other
+numbers. So each model is tried once: first what its layers ask for, then a few tokens both ways. One that fails keeps its own
+way.
 """
 
+import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,45 +21,20 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings, Packing, UnsupportedAttentionError
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.engine.passes import base_model, last_logits, own_hidden, position_ids, project
+from hybrid_lightning.types import Sequences
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "packed_"
-# Tensors among the arguments of an attention layer that say nothing about who attends to whom.
+# Tensors that layers hand to attention, and that say nothing about who attends to whom.
 _HARMLESS = {"position_ids", "cache_position"}
-
-
-class UnsupportedAttentionError(Exception):
-    """A layer asks for something that a packing does not compute."""
-
-
-class Packing(Protocol):
-    """Who attends to whom in one row of tokens."""
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
-    ) -> Tensor:
-        """Attention of N tokens.
-
-        Args:
-            layer: Number of the decoder layer.
-            query: [N, H, D].
-            key: [N, K, D].
-            value: [N, K, D].
-            window: A token sees this many positions, itself included; None for all.
-            settings: Of the layer.
-
-        Returns:
-            [N, H, D].
-        """
-        ...
-
-
-@dataclass
-class AttentionCalls:
-    """What the layers asked for, recorded while a model is checked."""
-
-    windows: list[int | None] = field(default_factory=list)
-    settings: list[AttentionSettings] = field(default_factory=list)
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# Relative to the spread of the logits. Wrong attention changes them by tenths at least.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 
 
 def use_packing(model: PreTrainedModel) -> str:
@@ -66,16 +46,22 @@ def use_packing(model: PreTrainedModel) -> str:
     original = str(model.config._attn_implementation)
     if original.startswith(_PREFIX):
         return original.removeprefix(_PREFIX)
-    name = _PREFIX + original
-    AttentionInterface.register(name, _attention(original))
-    if original in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    name = register_packed(original)
     if not model._supports_attention_backend:
         raise UnsupportedAttentionError(f"{type(model).__name__} does not use transformers' attention interface")
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
         raise UnsupportedAttentionError(f"{type(model).__name__} does not let its attention be set")
     return original
+
+
+def register_packed(original: str) -> str:
+    """Make transformers know an implementation that attends by packings, and by `original` in calls without; returns its name."""
+    name = _PREFIX + original
+    AttentionInterface.register(name, _attention(original))
+    if original in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    return name
 
 
 def _attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -115,6 +101,93 @@ def _settings(options: dict[str, Any]) -> AttentionSettings:
     return AttentionSettings(**known)
 
 
-def no_mask(device: torch.device) -> Tensor:
-    """An attention mask that makes transformers build none: four axes mean that the caller has made it."""
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+def try_packing(model: nn.Module, backend: Backend) -> AttentionCalls:
+    """Let a model attend by packings if packed sequences give its own numbers; if not, leave it as it was and say why.
+
+    Args:
+        model: Causal language model.
+        backend: That of its fused layers.
+
+    Returns:
+        What its layers ask of attention.
+
+    Raises:
+        UnsupportedAttentionError: If it cannot be packed.
+    """
+    base = base_model(model)
+    original = getattr(base.config, "_attn_implementation", None)
+    try:
+        use_packing(base)
+        return _check(model, base, backend)
+    except UnsupportedAttentionError as error:
+        if original is not None:
+            base.set_attn_implementation(original)
+        logger.warning(
+            "%s is sampled and trained without sharing prompts, which is slower and takes more memory: %s",
+            type(base).__name__,
+            error,
+        )
+        raise
+
+
+def _check(model: nn.Module, base: PreTrainedModel, backend: Backend) -> AttentionCalls:
+    """What the layers ask for; raises UnsupportedAttentionError unless packed and padded sequences give the same logits."""
+    config: Any = base.config.get_text_config()
+    expected = _expected_windows(config)
+    calls = AttentionCalls()
+    sequences = _example(config.vocab_size, next(base.parameters()).device)
+    training = [(module, module.training) for module in base.modules()]
+    base.eval()  # no dropout, and no gradient checkpointing
+    try:
+        with torch.no_grad():
+            packed = PackedSequences(sequences, backend)
+            try:
+                with backend.in_pass():
+                    hidden = own_hidden(model, packed.ids, packed.positions, packed, calls)
+            except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
+                raise UnsupportedAttentionError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+            if calls.windows != expected:
+                raise UnsupportedAttentionError(
+                    f"its {config.num_hidden_layers} layers attended {len(calls.windows)} times, with windows "
+                    f"{sorted(map(str, set(calls.windows)))} where its config says {sorted(map(str, set(expected)))}"
+                )
+            logits = project(base, packed.predicting(hidden)).float()
+            reference = _separate(model, sequences)[sequences.completion_mask].float()
+    finally:
+        for module, mode in training:
+            module.training = mode
+    difference = float((logits - reference).norm() / (reference - reference.mean()).norm())
+    tolerance = _TOLERANCE[next(base.parameters()).dtype]
+    if torch.is_autocast_enabled(reference.device.type):
+        tolerance = _TOLERANCE[torch.bfloat16]
+    if not difference <= tolerance:
+        raise UnsupportedAttentionError(f"packed sequences change its logits by {difference:.2g} of their size")
+    return calls
+
+
+def _expected_windows(config: Any) -> list[int | None]:
+    """The sliding window of each layer, None for a layer that sees all, as the config says."""
+    window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window if getattr(config, "use_sliding_window", True) else None] * count
+    unknown = set(kinds) - _KNOWN_LAYERS
+    if unknown:
+        raise UnsupportedAttentionError(f"it has layers of kind {sorted(unknown)[0]}")
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _example(vocabulary: int, device: torch.device) -> Sequences:
+    """Two prompts, of 5 and 3 tokens, the first with two completions."""
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (3, 9), generator=draw).to(device)
+    tokens[1, :5] = tokens[0, :5]
+    prompt_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], device=device).bool()
+    completion_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], device=device).bool()
+    return Sequences(tokens[:, :5], prompt_mask, tokens[:, 5:], completion_mask)
+
+
+def _separate(model: nn.Module, sequences: Sequences) -> Tensor:
+    mask = torch.cat([sequences.prompt_mask, sequences.completion_mask], dim=1)
+    ids = torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1)
+    return last_logits(model, ids, mask, position_ids(mask), sequences.completion_ids.shape[1] + 1)[:, :-1]

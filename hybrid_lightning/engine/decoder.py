@@ -5,7 +5,7 @@ its tensors. On a CPU that takes as long as a small model's layer computes: with
 and one of the embedded policy 0.8, with the same numbers bit for bit. On an accelerator what lies between the layers' attentions
 is compiled.
 
-Once for each model its own pass and this one have to give the same; else its own is used.
+Once for each model both passes are tried on a few tokens. Where their numbers differ, the model's own pass is used.
 """
 
 import logging
@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.engine.attention_hook import Packing
+from hybrid_lightning.engine.attention import Packing
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.decoder_layers import KnownLayer, adapters_of, compiled_layers, compiling_pays, variants_allowed
-from hybrid_lightning.engine.fused_layers import rotary_of_tokens
+from hybrid_lightning.engine.fused_attention import rotary_of_tokens
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import products_together
@@ -31,9 +31,15 @@ Maker = Callable[[Any, list[KnownLayer], Backend], Pass]
 
 
 class FastDecoder:
-    """Makes a model's fastest pass that gives the same as its own; which one that is, is found out once."""
+    """Makes a model's fastest pass that gives the same as its own; which one that is, is found out once.
+
+    Attributes:
+        why_own: Why the model's own pass is all there is, in words for the user; empty where there is another.
+        why_not_compiled: Why its layers are not compiled; empty where they are, or where that would not pay.
+    """
 
     def __init__(self) -> None:
+        self.why_own = self.why_not_compiled = ""
         self._make: Maker | None = None
         self._tried = False
 
@@ -42,12 +48,12 @@ class FastDecoder:
 
         Args:
             model: Causal language model in eval mode, within `prepacked_weights`.
-            layers: Of its decoder.
-            backend: Of its fused layers.
+            layers: Those of its decoder.
+            backend: That of its fused layers.
         """
         decoder = base_model(model).get_decoder()
         if not self._tried:
-            self._make, self._tried = _maker(model, decoder, layers, backend), True
+            self._make, self._tried = self._try(model, decoder, layers, backend), True
         if self._make is not _compiled_pass:
             return None if self._make is None else self._make(decoder, layers, backend)
         compiled, plain = _compiled_pass(decoder, layers, backend), _plain_pass(decoder, layers, backend)
@@ -58,10 +64,57 @@ class FastDecoder:
                     return compiled(ids, positions, packing)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     self._make = _plain_pass
-                    _warn_not_compiled(decoder, f"{type(error).__name__}: {error}")
+                    self._give_up_compiling(decoder, f"{type(error).__name__}: {error}")
             return plain(ids, positions, packing)  # whatever the packing got before, it gets the same once more
 
         return hidden_states
+
+    def _try(self, model: nn.Module, decoder: Any, layers: list[KnownLayer], backend: Backend) -> Maker | None:
+        """What makes the fastest pass that gives the same as the model's own; None for none."""
+        device = next(decoder.parameters()).device
+        ids = torch.arange(2, 14, device=device).view(2, 6) % decoder.config.vocab_size
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        packed = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), backend, completions=False)
+        with torch.no_grad():
+            with backend.in_pass():
+                expected = own_hidden(model, packed.ids, packed.positions, packed)
+            if compiling_pays(device) and self._compiles(decoder, layers, backend, packed, expected):
+                return _compiled_pass
+            off = _difference(_plain_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
+        if off:
+            self.why_own = f"calling its parts one by one gave {off}"
+            logger.warning(
+                "%s is sampled from by its own forward pass, which takes longer: %s. "
+                "This version of transformers may be newer than this project knows",
+                type(decoder).__name__,
+                self.why_own,
+            )
+        return None if off else _plain_pass
+
+    def _compiles(
+        self, decoder: Any, layers: list[KnownLayer], backend: Backend, packed: PackedSequences, expected: Tensor
+    ) -> bool:
+        if compiled_layers(layers) is None:
+            self.why_not_compiled = "a projection is of a special kind, such as a quantized one"
+        logger.info("torch.compile compiles the layers of %s for sampling, once", type(decoder).__name__)
+        try:
+            off = _difference(_compiled_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
+            off = f"{type(error).__name__}: {error}"
+        if off:
+            self._give_up_compiling(decoder, off)
+        return not off
+
+    def _give_up_compiling(self, decoder: Any, reason: str) -> None:
+        self.why_not_compiled = f"torch.compile gave {reason}"
+        logger.warning(
+            "%s is sampled from without torch.compile, which takes longer, since that gave %s. "
+            "Without the attempt and this warning: TORCH_COMPILE_DISABLE=1",
+            type(decoder).__name__,
+            reason,
+        )
 
 
 class _Layer(Protocol):
@@ -77,7 +130,7 @@ class _Layer(Protocol):
 
 
 class _PlainLayer:
-    """Plain calls."""
+    """A layer by plain calls of its parts."""
 
     def __init__(self, known: KnownLayer) -> None:
         self.known = known
@@ -132,50 +185,6 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer], b
         return result
 
     return hidden_states
-
-
-def _maker(model: nn.Module, decoder: Any, layers: list[KnownLayer], backend: Backend) -> Maker | None:
-    """What makes the fastest pass that gives the same as the model's own; None for none."""
-    device = next(decoder.parameters()).device
-    ids = torch.arange(2, 14, device=device).view(2, 6) % decoder.config.vocab_size
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    packed = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), backend, completions=False)
-    with torch.no_grad():
-        with backend.in_pass():
-            expected = own_hidden(model, packed.ids, packed.positions, packed)
-        if compiling_pays(device) and _compiles(decoder, layers, backend, packed, expected):
-            return _compiled_pass
-        off = _difference(_plain_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
-    if off:
-        logger.warning(
-            "%s is sampled from by its own forward pass, which takes longer: calling its parts one by one gave %s. "
-            "This version of transformers may be newer than this project knows",
-            type(decoder).__name__,
-            off,
-        )
-    return None if off else _plain_pass
-
-
-def _compiles(decoder: Any, layers: list[KnownLayer], backend: Backend, packed: PackedSequences, expected: Tensor) -> bool:
-    logger.info("torch.compile compiles the layers of %s for sampling, once", type(decoder).__name__)
-    try:
-        off = _difference(_compiled_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
-        off = f"{type(error).__name__}: {error}"
-    if off:
-        _warn_not_compiled(decoder, off)
-    return not off
-
-
-def _warn_not_compiled(decoder: Any, reason: str) -> None:
-    logger.warning(
-        "%s is sampled from without torch.compile, which takes longer, since that gave %s. "
-        "Without the attempt and this warning: TORCH_COMPILE_DISABLE=1",
-        type(decoder).__name__,
-        reason,
-    )
 
 
 def _difference(found: Tensor, expected: Tensor) -> str:

@@ -1,13 +1,12 @@
 """Decoder layers whose computation is known: those that compute what Llama's, Mistral's, Qwen2's or Qwen3's do.
 
 They are recognised by their classes and by what they consist of, and a trial then has to give the same numbers (`decoder.py`).
-Where somebody watches the modules' calls, as FSDP does, they are not known, since they have to be called.
+Modules whose calls are watched by hooks, as by FSDP's, have to be called as modules: they are not known.
 
-For accelerators what a layer computes before and after its attention is two functions that torch compiles. There a token of a
-layer is some sixty small operations, each of which takes longer to launch than to compute; torch.compile makes few kernels of all
-that lies between the matrix products, and one call of each function. They are functions of tensors alone: every rollout has new
-tensors (s B, for one), and all layers share what was compiled for one of them; layers with other kinds of projections, such as a
-fully trained one among those with LoRA, get a variant of their own.
+For accelerators, what a layer computes before and after its attention is two functions that torch compiles. Uncompiled, a token
+of a layer takes some sixty small operations there, each of which takes longer to launch than to compute. The functions take
+tensors alone, so that all layers and rollouts share what was compiled for the first layer. A layer with other kinds of
+projections, such as a fully trained one among those with LoRA, gets a compiled variant of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,10 +25,10 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, Mistr
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3Model
 
-from hybrid_lightning.engine.attention import AttentionSettings
-from hybrid_lightning.engine.attention_hook import AttentionCalls
+from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, is_watched, plain_norm, plain_rotary
+from hybrid_lightning.engine.fused_attention import plain_rotary
+from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, is_watched, plain_norm
 from hybrid_lightning.engine.prepacked import ProductFactors, multiply, product_factors
 
 _FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
@@ -38,6 +37,10 @@ _FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
     Qwen2Model: (Qwen2DecoderLayer, Qwen2Attention),
     Qwen3Model: (Qwen3DecoderLayer, Qwen3Attention),
 }
+
+
+class UnknownLayerError(Exception):
+    """Why a decoder's layers cannot be computed as plain calls."""
 
 
 class KnownLayer(NamedTuple):
@@ -58,22 +61,27 @@ class KnownLayer(NamedTuple):
         return [self.queries_keys_values, [self.mlp.gate_proj, self.mlp.up_proj]]
 
 
-def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[KnownLayer] | None:
-    """The decoder's layers; None unless all of it is known, and nobody watches.
+def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[KnownLayer]:
+    """The decoder's layers.
 
     Args:
-        decoder: Of a causal language model.
+        decoder: The decoder of a causal language model.
         calls: What its layers ask of attention.
-        backend: Of its fused layers.
+        backend: That of its fused layers.
+
+    Raises:
+        UnknownLayerError: Unless all of the decoder is known and none of its modules is watched by hooks.
     """
-    if type(decoder) not in _FAMILIES or not isinstance(decoder.norm, FusedRMSNorm):
-        return None
-    if _has_any_global_hook() or is_watched(decoder) or is_watched(decoder.norm):
-        return None
+    if type(decoder) not in _FAMILIES:
+        blocks = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
+        raise UnknownLayerError(f"{type(blocks[0]).__name__} is not known")
+    if not isinstance(decoder.norm, FusedRMSNorm):
+        raise UnknownLayerError(f"{type(decoder.norm).__name__} is not fused")
+    if _has_any_global_hook():
+        raise UnknownLayerError("torch has hooks for the calls of all modules")
+    _check_unwatched(decoder, decoder.norm)
     asked = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.windows, calls.settings, strict=True)
-    layers = [_layer(layer, _FAMILIES[type(decoder)], backend, window, settings) for layer, window, settings in asked]
-    known = [layer for layer in layers if layer is not None]
-    return known if len(known) == len(layers) else None
+    return [_layer(layer, _FAMILIES[type(decoder)], backend, window, settings) for layer, window, settings in asked]
 
 
 def _layer(
@@ -82,32 +90,29 @@ def _layer(
     backend: Backend,
     window: int | None,
     settings: AttentionSettings,
-) -> KnownLayer | None:
+) -> KnownLayer:
     if type(layer) is not classes[0]:
-        return None
-    attention, mlp, norms = layer.self_attn, layer.mlp, (layer.input_layernorm, layer.post_attention_layernorm)
-    if not (isinstance(attention, classes[1]) and isinstance(mlp, FusedMLP)) or attention.training:
-        return None
-    return _parts(layer, attention, mlp, norms, backend, window, settings)
-
-
-def _parts(
-    layer: nn.Module,
-    attention: Any,
-    mlp: FusedMLP,
-    norms: tuple[Any, Any],
-    backend: Backend,
-    window: int | None,
-    settings: AttentionSettings,
-) -> KnownLayer | None:
+        raise UnknownLayerError(f"{type(layer).__name__} is not known, as where a strategy has wrapped it")
+    parts: Any = layer
+    attention, mlp, norms = parts.self_attn, parts.mlp, (parts.input_layernorm, parts.post_attention_layernorm)
+    if not issubclass(type(attention), classes[1]):
+        raise UnknownLayerError(f"{type(attention).__name__} is not known")
+    if attention.training:
+        raise UnknownLayerError("attention is in train mode")
     head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    of_mlp = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     all_norms = (*norms, *(head_norms or ()))
-    known = all(isinstance(norm, FusedRMSNorm) for norm in all_norms)
-    if not known or any(is_watched(module) for module in (layer, attention, mlp, *all_norms, *projections, *of_mlp)):
-        return None
+    for part in (mlp, *all_norms):
+        if not isinstance(part, (FusedMLP, FusedRMSNorm)):
+            raise UnknownLayerError(f"{type(part).__name__} is not fused")
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    _check_unwatched(layer, attention, mlp, *all_norms, *projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     return KnownLayer(norms, projections[:3], head_norms, backend, window, settings, attention.head_dim, projections[3], mlp)
+
+
+def _check_unwatched(*modules: nn.Module) -> None:
+    for module in modules:
+        if is_watched(module):
+            raise UnknownLayerError(f"hooks watch the calls of {type(module).__name__}, as FSDP's do where weights are sharded")
 
 
 # A model has at most 2^3 combinations of kinds of projections before attention and 2^4 after it, twice with inference mode; and a
@@ -117,19 +122,25 @@ _MOST_VARIANTS = 64
 
 def compiling_pays(device: torch.device) -> bool:
     """Whether to compile for a device, if `TORCH_COMPILE_DISABLE` does not forbid it. On a CPU it does not pay."""
-    # Devices that torch's compiler writes Triton kernels for.
-    return device.type in ("cuda", "xpu") and not torch._dynamo.config.disable
+    return not why_not_compiled(device)
+
+
+def why_not_compiled(device: torch.device) -> str:
+    """Why nothing is compiled for a device, in words for the user; empty where it pays."""
+    if device.type not in ("cuda", "xpu"):  # devices that torch's compiler writes Triton kernels for
+        return f"compiling does not pay on {device.type}"
+    return "TORCH_COMPILE_DISABLE=1 is set" if torch._dynamo.config.disable else ""
 
 
 class Norm(NamedTuple):
-    """Of root mean squares."""
+    """A root mean square norm."""
 
     weight: Tensor  # [n]
     eps: float
 
 
 class BeforeAttention(NamedTuple):
-    """What a layer's queries, keys and values are made with."""
+    """What makes a layer's queries, keys and values."""
 
     norm: Norm
     projections: tuple[ProductFactors, ProductFactors, ProductFactors]
@@ -138,7 +149,7 @@ class BeforeAttention(NamedTuple):
 
 
 class AfterAttention(NamedTuple):
-    """What a layer makes of the attention's result."""
+    """What makes a layer's output of the result of attention."""
 
     output: ProductFactors
     norm: Norm
@@ -151,10 +162,10 @@ def before_attention(hidden: Tensor, cosines: Tensor, sines: Tensor, layer: Befo
     """Queries [N, H, D], keys [N, K, D] and values [N, K, D].
 
     Args:
-        hidden: [N, n].
-        cosines: Of the rotary embeddings, [N, D].
-        sines: [N, D].
-        layer: Of the decoder.
+        hidden: Hidden states before the layer, [N, n].
+        cosines: Cosines of the rotary embeddings, [N, D].
+        sines: Sines, [N, D].
+        layer: Weights of the layer.
     """
     x = _normed(hidden, layer.norm)
     query, key, value = (multiply(x, factors).view(x.shape[0], -1, layer.head_size) for factors in layer.projections)
@@ -165,12 +176,12 @@ def before_attention(hidden: Tensor, cosines: Tensor, sines: Tensor, layer: Befo
 
 
 def after_attention(hidden: Tensor, attended: Tensor, layer: AfterAttention) -> Tensor:
-    """The next layer's [N, n].
+    """Hidden states after the layer, [N, n].
 
     Args:
-        hidden: [N, n].
-        attended: [N, H D].
-        layer: Of the decoder.
+        hidden: Hidden states before the layer, [N, n].
+        attended: Result of attention, [N, H D].
+        layer: Weights of the layer.
     """
     hidden = hidden + multiply(attended, layer.output)
     x = _normed(hidden, layer.norm)
@@ -189,7 +200,7 @@ def variants_allowed() -> Iterator[None]:
 
 
 class CompiledLayer:
-    """A layer by the two functions, while weights do not change."""
+    """A layer by `before_attention` and `after_attention`, while weights do not change."""
 
     def __init__(self, before: BeforeAttention, after: AfterAttention) -> None:
         self.before, self.after = before, after
@@ -212,7 +223,7 @@ def compiled_layers(layers: list[KnownLayer]) -> list[CompiledLayer] | None:
 
 
 def adapters_of(layers: list[KnownLayer]) -> list[BaseTunerLayer | ModulesToSaveWrapper]:
-    """What can be disabled in them."""
+    """The adapters in the layers, which can be disabled."""
     modules = [module for layer in layers for module in _projections(layer)]
     return [module for module in modules if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))]
 

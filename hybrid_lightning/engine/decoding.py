@@ -1,9 +1,9 @@
-"""What the sampler asks of a model while it decodes: the way that serves every model, and one for those that can be packed.
+"""`Decoding`: how the sampler goes through a model token by token. One way serves every model, a faster one those that pack.
 
-`SharedPromptDecoding` keeps one copy of each prompt's keys and values, which all its completions read together. Axes as in
-`attention.py`. The running rows lie in *slots* [P, G]: where completions have ended, prompts keep different numbers of
-rows, and slots without a row hold a copy of some other row that nobody reads. A row that ends leaves the linear layers at once;
-its slot is given up later, when many are, since that moves the keys and values of all others.
+`SharedPromptDecoding` keeps one copy of each prompt's keys and values, which all its completions read together. Axes are those of
+`attention.py`; a row is one completion. Rows that still run lie in *slots* [P, G]. Prompts have different numbers of them once
+completions have ended; a slot without a row then holds a copy of some other row, which nobody reads. A row that ends leaves the
+linear layers at once. Its slot is given up later, together with many others, since that moves all keys and values.
 """
 
 from typing import TYPE_CHECKING, Protocol
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 _FIRST_CAPACITY = 32  # tokens; doubled whenever it is full
 _FEWER_SLOTS = 0.6  # slots are given up when this share of them is enough
-# Where attention is by products they see this many tokens more at a time, the last of them masked. oneDNN makes code for each new
-# size and keeps it: without, every length of a completion had its own, and a process grew by 0.5 MB with each.
+# Where attention is by matrix products, their width grows by this many tokens at a time, and what is not decoded yet is masked.
+# oneDNN compiles a product anew for each size and keeps the code: 0.5 MB for each length of a completion.
 _WIDTH_STEP = 16
 
 
 class Decoding(Protocol):
     """A model with the keys and values of what it has read so far."""
 
-    leave_together: float  # share of the first batch in whose multiples rows that have ended leave: `select` has a price
+    leave_together: float  # rows that have ended leave in multiples of this share of the first batch, since `select` takes time
 
     def prefill(self, samples: int) -> Tensor:
         """Read the P prompts; returns logits [B, V] of the first token of B = P * samples rows."""
@@ -46,7 +46,7 @@ class Decoding(Protocol):
 
 
 class RepeatedCacheDecoding:
-    """Prefill once a prompt, then one cache row a completion; `Decoding` for any model with transformers' cache.
+    """`Decoding` for any model with transformers' cache: each prompt is read once, and its cache is repeated for its completions.
 
     Args:
         model: Causal language model.
@@ -85,7 +85,7 @@ def decoding_of(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int
     """The fastest way to decode completions of some prompts.
 
     Args:
-        engine: Of the model.
+        engine: Engine of the model.
         ids: Prompts [P, S], left-padded.
         mask: [P, S] bool.
         max_new_tokens: Longest completion.
@@ -97,27 +97,31 @@ def decoding_of(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int
 
 
 class SharedPromptDecoding:
-    """`Decoding` for models that take packed sequences; a `Packing` as well.
+    """`Decoding` for models that can be packed. It is the `Packing` of its own steps.
 
     Args:
-        engine: Of a model that packs.
+        engine: Engine of the model.
         ids: Prompts [P, S], left-padded.
         mask: [P, S] bool.
         max_new_tokens: Longest completion.
     """
 
-    leave_together = 1 / 16  # not one by one: products of few different sizes, see `packing`
+    leave_together = 1 / 16  # not one by one, so that products have few different sizes (see `packing.py`)
 
     def __init__(self, engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
         self.engine, self.max_new_tokens = engine, max_new_tokens
-        self.project = prepacked_projection(engine.model, engine.backend)
+        self.prepack_projection()
         self.layout = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), engine.backend, completions=False)
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, S, D]
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, G, capacity, D]
         self.lengths = mask.sum(dim=1)  # tokens of each prompt
         self.decoded = 0  # tokens in `own`, the same for all running rows
-        self.own_width = 0  # of these and of zeros behind them, that attention gets
+        self.own_width = 0  # tokens of `own` that attention gets: those decoded, and zeros behind them
         self._masks: dict[int | None, Masks] = {}
+
+    def prepack_projection(self) -> None:
+        """Make the function from hidden states [N, H] to logits [N, V] anew, as after a change of the weights."""
+        self.project = prepacked_projection(self.engine.model, self.engine.backend)
 
     def prefill(self, samples: int) -> Tensor:
         """See `Decoding`."""
@@ -164,7 +168,7 @@ class SharedPromptDecoding:
         self.slots, self.slot_of_row = source, group * most + rank
 
     def _move(self, cache: Tensor, source: Tensor) -> Tensor:
-        """The slots `source` [P', G'], numbered in [P, G], of [P, K, G, capacity, D]."""
+        """Of a cache [P, K, G, capacity, D] the slots `source` [P', G'], which are numbered over [P, G]."""
         samples, (_, heads, _, capacity, size) = self.slots.shape[1], cache.shape
         # Prompt by prompt heads stay together: [P', G', K, tokens, D].
         taken = cache[..., : self.decoded, :][source // samples, :, source % samples]
@@ -195,7 +199,7 @@ class SharedPromptDecoding:
         return slots if self.full else slots.index_select(0, self.slot_of_row)
 
     def has_operator(self, settings: AttentionSettings, *tensors: Tensor) -> bool:
-        """Whether one new token of every row is attended to by an operator."""
+        """Whether an operator computes the attention of one new token of every row."""
         known = tensors[0].shape[-1] in attention_operators.DECODED_HEAD_SIZES
         return known and settings.has_operator(self.engine.backend, *tensors) and not torch.is_grad_enabled()
 
@@ -222,7 +226,7 @@ class SharedPromptDecoding:
         return min(-(-self.decoded // _WIDTH_STEP) * _WIDTH_STEP, self.max_new_tokens)
 
     def _room(self, layer: int, key: Tensor, value: Tensor, zeros: bool) -> tuple[Tensor, Tensor]:
-        """Keys and values of completions, with a place for the new token's; zeros behind it for products, which read them."""
+        """Keys and values of completions, with room for the new token's. With `zeros`, unused room holds zeros, for products."""
         if layer not in self.own:
             prompts, samples = self.slots.shape
             shape = (prompts, key.shape[1], samples, min(_FIRST_CAPACITY, self.max_new_tokens))
@@ -258,7 +262,7 @@ class SharedPromptDecoding:
 
 
 class _Prefill:
-    """The packing of the prompts, which keeps their keys and values."""
+    """The packing of the prompts' pass; it also stores their keys and values."""
 
     def __init__(self, decoding: SharedPromptDecoding) -> None:
         self.decoding = decoding

@@ -5,22 +5,61 @@
     with engine.sampling(dtype):                             a rollout: weights do not change meanwhile
         decoding_of(engine, ids, mask, max_new_tokens)
 
-Whoever makes the model makes its engine and hands it on.
+Whoever makes the model makes its engine and hands it on. `engine.passes()` says which of its passes are fast, and why others are
+not. A run logs the same once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftModel
 from torch import Tensor, nn
 
-from hybrid_lightning.engine.attention_hook import AttentionCalls, Packing
+from hybrid_lightning.engine.attention import AttentionCalls, Packing, UnsupportedAttentionError
+from hybrid_lightning.engine.attention_hook import try_packing, use_packing
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.decoder import FastDecoder, Pass
-from hybrid_lightning.engine.decoder_layers import known_layers
-from hybrid_lightning.engine.packing_trial import try_packing
+from hybrid_lightning.engine.decoder_layers import KnownLayer, UnknownLayerError, known_layers, why_not_compiled
+from hybrid_lightning.engine.fused_attention import FusedAttention, use_fused_attention
+from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
+from hybrid_lightning.engine.fused_lora import use_fused_lora
 from hybrid_lightning.engine.passes import base_model, own_hidden
-from hybrid_lightning.engine.prepacked import prepacked_weights
+from hybrid_lightning.engine.prepacked import prepacked_weights, why_not_prepacked
+
+# Each pass that can be fast, and what runs where it is not.
+_INSTEAD = {
+    "packed training": "padded training",
+    "shared prompts": "prompts repeated for each completion",
+    "fused layers": "transformers' own layers",
+    "CPU kernels": "torch's own operators",
+    "prepacked weights": "weights as they are",
+    "fast decoding": "torch's own decoding",
+    "compiled layers": "layers without torch.compile",
+}
+
+
+def use_fused_modules(model: nn.Module, backend: Backend) -> None:
+    """Let all modules of an adapted model be fused that can be: LoRA, norms, MLPs and attention.
+
+    Args:
+        model: Changed in place.
+        backend: That of the model.
+    """
+    use_fused_lora(model, backend)
+    use_fused_layers(model, backend)
+    use_fused_attention(model, backend)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Whether a model can be packed."""
+
+    calls: AttentionCalls | None  # what its layers ask of attention, if it can
+    reason: str = ""  # why not
+    dtype: torch.dtype = torch.float32  # that it computed with
 
 
 class Engine:
@@ -28,21 +67,22 @@ class Engine:
 
     Args:
         model: Adapted or not.
-        backend: Of its fused layers; None for a model that has none yet.
+        backend: That of its fused layers; None for a model that has none yet.
     """
 
     def __init__(self, model: nn.Module, backend: Backend | None = None) -> None:
         self.model = model
         self.backend = backend or Backend()
-        self._calls: AttentionCalls | None = None  # what the layers ask of attention, if the model can be packed
-        self._tried = False
+        self._trial: _Trial | None = None
         self._fast = FastDecoder()
         self._pass: Pass | None = None
+        self._is_to_report = self._has_reported = False
 
     def of(self, adapted: nn.Module) -> "Engine":
         """The engine of the same model with an adapter in it, which needs no new trial."""
         engine = Engine(adapted, self.backend)
-        engine._calls, engine._tried, engine._fast = self._calls, self._tried, self._fast
+        engine._trial, engine._fast = self._trial, self._fast
+        engine._is_to_report, engine._has_reported = self._is_to_report, self._has_reported
         return engine
 
     def prepare(self) -> None:
@@ -50,21 +90,56 @@ class Engine:
 
         It is done once, at the latest before the first pass.
         """
-        if not self._tried:
-            self._calls, self._tried = try_packing(self.model, self.backend), True
+        if self._trial is None:
+            self._trial = self._try_packing()
+        if self._is_to_report and not self._has_reported:
+            self._has_reported = True
+            rank_zero_info(self.description())
+
+    def report(self) -> None:
+        """Log, once, which passes are fast. That is at the next pass, when the model is on its device and perhaps sharded."""
+        self._is_to_report = True
+
+    def assume_packing(self) -> None:
+        """Let the model attend by packings without a trial, as where its weights are not there.
+
+        Raises:
+            UnsupportedAttentionError: If the model does not call transformers' attention interface.
+        """
+        use_packing(base_model(self.model))
+        self._trial = _Trial(None, "it was not tried")
 
     @property
     def packs(self) -> bool:
         """Whether sequences are packed, after `prepare`."""
-        assert self._tried, "the engine has to be prepared first"
-        return self._calls is not None
+        return self._tried.calls is not None
+
+    def passes(self) -> dict[str, str]:
+        """Each pass that can be fast -> why it is not, in words for the user, or an empty text; after `prepare`."""
+        trial, device = self._tried, next(self.model.parameters()).device
+        packing = "" if self.packs else trial.reason
+        reasons = {
+            "packed training": packing,
+            "shared prompts": packing,
+            "fused layers": self._why_not_fused(),
+            "CPU kernels": self.backend.why_no_operators(device, trial.dtype),
+            "prepacked weights": why_not_prepacked(self.model, self.backend, trial.dtype),
+            "fast decoding": packing or self._why_own_decoding(),
+        }
+        if device.type != "cpu" and not reasons["fast decoding"]:
+            reasons["compiled layers"] = why_not_compiled(device) or self._fast.why_not_compiled
+        return reasons
+
+    def description(self) -> str:
+        """`passes` in one line, such as `engine: packed training and shared prompts; torch's own decoding, since ...`."""
+        return f"engine{'' if self._has_adapter else ' of the model without an adapter'}: {_described(self.passes())}"
 
     def hidden(self, ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
-        """Hidden states [N, H] before the output layer of N tokens in one row.
+        """Hidden states [N, H] of N packed tokens, before the output layer.
 
         Args:
             ids: [N].
-            positions: [N].
+            positions: [N], each counted within its sequence.
             packing: Who attends to whom.
         """
         if self._pass is not None and not torch.is_grad_enabled():
@@ -74,18 +149,75 @@ class Engine:
 
     @contextmanager
     def sampling(self, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """Within this context weights do not change, so that what products need of them is made once, and layers are plain calls.
+        """Within this context weights do not change: they are prepacked for products once, and layers are plain calls.
 
         Args:
-            dtype: Of the products; None takes that of each weight.
+            dtype: Dtype of the products; None takes that of each weight.
         """
         self.prepare()
-        decoder = base_model(self.model).get_decoder()
-        layers = None if self._calls is None else known_layers(decoder, self._calls, self.backend)
-        together = [part for layer in layers or () for part in layer.same_input()]
+        layers = self._known_layers()
+        together = [part for layer in layers for part in layer.same_input()]
         with prepacked_weights(self.model, self.backend, dtype, together):
-            self._pass = None if layers is None else self._fast.new_pass(self.model, layers, self.backend)
+            self._pass = self._fast.new_pass(self.model, layers, self.backend) if layers else None
             try:
                 yield
             finally:
                 self._pass = None
+
+    @property
+    def _tried(self) -> _Trial:
+        assert self._trial is not None, "the engine has to be prepared first"
+        return self._trial
+
+    @property
+    def _has_adapter(self) -> bool:
+        return any(isinstance(module, PeftModel) for module in self.model.modules())
+
+    def _try_packing(self) -> _Trial:
+        weight = next(self.model.parameters())
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        try:
+            return _Trial(try_packing(self.model, self.backend), "it was not tried", dtype)
+        except UnsupportedAttentionError as error:
+            return _Trial(None, str(error), dtype)
+
+    def _known_layers(self) -> list[KnownLayer]:
+        """The decoder's layers; none where the model's own pass is all there is."""
+        if self._tried.calls is None:
+            return []
+        try:
+            return known_layers(base_model(self.model).get_decoder(), self._tried.calls, self.backend)
+        except UnknownLayerError:
+            return []
+
+    def _why_own_decoding(self) -> str:
+        assert self._tried.calls is not None
+        try:
+            known_layers(base_model(self.model).get_decoder(), self._tried.calls, self.backend)
+        except UnknownLayerError as error:
+            return str(error)
+        return self._fast.why_own
+
+    def _why_not_fused(self) -> str:
+        kinds = (FusedRMSNorm, FusedMLP, FusedAttention)
+        if any(isinstance(module, kinds) for module in self.model.modules()):
+            return ""
+        if not self._has_adapter:
+            return "the model has no adapter, with which its layers are fused"
+        return f"no layer of {type(base_model(self.model)).__name__} computes what Llama's do"
+
+
+def _described(passes: Mapping[str, str]) -> str:
+    fast = [name for name, reason in passes.items() if not reason]
+    slow: dict[str, list[str]] = {}
+    for name, reason in passes.items():
+        if reason:
+            slow.setdefault(reason, []).append(_INSTEAD[name])
+    parts = [_listed(fast)] if fast else []
+    parts += [f"{_listed(names)}, since {reason}" for reason, names in slow.items()]
+    return "; ".join(parts)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -12,32 +12,30 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.backend import Backend, product
 from hybrid_lightning.engine.cpu.operators import add_low_rank, low_rank_gradients, pays
-from hybrid_lightning.engine.cpu.products import product
 
 
 class Factors(NamedTuple):
-    """Of y = x W' + b + s (x A') B'."""
+    """The factors of y = x W' + b + s (x A') B'."""
 
     weight: Tensor  # W [m, n]
     bias: Tensor | None  # b [m]
-    down: Tensor  # A [r, n]
-    up: Tensor  # B [m, r]
+    lora_a: Tensor  # A [r, n]
+    lora_b: Tensor  # B [m, r]
     scaling: float  # s
-    fused: bool  # whether a kernel adds the low-rank part
+    fused: bool  # whether an operator adds the low-rank part
 
 
 class FusedLora(lora.Linear):
     """A `peft.tuners.lora.Linear` that computes plain LoRA on a plain linear layer faster; all else is left to PEFT."""
 
     prepacked: Callable[[Tensor], Tensor] | None = None  # see `prepacked_weights`
-    backend = Backend()  # off, until it gets that of its model
+    backend = Backend()  # without operators, until it gets that of its model
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., n] -> [..., m]."""
@@ -51,7 +49,7 @@ class FusedLora(lora.Linear):
         return output
 
     def factors(self, x: Tensor) -> "Factors | None":
-        """What plain LoRA multiplies an input by, in the dtype of the product; None where that is not all there is to compute."""
+        """The factors for an input, in the dtype of the product; None where the layer computes more than plain LoRA."""
         adapter = self.plain_adapter()
         if adapter is None:
             return None
@@ -59,30 +57,39 @@ class FusedLora(lora.Linear):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         base = self.base_layer
         assert isinstance(base, nn.Linear)
-        down, up = weight_of(self.lora_A[adapter]), weight_of(self.lora_B[adapter])
-        fused = dtype == torch.float32 and pays(down, up) and self.backend.usable_in_layers(x, down, up)
+        lora_a, lora_b = weight_of(self.lora_A[adapter]), weight_of(self.lora_B[adapter])
+        fused = dtype == torch.float32 and pays(lora_a, lora_b) and self.backend.usable_in_layers(x, lora_a, lora_b)
         bias = None if base.bias is None else base.bias.to(dtype)
-        return Factors(base.weight.to(dtype), bias, down.to(dtype), up.to(dtype), self.scaling[adapter], fused)
+        return Factors(base.weight.to(dtype), bias, lora_a.to(dtype), lora_b.to(dtype), self.scaling[adapter], fused)
 
     def plain_adapter(self) -> str | None:
         """The only active adapter, if what is to be computed is y = x W' + s (x A') B' and the base is frozen."""
+        name = self.plain_adapter_in_eval()
+        dropout = None if name is None else self.lora_dropout[name]
+        return None if self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0 else name
+
+    def plain_adapter_in_eval(self) -> str | None:
+        """The same without dropout, as in eval mode."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.base_layer
         if self.disable_adapters or self.merged or len(active) != 1 or type(base) is not nn.Linear or base.weight.requires_grad:
             return None
         name: str = active[0]
-        dropout = self.lora_dropout[name]
-        drops = self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
-        return None if drops or name in self.lora_variant or self.lora_B[name].bias is not None else name
+        return None if name in self.lora_variant or self.lora_B[name].bias is not None else name
 
 
-def use_fused_lora(model: PeftModel, backend: Backend) -> None:
+def use_fused_lora(model: nn.Module, backend: Backend) -> None:
     """Let the model's LoRA layers on linear modules be `FusedLora`; their weights and names stay as they are."""
     replace_modules(model, lambda module: FusedLora if type(module) is lora.Linear else None, backend)
 
 
+def use_peft_lora(model: nn.Module, backend: Backend) -> None:
+    """Undo `use_fused_lora`: on a quantized base PEFT's own LoRA layers compute, which keep more."""
+    replace_modules(model, lambda module: lora.Linear if type(module) is FusedLora else None, backend)
+
+
 def replace_modules(model: nn.Module, kind_of: Callable[[nn.Module], type[nn.Module] | None], backend: Backend) -> None:
-    """Put a module of another class in the place of each for which `kind_of` names one, and hand all of ours their backend."""
+    """Replace each module for which `kind_of` names a class by one of that class, and give all modules of ours their backend."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             kind = kind_of(child)
@@ -110,10 +117,10 @@ def lora_product(rows: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     """y [N, m] of rows x [N, n], and x A' [N, r], which the gradients need again."""
     if factors.fused:
         result = product(rows, factors.weight)
-        low = add_low_rank(result, rows, factors.down, factors.up, factors.scaling)
+        low = add_low_rank(result, rows, factors.lora_a, factors.lora_b, factors.scaling)
     else:
-        low = product(rows, factors.down)
-        result = product(rows, factors.weight).addmm_(low, factors.up.T, alpha=factors.scaling)
+        low = product(rows, factors.lora_a)
+        result = product(rows, factors.weight).addmm_(low, factors.lora_b.T, alpha=factors.scaling)
     if factors.bias is not None:
         result += factors.bias
     return result, low
@@ -122,38 +129,38 @@ def lora_product(rows: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
 def lora_gradients(
     outer: Tensor, rows: Tensor, low: Tensor, factors: Factors, of_rows: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of x, if wanted, of A and of B, from that of y, [N, m]."""
+    """Gradients of x [N, n] (None unless `of_rows`), of A and of B, from that of y, [N, m]."""
     if factors.fused:
         of_input = product(outer, factors.weight.T) if of_rows else None
-        of_down, of_up = low_rank_gradients(outer, rows, low, factors.down, factors.up, factors.scaling, of_input)
-        return of_input, of_down, of_up
-    inner = product(outer, factors.up.T).mul_(factors.scaling)
-    of_down = product(inner.T, rows.T)
+        of_a, of_b = low_rank_gradients(outer, rows, low, factors.lora_a, factors.lora_b, factors.scaling, of_input)
+        return of_input, of_a, of_b
+    inner = product(outer, factors.lora_b.T).mul_(factors.scaling)
+    of_a = product(inner.T, rows.T)
     del rows  # which the caller may not keep either
     # The narrow matrix first: 0.05 ms instead of 0.3 for [950, 384] and rank 8.
-    of_up = product(low.T, outer.T).mul_(factors.scaling).T
-    of_input = product(outer, factors.weight.T).addmm_(inner, factors.down) if of_rows else None
-    return of_input, of_down, of_up
+    of_b = product(low.T, outer.T).mul_(factors.scaling).T
+    of_input = product(outer, factors.weight.T).addmm_(inner, factors.lora_a) if of_rows else None
+    return of_input, of_a, of_b
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, fused: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, fused: bool
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        result, low = lora_product(rows, Factors(weight, bias, down, up, scaling, fused))
-        ctx.save_for_backward(rows, weight, down, up, low)
+        result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling, fused))
+        ctx.save_for_backward(rows, weight, lora_a, lora_b, low)
         ctx.scaling, ctx.fused = scaling, fused
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, down, up, low = ctx.saved_tensors
+        rows, weight, lora_a, lora_b, low = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])
-        factors = Factors(weight, None, down, up, ctx.scaling, ctx.fused)
-        of_input, of_down, of_up = lora_gradients(outer, rows, low, factors, ctx.needs_input_grad[0])
+        factors = Factors(weight, None, lora_a, lora_b, ctx.scaling, ctx.fused)
+        of_input, of_a, of_b = lora_gradients(outer, rows, low, factors, ctx.needs_input_grad[0])
         if of_input is not None:
             of_input = of_input.view(*gradient.shape[:-1], -1)
-        return of_input, None, None, of_down, of_up, None, None
+        return of_input, None, None, of_a, of_b, None, None

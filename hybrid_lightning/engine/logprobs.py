@@ -23,7 +23,7 @@ from hybrid_lightning.types import Sequences
 if TYPE_CHECKING:
     from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
 
-# Logits are made in blocks of at most this many numbers (32 MiB in float32, of which two are there at a time).
+# Logits are computed in blocks of at most this many numbers: 32 MiB in float32, and two blocks are there at a time.
 _BLOCK = 2**23
 
 
@@ -36,10 +36,10 @@ def token_logprobs(
     no padding is computed.
 
     Args:
-        engine: Of a causal language model.
+        engine: Engine of a causal language model.
         sequences: B prompts (left-padded) and completions (right-padded, T tokens).
         temperature: Divides the logits; must be that of the sampling.
-        entropy_gradient: Whether entropies have a gradient, which keeps as many numbers a token again as it has hidden states.
+        entropy_gradient: Whether entropies have a gradient. That keeps one more vector of the hidden size a token.
 
     Returns:
         Log-probabilities [B, T] float32 with gradient, and entropies [B, T] float32 in nats; both 0 at padding.
@@ -66,7 +66,7 @@ def logprobs_of_hidden(
     """Log-probabilities and entropies of tokens, without all their logits at once.
 
     Args:
-        engine: Of a causal language model.
+        engine: Engine of a causal language model.
         hidden: States [K, H] that predict them.
         tokens: [K].
         temperature: Divides the logits.
@@ -99,12 +99,14 @@ def _project(
 
 
 class _Projected(torch.autograd.Function):
-    """Log-probability and entropy H under a frozen output layer. Gradients, but for a factor a token, are known in its forward:
+    """Log-probability and entropy H under a frozen output layer.
+
+    The gradients are known in the forward pass already, up to one factor a token:
 
         d log p(token) / d hidden = (onehot(token) - p) W / temperature
         d H / d hidden = -p (log p + H) W / temperature
 
-    so that logits are made once and neither kept nor made again.
+    So logits are computed once, and not kept.
     """
 
     @staticmethod
@@ -151,7 +153,7 @@ class _Projected(torch.autograd.Function):
 
 
 class _OfLogits(torch.autograd.Function):
-    """Log-probability, with a gradient, and entropy by a kernel."""
+    """Log-probability, with a gradient, and entropy, without, by an operator."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
-"""`PackedSequences`: prompts and completions as one row of tokens, without padding and with every prompt once.
+"""`PackedSequences`: prompts and completions as one packed sequence, without padding and with every prompt once.
 
     [prompt 1 | prompt 2 | ... | long completions of prompt 1 | long ones of prompt 2 | ... | short ones of prompt 1 | ...]
 
-A completion's last token is left out: nothing is predicted from it. Attention alone needs rectangles; they are cut out of the row
-by index there. Completions of about the same length lie together in a *band*, so that each band's rectangle holds little padding:
-their scores grow with the square of its length. A few tokens that nobody reads fill the row up to a multiple of 16. Axes as in
-`attention.py`, and N tokens in the row, of which the first L are the prompts'.
+A completion's last token is left out: nothing is predicted from it. Only attention needs rectangles, which are cut out by index.
+Completions of about the same length lie together in a *band*, so that the band's rectangle holds little padding, whose cost grows
+with the square of the length. A few tokens that nobody reads fill the packed sequence up to a multiple of 16. Axes are those of
+`attention.py`, with N packed tokens; a row is one completion of the batch, and a group is a prompt with its completions.
 """
 
 from collections.abc import Iterator
@@ -26,14 +26,14 @@ from hybrid_lightning.types import Sequences
 
 @dataclass(frozen=True)
 class _Grid:
-    """Where the tokens of a part of the row lie in a rectangle that is padded on the right."""
+    """Where some of the packed tokens lie in a rectangle that is padded on the right."""
 
     shape: tuple[int, ...]  # of the rectangle, the last axis being the tokens of one sequence
     valid: Tensor  # bool, in that shape
     lengths: Tensor  # tokens of each sequence
     filled: bool  # no padding at all
-    to_grid: Tensor  # for each place of the rectangle, flattened, the token that it holds; at padding some other token
-    to_row: Tensor  # for each token its place
+    to_grid: Tensor  # for each place of the rectangle, flattened, the number of the token that it holds; at padding some other
+    to_packed: Tensor  # for each token the number of its place
 
     @classmethod
     def of(cls, valid: Tensor) -> "_Grid":
@@ -49,38 +49,39 @@ class _Grid:
             valid.flatten().nonzero().squeeze(1),
         )
 
-    def cut(self, row: Tensor) -> Tensor:
+    def cut(self, packed: Tensor) -> Tensor:
         """[tokens, ...] -> [*shape, ...]."""
-        grid = row if self.filled else _Gather.apply(row, self.to_grid, self.to_row)
-        return grid.reshape(*self.shape, *row.shape[1:])
+        grid = packed if self.filled else _Gather.apply(packed, self.to_grid, self.to_packed)
+        return grid.reshape(*self.shape, *packed.shape[1:])
 
     def paste(self, grid: Tensor) -> Tensor:
         """[*shape, ...] -> [tokens, ...]."""
-        row = grid.flatten(0, len(self.shape) - 1)
-        return row if self.filled else _Gather.apply(row, self.to_row, self.to_grid, self.valid.flatten())
+        places = grid.flatten(0, len(self.shape) - 1)
+        return places if self.filled else _Gather.apply(places, self.to_packed, self.to_grid, self.valid.flatten())
 
 
 @dataclass(frozen=True)
 class _Repeated:
-    """Rows that `_Gather` takes more than once."""
+    """Values that `_Gather` takes more than once."""
 
-    rows: Tensor  # [P] of values
+    numbers: Tensor  # [P], of the values
     places: Tensor  # [P, G], where each goes in the result
-    valid: Tensor  # [P, G] bool: a row may be taken less often than others
+    valid: Tensor  # [P, G] bool: a value may be taken less often than others
 
     def sums(self, gradient: Tensor) -> Tensor:
-        """Gradients of the rows, added up in float32 at least, and in the order of their places."""
+        """Gradients of the values, added up in float32 at least, and in the order of their places."""
         parts = gradient.index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
         parts = parts.masked_fill_(~self.valid[..., None], 0)
         return parts.sum(dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)).to(gradient.dtype)
 
 
 class _Gather(torch.autograd.Function):
-    """`index_select` along the first axis whose backward pass is one as well, rows and places being one to one where it counts.
+    """`index_select` along the first axis, with a backward pass that is an `index_select` as well.
 
-    The backward pass of `index_select` adds row by row, which on a CPU takes longer than the attention itself. On a GPU, and that
-    of `values[index]` on a CPU, it adds by atomics, in an order that depends on what else the machine does: so what is taken more
-    than once is added up here, in one order.
+    That is possible since each value goes to one place, apart from padding, whose gradient is not wanted, and from the values
+    in `repeated`. torch's own backward pass adds value by value, which on a CPU takes longer than the attention itself. On a
+    GPU, and for `values[index]` on a CPU, it adds by atomics, in an order that depends on what else the machine does. Here the
+    gradients of repeated values are added up in one order.
     """
 
     @staticmethod
@@ -106,23 +107,24 @@ class _Gather(torch.autograd.Function):
         if valid is not None:  # padding got no gradient
             result = result.masked_fill_(~valid.view(-1, *[1] * (result.dim() - 1)), 0)
         if ctx.repeated is not None:
-            result.index_copy_(0, ctx.repeated.rows, ctx.repeated.sums(gradient))
+            result.index_copy_(0, ctx.repeated.numbers, ctx.repeated.sums(gradient))
         return result, None, None, None, None
 
 
 @dataclass(frozen=True)
 class _Predictors:
-    """Which token of the row predicts each of K completion tokens, these in the order of `completion_mask` flattened."""
+    """Which packed token predicts each of K completion tokens. These are in the order of `completion_mask` flattened."""
 
-    numbers: Tensor  # [K], of the token that predicts it
-    predicted: Tensor  # [N]: for each token of the row the one that it predicts; some other where that is none, or several
-    valid: Tensor  # [N] bool: whether it predicts one alone
+    numbers: Tensor  # [K]: the packed token that predicts it
+    predicted: Tensor  # [N]: the completion token that each packed token predicts; some other where it predicts none, or several
+    valid: Tensor  # [N] bool: whether it predicts exactly one
     firsts: _Repeated  # a prompt's last token predicts the first one of each of its completions
 
 
-# Products of few different sizes: for each new size oneDNN makes code of up to 0.6 MB that it keeps.
+# The packed sequence is filled up to a multiple of this, so that products have few different sizes: for each new size oneDNN
+# compiles up to 0.6 MB of code, and keeps it.
 _MULTIPLE = 16
-# A band holds lengths down to this share of its longest, and does not begin for less than so many tokens.
+# A band holds completions down to this share of its longest. The next band begins only where that saves so many tokens a row.
 _BAND_SHARE, _BAND_STEP = 0.7, 16
 
 
@@ -131,7 +133,7 @@ class PackedSequences:
 
     Args:
         sequences: B rows. Neighbours with the same prompt share it.
-        backend: Of the model.
+        backend: That of the model.
         completions: False packs the prompts alone, each by itself.
     """
 
@@ -147,7 +149,7 @@ class PackedSequences:
         ids = [sequences.prompt_ids[first][prompt_mask]]
         positions = [self.prompts.valid.cumsum(dim=1)[self.prompts.valid] - 1]
         self.prompt_tokens = len(ids[0])
-        self.last_prompt_token = prompt_lengths.cumsum(0) - 1  # [P], numbers in the row
+        self.last_prompt_token = prompt_lengths.cumsum(0) - 1  # [P], numbers of packed tokens
         self.bands: list[_Grid] = []
         self.predictors: _Predictors | None = None  # where completions are packed
         begin = self.prompt_tokens
@@ -155,8 +157,8 @@ class PackedSequences:
             counts = group.bincount()
             most = int(counts.max())
             mask = sequences.completion_mask
-            number = (mask.flatten().cumsum(0).view_as(mask) - 1).clamp(min=0)  # [B, T], of completion tokens among each other
-            predictor = torch.zeros_like(number)  # [B, T]: number in the row of the token that predicts it
+            number = (mask.flatten().cumsum(0).view_as(mask) - 1).clamp(min=0)  # [B, T]: completion tokens counted through
+            predictor = torch.zeros_like(number)  # [B, T]: number of the packed token that predicts it
             predictor[:, :1] = self.last_prompt_token[group][:, None]
             predicted = [number.new_zeros(self.prompt_tokens)]
             for row_of_cell, valid in _bands(group, counts, most, mask[:, 1:].sum(dim=1)):
@@ -199,7 +201,7 @@ class PackedSequences:
             return packed_attention(query, key, value, self.groups, window, settings.factor(query))
         heads, (tokens, all_heads, _) = key.shape[1], query.shape
         grouped = query.view(tokens, heads, all_heads // heads, query.shape[2])
-        sizes = [self.prompt_tokens, *(len(band.to_row) for band in self.bands), self.filling]
+        sizes = [self.prompt_tokens, *(len(band.to_packed) for band in self.bands), self.filling]
         queries, keys, values = (part.split(sizes) for part in (grouped, key, value))
         prompt = [self.prompts.cut(part)[:, None] for part in (keys[0], values[0])]  # [P, 1, S, K, D]
         own = [part.permute(0, 3, 1, 2, 4) for part in prompt]  # [P, K, 1, S, D]
@@ -217,7 +219,7 @@ class PackedSequences:
 
     @cached_property
     def groups(self) -> Groups:
-        """Each prompt and its completions as segments of the row; what fills it up is one more group."""
+        """Each prompt and its completions as segments of the packed sequence; what fills it up is one more group."""
         prompts = torch.arange(len(self.prompts.lengths), device=self.ids.device)
         filling = prompts.new_tensor([self.filling])
         lengths = torch.cat([self.prompts.lengths, *(band.lengths.flatten() for band in self.bands), filling])

@@ -1,7 +1,7 @@
-"""Products of LoRA layers while their weights do not change: the thousands of small products of decoding.
+"""Prepacked weights: products of LoRA layers while their weights do not change, as the thousands of small ones of decoding.
 
-Layers that get the same input, such as the projections to queries, keys and values, are then one product instead of two or three,
-which is faster the fewer rows there are: at 8 to 32 rows of SmolLM2-135M it took 0.6 to 0.9 of the time.
+Layers that get the same input, such as the projections to queries, keys and values, become one product instead of two or three.
+That saves the more the fewer rows there are: at 8 to 32 rows of SmolLM2-135M it took 0.6 to 0.9 of the time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,31 +21,33 @@ from hybrid_lightning.engine.fused_lora import FusedLora, weight_of
 
 
 class ProductFactors(NamedTuple):
-    """Of y = x W' + b + s (x A') B', all of one dtype; without A and B, of y = x W' + b."""
+    """The factors of y = x W' + b + s (x A') B', all of one dtype; without A and B, those of y = x W' + b."""
 
     weight: Tensor  # W [m, n]
     bias: Tensor | None  # b [m]
-    down: Tensor | None = None  # A [r, n]
-    up: Tensor | None = None  # s B [m, r]
+    lora_a: Tensor | None = None  # A [r, n]
+    lora_b: Tensor | None = None  # s B [m, r]
 
 
 def multiply(x: Tensor, factors: ProductFactors) -> Tensor:
-    """[N, n] -> [N, m], in the dtype of the factors or autocast's and without a gradient; of tensors alone, to be compiled."""
-    weight, bias, down, up = factors
+    """[N, n] -> [N, m] without a gradient, in the dtype of the factors or autocast's. It takes tensors alone, so that torch can
+    compile it.
+    """
+    weight, bias, lora_a, lora_b = factors
     x = x.to(weight.dtype)
     result = F.linear(x, weight, bias)
-    return result if down is None or up is None else result.addmm_(F.linear(x, down), up.T)
+    return result if lora_a is None or lora_b is None else result.addmm_(F.linear(x, lora_a), lora_b.T)
 
 
 def product_factors(layer: nn.Module) -> ProductFactors | None:
-    """What a layer multiplies its input by while weights do not change, its adapter being on.
+    """What a layer multiplies its input by while weights do not change and its adapter is on.
 
     Args:
-        layer: Of plain weights, fully trained, or with plain LoRA.
+        layer: A linear layer, which may be fully trained or have plain LoRA.
 
     Returns:
-        None for all other layers, for one whose calls somebody watches, and on a CPU for LoRA, whose products are with copies of
-        the weights there.
+        The factors; None for all other layers, for one whose calls hooks watch, and for LoRA on a CPU, where products are with
+        copies of the weights.
     """
     if isinstance(layer, FusedLora):
         products = _owner(layer)
@@ -54,7 +56,7 @@ def product_factors(layer: nn.Module) -> ProductFactors | None:
         layer = layer.modules_to_save[layer.active_adapters[0]]
     if type(layer) is not nn.Linear or is_watched(layer):
         return None
-    # As they are: autocast makes the product's dtype of them for each call, where a copy would be more memory for all calls.
+    # Not copied into the dtype of the products: autocast converts them at each call, and a copy would take memory all the time.
     return ProductFactors(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 
 
@@ -86,51 +88,67 @@ def _owner(layer: nn.Module) -> "_Products | None":
 def prepacked_weights(
     model: nn.Module, backend: Backend, dtype: torch.dtype | None = None, together: Iterable[Sequence[nn.Module]] = ()
 ) -> Iterator[None]:
-    """Within this context weights do not change, so that what products need of them is made once.
+    """Within this context weights do not change, so that they are prepared for products once.
 
-    The weights themselves are not touched. On CPUs it holds a copy of each base weight in the order in which products read it;
-    elsewhere of none that has the products' dtype.
+    The weights themselves are not touched. On CPUs there is a copy of each base weight in the order in which products read it;
+    elsewhere only of weights that have another dtype than the products.
 
     Args:
         model: With or without LoRA layers.
-        backend: Of the model.
-        dtype: Of the products; None takes that of each base weight.
-        together: Layers that get the same input, and whose products are asked for by `products_together`. A layer of them that is
-            called alone multiplies all, so that only such as are called together belong here.
+        backend: That of the model.
+        dtype: Dtype of the products; None takes that of each base weight.
+        together: Sets of layers that get the same input, and that are always called by `products_together`: one of them called
+            alone would multiply all.
     """
-    groups = _groups(model, backend, together)
-    for layers in groups:
+    sets = _layer_sets(model, backend, together)
+    for layers in sets:
         products = _Products(layers, weight_of(layers[0].base_layer).dtype if dtype is None else dtype, backend)
         for number, layer in enumerate(layers):
             layer.prepacked = partial(products, number)
     try:
         yield
     finally:
-        for layers in groups:
+        for layers in sets:
             for layer in layers:
                 layer.prepacked = None
 
 
-def _groups(model: nn.Module, backend: Backend, together: Iterable[Sequence[nn.Module]]) -> list[list[FusedLora]]:
-    """All layers of plain LoRA; those that are multiplied at once together."""
+def why_not_prepacked(model: nn.Module, backend: Backend, dtype: torch.dtype) -> str:
+    """Why no weight is prepacked for sampling, in words for the user; empty where some are.
+
+    Args:
+        model: With or without LoRA layers.
+        backend: That of the model.
+        dtype: Dtype of the products.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FusedLora)]
+    if not layers:
+        return "no layer has LoRA"
+    if all(layer.plain_adapter_in_eval() is None for layer in layers):
+        return "its LoRA is of a special kind, such as DoRA, or on quantized weights"
+    return backend.why_no_copies(next(model.parameters()).device, dtype)
+
+
+def _layer_sets(model: nn.Module, backend: Backend, together: Iterable[Sequence[nn.Module]]) -> list[list[FusedLora]]:
+    """All layers of plain LoRA, in sets of those that are multiplied at once."""
     plain = [module for module in model.modules() if isinstance(module, FusedLora) and module.plain_adapter() is not None]
-    groups = []
+    sets = []
     for layers in together:
-        group = [layer for layer in layers if isinstance(layer, FusedLora) and layer.plain_adapter() is not None]
-        if len(group) > 1 and backend.copies_pay(weight_of(group[0].base_layer).device):
-            groups.append(group)
-    joined = {id(layer) for group in groups for layer in group}
-    return [*groups, *([layer] for layer in plain if id(layer) not in joined)]
+        plain_ones = [layer for layer in layers if isinstance(layer, FusedLora) and layer.plain_adapter() is not None]
+        if len(plain_ones) > 1 and backend.copies_pay(weight_of(plain_ones[0].base_layer).device):
+            sets.append(plain_ones)
+    joined = {layer for layers in sets for layer in layers}
+    return [*sets, *([layer] for layer in plain if layer not in joined)]
 
 
 class _Products:
-    """The products of layers that get the same input.
+    """The products of one set of layers, which get the same input.
 
-    In float32 on a CPU, where a copy of the base weight is made anyway, LoRA is merged into the copy: it is the same to 1e-6. Not
-    in bfloat16: on SmolLM2-135M that decoded 10% faster, but the sum is rounded, and log-probabilities differed from those of
-    training by 0.064 on average instead of 0.022.
+    In float32 on a CPU, where a copy of the base weight is made anyway, LoRA is merged into the copy: the results differ by
+    1e-6. In bfloat16 it is not: on SmolLM2-135M merging decoded 10% faster, but rounds the merged weight, and log-probabilities
+    differed from those of training by 0.064 on average instead of 0.022.
 
-    On an accelerator the base weights are multiplied where they are: a copy of them would take as much as the model.
+    On an accelerator the base weights are used where they are: a copy of them would take as much memory as the model.
     """
 
     def __init__(self, layers: Sequence[FusedLora], dtype: torch.dtype, backend: Backend) -> None:
@@ -147,7 +165,9 @@ class _Products:
             self.factors = ProductFactors(base[0], self.bias, downs[0].to(dtype), ups[0].to(dtype))
         elif dtype == torch.float32:
             pairs = zip(base, ups, downs, strict=True)
-            self.product = backend.prepacked_product(torch.cat([torch.addmm(part, up, down) for part, up, down in pairs]))
+            self.product = backend.prepacked_product(
+                torch.cat([torch.addmm(part, lora_b, lora_a) for part, lora_b, lora_a in pairs])
+            )
         else:
             # [x, x A'] [W, s B]' is one product instead of two and a sum, and rounded once.
             self.with_low = _with_low_rank(torch.cat(downs).to(dtype), backend)
@@ -171,12 +191,12 @@ class _Products:
         return result
 
 
-def _with_low_rank(down: Tensor, backend: Backend) -> Callable[[Tensor], Tensor]:
+def _with_low_rank(lora_a: Tensor, backend: Backend) -> Callable[[Tensor], Tensor]:
     """The function from x [N, n] to [x, x A'] [N, n + r]."""
-    if backend.usable(down):
-        factors = down.float()
+    if backend.usable(lora_a):
+        factors = lora_a.float()
         return lambda rows: kernels.with_low_rank(rows, factors)
-    product = backend.prepacked_product(down)
+    product = backend.prepacked_product(lora_a)
     return lambda rows: torch.cat([rows, product(rows)], dim=1)
 
 

@@ -1,6 +1,6 @@
-"""What a trained policy becomes: folders that plain PEFT and transformers load.
+"""Export trained policies as folders that plain PEFT and transformers load.
 
-Plan, trained weights and base make a `TrainedPolicy`; `write_policy` writes it in an `ExportForm`.
+A plan, the trained weights and the base model make a `TrainedPolicy`; `write_policy` writes it in an `ExportForm`.
 """
 
 from hybrid_lightning.export.adapter_folder import AdapterFolder, LoraFolder

@@ -1,4 +1,4 @@
-"""`AdapterFolder` and `LoraFolder`: the adapter alone, as PEFT saves it."""
+"""Export the adapter alone, as PEFT saves it: `AdapterFolder`, and `LoraFolder` where all of it is LoRA."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy
 
 
 class AdapterFolder(ExportForm):
-    """The adapter in float32: LoRA and, as PEFT's `modules_to_save`, the fully trained modules.
+    """The adapter in float32: LoRA, and the fully trained modules as PEFT's `modules_to_save`.
 
-    `PeftModel.from_pretrained` loads it onto the base model; vLLM takes it only where it is a `LoraFolder`.
+    `PeftModel.from_pretrained` loads it onto the base model. vLLM loads only adapters that can be exported as `LoraFolder`.
     """
 
     name = "adapter"
@@ -22,7 +22,7 @@ class AdapterFolder(ExportForm):
     relation = "adapter"
 
     def weights_dtype(self, policy: TrainedPolicy) -> str:
-        """That of what is trained."""
+        """Always float32, the dtype of trainable weights."""
         return "float32"
 
     def write(self, policy: TrainedPolicy, folder: Path) -> None:
@@ -37,14 +37,14 @@ class AdapterFolder(ExportForm):
         config.fan_in_fan_out = any(isinstance(skeleton.get_submodule(name), Conv1D) for name in policy.plan.lora_modules)
         config.base_model_name_or_path = _location(policy.base)
         config.revision = policy.base.revision
-        config.inference_mode = True  # what is loaded is frozen until it is asked to be trainable
+        config.inference_mode = True  # a loaded adapter is frozen, unless it is loaded as trainable
         config.save_pretrained(str(folder))
         weights = {name: weight.to(torch.float32).contiguous() for name, weight in policy.weights.items()}
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         policy.base.tokenizer().save_pretrained(folder)
 
     def how_to_load(self, policy: TrainedPolicy) -> str:
-        """Base first, then the adapter."""
+        """Python code that loads the base model, then the adapter."""
         source = policy.base.source
         options = {"dtype": policy.base.dtype, **source.arguments}
         arguments = "".join(f", {name}={value!r}" for name, value in options.items())
@@ -59,12 +59,16 @@ class AdapterFolder(ExportForm):
 
 
 class LoraFolder(AdapterFolder):
-    """The same where no module is fully trained: plain LoRA, which servers such as vLLM load beside a base that they keep."""
+    """The adapter where no module is fully trained: plain LoRA, which servers such as vLLM load onto a base model they hold."""
 
     name = "lora"
 
     def check(self, plan: AdapterPlan) -> None:
-        """Refuse what is more than LoRA."""
+        """Refuse plans with more than plain LoRA.
+
+        Raises:
+            ConfigError: If the plan trains modules fully, or uses DoRA.
+        """
         if plan.full_modules:
             raise ConfigError(
                 f"form=LoraFolder: the plan trains {len(plan.full_modules)} modules fully, such as {plan.full_modules[0]}, which "
@@ -75,7 +79,7 @@ class LoraFolder(AdapterFolder):
 
 
 def _location(base: BaseModel) -> str:
-    """Hub id, or the absolute path of the folder, since an adapter is loaded from anywhere."""
+    """Hub id or absolute path of the base model: absolute, since an adapter may be loaded from any working directory."""
     if base.source.adapter is not None:
         raise ConfigError(
             f"form=AdapterFolder: the run started from the adapter {base.model!r}, and PEFT puts no adapter on another: export "

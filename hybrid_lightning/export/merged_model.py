@@ -1,10 +1,8 @@
-"""Trained weights into a base model, module by module, in float32.
+"""`MergedModel`: export one ordinary model with the trained weights merged into the base, module by module, in float32.
 
 full:   W' = the trained weight
-LoRA:   W' = W + s B A,   s = alpha / rank, rsLoRA: alpha / sqrt(rank)
-DoRA:   W' = m (W + s B A) / |W + s B A|, lengths taken along each output's row
-
-`MergedModel`: one ordinary model with all that was trained in its weights.
+LoRA:   W' = W + s B A,   s = alpha / rank, or with rsLoRA alpha / sqrt(rank)
+DoRA:   W' = m (W + s B A) / ||W + s B A||, norms taken over the inputs, one per output
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,74 +15,22 @@ from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
-from hybrid_lightning.export.trained import PREFIX, ExportForm, TrainedPolicy
+from hybrid_lightning.export.trained import PEFT_PREFIX, ExportForm, TrainedPolicy
 from hybrid_lightning.policy.loading import DTYPES, stop_token_ids
-
-
-def merge_into(model: nn.Module, policy: TrainedPolicy, dtype: torch.dtype) -> None:
-    """Put the trained weights into a base model.
-
-    What has been trained is rounded to the wanted dtype once, from the float32 of its sum with the base's weight. One module at a
-    time is in float32.
-
-    Args:
-        model: The base, loaded in the dtype of training; changed in place.
-        policy: Its plan and weights.
-        dtype: That all parameters have afterwards.
-
-    Raises:
-        PlanError: If these are not the weights that were adapted.
-        ModelError: If a weight is not finite, or too large for the dtype.
-    """
-    policy.plan.check_model(model)
-    policy.plan.check_weights(model)
-    for name, merged in _merged(model, policy):
-        owner, _, attribute = name.rpartition(".")
-        value = merged.to(dtype)
-        if not bool(torch.isfinite(value).all()):
-            why = f"does not fit {dtype}" if bool(torch.isfinite(merged).all()) else "is not finite"
-            raise ModelError(f"cannot export: the trained weight {name} {why}; take an earlier checkpoint or a wider dtype")
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
-    for parameter in model.parameters():  # not the buffers, which are no weights
-        parameter.data = parameter.data.to(dtype)
-
-
-def _merged(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[str, Tensor]]:
-    """Name in the base and new value of every weight that was trained."""
-    for planned in policy.plan.candidates:
-        module, prefix = model.get_submodule(planned.name), f"{PREFIX}{planned.name}."
-        if planned.mode == "full":
-            for part in dict(module.named_parameters(recurse=False)):
-                if prefix + part not in policy.weights:
-                    raise CheckpointError(f"the trained weight {prefix + part!r} is missing: the checkpoint is not whole")
-                yield f"{planned.name}.{part}", policy.weights[prefix + part].float()
-        elif planned.mode == "lora":
-            yield f"{planned.name}.weight", _with_lora(module, policy.plan.lora, policy.weights, prefix)
-
-
-def _with_lora(module: nn.Module, settings: LoraSettings, weights: Mapping[str, Tensor], prefix: str) -> Tensor:
-    """[outputs, inputs], or transposed where the module's weight is."""
-    transposed = isinstance(module, Conv1D)
-    weight = module.get_parameter("weight").detach().float()
-    down, up = weights[f"{prefix}lora_A.weight"].float(), weights[f"{prefix}lora_B.weight"].float()
-    weight = (weight.T if transposed else weight).addmm(up, down, alpha=settings.scale)
-    if settings.use_dora:
-        lengths = weights[f"{prefix}lora_magnitude_vector"].float()
-        weight = weight * (lengths / torch.linalg.vector_norm(weight, dim=1))[:, None]
-    return weight.T.contiguous() if transposed else weight
 
 
 class MergedModel(ExportForm):
     """A Hugging Face model folder, which `AutoModelForCausalLM.from_pretrained` and every server load.
 
-    The base is read anew and kept in memory once, on the CPU. A run on a quantized base is merged into the 16-bit one.
+    The base model is read again and held in memory once, on the CPU. After training on a quantized base, the weights are merged
+    into the base before quantization.
 
     Args:
-        dtype: Of the weights: `bfloat16`, `float16` or `float32`; None takes that of the base's files (of a GGUF file, that of
-            training), so that nothing is rounded that was not before.
+        dtype: Dtype of the weights: `bfloat16`, `float16` or `float32`; None takes that of the base's files (for a GGUF file,
+            that of training), so that no weight of the base is rounded further.
 
     Raises:
-        ConfigError: If the dtype is another.
+        ConfigError: If the dtype is another one.
     """
 
     name = "merged"
@@ -97,14 +43,14 @@ class MergedModel(ExportForm):
         self.dtype = dtype
 
     def weights_dtype(self, policy: TrainedPolicy) -> str:
-        """What was asked for, or that of the base's files."""
+        """The dtype that was asked for, or else that of the base's files."""
         return self.dtype or policy.base.stored_dtype()
 
     def write(self, policy: TrainedPolicy, folder: Path) -> None:
         """Write model, tokenizer and generation config.
 
         Raises:
-            PlanError: If the base is not the one that was adapted.
+            PlanError: If the base model is not the one that was adapted.
             ModelError: If a weight is not finite in this dtype.
         """
         tokenizer = policy.base.tokenizer()
@@ -115,7 +61,7 @@ class MergedModel(ExportForm):
         tokenizer.save_pretrained(folder)
 
     def how_to_load(self, policy: TrainedPolicy) -> str:
-        """Like every model."""
+        """Python code that loads the folder like any other model."""
         return (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'folder = "."  # this one\n'
@@ -124,8 +70,61 @@ class MergedModel(ExportForm):
         )
 
 
+def merge_into(model: nn.Module, policy: TrainedPolicy, dtype: torch.dtype) -> None:
+    """Merge the trained weights into a base model.
+
+    Each merged weight is computed in float32 and rounded to the wanted dtype once. One module at a time is in float32.
+
+    Args:
+        model: The base model, loaded in the dtype of training; changed in place.
+        policy: Plan and trained weights.
+        dtype: Dtype of all parameters afterwards.
+
+    Raises:
+        PlanError: If the model does not have the weights that were adapted.
+        CheckpointError: If a trained weight is missing.
+        ModelError: If a weight is not finite, or too large for the dtype.
+    """
+    policy.plan.check_model(model)
+    policy.plan.check_weights(model)
+    for name, merged in _merged_weights(model, policy):
+        owner, _, attribute = name.rpartition(".")
+        value = merged.to(dtype)
+        if not bool(torch.isfinite(value).all()):
+            why = f"does not fit {dtype}" if bool(torch.isfinite(merged).all()) else "is not finite"
+            raise ModelError(f"cannot export: the trained weight {name} {why}; take an earlier checkpoint or a wider dtype")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
+    for parameter in model.parameters():  # buffers keep their dtype
+        parameter.data = parameter.data.to(dtype)
+
+
+def _merged_weights(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[str, Tensor]]:
+    """Name in the base model and merged value, in float32, of each weight that was trained."""
+    for planned in policy.plan.candidates:
+        module, prefix = model.get_submodule(planned.name), f"{PEFT_PREFIX}{planned.name}."
+        if planned.mode == "full":
+            for part in dict(module.named_parameters(recurse=False)):
+                if prefix + part not in policy.weights:
+                    raise CheckpointError(f"the trained weight {prefix + part!r} is missing: the checkpoint is not whole")
+                yield f"{planned.name}.{part}", policy.weights[prefix + part].float()
+        elif planned.mode == "lora":
+            yield f"{planned.name}.weight", _lora_merged(module, policy.plan.lora, policy.weights, prefix)
+
+
+def _lora_merged(module: nn.Module, settings: LoraSettings, weights: Mapping[str, Tensor], prefix: str) -> Tensor:
+    """Weight with LoRA merged into it, [outputs, inputs], or transposed where the module stores its weight so."""
+    transposed = isinstance(module, Conv1D)
+    weight = module.get_parameter("weight").detach().float()
+    lora_a, lora_b = weights[f"{prefix}lora_A.weight"].float(), weights[f"{prefix}lora_B.weight"].float()
+    weight = (weight.T if transposed else weight).addmm(lora_b, lora_a, alpha=settings.scale)
+    if settings.use_dora:
+        magnitudes = weights[f"{prefix}lora_magnitude_vector"].float()
+        weight = weight * (magnitudes / torch.linalg.vector_norm(weight, dim=1))[:, None]
+    return weight.T.contiguous() if transposed else weight
+
+
 def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let `generate` stop where completions stopped in training; the sampling parameters stay the base's."""
+    """Make `generate` stop at the stop tokens of training; the sampling parameters stay those of the base model."""
     settings = model.generation_config
     assert settings is not None
     stops = stop_token_ids(model.generation_config, tokenizer)
@@ -135,5 +134,5 @@ def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     try:
         settings.validate(strict=True)
     except ValueError:
-        # Many bases name a temperature without do_sample, which transformers reads but does not write.
+        # Many base models have a temperature without do_sample, which transformers reads but refuses to write.
         settings.do_sample = True

@@ -1,6 +1,6 @@
-"""The licence of a base model, which what was trained from it has to keep.
+"""The model card (`README.md`) of an exported folder, and the licence of its base model.
 
-The model card: `README.md` of an exported folder.
+A model has to keep the licence of the base model that it was trained from.
 """
 
 import importlib.metadata
@@ -15,65 +15,11 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.export.trained import BaseModel, ExportForm, TrainedPolicy, Training
-from hybrid_lightning.hub import not_waiting
+from hybrid_lightning.hub import offline_if_unreachable
 from hybrid_lightning.metrics import LOWER, UPPER
 
-
-def base_licence(base: BaseModel) -> str | None:
-    """Look the licence up where the base model is.
-
-    Returns:
-        Its identifier, such as `apache-2.0`; None if nothing there says so, or the hub cannot be reached.
-    """
-    if base.model == "embedded":
-        return "apache-2.0"  # part of this package
-    source = base.source
-    folder = Path(source.location)
-    if "gguf_file" in source.arguments:
-        return _of_gguf(folder / source.arguments["gguf_file"])
-    if folder.is_dir():
-        return _of_card(folder / "README.md")
-    try:
-        with not_waiting():
-            card = hf_hub_download(source.location, "README.md", revision=base.revision)
-    except (OSError, ValueError, HfHubHTTPError):  # no network, no card, no access
-        return None
-    return _of_card(Path(card))
-
-
-def copy_licence_files(base: BaseModel, folder: Path) -> None:
-    """Copy what a local base has in LICENSE and NOTICE files, which most licences ask to pass on."""
-    source = Path(base.source.location)
-    if source.is_dir():
-        for file in source.iterdir():
-            if file.is_file() and file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
-                shutil.copyfile(file, folder / file.name)
-
-
-def _of_card(card: Path) -> str | None:
-    """The field of a model card's header."""
-    if not card.is_file():
-        return None
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
-    try:
-        header: Any = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return None
-    licence = header.get("license") if isinstance(header, dict) else None
-    return licence if isinstance(licence, str) else None
-
-
-def _of_gguf(file: Path) -> str | None:
-    from gguf import GGUFReader  # an extra; without it the model could not have been loaded
-
-    field = GGUFReader(file).get_field("general.license")
-    return None if field is None else str(field.contents())
-
-
-_SHOWN_MODULES = 24  # fully trained ones that the card lists; plan.json has all
-_ARGUMENTS = (
+_SHOWN_MODULES = 24  # the card lists at most so many fully trained modules; plan.json has all
+_SHOWN_SETTINGS = (  # arguments of the module
     "quantization",
     "loss",
     "reward",
@@ -94,7 +40,7 @@ _LIBRARIES = ("hybrid-lightning", "torch", "transformers", "peft")
 
 
 def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
-    """Write the card of a policy that is exported in a form."""
+    """Write the model card of a policy that is exported in a form."""
     licence = base_licence(policy.base)
     parts = (
         _header(policy, form, licence),
@@ -102,18 +48,73 @@ def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
         f"The model `{policy.base.model}`{_revision(policy.base)} after {policy.training.steps} optimizer steps of "
         "hybrid_lightning, which trains the modules fully where low rank falls short and gives LoRA to the others (Hybrid-LoRA, "
         "[arXiv 2605.18822](https://arxiv.org/abs/2605.18822)).",
-        f"## How to load it\n\n```python\n{form.how_to_load(policy)}```\n\n{_dtype(policy, form)}{_serving(form, policy.plan)}",
-        f"## What was trained\n\n{_plan(policy.plan)}",
-        f"## On what\n\n{_data(policy.training)}",
-        f"## What came of it\n\n{_metrics(policy.training)}",
-        f"## Licence\n\n{_licence(policy.base, licence)}",
+        f"## How to load it\n\n```python\n{form.how_to_load(policy)}```\n\n"
+        f"{_dtype_sentence(policy, form)}{_serving_sentence(form, policy.plan)}",
+        f"## What was trained\n\n{_plan_section(policy.plan)}",
+        f"## On what\n\n{_data_section(policy.training)}",
+        f"## What came of it\n\n{_metrics_section(policy.training)}",
+        f"## Licence\n\n{_licence_section(policy.base, licence)}",
         "Made with " + ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES) + ".",
     )
     return "\n\n".join(parts) + "\n"
 
 
+def base_licence(base: BaseModel) -> str | None:
+    """Look up the licence of a base model where the model is.
+
+    Returns:
+        Identifier such as `apache-2.0`; None if none is given there, or the hub cannot be reached.
+    """
+    if base.model == "embedded":
+        return "apache-2.0"  # part of this package
+    source = base.source
+    folder = Path(source.location)
+    if "gguf_file" in source.arguments:
+        return _licence_in_gguf(folder / source.arguments["gguf_file"])
+    if folder.is_dir():
+        return _licence_in_card(folder / "README.md")
+    try:
+        with offline_if_unreachable():
+            card = hf_hub_download(source.location, "README.md", revision=base.revision)
+    except (OSError, ValueError, HfHubHTTPError):  # no network, no card, no access
+        return None
+    return _licence_in_card(Path(card))
+
+
+def copy_licence_files(base: BaseModel, folder: Path) -> None:
+    """Copy the LICENSE and NOTICE files of a local base model, which most licences require to pass on."""
+    source = Path(base.source.location)
+    if source.is_dir():
+        for file in source.iterdir():
+            if file.is_file() and file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
+                shutil.copyfile(file, folder / file.name)
+
+
+def _licence_in_card(card: Path) -> str | None:
+    """Licence in the header of a model card."""
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        header: Any = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    licence = header.get("license") if isinstance(header, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
+def _licence_in_gguf(file: Path) -> str | None:
+    """Licence in the metadata of a GGUF file."""
+    from gguf import GGUFReader  # an extra; without it the model could not have been loaded
+
+    field = GGUFReader(file).get_field("general.license")
+    return None if field is None else str(field.contents())
+
+
 def _header(policy: TrainedPolicy, form: ExportForm, licence: str | None) -> str:
-    """What the hub reads: only what it can resolve."""
+    """YAML header, which the hub reads; it names only models and data sets that the hub can resolve."""
     tags = ["hybrid-lora"] if "examples_per_step" in policy.training.arguments else ["hybrid-lora", "rlvr"]
     header: dict[str, Any] = {"library_name": form.library, "pipeline_tag": "text-generation", "tags": tags}
     if not Path(policy.base.source.location).exists():
@@ -126,7 +127,7 @@ def _header(policy: TrainedPolicy, form: ExportForm, licence: str | None) -> str
     return f"---\n{_yaml(header)}---"
 
 
-def _plan(plan: AdapterPlan) -> str:
+def _plan_section(plan: AdapterPlan) -> str:
     full = plan.full_modules
     variant = "DoRA" if plan.lora.use_dora else "rsLoRA" if plan.lora.use_rslora else "LoRA"
     lines = [
@@ -135,27 +136,27 @@ def _plan(plan: AdapterPlan) -> str:
         *([f"  - and {len(full) - _SHOWN_MODULES} more"] if len(full) > _SHOWN_MODULES else []),
         f"- {variant}: {len(plan.lora_modules)} modules, rank {plan.lora.rank}, alpha {plan.lora.alpha:g}",
         f"- trainable parameters: {plan.trainable_parameters():,}",
-        f"- budget: `{_part(plan.budget)}`",
-        f"- chosen by: `{_part(plan.scorer)}`" if plan.scorer is not None else "- chosen without scores",
+        f"- budget: `{_as_call(plan.budget)}`",
+        f"- chosen by: `{_as_call(plan.scorer)}`" if plan.scorer is not None else "- chosen without scores",
     ]
     return "\n".join(lines) + "\n\nAll modules with their scores are in `plan.json`."
 
 
-def _part(config: Mapping[str, Any]) -> str:
-    """Such as `ModuleBudget(share=0.1)`."""
-    if "class_path" not in config:  # a plan that was written by hand
+def _as_call(config: Mapping[str, Any]) -> str:
+    """Config of a class as a call, such as `ModuleBudget(share=0.1)`."""
+    if "class_path" not in config:  # the plan was written by hand
         return str(dict(config))
     arguments = ", ".join(f"{name}={value!r}" for name, value in config.get("init_args", {}).items())
     return f"{config['class_path'].rpartition('.')[2]}({arguments})"
 
 
-def _data(training: Training) -> str:
+def _data_section(training: Training) -> str:
     data = "Data: not recorded." if training.data is None else f"Data:\n\n```yaml\n{_yaml(training.data)}```"
-    settings = {name: training.arguments[name] for name in _ARGUMENTS if training.arguments.get(name) is not None}
+    settings = {name: training.arguments[name] for name in _SHOWN_SETTINGS if training.arguments.get(name) is not None}
     return f"{data}\n\nSettings:\n\n```yaml\n{_yaml(settings)}```" if settings else data
 
 
-def _metrics(training: Training) -> str:
+def _metrics_section(training: Training) -> str:
     names = sorted(name for name in {*training.before, *training.after} if not name.endswith((f"/{LOWER}", f"/{UPPER}")))
     if not names:
         return "Not measured."
@@ -165,12 +166,12 @@ def _metrics(training: Training) -> str:
     return "\n".join(["Validation problems, held out from training.", "", head, "|---|---|---|", *rows])
 
 
-def _dtype(policy: TrainedPolicy, form: ExportForm) -> str:
+def _dtype_sentence(policy: TrainedPolicy, form: ExportForm) -> str:
     dtype = form.weights_dtype(policy)
     return f"The weights here are {dtype}. " if dtype else ""
 
 
-def _serving(form: ExportForm, plan: AdapterPlan) -> str:
+def _serving_sentence(form: ExportForm, plan: AdapterPlan) -> str:
     if form.library == "transformers":
         return "Servers such as vLLM load this folder as they do any model."
     if plan.full_modules:
@@ -178,7 +179,7 @@ def _serving(form: ExportForm, plan: AdapterPlan) -> str:
     return f"vLLM serves it beside its base: `--enable-lora --max-lora-rank {plan.lora.rank} --lora-modules policy=FOLDER`."
 
 
-def _licence(base: BaseModel, licence: str | None) -> str:
+def _licence_section(base: BaseModel, licence: str | None) -> str:
     if licence is None:
         return f"That of the base model `{base.model}`, which could not be looked up: see where you have it from."
     return f"That of the base model `{base.model}`: {licence}."
@@ -195,7 +196,7 @@ def _number(metrics: Mapping[str, float], name: str) -> str:
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+    except importlib.metadata.PackageNotFoundError:  # it runs from a source tree
         return "(not installed)"
 
 

@@ -1,6 +1,6 @@
-"""A trained policy out of a checkpoint: a file, or the folder of a sharded one, whatever strategy wrote it.
+"""Where a `TrainedPolicy` comes from: a checkpoint, or a module in memory such as that of a running job.
 
-A trained policy out of a module in memory, such as that of a running job.
+A checkpoint may be a file or the folder of a sharded one, whatever strategy wrote it.
 """
 
 from collections.abc import Mapping
@@ -14,38 +14,39 @@ from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import CheckpointError, ConfigError
-from hybrid_lightning.export.trained import TrainedPolicy, base_of, is_trained, peft_weights, training_of
+from hybrid_lightning.export.trained import TrainedPolicy, base_model_of, is_adapter_weight, peft_weights, training_of
 from hybrid_lightning.policy.adaptation import adapter_state
-from hybrid_lightning.sharding.checkpoints import read_content
+from hybrid_lightning.sharding.checkpoints import read_checkpoint
 from hybrid_lightning.sharding.sharded_folder import read_weights
 
 
 def policy_of_checkpoint(path: str | Path, arguments: Mapping[str, Any] | None = None, datamodule: Any = None) -> TrainedPolicy:
-    """Read plan and trained weights; one process does so for any number that wrote them.
+    """Read plan and trained weights from a checkpoint, in one process, however many wrote it.
 
     Args:
-        path: File or folder.
-        arguments: Of the module, by which to find the base model instead of those in the checkpoint: where it has been moved.
-        datamodule: Of the training, for the model card.
+        path: File or folder of the checkpoint.
+        arguments: Constructor arguments of the module that replace those in the checkpoint, such as `model` where the base model
+            has been moved.
+        datamodule: Data module of the training, for the model card.
 
     Raises:
         CheckpointError: If there is no such checkpoint, or it has no adapter.
-        ConfigError: If neither the checkpoint nor `arguments` name the base model.
+        ConfigError: If neither the checkpoint nor `arguments` names the base model.
     """
     path = Path(path)
-    content = read_content(path)
+    content = read_checkpoint(path)
     saved = adapter_state(content)["plan"]
     if saved is None:
         raise CheckpointError(f"{path} was saved without an adapter: nothing in it has been trained; give another checkpoint")
     plan = AdapterPlan.from_dict(saved, source=str(path))
-    state = (read_weights(path, is_trained) if path.is_dir() else content)["state_dict"]
-    # Lightning keeps under this name what a module was made with.
+    state = (read_weights(path, is_adapter_weight) if path.is_dir() else content)["state_dict"]
+    # Lightning stores the module's constructor arguments under this name.
     trained_with = content.get("hyper_parameters", {})
     summary = content.get("callbacks", {}).get("RunSummary")
     return TrainedPolicy(
         plan=plan,
         weights=peft_weights(state, plan, str(path)),
-        base=base_of({**trained_with, **(arguments or {})}),
+        base=base_model_of({**trained_with, **(arguments or {})}),
         training=training_of(content.get("global_step", 0), trained_with or arguments or {}, summary, datamodule),
     )
 
@@ -53,16 +54,19 @@ def policy_of_checkpoint(path: str | Path, arguments: Mapping[str, Any] | None =
 def policy_of_module(
     module: LightningModule, steps: int = 0, summary: Any = None, datamodule: Any = None, keep: bool = True
 ) -> TrainedPolicy | None:
-    """Take plan and trained weights; the module stays as it is.
+    """Take plan and trained weights from a module, which is not changed.
 
     Under sharding every process must call this, since shards are gathered one weight at a time.
 
     Args:
-        module: Adapted by a plan, such as a `PolicyModule` after `fit`.
+        module: Module adapted by a plan, such as a `PolicyModule` after `fit`.
         steps: Optimizer steps taken, for the model card.
-        summary: State of a `RunSummary`.
-        datamodule: Of the training.
-        keep: Take part in gathering and give the policy; without it only take part.
+        summary: State of a `RunSummary`, for the model card.
+        datamodule: Data module of the training, for the model card.
+        keep: Whether this process needs the policy; otherwise it only takes part in gathering.
+
+    Returns:
+        The policy, or None without `keep`.
 
     Raises:
         ConfigError: If the module has no adapter, or does not name its base model.
@@ -71,7 +75,7 @@ def policy_of_module(
     if plan is None:
         raise ConfigError("cannot export: the module has no adapter, so nothing was trained; give ckpt_path, or fit first")
     arguments: dict[str, Any] = dict(module.hparams)
-    base = base_of(arguments)
+    base = base_model_of(arguments)
     state = _gathered(getattr(module, str(module.adapter_attribute)), keep)
     if not keep:
         return None
@@ -79,6 +83,7 @@ def policy_of_module(
 
 
 def _gathered(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """Whole trained weights on the CPU, by their names in the model's state dict; empty without `keep`."""
     from hybrid_lightning.adapters.apply import trainable_state  # PEFT is slow to import
 
     state: dict[str, Tensor] = {}

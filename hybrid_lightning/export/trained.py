@@ -1,11 +1,10 @@
-"""Trained weights by the names that PEFT gives them in a file.
+"""What an export is made from, and what it is made into.
 
-A checkpoint has `model.base_model.model.NAME.lora_A.default.weight` and `...NAME.modules_to_save.default.weight`, a PEFT file
-`base_model.model.NAME.lora_A.weight` and `base_model.model.NAME.weight`, where NAME is that of the module in the base.
-
-`TrainedPolicy`: all that an export needs, wherever it comes from.
-
-`ExportForm`: what a policy is exported as; one class for each form, named on the command line by `--form`.
+- `TrainedPolicy`: plan, trained weights and base model (`BaseModel`), with what the model card says of the training (`Training`).
+- `ExportForm`: what a policy is exported as; one class per form, which `--form` names on the command line.
+- `peft_weights`: the trained weights by the names that PEFT gives them in a file. A checkpoint has
+  `model.base_model.model.NAME.lora_A.default.weight` and `...NAME.modules_to_save.default.weight`; a PEFT file has
+  `base_model.model.NAME.lora_A.weight` and `base_model.model.NAME.weight`. NAME is the module's name in the base model.
 """
 
 import json
@@ -29,30 +28,172 @@ from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.policy.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."  # before the names of the base model, in state dicts and PEFT files
 _FULL = f".modules_to_save.{ADAPTER}."
 _LORA = (f".lora_A.{ADAPTER}.", f".lora_B.{ADAPTER}.", f".lora_magnitude_vector.{ADAPTER}.")
 
 
-def is_trained(name: str) -> bool:
-    """Whether a name in a state dict is that of a weight of the adapter, and not of the frozen base."""
-    return PREFIX in name and (_FULL in name or any(part in name for part in _LORA))
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that was adapted, given by the arguments that load it.
+
+    An export reads its weights again, since those in memory may be quantized or sharded.
+    """
+
+    model: str  # hub id or folder, as `resolve_model` takes it
+    revision: str | None = None
+    dtype: str = "float32"  # dtype of the weights in training, before any quantization
+    chat_template: str | None = None  # replaces the tokenizer's own; None keeps it
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the model is, on the hub or on this machine."""
+        return resolve_model(self.model, self.revision)
+
+    def load(self) -> PreTrainedModel:
+        """Load the model on the CPU, in the dtype of training."""
+        return load_model(self.source, self.dtype, None)
+
+    def stored_dtype(self) -> str:
+        """Dtype of most weights in the model's files, a key of `DTYPES`; for a GGUF file, which has none, that of training."""
+        source = self.source
+        if "gguf_file" in source.arguments:
+            return self.dtype
+        counts: Counter[str] = Counter()
+        for path in _weight_files(source):
+            counts.update(_parameters_by_dtype(path))
+        dtype = counts.most_common(1)[0][0] if counts else _dtype_of_config(source)
+        return dtype if dtype in DTYPES else self.dtype
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights, on the meta device."""
+        config = read_config(self.source)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return model
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer with the chat template of training."""
+        tokenizer = load_tokenizer(self.source)
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        return tokenizer
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the model card says about the training."""
+
+    steps: int = 0  # optimizer steps
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # constructor arguments of the module, in plain types
+    data: Mapping[str, Any] | None = None  # class_path and init_args of the data source
+    before: Mapping[str, float] = field(default_factory=dict)  # validation metrics of the start policy
+    after: Mapping[str, float] = field(default_factory=dict)  # validation metrics of the last validation
+    validated_step: int | None = None  # optimizer steps before that validation
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """A plan, the weights trained by it, and the base model that they belong to."""
+
+    plan: AdapterPlan
+    weights: Mapping[str, Tensor]  # named as in a PEFT file (see `peft_weights`); not sharded, on the CPU
+    base: BaseModel
+    training: Training = field(default_factory=Training)
+
+
+class ExportForm(Configurable, ABC):
+    """Writes a policy into a folder.
+
+    A form of your own implements `write` and `how_to_load`.
+    """
+
+    name: str  # name of the folder inside a run folder's `export`
+    library: str  # `library_name` in the model card
+    relation: str  # `base_model_relation` in the model card
+
+    def check(self, plan: AdapterPlan) -> None:
+        """Check that this form can hold what a plan trains, which most forms can; called before training, if the plan is known.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+
+    def weights_dtype(self, policy: TrainedPolicy) -> str | None:
+        """Dtype of the weights that this form writes, for the screen and the model card; None leaves it out."""
+        return None
+
+    @abstractmethod
+    def write(self, policy: TrainedPolicy, folder: Path) -> None:
+        """Write weights, configs and tokenizer; the model card and the plan are written by the caller.
+
+        Args:
+            policy: The policy to write.
+            folder: An empty folder.
+        """
+
+    @abstractmethod
+    def how_to_load(self, policy: TrainedPolicy) -> str:
+        """Python code for the model card that loads the policy, with the exported folder as the working directory."""
+
+
+def base_model_of(arguments: Mapping[str, Any]) -> BaseModel:
+    """Base model of a module such as `PolicyModule`, from the module's constructor arguments.
+
+    Raises:
+        ConfigError: If they do not name a model.
+    """
+    if not isinstance(arguments.get("model"), str):
+        raise ConfigError(
+            "cannot export: the module does not say which base model it loaded; it needs a hyper-parameter 'model' (folder"
+            " or hub id), as PolicyModule has"
+        )
+    given: dict[str, Any] = {name: arguments.get(name) for name in ("revision", "dtype", "chat_template")}
+    return BaseModel(arguments["model"], **{name: value for name, value in given.items() if value is not None})
+
+
+def training_of(
+    steps: int, arguments: Mapping[str, Any], summary: Mapping[str, Any] | None = None, datamodule: Any = None
+) -> Training:
+    """Collect what the model card says about a training.
+
+    Args:
+        steps: Optimizer steps taken.
+        arguments: Constructor arguments of the module.
+        summary: State of a `RunSummary`, which has the validation metrics.
+        datamodule: Data module, of which the card shows the `source`, if it has one.
+    """
+    summary = summary or {}
+    source: Any = getattr(datamodule, "source", None)
+    return Training(
+        steps=steps,
+        arguments={name: value for name, value in arguments.items() if not name.startswith("_")},
+        data=source.to_config() if hasattr(source, "to_config") else None,
+        before=summary.get("before", {}),
+        after=summary.get("after", {}),
+        validated_step=summary.get("validated_step"),
+    )
+
+
+def is_adapter_weight(name: str) -> bool:
+    """Whether a name in a state dict is that of an adapter's weight, not of the frozen base model."""
+    return PEFT_PREFIX in name and (_FULL in name or any(part in name for part in _LORA))
 
 
 def peft_weights(state: Mapping[str, Tensor], plan: AdapterPlan, source: str) -> dict[str, Tensor]:
-    """Pick the adapter's weights from a state dict and name them as PEFT does in a file.
+    """Select the adapter's weights from a state dict, and name them as PEFT does in a file.
 
     Args:
-        state: Of the adapted model, or of a module that holds it; whatever else it has is left out.
-        plan: By which they were trained.
-        source: Where they come from, for the error message.
+        state: State dict of the adapted model or of a module that contains it; its other entries are ignored.
+        plan: Plan by which the weights were trained.
+        source: Where the state dict comes from, for the error message.
 
     Raises:
-        CheckpointError: If there are other weights than the plan's, or not in their shapes.
+        CheckpointError: If the adapter's weights or their shapes are not those of the plan.
     """
-    weights = {_peft_name(name): weight for name, weight in state.items() if is_trained(name)}
+    weights = {_peft_name(name): weight for name, weight in state.items() if is_adapter_weight(name)}
     expected = dict(_expected(plan))
-    biases = {f"{PREFIX}{name}.bias" for name in plan.full_modules}  # which a module has or not
+    biases = {f"{PEFT_PREFIX}{name}.bias" for name in plan.full_modules}  # not every module has one
     different = sorted((expected.keys() ^ weights.keys()) - biases)
     if different:
         verb = "lacks" if different[0] in expected else "has what is not in its plan:"
@@ -67,18 +208,18 @@ def peft_weights(state: Mapping[str, Tensor], plan: AdapterPlan, source: str) ->
 
 
 def _peft_name(name: str) -> str:
-    name = name[name.index(PREFIX) :]
+    name = name[name.index(PEFT_PREFIX) :]
     name = name.replace(_FULL, ".").replace(f".lora_magnitude_vector.{ADAPTER}.weight", ".lora_magnitude_vector")
     return name.replace(f".lora_A.{ADAPTER}.", ".lora_A.").replace(f".lora_B.{ADAPTER}.", ".lora_B.")
 
 
 def _expected(plan: AdapterPlan) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
-    """Name and possible shapes of every weight that the plan trains, biases aside."""
+    """Name and possible shapes of each weight that the plan trains, without biases."""
     for module in plan.candidates:
-        name = f"{PREFIX}{module.name}"
+        name = f"{PEFT_PREFIX}{module.name}"
         outputs, inputs = module.shape
         if module.mode == "full":
-            yield f"{name}.weight", [(outputs, inputs), (inputs, outputs)]  # GPT-2's Conv1D is transposed
+            yield f"{name}.weight", [(outputs, inputs), (inputs, outputs)]  # GPT-2's Conv1D stores it transposed
         elif module.mode == "lora":
             yield from _expected_lora(name, module, plan)
 
@@ -91,53 +232,8 @@ def _expected_lora(name: str, module: PlannedModule, plan: AdapterPlan) -> Itera
         yield f"{name}.lora_magnitude_vector", [(outputs,)]
 
 
-@dataclass(frozen=True)
-class BaseModel:
-    """The model that was adapted, by the arguments that loaded it. Its weights are read anew for an export, since those in
-    memory may be quantized or sharded."""
-
-    model: str  # as `resolve_model` takes it
-    revision: str | None = None
-    dtype: str = "float32"  # of the weights in training, before any quantization
-    chat_template: str | None = None  # in place of the tokenizer's own
-
-    @property
-    def source(self) -> ModelSource:
-        """Where it is."""
-        return resolve_model(self.model, self.revision)
-
-    def load(self) -> PreTrainedModel:
-        """Read the weights, on the CPU and in the dtype of training."""
-        return load_model(self.source, self.dtype, None)
-
-    def stored_dtype(self) -> str:
-        """Dtype of most of the weights in its files, as in `DTYPES`; of a GGUF file, which has none, that of training."""
-        source = self.source
-        if "gguf_file" in source.arguments:
-            return self.dtype
-        counts: Counter[str] = Counter()
-        for path in _weight_files(source):
-            counts.update(_parameters_by_dtype(path))
-        dtype = counts.most_common(1)[0][0] if counts else _dtype_of_config(source)
-        return dtype if dtype in DTYPES else self.dtype
-
-    def skeleton(self) -> PreTrainedModel:
-        """The modules without weights, on the meta device."""
-        config = read_config(self.source)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        return model
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with the chat template of training."""
-        tokenizer = load_tokenizer(self.source)
-        if self.chat_template is not None:
-            tokenizer.chat_template = self.chat_template
-        return tokenizer
-
-
 def _weight_files(source: ModelSource) -> list[str]:
-    """The safetensors files of a model, which are on this machine since it has been loaded."""
+    """Paths of a model's safetensors files, which are on this machine since the model has been loaded here."""
 
     def find(name: str) -> str | None:
         try:
@@ -156,7 +252,7 @@ def _weight_files(source: ModelSource) -> list[str]:
 def _dtype_of_config(source: ModelSource) -> str:
     try:
         config = read_config(source)
-    except ModelError:  # of the hub, which cannot be reached
+    except ModelError:  # the hub cannot be reached
         return ""
     return str(config.dtype).removeprefix("torch.")
 
@@ -169,98 +265,3 @@ def _parameters_by_dtype(path: str) -> Counter[str]:
             weight = file.get_slice(name)
             counts[names.get(weight.get_dtype(), weight.get_dtype())] += math.prod(weight.get_shape())
     return counts
-
-
-@dataclass(frozen=True)
-class Training:
-    """What the model card says of the training."""
-
-    steps: int = 0  # optimizer steps
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the module, in plain types
-    data: Mapping[str, Any] | None = None  # class_path and init_args of the data source
-    before: Mapping[str, float] = field(default_factory=dict)  # validation metrics of the start policy
-    after: Mapping[str, float] = field(default_factory=dict)  # and of the last validation,
-    validated_step: int | None = None  # which was after so many steps
-
-
-@dataclass(frozen=True)
-class TrainedPolicy:
-    """A plan, the weights that were trained by it, and the base that they belong to."""
-
-    plan: AdapterPlan
-    weights: Mapping[str, Tensor]  # by the names that PEFT gives them in a file, see `peft_weights`; whole, on the CPU
-    base: BaseModel
-    training: Training = field(default_factory=Training)
-
-
-def base_of(arguments: Mapping[str, Any]) -> BaseModel:
-    """The base model by the arguments of a module such as `PolicyModule`.
-
-    Raises:
-        ConfigError: If they do not name a model.
-    """
-    if not isinstance(arguments.get("model"), str):
-        raise ConfigError(
-            "cannot export: the module does not say which base model it loaded; it needs a hyper-parameter 'model' (folder"
-            " or hub id), as PolicyModule has"
-        )
-    given: dict[str, Any] = {name: arguments.get(name) for name in ("revision", "dtype", "chat_template")}
-    return BaseModel(arguments["model"], **{name: value for name, value in given.items() if value is not None})
-
-
-def training_of(
-    steps: int, arguments: Mapping[str, Any], summary: Mapping[str, Any] | None = None, datamodule: Any = None
-) -> Training:
-    """Put together what is known of a training.
-
-    Args:
-        steps: Optimizer steps taken.
-        arguments: Of the module.
-        summary: State of a `RunSummary`, which has the validation metrics.
-        datamodule: Described by its `source`, if it has one.
-    """
-    summary = summary or {}
-    source: Any = getattr(datamodule, "source", None)
-    return Training(
-        steps=steps,
-        arguments={name: value for name, value in arguments.items() if not name.startswith("_")},
-        data=source.to_config() if hasattr(source, "to_config") else None,
-        before=summary.get("before", {}),
-        after=summary.get("after", {}),
-        validated_step=summary.get("validated_step"),
-    )
-
-
-class ExportForm(Configurable, ABC):
-    """Writes a policy into a folder.
-
-    A form of one's own implements `write` and `how_to_load`.
-    """
-
-    name: str  # of the folder in a run folder
-    library: str  # `library_name` and
-    relation: str  # `base_model_relation` of the model card
-
-    def check(self, plan: AdapterPlan) -> None:
-        """Make sure that the form can hold what a plan trains; most can. Called before training where the plan is known.
-
-        Raises:
-            ConfigError: If it cannot.
-        """
-
-    def weights_dtype(self, policy: TrainedPolicy) -> str | None:
-        """Dtype of the weights that it writes, for the screen and the model card; None says nothing of it."""
-        return None
-
-    @abstractmethod
-    def write(self, policy: TrainedPolicy, folder: Path) -> None:
-        """Write weights, configs and tokenizer; the model card and the plan are written by the caller.
-
-        Args:
-            policy: To write.
-            folder: Empty.
-        """
-
-    @abstractmethod
-    def how_to_load(self, policy: TrainedPolicy) -> str:
-        """Python code for the model card that loads the policy, run with this folder as the working directory."""

@@ -1,7 +1,4 @@
-"""A folder that is there whole or not at all.
-
-`write_policy`: a policy in a form, into a new folder.
-"""
+"""`write_policy`: export a policy in a form into a new folder, which appears complete or not at all."""
 
 import os
 import shutil
@@ -17,36 +14,53 @@ from hybrid_lightning.export.model_card import copy_licence_files, model_card
 from hybrid_lightning.export.trained import ExportForm, TrainedPolicy
 
 
-def check_target(target: Path) -> None:
-    """Make sure that nothing would be overwritten.
+def write_policy(policy: TrainedPolicy, form: ExportForm, target: str | Path) -> Path:
+    """Export a policy together with a model card, its plan and the licence files of the base model.
+
+    Random state is left as it is, so that an export does not change a run that goes on.
+
+    Args:
+        policy: The policy to export.
+        form: What to export it as.
+        target: Path of a new or empty folder, which appears complete or not at all.
+
+    Returns:
+        Path of the folder.
 
     Raises:
-        ConfigError: If the target is a file, a folder that holds something, or below what cannot be written to.
+        ConfigError: If the target is not empty, or the form cannot hold what the plan trains.
+        PlanError: If the base model is not the one that was adapted.
     """
-    if target.is_dir():
-        if next(target.iterdir(), None) is not None:
-            raise ConfigError(f"folder={str(target)!r} is there and not empty; give a new folder, or remove this one")
-    elif target.exists() or target.is_symlink():
-        raise ConfigError(f"folder={str(target)!r} is a file; give a new folder")
-    above = next(folder for folder in target.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ConfigError(f"folder={str(target)!r}: {above} is no folder that can be written to; give a folder elsewhere")
+    form.check(policy.plan)
+    target = Path(target)
+    with new_folder(target) as folder, torch.random.fork_rng(devices=[]):
+        form.write(policy, folder)
+        (folder / "README.md").write_text(model_card(policy, form), encoding="utf-8")
+        policy.plan.save(folder / "plan.json")
+        copy_licence_files(policy.base, folder)
+    return target
+
+
+def written_message(policy: TrainedPolicy, form: ExportForm, folder: str | Path) -> str:
+    """Message for the screen when a policy has been written."""
+    dtype = form.weights_dtype(policy)
+    return f"Policy written to {folder}{f' in {dtype}' if dtype else ''}"
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Fill a folder beside the target, which takes the target's name once it is whole and on the disk.
+    """Within this context a folder beside the target is filled; it gets the target's name once it is complete and on the disk.
 
-    A process that is killed meanwhile leaves `.NAME.XXXXXXXX.partial` behind, which nothing takes for the target.
+    A process that is killed meanwhile leaves `.NAME.XXXXXXXX.partial` behind, which nothing mistakes for the target.
 
     Args:
-        target: New, or an empty folder; folders above it are made.
+        target: Path of a new or empty folder; missing folders above it are made.
 
     Yields:
         The folder to fill.
 
     Raises:
-        ConfigError: If the target holds something, before or when all is written.
+        ConfigError: If the target is not empty, before writing or when all is written.
     """
     target = target.absolute()
     check_target(target)
@@ -60,47 +74,33 @@ def new_folder(target: Path) -> Iterator[Path]:
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
         check_target(target)
-        partial.replace(target)  # an empty folder gives way
+        partial.replace(target)  # replaces an empty folder
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _flush(target.parent)
 
 
+def check_target(target: Path) -> None:
+    """Check that an export can be written to a folder and overwrites nothing.
+
+    Raises:
+        ConfigError: If the target is a file, a folder that is not empty, or in a folder that cannot be written to.
+    """
+    if target.is_dir():
+        if next(target.iterdir(), None) is not None:
+            raise ConfigError(f"folder={str(target)!r} is there and not empty; give a new folder, or remove this one")
+    elif target.exists() or target.is_symlink():
+        raise ConfigError(f"folder={str(target)!r} is a file; give a new folder")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"folder={str(target)!r}: {above} is no folder that can be written to; give a folder elsewhere")
+
+
 def _flush(path: Path) -> None:
+    """Make sure that a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_policy(policy: TrainedPolicy, form: ExportForm, target: str | Path) -> Path:
-    """Export a policy with model card, plan and the base's licence files. No random state changes, so that a run may go on.
-
-    Args:
-        policy: To export.
-        form: As what.
-        target: A new or empty folder. It is there whole or not at all.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ConfigError: If the target holds something, or the form cannot hold the plan.
-        PlanError: If the base model is not the one that was adapted.
-    """
-    form.check(policy.plan)
-    target = Path(target)
-    with new_folder(target) as folder, torch.random.fork_rng(devices=[]):
-        form.write(policy, folder)
-        (folder / "README.md").write_text(model_card(policy, form), encoding="utf-8")
-        policy.plan.save(folder / "plan.json")
-        copy_licence_files(policy.base, folder)
-    return target
-
-
-def written(policy: TrainedPolicy, form: ExportForm, folder: str | Path) -> str:
-    """What the screen says when a policy has been written."""
-    dtype = form.weights_dtype(policy)
-    return f"Policy written to {folder}{f' in {dtype}' if dtype else ''}"

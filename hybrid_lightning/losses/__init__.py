@@ -1,7 +1,7 @@
-"""Policy losses: swap them by class, write your own from `PolicyLoss` and the functions in `functional`.
+"""Policy losses. Swap them by class, or write your own from `PolicyLoss` and the functions in `functional`.
 
-Beside them `SupervisedLoss` and `DPOLoss` for completions that the data has, and what weighs the policy term of any policy loss:
-importance corrections, and the choice of tokens by entropy.
+Two parts weight the policy term of any policy loss: importance corrections (`correction`) and the choice of tokens by their
+entropy (`top_entropy`). `SupervisedLoss` and `DPOLoss` train on completions that the data has.
 """
 
 from hybrid_lightning.losses.cispo import CISPOLoss

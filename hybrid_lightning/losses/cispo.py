@@ -3,16 +3,16 @@
     L = 1/(tokens of the optimizer step) sum over sequences sum_t -sg[min(r_t, cap)] A l_t
     r_t = exp(l_t - l_old_t),      sg = without gradient
 
-The importance weight is bounded, and no token's gradient is stopped: a rare token that opens a new line of thought, and whose
-ratio leaves the range of GRPO at once, goes on being learned.
+The importance weight is bounded, but no token loses its gradient: a rare token that opens a new line of thought, and whose ratio
+leaves the range of GRPO at once, is still learned.
 
-`cap` bounds the ratio itself. ScaleRL (arXiv 2510.13786) and TRL count likewise (5.0); the paper writes it 1 + eps_high, and
-sets no bound below in its experiments, which is the form here. The name differs from `clip_high` of the other losses, a
-distance from 1, on purpose: a class switched on the command line inherits arguments of the same name, and a cap of 0.28 would
-scale the policy term down.
+`cap` bounds the ratio itself, as in ScaleRL (arXiv 2510.13786) and TRL (5.0); the paper writes it as 1 + eps_high. As in the
+paper's experiments there is no bound below. The name differs on purpose from `clip_high` of the other losses, which is a distance
+from 1: a class switched on the command line inherits arguments of the same name, and a cap of 0.28 would scale the policy term
+down.
 
-Departures: optional KL term (the paper has none) and entropy bonus; denominators as in `DAPOLoss`. A dual clip would add
-nothing to the cap.
+Departures from the paper: an optional KL term, of which the paper has none, and an optional entropy bonus; denominators as in
+`DAPOLoss`. There is no dual clip, which would add nothing to the cap.
 """
 
 import math
@@ -27,7 +27,7 @@ from hybrid_lightning.types import LossInputs
 
 
 class CISPOLoss(PolicyLoss):
-    """Log-probability weighted by the advantage and a bounded importance ratio, mean over the tokens of the optimizer step.
+    """Log-probability weighted by the advantage and a bounded importance ratio; mean over the tokens of the optimizer step.
 
     Args:
         cap: largest importance weight of a token.
@@ -51,11 +51,11 @@ class CISPOLoss(PolicyLoss):
 
     @property
     def ignores_zero_advantage(self) -> bool:
-        """True without KL term and entropy bonus."""
+        """True if there is neither a KL term nor an entropy bonus."""
         return self.is_policy_term_alone
 
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted log-probabilities, [B, T], and the ratio of each token."""
+        """The weighted log-probabilities, [B, T], and the ratio of each token."""
         ratio = token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
         return -ratio.detach().clamp(max=self.cap) * inputs.advantages[:, None] * inputs.logprobs, ratio
 
@@ -64,6 +64,6 @@ class CISPOLoss(PolicyLoss):
         return mean_over_tokens(per_token_loss, inputs.completion_mask, inputs.num_tokens)
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """Part of all tokens whose weight was capped and whose A is above 0 (as TRL)."""
+        """The share of tokens whose weight was capped and whose advantage is positive (as in TRL)."""
         capped = (ratio > self.cap) & (inputs.advantages[:, None] > 0)
         return {"cispo_clip_ratio": share(capped.to(ratio.dtype), inputs)}

@@ -1,9 +1,9 @@
-"""`ClippedLoss`: the clipped surrogate of PPO (arXiv 1707.06347) over a ratio that the subclass chooses.
+"""`ClippedLoss`: the clipped surrogate of PPO (arXiv 1707.06347) over an importance ratio r that the subclass defines.
 
     -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
 
-with two clip ranges instead of PPO's one (DAPO, arXiv 2503.14476, "clip-higher"), and optionally a bound on r where A < 0
-("dual clip", arXiv 1912.09729), which that paper writes as max(., dual_clip A): the same number.
+Departures from PPO: two clip ranges instead of one ("clip-higher" of DAPO, arXiv 2503.14476), and optionally a bound on r where
+A < 0 ("dual clip", arXiv 1912.09729). That paper writes the bound as max(., dual_clip A), which is the same number.
 """
 
 import math
@@ -19,12 +19,12 @@ from hybrid_lightning.types import LossInputs
 
 
 class ClippedLoss(PolicyLoss):
-    """Clipped surrogate; a subclass says which importance ratio is clipped.
+    """Base class of clipped losses. A subclass defines `ratio`, the importance ratio that is clipped.
 
     Args:
-        clip_low: the ratio counts down to 1 - clip_low where A < 0.
-        clip_high: the ratio counts up to 1 + clip_high where A > 0.
-        dual_clip: the ratio counts up to this where A < 0; None for no bound.
+        clip_low: where A < 0, the ratio counts no less than 1 - clip_low.
+        clip_high: where A > 0, the ratio counts no more than 1 + clip_high.
+        dual_clip: where A < 0, the ratio counts no more than this; None for no bound.
         kl_coef: weight of the KL to the start policy.
         kl_importance_weight: multiply the KL by the importance ratio.
         entropy_coef: weight of the entropy bonus.
@@ -57,20 +57,20 @@ class ClippedLoss(PolicyLoss):
 
     @property
     def ignores_zero_advantage(self) -> bool:
-        """True without KL term and entropy bonus."""
+        """True if there is neither a KL term nor an entropy bonus."""
         return self.is_policy_term_alone
 
     @abstractmethod
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
-        """The importance ratio, [B, T] or [B] where a sequence has one; arguments as in `policy_term`."""
+        """The importance ratio of each token, [B, T], or of each sequence, [B]; arguments as in `policy_term`."""
 
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """Clipped surrogate of `ratio`, in its shape, and that ratio."""
+        """The clipped surrogate of `ratio`, in its shape, and the ratio."""
         ratio = self.ratio(inputs, old_logprobs)
         return F.clipped_surrogate(ratio, inputs.advantages, self.clip_low, self.clip_high, self.dual_clip), ratio
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """Parts clipped below, above, and either way, of tokens or, where a sequence has one ratio, of sequences (as TRL)."""
+        """The shares clipped below, above and either way (as in TRL); of tokens, or of sequences if these have one ratio each."""
         low, high = F.clip_flags(ratio, inputs.advantages, self.clip_low, self.clip_high)
         flags = {"low": low, "high": high, "region": low | high}
         return {f"clip_ratio/{name}_mean": share(flag.to(ratio.dtype), inputs) for name, flag in flags.items()}

@@ -1,19 +1,21 @@
-"""Importance corrections: what a completion counts if the sampler was not quite the policy that is trained.
+"""Importance corrections: weights for tokens or sequences whose sampling probability differs from the one computed in training.
 
     w = bound(pi(token) / mu(token)),        loss = aggregate(w * policy_term + kl_coef * kl)
 
-pi is the policy under the weights that sampled, as the training forward computes it, and mu the same weights as the sampler
-computed them. In exact arithmetic pi = mu; in bfloat16, with weights merged for sampling, or with another inference engine they
-differ, and the gradient is then that of an off-policy objective (Yao et al., "Your efficient RL framework secretly brings you
-off-policy RL training", 2025, which truncates the ratio of each token). The weight has no gradient and leaves the KL alone.
+pi and mu are the probabilities of a token under the same weights, those that sampled it: pi as the training forward pass computes
+it, mu as the sampler computed it. In exact arithmetic pi = mu. In bfloat16, with weights merged for sampling, or with another
+inference engine they differ, so that the gradient is that of an off-policy objective (Yao et al., "Your efficient RL framework
+secretly brings you off-policy RL training", 2025, which truncates the ratio of each token). The weight w has no gradient, and
+does not change the KL term.
 
 The four classes are the modes of TRL's `vllm_importance_sampling_mode`, with `cap` for its `clip_max` and `floor` for its
-`clip_min`: the ratio of each token, or the product of ratios over a sequence; truncated to the bounds, or counted as 0 outside of
-them (token-wise and with both bounds that is IcePop). What is discarded stays in the loss's denominators, as in TRL.
+`clip_min`. They take the ratio of each token, or the product of the ratios over a sequence, and either truncate it to the bounds
+or set it to 0 outside of them (by token and with both bounds, that is IcePop). Discarded tokens stay in the loss's denominators,
+as in TRL.
 
-`sampling/logp_difference/mean` says whether a correction is worth having: in float32 it is about 1e-6, and w is 1; in bfloat16
-it was 0.02 for SmolLM2-135M, and a token's w at most 1.3, so that a cap of 2 cuts only what has gone wrong. With `top_p` or
-`top_k` mu is still the full softmax (see `Rollouts.sampling_logprobs`), so that what they cut off is not corrected.
+The metric `sampling/logp_difference/mean` shows whether a correction is worth having: in float32 it is about 1e-6, and w is 1; in
+bfloat16 it was 0.02 for SmolLM2-135M, where the w of a token was at most 1.3, so that a cap of 2 cuts only what has gone wrong.
+With `top_p` or `top_k` mu is still the full softmax (see `Rollouts.sampling_logprobs`): their truncation is not corrected.
 """
 
 import math
@@ -28,7 +30,7 @@ from hybrid_lightning.losses import functional as F
 
 
 class ImportanceCorrection(Configurable, ABC):
-    """Base class of corrections: a subclass bounds the ratio of training and sampling probabilities.
+    """Base class of corrections. A subclass bounds the ratio of training and sampling probabilities.
 
     Example:
         >>> class Geometric(ImportanceCorrection):
@@ -48,16 +50,16 @@ class ImportanceCorrection(Configurable, ABC):
             mask: [B, T] bool, True on completion tokens.
 
         Returns:
-            [B, T], or [B] where a sequence has one weight; 1 where the ratio is 1. Padding may hold anything.
+            One weight for each token, [B, T], or for each sequence, [B]; 1 where the ratio is 1. Padding may hold anything.
         """
 
     @torch.no_grad()
     def __call__(self, logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:
-        """Compute the weights of one micro-batch.
+        """Compute the weights of some sequences.
 
         Args:
-            logprobs: [B, T], log pi(token): of the weights that sampled, by the training forward.
-            sampling_logprobs: [B, T], log mu(token): what the sampler recorded.
+            logprobs: [B, T], log pi(token), from the training forward pass with the weights that sampled.
+            sampling_logprobs: [B, T], log mu(token), as the sampler recorded it.
             mask: [B, T] bool, True on completion tokens.
 
         Returns:
@@ -76,14 +78,14 @@ class ImportanceCorrection(Configurable, ABC):
 
 
 class BoundedCorrection(ImportanceCorrection):
-    """What the four corrections share: bounds of the ratio.
+    """Base class of the four corrections, with the bounds of the ratio.
 
     Args:
-        cap: largest ratio. The product over a long sequence wants more room than one token (TRL gives it 3).
+        cap: largest ratio. The product over a long sequence needs more room than the ratio of a token (TRL's default is 3).
         floor: smallest ratio; 0 for no bound below.
 
     Raises:
-        ConfigError: if a ratio of 1, where sampler and training agree, would not lie between the bounds.
+        ConfigError: if the bounds exclude a ratio of 1, where sampler and training agree.
     """
 
     def __init__(self, cap: float = 2.0, floor: float = 0.0) -> None:
@@ -95,41 +97,41 @@ class BoundedCorrection(ImportanceCorrection):
         self.cap, self.floor = cap, floor
 
     def truncated(self, ratio: Tensor) -> Tensor:
-        """The ratio, moved to the nearer bound where it lies outside."""
+        """The ratio, set to the nearer bound where it lies outside of the bounds."""
         return ratio.clamp(self.floor, self.cap)
 
     def discarded(self, ratio: Tensor) -> Tensor:
-        """The ratio, 0 where it lies outside of the bounds."""
+        """The ratio, set to 0 where it lies outside of the bounds."""
         return ratio.masked_fill((ratio < self.floor) | (ratio > self.cap), 0.0)
 
 
 class TokenTruncation(BoundedCorrection):
-    """The ratio of each token, at most `cap`: little variance, biased where it cuts. The first to try."""
+    """The ratio of each token, truncated: little variance, but biased where it is cut. The correction to try first."""
 
     def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """One weight a token, [B, T]."""
+        """One weight for each token, [B, T]."""
         return self.truncated(log_ratio.exp())
 
 
 class TokenMask(BoundedCorrection):
-    """The ratio of each token; a token outside of the bounds teaches nothing."""
+    """The ratio of each token; a token outside of the bounds has weight 0."""
 
     def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """One weight a token, [B, T]."""
+        """One weight for each token, [B, T]."""
         return self.discarded(log_ratio.exp())
 
 
 class SequenceTruncation(BoundedCorrection):
-    """The ratio of each sequence, at most `cap`: unbiased below it, and with more variance the longer the sequence."""
+    """The ratio of each sequence, truncated: unbiased below `cap`, with a variance that grows with the length."""
 
     def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """One weight a sequence, [B]."""
+        """One weight for each sequence, [B]."""
         return self.truncated(log_ratio.sum(dim=1).exp())
 
 
 class SequenceMask(BoundedCorrection):
-    """The ratio of each sequence; a sequence outside of the bounds teaches nothing. TRL's default."""
+    """The ratio of each sequence; a sequence outside of the bounds has weight 0. TRL's default."""
 
     def weights(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """One weight a sequence, [B]."""
+        """One weight for each sequence, [B]."""
         return self.discarded(log_ratio.sum(dim=1).exp())

@@ -1,12 +1,13 @@
-"""Losses of completions that the data has: supervised fine-tuning, and direct preference optimisation.
+"""Losses on completions that the data has: supervised fine-tuning, and direct preference optimisation (DPO).
 
 Axes: E examples of R completions each (`rows_per_example`), which are neighbouring rows of [E * R, T].
 
-A subclass gives a value for each example, its weight, and what the weights of the whole optimizer step add up to:
+A subclass defines the value and the weight of each example, and the sum of the weights over the whole optimizer step:
 
-    loss = sum over examples of values / weight of the step
+    loss = (sum of the values of all examples) / (sum of the weights over the step)
 
-What a call returns is the share of its examples in that, as everywhere (see `base`): how a step is split never changes it.
+A call returns the share of its examples in that loss, as the policy losses do (see `policy_loss`): how a step is split never
+changes the loss.
 """
 
 from abc import ABC, abstractmethod
@@ -21,10 +22,10 @@ from hybrid_lightning.types import LossInputs, LossOutput
 
 
 class ExampleLoss(Configurable, ABC):
-    """Base class of losses of given completions."""
+    """Base class of losses on given completions."""
 
     rows_per_example = 1  # R
-    # Shares of examples of which the policy is ahead of the start policy, which says nothing while it still is the start policy.
+    # Metrics that count the examples on which the policy is ahead of the start policy: they say nothing before the first step.
     shares_ahead: tuple[str, ...] = ()
 
     @property
@@ -34,24 +35,24 @@ class ExampleLoss(Configurable, ABC):
 
     @abstractmethod
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """What each example adds: name -> [E], `loss` among them with gradient, others to be logged."""
+        """The values of each example: name -> [E]. `loss` must be among them, with gradient; the others are logged."""
 
     @abstractmethod
     def weights(self, completion_mask: Tensor) -> Tensor:
-        """What each example counts, [E]: its tokens, or 1."""
+        """The weight of each example, [E]: its number of tokens, or 1."""
 
     @abstractmethod
     def step_weight(self, inputs: LossInputs) -> Tensor | float:
-        """What the weights of all examples of the optimizer step add up to, over micro-batches and ranks."""
+        """The sum of the weights of all examples in the optimizer step, over micro-batches and ranks."""
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """These examples' share in the optimizer step's loss, and in its metrics.
+        """Compute the share of these examples in the optimizer step's loss, and in its metrics.
 
         Args:
-            inputs: Log-probabilities, mask and denominators; advantages are not looked at.
+            inputs: Log-probabilities, mask and denominators; advantages are ignored.
 
         Raises:
-            ConfigError: If the rows are no whole examples, or the reference is missing.
+            ConfigError: If the rows are not a whole number of examples, or the reference is missing.
         """
         name = type(self).__name__
         if len(inputs.completion_mask) % self.rows_per_example:
@@ -65,12 +66,12 @@ class ExampleLoss(Configurable, ABC):
 
 
 class SupervisedLoss(ExampleLoss):
-    """Negative log-likelihood of the completions, a mean over all their tokens in the optimizer step:
+    """Negative log-likelihood of the completions; mean over all their tokens in the optimizer step.
 
-        loss = -sum over examples and tokens of log pi(token) / tokens
+        loss = -(sum over examples and tokens of log pi(token)) / (tokens of the step)
 
-    Prompts are not learned. The denominator is that of the step, over micro-batches and ranks, so that an example in a batch of
-    long ones weighs what it weighs in a batch of short ones (as in TRL, whose `num_items_in_batch` it is).
+    Prompt tokens are not learned. The denominator counts the whole step, over micro-batches and ranks, so that an example weighs
+    the same in a micro-batch of long examples and in one of short examples (in TRL it is `num_items_in_batch`).
 
     Example:
         >>> mask = torch.tensor([[True, True], [True, False]])
@@ -80,36 +81,36 @@ class SupervisedLoss(ExampleLoss):
     """
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """Loss, and entropy if there is one, summed over the tokens of each example."""
+        """The loss, and the entropy if it is given, summed over the tokens of each example."""
         terms = {"loss": -_sum(inputs.logprobs, inputs)}
         return terms if inputs.entropy is None else {**terms, "entropy": _sum(inputs.entropy, inputs)}
 
     def weights(self, completion_mask: Tensor) -> Tensor:
-        """Its tokens."""
+        """The number of tokens of each example."""
         return completion_mask.sum(dim=1)
 
     def step_weight(self, inputs: LossInputs) -> Tensor | float:
-        """Tokens of the step."""
+        """The number of completion tokens in the step."""
         return max(inputs.num_tokens, 1.0) if inputs.num_tokens is not None else inputs.completion_mask.sum().clamp(min=1)
 
 
 class DPOLoss(ExampleLoss):
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, equation 7), a mean over pairs:
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, equation 7); mean over pairs.
 
         margin = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected))
         loss = -(1 - label_smoothing) log sigmoid(beta margin) - label_smoothing log sigmoid(-beta margin)
 
-    Log-probabilities are sums over the tokens of a completion; `ref` is the start policy. Rows come in pairs: the chosen one and
-    the rejected one. Label smoothing is the conservative DPO of its authors' code: the share of pairs that are taken to be
-    labelled the wrong way round. (TRL 1.16 has this term in its loss `aot` and, debiased and with the opposite sign, in `robust`;
-    its `sigmoid` knows no label smoothing.)
+    Log-probabilities are sums over the tokens of a completion; `ref` is the start policy. Rows come in pairs: the chosen
+    completion, then the rejected one. Label smoothing is the conservative DPO in its authors' code: the share of pairs that are
+    assumed to be labelled the wrong way round. (TRL 1.16 has this term in its loss `aot` and, debiased and with the opposite
+    sign, in `robust`; its loss `sigmoid` has no label smoothing.)
 
     Args:
         beta: Strength of the tie to the start policy.
-        label_smoothing: In [0, 0.5).
+        label_smoothing: Share of pairs assumed to be labelled wrongly, in [0, 0.5).
 
     Raises:
-        ConfigError: If a value is impossible.
+        ConfigError: If a value is out of its range.
 
     Example:
         >>> mask = torch.ones(2, 1, dtype=torch.bool)
@@ -129,11 +130,11 @@ class DPOLoss(ExampleLoss):
 
     @property
     def needs_reference(self) -> bool:
-        """Always."""
+        """Always True."""
         return True
 
     def terms(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """Loss of each pair, and the implicit rewards beta log(pi / ref) under the names that users of TRL know."""
+        """The loss of each pair, and the implicit rewards beta log(pi / ref) under their names in TRL."""
         assert inputs.ref_logprobs is not None, "checked before"
         logps = _sum(inputs.logprobs, inputs)
         rewards = self.beta * (logps - _sum(inputs.ref_logprobs, inputs))
@@ -153,15 +154,15 @@ class DPOLoss(ExampleLoss):
         }
 
     def weights(self, completion_mask: Tensor) -> Tensor:
-        """Each pair counts the same."""
+        """Every pair has weight 1."""
         return torch.ones(len(completion_mask) // 2, device=completion_mask.device)
 
     def step_weight(self, inputs: LossInputs) -> Tensor | float:
-        """Pairs of the step."""
+        """The number of pairs in the step."""
         return (len(inputs.completion_mask) if inputs.num_sequences is None else inputs.num_sequences) / 2
 
 
 def _sum(values: Tensor, inputs: LossInputs) -> Tensor:
-    """Sum over the tokens of each row, [B]; padding may hold anything, and half precision is added up in float32."""
+    """Sum over the tokens of each row, [B]. Padding may hold anything; half precision is added up in float32."""
     values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
     return torch.where(inputs.completion_mask, values, 0).sum(dim=1)

@@ -1,18 +1,18 @@
-"""Pure functions that policy losses are made of: ratios, clipping, KL, means with explicit denominators.
+"""Pure functions from which policy losses are built: ratios, clipping, KL, and means with explicit denominators.
 
-Axes: B sequences, T completion tokens (right-padded). A value is per token, [B, T], or per sequence, [B].
+Axes: B sequences, T completion tokens (right-padded). Values are per token, [B, T], or per sequence, [B].
 
-Every function that reads log-probabilities takes the completion mask and looks at nothing outside it: padding may hold
-inf, nan or garbage, and neither a value nor a gradient comes from there. `0 * inf` is nan, so padding is replaced by
-`torch.where` before the arithmetic instead of multiplied away after it.
+Every function that reads log-probabilities takes the completion mask and ignores everything outside of it: padding may hold inf,
+nan or garbage, and contributes neither values nor gradients. Because `0 * inf` is nan, padding is replaced with `torch.where`
+before the arithmetic, instead of being multiplied by 0 afterwards.
 """
 
 import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 40.0
-"""Log-ratios above this count as this, without gradient: exp(89) overflows float32, and inf * 0 in backward is nan. The
-square of exp(40) still fits float32, which gradient norms need. TRL has no such bound; below it nothing differs."""
+"""Larger log-ratios are clamped to this, without gradient: exp(89) overflows float32, and inf * 0 in the backward pass is nan.
+The square of exp(40) still fits float32, as gradient norms require. TRL has no such bound; below it nothing differs."""
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -66,10 +66,10 @@ def clipped_surrogate(
     Args:
         ratio: r, [B, T] or [B].
         advantages: A, [B].
-        clip_low: how far below 1 the ratio counts.
-        clip_high: how far above 1 the ratio counts.
-        dual_clip: the unclipped r counts up to this too, which bounds the loss where A < 0 (arXiv 1912.09729; TRL's
-            `delta`); None for no bound.
+        clip_low: the ratio is clipped at 1 - clip_low from below.
+        clip_high: the ratio is clipped at 1 + clip_high from above.
+        dual_clip: largest value of the unclipped ratio, which bounds the loss where A < 0 (arXiv 1912.09729; TRL's `delta`);
+            None for no bound.
 
     Returns:
         The loss, in the shape of `ratio`.
@@ -82,7 +82,7 @@ def clipped_surrogate(
 
 
 def clip_flags(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """Where the clip of `clipped_surrogate` stops the gradient.
+    """Find where the clip of `clipped_surrogate` stops the gradient.
 
     Args:
         ratio: r, [B, T] or [B].
@@ -133,7 +133,7 @@ def mean_over_sequences(values: Tensor, num_sequences: float | None = None) -> T
 
     Args:
         values: [B].
-        num_sequences: sequences that the whole mean is over; None: the B that are here, empty ones included.
+        num_sequences: number of sequences in the whole mean; None takes the B sequences here, empty ones included.
 
     Returns:
         Scalar. The shares of all micro-batches and ranks add up to the mean.
@@ -161,7 +161,7 @@ def mean_over_tokens(values: Tensor, mask: Tensor, num_tokens: float | None = No
     Args:
         values: [B, T].
         mask: [B, T] bool, True on completion tokens.
-        num_tokens: tokens that the whole mean is over; None: those that are here.
+        num_tokens: number of tokens in the whole mean; None takes the tokens here.
 
     Returns:
         Scalar. The shares of all micro-batches and ranks add up to the mean.
@@ -176,7 +176,7 @@ def mean_over_positions(values: Tensor, mask: Tensor, max_tokens: float, num_seq
     Args:
         values: [B, T].
         mask: [B, T] bool, True on completion tokens.
-        max_tokens: positions of a sequence, whatever T is here; those without a token count as 0.
+        max_tokens: positions of a sequence, which may be more than T; positions without a token count as 0.
         num_sequences: as in `mean_over_sequences`.
 
     Returns:
@@ -193,8 +193,8 @@ def mean_of_micro_batch_means(
     Args:
         values: [B, T].
         mask: [B, T] bool, True on completion tokens.
-        micro_batch_tokens: tokens in the micro-batch that these rows are of; None: those here.
-        num_micro_batches: micro-batches that the whole mean is over; None: this one.
+        micro_batch_tokens: number of tokens in the micro-batch to which these rows belong; None takes the tokens here.
+        num_micro_batches: number of micro-batches in the whole mean; None for 1.
 
     Returns:
         Scalar. The shares of the parts of a micro-batch, and of all micro-batches and ranks, add up to the mean.
@@ -203,16 +203,16 @@ def mean_of_micro_batch_means(
 
 
 def per_token(values: Tensor, mask: Tensor) -> Tensor:
-    """Give every token its sequence's value: [B] becomes [B, T]; [B, T] stays as it is."""
+    """Give every token the value of its sequence: [B] becomes [B, T]; [B, T] stays unchanged."""
     return values.unsqueeze(1).expand(mask.shape) if values.dim() == 1 else values
 
 
 def per_sequence_as(like: Tensor, values: Tensor) -> Tensor:
-    """Shape a value per sequence, [B], so that it broadcasts against `like`, [B, T] or [B]."""
+    """Reshape values per sequence, [B], so that they broadcast against `like`, which is [B, T] or [B]."""
     return values.unsqueeze(1) if like.dim() == 2 else values
 
 
 def _denominator(count: float | None, here: int) -> float:
-    """The count given, else the one here; never 0, since a sum over nothing is to give 0 and not nan."""
+    """The given count, or else the count here; never 0, so that a mean over nothing is 0 and not nan."""
     count = float(here) if count is None else count
     return count if count > 0 else 1.0

@@ -1,64 +1,63 @@
-"""`TokenClippedLoss`: the clipped surrogate over one importance ratio a token, which GRPO and its descendants share.
+"""GRPO and its descendants: the clipped surrogate over one importance ratio per token, r_t = exp(l_t - l_old_t).
 
-They differ in the clip range and in how tokens are averaged.
+The losses differ in their clip range and in how they average over tokens. With
 
-GRPO: Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, equation 3).
+    c_t = -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
 
-    L = mean over sequences of (1/|o|) sum_t [ -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A) + kl_coef k3_t ]
-    r_t = exp(l_t - l_old_t)
+and |o| the number of tokens of a sequence:
+
+`GRPOLoss`: Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, equation 3).
+
+    L = mean over sequences of (1/|o|) sum_t [ c_t + kl_coef k3_t ]
 
 Departures from the paper: two clip ranges (equal by default); an optional dual clip on r; kl_coef is 0 by default instead of
-0.04, as later work with verifiable rewards found the term unneeded (DAPO, Dr. GRPO), and it costs a reference forward pass;
-an optional importance weight on the KL; an optional entropy bonus. "Mean over sequences" is over all sequences of the
-optimizer step and not of one group: with groups of equal size it is the paper's mean over groups.
+0.04, because later work with verifiable rewards found the term unnecessary (DAPO, Dr. GRPO) and it costs a reference forward
+pass; an optional importance weight on the KL; an optional entropy bonus. The mean over sequences is over all sequences of the
+optimizer step instead of one group, which for groups of equal size is the paper's mean over groups.
 
-DAPO: Decoupled Clip and Dynamic Sampling Policy Optimization (arXiv 2503.14476, equation 8).
+`DAPOLoss`: Decoupled Clip and Dynamic Sampling Policy Optimization (arXiv 2503.14476, equation 8).
 
-    L = 1/(sum over sequences of |o|) sum over sequences sum_t -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
-    r_t = exp(l_t - l_old_t)
+    L = 1/(sum over sequences of |o|) sum over sequences sum_t c_t
 
-This class is its objective: a range that is wider above ("clip-higher", 0.2 and 0.28), and every token of the optimizer step
-counting the same, so that a long completion weighs more than a short one. The rest of the paper's recipe lies elsewhere: its
-dynamic sampling is `PolicyModule.dynamic_sampling`, its overlong filtering `PolicyModule.mask_truncated_completions`, its soft
-overlong punishment the reward `OverlongPenalty`.
+The class is the paper's objective: a clip range that is wider above ("clip-higher", 0.2 and 0.28), and the same weight for every
+token of the optimizer step, so that a long completion weighs more than a short one. The other parts of the paper's recipe are
+elsewhere: dynamic sampling is `PolicyModule.dynamic_sampling`, overlong filtering is `PolicyModule.mask_truncated_completions`,
+and the soft overlong punishment is the reward `OverlongPenalty`.
 
-Departures: the denominator is the tokens of the whole optimizer step, over its micro-batches and ranks, where the paper's sum
-is over one group and TRL takes an average step of the generation batch (tokens of the batch / its steps), so that TRL's steps
-weigh the more the longer their own completions are; optional dual clip, KL term (the paper removes it) and entropy bonus.
+Departures: the denominator is the number of tokens in the whole optimizer step, over its micro-batches and ranks. The paper's sum
+is over one group. TRL divides by the average over the steps of a generation batch (tokens of the batch / its steps), so that a
+step with longer completions weighs more there. Also an optional dual clip, KL term (the paper removes it) and entropy bonus.
 
-Dr. GRPO: "GRPO done right" (Understanding R1-Zero-Like Training, arXiv 2503.20783).
+`DrGRPOLoss`: Dr. GRPO, "GRPO done right" (Understanding R1-Zero-Like Training, arXiv 2503.20783).
 
-    L = mean over sequences of (1/max length) sum_t -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
-    A = R - mean of the group
+    L = mean over sequences of (1/max length) sum_t c_t,        A = R - mean of the group
 
-Divided by a constant instead of its own length, a wrong completion is not punished the less the longer it is. The paper also
-drops the standard deviation from the advantage: take `GroupMeanAdvantage` with this loss, which is what
+Each completion is divided by a constant instead of its own length, so that a long wrong completion is not punished less per token
+than a short one. The paper also drops the standard deviation from the advantage: use this loss with `GroupMeanAdvantage`, as
 configs/loss/dr_grpo.yaml does.
 
-The constant is the sampler's `max_new_tokens` (`LossInputs.max_completion_tokens`; TRL's `max_completion_length`), which
-makes the loss of a short completion small: with AdamW no matter, else the learning rate has to know. The paper's own code
-takes a fixed budget too.
+The constant is the sampler's `max_new_tokens` (`LossInputs.max_completion_tokens`; TRL's `max_completion_length`). It makes the
+loss of short completions small, which does not matter with AdamW; with other optimizers the learning rate must take it into
+account. The paper's own code divides by a fixed budget, too.
 
-Departures: optional dual clip, KL term (the paper has none) and entropy bonus.
+Departures: an optional dual clip, KL term (the paper has none) and entropy bonus.
 
-BNPO: GRPO with every token of a micro-batch counting the same (TRL's `loss_type="bnpo"`).
+`BNPOLoss`: GRPO with the same weight for every token of a micro-batch (TRL's `loss_type="bnpo"`).
 
-    L = mean over micro-batches of 1/(tokens of the micro-batch) sum_t -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
-    r_t = exp(l_t - l_old_t)
+    L = mean over micro-batches of 1/(tokens of the micro-batch) sum_t c_t
 
-By this definition the gradient *does* depend on how a step is split, as that of no other loss here: with one completion a
-micro-batch it is `GRPOLoss`, with the whole step in one it is `DAPOLoss` (at equal clip range), and in between a token weighs
-the more the shorter the completions are that it shares a micro-batch with. It is here to repeat results that were got with
-it; for a gradient that devices and `accumulate_grad_batches` do not change take `DAPOLoss`.
+This is the only loss here whose gradient depends, by definition, on how a step is split into micro-batches. With one completion
+per micro-batch it is `GRPOLoss`, and with the whole step in one micro-batch it is `DAPOLoss` (at the same clip range); in
+between, a token weighs more if it shares its micro-batch with short completions. The loss is here to reproduce results that were
+obtained with it. Use `DAPOLoss` for a gradient that does not depend on devices and `accumulate_grad_batches`.
 
-The micro-batch is what Lightning hands to `training_step`: the rows of a step divided by `accumulate_grad_batches` and
-devices. How it is cut further to fit into memory (`max_tokens_per_micro_batch`) changes nothing. Sequences without advantage
-are not left out, since their tokens count in the denominator. Truncated completions that are masked do leave their
-micro-batch, and what remains of the step is dealt evenly to its micro-batches; in TRL they stay where they were, without
-tokens.
+A micro-batch is what Lightning hands to `training_step`: the rows of a step divided by `accumulate_grad_batches` and devices.
+Cutting it further to fit into memory (`max_tokens_per_micro_batch`) changes nothing. Sequences without advantage are not left
+out, since their tokens count in the denominator. Truncated completions that are masked do leave their micro-batch, and the
+remaining rows of the step are distributed evenly over its micro-batches; in TRL they stay in their micro-batch, without tokens.
 
-The paper of this name (arXiv 2506.02864) normalises rewards by a Beta distribution and is something else. Departures from
-TRL: optional dual clip and entropy bonus with the denominator of the whole step.
+Departures from TRL: an optional dual clip, and an entropy bonus with the denominator of the whole step. The paper of this name
+(arXiv 2506.02864) is about something else: it normalises rewards by a Beta distribution.
 """
 
 import warnings
@@ -70,24 +69,25 @@ from hybrid_lightning.losses.clipped import ClippedLoss
 from hybrid_lightning.losses.functional import mean_of_micro_batch_means, mean_over_positions, mean_over_tokens, token_ratio
 from hybrid_lightning.types import LossInputs
 
-# Published ranges of token ratios are 0.1 to 0.3, GSPO's about 4e-4. A single token's ratio easily moves by more than 1% in one
-# update: with less, most tokens would be clipped after the first minibatch and the policy would hardly learn, without saying why.
+# Published clip ranges are 0.1 to 0.3 for the ratios of tokens, and about 4e-4 for GSPO. The ratio of a single token easily moves
+# by more than 1% in one update: with a smaller range most tokens would be clipped after the first minibatch, and the policy would
+# hardly learn, without any message.
 SMALLEST_CLIP = 0.01
 
 
 class TokenClippedLoss(ClippedLoss):
-    """Clipped surrogate with one importance ratio a token; a subclass may give another range and another aggregation.
+    """Clipped surrogate with one importance ratio per token. A subclass may define another clip range and another aggregation.
 
     Args:
-        clip_low: a token's ratio counts down to 1 - clip_low where A < 0.
-        clip_high: a token's ratio counts up to 1 + clip_high where A > 0.
-        dual_clip: a token's ratio counts up to this where A < 0; None for no bound.
+        clip_low: where A < 0, the ratio of a token counts no less than 1 - clip_low.
+        clip_high: where A > 0, the ratio of a token counts no more than 1 + clip_high.
+        dual_clip: where A < 0, the ratio of a token counts no more than this; None for no bound.
         kl_coef: weight of the KL to the start policy.
         kl_importance_weight: multiply the KL by the importance ratio.
         entropy_coef: weight of the entropy bonus.
 
     Raises:
-        ConfigError: if a value is out of its range, or the clip range is one of GSPO.
+        ConfigError: if a value is out of its range, or the clip range is one for GSPO.
     """
 
     def __init__(
@@ -108,33 +108,33 @@ class TokenClippedLoss(ClippedLoss):
             )
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
-        """One ratio a token, [B, T]."""
+        """The ratio of each token, [B, T]."""
         return token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
 
 
 class GRPOLoss(TokenClippedLoss):
-    """Clipped surrogate with one importance ratio a token, mean over sequences of the mean over tokens.
+    """Clipped surrogate with one importance ratio per token; mean over sequences of the mean over tokens.
 
     Arguments and errors are those of `TokenClippedLoss`.
     """
 
 
 class DAPOLoss(TokenClippedLoss):
-    """Clipped surrogate with one importance ratio a token and a wider range above, mean over the tokens of the optimizer step.
+    """Clipped surrogate with one importance ratio per token and a wider range above; mean over the tokens of the optimizer step.
 
     Args:
-        clip_low: a token's ratio counts down to 1 - clip_low where A < 0.
-        clip_high: a token's ratio counts up to 1 + clip_high where A > 0.
-        dual_clip: a token's ratio counts up to this where A < 0; None for no bound.
+        clip_low: where A < 0, the ratio of a token counts no less than 1 - clip_low.
+        clip_high: where A > 0, the ratio of a token counts no more than 1 + clip_high.
+        dual_clip: where A < 0, the ratio of a token counts no more than this; None for no bound.
         kl_coef: weight of the KL to the start policy.
         kl_importance_weight: multiply the KL by the importance ratio.
         entropy_coef: weight of the entropy bonus.
 
     Raises:
-        ConfigError: if a value is out of its range, or the clip range is one of GSPO.
+        ConfigError: if a value is out of its range, or the clip range is one for GSPO.
 
     Warns:
-        UserWarning: if the range is not wider above, as where a class switched on the command line keeps that of `GRPOLoss`.
+        UserWarning: if the range is not wider above, as when a class switched on the command line keeps the range of `GRPOLoss`.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class DAPOLoss(TokenClippedLoss):
 
 
 class DrGRPOLoss(TokenClippedLoss):
-    """Clipped surrogate with one importance ratio a token, sum over tokens / (sequences x longest possible completion).
+    """Clipped surrogate with one importance ratio per token; sum over tokens / (sequences x longest possible completion).
 
     Arguments and errors are those of `TokenClippedLoss`. A `PolicyModule` warns if its advantages are divided by the standard
     deviation of the group.
@@ -172,7 +172,7 @@ class DrGRPOLoss(TokenClippedLoss):
         """Mean over all positions that the completions of the optimizer step could have filled.
 
         Raises:
-            ConfigError: if it is not said how many those are.
+            ConfigError: if `LossInputs.max_completion_tokens` is not given.
         """
         if inputs.max_completion_tokens is None:
             raise ConfigError(
@@ -183,14 +183,14 @@ class DrGRPOLoss(TokenClippedLoss):
 
 
 class BNPOLoss(TokenClippedLoss):
-    """Clipped surrogate with one importance ratio a token, mean over micro-batches of the mean over their tokens.
+    """Clipped surrogate with one importance ratio per token; mean over micro-batches of the mean over their tokens.
 
     Arguments and errors are those of `TokenClippedLoss`.
     """
 
     @property
     def ignores_zero_advantage(self) -> bool:
-        """False: such a sequence adds nothing itself, but its tokens count in the denominator of its micro-batch."""
+        """False: a sequence of advantage 0 adds nothing, but its tokens count in the denominator of its micro-batch."""
         return False
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:

@@ -1,24 +1,27 @@
-"""GSPO: Group Sequence Policy Optimization (arXiv 2507.18071, equations 5 and 7).
+"""GSPO, Group Sequence Policy Optimization (arXiv 2507.18071): the clipped surrogate over one importance ratio per sequence.
+
+    s = exp( (1/|o|) sum_t (l_t - l_old_t) )        (equation 7)
+
+`GSPOLoss` (equation 5):
 
     L = mean over sequences of [ -min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) + kl_coef (1/|o|) sum_t k3_t ]
-    s = exp( (1/|o|) sum_t (l_t - l_old_t) )
 
-Departures from the paper, which has no KL term: an optional one, per token as in GRPO (and in TRL), optionally weighted by
-s; an optional dual clip on s and entropy bonus. "Mean over sequences" is over all sequences of the optimizer step.
+Departures from the paper, which has no KL term: an optional KL term, per token as in GRPO (and in TRL), optionally weighted by s;
+an optional dual clip on s, and an optional entropy bonus. The mean over sequences is over all sequences of the optimizer step.
 
-With one minibatch a rollout s is exactly 1 and nothing is ever clipped: use several.
+With one minibatch per rollout s is exactly 1, and nothing is ever clipped: use several.
 
-GSPO-token: GSPO with a gradient of its own for each token (arXiv 2507.18071, equations 13 and 14).
+`GSPOTokenLoss` (GSPO-token, equations 13 and 14) has a gradient of its own for each token:
 
     L = mean over sequences of (1/|o|) sum_t [ -min(s_t A, clip(s_t, 1 - clip_low, 1 + clip_high) A) + kl_coef k3_t ]
-    s_t = sg[s] exp(l_t - sg[l_t]),      s = exp( (1/|o|) sum_t (l_t - l_old_t) ),      sg = without gradient
+    s_t = sg[s] exp(l_t - sg[l_t]),      sg = without gradient
 
-In value each s_t is the sequence's s, so that all tokens of a sequence are clipped or none. While they also share one
-advantage the loss and its gradient are those of `GSPOLoss`; they differ where tokens are weighed differently, by an
-importance correction per token or by `TopEntropyMask`: there this class stops the gradient of exactly the tokens that are
-left out, and `GSPOLoss` scales that of all of them.
+The value of each s_t is the s of the sequence, so that either all tokens of a sequence are clipped or none. As long as they also
+share one advantage, the loss and its gradient are those of `GSPOLoss`. The two differ if tokens have different weights, from an
+importance correction per token or from `TopEntropyMask`: this class then stops the gradient of exactly the tokens that are left
+out, whereas `GSPOLoss` scales the gradient of all of them.
 
-Departures: those of `GSPOLoss`; with `kl_importance_weight` the KL of a token is weighed by its s_t.
+Departures: those of `GSPOLoss`; with `kl_importance_weight` the KL of a token is multiplied by its s_t.
 """
 
 from torch import Tensor
@@ -28,33 +31,24 @@ from hybrid_lightning.losses.clipped import ClippedLoss
 from hybrid_lightning.losses.functional import sequence_ratio, token_ratio
 from hybrid_lightning.types import LossInputs
 
-# Published GSPO ranges are 3e-4 to 4e-4, GRPO's start at 0.1. Averaged over a completion's tokens, log s is so small that a
-# range of GRPO's size never clips anything; only completions of a few tokens want more than a thousandth.
+# Published clip ranges are 3e-4 to 4e-4 for GSPO, and 0.1 or more for GRPO. log s is an average over the tokens of a completion,
+# and so small that a range of GRPO's size never clips anything. Only completions of a few tokens need more than a thousandth.
 CLIP_LIMIT = 0.1
 
 
-def check_sequence_range(name: str, clip_low: float, clip_high: float) -> None:
-    """Raise ConfigError, naming the loss, if a clip range is one of single tokens' ratios."""
-    if max(clip_low, clip_high) >= CLIP_LIMIT:
-        raise ConfigError(
-            f"{name}: clip_low={clip_low:g}, clip_high={clip_high:g} is too large for ratios of whole sequences ({CLIP_LIMIT} or "
-            "more), as if left over from a GRPO config: set clip_low=3e-4 and clip_high=4e-4."
-        )
-
-
 class GSPOLoss(ClippedLoss):
-    """Clipped surrogate with one length-normalised importance ratio a sequence, mean over sequences.
+    """Clipped surrogate with one length-normalised importance ratio per sequence; mean over sequences.
 
     Args:
-        clip_low: a sequence's ratio counts down to 1 - clip_low where A < 0.
-        clip_high: a sequence's ratio counts up to 1 + clip_high where A > 0.
-        dual_clip: a sequence's ratio counts up to this where A < 0; None for no bound.
+        clip_low: where A < 0, the ratio of a sequence counts no less than 1 - clip_low.
+        clip_high: where A > 0, the ratio of a sequence counts no more than 1 + clip_high.
+        dual_clip: where A < 0, the ratio of a sequence counts no more than this; None for no bound.
         kl_coef: weight of the KL to the start policy.
         kl_importance_weight: multiply the KL by the importance ratio.
         entropy_coef: weight of the entropy bonus.
 
     Raises:
-        ConfigError: if a value is out of its range, or the clip range is one of GRPO.
+        ConfigError: if a value is out of its range, or the clip range is one for GRPO.
     """
 
     def __init__(
@@ -70,23 +64,23 @@ class GSPOLoss(ClippedLoss):
         check_sequence_range(type(self).__name__, clip_low, clip_high)
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
-        """One ratio a sequence, [B]."""
+        """The ratio of each sequence, [B]."""
         return sequence_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
 
 
 class GSPOTokenLoss(ClippedLoss):
-    """Clipped surrogate with one ratio a sequence and one gradient a token, mean over sequences of the mean over tokens.
+    """Clipped surrogate with one ratio per sequence and one gradient per token; mean over sequences of the mean over tokens.
 
     Args:
-        clip_low: a sequence's ratio counts down to 1 - clip_low where A < 0.
-        clip_high: a sequence's ratio counts up to 1 + clip_high where A > 0.
-        dual_clip: a sequence's ratio counts up to this where A < 0; None for no bound.
+        clip_low: where A < 0, the ratio of a sequence counts no less than 1 - clip_low.
+        clip_high: where A > 0, the ratio of a sequence counts no more than 1 + clip_high.
+        dual_clip: where A < 0, the ratio of a sequence counts no more than this; None for no bound.
         kl_coef: weight of the KL to the start policy.
         kl_importance_weight: multiply the KL by the importance ratio.
         entropy_coef: weight of the entropy bonus.
 
     Raises:
-        ConfigError: if a value is out of its range, or the clip range is one of GRPO.
+        ConfigError: if a value is out of its range, or the clip range is one for GRPO.
     """
 
     def __init__(
@@ -107,3 +101,12 @@ class GSPOTokenLoss(ClippedLoss):
         of_sequence = sequence_ratio(inputs.logprobs.detach(), old_logprobs, mask)
         ones = token_ratio(inputs.logprobs, inputs.logprobs.detach(), mask)
         return of_sequence[:, None] * ones
+
+
+def check_sequence_range(name: str, clip_low: float, clip_high: float) -> None:
+    """Raise ConfigError if a clip range is one for the ratios of single tokens; `name` is the loss, for the message."""
+    if max(clip_low, clip_high) >= CLIP_LIMIT:
+        raise ConfigError(
+            f"{name}: clip_low={clip_low:g}, clip_high={clip_high:g} is too large for ratios of whole sequences ({CLIP_LIMIT} or "
+            "more), as if left over from a GRPO config: set clip_low=3e-4 and clip_high=4e-4."
+        )

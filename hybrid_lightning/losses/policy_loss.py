@@ -1,28 +1,27 @@
-"""What a policy loss is given: refused where it cannot be meant, and made ready to compute with.
-
-`PolicyLoss`: what every policy loss shares, so that a new one is a class of about ten lines.
+"""`PolicyLoss`: base class of policy losses, with everything that they share, so that a new one is a class of about ten lines.
 
     loss = aggregate(importance_weights * policy_term + kl_coef * kl) - entropy_coef * entropy
 
-A subclass gives `policy_term`, and may give `aggregate` (default: mean over sequences of the mean over tokens) and
-`policy_metrics`. The base checks the inputs, up-casts half precision, empties the padding, adds the KL and entropy terms, and
-logs.
+Axes: B sequences, T completion tokens (right-padded).
 
-Shares. What a call returns is the *share* of its sequences in the optimizer step's loss: the denominators are those of the
-whole step (`LossInputs.num_sequences`, `num_tokens`), so that the shares of all micro-batches and ranks add up to the loss,
-and how a step is split never changes its gradient. Metrics are shares likewise (see `shares`).
+A subclass defines `policy_term`, and may define `aggregate` (default: mean over sequences of the mean over tokens) and
+`policy_metrics`. The base class checks the inputs, casts half precision to float32, sets padding to 0, adds the KL and entropy
+terms, and computes the metrics.
 
-The KL estimate is k3 (see `functional.k3_kl`), GRPO's (arXiv 2402.03300, equation 4): inside the aggregation, outside the
-clip. With `kl_importance_weight` it is multiplied by the differentiable ratio, which corrects k3 for tokens that the old
-policy sampled (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
+Shares. A call returns the *share* of its sequences in the optimizer step's loss: the denominators count the whole step
+(`LossInputs.num_sequences`, `num_tokens`), so that the shares of all micro-batches and ranks add up to the loss, and how a step
+is split never changes its gradient. Metrics are shares, too (see `shares`).
 
-The entropy bonus is the mean entropy of the policy over all completion tokens of the optimizer step, whatever the
-aggregation, so that its weight means the same for every loss (as in TRL, whose mean is over a micro-batch; verl aggregates it
-as the loss).
+The KL estimate is k3 (see `functional.k3_kl`) as in GRPO (arXiv 2402.03300, equation 4): inside the aggregation, outside the
+clip. With `kl_importance_weight` it is multiplied by the differentiable ratio, which corrects k3 for tokens that the old policy
+sampled (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
 
-Importance weights, if there are any, correct for a sampler that is not quite the policy (see `correction`), or leave tokens
-out (see `top_entropy`). They multiply the policy term of each token after its clip, without gradient; the KL, the entropy
-bonus and the metrics stay as they are (as in TRL, but for its bonus, which is then over the tokens that are left).
+The entropy bonus is the mean entropy of the policy over all completion tokens of the optimizer step, whatever the aggregation, so
+that its weight means the same for every loss (as in TRL, whose mean is over a micro-batch; verl aggregates it like the loss).
+
+Importance weights are optional. They correct for a sampler that differs a little from the policy (see `correction`), or leave
+tokens out (see `top_entropy`). They multiply the policy term of each token after the clip, without gradient. The KL, the entropy
+bonus and the metrics do not change (as in TRL, except that its bonus is then over the remaining tokens).
 """
 
 import math
@@ -37,68 +36,6 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.losses.shares import largest, share
 from hybrid_lightning.types import LossInputs, LossOutput
-
-COUNTS = (
-    "num_sequences",
-    "num_tokens",
-    "updated_sequences",
-    "updated_tokens",
-    "max_completion_tokens",
-    "micro_batch_tokens",
-    "num_micro_batches",
-)
-
-
-def clean_inputs(inputs: LossInputs) -> LossInputs:
-    """Compute in float32 at least, without gradient except through `logprobs` and `entropy`, with 0 for everything padded."""
-    dtype = torch.promote_types(inputs.logprobs.dtype, torch.float32)
-
-    def unpad(values: Tensor) -> Tensor:
-        return torch.where(inputs.completion_mask, values.to(dtype), 0.0)
-
-    old, ref, weights = inputs.old_logprobs, inputs.ref_logprobs, inputs.importance_weights
-    return replace(
-        inputs,
-        logprobs=unpad(inputs.logprobs),
-        advantages=inputs.advantages.detach().to(dtype),
-        old_logprobs=None if old is None else unpad(old.detach()),
-        ref_logprobs=None if ref is None else unpad(ref.detach()),
-        importance_weights=None if weights is None else unpad(weights.detach()),
-        entropy=None if inputs.entropy is None else unpad(inputs.entropy),
-    )
-
-
-def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_entropy: bool) -> None:
-    """Refuse tensors that would broadcast into something else than meant."""
-    shape = tuple(inputs.logprobs.shape)
-    if len(shape) != 2:
-        raise ConfigError(f"{name}: logprobs has shape {shape}: give one log-probability a completion token, [B, T].")
-    per_token = ("logprobs", "old_logprobs", "ref_logprobs", "importance_weights", "entropy")
-    floating = {"advantages": shape[:1], **dict.fromkeys(per_token, shape)}
-    for field, want in {**floating, "completion_mask": shape}.items():
-        value = getattr(inputs, field)
-        if value is not None and tuple(value.shape) != want:
-            raise ConfigError(f"{name}: {field} has shape {tuple(value.shape)}, but logprobs {shape}: it must be {want}.")
-    if inputs.completion_mask.dtype != torch.bool:
-        raise ConfigError(f"{name}: completion_mask is {inputs.completion_mask.dtype}: convert it with `.bool()`.")
-    for field in floating:
-        value = getattr(inputs, field)
-        if value is not None and not value.is_floating_point():
-            raise ConfigError(f"{name}: {field} is {value.dtype}: convert it with `.float()`.")
-    for field in COUNTS:
-        value = getattr(inputs, field)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{name}: {field}={value} is no count: give that of the optimizer step, or None.")
-    if needs_reference and inputs.ref_logprobs is None:
-        raise ConfigError(
-            f"{name}: kl_coef is not 0, but ref_logprobs is None: give the start policy's log-probabilities, or set kl_coef=0."
-        )
-    if needs_entropy and (inputs.entropy is None or (inputs.logprobs.requires_grad and not inputs.entropy.requires_grad)):
-        what = "is None" if inputs.entropy is None else "has no gradient"
-        raise ConfigError(
-            f"{name}: entropy_coef is not 0, but entropy {what}: give the entropy of each token with gradient, or "
-            "set entropy_coef=0."
-        )
 
 
 class PolicyLoss(Configurable, ABC):
@@ -125,7 +62,7 @@ class PolicyLoss(Configurable, ABC):
         [[-0.25, -0.25], [0.5, 0.0]]
     """
 
-    takes_group_std = True  # whether the method's advantages may be divided by the standard deviation of their group
+    takes_group_std = True  # whether advantages may be divided by the standard deviation of their group
 
     def __init__(self, kl_coef: float = 0.0, kl_importance_weight: bool = False, entropy_coef: float = 0.0) -> None:
         name = type(self).__name__
@@ -149,7 +86,7 @@ class PolicyLoss(Configurable, ABC):
 
     @property
     def ignores_zero_advantage(self) -> bool:
-        """Whether a sequence of advantage 0 adds exactly nothing to the loss and its gradient, so that it can be left out.
+        """Whether a sequence of advantage 0 adds exactly 0 to the loss and its gradient, so that it can be left out.
 
         A loss whose policy term is a multiple of the advantage may return `is_policy_term_alone`.
         """
@@ -157,7 +94,7 @@ class PolicyLoss(Configurable, ABC):
 
     @property
     def is_policy_term_alone(self) -> bool:
-        """Whether there is neither a KL term nor an entropy bonus, to which sequences of advantage 0 add as well."""
+        """Whether there is neither a KL term nor an entropy bonus, to which sequences of advantage 0 contribute."""
         return not (self.needs_reference or self.needs_entropy)
 
     @abstractmethod
@@ -165,11 +102,11 @@ class PolicyLoss(Configurable, ABC):
         """The loss before KL and aggregation, and the importance ratio.
 
         Args:
-            inputs: float32 or float64 throughout; log-probabilities are 0 on padding.
-            old_logprobs: [B, T], those of the inputs, or if there are none the current ones without gradient.
+            inputs: all tensors are float32 or float64; log-probabilities are 0 on padding.
+            old_logprobs: [B, T], `inputs.old_logprobs`, or if that is None the current log-probabilities without gradient.
 
         Returns:
-            The loss, [B, T] or [B] where a sequence has one, and the ratio, likewise. Padding may hold anything.
+            The loss, of each token, [B, T], or of each sequence, [B]; and the ratio, likewise. Padding may hold anything.
         """
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
@@ -177,23 +114,25 @@ class PolicyLoss(Configurable, ABC):
         return F.mean_of_sequence_means(per_token_loss, inputs.completion_mask, inputs.num_sequences)
 
     def policy_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """What to log besides the ratio and the KL: name -> scalar share (see the head of this file)."""
+        """Metrics besides the ratio and the KL: name -> scalar share (see the head of this file)."""
         return {}
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """Compute the loss of one micro-batch.
+        """Compute the loss of some sequences: a micro-batch, or a part of it.
 
         Args:
             inputs: log-probabilities (float32, float64, or half precision, which is computed in float32), advantages,
                 mask and denominators.
 
         Returns:
-            The share in the optimizer step's loss, differentiable in `inputs.logprobs`, and metrics, which are shares too:
-            "ratio/mean" (over sequences where the loss has one ratio a sequence, else over tokens), "ratio/max", with a KL
-            term "kl" (mean over tokens, with its importance weight if it has one), and those of `policy_metrics`.
+            The share of the sequences in the optimizer step's loss, differentiable in `inputs.logprobs`, and metrics, which are
+            shares as well: "ratio/mean" (over sequences if the loss has one ratio per sequence, else over tokens), "ratio/max",
+            "kl" if there is a KL term (mean over tokens, with its importance weight if it has one), and those of
+            `policy_metrics`.
 
         Raises:
-            ConfigError: if shapes or dtypes do not fit together, or the KL term lacks its reference or the bonus its entropy.
+            ConfigError: if shapes or dtypes do not fit together, or the reference for the KL term or the entropy for the bonus
+                is missing.
         """
         check_inputs(inputs, type(self).__name__, self.needs_reference, self.needs_entropy)
         inputs = clean_inputs(inputs)
@@ -226,7 +165,7 @@ class PolicyLoss(Configurable, ABC):
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
     def _check_shape(self, method: str, what: str, value: Tensor, *allowed: torch.Size) -> None:
-        """Name the method of a subclass that returned a wrong shape, before broadcasting hides it."""
+        """Raise ConfigError if a method of a subclass returned a wrong shape, which broadcasting would hide."""
         if value.shape not in allowed:
             shapes = " or, with one value a sequence, ".join(str(tuple(shape)) for shape in allowed)
             raise ConfigError(f"{type(self).__name__}.{method} returned a {what} of shape {tuple(value.shape)}: return {shapes}.")
@@ -238,5 +177,68 @@ class PolicyLoss(Configurable, ABC):
         return kl * F.per_token(ratio, inputs.completion_mask) if self.kl_importance_weight else kl
 
     def _ratio_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """Mean and largest ratio."""
+        """Mean and largest of the ratios."""
         return {"ratio/mean": share(ratio, inputs), "ratio/max": largest(ratio, inputs)}
+
+
+COUNTS = (
+    "num_sequences",
+    "num_tokens",
+    "updated_sequences",
+    "updated_tokens",
+    "max_completion_tokens",
+    "micro_batch_tokens",
+    "num_micro_batches",
+)
+
+
+def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_entropy: bool) -> None:
+    """Raise ConfigError for inputs that are missing, impossible, or would broadcast to something that is not meant."""
+    shape = tuple(inputs.logprobs.shape)
+    if len(shape) != 2:
+        raise ConfigError(f"{name}: logprobs has shape {shape}: give one log-probability a completion token, [B, T].")
+    per_token = ("logprobs", "old_logprobs", "ref_logprobs", "importance_weights", "entropy")
+    floating = {"advantages": shape[:1], **dict.fromkeys(per_token, shape)}
+    for field, want in {**floating, "completion_mask": shape}.items():
+        value = getattr(inputs, field)
+        if value is not None and tuple(value.shape) != want:
+            raise ConfigError(f"{name}: {field} has shape {tuple(value.shape)}, but logprobs {shape}: it must be {want}.")
+    if inputs.completion_mask.dtype != torch.bool:
+        raise ConfigError(f"{name}: completion_mask is {inputs.completion_mask.dtype}: convert it with `.bool()`.")
+    for field in floating:
+        value = getattr(inputs, field)
+        if value is not None and not value.is_floating_point():
+            raise ConfigError(f"{name}: {field} is {value.dtype}: convert it with `.float()`.")
+    for field in COUNTS:
+        value = getattr(inputs, field)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{name}: {field}={value} is no count: give that of the optimizer step, or None.")
+    if needs_reference and inputs.ref_logprobs is None:
+        raise ConfigError(
+            f"{name}: kl_coef is not 0, but ref_logprobs is None: give the start policy's log-probabilities, or set kl_coef=0."
+        )
+    if needs_entropy and (inputs.entropy is None or (inputs.logprobs.requires_grad and not inputs.entropy.requires_grad)):
+        what = "is None" if inputs.entropy is None else "has no gradient"
+        raise ConfigError(
+            f"{name}: entropy_coef is not 0, but entropy {what}: give the entropy of each token with gradient, or "
+            "set entropy_coef=0."
+        )
+
+
+def clean_inputs(inputs: LossInputs) -> LossInputs:
+    """Cast to float32 at least, set padding to 0, and detach everything except `logprobs` and `entropy`."""
+    dtype = torch.promote_types(inputs.logprobs.dtype, torch.float32)
+
+    def unpad(values: Tensor) -> Tensor:
+        return torch.where(inputs.completion_mask, values.to(dtype), 0.0)
+
+    old, ref, weights = inputs.old_logprobs, inputs.ref_logprobs, inputs.importance_weights
+    return replace(
+        inputs,
+        logprobs=unpad(inputs.logprobs),
+        advantages=inputs.advantages.detach().to(dtype),
+        old_logprobs=None if old is None else unpad(old.detach()),
+        ref_logprobs=None if ref is None else unpad(ref.detach()),
+        importance_weights=None if weights is None else unpad(weights.detach()),
+        entropy=None if inputs.entropy is None else unpad(inputs.entropy),
+    )

@@ -3,10 +3,11 @@
     L = mean over sequences of (1/|o|) sum_t -A (4/tau) sigmoid(tau (r_t - 1)),      tau = tau_positive if A > 0 else tau_negative
     r_t = exp(l_t - l_old_t)
 
-A soft gate in place of the clip: on-policy its slope is exactly 1, and it falls off smoothly as the ratio leaves 1, faster
-where A < 0, since pushing one token down raises all the others of the vocabulary.
+A soft gate replaces the clip. On-policy its slope is exactly 1, and the slope falls off smoothly as the ratio moves away from 1.
+It falls faster where A < 0, since pushing one token down raises all other tokens of the vocabulary.
 
-Departures: optional KL term and entropy bonus, which the paper has not. A dual clip would add nothing: the gate is bounded.
+Departures from the paper: an optional KL term and entropy bonus, which the paper does not have. There is no dual clip, which
+would add nothing since the gate is bounded.
 """
 
 import math
@@ -21,7 +22,7 @@ from hybrid_lightning.types import LossInputs
 
 
 class SAPOLoss(PolicyLoss):
-    """Sigmoid gate over one importance ratio a token, mean over sequences of the mean over tokens.
+    """Sigmoid gate over one importance ratio per token; mean over sequences of the mean over tokens.
 
     Args:
         tau_positive: steepness of the gate where A > 0.
@@ -50,11 +51,11 @@ class SAPOLoss(PolicyLoss):
 
     @property
     def ignores_zero_advantage(self) -> bool:
-        """True without KL term and entropy bonus."""
+        """True if there is neither a KL term nor an entropy bonus."""
         return self.is_policy_term_alone
 
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """Gated advantages, [B, T], and the ratio of each token."""
+        """The gated advantages, [B, T], and the ratio of each token."""
         ratio = token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
         advantages = inputs.advantages[:, None]
         tau = torch.full_like(advantages, self.tau_negative).masked_fill(advantages > 0, self.tau_positive)

@@ -1,7 +1,7 @@
-"""Shares: what micro-batches and ranks add to the values of an optimizer step, and how they are joined.
+"""Shares: what a micro-batch on a rank contributes to a value of the whole optimizer step, and how shares are joined.
 
-A share's denominator is the whole step's, so that shares add up to the value, except metrics whose names end in "/max" or
-"/min".
+The denominator of a share counts the whole step, so that the shares add up to the value. Metrics whose names end in "/max" or
+"/min" are extremes instead, which are joined as such.
 """
 
 import math
@@ -15,9 +15,9 @@ from hybrid_lightning.types import LossInputs
 
 
 def share(values: Tensor, inputs: LossInputs) -> Tensor:
-    """Share of these values in the optimizer step's mean, over tokens if they are [B, T], over sequences if they are [B].
+    """Share of values in a mean over the optimizer step: over its tokens for [B, T], over its sequences for [B].
 
-    The mean is over the sequences that take part in the update, where some do not.
+    If some sequences do not take part in the update, the mean is over those that do.
     """
     if values.dim() == 2:
         tokens = inputs.num_tokens if inputs.updated_tokens is None else inputs.updated_tokens
@@ -26,42 +26,30 @@ def share(values: Tensor, inputs: LossInputs) -> Tensor:
 
 
 def largest(values: Tensor, inputs: LossInputs) -> Tensor:
-    """Largest of these values, none of them negative, [B, T] or [B]; of no token at all 0, which never wins over another's."""
+    """Largest of values that are not negative, [B, T] or [B]; 0 if there is no token, which never exceeds another value."""
     return _used_or(0.0, values, inputs).max()
 
 
 def smallest(values: Tensor, inputs: LossInputs) -> Tensor:
-    """Smallest of these ratios or weights, [B, T] or [B]; of no token at all 1, where nothing differs."""
+    """Smallest of ratios or weights, [B, T] or [B]; 1 if there is no token."""
     lowest = _used_or(math.inf, values, inputs).min()
     return torch.where(lowest.isinf(), 1.0, lowest)
 
 
 def _used_or(other: float, values: Tensor, inputs: LossInputs) -> Tensor:
-    """Flat values, with `other` for padding or sequences without tokens, and once more at the end, so that one is there."""
+    """Flat values, with `other` for padding and for sequences without tokens, and once at the end so that it is never empty."""
     used = inputs.completion_mask if values.dim() == 2 else inputs.completion_mask.any(dim=1)
     return torch.cat([torch.where(used, values, other).flatten(), values.new_full((1,), other)])
 
 
-def is_extreme(name: str) -> bool:
-    """Whether of a metric of this name the largest or smallest counts, and not the sum."""
-    return name.endswith(("/max", "/min"))
-
-
-def join(name: str, one: Tensor, other: Tensor) -> Tensor:
-    """Join two micro-batches' values of the metric `name`."""
-    if is_extreme(name):
-        return torch.maximum(one, other) if name.endswith("/max") else torch.minimum(one, other)
-    return one + other
-
-
 def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Join the metrics of an optimizer step's micro-batches: extremes of names ending in "/max" or "/min", sums of all others.
+    """Join the metrics of several parts of an optimizer step: extremes for names in "/max" or "/min", sums for all others.
 
     Args:
-        parts: the `LossOutput.metrics` of each micro-batch, computed with the step's denominators.
+        parts: the `LossOutput.metrics` of each part, computed with the step's denominators.
 
     Returns:
-        The metrics of all of them together, again a share if the step has more micro-batches.
+        The metrics of all parts together, which are a share again if the step has more parts.
 
     Example:
         >>> parts = [{"kl": torch.tensor(0.5), "ratio/max": torch.tensor(2.0)}, {"kl": torch.tensor(0.25)}]
@@ -71,5 +59,17 @@ def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     joined: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.items():
-            joined[name] = join(name, joined[name], value) if name in joined else value
+            joined[name] = join_metric(name, joined[name], value) if name in joined else value
     return joined
+
+
+def join_metric(name: str, one: Tensor, other: Tensor) -> Tensor:
+    """Join the values of the metric `name` from two parts of an optimizer step."""
+    if is_extreme(name):
+        return torch.maximum(one, other) if name.endswith("/max") else torch.minimum(one, other)
+    return one + other
+
+
+def is_extreme(name: str) -> bool:
+    """Whether the values of a metric of this name are joined by the largest or smallest of them instead of the sum."""
+    return name.endswith(("/max", "/min"))

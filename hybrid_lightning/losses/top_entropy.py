@@ -1,20 +1,22 @@
 """Top-entropy mask: only the most entropic tokens get a policy gradient (Beyond the 80/20 Rule, arXiv 2506.01939, section 5).
 
-    L = aggregate( 1[H_t >= threshold] policy_term_t ),      threshold: that a share of the tokens reaches
+    L = aggregate( 1[H_t >= threshold] policy_term_t )
 
-H_t is the entropy of the distribution from which token t was drawn, after the temperature. Most tokens of a solution follow
-from those before them; the few at which it could fork decide what is learned, and 20% of the tokens taught a 32B model more
-than all.
+H_t is the entropy of the distribution from which token t was drawn, after the temperature; the threshold is chosen so that a
+given share of the tokens reaches it. Most tokens of a solution follow from those before them. The few tokens at which it could
+fork decide what is learned: in the paper a 32B model learned more from 20% of the tokens than from all.
 
-The threshold is over all completion tokens of the optimizer step, over its micro-batches and ranks, so that splitting a step
-changes neither the mask nor the gradient (in the paper and in TRL it is over a micro-batch). Tokens of sequences without
-advantage, whose policy gradient is zero anyway, do not count. To be known before the first backward pass of a step, entropies
-are those of the policy that sampled, computed when old log-probabilities are; the paper takes those of the policy as it is
-being trained. On the first minibatch of a rollout, which is exactly on-policy, the two are the same, but cost a forward pass
-that is otherwise not needed.
+Departures from the paper:
 
-What is left out stays in the loss's denominators (as in the paper and TRL); the KL and the entropy bonus are of all tokens.
-Ties at the threshold are all kept. Scoring for the adapter's plan uses the gradient of all tokens.
+- The threshold is over all completion tokens of the optimizer step, over its micro-batches and ranks, so that splitting a step
+  changes neither the mask nor the gradient. In the paper and in TRL it is over a micro-batch.
+- Tokens of sequences without advantage, whose policy gradient is zero anyway, do not count.
+- The entropies are those of the policy that sampled, computed together with the old log-probabilities, because they must be known
+  before the first backward pass of a step. The paper takes those of the policy that is being trained. On the first minibatch of
+  a rollout, which is exactly on-policy, the two are the same, but cost a forward pass that is otherwise not needed.
+
+Tokens that are left out stay in the loss's denominators (as in the paper and in TRL). The KL and the entropy bonus are over all
+tokens. All tokens at the threshold are kept. Scoring for the adapter's plan uses the gradient of all tokens.
 """
 
 import math
@@ -30,7 +32,7 @@ class TopEntropyMask(Configurable):
     """Chooses the most entropic tokens of an optimizer step.
 
     Args:
-        share: of the tokens, which get a policy gradient.
+        share: share of the tokens that get a policy gradient.
 
     Raises:
         ConfigError: if `share` is not above 0 and at most 1.
@@ -46,16 +48,16 @@ class TopEntropyMask(Configurable):
         self.share = share
 
     def threshold(self, entropies: Tensor) -> float:
-        """The entropy that `share` of the tokens reach: the (1 - share) quantile, rounded up to a token's.
+        """The entropy that `share` of the tokens reach: the (1 - share) quantile, rounded up to the entropy of a token.
 
         Args:
-            entropies: [N] float32, of all tokens that take part, in nats; N may be 0.
+            entropies: [N] float32, in nats, of all tokens that take part; N may be 0.
 
         Returns:
-            Tokens count whose entropy is at least this.
+            The threshold: tokens whose entropy is at least this get a policy gradient.
         """
         if not len(entropies):
             return math.inf
-        # As `torch.quantile`, which takes no more than 16 million numbers; the small number undoes rounding such as 1 - 0.7.
+        # Not `torch.quantile`, which takes at most 16 million numbers. Subtracting 1e-9 undoes rounding, such as that of 1 - 0.7.
         below = math.ceil((1 - self.share) * (len(entropies) - 1) - 1e-9)
         return float(torch.sort(entropies).values[below])

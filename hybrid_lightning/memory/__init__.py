@@ -1,14 +1,14 @@
-"""How much memory a run will take, from the model's config alone: nothing is loaded and nothing is computed.
+"""Plan how much memory a run will take, from the model's config alone: nothing is loaded and nothing is computed.
 
-    config -> sizes of the model -> traced passes of two layers -> moments of the run -> the largest moment
+    config -> sizes of the model -> traced passes of two layers -> peaks of the run's phases -> the largest peak
 
-A *moment* is a point of the run at which memory is at a local maximum: scoring, generating, validating, updating, and the step of
-the optimizer. What each holds of weights, gradients and optimizer state is arithmetic. What it computes in between is found by
-letting the engine's own code run on tensors that have a shape but no memory.
+The phases of a run are calibrating, scoring, generating, validating, updating, and the optimizer step. What each holds of
+weights, gradients and optimizer state is arithmetic. What it computes in between is found by running the engine's own code on
+tensors that have a shape but no memory.
 """
 
-from hybrid_lightning.memory.peaks import MethodMemory, Parts, plan_memory
+from hybrid_lightning.memory.peaks import Components, MethodMemory, plan_memory
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
 
-__all__ = ["DDP", "FSDP1", "FSDP2", "MethodMemory", "Parts", "RunSettings", "Sharding", "SingleDevice", "plan_memory"]
+__all__ = ["DDP", "FSDP1", "FSDP2", "Components", "MethodMemory", "RunSettings", "Sharding", "SingleDevice", "plan_memory"]

@@ -1,20 +1,16 @@
-"""`LiveTensors`: how many bytes of tensors there are, now and at most.
+"""`FakeModel`: an adapted model of a few layers, whose tensors have a shape but no memory; `LiveTensors` counts their bytes.
 
-An adapted model of a few layers whose tensors have shapes but no memory, and which computes on them as on a CPU.
-
-Fake tensors pretend to lie on the CPU even where the run will use an accelerator, since a torch without CUDA cannot pretend the
-other. Where the engine itself goes another way on accelerators, `PlannedBackend` says so.
+Fake tensors pretend to lie on the CPU even where the run will use an accelerator, since a torch without CUDA cannot pretend
+that they lie there. Where the engine computes differently on accelerators, `PlannedBackend` makes it do so.
 """
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from peft.tuners import lora
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -24,16 +20,15 @@ from torch.utils._pytree import tree_leaves
 from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.engine.attention_hook import UnsupportedAttentionError, use_packing
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.cpu.build import library
-from hybrid_lightning.engine.cpu.operators import fit
-from hybrid_lightning.engine.cpu.products import packs
-from hybrid_lightning.engine.engine import Engine
-from hybrid_lightning.engine.fused_layers import use_fused_layers
-from hybrid_lightning.engine.fused_lora import FusedLora, replace_modules
-from hybrid_lightning.engine.packing import PackedSequences
-from hybrid_lightning.engine.passes import base_model
+from hybrid_lightning.engine import (
+    Engine,
+    PackedSequences,
+    PlannedBackend,
+    UnsupportedAttentionError,
+    base_model,
+    use_fused_layers,
+    use_peft_lora,
+)
 from hybrid_lightning.errors import ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import meta_model, plan_of_budget
@@ -41,9 +36,10 @@ from hybrid_lightning.policy.modes import checkpoint_gradients
 
 
 class LiveTensors(TorchDispatchMode):
-    """Within this context every tensor that an operator makes is counted until it is freed, each storage once.
+    """Within this context, counts every tensor that an operator makes until it is freed, each storage once.
 
-    Backward passes are seen too. Scratch memory within an operator is not, nor are weights that oneDNN keeps in its own order.
+    That includes backward passes. It does not include scratch memory within an operator, or weights that oneDNN keeps in its own
+    order.
 
     Example:
         >>> with LiveTensors() as live:
@@ -59,17 +55,17 @@ class LiveTensors(TorchDispatchMode):
         self._sizes: dict[int, int] = {}  # address of a storage -> its bytes
 
     def count(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors that were made before."""
+        """Count tensors that were made outside of this context."""
         for tensor in tensors:
             self._count(tensor)
 
     def restart_peak(self) -> None:
-        """Let the peak be what there is now."""
+        """Reset the peak to the bytes that there are now."""
         self.peak = self.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):  # as of nearly every operator
+        if isinstance(result, Tensor):  # as with nearly every operator
             self._count(result)
         else:
             for leaf in tree_leaves(result):
@@ -79,17 +75,17 @@ class LiveTensors(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Torch else guards each call against compilers, which takes as long as counting; nothing is compiled in here."""
+        """Spare torch's guard of each call against compilation, which takes as long as counting; nothing is compiled here."""
         return False
 
     def _count(self, tensor: Tensor) -> None:
         if isinstance(tensor, DTensor):
             tensor = tensor._local_tensor
-        if tensor.layout is torch.strided:  # and not oneDNN's own, which has no storage
+        if tensor.layout is torch.strided:  # oneDNN's own layout has no storage
             self.count_storage(tensor.untyped_storage())
 
     def count_storage(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage that was made before, or has another size now."""
+        """Count a storage, which may be known already and have another size now."""
         key, size = storage._cdata, storage.nbytes()
         if key in self._sizes:
             self.bytes += size - self._sizes[key]
@@ -104,16 +100,16 @@ class LiveTensors(TorchDispatchMode):
 
 
 class FakeModel:
-    """A model of `layers` layers, adapted by LoRA or trained fully, or (with neither) as it is scored.
+    """A model of fake tensors, adapted with LoRA or trained fully, or the base model as it is scored.
 
     Args:
-        settings: Of the run.
-        layers: How many.
-        share: 0 for LoRA on all candidates, 1 for all of them trained fully, None for the base model, whose candidates have
+        settings: Settings of the run.
+        layers: Number of layers.
+        share: 0 for LoRA on all candidates, 1 for full training of all candidates, None for the base model, whose candidates have
             gradients.
 
     Raises:
-        ModelError: If the model's attention cannot be told how to attend.
+        ModelError: If the model's attention does not support the engine's packing.
     """
 
     def __init__(self, settings: RunSettings, layers: int, share: float | None) -> None:
@@ -131,23 +127,23 @@ class FakeModel:
             with torch.device("meta"):
                 model = apply_plan(model, plan, settings.keep_start_weights, settings.trained_dtype, backend)
         if settings.quantization is not None:
-            _use_peft_lora(model, backend)
+            use_peft_lora(model, backend)
+        self.model, self.engine = model, Engine(model, backend)
         try:
-            use_packing(base_model(model))
+            self.engine.assume_packing()
         except UnsupportedAttentionError as error:
             raise ModelError(f"the memory of a {settings.config.model_type!r} model cannot be planned: {error}") from error
         if settings.gradient_checkpointing:
             checkpoint_gradients(base_model(model), backend)
-        self.model, self.engine = model, Engine(model, backend)
         self._fake_weights()
 
     def fake(self, tensor: Tensor) -> Tensor:
-        """A tensor of the same shape and dtype."""
+        """Fake tensor of the same shape and dtype."""
         result: Tensor = FakeTensor(self.mode, tensor.detach().to("meta"), torch.device("cpu"))
         return result
 
     def fake_layout(self, packed: PackedSequences) -> None:
-        """Replace the tensors of a layout; what of them decides about shapes has been read when it was made, or is here."""
+        """Replace the tensors of a layout by fake ones, after reading those values in them that decide about shapes."""
         _ = packed.groups
         packed.prompts = self._fake_tensors(packed.prompts)
         packed.bands = [self._fake_tensors(band) for band in packed.bands]
@@ -157,13 +153,13 @@ class FakeModel:
 
     @contextmanager
     def computing(self) -> Iterator[LiveTensors]:
-        """Within this context the model can be called, under the run's precision; yields the count of what that makes.
+        """Within this context the model can be called; yields the counter of the tensors that calls make.
 
-        A gradient is freed as soon as it is complete: `plan_memory` counts the gradients by itself.
+        A gradient is freed as soon as it is complete: `plan_memory` adds the gradients itself.
         """
         live = LiveTensors()
         live.count([*self.model.parameters(), *self.model.buffers()])
-        live.bytes = live.peak = 0  # what computing adds to them
+        live.bytes = live.peak = 0  # count only what computing adds to the weights
         hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in self.model.parameters() if p.requires_grad]
         try:
             with self.mode, live:
@@ -173,11 +169,11 @@ class FakeModel:
                 hook.remove()
 
     def autocast(self) -> torch.autocast:
-        """As the Trainer's precision, by which no cast weight is kept for its next use."""
+        """Autocast as under the run's precision, without a cache of cast weights."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.mixed_precision, cache_enabled=False)
 
     def _fake_weights(self) -> None:
-        made: dict[nn.Parameter, nn.Parameter] = {}  # two modules may share a weight
+        made: dict[nn.Parameter, nn.Parameter] = {}  # for weights that two modules share
         for module in self.model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -189,7 +185,7 @@ class FakeModel:
                     module._buffers[name] = self.fake(buffer)
 
     def _fake_tensors(self, value: Any) -> Any:
-        """The same with a fake for each tensor in it, dataclasses within dataclasses included."""
+        """A copy of a dataclass (or tensor) with fake tensors, also in nested dataclasses."""
         if isinstance(value, Tensor):
             return self.fake(value)
         if not dataclasses.is_dataclass(value):
@@ -198,36 +194,5 @@ class FakeModel:
         return dataclasses.replace(value, **entries)  # type: ignore[type-var]
 
 
-class PlannedBackend(Backend):
-    """What the engine would compute by on a CPU or on an accelerator, whatever fake tensors pretend to lie on."""
-
-    def __init__(self, on_cpu: bool) -> None:
-        super().__init__()
-        self._on_cpu = on_cpu
-        self._has_operators = on_cpu and library() is not None
-
-    def usable(self, *tensors: Tensor) -> bool:
-        """See `Backend`."""
-        return self._has_operators and fit(*tensors)
-
-    def products_are_faster(self, device: torch.device) -> bool:
-        """See `Backend`."""
-        return self._on_cpu
-
-    def copies_pay(self, device: torch.device) -> bool:
-        """See `Backend`."""
-        return self._on_cpu
-
-    def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """See `Backend`; with the copy that there would be, since what packs knows no fake tensors."""
-        kept = weight.clone() if self._on_cpu and packs(weight.dtype) else weight
-        return lambda rows: F.linear(rows, kept)
-
-
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
-
-
-def _use_peft_lora(model: nn.Module, backend: Backend) -> None:
-    """On a quantized base PEFT's own LoRA layers compute, which keep more."""
-    replace_modules(model, lambda module: lora.Linear if type(module) is FusedLora else None, backend)

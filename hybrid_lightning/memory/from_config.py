@@ -1,4 +1,7 @@
-"""A run's config, with its small parts built but neither policy nor Trainer, as `RunSettings` and `Sharding`."""
+"""Read `RunSettings` and `Sharding` from a run's config.
+
+The small objects of the config, such as the sampler, are built, but neither the policy nor the Trainer.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -22,29 +25,29 @@ from hybrid_lightning.sharding.checks import NOTHING_TO_SPLIT, check_optimizer
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
-_PROMPTS = 500  # so many are encoded to find out how long they are
+_MAX_PROMPTS = 500  # at most so many are encoded to find the longest
 
 
 @dataclass(frozen=True)
 class TrainerFlags:
-    """Flags of a Trainer that was not made, since its devices may not be here."""
+    """Flags of a Trainer that is not built, since its devices may not be on this machine."""
 
     sharding: Sharding
     on_cpu: bool
     precision: str
     accumulate_grad_batches: int
-    validates: bool
+    validates: bool  # whether the run validates
 
     @classmethod
     def of(cls, flags: Mapping[str, Any]) -> "TrainerFlags":
         """Read the Trainer's part of a config.
 
         Raises:
-            ConfigError: If the strategy is none of ours, or there is no device.
+            ConfigError: If memory cannot be planned for the strategy, or there is no device.
         """
         kind = flags.get("accelerator") or "auto"
         on_cpu = kind == "cpu" or (kind == "auto" and not torch.accelerator.is_available())
-        devices = _count(flags.get("devices", "auto"), on_cpu) * _at_least_one("num_nodes", flags.get("num_nodes", 1))
+        devices = _device_count(flags.get("devices", "auto"), on_cpu) * _at_least_one("num_nodes", flags.get("num_nodes", 1))
         return cls(
             sharding=_sharding(flags.get("strategy") or "auto", devices, on_cpu),
             on_cpu=on_cpu,
@@ -55,30 +58,30 @@ class TrainerFlags:
 
 
 def policy_arguments(policy: type, *given: Any, **named: Any) -> SimpleNamespace:
-    """What a policy would be made with, defaults included, instead of the policy: as attributes."""
+    """Constructor arguments of a policy as attributes, including defaults, without building the policy."""
     given_by_name = inspect.signature(policy).bind(*given, **named).arguments
     handed_on = given_by_name.pop("kwargs", {})
     return SimpleNamespace(**{**constructor_defaults(policy), **given_by_name, **handed_on})
 
 
 def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prompt_tokens: int | None = None) -> RunSettings:
-    """Settings of a run.
+    """Collect the settings of a run that decide its memory.
 
     Args:
-        policy: Has the arguments of `PolicyModule` as attributes.
+        policy: Arguments of `PolicyModule` as attributes (see `policy_arguments`).
         adapter: The callback `HybridAdapterSetup`.
         data: The data module.
-        flags: Of the Trainer.
-        prompt_tokens: Of each prompt; None takes `data.max_prompt_tokens`, or else reads the training prompts.
+        flags: Flags of the Trainer.
+        prompt_tokens: Length of each prompt; None takes `data.max_prompt_tokens`, or else the longest of the training prompts.
 
     Raises:
-        ConfigError: If a value is impossible, or the length of the prompts cannot be found out.
+        ConfigError: If a value is impossible, or the length of the prompts cannot be determined.
         ModelError: If there is no such model.
     """
     if policy.dtype not in DTYPES:
         raise ConfigError(f"model.dtype must be one of {', '.join(DTYPES)}, got {policy.dtype!r}")
     check_precision(flags.precision, policy.dtype, policy.optimizer)
-    if isinstance(flags.sharding, FSDP2):  # FSDP1 too
+    if isinstance(flags.sharding, FSDP2):  # or its subclass FSDP1
         check_optimizer(policy.optimizer, flags.sharding.name)
     sampler = policy.sampler or Sampler()
     gradients = adapter.gradients
@@ -118,7 +121,7 @@ def _prompt_tokens(policy: Any, data: Any) -> int:
     if limit is not None:
         return int(limit)
     try:
-        prompts = data.train_prompts[:_PROMPTS]
+        prompts = data.train_prompts[:_MAX_PROMPTS]
         tokenizer = load_tokenizer(resolve_model(policy.model, policy.revision))
         encoder = PromptEncoder(tokenizer, policy.chat_template, policy.chat_template_kwargs)
         return max(len(encoder.encode(prompt)) for prompt in prompts)
@@ -132,8 +135,8 @@ def _eval_prompts(data: Any) -> int:
     return 0 if batch is None else min(batch, limit or batch)
 
 
-def _count(devices: Any, on_cpu: bool) -> int:
-    """How many devices `trainer.devices` means."""
+def _device_count(devices: Any, on_cpu: bool) -> int:
+    """Number of devices that `trainer.devices` asks for."""
     if isinstance(devices, str) and "," in devices:
         return len([part for part in devices.split(",") if part.strip()])
     if isinstance(devices, (list, tuple)):
@@ -153,7 +156,7 @@ def _at_least_one(name: str, value: Any) -> int:
 def _sharding(strategy: Any, devices: int, on_cpu: bool) -> Sharding:
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     offload = getattr(strategy, "cpu_offload", False)
-    offload = bool(getattr(offload, "offload_params", offload)) and not on_cpu  # FSDP1's flag is in an object
+    offload = bool(getattr(offload, "offload_params", offload)) and not on_cpu  # FSDP1 has the flag inside an object
     if isinstance(strategy, FSDP2Strategy):
         return FSDP2(devices, offload)
     if isinstance(strategy, FSDP1Strategy):
@@ -163,7 +166,7 @@ def _sharding(strategy: Any, devices: int, on_cpu: bool) -> Sharding:
     if isinstance(strategy, DDPStrategy) or (name.startswith("ddp") and name in StrategyRegistry.available_strategies()):
         return DDP(devices)
     if isinstance(strategy, SingleDeviceStrategy) or name == "auto":
-        return SingleDevice() if devices == 1 else DDP(devices)  # as Lightning chooses
+        return SingleDevice() if devices == 1 else DDP(devices)  # Lightning's choice
     raise ConfigError(
         f"trainer.strategy={name} cannot be planned for; take auto, ddp, --config configs/strategy/fsdp2.yaml or "
         "--config configs/strategy/fsdp.yaml"

@@ -1,6 +1,6 @@
-"""What passes through the model hold while they run: updates, scoring, and decoding.
+"""Bytes that passes through the model hold at their peak: updating, scoring, and decoding.
 
-Each is traced with one layer and with two; what one layer more adds is what each of the others adds.
+Each pass is traced on a model of one layer and on one of two. Their difference is what each further layer adds.
 """
 
 from collections.abc import Callable, Hashable
@@ -9,13 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.decoding import SharedPromptDecoding
-from hybrid_lightning.engine.logprobs import logprobs_of_hidden
-from hybrid_lightning.engine.packing import PackedSequences, begins_group
-from hybrid_lightning.engine.passes import prepacked_projection
-from hybrid_lightning.engine.prepacked import prepacked_weights
+from hybrid_lightning.engine import Backend, PackedSequences, SharedPromptDecoding, begins_group, logprobs_of_hidden
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.rollout.batching import split_by_tokens
@@ -25,40 +19,46 @@ from hybrid_lightning.types import Sequences
 
 @dataclass(frozen=True)
 class Traced:
-    """Bytes at the moment when a pass holds most."""
+    """Bytes that a pass holds at its peak."""
 
     activations: float
     logits: float
-    backward: float = 0.0  # all that the backward pass holds at its peak
+    backward: float = 0.0  # everything that the backward pass holds at its peak
     cache: float = 0.0  # keys and values
     packed: float = 0.0  # copies of weights in the order or dtype in which products read them
 
     def combine(self, other: "Traced", function: Callable[[float, float], float]) -> "Traced":
-        """Field by field."""
+        """Apply a function to each field of both."""
         return Traced(*(function(getattr(self, entry.name), getattr(other, entry.name)) for entry in fields(self)))
 
 
 def passes_of_step(settings: RunSettings, prompts: int) -> list[Sequences]:
-    """The rows of each forward and backward pass of one micro-batch, if all take part and have full length.
+    """Rows of each forward and backward pass of one micro-batch, if all rows take part and have full length.
 
     Args:
-        settings: Of the run.
-        prompts: Of one device in a rollout.
+        settings: Settings of the run.
+        prompts: Prompts of one device in a rollout.
     """
     rows = _sequences(prompts, settings.samples_per_prompt, settings.prompt_tokens, settings.completion_tokens)
-    return _cut(rows.rows(slice(0, max(1, len(rows) // settings.micro_batches))), settings)
+    return _split_into_passes(rows.rows(slice(0, max(1, len(rows) // settings.micro_batches))), settings)
 
 
 def passes_of_scoring(settings: RunSettings, prompts: int) -> list[Sequences]:
-    """The same for calibration, which cuts a rollout by the token budget alone."""
-    return _cut(_sequences(prompts, settings.samples_per_prompt, settings.prompt_tokens, settings.completion_tokens), settings)
+    """Rows of each forward and backward pass of scoring, which splits a rollout by the token budget alone.
+
+    Args:
+        settings: Settings of the run.
+        prompts: Number of calibration prompts.
+    """
+    rows = _sequences(prompts, settings.samples_per_prompt, settings.prompt_tokens, settings.completion_tokens)
+    return _split_into_passes(rows, settings)
 
 
 class Traces:
-    """What passes of a run hold, each found out once.
+    """Traces the passes of a run, each kind of pass once.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
     """
 
     def __init__(self, settings: RunSettings) -> None:
@@ -66,33 +66,35 @@ class Traces:
         self._known: dict[Hashable, Traced] = {}
 
     def update(self, rows: Sequences, share_full: float | None) -> Traced:
-        """Forward and backward pass over rows.
+        """Trace a forward and backward pass.
 
         Args:
-            rows: Of the pass.
-            share_full: Of the candidates' numbers, how many are trained fully; the others are by LoRA. None for the base model,
-                as it is scored.
+            rows: Rows of the pass.
+            share_full: Share of the candidates' parameters that is trained fully, while the others have LoRA; None for the base
+                model as it is scored.
         """
         sizes = (len(rows), int(begins_group(rows).sum()), rows.prompt_ids.shape[1], rows.completion_ids.shape[1])
-        return self._of_share(("update", *sizes), share_full, lambda fake: _update(fake, rows))
+        return self._by_share(("update", *sizes), share_full, lambda fake: _trace_update(fake, rows))
 
     def decoding(self, prompts: int, samples: int, share_full: float | None) -> Traced:
-        """Sampling completions of full length.
+        """Trace the sampling of completions of full length.
 
         Args:
-            prompts: Completed together on one device.
-            samples: Completions of each.
+            prompts: Number of prompts that a device completes together.
+            samples: Completions of each prompt.
             share_full: See `update`.
         """
-        return self._of_share(("decoding", prompts, samples), share_full, lambda fake: _decoding(fake, prompts, samples))
+        return self._by_share(("decoding", prompts, samples), share_full, lambda fake: _trace_decoding(fake, prompts, samples))
 
-    def _of_share(self, name: tuple[str | int, ...], share_full: float | None, trace: Callable[[FakeModel], Traced]) -> Traced:
+    def _by_share(self, name: tuple[str | int, ...], share_full: float | None, trace: Callable[[FakeModel], Traced]) -> Traced:
+        """Interpolate between LoRA on all candidates and all of them trained fully."""
         if share_full is None or share_full in (0, 1):
-            return self._of_layers((*name, share_full), share_full, trace)
-        lora, full = (self._of_layers((*name, share), share, trace) for share in (0, 1))
+            return self._by_layers((*name, share_full), share_full, trace)
+        lora, full = (self._by_layers((*name, share), share, trace) for share in (0, 1))
         return lora.combine(full, lambda few, many: few + share_full * (many - few))
 
-    def _of_layers(self, name: Hashable, share_full: float | None, trace: Callable[[FakeModel], Traced]) -> Traced:
+    def _by_layers(self, name: Hashable, share_full: float | None, trace: Callable[[FakeModel], Traced]) -> Traced:
+        """Extrapolate from one and two layers to all of the model's."""
         if name not in self._known:
             layers = self.settings.layers
             one = trace(FakeModel(self.settings, 1, share_full))
@@ -103,7 +105,7 @@ class Traces:
         return self._known[name]
 
 
-def _update(fake: FakeModel, rows: Sequences) -> Traced:
+def _trace_update(fake: FakeModel, rows: Sequences) -> Traced:
     packed = PackedSequences(rows, fake.engine.backend)
     tokens = fake.fake(rows.completion_ids[rows.completion_mask])
     fake.fake_layout(packed)
@@ -124,15 +126,15 @@ def _update(fake: FakeModel, rows: Sequences) -> Traced:
     return Traced(activations=max(before, with_logits) - logits, logits=logits, backward=live.peak)
 
 
-def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
+def _trace_decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
     settings = fake.settings
     rows = _sequences(prompts, 1, settings.prompt_tokens, 1)
     decoding = SharedPromptDecoding(fake.engine, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
     fake.fake_layout(decoding.layout)
     decoding.lengths = fake.fake(decoding.lengths)
     dtype = torch.bfloat16 if settings.mixed_precision else None
-    with fake.computing() as live, torch.no_grad(), fake.autocast(), prepacked_weights(fake.model, fake.engine.backend, dtype):
-        decoding.project = prepacked_projection(fake.model, fake.engine.backend)
+    with fake.computing() as live, torch.no_grad(), fake.autocast(), fake.engine.sampling(dtype):
+        decoding.prepack_projection()
         packed = live.bytes
         live.restart_peak()
         logits = decoding.prefill(samples)
@@ -153,10 +155,10 @@ def _decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
 
 
 def _draw(logits: Tensor, backend: Backend) -> None:
-    """What the sampler does with logits, at its defaults."""
+    """Sample from logits as the sampler does at its defaults."""
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
     if backend.usable(logits):
-        kernels.draw_tokens(logits, uniform, 1.0)
+        backend.draw_tokens(logits, uniform, 1.0)
     else:
         scaled = logits.float()
         token = draw(filter_logits(scaled, 0, 1.0), uniform)
@@ -164,8 +166,8 @@ def _draw(logits: Tensor, backend: Backend) -> None:
 
 
 def _fill_cache(decoding: SharedPromptDecoding, rows: int) -> None:
-    """Let the next step be that of the last token."""
-    decoding.step(decoding.lengths.new_zeros(rows))  # which allocates room for the first tokens
+    """Grow the cache to its full length, so that the next step is that of the last token."""
+    decoding.step(decoding.lengths.new_zeros(rows))  # allocates room for the first tokens
     made = {layer: [(*part.shape[:3], part.shape[4], part.dtype) for part in pair] for layer, pair in decoding.own.items()}
     decoding.own.clear()
     for layer, pair in made.items():
@@ -177,15 +179,16 @@ def _fill_cache(decoding: SharedPromptDecoding, rows: int) -> None:
 
 
 def _cache(decoding: SharedPromptDecoding) -> list[Tensor]:
+    """Keys and values of prompts and completions."""
     return [part for layers in (decoding.prompt, decoding.own) for pair in layers.values() for part in pair]
 
 
-def _cut(rows: Sequences, settings: RunSettings) -> list[Sequences]:
+def _split_into_passes(rows: Sequences, settings: RunSettings) -> list[Sequences]:
     return [rows.rows(run) for run in split_by_tokens(rows, settings.tokens_of_pass)]
 
 
 def _sequences(prompts: int, samples: int, prompt_tokens: int, completion_tokens: int) -> Sequences:
-    """Rows of these sizes, in which different prompts differ."""
+    """Rows of these sizes, in which each prompt has different tokens."""
     number = torch.arange(prompts).repeat_interleave(samples)[:, None]
     prompt_ids = number.expand(-1, prompt_tokens)
     completion_ids = torch.zeros(len(number), completion_tokens, dtype=torch.long)

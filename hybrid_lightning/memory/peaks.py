@@ -1,6 +1,8 @@
-"""The moments of a run at which it takes most, for full fine-tuning, LoRA and hybrid.
+"""Plan the memory of a run at its peaks, for full fine-tuning, LoRA and hybrid, and show it as a table.
 
-Planned memory as a table, a column for each method.
+A run goes through phases: generating, validating, calibrating and scoring (before a hybrid), updating, and the optimizer step.
+Each has a peak, whose memory is divided into components: what a device holds of weights, gradients and optimizer state is
+arithmetic (strategies.py), and what it computes in between comes from traced passes (pass_memory.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,31 +15,42 @@ from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.memory.process_growth import START, Growth, growth
+from hybrid_lightning.memory.process_growth import START_BYTES, Growth, process_growth
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import (
-    FLOAT32,
+    FLOAT32_BYTES,
     ModelSizes,
     OptimizerBytes,
-    measure,
+    measure_sizes,
     meta_model,
     optimizer_bytes,
     plan_of_budget,
 )
 from hybrid_lightning.memory.strategies import FSDP1, Held, Sharding
 from hybrid_lightning.rollout.loader import RolloutSchedule
-from hybrid_lightning.rollout.sampler import check_positions
+from hybrid_lightning.rollout.rollout_engine import check_positions
 
 if TYPE_CHECKING:
     from hybrid_lightning.memory.pass_memory import Traced
 
+# Row of the table -> fields of `Components` that it adds up.
+_TABLE_ROWS = {
+    "weights": ("weights",),
+    "copies": ("copies", "packed"),
+    "gradients": ("gradients",),
+    "optimizer": ("optimizer",),
+    "activations": ("activations",),
+    "KV cache": ("cache",),
+    "logits": ("logits",),
+}
+
 
 @dataclass(frozen=True)
-class Parts:
-    """Bytes on one device, all of them there at the same moment."""
+class Components:
+    """Bytes on one device at one time, by what they are for."""
 
     weights: float = 0.0
-    copies: float = 0.0  # of weights or gradients: gathered, or in buckets
+    copies: float = 0.0  # of weights or gradients: gathered from other devices, or in buckets
     packed: float = 0.0  # copies of weights in the order or dtype in which decoding reads them
     gradients: float = 0.0
     optimizer: float = 0.0
@@ -47,52 +60,60 @@ class Parts:
 
     @property
     def total(self) -> float:
-        """The sum."""
+        """Sum of all components."""
         return sum(getattr(self, entry.name) for entry in fields(self))
 
 
 @dataclass(frozen=True)
 class MethodMemory:
-    """What one method takes."""
+    """Planned memory of one method: full fine-tuning, LoRA or hybrid."""
 
     method: str
     parameters: int  # of the base model
-    trainable: int
-    moments: dict[str, Parts]
-    host: float = 0.0  # bytes in the memory of the host, of what would else be on the device
-    growth: Growth | None = None  # of the process, beside its tensors, on a CPU
+    trainable: int  # parameters that are trained
+    peaks: dict[str, Components]  # phase of the run -> memory at its peak
+    host: float = 0.0  # bytes in the memory of the host that would otherwise be on the device
+    growth: Growth | None = None  # of the process, on a CPU
 
     @property
-    def peak_moment(self) -> str:
-        """The name of the largest moment."""
-        return max(self.moments, key=lambda name: self.moments[name].total)
+    def peak_phase(self) -> str:
+        """Phase with the largest peak."""
+        return max(self.peaks, key=lambda phase: self.peaks[phase].total)
 
     @property
-    def peak(self) -> float:
-        """Bytes of the largest moment."""
-        return self.moments[self.peak_moment].total
+    def peak_bytes(self) -> float:
+        """Bytes at the largest peak."""
+        return self.peaks[self.peak_phase].total
 
     @property
-    def process(self) -> float:
-        """Bytes by which a process on a CPU grows: the tensors of a moment and what comes with them."""
+    def growth_bytes(self) -> float:
+        """Bytes by which a process on a CPU grows: its tensors, and what comes with them."""
         assert self.growth is not None, "only on a CPU do tensors lie in the memory of the process"
         return self.growth.total
 
     @property
-    def largest(self) -> Parts:
-        """The largest value of each part, which need not be there together."""
-        names = (entry.name for entry in fields(Parts))
-        return Parts(**{name: max(getattr(parts, name) for parts in self.moments.values()) for name in names})
+    def largest_components(self) -> Components:
+        """Each component at its largest; they need not be that large at the same time."""
+        names = (entry.name for entry in fields(Components))
+        return Components(**{name: max(getattr(peak, name) for peak in self.peaks.values()) for name in names})
 
 
 def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]:
-    """What full fine-tuning, LoRA and hybrid take on each device; of several the first, which alone scores the modules.
+    """Plan the memory that full fine-tuning, LoRA and hybrid take on a device.
 
-    Completions are taken to have their full length, and every row an advantage; of a budget's choices that with the largest
-    modules. So it is an upper bound for a run, and what a run with such completions takes.
+    Of several devices it is the first, which alone scores the modules. Completions are taken to have full length, every row to
+    have an advantage, and the budget to choose the largest modules. So the result is an upper bound for any run, and what a run
+    with such completions takes.
+
+    Args:
+        settings: Settings of the run.
+        sharding: How the model lies on devices.
+
+    Returns:
+        The methods: full fine-tuning, LoRA, and the run's own plan or budget if it is neither of them.
 
     Raises:
-        ConfigError: If the prompts cannot be dealt to the devices, or the optimizer cannot be asked.
+        ConfigError: If the prompts cannot be split evenly over the devices, or the optimizer cannot make a step on a CPU.
         ModelError: If the model cannot be traced.
     """
     _check(settings, sharding)
@@ -106,8 +127,64 @@ def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]
     return [run.method(name, budget) for name, budget in budgets.items()]
 
 
+def memory_title(methods: Sequence[MethodMemory], settings: RunSettings, sharding: Sharding) -> str:
+    """What is planned, in one line."""
+    where = "CPU" if settings.on_cpu else "accelerator"
+    name = f"{sharding.name} with CPU offload" if any(method.host for method in methods) else sharding.name
+    devices = f"{name}, {where}" if sharding.devices == 1 else f"{name} on {sharding.devices} devices, {where}"
+    return f"Memory of each device: {methods[0].parameters:,} parameters, {devices}, prompts of {settings.prompt_tokens} tokens"
+
+
+def memory_table(methods: Sequence[MethodMemory]) -> Table:
+    """Planned memory as a table for the screen, one column per method."""
+    table = Table("")
+    for method in methods:
+        table.add_column(method.method, justify="right")
+    for section in (_component_rows(methods), _peak_rows(methods), _total_rows(methods)):
+        for name, cells in section:
+            table.add_row(name, *cells)
+        table.add_section()
+    return table
+
+
+def memory_notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
+    """What the numbers mean, and what they leave out."""
+    lines = [
+        "First the largest that each part becomes, then what is there together in each moment, last the most of it. Completions "
+        "have full length, every row is updated, and of a budget's choices the largest modules are taken: a run's tensors "
+        "take at most this.",
+        "copies: weights gathered from other devices, or packed for decoding on a CPU, and gradients in DDP's buckets.",
+    ]
+    if any(method.host for method in methods):
+        hosts = ", ".join(f"{method.method} {format_bytes(method.host)}" for method in methods)
+        lines.append(f"Weights, gradients and optimizer state that lie on the host take there, for each device: {hosts}.")
+    if methods[0].growth is not None:
+        lines.append(
+            "tensors together leaves out torch, Python and all libraries. growth of the process has in it what comes with "
+            "tensors: by so much its resident memory at the peak exceeds what it was before the model was loaded. That was about "
+            f"{format_bytes(START_BYTES)}, Python and libraries, where this was measured; each process takes both."
+        )
+    else:
+        lines.append(
+            "Not in it: the accelerator's context and torch's code there, about 0.5 GiB, and what the allocator keeps for itself."
+        )
+    return "\n".join(lines)
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes for people.
+
+    Example:
+        >>> format_bytes(0), format_bytes(81_920), format_bytes(3.2e9)
+        ('-', '0.1 MiB', '2.98 GiB')
+    """
+    if count <= 0:
+        return "-"
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
 def _check(settings: RunSettings, sharding: Sharding) -> None:
-    """Refuse what `fit` would."""
+    """Refuse settings that `fit` would refuse."""
     minibatches = settings.micro_batches // settings.accumulate_grad_batches
     schedule = RolloutSchedule(settings.prompts_per_rollout, settings.samples_per_prompt, minibatches)
     schedule.check_split(settings.accumulate_grad_batches, sharding.devices)
@@ -123,49 +200,50 @@ def _check(settings: RunSettings, sharding: Sharding) -> None:
 
 
 class _Run:
-    """What the methods share."""
+    """A run, with what does not depend on the method."""
 
     def __init__(self, settings: RunSettings, sharding: Sharding) -> None:
         self.settings, self.sharding = settings, sharding
         self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimizer, settings.trained_dtype)
         self.candidates = find_candidates(meta_model(settings.config, settings.dtype), settings.target_modules)
         self.prompts = settings.prompts_per_rollout // sharding.devices
-        from hybrid_lightning.memory.pass_memory import Traces, passes_of_step  # which import PEFT, which is slow
+        from hybrid_lightning.memory.pass_memory import Traces, passes_of_step  # imports PEFT, which is slow
 
         self.traces = Traces(settings)
         self.passes = passes_of_step(settings, self.prompts)
-        self.generated = {"generating": (self.prompts, settings.samples_per_prompt)}
+        self.generated = {"generating": (self.prompts, settings.samples_per_prompt)}  # phase -> prompts, completions of each
         if settings.eval_prompts:
             self.generated["validating"] = (settings.eval_prompts, settings.eval_samples)
 
     def method(self, name: str, budget: Budget) -> MethodMemory:
-        """All moments of a method."""
+        """Peaks of all phases with one method."""
         settings = self.settings
         given = settings.plan if name == "plan" else None
         plan: AdapterPlan = given or plan_of_budget(self.candidates, budget, settings.lora)
-        sizes = measure(settings, plan)
-        moments = {label: self._generating(sizes, *counts) for label, counts in self.generated.items()}
+        sizes = measure_sizes(settings, plan)
+        peaks = {phase: self._generating(sizes, *counts) for phase, counts in self.generated.items()}
         if given is None and budget.needs_scores:
-            moments |= self._scoring(sizes)
-        moments |= self._updating(sizes)
+            peaks |= self._scoring(sizes)
+        peaks |= self._updating(sizes)
         host = self.sharding.forward(sizes, self.optimizer.state).host
-        found = MethodMemory(name, sizes.parameters, sizes.trainable, moments, host)
-        return replace(found, growth=self._growth(found, sizes)) if settings.on_cpu else found
+        memory = MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host)
+        return replace(memory, growth=self._growth(memory, sizes)) if settings.on_cpu else memory
 
-    def _growth(self, found: MethodMemory, sizes: ModelSizes) -> Growth:
+    def _growth(self, memory: MethodMemory, sizes: ModelSizes) -> Growth:
+        """Growth of the process in the phase in which it is largest."""
         batches = set(self.generated.values())
         if "validating" in self.generated:
             batches.add((self.settings.eval_prompts, 1))  # the greedy completions
-        if "calibrating" in found.moments:
-            batches.add((self._completed_together, self.settings.samples_per_prompt))
+        if "calibrating" in memory.peaks:
+            batches.add((self._calibration_batch, self.settings.samples_per_prompt))
         split = not self.sharding.whole_on_every_device
-        # Scoring comes before weights are split over processes.
         return max(
             (
-                growth(self.settings, sizes, parts.total, batches, split and moment not in ("calibrating", "scoring"))
-                for moment, parts in found.moments.items()
+                # Scoring comes before the weights are split over processes.
+                process_growth(self.settings, sizes, peak.total, batches, split and phase not in ("calibrating", "scoring"))
+                for phase, peak in memory.peaks.items()
             ),
-            key=lambda of_moment: of_moment.total,
+            key=lambda growth: growth.total,
         )
 
     @property
@@ -173,62 +251,73 @@ class _Run:
         return self.settings.calibration_prompts or self.settings.prompts_per_rollout
 
     @property
-    def _completed_together(self) -> int:
-        """Of the calibration prompts."""
+    def _calibration_batch(self) -> int:
+        """Calibration prompts that are completed together."""
         return min(self._calibration_prompts, self.settings.prompts_per_rollout)
 
-    def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Parts:
+    def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
         held = self.sharding.generating(sizes, self.optimizer.state)
-        return _parts(held, self.traces.decoding(prompts, samples, sizes.share_full))
+        return _components(held, self.traces.decoding(prompts, samples, sizes.share_full))
 
-    def _scoring(self, sizes: ModelSizes) -> dict[str, Parts]:
-        """The first device has the base model as it is loaded, in one piece, and nothing else."""
+    def _scoring(self, sizes: ModelSizes) -> dict[str, Components]:
+        """Peaks of calibrating and scoring, where the first device has the whole base model as loaded, and nothing else."""
         settings = self.settings
         base = sizes.parameters * settings.dtype.itemsize
         prompts = self._calibration_prompts
-        generated = self.traces.decoding(self._completed_together, settings.samples_per_prompt, None)
+        generated = self.traces.decoding(self._calibration_batch, settings.samples_per_prompt, None)
         from hybrid_lightning.memory.pass_memory import passes_of_scoring  # as above
 
-        longest = max(passes_of_scoring(settings, prompts), key=_tokens)
+        longest = max(passes_of_scoring(settings, prompts), key=_row_count)
         # The sums of gradients are kept in the memory of the host.
-        sums = settings.scoring_copies * FLOAT32 * sizes.candidates if settings.on_cpu else 0
+        sums = settings.scoring_copies * FLOAT32_BYTES * sizes.candidates if settings.on_cpu else 0
         held = Held(base, sums, 0)
         return {
-            "calibrating": _parts(Held(base, 0, 0), generated),
+            "calibrating": _components(Held(base, 0, 0), generated),
             "scoring": _largest((held, held, held), self.traces.update(longest, None)),
         }
 
-    def _updating(self, sizes: ModelSizes) -> dict[str, Parts]:
-        """Gradients of the last step are there until a pass of the next goes backward, or its second pass begins."""
+    def _updating(self, sizes: ModelSizes) -> dict[str, Components]:
+        """Peaks of updating and, on an accelerator, of the optimizer step.
+
+        Gradients of the previous step are cleared before the backward pass of a micro-batch, or, where a micro-batch takes
+        several passes, before the first of them. With gradient accumulation, micro-batches after the first of a step run beside
+        the gradients of earlier ones.
+        """
         sharding, state = self.sharding, self.optimizer.state
-        begin, forward, backward = (way(sizes, state) for way in (sharding.begin, sharding.forward, sharding.backward))
+        begin, forward, backward = (held(sizes, state) for held in (sharding.begin, sharding.forward, sharding.backward))
         first, *others = self.passes
         cleared = [replace(held, gradients=0) for held in (begin, forward, backward)]
         if self.settings.accumulate_grad_batches > 1:
-            ways = (begin, forward, backward)
+            stages = (begin, forward, backward)
         else:
-            ways = (cleared[0], cleared[1], cleared[2]) if others else (begin, forward, cleared[2])
-        parts = [_largest(ways, self.traces.update(first, sizes.share_full))]
+            stages = (cleared[0], cleared[1], cleared[2]) if others else (begin, forward, cleared[2])
+        peaks = [_largest(stages, self.traces.update(first, sizes.share_full))]
         if others:
-            longest = self.traces.update(max(others, key=_tokens), sizes.share_full)
-            parts.append(_largest((begin, forward, backward), longest))
-        moments = {"updating": max(parts, key=lambda each: each.total)}
+            longest = self.traces.update(max(others, key=_row_count), sizes.share_full)
+            peaks.append(_largest((begin, forward, backward), longest))
+        updating = {"updating": max(peaks, key=lambda peak: peak.total)}
         step = self.optimizer.step * sizes.trainable / (1 if self.sharding.whole_on_every_device else self.sharding.devices)
         if step and not self.settings.on_cpu and not forward.host:
-            moments["optimizer step"] = Parts(forward.weights, gradients=forward.gradients, optimizer=forward.optimizer + step)
-        return moments
+            optimizer = forward.optimizer + step
+            updating["optimizer step"] = Components(forward.weights, gradients=forward.gradients, optimizer=optimizer)
+        return updating
 
 
-def _largest(ways: tuple[Held, Held, Held], traced: "Traced") -> Parts:
-    """The largest of the beginning of a forward pass, the pass, and its backward pass."""
-    begin, forward, backward = ways
+def _largest(stages: tuple[Held, Held, Held], traced: "Traced") -> Components:
+    """Peak of a pass: at its beginning, at the end of its forward pass, or in its backward pass."""
+    begin, forward, backward = stages
     nothing = replace(traced, activations=0.0, logits=0.0)
-    moments = [_parts(begin, nothing), _parts(forward, traced), _parts(backward, replace(nothing, activations=traced.backward))]
-    return max(moments, key=lambda parts: parts.total)
+    peaks = [
+        _components(begin, nothing),
+        _components(forward, traced),
+        _components(backward, replace(nothing, activations=traced.backward)),
+    ]
+    return max(peaks, key=lambda peak: peak.total)
 
 
-def _parts(held: Held, traced: "Traced") -> Parts:
-    return Parts(
+def _components(held: Held, traced: "Traced") -> Components:
+    """What a device holds together with what a pass computes."""
+    return Components(
         weights=held.weights,
         copies=held.copies,
         packed=traced.packed,
@@ -240,94 +329,27 @@ def _parts(held: Held, traced: "Traced") -> Parts:
     )
 
 
-def _tokens(rows: object) -> int:
-    return len(rows)  # type: ignore[arg-type]  # all rows have the same length
+def _row_count(rows: object) -> int:
+    """Rows of a pass; all rows have the same length, so the pass with most rows has most tokens."""
+    return len(rows)  # type: ignore[arg-type]
 
 
-# Of `Parts`, with what they are called.
-_PARTS = {
-    "weights": ("weights",),
-    "copies": ("copies", "packed"),
-    "gradients": ("gradients",),
-    "optimizer": ("optimizer",),
-    "activations": ("activations",),
-    "KV cache": ("cache",),
-    "logits": ("logits",),
-}
-
-
-def rich_table(methods: Sequence[MethodMemory]) -> Table:
-    """For the screen."""
-    table = Table("")
-    for method in methods:
-        table.add_column(method.method, justify="right")
-    for group in (parts(methods), moments(methods), totals(methods)):
-        for name, cells in group:
-            table.add_row(name, *cells)
-        table.add_section()
-    return table
-
-
-def title(methods: Sequence[MethodMemory], settings: RunSettings, sharding: Sharding) -> str:
-    """What is planned, in one line."""
-    where = "CPU" if settings.on_cpu else "accelerator"
-    name = f"{sharding.name} with CPU offload" if any(method.host for method in methods) else sharding.name
-    devices = f"{name}, {where}" if sharding.devices == 1 else f"{name} on {sharding.devices} devices, {where}"
-    return f"Memory of each device: {methods[0].parameters:,} parameters, {devices}, prompts of {settings.prompt_tokens} tokens"
-
-
-def parts(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
-    """What is trained, and the largest that each part becomes."""
+def _component_rows(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
+    """Trainable parameters, and each component at its largest."""
     yield "trained numbers", [f"{method.trainable:,}" for method in methods]
-    for name, of_part in _PARTS.items():
-        yield name, [size(sum(getattr(method.largest, field) for field in of_part)) for method in methods]
+    for name, components in _TABLE_ROWS.items():
+        yield name, [format_bytes(sum(getattr(method.largest_components, field) for field in components)) for method in methods]
 
 
-def moments(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
-    """What is there together in each moment."""
-    names = {name: None for method in methods for name in method.moments}
-    for name in names:
-        yield name, [size(method.moments[name].total) if name in method.moments else "-" for method in methods]
+def _peak_rows(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
+    """Peak of each phase."""
+    phases = {phase: None for method in methods for phase in method.peaks}
+    for phase in phases:
+        yield phase, [format_bytes(method.peaks[phase].total) if phase in method.peaks else "-" for method in methods]
 
 
-def totals(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
-    """The most that is there together; on a CPU also by how much the process grows."""
-    yield "tensors together", [size(method.peak) for method in methods]
+def _total_rows(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
+    """Largest peak of tensors, and on a CPU the growth of the process."""
+    yield "tensors together", [format_bytes(method.peak_bytes) for method in methods]
     if all(method.growth is not None for method in methods):
-        yield "growth of the process", [size(method.process) for method in methods]
-
-
-def notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
-    """What the numbers mean, and what they leave out."""
-    lines = [
-        "First the largest that each part becomes, then what is there together in each moment, last the most of it. Completions "
-        "have full length, every row is updated, and of a budget's choices the largest modules are taken: a run's tensors "
-        "take at most this.",
-        "copies: weights gathered from other devices, or packed for decoding on a CPU, and gradients in DDP's buckets.",
-    ]
-    if any(method.host for method in methods):
-        hosts = ", ".join(f"{method.method} {size(method.host)}" for method in methods)
-        lines.append(f"Weights, gradients and optimizer state that lie on the host take there, for each device: {hosts}.")
-    if methods[0].growth is not None:
-        lines.append(
-            "tensors together leaves out torch, Python and all libraries. growth of the process has in it what comes with "
-            "tensors: by so much its resident memory at the peak exceeds what it was before the model was loaded. That was about "
-            f"{size(START)}, Python and libraries, where this was measured; each process takes both."
-        )
-    else:
-        lines.append(
-            "Not in it: the accelerator's context and torch's code there, about 0.5 GiB, and what the allocator keeps for itself."
-        )
-    return "\n".join(lines)
-
-
-def size(count: float) -> str:
-    """Bytes as a person reads them.
-
-    Example:
-        >>> size(0), size(81_920), size(3.2e9)
-        ('-', '0.1 MiB', '2.98 GiB')
-    """
-    if count <= 0:
-        return "-"
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+        yield "growth of the process", [format_bytes(method.growth_bytes) for method in methods]

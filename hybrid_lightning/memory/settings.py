@@ -1,4 +1,4 @@
-"""`RunSettings`: what of a run's config decides how much memory it takes."""
+"""`RunSettings`: the settings of a run that decide how much memory it takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.engine.token_budget import tokens_of_pass
+from hybrid_lightning.engine import tokens_of_pass
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.optim import OptimizerCallable
 from hybrid_lightning.policy.quantization import Quantization
@@ -19,18 +19,18 @@ from hybrid_lightning.policy.quantization import Quantization
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Sizes of a run, with the names that the policy, the adapter and the data module have for them."""
+    """Settings of a run, named as in the policy, the adapter callback and the data module."""
 
     config: PretrainedConfig  # of the model
-    prompt_tokens: int  # of each prompt
-    completion_tokens: int  # of each completion: `sampler.max_new_tokens`, as if all were that long
+    prompt_tokens: int  # length of each prompt
+    completion_tokens: int  # `sampler.max_new_tokens`, which is taken as the length of every completion
     prompts_per_rollout: int = 8  # over all devices
     samples_per_prompt: int = 8
-    micro_batches: int = 1  # of one pass over a rollout: minibatches_per_rollout x accumulate_grad_batches
+    micro_batches: int = 1  # that a rollout is split into: minibatches_per_rollout x accumulate_grad_batches
     accumulate_grad_batches: int = 1
-    eval_prompts: int = 0  # prompts of a device that are validated together; 0 where there is no validation
+    eval_prompts: int = 0  # prompts that a device validates together; 0: no validation
     eval_samples: int = 8
-    calibration_prompts: int | None = None  # None: as many as a rollout has
+    calibration_prompts: int | None = None  # None: as many as in a rollout
     dtype: torch.dtype = torch.float32  # of the frozen weights
     trained_dtype: torch.dtype = torch.float32  # of the trained weights
     mixed_precision: bool = False  # matrix products in bfloat16, by autocast
@@ -43,9 +43,9 @@ class RunSettings:
     target_modules: Sequence[str] | None = None
     keep_start_weights: bool = True
     entropy_gradient: bool = False  # whether the loss has an entropy bonus
-    plan: AdapterPlan | None = None  # which modules are trained fully, where that is known
-    quantization: Quantization | None = None  # of the frozen base
-    scoring_copies: int = 1  # float32 copies of all candidates that scoring keeps, in the memory of the host
+    plan: AdapterPlan | None = None  # plan of the run, where there is one already
+    quantization: Quantization | None = None  # of the frozen base model
+    scoring_copies: int = 1  # float32 copies of all candidates that scoring keeps in the memory of the host
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "completion_tokens"):
@@ -54,15 +54,15 @@ class RunSettings:
 
     @property
     def layers(self) -> int:
-        """Decoder layers of the model."""
+        """Number of decoder layers of the model."""
         return int(self.text_config.num_hidden_layers)
 
     @property
     def text_config(self) -> Any:
-        """The part of the config that is about the language model."""
+        """Config of the language model, which for multimodal models is a part of `config`."""
         return self.config.get_text_config()
 
     @property
     def tokens_of_pass(self) -> int:
-        """Tokens that a forward and backward pass may take."""
+        """Number of tokens that one forward and backward pass may take."""
         return self.max_tokens_per_micro_batch or tokens_of_pass(self.text_config, self.gradient_checkpointing, self.on_cpu)

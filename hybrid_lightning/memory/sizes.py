@@ -1,6 +1,6 @@
-"""What an optimizer keeps for each number that it trains, found out by letting it train a few.
+"""Sizes of a model and its optimizer state: parameters and bytes, counted on the meta device.
 
-`ModelSizes`: parameters and bytes of a model's parts, with each of the three methods; counted on the meta device.
+What an optimizer keeps for each trained parameter is measured by letting it make a step on a small one.
 """
 
 import copy
@@ -22,113 +22,43 @@ from hybrid_lightning.policy.optim import OptimizerCallable, make_optimizer
 from hybrid_lightning.policy.quantization import NF4, Quantization
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
-_SHAPE = (64, 4096)  # bitsandbytes keeps 8 bits for tensors of 4,096 numbers or more
-
-
-@dataclass(frozen=True)
-class OptimizerBytes:
-    """Bytes for each trained number."""
-
-    state: float
-    step: float  # more while it makes a step on an accelerator, where it updates all tensors together
-
-
-def optimizer_bytes(optimizer: OptimizerCallable, dtype: torch.dtype = torch.float32) -> OptimizerBytes:
-    """Make one step.
-
-    Args:
-        optimizer: Called with parameter groups, as by the policy.
-        dtype: Of what it trains.
-
-    Raises:
-        ConfigError: If it cannot make a step on a CPU.
-    """
-    parameter = nn.Parameter(torch.zeros(_SHAPE, dtype=dtype))
-    try:
-        built = make_optimizer(optimizer, [{"params": [parameter], "lr": 0.0, "name": "full"}])
-        parameter.grad = torch.ones_like(parameter)
-        built.step()
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError) as error:
-        raise ConfigError(f"model.optimizer cannot be planned for: {' '.join(str(error).split())[:300]}") from error
-    kept = [
-        value for state in built.state.values() for value in state.values() if isinstance(value, Tensor) and value.numel() > 1
-    ]
-    # torch's own compute all denominators at once, if not told otherwise; of bfloat16 weights only some at a time.
-    alone = (
-        built.defaults.get("fused") or built.defaults.get("foreach") is False or not type(built).__module__.startswith("torch.")
-    )
-    return OptimizerBytes(
-        state=sum(value.untyped_storage().nbytes() for value in kept) / parameter.numel(), step=0.0 if alone else 4.0
-    )
-
-
-FLOAT32 = 4  # bytes
-
-
-def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
-    """The model of a config, frozen and without memory.
-
-    Args:
-        config: Of a causal language model.
-        dtype: Of its weights.
-        layers: As if it had so few; None for all.
-
-    Raises:
-        ModelError: If transformers knows no such causal language model.
-    """
-    if layers is not None:
-        config = copy.deepcopy(config)
-        text: Any = config.get_text_config()
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot make a causal language model of this config: {' '.join(str(error).split())[:300]}") from error
-    return model.requires_grad_(False).eval()
-
-
-def plan_of_budget(candidates: Mapping[str, nn.Module], budget: Budget, lora: LoraSettings) -> AdapterPlan:
-    """A plan as a budget would make it if the largest modules had the highest scores: it trains as much as may be."""
-    scores = {name: float(module.weight.numel()) for name, module in candidates.items()}  # type: ignore[operator, union-attr]
-    return make_plan(model="", model_digest="", candidates=candidates, budget=budget, lora=lora, scores=scores)
+FLOAT32_BYTES = 4
+_PROBE_SHAPE = (64, 4096)  # bitsandbytes uses 8 bits only for tensors of 4,096 entries or more
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What a model with an adapter holds; all in bytes but for the counts."""
+    """Sizes of a model with an adapter."""
 
-    parameters: int  # of the base
-    trainable: int  # numbers
-    full: int  # of these, in fully trained modules
-    trained_width: int  # bytes of a trained number, and of its gradient
-    frozen_bytes: int  # base weights that are kept
-    block_bytes: int  # the largest decoder block, with its part of the adapter
-    block_gradients: int  # of that block
-    block_parameters: int  # of that block, trained or not
-    outside_bytes: int  # what is in no block: embeddings, output layer
-    candidates: int  # numbers in all candidates
-    share_full: float  # of the candidates' numbers
+    parameters: int  # of the base model
+    trainable: int  # trained parameters
+    full: int  # those of them that are in fully trained modules
+    trained_width: int  # bytes of a trained parameter, and of its gradient
+    frozen_bytes: int  # bytes of the base model's weights that are kept
+    block_bytes: int  # bytes of the largest decoder block, including its adapter
+    block_gradients: int  # bytes of that block's gradients
+    block_parameters: int  # parameters of that block, trained or not
+    outside_bytes: int  # bytes of weights outside of blocks: embeddings, output layer
+    candidates: int  # parameters of all candidates
+    share_full: float  # share of the candidates' parameters that is trained fully
 
     @property
     def trained_bytes(self) -> int:
-        """The weights that are trained, which are as many bytes as their gradients."""
+        """Bytes of the trained weights, which is also that of their gradients."""
         return self.trainable * self.trained_width
 
     @property
     def weight_bytes(self) -> int:
-        """All weights."""
+        """Bytes of all weights."""
         return self.frozen_bytes + self.trained_bytes
 
 
-def measure(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
-    """Sizes of the model of these settings when it is adapted as planned.
+def measure_sizes(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
+    """Measure a run's model when it is adapted as planned.
 
     Args:
-        settings: Of the run.
-        plan: Of this model.
+        settings: Settings of the run.
+        plan: Plan for this model.
     """
     model = meta_model(settings.config, settings.dtype)
     width, trained_width = settings.dtype.itemsize, settings.trained_dtype.itemsize
@@ -174,10 +104,79 @@ def measure(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
 
 
 def quantized_bytes(quantization: Quantization, shape: tuple[int, int]) -> int:
-    """Of a weight of this shape, (outputs, inputs), in the format of the quantization, scales included."""
+    """Bytes of a quantized weight of this shape, (outputs, inputs), including its scales."""
     outputs, inputs = shape
     count = outputs * inputs
     if isinstance(quantization, NF4):
-        # A scale of 8 bits for 64 weights, and one of 32 bits for 256 of those; and two small tables.
-        return count // 2 + count // 64 + FLOAT32 * (count // (64 * 256) + 256 + 16)
-    return count + 2 * FLOAT32 * outputs
+        # A scale of 8 bits per 64 weights, a scale of 32 bits per 256 of those, and two small tables.
+        return count // 2 + count // 64 + FLOAT32_BYTES * (count // (64 * 256) + 256 + 16)
+    return count + 2 * FLOAT32_BYTES * outputs
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
+    """Build the model of a config on the meta device, frozen.
+
+    Args:
+        config: Config of a causal language model.
+        dtype: Dtype of its weights.
+        layers: Number of layers to build; None for all.
+
+    Raises:
+        ModelError: If transformers has no such causal language model.
+    """
+    if layers is not None:
+        config = copy.deepcopy(config)
+        text: Any = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot make a causal language model of this config: {' '.join(str(error).split())[:300]}") from error
+    return model.requires_grad_(False).eval()
+
+
+def plan_of_budget(candidates: Mapping[str, nn.Module], budget: Budget, lora: LoraSettings) -> AdapterPlan:
+    """Plan that a budget makes if the largest modules have the highest scores, so that it trains as much as the budget can."""
+    scores = {name: float(module.weight.numel()) for name, module in candidates.items()}  # type: ignore[operator, union-attr]
+    return make_plan(model="", model_digest="", candidates=candidates, budget=budget, lora=lora, scores=scores)
+
+
+@dataclass(frozen=True)
+class OptimizerBytes:
+    """Bytes that an optimizer takes per trained parameter."""
+
+    state: float  # kept between steps
+    step: float  # in addition during a step on an accelerator, where it updates all tensors together
+
+
+def optimizer_bytes(optimizer: OptimizerCallable, dtype: torch.dtype = torch.float32) -> OptimizerBytes:
+    """Measure an optimizer's memory by letting it make one step.
+
+    Args:
+        optimizer: Builds the optimizer from parameter groups, as in the policy.
+        dtype: Dtype of the trained weights.
+
+    Raises:
+        ConfigError: If the optimizer cannot make a step on a CPU.
+    """
+    parameter = nn.Parameter(torch.zeros(_PROBE_SHAPE, dtype=dtype))
+    try:
+        built = make_optimizer(optimizer, [{"params": [parameter], "lr": 0.0, "name": "full"}])
+        parameter.grad = torch.ones_like(parameter)
+        built.step()
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError) as error:
+        raise ConfigError(f"model.optimizer cannot be planned for: {' '.join(str(error).split())[:300]}") from error
+    kept = [
+        value for state in built.state.values() for value in state.values() if isinstance(value, Tensor) and value.numel() > 1
+    ]
+    # By default torch's own optimizers compute the denominators of all tensors at once (for bfloat16 weights only some at a
+    # time).
+    one_by_one = (
+        built.defaults.get("fused") or built.defaults.get("foreach") is False or not type(built).__module__.startswith("torch.")
+    )
+    return OptimizerBytes(
+        state=sum(value.untyped_storage().nbytes() for value in kept) / parameter.numel(), step=0.0 if one_by_one else 4.0
+    )

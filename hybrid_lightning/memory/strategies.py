@@ -1,4 +1,4 @@
-"""What each of N devices holds of weights, gradients and optimizer state, by strategy."""
+"""What each of N devices holds of weights, gradients and optimizer state, by Trainer strategy."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -9,52 +9,55 @@ from hybrid_lightning.memory.sizes import ModelSizes
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes on one device."""
+    """Bytes that one device holds."""
 
     weights: float
     gradients: float
     optimizer: float
-    copies: float = 0.0  # of weights or gradients, for a while
-    host: float = 0.0  # of what would be on the device, in the memory of its host
+    copies: float = 0.0  # temporary copies of weights or gradients
+    host: float = 0.0  # in the memory of the host, where it would otherwise be on the device
 
 
 class Sharding(ABC):
-    """How a model with its training state lies on devices.
+    """How a model and its training state are spread over devices.
+
+    The methods give what one device holds at a stage of the run. Each takes the sizes of the model, and the bytes of optimizer
+    state per trained parameter.
 
     Args:
-        devices: N, over all nodes.
+        devices: Number N of devices, over all nodes.
     """
 
     name: ClassVar[str]
-    whole_on_every_device: ClassVar[bool] = True
+    whole_on_every_device: ClassVar[bool] = True  # False: each device has a share of the weights
 
     def __init__(self, devices: int = 1) -> None:
         self.devices = devices
 
     @abstractmethod
     def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """While completions are sampled, with the gradients of the step before.
+        """While completions are sampled, with the gradients of the previous step.
 
         Args:
-            sizes: Of the model.
-            optimizer: Bytes of state for each trained number.
+            sizes: Sizes of the model.
+            optimizer: Bytes of optimizer state per trained parameter.
         """
 
     def begin(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """As a forward pass that trains begins, when it has computed nothing yet."""
+        """At the beginning of a training forward pass, before it has computed anything."""
         return self.forward(sizes, optimizer)
 
     @abstractmethod
     def forward(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """At the end of a forward pass that trains, with all gradients of earlier ones."""
+        """At the end of a training forward pass, with all gradients of earlier passes."""
 
     def backward(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """In a backward pass."""
+        """During a backward pass."""
         return self.forward(sizes, optimizer)
 
 
 class SingleDevice(Sharding):
-    """All of it."""
+    """One device that holds everything."""
 
     name = "one device"
 
@@ -68,7 +71,7 @@ class SingleDevice(Sharding):
 
 
 class DDP(SingleDevice):
-    """All of it on each device, and the gradients once more in the buckets in which they are summed."""
+    """Everything on each device, and the gradients once more, in the buckets in which they are summed."""
 
     name = "DDP"
 
@@ -78,11 +81,13 @@ class DDP(SingleDevice):
 
 
 class FSDP2(Sharding):
-    """A share of all, and the whole of what is computed with: every weight while generating, one or two blocks while updating.
+    """A share of everything on each device, and whole copies of the weights in use.
+
+    While generating, all weights are in use; while updating, those of one or two blocks and what is outside of blocks.
 
     Args:
-        devices: N, over all nodes.
-        cpu_offload: The share lies in the memory of the host, which is another than that of the device.
+        devices: Number N of devices, over all nodes.
+        cpu_offload: Whether the share is kept in the memory of the host, not on the device.
     """
 
     name = "FSDP2"
@@ -93,22 +98,22 @@ class FSDP2(Sharding):
         self.cpu_offload = cpu_offload
 
     def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`. What is outside of blocks is there twice: torch keeps what it received beside what it made of it."""
+        """See `Sharding`. Weights outside of blocks are there twice: torch keeps what it received beside the gathered weights."""
         return self._shares(sizes, optimizer, sizes.weight_bytes + sizes.outside_bytes)
 
     def begin(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`. The first block comes while what is outside of blocks is there twice."""
+        """See `Sharding`. The first block is gathered while the weights outside of blocks are there twice."""
         return self._shares(sizes, optimizer, 2 * (sizes.outside_bytes + sizes.block_bytes))
 
     def forward(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`. What is outside of blocks is there, and the last block as it was received."""
+        """See `Sharding`. The weights outside of blocks are there, and the last block as it was received."""
         return self._shares(sizes, optimizer, sizes.outside_bytes + sizes.block_bytes)
 
     def backward(self, sizes: ModelSizes, optimizer: float) -> Held:
         """See `Sharding`.
 
-        Beside the block that computes, the next one is gathered; a block's gradients are whole until they are summed and given to
-        their devices.
+        While one block computes, the next one is gathered. A block's gradients are whole until they have been summed over devices
+        and split.
         """
         return self._shares(sizes, optimizer, sizes.outside_bytes + 2 * sizes.block_bytes + 2 * sizes.block_gradients)
 
@@ -116,13 +121,13 @@ class FSDP2(Sharding):
         return self._held(sizes.weight_bytes, sizes.trained_bytes, sizes.trainable * optimizer, whole)
 
     def _held(self, weights: float, gradients: float, optimizer: float, whole: float) -> Held:
-        """What one device has if all have so much together, and the whole of what it computes with."""
+        """What one device holds: its share of these bytes, which all devices hold together, and `whole` bytes of copies."""
         held = Held(weights / self.devices, gradients / self.devices, optimizer / self.devices, whole)
         return Held(0, 0, 0, whole, held.weights + held.gradients + held.optimizer) if self.cpu_offload else held
 
 
 class FSDP1(FSDP2):
-    """As FSDP2, but all weights have one dtype, and frozen ones in blocks have gradients of zero."""
+    """Like FSDP2, but all weights have the same dtype, and frozen weights in blocks have gradients too, which are zero."""
 
     name = "FSDP1"
 
@@ -140,6 +145,7 @@ class FSDP1(FSDP2):
         return self._shares(sizes, optimizer, whole)
 
     def _shares(self, sizes: ModelSizes, optimizer: float, whole: float) -> Held:
-        # Outside of blocks nothing is trained. On the host the sums of the trained weights' gradients are beside those of a pass.
+        # Nothing outside of blocks is trained. With offload, the host also has the summed gradients of trained weights beside
+        # those of a pass.
         gradients = sizes.weight_bytes - sizes.outside_bytes + (sizes.trained_bytes if self.cpu_offload else 0)
         return self._held(sizes.weight_bytes, gradients, sizes.trainable * optimizer, whole)

@@ -1,17 +1,17 @@
-"""pass@k: the chance that at least one of k completions is right.
-
-maj@k: the chance that the most frequent answer of k completions is right (self-consistency, arXiv 2203.11171).
-
-From n completions the estimate is the mean over all C(n, k) sets of k of them, which is unbiased since each set is a draw of k.
-In a set the most frequent answers share the vote: two that tie for the first place count half each, as if one were drawn.
-Completions without an answer have no vote, and a set in which none has one is wrong.
-
-The sum over sets is not made one by one. For each height v of the winning vote, the number of ways to choose d completions of
-which t answers have v votes and none more grows answer by answer, and with it the sum of how right those t answers are.
-
-What the completions of a prompt say of the policy: avg@n, pass@k, maj@k, reward, length and truncation.
+"""What the completions of a prompt say about the policy: avg@n, pass@k, maj@k, reward, length and truncation.
 
 Axes: P prompts, n completions per prompt.
+
+- avg@n: the share of correct completions.
+- pass@k: the probability that at least one of k completions is correct (Chen et al. 2021, arXiv 2107.03374).
+- maj@k: the probability that the most frequent answer of k completions is correct (self-consistency, arXiv 2203.11171).
+
+From n completions, pass@k and maj@k are estimated by the mean over all C(n, k) sets of k of them. That is unbiased, since each
+set is a draw of k completions. Answers that tie for the most frequent share the vote: of two, each counts half, as if one were
+drawn at random. Completions without an answer do not vote, and a set in which none has an answer is wrong.
+
+For maj@k the sets are not enumerated. For each number v of winning votes, dynamic programming over the answers counts the sets
+of d completions in which t answers have v votes and none has more, together with the sum of how correct those t answers are.
 """
 
 from collections.abc import Sequence
@@ -23,19 +23,81 @@ from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
 
+_MAX_SAMPLES = 1000  # up to here C(n, n/2) fits into a float64
 
-def pass_at_k(samples: int, correct: Tensor, k: int) -> Tensor:
-    """Unbiased estimate of the chance that at least one of k samples is correct (Chen et al. 2021, arXiv 2107.03374).
 
-    1 - C(n - c, k) / C(n, k), as a product so that nothing overflows.
+def completion_values(
+    correct: Tensor, answers: Sequence[Sequence[str | None]], reward: Tensor, length: Tensor, finished: Tensor
+) -> dict[str, Tensor]:
+    """Metrics of each prompt from its n completions.
 
     Args:
-        samples: n, samples drawn per prompt; at least k.
-        correct: c [P], how many of them are correct.
-        k: Size of the set of samples.
+        correct: Whether each completion is correct, [P, n] bool.
+        answers: Answer of each completion, P times n; None for completions without one.
+        reward: Reward of each completion, [P, n] float.
+        length: Length of each completion in tokens, [P, n].
+        finished: Whether each completion ended by itself, [P, n] bool; False for those cut at the maximum length.
 
     Returns:
-        [P] float64.
+        Name -> value of each prompt, [P] float64.
+    """
+    samples = correct.shape[1]
+    ks = numbers_of_voters(samples)
+    right = correct.sum(dim=1)
+    rows = zip(answers, correct.tolist(), strict=True)
+    votes = torch.tensor([maj_at_k(row, flags, ks) for row, flags in rows], dtype=torch.float64, device=correct.device)
+    return {
+        f"avg@{samples}": right.double() / samples,
+        **{f"pass@{k}": pass_at_k(samples, right, k) for k in ks},
+        **{f"maj@{k}": votes[:, column] for column, k in enumerate(ks)},
+        "reward": reward.double().mean(dim=1),
+        "completion_length": length.double().mean(dim=1),
+        "truncation_rate": finished.logical_not().double().mean(dim=1),
+    }
+
+
+def completion_draws(samples: int) -> dict[str, int | None]:
+    """Names of `completion_values`, with the number of completions behind each, as `ProblemMeans` takes them.
+
+    Args:
+        samples: Number n of completions per prompt.
+
+    Returns:
+        Name -> n for shares from 0 to 1, None for other values.
+
+    Raises:
+        ConfigError: If n is above 1000.
+    """
+    if samples > _MAX_SAMPLES:
+        raise ConfigError(f"model.eval_samples must be at most {_MAX_SAMPLES}, got {samples}")
+    ks = numbers_of_voters(samples)
+    shares = [f"avg@{samples}", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks)]
+    return {**dict.fromkeys(shares, samples), "reward": None, "completion_length": None, "truncation_rate": samples}
+
+
+def numbers_of_voters(samples: int) -> list[int]:
+    """Values of k for pass@k and maj@k from n completions: the powers of two below n, and n.
+
+    Example:
+        >>> numbers_of_voters(12)
+        [1, 2, 4, 8, 12]
+    """
+    return [*(2**power for power in range(samples.bit_length()) if 2**power < samples), samples]
+
+
+def pass_at_k(samples: int, correct: Tensor, k: int) -> Tensor:
+    """Unbiased estimate of pass@k, 1 - C(n - c, k) / C(n, k), computed as a product so that nothing overflows.
+
+    Args:
+        samples: Number n of completions per prompt, at least k.
+        correct: Number c of correct completions of each prompt, [P].
+        k: Number of completions of which at least one has to be correct.
+
+    Returns:
+        pass@k of each prompt, [P] float64.
+
+    Raises:
+        ValueError: If k is not between 1 and n.
 
     Example:
         >>> pass_at_k(4, torch.tensor([0, 1, 4]), 2)
@@ -54,16 +116,19 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequenc
     """Unbiased estimates of maj@k for one prompt.
 
     Args:
-        answers: Of each of n completions, at most 1000; None for those without one.
-        correct: Whether each is right. Completions with one answer may differ, where more than the answer is rewarded; the answer
-            is then right to the share that is.
-        ks: Numbers of voters, each from 1 to n.
+        answers: Answer of each of n completions, at most 1000; None for completions without one.
+        correct: Whether each completion is correct. Completions with the same answer may differ, where more than the answer is
+            rewarded; the answer then counts as correct to the share of its completions that are.
+        ks: Numbers of voters k, each from 1 to n.
 
     Returns:
-        One number from 0 to 1 for each k.
+        maj@k for each k, from 0 to 1.
+
+    Raises:
+        ValueError: If a k is not between 1 and n.
 
     Example:
-        >>> maj_at_k(["5", "5", "6"], [True, True, False], [1, 2, 3])  # of three pairs, two tie
+        >>> maj_at_k(["5", "5", "6"], [True, True, False], [1, 2, 3])  # two of the three pairs tie
         [0.6666666666666666, 0.6666666666666666, 1.0]
     """
     samples = len(answers)
@@ -73,20 +138,22 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequenc
     for answer, right in zip(answers, correct, strict=True):
         if answer is not None:
             votes.setdefault(answer, []).append(bool(right))
-    camps = [(len(camp), sum(camp) / len(camp)) for camp in votes.values()]
-    silent = samples - sum(size for size, _ in camps)
-    won = np.zeros(samples + 1)  # by the number of completions chosen: how right the winners are, summed over sets
+    camps = [
+        (len(camp), sum(camp) / len(camp)) for camp in votes.values()
+    ]  # per answer: its completions, the share that is correct
+    silent = samples - sum(size for size, _ in camps)  # completions without an answer
+    won = np.zeros(samples + 1)  # by size of the set: how correct the winners are, summed over all sets of that size
     for height in range(1, max((size for size, _ in camps), default=0) + 1):
         won += _won_at(height, camps, silent, samples)
     return [float(min(won[k] / comb(samples, k), 1.0)) for k in ks]
 
 
 def _won_at(height: int, camps: Sequence[tuple[int, float]], silent: int, samples: int) -> np.ndarray:
-    """[n + 1]: over all sets of d completions whose winners have `height` votes, the sum of how right the winners are."""
+    """How correct the winners are, summed over all sets of d completions whose winners have `height` votes; [n + 1], by d."""
     most_winners = samples // height
-    sets = np.zeros((samples + 1, most_winners + 1))  # number of sets, by completions chosen and by winners
+    sets = np.zeros((samples + 1, most_winners + 1))  # number of sets, by their size and their number of winners
     sets[0, 0] = 1.0
-    right = np.zeros_like(sets)  # over those sets, the sum over winners of how right each is
+    right = np.zeros_like(sets)  # how correct each winner is, summed over winners and over those sets
     for size, share in camps:
         new_sets, new_right = np.zeros_like(sets), np.zeros_like(sets)
         for votes in range(min(size, height - 1) + 1):
@@ -103,62 +170,3 @@ def _won_at(height: int, camps: Sequence[tuple[int, float]], silent: int, sample
     for chosen in range(silent + 1):
         total[chosen:] += comb(silent, chosen) * each[: samples + 1 - chosen]
     return total
-
-
-_MOST_SAMPLES = 1000  # C(n, n/2) is a float64 up to there
-
-
-def numbers_of_voters(samples: int) -> list[int]:
-    """The k of pass@k and maj@k: 1, 2, 4, ... below n, and n.
-
-    Example:
-        >>> numbers_of_voters(12)
-        [1, 2, 4, 8, 12]
-    """
-    return [*(2**power for power in range(samples.bit_length()) if 2**power < samples), samples]
-
-
-def completion_draws(samples: int) -> dict[str, int | None]:
-    """The names of `completion_values`, as `ProblemMeans` wants them.
-
-    Args:
-        samples: n.
-
-    Raises:
-        ConfigError: If that is too many.
-    """
-    if samples > _MOST_SAMPLES:
-        raise ConfigError(f"model.eval_samples must be at most {_MOST_SAMPLES}, got {samples}")
-    ks = numbers_of_voters(samples)
-    shares = [f"avg@{samples}", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks)]
-    return {**dict.fromkeys(shares, samples), "reward": None, "completion_length": None, "truncation_rate": samples}
-
-
-def completion_values(
-    correct: Tensor, answers: Sequence[Sequence[str | None]], reward: Tensor, length: Tensor, finished: Tensor
-) -> dict[str, Tensor]:
-    """Values of each prompt.
-
-    Args:
-        correct: [P, n] bool.
-        answers: P times n: what each completion answers, None for nothing.
-        reward: [P, n] float.
-        length: [P, n] completion tokens.
-        finished: [P, n] bool: False for completions cut at the maximum length.
-
-    Returns:
-        Name -> [P] float64.
-    """
-    samples = correct.shape[1]
-    ks = numbers_of_voters(samples)
-    right = correct.sum(dim=1)
-    rows = zip(answers, correct.tolist(), strict=True)
-    votes = torch.tensor([maj_at_k(row, flags, ks) for row, flags in rows], dtype=torch.float64, device=correct.device)
-    return {
-        f"avg@{samples}": right.double() / samples,
-        **{f"pass@{k}": pass_at_k(samples, right, k) for k in ks},
-        **{f"maj@{k}": votes[:, column] for column, k in enumerate(ks)},
-        "reward": reward.double().mean(dim=1),
-        "completion_length": length.double().mean(dim=1),
-        "truncation_rate": finished.logical_not().double().mean(dim=1),
-    }

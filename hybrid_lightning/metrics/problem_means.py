@@ -1,17 +1,15 @@
-"""How sure a mean over problems is.
+"""`ProblemMeans`: means of values over problems with confidence intervals, per named set of problems and over sets.
 
-Problems are what is drawn independently; completions of one problem are not, so their number does not count as evidence. The
-interval is Wilson's score interval (1927) for a share p, with an effective number of problems in place of the number n of
+Problems are drawn independently of each other; completions of one problem are not, so their number does not count as evidence.
+The interval is Wilson's score interval (1927) for a share p, with an effective number of problems in place of the number n of
 independent trials:
 
     n_eff = p (1 - p) / Var(mean),    Var(mean) = sum over sets of (variance over the set's problems / its problems) / sets^2
 
-which is n for values of 0 and 1 in one set, where it is Wilson's own interval, and more where a problem's value is a mean over
-completions and so varies less. A normal or bootstrap interval would have no width at all where all problems are solved, or none;
-in simulations of 10 to 100 problems it covered the truth in as few as 14% of the cases where this one covered it in 86%
-(tests/metrics/test_intervals.py has the coverage of this one).
-
-Means of values over problems, for each named set of problems and over sets, as a torchmetrics metric.
+For values of 0 and 1 in one set n_eff is n, and the interval Wilson's own. It is more than n where a problem's value is a mean
+over completions and therefore varies less. A normal or bootstrap interval would have no width at all where all problems are
+solved, or none; in simulations of 10 to 100 problems it covered the truth in as few as 14% of the cases where this one covered
+it in 86% (tests/metrics/test_intervals.py has the coverage of this one).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,54 +24,22 @@ from torchmetrics.utilities import dim_zero_cat
 from hybrid_lightning.errors import DataError
 
 Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
-
-
-def confidence_interval(values: Sequence[Tensor], draws: int) -> tuple[float, float]:
-    """95% confidence interval of the mean over sets of their means over problems.
-
-    Args:
-        values: For each set [P], each problem's value from 0 to 1.
-        draws: Completions that such a value is made from: no more than so many independent trials a problem can be.
-
-    Returns:
-        Lower and upper end.
-
-    Example:
-        >>> import torch
-        >>> solved = torch.tensor([1.0] * 8 + [0.0] * 2)
-        >>> ["%.3f" % end for end in confidence_interval([solved], draws=1)]
-        ['0.490', '0.943']
-    """
-    mean = sum(float(one.mean()) for one in values) / len(values)
-    variance = sum(float(one.var(correction=0)) / len(one) for one in values) / len(values) ** 2
-    # What n_eff is where all values are 0 or 1 and equally spread: what the values cannot tell where they are all alike.
-    problems = len(values) ** 2 / sum(1 / len(one) for one in values)
-    spread = mean * (1 - mean)
-    most = problems if spread <= 1e-12 else draws * problems
-    number = most if variance <= 0 else min(spread / variance, most)
-    square = Z_95**2 / number
-    centre = (mean + square / 2) / (1 + square)
-    width = sqrt(max(spread, 0.0) * square + square**2 / 4) / (1 + square)
-    # The mean is within; where all or none are solved, it is an end, which rounding must not move past it.
-    return max(0.0, min(centre - width, mean)), min(1.0, max(centre + width, mean))
-
-
-OVERALL = ""  # what means over all sets go by; also the one set of prompts that belong to no named one
-LOWER, UPPER = "ci_low", "ci_high"
-_NAME_BYTES = 64
-_UNNAMED = "unnamed"  # prompts of no set beside those of named ones
+OVERALL = ""  # key of the means over all sets, and name of the set of prompts where no set has a name
+LOWER, UPPER = "ci_low", "ci_high"  # ends of the interval, after the name of a value and a slash
+_NAME_BYTES = 64  # longest name of a set
+_UNNAMED = "unnamed"  # name for prompts that belong to no set, where others belong to named sets
 
 
 class ProblemMeans(Metric):
-    """Means over problems, with 95% confidence intervals, reduced once over all ranks.
+    """Means over problems with 95% confidence intervals, as a torchmetrics metric over all ranks.
 
-    Each problem counts once, by its set and index: the distributed sampler of Lightning repeats prompts to give every rank the
-    same number, and repeated ones must not weigh double. The mean over named sets gives each set the same weight, whatever its
-    size.
+    Each problem, identified by its set and index, counts once: Lightning's distributed sampler repeats prompts to give every rank
+    the same number, and repeated prompts must not count twice. The mean over named sets gives each set the same weight, whatever
+    its size.
 
     Args:
-        draws: Name of each value -> how many completions it is made from, for shares from 0 to 1, which get an interval; None for
-            values that get none.
+        draws: Name of each value -> number of completions that it is made from, for shares from 0 to 1, which get an interval;
+            None for values without an interval.
     """
 
     full_state_update = False
@@ -85,12 +51,12 @@ class ProblemMeans(Metric):
     def __init__(self, draws: Mapping[str, int | None], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.draws = dict(draws)
-        # Tensors alone, names included: every rank has rows, and so something to send in each state.
+        # All states are tensors, also the sets' names: every rank has rows, so each state has something to gather.
         self.add_state("identity", default=[], dist_reduce_fx="cat")
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def names(self, sets: Collection[str]) -> dict[str, list[str]]:
-        """What `compute` will give of problems of these sets, without their values."""
+        """Names that `compute` will return for problems of these sets, as set -> names of values."""
         values = ["problems"]
         for name, draws in self.draws.items():
             values += [name] if draws is None else [name, f"{name}/{LOWER}", f"{name}/{UPPER}"]
@@ -98,35 +64,37 @@ class ProblemMeans(Metric):
         return dict.fromkeys([OVERALL, *named], values)
 
     def update(self, sets: Sequence[str], index: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Add problems.
+        """Add P problems.
 
         Args:
-            sets: P names of the sets that they belong to; "" for none.
-            index: [P] int64, what identifies each within its set.
-            values: Name -> [P], all that were announced.
+            sets: Name of the set that each problem belongs to; "" for none.
+            index: Number that identifies each problem within its set, [P] int64.
+            values: Name -> value of each problem, [P], for every name in `draws`.
 
         Raises:
-            DataError: If a name is longer than 64 bytes.
+            DataError: If the name of a set is longer than 64 bytes.
         """
-        names = torch.tensor([_encode(name) for name in sets], dtype=torch.long, device=index.device)
+        names = torch.tensor([_encode_name(name) for name in sets], dtype=torch.long, device=index.device)
         self.identity.append(torch.cat((names, index.long()[:, None]), dim=1))
         self.rows.append(torch.stack([values[name].double() for name in self.draws], dim=1))
 
     def compute(self) -> dict[str, dict[str, Tensor]]:
-        """Set -> name -> mean, float32; beside it NAME/ci_low and NAME/ci_high, and the number of `problems`.
+        """Compute the means.
 
-        Where sets have names, `OVERALL` is the mean over sets. Nothing was seen: nothing at all.
+        Returns:
+            Set -> name -> mean, float32 scalar, with NAME/ci_low and NAME/ci_high where there is an interval, and the number of
+            `problems`. Where sets have names, the entry `OVERALL` is the mean over sets. Empty if there were no problems.
         """
-        if len(self.identity) == 0:  # a list, or a tensor once ranks have been gathered
+        if len(self.identity) == 0:  # a list, or a tensor after gathering over ranks
             return {}
         identity, rows = dim_zero_cat(self.identity), dim_zero_cat(self.rows)
-        problems, inverse = identity.unique(dim=0, return_inverse=True)  # in the order of names
+        problems, inverse = identity.unique(dim=0, return_inverse=True)  # sorted by set and index
         first = torch.full((len(problems),), len(identity), device=identity.device)
         first = first.scatter_reduce(0, inverse, torch.arange(len(identity), device=identity.device), "amin")
         values = rows[first].cpu()
         sets: dict[str, list[int]] = {}
         for position, name in enumerate(problems[:, :-1].tolist()):
-            sets.setdefault(_decode(name), []).append(position)
+            sets.setdefault(_decode_name(name), []).append(position)
         if set(sets) != {OVERALL}:
             sets = {name or _UNNAMED: positions for name, positions in sets.items()}
         parts = {name: values[positions] for name, positions in sets.items()}
@@ -143,22 +111,52 @@ class ProblemMeans(Metric):
         return {name: torch.tensor(value, dtype=torch.float32) for name, value in result.items()}
 
 
+def confidence_interval(values: Sequence[Tensor], draws: int) -> tuple[float, float]:
+    """95% confidence interval of a mean over problems, or of the mean of several sets' means.
+
+    Args:
+        values: Value of each problem, from 0 to 1, as one tensor [P] per set.
+        draws: Number of completions that a value is made from; a problem counts as at most so many independent trials.
+
+    Returns:
+        Lower and upper end.
+
+    Example:
+        >>> import torch
+        >>> solved = torch.tensor([1.0] * 8 + [0.0] * 2)
+        >>> ["%.3f" % end for end in confidence_interval([solved], draws=1)]
+        ['0.490', '0.943']
+    """
+    mean = sum(float(one.mean()) for one in values) / len(values)
+    variance = sum(float(one.var(correction=0)) / len(one) for one in values) / len(values) ** 2
+    # n_eff if all values were 0 or 1 with the same variance in each set; used where the values are all alike and do not tell it.
+    problems = len(values) ** 2 / sum(1 / len(one) for one in values)
+    spread = mean * (1 - mean)
+    most = problems if spread <= 1e-12 else draws * problems
+    number = most if variance <= 0 else min(spread / variance, most)
+    square = Z_95**2 / number
+    centre = (mean + square / 2) / (1 + square)
+    width = sqrt(max(spread, 0.0) * square + square**2 / 4) / (1 + square)
+    # The interval contains the mean. Where all problems or none are solved, the mean is its end, which rounding must not move.
+    return max(0.0, min(centre - width, mean)), min(1.0, max(centre + width, mean))
+
+
 def check_set_name(name: str) -> None:
-    """Make sure that results can be told by it.
+    """Check that the name of a set can be used in `ProblemMeans`.
 
     Raises:
-        DataError: If not.
+        DataError: If it is longer than 64 bytes.
     """
     if len(name.encode()) > _NAME_BYTES:
         raise DataError(f"the set name {name!r} is too long: give one of at most {_NAME_BYTES} bytes")
 
 
-def _encode(name: str) -> list[int]:
-    """A name as numbers, so that ranks can tell each other which sets they saw, in a state of tensors."""
+def _encode_name(name: str) -> list[int]:
+    """Bytes of a name, padded to a fixed length, so that ranks can gather names as tensors."""
     check_set_name(name)
     encoded = name.encode()
     return list(encoded) + [0] * (_NAME_BYTES - len(encoded))
 
 
-def _decode(numbers: Sequence[int]) -> str:
+def _decode_name(numbers: Sequence[int]) -> str:
     return bytes(numbers).rstrip(b"\0").decode()

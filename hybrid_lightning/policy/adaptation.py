@@ -21,8 +21,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW
 
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
-from hybrid_lightning.configurable import constructor_defaults, describe_arguments, translated
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.configurable import constructor_defaults, describe_arguments, with_public_paths
+from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.optim import (
     ConstantSchedule,
@@ -33,12 +33,12 @@ from hybrid_lightning.policy.optim import (
 )
 from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.policy.quantization import Quantization, quantize_base
-from hybrid_lightning.sharding.checkpoints import read_content, write_whole_files
-from hybrid_lightning.sharding.forward import Weights, weights_of
+from hybrid_lightning.sharding.checkpoints import read_checkpoint, write_whole_files
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
-from hybrid_lightning.sharding.parameters import name_state, parameter_names, trained_names
-from hybrid_lightning.sharding.sharded_folder import is_folder, read_weights
+from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter_names, trained_names
+from hybrid_lightning.sharding.sharded_folder import is_sharded_checkpoint, read_weights
+from hybrid_lightning.sharding.weights import Weights, weights_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -190,7 +190,7 @@ class AdaptedModule(LightningModule):
         if "optimizer_states" in checkpoint:
             names = parameter_names(self)
             states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
-            checkpoint["optimizer_states"] = [name_state(state, optimizer, names) for state, optimizer in states]
+            checkpoint["optimizer_states"] = [name_optimizer_state(state, optimizer, names) for state, optimizer in states]
         checkpoint[CHECKPOINT_KEY] = {
             "plan": None if self.plan is None else self.plan.to_dict(),
             "keep_start_weights": self.keep_start_weights,
@@ -270,15 +270,15 @@ class AdaptedModule(LightningModule):
             CheckpointError: If a folder is not whole, or what it holds does not fit.
         """
         content = None
-        if is_folder(checkpoint_path):  # which Lightning cannot read
+        if is_sharded_checkpoint(checkpoint_path):  # which Lightning cannot read
             content = read_weights(Path(checkpoint_path))
         elif isinstance(checkpoint_path, (str, Path)) and Path(checkpoint_path).is_file():
-            content = read_content(checkpoint_path)
-            if translated(content.get(_ARGUMENTS)) == content.get(_ARGUMENTS):
+            content = read_checkpoint(checkpoint_path)
+            if with_public_paths(content.get(_ARGUMENTS)) == content.get(_ARGUMENTS):
                 content = None
         if content is not None:
             checkpoint_path = io.BytesIO()
-            torch.save({**content, _ARGUMENTS: translated(content.get(_ARGUMENTS))}, checkpoint_path)
+            torch.save({**content, _ARGUMENTS: with_public_paths(content.get(_ARGUMENTS))}, checkpoint_path)
             checkpoint_path.seek(0)
         module: Self = super().load_from_checkpoint(checkpoint_path, *arguments, **options)
         return module

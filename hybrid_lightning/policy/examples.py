@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_lightning.engine.logprobs import token_logprobs
+from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
 from hybrid_lightning.policy.calibration import ExampleCalibration, training_prompts

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.passes import base_model
+from hybrid_lightning.engine import Backend, base_model
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, evaluate, log_evaluation, predictions, repeat_prompts
@@ -30,13 +29,14 @@ from hybrid_lightning.policy.update import Update, rollout_loader
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.sampler import Sampler, check_positions
+from hybrid_lightning.rollout.rollout_engine import Stops, check_positions
+from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine.engine import Engine
+    from hybrid_lightning.engine import Engine
 
 
 class LanguageModule(AdaptedModule, ABC):
@@ -107,6 +107,7 @@ class LanguageModule(AdaptedModule, ABC):
         self.signals = StopSignals()  # GracefulStop gives those of the process
         self.generation_listeners: list[Callable[[int, int, int], None]] = []  # of (running, decoded, max_new_tokens)
         self.last_evaluation: dict[str, dict[str, float]] = {}  # set -> metric -> value; "" for all sets
+        self._stops: Stops | None = None  # of completions, made for the tokenizer once
         self._told_what_differs = False
         self._missing_batches = 0  # of a prediction, on this rank, where the model is sharded
         if not self._loads_later:
@@ -132,7 +133,7 @@ class LanguageModule(AdaptedModule, ABC):
         """Load the weights, if they are not there yet."""
         if self.is_loaded:
             return
-        from hybrid_lightning.engine.engine import Engine  # with PEFT, which takes a second to import
+        from hybrid_lightning.engine import Engine  # with PEFT, which takes a second to import
 
         loaded = self.pretrained.load()
         self._engine = Engine(loaded)
@@ -176,6 +177,8 @@ class LanguageModule(AdaptedModule, ABC):
         """Check what cannot work before anything is spent (see `check_settings`)."""
         super().setup(stage)
         self.check_settings()
+        if self.is_loaded:  # and adapted, since callbacks come first
+            self.engine.report()
 
     def check_settings(self) -> None:
         """Called before scoring and before training.
@@ -280,10 +283,12 @@ class LanguageModule(AdaptedModule, ABC):
                     samples_per_prompt,
                     generator=generator,
                     greedy=greedy,
-                    stop_ids=self.pretrained.stop_ids,
+                    stops=self._stops,
                     on_token=on_token,
                 )
 
+        if self._stops is None:
+            self._stops = self.sampler.stops(self.tokenizer, self.pretrained.stop_ids)
         with self.inference():
             return self.weights.gathered(sample)
 

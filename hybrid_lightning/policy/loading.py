@@ -33,7 +33,7 @@ from transformers import (
 
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.errors import ConfigError, ModelError
-from hybrid_lightning.hub import HubRepository, not_waiting, reachable
+from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreachable
 from hybrid_lightning.policy.adapter_source import CONFIG, base_of_adapter, merge_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -201,7 +201,7 @@ def _weight_files(source: ModelSource) -> dict[str, int]:
         raise ModelError(_no_weights(source, sorted(files)))
     missing = sorted(shards - files.keys())
     if missing:
-        if source.on_hub and not reachable():
+        if source.on_hub and not hub_reachable():
             raise LocalEntryNotFoundError(missing[0])
         remedy = "give a model.revision that is whole" if source.on_hub else "copy the folder again"
         lacks = f"{len(missing)} of {len(shards)} weight files, such as {missing[0]!r}"
@@ -211,7 +211,7 @@ def _weight_files(source: ModelSource) -> dict[str, int]:
 
 def _tell_download(source: ModelSource) -> None:
     """A line before what may take an hour, since logs show no bars."""
-    if not source.on_hub or not reachable():
+    if not source.on_hub or not hub_reachable():
         return
     with suppress(HfHubHTTPError):
         size = sum(size for name, size in _weight_files(source).items() if not _path(source, name).is_file())
@@ -223,7 +223,7 @@ def _files(source: ModelSource) -> dict[str, int]:
     """Name -> bytes of the files that a model has: on disk, on the hub, or in the cache if there is no hub."""
     if not source.on_hub:
         return {path.name: path.stat().st_size for path in Path(source.location).iterdir() if path.is_file()}
-    if reachable():
+    if hub_reachable():
         tree = HfApi().list_repo_tree(source.location, revision=source.arguments.get("revision"))
         return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
     kept = _path(source, "config.json").parent
@@ -291,7 +291,7 @@ def load_model(
 def load_generation_config(source: ModelSource, config: PretrainedConfig) -> GenerationConfig:
     """The generation config that a model has once it is loaded."""
     if "gguf_file" not in source.arguments:
-        with not_waiting() if source.on_hub else nullcontext(), suppress(OSError):  # it may have no file of its own
+        with offline_if_unreachable() if source.on_hub else nullcontext(), suppress(OSError):  # it may have no file of its own
             return GenerationConfig.from_pretrained(source.location, **source.arguments)
     return GenerationConfig.from_model_config(config)
 
@@ -309,7 +309,7 @@ def stop_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTra
 def _errors_of(source: ModelSource, what: str) -> Iterator[None]:
     """Say in one line what it means if a part of a model cannot be read."""
     try:
-        with not_waiting() if source.on_hub else nullcontext():
+        with offline_if_unreachable() if source.on_hub else nullcontext():
             yield
     except ModelError:
         raise

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine import Backend
 
 _HALF = (torch.bfloat16, torch.float16)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
-from hybrid_lightning.engine.logprobs import token_logprobs
+from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.losses.shares import share

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.advantages import AdvantageEstimator
-from hybrid_lightning.rollout.batching import join_columns, join_rewards, join_rollouts, join_sequences
+from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, join_rows, join_sequences
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups
 from hybrid_lightning.rollout.loader import DrawPrompts
 from hybrid_lightning.sharding.ranks import gather_columns, gather_objects, own_rows, world_size
@@ -168,7 +168,7 @@ def _exchange(
         (fetched[number][0].to(device), fetched[number][1].to(device)) if number in fetched else group(number)
         for number in shares[rank]
     ]
-    return join_sequences([part for part, _ in parts]), join_columns([values for _, values in parts])
+    return join_sequences([part for part, _ in parts]), join_rows([values for _, values in parts])
 
 
 def _by_position(own: Tensor, ranks: int) -> Tensor:

@@ -16,9 +16,9 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from hybrid_lightning.engine.token_budget import default_token_budget
+from hybrid_lightning.engine import default_token_budget
 from hybrid_lightning.errors import TrainingError
-from hybrid_lightning.losses.shares import combine_metrics, is_extreme, join
+from hybrid_lightning.losses.shares import combine_metrics, is_extreme, join_metric
 from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import gather_counts, gather_objects, largest_over_ranks, sum_over_ranks, total_norm
@@ -201,7 +201,7 @@ class StepMetrics:
         self._count += 1
         for name, value in shares.items():
             kept = self._extremes if is_extreme(name) else self._shares
-            kept[name] = join(name, kept[name], value) if name in kept else value
+            kept[name] = join_metric(name, kept[name], value) if name in kept else value
         return {**self._shares, **self._extremes}
 
 

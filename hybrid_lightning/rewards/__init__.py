@@ -1,4 +1,4 @@
-"""Verifiable rewards: what a completion earns."""
+"""Verifiable rewards: how many points a completion earns, computed by rules, tests and comparisons with a reference answer."""
 
 from hybrid_lightning.rewards.code_tests import CodeTests
 from hybrid_lightning.rewards.combined import RewardBySet, WeightedSum

@@ -1,7 +1,4 @@
-"""The program in a completion.
-
-A program that passes its problem's tests.
-"""
+"""`CodeTests`: whether the Python program in a completion passes the tests of its problem, which run in a sandbox."""
 
 import logging
 import os
@@ -11,7 +8,7 @@ from collections.abc import Sequence
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards.code_problem import read_problem
 from hybrid_lightning.rewards.reward_function import RewardFunction
-from hybrid_lightning.rewards.text import compile_pattern, extract
+from hybrid_lightning.rewards.text import compile_pattern, extract_match
 from hybrid_lightning.sandbox.isolation import require_isolation
 from hybrid_lightning.sandbox.launch import Limits
 from hybrid_lightning.sandbox.programs import (
@@ -25,72 +22,53 @@ from hybrid_lightning.sandbox.programs import (
 )
 from hybrid_lightning.types import Prompt
 
-# Possessive quantifiers: a long line must not take time that grows with its square.
+logger = logging.getLogger(__name__)
+# Possessive quantifiers: otherwise the time for a long line would grow with the square of its length.
 _BLOCK = re.compile(
     r"^[ \t]*+(?P<fence>`{3,}+|~{3,}+)[ \t]*+(?P<language>[\w+.-]*+)[^\n]*+\n(?P<code>.*?)(?:^[ \t]*+(?P=fence)|\Z)", re.M | re.S
 )
 _PYTHON = {"python", "py", "python3"}
 
 
-def extract_program(completion: str) -> str:
-    r"""The last fenced block of Python, else the last fenced block, else the whole completion.
-
-    A fence that is never closed ends with the completion: the sampler may stop at the closing one.
-
-    Args:
-        completion: The text.
-
-    Example:
-        >>> extract_program("So:\n```python\nprint(1)\n```\nwhich prints\n```\n1\n```\n")
-        'print(1)\n'
-    """
-    blocks = [(match["language"].lower(), match["code"]) for match in _BLOCK.finditer(completion)]
-    python = [code for language, code in blocks if language in _PYTHON]
-    return (python or [code for _, code in blocks] or [completion])[-1]
-
-
-logger = logging.getLogger(__name__)
-
-
 class CodeTests(RewardFunction):
     r"""1.0 if the completion's Python program passes all tests of its problem, else 0.0.
 
-    The tests are a column of the row, in one of these forms:
+    The tests are in a column of the row, in one of these forms:
 
-    - code that defines `check(candidate)`, and a column with the entry point (LeetCodeDataset, HumanEval);
+    - code that defines `check(candidate)`, with the entry point in another column (LeetCodeDataset, HumanEval);
     - code with asserts, or a list of asserts, which call the program's functions by name (MBPP), also within functions
       `test_...()` as for pytest (KodCode);
     - pairs of standard input and output: `{"inputs": [...], "outputs": [...]}` or `[{"input": ..., "output": ...}, ...]`,
-      also as JSON in a text (APPS, TACO). Lines are compared without space at their ends, and the program must end without error.
+      also as JSON in a text (APPS, TACO). Space at the ends of lines is ignored, and the program must end without an error.
 
-    Programs run in a sandbox (see `hybrid_lightning.sandbox.isolation`), with the standard library and without sockets and
-    other processes. The tests run in another process than the program, in a sandbox as well, and only plain data goes between
-    them: a program cannot see, change or outwit the tests. So results are compared as built-in types and classes of the set-up
-    code, such as ListNode; other objects of a program, such as a stack class, can be made, called and asked for attributes, but
-    no operator reaches them, and a function of the tests cannot be handed to the program. What a function returns is not asked
-    for its own opinion where a test expects data: `result.equals(expected)` or `result.startswith("a")` of an object of the
-    program fails. Methods of a class that the tests name, such as `Bank()`, are what is tested, and are believed.
+    Programs run in a sandbox (see `hybrid_lightning.sandbox.isolation`) with the standard library, and without sockets and
+    other processes. The tests run in another process, in a sandbox as well, and only plain data passes between the two: a
+    program cannot see, change or outwit the tests. Results are therefore compared as built-in types and as classes of the set-up
+    code, such as ListNode. Other objects of the program, such as a stack class, can be created, called and asked for attributes,
+    but operators do not work on them, and the tests cannot pass functions to the program. Where a test expects data, it does not
+    rely on methods of what a function returned: `result.equals(expected)` or `result.startswith("a")` fails if the result is
+    such an object. Methods of a class that the tests name, such as `Bank()`, are what is tested, and are trusted.
 
     Args:
         test_column: Column with the tests.
-        entry_point_column: Column with the expression that `check` is called with, such as `Solution().twoSum`; a row may lack it
+        entry_point_column: Column with the expression that is passed to `check`, such as `Solution().twoSum`; a row may lack it
             if its tests define no `check`.
         setup_column: Column with code that runs before the program and the tests, such as imports; a row may lack it. None for
-            none.
-        pattern: Regular expression with one group, the program; the last match counts, no match earns nothing, `.` also matches
-            line breaks. None: the last fenced block of Python, else the last fenced block, else the whole completion.
-        partial_credit: Whether the share of the tests that pass is the reward. A program that ends or runs out of time
-            before its tests are done earns nothing.
-        cpu_seconds: CPU time of a program, in whole seconds; of each run, where it runs once for each input.
-        wall_seconds: Time of a program from start to end. Programs that compute are stopped by `cpu_seconds`, whatever else the
-            machine does; this stops those that wait.
-        memory_mb: Memory of a program, in MiB, with all its threads; its tests may use as much again.
+            no such column.
+        pattern: Regular expression with one group, which is the program. The last match counts, no match earns 0, and `.` also
+            matches line breaks. None takes the last fenced block of Python, else the last fenced block, else the whole text.
+        partial_credit: Whether the reward is the share of tests that pass. A program that ends or runs out of time before its
+            tests are done still earns 0.
+        cpu_seconds: CPU time of a program in whole seconds; of each run, if it runs once for each input.
+        wall_seconds: Wall time of a program from start to end. Programs that compute are stopped by `cpu_seconds`, however busy
+            the machine is; this limit stops programs that wait.
+        memory_mb: Memory of a program in MiB, with all its threads; its tests may use as much again.
         packages: Installed packages that programs and tests may import, such as `[sortedcontainers]`, which LeetCode offers; None
-            for none.
-        workers: Programs that run at the same time; None for the number of processors that this process may use. Give fewer
-            where several ranks share a machine.
-        allow_without_isolation: Whether programs may run where they cannot be isolated. They can then do whatever you can.
-        name: What it is logged as; None for `code_tests`.
+            for no packages.
+        workers: How many programs run at the same time; None for the number of processors that this process may use. Give fewer
+            if several ranks share a machine.
+        allow_without_isolation: Whether programs may run on a machine that cannot isolate them. They can then do what you can.
+        name: Name under which it is logged; None for `code_tests`.
 
     Raises:
         ConfigError: If an argument is out of range, or programs cannot import a package.
@@ -137,17 +115,17 @@ class CodeTests(RewardFunction):
         self._name = name
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Make sure that the row has tests which can be run."""
+        """Check that the row has tests which can be run."""
         self._problem(prompt)
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
-        """Run the program of each completion, of B."""
+        """Run the program of each of B completions against the tests of its prompt."""
         problems: dict[int, CallTests | StandardStreamTests] = {}
         programs, positions = [], []
         for position, (completion, prompt) in enumerate(zip(completions, prompts, strict=True)):
             if id(prompt) not in problems:
                 problems[id(prompt)] = self._problem(prompt)
-            source = extract_program(completion) if self.pattern is None else extract(self.pattern, completion)
+            source = self._program(completion)
             if source is not None and source.strip():
                 programs.append((source, problems[id(prompt)]))
                 positions.append(position)
@@ -157,12 +135,14 @@ class CodeTests(RewardFunction):
             rewards[position] = self._reward(outcome)
             if outcome.reason:
                 prompt = prompts[position]
-                level = logging.WARNING if outcome.unusable else logging.DEBUG  # no program can earn anything by such a row
+                level = (
+                    logging.WARNING if outcome.unusable else logging.DEBUG
+                )  # unusable: no program can pass the tests of this row
                 logger.log(level, "%s: %s row %s: %s", self.name, prompt.source or "a prompt", prompt.index, outcome.reason)
         return rewards
 
     def decided_by_time(self) -> str | None:
-        """A program that others keep from running is stopped like one that waits."""
+        """A warning: a program that gets no processor because of other processes is stopped like one that waits."""
         limits = self.settings.limits
         return (
             f"a program earns nothing if it is not done after wall_seconds={limits.wall_seconds:g}, also where others took its "
@@ -170,9 +150,12 @@ class CodeTests(RewardFunction):
         )
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """The program; two agree if they are the same text."""
-        source = extract_program(completion) if self.pattern is None else extract(self.pattern, completion)
+        """The program; two programs are equal if they are the same text."""
+        source = self._program(completion)
         return None if source is None else source.strip() or None
+
+    def _program(self, completion: str) -> str | None:
+        return extract_program(completion) if self.pattern is None else extract_match(self.pattern, completion)
 
     def _reward(self, outcome: Outcome) -> float:
         return outcome.share if self.partial_credit else float(outcome.passed == outcome.total)
@@ -185,3 +168,20 @@ class CodeTests(RewardFunction):
                 f"{prompt.source or 'a prompt'}, row {prompt.index} (the first is 0): CodeTests: {error}; correct or remove the "
                 f"row, or name the right columns; it has {', '.join(prompt.columns) or 'none'}"
             ) from error
+
+
+def extract_program(completion: str) -> str:
+    r"""The last fenced block of Python, else the last fenced block, else the whole completion.
+
+    A fence that is never closed ends with the completion, since the sampler may stop at the closing fence.
+
+    Args:
+        completion: The text.
+
+    Example:
+        >>> extract_program("So:\n```python\nprint(1)\n```\nwhich prints\n```\n1\n```\n")
+        'print(1)\n'
+    """
+    blocks = [(match["language"].lower(), match["code"]) for match in _BLOCK.finditer(completion)]
+    python = [code for language, code in blocks if language in _PYTHON]
+    return (python or [code for _, code in blocks] or [completion])[-1]

@@ -1,8 +1,8 @@
-"""`CachedReward`: a reward whose values another one needs too, so that nothing is scored twice.
+"""Rewards that are made of other rewards.
 
-Several rewards added up.
-
-Each set of a mixture with a reward of its own.
+- `WeightedSum` adds rewards up.
+- `RewardBySet` scores each set of a mixture with a reward of its own.
+- `CachedReward` lets two rewards share the values of a third one, which is then computed once (see `length.py`).
 """
 
 import math
@@ -17,60 +17,16 @@ from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.types import Prompt
 
 
-class CachedReward(RewardFunction):
-    """A reward that keeps what it said of the last batch.
+class WeightedSum(RewardFunction):
+    """Weighted sum of rewards. Each reward is also logged on its own, before weighting.
 
     Args:
-        reward: The reward; one that measures correctness, and no sum.
-        user: Name of the class that needs it, for error messages.
+        rewards: At least one reward; a sum within the sum is replaced by its terms. The names must differ: name two rewards of
+            the same class.
+        weights: One weight for each reward, negative for a penalty; None for 1.0 each.
 
     Raises:
-        ConfigError: If the reward is a sum, or measures something else.
-    """
-
-    def __init__(self, reward: RewardFunction, user: str) -> None:
-        if reward.terms() != [(reward, 1.0)] or not reward.measures_correctness:
-            raise ConfigError(
-                f"{user}: reward={type(reward).__name__} must be one reward that measures correctness, such as MathMatch; put "
-                f"further rewards beside {user} into a WeightedSum"
-            )
-        self.reward = reward
-        self._last: tuple[Sequence[str], Sequence[Prompt], Sequence[float] | Tensor] | None = None
-
-    @property
-    def name(self) -> str:
-        """That of the reward."""
-        return self.reward.name
-
-    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Sequence[float] | Tensor:
-        """Score completions, unless they are the very objects that were scored last."""
-        if self._last is None or self._last[0] is not completions or self._last[1] is not prompts:
-            self._last = (completions, prompts, self.reward(completions, prompts))
-        return self._last[2]
-
-    def correct(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[bool]:
-        """Whether each completion, of B, is right."""
-        return [float(value) >= 1.0 for value in self(completions, prompts)]
-
-    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """As the reward does."""
-        return self.reward.extract_answer(completion, prompt)
-
-    def decided_by_time(self) -> str | None:
-        """As the reward does."""
-        return self.reward.decided_by_time()
-
-    def check_prompt(self, prompt: Prompt) -> None:
-        """As the reward does."""
-        self.reward.check_prompt(prompt)
-
-
-class WeightedSum(RewardFunction):
-    """Weighted sum of rewards; each is logged on its own, before weighting.
-
-    Args:
-        rewards: At least one; a sum within a sum counts as its terms. Names must differ: give two rewards of one class names.
-        weights: One for each reward, negative ones punish; None for 1.0 each.
+        ConfigError: If there is no reward, a weight is missing or not finite, or two rewards have the same name.
     """
 
     def __init__(self, rewards: list[RewardFunction], weights: list[float] | None = None) -> None:
@@ -90,11 +46,11 @@ class WeightedSum(RewardFunction):
             raise ConfigError(f"rewards: more than one is called {', '.join(repeated)}: give each a name of its own")
 
     def terms(self) -> list[tuple[RewardFunction, float]]:
-        """The rewards and their weights, sums within this sum resolved."""
+        """The rewards and their weights; a sum within this sum is replaced by its terms."""
         return self._terms
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
-        """Weighted sum for each completion, [B]."""
+        """Weighted sum of the rewards of each completion, [B] float32."""
         total = torch.zeros(len(completions))
         for term, weight in self._terms:
             total = total + weight * torch.as_tensor(term(completions, prompts), dtype=torch.float32)
@@ -102,15 +58,15 @@ class WeightedSum(RewardFunction):
 
 
 class RewardBySet(RewardFunction):
-    """Scores a completion by the reward of its prompt's set: mathematics by `MathMatch`, code by `CodeTests`, and so on.
+    """Scores a completion by the reward for its prompt's set: mathematics by `MathMatch`, code by `CodeTests`, and so on.
 
     Args:
-        rewards: Name of the set (as in the data source `Mixture`) -> its reward. Not a sum: what all sets share, such as a
-            format reward, stands beside this one in a `WeightedSum`.
-        name: What it is logged as; None for `reward_by_set`.
+        rewards: Name of the set (as in the data source `Mixture`) -> its reward, which must not be a sum. Put a reward that all
+            sets share, such as a format reward, beside this one into a `WeightedSum`.
+        name: Name under which it is logged; None for `reward_by_set`.
 
     Raises:
-        ConfigError: If there is no set, a reward is a sum, or only some of them measure correctness.
+        ConfigError: If there is no set, a reward is a sum, or some of the rewards measure correctness and others do not.
     """
 
     def __init__(self, rewards: dict[str, RewardFunction], name: str | None = None) -> None:
@@ -130,7 +86,7 @@ class RewardBySet(RewardFunction):
         self._name = name
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
-        """Score B completions, those of each set together."""
+        """Score B completions, with one call of each set's reward."""
         positions: dict[str, list[int]] = defaultdict(list)
         for position, prompt in enumerate(prompts):
             positions[prompt.set_name].append(position)
@@ -144,20 +100,20 @@ class RewardBySet(RewardFunction):
         return values
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """As the reward of the set does."""
+        """Extract the answer as the reward for the prompt's set does."""
         return self._reward(prompt).extract_answer(completion, prompt)
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """As the reward of the set does."""
+        """Check the prompt as the reward for its set does."""
         self._reward(prompt).check_prompt(prompt)
 
     def check_length(self, max_new_tokens: int) -> None:
-        """As the reward of each set does."""
+        """Check the length for the reward of every set."""
         for reward in self.rewards.values():
             reward.check_length(max_new_tokens)
 
     def decided_by_time(self) -> str | None:
-        """As the rewards of the sets do."""
+        """The warnings of the sets' rewards, joined; None if there are none."""
         found = [reward.decided_by_time() for reward in self.rewards.values()]
         return "; ".join(dict.fromkeys(text for text in found if text is not None)) or None
 
@@ -168,3 +124,54 @@ class RewardBySet(RewardFunction):
                 f"reward; there is one for {', '.join(self.rewards)}: name the sets as the data source does"
             )
         return self.rewards[prompt.set_name]
+
+
+class CachedReward(RewardFunction):
+    """Wraps a reward and keeps its values for the last batch.
+
+    `CosineLength` and `GroupLength` depend on another reward for correctness, which is also logged as a term of its own: the
+    second call gets the kept values.
+
+    Args:
+        reward: The wrapped reward, which must measure correctness and must not be a sum.
+        user: Name of the class that wraps it, for error messages.
+
+    Raises:
+        ConfigError: If the reward is a sum, or does not measure correctness.
+    """
+
+    def __init__(self, reward: RewardFunction, user: str) -> None:
+        if reward.terms() != [(reward, 1.0)] or not reward.measures_correctness:
+            raise ConfigError(
+                f"{user}: reward={type(reward).__name__} must be one reward that measures correctness, such as MathMatch; put "
+                f"further rewards beside {user} into a WeightedSum"
+            )
+        self.reward = reward
+        self._last: tuple[Sequence[str], Sequence[Prompt], Sequence[float] | Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the wrapped reward."""
+        return self.reward.name
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Sequence[float] | Tensor:
+        """Score completions, or return the kept values if these very objects were scored last."""
+        if self._last is None or self._last[0] is not completions or self._last[1] is not prompts:
+            self._last = (completions, prompts, self.reward(completions, prompts))
+        return self._last[2]
+
+    def correct(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[bool]:
+        """Whether each of B completions is right, which is a reward of at least 1.0."""
+        return [float(value) >= 1.0 for value in self(completions, prompts)]
+
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """Extract the answer as the wrapped reward does."""
+        return self.reward.extract_answer(completion, prompt)
+
+    def decided_by_time(self) -> str | None:
+        """The warning of the wrapped reward."""
+        return self.reward.decided_by_time()
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Check the prompt as the wrapped reward does."""
+        self.reward.check_prompt(prompt)

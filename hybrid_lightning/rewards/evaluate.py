@@ -1,6 +1,6 @@
-"""Completions, values and exceptions in error messages about rewards: short, and on one line.
+"""Call a reward and check what it returns, so that only one finite number per completion gets into training.
 
-Calls a reward and checks what it returns: nothing but one finite number per completion gets into training.
+A reward is often the user's own code: an error names the term of the reward, the row of the data and the completion, on one line.
 """
 
 import inspect
@@ -20,57 +20,35 @@ from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.time_limit import run_async
 from hybrid_lightning.types import Prompt, Rewards
 
-
-def place(completion: str, prompt: Prompt) -> str:
-    """Which completion of which row."""
-    return f"for {prompt.source or 'a prompt'} row {prompt.index} with completion {shorten(completion)}"
-
-
-def describe(error: BaseException) -> str:
-    """An exception of somebody else's code, with the line of that code which led to it."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{_line(error)}"
-
-
-def shorten(value: Any, length: int = 100) -> str:
-    """The repr of a value, cut if it is long."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
-
-
-# Code that a message about somebody's reward is not interested in: ours and that of libraries.
+# Folders of code that is not the user's: this package and installed libraries. Messages name the last line outside of them.
 _NOT_THEIRS = tuple({str(Path(__file__).parents[1]), *(sysconfig.get_path(name) for name in ("stdlib", "purelib"))})
-
-
-def _line(error: BaseException) -> str:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THEIRS)]
-    return f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
 
 
 def evaluate_reward(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Rewards:
     """Score completions.
 
     Args:
-        reward: The reward; a `WeightedSum` has one part for each of its terms.
+        reward: The reward; each term of a `WeightedSum` gives a part of its own.
         completions: B texts.
-        prompts: The prompt of each completion, B as well.
+        prompts: The B prompts, one for each completion.
 
     Returns:
-        Their rewards. `correct` says that all parts that measure correctness are at least 1.0, or, where none does, that the
+        The rewards. `correct` is True where every part that measures correctness is at least 1.0 or, if no part does, where the
         total is.
 
     Raises:
-        RewardError: If a part raises, or does not return one finite number per completion; the message names the part and,
+        RewardError: If a term raises, or does not return one finite number per completion; the message names the term and,
             where it can be found, the row and the completion.
     """
     assert len(completions) == len(prompts), f"{len(completions)} completions for {len(prompts)} prompts"
-    # A reward that sorts or empties what it is given must not change what others, and training, see.
+    # Tuples: a reward that sorts or empties its arguments must not change what other rewards, and training, see.
     completions, prompts = tuple(completions), tuple(prompts)
     total = torch.zeros(len(completions))
     correct = None
     parts: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
     for term, weight in reward.terms():
-        values = _call(term, completions, prompts)
+        values = _term_values(term, completions, prompts)
         parts[term.name], weights[term.name] = values, weight
         total = total + weight * values
         if term.measures_correctness:
@@ -80,18 +58,18 @@ def evaluate_reward(reward: RewardFunction, completions: Sequence[str], prompts:
 
 
 def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[str | None]:
-    """What completions answer, by the first part of the reward that measures correctness, or else the first of all.
+    """Extract answers with the first term of the reward that measures correctness or, if none does, with its first term.
 
     Args:
         reward: The reward.
         completions: B texts.
-        prompts: The prompt of each completion, B as well.
+        prompts: The B prompts, one for each completion.
 
     Returns:
         B answers; None for a completion without one (see `RewardFunction.extract_answer`).
 
     Raises:
-        RewardError: If the part raises, or returns neither a text nor None.
+        RewardError: If the term raises, or returns neither a text nor None.
     """
     terms = [term for term, _ in reward.terms()]
     term = next((term for term in terms if term.measures_correctness), terms[0])
@@ -102,56 +80,57 @@ def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts:
         except HybridLightningError:
             raise
         except Exception as error:
-            message = f"{_title(term)}.extract_answer raised {describe(error)} {place(completion, prompt)}"
+            message = f"{_title(term)}.extract_answer raised {describe_error(error)} {name_completion(completion, prompt)}"
             raise RewardError(message) from error
         if answer is not None and not isinstance(answer, str):
             raise RewardError(
-                f"{_title(term)}.extract_answer returned {shorten(answer)} {place(completion, prompt)}; it must return the "
-                "answer as text, or None if there is none"
+                f"{_title(term)}.extract_answer returned {short_repr(answer)} {name_completion(completion, prompt)}; it must "
+                "return the answer as text, or None if there is none"
             )
         answers.append(answer)
     return answers
 
 
-def _call(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
-    """Values of one term, [B] float32."""
+def _term_values(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
+    """Values of one term of a reward, checked, [B] float32."""
     try:
         values = _awaited(reward(completions, prompts))
     except HybridLightningError:
-        raise  # it says already what is wrong, and where
-    except (Exception, SystemExit) as error:  # whoever calls sys.exit in a reward does not mean to end training without a word
+        raise  # its message already says what is wrong, and where
+    except (Exception, SystemExit) as error:  # sys.exit in a reward must not end training without a message
         raise _culprit(reward, completions, prompts, error) from error
     try:
         numbers = _numbers(values, len(completions))
     except ValueError as error:
         raise RewardError(f"{_title(reward)} {error}; it must return one number per completion") from error
-    # Finite also in float32, which is what the training signal is.
+    # Converted first: a number must be finite in float32, the dtype of the training signal.
     result = torch.tensor([_float(number) for number in numbers], dtype=torch.float32)
     wrong = result.isfinite().logical_not().nonzero()
     if len(wrong):
         row = int(wrong[0])
         number = numbers[row]
-        problem = f"returned {number!r}" if isinstance(number, Real) else f"returned {shorten(number)}, which is no number,"
+        problem = f"returned {number!r}" if isinstance(number, Real) else f"returned {short_repr(number)}, which is no number,"
         raise RewardError(
-            f"{_title(reward)} {problem} {place(completions[row], prompts[row])}; it must return a finite number, 0.0 where it "
-            "does not apply"
+            f"{_title(reward)} {problem} {name_completion(completions[row], prompts[row])}; it must return a finite number, 0.0 "
+            "where it does not apply"
         )
     return result
 
 
 def _awaited(values: Any) -> Any:
-    """What a reward whose `__call__` is `async` returns in the end."""
+    """The values themselves; awaited first if the reward's `__call__` is `async`."""
     return run_async(values) if inspect.iscoroutine(values) else values
 
 
 def _numbers(values: Any, count: int) -> list[Any]:
+    """Values that a reward returned as a list of `count` entries; ValueError if they are something else."""
     if hasattr(values, "tolist"):  # tensors and arrays
         shape = tuple(values.shape)
         if shape != (count,):
             raise ValueError(f"returned shape {shape} for {count} completions")
         return list(values.tolist())
     if not isinstance(values, Sequence) or isinstance(values, str):
-        raise ValueError(f"returned {shorten(values)} for {count} completions")
+        raise ValueError(f"returned {short_repr(values)} for {count} completions")
     if len(values) != count:
         raise ValueError(f"returned {len(values)} values for {count} completions")
     return [value.item() if getattr(value, "shape", None) == () else value for value in values]
@@ -160,24 +139,46 @@ def _numbers(values: Any, count: int) -> list[Any]:
 def _float(number: Any) -> float:
     try:
         return float(number) if isinstance(number, Real) else math.nan
-    except OverflowError:  # a whole number beyond all of float's
+    except OverflowError:  # an integer too large for a float
         return math.inf
 
 
 def _culprit(reward: RewardFunction, completions: Sequence[str], prompts: Sequence[Prompt], error: BaseException) -> RewardError:
-    """Find the completion that a reward fails on, by giving it one at a time."""
+    """Find the completion on which a reward fails by scoring them one at a time, and return the error to raise."""
     for completion, prompt in zip(completions, prompts, strict=True):
         try:
             _awaited(reward([completion], [prompt]))
         except (Exception, SystemExit) as single:
-            return RewardError(f"{_title(reward)} raised {describe(single)} {place(completion, prompt)}")
+            return RewardError(f"{_title(reward)} raised {describe_error(single)} {name_completion(completion, prompt)}")
     return RewardError(
-        f"{_title(reward)} raised {describe(error)} for a batch of {len(completions)} completions, the first "
-        f"{place(completions[0], prompts[0])}; for each of them alone it did not"
+        f"{_title(reward)} raised {describe_error(error)} for a batch of {len(completions)} completions, the first "
+        f"{name_completion(completions[0], prompts[0])}; for each of them alone it did not"
         if completions
-        else f"{_title(reward)} raised {describe(error)} for an empty batch"
+        else f"{_title(reward)} raised {describe_error(error)} for an empty batch"
     )
 
 
 def _title(reward: RewardFunction) -> str:
+    """How error messages name a reward."""
     return f"reward {type(reward).__name__} ({reward.name})"
+
+
+def name_completion(completion: str, prompt: Prompt) -> str:
+    """How error messages name a completion: by the row of its prompt, and its text."""
+    return f"for {prompt.source or 'a prompt'} row {prompt.index} with completion {short_repr(completion)}"
+
+
+def describe_error(error: BaseException) -> str:
+    """One line about an exception in the user's code, with the line of that code which led to it."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{_line_of(error)}"
+
+
+def short_repr(value: Any, length: int = 100) -> str:
+    """The repr of a value, cut off after `length` characters."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
+
+
+def _line_of(error: BaseException) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THEIRS)]
+    return f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""

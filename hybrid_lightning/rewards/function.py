@@ -1,6 +1,6 @@
-"""Functions named in a config: `package.module.function`, `package.module:function` or `path/to/file.py:function`.
+"""`FunctionReward`: a plain Python function as a reward.
 
-A plain Python function as a reward.
+A config names the function as `package.module.function`, `package.module:function` or `path/to/file.py:function`.
 """
 
 import hashlib
@@ -17,92 +17,40 @@ from types import ModuleType
 from typing import Any
 
 from hybrid_lightning.errors import ConfigError, DataError, RewardError
-from hybrid_lightning.rewards.evaluate import describe, place, shorten
+from hybrid_lightning.rewards.evaluate import describe_error, name_completion, short_repr
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.rewards.time_limit import await_all, call_within, run_async
 from hybrid_lightning.types import Prompt
 
-
-@cache
-def load_function(path: str) -> Callable[..., Any]:
-    """Import the module or run the file, once, and take the function out of it.
-
-    Raises:
-        ConfigError: If there is no such file, module or function, or it cannot be imported.
-    """
-    if path.endswith(".py"):
-        raise ConfigError(f"function={path!r} is a file without a function: name one of it, as in {path}:function")
-    place, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
-    if not place or not name.isidentifier():
-        raise ConfigError(f"function={path!r}: give package.module.function or path/to/file.py:function")
-    try:
-        module = _file(path, Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
-    except ConfigError:
-        raise
-    except ModuleNotFoundError as error:
-        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
-            raise ConfigError(
-                f"function={path!r}: there is no module {error.name!r}; correct the name, start from the folder that it lies in, "
-                "or give its file, as in my_rewards.py:function"
-            ) from error
-        raise ConfigError(f"function={path!r}: {place} needs the module {error.name!r}, which is not installed") from error
-    except (Exception, SystemExit) as error:  # SystemExit: a script that parses arguments, without `if __name__ == "__main__"`
-        raise ConfigError(f"function={path!r}: importing {place} raised {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-        raise ConfigError(f"function={path!r}: {place} has no function {name!r}; it has {', '.join(own) or 'none'}")
-    return function  # type: ignore[no-any-return]
-
-
-def _file(path: str, file: Path) -> ModuleType:
-    if not file.is_file():
-        raise ConfigError(f"function={path!r}: there is no file {file.absolute()}; correct the path")
-    # A name that no other module has, and the same in each process.
-    name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses and pickle look there
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
-
-
 logger = logging.getLogger(__name__)
-
 _KINDS = {"bool": "true or false", "int": "a number", "float": "a number", "str": "text"}
 _BATCH, _SINGLE = ("completions", "prompts"), ("completion", "prompt")
 
 
 class FunctionReward(RewardFunction):
-    """What a function of yours says.
+    """Scores completions with a Python function of your own.
 
     For example
 
         def brevity(completions, **columns): return [float(len(text) < 200) for text in completions]
         def close(completion, answer, tolerance): return float(abs(float(completion) - float(answer)) < tolerance)
 
-    A function with a parameter `completions` gets all B at once and returns B numbers; one with `completion` is called for each.
-    The other parameters are found by name: `prompts` or `prompt` (of `Prompt`), `answer` (the reference answer), `set_name`, and
-    any column of the data; in a function of `completions` they are lists of B, as TRL hands them, and `**columns` takes all
-    columns. A parameter with a default may be missing from the data, and any that is no column may be given by `arguments`.
-    Completions are texts, also where prompts are messages.
+    A function with a parameter `completions` gets all B completions at once and returns B numbers; a function with a parameter
+    `completion` is called for each completion. Other parameters are filled by name: `prompts` or `prompt` (objects of class
+    `Prompt`), `answer` (the reference answer), `set_name`, and any column of the data. In a function of `completions` they are
+    lists of length B, as in TRL, and `**columns` takes all columns. A parameter with a default may be missing from the data, and
+    `arguments` may give a value to any parameter that is no column. Completions are texts, also where prompts are messages.
 
-    A function may be `async`. One of `completion` is then awaited for all completions at the same time.
+    A function may be `async`. A function of one `completion` is then awaited for several completions at the same time.
 
     Args:
         function: `package.module.function` or `path/to/file.py:function`.
-        timeout_s: Time for each call, in seconds of wall time, so for the batch or for one completion; None for no limit. An
-            asynchronous function is cancelled; another goes on in its thread, where it can still take processor time.
-        on_timeout: What a completion earns whose call is out of time; None: training stops with an error that names the row.
-        concurrency: Asynchronous calls that are awaited at the same time.
-        measures_correctness: Whether a value of 1.0 says that the answer is right, which accuracy is made from.
-        name: What it is logged as; None for the function's name.
+        timeout_s: Wall time in seconds for each call, which is one for the batch or one for each completion; None for no limit.
+            An asynchronous function is cancelled; an ordinary one goes on in its thread, and can still take processor time.
+        on_timeout: Reward of a completion whose call takes too long; None stops training with an error that names the row.
+        concurrency: How many asynchronous calls are awaited at the same time.
+        measures_correctness: Whether a value of 1.0 means that the answer is right; accuracy is computed from such rewards.
+        name: Name under which it is logged; None for the function's name.
         arguments: Parameter of the function -> its value, the same for all completions, such as `{tolerance: 0.2}`.
 
     Raises:
@@ -160,19 +108,19 @@ class FunctionReward(RewardFunction):
         for name, value in self.arguments.items():
             if name in (*_BATCH, *_SINGLE, "answer", "set_name"):
                 raise ConfigError(
-                    f"arguments.{name}={shorten(value)}: what {self.function} gets as {name} is the run's; leave it out"
+                    f"arguments.{name}={short_repr(value)}: what {self.function} gets as {name} is the run's; leave it out"
                 )
             if name not in free and not self.takes_all:
                 raise ConfigError(
-                    f"arguments.{name}={shorten(value)}: {self.function} has no parameter {name!r} that could be given; it has "
-                    f"{', '.join(free) or 'none'}"
+                    f"arguments.{name}={short_repr(value)}: {self.function} has no parameter {name!r} that could be given; it "
+                    f"has {', '.join(free) or 'none'}"
                 )
             kind = _kind(free[name]) if name in free else None
             if kind is not None and value is not None and _KINDS.get(type(value).__name__) != kind:
-                raise ConfigError(f"arguments.{name}={shorten(value)}: {self.function} takes {kind} there")
+                raise ConfigError(f"arguments.{name}={short_repr(value)}: {self.function} takes {kind} there")
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Make sure that the row has every column that the function needs, and none that is given otherwise."""
+        """Check that the row has every column that the function needs, and no column that `arguments` give a value to as well."""
         values = _values(prompt)
         for name in self.arguments.keys() & values.keys():
             raise DataError(
@@ -187,7 +135,7 @@ class FunctionReward(RewardFunction):
                 )
 
     def decided_by_time(self) -> str | None:
-        """Where a call that is out of time earns something; without `on_timeout` it is an error."""
+        """A warning if `on_timeout` is set: the machine's load then decides about rewards. Without it, a timeout is an error."""
         if self.on_timeout is None:
             return None
         return (
@@ -196,12 +144,13 @@ class FunctionReward(RewardFunction):
         )
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Any:
-        """Call the function for B completions; what it returns is checked by `evaluate_reward`."""
+        """Call the function for B completions. `evaluate_reward` checks what it returns."""
         for prompt in prompts:
             self.check_prompt(prompt)
         return self._batch(completions, prompts) if self.batched else self._each(completions, prompts)
 
     def _batch(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Any:
+        """Call a function of `completions` once for all of them."""
         rows = [_values(prompt) for prompt in prompts]
         there = dict.fromkeys(name for row in rows for name in row)
         names = [name for name in there if name in self.needed or name in self.wanted or self.takes_all]
@@ -217,10 +166,11 @@ class FunctionReward(RewardFunction):
         except TimeoutError as error:
             if self.timeout_s is None or not completions:
                 raise
-            where = f"for a batch of {len(completions)} completions, the first {place(completions[0], prompts[0])}"
+            where = f"for a batch of {len(completions)} completions, the first {name_completion(completions[0], prompts[0])}"
             return [self._late(where, error)] * len(completions)
 
     def _each(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[Any]:
+        """Call a function of `completion` for each of them."""
         calls = []
         for completion, prompt in zip(completions, prompts, strict=True):
             row = _values(prompt)
@@ -239,17 +189,22 @@ class FunctionReward(RewardFunction):
             return error
 
     def _call(self, completions: Any, prompts: Any, arguments: dict[str, Any]) -> Callable[[], Any]:
+        """The function with all its arguments bound."""
         own = {self._own[0]: completions, **({self._own[1]: prompts} if self.takes_prompts or self.takes_all else {})}
         return partial(load_function(self.function), **{**arguments, **deepcopy(self.arguments), **own})
 
     def _checked(self, value: Any, completion: str, prompt: Prompt) -> Any:
+        """The value of one call; an exception that it raised is raised again with the row and the completion."""
         if isinstance(value, TimeoutError) and self.timeout_s is not None:
-            return self._late(place(completion, prompt), value)
+            return self._late(name_completion(completion, prompt), value)
         if isinstance(value, BaseException):
-            raise RewardError(f"reward function {self.function} raised {describe(value)} {place(completion, prompt)}") from value
+            raise RewardError(
+                f"reward function {self.function} raised {describe_error(value)} {name_completion(completion, prompt)}"
+            ) from value
         return value
 
     def _late(self, where: str, error: BaseException) -> float:
+        """The reward for a call that took too long, or the error if there is none."""
         late = f"reward function {self.function} took more than timeout_s={self.timeout_s:g} s {where}"
         if self.on_timeout is None:
             raise RewardError(f"{late}; raise timeout_s, or set on_timeout to what such a completion earns") from error
@@ -258,7 +213,7 @@ class FunctionReward(RewardFunction):
 
 
 def _kind(parameter: inspect.Parameter) -> str | None:
-    """What a parameter takes, by its annotation or else its default; None where neither is a plain type."""
+    """What values a parameter takes, by its annotation or else its default, in words; None if neither is a plain type."""
     wanted = parameter.annotation
     if wanted is parameter.empty:
         wanted = type(parameter.default)
@@ -266,6 +221,59 @@ def _kind(parameter: inspect.Parameter) -> str | None:
 
 
 def _values(prompt: Prompt) -> dict[str, Any]:
-    """What a function can ask for by name, of one prompt."""
+    """Name -> value of everything about a prompt that a function can ask for by the name of a parameter."""
     answer = {} if prompt.answer is None else {"answer": prompt.answer}
     return {**prompt.columns, **answer, "set_name": prompt.set_name}
+
+
+@cache
+def load_function(path: str) -> Callable[..., Any]:
+    """Import the module or run the file, once in a process, and return the function that is named.
+
+    Args:
+        path: The function as a config names it (see the head of this file).
+
+    Raises:
+        ConfigError: If there is no such file, module or function, or it cannot be imported.
+    """
+    if path.endswith(".py"):
+        raise ConfigError(f"function={path!r} is a file without a function: name one of it, as in {path}:function")
+    place, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
+    if not place or not name.isidentifier():
+        raise ConfigError(f"function={path!r}: give package.module.function or path/to/file.py:function")
+    try:
+        module = _file(path, Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
+    except ConfigError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
+            raise ConfigError(
+                f"function={path!r}: there is no module {error.name!r}; correct the name, start from the folder that it lies in, "
+                "or give its file, as in my_rewards.py:function"
+            ) from error
+        raise ConfigError(f"function={path!r}: {place} needs the module {error.name!r}, which is not installed") from error
+    except (Exception, SystemExit) as error:  # SystemExit: a script that parses arguments, without `if __name__ == "__main__"`
+        raise ConfigError(f"function={path!r}: importing {place} raised {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        raise ConfigError(f"function={path!r}: {place} has no function {name!r}; it has {', '.join(own) or 'none'}")
+    return function  # type: ignore[no-any-return]
+
+
+def _file(path: str, file: Path) -> ModuleType:
+    if not file.is_file():
+        raise ConfigError(f"function={path!r}: there is no file {file.absolute()}; correct the path")
+    # The module gets a name that no other module has, and that is the same in every process.
+    name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and pickle look modules up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

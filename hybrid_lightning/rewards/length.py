@@ -1,49 +1,52 @@
-"""DAPO's soft overlong punishment (arXiv 2503.14476, equation 13): the nearer to the length limit, the more it costs.
+"""Rewards that depend on the length of a completion in tokens, L (|o| in DAPO); the stop token counts.
 
-0                                            up to max_tokens - buffer_tokens
-(max_tokens - buffer_tokens - |o|) / buffer_tokens      then, down to
--1                                           from max_tokens on
+`OverlongPenalty`: DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), which grows near the length limit:
 
-The cosine length reward of "Demystifying Long Chain-of-Thought Reasoning in LLMs" (Yeo et al. 2025, arXiv 2502.03373).
+    0                                               up to L = max_tokens - buffer_tokens
+    (max_tokens - buffer_tokens - L) / buffer_tokens    from there on, down to
+    -1                                              from L = max_tokens on
+
+`CosineLength`: the cosine length reward of "Demystifying Long Chain-of-Thought Reasoning in LLMs" (Yeo et al. 2025, arXiv
+2502.03373):
 
     r(L) = r_max + (r_0 - r_max) (1 + cos(pi L / L_max)) / 2        for L < L_max
 
-from r_0 at length 0 to r_max at the limit, with values of their own for right and wrong completions, and a third for those that
-reach the limit. The paper takes 2 and 1 for right ones, -10 and 0 for wrong ones and -10 at the limit; the defaults here are
-those of open-r1 (github.com/huggingface/open-r1), which stay within -1 and 1.
+It goes from r_0 at length 0 to r_max at the limit L_max. Right and wrong completions have an r_0 and an r_max of their own, and a
+completion that reaches the limit has a third value. The paper takes r_0 = 2 and r_max = 1 for right ones, -10 and 0 for wrong
+ones, and -10 at the limit. The defaults here are those of open-r1 (github.com/huggingface/open-r1), between -1 and 1.
 
-The length reward of Kimi k1.5 (arXiv 2501.12599, section 2.3.3): linear within the completions of a prompt.
+`GroupLength`: the length reward of Kimi k1.5 (arXiv 2501.12599, section 2.3.3), linear in the length and added to the reward for
+correctness:
 
     lambda = 0.5 - (L - L_min) / (L_max - L_min)
 
-over the completions of the same prompt; a right completion earns lambda, a wrong one min(0, lambda), and nobody anything where
-all are of one length. It is added to the reward for correctness.
+L_min and L_max are the shortest and longest of the completions of the same prompt. A right completion earns lambda, a wrong one
+min(0, lambda), and every completion 0 if all have the same length.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, RewardError
 from hybrid_lightning.rewards.combined import CachedReward
 from hybrid_lightning.rewards.reward_function import RewardFunction
-from hybrid_lightning.rewards.text import token_counts
-from hybrid_lightning.types import Prompt
+from hybrid_lightning.types import Completion, Prompt
 
 
 class OverlongPenalty(RewardFunction):
-    """0 for a completion that keeps its distance from the length limit, falling to -1 at the limit.
+    """0 for a completion well below the length limit, falling to -1 at the limit.
 
-    For a `WeightedSum`, beside a reward for correctness. The paper has 20,480 and 4,096 tokens, and weighs it as the accuracy,
-    which is -1 or 1 there.
+    Use it in a `WeightedSum` beside a reward for correctness. The paper takes max_tokens=20480 and buffer_tokens=4096, and gives
+    the penalty the same weight as the accuracy, which is -1 or 1 there.
 
     Args:
         max_tokens: The limit, usually the sampler's `max_new_tokens`; the stop token counts.
-        buffer_tokens: How far before the limit the penalty begins.
-        name: What it is logged as; None for `overlong_penalty`.
+        buffer_tokens: How many tokens before the limit the penalty begins.
+        name: Name under which it is logged; None for `overlong_penalty`.
 
     Raises:
-        ConfigError: If the buffer is not within the limit.
+        ConfigError: If `buffer_tokens` is below 1 or above `max_tokens`.
 
     Example:
         >>> from hybrid_lightning.types import Completion
@@ -64,7 +67,7 @@ class OverlongPenalty(RewardFunction):
         self._name = name
 
     def check_length(self, max_new_tokens: int) -> None:
-        """Raise ConfigError if no completion gets long enough to cost anything."""
+        """Raise ConfigError if the sampler's completions never get long enough for a penalty."""
         if max_new_tokens <= self.max_tokens - self.buffer_tokens:
             raise ConfigError(
                 f"OverlongPenalty: completions are cut at the sampler's max_new_tokens={max_new_tokens}, but the penalty begins "
@@ -73,7 +76,7 @@ class OverlongPenalty(RewardFunction):
             )
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
-        """Penalty of each completion, of B."""
+        """The penalty of each of B completions."""
         return [self._penalty(length) for length in token_counts(type(self).__name__, completions)]
 
     def _penalty(self, length: int) -> float:
@@ -82,20 +85,20 @@ class OverlongPenalty(RewardFunction):
 
 
 class CosineLength(RewardFunction):
-    """Replaces a reward for correctness by one that depends on length too.
+    """Replaces a reward for correctness by one that also depends on length.
 
-    With the defaults a short right completion earns most, a short wrong one least. The reward for correctness is logged beside
-    it, with weight 0.
+    With the defaults a short right completion earns most, and a short wrong one least. The reward for correctness is still
+    logged, with weight 0.
 
     Args:
-        reward: Says which completions are right, by 1.0.
+        reward: The reward for correctness: a completion is right if it earns 1.0.
         max_tokens: The limit, usually the sampler's `max_new_tokens`; the stop token counts.
         right_shortest: Reward of a right completion of length 0.
         right_longest: Reward of a right completion at the limit.
         wrong_shortest: Reward of a wrong completion of length 0.
         wrong_longest: Reward of a wrong completion at the limit.
-        at_limit: Reward of every completion that reaches the limit; None for what the formula gives.
-        name: What it is logged as; None for `cosine_length`.
+        at_limit: Reward of every completion that reaches the limit; None for the value of the formula.
+        name: Name under which it is logged; None for `cosine_length`.
 
     Raises:
         ConfigError: If the limit is below 1, or `reward` does not measure correctness.
@@ -123,15 +126,15 @@ class CosineLength(RewardFunction):
         self._name = name
 
     def terms(self) -> list[tuple[RewardFunction, float]]:
-        """The reward for correctness, which does not count, and this one."""
+        """The reward for correctness with weight 0, and this reward with weight 1."""
         return [(self.reward, 0.0), (self, 1.0)]
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """As the reward for correctness does."""
+        """Check the prompt as the reward for correctness does."""
         self.reward.check_prompt(prompt)
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
-        """Reward of each completion, of B."""
+        """The reward of each of B completions."""
         lengths = token_counts(type(self).__name__, completions)
         return [
             self._value(length, right) for length, right in zip(lengths, self.reward.correct(completions, prompts), strict=True)
@@ -145,12 +148,13 @@ class CosineLength(RewardFunction):
 
 
 class GroupLength(RewardFunction):
-    """Adds to a reward for correctness one for being shorter than the prompt's other completions.
+    """Adds to a reward for correctness a reward for being shorter than the other completions of the same prompt.
 
     Args:
-        reward: Says which completions are right, by 1.0; it counts in full.
-        weight: Of the length reward, which is from -0.5 to 0.5; the paper raises it during training, and names no value.
-        name: What it is logged as; None for `group_length`.
+        reward: The reward for correctness, which has weight 1: a completion is right if it earns 1.0.
+        weight: Weight of the length reward, which lies between -0.5 and 0.5. The paper raises it during training, and gives no
+            value.
+        name: Name under which it is logged; None for `group_length`.
 
     Raises:
         ConfigError: If the weight is not positive, or `reward` does not measure correctness.
@@ -166,15 +170,15 @@ class GroupLength(RewardFunction):
         self._name = name
 
     def terms(self) -> list[tuple[RewardFunction, float]]:
-        """The reward for correctness and this one."""
+        """The reward for correctness with weight 1, and this reward with its weight."""
         return [(self.reward, 1.0), (self, self.weight)]
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """As the reward for correctness does."""
+        """Check the prompt as the reward for correctness does."""
         self.reward.check_prompt(prompt)
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
-        """Length reward of each completion, of B, before weighting."""
+        """The length reward of each of B completions, before weighting."""
         lengths = token_counts(type(self).__name__, completions)
         right = self.reward.correct(completions, prompts)
         groups: dict[tuple[str, str, int], list[int]] = defaultdict(list)
@@ -187,3 +191,22 @@ class GroupLength(RewardFunction):
                 value = 0.5 - (lengths[position] - shortest) / (longest - shortest)
                 values[position] = value if right[position] else min(0.0, value)
         return values
+
+
+def token_counts(reward: str, completions: Sequence[str]) -> list[int]:
+    """Length in tokens of each of B completions; the stop token counts.
+
+    Args:
+        reward: Name of the reward, for the error message.
+        completions: B completions.
+
+    Raises:
+        RewardError: If a completion is a plain string, whose number of tokens is not known.
+    """
+    for completion in completions:
+        if not isinstance(completion, Completion):
+            raise RewardError(
+                f"{reward}: completions are plain strings, whose tokens are not known: give those of a rollout, or make them "
+                "Completion(text, num_tokens, finished)"
+            )
+    return [completion.num_tokens for completion in completions if isinstance(completion, Completion)]

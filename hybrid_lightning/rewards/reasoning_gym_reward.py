@@ -1,4 +1,4 @@
-"""The verifier that a reasoning-gym task brings along."""
+"""`ReasoningGymReward`: the verifier of a reasoning-gym task as a reward."""
 
 import json
 import logging
@@ -8,26 +8,26 @@ from functools import lru_cache
 from typing import Any
 
 from hybrid_lightning.errors import ConfigError, RewardError
-from hybrid_lightning.rewards.evaluate import describe, place
+from hybrid_lightning.rewards.evaluate import describe_error, name_completion
 from hybrid_lightning.rewards.reward_function import RewardFunction
-from hybrid_lightning.rewards.text import compile_pattern, extract
+from hybrid_lightning.rewards.text import compile_pattern, extract_match
 from hybrid_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
 
 
 class ReasoningGymReward(RewardFunction):
-    r"""What the task's own verifier says, from 0.0 to 1.0; many give partial credit, and some take numbers that are merely close.
+    r"""The score of the task's own verifier, from 0.0 to 1.0. Many give partial credit, and some accept numbers that are close.
 
-    A completion on which the verifier raises earns nothing, with a warning.
+    A completion on which the verifier raises an exception earns 0, with a warning.
 
-    For prompts of `ReasoningGymSource`: their columns `task`, `config` and `item` are the recipe by which the problem, with
-    all that the verifier needs, is made again.
+    Only for prompts of `ReasoningGymSource`: from their columns `task`, `config` and `item` the problem is made again, with
+    everything that the verifier needs.
 
     Args:
-        pattern: Regular expression with one group, the answer, such as `<answer>(.*?)</answer>`; the last match counts, no
-            match earns nothing. None: the whole completion, without space around it.
-        name: What it is logged as; None for `reasoning_gym_reward`.
+        pattern: Regular expression with one group, which is the answer, such as `<answer>(.*?)</answer>`. The last match counts,
+            and no match earns 0. None takes the whole completion, without white space around it.
+        name: Name under which it is logged; None for `reasoning_gym_reward`.
     """
 
     def __init__(self, pattern: str | None = None, name: str | None = None) -> None:
@@ -36,19 +36,19 @@ class ReasoningGymReward(RewardFunction):
         self._checked: set[tuple[str, str]] = set()
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
-        """Verify each completion, of B."""
+        """Verify each of B completions."""
         return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """What the verifier is given."""
-        answer = extract(self.pattern, completion)
+        """The text that the verifier gets."""
+        answer = extract_match(self.pattern, completion)
         return None if answer is None else answer.strip() or None
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Make sure, for the first prompt of each task, that its problem can be made again and not every text is right.
+        """Check, at the first prompt of each task, that its problem can be made again, and that not every text is right.
 
         Raises:
-            RewardError: If it cannot, or is.
+            RewardError: If the problem cannot be made again, or the verifier accepts any text.
         """
         recipe = str(prompt.columns.get("task")), json.dumps(prompt.columns.get("config"), sort_keys=True)
         if recipe in self._checked:  # a problem can take a second to make
@@ -68,8 +68,12 @@ class ReasoningGymReward(RewardFunction):
             return 0.0
         try:
             value = float(dataset.score_answer(answer, deepcopy(entry)))
-        except Exception as error:  # verifiers take what they expect for granted
-            logger.warning("reasoning-gym's verifier raised %s %s: it earns nothing", describe(error), place(completion, prompt))
+        except Exception as error:  # verifiers do not expect answers of another form
+            logger.warning(
+                "reasoning-gym's verifier raised %s %s: it earns nothing",
+                describe_error(error),
+                name_completion(completion, prompt),
+            )
             return 0.0
         return min(value, 1.0)
 
@@ -111,10 +115,10 @@ def _entry(task: str, config: str, item: int) -> tuple[Any, dict[str, Any]]:
 
 @lru_cache(maxsize=64)
 def _takes_everything(task: str, config: str) -> bool:
-    """Whether two texts that are no answer to anything earn 1.0 on the first problems of a task."""
+    """Whether two texts that cannot be an answer earn 1.0 on the first problems of a task."""
     dataset = _dataset(task, config)
     try:
         scores = [dataset.score_answer(text, dataset[item]) for item in range(min(2, len(dataset))) for text in ("\u2603", "?!")]
     except Exception:
-        return False  # it does not take these
+        return False  # it does not accept these texts
     return min(scores) >= 1.0

@@ -1,4 +1,4 @@
-"""`RewardFunction`: the part that says how good a completion is."""
+"""`RewardFunction`: base class of rewards, which score completions; the scores are the training signal."""
 
 import re
 from abc import ABC, abstractmethod
@@ -11,9 +11,7 @@ from hybrid_lightning.types import Prompt
 
 
 class RewardFunction(Configurable, ABC):
-    """Scores completions; the training signal.
-
-    A reward of one's own is a class with `__call__`:
+    """Base class of rewards. A subclass needs only `__call__`, which scores completions.
 
     Example:
         >>> class Brevity(RewardFunction):
@@ -28,7 +26,7 @@ class RewardFunction(Configurable, ABC):
         'brevity'
     """
 
-    measures_correctness: bool = True  # whether a full value (1.0) says that the answer is right
+    measures_correctness: bool = True  # whether a reward of 1.0 means that the answer is right
 
     _name: str | None = None
 
@@ -37,55 +35,55 @@ class RewardFunction(Configurable, ABC):
         """Score completions.
 
         Args:
-            completions: B texts without special tokens. Those of a rollout are `Completion`, with `num_tokens` and `finished`
-                for rewards that depend on length (see `OverlongPenalty`).
-            prompts: The prompt of each completion, B as well.
+            completions: B texts without special tokens. In a rollout they are of type `Completion`, which has `num_tokens` and
+                `finished` for rewards that depend on length (see `OverlongPenalty`).
+            prompts: The B prompts, one for each completion.
 
         Returns:
-            B finite numbers, in the same order. A reward that measures correctness gives 1.0 to a right answer.
+            B finite numbers, in the same order. A reward that measures correctness gives 1.0 for a right answer.
         """
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """What a completion answers: a majority vote (`maj@k`) counts completions of a prompt with the same answer together.
+        """The answer that a completion gives, for majority votes (`maj@k`), which count equal answers to a prompt together.
 
-        A reward that takes an answer out of the text says so here, in a form in which equal answers are equal texts; otherwise
-        the whole text is the answer.
+        By default the whole text is the answer. A reward that extracts an answer from the text overrides this, and writes
+        equal answers as equal texts.
 
         Returns:
-            The answer; None where the completion gives none, which then has no vote.
+            The answer; None if the completion gives none, so that it has no vote.
         """
         return completion.strip() or None
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Make sure that completions of a prompt can be scored; asked of every prompt before training begins.
+        """Check that completions of a prompt can be scored. Called for every prompt before training begins.
 
         Raises:
-            DataError: If they cannot; the message names the row.
+            DataError: If they cannot be scored; the message names the row.
         """
 
     def check_length(self, max_new_tokens: int) -> None:
-        """Make sure that the reward can do its part where completions are cut; asked before training begins.
+        """Check that the reward can have an effect on completions of the sampler's length. Called before training begins.
 
         Args:
-            max_new_tokens: Longest completion that the sampler makes, in tokens.
+            max_new_tokens: Length in tokens at which the sampler cuts completions.
 
         Raises:
-            ConfigError: If it cannot.
+            ConfigError: If it can have none.
         """
 
     def decided_by_time(self) -> str | None:
-        """What the reward depends on beside its input: how long something takes, and so on what else the machine does.
+        """Whether the reward also depends on how long something takes, and so on what else the machine is doing.
 
         Returns:
-            What that is, and the remedy, for a warning when a run starts; None for a reward that only reads.
+            A text for a warning when the run starts, with the cause and the remedy; None if only the input decides.
         """
         return None
 
     @property
     def name(self) -> str:
-        """What the reward is logged as: the name given to it, or its class in snake_case."""
+        """Name under which the reward is logged: the name given to it, or its class name in snake_case."""
         return self._name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
 
     def terms(self) -> list[tuple["RewardFunction", float]]:
-        """The rewards that this one adds up, each with its weight; a plain reward is its own only term."""
+        """The rewards that this reward is the sum of, each with its weight; a plain reward has itself as its only term."""
         return [(self, 1.0)]

@@ -1,4 +1,12 @@
-"""Generation of completions, and rollouts as training data."""
+"""Rollouts: sample completions of prompts, and turn them into micro-batches of training data.
+
+prompt_order.py       in which order training prompts are drawn
+sampler.py            samples completions
+rng.py                random numbers of the sampler, and random states for checkpoints
+dynamic_sampling.py   replaces groups from which nothing can be learned
+loader.py             the train dataloader: draws prompts, asks for rollouts, and yields micro-batches
+batching.py           pads, splits, joins and saves rows
+"""
 
 from typing import TYPE_CHECKING
 
@@ -7,15 +15,17 @@ from hybrid_lightning.configurable import public_names
 if TYPE_CHECKING:
     from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
     from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
+    from hybrid_lightning.rollout.rollout_engine import RolloutEngine
     from hybrid_lightning.rollout.sampler import Sampler
 
-__all__ = ["DynamicSampling", "RolloutLoader", "RolloutSchedule", "Sampler"]
+__all__ = ["DynamicSampling", "RolloutEngine", "RolloutLoader", "RolloutSchedule", "Sampler"]
 
 __getattr__ = public_names(
     __name__,
     {
         "dynamic_sampling": ["DynamicSampling"],
         "loader": ["RolloutLoader", "RolloutSchedule"],
+        "rollout_engine": ["RolloutEngine"],
         "sampler": ["Sampler"],
     },
 )

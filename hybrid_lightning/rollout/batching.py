@@ -1,7 +1,10 @@
-"""Rows put together and taken apart: padded, cut into runs by their tokens, joined below each other, dealt to ranks, and saved.
+"""Pad rows, split them by their number of tokens, join them, distribute them over ranks, and save them.
 
-How many rows a forward and backward pass takes depends on how long they are. Denominators are those of the whole optimizer step,
-so that any way to cut its rows, or to deal those that another number of ranks has saved, gives the same gradient.
+Axes: B rows (sequences), S prompt tokens (left-padded), T completion tokens (right-padded).
+
+How many rows fit into a forward and backward pass depends on their length. The denominators of a loss are those of the whole
+optimizer step, so that the gradient does not depend on how the rows of a step are split, or redistributed over another number of
+ranks than that which saved them.
 """
 
 from collections.abc import Sequence
@@ -12,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hybrid_lightning.engine.packing import begins_group
+from hybrid_lightning.engine import begins_group
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.types import PolicyBatch, Rewards, Rollouts, Sequences
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Ids [B, S] int64 and mask [B, S] bool (True on real tokens), with the padding before each row."""
+    """Pad rows on the left. Returns ids [B, S] int64 and the mask [B, S] bool, True on real tokens."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], dtype=torch.long, device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -26,7 +29,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | 
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Ids [B, T] int64 and mask [B, T] bool (True on real tokens), with the padding behind each row."""
+    """Pad rows on the right. Returns ids [B, T] int64 and the mask [B, T] bool, True on real tokens."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -34,15 +37,15 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device |
 
 
 def split_by_tokens(sequences: Sequences, max_tokens: int, together: int = 1) -> list[slice]:
-    """Cut rows into runs of neighbours of at most `max_tokens` tokens, which a single longer row exceeds.
+    """Split rows into runs of neighbours with at most `max_tokens` tokens. Only a single row that is longer exceeds that.
 
-    A prompt counts once for the neighbours that share it, as in the packed forward pass; a prompt whose completions are cut apart
-    counts in each run.
+    The tokens of a prompt count once for neighbours that share it, as in the packed forward pass. If its completions are in
+    several runs, the prompt counts in each of them.
 
     Args:
         sequences: B rows.
-        max_tokens: Tokens of prompts and completions in a run.
-        together: So many rows, counted from the first, are never cut apart; B is a multiple of it.
+        max_tokens: Largest number of tokens of prompts and completions in a run.
+        together: Number of rows that stay together, counted from the first row; B must be a multiple of it.
 
     Returns:
         Slices of the rows, in order.
@@ -54,7 +57,7 @@ def split_by_tokens(sequences: Sequences, max_tokens: int, together: int = 1) ->
     for row in range(0, len(prompts), together):
         unit = range(row, row + together)
         needed = sum(completions[i] + (prompts[i] if begins[i] else 0) for i in unit)
-        alone = needed + (0 if begins[row] else prompts[row])  # where it begins a run
+        alone = needed + (0 if begins[row] else prompts[row])  # tokens of the unit if it begins a run
         if row > start and used + needed > max_tokens:
             runs.append(slice(start, row))
             start, used = row, alone
@@ -63,18 +66,19 @@ def split_by_tokens(sequences: Sequences, max_tokens: int, together: int = 1) ->
     return [*runs, slice(start, len(prompts))] if prompts else []
 
 
-def join_rows(parts: Sequence[torch.Tensor], width: int) -> torch.Tensor:
-    """Stack [b, t] tensors of consecutive rows to [B, width], with zeros where a part is narrower."""
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+def join_rows(parts: Sequence[Tensor], width: int | None = None) -> Tensor:
+    """Stack tensors of consecutive rows, [b, t] each, to [B, width], with zeros on the right of narrower parts.
 
-
-def join_columns(parts: Sequence[Tensor]) -> Tensor:
-    """Stack [b, t] tensors to [B, T], with zeros on the right where a part is narrower than the widest."""
-    return join_rows(parts, max(part.shape[1] for part in parts))
+    Args:
+        parts: The tensors; b and t may differ.
+        width: Columns of the result; None for those of the widest part.
+    """
+    columns = max(part.shape[1] for part in parts) if width is None else width
+    return torch.cat([pad(part, (0, columns - part.shape[1])) for part in parts])
 
 
 def join_sequences(parts: Sequence[Sequences]) -> Sequences:
-    """Stack sequences; prompts stay left-padded and completions right-padded."""
+    """Concatenate sequences; prompts stay left-padded and completions right-padded."""
     start = max(part.prompt_ids.shape[1] for part in parts)
 
     def left(values: list[Tensor]) -> Tensor:
@@ -83,27 +87,27 @@ def join_sequences(parts: Sequence[Sequences]) -> Sequences:
     return Sequences(
         left([part.prompt_ids for part in parts]),
         left([part.prompt_mask for part in parts]),
-        join_columns([part.completion_ids for part in parts]),
-        join_columns([part.completion_mask for part in parts]),
+        join_rows([part.completion_ids for part in parts]),
+        join_rows([part.completion_mask for part in parts]),
     )
 
 
 def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
-    """Put rollouts of the same number of samples per prompt below each other."""
+    """Concatenate rollouts with the same number of samples per prompt."""
     if len(parts) == 1:
         return parts[0]
     return Rollouts(
         prompts=tuple(prompt for part in parts for prompt in part.prompts),
         sequences=join_sequences([part.sequences for part in parts]),
         completions=tuple(completion for part in parts for completion in part.completions),
-        sampling_logprobs=join_columns([part.sampling_logprobs for part in parts]),
+        sampling_logprobs=join_rows([part.sampling_logprobs for part in parts]),
         finished=torch.cat([part.finished for part in parts]),
         samples_per_prompt=parts[0].samples_per_prompt,
     )
 
 
 def join_rewards(parts: Sequence[Rewards]) -> Rewards:
-    """Put rewards below each other."""
+    """Concatenate rewards."""
     return replace(
         parts[0],
         total=torch.cat([part.total for part in parts]),
@@ -112,25 +116,25 @@ def join_rewards(parts: Sequence[Rewards]) -> Rewards:
     )
 
 
-def deal(batches: Sequence[Sequence[PolicyBatch]], rank: int, ranks: int) -> list[PolicyBatch]:
-    """The micro-batches of one rank.
+def batches_of_rank(batches: Sequence[Sequence[PolicyBatch]], rank: int, ranks: int) -> list[PolicyBatch]:
+    """The micro-batches of one rank, from those that another number of ranks may have saved.
 
     Args:
-        batches: Of each rank that saved; the same number of each.
-        rank: For which.
-        ranks: How many there are now.
+        batches: The micro-batches of each rank that saved, the same number for each.
+        rank: The rank that gets the result.
+        ranks: How many ranks there are now.
     """
     if len(batches) == ranks:
         return list(batches[rank])
-    return [_share(_join(parts), rank, ranks) for parts in zip(*batches, strict=True)]
+    return [_rows_of_rank(_join_batches(parts), rank, ranks) for parts in zip(*batches, strict=True)]
 
 
-def _share(batch: PolicyBatch, rank: int, ranks: int) -> PolicyBatch:
-    # Neighbours stay together, since they may share a prompt.
+def _rows_of_rank(batch: PolicyBatch, rank: int, ranks: int) -> PolicyBatch:
+    # tensor_split keeps neighbours together, which may share a prompt.
     return batch.rows(torch.arange(len(batch.sequences), device=batch.advantages.device).tensor_split(ranks)[rank])
 
 
-def _join(parts: Sequence[PolicyBatch]) -> PolicyBatch:
+def _join_batches(parts: Sequence[PolicyBatch]) -> PolicyBatch:
     parts = [part for part in parts if len(part.sequences)] or parts[:1]
     width = max(part.sequences.completion_ids.shape[1] for part in parts)
 
@@ -148,19 +152,19 @@ def _join(parts: Sequence[PolicyBatch]) -> PolicyBatch:
     )
 
 
-def to_state(batch: PolicyBatch) -> dict[str, Any]:
-    """Plain data and tensors on the CPU."""
+def batch_to_state(batch: PolicyBatch) -> dict[str, Any]:
+    """A micro-batch as plain data and tensors on the CPU, for a checkpoint."""
     state = {entry.name: getattr(batch, entry.name) for entry in fields(batch) if entry.name != "sequences"}
     sequences = {entry.name: getattr(batch.sequences, entry.name).cpu() for entry in fields(batch.sequences)}
     state = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
     return {**state, "sequences": sequences}
 
 
-def from_state(state: dict[str, Any]) -> PolicyBatch:
-    """The micro-batch that `to_state` was given.
+def batch_from_state(state: dict[str, Any]) -> PolicyBatch:
+    """The micro-batch whose state `batch_to_state` returned.
 
     Raises:
-        CheckpointError: If an earlier version wrote it, without something that is needed now.
+        CheckpointError: If an earlier version wrote the state, and something is missing that is needed now.
     """
     missing = {entry.name for entry in fields(PolicyBatch)} - state.keys()
     if missing:

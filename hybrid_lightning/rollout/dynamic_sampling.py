@@ -1,26 +1,28 @@
-"""Dynamic sampling: groups that teach nothing are replaced by others (DAPO, arXiv 2503.14476, section 3.2 and equation 11).
+"""Dynamic sampling: replace groups from which nothing can be learned (DAPO, arXiv 2503.14476, section 3.2 and equation 11).
 
     0 < |{o_i : o_i is right}| < G      for each group of G completions that is trained on
 
-Where all completions of a prompt are right, or all are wrong, every advantage is 0: the more of a rollout's groups tie, the fewer
-are left to average the noise of the gradient out. So more prompts are sampled until P groups teach something.
+Axes: P prompts (groups) of a rollout, G completions per prompt, B = P * G.
 
-- What ties: a group is judged by the parts of the reward that measure correctness, so that one whose completions differ in a
-  penalty for length alone is replaced, as in the paper; by the whole reward where no part measures correctness. Right and wrong
-  are taken as the values of these parts: partial credit (of code that passes some of its tests) tells completions apart too. A
-  group whose whole rewards tie, or whose completions are all left out of the loss, is replaced too (with `PerRewardAdvantage`,
-  whose parts may differ where their sum ties, it might have taught something).
-- Replacements are the next prompts of the order. An extra rollout asks for as many as should make up for what is missing at the
-  yield of this rollout so far, in quarters of P (so that some are to spare, and a run is the same on any number of ranks that
-  divides a quarter), and for at most P.
-- The first P groups in the order of the prompts are trained on, not those that were finished first, which would favour short
-  completions. What teaches beyond P is dropped: by the next rollout it would be of an older policy, whose first minibatch would
-  no longer be exactly on-policy.
-- Departure: the paper samples without limit. Here it ends after `max_extra_rollouts` (verl ends the run at its
-  `filter_groups.max_num_gen_batches`). What is still missing is then filled with groups that tie, whose advantage is set to 0, so
+If all completions of a prompt are right, or all are wrong, the group ties: every advantage is 0. The more groups of a rollout
+tie, the fewer are left to average out the noise of the gradient. So more prompts are sampled, until P groups are useful.
+
+- Which groups tie: a group is judged by the parts of the reward that measure correctness, so that a group whose completions
+  differ only in a penalty for length is replaced, as in the paper; if no part measures correctness, by the whole reward. The
+  values of the parts count, not just right and wrong: partial credit (for code that passes some of its tests) makes a difference,
+  too. A group is also replaced if its whole rewards tie, or if all its completions are left out of the loss. (With
+  `PerRewardAdvantage`, whose parts may differ although their sum ties, such a group might have been useful.)
+- Replacements are the next prompts of the order. An extra rollout has as many prompts as should give the missing groups at the
+  yield of the rollout so far, rounded up to quarters of P and at most P. Rounding leaves some to spare, and makes a run the same
+  on any number of ranks that divides a quarter.
+- The first P useful groups in the order of the prompts are trained on, not the first that are finished, which would favour short
+  completions. Further useful groups are dropped: in the next rollout they would come from an older policy, so that its first
+  minibatch would no longer be exactly on-policy.
+- Departure: the paper samples without limit. Here sampling ends after `max_extra_rollouts` (verl ends the run at its
+  `filter_groups.max_num_gen_batches`). Missing groups are then filled up with groups that tie, whose advantage is set to 0, so
   that the step has its usual size and denominators; the policy gradient computes nothing for them.
-- Ranks count the groups of all of them, so that all make the same extra rollouts of the same size; a rank with more groups than
-  its share gives them to those with fewer.
+- All ranks count the groups of all ranks, so that they make the same extra rollouts of the same size. A rank with more useful
+  groups than its share gives some to ranks with fewer.
 """
 
 import math
@@ -34,10 +36,10 @@ from hybrid_lightning.errors import ConfigError
 
 
 class DynamicSampling(Configurable):
-    """Replaces groups that teach nothing, within a bounded number of extra rollouts.
+    """Replaces groups from which nothing can be learned, with a limited number of extra rollouts.
 
     Args:
-        max_extra_rollouts: Beside the first one, each of at most `prompts_per_rollout` prompts.
+        max_extra_rollouts: Rollouts in addition to the first one, each of at most `prompts_per_rollout` prompts.
 
     Raises:
         ConfigError: If `max_extra_rollouts` is below 1.
@@ -56,14 +58,14 @@ class DynamicSampling(Configurable):
         self.max_extra_rollouts = max_extra_rollouts
 
     def prompts_to_add(self, useful: int, sampled: int, wanted: int, extra_rollouts: int, ranks: int) -> int:
-        """How many prompts the next extra rollout completes, over all ranks.
+        """Number of prompts in the next extra rollout, over all ranks.
 
         Args:
-            useful: Groups so far that teach something.
-            sampled: Groups so far.
+            useful: Number of useful groups so far.
+            sampled: Number of all groups so far.
             wanted: P.
-            extra_rollouts: That have been made.
-            ranks: The result is a multiple of this; P is one too.
+            extra_rollouts: Number of extra rollouts so far.
+            ranks: Number of ranks; P and the result are multiples of it.
 
         Returns:
             At most P; 0 if there are enough groups, or no more may be sampled.
@@ -81,12 +83,12 @@ def _round_up(number: float, step: int) -> int:
 
 
 def teaching_groups(total: Tensor, correctness: Sequence[Tensor], taught: Tensor, samples_per_prompt: int) -> Tensor:
-    """Which groups teach something (see above).
+    """Which groups are useful (see the head of this file).
 
     Args:
         total: [B] rewards.
-        correctness: Parts of the reward that measure correctness, [B] each; may be none.
-        taught: [B] bool: completions that the loss sees.
+        correctness: Parts of the reward that measure correctness, [B] each; may be empty.
+        taught: [B] bool, True for completions that take part in the loss.
         samples_per_prompt: G.
 
     Returns:
@@ -102,30 +104,30 @@ def teaching_groups(total: Tensor, correctness: Sequence[Tensor], taught: Tensor
 
 
 def choose_groups(useful: Tensor, wanted: int) -> Tensor:
-    """Positions of the groups to train on: the first that are useful, and where they are too few the first of the others.
+    """Positions of the groups to train on: the first useful ones and, if they are too few, the first of the others.
 
     Args:
         useful: [N] bool in the order of the prompts, N at least `wanted`.
         wanted: P.
 
     Returns:
-        [P] int64, ascending, so that groups that fill up lie among the others.
+        [P] int64, ascending, so that useful and other groups are mixed.
     """
     first = torch.argsort((~useful).long(), stable=True)[:wanted]
     return first.sort().values
 
 
 def share_groups(owners: Sequence[int], ranks: int, minibatches: int) -> list[list[int]]:
-    """Deal chosen groups evenly to ranks, moving few.
+    """Distribute chosen groups evenly over ranks, moving as few groups as possible between ranks.
 
     Args:
         owners: The rank that sampled each of P groups; P is a multiple of `ranks`.
-        ranks: How many there are.
-        minibatches: That the groups are cut into. Where these can be dealt evenly each of them is, so that it has the same groups
-            however many ranks share it.
+        ranks: Number of ranks.
+        minibatches: Number of minibatches into which the groups are split. If possible each minibatch is distributed evenly, so
+            that it has the same groups on any number of ranks.
 
     Returns:
-        Of each rank the numbers of its P / ranks groups, ascending.
+        For each rank the numbers of its P / ranks groups, ascending.
 
     Example:
         >>> share_groups([0, 1, 0, 0], ranks=2, minibatches=1)

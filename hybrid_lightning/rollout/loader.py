@@ -1,12 +1,14 @@
-"""`RolloutLoader`: rollouts as training data.
+"""`RolloutLoader`: the train dataloader, which yields the micro-batches of rollouts.
 
-The generation happens in the train dataloader, so that `training_step` is a pure loss under Lightning's automatic
-optimisation and every Trainer flag keeps its meaning. One *rollout* is P prompts completed G times each; it is consumed as
+Axes: P prompts per rollout over all ranks, G completions per prompt, B rows of this rank, T completion tokens.
 
-    epochs_per_rollout x minibatches_per_rollout x accumulate_grad_batches   micro-batches,
+Completions are generated in the dataloader, so that `training_step` is a pure loss under Lightning's automatic optimisation, and
+every Trainer flag keeps its meaning. One *rollout* is P prompts with G completions each. It is consumed as
 
-one minibatch being one optimizer step. Denominators of the loss are those of the whole optimizer step, over its
-micro-batches and over all ranks: how a batch is split never changes the gradient.
+    epochs_per_rollout x minibatches_per_rollout x accumulate_grad_batches   micro-batches.
+
+One minibatch is one optimizer step. The denominators of the loss are those of the whole optimizer step, over its micro-batches
+and over all ranks: how a step is split never changes the gradient.
 """
 
 from collections import deque
@@ -19,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hybrid_lightning.errors import CheckpointError, ConfigError
-from hybrid_lightning.rollout.batching import deal, from_state, to_state
+from hybrid_lightning.rollout.batching import batch_from_state, batch_to_state, batches_of_rank
 from hybrid_lightning.rollout.prompt_order import PromptCursor, prompts_digest
 from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
@@ -28,31 +30,31 @@ DrawPrompts = Callable[[int], Sequence[Prompt]]
 
 
 class RolloutSource(Protocol):
-    """Makes rollouts, and what the update of each has to know beforehand."""
+    """Makes rollouts, and computes what the update must know beforehand. `PolicyModule` is one."""
 
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
     ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
-        """Complete and score prompts.
+        """Complete prompts and score the completions.
 
         Args:
-            prompts: Of this rank: number `rank` of the rollout's and then each `world_size`-th.
-            generator: In the same state on every rank, and to be left so.
-            draw_more: Draws this rank's part of so many prompts that come next in the order; all ranks draw the same number. None
-                if the rollout has to be of `prompts`.
+            prompts: The prompts of this rank: number `rank` of the rollout, and every `world_size`-th prompt after it.
+            generator: Random generator, in the same state on every rank; it must be in the same state again afterwards.
+            draw_more: Draws this rank's part of the next prompts in the order, given their number over all ranks; all ranks draw
+                the same number. None if only `prompts` may be used.
 
         Returns:
-            Sequences (B), the sampler's log-probabilities [B, T], advantages [B], and metrics to log with each of their steps. B
-            is G times the number of `prompts`, whatever else was sampled.
+            B sequences, the sampler's log-probabilities [B, T], advantages [B], and metrics to log with each step of the rollout.
+            B is G times the number of `prompts`, whatever else was sampled.
         """
         ...
 
     def takes_part(self, advantages: Tensor) -> Tensor:
-        """[B] bool: the rows that an update needs."""
+        """[B] bool, True for the rows that take part in the update."""
         ...
 
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
-        """Fill in what is known of the micro-batches of one optimizer step before it begins.
+        """Compute what must be known about the micro-batches of one optimizer step before the step begins.
 
         That is `old_logprobs` (unless the step is exactly on-policy), and `ref_logprobs` and `policy_mask` (if they are needed).
         All ranks call it together.
@@ -65,10 +67,10 @@ class RolloutSchedule:
     """How rollouts are drawn and consumed.
 
     Args:
-        prompts_per_rollout: P over all ranks.
+        prompts_per_rollout: P, over all ranks.
         samples_per_prompt: G.
-        minibatches_per_rollout: Optimizer steps that one pass over a rollout makes.
-        epochs_per_rollout: Passes over a rollout.
+        minibatches_per_rollout: Number of optimizer steps in one pass over a rollout.
+        epochs_per_rollout: Number of passes over a rollout.
     """
 
     prompts_per_rollout: int
@@ -109,28 +111,29 @@ class RolloutSchedule:
 
 
 class RolloutLoader:
-    """Iterable of `PolicyBatch` micro-batches with a length and a resumable state.
+    """Iterable of `PolicyBatch` micro-batches, with a length and a state from which it can be resumed.
 
-    The order of prompts is a fresh permutation for each pass over them, or draws from sets in proportion to their weights (see
-    `PromptOrder`); the last prompts that do not fill a rollout are left out. It depends on `seed` and the number of the pass
-    alone. An epoch has as many rollouts as one pass gives; with `DynamicSampling`, which draws more, passes go by sooner.
+    The order of the prompts is a new permutation for each pass over them, or draws from sets in proportion to their weights (see
+    `PromptOrder`). It depends only on `seed` and the number of the pass. The last prompts of a pass that do not fill a rollout
+    are left out. An epoch has as many rollouts as one pass gives; `DynamicSampling` draws more prompts, so that a pass is over
+    before the epoch.
 
     Args:
         prompts: The training prompts, the same on every rank.
-        source: Makes rollouts; the policy.
-        schedule: Sizes.
-        accumulate_grad_batches: Returns the Trainer's current value (it can change between epochs).
-        generator: Random generator of the sampling, on the model's device and the same on every rank; its state is part of
+        source: Makes rollouts: the policy.
+        schedule: Sizes of rollouts and minibatches.
+        accumulate_grad_batches: Returns the Trainer's current value, which can change between epochs.
+        generator: Random generator for sampling, on the model's device and the same on every rank; its state is part of
             `state_dict`.
-        seed: Of the prompt order.
-        rank: This process.
+        seed: Seed of the prompt order.
+        rank: Rank of this process.
         world_size: Number of processes; each takes its own P / world_size prompts of every rollout.
         sum_over_ranks: Adds a scalar tensor over processes.
-        gather_over_ranks: Gives the value of every process, for a checkpoint.
-        epoch: First epoch: a loader that replaces another (`reload_dataloaders_every_n_epochs`) must not begin anew.
-        shuffle: False keeps the order of the data (for `overfit_batches`), starts over at every epoch, and lets no rollout draw
-            more prompts, which would not be the ones to overfit.
-        on_other_prompts: Called when a state is loaded that was saved with other training prompts, or in another kind of order.
+        gather_over_ranks: Returns the values of all processes, for a checkpoint.
+        epoch: Number of the first epoch, for a loader that replaces another (`reload_dataloaders_every_n_epochs`).
+        shuffle: False keeps the order of the data (for `overfit_batches`), starts again at every epoch, and never draws more
+            prompts for a rollout, since these would not be the ones to overfit.
+        on_other_prompts: Called if a loaded state was saved with other training prompts, or with another kind of order.
     """
 
     def __init__(
@@ -160,33 +163,33 @@ class RolloutLoader:
         self.rank, self.world_size = rank, world_size
         self.sum_over_ranks, self.gather_over_ranks = sum_over_ranks, gather_over_ranks
         self.shuffle, self.on_other_prompts = shuffle, on_other_prompts
-        self._digest: str | None = None  # of the prompts, once it is asked for
+        self._digest: str | None = None  # digest of the prompts, computed when it is first needed
         self._cursor = PromptCursor(prompts, seed, epoch, shuffle, rank, world_size)
         self._pending: deque[PolicyBatch] = deque()
-        self._taken: list[PolicyBatch] = []  # of the optimizer step that is being made or was made last
-        self._random_before: dict[str, Any] = {}  # the random state before the first of them
+        self._taken: list[PolicyBatch] = []  # micro-batches of the current optimizer step, or of the last one
+        self._random_before: dict[str, Any] = {}  # the random state before the first of these
         self._resumed_random_state: dict[str, Any] | None = None
         self._resumed = False
 
     def __len__(self) -> int:
-        """Micro-batches in an epoch. Having a length keeps Lightning from prefetching a batch of a stale policy."""
+        """Number of micro-batches in an epoch. Because there is a length, Lightning does not prefetch, from a stale policy."""
         rollouts = len(self.prompts) // self.schedule.prompts_per_rollout
         return rollouts * self.micro_batches_per_rollout
 
     @property
     def micro_batches_per_rollout(self) -> int:
-        """Micro-batches that one rollout yields."""
+        """Number of micro-batches that one rollout yields."""
         schedule = self.schedule
         return schedule.epochs_per_rollout * schedule.minibatches_per_rollout * self.accumulate_grad_batches()
 
     def __iter__(self) -> Iterator[PolicyBatch]:
-        """Yield an epoch's number of micro-batches, going on where the last iteration stopped.
+        """Yield the micro-batches of an epoch, beginning where the last iteration stopped.
 
-        Going on matters when an epoch is cut short (`limit_train_batches`, a stop, a resume): nothing that was paid for with a
-        rollout is thrown away. Except what is left of an optimizer step in whose middle an epoch ended: Lightning has made that
-        step already, with the micro-batches that it had.
+        So if an epoch is cut short (`limit_train_batches`, a stop, a resume), the rest of its rollout is not lost. The exception
+        is an epoch that ended in the middle of an optimizer step: Lightning has already made that step with the micro-batches
+        that it had, so the rest of the step is dropped.
         """
-        self._taken = []  # a step in whose middle an epoch ended has been made
+        self._taken = []  # if an epoch ended in the middle of a step, Lightning has made that step
         if not self._resumed:
             if not self.shuffle:
                 self._cursor.position, self._pending = (self._cursor.position[0], 0), deque()
@@ -205,12 +208,10 @@ class RolloutLoader:
             yield self._taken[-1]
 
     def give_back(self, count: int) -> None:
-        """Take micro-batches of an optimizer step back that will not be made now.
-
-        What they used of the random states is given back as well.
+        """Take back the micro-batches of an optimizer step that will not be finished now, and restore the random states.
 
         Args:
-            count: How many of the step have been yielded; all of them.
+            count: Number of micro-batches of the step that have been yielded; all of them are taken back.
         """
         if count:
             assert count == len(self._taken), f"{count} of {len(self._taken)} micro-batches of a step are given back"
@@ -219,12 +220,12 @@ class RolloutLoader:
             self._resumed_random_state, self._resumed = self._random_before, True
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the prompts, and of each rank its micro-batches not yet consumed and all random states.
+        """The position in the prompt order, and for each rank its remaining micro-batches and all random states.
 
-        Plain data and tensors. All ranks have to ask for it together.
+        It is plain data and tensors. All ranks must call this together.
         """
         mine = {
-            "pending": [to_state(batch) for batch in self._pending],
+            "pending": [batch_to_state(batch) for batch in self._pending],
             "generator": self.generator.get_state(),
             "random": self._resumed_random_state or capture_random_state(),
         }
@@ -234,10 +235,10 @@ class RolloutLoader:
         return {**position, "ranks": self.gather_over_ranks(mine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`.
+        """Continue from a `state_dict`.
 
-        Another number of ranks takes the rows that are left over among them, and goes on to sample the same completions. Other
-        training prompts are drawn from the beginning of their order, and what is left of a rollout of the former is given up.
+        Another number of ranks distributes the remaining rows among themselves, and goes on to sample the same completions. Other
+        training prompts are drawn from the beginning of their order, and the rest of the old rollout is given up.
 
         Raises:
             CheckpointError: If the state was saved by an earlier version.
@@ -248,8 +249,8 @@ class RolloutLoader:
         self._cursor.position = (state["epoch"], state["next_prompt"] if same else 0)
         device = self.generator.device
         saved: list[dict[str, Any]] = state["ranks"]
-        pending = [[from_state(entry).to(device) for entry in one["pending"]] for one in saved]
-        self._pending = deque(deal(pending, self.rank, self.world_size) if same else [])
+        pending = [[batch_from_state(entry).to(device) for entry in one["pending"]] for one in saved]
+        self._pending = deque(batches_of_rank(pending, self.rank, self.world_size) if same else [])
         if not same:
             rank_zero_info(
                 f"the checkpoint was saved with other training prompts ({state['prompts']}, now {len(self.prompts)}), or another "
@@ -277,8 +278,8 @@ class RolloutLoader:
             more = self._cursor.draw if self.shuffle else None
             return deque(self._split(*self.source.roll_out(prompts, self.generator, more)))
         except BaseException:
-            # A stop during generation leaves the state at the last optimizer step, so that a checkpoint saved now resumes
-            # as if this rollout had never been begun.
+            # After a stop during generation the state is that of the last optimizer step, so that a run which resumes from a
+            # checkpoint saved now begins this rollout anew.
             self._cursor.position = before[0]
             self.generator.set_state(before[1])
             restore_random_state(before[2])
@@ -291,7 +292,7 @@ class RolloutLoader:
         self.schedule.check_split(accumulate, self.world_size)
         minibatches, epochs = self.schedule.minibatches_per_rollout, self.schedule.epochs_per_rollout
         rows = len(sequences) // minibatches
-        # A completion without tokens (a masked one) counts among the sequences, and adds nothing to any loss.
+        # A completion without tokens (a masked one) counts as a sequence, but adds nothing to any loss.
         takes_part = self.source.takes_part(advantages) & sequences.completion_mask.any(dim=1)
         one_pass: list[PolicyBatch] = []
         for step in range(minibatches):
@@ -309,8 +310,8 @@ class RolloutLoader:
                 updated_tokens=self._sum(sequences.completion_mask[updated]),
                 metrics=metrics,
             )
-            # The policy moves after the first optimizer step; until then its log-probabilities are the old ones. With further
-            # passes over the rollout they are needed again.
+            # Until the first optimizer step the policy's log-probabilities are the old ones. If there are further passes over
+            # the rollout, the old ones are needed for the first step, too.
             on_policy = step == 0 and epochs == 1
             parts = [whole.rows(index) for index in updated.tensor_split(accumulate)]
             one_pass.extend(self.source.add_logprobs(parts, on_policy))

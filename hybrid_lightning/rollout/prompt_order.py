@@ -1,6 +1,6 @@
-"""In which order training prompts are drawn, each once an epoch or sets in their proportions; and a place in that order.
+"""The order in which training prompts are drawn: each prompt once per epoch, or sets in proportion to their weights.
 
-The order is a function of seed and epoch alone, so that a position in it is all that a checkpoint has to hold.
+The order is a function of seed and epoch alone, so that a checkpoint only has to hold a position in it.
 """
 
 import hashlib
@@ -14,25 +14,56 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.types import Prompt
 
 
-class PromptOrder:
-    """Positions of prompts, epoch by epoch; an epoch is as many draws as there are prompts.
-
-    Without weights an epoch is a permutation. With weights (`Prompt.set_weight`) the sets take turns: of the first n draws of an
-    epoch each set has its share of n, to within less than one. Each set is gone through in permutations of its own, one after the
-    other and over epochs, so that all prompts of a set are drawn equally often, to within one.
+class PromptCursor:
+    """Draws the next prompts of the order. Its `position` is all that a checkpoint has to hold.
 
     Args:
         prompts: The training prompts, the same on every rank.
-        seed: Of the permutations.
+        seed: Seed of the order.
+        epoch: The epoch in whose order to begin.
+        shuffle: False keeps the order of the data.
+        rank: Rank of this process.
+        world_size: Number of processes that share each draw.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], seed: int = 0, epoch: int = 0, shuffle: bool = True, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.prompts, self.shuffle = prompts, shuffle
+        self.position = (epoch, 0)  # the epoch of the order, and how many of its prompts have been drawn
+        self._rank, self._world_size = rank, world_size
+        self._prompt_order = PromptOrder(prompts, seed)
+
+    def draw(self, count: int) -> list[Prompt]:
+        """This rank's part of the next `count` prompts. If fewer than that are left in an epoch, they are left out."""
+        epoch, start = self.position
+        if start + count > len(self.prompts):
+            epoch, start = epoch + 1, 0
+        self.position = (epoch, start + count)
+        order = self._prompt_order.of(epoch) if self.shuffle else range(len(self.prompts))
+        # Each rank takes every world_size-th prompt, so that a minibatch has the same prompts on any number of ranks.
+        return [self.prompts[i] for i in order[start : start + count][self._rank :: self._world_size]]
+
+
+class PromptOrder:
+    """The order of the prompts in each epoch, as positions. An epoch has as many draws as there are prompts.
+
+    Without weights an epoch is a permutation. With weights (`Prompt.set_weight`) the sets take turns: among the first n draws of
+    an epoch each set has its share of n, to within less than one. The prompts of a set are drawn in one permutation after the
+    other, across epochs, so that all of them are drawn equally often, to within one.
+
+    Args:
+        prompts: The training prompts, the same on every rank.
+        seed: Seed of the permutations.
 
     Raises:
-        ConfigError: If a weight is so small that an epoch, and so any, has no draw of its set.
+        ConfigError: If the weight of a set is so small that its prompts are never drawn.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         self.seed = seed
         self._size = len(prompts)
-        self._last: tuple[int, list[int]] | None = None  # of an epoch many rollouts are drawn
+        self._last: tuple[int, list[int]] | None = None  # epoch and its order, kept since many rollouts draw from one epoch
         self._members: dict[str, list[int]] = {}
         weights: dict[str, float] = {}
         for position, prompt in enumerate(prompts):
@@ -55,7 +86,7 @@ class PromptOrder:
         return self._last[1]
 
     def _permutation(self, epoch: int) -> list[int]:
-        # Mixed by arithmetic and not by Python's hash(), which differs between processes for some types.
+        # Seed and epoch are combined by arithmetic, not by Python's hash(), which for some types differs between processes.
         order = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         return torch.randperm(self._size, generator=order).tolist()
 
@@ -67,7 +98,7 @@ class PromptOrder:
         return [next(streams[name]) for name in self._turns]
 
     def _stream(self, name: str, members: list[int], start: int, count: int) -> list[int]:
-        """Draws `start` to `start + count` of a set."""
+        """The draws number `start` to `start + count` from a set."""
         cycle, skip = divmod(start, len(members))
         drawn: list[int] = []
         while len(drawn) < skip + count:
@@ -76,36 +107,22 @@ class PromptOrder:
         return drawn[skip : skip + count]
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of the content of prompts, in their order.
-
-    Of columns that are no plain data the type counts: how an object is written may differ between processes. `source` does not,
-    which has the path of a file: it may have been moved.
-    """
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        fields = {name: value for name, value in vars(prompt).items() if name != "source"}
-        content = json.dumps(fields, default=lambda value: type(value).__qualname__, skipkeys=True)
-        digest.update(content.encode() + b"\n")
-    return digest.hexdigest()
-
-
 def take_turns(weights: dict[str, float], count: int) -> list[str]:
-    """Names in the proportions of their weights: of the first n turns each has its share of n, to within less than one.
+    """Distribute turns in proportion to weights: among the first n turns each name has its share of n, to within less than one.
 
-    Tijdeman's solution of the chairman assignment problem (Discrete Mathematics 32, 1980): among those that lag behind enough,
-    next is whoever would soonest lag by too much.
+    This is Tijdeman's solution of the chairman assignment problem (Discrete Mathematics 32, 1980): of the names that lag behind
+    their share far enough, the next turn goes to the one that would be the first to lag too far.
 
     Args:
-        weights: Name -> positive number; only their ratios count.
-        count: How many turns.
+        weights: Name -> positive number; only their ratios matter.
+        count: Number of turns.
 
     Example:
         >>> "".join(take_turns({"a": 3, "b": 1}, 8))
         'aabaaaba'
     """
     shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-    enough = 1 / max(1, 2 * len(shares) - 2) - 1e-9  # less what sums of shares are rounded by
+    enough = 1 / max(1, 2 * len(shares) - 2) - 1e-9  # 1e-9 allows for rounding in the sums of shares
     owed = dict.fromkeys(shares, 0.0)
     turns = []
     for _ in range(count if shares else 0):
@@ -118,32 +135,15 @@ def take_turns(weights: dict[str, float], count: int) -> list[str]:
     return turns
 
 
-class PromptCursor:
-    """Draws the prompts that come next, and knows where it is: `position` is all that a checkpoint has to hold.
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of the content of prompts, in their order.
 
-    Args:
-        prompts: The training prompts, the same on every rank.
-        seed: Of their order.
-        epoch: In whose order to begin.
-        shuffle: False keeps the order of the data.
-        rank: This process.
-        world_size: Number of processes that share each draw.
+    Columns that are not plain data count by their type only, since the text of an object may differ between processes. `source`
+    does not count, since it may be the path of a file that has been moved.
     """
-
-    def __init__(
-        self, prompts: Sequence[Prompt], seed: int = 0, epoch: int = 0, shuffle: bool = True, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.prompts, self.shuffle = prompts, shuffle
-        self.position = (epoch, 0)  # the epoch of the order, and how many of its prompts have been drawn or left out
-        self._rank, self._world_size = rank, world_size
-        self._prompt_order = PromptOrder(prompts, seed)
-
-    def draw(self, count: int) -> list[Prompt]:
-        """This rank's part of the next `count` prompts. The last ones of an order that are fewer are left out."""
-        epoch, start = self.position
-        if start + count > len(self.prompts):
-            epoch, start = epoch + 1, 0
-        self.position = (epoch, start + count)
-        order = self._prompt_order.of(epoch) if self.shuffle else range(len(self.prompts))
-        # Dealt one by one, so that a minibatch has the same prompts however many ranks share it.
-        return [self.prompts[i] for i in order[start : start + count][self._rank :: self._world_size]]
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        fields = {name: value for name, value in vars(prompt).items() if name != "source"}
+        content = json.dumps(fields, default=lambda value: type(value).__qualname__, skipkeys=True)
+        digest.update(content.encode() + b"\n")
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Random numbers of rollouts: those of a prompt, which do not depend on what it is completed with, and the states of a run."""
+"""Random numbers for completions, which depend on the prompt and not on its batch; and the random states of a run."""
 
 import hashlib
 import random
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from hybrid_lightning.types import Prompt
 
-_STEPS = 64  # drawn at once: neither one call a token, nor numbers for the longest completion from the start
+_STEPS = 64  # tokens for which numbers are drawn at once: a compromise between one call per token and the longest completion
 
 
 class PromptDraws:
-    """Uniform numbers for the completions of one batch, from a generator for each prompt.
+    """Uniform random numbers for the completions of a batch of prompts, from one generator per prompt.
 
-    Batch size, number of ranks and order of prompts then change nothing but how logits are rounded.
+    Batch size, number of ranks and order of prompts then change only how logits are rounded.
 
     Args:
-        prompts: P.
+        prompts: P prompts.
         samples_per_prompt: G.
-        seed: Of all of them.
-        places: What tells the prompts apart, such as their numbers in a rollout over all ranks, which may have a prompt twice;
-            None takes set and index.
+        seed: Seed that all generators share.
+        places: What distinguishes the prompts, such as their numbers in a rollout over all ranks, which may have a prompt twice;
+            None takes the set and the index of each prompt.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class PromptDraws:
         self._generators = [torch.Generator().manual_seed(_seed_of(name, seed)) for name in names]
         self._samples = samples_per_prompt
         self._block = torch.empty(0)
-        self._next = 0  # the step that comes after the block
+        self._next = 0  # the first step after the block
 
     def numbers(self, rows: Tensor, step: int) -> Tensor:
-        """Numbers in [0, 1) for the token that comes next.
+        """Numbers in [0, 1) for the next token.
 
         Args:
-            rows: [R] int64, which of the P * G completions still run.
-            step: Tokens that they have; one more at each call.
+            rows: [R] int64, the numbers of those P * G completions that are not finished.
+            step: Number of tokens that they have; it must grow by one at each call.
 
         Returns:
             [R, 1] float64 on the device of `rows`.
@@ -62,7 +62,7 @@ def _seed_of(name: str, seed: int) -> int:
 
 
 def capture_random_state() -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's global generators (CPU and all CUDA devices), as plain data for a checkpoint."""
+    """The states of Python's, NumPy's and torch's global generators (CPU and all CUDA devices), as plain data and tensors."""
     algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
@@ -74,7 +74,7 @@ def capture_random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set the global generators back to a state from `capture_random_state`."""
+    """Set the global generators to a state from `capture_random_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     algorithm, keys, position, has_gauss, cached = state["numpy"]

@@ -1,40 +1,41 @@
-"""From logits to a token: top-k and top-p (nucleus) truncation as by the logits processors of transformers, and the draw.
+"""`Sampler`: samples completions of prompts from a causal language model, in the training process.
 
-`Sampler`: completions of prompts by a causal language model.
+Axes: P prompts, G samples per prompt, B = P * G sequences in prompt-major order, S prompt tokens, T completion tokens, V
+vocabulary.
 
-Each prompt is prefilled once; its key-value cache is then repeated for its G completions, and sequences that ended leave
-the decoding batch. Decoding is written here rather than taken from `generate` because training needs three things that
-`generate` does not give together: the shared prefill, the log-probability of each token under softmax(logits / temperature)
-in float32, and a random generator of its own whose state a checkpoint can hold.
+Each prompt is prefilled once. Its key-value cache is then repeated for its G completions, and sequences that have ended leave the
+decoding batch. The decoding loop is written here instead of using `generate`, because training needs three things that `generate`
+does not offer together: the shared prefill, the log-probability of each token under softmax(logits / temperature) in float32, and
+a random generator of its own whose state a checkpoint can hold.
+
+Logits become a token by top-k and top-p (nucleus) truncation, as with the logits processors of transformers, and a draw.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StopStringCriteria, TopKLogitsWarper
+from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
-from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.decoding import decoding_of
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.engine import decoding_of
 from hybrid_lightning.rollout.batching import pad_left
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops, check_positions
 from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
+    from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
 
 
 _BLOCK = 256  # tokens
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [B, V] with every token outside the kept set at minus infinity; top-k first, as in `generate`."""
+    """Set the logits, [B, V], of tokens outside of the top-k and top-p sets to minus infinity; top-k first, as in `generate`."""
     if top_k > 0:
-        unused = torch.empty(0, dtype=torch.long)  # this processor does not look at the tokens so far
+        unused = torch.empty(0, dtype=torch.long)  # this processor ignores the tokens so far
         logits = TopKLogitsWarper(top_k)(unused, logits)
     if top_p < 1:
         logits = _top_p(logits, top_p)
@@ -42,7 +43,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _top_p(logits: Tensor, top_p: float) -> Tensor:
-    """What `TopPLogitsWarper` gives, whose sums are in no order on a GPU."""
+    """The same result as that of `TopPLogitsWarper`, whose cumulative sums are not deterministic on a GPU."""
     ascending, order = logits.sort(dim=1, stable=True)
     left_out = running_sums(ascending.softmax(dim=1)) <= 1 - top_p
     left_out[:, -1] = False
@@ -50,11 +51,18 @@ def _top_p(logits: Tensor, top_p: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One token [B] per row of logits [B, V] for uniform numbers [B, 1] float64, by inverting the distribution function.
+    """Draw one token per row of logits by inverting the cumulative distribution.
 
-    `torch.multinomial` draws V exponential numbers for a token, which for a vocabulary of 50,000 takes longer on a CPU than the
-    model's output layer; this takes one, and looks it up in blocks of tokens first, so that only one block is summed up token by
-    token. Running sums are in float64: V small float32 numbers would not add up to 1 well enough.
+    `torch.multinomial` draws V exponential numbers for each token, which for a vocabulary of 50,000 takes longer on a CPU than
+    the model's output layer. This function needs one number. It looks the number up in blocks of tokens first, so that only one
+    block is summed up token by token. Running sums are in float64, since V small float32 numbers do not add up to 1 well enough.
+
+    Args:
+        logits: [B, V].
+        uniform: [B, 1] float64, uniform random numbers in [0, 1).
+
+    Returns:
+        [B] int64, token ids.
     """
     width = logits.shape[1]
     probabilities = logits.softmax(dim=-1)
@@ -66,68 +74,35 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     block = torch.searchsorted(ends, target, right=True).clamp(max=blocks.shape[1] - 1)
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1)
-    # The first token whose cumulative probability exceeds the number, and where rounding of the block's sum leaves none the last
-    # with any probability: never one of probability zero.
+    # The first token whose cumulative probability exceeds the number. If there is none, because the sum of the block is rounded,
+    # the last token with a probability above zero.
     token = torch.searchsorted(running_sums(inside.double()), target - before, right=True).squeeze(1)
     last = _BLOCK - 1 - inside.flip(1).gt(0).long().argmax(dim=1)
     return block.squeeze(1) * _BLOCK + torch.minimum(token, last)
 
 
 def running_sums(values: Tensor) -> Tensor:
-    """Cumulative sums of [B, n] along the second axis, in an order that is always the same.
+    """Cumulative sums of [B, n] along the second axis, added in an order that is always the same.
 
-    That of `torch.cumsum` on a GPU is not, and `trainer.deterministic=true` refuses it there.
+    On a GPU `torch.cumsum` adds in no fixed order, and `trainer.deterministic=true` refuses it.
     """
     return values.cumsum(dim=1) if values.device.type == "cpu" else sums_by_doubling(values)
 
 
 def sums_by_doubling(values: Tensor) -> Tensor:
-    """The same by about log2(n) additions of whole tensors."""
+    """Cumulative sums of [B, n] by about log2(n) additions of whole tensors."""
     step = 1
-    while step < values.shape[1]:  # each number is the sum of the last `step` ones, or of all before
+    while step < values.shape[1]:  # each entry is the sum of up to `step` original entries that end with it
         values = torch.cat([values[:, :step], values[:, step:] + values[:, :-step]], dim=1)
         step *= 2
     return values
 
 
-class Sampler(Configurable):
-    """Samples completions.
+class Sampler(RolloutEngine):
+    """The rollout engine of this project: samples in the training process, by the very weights that are trained.
 
-    Args:
-        max_new_tokens: Longest completion in tokens; one that reaches it without a stop token counts as not finished.
-        temperature: Divides the logits; must be positive. Greedy decoding is a method's argument, since training with it
-            would have no exploration.
-        top_p: Smallest set of tokens whose probability reaches this is kept; 1 keeps all.
-        top_k: Number of most probable tokens kept; 0 keeps all.
-        stop: Strings that end a completion. The tokens of the string stay in the sequence, the text is cut before it.
+    Arguments and errors are those of `RolloutEngine`.
     """
-
-    def __init__(
-        self,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        stop: Sequence[str] = (),
-    ) -> None:
-        if max_new_tokens < 1:
-            raise ConfigError(f"sampler.max_new_tokens must be at least 1, got {max_new_tokens}")
-        if not temperature > 0:
-            raise ConfigError(f"sampler.temperature must be positive, got {temperature}; 1.0 samples from the policy itself")
-        if not 0 < top_p <= 1:
-            raise ConfigError(f"sampler.top_p must be in (0, 1], got {top_p}; 1 keeps all tokens")
-        if top_k < 0:
-            raise ConfigError(f"sampler.top_k must not be negative, got {top_k}; 0 keeps all tokens")
-        if isinstance(stop, str):
-            raise ConfigError(f"sampler.stop must be a list of strings, got the string {stop!r}; write [{stop!r}]")
-        if any(not text for text in stop):
-            raise ConfigError("sampler.stop holds an empty string, which would end every completion at once; remove it")
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.top_p = top_p
-        self.top_k = top_k
-        self.stop = tuple(stop)
-        self._stop_criteria: tuple[int, StopStringCriteria] | None = None
 
     @torch.no_grad()
     def sample(
@@ -140,33 +115,13 @@ class Sampler(Configurable):
         *,
         generator: torch.Generator | PromptDraws | None = None,
         greedy: bool = False,
-        stop_ids: Sequence[int] | None = None,
+        stops: Stops | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> Rollouts:
-        """Complete every prompt `samples_per_prompt` times.
-
-        Args:
-            engine: Of a causal language model, which the caller puts into eval mode.
-            tokenizer: Decodes the completions; its end-of-sequence token ends them.
-            prompts: P prompts, for the record in the result.
-            prompt_ids: Their token ids.
-            samples_per_prompt: G.
-            generator: Source of randomness: a generator on the model's device, or `PromptDraws` of these prompts; None takes
-                torch's global generator.
-            greedy: Take the most probable token instead of sampling (`samples_per_prompt` must then be 1).
-            stop_ids: Token ids that end a completion; None takes the tokenizer's end-of-sequence token.
-            on_token: Called after every token with (sequences still running, tokens decoded), for progress bars; what it
-                raises ends the sampling.
-
-        Returns:
-            Rollouts of B = P * G sequences, on the model's device.
-
-        Raises:
-            ConfigError: If the longest prompt and completion do not fit into the model's positions.
-        """
+        """See `RolloutEngine`."""
         assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
-        decoder = _Decoder(self, engine, tokenizer, stop_ids or [int(tokenizer.eos_token_id)], generator, greedy)
         device = next(engine.model.parameters()).device
+        decoder = _Decoder(self, engine, tokenizer, stops or self.stops(tokenizer), generator, greedy)
         ids, mask = pad_left(prompt_ids, decoder.pad_id, device)
         check_positions(getattr(engine.model, "config", None), ids.shape[1], self.max_new_tokens)
         tokens, logprobs, lengths, finished = decoder.run(ids, mask, samples_per_prompt, on_token)
@@ -187,14 +142,6 @@ class Sampler(Configurable):
         )
         return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
 
-    def stop_criteria(self, tokenizer: PreTrainedTokenizerBase) -> StopStringCriteria | None:
-        """The (cached) test for stop strings; None if there are none."""
-        if not self.stop:
-            return None
-        if self._stop_criteria is None or self._stop_criteria[0] != id(tokenizer):
-            self._stop_criteria = (id(tokenizer), StopStringCriteria(tokenizer, list(self.stop)))
-        return self._stop_criteria[1]
-
     def _cut(self, text: str) -> str:
         ends = [text.index(stop) for stop in self.stop if stop in text]
         return text[: min(ends)] if ends else text
@@ -204,48 +151,31 @@ def _ends_in_thinking(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
     return str(tokenizer.decode(list(ids[-16:]))).rstrip().endswith("<think>")
 
 
-def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise ConfigError unless a prompt and its completion fit into the positions of a model.
-
-    Args:
-        config: Of the model.
-        prompt_tokens: Of the prompt.
-        max_new_tokens: Longest completion.
-    """
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and prompt_tokens + max_new_tokens > limit:
-        raise ConfigError(
-            f"a prompt of {prompt_tokens} tokens and max_new_tokens={max_new_tokens} exceed the model's {limit} positions; lower "
-            "data.max_prompt_tokens or sampler.max_new_tokens"
-        )
-
-
 class _Decoder:
-    """One call of `Sampler.sample`: prefill, then one token at a time for the rows that still run."""
+    """One call of `Sampler.sample`: prefill, then one token at a time for the sequences that have not ended."""
 
     def __init__(
         self,
         sampler: Sampler,
         engine: "Engine",
         tokenizer: PreTrainedTokenizerBase,
-        stop_ids: Sequence[int],
+        stops: Stops,
         generator: torch.Generator | PromptDraws | None,
         greedy: bool,
     ) -> None:
         self.sampler, self.engine, self.generator, self.greedy = sampler, engine, generator, greedy
         self.device = next(engine.model.parameters()).device
-        self.stop_ids = torch.tensor(list(stop_ids), device=self.device)
-        self.stop_criteria = sampler.stop_criteria(tokenizer)
+        self.stop_ids, self.stop_criteria = torch.tensor(stops.ids, device=self.device), stops.strings
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
     def run(
         self, ids: Tensor, mask: Tensor, samples: int, on_token: Callable[[int, int], None] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns tokens [B, T], log-probabilities [B, T], lengths [B] and finished [B]."""
+        """Decode. Returns tokens [B, T], log-probabilities [B, T], lengths [B] and finished [B]."""
         decoding = decoding_of(self.engine, ids, mask, self.sampler.max_new_tokens)
         logits = decoding.prefill(samples)
         batch = logits.shape[0]
-        rows = torch.arange(batch, device=self.device)  # which sequence each row of the decoding batch is
+        rows = torch.arange(batch, device=self.device)  # the sequence of each row of the decoding batch
         running = torch.ones(batch, dtype=torch.bool, device=self.device)
         lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         tokens = torch.full((batch, self.sampler.max_new_tokens), self.pad_id, device=self.device)
@@ -264,7 +194,7 @@ class _Decoder:
                 break
             remaining = -(-alive // leaving) * leaving
             if remaining < len(rows):
-                # Rows that have ended fill up what does not leave yet.
+                # Rows leave in multiples of `leaving`: some that have ended stay until enough can leave together.
                 keep = running.logical_not().long().argsort(stable=True)[:remaining].sort().values
                 decoding.select(keep)
                 rows, token, running = rows[keep], token[keep], running[keep]
@@ -277,7 +207,7 @@ class _Decoder:
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         sampler = self.sampler
         if not self.greedy and sampler.top_k == 0 and sampler.top_p == 1 and self.engine.backend.usable(logits):
-            return kernels.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
+            return self.engine.backend.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
         scaled = logits.float() if self.sampler.temperature == 1 else logits.float() / self.sampler.temperature
         if self.greedy:
             token = scaled.argmax(dim=-1)

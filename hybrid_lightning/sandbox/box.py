@@ -1,4 +1,4 @@
-"""One box: a process in which nothing can be reached but what it was given, and the process that waits for it."""
+"""A box: a process that can reach only what it was given, and the process that waits for it."""
 
 import _sitebuiltins
 import builtins
@@ -13,7 +13,8 @@ from typing import Any
 
 from hybrid_lightning.sandbox import candidate, harness, landlock, libc, namespaces, privileges, seccomp
 
-# Descriptors in a box: the standard three, its job, two pipes to the other box, and two files that only tests and set-up write.
+# File descriptors in a box. 0 to 2 are the standard streams; then come its job, two pipes to the other box, and two files that
+# are written only by the tests (the verdict) and by the set-up of a box (a report of errors).
 JOB, REPLIES_OR_REQUESTS_IN, OUT, VERDICT, REPORT = 3, 4, 5, 6, 7
 _SETUP_FAILED, _OUT_OF_TIME, _SIGNALLED = 125, 124, 128
 
@@ -24,11 +25,11 @@ def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number
     Args:
         spec: See `launcher.main`.
         role: "candidate", "tests" or "script".
-        descriptors: What it gets as descriptors 0 to 7; None for none.
-        number: Of the box, which makes its user differ from those of other boxes.
+        descriptors: File descriptors that become 0 to 7 in the box; None for a closed one.
+        number: Number of the box, so that different boxes run as different users.
 
     Returns:
-        Process id of the one that waits for it; its exit code says how the box ended (see `describe`).
+        Id of the process that waits for the box. Its exit code says how the box ended (see `describe_ending`).
     """
     launcher = os.getpid()
     pid = os.fork()
@@ -38,7 +39,7 @@ def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number
     try:
         _place(descriptors)
     except BaseException:
-        os._exit(_SETUP_FAILED)  # without a place to say why
+        os._exit(_SETUP_FAILED)  # the descriptor for a reason is not there yet
     try:
         privileges.die_with_parent(launcher)
         root = os.geteuid() == 0
@@ -60,41 +61,21 @@ def start(spec: dict[str, Any], role: str, descriptors: list[int | None], number
     sys.exit(0)
 
 
-class _Packages:
-    """Finds packages by their own paths, so that nobody has to list what lies beside them: the temporary folder, for one."""
-
-    def __init__(self, paths: list[str]) -> None:
-        self.folders: dict[str, list[str]] = {}  # several of one that has no __init__
-        self.files: dict[str, str] = {}
-        suffixes = [*machinery.EXTENSION_SUFFIXES, *machinery.SOURCE_SUFFIXES, *machinery.BYTECODE_SUFFIXES]  # as Python prefers
-        for path in paths:
-            name, _, kind = os.path.basename(path).partition(".")
-            if os.path.isdir(path):
-                if not kind:  # else shared libraries of a package
-                    self.folders.setdefault(name, []).append(path)
-                    begins = [f"{path}/__init__{suffix}" for suffix in suffixes]
-                    self.files.update([(name, begin) for begin in begins if os.path.exists(begin)][:1])
-            else:
-                self.files[name] = path
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> machinery.ModuleSpec | None:
-        """As `sys.meta_path` asks for."""
-        folders = self.folders.get(name)
-        if name in self.files:
-            return util.spec_from_file_location(name, self.files[name], submodule_search_locations=folders)
-        if folders is None:
-            return None
-        spec = machinery.ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = folders
-        return spec
+def describe_ending(code: int) -> str:
+    """How a box ended, from the exit code of the process that waited for it; empty if it ended normally."""
+    if code == _OUT_OF_TIME:
+        return "out of CPU time"
+    if code > _SIGNALLED:
+        return f"ended by signal {code - _SIGNALLED}"
+    return "" if code == 0 else "could not be set up" if code == _SETUP_FAILED else "ended with an error"
 
 
 def _place(descriptors: list[int | None]) -> None:
-    """Give the descriptors their numbers, and close all others."""
+    """Move the descriptors to their numbers, and close all others."""
     high = [None if source is None else fcntl.fcntl(source, fcntl.F_DUPFD, 64) for source in descriptors]
     for number, source in enumerate(high):
         if source is None:
-            os.closerange(number, number + 1)  # whether it is open or not
+            os.closerange(number, number + 1)  # closes it whether or not it is open
         else:
             os.dup2(source, number)
     os.closerange(len(high), 2**20)
@@ -105,9 +86,9 @@ def _confine(spec: dict[str, Any], user: int | None, threads: bool) -> None:
 
     Args:
         spec: See `launcher.main`.
-        user: Number of the user to become; None to stay.
-        threads: Whether it may start threads: the system counts them by user, in a user namespace or for a user of its own, and
-            never for root.
+        user: Number of the user to become; None to stay the same user.
+        threads: Whether threads may be started. The system limits their number only for a user namespace or a user of its own,
+            and never for root.
     """
     mechanisms, limits = spec["mechanisms"], spec["limits"]
     within = tuple(f"{path}/" for path in spec["readable"])
@@ -126,7 +107,7 @@ def _confine(spec: dict[str, Any], user: int | None, threads: bool) -> None:
         landlock.restrict(readable, writable)
     os.environ.clear()
     if spec["packages"]:
-        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy starts a thread a processor otherwise
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # otherwise numpy starts a thread for each processor
     libc.share_memory_between_threads()
     limits = {name: limits[name] for name in ("cpu_seconds", "memory_bytes", "file_bytes", "threads")}
     privileges.limit(**limits)
@@ -140,7 +121,7 @@ def _read_job() -> dict[str, Any]:
 
 
 def _run(role: str, job: dict[str, Any]) -> None:
-    """Run what the box is for."""
+    """Run the program or the tests of the box."""
     if role == "tests":
         os.close(REPORT)
         harness.write_verdict(harness.run_tests(job, OUT, REPLIES_OR_REQUESTS_IN), VERDICT)
@@ -149,7 +130,7 @@ def _run(role: str, job: dict[str, Any]) -> None:
     sys.stdout = _stream(1, "w", "surrogateescape")
     sys.stderr = _stream(2, "w", "backslashreplace")
     sys.argv = ["solution.py"]
-    for name in ("exit", "quit"):  # which Python's module site defines
+    for name in ("exit", "quit"):  # defined by Python's module site, which is not loaded here
         setattr(builtins, name, _sitebuiltins.Quitter(name, "end of file"))
     if role == "candidate":
         candidate.run_function(job["setup"], job["source"], job["tested"], REPLIES_OR_REQUESTS_IN, OUT)
@@ -162,19 +143,39 @@ def _stream(descriptor: int, mode: str, errors: str) -> io.TextIOWrapper:
 
 
 def _wait(pid: int, cpu_seconds: int) -> None:
-    """Wait for the box and end as it did."""
+    """Wait for the box, and end with an exit code that says how it ended."""
     _, status, usage = os.wait4(pid, 0)
     used = usage.ru_utime + usage.ru_stime
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         os._exit(_OUT_OF_TIME if number == signal.SIGKILL and used > cpu_seconds - 0.5 else _SIGNALLED + number)
-    os._exit(min(os.WEXITSTATUS(status), 1))  # the program's own codes must not pass for ours
+    os._exit(min(os.WEXITSTATUS(status), 1))  # the program's own exit codes must not be taken for ours
 
 
-def describe(code: int) -> str:
-    """How a box ended, by the exit code of the process that waited for it; empty if all is well."""
-    if code == _OUT_OF_TIME:
-        return "out of CPU time"
-    if code > _SIGNALLED:
-        return f"ended by signal {code - _SIGNALLED}"
-    return "" if code == 0 else "could not be set up" if code == _SETUP_FAILED else "ended with an error"
+class _Packages:
+    """An import finder for packages by their own paths, so that their parent folders are neither read nor importable."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.folders: dict[str, list[str]] = {}  # a package without __init__ may have several folders
+        self.files: dict[str, str] = {}
+        suffixes = [*machinery.EXTENSION_SUFFIXES, *machinery.SOURCE_SUFFIXES, *machinery.BYTECODE_SUFFIXES]  # as Python prefers
+        for path in paths:
+            name, _, kind = os.path.basename(path).partition(".")
+            if os.path.isdir(path):
+                if not kind:  # a name with a dot is the folder of a package's shared libraries
+                    self.folders.setdefault(name, []).append(path)
+                    begins = [f"{path}/__init__{suffix}" for suffix in suffixes]
+                    self.files.update([(name, begin) for begin in begins if os.path.exists(begin)][:1])
+            else:
+                self.files[name] = path
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> machinery.ModuleSpec | None:
+        """Find a module, as the import system asks of entries in `sys.meta_path`."""
+        folders = self.folders.get(name)
+        if name in self.files:
+            return util.spec_from_file_location(name, self.files[name], submodule_search_locations=folders)
+        if folders is None:
+            return None
+        spec = machinery.ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = folders
+        return spec

@@ -1,6 +1,7 @@
-"""The process of the untrusted program: answers what the tests' process asks, by plain data.
+"""What the box of the untrusted program runs: a server that answers requests of the tests' process with plain data.
 
-Nothing here is trusted once the program runs: it may change all of it, and can do no more with that than send data.
+Nothing in this process is trusted once the program runs: the program may change all of it, and gains no more by that than to send
+other data.
 """
 
 import os
@@ -16,12 +17,12 @@ MAIN, MODULE = "__main__", "solution"
 
 
 def compile_program(setup: str, source: str) -> list[types.CodeType]:
-    """The program's parts in the order in which they run.
+    """Compile the set-up code and the program, and return the parts in the order in which they run.
 
-    A completion may be a body that continues the last function of the set-up code, as for HumanEval.
+    The program may be just the body of the last function of the set-up code, as for HumanEval.
 
     Raises:
-        SyntaxError: If it is no Python.
+        SyntaxError: If it is not Python.
     """
     before = compile(setup, "<setup>", "exec", dont_inherit=True)
     try:
@@ -54,29 +55,29 @@ class Server:
         exec(program, names)
 
     def keep(self, value: Any) -> int:
-        """Number of an object that the tests can only refer to."""
+        """Keep an object that is not plain data, and return a number by which the tests can refer to it."""
         if id(value) not in self.numbers:
             self.numbers[id(value)] = len(self.kept)
             self.kept.append(value)
         return self.numbers[id(value)]
 
     def serve(self, first: Callable[[], None]) -> None:
-        """Load the program, say how that went, and answer requests until there are no more."""
+        """Load the program with `first`, reply whether that worked, and answer requests until there are no more."""
         self.send(self.attempt(first))
         with open(self.requests, "rb", closefd=False) as stream:
             for body in wire.frames(stream.read):
                 self.send(self.attempt(lambda body=body: self.answer(body)))  # type: ignore[misc]
 
     def attempt(self, action: Callable[[], Any]) -> bytes:
-        """What to reply: the result of an action, or its exception."""
+        """Perform an action and encode the reply: its result, or its exception."""
         try:
             return wire.encode(["ok", action()], self.keep, self.classes)
         except BaseException as error:
-            kind = next(base for base in type(error).__mro__ if base.__module__ == "builtins")  # the only ones that tests know
+            kind = next(base for base in type(error).__mro__ if base.__module__ == "builtins")  # tests know no other exceptions
             return wire.encode(["error", kind.__name__, str(error)[:500]], self.keep, self.classes)
 
     def answer(self, body: bytes) -> Any:
-        """Do what a request asks; mutable arguments of a function that returns None go back as it leaves them."""
+        """Do what a request asks. If a function returns None, its arguments are sent back, since it may have changed them."""
         known = self.module.__dict__
         operation, *operands = wire.decode(body, self.kept.__getitem__, self.kept.__getitem__, known)
         if operation == "evaluate":
@@ -102,7 +103,7 @@ def run_function(setup: str, source: str, tested: Sequence[str], requests: int, 
     Args:
         setup: Code that runs before the program, in the same module.
         source: The program.
-        tested: Names that the program gives to the tests.
+        tested: Names that the program must define for the tests.
         requests: File descriptor to read requests from.
         replies: File descriptor to write replies to.
     """
@@ -113,7 +114,7 @@ def run_function(setup: str, source: str, tested: Sequence[str], requests: int, 
 
 
 def run_script(setup: str, source: str) -> None:
-    """Run a program as Python runs a script: it reads standard input, writes standard output, and ends as it likes."""
+    """Run a program as Python runs a script: it reads standard input, writes standard output, and ends as it wants."""
     sys.setrecursionlimit(RECURSION_LIMIT)
     module = types.ModuleType(MAIN)
     sys.modules[MAIN] = module

@@ -1,8 +1,9 @@
-"""The process of the tests: runs them here, in an interpreter that the program never enters, and asks the program by plain data.
+"""What the box of the tests runs: the tests, in an interpreter that the program never enters.
 
-The verdict goes into a file that only this process holds. So nothing that the program prints, exits with, patches, compares or
-inspects can change it: the program knows neither the tests nor what they expect, and answers with values that are rebuilt here
-from built-in types and the classes of the set-up code.
+The tests use the program's functions and objects through proxies, which send requests to the program's process and get plain data
+back. The verdict goes into a file that only this process has open. So nothing that the program prints, exits with, patches,
+compares or inspects can change the verdict: the program knows neither the tests nor what they expect, and its answers are rebuilt
+here from built-in types and the classes of the set-up code.
 """
 
 import builtins
@@ -19,27 +20,83 @@ from hybrid_lightning.sandbox.candidate import RECURSION_LIMIT
 
 MODULE = "tests"
 RESULTS = "__results__"  # in the tests' namespace: a bool for each test, where they are counted
-
-# These would end loops of the tests early, as if they had passed, or are no errors.
+# Exceptions of the program that are not raised here: they would end loops of the tests early, or look like failed asserts.
 _NEVER_RAISED = (StopIteration, StopAsyncIteration, AssertionError)
-
-# What an object that a function returned may not say of itself: tests that ask for this expect data, whose methods are Python's.
-# A container of the program's own may have these all the same.
+# Methods that tests may not call on an object that a function returned: tests that call them expect data, and the methods would
+# be the program's own. The methods of containers are allowed, since a program may define a container.
 _OF_CONTAINERS = {name for kind in (MutableSequence, MutableMapping, MutableSet) for name in vars(kind)}
 _OF_CONTAINERS |= {"copy", "get", "items", "keys", "sort", "values"}
 _OF_DATA = {name for kind in (str, bytes, int, float, list, dict, set) for name in dir(kind)} - _OF_CONTAINERS
 _EQUALITY = re.compile(r"equal|equiv|same|identical|matches|compare|cmp|is_?close|all_?close|\Aeq\Z", re.IGNORECASE)
 
 
-class Proxy(wire.Remote):
-    """An object of the program, to be called and asked for attributes.
+def run_tests(job: dict[str, Any], requests: int, replies: int) -> dict[str, Any]:
+    """Run tests against the program at the other end of two pipes.
 
-    Operators do not reach it: an object that says it is equal to everything is equal to itself alone.
+    Args:
+        job: `setup` (code before the tests), `tests` (a list of code, each of which is a test), `names` (names of the program
+            that the tests use), `entry_point` (expression that is passed to `check`; None if the tests define no such function),
+            `tested` (all names in these two), `all` (whether to go on after a test fails).
+        requests: File descriptor to write requests to.
+        replies: File descriptor to read replies from.
+
+    Returns:
+        `passed` and `total` (numbers of tests), `reason` (why not all passed), and `unusable` (if the set-up code fails).
+    """
+    sys.setrecursionlimit(RECURSION_LIMIT)
+    peer = Peer(requests, replies)
+    module = types.ModuleType(MODULE)
+    names = module.__dict__
+    try:
+        exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), names)
+    except BaseException as error:
+        return {"passed": 0, "total": 1, "reason": f"the set-up code of the tests fails: {_describe(error)}", "unusable": True}
+    peer.classes = wire.own_classes(names, MODULE, job["tested"])
+    results: list[bool] = []
+    names[RESULTS] = results
+    reason = ""
+    try:
+        peer.reply()  # whether the program could be loaded
+        for name in job["names"]:
+            names[name] = peer.named(name)
+        if job["entry_point"] is not None:
+            candidate = peer.named(job["entry_point"])
+    except BaseException as error:
+        return {"passed": 0, "total": max(1, len(job["tests"])), "reason": _describe(error)}
+    for code in job["tests"]:
+        before = len(results)
+        try:
+            exec(compile(code, "<tests>", "exec", dont_inherit=True), names)
+            if job["entry_point"] is not None:
+                names["check"](candidate)
+            if len(results) == before:
+                results.append(True)
+        except BaseException as error:
+            results.append(False)
+            reason = reason or _describe(error)
+        if not job["all"] and not all(results):
+            break
+    if not peer.calls or peer.broken:  # tests that never called the program prove nothing
+        return {"passed": 0, "total": max(1, len(results)), "reason": peer.broken or "the tests never called the program"}
+    return {"passed": sum(results), "total": len(results), "reason": reason or ("" if all(results) else "a test failed")}
+
+
+def write_verdict(verdict: dict[str, Any], file: int) -> None:
+    """Write the verdict and end this process."""
+    os.write(file, json.dumps(verdict).encode())
+    os._exit(0)
+
+
+class Proxy(wire.Remote):
+    """Stands for an object of the program, which can be called and asked for attributes.
+
+    Operators are not forwarded: an object that claims to be equal to everything is equal only to itself here.
 
     Args:
         peer: The program's process.
-        number: The object's there.
-        of_class: Whether it is a class that the tests name, such as Bank, or comes of one: its methods are what is tested.
+        number: Number of the object in that process.
+        of_class: Whether it is a class that the tests name, such as Bank, or comes from one, so that its methods are what is
+            tested.
     """
 
     def __init__(self, peer: "Peer", number: int, of_class: bool) -> None:
@@ -71,20 +128,20 @@ class Peer:
         self.frames = wire.frames(open(replies, "rb", closefd=False).read)  # noqa: SIM115  (open as long as this process)
         self.classes: dict[str, type] = {}
         self.proxies: dict[int, Proxy] = {}
-        self.of_class = False  # whether what comes next is, or comes of, a class that the tests name
+        self.of_class = False  # whether the next answer is, or comes from, a class that the tests name
         self.calls = 0
-        self.broken = ""  # why nothing more can be had; tests that catch exceptions must not hide it
+        self.broken = ""  # why the program cannot be asked any more; kept because tests may catch the exception
 
     def proxy(self, number: int) -> Proxy:
-        """What stands for an object of the program, the same each time."""
+        """The proxy of an object of the program, always the same one."""
         return self.proxies.setdefault(number, Proxy(self, number, self.of_class))
 
     def reply(self) -> Any:
-        """The next answer.
+        """Read the next answer.
 
         Raises:
-            RuntimeError: If there is none, or it is no value.
-            Exception: Whatever the program raised, if it is of a built-in class.
+            RuntimeError: If there is no answer, or it is not a value.
+            Exception: The program's exception, if its class is built in.
         """
         try:
             body = next(self.frames, None)
@@ -104,13 +161,13 @@ class Peer:
         if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _NEVER_RAISED):
             try:
                 raised: Exception = kind(message)
-            except TypeError:  # UnicodeDecodeError and its like need more
+            except TypeError:  # the constructors of UnicodeDecodeError and the like need more arguments
                 raised = RuntimeError(f"{name}: {message}")
             raise raised
         raise RuntimeError(f"{name}: {message}")
 
     def ask(self, operation: str, subject: Any, *operands: Any) -> Any:
-        """Send a request about an object, or an expression, and wait for the answer."""
+        """Send a request about an object or an expression, and wait for the answer."""
         if self.broken:
             raise RuntimeError(self.broken)
         self.of_class = subject.wire_of_class_ if isinstance(subject, Proxy) else _names_class(subject)
@@ -128,7 +185,7 @@ class Peer:
         return answer
 
     def named(self, expression: str) -> Any:
-        """What the program has by a name; a built-in class, which is called here, counts as a call as well."""
+        """The value of an expression in the program. A built-in class is called here, and its calls are counted as well."""
         value = self.ask("evaluate", expression)[0]
         if not isinstance(value, type):
             return value
@@ -140,7 +197,7 @@ class Peer:
         return called
 
     def call(self, function: Proxy, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Call a function of the program; what returns None may change its arguments in place."""
+        """Call a function of the program. If it returns None, its changes of the arguments are copied to the arguments here."""
         self.calls += 1
         result, changed = self.ask("call", function, list(arguments), keywords)
         if result is None and isinstance(changed, list) and len(changed) == 2:
@@ -152,6 +209,7 @@ class Peer:
 
 
 def _overwrite(old: Any, new: Any) -> None:
+    """Give a mutable argument the content that the program's function left in its copy."""
     if isinstance(old, list):
         old[:] = new
     elif isinstance(old, (dict, set)):
@@ -163,7 +221,7 @@ def _overwrite(old: Any, new: Any) -> None:
 
 
 def _names_class(expression: str) -> bool:
-    """Whether an expression such as Bank names a class by Python's custom; Solution is LeetCode's for a function."""
+    """Whether an expression such as Bank names a class, by its capital letter; Solution is LeetCode's class around a function."""
     return expression[:1].isupper() and not re.match(r"Solution\b", expression)
 
 
@@ -175,62 +233,5 @@ def _refuse(value: Any) -> int:
     raise TypeError(f"a {type(value).__name__} cannot be handed to the program: only plain data can")
 
 
-def run_tests(job: dict[str, Any], requests: int, replies: int) -> dict[str, Any]:
-    """Run tests against the program behind two pipes.
-
-    Args:
-        job: `setup` (code before the tests), `tests` (their code, a list: each is a test of its own), `names` (what they call of
-            the program), `entry_point` (expression for the argument of `check`; None if the tests define no such function),
-            `tested` (all names in these two), `all` (whether to go on after a test that fails).
-        requests: File descriptor to write requests to.
-        replies: File descriptor to read replies from.
-
-    Returns:
-        `passed` and `total` tests, `reason` why not all passed, and `unusable` if that lies in the set-up code.
-    """
-    sys.setrecursionlimit(RECURSION_LIMIT)
-    peer = Peer(requests, replies)
-    module = types.ModuleType(MODULE)
-    names = module.__dict__
-    try:
-        exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), names)
-    except BaseException as error:
-        return {"passed": 0, "total": 1, "reason": f"the set-up code of the tests fails: {_describe(error)}", "unusable": True}
-    peer.classes = wire.own_classes(names, MODULE, job["tested"])
-    results: list[bool] = []
-    names[RESULTS] = results
-    reason = ""
-    try:
-        peer.reply()  # how loading the program went
-        for name in job["names"]:
-            names[name] = peer.named(name)
-        if job["entry_point"] is not None:
-            candidate = peer.named(job["entry_point"])
-    except BaseException as error:
-        return {"passed": 0, "total": max(1, len(job["tests"])), "reason": _describe(error)}
-    for code in job["tests"]:
-        before = len(results)
-        try:
-            exec(compile(code, "<tests>", "exec", dont_inherit=True), names)
-            if job["entry_point"] is not None:
-                names["check"](candidate)
-            if len(results) == before:
-                results.append(True)
-        except BaseException as error:
-            results.append(False)
-            reason = reason or _describe(error)
-        if not job["all"] and not all(results):
-            break
-    if not peer.calls or peer.broken:  # tests that never asked say nothing
-        return {"passed": 0, "total": max(1, len(results)), "reason": peer.broken or "the tests never called the program"}
-    return {"passed": sum(results), "total": len(results), "reason": reason or ("" if all(results) else "a test failed")}
-
-
 def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:500]
-
-
-def write_verdict(verdict: dict[str, Any], file: int) -> None:
-    """Write the verdict and end this process."""
-    os.write(file, json.dumps(verdict).encode())
-    os._exit(0)

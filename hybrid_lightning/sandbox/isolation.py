@@ -1,17 +1,23 @@
-"""Which mechanisms isolate a program here, and whether they are enough.
+"""Which mechanisms isolate a program on this machine, and whether they are enough.
 
-Enough is: no network; no reading of files but those of the Python installation and the system's libraries; no writing but into a
-temporary folder of its own, or none at all; no seeing, signalling or tracing of other processes; no process that outlives it; no
-more CPU time, memory, threads and output than the limits say. Two ways lead there, both with a filter of system calls (seccomp):
+Isolation is enough if a program
 
-- namespaces, with Landlock on top where the kernel has it;
-- Landlock alone, which containers allow that forbid namespaces; a program then has no temporary folder.
+- has no network;
+- reads no files except those of the Python installation and the system's libraries;
+- writes only into a temporary folder of its own, or nowhere at all;
+- cannot see, signal or trace other processes, and leaves no process behind;
+- gets no more CPU time, memory, threads and output than the limits allow.
 
-Threads are to be had where the kernel counts them: not with Landlock alone for a user other than root, nor for a root that may
-not become another user.
+There are two ways to achieve that, both with a filter of system calls (seccomp):
 
-Both are calls of the kernel, made here: no tool such as bubblewrap is needed, nor used where there is one. A program can start no
-process, so what one process may have of memory is what the program may have; its tests have as much again.
+- namespaces, and Landlock on top if the kernel has it;
+- Landlock alone, for containers that forbid namespaces. A program then has no temporary folder.
+
+A program may start threads only if the kernel can limit their number: not with Landlock alone for a user other than root, and not
+for a root that may not become another user.
+
+All mechanisms are called directly in the kernel: no tool such as bubblewrap is needed, nor used if it is installed. A program
+cannot start processes, so the memory limit of its one process is the limit of the program; its tests may use as much again.
 """
 
 import os
@@ -24,7 +30,7 @@ from pathlib import Path
 from hybrid_lightning.errors import SandboxError
 from hybrid_lightning.sandbox.launch import Box, Limits, launch, probe
 
-# Tried at start, in the sandbox itself; prints the names of those that work.
+# A program that tries to escape from the sandbox, run in it at the start. It prints the names of the attempts that succeed.
 _ATTEMPTS = """
 import os, statistics
 def attempt(name, action):
@@ -42,7 +48,7 @@ def connect():
 attempt("reading a file of this process", lambda: open({secret!r}).read())
 attempt("changing a file of this process", lambda: open({secret!r}, "r+").write("changed"))
 try:
-    write()  # the same path in a folder of its own would do no harm: seen from outside
+    write()  # whether this worked is seen from outside: the same path in the program's own root folder does no harm
 except OSError:
     pass
 attempt("making a process", lambda: os.fork() or os._exit(0))
@@ -54,10 +60,10 @@ print("done")
 
 @dataclass(frozen=True)
 class Isolation:
-    """How programs are isolated."""
+    """How programs are isolated on this machine."""
 
-    mechanisms: tuple[str, ...]  # those used
-    missing: tuple[str, ...]  # the others, each with why it does not work
+    mechanisms: tuple[str, ...]  # mechanisms that work and are used
+    missing: tuple[str, ...]  # the others, each with the reason why it does not work
 
     @property
     def is_enough(self) -> bool:
@@ -66,13 +72,13 @@ class Isolation:
 
 
 def require_isolation(allow_without_isolation: bool = False) -> Isolation:
-    """Find out how programs can be isolated here, and that it holds.
+    """Find out how programs can be isolated on this machine, and test that they cannot escape.
 
     Args:
-        allow_without_isolation: Whether programs may run where it is not enough.
+        allow_without_isolation: Whether programs may run even if the isolation is not enough.
 
     Raises:
-        SandboxError: If it is not enough, and that is not allowed, or if it does not hold when tried.
+        SandboxError: If the isolation is not enough and that is not allowed, or if a program escapes in the test.
     """
     if platform.system() != "Linux":
         raise SandboxError(
@@ -108,18 +114,18 @@ def _found() -> Isolation:
 
 @cache
 def _try(isolation: Isolation) -> str:
-    """Try to get out, with the very calls that programs run by.
+    """Run a program that tries to escape, in the same way as all programs are run.
 
     Returns:
-        In what it succeeded, empty if in nothing.
+        The attempts that succeeded; empty if none did.
 
     Raises:
-        SandboxError: If no program runs.
+        SandboxError: If no program runs at all.
     """
     with tempfile.TemporaryDirectory(prefix="sandbox_") as folder:
         secret, beside = Path(folder, "secret"), Path(folder, "beside")
         secret.write_text("secret")
-        for path, mode in ((Path(folder), 0o777), (secret, 0o666)):  # what stops a program is not that it is another user's
+        for path, mode in ((Path(folder), 0o777), (secret, 0o666)):  # the sandbox must stop a program, not permissions of files
             path.chmod(mode)
         source = _ATTEMPTS.format(secret=str(secret), beside=str(beside), parent=os.getpid())
         ran = launch([Box("script", {"setup": "", "source": source})], isolation.mechanisms, Limits())

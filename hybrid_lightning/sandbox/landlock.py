@@ -1,4 +1,7 @@
-"""Landlock: the kernel refuses files, TCP and signals beyond what is named (Linux `Documentation/userspace-api/landlock.rst`)."""
+"""Landlock: the kernel refuses access to files, TCP and signals, except for what is named.
+
+See Linux's `Documentation/userspace-api/landlock.rst`.
+"""
 
 import errno
 import os
@@ -7,19 +10,19 @@ from collections.abc import Iterable
 
 from hybrid_lightning.sandbox import libc
 
-MINIMUM_ABI = 3  # from here on it also forbids to cut files off
+MINIMUM_ABI = 3  # earlier versions cannot forbid to truncate files
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_DIR, _REMOVE_FILE, _MAKE_DIR, _MAKE_REG = 2, 4, 8, 16, 32, 128, 256
 _REFER, _TRUNCATE = 1 << 13, 1 << 14
-_FILE_RIGHTS = {3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}  # by ABI: all rights over files that it knows
+_FILE_RIGHTS = {3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}  # ABI -> all rights over files that it knows
 _READ = _READ_FILE | _READ_DIR
-_NULL = _READ_FILE | _WRITE_FILE | _TRUNCATE  # of the device that forgets what is written
+_NULL = _READ_FILE | _WRITE_FILE | _TRUNCATE  # rights over /dev/null
 _WRITE = _READ | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _REFER | _TRUNCATE
 
 
 def abi() -> int:
-    """Version of Landlock in this kernel; 0 if it has none, or it is switched off."""
+    """Version of Landlock in this kernel; 0 if the kernel has none, or it is switched off."""
     try:
         return libc.syscall(_CREATE_RULESET, None, 0, 1)
     except OSError:
@@ -27,16 +30,20 @@ def abi() -> int:
 
 
 def restrict(readable: Iterable[str], writable: Iterable[str]) -> None:
-    """Confine this process to some files; needs `PR_SET_NO_NEW_PRIVS`, and cannot be undone.
+    """Restrict this process to some files. Needs `PR_SET_NO_NEW_PRIVS`, and cannot be undone.
 
     Args:
-        readable: Files and folders to be read, with all that is in them; those that do not exist are left out.
-        writable: Folders in which files may be made, changed and removed as well.
+        readable: Files and folders, with everything in them, that may be read; those that do not exist are ignored.
+        writable: Folders in which files may also be created, changed and removed.
+
+    Raises:
+        OSError: If Landlock is not there, or its version is below `MINIMUM_ABI`.
     """
     version = abi()
     if version < MINIMUM_ABI:
         raise OSError(errno.ENOSYS, f"Landlock ABI {version}; needs {MINIMUM_ABI} (Linux 6.2), switched on at boot")
-    # Handled, and granted to nobody: all rights over files, TCP bind and connect, signals and abstract sockets to outside.
+    # Everything that is handled is forbidden unless a rule below allows it: all rights over files, TCP bind and connect, signals
+    # and abstract sockets to processes outside.
     handled = struct.pack("QQQ", _FILE_RIGHTS[min(version, 5)], 3, 3)
     ruleset = libc.syscall(_CREATE_RULESET, handled, 8 if version < 4 else 16 if version < 6 else 24, 0)
     for paths, rights in ((readable, _READ), (writable, _WRITE), ([os.devnull], _NULL)):

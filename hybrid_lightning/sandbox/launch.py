@@ -1,6 +1,6 @@
-"""What one program may use.
+"""Run one program: start its launcher process, wait for it, and read what its boxes left.
 
-Starts the launcher of one program, waits for it, and reads what its boxes left.
+The launcher gets a description in JSON (see `launcher.main`), and files in memory for everything that goes in and out.
 """
 
 import json
@@ -19,21 +19,26 @@ from typing import Any
 
 from hybrid_lightning.errors import ConfigError, SandboxError
 
+_GRACE_S = 10.0  # seconds beyond the program's own time, for the launcher to start on a busy machine and to clean up
+_PAUSE_S = 1.0  # seconds before a second attempt
+_ROOT = str(Path(__file__).parents[2])
+_COMMAND = f"import sys; sys.path.append({_ROOT!r}); from hybrid_lightning.sandbox.launcher import main; sys.path.pop(); main()"
+
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program; its tests, in a process of their own, have the same.
+    """Limits of one program. Its tests, in a process of their own, have the same limits.
 
     Raises:
-        ConfigError: If a limit is too low for any program, or no number.
+        ConfigError: If a limit is too low for any program, or not a number.
     """
 
-    cpu_seconds: int = 5  # CPU time; whole seconds, as the kernel counts
-    wall_seconds: float = 10.0  # from start to end, waiting included
+    cpu_seconds: int = 5  # CPU time in whole seconds, as the kernel counts it
+    wall_seconds: float = 10.0  # time from start to end, waiting included
     memory_bytes: int = 512 * 2**20  # address space
-    file_bytes: int = 4 * 2**20  # size of any file, and of what it prints
-    temporary_bytes: int = 16 * 2**20  # of all files together
-    threads: int = 32
+    file_bytes: int = 4 * 2**20  # size of any file, and of the output
+    temporary_bytes: int = 16 * 2**20  # size of all temporary files together
+    threads: int = 32  # number of threads
 
     def __post_init__(self) -> None:
         least = {
@@ -51,63 +56,64 @@ class Limits:
                 raise ConfigError(f"{name}={value}: give a whole number")
 
     def as_dict(self) -> dict[str, float]:
-        """The limits by name."""
+        """Name -> value of every limit."""
         return asdict(self)
-
-
-_GRACE_S = 10.0  # beyond the program's own time: to start, on a busy machine, and to clean up
-_PAUSE_S = 1.0
-_ROOT = str(Path(__file__).parents[2])
-_COMMAND = f"import sys; sys.path.append({_ROOT!r}); from hybrid_lightning.sandbox.launcher import main; sys.path.pop(); main()"
 
 
 @dataclass(frozen=True)
 class Box:
-    """What runs in a box."""
+    """What to run in a box."""
 
     role: str  # "candidate", "tests" or "script"
-    job: dict[str, Any]  # JSON that it reads once it is confined
-    stdin: bytes | None = None  # None: empty
+    job: dict[str, Any]  # plain data that the box reads as JSON once it is confined
+    stdin: bytes | None = None  # standard input; None for an empty one
 
 
 @dataclass(frozen=True)
 class Ran:
-    """How a launch went."""
+    """The result of a launch."""
 
     in_time: bool  # whether it ended within `Limits.wall_seconds`
-    endings: dict[str, str]  # role -> how it ended, empty if well
-    verdict: bytes  # what the box "tests" wrote as its verdict
-    stdout: bytes  # of the box "script"
-    stderr: bytes  # likewise
-
-
-@cache
-def readable_files() -> tuple[str, ...]:
-    """The Python installation without further packages of a virtual environment, and the system's libraries."""
-    prefixes = {sys.base_prefix, sys.base_exec_prefix}
-    paths = {f"{prefix}/{folder}" for prefix in prefixes for folder in ("lib", "lib64")}
-    paths |= {str(Path(os.__file__).parent), "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
-    outer = [path for path in paths if not any(path.startswith(f"{other}/") for other in paths)]
-    return (*sorted(outer), "/etc/ld.so.cache")
+    endings: dict[str, str]  # role -> how the box ended, empty if normally
+    verdict: bytes  # verdict of the box "tests"
+    stdout: bytes  # standard output of the box "script"
+    stderr: bytes  # its error output
 
 
 def launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, packages: Sequence[str] = ()) -> Ran:
     """Run one program in its boxes.
 
     Args:
-        boxes: A script; or a candidate and its tests, which are connected by two pipes.
-        mechanisms: Of isolation, those of "namespaces", "landlock" and "seccomp" that are to be used.
-        limits: Of each box.
-        packages: Files and folders that may be imported from beside the standard library (see `find_packages`).
+        boxes: One script, or a candidate and its tests, which are connected by two pipes.
+        mechanisms: Mechanisms of isolation to use, from "namespaces", "landlock" and "seccomp".
+        limits: Limits of each box.
+        packages: Files and folders that may be imported besides the standard library (see `find_packages`).
 
     Raises:
-        SandboxError: If the boxes cannot be made, twice, which says nothing about the program.
+        SandboxError: If the boxes could not be made in two attempts, which says nothing about the program.
     """
     try:
         return _launch(boxes, mechanisms, limits, packages)
-    except SandboxError:  # hours of training should not end because the machine was short of something for a moment
+    except SandboxError:  # a short lack of memory or processes should not end hours of training
         time.sleep(_PAUSE_S)
         return _launch(boxes, mechanisms, limits, packages)
+
+
+def probe() -> dict[str, str]:
+    """Try each mechanism of isolation on this machine.
+
+    Returns:
+        Name of the mechanism -> why it does not work, empty if it does.
+
+    Raises:
+        SandboxError: If the launcher itself cannot run.
+    """
+    report, errors = os.memfd_create("report"), os.memfd_create("errors")
+    try:
+        return {str(name): str(reason) for name, reason in _start({"probe": True}, report, errors, 30.0).items()}
+    finally:
+        os.close(report)
+        os.close(errors)
 
 
 def _launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, packages: Sequence[str]) -> Ran:
@@ -141,26 +147,13 @@ def _launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, pac
         return Ran(outcome["in_time"], outcome["endings"], verdict, stdout, stderr)
 
 
-def probe() -> dict[str, str]:
-    """Mechanism -> why it does not work on this machine, empty if it does.
-
-    Raises:
-        SandboxError: If not even the launcher runs.
-    """
-    report, errors = os.memfd_create("report"), os.memfd_create("errors")
-    try:
-        return {str(name): str(reason) for name, reason in _start({"probe": True}, report, errors, 30.0).items()}
-    finally:
-        os.close(report)
-        os.close(errors)
-
-
 def _start(spec: dict[str, Any], report: int, errors: int, timeout_s: float) -> dict[str, Any]:
-    """Run a launcher and read its report."""
+    """Run a launcher process and read its report."""
     spec = {**spec, "parent": os.getpid(), "report": report, "readable": readable_files()}
     boxes = spec.get("boxes", [])
     passed = [report, *(value for entry in boxes for value in entry.values() if isinstance(value, int))]
-    # Nothing of this process's environment: it may hold keys. A fixed hash seed: the same program gets the same order of a set.
+    # The environment of this process is not passed on, since it may hold keys. With a fixed hash seed the order of sets is the
+    # same in every run of a program.
     try:
         process = subprocess.Popen(
             [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", _COMMAND, json.dumps(spec)],
@@ -185,7 +178,7 @@ def _start(spec: dict[str, Any], report: int, errors: int, timeout_s: float) -> 
     finally:
         with suppress(ProcessLookupError):
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # all boxes are in its group, and cannot leave it
+                os.killpg(process.pid, signal.SIGKILL)  # this ends all boxes: they cannot leave the process group
         process.wait()
     text = _content(report, 2**20)
     if not text:
@@ -195,6 +188,16 @@ def _start(spec: dict[str, Any], report: int, errors: int, timeout_s: float) -> 
             f"{said[-1] if said else 'it said nothing'}; see whether the system runs short of memory or processes"
         )
     return dict(json.loads(text))
+
+
+@cache
+def readable_files() -> tuple[str, ...]:
+    """Paths of the Python installation, without the packages of a virtual environment, and of the system's libraries."""
+    prefixes = {sys.base_prefix, sys.base_exec_prefix}
+    paths = {f"{prefix}/{folder}" for prefix in prefixes for folder in ("lib", "lib64")}
+    paths |= {str(Path(os.__file__).parent), "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
+    outer = [path for path in paths if not any(path.startswith(f"{other}/") for other in paths)]
+    return (*sorted(outer), "/etc/ld.so.cache")
 
 
 def _content(descriptor: int | None, limit: int) -> bytes:

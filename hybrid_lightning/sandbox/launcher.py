@@ -1,6 +1,9 @@
-"""The process that starts the boxes of one program, waits for them and ends them; new for each, so that it remembers nothing."""
+"""The launcher: a process that starts the boxes of one program, waits for them and ends them.
 
-# What programs and tests use most is loaded before the boxes are forked, once for both; much of it is used here nowhere.
+Each program has a new launcher, so that nothing is carried over from one program to the next.
+"""
+
+# Modules that programs and tests use most are imported before the boxes are forked, once for both. Many are not used here.
 # ruff: noqa: F401
 import bisect
 import collections
@@ -25,19 +28,19 @@ from typing import Any
 
 from hybrid_lightning.sandbox import box, libc, privileges, probes
 
-_PATIENCE_S = 0.1  # for boxes to die by themselves
+_PATIENCE_S = 0.1  # seconds that boxes get to end by themselves
 
 
 def main() -> None:
-    """Run what the first argument asks for, JSON.
+    """Do what the first argument asks for, in JSON.
 
-    Its keys: `parent` (process id), `probe` (true to report which mechanisms work, and nothing else), `report` (descriptor to
-    write the outcome to), `mechanisms`, `readable`, `packages`, `limits`, `boxes` (list of `role`, `stdin`, `stdout`, `stderr`,
-    `job`, `verdict`; descriptors, or null for /dev/null).
+    Its keys are `parent` (process id), `probe` (true to report which mechanisms work, and nothing else), `report` (descriptor to
+    write the result to), `mechanisms`, `readable`, `packages`, `limits`, and `boxes`, a list of objects with `role` and the
+    descriptors `stdin`, `stdout`, `stderr`, `job` and `verdict`, null for /dev/null.
     """
     spec = json.loads(sys.argv[1])
     privileges.die_with_parent(spec["parent"])
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a trainer that ignores it would hide how boxes end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, as inherited from a trainer, exit codes of boxes get lost
     outcome = probes.run(spec["readable"]) if spec.get("probe") else _run(spec)
     os.pwrite(spec["report"], json.dumps(outcome).encode(), 0)
 
@@ -58,14 +61,14 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     for descriptor in (errors_out, *(end for pipe in pipes for end in pipe)):
         os.close(descriptor)
     codes, in_time = _wait(pids, spec["boxes"][-1]["role"], started + spec["limits"]["wall_seconds"])
-    _end([pid for pid, role in pids.items() if role not in codes])  # the number of one that was reaped may be another's by now
-    # All who could write are dead, or have closed their end.
+    _end([pid for pid, role in pids.items() if role not in codes])  # the id of a process that has ended may be in use again
+    # Reading does not block: all processes that could write have ended, or closed the pipe.
     errors = os.read(errors_in, 4096).decode(errors="replace").strip()
-    return {"in_time": in_time, "endings": {role: box.describe(code) for role, code in codes.items()}, "error": errors}
+    return {"in_time": in_time, "endings": {role: box.describe_ending(code) for role, code in codes.items()}, "error": errors}
 
 
 def _wait(pids: dict[int, str], last: str, deadline: float) -> tuple[dict[str, int], bool]:
-    """Exit codes by role, as soon as the last role has ended, and whether that was in time."""
+    """Wait until the box of the role `last` has ended. Returns the exit codes by role, and whether that was in time."""
     codes: dict[str, int] = {}
     while last not in codes:
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -79,10 +82,10 @@ def _wait(pids: dict[int, str], last: str, deadline: float) -> tuple[dict[str, i
 
 
 def _end(pids: list[int]) -> None:
-    """Kill all boxes; this process inherits and reaps all that is left.
+    """Kill all boxes. This process is the parent of whatever they leave behind, and waits for it.
 
-    A box dies with the process that waits for it, unless that is killed while the box is still being set up, or a program without
-    isolation has made processes: so what does not die is looked for.
+    A box dies with the process that waits for it, except if that process is killed while the box is still being set up, or if a
+    program without isolation has started processes: so the remaining children are searched for and killed as well.
     """
     left = pids
     with suppress(ChildProcessError):
@@ -96,6 +99,7 @@ def _end(pids: list[int]) -> None:
 
 
 def _children() -> list[int]:
+    """Process ids of the children of this process."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError), open(f"/proc/{name}/stat", "rb") as stream:

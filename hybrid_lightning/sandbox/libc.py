@@ -1,4 +1,4 @@
-"""System calls that the standard library of Python 3.11 does not offer, by ctypes."""
+"""System calls that the standard library of Python 3.11 does not offer, through ctypes."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ def call(function: str, *arguments: int | bytes | None) -> int:
     """Call a function of libc that returns a negative number on error.
 
     Raises:
-        OSError: On error, with the function's name.
+        OSError: If the function fails; the message has its name.
     """
     converted = [ctypes.c_long(value) if isinstance(value, int) else ctypes.c_char_p(value) for value in arguments]
     result = getattr(_LIBC, function)(*converted)
@@ -38,6 +38,6 @@ def prctl(option: int, value: int, extra: bytes | None = None) -> None:
 
 
 def share_memory_between_threads() -> None:
-    """Have threads allocate from one arena: glibc reserves 64 MiB of address space for that of each thread otherwise."""
+    """Let all threads allocate from one arena: otherwise glibc reserves 64 MiB of address space for each thread."""
     if hasattr(_LIBC, "mallopt"):
         _LIBC.mallopt(_M_ARENA_MAX, 1)

@@ -1,6 +1,6 @@
-"""Namespaces: no network, no processes of others, and a root folder that holds nothing but what is named.
+"""Namespaces: no network, no other processes, and a root folder that holds only what is named.
 
-By user namespaces, without any privilege, or as root without them (Linux `namespaces(7)`, `user_namespaces(7)`).
+They need user namespaces, which take no privilege, or root (Linux `namespaces(7)`, `user_namespaces(7)`).
 """
 
 import os
@@ -20,13 +20,13 @@ _MOUNT_SETATTR, _AT_EMPTY_PATH, _AT_RECURSIVE, _PIVOT_ROOT = 442, 0x1000, 0x8000
 
 
 def unshare() -> None:
-    """Leave the namespaces of all others; children of this process, but not the process itself, get new process ids."""
+    """Move this process into new namespaces. The new process ids hold for its children, but not for the process itself."""
     user, group = os.geteuid(), os.getegid()
     if user == 0:
         try:
             libc.call("unshare", _ALL)
             return
-        except PermissionError:  # root of a container, without the capability
+        except PermissionError:  # root in a container, without the capability
             pass
     libc.call("unshare", _NEWUSER | _ALL)
     for file, text in (("setgroups", "deny"), ("uid_map", f"65534 {user} 1"), ("gid_map", f"65534 {group} 1")):
@@ -35,17 +35,17 @@ def unshare() -> None:
 
 
 def change_root(readable: Iterable[str], temporary_bytes: int) -> None:
-    """Move to a root folder in memory that holds only some files of the old one, read-only, and a temporary folder.
+    """Change to a root folder in memory that holds only some files of the old one, read-only, and a temporary folder.
 
-    That is empty but for those of the files that lie below its path: their mounts are read-only there as well.
+    The temporary folder is empty, except for kept files whose paths lie below it, which are read-only as well.
 
     Args:
-        readable: Files and folders to be kept, with all that is in them; those that do not exist are left out.
+        readable: Files and folders to keep, with everything in them; those that do not exist are ignored.
         temporary_bytes: Size of the temporary folder.
     """
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     kept = [path for path in readable if os.path.exists(path)]
-    # Opened before the mount below, which may hide them.
+    # Opened first, because the mount below may hide them.
     sources = [None if os.path.islink(path) else os.open(path, os.O_PATH | os.O_CLOEXEC) for path in kept]
     links = [os.readlink(path) if os.path.islink(path) else "" for path in kept]
     folders = [os.path.isdir(path) for path in kept]
@@ -53,8 +53,8 @@ def change_root(readable: Iterable[str], temporary_bytes: int) -> None:
     root = "/proc/self/fd/{}"
     base = "/tmp"
     _mount("tmpfs", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,nr_inodes=1k,mode=755")
-    os.umask(0o022)  # the folders on the way are this user's, and a program may be another's
-    # Before what is kept, which may lie in the old folder of that name: an interpreter, or an environment with its packages.
+    os.umask(0o022)  # the program may run as another user, who must be able to pass through the new folders
+    # Made first: kept files, such as an interpreter or an environment with its packages, may lie in the old temporary folder.
     os.mkdir(base + TEMPORARY, mode=0o755)
     options = f"size={temporary_bytes},nr_inodes=1k,mode=1777"
     _mount("tmpfs", base + TEMPORARY, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options)
@@ -73,7 +73,7 @@ def change_root(readable: Iterable[str], temporary_bytes: int) -> None:
         os.close(source)
     os.makedirs(f"{base}/dev", mode=0o755, exist_ok=True)
     open(base + os.devnull, "x").close()
-    with suppress(OSError):  # some containers forbid it, and a program can do without
+    with suppress(OSError):  # some containers forbid it, and programs can do without it
         _mount(root.format(null), base + os.devnull, None, _MS_BIND)
     os.close(null)
     os.chdir(base)
@@ -90,7 +90,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
 
 
 def _restrict(path: str) -> None:
-    """Make a mount, and those in it, read-only without set-user-id programs and devices."""
+    """Make a mount and the mounts in it read-only, without set-user-id programs and devices."""
     attributes = struct.pack("QQQQ", 1 | 2 | 4, 0, 0, 0)
     opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
     libc.syscall(_MOUNT_SETATTR, opened, b"", _AT_EMPTY_PATH | _AT_RECURSIVE, attributes, len(attributes))

@@ -1,4 +1,4 @@
-"""Limits that a process can never leave again: resources, user, capabilities, and that it dies with its parent."""
+"""Restrictions that a process cannot undo: resource limits, another user, no capabilities, and death with its parent."""
 
 import os
 import resource
@@ -8,19 +8,19 @@ from contextlib import suppress
 
 from hybrid_lightning.sandbox import libc
 
-_FIRST_USER, _USERS = 61184, 4336  # the range of systemd's dynamic users, which no person and no other service has
+_FIRST_USER, _USERS = 61184, 4336  # the range of systemd's dynamic users, which belong to no person and no other service
 OPEN_FILES = 64
 STACK_BYTES = 64 * 2**20  # for deep recursion through C code, such as functools.cache
 
 
 def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) -> None:
-    """Set the resource limits, soft and hard alike but for the stack.
+    """Set the resource limits, the soft and the hard ones, except for the stack, whose hard limit stays.
 
     Args:
         cpu_seconds: CPU time, after which the kernel kills the process.
         memory_bytes: Address space.
         file_bytes: Size of any file written, standard output included.
-        threads: Threads of the user, unless the user is root.
+        threads: Number of threads of the user; it has no effect for root.
     """
     for name, value in (
         (resource.RLIMIT_CPU, cpu_seconds),
@@ -35,16 +35,16 @@ def limit(cpu_seconds: int, memory_bytes: int, file_bytes: int, threads: int) ->
         hard = resource.getrlimit(name)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(name, (value, value))
-    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]  # programs may raise it, as many do: it counts as address space
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]  # programs may raise their stack, as many do: it counts as address space
     stack = min(STACK_BYTES, memory_bytes // 4)
     resource.setrlimit(resource.RLIMIT_STACK, (stack if hard == resource.RLIM_INFINITY else min(stack, hard), hard))
 
 
 def other_user(number: int) -> int | None:
-    """Number of the user that a box of root becomes; None if this process is another user already, or may not change it.
+    """Number of the user that a box becomes if this process is root; None if it is not root, or may not change its user.
 
     Args:
-        number: Differs between boxes that run at the same time.
+        number: A number that differs between boxes that run at the same time.
     """
     if os.geteuid():
         return None
@@ -56,7 +56,7 @@ def other_user(number: int) -> int | None:
 
 
 def _has_number(kind: str, number: int) -> bool:
-    """Whether a user or group has that number here: a user namespace, as of a container without root, may know but one."""
+    """Whether the number of a user or group exists here: the user namespace of a container without root may have only one."""
     with open(f"/proc/self/{kind}_map") as stream:
         ranges = [(int(first), int(count)) for first, _, count in map(str.split, stream)]
     return any(first <= number < first + count for first, count in ranges)
@@ -68,7 +68,7 @@ def _may_set_groups() -> bool:
 
 
 def drop(user: int | None) -> None:
-    """Give up root and all capabilities, and the way to get them back.
+    """Give up root and all capabilities for good.
 
     Args:
         user: Number of the user and group to become; None to stay the same user.
@@ -79,15 +79,15 @@ def drop(user: int | None) -> None:
         os.setresuid(user, user, user)
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
     libc.call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", 0, 0, 0, 0, 0, 0))
-    # A limit of 0 on core dumps does not stop the host's collector of crashes, if it has one; this does (Linux `core(5)`).
+    # This keeps the host's crash handler from running, if there is one; a limit of 0 on core dumps does not (Linux `core(5)`).
     libc.prctl(libc.PR_SET_DUMPABLE, 0)
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent ends; a change of user would undo this.
+    """Let the kernel kill this process when its parent ends. A later change of user undoes this.
 
     Args:
-        parent: Process id of the parent, to find out that it has ended already; None where it cannot be seen.
+        parent: Process id of the parent, to notice if it has already ended; None if its id cannot be seen.
     """
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
@@ -95,6 +95,6 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def be_killed_first() -> None:
-    """Have the kernel end this process before any other where the machine runs out of memory."""
+    """Let the kernel kill this process before all others if the machine runs out of memory."""
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as stream:
         stream.write("1000")

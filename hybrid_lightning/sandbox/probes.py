@@ -1,4 +1,4 @@
-"""Whether each mechanism works on this machine: it is tried in a process of its own."""
+"""Find out whether each mechanism of isolation works on this machine, by trying it in a process of its own."""
 
 import json
 import os
@@ -11,7 +11,7 @@ def run(readable: Sequence[str]) -> dict[str, str]:
     """Try every mechanism.
 
     Args:
-        readable: Files and folders that a program may read.
+        readable: Files and folders that programs may read.
 
     Returns:
         Name of the mechanism -> why it does not work, empty if it does.
@@ -40,6 +40,7 @@ def run(readable: Sequence[str]) -> dict[str, str]:
 
 
 def _attempt(action: Callable[[], None]) -> str:
+    """Perform an action in a forked process. Returns why it failed, or an empty text."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:

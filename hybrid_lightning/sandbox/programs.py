@@ -1,7 +1,4 @@
-"""Installed packages that programs may import beside the standard library.
-
-Runs untrusted programs against tests, many at a time.
-"""
+"""Run untrusted programs against their tests, several at a time; and find installed packages that programs may import."""
 
 import importlib.util
 import json
@@ -15,54 +12,6 @@ from typing import TypeVar
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sandbox.launch import Box, Limits, Ran, launch
 
-
-def find_packages(names: Sequence[str]) -> tuple[str, ...]:
-    """Files and folders of packages; nothing of them is imported here.
-
-    Args:
-        names: As in an import, such as "sortedcontainers" or "numpy"; what a package needs itself has to be named too.
-
-    Raises:
-        ConfigError: If one is not installed.
-    """
-    paths: list[str] = []
-    for name in names:
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        folders = list(spec.submodule_search_locations or []) if spec else []
-        found = folders or ([spec.origin] if spec and spec.origin and Path(spec.origin).is_file() else [])
-        if not found:
-            raise ConfigError(
-                f"packages: {name!r} is not installed: pip install it where training runs, or leave it out; give the name that "
-                "an import uses"
-            )
-        libraries = Path(found[0]).with_name(f"{name}.libs")  # where wheels put shared libraries
-        paths += [*found, *([str(libraries)] if libraries.is_dir() else [])]
-    return tuple(paths)
-
-
-def check_packages(names: Sequence[str], paths: Sequence[str], mechanisms: Sequence[str], limits: Limits) -> None:
-    """Import packages as programs do: where that fails, every program that needs one would fail, and earn nothing.
-
-    Args:
-        names: As in an import.
-        paths: Where they are (see `find_packages`).
-        mechanisms: Of isolation, as programs have them.
-        limits: As programs have them.
-
-    Raises:
-        ConfigError: If one cannot be imported.
-    """
-    for name in names:
-        ran = launch([Box("script", {"setup": "", "source": f"import {name}"})], mechanisms, limits, paths)
-        if not ran.in_time or ran.endings.get("script"):
-            said = ran.stderr.decode(errors="replace").strip().splitlines()
-            reason = said[-1] if said else ran.endings.get("script") or f"not done after {limits.wall_seconds:g} s"
-            raise ConfigError(
-                f"packages: {name!r} cannot be imported in the sandbox ({reason}): "
-                "name what it needs itself too, install it where any user may read it, or give programs more memory and time"
-            )
-
-
 T = TypeVar("T")
 
 
@@ -70,21 +19,21 @@ T = TypeVar("T")
 class Settings:
     """How programs are run."""
 
-    mechanisms: tuple[str, ...]  # of isolation (see `isolation.Isolation`)
-    limits: Limits = field(default_factory=Limits)  # of each program
-    packages: tuple[str, ...] = ()  # that it may import (see `packages.find_packages`)
-    count_all: bool = False  # whether all tests run, and not only those up to the first that fails
+    mechanisms: tuple[str, ...]  # mechanisms of isolation (see `isolation.Isolation`)
+    limits: Limits = field(default_factory=Limits)  # limits of each program
+    packages: tuple[str, ...] = ()  # files and folders that programs may import (see `find_packages`)
+    count_all: bool = False  # True runs all tests, False stops at the first test that fails
 
 
 @dataclass(frozen=True)
 class CallTests:
     """Tests that call functions of the program."""
 
-    tests: tuple[str, ...]  # Python code; each is a test of its own
+    tests: tuple[str, ...]  # pieces of Python code, each of which is a test
     setup: str = ""  # code before the program: imports, classes such as ListNode
     test_setup: str = ""  # code before the tests, after `setup`
-    names: tuple[str, ...] = ()  # what the tests call of the program by name
-    entry_point: str | None = None  # expression for the argument of the function `check` that each test defines; None: no such
+    names: tuple[str, ...] = ()  # names of the program that the tests use
+    entry_point: str | None = None  # expression that is passed to the function `check` of each test; None: there is no `check`
 
     def run(self, source: str, settings: "Settings") -> "Outcome":
         """Run a program against the tests (see `run_programs`)."""
@@ -101,7 +50,7 @@ class CallTests:
         ran = launch(boxes, settings.mechanisms, settings.limits, settings.packages)
         if not ran.in_time:
             return Outcome(0, len(self.tests), f"not done after {settings.limits.wall_seconds:g} s")
-        if not ran.verdict:  # also where tests of the data set use up the limits
+        if not ran.verdict:  # also if the tests themselves exceed the limits
             return Outcome(0, len(self.tests), f"the tests: {ran.endings.get('tests') or 'no verdict'}")
         verdict = json.loads(ran.verdict)
         reason = _printable(str(verdict["reason"]))
@@ -112,13 +61,13 @@ class CallTests:
 
 @dataclass(frozen=True)
 class StandardStreamTests:
-    """Pairs of what a program reads and what it must print; lines are compared without space at their ends."""
+    """Tests that compare what a program prints; white space at the ends of lines is ignored."""
 
     pairs: tuple[tuple[str, str], ...]  # (standard input, standard output)
     setup: str = ""  # code before the program
 
     def run(self, source: str, settings: "Settings") -> "Outcome":
-        """Run a program on each input; the outputs are compared here, where it never was (see `run_programs`)."""
+        """Run a program on each input (see `run_programs`). Outputs are compared here, in a process that never runs programs."""
         passed, reason = 0, ""
         for given, expected in self.pairs:
             box = Box("script", {"setup": self.setup, "source": source}, stdin=given.encode("utf-8", "surrogatepass"))
@@ -126,7 +75,7 @@ class StandardStreamTests:
             failure = _failure(ran, settings.limits, expected)
             passed += not failure
             reason = reason or failure
-            # One that runs out of time would do so on the other inputs too, and hold up all others.
+            # A program that runs out of time would probably do so on its other inputs as well, and delay all other programs.
             if failure and (not settings.count_all or not ran.in_time or ran.endings["script"]):
                 break
         return Outcome(passed, len(self.pairs), reason)
@@ -134,12 +83,12 @@ class StandardStreamTests:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program did."""
+    """The result of a program."""
 
-    passed: int  # tests
-    total: int
-    reason: str  # why not all passed, empty if they did
-    unusable: bool = False  # whether the tests cannot be run against any program
+    passed: int  # number of tests that passed
+    total: int  # number of tests
+    reason: str  # why not all tests passed, empty if they did
+    unusable: bool = False  # True if these tests cannot be run against any program
 
     @property
     def share(self) -> float:
@@ -147,43 +96,23 @@ class Outcome:
         return self.passed / self.total
 
 
-def _failure(ran: Ran, limits: Limits, expected: str) -> str:
-    if not ran.in_time:
-        return f"not done after {limits.wall_seconds:g} s"
-    if ran.endings["script"]:
-        said = ran.stderr.decode(errors="replace").strip().splitlines()
-        return f"{ran.endings['script']}: {_printable(said[-1][:300]) if said else 'it said nothing'}"
-    same = _lines(ran.stdout.decode(errors="replace")) == _lines(expected)
-    return "" if same else "another output"
-
-
-def _printable(text: str) -> str:
-    """A program's words without what would control a terminal, or look like another line of a log."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
-def _lines(text: str) -> list[str]:
-    lines = [line.rstrip() for line in text.rstrip().split("\n")]
-    return lines
-
-
 def run_programs(
     programs: Sequence[tuple[str, CallTests | StandardStreamTests]], settings: Settings, workers: int
 ) -> list[Outcome]:
-    """Run programs against their tests, some at a time.
+    """Run programs against their tests, several at a time.
 
-    All is done after at most `wall_seconds` for each program and each pair of standard streams, divided by the workers.
+    This takes at most `wall_seconds` for each program and for each pair of standard streams, divided by `workers`.
 
     Args:
-        programs: Source code, and its tests.
-        settings: How each is run.
-        workers: Programs that run at the same time.
+        programs: Source code of each program, and its tests.
+        settings: How programs are run.
+        workers: How many programs run at the same time.
 
     Returns:
-        How each did, in the same order.
+        The results, in the same order.
 
     Raises:
-        SandboxError: If they cannot be run, which says nothing about them.
+        SandboxError: If programs cannot be run, which says nothing about them.
     """
     return _in_parallel([lambda s=s, t=t: t.run(s, settings) for s, t in programs], workers)  # type: ignore[misc]
 
@@ -194,4 +123,71 @@ def _in_parallel(actions: Sequence[Callable[[], T]], workers: int) -> list[T]:
         futures = [pool.submit(action) for action in actions]
         return [future.result() for future in futures]
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)  # after an error or Ctrl-C: no more are started
+        pool.shutdown(wait=True, cancel_futures=True)  # after an error or Ctrl-C no more programs are started
+
+
+def _failure(ran: Ran, limits: Limits, expected: str) -> str:
+    """Why a run does not count as passed, empty if it does."""
+    if not ran.in_time:
+        return f"not done after {limits.wall_seconds:g} s"
+    if ran.endings["script"]:
+        said = ran.stderr.decode(errors="replace").strip().splitlines()
+        return f"{ran.endings['script']}: {_printable(said[-1][:300]) if said else 'it said nothing'}"
+    same = _lines(ran.stdout.decode(errors="replace")) == _lines(expected)
+    return "" if same else "another output"
+
+
+def _printable(text: str) -> str:
+    """A program's output with escapes for characters that would control a terminal or begin a new line in a log."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+def find_packages(names: Sequence[str]) -> tuple[str, ...]:
+    """Find the files and folders of installed packages, without importing them.
+
+    Args:
+        names: Names as in an import, such as "sortedcontainers" or "numpy". The packages that a package needs must be named, too.
+
+    Raises:
+        ConfigError: If a package is not installed.
+    """
+    paths: list[str] = []
+    for name in names:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        folders = list(spec.submodule_search_locations or []) if spec else []
+        found = folders or ([spec.origin] if spec and spec.origin and Path(spec.origin).is_file() else [])
+        if not found:
+            raise ConfigError(
+                f"packages: {name!r} is not installed: pip install it where training runs, or leave it out; give the name that "
+                "an import uses"
+            )
+        libraries = Path(found[0]).with_name(f"{name}.libs")  # wheels put shared libraries there
+        paths += [*found, *([str(libraries)] if libraries.is_dir() else [])]
+    return tuple(paths)
+
+
+def check_packages(names: Sequence[str], paths: Sequence[str], mechanisms: Sequence[str], limits: Limits) -> None:
+    """Import packages in the sandbox. If that failed only later, every program that needs one would fail and earn 0.
+
+    Args:
+        names: Names as in an import.
+        paths: Their files and folders (see `find_packages`).
+        mechanisms: Mechanisms of isolation that programs have.
+        limits: Limits that programs have.
+
+    Raises:
+        ConfigError: If a package cannot be imported.
+    """
+    for name in names:
+        ran = launch([Box("script", {"setup": "", "source": f"import {name}"})], mechanisms, limits, paths)
+        if not ran.in_time or ran.endings.get("script"):
+            said = ran.stderr.decode(errors="replace").strip().splitlines()
+            reason = said[-1] if said else ran.endings.get("script") or f"not done after {limits.wall_seconds:g} s"
+            raise ConfigError(
+                f"packages: {name!r} cannot be imported in the sandbox ({reason}): "
+                "name what it needs itself too, install it where any user may read it, or give programs more memory and time"
+            )

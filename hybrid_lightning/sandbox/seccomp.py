@@ -1,10 +1,8 @@
-"""Numbers of the system calls that a program may make, for each machine type that the filter knows.
+"""The filter of system calls: an allow-list as a BPF program (Linux `Documentation/userspace-api/seccomp_filter.rst`).
 
-An allow-list: whatever is not here (sockets, processes, exec, ptrace, mounts, keys, bpf, io_uring, userfaultfd, memfd, changes of
-modes, owners and times of files, and all that future kernels add) is refused. Numbers from Linux's `asm/unistd_64.h` and
-`asm-generic/unistd.h`.
-
-The filter of system calls: an allow-list as a BPF program (Linux `Documentation/userspace-api/seccomp_filter.rst`).
+Everything that is not in the list is refused: sockets, processes, exec, ptrace, mounts, keys, bpf, io_uring, userfaultfd, memfd,
+changes of modes, owners and times of files, and whatever future kernels add. The numbers of the calls are from Linux's
+`asm/unistd_64.h` and `asm-generic/unistd.h`.
 """
 
 import ctypes
@@ -16,10 +14,9 @@ import struct
 from hybrid_lightning.sandbox import libc
 
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-
-# name: (x86_64, aarch64), None where that machine has no such call
+# name: (number on x86_64, number on aarch64); None if the machine type has no such call
 ALLOWED: dict[str, tuple[int | None, int | None]] = {
-    # files; which ones, the root folder and Landlock decide
+    # files; the root folder and Landlock decide which ones
     "read": (0, 63),
     "write": (1, 64),
     "readv": (19, 65),
@@ -106,7 +103,7 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "futex": (202, 98),
     "wait4": (61, 260),
     "waitid": (247, 95),
-    # time, chance, signals within the process
+    # time, random numbers, signals within the process
     "nanosleep": (35, 101),
     "clock_nanosleep": (230, 115),
     "clock_gettime": (228, 113),
@@ -127,35 +124,39 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "getitimer": (36, 102),
     "restart_syscall": (219, 128),
 }
-
-# Calls that are allowed or refused by an argument.
+# Calls for which an argument decides.
 FCNTL, IOCTL = (72, 25), (16, 29)
 KILL, TGKILL, PRLIMIT64 = (62, 129), (234, 131), (302, 261)
 CLONE, CLONE3 = (56, 220), (435, 435)
-
-# fcntl: duplicate, flags and locks; not F_SETOWN and F_SETSIG, which make the kernel send signals to others.
+# fcntl: duplicate, flags and locks; not F_SETOWN and F_SETSIG, which make the kernel send signals to other processes.
 FCNTL_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 1030)
-# ioctl: whether it is a terminal, its size, close-on-exec and non-blocking.
+# ioctl: whether a file is a terminal, the size of a terminal, close-on-exec and non-blocking.
 IOCTL_REQUESTS = (0x5401, 0x5413, 0x5450, 0x5451, 0x5421)
 CLONE_THREAD = 0x10000
-
-
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data; an argument is 8 bytes, its low half first
-_X32 = 0x40000000  # system calls of the x32 ABI have this bit, and numbers that an allow-list of x86_64 would misread
+_NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data; an argument has 8 bytes, the low half first
+_X32 = 0x40000000  # bit of system calls of the x32 ABI, whose numbers mean other calls than those of x86_64
+
+
+def install(threads: bool) -> None:
+    """Filter the system calls of this process from now on. Needs `PR_SET_NO_NEW_PRIVS`, and cannot be undone."""
+    code = build(platform.machine(), os.getpid(), threads)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
+    libc.prctl(libc.PR_SET_SECCOMP, 2, program)
 
 
 def build(machine: str, pid: int, threads: bool) -> bytes:
     """Assemble the filter.
 
     Args:
-        machine: As `platform.machine()` says.
-        pid: Process id, in its own namespace, to which alone signals may be sent.
+        machine: Machine type, as `platform.machine()` returns it.
+        pid: The only process id, in its own namespace, to which signals may be sent.
         threads: Whether threads may be started.
 
     Raises:
-        OSError: If the system calls of this machine type are not known.
+        OSError: If there is no table of system calls for this machine type.
     """
     if machine not in AUDIT_ARCH:
         raise OSError(errno.ENOSYS, f"no table of system calls for machine type {machine}")
@@ -183,7 +184,7 @@ def build(machine: str, pid: int, threads: bool) -> bytes:
         checks = [step for value in values for step in ((_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW))]
         block = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument), *checks, *refuse]
         program += [(_EQUAL, 0, len(block), call[column]), *block]
-    if threads:  # what is no thread is a process
+    if threads:  # clone may make a thread, but not a process
         block = [
             (_LOAD, 0, 0, _ARGUMENTS),
             (_ANY_BIT, 0, 1, CLONE_THREAD),
@@ -191,15 +192,7 @@ def build(machine: str, pid: int, threads: bool) -> bytes:
             *refuse,
         ]
         program += [(_EQUAL, 0, len(block), CLONE[column]), *block]
-    # Its flags lie in memory, where a filter cannot look: libc falls back on clone if there is no clone3.
+    # The flags of clone3 are in memory, where a filter cannot look. If the call does not exist, libc falls back on clone.
     program += [(_EQUAL, 0, 1, CLONE3[column]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
     program += refuse
     return b"".join(struct.pack("HBBI", *step) for step in program)
-
-
-def install(threads: bool) -> None:
-    """Filter the system calls of this process from now on; needs `PR_SET_NO_NEW_PRIVS`, and cannot be undone."""
-    code = build(platform.machine(), os.getpid(), threads)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
-    libc.prctl(libc.PR_SET_SECCOMP, 2, program)

@@ -1,9 +1,10 @@
-"""Objects of the classes of set-up code, such as ListNode: plain data, by their attributes.
+"""Values as bytes between the tests' process and the program's process: plain data, never code, and never a class of the sender.
 
-Values as bytes between the tests' process and the program's: plain data, never code and never a class of the sender.
+A value is a JSON list: the value itself, then every container to which it refers as `[tag, item, ...]`. An item is a JSON scalar,
+or `[n]` for container number n. So nesting is not limited in depth, and shared and circular references stay as they are.
 
-A value is a JSON list: the value itself, then every container that it refers to as `[tag, item, ...]`. An item is a JSON scalar,
-or `[n]` for container number n. So nesting has no depth, and what is shared or circular stays so.
+Objects of the classes of the set-up code, such as ListNode, are plain data as well: they are sent by their attributes. All other
+objects stay in their process, and are sent as a number (`Remote`).
 """
 
 import json
@@ -11,39 +12,12 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
-
-def own_classes(names: Mapping[str, Any], module: str, tested: Iterable[str]) -> dict[str, type]:
-    """Classes of the set-up code, without those that the program has to bring itself.
-
-    Args:
-        names: Namespace in which the set-up code has run.
-        module: Name of that module.
-        tested: Names that the program gives to the tests.
-    """
-    kinds = {name: value for name, value in names.items() if isinstance(value, type) and value.__module__ == module}
-    return {name: kind for name, kind in kinds.items() if name not in tested}
-
-
-def attributes(value: Any) -> dict[str, Any]:
-    """Attributes of an object, those in slots included."""
-    slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ()) if hasattr(value, name)]
-    return {**{name: getattr(value, name) for name in slots if not name.startswith("__")}, **getattr(value, "__dict__", {})}
-
-
-def is_computed(kind: type, name: str) -> bool:
-    """Whether a class has a method of that name, or an attribute that it computes: data must not replace it."""
-    held = next((type(vars(base)[name]) for base in kind.__mro__ if name in vars(base)), None)
-    return hasattr(held, "__get__") and not hasattr(held, "__set__")
-
-
-MAX_BYTES = 64 * 2**20
-
-Unknown = Callable[[Any], int]  # object -> number by which its owner finds it again
-
+MAX_BYTES = 64 * 2**20  # of a message
+Unknown = Callable[[Any], int]  # object that is not plain data -> number by which its process finds it again
 _BUILTINS: dict[str, type] = {
     kind.__name__: kind for kind in (bool, bytes, complex, dict, float, frozenset, int, list, object, set, str, tuple)
 }
-_BY_VALUE: dict[str, Callable[[Any], list[Any]]] = {  # standard library classes: what they are made of again
+_BY_VALUE: dict[str, Callable[[Any], list[Any]]] = {  # class of the standard library -> arguments that make an equal object
     "complex": lambda value: [value.real, value.imag],
     "Decimal": lambda value: [str(value)],
     "Fraction": lambda value: [value.numerator, value.denominator],
@@ -74,13 +48,46 @@ _TEXTS: dict[str, Callable[[str], Any]] = {
 
 
 class WireError(Exception):
-    """The other side sent what is no value."""
+    """The other process sent something that is not a value."""
 
 
 class Remote:
-    """Stands for an object that the other side keeps."""
+    """Stands for an object that the other process keeps."""
 
-    wire_number_: int  # a name that no test uses for an attribute of the object itself
+    wire_number_: int  # a name that no test uses for an attribute of an object
+
+
+def encode(value: Any, unknown: Unknown, classes: Set[str]) -> bytes:
+    """Encode a value.
+
+    Args:
+        value: Any object.
+        unknown: Returns a number for an object that is not plain data.
+        classes: Names of classes whose objects, and those of their subclasses, are plain data as well, by their attributes.
+    """
+    return json.dumps(_Encoder(unknown, classes).run(value), separators=(",", ":")).encode()
+
+
+def decode(data: bytes, known: Callable[[int], Any], remote: Callable[[int], Any], classes: Mapping[str, type]) -> Any:
+    """Decode a value.
+
+    Args:
+        data: Bytes from the other process, which need not come from its `encode`.
+        known: Number of an object of this process -> the object.
+        remote: Number of an object of the other process -> what stands for it here.
+        classes: Name -> class of objects that are plain data.
+
+    Raises:
+        WireError: If the bytes are not a value.
+    """
+    try:
+        first, *entries = json.loads(data)
+        decoder = _Decoder(entries, known, remote, classes)
+        value = decoder.item(first)
+        decoder.fill()
+        return value
+    except Exception as error:  # made-up data may lead to any exception
+        raise WireError(f"{type(error).__name__}: {error}"[:200]) from None
 
 
 class _Encoder:
@@ -89,7 +96,7 @@ class _Encoder:
         self.entries: list[Any] = []
         self.numbers: dict[int, int] = {}
         self.waiting: list[tuple[int, Any]] = []
-        self.alive: list[Any] = []  # an id is only unique while its object lives
+        self.alive: list[Any] = []  # keeps objects alive, because an id is unique only as long as its object lives
 
     def item(self, value: Any) -> Any:
         kind = type(value)
@@ -136,26 +143,15 @@ class _Encoder:
             return ["type", value.__name__]
         if isinstance(value, range):
             return ["range", *map(self.item, (value.start, value.stop, value.step))]
-        if name in _ITERATORS:  # read to their end
+        if name in _ITERATORS:  # iterators are read to their end
             return [_ITERATORS[name], *map(self.item, list(value))]
         if getattr(value, "shape", None) == () and hasattr(value, "item"):
-            return self.container(value.item())  # a scalar of numpy
+            return self.container(value.item())  # a numpy scalar
         named = next((base.__name__ for base in type(value).__mro__ if base.__name__ in self.classes), None)
         if named:
             held = attributes(value)
             return ["object", named, *(part for key, value in held.items() for part in (key, self.item(value)))]
         return ["unknown", self.unknown(value), callable(value)]
-
-
-def encode(value: Any, unknown: Unknown, classes: Set[str]) -> bytes:
-    """Write a value.
-
-    Args:
-        value: Anything.
-        unknown: Gives a number to an object that is no plain data.
-        classes: Names of the classes whose objects, and those of their subclasses, are plain data too, by their attributes.
-    """
-    return json.dumps(_Encoder(unknown, classes).run(value), separators=(",", ":")).encode()
 
 
 class _Decoder:
@@ -164,7 +160,7 @@ class _Decoder:
     ):
         self.entries, self.known, self.remote, self.classes = entries, known, remote, classes
         self.values: dict[int, Any] = {}
-        self.targets: dict[int, Any] = {}  # what is to be filled: an iterator is filled by its list
+        self.targets: dict[int, Any] = {}  # container number -> the list, dict or set to fill; for an iterator its list
         self.unfilled: list[int] = []
 
     def item(self, item: Any) -> Any:
@@ -176,7 +172,7 @@ class _Decoder:
         return self.values[number]
 
     def shell(self, number: int) -> Any:
-        """The container, whole if it is immutable, else still empty."""
+        """The container with a number: complete if it is immutable, else still empty, to be filled by `fill`."""
         if not 0 <= number < len(self.entries):
             raise WireError("no such container")
         tag, *items = self.entries[number]
@@ -209,7 +205,7 @@ class _Decoder:
             return dict.fromkeys(arguments).keys() if tag == "keys" else dict(arguments).items()
         if tag in _BY_VALUE:
             kind: Any = complex if tag == "complex" else getattr(__import__(_MODULES[tag]), tag)
-            self.fill()  # a deque is made of a list
+            self.fill()  # a deque is made from a list, which must be complete
             return getattr(kind, "fromisoformat", kind)(*arguments)
         raise WireError(f"unknown tag {tag!r:.40}")
 
@@ -230,36 +226,38 @@ class _Decoder:
                     if name.startswith("__"):
                         raise WireError(f"attribute {name!r:.40}")
                     if not is_computed(type(value), name):
-                        object.__setattr__(value, name, self.item(item))  # objects of a frozen dataclass as well
+                        object.__setattr__(value, name, self.item(item))  # works for frozen dataclasses as well
 
 
-def decode(data: bytes, known: Callable[[int], Any], remote: Callable[[int], Any], classes: Mapping[str, type]) -> Any:
-    """Read a value.
+def own_classes(names: Mapping[str, Any], module: str, tested: Iterable[str]) -> dict[str, type]:
+    """Classes that the set-up code defines, without those that the program must define itself.
 
     Args:
-        data: From `encode` of the other side, or anything that it made up.
-        known: Number of an object of this side -> the object.
-        remote: Number of an object of the other side -> what stands for it here.
-        classes: Name -> class of objects that are plain data.
-
-    Raises:
-        WireError: If it is no value.
+        names: Namespace in which the set-up code has run.
+        module: Name of that module.
+        tested: Names that the program must define for the tests.
     """
-    try:
-        first, *entries = json.loads(data)
-        decoder = _Decoder(entries, known, remote, classes)
-        value = decoder.item(first)
-        decoder.fill()
-        return value
-    except Exception as error:  # whatever made-up data leads to
-        raise WireError(f"{type(error).__name__}: {error}"[:200]) from None
+    kinds = {name: value for name, value in names.items() if isinstance(value, type) and value.__module__ == module}
+    return {name: kind for name, kind in kinds.items() if name not in tested}
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """Attributes of an object, including those in slots."""
+    slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ()) if hasattr(value, name)]
+    return {**{name: getattr(value, name) for name in slots if not name.startswith("__")}, **getattr(value, "__dict__", {})}
+
+
+def is_computed(kind: type, name: str) -> bool:
+    """Whether a class has a method or a computed attribute of that name, which data must not replace."""
+    held = next((type(vars(base)[name]) for base in kind.__mro__ if name in vars(base)), None)
+    return hasattr(held, "__get__") and not hasattr(held, "__set__")
 
 
 def frames(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Messages, each after its length, until the other side has closed its end.
+    """Read messages, each of which comes after its length, until the other process closes its end.
 
     Args:
-        read: Reads that many bytes, fewer at the end.
+        read: Reads a number of bytes, fewer at the end.
     """
     while len(head := read(4)) == 4:
         (length,) = struct.unpack(">I", head)
@@ -272,5 +270,5 @@ def frames(read: Callable[[int], bytes]) -> Iterator[bytes]:
 
 
 def frame(body: bytes) -> bytes:
-    """A message with its length before it."""
+    """A message with its length in front."""
     return struct.pack(">I", len(body)) + body

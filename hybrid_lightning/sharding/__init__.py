@@ -1,4 +1,4 @@
-"""Training over several processes: what they tell each other, how the model is split over them, and checkpoints that cross."""
+"""Training over several processes: communication, strategies that split the model, and checkpoints that all of them can read."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
-"""Put a file or a folder in the place of another, so that one of the two is there whole at every moment.
+"""Replace a file or a folder by another one, so that at every moment one of the two is complete.
 
-What is being written lies beside its place under a name that nothing takes for a checkpoint; so does what is being removed.
+A file that is being written, or removed, is beside its final place, under a name that nothing takes for a checkpoint.
 """
 
 import ctypes
@@ -10,22 +10,22 @@ import shutil
 from pathlib import Path
 
 _FROM_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
-_UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}  # what systems say that cannot exchange
+_UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}  # errors of systems that cannot exchange names
 
 
-def part_of(path: Path) -> Path:
-    """Where to write what shall become `path`, and what a process leaves there if it is killed meanwhile."""
+def unfinished_path(path: Path) -> Path:
+    """Where to write what will become `path`. A process that is killed meanwhile leaves an unfinished file there."""
     return path.with_name(f".{path.name}.part")
 
 
-def replaced_by(path: Path) -> Path:
-    """Where the predecessor of `path` lies for a moment, on systems that cannot exchange two names in one step."""
+def replaced_path(path: Path) -> Path:
+    """Where the predecessor of `path` is for a moment, on systems that cannot exchange two names in one step."""
     return path.with_name(f".{path.name}.replaced")
 
 
 def put_in_place(path: Path) -> None:
-    """Give `part_of(path)` its name. What had the name before goes once the new one is safe."""
-    part, replaced = part_of(path), replaced_by(path)
+    """Rename `unfinished_path(path)` to `path`. What had the name before is removed once the new one is safe."""
+    part, replaced = unfinished_path(path), replaced_path(path)
     there = path.exists() or path.is_symlink()
     if part.is_file() and not path.is_dir():
         part.replace(path)
@@ -41,9 +41,9 @@ def put_in_place(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, whose name is gone before the first of what it holds."""
+    """Remove a file or a folder. A folder is renamed first, so that an incomplete one never has its name."""
     if path.is_dir() and not path.is_symlink():
-        part = part_of(path)
+        part = unfinished_path(path)
         discard(part)
         path.rename(part)
         path = part
@@ -51,7 +51,7 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove whatever is there, if anything is."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -59,7 +59,7 @@ def discard(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -68,7 +68,7 @@ def flush(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the system or the file system cannot."""
+    """Exchange two names in one step; returns False if the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False

@@ -1,4 +1,4 @@
-"""What a strategy cannot do, said before anything is spent."""
+"""Refuse what a strategy cannot do, before time is spent on it."""
 
 from collections.abc import Callable, Iterable
 
@@ -21,12 +21,12 @@ NOTHING_TO_SPLIT = (
 
 
 def check_strategy(trainer: Trainer, optimizer: Callable[[Iterable], Optimizer], dtype: str) -> None:
-    """Check strategy, precision, dtype and optimizer together.
+    """Check that strategy, precision, dtype and optimizer work together.
 
     Args:
-        trainer: Has the strategy and the precision.
-        optimizer: Called with parameter groups.
-        dtype: Of the model as loaded.
+        trainer: The Trainer, with strategy and precision.
+        optimizer: Makes the optimizer from parameter groups.
+        dtype: Dtype of the model as it is loaded.
 
     Raises:
         ConfigError: If they do not work together.
@@ -67,11 +67,11 @@ def check_optimizer(optimizer: Callable[[Iterable], Optimizer], strategy: str) -
     """Check that the state of an optimizer can be split over devices.
 
     Args:
-        optimizer: Called with parameter groups.
-        strategy: What splits it, for the message.
+        optimizer: Makes the optimizer from parameter groups.
+        strategy: Name of the strategy that splits it, for the message.
 
     Raises:
-        ConfigError: If not.
+        ConfigError: If it cannot be split.
     """
     group = {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.0, "name": "check"}
     kind = type(optimizer([group]))
@@ -83,5 +83,6 @@ def check_optimizer(optimizer: Callable[[Iterable], Optimizer], strategy: str) -
 
 
 def _remote_folders(trainer: Trainer) -> list[str]:
+    """Checkpoint folders that are not in a local file system."""
     folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     return [str(folder) for folder in folders if folder is not None and not _is_local_file_protocol(folder)]

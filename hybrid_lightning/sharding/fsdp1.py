@@ -27,7 +27,6 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -35,6 +34,7 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sharding.checkpoints import SplitCheckpoints
 from hybrid_lightning.sharding.parameters import check_names, decoder_blocks, parameter_names, trained_names
 from hybrid_lightning.sharding.ranks import send_trained_weights
+from hybrid_lightning.sharding.weights import split_by_fsdp1
 
 
 class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
@@ -95,10 +95,9 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
         if isinstance(model, FullyShardedDataParallel):
             return model
         send_trained_weights(model, self.root_device)
-        kinds = {type(block) for block in decoder_blocks(model)}
-        return FullyShardedDataParallel(
+        return split_by_fsdp1(
             model,
-            auto_wrap_policy=ModuleWrapPolicy(kinds),
+            decoder_blocks(model),
             cpu_offload=CPUOffload(self.offloads),
             device_id=self.root_device,
             device_mesh=init_device_mesh(self.root_device.type, (self.world_size,)),  # parts then say what they are part of

@@ -1,4 +1,4 @@
-"""`FSDP2Strategy`: weights, gradients and optimizer state split over all ranks, by torch's `fully_shard`."""
+"""`FSDP2Strategy`: splits weights, gradients and optimizer state over all ranks with torch's `fully_shard`."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -16,21 +16,21 @@ from torchmetrics import Metric
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sharding.checkpoints import SplitCheckpoints
-from hybrid_lightning.sharding.parameters import check_names, decoder_blocks, is_of, parameter_names
+from hybrid_lightning.sharding.parameters import check_names, decoder_blocks, is_split_like, parameter_names
 from hybrid_lightning.sharding.ranks import send_trained_weights
 
 
 class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
-    """Lightning's strategy for FSDP2, which splits the model by its decoder blocks over all devices of all nodes.
+    """Lightning's strategy for FSDP2. It splits the model, by its decoder blocks, over all devices of all nodes.
 
-    Checkpoints hold tensors by name, and every strategy and every number of processes can resume from them.
+    Checkpoints hold tensors by name, so that every strategy and every number of processes can resume from them.
 
     Args:
-        save_distributed_checkpoint: A checkpoint is a folder into which each process writes its part, instead of one file with
-            whole tensors, which are put together on the first.
+        save_distributed_checkpoint: Write a checkpoint as a folder with the part of each process, instead of one file with whole
+            tensors, which are put together on the first process.
         cpu_offload: Keep each device's part of weights, gradients and optimizer state in the memory of the host. Weights are
-            copied to the device a block at a time, gradients back, and the host makes the optimizer's step.
-        process_group_backend: Such as `nccl` or `gloo`; None chooses by the device.
+            copied to the device one block at a time, gradients are copied back, and the optimizer step runs on the host.
+        process_group_backend: Backend such as `nccl` or `gloo`; None chooses it by the device.
         timeout: How long a process waits for the others before it gives up.
     """
 
@@ -52,7 +52,7 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
 
     @property
     def offloads(self) -> bool:
-        """Whether weights lie elsewhere than where they are computed with."""
+        """Whether weights are kept on another device than the one that computes with them."""
         return self.cpu_offload and self.root_device.type != "cpu"
 
     def setup_environment(self) -> None:
@@ -64,7 +64,7 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
         super()._setup_distributed()
         group = torch.distributed.group.WORLD
         if self.offloads and group is not None:
-            # A group that is bound to a device is split into groups for that device alone (or, before torch 2.9, not at all).
+            # Subgroups of a group that is bound to a device work for that device only (before torch 2.9 they cannot be made).
             group.bound_device_id = None
 
     def _get_process_group_backend(self) -> str:
@@ -79,7 +79,7 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
         return f"cpu:gloo,{self.root_device.type}:{backend}"
 
     def model_to_device(self) -> None:
-        """Move what is not split, such as metrics, and leave the parts on the host."""
+        """Move what is not split, such as metrics, to the device; with offloading the parts stay on the host."""
         assert self.model is not None
         if not self.cpu_offload:
             super().model_to_device()
@@ -89,12 +89,12 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
                 module.to(self.root_device)
 
     def shard(self, model: nn.Module) -> nn.Module:
-        """Split a model that every rank has in full; one that is split already stays as it is."""
+        """Split a model that every rank holds in full. A model that is already split stays unchanged."""
         if isinstance(model, FSDPModule):
             return model
         mesh = self.device_mesh["data_parallel"]
         send_trained_weights(model, self.root_device)
-        # Memory is pinned for an accelerator.
+        # Pinned memory only helps copies to an accelerator.
         policy = CPUOffloadPolicy(pin_memory=self.offloads) if self.cpu_offload else OffloadPolicy()
         for block in decoder_blocks(model):
             fully_shard(block, mesh=mesh, offload_policy=policy)
@@ -104,8 +104,9 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
     # ---- checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Weights, whole and on rank 0 alone unless they go into a folder. Frozen ones are left out where the module says that
-        they need not be there.
+        """The weights for a checkpoint: the parts of this rank for a folder, else whole tensors on rank 0.
+
+        Frozen weights are left out if the module does not load strictly.
         """
         module = self.lightning_module
         assert module is not None
@@ -114,20 +115,20 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
         return {name: self._as_saved(value) for name, value in module.state_dict().items() if name not in left_out}
 
     def parts(self) -> Mapping[str, Tensor]:
-        """All parameters, which are split."""
+        """The parts of all parameters."""
         module = self.lightning_module
         assert module is not None
         return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State, with whole tensors and on rank 0 alone unless it goes into a folder."""
+        """The optimizer state for a checkpoint: the parts of this rank for a folder, else whole tensors on rank 0."""
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = optimizer.state_dict()
         saved = {number: {key: self._as_saved(value) for key, value in entry.items()} for number, entry in state["state"].items()}
         return {**state, "state": saved}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take this rank's part of each weight."""
+        """Load this rank's part of each weight."""
         module = self.lightning_module
         assert module is not None
         parameters = dict(module.named_parameters())
@@ -138,10 +139,10 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
         module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's part of each moment.
+        """Load this rank's part of the optimizer state.
 
         Raises:
-            CheckpointError: If the state is of other parameters.
+            CheckpointError: If the state belongs to other parameters.
         """
         module = self.lightning_module
         assert module is not None
@@ -152,7 +153,7 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
             for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
                 entry = saved["state"].get(names[parameter], {})
                 parts[names[parameter]] = {
-                    key: _part_of(value, parameter) if is_of(parameter, value) else value for key, value in entry.items()
+                    key: _part_of(value, parameter) if is_split_like(parameter, value) else value for key, value in entry.items()
                 }
             optimizer.load_state_dict({**saved, "state": parts})
 
@@ -167,9 +168,9 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
 
 
 def _part_of(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a tensor that is whole, or is that part already, split as the parameter is."""
+    """This rank's part of a tensor, split like its parameter; a tensor that is already that part is returned as it is."""
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
-    # Every rank has read the whole tensor, so none has to be sent one.
+    # src_data_rank=None: every rank has read the whole tensor, so that none has to be sent.
     whole = value.to(parameter.device)
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,11 +1,8 @@
-"""The decoder blocks of a language model, which are its units of sharding.
+"""Parameters under sharding: the blocks by which a model is split, names of parameters, and optimizer state by name.
 
-The names of parameters, the same whether or not the model is wrapped for sharding.
-
-Optimizer state by parameter name, so that a checkpoint does not depend on how parameters are numbered or split.
-
-Torch numbers parameters and takes the numbers, or whatever stands in their place, from the saved `param_groups` when it loads;
-so that names load into any optimizer with the same groups.
+The names are the same whether or not the model is wrapped for sharding. With them in place of torch's numbers, the optimizer
+state of a checkpoint does not depend on how parameters are numbered or split. Torch takes whatever stands in the place of the
+numbers from the saved `param_groups` when it loads, so that state by name can be loaded into any optimizer with the same groups.
 """
 
 from collections.abc import Mapping
@@ -18,13 +15,15 @@ from hybrid_lightning.errors import CheckpointError, ModelError
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules in the outermost numbered lists: what is gathered, computed and given back together.
+    """The decoder blocks of a model, which are the units of sharding: the modules in its outermost `ModuleList`s.
+
+    The weights of a block are gathered, used and released together.
 
     Args:
         model: A language model, adapted or not.
 
     Raises:
-        ModelError: If it has none.
+        ModelError: If the model has none.
     """
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -36,12 +35,19 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     return list(blocks.values())
 
 
-_WRAPPER = "_fsdp_wrapped_module."  # what FSDP1 puts into names
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # what FSDP1 and modules within it put into names
 
 
 def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
-    """Parameter -> its name in the module as it was before sharding."""
-    return {parameter: name.replace(_WRAPPER, "") for name, parameter in module.named_parameters()}
+    """Parameter -> its name before the module was wrapped for sharding."""
+    return {parameter: plain_name(name) for name, parameter in module.named_parameters()}
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter without those of wrappers."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def trained_names(module: nn.Module) -> set[str]:
@@ -49,12 +55,12 @@ def trained_names(module: nn.Module) -> set[str]:
     return {name for parameter, name in parameter_names(module).items() if parameter.requires_grad}
 
 
-def name_state(state: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
-    """Replace parameters' numbers by their names.
+def name_optimizer_state(state: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """Replace the numbers of parameters in an optimizer state by their names.
 
     Args:
-        state: As from `optimizer.state_dict()`, or by name already; empty on a rank that does not save.
-        optimizer: Whose state it is.
+        state: The state from `optimizer.state_dict()`; it may already be by name, or empty on a rank that does not save.
+        optimizer: The optimizer.
         names: Parameter -> name.
     """
     if not state or any(isinstance(number, str) for group in state["param_groups"] for number in group["params"]):
@@ -67,10 +73,10 @@ def name_state(state: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Pa
 
 
 def check_names(state: Mapping[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> None:
-    """Make sure that a saved state has the parameters of an optimizer, in its order.
+    """Check that a saved state has the same parameters as an optimizer, in the same order.
 
     Raises:
-        CheckpointError: If it has not.
+        CheckpointError: If it does not.
     """
     saved = [list(group["params"]) for group in state["param_groups"]]
     mine = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -81,6 +87,6 @@ def check_names(state: Mapping[str, Any], optimizer: Optimizer, names: Mapping[n
         )
 
 
-def is_of(parameter: nn.Parameter, value: Any) -> bool:
-    """Whether a value of the state is split as its parameter is: moments are, counters are not."""
+def is_split_like(parameter: nn.Parameter, value: Any) -> bool:
+    """Whether a value of the optimizer state is split like its parameter: moments are, counters are not."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape

@@ -1,8 +1,6 @@
-"""What the processes (ranks) of a run tell each other. A run of one process gets back what it gave, at no cost.
+"""Communication between the processes (ranks) of a run, and the norm of gradients that are split over ranks.
 
-All ranks have to call each of these functions, and in the same order.
-
-The norm of a gradient that may lie in parts on several ranks.
+All ranks must call each of these functions, in the same order. In a run of one process they return their argument at no cost.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +20,7 @@ def world_size() -> int:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The value of each rank; anything that can be pickled, with tensors on the CPU."""
+    """The values of all ranks. A value can be anything that can be pickled, with tensors on the CPU."""
     values: list[Any] = [None] * world_size()
     if len(values) == 1:
         return [value]
@@ -31,10 +29,10 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def first_rank_does(function: Callable[[], None]) -> None:
-    """Let rank 0 write something while the others wait. Where it fails it does so on all ranks, so that none waits in vain.
+    """Let rank 0 write something while the others wait. A failure is raised on all ranks, so that none waits forever.
 
     Raises:
-        CheckpointError: If the function raises, with its message.
+        CheckpointError: If the function raises; with its message.
     """
     failure: list[str | None] = [None]
     cause: Exception | None = None
@@ -50,11 +48,11 @@ def first_rank_does(function: Callable[[], None]) -> None:
 
 
 def gather_counts(count: int, device: torch.device) -> list[int]:
-    """The number of each rank.
+    """The numbers of all ranks.
 
     Args:
-        count: Of this rank.
-        device: That the ranks train on.
+        count: The number of this rank.
+        device: The device on which the ranks train.
     """
     ranks = world_size()
     if ranks == 1:
@@ -66,10 +64,10 @@ def gather_counts(count: int, device: torch.device) -> list[int]:
 
 
 def gather_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put the rows of all ranks under each other.
+    """Concatenate the rows of all ranks.
 
     Args:
-        columns: Name -> [B], the same names and the same B on every rank.
+        columns: Name -> [B]; the names and B must be the same on every rank.
 
     Returns:
         Name -> [ranks * B], in the dtype of each column.
@@ -85,13 +83,13 @@ def gather_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def own_rows(rows: Tensor) -> Tensor:
-    """Of rows that `gather_columns` has put under each other, those of this rank."""
+    """The rows of this rank, from rows that `gather_columns` has concatenated."""
     ranks = world_size()
     return rows if ranks == 1 else rows.tensor_split(ranks)[dist.get_rank()]
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum over ranks; what is given stays as it is."""
+    """Sum over ranks; the argument is not changed."""
     if world_size() == 1:
         return values
     total = values.clone()
@@ -100,7 +98,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def largest_over_ranks(values: Tensor) -> Tensor:
-    """Entry by entry the largest over ranks; what is given stays as it is."""
+    """The largest value over ranks, for each entry; the argument is not changed."""
     if world_size() == 1:
         return values
     largest = values.clone()
@@ -109,11 +107,11 @@ def largest_over_ranks(values: Tensor) -> Tensor:
 
 
 def send_trained_weights(model: nn.Module, device: torch.device) -> None:
-    """Give every rank the trained weights of rank 0, whatever start of LoRA it has drawn itself.
+    """Give every rank the trained weights of rank 0, since each rank may have initialized LoRA with other random numbers.
 
     Args:
-        model: The same on all ranks but for the values of its trained weights.
-        device: That the ranks train on.
+        model: A model that is the same on all ranks, except for the values of its trained weights.
+        device: The device on which the ranks train.
     """
     if world_size() == 1:
         return
@@ -128,14 +126,15 @@ def total_norm(gradients: Sequence[Tensor], device: torch.device, local_parts: b
     """Norm of all gradients together in float32, the same on every rank.
 
     Args:
-        gradients: Of this rank.
-        device: Of the result, and that the ranks train on; gradients may lie on the CPU beside it.
-        local_parts: Each rank has a part of its own of the gradients, and they do not say so themselves as a `DTensor` does.
+        gradients: The gradients of this rank, which may be on the CPU.
+        device: The device on which the ranks train, and on which the result is.
+        local_parts: Whether each rank has a different part of the gradients as plain tensors, which unlike a `DTensor` do not
+            show that they are parts.
     """
     norm = torch.zeros((), device=device)
     if gradients and all(gradient.dtype == torch.float32 for gradient in gradients):
         norm = torch.nn.utils.get_total_norm(gradients)
-    elif gradients:  # of bfloat16 gradients torch's own has the three digits of bfloat16
+    elif gradients:  # for bfloat16 gradients torch's function computes in bfloat16, which has only three digits
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms))
     if isinstance(norm, DTensor):

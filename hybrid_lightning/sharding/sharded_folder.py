@@ -1,10 +1,10 @@
-"""Sharded checkpoints: a folder into which every rank writes its own part of the weights and of the optimizer's state.
+"""Sharded checkpoints: folders into which every rank writes its own part of the weights and of the optimizer state.
 
     NAME/.metadata      which part of which tensor is in which file
     NAME/__R_0.distcp   the parts that rank R has written
-    NAME/meta.pt        what a checkpoint file holds beside these tensors: plan, rollouts, loops, random states, ...
+    NAME/meta.pt        everything else that a checkpoint file holds: plan, rollouts, loops, random states, ...
 
-The first two are torch.distributed.checkpoint's. Tensors have the names that they have in a checkpoint file: weights
+The first two are files of torch.distributed.checkpoint. Tensors have the names that they have in a checkpoint file: weights
 `state_dict.NAME`, moments `optimizer_0.state.NAME.exp_avg`.
 """
 
@@ -21,27 +21,28 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from hybrid_lightning.errors import CheckpointError
-from hybrid_lightning.sharding.atomic import discard, flush, part_of, put_in_place
+from hybrid_lightning.sharding.atomic import discard, flush, put_in_place, unfinished_path
 from hybrid_lightning.sharding.ranks import first_rank_does
 
 _META = "meta.pt"  # Lightning's name
 
 Target = Callable[[tuple[str, ...], torch.Size, torch.dtype], Tensor | None]
-"""Where to read a tensor into, from its keys such as ("state_dict", NAME), its whole size and its dtype; None leaves it out."""
+"""Returns the tensor to read into, given the keys of a tensor such as ("state_dict", NAME), its whole size and its dtype; None
+leaves it out."""
 
 
 def write_folder(content: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint on all ranks together; a file or folder of this name is replaced once the new one is safe.
+    """Write a checkpoint on all ranks together. An existing file or folder of this name is replaced once the new one is safe.
 
     Args:
-        content: As for a checkpoint file, but each rank has its part of the tensors in `state_dict` and `optimizer_states`.
-            Of what is not split, that of the first rank counts.
-        path: On a file system that all ranks share.
+        content: The content of a checkpoint file, except that the tensors in `state_dict` and `optimizer_states` are the parts of
+            this rank. Everything that is not split is taken from the first rank.
+        path: The folder to write, in a file system that all ranks share.
 
     Raises:
-        CheckpointError: If it could not be written, on all ranks; what was there stays.
+        CheckpointError: If it could not be written, on all ranks; the existing one stays.
     """
-    part = part_of(path)
+    part = unfinished_path(path)
     tensors, rest = _split(content)
 
     def begin() -> None:
@@ -67,16 +68,16 @@ def write_folder(content: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path} could not be written: {cause}; what was there before is as it was") from error
 
 
-def is_folder(path: Any) -> bool:
-    """Whether a checkpoint is a sharded one, or at least a folder."""
+def is_sharded_checkpoint(path: Any) -> bool:
+    """Whether a checkpoint is a sharded one, which is to say a folder."""
     return isinstance(path, (str, Path)) and Path(path).is_dir()
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """Everything but the tensors.
+    """Read everything except the tensors.
 
     Raises:
-        CheckpointError: If it is no sharded checkpoint, or not whole.
+        CheckpointError: If it is not a sharded checkpoint, or incomplete.
     """
     try:
         content = torch.load(path / _META, map_location="cpu", weights_only=True)
@@ -95,11 +96,11 @@ def read_folder(path: Path, target: Target | None = None, together: bool = False
 
     Args:
         path: The folder.
-        target: Where to read each tensor into; None reads all, whole, on the CPU.
-        together: All ranks read, into parts as they have them; else each for itself.
+        target: Chooses the tensor to read each tensor into; None reads all tensors whole, on the CPU.
+        together: True if all ranks read together, each into its own parts; False if this rank reads by itself.
 
     Raises:
-        CheckpointError: If it is no sharded checkpoint, or not whole.
+        CheckpointError: If it is not a sharded checkpoint, or incomplete.
     """
     content = read_meta(path)
     stored = _metadata(path)
@@ -116,20 +117,20 @@ def read_folder(path: Path, target: Target | None = None, together: bool = False
             distributed_checkpoint.load(tensors, checkpoint_id=path, no_dist=not together)
     except (distributed_checkpoint.CheckpointException, OSError, EOFError, UnpicklingError) as error:
         cause = _cause(error)
-        what = cause if isinstance(cause, OSError) else type(cause).__name__  # torch's own words advise what is not safe
+        what = cause if isinstance(cause, OSError) else type(cause).__name__  # torch's message recommends an unsafe option
         raise CheckpointError(f"{path} cannot be read: a part of it is damaged ({what}); give another one") from error
     return _join(content, {keys[name]: tensor for name, tensor in tensors.items()})
 
 
 def read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
-    """Read a checkpoint with whole weights on the CPU, but without the tensors of optimizers.
+    """Read a checkpoint with whole weights on the CPU, without the tensors of optimizers.
 
     Args:
         path: The folder.
-        wanted: Tells by its name whether a weight is to be read.
+        wanted: Whether to read the weight of a name.
 
     Raises:
-        CheckpointError: If it is no sharded checkpoint, or not whole.
+        CheckpointError: If it is not a sharded checkpoint, or incomplete.
     """
 
     def target(keys: tuple[str, ...], size: torch.Size, dtype: torch.dtype) -> Tensor | None:
@@ -139,10 +140,10 @@ def read_weights(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
 
 
 def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors of weights and optimizers by their keys, and the rest."""
+    """Separate the content of a checkpoint into the tensors of weights and optimizers, and the rest."""
     rest = {name: value for name, value in content.items() if name != "state_dict"}
     tensors: dict[str, Any] = {"state_dict": content["state_dict"]}
-    if "optimizer_states" not in content:  # of a checkpoint of weights only
+    if "optimizer_states" not in content:  # a checkpoint with weights only
         return tensors, rest
     rest["optimizer_states"] = []
     for number, state in enumerate(content["optimizer_states"]):
@@ -156,7 +157,7 @@ def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _join(rest: dict[str, Any], tensors: Mapping[tuple[str, ...], Tensor]) -> dict[str, Any]:
-    """The converse of `_split`."""
+    """The inverse of `_split`."""
     content = {**rest, "state_dict": {}}
     for keys, tensor in tensors.items():
         if keys[0] == "state_dict":
@@ -173,10 +174,10 @@ def _metadata(path: Path) -> Metadata:
 
 
 def _check_files(path: Path, stored: Metadata) -> None:
-    """Make sure that every file is there in the length that it had: a quick look, before hours are spent.
+    """Check quickly that every file is there and not too short.
 
     Raises:
-        CheckpointError: If one is not.
+        CheckpointError: If a file is missing or too short.
     """
     ends: dict[str, int] = {}
     for place in stored.storage_data.values():
@@ -191,7 +192,7 @@ def _check_files(path: Path, stored: Metadata) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong first, on whatever rank. Torch catches Ctrl-C, too, which is to stay what it is."""
+    """The first error on any rank. Torch also wraps Ctrl-C, which is raised again as it was."""
     if isinstance(error, distributed_checkpoint.CheckpointException):
         error = next(iter(error.failures.values()))[0]
         if not isinstance(error, Exception):
@@ -201,7 +202,7 @@ def _cause(error: BaseException) -> BaseException:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch warns where one process works alone, which is meant here."""
+    """Silence torch's warning that only one process reads or writes, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield

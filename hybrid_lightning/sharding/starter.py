@@ -1,8 +1,9 @@
-"""A rank that waits for the others to come does not outlive the one that started it.
+"""End a rank if the process that started it ends before all ranks have connected.
 
-Where the command starts its processes itself, the first one starts the others and watches them, and nobody watches it: were it
-killed while they import and look for it, they would wait for half an hour, without a word. Once all have come together, each
-notices by its broken connections that another is gone (see `lost_contact`). Torchrun and SLURM watch by themselves.
+If the command starts its processes itself, the first process starts the others and watches them, but nothing watches the first
+one: if it were killed while the others import libraries and try to connect, they would wait for half an hour without a message.
+Once all ranks are connected, each notices from its broken connections that another one has gone (see `lost_contact`). Torchrun
+and SLURM watch their processes themselves.
 """
 
 import os
@@ -10,14 +11,15 @@ import sys
 import threading
 import time
 
-_STARTER = "HYBRID_LIGHTNING_STARTER"  # in the environment: the process that starts other ranks
-_EVERY_S = 0.5
+_STARTER = "HYBRID_LIGHTNING_STARTER"  # environment variable with the id of the process that starts the other ranks
+_EVERY_S = 0.5  # seconds between two looks at the starter
 
 
 def end_with_starter() -> bool:
-    """Watch the process that started this one until the ranks have come together, or be the one that is watched.
+    """In a started rank, watch the process that started it until all ranks are connected; in the first rank, note its id.
 
-    Called before anything takes time. Ends this process with 1 and one line if the other is gone.
+    Must be called before anything takes time. If the starter ends, the watching thread ends this process with exit code 1 and
+    one line of explanation.
 
     Returns:
         Whether another rank started this process.
@@ -32,16 +34,16 @@ def end_with_starter() -> bool:
 
 def _watch(starter: int) -> None:
     while not _joined():
-        if os.getppid() != starter:  # another takes its place as parent
+        if os.getppid() != starter:  # when a parent ends, another process becomes the parent
             sys.stderr.write(
                 f"rank {os.environ['LOCAL_RANK']} ends: rank 0, which started it, was killed or has failed before all had come "
                 "together; its own output says why; start the command again\n"
             )
             sys.stderr.flush()
-            os._exit(1)  # the main thread may be waiting where no exception reaches it
+            os._exit(1)  # not by an exception, which would not reach the waiting main thread
         time.sleep(_EVERY_S)
 
 
 def _joined() -> bool:
-    distributed = sys.modules.get("torch.distributed")  # not imported for this, and perhaps only in part so far
+    distributed = sys.modules.get("torch.distributed")  # which may not be imported yet, or only in part
     return bool(getattr(distributed, "is_initialized", bool)())

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
-from hybrid_lightning.adapters.plan_display import FRAME, VALUES_UP_TO, draw_heatmap
+from hybrid_lightning.adapters.plan_display import FRAME_COLOR, VALUES_UP_TO, draw_heatmap
 
 KINDS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]
 
@@ -34,7 +34,7 @@ def mesh(figure) -> QuadMesh:
 
 def frames(figure) -> list[tuple[int, int]]:
     patches = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
-    color = matplotlib.colors.to_rgba(FRAME)
+    color = matplotlib.colors.to_rgba(FRAME_COLOR)
     return [(int(p.get_x()), int(p.get_y())) for p in patches if p.get_edgecolor() == color]
 
 

@@ -14,7 +14,7 @@ from hybrid_lightning.adapters.scorers import (
     TailFraction,
     WeightGradient,
 )
-from hybrid_lightning.adapters.spectra import low_rank
+from hybrid_lightning.adapters.spectra import best_low_rank
 from hybrid_lightning.adapters.statistics import ExactGradient, ModuleStatistics
 from hybrid_lightning.errors import ConfigError
 
@@ -113,7 +113,7 @@ def test_probe_restores_the_weight_after_an_error():
 def test_low_rank_is_the_truncated_decomposition(shape):
     matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    torch.testing.assert_close(low_rank(matrix, 2), u[:, :2] * s[:2] @ v[:2])
+    torch.testing.assert_close(best_low_rank(matrix, 2), u[:, :2] * s[:2] @ v[:2])
 
 
 def test_random_depends_on_seed_and_name_only():

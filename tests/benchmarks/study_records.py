@@ -22,7 +22,7 @@ def record(method="lora", rate=1e-2, seed=0, purpose="run", accuracy=0.5, valida
 
 def keep(results, *records):
     for job, made in records:
-        save(made, job.path(results))
+        save(made, results / job.file)
 
 
 def results_with_a_gap(folder, seeds=8):

@@ -1,14 +1,14 @@
 """The comparison of sampling and training log-probabilities, on the embedded policy."""
 
-import subprocess
 import sys
 
+import fork_server
 from benchmark_modules import FOLDER
 
 
 def run(*arguments):
     command = [sys.executable, str(FOLDER / "agreement.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return fork_server.run(command, capture_output=True, text=True, check=False)
 
 
 def test_float32_agrees_and_the_table_says_how_far():

@@ -1,7 +1,7 @@
 """The comparison of two checkouts: what it refuses, and its table."""
 
 import pytest
-from benchmark_modules import FOLDER, commits, prepare_here
+from benchmark_modules import FOLDER, commits, fork_workers
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_the_table_has_medians_and_the_ratio_of_neighbouring_steps(monkeypatch, 
     times = {"before": [9.0, 1.0, 2.0, 4.0], "now": [9.0, 1.1, 2.0, 5.0]}  # the first is not counted
     steps = {side: [{"seconds": value, "processor_seconds": 2 * value} for value in values] for side, values in times.items()}
     monkeypatch.setattr(commits, "compare", lambda workload, prepared, plan, say: {"steps": steps})
-    prepare_here(monkeypatch)
+    fork_workers(monkeypatch)
     assert commits.main([str(FOLDER.parent), "--workload", "tiny"]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
     assert rows[0].startswith("| `tiny` | seconds | 2.000 | 2.000 | 1.100 (")

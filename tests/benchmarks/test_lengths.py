@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from benchmark_modules import pairs, prepare, workloads
+from benchmark_modules import fork_workers, pairs, prepare, workloads
 from tiny_models import build_model, build_tokenizer
 
 
-def test_full_length(tmp_path):
+def test_full_length(tmp_path, monkeypatch):
+    fork_workers(monkeypatch)
     load = workloads.Workload(
         "main", prompts=2, samples=2, prompt_tokens=8, max_new_tokens=5, mean_tokens=5, minibatches=2, dtype="float32", rank=2
     )

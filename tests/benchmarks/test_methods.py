@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from benchmark_modules import FOLDER, prepare_here
+from benchmark_modules import FOLDER, fork_workers
 
 # isort: split
 import commands
@@ -220,7 +220,7 @@ def test_it_is_a_command():
 
 
 def test_a_small_comparison_from_beginning_to_end(capsys, monkeypatch, tmp_path):
-    prepare_here(monkeypatch)
+    fork_workers(monkeypatch)
     sizes = ["--prompts", "2", "--samples", "2", "--prompt-tokens", "8", "--max-new-tokens", "5"]
     code = methods.main(["--model", "embedded", "--rounds", "1", "--threads", "1", *sizes, "--out", str(tmp_path)])
     out, err = capsys.readouterr()

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from benchmark_modules import pairs, prepare_here
+from benchmark_modules import fork_workers, pairs
 
 # isort: split
 import commands
@@ -159,7 +159,7 @@ def test_the_tables_show_them(series):
 
 
 def test_one_small_measurement_from_beginning_to_end(capsys, monkeypatch, tmp_path):
-    prepare_here(monkeypatch)
+    fork_workers(monkeypatch)
     all_series = scaling.all_series
     monkeypatch.setattr(scaling, "all_series", lambda parsed: [one for one in all_series(parsed) if one.name == "prompt"])
     arguments = [*SMALL, "--fixed", "8", "2", "4", "--model", "embedded", "--rounds", "1", "--threads", "1"]

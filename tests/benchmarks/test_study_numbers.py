@@ -13,13 +13,14 @@ from benchmarks.study.estimates import correlation, difference, gap_closed, mean
 from benchmarks.study.methods import CORE, METHODS
 from benchmarks.study.ranks import rank_of
 from benchmarks.study.records import TUNING_SEEDS, load, of_method, save
+from benchmarks.study.store import Store
 
 
 def test_a_record_comes_back_as_it_was_saved(tmp_path):
     job, made = record(method="only:model.layers.0.mlp.up_proj")
-    save(made, job.path(tmp_path))
-    assert load(job.path(tmp_path)) == made
-    assert of_method(tmp_path, "run", "sums", "only:model.layers.0.mlp.up_proj") == [made]
+    save(made, tmp_path / job.file)
+    assert load(tmp_path / job.file) == made
+    assert of_method(Store(tmp_path), "run", "sums", "only:model.layers.0.mlp.up_proj") == [made]
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -95,23 +96,24 @@ def test_a_rate_counts_when_all_tuning_seeds_have_it(tmp_path):
         tmp_path, record(rate=0.01, seed=first, purpose="sweep", validation=0.2), record(rate=0.01, seed=second, purpose="sweep")
     )
     keep(tmp_path, record(rate=0.02, seed=first, purpose="sweep"))
-    assert tuning.means(of_method(tmp_path, "sweep", "sums", "lora")) == {0.01: pytest.approx(0.35)}
+    assert tuning.means(of_method(Store(tmp_path), "sweep", "sums", "lora")) == {0.01: pytest.approx(0.35)}
     with pytest.raises(SystemExit, match="sweep --task sums"):
-        tuning.best_rate(tmp_path, "sums", METHODS["lora"])
+        tuning.best_rate(Store(tmp_path), "sums", METHODS["lora"])
 
 
 def test_matched_lora_trains_as_much_as_the_hybrid(tmp_path):
     keep(tmp_path, record("hybrid", purpose="sweep", trainable=1010), record("lora", purpose="sweep", trainable=200, rank=2))
-    assert rank_of(METHODS["lora_matched"], tmp_path, "sums") == 11
-    assert rank_of(METHODS["lora"], tmp_path, "sums") is None
+    assert rank_of(METHODS["lora_matched"], Store(tmp_path), "sums") == 11
+    assert rank_of(METHODS["lora"], Store(tmp_path), "sums") is None
 
 
 def test_one_tuning_seed_is_enough_where_all_rates_have_it(tmp_path):
     for rate, value in ((1e-3, 0.1), (2e-3, 0.3), (4e-3, 0.2)):
         keep(tmp_path, record("hybrid", rate, TUNING_SEEDS[0], "sweep", validation=value))
-    assert tuning.best_rate(tmp_path, "sums", METHODS["hybrid"]) == 2e-3
-    assert tuning.means(of_method(tmp_path, "sweep", "sums", "hybrid"), TUNING_SEEDS) == {}  # which a sweep by both goes on from
-    assert tuning.best_rate(tmp_path, "sums", METHODS["start"]) == 0.0
+    assert tuning.best_rate(Store(tmp_path), "sums", METHODS["hybrid"]) == 2e-3
+    of_one_seed = of_method(Store(tmp_path), "sweep", "sums", "hybrid")
+    assert tuning.means(of_one_seed, TUNING_SEEDS) == {}  # which a sweep by both goes on from
+    assert tuning.best_rate(Store(tmp_path), "sums", METHODS["start"]) == 0.0
 
 
 def test_the_core_is_there_and_what_chooses_differs_in_that_alone():

@@ -58,7 +58,7 @@ def test_a_run_that_cannot_be_made_names_its_log(task, tmp_path):
     job = Job(task, "hybrid", -1.0, 0, "run")
     with pytest.raises(RuntimeError, match=r"small, hybrid: ConfigError: model.lr_full must be .*\.log"):
         make_run(job, tmp_path / "results")
-    assert not job.path(tmp_path / "results").exists()
+    assert not (tmp_path / "results" / job.file).exists()
 
 
 def test_a_run_that_diverges_is_a_result_and_gets_nothing_right(task, tmp_path):

@@ -1,12 +1,12 @@
 """The command: what it refuses, and one small comparison from beginning to end."""
 
 import json
-import subprocess
 import sys
 from importlib.util import find_spec
 
+import fork_server
 import pytest
-from benchmark_modules import FOLDER, vs_trl
+from benchmark_modules import FOLDER, fork_workers, vs_trl
 
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: pip install 'trl>=1.16,<2'")
 
@@ -72,7 +72,8 @@ def test_impossible_arguments(capsys, arguments):
     assert "error:" in capsys.readouterr().err
 
 
-def test_a_model_that_does_not_exist(capsys, tmp_path):
+def test_a_model_that_does_not_exist(capsys, monkeypatch, tmp_path):
+    fork_workers(monkeypatch)
     code = vs_trl.main(["--workload", "main", "--model", "./nowhere", "--ours-only", "--threads", "1", "--out", str(tmp_path)])
     assert code == 1
     assert "model './nowhere' does not exist" in capsys.readouterr().err.splitlines()[-1]
@@ -81,7 +82,7 @@ def test_a_model_that_does_not_exist(capsys, tmp_path):
 @needs_trl
 def test_the_tiny_workload_from_beginning_to_end(tmp_path):
     command = [sys.executable, str(FOLDER / "vs_trl.py"), "--workload", "tiny", "--pairs", "1", "--threads", "1"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    done = fork_server.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("workload")

@@ -139,7 +139,7 @@ def test_what_is_applied_is_said_and_recorded(folder, first):
     content = torch.load(new / "checkpoints" / "last.ckpt", weights_only=True)
     assert content["hyper_parameters"]["lr_lora"] == 1e-5 and content["hyper_parameters"]["loss"]["init_args"]["kl_coef"] == 0.02
     config = yaml.safe_load((new / "config.yaml").read_text())
-    named = resume.flat(content[SETTINGS_KEY]["settings"])
+    named = resume.flatten_settings(content[SETTINGS_KEY]["settings"])
     for name, value in APPLIED.items():
         section, *keys = name.split(".")
         place = config[section]

@@ -14,15 +14,39 @@ from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles
 
-# One after another in the life of one run.
-AGAIN = (
-    "later completions for scoring",
-    "a reward for scoring",
-    "the first update",
-    "the first reward",
-    "the second rollout",
-    "a validation",
-)
+# One after another in the life of one run: moments, and which of the calls since the stop before. Every run is a new one, which
+# goes on from what the one before has left, so that each first moment is one of a run that has not been stopped.
+CHAINS = {
+    "all parts of scoring": [
+        ("later completions for scoring", 3),
+        ("a reward for scoring", 1),
+        ("the first update", 1),
+        ("the first reward", 1),
+        ("the second rollout", 1),
+        ("a validation", 1),
+    ],
+    "from the first completions": [
+        ("the first completions for scoring", 1),
+        ("the plan is written", 1),
+        ("the middle of the first step", 2),
+        ("the last update of an epoch", 10),
+    ],
+    "from the first gradients": [
+        ("a gradient for scoring", 2),
+        ("the first validation", 1),
+        ("the first step is made", 1),
+        ("the step before a validation", 3),
+        ("the first rollout of an epoch", 2),
+    ],
+    "from the first scores": [
+        ("a score", 3),
+        ("the first rollout", 1),
+        ("old log-probabilities", 2),
+        ("a checkpoint is saved", 1),
+        ("the last validation", 1),
+    ],
+    "from a step": [("the middle of a later step", 6), ("the summary", 1)],
+}
 # Without those that whoever runs the tests ignores, as nohup does, and so do the runs.
 SIGNALS = [
     number
@@ -48,33 +72,27 @@ def go_on(folder: Path, result: Result) -> Result:
     return run(folder, *shlex.split(re.findall(r"hybrid_lightning ((?:fit|score) --config .+)", result.out)[-1]))
 
 
-@pytest.mark.parametrize("moment", [moment for moment in MOMENTS if moment not in AGAIN])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(folder, whole, moment, monkeypatch):
-    number = SIGNALS[list(MOMENTS).index(moment) % len(SIGNALS)]
-    with monkeypatch.context() as patch:
-        sent = Sent(patch, MOMENTS[moment], number)
-        stopped = run(folder, *FIT)
-    assert sent.calls >= sent.call, "the moment never came"
-    assert stopped.code == 128 + number, stopped.err[-2000:]
-    resumed = go_on(folder, stopped)
-    assert resumed.code == 0, resumed.err[-2000:]
-    runs = (run_of(stopped, folder), run_of(resumed, folder))
-    assert points(*runs) == whole[0]
-    assert AdapterPlan.load(str(runs[1] / "plan.json")).digest == whole[1]
+def test_every_moment_is_in_a_chain():
+    assert sorted(moment for chain in CHAINS.values() for moment, _ in chain) == sorted(MOMENTS)
 
 
-def test_a_run_may_be_stopped_again_and_again(folder, whole):
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_run_that_is_stopped_again_and_again_goes_on_as_if_it_had_not_been_stopped(folder, whole, name):
     result, runs = None, []
-    for moment in AGAIN:
+    for moment, call in CHAINS[name]:
+        number = SIGNALS[list(MOMENTS).index(moment) % len(SIGNALS)]
         with pytest.MonkeyPatch.context() as patch:
-            place, name, call = MOMENTS[moment]
-            Sent(patch, (place, name, 1 if runs else call), signal.SIGTERM)
+            place, function, _ = MOMENTS[moment]
+            sent = Sent(patch, (place, function, call), number)
             result = go_on(folder, result) if runs else run(folder, *FIT)
-        assert result.code == 143, (moment, result.err[-2000:])
+        assert sent.calls >= sent.call, f"{moment}: the moment never came"
+        assert result.code == 128 + number, (moment, result.err[-2000:])
         runs.append(run_of(result, folder))
     result = go_on(folder, result)
     assert result.code == 0, result.err[-2000:]
-    assert points(*runs, run_of(result, folder)) == whole[0]
+    runs.append(run_of(result, folder))
+    assert points(*runs) == whole[0]
+    assert AdapterPlan.load(str(runs[-1] / "plan.json")).digest == whole[1]
 
 
 def test_stopped_scoring_goes_on_by_the_same_command(folder, whole, monkeypatch):

@@ -17,6 +17,8 @@ from hybrid_lightning.errors import ConfigError, PlanError
 from hybrid_lightning.rollout.batching import join_rollouts
 from hybrid_lightning.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 IDS = torch.tensor([[4, 5, 13, 6, 16], [9, 8, 7, 6, 5]])
 KINDS = [*(f"self_attn.{kind}_proj" for kind in "qkvo"), *(f"mlp.{kind}_proj" for kind in ("gate", "up", "down"))]
 NAMES = {f"model.layers.{layer}.{kind}" for layer in range(2) for kind in KINDS}

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, hints
+from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, curve_hints
 
 NEEDED = {"wandb": "wandb", "mlflow": "mlflow"}
 SAMPLES = ["prompt", "answer", "completion", "finished", "correct", "reward", "advantage"]
@@ -80,7 +81,7 @@ def runs(request, folder):
     results, before = [], {}
     for number in range(2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hybrid_lightning.callbacks.run_summary.hints", lambda trainer, path: collect(loggers, trainer, path))
+            patch.setattr("hybrid_lightning.callbacks.run_summary.curve_hints", partial(collect, loggers))
             results.append(cli_runs.run(here, *FIT, *OPTIONS[name]))
         if name == "wandb":
             sys.modules["wandb"].finish()
@@ -95,7 +96,7 @@ def runs(request, folder):
 def collect(loggers, trainer, path):
     summaries = [logger.experiment.summary._as_dict() for logger in trainer.loggers if isinstance(logger, WandbLogger)]
     loggers.append((trainer.loggers, dict(*summaries)))  # W&B forgets its summary when the run is finished
-    return hints(trainer, path)
+    return curve_hints(trainer, path)
 
 
 def test_everything_lies_in_the_runs_own_folder_and_stays_as_it_is(runs):

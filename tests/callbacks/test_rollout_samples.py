@@ -22,6 +22,8 @@ from hybrid_lightning.rewards import WeightedSum
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 SCALARS = {
     "reward", "reward_std", "frac_reward_zero_std", "accuracy", "solve_rate/all", "solve_rate/none", "solve_rate/mixed",
     "rewards/digit_share/mean", "rewards/digit_share/std", "rewards/starts_with_digit/mean", "rewards/starts_with_digit/std",

@@ -16,6 +16,8 @@ from hybrid_lightning.data import FileSource
 from hybrid_lightning.rewards import MathMatch
 from hybrid_lightning.types import Prompt
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "evaluate")  # which trains nothing
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"

@@ -105,8 +105,10 @@ def test_where_compiling_fails_the_reason_is_said_and_plain_calls_are_made(monke
         raise RuntimeError("no working compiler found")
 
     monkeypatch.setattr(torch, "compile", fails)
-    assert maker_of(build("llama")) is decoders._plain_pass
+    engine = build("llama")
+    assert maker_of(engine) is decoders._plain_pass
     assert "RuntimeError: no working compiler found" in caplog.text and "TORCH_COMPILE_DISABLE=1" in caplog.text
+    assert engine._fast.why_not_compiled == "torch.compile gave RuntimeError: no working compiler found"
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")

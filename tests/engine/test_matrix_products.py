@@ -2,8 +2,8 @@ import pytest
 import torch
 from rounding import assert_same_sums
 
-from hybrid_lightning.engine.cpu import products
-from hybrid_lightning.engine.cpu.products import prepacked_product, product
+from hybrid_lightning.engine import backend as products
+from hybrid_lightning.engine.backend import prepacked_product, product
 
 SHAPES = [
     (3, 5, 7),

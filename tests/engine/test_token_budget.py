@@ -3,7 +3,7 @@ import torch
 from tiny_models import FAMILIES, build_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hybrid_lightning.engine.token_budget import default_token_budget
+from hybrid_lightning.engine.passes import default_token_budget
 
 
 def build(checkpointing=False, **sizes):

@@ -50,7 +50,9 @@ def test_sampling_logprobs_are_those_of_a_plain_pass_while_rows_leave(tokenizer,
     sampler = Sampler(max_new_tokens=40)
     prompts = [Prompt(text=text) for text in TEXTS]
     draws = torch.Generator().manual_seed(3)
-    rollouts = sampler.sample(engine_of(model), tokenizer, prompts, ids, SAMPLES, generator=draws, stop_ids=[2, 3, 4, 5])
+    rollouts = sampler.sample(
+        engine_of(model), tokenizer, prompts, ids, SAMPLES, generator=draws, stops=sampler.stops(tokenizer, [2, 3, 4, 5])
+    )
     sequences, lengths = rollouts.sequences, rollouts.sequences.completion_mask.sum(dim=1)
     assert lengths.min() < 12 and lengths.max() > 33, "the draw has to have short and long completions"
     if of_rows.library is library:

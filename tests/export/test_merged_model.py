@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from hybrid_lightning.adapters.apply import apply_plan, trainable_state
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError, PlanError
 from hybrid_lightning.export import AdapterFolder, MergedModel, write_policy
-from hybrid_lightning.export.trained import PREFIX, BaseModel
-from hybrid_lightning.export.write import written
+from hybrid_lightning.export.trained import PEFT_PREFIX, BaseModel
+from hybrid_lightning.export.write import written_message
 from hybrid_lightning.policy.loading import ModelSource
 
 
@@ -48,7 +48,7 @@ def test_sixteen_bits_are_the_exact_sum_rounded_once(train, tmp_path, base, want
     assert all(torch.equal(rounded[name], weight.to(dtype)) for name, weight in exact.items())
     assert json.loads((tmp_path / wanted / "config.json").read_text())["dtype"] == wanted
     for name in trained.policy.plan.full_modules:
-        assert torch.equal(exact[f"{name}.weight"], trained.policy.weights[f"{PREFIX}{name}.weight"])
+        assert torch.equal(exact[f"{name}.weight"], trained.policy.weights[f"{PEFT_PREFIX}{name}.weight"])
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
@@ -91,7 +91,7 @@ def test_other_weights_of_the_same_shape_are_refused(train, tmp_path, make_model
 def test_weights_that_a_model_cannot_hold_are_refused(train, tmp_path, value, message):
     trained = train()
     weights = {name: weight.clone() for name, weight in trained.policy.weights.items()}
-    weights[f"{PREFIX}{trained.policy.plan.full_modules[0]}.weight"][0, 0] = value
+    weights[f"{PEFT_PREFIX}{trained.policy.plan.full_modules[0]}.weight"][0, 0] = value
     policy = dataclasses.replace(trained.policy, weights=weights)
     with pytest.raises(ModelError, match=rf"{trained.policy.plan.full_modules[0]}\.weight {message}"):
         write_policy(policy, MergedModel("float16"), tmp_path / "out")
@@ -115,9 +115,9 @@ def test_the_dtype_is_that_of_the_bases_files(train, tmp_path, stored):
     assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {getattr(torch, stored)}
     assert json.loads((folder / "config.json").read_text())["dtype"] == stored
     assert f"The weights here are {stored}." in (folder / "README.md").read_text()
-    assert written(trained.policy, MergedModel(), folder) == f"Policy written to {folder} in {stored}"
-    assert written(trained.policy, MergedModel("float16"), folder) == f"Policy written to {folder} in float16"
-    assert written(trained.policy, AdapterFolder(), folder) == f"Policy written to {folder} in float32"
+    assert written_message(trained.policy, MergedModel(), folder) == f"Policy written to {folder} in {stored}"
+    assert written_message(trained.policy, MergedModel("float16"), folder) == f"Policy written to {folder} in float16"
+    assert written_message(trained.policy, AdapterFolder(), folder) == f"Policy written to {folder} in float32"
     if stored == "float32":
         assert_same_logits(logits(AutoModelForCausalLM.from_pretrained(folder)), trained.logits)
 

@@ -1,14 +1,12 @@
 """Each config that names the hub runs from its hub ids to its end, then once more from the cache alone."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from hub_contents import fill
-from hub_runs import Commands, environment
+from hub_runs import Commands
 from hub_server import MEMBER, Hub
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -121,15 +119,15 @@ def test_every_config_that_names_the_hub_runs_here():
     assert run == overlays | from_hub | {"evaluate", "strategy/fsdp2"}
 
 
-def test_it_runs_sharded_over_two_processes_and_then_from_the_cache(hub, home, tmp_path):
-    command = [sys.executable, "-m", "hybrid_lightning", *arguments(*SHARDED), "--trainer.devices=2"]
-    asked = 0
-    for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
-        asked, env = len(hub.requests), {**environment(hub.endpoint, home), **offline}
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert json.loads((last_run(tmp_path, "qwen3") / "summary.json").read_text())["steps"] == 4
-    assert len(list((tmp_path / "runs" / "qwen3").iterdir())) == 2
+def test_it_runs_sharded_over_two_processes_and_then_from_the_cache(hub, online, offline):
+    command, asked = [*arguments(*SHARDED), "--trainer.devices=2", "--trainer.logger.name=sharded"], 0
+    for commands in (online, offline):
+        asked = len(hub.requests)
+        done = commands(*command, ranks=2)
+        assert done.code == 0, done.err[-3000:]
+        assert "Starting with 2 processes" in commands.log()
+        (run,) = (commands.folder / "runs" / "sharded").iterdir()
+        assert json.loads((run / "summary.json").read_text())["steps"] == 4
     assert len(hub.requests) == asked, "offline, the hub was asked"
 
 

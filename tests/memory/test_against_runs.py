@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_memory import Case
 
-from hybrid_lightning.engine.cpu.products import packs
+from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.memory import SingleDevice, plan_memory
 
 CASES = {
@@ -28,10 +28,10 @@ def test_parts_and_peaks_are_as_planned(name, tmp_path):
     measured, plan = case.measure(tmp_path)
     torch.set_num_threads(threads)
     methods = {method.method: method for method in plan_memory(case.settings(plan), SingleDevice())}
-    planned = dict(methods["plan"].moments)
+    planned = dict(methods["plan"].peaks)
     if 0 < case.share < 1:
         (hybrid,) = [m for m in plan_memory(case.settings(), SingleDevice()) if m.method == "hybrid 10%"]
-        planned |= {moment: hybrid.moments[moment] for moment in ("calibrating", "scoring")}
+        planned |= {moment: hybrid.peaks[moment] for moment in ("calibrating", "scoring")}
     assert planned.keys() == measured.keys() - {"optimizer step"}
     for moment, parts in planned.items():
         found = measured[moment]
@@ -55,5 +55,5 @@ def test_the_budget_that_is_not_chosen_yet_is_an_upper_bound(tmp_path):
     measured, plan = CASES["hybrid"].measure(tmp_path)
     hybrid = plan_memory(CASES["hybrid"].settings(), SingleDevice())[2]
     assert hybrid.method == "hybrid 10%" and hybrid.trainable >= plan.trainable_parameters()
-    assert 0.85 * measured["updating"]["tensors"] < hybrid.moments["updating"].total < 1.5 * measured["updating"]["tensors"]
-    assert hybrid.peak_moment == "updating" or hybrid.moments["scoring"].total == hybrid.peak
+    assert 0.85 * measured["updating"]["tensors"] < hybrid.peaks["updating"].total < 1.5 * measured["updating"]["tensors"]
+    assert hybrid.peak_phase == "updating" or hybrid.peaks["scoring"].total == hybrid.peak_bytes

@@ -12,7 +12,7 @@ from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory import DDP, FSDP1, FSDP2, SingleDevice, plan_memory
 from hybrid_lightning.memory.peaks import _Run
-from hybrid_lightning.memory.sizes import measure, meta_model, optimizer_bytes, plan_of_budget
+from hybrid_lightning.memory.sizes import measure_sizes, meta_model, optimizer_bytes, plan_of_budget
 from hybrid_lightning.policy.quantization import NF4
 
 SETTINGS = replace(Case(prompts=8, validation=0).settings(), on_cpu=False)
@@ -30,23 +30,23 @@ def test_it_is_the_method_of_the_plan():
 def test_ddp_holds_all_and_the_gradients_once_more():
     one, two = lora(SingleDevice()), lora(DDP(2))
     for moment in ("generating", "updating"):
-        assert two.moments[moment].weights == one.moments[moment].weights
-        assert two.moments[moment].copies == 4 * one.trainable
-        assert one.moments[moment].copies == 0
-    assert two.moments["generating"].cache == one.moments["generating"].cache / 2, "prompts are dealt"
+        assert two.peaks[moment].weights == one.peaks[moment].weights
+        assert two.peaks[moment].copies == 4 * one.trainable
+        assert one.peaks[moment].copies == 0
+    assert two.peaks["generating"].cache == one.peaks["generating"].cache / 2, "prompts are dealt"
 
 
 def test_fsdp_holds_a_share_and_the_whole_of_what_computes():
     one, four = lora(SingleDevice()), lora(FSDP2(4))
     for name in ("weights", "gradients", "optimizer"):
-        assert getattr(four.moments["generating"], name) == getattr(one.moments["generating"], name) / 4 > 0
-    config, whole = SETTINGS.config, one.moments["generating"].weights
+        assert getattr(four.peaks["generating"], name) == getattr(one.peaks["generating"], name) / 4 > 0
+    config, whole = SETTINGS.config, one.peaks["generating"].weights
     outside = 4 * (2 * config.vocab_size + 1) * config.hidden_size  # embeddings, output layer and the last norm
-    assert four.moments["generating"].copies == whole + outside
-    assert 0 < four.moments["updating"].copies < four.moments["generating"].copies
+    assert four.peaks["generating"].copies == whole + outside
+    assert 0 < four.peaks["updating"].copies < four.peaks["generating"].copies
     older = lora(FSDP1(4))
-    assert older.moments["generating"].gradients == (whole - outside) / 4, "frozen weights of blocks have gradients, too"
-    assert older.moments["generating"].copies == whole
+    assert older.peaks["generating"].gradients == (whole - outside) / 4, "frozen weights of blocks have gradients, too"
+    assert older.peaks["generating"].copies == whole
 
 
 def test_where_memory_is_largest_within_a_pass_of_fsdp2():
@@ -54,31 +54,31 @@ def test_where_memory_is_largest_within_a_pass_of_fsdp2():
     config = copy.deepcopy(SETTINGS.config)
     config.vocab_size = 100_000
     few = replace(SETTINGS, config=config, completion_tokens=2, samples_per_prompt=1, prompts_per_rollout=2)
-    sizes = measure(few, plan_of_budget(find_candidates(meta_model(config, few.dtype)), few.budget, few.lora))
+    sizes = measure_sizes(few, plan_of_budget(find_candidates(meta_model(config, few.dtype)), few.budget, few.lora))
     begin, forward, backward = (way(sizes, 8.0) for way in (FSDP2(2).begin, FSDP2(2).forward, FSDP2(2).backward))
     assert begin.copies == 2 * (sizes.outside_bytes + sizes.block_bytes) and forward.copies == begin.copies / 2
     assert backward.copies - forward.copies == sizes.block_bytes + 2 * sizes.block_gradients
-    assert lora(FSDP2(2), few).moments["updating"].copies == pytest.approx(begin.copies, rel=0.05)
-    narrow = lora(FSDP2(2)).moments["updating"].copies
+    assert lora(FSDP2(2), few).peaks["updating"].copies == pytest.approx(begin.copies, rel=0.05)
+    narrow = lora(FSDP2(2)).peaks["updating"].copies
     assert backward.copies - sizes.outside_bytes < narrow < 1.1 * (backward.copies - sizes.outside_bytes)
 
 
 @pytest.mark.parametrize("kind", [FSDP2, FSDP1])
 def test_what_is_offloaded_is_not_on_the_device(kind):
     plain, offloaded = lora(kind(4)), lora(kind(4, cpu_offload=True))
-    assert plain.host == 0 and "optimizer step" not in offloaded.moments
+    assert plain.host == 0 and "optimizer step" not in offloaded.peaks
     for moment in ("generating", "updating"):
-        one, other = plain.moments[moment], offloaded.moments[moment]
+        one, other = plain.peaks[moment], offloaded.peaks[moment]
         assert other.weights == other.gradients == other.optimizer == 0
         assert (other.copies, other.activations, other.cache) == (one.copies, one.activations, one.cache)
-    held = plain.moments["generating"]
+    held = plain.peaks["generating"]
     sums = plain.trainable if kind is FSDP1 else 0  # of gradients, which FSDP1 does not add there
     assert offloaded.host == held.weights + held.gradients + held.optimizer + sums
 
 
 def test_weights_of_one_narrow_dtype_are_half_and_keep_their_lower_halves():
     wide, narrow = (
-        lora(FSDP1(4), replace(SETTINGS, dtype=dtype, trained_dtype=dtype)).moments["generating"]
+        lora(FSDP1(4), replace(SETTINGS, dtype=dtype, trained_dtype=dtype)).peaks["generating"]
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert (narrow.weights, narrow.gradients, narrow.copies) == (wide.weights / 2, wide.gradients / 2, wide.copies / 2)
@@ -87,7 +87,7 @@ def test_weights_of_one_narrow_dtype_are_half_and_keep_their_lower_halves():
         lora(SingleDevice(), replace(SETTINGS, dtype=torch.bfloat16, trained_dtype=dtype, mixed_precision=mixed))
         for dtype, mixed in ((torch.float32, True), (torch.bfloat16, False))
     )
-    states = [sum((m.weights, m.gradients, m.optimizer)) for m in (mixed.moments["generating"], true.moments["generating"])]
+    states = [sum((m.weights, m.gradients, m.optimizer)) for m in (mixed.peaks["generating"], true.peaks["generating"])]
     assert states[0] - states[1] == 2 * true.trainable
 
 

@@ -8,10 +8,10 @@ import torch
 from tiny_memory import Case
 from tiny_models import FAMILIES, build_model
 
-from hybrid_lightning.engine.token_budget import default_token_budget
+from hybrid_lightning.engine.passes import default_token_budget
 from hybrid_lightning.memory import RunSettings, SingleDevice, plan_memory
 from hybrid_lightning.memory.fake_model import FakeModel
-from hybrid_lightning.memory.pass_memory import Traces, _update, passes_of_step
+from hybrid_lightning.memory.pass_memory import Traces, _trace_update, passes_of_step
 
 SETTINGS = Case(prompts=4, samples=4).settings()
 
@@ -21,9 +21,9 @@ def test_every_family_is_planned(family):
     settings = RunSettings(build_model(family).config, 5, 6, 4, 4, eval_prompts=2)
     methods = plan_memory(settings, SingleDevice())
     assert [method.method for method in methods] == ["FFT", "LoRA", "hybrid 10%"]
-    updating = [method.moments["updating"] for method in methods]
-    assert all(parts.activations > 0 for parts in updating) and all(method.largest.logits > 0 for method in methods)
-    fft, lora, hybrid = (method.largest for method in methods)
+    updating = [method.peaks["updating"] for method in methods]
+    assert all(parts.activations > 0 for parts in updating) and all(method.largest_components.logits > 0 for method in methods)
+    fft, lora, hybrid = (method.largest_components for method in methods)
     assert fft.optimizer > hybrid.optimizer > lora.optimizer > 0
 
 
@@ -32,7 +32,7 @@ def test_two_layers_tell_what_all_hold(share):
     settings = replace(SETTINGS, config=copy.deepcopy(SETTINGS.config))
     settings.config.num_hidden_layers = 6
     (rows,) = passes_of_step(settings, 4)
-    direct, found = _update(FakeModel(settings, 6, share), rows), Traces(settings).update(rows, share)
+    direct, found = _trace_update(FakeModel(settings, 6, share), rows), Traces(settings).update(rows, share)
     assert found.activations == pytest.approx(direct.activations, rel=0.01)
     assert found.logits == pytest.approx(direct.logits, rel=0.01)
 

@@ -9,7 +9,7 @@ from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.memory import RunSettings
-from hybrid_lightning.memory.sizes import measure, meta_model, plan_of_budget
+from hybrid_lightning.memory.sizes import measure_sizes, meta_model, plan_of_budget
 from hybrid_lightning.policy.quantization import NF4, Int8, quantize_base
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
@@ -31,7 +31,7 @@ def settings_of(model, **arguments):
 def test_weights_are_those_of_the_adapted_model(family, share, keep, dtype):
     model = build_model(family).to(dtype)
     plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LORA)
-    sizes = measure(settings_of(model, keep_start_weights=keep), plan)
+    sizes = measure_sizes(settings_of(model, keep_start_weights=keep), plan)
     assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
     block = max(sum(p.nbytes for p in b.parameters()) for b in decoder_blocks(model))
     adapted = apply_plan(model, plan, keep)
@@ -52,7 +52,7 @@ def test_a_quantized_base_is_as_small_as_that(kind):
     config.hidden_size, config.intermediate_size = 128, 320
     model = type(model)(config).to(torch.bfloat16).requires_grad_(False)
     plan = plan_of_budget(find_candidates(model), ModuleBudget(0.2), LORA)
-    sizes = measure(settings_of(model, quantization=kind()), plan)
+    sizes = measure_sizes(settings_of(model, quantization=kind()), plan)
     quantize_base(model, kind(), plan.full_modules)
     total = 0
     for module in model.modules():

@@ -6,7 +6,7 @@ from torch import nn
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.optim import ConstantSchedule, CosineSchedule, LinearSchedule, build_optimizer
-from hybrid_lightning.sharding.parameters import name_state
+from hybrid_lightning.sharding.parameters import name_optimizer_state
 
 
 def factors(schedule, total, count=None):
@@ -138,7 +138,7 @@ def test_a_state_of_8_bits_that_is_saved_by_name_goes_on_bit_for_bit(eight_bit, 
     built = build(eight_bit, full=(mine[:1], 1e-3), lora=(mine[1:], 1e-2))["optimizer"]
     train_on(built, mine, 3, seed=1)
     names = {parameter: f"weight.{number}" for number, parameter in enumerate(mine)}
-    torch.save(name_state(built.state_dict(), built, names), tmp_path / "state.pt")
+    torch.save(name_optimizer_state(built.state_dict(), built, names), tmp_path / "state.pt")
     copies = [nn.Parameter(parameter.detach().clone()) for parameter in mine]
     again = build(eight_bit, full=(copies[:1], 1e-3), lora=(copies[1:], 1e-2))["optimizer"]
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
 
-from hybrid_lightning.adapters.budgets import describe
+from hybrid_lightning.adapters.budgets import config_with_defaults
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.losses import GRPOLoss, PolicyLoss
 from hybrid_lightning.losses import functional as F
@@ -86,7 +86,7 @@ def test_parts_of_ones_own_come_back_with_their_arguments(model, sums, tmp_path)
     assert_same_policy(loaded, module)
     assert type(loaded.loss) is Reinforce and (loaded.loss.scale, loaded.loss.kl_coef) == (0.5, 0.01)
     for part in ("loss", "reward", "sampler", "schedule"):
-        assert describe(getattr(loaded, part)) == describe(getattr(module, part))
+        assert config_with_defaults(getattr(loaded, part)) == config_with_defaults(getattr(module, part))
     assert [(type(term), weight) for term, weight in loaded.reward.terms()] == [
         (type(term), weight) for term, weight in reward.terms()
     ]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybrid_lightning.rollout.batching import deal, pad_left, pad_right
+from hybrid_lightning.rollout.batching import batches_of_rank, pad_left, pad_right
 from hybrid_lightning.types import PolicyBatch, Sequences
 
 
@@ -42,7 +42,7 @@ def rows_of(batches):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_every_row_is_dealt_once_and_unchanged(ranks):
     saved = [[batch(4, 1), batch(3, 20)], [batch(5, 5), batch(0, 30)]]
-    dealt = [deal(saved, rank, ranks) for rank in range(ranks)]
+    dealt = [batches_of_rank(saved, rank, ranks) for rank in range(ranks)]
     assert all(len(batches) == 2 for batches in dealt)
     for step, numbers in enumerate(([*range(1, 10)], [20, 21, 22])):
         of_step = [batches[step] for batches in dealt]
@@ -53,21 +53,21 @@ def test_every_row_is_dealt_once_and_unchanged(ranks):
 
 def test_the_same_number_of_ranks_gets_back_what_it_saved():
     saved = [[batch(4, 1)], [batch(5, 5)]]
-    assert [deal(saved, rank, 2)[0] is saved[rank][0] for rank in range(2)] == [True, True]
+    assert [batches_of_rank(saved, rank, 2)[0] is saved[rank][0] for rank in range(2)] == [True, True]
 
 
 def test_rows_without_old_logprobs_stay_without():
-    (joined,) = deal([[batch(2, 1, with_old=False)], [batch(0, 9)]], 0, 1)
+    (joined,) = batches_of_rank([[batch(2, 1, with_old=False)], [batch(0, 9)]], 0, 1)
     assert joined.old_logprobs is None and len(joined.sequences) == 2
 
 
 def test_a_step_without_any_row_stays_empty():
-    dealt = [deal([[batch(0, 1)], [batch(0, 2)]], rank, 3)[0] for rank in range(3)]
+    dealt = [batches_of_rank([[batch(0, 1)], [batch(0, 2)]], rank, 3)[0] for rank in range(3)]
     assert [len(part.sequences) for part in dealt] == [0, 0, 0]
 
 
 def test_masks_are_dealt_with_their_rows():
     saved = [[replace(one, policy_mask=one.sequences.completion_ids % 2 == 0)] for one in (batch(4, 1), batch(5, 5))]
-    for part in (deal(saved, rank, 3)[0] for rank in range(3)):
+    for part in (batches_of_rank(saved, rank, 3)[0] for rank in range(3)):
         mask = part.sequences.completion_mask
         assert torch.equal(part.policy_mask[mask], (part.sequences.completion_ids % 2 == 0)[mask])

@@ -1,8 +1,10 @@
 import pytest
 import torch
 from tiny_models import FAMILIES, build_model, build_tokenizer, engine_of
+from tiny_runs import build_policy, write_model
 
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.rollout import rollout_engine
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
 
@@ -181,3 +183,30 @@ def test_a_completion_knows_that_its_prompt_began_the_reasoning():
     texts = ("12+3=", "12+3=<think>\n", "12+3=<think>\n\n</think>\n\n")
     rollouts = Sampler(max_new_tokens=3).sample(engine_of(model), tokenizer, prompts_of(*texts), ids_of(tokenizer, *texts), 2)
     assert [completion.thinking for completion in rollouts.completions] == [False, False, True, True, False, False]
+
+
+@pytest.fixture
+def criteria_made(monkeypatch):
+    made, original = [], rollout_engine.StopStringCriteria
+    monkeypatch.setattr(rollout_engine, "StopStringCriteria", lambda *parts: made.append(parts) or original(*parts))
+    return made
+
+
+def test_what_finds_stop_strings_can_be_made_once_for_many_calls(tokenizer, criteria_made):
+    sampler = Sampler(max_new_tokens=4, stop=["7", "+"])
+    given = sampler.stops(tokenizer)
+    assert len(criteria_made) == 1 and Sampler().stops(tokenizer).strings is None
+    arguments = (engine_of(build_model("llama")), tokenizer, prompts_of("1+"), ids_of(tokenizer, "1+"), 4)
+    first, *others = (
+        sampler.sample(*arguments, generator=torch.Generator().manual_seed(1), stops=stops).sequences.completion_ids
+        for stops in (given, given, None)
+    )
+    assert len(criteria_made) == 2, "where none is given, for the call alone"
+    assert all(torch.equal(ids, first) for ids in others)
+
+
+def test_a_policy_makes_it_once(tmp_path, criteria_made):
+    policy = build_policy(write_model(tmp_path / "model"), sampler=Sampler(4, stop=["7"]))
+    for _ in range(3):
+        policy.generate(prompts_of("1+"))
+    assert len(criteria_made) == 1

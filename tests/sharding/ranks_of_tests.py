@@ -1,41 +1,15 @@
-"""Start a function on several gloo processes, as torchrun would, and collect what each returns.
+"""Start a function on several gloo processes, as torchrun would, and collect what each returns."""
 
-They are forked from a server that has imported everything: importing takes longer than a tiny training run.
-"""
-
-import gc
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
-from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-
-from hybrid_lightning.process import _SPINS
-
-_context = get_context("forkserver")
-_IMPORTED = ["hybrid_lightning.cli", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"]
-_IMPORTED += ["torch.distributed.checkpoint", "torch.utils.tensorboard", "rich._emoji_codes", "pytest"]
-_context.set_forkserver_preload(_IMPORTED)
-
-
-def _start_server() -> None:
-    """With threads that wait as those of `python -m hybrid_lightning` do: OpenMP's own way is slow on a busy machine."""
-    with patch.dict(os.environ, GOMP_SPINCOUNT=_SPINS):
-        ensure_running()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from fork_server import forked, free_port
 
 
 def _work(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
@@ -46,7 +20,6 @@ def _work(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank))
         os.environ.update(WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
-    gc.freeze()  # what the server has imported is not looked through, nor copied for it
     try:
         (scratch / f"{rank}.pickle").write_bytes(pickle.dumps(function(**arguments)))
     except BaseException:
@@ -57,15 +30,8 @@ def _work(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..
 def start(ranks: int, scratch: Path, function: Callable[..., Any], **arguments: Any) -> list[Any]:
     """The processes of a run."""
     scratch.mkdir(parents=True, exist_ok=True)
-    _start_server()
     port = free_port()
-    processes = [
-        _context.Process(target=_work, args=(rank, ranks, port, scratch, function, arguments), daemon=True)
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    return processes
+    return [forked(_work, rank, ranks, port, scratch, function, arguments) for rank in range(ranks)]
 
 
 def wait(processes: list[Any], timeout_s: float) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.sharding.parameters import plain_name
 from hybrid_lightning.types import Rollouts, Sequences
 
 
@@ -94,7 +95,7 @@ def weights(module) -> dict[str, torch.Tensor]:
 
     if isinstance(module.model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(module, writeback=False):
-            return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in copies().items()}
+            return {plain_name(name): value for name, value in copies().items()}
     return copies()
 
 

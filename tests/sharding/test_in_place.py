@@ -7,8 +7,8 @@ import pytest
 
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.sharding import atomic
-from hybrid_lightning.sharding.atomic import part_of, put_in_place, remove, replaced_by
-from hybrid_lightning.sharding.checkpoints import is_there
+from hybrid_lightning.sharding.atomic import put_in_place, remove, replaced_path, unfinished_path
+from hybrid_lightning.sharding.checkpoints import checkpoint_exists
 
 
 class Killed(BaseException):
@@ -43,7 +43,7 @@ def test_the_new_takes_the_name_and_the_old_goes(tmp_path, exchanges, old, new):
         path.symlink_to("../step=1.ckpt")
     elif old != "nothing":
         write(path, old, "old")
-    write(part_of(path), new, "new")
+    write(unfinished_path(path), new, "new")
     put_in_place(path)
     assert read(path) == "new" and not path.is_symlink()
     assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
@@ -77,7 +77,7 @@ def test_killed_at_any_call_one_of_them_is_there_whole(tmp_path, exchanges, old,
         path = tmp_path / str(killed_at) / "last.ckpt"
         path.parent.mkdir()
         write(path, old, "old")
-        write(part_of(path), new, "new")
+        write(unfinished_path(path), new, "new")
         counter = 0
         try:
             put_in_place(path)
@@ -90,13 +90,13 @@ def test_killed_at_any_call_one_of_them_is_there_whole(tmp_path, exchanges, old,
         if path.exists():
             assert read(path) in ("old", "new")
         else:
-            assert not exchanges and read(replaced_by(path)) == "old"
+            assert not exchanges and read(replaced_path(path)) == "old"
             with pytest.raises(CheckpointError, match=r"last\.ckpt is missing, .* rename .*\.last\.ckpt\.replaced to last\.ckpt"):
-                is_there(path)
+                checkpoint_exists(path)
         counter = 100  # and the next writing tidies up
         write(path.parent / "other", new, "newest")
-        shutil.rmtree(part_of(path)) if part_of(path).is_dir() else part_of(path).unlink(missing_ok=True)
-        (path.parent / "other").rename(part_of(path))
+        shutil.rmtree(unfinished_path(path)) if unfinished_path(path).is_dir() else unfinished_path(path).unlink(missing_ok=True)
+        (path.parent / "other").rename(unfinished_path(path))
         put_in_place(path)
         assert read(path) == "newest" and os.listdir(path.parent) == ["last.ckpt"]
     assert 2 < killed_at < 11, "the last time nothing was cut short"
@@ -110,7 +110,7 @@ def test_what_is_removed_is_gone(tmp_path, kind):
         path.symlink_to("other")
     elif kind != "nothing":
         write(path, kind, "old")
-    write(part_of(path), "folder", "left by a process that was killed")
+    write(unfinished_path(path), "folder", "left by a process that was killed")
     remove(path)
     assert not path.exists() and not path.is_symlink()
     assert kind != "link" or read(tmp_path / "other") == "linked"
@@ -122,7 +122,7 @@ def test_a_folder_that_is_half_removed_has_no_name(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         remove(path)
-    assert not path.exists() and read(part_of(path)) == "old"
+    assert not path.exists() and read(unfinished_path(path)) == "old"
 
 
 def test_an_error_of_the_disk_is_not_taken_for_a_system_that_cannot_exchange(tmp_path):

@@ -20,45 +20,45 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "strategy"
 STRATEGIES = {
     "ddp": [f"--config={CONFIGS / 'ddp.yaml'}"],
     "fsdp2": [f"--config={CONFIGS / 'fsdp2.yaml'}"],
-    "fsdp2, sharded": [f"--config={CONFIGS / 'fsdp2.yaml'}", "--trainer.strategy.save_distributed_checkpoint=true"],
     "fsdp1": [f"--config={CONFIGS / 'fsdp.yaml'}"],
 }
-# What stops: the moment, and the ranks that hear of it; rank 0 alone scores.
+SHARDED = ["--trainer.strategy.save_distributed_checkpoint=true"]
+# Runs that are stopped again and again: options, and what stops each run: the moment, which of its calls since the stop before,
+# and the ranks that hear of it; rank 0 alone scores. A first stop is one of a run that has not been stopped.
 STOPS = {
     "ddp": [
-        ("a reward for scoring", {0}),
-        ("the middle of a later step", {1}),
-        ("a validation", {0, 1}),
+        ([], [("a reward for scoring", 2, {0}), ("the middle of a later step", 6, {1}), ("a validation", 1, {0, 1})]),
     ],
     "fsdp2": [
-        ("the first rollout", {1}),
-        ("the middle of a later step", {0}),
-        ("old log-probabilities", {0, 1}),
+        ([], [("the first rollout", 1, {1}), ("the middle of a later step", 6, {0}), ("old log-probabilities", 1, {0, 1})]),
+        (SHARDED, [("the last update of an epoch", 12, {0})]),
     ],
-    "fsdp2, sharded": [("the last update of an epoch", {0})],
-    "fsdp1": [("the second rollout", {1})],
+    "fsdp1": [([], [("the second rollout", 2, {1})])],
 }
 
 
 def stop_and_go_on(folder, name):
-    """On each rank: a whole run, and for each stop one that is stopped and one that goes on from it; codes and printed texts."""
+    """On each rank: a whole run, and those of each chain of stops with the last one, which goes on to the end."""
     rank = int(os.environ["LOCAL_RANK"])
     fit = [*FIT[:2], *STRATEGIES[name], *FIT[2:], "--trainer.devices=2"]
-    results = [run_command(folder, *fit)]
-    for number, (moment, ranks) in enumerate(STOPS[name]):
-        with pytest.MonkeyPatch.context() as patch:
-            Sent(patch, MOMENTS[moment], signal.SIGTERM if rank in ranks else 0)
-            results.append(run_command(folder, *fit))
-        said = folder / f"{name} {number}"
-        if rank == 0:  # which alone prints
-            (folder / "said").write_text(results[-1].out)
-            (folder / "said").rename(said)
-        while not said.exists():
-            time.sleep(0.05)
-        commands = re.findall(r"hybrid_lightning (fit --config .+)", said.read_text())
-        assert commands, f"{moment}: {results[-1]}"
-        results.append(run_command(folder, *shlex.split(commands[-1])))
-    return results
+    whole, chains = run_command(folder, *fit), []
+    for options, stops in STOPS[name]:
+        command, results = [*fit, *options], []
+        for moment, call, ranks in stops:
+            with pytest.MonkeyPatch.context() as patch:
+                Sent(patch, (*MOMENTS[moment][:2], call), signal.SIGTERM if rank in ranks else 0)
+                results.append(run_command(folder, *command))
+            said = folder / f"{name} {len(chains)} {len(results)}"
+            if rank == 0:  # which alone prints
+                (folder / "said").write_text(results[-1].out)
+                (folder / "said").rename(said)
+            while not said.exists():
+                time.sleep(0.05)
+            commands = re.findall(r"hybrid_lightning (fit --config .+)", said.read_text())
+            assert commands, f"{moment}: {results[-1]}"
+            command = shlex.split(commands[-1])
+        chains.append([*results, run_command(folder, *command)])
+    return whole, chains
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +68,18 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_ranks_stop_together_and_go_on(folder, tmp_path, name):
-    ranks = run(2, tmp_path, stop_and_go_on, timeout_s=300, folder=folder, name=name)
-    whole, *others = zip(*ranks, strict=True)
-    assert [result.code for result in whole] == [0, 0], whole[0].err[-2000:]
-    expected = points(run_of(whole[0], folder))
-    digest = AdapterPlan.load(str(run_of(whole[0], folder) / "plan.json")).digest
-    for (moment, _), stopped, resumed in zip(STOPS[name], others[::2], others[1::2], strict=True):
-        assert [result.code for result in stopped] == [143, 143], (moment, stopped[0].err[-2000:], stopped[1].err[-2000:])
-        assert [result.code for result in resumed] == [0, 0], (moment, resumed[0].err[-2000:])
-        runs = [run_of(result[0], folder) for result in (stopped, resumed)]
-        assert points(*runs) == expected, moment
-        assert AdapterPlan.load(str(runs[1] / "plan.json")).digest == digest, moment
+    (whole, chains), (other_whole, other_chains) = run(2, tmp_path, stop_and_go_on, timeout_s=300, folder=folder, name=name)
+    assert whole.code == other_whole.code == 0, whole.err[-2000:]
+    expected = points(run_of(whole, folder))
+    digest = AdapterPlan.load(str(run_of(whole, folder) / "plan.json")).digest
+    for (_, stops), *results in zip(STOPS[name], chains, other_chains, strict=True):
+        *stopped, (resumed, other) = zip(*results, strict=True)
+        for (moment, *_), both in zip(stops, stopped, strict=True):
+            assert [result.code for result in both] == [143, 143], (moment, both[0].err[-2000:], both[1].err[-2000:])
+        assert resumed.code == other.code == 0, (stops, resumed.err[-2000:])
+        runs = [run_of(result, folder) for result in results[0]]
+        assert points(*runs) == expected, stops
+        assert AdapterPlan.load(str(runs[-1] / "plan.json")).digest == digest, stops
 
 
 class Slow(Callback):

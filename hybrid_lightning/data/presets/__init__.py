@@ -1,4 +1,4 @@
-"""Data sets by name: where they lie on the hub, and which of their columns are question and answer.
+"""Data sets by name: where they are on the hub, and which of their columns hold question and answer.
 
 | class | hub id | training | validation | test |
 |---|---|---|---|---|
@@ -12,7 +12,8 @@
 | `MMLUPro` | TIGER-Lab/MMLU-Pro | | validation, 70 | test, 12,032 |
 | `LeetCode` | newfacade/LeetCodeDataset | train, 2,641 | | test, 228 |
 
-Which split serves what can be changed, and a local copy used instead (see `PresetSource`).
+The table gives each class's default: the data set's split that is used for each purpose, and its rows. Other splits can be
+named, and a local copy used instead of the hub (see `PresetSource`).
 """
 
 from hybrid_lightning.data.presets.code_and_knowledge import LeetCode, MMLUPro

@@ -1,16 +1,13 @@
-"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school word problems, whose answers are whole numbers.
+"""Data sets of mathematics problems, for the reward `MathMatch`.
 
-MATH (Hendrycks et al. 2021, arXiv 2103.03874): problems of mathematics competitions with LaTeX answers.
-
-The original, hendrycks/competition_math, was taken down; the copy is the one that verl trains on. MATH-500 are those of the test
-split on which Lightman et al. 2023 (arXiv 2305.20050) evaluate: whoever tests on it may train on the other 4,500 too, and a
-`Mixture` of the two drops what they have in common.
-
-AIME 2024 and 2025: the 30 problems of each year's two papers, whose answers are whole numbers from 0 to 999.
-
-AMC 2023: 40 problems of AMC 12, reworded so that each answer is a number and no choice.
-
-DAPO-Math-17k (arXiv 2503.14476): competition problems, reworded so that each answer is a whole number.
+- GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school word problems whose answers are whole numbers.
+- MATH (Hendrycks et al. 2021, arXiv 2103.03874): problems of mathematics competitions with answers in LaTeX. The original,
+  hendrycks/competition_math, was taken down; this is the copy that verl trains on.
+- MATH-500: the problems of MATH's test split on which Lightman et al. 2023 (arXiv 2305.20050) evaluate. Whoever tests on it may
+  also train on the other 4,500: a `Mixture` of MATH and MATH-500 drops what they have in common from training.
+- AIME 2024 and 2025: the 30 problems of each year's two papers, whose answers are whole numbers from 0 to 999.
+- AMC 2023: 40 problems of AMC 12, reworded so that each answer is a number instead of a choice.
+- DAPO-Math-17k (arXiv 2503.14476): competition problems, reworded so that each answer is a whole number.
 """
 
 import json
@@ -21,14 +18,23 @@ from typing import Any, ClassVar
 from lightning.pytorch.utilities import rank_zero_info
 
 from hybrid_lightning.data.conversations import is_conversation
-from hybrid_lightning.data.presets.preset_source import PresetSource, boxed_cell, cell
+from hybrid_lightning.data.presets.preset_source import PresetSource, boxed_answer, cell_text
 from hybrid_lightning.data.splitting import Row, Splits, problem_key
 from hybrid_lightning.data.values import shorten
 from hybrid_lightning.errors import ConfigError
 
+# What copies of AIME write around a number: opencompass/AIME2025 has 336^\circ, others have floats or keep LaTeX's delimiters.
+_AIME_AROUND = re.compile(r"\A\$|\^\s*\{?\s*\\circ\s*\}?|\u00b0|\.0+(?=\$?\Z)|\$\Z")
+# Instructions that the authors of DAPO wrote around each problem; here `data.format` gives them.
+_DAPO_BEFORE = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer"
+)
+_DAPO_AFTER = "Remember to put your answer on its own line after"
+_DAPO_SUBSETS = ("all", "en", "cn")
+
 
 class GSM8K(PresetSource):
-    """Columns `question` and `answer`, a worked solution in which the answer follows `####`; for `MathMatch`.
+    """GSM8K, with columns `question` and `answer`, a worked solution in which the answer follows `####`.
 
     Args:
         train_split: As in `PresetSource`.
@@ -50,16 +56,16 @@ class GSM8K(PresetSource):
         super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """The question, and what follows the last `####`."""
-        solution = cell(columns, "answer")
+        """Question, and what follows the last `####`."""
+        solution = cell_text(columns, "answer")
         answer = solution.rpartition("####")[2].strip() if "####" in solution else ""
         if not answer:
             raise ValueError(f"column 'answer' has no answer after ####: {shorten(solution)}")
-        return cell(columns, "question"), answer
+        return cell_text(columns, "question"), answer
 
 
 class MATH(PresetSource):
-    r"""Columns `problem`, `solution` with the answer in its last `\boxed{}`, `level` and `type`; for `MathMatch`.
+    r"""MATH, with columns `problem`, `solution` with the answer in its last `\boxed{}`, `level` and `type`.
 
     Args:
         train_split: As in `PresetSource`.
@@ -80,13 +86,13 @@ class MATH(PresetSource):
         super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """The problem, and the answer of its own column or else the last box of the solution."""
-        answer = cell(columns, "answer") if "answer" in columns else boxed_cell(columns, "solution")
-        return cell(columns, "problem", "question"), _marked(answer)
+        r"""Problem, and the answer: its own column if there is one, otherwise the last `\boxed{}` of the solution."""
+        answer = cell_text(columns, "answer") if "answer" in columns else boxed_answer(columns, "solution")
+        return cell_text(columns, "problem", "question"), _words_as_text(answer)
 
 
 class MATH500(PresetSource):
-    """Columns `problem`, `solution`, `answer`, `subject`, `level` and `unique_id`; for `MathMatch`.
+    """MATH-500, with columns `problem`, `solution`, `answer`, `subject`, `level` and `unique_id`.
 
     Args:
         train_split: As in `PresetSource`.
@@ -107,25 +113,15 @@ class MATH500(PresetSource):
         super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """The problem and its answer."""
-        return cell(columns, "problem", "question"), _marked(cell(columns, "answer"))
-
-
-def _marked(answer: str) -> str:
-    r"""An answer in words, such as `even`, as most rows have it: `\text{even}`, which `MathMatch` compares as words."""
-    words = re.fullmatch(r"[A-Za-z][A-Za-z ,'-]*\.?", answer) and re.search(r"[A-Za-z]{3}", answer)
-    return rf"\text{{{answer}}}" if words else answer
-
-
-# opencompass/AIME2025 has 336^\circ; other copies are made of floats, or keep LaTeX's delimiters.
-_AROUND = re.compile(r"\A\$|\^\s*\{?\s*\\circ\s*\}?|\u00b0|\.0+(?=\$?\Z)|\$\Z")
+        """Problem and its answer."""
+        return cell_text(columns, "problem", "question"), _words_as_text(cell_text(columns, "answer"))
 
 
 class AIME24(PresetSource):
-    r"""Columns `problem` and `answer`; for `MathMatch`, to which 073 is 73.
+    r"""AIME 2024, with columns `problem` and `answer`; an answer such as 073 counts as 73 in `MathMatch`.
 
-    Read are other copies too: `Problem` and `Answer` (Maxwell-Jia/AIME_2024), and the answer in the `\boxed{}` of `solution`
-    (math-ai/aime24).
+    Other copies can be read too: with `Problem` and `Answer` (Maxwell-Jia/AIME_2024), or with the answer in the `\boxed{}` of
+    `solution` (math-ai/aime24).
 
     Args:
         train_split: As in `PresetSource`.
@@ -146,12 +142,12 @@ class AIME24(PresetSource):
         super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """The problem and its answer."""
-        return _problem(columns)
+        """Problem and its answer."""
+        return _aime_problem(columns)
 
 
 class AIME25(PresetSource):
-    """Columns `problem` and `answer`; for `MathMatch`. Copies with `question` (opencompass/AIME2025) are read too.
+    """AIME 2025, with columns `problem` and `answer`; copies with `question` (opencompass/AIME2025) can be read too.
 
     Args:
         train_split: As in `PresetSource`.
@@ -172,23 +168,14 @@ class AIME25(PresetSource):
         super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """The problem and its answer."""
-        return _problem(columns)
-
-
-def _problem(columns: dict[str, Any]) -> tuple[str, str]:
-    spelled = any(name in columns for name in ("answer", "Answer"))
-    answer = cell(columns, "answer", "Answer") if spelled else boxed_cell(columns, "solution", "Solution")
-    number = _AROUND.sub("", answer)
-    if not re.fullmatch(r"\d{1,3}", number):
-        raise ValueError(f"the answer {answer!r} is no whole number from 0 to 999")
-    return cell(columns, "problem", "Problem", "question"), number
+        """Problem and its answer."""
+        return _aime_problem(columns)
 
 
 class AMC23(PresetSource):
-    """Columns `question` and `answer`; for `MathMatch`, to which 27.0 is 27.
+    """AMC 2023, with columns `question` and `answer`; an answer such as 27.0 counts as 27 in `MathMatch`.
 
-    Copies with `problem` (AI-MO/aimo-validation-amc) are read too, and answers that are a letter from A to E.
+    Copies with `problem` (AI-MO/aimo-validation-amc) can be read too, and answers that are a letter from A to E.
 
     Args:
         train_split: As in `PresetSource`.
@@ -209,22 +196,17 @@ class AMC23(PresetSource):
         super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """The problem and its answer."""
-        return cell(columns, "question", "problem"), cell(columns, "answer")
-
-
-# What the authors wrote around each problem, and `data.format` says instead.
-_BEFORE = "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer"
-_AFTER = "Remember to put your answer on its own line after"
-_SUBSETS = ("all", "en", "cn")
+        """Problem and its answer."""
+        return cell_text(columns, "question", "problem"), cell_text(columns, "answer")
 
 
 class DAPOMath17k(PresetSource):
-    """Columns `prompt` (the problem), `solution` (the answer) and `reward_model`; for `MathMatch`.
+    """DAPO-Math-17k, with columns `prompt` (the problem), `solution` (the answer) and `reward_model`.
 
-    On the hub it is the copy without the original's repetitions. The original, BytedTsinghua-SIA/DAPO-Math-17k, is read too as a
-    local copy: its problems are taken out of their conversation and instructions, and each is kept once. It has every problem
-    about a hundred times, and all 1.79 million rows are read into memory.
+    From the hub the copy without the original's repetitions is read. A local copy of the original,
+    BytedTsinghua-SIA/DAPO-Math-17k, can be read too: its problems are extracted from their conversations and instructions, and
+    each is kept once. The original has every problem about a hundred times, and all of its 1.79 million rows are read into
+    memory.
 
     Args:
         train_split: As in `PresetSource`.
@@ -244,37 +226,52 @@ class DAPOMath17k(PresetSource):
         subset: str = "all",
         **options: Any,
     ) -> None:
-        if subset not in _SUBSETS:
-            raise ConfigError(f"DAPOMath17k: subset={subset!r}: give one of {', '.join(_SUBSETS)}")
+        if subset not in _DAPO_SUBSETS:
+            raise ConfigError(f"DAPOMath17k: subset={subset!r}: give one of {', '.join(_DAPO_SUBSETS)}")
         super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
-        self.hub_name = None if subset == "all" else subset  # what the hub gives without a name is all
+        self.hub_name = None if subset == "all" else subset  # the hub's default configuration has all problems
 
     def read(self) -> Splits:
-        """Read all splits, each problem once."""
+        """Read all splits, and keep each problem of a split once."""
         splits = super().read()
-        return Splits(**{name: _distinct(rows) for name, rows in vars(splits).items()})
+        return Splits(**{name: _distinct_problems(rows) for name, rows in vars(splits).items()})
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """The problem and its answer."""
+        """Problem and its answer."""
         prompt = columns.get("prompt")
         if is_conversation(prompt):
             assert prompt is not None
             columns = {**columns, "prompt": _without_instructions(str(prompt[-1]["content"]))}
-        return cell(columns, "prompt"), _ground_truth(columns)
+        return cell_text(columns, "prompt"), _dapo_answer(columns)
+
+
+def _words_as_text(answer: str) -> str:
+    r"""Write an answer in words, such as `even`, as most rows do: `\text{even}`, which `MathMatch` compares as words."""
+    words = re.fullmatch(r"[A-Za-z][A-Za-z ,'-]*\.?", answer) and re.search(r"[A-Za-z]{3}", answer)
+    return rf"\text{{{answer}}}" if words else answer
+
+
+def _aime_problem(columns: dict[str, Any]) -> tuple[str, str]:
+    spelled = any(name in columns for name in ("answer", "Answer"))
+    answer = cell_text(columns, "answer", "Answer") if spelled else boxed_answer(columns, "solution", "Solution")
+    number = _AIME_AROUND.sub("", answer)
+    if not re.fullmatch(r"\d{1,3}", number):
+        raise ValueError(f"the answer {answer!r} is no whole number from 0 to 999")
+    return cell_text(columns, "problem", "Problem", "question"), number
 
 
 def _without_instructions(text: str) -> str:
     paragraphs = text.strip().split("\n\n")
-    if len(paragraphs) > 1 and paragraphs[0].startswith(_BEFORE):
+    if len(paragraphs) > 1 and paragraphs[0].startswith(_DAPO_BEFORE):
         paragraphs = paragraphs[1:]
-    if len(paragraphs) > 1 and paragraphs[-1].startswith(_AFTER):
+    if len(paragraphs) > 1 and paragraphs[-1].startswith(_DAPO_AFTER):
         paragraphs = paragraphs[:-1]
     return "\n\n".join(paragraphs)
 
 
-def _ground_truth(columns: dict[str, Any]) -> str:
+def _dapo_answer(columns: dict[str, Any]) -> str:
     if "reward_model" not in columns:
-        return cell(columns, "solution", "answer")
+        return cell_text(columns, "solution", "answer")
     reward_model = columns["reward_model"]
     if isinstance(reward_model, str):
         try:
@@ -283,10 +280,10 @@ def _ground_truth(columns: dict[str, Any]) -> str:
             raise ValueError(f"column 'reward_model' is no JSON: {error}") from error
     if not isinstance(reward_model, Mapping):
         raise ValueError("column 'reward_model' must be an object with ground_truth")
-    return cell(dict(reward_model), "ground_truth")
+    return cell_text(dict(reward_model), "ground_truth")
 
 
-def _distinct(rows: list[Row]) -> list[Row]:
+def _distinct_problems(rows: list[Row]) -> list[Row]:
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(problem_key(row.question), row)

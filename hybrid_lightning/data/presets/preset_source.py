@@ -1,8 +1,7 @@
-r"""The files of a split in a local copy of a data set.
+r"""`PresetSource`: base of the data sets whose columns are known, read from the hub or from a local copy.
 
-Cells of a row: the first column that is there of several spellings, and what a solution puts into `\boxed{}`.
-
-`PresetSource`: base of the data sets whose columns are known.
+Helpers for subclasses: `cell_text` reads the first existing column of several names, since copies of a data set name their
+columns differently, and `boxed_answer` extracts the answer from the last `\boxed{}` of a solution.
 """
 
 import re
@@ -10,126 +9,28 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hybrid_lightning.data.columns import TableSource, existing_splits
+from hybrid_lightning.data.columns import TableSource, given_splits
 from hybrid_lightning.data.splitting import Row
 from hybrid_lightning.data.table_sources import read_hub_split
 from hybrid_lightning.data.tables import Table, is_table, read_table
 from hybrid_lightning.data.values import shorten, to_text
 from hybrid_lightning.errors import ConfigError, DataError
 
-_SPLIT = re.compile(r"(?:\A|[^a-z])(train|validation|test)(?:[^a-z]|\Z)")  # in the name of a file
-
-
-def local_split(path: str, subset: str | None, parameter: str, split: str, alone: bool) -> tuple[str, Table]:
-    """Read a split: all files with its name in theirs, or the only file there is where `alone`.
-
-    Args:
-        path: A file or a folder.
-        subset: Of the data set; its folder, where there is one, is taken for the whole.
-        parameter: Name of the parameter that names the split, for error messages.
-        split: Its name.
-        alone: Whether no other split is asked for.
-
-    Returns:
-        Where the rows come from, and the rows.
-
-    Raises:
-        ConfigError: If the split is a slice.
-        DataError: If there is no file for it, or it cannot be read.
-    """
-    if "[" in split:
-        raise ConfigError(f"{parameter}={split!r}: slices are for the hub; of a local copy take max_rows or a fraction")
-    place = Path(path).expanduser()
-    if subset is not None and (place / subset).is_dir():
-        place = place / subset
-    if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if is_table(file) and not _hidden(file.relative_to(place)))
-    elif place.is_file():
-        files = [place]
-    else:
-        raise DataError(f"local_path={path!r} does not exist (looked for {place.absolute()}): correct the path")
-    named = [file for file in files if (match := _SPLIT.search(file.name.lower())) and match[1] == split]
-    for folder in (place, place / "data"):  # rather than subsets, which repeat what the whole has
-        named = [file for file in named if file.parent == folder] or named
-    if not named and alone and len(files) == 1:
-        named = files
-    if not named:
-        there = ", ".join(file.name for file in files[:8]) or "none that can be read"
-        raise DataError(
-            f"local_path={path!r} has no file for {parameter}={split!r}: name one {split}.jsonl, .json, .csv or .parquet, or set "
-            f"{parameter}=null; the files are {there}"
-        )
-    rows = [row for file in named for row in read_table("local_path", str(file))]
-    return str(named[0] if len(named) == 1 else place), rows
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
+_SPLIT_IN_NAME = re.compile(r"(?:\A|[^a-z])(train|validation|test)(?:[^a-z]|\Z)")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$]+))")
 
 
-def cell(columns: dict[str, Any], *names: str) -> str:
-    """Text of the first column that is there.
-
-    Raises:
-        ValueError: If none is, or its cell is missing, empty or no text or number.
-    """
-    name = next((name for name in names if name in columns), None)
-    if name is None:
-        wanted = " or ".join(map(repr, names))
-        raise ValueError(f"there is no column {wanted}; the columns are {', '.join(columns) or 'none'}")
-    try:
-        text = to_text(columns[name]).strip()
-    except ValueError as error:
-        raise ValueError(f"column {name!r} {error}") from error
-    if not text:
-        raise ValueError(f"column {name!r} is empty")
-    return text
-
-
-def boxed_cell(columns: dict[str, Any], *names: str) -> str:
-    r"""What the last `\boxed{}` of a solution holds, of the first column that is there.
-
-    Raises:
-        ValueError: If there is no such column, or no box in it.
-    """
-    solution = cell(columns, *names)
-    answer = last_boxed(solution)
-    if not answer:
-        raise ValueError(rf"the solution has no \boxed{{}} with an answer: {shorten(solution)}")
-    return answer
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{}` holds, braces within it included; None without one that is closed.
-
-    Example:
-        >>> last_boxed(r"First \boxed{1}, then $\boxed{\frac{1}{2}}$.")
-        '\\frac{1}{2}'
-    """
-    for match in reversed(list(_BOX.finditer(text))):
-        if match["bare"]:
-            return match["bare"].rstrip(".,")
-        depth = 1
-        for position in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[match.end() : position].strip()
-    return None
-
-
 class PresetSource(TableSource):
-    """A data set of the hub, or a local copy of it, whose rows a subclass can read.
+    """A data set from the hub, or a local copy of it, whose columns a subclass knows.
 
     Args:
-        train_split: Split of the data set to train on; None to train on nothing. Here and below it may be a split that the data
-            set has for something else, such as "test", and from the hub a slice of one, such as "test[:90%]".
-        validation_split: Split to validate on.
-        test_split: Split to test on.
-        local_path: A copy to read instead of the hub: a folder, such as a clone of the data set's repository, with files named
-            after the splits (`train.jsonl`, `data/test-00000-of-00001.parquet`), or one file. None for the hub, or its cache.
+        train_split: Name of the data set's split to train on; None for no training rows. Here and below it may be any split that
+            the data set has, such as "test", and from the hub also a slice of one, such as "test[:90%]".
+        validation_split: Name of the split to validate on; None for none.
+        test_split: Name of the split to test on; None for none.
+        local_path: Copy to read instead of the hub: a folder, such as a clone of the data set's repository, with files named
+            after the splits (`train.jsonl`, `data/test-00000-of-00001.parquet`), or one file. None reads from the hub or its
+            cache.
         revision: Branch, tag or commit on the hub; None for the newest.
         max_rows: As in `TableSource`.
         skip_bad_rows: As in `TableSource`.
@@ -138,8 +39,8 @@ class PresetSource(TableSource):
         split_seed: As in `TableSource`.
     """
 
-    hub_path: ClassVar[str]
-    hub_name: str | None = None
+    hub_path: ClassVar[str]  # id of the data set
+    hub_name: str | None = None  # its configuration; None: the default one
 
     def __init__(
         self,
@@ -163,31 +64,31 @@ class PresetSource(TableSource):
         )
         self.local_path = local_path
         self.revision = revision
-        self.hub_splits = existing_splits(
+        self.hub_splits = given_splits(
             [("train_split", train_split), ("validation_split", validation_split), ("test_split", test_split)]
         )
 
     @abstractmethod
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
-        """Question and reference answer of a row.
+        """Read question and reference answer from the columns of a row.
 
         Raises:
-            ValueError: If it has none; the message names the column and what is wrong.
+            ValueError: If a column is missing or unusable; the message names the column and what is wrong.
         """
 
     def read_tables(self) -> dict[str, tuple[str, Table]]:
-        """Read every split that is named, from the local copy or the hub."""
+        """Read each split that is named, from the local copy or the hub."""
         return {parameter.removesuffix("_split"): self._read(parameter, split) for parameter, split in self.hub_splits}
 
     def _read(self, parameter: str, split: str) -> tuple[str, Table]:
         if self.local_path is not None:
             alone = len({split for _, split in self.hub_splits}) == 1
-            return local_split(self.local_path, self.hub_name, parameter, split, alone)
+            return read_local_split(self.local_path, self.hub_name, parameter, split, alone)
         table = read_hub_split(parameter, split, self.hub_path, self.hub_name, self.revision, self.max_rows)
         return f"{self.hub_path} {split}", table
 
     def _check_columns(self, source: str, table: Table) -> None:
-        """Nothing: copies of a data set name their columns differently, and each row says what it lacks."""
+        """Check nothing: copies of a data set name their columns differently, and errors of rows name what is missing."""
 
     def _to_row(self, source: str, index: int, columns: dict[str, Any]) -> Row:
         try:
@@ -198,3 +99,100 @@ class PresetSource(TableSource):
                 "skip_bad_rows=true"
             ) from error
         return Row(question, answer, index, source, columns)
+
+
+def read_local_split(path: str, subset: str | None, parameter: str, split: str, alone: bool) -> tuple[str, Table]:
+    """Read a split from a local copy of a data set: all files that have the split's name in theirs.
+
+    Args:
+        path: A file or a folder.
+        subset: Subset of the data set; if the folder has a folder of this name, only that is read.
+        parameter: Name of the parameter that names the split, for error messages.
+        split: Name of the split.
+        alone: Whether no other split is asked for; then a single file is read whatever its name.
+
+    Returns:
+        Where the rows come from, and the rows.
+
+    Raises:
+        ConfigError: If the split is a slice.
+        DataError: If there is no file for the split, or it cannot be read.
+    """
+    if "[" in split:
+        raise ConfigError(f"{parameter}={split!r}: slices are for the hub; of a local copy take max_rows or a fraction")
+    place = Path(path).expanduser()
+    if subset is not None and (place / subset).is_dir():
+        place = place / subset
+    if place.is_dir():
+        files = sorted(file for file in place.rglob("*") if is_table(file) and not _hidden(file.relative_to(place)))
+    elif place.is_file():
+        files = [place]
+    else:
+        raise DataError(f"local_path={path!r} does not exist (looked for {place.absolute()}): correct the path")
+    named = [file for file in files if (match := _SPLIT_IN_NAME.search(file.name.lower())) and match[1] == split]
+    for folder in (place, place / "data"):  # preferred to folders of subsets, which repeat rows of the whole
+        named = [file for file in named if file.parent == folder] or named
+    if not named and alone and len(files) == 1:
+        named = files
+    if not named:
+        there = ", ".join(file.name for file in files[:8]) or "none that can be read"
+        raise DataError(
+            f"local_path={path!r} has no file for {parameter}={split!r}: name one {split}.jsonl, .json, .csv or .parquet, or set "
+            f"{parameter}=null; the files are {there}"
+        )
+    rows = [row for file in named for row in read_table("local_path", str(file))]
+    return str(named[0] if len(named) == 1 else place), rows
+
+
+def cell_text(columns: dict[str, Any], *names: str) -> str:
+    """Text of a row's cell, in the first of the named columns that the row has.
+
+    Raises:
+        ValueError: If it has none of them, or the cell is missing, empty or neither text nor number.
+    """
+    name = next((name for name in names if name in columns), None)
+    if name is None:
+        wanted = " or ".join(map(repr, names))
+        raise ValueError(f"there is no column {wanted}; the columns are {', '.join(columns) or 'none'}")
+    try:
+        text = to_text(columns[name]).strip()
+    except ValueError as error:
+        raise ValueError(f"column {name!r} {error}") from error
+    if not text:
+        raise ValueError(f"column {name!r} is empty")
+    return text
+
+
+def boxed_answer(columns: dict[str, Any], *names: str) -> str:
+    r"""Content of the last `\boxed{}` of a solution, in the first of the named columns that the row has.
+
+    Raises:
+        ValueError: If it has none of them, or there is no `\boxed{}` in the cell.
+    """
+    solution = cell_text(columns, *names)
+    answer = last_boxed(solution)
+    if not answer:
+        raise ValueError(rf"the solution has no \boxed{{}} with an answer: {shorten(solution)}")
+    return answer
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last closed `\boxed{}`, which may contain braces; None if there is none.
+
+    Example:
+        >>> last_boxed(r"First \boxed{1}, then $\boxed{\frac{1}{2}}$.")
+        '\\frac{1}{2}'
+    """
+    for match in reversed(list(_BOX.finditer(text))):
+        if match["bare"]:
+            return match["bare"].rstrip(".,")
+        depth = 1
+        for position in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[match.end() : position].strip()
+    return None
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

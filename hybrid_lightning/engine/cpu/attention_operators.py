@@ -1,4 +1,4 @@
-"""The kernels of attention as functions of tensors. Axes as in `rollout/attention.py`, and N tokens in a row."""
+"""The kernels of attention as functions of tensors. Axes are those of `engine/attention.py`; N tokens are one packed sequence."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,16 +22,16 @@ def decode_attention(
     window: int | None,
     scaling: float,
 ) -> Tensor:
-    """Attention of one new token of each of B rows, whose key and value become the last of its own.
+    """Attention of one new token in each of B rows. Its key and value are written behind the row's own.
 
     Args:
         query: [B, H, D].
         key: [B, K, D].
         value: [B, K, D].
-        prompt: Keys and values [P, K, S, D], padded on the right; contiguous.
-        own: Keys and values [P, K, G, capacity, D]; contiguous.
-        slots: Of each row, counted over [P, G]; int64.
-        lengths: Tokens of each prompt; int64.
+        prompt: Keys and values of the prompts, [P, K, S, D] each, padded on the right; contiguous.
+        own: Keys and values of the completions, [P, K, G, capacity, D] each; contiguous.
+        slots: The slot of each row, [B] int64, counted over [P, G].
+        lengths: Tokens of each prompt, [P] int64.
         decoded: Tokens of a completion, the new one included.
         window: A token sees this many positions; None for all.
         scaling: Factor of the scores.
@@ -50,15 +50,18 @@ def decode_attention(
 
 
 def _dense_tokens(part: Tensor) -> Tensor:
-    """[N, heads, D] in which a token's numbers lie together."""
+    """The same [N, heads, D], with the numbers of a token side by side in memory."""
     return part if part.stride(2) == 1 and part.stride(1) == part.shape[2] else part.contiguous()
 
 
 class Groups(NamedTuple):
-    """Prompts and their completions in a row of N tokens, of which each belongs to one segment; int64 and contiguous."""
+    """Where each prompt and each completion lies among N packed tokens: as a segment. A group is a prompt and its completions.
 
-    segments: Tensor  # [count, 2]: begin and end of each, group by group, its prompt's first
-    first: Tensor  # [groups + 1]: number of each group's first segment, and the count
+    Tensors are int64 and contiguous.
+    """
+
+    segments: Tensor  # [count, 2]: begin and end of each, group by group, the prompt's before those of its completions
+    first: Tensor  # [groups + 1]: the number of each group's first segment, and at the end the count
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, window: int | None, scaling: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compiles the kernels for this processor, once, and loads them.
+"""Compiles the CPU kernels for this processor, once, and loads them.
 
 They are compiled on the user's machine because only there it is known what the processor can do, and without torch's headers, so
 that it takes seconds. The library lies in the user's cache folder under a name that says all that it depends on.
@@ -33,19 +33,30 @@ class _CannotCompileError(Exception):
     """Why there are no kernels, and what helps."""
 
 
-@cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, and a warning that says why, where there are none.
+    """The compiled kernels; None where there are none.
 
-    `HYBRID_LIGHTNING_KERNELS=0` in the environment does without them.
+    `HYBRID_LIGHTNING_KERNELS=0` in the environment does without them. Where they cannot be compiled, a warning says why.
     """
-    if os.environ.get(_OFF) == "0" or not sys.platform.startswith("linux"):
-        return None
+    return _found()[0]
+
+
+def why_none() -> str:
+    """Why there are no kernels, in words for the user; empty where there are."""
+    return _found()[1]
+
+
+@cache
+def _found() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get(_OFF) == "0":
+        return None, f"{_OFF}=0 is set"
+    if not sys.platform.startswith("linux"):
+        return None, f"they are for Linux, and this is {sys.platform}"
     try:
-        return _load()
+        return _load(), ""
     except (_CannotCompileError, OSError) as error:
         logger.warning("No kernels for this CPU, on which generation and training then take longer: %s", error)
-        return None
+        return None, str(error)
 
 
 def _load() -> ctypes.CDLL:

@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors. Their callers ask `usable` first, and compute with torch where it says no."""
+"""The CPU kernels as functions of tensors. Callers ask `usable` first, and compute with torch where it says no."""
 
 import ctypes
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hybrid_lightning.engine.cpu.build import library
+from hybrid_lightning.engine.cpu.build import library, why_none
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _KINDS = {Tensor, torch.nn.Parameter}  # not those that only look like one, such as distributed tensors
@@ -40,8 +40,17 @@ def usable(*tensors: Tensor) -> bool:
     return dtype in _SUFFIX and library() is not None
 
 
+def why_unusable(dtype: torch.dtype) -> str:
+    """Why there are no kernels for tensors of a dtype on the CPU, in words for the user; empty where there are."""
+    if library() is None:
+        return why_none() or "they were switched off"
+    return (
+        "" if dtype in _SUFFIX else f"they compute with float32 and bfloat16, and the model with {str(dtype).partition('.')[2]}"
+    )
+
+
 def fit(*tensors: Tensor) -> bool:
-    """Whether tensors have one dtype, and one that kernels compute with."""
+    """Whether tensors, wherever they lie, all have one dtype that kernels compute with."""
     dtype = tensors[0].dtype
     return dtype in _SUFFIX and all(part.dtype == dtype for part in tensors)
 
@@ -65,7 +74,7 @@ def call(name: str, dtype: torch.dtype, tensors: Iterable[Tensor | None], *numbe
 
 
 def _floats(*shape: int) -> Tensor:
-    """Room for float32, whatever torch's default dtype and device are: precision plugins set them."""
+    """An empty float32 tensor on the CPU, whatever torch's default dtype and device are: precision plugins set them."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 

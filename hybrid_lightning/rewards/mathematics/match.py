@@ -1,4 +1,7 @@
-"""The answer as the same number or formula, by the library math-verify (github.com/huggingface/Math-Verify)."""
+"""`MathMatch`: whether the answer is the same number or formula, by the library math-verify.
+
+The library is github.com/huggingface/Math-Verify.
+"""
 
 import logging
 import re
@@ -9,7 +12,7 @@ from hybrid_lightning.errors import ConfigError, RewardError
 from hybrid_lightning.rewards.mathematics.verifier import MathVerifier
 from hybrid_lightning.rewards.multiple_choice import CHOICES, extract_choice, reference_choice
 from hybrid_lightning.rewards.reward_function import RewardFunction
-from hybrid_lightning.rewards.text import after_thinking, compile_pattern, extract, reference_answer
+from hybrid_lightning.rewards.text import after_thinking, compile_pattern, extract_match, reference_answer
 from hybrid_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -18,30 +21,30 @@ logger = logging.getLogger(__name__)
 class MathMatch(RewardFunction):
     r"""1.0 if the completion's answer equals the reference answer as mathematics, else 0.0.
 
-    The answer of a completion is what is in its last `\boxed{}` (boxes with "and", "or" or a comma between them are one set),
-    else what it says as a whole or after "the answer is" if that is a formula, else its last number, plain expression or LaTeX
-    formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" and "1 234" are 1234; "2,5" is
-    2.5; "50%" is 50 and 0.5. Decimals are compared to six places, as math-verify does, and numbers below 0.001 to one part in a
-    hundred besides. An interval may also be an inequality, and of numbers with a base, such as `2516_8`, the bases must agree
-    where both are given. What stands in `<think> </think>` is not looked at.
+    The answer of a completion is the content of its last `\boxed{}` (boxes with "and", "or" or a comma between them are one
+    set). Without a box it is the whole text, or what follows "the answer is", if that is a formula; else the last number, plain
+    expression or LaTeX formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" and "1 234"
+    are 1234; "2,5" is 2.5; "50%" is both 50 and 0.5. Decimals are compared to six places, as math-verify does, and numbers below
+    0.001 to one part in a hundred as well. An interval may also be written as an inequality. The bases of two numbers, such as
+    `2516_8`, must agree if both are given. The text in `<think> </think>` is ignored.
 
-    - Units must agree where both answers have one of those in `math_units.py`; they are converted within a dimension: 15 cm are
-      0.15 m and no 15 m. "$5 per hour" may be "$5", but 5 m/s is no 5 m. Other units, such as apples, are not compared.
-      "1 hour and 30 minutes" is 90 minutes, and 90 or 1.5 where the reference answer has no unit.
-    - A bound is no number: "the answer is at least 18", "more than 18", "18 or more" and "18+" are wrong for 18. After other
-      verbs, "at least 18" says how many are needed and is 18: "She needs at least 18 eggs".
-    - Of "18 dollars (9 eggs at $2)", as a whole or after "the answer is", the answer is what stands before the brackets.
-    - "x = 2 and y = 3" is (2, 3), whatever the order, and without a box also the last of the two values, if one is asked for.
+    - If both answers have a unit that `math_units.py` knows, the units must agree, or be convertible: 15 cm are 0.15 m but not
+      15 m. "$5 per hour" may be written "$5", but 5 m/s is not 5 m. Other units, such as apples, are not compared.
+      "1 hour and 30 minutes" is 90 minutes, and 90 or 1.5 if the reference answer has no unit.
+    - A bound is not a number: "the answer is at least 18", "more than 18", "18 or more" and "18+" are wrong for 18. But after
+      other verbs "at least 18" says how many are needed, and is 18: "She needs at least 18 eggs".
+    - A remark in brackets is ignored: "18 dollars (9 eggs at $2)", as a whole or after "the answer is", is 18 dollars.
+    - "x = 2 and y = 3" is (2, 3), in whatever order; without a box it is also the last of the two values, if one is asked for.
 
-    The reference answer is a number, perhaps with a unit, in brackets or not ("9 apples", "9 (apples)"), or a formula, with or
-    without LaTeX delimiters; or a letter from A to J, which is compared with the letter that the completion chooses, as
+    The reference answer is a number, with or without a unit, which may stand in brackets ("9 apples", "9 (apples)"); a formula,
+    with or without LaTeX delimiters; or a letter from A to J, which is compared with the letter that the completion chooses, as
     `MultipleChoice` does.
 
     Args:
-        pattern: Regular expression with one group, the answer; the last match counts, no match earns nothing, `.` also matches
-            line breaks. None: the answer is looked for in the whole completion.
-        cpu_seconds: CPU time that one comparison may take; a completion that takes more earns nothing, with a warning.
-        name: What it is logged as; None for `math_match`.
+        pattern: Regular expression with one group, which is the answer. The last match counts, no match earns 0, and `.` also
+            matches line breaks. None searches the whole completion for the answer.
+        cpu_seconds: CPU time that one comparison may take. A completion that takes more earns 0, with a warning.
+        name: Name under which it is logged; None for `math_match`.
 
     Example:
         >>> prompt = Prompt(text="1/2 + 1/4?", answer="3/4")
@@ -57,12 +60,12 @@ class MathMatch(RewardFunction):
         self._name = name
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
-        """Compare each completion, of B, with its prompt's answer."""
+        """Compare each of B completions with the reference answer of its prompt."""
         return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """The number, formula or letter that is compared: 0.5 and 1/2 agree."""
-        text = extract(self.pattern, after_thinking(completion))
+        """The number, formula or letter that is compared; 0.5 and 1/2 give the same text."""
+        text = extract_match(self.pattern, after_thinking(completion))
         if text is None or not text.strip():
             return None
         if _is_choice(reference_answer(type(self).__name__, prompt)):
@@ -70,7 +73,7 @@ class MathMatch(RewardFunction):
         return _verifier(self.cpu_seconds).value(text)
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Make sure that the reference answer is one that can be compared with."""
+        """Check that answers can be compared with the reference answer."""
         gold = reference_answer(type(self).__name__, prompt)
         if not _is_choice(gold) and not _verifier(self.cpu_seconds).is_gold(gold):
             number = re.match(r"-?\$?[\d.,/]*\d", gold.strip())
@@ -83,7 +86,7 @@ class MathMatch(RewardFunction):
     def _score(self, completion: str, prompt: Prompt) -> float:
         self.check_prompt(prompt)
         gold = reference_answer(type(self).__name__, prompt)
-        text = extract(self.pattern, after_thinking(completion))
+        text = extract_match(self.pattern, after_thinking(completion))
         if text is None or not text.strip():
             return 0.0
         if _is_choice(gold):
@@ -100,5 +103,5 @@ def _is_choice(gold: str) -> bool:
 
 @cache
 def _verifier(cpu_seconds: float) -> MathVerifier:
-    """One process for all rewards with the same limit; not held by the reward, which is copied and pickled."""
+    """One worker process for all rewards with the same time limit. Rewards do not hold it, since they are copied and pickled."""
     return MathVerifier(cpu_seconds)

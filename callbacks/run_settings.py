@@ -1,0 +1,139 @@
+"""The settings of a run as plain data: collected for checkpoints, and flattened so that `resume.py` can compare them."""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.cli import SaveConfigCallback
+
+from hybrid_lightning.configurable import Configurable, public_path, with_public_paths
+from hybrid_lightning.policy.adaptation import adapter_state
+from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.rollout.prompt_order import prompts_digest
+
+# Arguments of a module for which the constructor chooses an object if they are None.
+_CHOSEN = ("loss", "sampler", "advantage", "schedule")
+
+
+def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Callback) -> dict[str, Any]:
+    """All settings of a run: of module, data, adapter and Trainer, and for a run of the command line everything in its config."""
+    settings: dict[str, Any] = {"adapter": describe_part(adapter, getattr(adapter, "_init_args", {}))}
+    if isinstance(pl_module, LanguageModule):
+        settings["model"] = describe_part(pl_module, {n: v for n, v in pl_module.hparams.items() if not n.startswith("_")})
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, Configurable):
+        settings["data"] = describe_part(data, data._init_args)
+    for name, attribute in (("training prompts", "train_prompts"), ("validation prompts", "validation_prompts")):
+        prompts = getattr(data, attribute, None) if trainer.state.fn == "fit" else None
+        if prompts is not None:
+            settings[name] = f"{len(prompts)} ({prompts_digest(prompts)[:12]})"
+    config = next((c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)), None)  # type: ignore[attr-defined]
+    if config is not None:
+        given = yaml.safe_load(config.parser.dump(config.config, skip_none=False))  # as in config.yaml
+        settings |= {name: value for name, value in given.items() if name not in settings}
+    settings["trainer"] = {**settings.get("trainer", {}), **_flags(trainer)}
+    return settings
+
+
+def earlier_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint of an earlier version has: those of the module and of LoRA, and gradient accumulation."""
+    settings: dict[str, Any] = {}
+    arguments = checkpoint.get("hyper_parameters", {})  # Lightning's name
+    if "model" in now and arguments:
+        named = {name: value for name, value in arguments.items() if not name.startswith("_")}
+        chosen = {name for name in _CHOSEN if named.get(name) is None}  # the checkpoint does not say what was chosen
+        named |= {name: value for name, value in now["model"]["init_args"].items() if name in chosen}
+        settings["model"] = {"class_path": arguments.get("_class_path", now["model"]["class_path"]), "init_args": named}
+    plan, adapter = adapter_state(checkpoint)["plan"], now["adapter"]
+    if plan is not None and not adapter["init_args"].get("plan"):  # a given plan need not have the LoRA of the settings
+        settings["adapter"] = {**adapter, "init_args": {**adapter["init_args"], **plan["lora"], "budget": plan["budget"]}}
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    if loop and isinstance(now.get("trainer", {}).get("accumulate_grad_batches"), int):  # a text means that it changes by epoch
+        micro_batches = loop["epoch_loop.batch_progress"]["total"]["processed"]
+        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+        if steps and micro_batches % steps == 0:  # else epochs ended in the middle of a step, and the number is not known
+            settings["trainer"] = {"accumulate_grad_batches": micro_batches // steps}
+    return settings
+
+
+def describe_part(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The class and the arguments of an object; for an argument that is None, the object that the constructor chose."""
+    arguments = {**_defaults(type(instance)), **arguments}
+    # By `vars` and not by getattr: the data module has properties of such names, which would format the test split.
+    chosen = {name: vars(instance).get(name) for name, value in arguments.items() if value is None}
+    arguments |= {name: part for name, part in chosen.items() if isinstance(part, Configurable)}
+    return {"class_path": public_path(type(instance)), "init_args": _plain(arguments)}
+
+
+def _flags(trainer: Trainer) -> dict[str, Any]:
+    """Flags of the Trainer that are plain values, with the values in effect: a limit that was not given has its default."""
+    names = inspect.signature(Trainer.__init__).parameters.keys() - {"default_root_dir"}
+    values = {name: getattr(trainer, name, None) for name in sorted(names)}
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    flags = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):  # it changes the flag from epoch to epoch
+            flags["accumulate_grad_batches"] = str(callback.scheduling)
+    return flags
+
+
+def _plain(value: Any) -> Any:
+    """A value as numbers, text, lists and dicts; any other object as its class."""
+    if isinstance(value, Configurable):
+        return {"class_path": public_path(type(value)), "init_args": _plain(value._init_args)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return {"class_path": public_path(value if isinstance(value, type) else type(value)), "init_args": {}}
+
+
+def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten nested settings: name on the command line -> value; the value of an object is its class."""
+    found: dict[str, Any] = {}
+
+    def put(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            items = value
+            if "class_path" in value:
+                kind = imported_class(str(value["class_path"]))
+                found[name] = value["class_path"] if kind is None else public_path(kind)
+                items = {**({} if kind is None else _plain(_defaults(kind))), **(value.get("init_args") or {})}
+            for key, item in items.items():
+                put(f"{name}.{key}", item)
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            for number, item in enumerate(value):
+                put(f"{name}.{number}", item)
+        else:
+            found[name] = value
+
+    for name, value in settings.items():
+        put(name, value)
+    return found
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """Default arguments of a constructor, and of the constructors to which it passes further arguments."""
+    defaults: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty} | defaults
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return defaults
+
+
+def imported_class(path: str) -> type | None:
+    """The class of a path if its module is already imported: a checkpoint must not cause an import."""
+    module, _, name = with_public_paths(path).rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None

@@ -1,0 +1,264 @@
+"""Fused attention layers: one operator rotates queries and keys on a CPU, where transformers' own function takes ten.
+
+transformers has no place for such a function: an attention layer calls `apply_rotary_pos_emb` of its own file, and the kernels
+that `use_kernelized_func` puts there come from the hub and are for accelerators. So a layer gets a class of ours above its own.
+While a pass of the engine runs, ours computes what Llama's does: projections, norms of the heads where there are any, rotation,
+and a call of transformers' attention interface. At all other times the layer's own forward pass runs.
+
+Which layers compute what Llama's do is found out by trying: a small layer of the class and ours have to hand the same bits to the
+attention interface, and to give the same bits.
+"""
+
+import inspect
+from collections.abc import Hashable
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
+
+from hybrid_lightning.engine.attention import AttentionSettings, UnsupportedAttentionError
+from hybrid_lightning.engine.attention_hook import register_packed
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.cpu import operators as kernels
+from hybrid_lightning.engine.fused_layers import drawn, is_watched, small_linear
+from hybrid_lightning.engine.fused_lora import made_like, replace_modules
+from hybrid_lightning.engine.passes import no_mask
+
+_PROJECTIONS, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
+_CACHE_NAMES = {"cache", "past_key_values"}  # the latter is the older name
+# What a layer may say beside Llama's settings, and what it then asks of the attention interface.
+_MORE_SETTINGS = {"sliding_window": "sliding_window", "attn_logit_softcapping": "softcap"}
+
+
+class FusedAttention(nn.Module):
+    """What stands above an attention layer's own class (see `_fused_class`)."""
+
+    backend = Backend()  # without operators, until it gets that of its model
+    own_class: type[nn.Module]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output of attention [B, N, n] for hidden states [B, N, n]; cosines and sines are [B, N, D]."""
+        in_pass = options.get("packing") is not None and all(options.get(name) is None for name in _CACHE_NAMES)
+        if not in_pass or position_embeddings is None or position_embeddings[0].shape[-1] != self.head_dim:
+            own: Any = super().forward
+            result: tuple[Tensor, Tensor | None] = own(
+                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **options
+            )
+            return result
+        module: Any = self
+        shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+        query, key, value = (part(hidden_states).view(shape) for part in (module.q_proj, module.k_proj, module.v_proj))
+        if hasattr(module, "q_norm"):
+            query, key = module.q_norm(query), module.k_norm(key)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        query, key = rotary(self.backend, query, key, *position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]  # that of `attention_hook`
+        asked = {
+            "dropout": module.attention_dropout if self.training else 0.0,
+            "scaling": module.scaling,
+            **_more_settings(module),
+        }
+        rest = {name: value for name, value in options.items() if name not in _CACHE_NAMES}
+        attended, weights = attend(self, query, key, value, attention_mask, **asked, **rest)
+        return module.o_proj(attended.reshape(*shape[:-2], -1).contiguous()), weights
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the layer's own class, since the class that is made of it has no name that could be imported."""
+        return _empty, (self.own_class,), self.__getstate__()
+
+
+def use_fused_attention(model: nn.Module, backend: Backend) -> None:
+    """Let the model's attention layers be fused where they compute what Llama's do.
+
+    Args:
+        model: Changed in place. Its projections may have adapters already.
+        backend: That of the model.
+    """
+    tried: dict[Hashable, bool] = {}
+
+    def kind_of(module: nn.Module) -> type[nn.Module] | None:
+        if not _is_built_alike(module):
+            return None
+        settings = tuple(_more_settings(module).items())
+        known = (type(module), hasattr(module, "q_norm"), settings)
+        if known not in tried:
+            tried[known] = _computes_alike(module)
+        return _fused_class(type(module)) if tried[known] else None
+
+    replace_modules(model, kind_of, backend)
+
+
+def _is_built_alike(module: nn.Module) -> bool:
+    kind, parts = type(module), set(dict(module.named_children()))
+    if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("Attention")) or is_watched(module):
+        return False
+    taken = set(inspect.signature(kind.forward).parameters)
+    return (
+        parts in (_PROJECTIONS, _PROJECTIONS | _HEAD_NORMS)
+        and taken >= {"hidden_states", "position_embeddings", "attention_mask"}
+        and bool(taken & _CACHE_NAMES)
+        and not isinstance(module, FusedAttention)
+    )
+
+
+def _more_settings(module: Any) -> dict[str, Any]:
+    """What a layer asks of the attention interface beside dropout and scaling."""
+    found = {asked: getattr(module, name, None) for name, asked in _MORE_SETTINGS.items()}
+    if not hasattr(module, "sliding_window"):  # Mistral's layers look into the config
+        found["sliding_window"] = getattr(module.config, "sliding_window", None)
+    return found
+
+
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """`FusedAttention` above a layer's class, one and the same for all layers of it."""
+    return _above(kind)  # type: ignore[arg-type]
+
+
+@cache
+def _above(kind: type[nn.Module]) -> type[nn.Module]:
+    # Of the same file as the layer's class, where the attention hook looks for the file's eager attention.
+    return type(f"Fused{kind.__name__}", (FusedAttention, kind), {"__module__": kind.__module__, "own_class": kind})
+
+
+def _empty(kind: type[nn.Module]) -> nn.Module:
+    made = _fused_class(kind)
+    return made.__new__(made)
+
+
+def _computes_alike(module: nn.Module) -> bool:
+    """Whether a small layer of the module's class and one of ours hand on the same bits and give the same bits."""
+    small = _small_layer(module)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for dtype in (torch.float32, torch.bfloat16):
+            small.to(dtype)
+            try:
+                theirs, ours = (_answer(layer, dtype) for layer in (small, made_like(small, _fused_class(type(module)))))
+            except (AttributeError, TypeError, RuntimeError, ValueError, LookupError, UnsupportedAttentionError):
+                return False  # it is made of other parts than Llama's
+            if not (theirs.rest == ours.rest and all(map(torch.equal, theirs.tensors, ours.tensors))):
+                return False
+    return True
+
+
+class _Answer:
+    """A packing that keeps what a layer asks for, and what the layer then returns."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
+    ) -> Tensor:
+        """See `Packing`; returns the queries."""
+        self.tensors, self.rest = [query, key, value], (layer, window, settings)
+        return query
+
+
+def _answer(layer: nn.Module, dtype: torch.dtype) -> _Answer:
+    rows, angles = drawn(9, 1, 5, 16).to(dtype), drawn(8, 2, 1, 5, 8).to(dtype)
+    answer = _Answer()
+    options = {"position_embeddings": tuple(angles), "attention_mask": no_mask(rows.device), "packing": answer}
+    options |= {name: None for name in _CACHE_NAMES & set(inspect.signature(layer.forward).parameters)}
+    output = layer(hidden_states=rows, **options)[0]
+    answer.tensors.append(output)
+    return answer
+
+
+def _small_layer(module: Any) -> nn.Module:
+    """A layer of the same class and settings with 4 heads of 8 numbers, 2 of keys and values, and hidden states of 16."""
+    kind: type[nn.Module] = type(module)
+    small: Any = kind.__new__(kind)
+    nn.Module.__init__(small)
+    small.eval()
+    small.config = SimpleNamespace(_attn_implementation=register_packed("sdpa"))
+    if hasattr(module.config, "sliding_window"):
+        small.config.sliding_window = module.config.sliding_window
+    small.layer_idx, small.head_dim, small.num_key_value_groups = 0, 8, 2
+    for name in ("scaling", "attention_dropout", "is_causal", *_MORE_SETTINGS):
+        if hasattr(module, name):
+            setattr(small, name, getattr(module, name))
+    for seed, (name, sizes) in enumerate(
+        {"q_proj": (32, 16), "k_proj": (16, 16), "v_proj": (16, 16), "o_proj": (16, 32)}.items()
+    ):
+        small.add_module(name, small_linear(seed, *sizes))
+    for name in _HEAD_NORMS if hasattr(module, "q_norm") else ():
+        small.add_module(name, nn.Softmax(dim=-1))  # as a norm, one function of each head's numbers
+    layer: nn.Module = small
+    return layer
+
+
+def rotary(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated queries and keys, by transformers' function where there is no operator.
+
+    Args:
+        backend: That of the model.
+        q: [B, H, N, D].
+        k: [B, K, N, D].
+        cos: [B, N, D], or [1, N, D].
+        sin: [B, N, D], or [1, N, D].
+
+    Returns:
+        [B, H, N, D] and [B, K, N, D].
+    """
+    size = q.shape[-1]
+    fit = size % 2 == 0 and k.shape[-1] == cos.shape[-1] == size
+    if not fit or cos.requires_grad or not backend.usable_in_layers(q, k, cos, sin):
+        rotated: tuple[Tensor, Tensor] = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+        return rotated
+    cosines, sines = (part.expand(q.shape[0], -1, -1).flatten(0, 1).contiguous() for part in (cos, sin))
+    if not torch.is_grad_enabled():
+        return _rotated(q, cosines, sines, False), _rotated(k, cosines, sines, False)
+    return _Rotary.apply(q, cosines, sines), _Rotary.apply(k, cosines, sines)  # type: ignore[no-untyped-call]
+
+
+def rotary_of_tokens(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for N packed tokens, without a gradient.
+
+    Args:
+        backend: That of the model.
+        q: [N, H, D].
+        k: [N, K, D].
+        cos: [N, D], contiguous.
+        sin: [N, D], contiguous.
+
+    Returns:
+        [N, H, D] and [N, K, D].
+    """
+    if q.shape[-1] % 2 == 0 and backend.usable_in_layers(q, k, cos, sin) and k.shape[-1] == cos.shape[-1] == q.shape[-1]:
+        return kernels.rotary(q, cos, sin), kernels.rotary(k, cos, sin)
+    return plain_rotary(q, k, cos, sin)
+
+
+def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """What `rotary_of_tokens` computes without an operator."""
+    query, key = modeling_llama.apply_rotary_pos_emb(q[None].transpose(1, 2), k[None].transpose(1, 2), cos[None], sin[None])
+    return query[0].transpose(0, 1), key[0].transpose(0, 1)
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotates queries or keys [B, heads, N, D]; for the backward pass it keeps nothing but cosines and sines [B N, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return _rotated(x, cosines, sines, False)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cosines, sines = ctx.saved_tensors
+        return _rotated(gradient, cosines, sines, True), None, None
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool) -> Tensor:
+    """[B, heads, N, D]; in memory the heads of a token lie together, as layers make them and attention takes them."""
+    tokens = x.transpose(1, 2)
+    return kernels.rotary(tokens.flatten(0, 1), cosines, sines, transposed).view(tokens.shape).transpose(1, 2)

@@ -1,0 +1,178 @@
+"""`Weights`: computing with a model whose weights may be split over ranks, by other ways than its own `forward`.
+
+FSDP gathers the weights of a module before its forward pass, and reduces its gradients after its backward pass, around the
+call of the module. The policy computes log-probabilities from parts of the model, so the whole is called once around them.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
+from torch.distributed.fsdp._common_utils import TrainingState
+
+Result = TypeVar("Result")
+
+
+class Weights:
+    """Of a model that every rank has in full, so that nothing has to be gathered."""
+
+    sharded = False  # whether they are split over ranks
+
+    def as_forward(self, function: Callable[[], Result]) -> Result:
+        """Call a function as if it were the model's forward pass.
+
+        Args:
+            function: Computes with the model's parts. Tensors with gradient must be in what it returns, alone or in a tuple.
+        """
+        return function()
+
+    def gathered(self, function: Callable[[], Result], as_trained: bool = False) -> Result:
+        """Call a function while every rank holds all weights, so that ranks may compute different things, and differently often.
+
+        Args:
+            function: Computes without gradient.
+            as_trained: Round as a training pass does, where that may differ.
+        """
+        return function()
+
+
+class FSDP1Unit(FullyShardedDataParallel):
+    """A part of a model whose weights FSDP1 gathers together.
+
+    It can be called while all weights are summoned, too. Then there is nothing to gather, and FSDP1's own forward pass refuses.
+    """
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Of the module that it wraps, whose weights are gathered meanwhile."""
+        if self.training_state == TrainingState.SUMMON_FULL_PARAMS:
+            return self.module(*arguments, **options)
+        return super().forward(*arguments, **options)
+
+
+class _OrFunction(ActivationWrapper):
+    """A model, or a function that is computed in its place, between the outermost unit of FSDP1 and the model.
+
+    The base class is torch's for wrappers that FSDP1 knows: it leaves them out of the names of weights and out of `unit.module`.
+    """
+
+    def forward(self, *arguments: Any, computed_by: Callable[[], Any] | None = None, **options: Any) -> Any:
+        """The result of `computed_by`, if there is such a function, or else of the model."""
+        if computed_by is not None:
+            return computed_by()
+        return self._checkpoint_wrapped_module(*arguments, **options)
+
+
+def split_by_fsdp1(model: nn.Module, blocks: Collection[nn.Module], **options: Any) -> FSDP1Unit:
+    """Split a model into units of FSDP1, such that `weights_of` can compute with it.
+
+    FSDP1's own wrapping policies would make the units of its own class.
+
+    Args:
+        model: That every rank has in full; the blocks in it are replaced.
+        blocks: Modules that become units. What is outside of them is one more.
+        **options: Of `FullyShardedDataParallel`, for each unit.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in blocks:
+                parent.add_module(name, FSDP1Unit(child, **options))
+    return FSDP1Unit(_OrFunction(model), **options)
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """How to compute with the weights of a model, which may have been split."""
+    if isinstance(model, FSDP1Unit):
+        return _Weights1(model)
+    return _Weights2(model) if isinstance(model, FSDPModule) else Weights()
+
+
+class _ShardedWeights(Weights):
+    sharded = True
+
+    def __init__(self) -> None:
+        self._within = False  # a forward pass, for which weights have been gathered
+
+    @contextmanager
+    def _gathered_once(self) -> Iterator[None]:
+        self._within = True
+        try:
+            yield
+        finally:
+            self._within = False
+
+
+class _Weights2(_ShardedWeights):
+    """Of FSDP2, which can be told of another forward method."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._model = model
+        model.computed = _call
+        register_fsdp_forward_method(model, "computed")
+
+    def as_forward(self, function: Callable[[], Result]) -> Result:
+        if self._within:
+            return function()
+        with self._gathered_once():
+            result: Result = self._model.computed(function)
+            return result
+
+    def gathered(self, function: Callable[[], Result], as_trained: bool = False) -> Result:
+        parts = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
+
+        def with_all() -> Result:
+            for part in parts:
+                part.set_reshard_after_forward(False, recurse=False)
+                part.unshard()
+            return function()
+
+        try:
+            return self.as_forward(with_all)
+        finally:
+            # Since torch 2.13; before, the record of forward calls grows until the next backward pass.
+            reset: Any = getattr(self._model, "reset_iter_state", None)
+            if reset is not None:
+                reset()
+            for part in parts:
+                part.reshard()
+                part.set_reshard_after_forward(part is not self._model, recurse=False)  # the root's are needed again at once
+
+
+class _Weights1(_ShardedWeights):
+    """Of FSDP1, whose outermost unit calls a function in the place of the model where it is handed one."""
+
+    def __init__(self, model: FSDP1Unit) -> None:
+        super().__init__()
+        self._model = model
+
+    def as_forward(self, function: Callable[[], Result]) -> Result:
+        if self._within:
+            return function()
+        with self._gathered_once():
+            result: Result = self._model(computed_by=function)
+            return result
+
+    def gathered(self, function: Callable[[], Result], as_trained: bool = False) -> Result:
+        flagged = _all_flagged_as_trained(self._model) if as_trained else nullcontext()
+        with flagged, FSDP1Unit.summon_full_params(self._model, writeback=False), self._gathered_once():
+            return function()
+
+
+def _call(function: Callable[[], Result]) -> Result:
+    return function()
+
+
+@contextmanager
+def _all_flagged_as_trained(model: nn.Module) -> Iterator[None]:
+    """In a training pass of FSDP1 all weights of a block need a gradient if one does, and LoRA then computes in other steps."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -1,0 +1,151 @@
+import logging
+
+import pytest
+import torch
+from rounding import LOGITS, additions_of, assert_same_sums
+from tiny_models import FAMILIES, VOCABULARY, build_model, build_tokenizer, engine_of
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    MambaConfig,
+    MistralConfig,
+    Phi3Config,
+)
+
+from hybrid_lightning.engine import packing
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.cpu import operators as calls
+from hybrid_lightning.engine.logprobs import token_logprobs
+from hybrid_lightning.rollout.batching import pad_left, pad_right
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import Prompt, Sequences
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Families with something special: sliding windows, caps of scores and logits, scaled logits.
+SPECIAL = {
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=3, head_dim=8),
+    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=3, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, sliding_window=3, head_dim=8, query_pre_attn_scalar=8),
+    "granite": lambda: GraniteConfig(**SIZES, logits_scaling=3.0),
+    "phi3": lambda: Phi3Config(**SIZES),
+}
+FOREIGN = {
+    "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+    "mamba": lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4),
+}
+PROMPTS = [[7, 8, 9, 10, 11, 12, 13], [7, 8, 9, 10, 11, 12, 13], [9, 5]]
+COMPLETIONS = [[5, 2, 4, 4, 8], [4, 6, 7], [9, 10, 11, 12]]
+
+
+def build(config, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def packs(model):
+    engine = engine_of(model)
+    engine.prepare()
+    return engine.packs
+
+
+def warnings_of(caplog):
+    return [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def plain(model, row):
+    ids = torch.tensor([PROMPTS[row] + COMPLETIONS[row]])
+    logits = model(ids).logits[0, len(PROMPTS[row]) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(COMPLETIONS[row])[:, None]).squeeze(1)
+
+
+def sequences():
+    return Sequences(*pad_left(PROMPTS, 0, "cpu"), *pad_right(COMPLETIONS, 0, "cpu"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_families_that_the_engine_is_made_for_are_supported(family, caplog):
+    assert packs(build_model(family)) and not warnings_of(caplog)
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_windows_caps_and_scales_are_the_models_own(family):
+    model = build(SPECIAL[family])
+    before = [plain(model, row).detach() for row in range(3)]
+    assert packs(model)
+    logprobs, _ = token_logprobs(engine_of(model), sequences(), 1.0)
+    for row, expected in enumerate(before):
+        assert_same_sums(logprobs[row, : len(expected)], expected, additions_of(model, 11), LOGITS)
+        torch.testing.assert_close(plain(model, row), expected, atol=0, rtol=0)  # the model itself still works as before
+
+
+@pytest.mark.parametrize("family", SPECIAL)
+def test_decoding_agrees_with_training_in_special_families(family):
+    model, tokenizer = build(SPECIAL[family]), build_tokenizer()
+    sampler = Sampler(max_new_tokens=12)
+    rollouts = sampler.sample(
+        engine_of(model),
+        tokenizer,
+        [Prompt(text="")] * 2,
+        [PROMPTS[0], PROMPTS[2]],
+        4,
+        generator=torch.Generator().manual_seed(1),
+    )
+    logprobs, _ = token_logprobs(engine_of(model), rollouts.sequences, 1.0)
+    mask = rollouts.sequences.completion_mask
+    torch.testing.assert_close(logprobs[mask], rollouts.sampling_logprobs[mask], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FOREIGN)
+def test_a_family_that_cannot_be_packed_keeps_its_own_way_and_says_so(family, caplog):
+    model = build(FOREIGN[family])
+    with caplog.at_level(logging.WARNING):
+        assert not packs(model)
+        assert not packs(model)
+    assert len(warnings_of(caplog)) == 1 and "without sharing prompts" in caplog.text
+    logprobs, _ = token_logprobs(engine_of(model), sequences(), 1.0)
+    if family == "bloom":  # Mamba cannot be padded on the left at all
+        for row in range(3):
+            expected = plain(model, row)
+            assert_same_sums(logprobs[row, : len(expected)], expected, additions_of(model, 11), LOGITS)
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+def test_attention_that_differs_is_noticed(monkeypatch, caplog):
+    # A model whose layers see less than its config says.
+    monkeypatch.setattr("hybrid_lightning.engine.packing.visible", lambda queries, keys, window: (keys <= queries) & (keys != 1))
+    narrow = packing.packed_attention
+    monkeypatch.setattr(packing, "packed_attention", lambda *parts: narrow(*parts[:4], 3, *parts[5:]))
+    assert not packs(build_model("llama")) and "change its logits" in caplog.text
+
+
+def test_an_accelerators_way_gives_the_same(monkeypatch):
+    monkeypatch.setattr(calls, "library", lambda: None)  # an accelerator has no kernels of ours
+    model = build_model("qwen2").requires_grad_(True)
+    results = []
+    for products in (True, False):
+        monkeypatch.setattr(Backend, "products_are_faster", lambda *_, answer=products: answer)
+        model.zero_grad()
+        logprobs, _ = token_logprobs(engine_of(model), sequences(), 1.0)
+        logprobs.sum().backward()
+        results.append((logprobs.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    assert_same_sums(results[0][0], results[1][0], additions_of(model, 11), LOGITS)
+    assert_same_sums(results[0][1], results[1][1], additions_of(model, 40, backward=True))

@@ -1,0 +1,198 @@
+"""Attention layers that compute what Llama's do get one operator for rotary embeddings, and all others stay as they are."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rounding import additions_of, assert_same_sums
+from tiny_models import VOCABULARY, build_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+)
+from transformers.models.llama import modeling_llama
+
+from hybrid_lightning.engine import fused_attention
+from hybrid_lightning.engine.attention_hook import use_packing
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.engine import Engine
+from hybrid_lightning.engine.fused_attention import FusedAttention, rotary, use_fused_attention
+from hybrid_lightning.engine.packing import PackedSequences
+from hybrid_lightning.engine.passes import own_hidden
+from hybrid_lightning.types import Sequences
+
+pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OTHERS = {
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=3),
+    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=3, head_dim=8, query_pre_attn_scalar=8),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, sliding_window=3, head_dim=8, query_pre_attn_scalar=8),
+    "granite": lambda: GraniteConfig(**SIZES, attention_multiplier=0.3),
+    "olmo2": lambda: Olmo2Config(**SIZES),  # its norms are of all heads together
+    "phi3": lambda: Phi3Config(**SIZES),  # one projection to queries, keys and values
+}
+
+
+def build(family):
+    if family not in OTHERS:
+        return build_model(family)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(OTHERS[family]()).requires_grad_(False).eval()
+
+
+def attention_of(model):
+    return next(module for name, module in model.named_modules() if name.endswith(("self_attn", "attn")))
+
+
+def packed_pass(model, backend):
+    ids = torch.arange(3, 17).view(2, 7)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    packed = PackedSequences(Sequences(ids[:, :4], mask[:, :4], ids[:, 4:], mask[:, 4:]), backend)
+    with backend.in_pass():
+        return own_hidden(model, packed.ids, packed.positions, packed)
+
+
+@pytest.mark.parametrize(
+    ("family", "fused"),
+    [
+        *((family, True) for family in ("llama", "qwen2", "qwen3", "gemma", "mistral", "gemma2", "gemma3", "granite")),
+        *((family, False) for family in ("gpt2", "olmo2", "phi3")),
+    ],
+)
+def test_layers_that_compute_what_llamas_do_are_fused(family, fused):
+    plain = build(family)
+    use_packing(plain)
+    model, backend = copy.deepcopy(plain), Backend()
+    use_fused_attention(model, backend)
+    layer, original = attention_of(model), attention_of(plain)
+    assert isinstance(layer, type(original)) and isinstance(layer, FusedAttention) is fused
+    assert list(model.state_dict()) == list(plain.state_dict())
+    ids = torch.randint(3, 30, (2, 7))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits), "a call outside of a pass gives transformers' own numbers"
+        expected = packed_pass(plain, backend)
+        assert_same_sums(packed_pass(model, backend), expected, additions_of(model, 7))
+
+
+def test_ours_computes_in_passes_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(fused_attention, "rotary", lambda *parts: calls.append(1) or rotary(*parts))
+    model, backend = build_model("llama"), Backend()
+    use_packing(model)
+    use_fused_attention(model, backend)
+    calls.clear()  # of the trial
+    model(torch.arange(3, 9)[None])
+    assert not calls
+    packed_pass(model, backend)
+    assert len(calls) == 2, "once a layer"
+
+
+def test_a_layer_whose_numbers_differ_is_not_fused(monkeypatch):
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", None)  # which no trial needs
+    theirs = modeling_llama.LlamaAttention.forward
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **options):
+        given = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+        output, weights = theirs(self, hidden_states, **given, **options)
+        return output * (1 + 2**-20), weights
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
+    model = build_model("llama")
+    use_fused_attention(model, Backend())
+    assert not isinstance(attention_of(model), FusedAttention)
+
+
+@pytest.mark.parametrize("change", ["scaling", "sliding_window"])
+def test_a_layer_that_asks_for_something_else_is_not_fused(change, monkeypatch):
+    theirs = modeling_llama.LlamaAttention.forward
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **options):
+        if change == "scaling":
+            self.scaling = self.scaling * 2 if options["packing"] is not None else self.scaling
+        else:
+            options["sliding_window"] = 2
+        return theirs(self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
+    model = build_model("llama")
+    use_fused_attention(model, Backend())
+    assert not isinstance(attention_of(model), FusedAttention)
+
+
+def test_a_layer_that_somebody_watches_stays_as_it_is():
+    model = build_model("llama")
+    attention_of(model).register_forward_hook(lambda *_: None)
+    use_fused_attention(model, Backend())
+    first, second = (layer.self_attn for layer in model.model.layers)
+    assert not isinstance(first, FusedAttention) and isinstance(second, FusedAttention)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_computes_the_same(copied):
+    model = get_peft_model(build_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    engine = Engine(model)
+    use_packing(model.get_base_model())
+    use_fused_attention(model, engine.backend)
+    use_fused_attention(model, engine.backend)  # what is fused stays as it is
+    other = copied(model)
+    layer = attention_of(other)
+    assert type(layer) is type(attention_of(model)) and layer.backend is not engine.backend
+    assert torch.equal(packed_pass(other, layer.backend), packed_pass(model, engine.backend))
+
+
+def test_merging_needs_nothing_else():
+    model = get_peft_model(build_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    plain = copy.deepcopy(model).merge_and_unload()
+    use_fused_attention(model, Backend())
+    merged = model.merge_and_unload()
+    ids = torch.arange(3, 9)[None]
+    assert list(merged.state_dict()) == list(plain.state_dict()) and torch.equal(merged(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("angles", [1, 2])  # of one row for all, or of each
+def test_values_and_gradients_are_those_of_transformers(angles, dtype):
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 5, heads, 8).to(dtype).transpose(1, 2) for heads in (4, 2))
+    cos, sin = torch.randn(2, angles, 5, 8).to(dtype)
+    outer = [torch.randn(part.shape).to(dtype) for part in (q, k)]
+    backend = Backend()
+    found = []
+    with backend.in_pass():
+        for function in (modeling_llama.apply_rotary_pos_emb, lambda *parts: rotary(backend, *parts)):
+            leaves = [part.clone().requires_grad_() for part in (q, k)]
+            rotated = function(*leaves, cos, sin)
+            found.append([*rotated, *torch.autograd.grad(rotated, leaves, outer)])
+    step = 2**-7 if dtype == torch.bfloat16 else 1e-6  # theirs rounds products and the sum
+    for mine, expected in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(mine, expected, atol=4 * step, rtol=step)
+
+
+def test_what_has_no_operator_is_computed_by_theirs(monkeypatch):
+    calls = []
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda *parts: calls.append(parts) or parts[:2])
+    q, angles = torch.zeros(1, 2, 3, 4), torch.zeros(1, 3, 4)
+    backend = Backend()
+    with backend.in_pass():
+        rotary(backend, q.double(), q.double(), angles.double(), angles.double())
+        rotary(backend, q, q, angles[..., :2], angles[..., :2])
+    rotary(backend, q, q, angles, angles)
+    assert len(calls) == 3

@@ -1,0 +1,176 @@
+"""Processes forked from one that has imported everything, which takes longer than a tiny training run.
+
+`Forked` is a `subprocess.Popen` that forks commands of this Python: the process has the arguments, environment, folder, streams
+and handlers of signals that a fresh one would have, and runs the same file, module or code. What is about the start itself needs
+a fresh process: when modules are imported, and what libraries read from the environment as they are.
+"""
+
+import atexit
+import gc
+import inspect
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import current_process, forkserver, get_context
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from hybrid_lightning.process import _SPINS
+
+_context = get_context("forkserver")
+# With what is imported only as a run needs it, and the helpers of tests.
+IMPORTED = ["hybrid_lightning.cli", "hybrid_lightning.adapters.apply", "hybrid_lightning.export"]
+IMPORTED += ["hybrid_lightning.sharding.fsdp1", "hybrid_lightning.sharding.fsdp2", "torch.utils.serialization", "attrs"]
+IMPORTED += ["transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb"]
+IMPORTED += ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.algorithms.ddp_comm_hooks"]
+IMPORTED += ["torch.utils.tensorboard", "rich._emoji_codes", "matplotlib.backends.backend_agg", "pytest"]
+IMPORTED += ["tiny_runs", "tiny_examples", "cli_runs", "stopped_runs"]
+_context.set_forkserver_preload(IMPORTED)
+_SIGNATURE = inspect.signature(subprocess.Popen._execute_child)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def forked(target: Callable[..., None], *arguments: Any) -> Any:
+    """Start a process that calls a function.
+
+    The threads of all of them wait as those of `python -m hybrid_lightning` do: OpenMP's own way is slow on a busy machine.
+    """
+    paths = os.pathsep.join(path for path in sys.path if path)  # of the helpers
+    with patch.dict(os.environ, PYTHONPATH=paths, GOMP_SPINCOUNT=_SPINS):
+        forkserver._forkserver.ensure_running()
+    process = _context.Process(target=_begin, args=(os.environ.get("PYTHONPATH"), target, arguments), daemon=True)
+    process.start()
+    return process
+
+
+def _begin(paths: str | None, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    if paths is None:
+        os.environ.pop("PYTHONPATH", None)
+    else:
+        os.environ["PYTHONPATH"] = paths
+    gc.freeze()  # what the server has imported is not looked through, nor copied for it
+    target(*arguments)
+
+
+class _Stream:
+    """An open file that goes to the process that is being started."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        return _same, (DupFd(self.number),)  # which has to be made while it starts
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+class Forked(subprocess.Popen):
+    """Forks for `[sys.executable, ...]` with a file, `-m` and a module or `-c` and code; any other command starts as ever."""
+
+    _process: Any = None
+
+    def _execute_child(self, *arguments: Any, **options: Any) -> None:
+        given = _SIGNATURE.bind(self, *arguments, **options).arguments
+        python, *command = map(os.fspath, given["args"])
+        if python != sys.executable or (command[0].startswith("-") and command[0] not in ("-m", "-c")):
+            return super()._execute_child(*arguments, **options)
+        assert not (given["shell"] or given["preexec_fn"] or given["executable"] or given["pass_fds"])
+        own = (0, 1, 2)  # of this process, where nothing else is given
+        ends = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        streams = [_Stream(end if end != -1 else same) for end, same in zip(ends, own, strict=True)]
+        environment = dict(os.environ if given["env"] is None else given["env"])
+        folder = os.getcwd() if given["cwd"] is None else os.fspath(given["cwd"])
+        self._process = forked(_run, command, environment, folder, streams, given["start_new_session"])
+        self.pid = self._process.pid
+        self._child_created = True
+        self._close_pipe_fds(*(given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")))
+
+    def _internal_poll(self, *arguments: Any, **options: Any) -> int | None:
+        if self._process is None:
+            return super()._internal_poll(*arguments, **options)
+        if self.returncode is None:
+            self.returncode = self._process.exitcode
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        if self._process is None:
+            return super()._wait(timeout)
+        self._process.join(timeout)
+        if self._internal_poll() is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+
+def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+    """As `subprocess.run`, in a forked process."""
+    with patch.object(subprocess, "Popen", Forked):
+        return subprocess.run(command, **options)
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str], folder: str, streams: Sequence[Any], new_session: bool) -> None:
+    """Become the process that was asked for."""
+    for number, stream in enumerate(streams):
+        end = stream.detach()
+        os.dup2(end, number)
+        os.close(end)
+    sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace")
+    current_process()._config["daemon"] = False  # may have processes of its own
+    if new_session:
+        os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a new process inherits it
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    if "OMP_NUM_THREADS" in environment:  # read when torch was imported
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    name, *arguments = command
+    code = 0
+    try:
+        if name in ("-m", "-c"):
+            sys.path.insert(0, folder)
+            sys.argv = [name, *arguments[1:]]
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True) if name == "-m" else _run_code(arguments[0])
+        else:
+            sys.path.insert(0, str(Path(name).parent))
+            sys.argv = [name, *arguments]
+            subprocess.Popen = Forked  # for what the file starts, by the same server
+            forkserver._forkserver.ensure_running = lambda: None
+            runpy.run_path(name, run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not isinstance(end.code, int | None):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        code = 1
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def _run_code(code: str) -> None:
+    sys.modules["__main__"] = module = ModuleType("__main__")
+    exec(compile(code, "<string>", "exec"), vars(module))

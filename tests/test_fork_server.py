@@ -1,0 +1,67 @@
+"""A process that is forked for a command of this Python is as a fresh one, and has what is slow to import."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import fork_server
+import pytest
+
+CODE = """
+import os, signal, sys
+handlers = [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)]
+print(sys.argv, __name__, sys.modules["__main__"].CODE, os.getcwd(), dict(os.environ), [h.split(" at ")[0] for h in handlers])
+print(sys.stdin.read(), sys.path[0], file=sys.stderr)
+{end}
+"""
+ENDS = {
+    "to the end": "",
+    "by a number": "sys.exit(3)",
+    "by words": "sys.exit('enough')",
+    "by what runs at last": "import atexit; atexit.register(lambda: print('at last'))",
+    "by a signal": "sys.stdout.flush(); sys.stderr.flush(); os.kill(os.getpid(), signal.SIGKILL)",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("kind", ["file", "-m", "-c"])
+def test_it_is_as_a_fresh_one(tmp_path, kind, end):
+    code = f"CODE = {end!r}\n{CODE.format(end=ENDS[end])}"
+    (tmp_path / "there.py").write_text(code)
+    command = {"file": [str(tmp_path / "there.py")], "-m": ["-m", "there"], "-c": ["-c", code]}[kind]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "WORD": "a word", "LC_CTYPE": "C.UTF-8"}
+    options = {"cwd": tmp_path, "env": environment, "input": "from outside", "capture_output": True, "text": True, "check": False}
+    found = [start([sys.executable, *command, "an argument"], **options) for start in (fork_server.run, subprocess.run)]
+    forked, fresh = ((done.returncode, done.stdout, done.stderr.replace(f" {tmp_path}", " ")) for done in found)
+    assert forked == fresh and "an argument" in fresh[1] and "from outside" in fresh[2]
+
+
+def test_an_exception_is_seen():
+    done = fork_server.run([sys.executable, "-c", "1 / 0"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_it_can_be_waited_for_told_and_ended():
+    code = "for line in iter(input, ''): print(line.upper(), flush=True)"
+    process = fork_server.Forked([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdin.write("a line\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "A LINE\n" and process.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.1)
+    process.terminate()
+    assert process.wait(60) == process.returncode == -signal.SIGTERM
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_all_that_is_named_has_been_imported():
+    """What has another name by now would be left out, without a word."""
+    code = f"import sys; print([name for name in {fork_server.IMPORTED} if name not in sys.modules])"
+    assert fork_server.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_other_commands_are_started_as_ever():
+    assert fork_server.run([sys.executable, "-I", "-c", "print(1)"], capture_output=True, check=True).stdout == b"1\n"
+    assert fork_server.run(["true"], check=True).returncode == 0

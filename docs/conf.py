@@ -25,6 +25,8 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "hybrid_lightning"
 html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
 myst_heading_anchors = 4
 autodoc_typehints = "none"  # the signature has them
 autodoc_member_order = "bysource"
@@ -94,8 +96,8 @@ def as_rst(app: Any, what: str, name: str, thing: Any, options: Any, lines: list
         else:
             blocks[number] = _marked(block)
     lines[:] = "\n\n".join(blocks).split("\n")
-    if what == "property":
-        lines.insert(0, "")  # or napoleon would take "True: if ..." for a type
+    if what == "property":  # napoleon would take the word before a colon for its type
+        lines[:1] = [lines[0].replace(": ", "; ", 1)]
 
 
 def _marked(text: str) -> str:

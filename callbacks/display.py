@@ -130,7 +130,7 @@ def _has(datamodule: Any, command: str, split: str) -> bool:
 
 @contextmanager
 def progress_bar(trainer: Trainer, description: str, total: int | None) -> Iterator[Advance]:
-    """Show a progress bar that disappears at the end; nothing on other ranks or with `enable_progress_bar=False`.
+    """Show a progress bar that disappears at the end; nothing on other ranks, in a file, or with `enable_progress_bar=False`.
 
     Args:
         trainer: The Trainer, which decides whether there are bars.
@@ -140,7 +140,7 @@ def progress_bar(trainer: Trainer, description: str, total: int | None) -> Itera
     Yields:
         A function to call with (steps done, total), where None keeps the total.
     """
-    if trainer.progress_bar_callback is None or not trainer.is_global_zero:
+    if trainer.progress_bar_callback is None or not trainer.is_global_zero or not console().is_terminal:
         yield lambda done, total: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

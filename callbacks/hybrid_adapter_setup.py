@@ -19,7 +19,7 @@ from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.kept_scoring import SCORING, KeptScoring
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
-from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_markdown, plan_rows, plan_table
+from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_markdown, plan_rows, plan_table, plan_title
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
@@ -342,9 +342,14 @@ class HybridAdapterSetup(Configurable, Callback):
         if folder is not None:
             plan.save(folder / "plan.json")
             self._draw(plan, folder / "plan.png")
-        table = plan_table(plan, _SHOWN_OTHERS)
-        console().print(table)
-        rest = len(plan.candidates) - table.row_count
+        say(plan_title(plan))
+        rest = 0
+        modes = {module.mode for module in plan.candidates}
+        if len(modes) > 1 or any(module.score is not None for module in plan.candidates):  # else a table of them says nothing
+            table = plan_table(plan, _SHOWN_OTHERS)
+            table.title = None
+            console().print(table)
+            rest = len(plan.candidates) - table.row_count
         more = f"{rest} more {'module' if rest == 1 else 'modules'}"
         if folder is not None:
             say(f"Plan{f', with {more},' if rest else ''} written to {folder / 'plan.json'}")

@@ -52,6 +52,12 @@ class RolloutProgress(RichProgressBar):
         if self._show_generation in listeners:
             listeners.remove(self._show_generation)
 
+    def _stop_progress(self) -> None:
+        """Take the bar away, so that what the run says at its end is the end of the screen."""
+        if self.progress is not None:
+            self.progress.live.transient = True
+        super()._stop_progress()
+
     def _show_generation(self, running: int, decoded: int, total: int) -> None:
         if self.progress is None or self._progress_stopped or self.is_disabled:
             return

@@ -7,6 +7,7 @@ other libraries' error messages what to do.
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -42,6 +43,7 @@ from hybrid_lightning.callbacks import (
     StepTimer,
     TensorBoardOverview,
 )
+from hybrid_lightning.callbacks.display import console
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
 from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
 from hybrid_lightning.cli_help import ShowHelp, help_asked_last
@@ -58,6 +60,22 @@ from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.remedies import check_whole_configs, with_remedy
 from hybrid_lightning.stopping import StopSignals
 from hybrid_lightning.trainer import Trainer
+
+# Where Lightning writes lines, and those that go: advice, lists of devices, and what was typed or the summary says.
+_LIGHTNING_LOGS = (
+    "lightning.fabric.utilities.distributed",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "lightning.pytorch.accelerators.cuda",
+    "lightning.pytorch.utilities.rank_zero",
+)
+_SAYS_NOTHING = re.compile(
+    r"(\[rank: \d+\] )?Seed set to|GPU available: False|TPU available|LOCAL_RANK: \d+ - CUDA_VISIBLE_DEVICES"
+    r"|Initializing distributed:"
+    r"|Using \S+ Automatic Mixed Precision|Restoring states from the checkpoint|`Trainer.fit` stopped: `max_(steps|epochs)="
+    r"|.*litlogger|.*\bTip:",
+    re.DOTALL,
+)
 
 # Arguments of the Trainer's methods. They belong to one command, and are not saved in the run's config.
 _METHOD_ARGUMENTS = ("ckpt_path", "weights_only", "verbose", "return_predictions", "form", "folder", "prompt_tokens")
@@ -176,6 +194,8 @@ class HybridLightningCLI(LightningCLI):
         fixed: list[Callback] = [StepTimer(), RunSummary(), EvaluationReport(), GracefulStop(self._signals)]
         if config["logger"] and not config["fast_dev_run"]:
             fixed += [LearningRateMonitor(logging_interval="step"), TensorBoardOverview()]
+        if config["enable_progress_bar"] is None and not console().is_terminal:  # a file would get its last state, after all else
+            config["enable_progress_bar"] = False
         if config["enable_progress_bar"] is not False:
             fixed.append(RolloutProgress())
         try:
@@ -270,6 +290,10 @@ def _mlflow_logger(logger: type, *given: Any, applied_instantiation_links: Any, 
     return (NamingMLFlowLogger if logger is MLFlowLogger else logger)(*given, **named)
 
 
+def _informs(record: logging.LogRecord) -> bool:
+    return _SAYS_NOTHING.match(record.getMessage()) is None
+
+
 def _quiet_libraries() -> None:
     """Hide advice of libraries that does not apply here."""
     transformers.utils.logging.disable_progress_bar()
@@ -285,7 +309,8 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*dirpath has changed from.*")
     # If a callback's options were changed at a resume, Lightning takes it for another callback; the resume reports the options.
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    for name in _LIGHTNING_LOGS:
+        logging.getLogger(name).addFilter(_informs)
     # The loaders hold prompts or make rollouts: worker processes would not help.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Prompts that the sampler gives to two ranks are counted once.

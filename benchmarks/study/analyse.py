@@ -18,7 +18,7 @@ from benchmarks.study.figures import draw_accuracies, draw_curves, draw_sizes
 from benchmarks.study.store import RESULTS, Store, add_options, store_of
 from benchmarks.study.tables import choices, differences, headline, of_task, ratios, targets
 
-PAGES = (Path("README.md"), Path("results/README.md"), Path("results/study/README.md"))
+PAGES = (Path("README.md"), Path("docs/method.md"), Path("results/README.md"), Path("results/study/README.md"))
 
 TITLES = {
     "headline": "Accuracy, %",

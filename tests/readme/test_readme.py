@@ -1,19 +1,21 @@
-"""What the README says: its commands parse, its examples run, its paths exist and its tree is the tree."""
+"""What README and docs say: commands parse, examples run, paths and links exist, options and classes are there."""
 
 import fnmatch
+import importlib.util
 import json
 import re
-import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch import Trainer
+from pages import DOCS, GENERATED, PAGES, README, ROOT, anchors, blocks, commands, examples, links, prose, shell_commands, tree
 
 from hybrid_lightning import cli
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 FIRST = (
     "python3.11 -m venv .venv && .venv/bin/pip install -e . && "
     ".venv/bin/python -m hybrid_lightning fit --config configs/gspo.yaml"
@@ -36,42 +38,29 @@ SMALL = [
 ]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def example(name):
+    return examples()[name]
 
 
-def example(name, language="python"):
-    (found,) = re.findall(rf"^<!-- run: {name} -->\n```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return found
-
-
-def commands():
-    """Arguments of every `python -m hybrid_lightning ...` in the README."""
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
-    ours = [tuple(command[3:]) for command in words if command[1:3] == ["-m", "hybrid_lightning"]]
-    return list(dict.fromkeys(ours))
-
-
-def tree():
-    """Depth and path of every entry of the tree."""
-    (text,) = re.findall(r"^## The tree\n\n```\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    entries, folder = [], ""
-    for line in text.splitlines():
-        indent, names = re.match(r"( *)(\S+(?:, \S+)*)  ", line + "  ").groups()
-        if not indent:
-            folder = names if names.endswith("/") else ""
-        entries += [(folder if indent else "") + name for name in names.split(", ")]
-    return entries
+@pytest.fixture(scope="module")
+def generate():
+    """docs/generate.py."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with the README's own parts and the project's configs, which is the working directory."""
+    """A folder with the pages' own parts and the project's configs, which is the working directory."""
     (tmp_path / "mine.py").write_text("\n\n".join(example(name) for name in PARTS))
     (tmp_path / "my_reward.py").write_text(example("function"))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "extra.yaml").write_text(example("yaml", "yaml"))
+    for name in ("yaml", "own_part_yaml"):
+        (tmp_path / f"{name}.yaml").write_text(example(name))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     threads = torch.get_num_threads()
@@ -82,7 +71,7 @@ def here(tmp_path, monkeypatch):
 
 
 def parse(arguments, monkeypatch):
-    """Parse as the command line does, without building anything; whether it would then be built."""
+    """Parse as the command line does, without building anything; whether it would then be built, or help was shown."""
 
     def stop(self):
         raise StopIteration
@@ -93,12 +82,19 @@ def parse(arguments, monkeypatch):
         cli.HybridLightningCLI()
     except StopIteration:
         return True
+    except SystemExit as end:
+        if end.code or not any("help" in argument for argument in arguments):
+            raise
+        return True
     return False
 
 
 def run(arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["hybrid_lightning", *arguments])
     cli.main()
+
+
+# ---- commands
 
 
 def test_the_two_commands_are_marked_for_those_who_run_them():
@@ -117,6 +113,19 @@ def test_a_wrong_option_would_be_found(option, here, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         parse(["fit", "--config", "configs/gspo.yaml", option], monkeypatch)
     assert stopped.value.code == 2
+
+
+def test_other_commands_name_extras_scripts_and_options_that_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for words in shell_commands():
+        for named in re.findall(r"(?:\.|hybrid-lightning)\[([\w,-]+)\]", " ".join(words)):
+            assert set(named.split(",")) <= extras.keys(), words
+        if words[0] == "python" and words[1].endswith(".py"):
+            script = (ROOT / words[1]).read_text()
+            assert all(f'"{word}"' in script for word in words[2:] if word.startswith("--")), words
+
+
+# ---- examples
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -140,17 +149,18 @@ def test_a_function_of_ones_own_rewards(here, monkeypatch):
     assert re.search(r"arguments:\n +tolerance: 5\.0\n", saved.with_name("config.yaml").read_text())
 
 
-def test_the_config_on_top_of_another_trains(here, monkeypatch):
-    run(["fit", "--config", "configs/gspo.yaml", "--config", "extra.yaml", *SMALL], monkeypatch)
+def test_the_configs_on_top_of_another_train(here, monkeypatch):
+    run(["fit", "--config", "configs/gspo.yaml", "--config", "yaml.yaml", "--config", "own_part_yaml.yaml", *SMALL], monkeypatch)
     (saved,) = here.glob("runs/*/*/config.yaml")
-    assert "FormatReward" in saved.read_text() and saved.with_name("summary.json").is_file()
+    assert "FormatReward" in saved.read_text() and "mine.CappedLoss" in saved.read_text()
+    assert saved.with_name("summary.json").is_file()
 
 
 def test_the_python_example_trains_saves_and_loads(here, capsys):
     code = re.sub(r"max_steps=\d+", "max_steps=1, accelerator='cpu', enable_progress_bar=False", example("python"))
     code = code.replace("minibatches_per_rollout=2,", "minibatches_per_rollout=2, prompts_per_rollout=4, eval_samples=2,")
     names = {"__name__": "readme_example"}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "python.md", "exec"), names)
     assert len(names["policy"].plan.full_modules) == 3
     assert re.search(r"^\('(\[[\d ]*\])?\d+',\)$", capsys.readouterr().out, re.MULTILINE)
 
@@ -159,35 +169,124 @@ def test_the_module_that_is_no_policy_is_adapted(here, capsys):
     code = re.sub(r"max_steps=\d+", "max_steps=2, accelerator='cpu', enable_progress_bar=False", example("adaptable"))
     torch.manual_seed(0)
     names = {"__name__": "readme_example"}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "python.md", "exec"), names)
     assert names["module"].plan.full_modules and str(names["module"].plan.full_modules) in capsys.readouterr().out
 
 
 def test_every_python_and_yaml_block_is_run():
-    marked = re.findall(r"^<!-- run: (\w+) -->\n```(python|yaml)$", README, re.MULTILINE)
-    assert len(marked) == len(blocks("python")) + len(blocks("yaml"))
-    assert {name for name, _ in marked} == {*PARTS, "function", "yaml", "python", "adaptable"}, "each needs a test here"
+    marked = sum(len(re.findall(r"^<!-- run: \w+ -->\n```(?:python|yaml)$", text, re.MULTILINE)) for text in PAGES.values())
+    there = sum(len(blocks(language, text)) for text in PAGES.values() for language in ("python", "yaml"))
+    assert marked == there - 1, "all but the one of the reference, which its test reads"
+    assert examples().keys() == {*PARTS, "function", "yaml", "own_part_yaml", "python", "adaptable"}, "each needs a test here"
 
 
-def test_every_path_exists():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    named = re.findall(r"(?<![\w/.])(?:hybrid_lightning|callbacks|configs|results|tests|benchmarks|\.ci)/[\w./-]*\w/?", README)
-    assert len(named) > 10
-    missing = sorted({path for path in links + named if not (ROOT / path).exists()})
-    assert not missing, f"the README names what is not there: {missing}"
+# ---- paths and links
 
 
-def test_the_tree_is_complete():
-    entries = tree()
-    missing = [entry for entry in entries if not (ROOT / entry).exists()]
-    assert not missing, f"the README's tree has what is not there: {missing}"
-    told = {entry.rstrip("/") for entry in entries}
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page} links to {link}, which is not there"
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{page} links to {link}: there is no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_exists(page):
+    pattern = r"(?<![\w/.])(?:hybrid_lightning|callbacks|configs|results|tests|benchmarks|docs|\.ci)/[\w./-]*\w/?"
+    named = [path for path in re.findall(pattern, PAGES[page]) if not path.startswith("docs/_build")]
+    missing = sorted({path for path in named if not (ROOT / path).exists()})
+    assert not missing, f"{page} names what is not there: {missing}"
+
+
+def test_the_pages_name_paths():
+    assert len(re.findall(r"\bconfigs/\w+", "".join(PAGES.values()))) > 50
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_what_a_tree_names_is_there(page):
+    missing = [entry for entry in tree(page) if not (ROOT / entry).exists()]
+    assert not missing, f"the tree of {page} has what is not there: {missing}"
+
+
+def test_the_tree_of_the_architecture_has_every_room():
+    told = {entry.rstrip("/") for entry in tree("docs/architecture.md")}
     ignored = [line.strip().rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
-    ignored += [".git", ".gitignore", "README.md", "__init__.py", "__pycache__", "py.typed"]
+    ignored += [".git", ".gitignore", "__pycache__"]
 
     def shown(folder):
-        names = [path for path in folder.iterdir() if not any(fnmatch.fnmatch(path.name, pattern) for pattern in ignored)]
-        return {str(path.relative_to(ROOT)) for path in names if path.is_file() or any(path.iterdir())}
+        return [path for path in folder.iterdir() if not any(fnmatch.fnmatch(path.name, pattern) for pattern in ignored)]
 
-    untold = (shown(ROOT) | shown(ROOT / "hybrid_lightning")) - told
-    assert not untold, f"the README's tree lacks {sorted(untold)}"
+    rooms = [path for path in shown(ROOT / "hybrid_lightning") if path.is_dir() and any(path.iterdir())]
+    top = [path for path in shown(ROOT) if path.is_file() or any(path.iterdir())]
+    untold = {str(path.relative_to(ROOT)) for path in [*rooms, *top]} - told
+    assert not untold, f"the tree lacks {sorted(untold)}"
+
+
+def test_every_page_is_in_the_index():
+    pages = {str(path.relative_to(ROOT / "docs")) for path in DOCS} - {"index.md"}
+    assert pages == {link for link in links("docs/index.md") if not link.startswith("..")}
+
+
+def test_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    long = [line for line in prose(README).splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not long
+
+
+# ---- options, classes, defaults
+
+
+def test_the_reference_is_what_signatures_and_docstrings_say(generate):
+    stale = [name for name, make in generate.PAGES.items() if PAGES[f"docs/reference/{name}"] != make()]
+    assert not stale, f"{stale}: run python docs/generate.py"
+
+
+def test_every_option_that_is_named_exists(generate):
+    known = generate.keys()
+    known |= {f"trainer.{name}" for name in Trainer.__init__.__wrapped__.__code__.co_varnames}
+    sections = {"model", "data", "trainer", *generate.added().parts}
+    own = {key for key in known if key.partition(".")[0] in sections}
+    for page, text in PAGES.items():
+        if page in GENERATED:
+            continue
+        for code in re.findall(r"`(?:--)?([\w.]+)[^`]*`", prose(text)):
+            section, _, name = code.partition(".")
+            if (
+                section in sections
+                and name
+                and not name.endswith(("py", "help", "json", "jsonl", "yaml", "csv"))
+                and not re.match(r"trainer\.\w+\.", code)
+            ):
+                known_here = code in own or section in ("checkpoint", "trainer") or any(key.startswith(f"{code}.") for key in own)
+                assert known_here, f"{page} names the option {code}, which is not there"
+                if section == "trainer":
+                    assert code in own or code in ("trainer.callbacks",), f"{page}: Lightning's Trainer has no {code}"
+
+
+def test_every_class_that_is_named_exists(generate):
+    public = {name for room in generate.ROOMS for name in generate.public(room)}
+    kinds = r"\w+(?:Loss|Advantage|Source|Format|Penalty|Reward|Folder|Strategy|Mask|Truncation|Budget|Gradients|Schedule|Module)"
+    theirs = {"LightningModule", "LightningDataModule", "CappedLoss"}
+    for page, text in PAGES.items():
+        named = set(re.findall(rf"`({kinds})`", text))
+        assert named <= public | theirs, f"{page} names {sorted(named - public - theirs)}"
+
+
+def test_every_section_of_a_config_is_in_the_reference(generate):
+    sections = set(yaml.safe_load((ROOT / "configs" / "gspo.yaml").read_text())) - {"seed_everything"}
+    titles = set(re.findall(r"^## (\w+)$", PAGES["docs/reference/configuration.md"], re.MULTILINE))
+    assert titles >= {"model", "data", *generate.added().parts} - {"checkpoint"}, "what the command line adds"
+    assert sections - {"trainer", "checkpoint"} <= titles
+
+
+def test_the_checks_of_style_are_those_before_a_commit():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert all(repository["repo"] == "local" for repository in config["repos"]), "it needs no network"
+    hooks = {hook["entry"] for repository in config["repos"] for hook in repository["hooks"]}
+    checked = Path(ROOT / ".ci" / "run").read_text()
+    for entry in ("ruff check", "ruff format --check", "mypy"):
+        assert entry in hooks and f".venv/bin/{entry}" in checked

@@ -1,0 +1,128 @@
+"""How Sphinx builds these pages: `sphinx-build -W docs docs/_build`.
+
+The pages are plain Markdown. What Sphinx wants besides is made here: the tables of contents from the links of the index, and a
+page with the docstrings of each room.
+"""
+
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import generate  # noqa: E402
+
+from hybrid_lightning.configurable import Configurable  # noqa: E402
+
+project = "hybrid_lightning"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+root_doc = "index"
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "hybrid_lightning"
+html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
+myst_heading_anchors = 4
+autodoc_typehints = "none"  # the signature has them
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+python_maximum_signature_line_length = 100
+napoleon_use_rtype = False
+
+
+def setup(app: Any) -> None:
+    """Make what GitHub does not show."""
+    app.connect("builder-inited", write_rooms)
+    app.connect("source-read", add_contents)
+    app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", signature)
+    app.connect("autodoc-skip-member", skip)
+
+
+def write_rooms(app: Any) -> None:
+    """A page for each room, with the docstrings of its public names."""
+    folder = HERE / "reference" / "api"
+    folder.mkdir(exist_ok=True)
+    for room in generate.ROOMS:
+        title = f"hybrid_lightning.{room}"
+        lines = [title, "=" * len(title), "", f".. currentmodule:: {title}", ""]
+        for name, value in generate.public(room).items():
+            lines += [f".. auto{'class' if inspect.isclass(value) else 'function'}:: {name}", ""]
+        path, text = folder / f"{room}.rst", "\n".join(lines)
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+    for path in folder.glob("*.rst"):
+        if path.stem not in generate.ROOMS:
+            path.unlink()
+
+
+def add_contents(app: Any, page: str, source: list[str]) -> None:
+    """The links of each section of the index, in their order, are the contents of the site."""
+    here = (HERE / f"{page}.md").parent
+
+    def link(found: re.Match[str]) -> str:
+        outside = not (here / found[1]).resolve().is_relative_to(HERE)
+        return f"](path:{found[1]})" if outside else found[0]  # a file of the repository, which is no page
+
+    source[0] = re.sub(r"\]\(((?:\.\./)+[\w./-]+\.(?:md|yaml|py))\)", link, source[0])
+    if page == "reference/api":
+        source[0] += "\n" + _toctree("", [f"api/{room}" for room in generate.ROOMS])
+    if page == "index":
+        for title, section in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", source[0], re.DOTALL | re.MULTILINE):
+            links = [link for link in re.findall(r"^- .*?\]\(([\w/-]+)\.md\)", section, re.MULTILINE)]
+            source[0] += "\n" + _toctree(title, links)
+
+
+def _toctree(caption: str, pages: list[str]) -> str:
+    return "\n".join(["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), "", *pages, "```", ""])
+
+
+def as_rst(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text with `names` and indented formulas, which reStructuredText marks in other ways."""
+    blocks = re.split(r"\n[ \t]*\n", "\n".join(lines))
+    for number, block in enumerate(blocks):
+        inside = number > 0 and re.match(r"(Args|Returns|Raises|Yields|Attributes|Example|Note)s?:", blocks[number - 1])
+        if ">>>" in block:
+            continue
+        if block.startswith("    ") and not inside:
+            blocks[number] = f"::\n\n{block}"
+        elif re.match(r"\|.*\|\n\|-", block):  # a table
+            blocks[number] = "::\n\n" + re.sub(r"^", "    ", block, flags=re.MULTILINE)
+        else:
+            blocks[number] = _marked(block)
+    lines[:] = "\n\n".join(blocks).split("\n")
+    if what == "property":  # napoleon would take the word before a colon for its type
+        lines[:1] = [lines[0].replace(": ", "; ", 1)]
+
+
+def _marked(text: str) -> str:
+    parts = re.split(r"``?", text)
+    if len(parts) % 2 == 0:  # a quote that is none
+        return text.replace("`", r"\`")
+    for number, part in enumerate(parts):
+        if number % 2:
+            follows = parts[number + 1][:1]
+            before = parts[number - 1][-1:]
+            parts[number] = ("\\ " if before.isalnum() else "") + f"``{part}``" + ("\\ " if follows.isalnum() else "")
+        else:
+            parts[number] = re.sub(r"(?<!\*)\*(?!\*|\w+:)|\|(?=\S)|(?<=\w)_(?!\w)", lambda found: "\\" + found[0], part)
+    return "".join(parts)
+
+
+def signature(app: Any, what: str, name: str, thing: Any, options: Any, given: str | None, returns: str | None) -> Any:
+    """That of the constructor, where `Configurable` notes the arguments; the types are in the text, or in the configuration."""
+    if what != "class" or not issubclass(thing, Configurable):
+        return None
+    parameters = list(inspect.signature(thing.__init__).parameters.values())[1:]
+    return str(inspect.Signature([parameter.replace(annotation=parameter.empty) for parameter in parameters])), returns
+
+
+def skip(app: Any, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool | None:
+    """Leave out what comes from a library."""
+    module = getattr(thing, "__module__", None)
+    return True if isinstance(module, str) and module.split(".")[0] in ("lightning", "torch") else None

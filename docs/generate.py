@@ -1,0 +1,225 @@
+"""Writes the pages of the reference that say what classes say: `reference/configuration.md` and `reference/api.md`.
+
+    python docs/generate.py             # or --check, which only says whether they are stale
+
+Both are kept in git, so that they can be read where the repository is; a test fails when a class has changed and they have not.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import ModelCheckpoint as LightningModelCheckpoint
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, whatever is installed
+
+import hybrid_lightning.cli as cli
+from hybrid_lightning import export
+from hybrid_lightning.callbacks import HybridAdapterSetup, PolicyExport, PredictionWriter, RewardDivergence, RolloutSamples
+from hybrid_lightning.cli_help import Section
+from hybrid_lightning.cli_parser import known_classes, type_of
+from hybrid_lightning.configurable import public_path
+from hybrid_lightning.data import PromptDataModule
+from hybrid_lightning.policy import Bfloat16Precision, LanguageModule, PolicyModule
+from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
+
+REFERENCE = Path(__file__).parent / "reference"
+# Rooms of the package whose names are public, in the order of the two flows.
+ROOMS = (
+    "types", "data", "rollout", "rewards", "advantages", "losses", "adapters", "policy", "metrics", "sharding", "export",
+    "callbacks", "trainer", "process", "configurable", "errors",
+)  # fmt: skip
+GENERATED = "<!-- Written by docs/generate.py from signatures and docstrings: change those and run it again. -->\n"
+
+_CONFIGURATION = """\
+# Configuration
+
+Every option of every class that a config or the command line can name, with its type, its default and what its docstring says of
+it. A config has them as `class_path` and `init_args`, the command line as `--KEY=CLASS` and `--KEY.OPTION=VALUE`:
+
+```yaml
+model:
+  loss:
+    class_path: GSPOLoss
+    init_args: {clip_high: 5.0e-4}
+```
+
+```bash
+python -m hybrid_lightning fit --config configs/gspo.yaml --model.loss=GSPOLoss --model.loss.clip_high=5e-4
+```
+
+A class of this package goes by its name alone, any other one, such as your own, by `module.Class`. Where a text says None, a
+config and the command line say `null`. `--print_config` shows the config that results, and `--help` behind it the options of the
+classes that it names, with their values.
+
+What is not listed here is Lightning's or torch's: the options of `trainer`, of optimizers and of loggers. These defaults of
+`trainer` and `checkpoint` differ from Lightning's:
+
+"""
+
+
+def configuration() -> str:
+    """The page of all options."""
+    page = [GENERATED, _CONFIGURATION, *_changed_defaults()]
+    seen: set[type] = set()
+    for title, text, key, classes in _roots():
+        page.append(f"\n## {title}\n\n{text}\n")
+        for place, part, options in _parts(key, classes):
+            if part not in seen:
+                seen.add(part)
+                page.append(f"\n### {part.__name__}\n\n`{place}`: {_sentence(part)}\n\n")
+                page += [_option(action) for action in options] or ["No options.\n"]
+    return "".join(page)
+
+
+def keys() -> set[str]:
+    """All options as they are typed, such as `model.loss.clip_low`, and what can be named, such as `model.loss`."""
+    return {action.dest for _, _, key, classes in _roots() for _, _, options in _parts(key, classes) for action in options}
+
+
+def _parts(key: str, classes: list[type]) -> Iterator[tuple[str, type, list[Any]]]:
+    """Where a class can be named, the class, and its options; what it takes itself comes after all classes of its kind."""
+    waiting = [(key, part) for part in classes]
+    found = set()
+    while waiting:
+        place, part = waiting.pop(0)
+        if (place, part) in found or place.count(".") > 3:
+            continue
+        found.add((place, part))
+        options = Section(place, part, {}).options()
+        yield place, part, options
+        waiting += [(action.dest, other) for action in options for other in _ours(type_of(action))]
+
+
+def _roots() -> Iterator[tuple[str, str, str, list[type]]]:
+    models = sorted(_ours(LanguageModule), key=lambda part: part is not PolicyModule)  # stable: it comes first
+    yield "model", "What is trained and how: by RL, on demonstrations, or on preferences.", "model", models
+    yield "data", "Where problems come from and how they are asked.", "data", [PromptDataModule]
+    yield "adapter", "Which modules are fully trained, and the LoRA of the others.", "adapter", [HybridAdapterSetup]
+    yield "samples", "Pages of sampled completions for the loggers.", "samples", [RolloutSamples]
+    yield "divergence", "A warning where a part of the reward rises while correctness falls.", "divergence", [RewardDivergence]
+    yield "predictions", "What `predict` writes.", "predictions", [PredictionWriter]
+    yield "form", "What `export` writes: `--form CLASS`, `--form.OPTION`.", "form", _ours(export.ExportForm)
+    text = "Beside those that every command adds: `--trainer.callbacks+=CLASS`."
+    yield "trainer.callbacks", text, "trainer.callbacks", [PolicyExport]
+    text = "For several devices (`configs/strategy/` has them ready); what they hand on is Lightning's."
+    yield "trainer.strategy", text, "trainer.strategy", [FSDP2Strategy, FSDP1Strategy]
+    yield "trainer.plugins", "For `bf16-true`, which is chosen by `--trainer.precision`.", "trainer.plugins", [Bfloat16Precision]
+
+
+def _changed_defaults() -> list[str]:
+    given = {key: value for key, value in added().defaults.items() if key.startswith(("trainer.", "checkpoint."))}
+    theirs: dict[str, Any] = {}
+    for key, base in (("trainer", LightningTrainer), ("checkpoint", LightningModelCheckpoint)):
+        parameters = inspect.signature(base.__init__).parameters.values()
+        theirs |= {f"{key}.{parameter.name}": parameter.default for parameter in parameters}
+    rows = [f"| `{key}` | `{_plain(value)}` | `{_plain(theirs[key])}` |\n" for key, value in given.items()]
+    return ["| option | default here | Lightning's |\n|---|---|---|\n", *rows]
+
+
+class _Recorder:
+    """Takes down what the command line adds to its parser."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, type] = {}
+        self.defaults: dict[str, Any] = {}
+
+    def add_lightning_class_args(self, part: type, key: str) -> None:
+        self.parts[key] = part
+
+    def set_defaults(self, defaults: dict[str, Any]) -> None:
+        self.defaults |= defaults
+
+
+def added() -> _Recorder:
+    """The groups of options that the command line has beside `model`, `data` and `trainer`, and all its defaults."""
+    recorder = _Recorder()
+    cli.HybridLightningCLI.add_arguments_to_parser(None, recorder)  # type: ignore[arg-type]
+    return recorder
+
+
+def _ours(kind: Any) -> list[type]:
+    return [part for part in known_classes(kind).values() if part.__module__.startswith("hybrid_lightning.")]
+
+
+def _option(action: Any) -> str:
+    name = action.dest.rpartition(".")[2]
+    facts = [f"`{_type(type_of(action))}`", "required" if action.required else f"default `{_plain(action.default)}`"]
+    return f"- **`{name}`** ({', '.join(facts)}): {_text(action.help)}\n"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict) and "class_path" in value:
+        return str(value["class_path"]).rpartition(".")[2]
+    if isinstance(value, type):
+        return public_path(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type(kind: Any) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        return " | ".join(_type(part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return " | ".join(str(choice) for choice in get_args(kind))
+    if get_origin(kind) is Callable:
+        return _type(get_args(kind)[1])  # called with the parameters that it trains
+    if get_args(kind):
+        return f"{get_origin(kind).__name__}[{', '.join(_type(part) for part in get_args(kind))}]"
+    return "null" if kind is NoneType else "..." if kind is Ellipsis else getattr(kind, "__name__", "") or str(kind or "any")
+
+
+def _sentence(part: Any) -> str:
+    return re.sub(r":$", ".", _text((inspect.getdoc(part) or "").split("\n\n")[0]))
+
+
+def _text(text: str | None) -> str:
+    """One line of Markdown: docstrings are nearly that, but for what stands in doubled backticks and signs outside of any."""
+    text = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", " ".join((text or "").replace("``", "`").split()))
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([*_<>|\[\]])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)
+
+
+_API = """\
+# API
+
+The public names of the package, by room. Import them from there, such as `from hybrid_lightning.losses import GSPOLoss`: these
+paths stay, also where files move. The built pages have the whole docstrings, with all members; `help(GSPOLoss)` has them in
+Python. Losses, advantages and scorers need torch alone.
+"""
+
+
+def api() -> str:
+    """The page of all public names."""
+    page = [GENERATED, _API]
+    for room in ROOMS:
+        module = import_module(f"hybrid_lightning.{room}")
+        page.append(f"\n## hybrid_lightning.{room}\n\n{_sentence(module)}\n\n| name | what |\n|---|---|\n")
+        page += [f"| `{name}` | {_sentence(value)} |\n" for name, value in public(room).items()]
+    return "".join(page)
+
+
+def public(room: str) -> Mapping[str, Any]:
+    """The classes and functions that a room exports."""
+    module = import_module(f"hybrid_lightning.{room}")
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    names = getattr(module, "__all__", [name for name in own if not name.startswith("_")])
+    found = {name: getattr(module, name) for name in names}
+    return {name: value for name, value in found.items() if inspect.isclass(value) or inspect.isfunction(value)}
+
+
+PAGES: Mapping[str, Callable[[], str]] = {"configuration.md": configuration, "api.md": api}
+
+if __name__ == "__main__":
+    made = {REFERENCE / name: make() for name, make in PAGES.items()}
+    stale = [str(path) for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv and stale:
+        sys.exit(f"stale: {', '.join(stale)}; run python docs/generate.py")
+    for path, text in made.items():
+        path.write_text(text, encoding="utf-8")

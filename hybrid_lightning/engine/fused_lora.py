@@ -32,7 +32,7 @@ class Factors(NamedTuple):
 
 
 class FusedLora(lora.Linear):
-    """A `peft.tuners.lora.Linear` that computes plain LoRA on a plain linear layer faster; all else is left to PEFT."""
+    """A `peft.tuners.lora.Linear` that computes plain LoRA on a plain linear layer faster, and leaves other cases to PEFT."""
 
     prepacked: Callable[[Tensor], Tensor] | None = None  # see `prepacked_weights`
     backend = Backend()  # without operators, until it gets that of its model
@@ -69,7 +69,7 @@ class FusedLora(lora.Linear):
         return None if self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0 else name
 
     def plain_adapter_in_eval(self) -> str | None:
-        """The same without dropout, as in eval mode."""
+        """The same for eval mode, where dropout does not count."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.base_layer
         if self.disable_adapters or self.merged or len(active) != 1 or type(base) is not nn.Linear or base.weight.requires_grad:
@@ -84,7 +84,7 @@ def use_fused_lora(model: nn.Module, backend: Backend) -> None:
 
 
 def use_peft_lora(model: nn.Module, backend: Backend) -> None:
-    """Undo `use_fused_lora`: on a quantized base PEFT's own LoRA layers compute, which keep more."""
+    """Undo `use_fused_lora`: on a quantized base PEFT's own LoRA layers are used, which keep more for the backward pass."""
     replace_modules(model, lambda module: lora.Linear if type(module) is FusedLora else None, backend)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hybrid_lightning.engine.cpu import operators as calls
 
-DECODED_HEAD_SIZES = {32, 64, 96, 128, 256}  # that `decode_attention` was compiled for
+DECODED_HEAD_SIZES = {32, 64, 96, 128, 256}  # values of D that `decode_attention` is compiled for
 
 
 def decode_attention(
@@ -87,7 +87,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, 
 def packed_attention_backward(
     outer: Tensor, query: Tensor, key: Tensor, value: Tensor, groups: Groups, window: int | None, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from that of `packed_attention`."""
+    """Gradients of query, key and value from the gradient of `packed_attention`."""
     parts = [_dense_tokens(part) for part in (query, key, value)]
     results = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
     numbers = _packed_numbers(parts, groups, window, scaling)

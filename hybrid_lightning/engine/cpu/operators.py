@@ -87,7 +87,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def rms_norm_backward(outer: Tensor, x: Tensor, weight: Tensor, inverses: Tensor) -> Tensor:
-    """Gradient of x [..., n] from that of its norm."""
+    """Gradient of x [..., n] from the gradient of `rms_norm`."""
     outer, x, size = outer.contiguous(), x.contiguous(), x.shape[-1]
     result = torch.empty_like(x)
     call("rms_norm_backward", x.dtype, (outer, x, weight, inverses, result), x.numel() // size, size)
@@ -105,7 +105,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gated_silu_backward(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up from that of silu(gate) up."""
+    """Gradients of gate and up from the gradient of `gated_silu`."""
     outer, gate, up = outer.contiguous(), gate.contiguous(), up.contiguous()
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     call("gated_silu_backward", gate.dtype, (outer, gate, up, of_gate, of_up), gate.numel())
@@ -162,7 +162,7 @@ _MOST = 16_384
 
 
 def pays(down: Tensor, up: Tensor) -> bool:
-    """Whether these kernels are the faster ones for A and B."""
+    """Whether these kernels are faster than torch's products for factors A and B of these sizes."""
     return down.numel() + up.numel() <= _MOST
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hybrid_lightning.engine.backend import Backend, product
-from hybrid_lightning.engine.cpu.operators import add_low_rank, low_rank_gradients, pays
+from hybrid_lightning.engine.cpu.operators import add_low_rank, low_rank_gradients, low_rank_pays
 
 
 class Factors(NamedTuple):
@@ -58,7 +58,7 @@ class FusedLora(lora.Linear):
         base = self.base_layer
         assert isinstance(base, nn.Linear)
         lora_a, lora_b = weight_of(self.lora_A[adapter]), weight_of(self.lora_B[adapter])
-        fused = dtype == torch.float32 and pays(lora_a, lora_b) and self.backend.usable_in_layers(x, lora_a, lora_b)
+        fused = dtype == torch.float32 and low_rank_pays(lora_a, lora_b) and self.backend.usable_in_layers(x, lora_a, lora_b)
         bias = None if base.bias is None else base.bias.to(dtype)
         return Factors(base.weight.to(dtype), bias, lora_a.to(dtype), lora_b.to(dtype), self.scaling[adapter], fused)
 

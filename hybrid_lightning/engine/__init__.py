@@ -1,7 +1,7 @@
-"""What makes a model's passes fast: packing, attention, decoding, fused layers, log-probabilities; `cpu/` for CPUs, in C++.
+"""What makes a model's passes fast: packing, attention, decoding, fused layers, log-probabilities; in `cpu/`, kernels in C++.
 
-The other parts of the project use the names below, and above all `Engine`. A name is imported when it is asked for, since some
-need PEFT, which takes a second to import.
+The other parts of the project use the names below, above all `Engine`. A name is imported at its first use, since some need PEFT,
+which takes a second to import.
 """
 
 from typing import TYPE_CHECKING

@@ -6,7 +6,7 @@ key-value heads (grouped-query attention: H = K * R), D numbers a head.
 Three ways to compute it, which give the same numbers:
 
 - by one operator of our own over all packed tokens, on CPUs that have it. Nothing is cut out or padded, scores exist for a
-  dozen queries at a time, and nothing but queries, keys and values is kept for the backward pass. On two cores (AMD EPYC, Zen
+  dozen queries at a time, and only queries, keys and values are kept for the backward pass. On two cores (AMD EPYC, Zen
   4) forward and backward pass took 0.3 to 0.6 of the time of matrix products, at prompts of 6 to 512 and completions of 10 to
   128 tokens;
 - by matrix products over all queries of a prompt at once, with a backward pass of their own. On CPUs this is many times faster
@@ -35,7 +35,7 @@ Masks = tuple[Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What a model's layer asks for besides queries, keys and values."""
+    """What a layer of a model asks of attention besides queries, keys and values."""
 
     scaling: float | None = None  # factor of the scores; None: 1 / sqrt(D)
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
@@ -102,12 +102,12 @@ def shared_attention(
         masks: Bool, broadcastable to [P, 1, G, 1, T, S] and [P, 1, G, 1, T, M]: True where a query may look. Every query must see
             a key.
         settings: What the layer asks for.
-        backend: That of the model.
+        backend: The model's backend.
 
     Returns:
         [P, K, G, R, T, D] in the dtype of the values.
     """
-    by_products = backend.products_are_faster(query.device) or settings.softcap is not None  # no kernel has the latter
+    by_products = backend.products_are_faster(query.device) or settings.softcap is not None  # no kernel has a softcap
     compute = _by_products if by_products else _by_kernel
     if by_products and settings.plain and torch.is_grad_enabled():
         keys, values = (None, None) if prompt is None else prompt
@@ -121,13 +121,13 @@ def shared_attention(
     return result
 
 
-def each(part: Tensor) -> Tensor:
+def _by_completion(part: Tensor) -> Tensor:
     """[P, K, G, R, T, x] -> [P K G, R T, x]: one product for the queries of a completion with its own keys."""
     prompts, heads, samples, repeats, length, _ = part.shape
     return part.reshape(prompts * heads * samples, repeats * length, -1)
 
 
-def all_of_prompt(part: Tensor) -> Tensor:
+def _by_prompt(part: Tensor) -> Tensor:
     """[P, K, G, R, T, x] -> [P K, G R T, x]: one product for the queries of all completions with the prompt's keys."""
     prompts, heads, samples, repeats, length, _ = part.shape
     return part.reshape(prompts * heads, samples * repeats * length, -1)
@@ -146,14 +146,14 @@ def _scaled(query: Tensor, settings: AttentionSettings) -> Tensor:
 
 
 def _weights(scaled: Tensor, prompt_keys: Tensor | None, keys: Tensor, masks: Masks, settings: AttentionSettings) -> Tensor:
-    """[P, K, G, R, T, S + M], those of the prompt first.
+    """Attention weights [P, K, G, R, T, S + M]; the prompt's keys come first.
 
     Scores are float32, as the fused kernels have them: in bfloat16 a score of 10 is off by up to 0.03.
     """
     shape = scaled.shape[:-1]
-    scores = [torch.bmm(each(scaled), keys.float().flatten(0, 2).transpose(1, 2)).view(*shape, -1)]
+    scores = [torch.bmm(_by_completion(scaled), keys.float().flatten(0, 2).transpose(1, 2)).view(*shape, -1)]
     if prompt_keys is not None:
-        scores.insert(0, torch.bmm(all_of_prompt(scaled), prompt_keys.float().flatten(0, 1).transpose(1, 2)).view(*shape, -1))
+        scores.insert(0, torch.bmm(_by_prompt(scaled), prompt_keys.float().flatten(0, 1).transpose(1, 2)).view(*shape, -1))
     if settings.softcap is not None:
         scores = [settings.softcap * torch.tanh(part / settings.softcap) for part in scores]
     used = masks if prompt_keys is not None else masks[1:]
@@ -162,20 +162,20 @@ def _weights(scaled: Tensor, prompt_keys: Tensor | None, keys: Tensor, masks: Ma
 
 
 def _weighted(weights: Tensor, prompt_values: Tensor | None, values: Tensor) -> Tensor:
-    """The sum of values that the weights say, [P, K, G, R, T, D]."""
+    """The sum of the values by their weights, [P, K, G, R, T, D]."""
     shape = (*weights.shape[:-1], values.shape[-1])
-    result = torch.bmm(each(weights[..., -values.shape[3] :]), values.flatten(0, 2)).view(shape)
+    result = torch.bmm(_by_completion(weights[..., -values.shape[3] :]), values.flatten(0, 2)).view(shape)
     if prompt_values is not None:
-        of_prompt = torch.bmm(all_of_prompt(weights[..., : -values.shape[3]]), prompt_values.flatten(0, 1))
+        of_prompt = torch.bmm(_by_prompt(weights[..., : -values.shape[3]]), prompt_values.flatten(0, 1))
         result = result + of_prompt.view(shape)
     return result
 
 
 class _Products(torch.autograd.Function):
-    """`_by_products` with a backward pass, for which the attention weights are kept or computed again.
+    """`_by_products` with a backward pass of its own.
 
-    Where a query sees more keys than it has numbers, its weights are larger than all else that a layer keeps: they are computed
-    again.
+    The attention weights are kept for it, unless a query sees more keys than it has numbers: they would then be larger than all
+    else that a layer keeps, and are computed again.
     """
 
     @staticmethod
@@ -208,22 +208,22 @@ class _Products(torch.autograd.Function):
             own = keys.shape[3]
             gradient = gradient.to(values.dtype).contiguous()
             used = weights.to(values.dtype)
-            of_values = torch.bmm(each(used[..., -own:]).transpose(1, 2), each(gradient)).view_as(values)
-            slopes = [torch.bmm(each(gradient), values.flatten(0, 2).transpose(1, 2)).view(*weights.shape[:-1], own)]
+            of_values = torch.bmm(_by_completion(used[..., -own:]).transpose(1, 2), _by_completion(gradient)).view_as(values)
+            slopes = [torch.bmm(_by_completion(gradient), values.flatten(0, 2).transpose(1, 2)).view(*weights.shape[:-1], own)]
             of_prompt_keys = of_prompt_values = None
             if prompt_keys is not None:
-                whole = all_of_prompt(gradient)
-                of_prompt_values = torch.bmm(all_of_prompt(used[..., :-own]).transpose(1, 2), whole).view_as(prompt_values)
+                whole = _by_prompt(gradient)
+                of_prompt_values = torch.bmm(_by_prompt(used[..., :-own]).transpose(1, 2), whole).view_as(prompt_values)
                 slopes.insert(0, torch.bmm(whole, prompt_values.flatten(0, 1).transpose(1, 2)).view(*weights.shape[:-1], -1))
             del used
             slope = (torch.cat(slopes, dim=-1) if len(slopes) > 1 else slopes[0]).float()
             del slopes
             slope = torch._softmax_backward_data(slope, weights, -1, torch.float32)  # of the scores
-            of_keys = torch.bmm(each(slope[..., -own:]).transpose(1, 2), each(scaled)).view_as(keys)
-            of_query = torch.bmm(each(slope[..., -own:]), keys.float().flatten(0, 2)).view(query.shape)
+            of_keys = torch.bmm(_by_completion(slope[..., -own:]).transpose(1, 2), _by_completion(scaled)).view_as(keys)
+            of_query = torch.bmm(_by_completion(slope[..., -own:]), keys.float().flatten(0, 2)).view(query.shape)
             if prompt_keys is not None:
-                whole = all_of_prompt(slope[..., :-own])
-                of_prompt_keys = torch.bmm(whole.transpose(1, 2), all_of_prompt(scaled)).view_as(prompt_keys)
+                whole = _by_prompt(slope[..., :-own])
+                of_prompt_keys = torch.bmm(whole.transpose(1, 2), _by_prompt(scaled)).view_as(prompt_keys)
                 of_prompt_keys = of_prompt_keys.to(prompt_keys.dtype)
                 of_query += torch.bmm(whole, prompt_keys.float().flatten(0, 1)).view(query.shape)
             of_query *= ctx.settings.factor(query)

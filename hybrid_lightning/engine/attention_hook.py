@@ -1,4 +1,4 @@
-"""How a Hugging Face model is made to attend as a `Packing` says, and the trial whether that gives the model's own numbers.
+"""Makes a Hugging Face model attend as a `Packing` says, and tries whether that gives the model's own numbers.
 
 The sequences of a batch go through the model as one packed sequence without padding; everything in a decoder but attention treats
 each token by itself. The model's attention layers call the function registered here with transformers' attention interface. It
@@ -6,8 +6,8 @@ hands queries, keys and values to the packing that came with the call, or, for a
 model had.
 
 A family whose attention is not what a packing computes (sinks, biases, recurrent layers, chunks) would silently give other
-numbers. So each model is tried once: first what its layers ask for, then a few tokens both ways. One that fails keeps its own
-way.
+numbers. So each model is tried once: first what its layers ask of attention is checked, then a few tokens are computed both ways.
+A model that fails keeps its own attention.
 """
 
 import logging
@@ -30,7 +30,7 @@ from hybrid_lightning.types import Sequences
 logger = logging.getLogger(__name__)
 
 _PREFIX = "packed_"
-# Tensors that layers hand to attention, and that say nothing about who attends to whom.
+# Tensors that layers hand to attention but that have no influence on it.
 _HARMLESS = {"position_ids", "cache_position"}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # Relative to the spread of the logits. Wrong attention changes them by tenths at least.
@@ -106,7 +106,7 @@ def try_packing(model: nn.Module, backend: Backend) -> AttentionCalls:
 
     Args:
         model: Causal language model.
-        backend: That of its fused layers.
+        backend: The backend of its fused layers.
 
     Returns:
         What its layers ask of attention.

@@ -1,12 +1,12 @@
-"""`Backend`: by what the passes of one model are computed: our operators and oneDNN on a CPU, torch elsewhere.
+"""`Backend`: what computes the passes of one model: our operators and oneDNN on a CPU, torch elsewhere.
 
 oneDNN's matrix products are here, too, since torch's own are slower on some CPUs. With AVX-512 torch multiplies float32 matrices
 by MKL, which uses AVX2 on processors of other makers: oneDNN took 0.37 ms for [950, 128] x [128, 384] where MKL took 0.83 (AMD
 EPYC, Zen 5, one thread), with sums of the same precision. On a Zen 4 both ran at the processor's peak. A weight that many
 products use can be kept in the order in which oneDNN reads it: in bfloat16 that took 0.8 of the time at 32 rows and 0.6 at 8.
 
-torch offers oneDNN's products only as the operator that its compiler emits. Where that is missing, and for all else, the product
-functions here are torch's.
+torch offers oneDNN's products only as an operator for its compiler. Where that operator is missing, and on other devices, the
+product functions here use torch's products.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,10 +25,10 @@ _FEWEST = 500_000  # multiplications in a product; with fewer, oneDNN's call cos
 
 
 class Backend:
-    """Says what there is for some tensors, and what pays on a device.
+    """Says whether there are operators for some tensors, and which ways to compute pay on a device.
 
-    The fused layers of a model use operators while a pass of the engine runs, and at no other time: called by itself a model
-    computes what transformers does, bit for bit, and operators sum up in another order.
+    The fused layers of a model use operators only while a pass of the engine runs. Operators sum up in another order than torch,
+    and a model that is called by itself has to compute what transformers does, bit for bit.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Backend:
 
     @contextmanager
     def in_pass(self, value: bool = True) -> Iterator[None]:
-        """Within this context the fused layers know that a pass of the engine runs; with False, that none does."""
+        """Within this context the fused layers take it that a pass of the engine runs; with False, that none runs."""
         before, self._in_pass = self._in_pass, value
         try:
             yield
@@ -44,7 +44,7 @@ class Backend:
             self._in_pass = before
 
     def recomputed_alike(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """The `context_fn` of `torch.utils.checkpoint`, by which a repeated forward pass uses the operators of the first one."""
+        """The `context_fn` of `torch.utils.checkpoint` with which a recomputed forward pass uses the same operators again."""
         return nullcontext(), self.in_pass(self._in_pass)
 
     def usable(self, *tensors: Tensor) -> bool:
@@ -66,7 +66,7 @@ class Backend:
 
         Args:
             logits: [B, V].
-            uniform: Numbers from 0 to 1 that decide, [B, 1] float64.
+            uniform: Uniform random numbers in [0, 1), [B, 1] float64.
             temperature: Divides the logits.
 
         Returns:
@@ -100,10 +100,10 @@ class Backend:
 
 
 class PlannedBackend(Backend):
-    """What would be computed by on a CPU or on an accelerator, for fake tensors, whatever they pretend to lie on.
+    """The backend that a CPU or an accelerator would have, for fake tensors, whatever device they seem to be on.
 
     Args:
-        on_cpu: Or on an accelerator.
+        on_cpu: Whether it is that of a CPU, or of an accelerator.
     """
 
     def __init__(self, on_cpu: bool) -> None:
@@ -124,7 +124,7 @@ class PlannedBackend(Backend):
         return self._on_cpu
 
     def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """See `Backend`; with a copy where there would be one, since oneDNN's packs no fake tensors."""
+        """See `Backend`. A plain copy stands for the prepacked one, since oneDNN cannot pack fake tensors."""
         kept = weight.clone() if self._on_cpu and packs(weight.dtype) else weight
         return lambda rows: F.linear(rows, kept)
 
@@ -136,7 +136,7 @@ def has_operators() -> bool:
 
 @cache
 def _has_onednn() -> bool:
-    """Whether the operators are there, and the processor is one where they are faster."""
+    """Whether torch has oneDNN's operators, and the processor is one where they are faster."""
     packed = hasattr(torch.ops, "mkldnn") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     reorder = hasattr(torch.ops, "mkldnn") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return torch.backends.mkldnn.is_available() and packed and reorder and "AVX512" in torch.backends.cpu.get_cpu_capability()
@@ -164,7 +164,7 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether `prepacked_product` holds a copy of a weight of this dtype on this CPU; it lies where torch counts no tensor."""
+    """Whether `prepacked_product` copies a weight of this dtype on this CPU, into memory that torch does not count."""
     return dtype in _PACKED_DTYPES and _has_onednn()
 
 

@@ -1,11 +1,11 @@
 """A decoder's forward pass as plain calls of what its layers consist of, for the tens of thousands of layers of a rollout.
 
-transformers calls a dozen modules a layer, each of which looks for hooks, passes its arguments on by name, and cuts and turns
-its tensors. On a CPU that takes as long as a small model's layer computes: without, a token of SmolLM2-135M took 0.9 of the time
-and one of the embedded policy 0.8, with the same numbers bit for bit. On an accelerator what lies between the layers' attentions
-is compiled.
+transformers calls a dozen modules per layer, each of which looks for hooks, passes its arguments on by name, and slices and
+transposes its tensors. On a CPU that takes as long as a small model's layer computes: without it a token of SmolLM2-135M took 0.9
+of the time and one of the embedded policy 0.8, with the same numbers bit for bit. On an accelerator torch compiles all of a layer
+but its attention.
 
-Once for each model both passes are tried on a few tokens. Where their numbers differ, the model's own pass is used.
+Once for each model both passes are tried on a few tokens. If their numbers differ, the model's own pass is used.
 """
 
 import logging
@@ -31,10 +31,10 @@ Maker = Callable[[Any, list[KnownLayer], Backend], Pass]
 
 
 class FastDecoder:
-    """Makes a model's fastest pass that gives the same as its own; which one that is, is found out once.
+    """Makes the fastest pass of a model that gives the same numbers as its own; which one that is, is tried once.
 
     Attributes:
-        why_own: Why the model's own pass is all there is, in words for the user; empty where there is another.
+        why_own: Why the model's own pass has to be used, in words for the user; empty where there is a faster one.
         why_not_compiled: Why its layers are not compiled; empty where they are, or where that would not pay.
     """
 
@@ -44,12 +44,12 @@ class FastDecoder:
         self._tried = False
 
     def new_pass(self, model: nn.Module, layers: list[KnownLayer], backend: Backend) -> Pass | None:
-        """The pass, while weights do not change; None if the model's own is all there is.
+        """Make the pass, for as long as weights do not change; None if the model's own has to be used.
 
         Args:
             model: Causal language model in eval mode, within `prepacked_weights`.
-            layers: Those of its decoder.
-            backend: That of its fused layers.
+            layers: The layers of its decoder.
+            backend: The backend of its fused layers.
         """
         decoder = base_model(model).get_decoder()
         if not self._tried:
@@ -60,17 +60,17 @@ class FastDecoder:
 
         def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
             if self._make is _compiled_pass:
-                try:  # which may be compiled anew long after its trial, such as for inference mode
+                try:  # it may be compiled again long after the trial, as for inference mode
                     return compiled(ids, positions, packing)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     self._make = _plain_pass
                     self._give_up_compiling(decoder, f"{type(error).__name__}: {error}")
-            return plain(ids, positions, packing)  # whatever the packing got before, it gets the same once more
+            return plain(ids, positions, packing)  # the packing gets again what it got before the error
 
         return hidden_states
 
     def _try(self, model: nn.Module, decoder: Any, layers: list[KnownLayer], backend: Backend) -> Maker | None:
-        """What makes the fastest pass that gives the same as the model's own; None for none."""
+        """The function that makes the fastest pass with the model's own numbers; None if there is none."""
         device = next(decoder.parameters()).device
         ids = torch.arange(2, 14, device=device).view(2, 6) % decoder.config.vocab_size
         mask = torch.ones_like(ids, dtype=torch.bool)
@@ -188,7 +188,7 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer], b
 
 
 def _difference(found: Tensor, expected: Tensor) -> str:
-    """How two results differ that should be the same; empty if they do not."""
+    """How two results differ that should be the same; empty if they are."""
     if found.dtype != expected.dtype:
         return f"{found.dtype} instead of {expected.dtype}"
     # Bit for bit on a CPU by plain calls; products of an accelerator may sum up otherwise for another number of axes.

@@ -1,7 +1,7 @@
 """Decoder layers whose computation is known: those that compute what Llama's, Mistral's, Qwen2's or Qwen3's do.
 
-They are recognised by their classes and by what they consist of, and a trial then has to give the same numbers (`decoder.py`).
-Modules whose calls are watched by hooks, as by FSDP's, have to be called as modules: they are not known.
+They are recognised by their classes and their parts, and a trial then has to give the same numbers (`decoder.py`). A layer with
+hooks, such as FSDP's, does not count as known, since its modules have to be called as modules.
 
 For accelerators, what a layer computes before and after its attention is two functions that torch compiles. Uncompiled, a token
 of a layer takes some sixty small operations there, each of which takes longer to launch than to compute. The functions take
@@ -57,20 +57,20 @@ class KnownLayer(NamedTuple):
     mlp: FusedMLP
 
     def same_input(self) -> list[list[nn.Module]]:
-        """Layers that are multiplied together."""
+        """Sets of linear layers with the same input, which are multiplied together."""
         return [self.queries_keys_values, [self.mlp.gate_proj, self.mlp.up_proj]]
 
 
 def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[KnownLayer]:
-    """The decoder's layers.
+    """The layers of a decoder, taken apart.
 
     Args:
         decoder: The decoder of a causal language model.
         calls: What its layers ask of attention.
-        backend: That of its fused layers.
+        backend: The backend of its fused layers.
 
     Raises:
-        UnknownLayerError: Unless all of the decoder is known and none of its modules is watched by hooks.
+        UnknownLayerError: If a part of the decoder is not known, or a module has hooks.
     """
     if type(decoder) not in _FAMILIES:
         blocks = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
@@ -216,7 +216,7 @@ class CompiledLayer:
 
 
 def compiled_layers(layers: list[KnownLayer]) -> list[CompiledLayer] | None:
-    """The layers; None where one has a projection of another kind, such as a quantized one."""
+    """The layers, to be compiled; None if one has a projection of another kind, such as a quantized one."""
     result = [_compiled_layer(layer) for layer in layers]
     whole = [layer for layer in result if layer is not None]
     return whole if len(whole) == len(result) else None
@@ -248,7 +248,7 @@ def _norm(norm: FusedRMSNorm) -> Norm:
 
 
 def _call(function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> Any:
-    if len(rows[0]) < 2:  # sizes of 0 and 1 are compiled for themselves, which one last row is not worth
+    if len(rows[0]) < 2:  # torch compiles sizes 0 and 1 separately, which does not pay for one last row
         return function(*rows, layer)
     for part in rows:
         torch._dynamo.mark_dynamic(part, 0)
@@ -259,7 +259,7 @@ def _call(function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTu
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     from torch._inductor import config
 
-    # Intermediate results rounded as without a compiler, so that sampling and training agree; and no choice of kernels by timing,
-    # so that a run that is resumed goes on with the same numbers.
+    # Round intermediate results as without a compiler, so that sampling and training agree, and choose no kernels by timing, so
+    # that a resumed run goes on with the same numbers.
     wanted = ("emulate_precision_casts", "deterministic")
     return torch.compile(function, fullgraph=True, options={name: True for name in wanted if hasattr(config, name)})

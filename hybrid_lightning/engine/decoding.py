@@ -1,4 +1,4 @@
-"""`Decoding`: how the sampler goes through a model token by token. One way serves every model, a faster one those that pack.
+"""`Decoding`: how the sampler goes through a model token by token: one way for every model, and a faster one for packed models.
 
 `SharedPromptDecoding` keeps one copy of each prompt's keys and values, which all its completions read together. Axes are those of
 `attention.py`; a row is one completion. Rows that still run lie in *slots* [P, G]. Prompts have different numbers of them once
@@ -28,9 +28,9 @@ _WIDTH_STEP = 16
 
 
 class Decoding(Protocol):
-    """A model with the keys and values of what it has read so far."""
+    """A model with the keys and values of all tokens that it has read so far."""
 
-    leave_together: float  # rows that have ended leave in multiples of this share of the first batch, since `select` takes time
+    leave_together: float  # rows that have ended leave in multiples of this share of the first batch, since `select` is slow
 
     def prefill(self, samples: int) -> Tensor:
         """Read the P prompts; returns logits [B, V] of the first token of B = P * samples rows."""
@@ -41,7 +41,7 @@ class Decoding(Protocol):
         ...
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
+        """Go on with these rows alone."""
         ...
 
 
@@ -120,7 +120,7 @@ class SharedPromptDecoding:
         self._masks: dict[int | None, Masks] = {}
 
     def prepack_projection(self) -> None:
-        """Make the function from hidden states [N, H] to logits [N, V] anew, as after a change of the weights."""
+        """Make the function from hidden states [N, H] to logits [N, V]; to be made again after a change of the weights."""
         self.project = prepacked_projection(self.engine.model, self.engine.backend)
 
     def prefill(self, samples: int) -> Tensor:
@@ -162,13 +162,13 @@ class SharedPromptDecoding:
         source[group, rank] = self.slot_of_row
         for layer, (keys, values) in self.own.items():
             self.own[layer] = (self._move(keys, source), self._move(values, source))
-        # Not in the loop above: rows can end at their first token, when no layer has keys of completions yet.
+        # Not in the loop above: if rows end at their first token, no layer has keys of completions yet.
         self.prompt = {layer: (keys[kept], values[kept]) for layer, (keys, values) in self.prompt.items()}
         self.lengths = self.lengths[kept]
         self.slots, self.slot_of_row = source, group * most + rank
 
     def _move(self, cache: Tensor, source: Tensor) -> Tensor:
-        """Of a cache [P, K, G, capacity, D] the slots `source` [P', G'], which are numbered over [P, G]."""
+        """Take from a cache [P, K, G, capacity, D] the slots `source` [P', G'], which are numbers of places in [P, G]."""
         samples, (_, heads, _, capacity, size) = self.slots.shape[1], cache.shape
         # Prompt by prompt heads stay together: [P', G', K, tokens, D].
         taken = cache[..., : self.decoded, :][source // samples, :, source % samples]
@@ -237,7 +237,7 @@ class SharedPromptDecoding:
         keys, values = self.own[layer]
         if keys.shape[3] < self.own_width:
             extra = min(keys.shape[3], max(1, self.max_new_tokens - keys.shape[3]))
-            # One after the other, so that no more than one of them is there twice.
+            # One after the other, so that only one of them at a time is in memory twice.
             self.own[layer] = (keys := _grow(keys, extra), values)
             self.own[layer] = (keys, _grow(values, extra))
         return self.own[layer]
@@ -262,7 +262,7 @@ class SharedPromptDecoding:
 
 
 class _Prefill:
-    """The packing of the prompts' pass; it also stores their keys and values."""
+    """The packing of the prefill pass, which also stores the prompts' keys and values."""
 
     def __init__(self, decoding: SharedPromptDecoding) -> None:
         self.decoding = decoding

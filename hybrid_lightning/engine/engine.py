@@ -5,8 +5,8 @@
     with engine.sampling(dtype):                             a rollout: weights do not change meanwhile
         decoding_of(engine, ids, mask, max_new_tokens)
 
-Whoever makes the model makes its engine and hands it on. `engine.passes()` says which of its passes are fast, and why others are
-not. A run logs the same once.
+The code that loads the model makes its engine, and hands it to all others. `engine.passes()` says which passes are fast, and why
+others are not; a run logs this once.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ from hybrid_lightning.engine.fused_lora import use_fused_lora
 from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import prepacked_weights, why_not_prepacked
 
-# Each pass that can be fast, and what runs where it is not.
+# Each pass that can be fast, and what runs in its place where it is not.
 _INSTEAD = {
     "packed training": "padded training",
     "shared prompts": "prompts repeated for each completion",
@@ -46,7 +46,7 @@ def use_fused_modules(model: nn.Module, backend: Backend) -> None:
 
     Args:
         model: Changed in place.
-        backend: That of the model.
+        backend: The model's backend.
     """
     use_fused_lora(model, backend)
     use_fused_layers(model, backend)
@@ -55,11 +55,11 @@ def use_fused_modules(model: nn.Module, backend: Backend) -> None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Whether a model can be packed."""
+    """Result of the trial whether a model can be packed."""
 
-    calls: AttentionCalls | None  # what its layers ask of attention, if it can
-    reason: str = ""  # why not
-    dtype: torch.dtype = torch.float32  # that it computed with
+    calls: AttentionCalls | None  # what its layers ask of attention; None if it cannot be packed
+    reason: str = ""  # why it cannot be packed
+    dtype: torch.dtype = torch.float32  # dtype of the products in the trial
 
 
 class Engine:
@@ -67,7 +67,7 @@ class Engine:
 
     Args:
         model: Adapted or not.
-        backend: That of its fused layers; None for a model that has none yet.
+        backend: The backend of its fused layers; None makes one, for a model without fused layers.
     """
 
     def __init__(self, model: nn.Module, backend: Backend | None = None) -> None:
@@ -79,16 +79,16 @@ class Engine:
         self._is_to_report = self._has_reported = False
 
     def of(self, adapted: nn.Module) -> "Engine":
-        """The engine of the same model with an adapter in it, which needs no new trial."""
+        """The engine of the same model with an adapter in it, which takes over the results of trials."""
         engine = Engine(adapted, self.backend)
         engine._trial, engine._fast = self._trial, self._fast
         engine._is_to_report, engine._has_reported = self._is_to_report, self._has_reported
         return engine
 
     def prepare(self) -> None:
-        """Find out by a few tokens whether the model can be packed; on sharded weights, on all ranks together.
+        """Try with a few tokens whether the model can be packed. All ranks have to call it if weights are sharded.
 
-        It is done once, at the latest before the first pass.
+        It is done once, and has to be done before the first pass.
         """
         if self._trial is None:
             self._trial = self._try_packing()
@@ -97,11 +97,11 @@ class Engine:
             rank_zero_info(self.description())
 
     def report(self) -> None:
-        """Log, once, which passes are fast. That is at the next pass, when the model is on its device and perhaps sharded."""
+        """Log once which passes are fast: at the next `prepare`, when the model is on its device and perhaps sharded."""
         self._is_to_report = True
 
     def assume_packing(self) -> None:
-        """Let the model attend by packings without a trial, as where its weights are not there.
+        """Let the model attend by packings without a trial, as for a model without weights.
 
         Raises:
             UnsupportedAttentionError: If the model does not call transformers' attention interface.
@@ -115,7 +115,7 @@ class Engine:
         return self._tried.calls is not None
 
     def passes(self) -> dict[str, str]:
-        """Each pass that can be fast -> why it is not, in words for the user, or an empty text; after `prepare`."""
+        """Each pass that can be fast -> why it is not, in words for the user; empty where it is. To be called after `prepare`."""
         trial, device = self._tried, next(self.model.parameters()).device
         packing = "" if self.packs else trial.reason
         reasons = {
@@ -149,7 +149,7 @@ class Engine:
 
     @contextmanager
     def sampling(self, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """Within this context weights do not change: they are prepacked for products once, and layers are plain calls.
+        """Within this context weights must not change: they are prepacked for products, and layers run as plain calls.
 
         Args:
             dtype: Dtype of the products; None takes that of each weight.
@@ -183,7 +183,7 @@ class Engine:
             return _Trial(None, str(error), dtype)
 
     def _known_layers(self) -> list[KnownLayer]:
-        """The decoder's layers; none where the model's own pass is all there is."""
+        """The decoder's layers; an empty list where the model's own pass has to be used."""
         if self._tried.calls is None:
             return []
         try:

@@ -31,12 +31,12 @@ from hybrid_lightning.engine.passes import no_mask
 
 _PROJECTIONS, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 _CACHE_NAMES = {"cache", "past_key_values"}  # the latter is the older name
-# What a layer may say beside Llama's settings, and what it then asks of the attention interface.
+# Settings that a layer may have beside Llama's -> the option of the attention interface that it then uses.
 _MORE_SETTINGS = {"sliding_window": "sliding_window", "attn_logit_softcapping": "softcap"}
 
 
 class FusedAttention(nn.Module):
-    """What stands above an attention layer's own class (see `_fused_class`)."""
+    """Base class that is put before an attention layer's own class (see `_fused_class`)."""
 
     backend = Backend()  # without operators, until it gets that of its model
     own_class: type[nn.Module]
@@ -83,7 +83,7 @@ def use_fused_attention(model: nn.Module, backend: Backend) -> None:
 
     Args:
         model: Changed in place. Its projections may have adapters already.
-        backend: That of the model.
+        backend: The model's backend.
     """
     tried: dict[Hashable, bool] = {}
 
@@ -121,7 +121,7 @@ def _more_settings(module: Any) -> dict[str, Any]:
 
 
 def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """`FusedAttention` above a layer's class, one and the same for all layers of it."""
+    """The class that derives from `FusedAttention` and a layer's class, one and the same for all layers of that class."""
     return _above(kind)  # type: ignore[arg-type]
 
 
@@ -137,7 +137,7 @@ def _empty(kind: type[nn.Module]) -> nn.Module:
 
 
 def _computes_alike(module: nn.Module) -> bool:
-    """Whether a small layer of the module's class and one of ours hand on the same bits and give the same bits."""
+    """Whether a small layer of the module's class and its fused form give attention the same bits, and return the same bits."""
     small = _small_layer(module)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for dtype in (torch.float32, torch.bfloat16):
@@ -145,14 +145,14 @@ def _computes_alike(module: nn.Module) -> bool:
             try:
                 theirs, ours = (_answer(layer, dtype) for layer in (small, made_like(small, _fused_class(type(module)))))
             except (AttributeError, TypeError, RuntimeError, ValueError, LookupError, UnsupportedAttentionError):
-                return False  # it is made of other parts than Llama's
+                return False  # its parts are not Llama's
             if not (theirs.rest == ours.rest and all(map(torch.equal, theirs.tensors, ours.tensors))):
                 return False
     return True
 
 
 class _Answer:
-    """A packing that keeps what a layer asks for, and what the layer then returns."""
+    """A packing that records what a layer asks of attention, and what the layer then returns."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
@@ -199,7 +199,7 @@ def rotary(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> 
     """Rotated queries and keys, by transformers' function where there is no operator.
 
     Args:
-        backend: That of the model.
+        backend: The model's backend.
         q: [B, H, N, D].
         k: [B, K, N, D].
         cos: [B, N, D], or [1, N, D].
@@ -220,10 +220,10 @@ def rotary(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> 
 
 
 def rotary_of_tokens(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for N packed tokens, without a gradient.
+    """Rotated queries and keys of N packed tokens, without a gradient.
 
     Args:
-        backend: That of the model.
+        backend: The model's backend.
         q: [N, H, D].
         k: [N, K, D].
         cos: [N, D], contiguous.
@@ -244,7 +244,7 @@ def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 class _Rotary(torch.autograd.Function):
-    """Rotates queries or keys [B, heads, N, D]; for the backward pass it keeps nothing but cosines and sines [B N, D]."""
+    """Rotates queries or keys [B, heads, N, D]; it keeps only cosines and sines [B N, D] for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Fused norms and gated MLPs of the base model, whose weights are frozen.
 
-The layers of most families compute what Llama's do. Whether one does is found out by trying, once for each class: a small layer
-of the class and ours have to give the same bits. Ours have a backward pass that keeps less: transformers' own keep a float32 copy
-of what a norm gets, and the activated gate beside the gate. Without it, a step of SmolLM2-135M peaked at 1.47 GiB, not at 1.56.
+The layers of most families compute what Llama's do. Whether those of a class do is tried once: a small layer of the class and a
+fused one have to give the same bits. Fused layers keep less for the backward pass: transformers' own keep a float32 copy of a
+norm's input, and the activated gate beside the gate. Without these a step of SmolLM2-135M peaked at 1.47 GiB instead of 1.56.
 
-A fused layer takes the place of the one that it is made from, with the same weights under the same names.
+A fused layer replaces the layer that it is made from, with the same weights under the same names.
 """
 
 from functools import cache
@@ -23,7 +23,7 @@ from hybrid_lightning.engine.fused_lora import Factors, FusedLora, lora_gradient
 
 
 class FusedRMSNorm(LlamaRMSNorm):
-    """Root mean square norm that keeps nothing for its backward pass but its input and one number a token."""
+    """Root mean square norm that keeps only its input and one number per token for the backward pass."""
 
     backend = Backend()  # without operators, until it gets that of its model
 
@@ -39,7 +39,7 @@ class FusedRMSNorm(LlamaRMSNorm):
 
 
 class FusedMLP(LlamaMLP):
-    """Gated MLP that keeps the outputs of gate and up projection alone, and computes their product again in the backward pass."""
+    """Gated MLP that keeps only the outputs of its gate and up projections, and computes their product again for gradients."""
 
     backend = Backend()
 
@@ -63,7 +63,7 @@ class FusedMLP(LlamaMLP):
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks wait for calls of this module, so that it has to be called as a module."""
+    """Whether a module has hooks, so that it has to be called as a module."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
@@ -72,7 +72,7 @@ def use_fused_layers(model: nn.Module, backend: Backend) -> None:
 
     Args:
         model: Changed in place.
-        backend: That of the model; layers that are fused already get it, too.
+        backend: The model's backend, which layers that are fused already get, too.
     """
     replace_modules(model, _fused_layer, backend)
 
@@ -120,7 +120,7 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 
 def _computes_alike(small: nn.Module, ours: type[nn.Module]) -> bool:
-    """Whether a module and one of ours with its parts give the same bits, for large and small numbers of both precisions."""
+    """Whether a module and a fused one with its parts give the same bits, for large and small numbers of both precisions."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for dtype in (torch.float32, torch.bfloat16):
             small.to(dtype)
@@ -128,7 +128,7 @@ def _computes_alike(small: nn.Module, ours: type[nn.Module]) -> bool:
                 rows = (factor * drawn(9, 5, 16)).to(dtype)
                 try:
                     theirs = small(rows)
-                except (AttributeError, TypeError, RuntimeError):  # it wants something else than a norm or an MLP
+                except (AttributeError, TypeError, RuntimeError):  # it is something else than a norm or an MLP
                     return False
                 if not (isinstance(theirs, Tensor) and torch.equal(theirs, made_like(small, ours)(rows))):
                     return False

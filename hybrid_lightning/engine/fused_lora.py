@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hybrid_lightning.engine.backend import Backend, product
-from hybrid_lightning.engine.cpu.operators import add_low_rank, low_rank_gradients, pays
+from hybrid_lightning.engine.cpu.operators import add_low_rank, low_rank_gradients, low_rank_pays
 
 
 class Factors(NamedTuple):
@@ -32,7 +32,7 @@ class Factors(NamedTuple):
 
 
 class FusedLora(lora.Linear):
-    """A `peft.tuners.lora.Linear` that computes plain LoRA on a plain linear layer faster; all else is left to PEFT."""
+    """A `peft.tuners.lora.Linear` that computes plain LoRA on a plain linear layer faster, and leaves other cases to PEFT."""
 
     prepacked: Callable[[Tensor], Tensor] | None = None  # see `prepacked_weights`
     backend = Backend()  # without operators, until it gets that of its model
@@ -58,7 +58,7 @@ class FusedLora(lora.Linear):
         base = self.base_layer
         assert isinstance(base, nn.Linear)
         lora_a, lora_b = weight_of(self.lora_A[adapter]), weight_of(self.lora_B[adapter])
-        fused = dtype == torch.float32 and pays(lora_a, lora_b) and self.backend.usable_in_layers(x, lora_a, lora_b)
+        fused = dtype == torch.float32 and low_rank_pays(lora_a, lora_b) and self.backend.usable_in_layers(x, lora_a, lora_b)
         bias = None if base.bias is None else base.bias.to(dtype)
         return Factors(base.weight.to(dtype), bias, lora_a.to(dtype), lora_b.to(dtype), self.scaling[adapter], fused)
 
@@ -69,7 +69,7 @@ class FusedLora(lora.Linear):
         return None if self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0 else name
 
     def plain_adapter_in_eval(self) -> str | None:
-        """The same without dropout, as in eval mode."""
+        """The same for eval mode, where dropout does not count."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.base_layer
         if self.disable_adapters or self.merged or len(active) != 1 or type(base) is not nn.Linear or base.weight.requires_grad:
@@ -84,7 +84,7 @@ def use_fused_lora(model: nn.Module, backend: Backend) -> None:
 
 
 def use_peft_lora(model: nn.Module, backend: Backend) -> None:
-    """Undo `use_fused_lora`: on a quantized base PEFT's own LoRA layers compute, which keep more."""
+    """Undo `use_fused_lora`: on a quantized base PEFT's own LoRA layers are used, which keep more for the backward pass."""
     replace_modules(model, lambda module: lora.Linear if type(module) is FusedLora else None, backend)
 
 

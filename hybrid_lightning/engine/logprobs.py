@@ -39,7 +39,7 @@ def token_logprobs(
         engine: Engine of a causal language model.
         sequences: B prompts (left-padded) and completions (right-padded, T tokens).
         temperature: Divides the logits; must be that of the sampling.
-        entropy_gradient: Whether entropies have a gradient. That keeps one more vector of the hidden size a token.
+        entropy_gradient: Whether entropies have a gradient, which keeps one more vector of the hidden size per token.
 
     Returns:
         Log-probabilities [B, T] float32 with gradient, and entropies [B, T] float32 in nats; both 0 at padding.
@@ -67,7 +67,7 @@ def logprobs_of_hidden(
 
     Args:
         engine: Engine of a causal language model.
-        hidden: States [K, H] that predict them.
+        hidden: Hidden states [K, H] that predict the tokens.
         tokens: [K].
         temperature: Divides the logits.
         entropy_gradient: See `token_logprobs`.
@@ -77,7 +77,7 @@ def logprobs_of_hidden(
     """
     model, backend = engine.model, engine.backend
     most = max(1, _BLOCK // base_model(model).config.get_text_config().vocab_size)
-    # Blocks of one size: a small last one would read the whole weight for a few rows.
+    # Blocks of equal size: a small last block would read the whole weight for a few rows.
     count = max(1, -(-len(tokens) // most))
     pairs = list(zip(hidden.tensor_split(count), tokens.tensor_split(count), strict=True))
     weight = plain_projection(model)
@@ -101,7 +101,7 @@ def _project(
 class _Projected(torch.autograd.Function):
     """Log-probability and entropy H under a frozen output layer.
 
-    The gradients are known in the forward pass already, up to one factor a token:
+    The gradients are known in the forward pass already, up to one factor per token:
 
         d log p(token) / d hidden = (onehot(token) - p) W / temperature
         d H / d hidden = -p (log p + H) W / temperature
@@ -123,7 +123,7 @@ class _Projected(torch.autograd.Function):
                 ctx.temperature, ctx.dtype = temperature, hidden.dtype
             ctx.mark_non_differentiable(entropy)
             return result, entropy
-        dtype, logits = logits.dtype, logits.float()  # of a whole block, kept no longer than needed
+        dtype, logits = logits.dtype, logits.float()  # in float32 a block is large: freed as soon as possible
         with torch.autocast(hidden.device.type, enabled=False):
             logprobs = (logits if temperature == 1 else logits.div_(temperature)).log_softmax(dim=-1)
             del logits
@@ -153,7 +153,7 @@ class _Projected(torch.autograd.Function):
 
 
 class _OfLogits(torch.autograd.Function):
-    """Log-probability, with a gradient, and entropy, without, by an operator."""
+    """Log-probability with a gradient, and entropy without one, by an operator."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -32,14 +32,14 @@ class _Grid:
     valid: Tensor  # bool, in that shape
     lengths: Tensor  # tokens of each sequence
     filled: bool  # no padding at all
-    to_grid: Tensor  # for each place of the rectangle, flattened, the number of the token that it holds; at padding some other
-    to_packed: Tensor  # for each token the number of its place
+    to_grid: Tensor  # for each place of the flattened rectangle, the number of the token in it; at padding that of another token
+    to_packed: Tensor  # for each token, the number of its place
 
     @classmethod
     def of(cls, valid: Tensor) -> "_Grid":
         count = int(valid.sum())
         number = valid.flatten().cumsum(0) - 1
-        # The token before: a sequence's padding repeats its last token, so that attention finds finite numbers there.
+        # Padding repeats the token before it, the last one of its sequence, so that attention finds finite numbers there.
         return cls(
             tuple(valid.shape),
             valid,
@@ -116,7 +116,7 @@ class _Predictors:
     """Which packed token predicts each of K completion tokens. These are in the order of `completion_mask` flattened."""
 
     numbers: Tensor  # [K]: the packed token that predicts it
-    predicted: Tensor  # [N]: the completion token that each packed token predicts; some other where it predicts none, or several
+    predicted: Tensor  # [N]: the completion token that each packed token predicts; any token where it predicts none, or several
     valid: Tensor  # [N] bool: whether it predicts exactly one
     firsts: _Repeated  # a prompt's last token predicts the first one of each of its completions
 
@@ -133,8 +133,8 @@ class PackedSequences:
 
     Args:
         sequences: B rows. Neighbours with the same prompt share it.
-        backend: That of the model.
-        completions: False packs the prompts alone, each by itself.
+        backend: The model's backend.
+        completions: Whether to pack completions, too; False packs the prompts alone, without sharing any.
     """
 
     def __init__(self, sequences: Sequences, backend: Backend, completions: bool = True) -> None:
@@ -219,7 +219,7 @@ class PackedSequences:
 
     @cached_property
     def groups(self) -> Groups:
-        """Each prompt and its completions as segments of the packed sequence; what fills it up is one more group."""
+        """Each prompt and its completions as segments of the packed sequence; the filling tokens are one more group."""
         prompts = torch.arange(len(self.prompts.lengths), device=self.ids.device)
         filling = prompts.new_tensor([self.filling])
         lengths = torch.cat([self.prompts.lengths, *(band.lengths.flatten() for band in self.bands), filling])
@@ -236,7 +236,7 @@ class PackedSequences:
         return self._masks[part, window]
 
     def _prompt_masks(self, window: int | None) -> Masks:
-        """Padding on the right is never seen, since it comes later."""
+        """Causal masks of the prompts. They hide the padding, too, since it is on the right."""
         index = torch.arange(self.prompts.shape[1], device=self.ids.device)
         return None, visible(index[:, None], index, window)
 
@@ -286,7 +286,7 @@ def _bands(group: Tensor, counts: Tensor, most: int, lengths: Tensor) -> Iterato
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Which positions of keys a query's position sees: those up to its own, and of these the last `window`."""
+    """Whether a query sees a key, by their positions: keys up to its own position, and of these the last `window`."""
     seen = keys <= queries
     return seen if window is None else seen & (keys > queries - window)
 

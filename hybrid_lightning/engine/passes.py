@@ -1,9 +1,9 @@
 """One forward pass of a Hugging Face causal language model, padded or packed, and how many tokens it takes at a time.
 
-Sampling and training share it. The number of tokens counts where the user gives none: more than keep the device busy only take
-memory. What a decoder keeps for the backward pass is, for each token and layer, at most about 16 vectors of the hidden size and 5
-of the feed-forward layer's (counted on transformers' Llama with LoRA on all linear layers: 1.0 MB a token of SmolLM2-135M; with
-fused layers 0.46). With gradient checkpointing it is one vector of the hidden size, and for one layer all of them.
+Sampling and training share it. The default number of tokens is what keeps the device busy; more would only take memory. For the
+backward pass a decoder keeps, for each token and layer, at most about 16 vectors of the hidden size and 5 of the feed-forward
+layer's size (counted on transformers' Llama with LoRA on all linear layers: 1.0 MB per token of SmolLM2-135M; with fused layers
+0.46). With gradient checkpointing it keeps one vector of the hidden size for each layer, and all of them for one layer at a time.
 """
 
 import inspect
@@ -21,8 +21,8 @@ from hybrid_lightning.engine.backend import Backend
 # Bytes to spend on activations. On a CPU 650 tokens at a time are as fast as 2,600 (SmolLM2-135M).
 _ON_CPU = 0.68e9
 _ON_ACCELERATOR = 8e9
-_BYTES = 2  # of a number: activations are 16 bits wide under autocast, and float32 is for small models
-_LEAST = 256
+_BYTES = 2  # per number: activations have 16 bits under autocast; models in float32 are small
+_LEAST = 256  # tokens
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -158,17 +158,17 @@ def default_token_budget(model: nn.Module, device: torch.device) -> int:
 
     Args:
         model: Causal language model, adapted or not.
-        device: The one that computes; the weights may lie elsewhere.
+        device: The device that computes; the weights may be on another one.
     """
     text = base_model(model).config.get_text_config()
     return tokens_of_pass(text, recomputes_activations(model), device.type == "cpu")
 
 
 def tokens_of_pass(config: Any, recomputes: bool, on_cpu: bool) -> int:
-    """Tokens of a pass, as `default_token_budget`, from what is known of a model before it is there.
+    """The same as `default_token_budget`, for a model that is not loaded.
 
     Args:
-        config: Config of the language model, without those of other parts.
+        config: Config of the language model alone, without those of other parts.
         recomputes: Whether gradient checkpointing is on.
         on_cpu: Whether a CPU computes, or an accelerator.
     """

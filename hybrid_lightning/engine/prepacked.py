@@ -1,7 +1,7 @@
-"""Prepacked weights: products of LoRA layers while their weights do not change, as the thousands of small ones of decoding.
+"""Prepacked weights: faster products of LoRA layers while weights do not change, as in the thousands of small ones of decoding.
 
-Layers that get the same input, such as the projections to queries, keys and values, become one product instead of two or three.
-That saves the more the fewer rows there are: at 8 to 32 rows of SmolLM2-135M it took 0.6 to 0.9 of the time.
+Layers with the same input, such as the projections to queries, keys and values, become one product instead of two or three. That
+saves more the fewer rows there are: for 8 to 32 rows of SmolLM2-135M it took 0.6 to 0.9 of the time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,14 +40,14 @@ def multiply(x: Tensor, factors: ProductFactors) -> Tensor:
 
 
 def product_factors(layer: nn.Module) -> ProductFactors | None:
-    """What a layer multiplies its input by while weights do not change and its adapter is on.
+    """The factors by which a layer multiplies its input while weights do not change and its adapter is enabled.
 
     Args:
         layer: A linear layer, which may be fully trained or have plain LoRA.
 
     Returns:
-        The factors; None for all other layers, for one whose calls hooks watch, and for LoRA on a CPU, where products are with
-        copies of the weights.
+        The factors; None for all other layers, for a layer with hooks, and for LoRA on a CPU, where products use copies of the
+        weights.
     """
     if isinstance(layer, FusedLora):
         products = _owner(layer)
@@ -61,7 +61,7 @@ def product_factors(layer: nn.Module) -> ProductFactors | None:
 
 
 def products_together(layers: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """The function from an input [..., n] of some layers to all their outputs, [..., m] each, while weights do not change."""
+    """A function from the common input [..., n] of some layers to the output [..., m] of each, while weights do not change."""
     owners = [_owner(layer) for layer in layers]
     products = next((owner for owner in owners if owner is not None and len(owner.sizes) > 1), None)
     joined = [products is not None and owner is products for owner in owners]
@@ -88,17 +88,17 @@ def _owner(layer: nn.Module) -> "_Products | None":
 def prepacked_weights(
     model: nn.Module, backend: Backend, dtype: torch.dtype | None = None, together: Iterable[Sequence[nn.Module]] = ()
 ) -> Iterator[None]:
-    """Within this context weights do not change, so that they are prepared for products once.
+    """Within this context weights must not change, and are prepared for products once.
 
-    The weights themselves are not touched. On CPUs there is a copy of each base weight in the order in which products read it;
-    elsewhere only of weights that have another dtype than the products.
+    The weights themselves stay as they are. On CPUs each base weight is copied into the order in which products read it; on other
+    devices a weight is copied only if its dtype is not that of the products.
 
     Args:
         model: With or without LoRA layers.
-        backend: That of the model.
+        backend: The model's backend.
         dtype: Dtype of the products; None takes that of each base weight.
-        together: Sets of layers that get the same input, and that are always called by `products_together`: one of them called
-            alone would multiply all.
+        together: Sets of layers with the same input. They must be called by `products_together`, since a call of one layer would
+            compute the products of all.
     """
     sets = _layer_sets(model, backend, together)
     for layers in sets:
@@ -118,7 +118,7 @@ def why_not_prepacked(model: nn.Module, backend: Backend, dtype: torch.dtype) ->
 
     Args:
         model: With or without LoRA layers.
-        backend: That of the model.
+        backend: The model's backend.
         dtype: Dtype of the products.
     """
     layers = [module for module in model.modules() if isinstance(module, FusedLora)]
@@ -142,13 +142,13 @@ def _layer_sets(model: nn.Module, backend: Backend, together: Iterable[Sequence[
 
 
 class _Products:
-    """The products of one set of layers, which get the same input.
+    """The products of a set of layers with the same input.
 
     In float32 on a CPU, where a copy of the base weight is made anyway, LoRA is merged into the copy: the results differ by
     1e-6. In bfloat16 it is not: on SmolLM2-135M merging decoded 10% faster, but rounds the merged weight, and log-probabilities
     differed from those of training by 0.064 on average instead of 0.022.
 
-    On an accelerator the base weights are used where they are: a copy of them would take as much memory as the model.
+    On an accelerator the base weights are not copied, since that would take as much memory as the model.
     """
 
     def __init__(self, layers: Sequence[FusedLora], dtype: torch.dtype, backend: Backend) -> None:

@@ -120,6 +120,7 @@ class PolicyModule(LanguageModule):
         return taught, rollouts.sampling_logprobs, advantages, rollout_metrics(rollouts, rewards)
 
     def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
+        """Complete and score this rank's prompts of a rollout."""
         with self.stopping_together(), self.clock.phase("generate"):
             # Random numbers by position in the rollout: a prompt is completed alike however many ranks there are.
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
@@ -133,6 +134,7 @@ class PolicyModule(LanguageModule):
     def _roll_out_dynamically(
         self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
     ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
+        """`roll_out` with extra rollouts, by a rule, in place of groups that teach nothing."""
         groups = sample_groups(rule, prompts, draw_more, lambda some: self._complete(some, generator), self._teaching_groups)
         with self.clock.phase("reward"):
             minibatches = self.rollout_schedule.minibatches_per_rollout
@@ -151,33 +153,10 @@ class PolicyModule(LanguageModule):
         return trained.sequences, trained.sampling_logprobs, trained.advantages, metrics
 
     def _teaching_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
+        """Which of this rank's groups teach something, one bool for each."""
         correctness = [rewards.parts[term.name] for term in self.reward_terms() if term.measures_correctness]
         taught = self.trained_sequences(rollouts).completion_mask.any(dim=1)
         return teaching_groups(rewards.total, correctness, taught, rollouts.samples_per_prompt)
-
-    # ---- loss
-
-    def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [B, T] at the sampler's temperature; entropies with gradient if the loss needs it."""
-        with_gradient = self.loss.needs_entropy
-        return self.weights.as_forward(lambda: token_logprobs(self.engine, sequences, self.sampler.temperature, with_gradient))
-
-    def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `TrainedPolicy`)."""
-        logprobs, entropy = self.logprobs(chunk.sequences)
-        inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction)
-        inputs = replace(
-            inputs,
-            entropy=entropy,
-            max_completion_tokens=float(self.sampler.max_new_tokens),
-            micro_batch_tokens=micro_batch_tokens,
-            num_micro_batches=float(self.trainer.accumulate_grad_batches * self.trainer.world_size),
-        )
-        metrics["entropy"] = share(entropy.detach(), inputs)
-        if chunk.policy_mask is not None:
-            metrics["top_entropy/share"] = share(chunk.policy_mask.to(entropy.dtype), inputs)
-        output = self.loss(inputs)
-        return output.loss, {**output.metrics, **metrics}
 
     def trained_sequences(self, rollouts: Rollouts) -> Sequences:
         """The sequences as the loss sees them: without tokens where `mask_truncated_completions` leaves a completion out."""
@@ -219,6 +198,30 @@ class PolicyModule(LanguageModule):
             filled = self.weights.gathered(add_all, as_trained=True)
         batches = [batch for batch, _ in filled]
         return batches if self.token_mask is None else mask_tokens(batches, [entropy for _, entropy in filled], self.token_mask)
+
+    # ---- loss
+
+    def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [B, T] at the sampler's temperature; entropies with gradient if the loss needs it."""
+        with_gradient = self.loss.needs_entropy
+        return self.weights.as_forward(lambda: token_logprobs(self.engine, sequences, self.sampler.temperature, with_gradient))
+
+    def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `TrainedPolicy`)."""
+        logprobs, entropy = self.logprobs(chunk.sequences)
+        inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction)
+        inputs = replace(
+            inputs,
+            entropy=entropy,
+            max_completion_tokens=float(self.sampler.max_new_tokens),
+            micro_batch_tokens=micro_batch_tokens,
+            num_micro_batches=float(self.trainer.accumulate_grad_batches * self.trainer.world_size),
+        )
+        metrics["entropy"] = share(entropy.detach(), inputs)
+        if chunk.policy_mask is not None:
+            metrics["top_entropy/share"] = share(chunk.policy_mask.to(entropy.dtype), inputs)
+        output = self.loss(inputs)
+        return output.loss, {**output.metrics, **metrics}
 
     # ---- checks and scoring
 

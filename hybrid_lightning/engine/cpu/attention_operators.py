@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hybrid_lightning.engine.cpu import operators as calls
+from hybrid_lightning.engine.cpu.operators import call_kernel
 
-DECODED_HEAD_SIZES = {32, 64, 96, 128, 256}  # that `decode_attention` was compiled for
+DECODED_HEAD_SIZES = {32, 64, 96, 128, 256}  # values of D that `decode_attention` is compiled for
 
 
 def decode_attention(
@@ -45,7 +45,7 @@ def decode_attention(
     tensors = (*new, *prompt, *own, slots, lengths, result)
     sizes = (count, own[0].shape[2], heads, all_heads // heads, prompt[0].shape[2], own[0].shape[3], size)
     strides = [part.stride(0) for part in new]
-    calls.call("decode_attention", query.dtype, tensors, *sizes, decoded, window or 0, scaling, *strides)
+    call_kernel("decode_attention", query.dtype, tensors, *sizes, decoded, window or 0, scaling, *strides)
     return result
 
 
@@ -80,18 +80,18 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, 
     """
     parts = [_dense_tokens(part) for part in (query, key, value)]
     result = query.new_empty(query.shape)
-    calls.call("packed_attention", query.dtype, (*parts, result, *groups), *_packed_numbers(parts, groups, window, scaling))
+    call_kernel("packed_attention", query.dtype, (*parts, result, *groups), *_packed_numbers(parts, groups, window, scaling))
     return result
 
 
 def packed_attention_backward(
     outer: Tensor, query: Tensor, key: Tensor, value: Tensor, groups: Groups, window: int | None, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from that of `packed_attention`."""
+    """Gradients of query, key and value from the gradient of `packed_attention`."""
     parts = [_dense_tokens(part) for part in (query, key, value)]
     results = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
     numbers = _packed_numbers(parts, groups, window, scaling)
-    calls.call("packed_attention_backward", query.dtype, (*parts, outer.contiguous(), *results, *groups), *numbers)
+    call_kernel("packed_attention_backward", query.dtype, (*parts, outer.contiguous(), *results, *groups), *numbers)
     return results
 
 

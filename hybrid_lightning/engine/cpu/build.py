@@ -22,9 +22,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
-# No option that lets a compiler forget nan: a gradient that is not finite has to be noticed.
+# No option that lets the compiler ignore nan: a gradient that is not finite has to be noticed.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-# Nor one by which the order of a sum depends on the address that its numbers begin at, which differs from run to run.
+# No option with which the order of a sum depends on the address of its numbers, which differs from run to run.
 _ORDER = ("--param=vect-max-peeling-for-alignment=0",)
 _OFF = "HYBRID_LIGHTNING_KERNELS"
 
@@ -79,7 +79,7 @@ def _load() -> ctypes.CDLL:
         if not (folder / name).exists():
             _compile(compiler, runtime, folder / name)
         return ctypes.CDLL(str(folder / name))
-    with tempfile.TemporaryDirectory() as temporary:  # what is loaded stays, the file need not
+    with tempfile.TemporaryDirectory() as temporary:  # a library that has been loaded needs its file no more
         _compile(compiler, runtime, Path(temporary) / name)
         return ctypes.CDLL(str(Path(temporary) / name))
 
@@ -89,7 +89,7 @@ def _cache() -> Path | None:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid_lightning"
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # the latter where nobody knows the user's home
+    except (OSError, RuntimeError):  # RuntimeError if the user's home is not known
         return None
     return folder if os.access(folder, os.W_OK) else None
 
@@ -132,7 +132,7 @@ def _compile(compiler: list[str], runtime: Path, target: Path) -> None:
             [*compiler, *_OPTIONS, *_ORDER, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))  # raises what one of them raises
+            list(pool.map(_run, commands))  # raises the error of a command, if one fails
         # Without -fopenmp, which would choose an OpenMP library itself; and complete, so that what is missing shows now.
         _run([*compiler, "-shared", "-Wl,-z,defs", "-o", str(result), *objects, str(runtime)])
         result.replace(target)  # several processes may compile at once

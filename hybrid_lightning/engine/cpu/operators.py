@@ -62,7 +62,7 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     return function
 
 
-def call(name: str, dtype: torch.dtype, tensors: Iterable[Tensor | None], *numbers: Any) -> None:
+def call_kernel(name: str, dtype: torch.dtype, tensors: Iterable[Tensor | None], *numbers: Any) -> None:
     """Call the compiled function NAME for a storage dtype, with the tensors' addresses and the numbers.
 
     Of fake tensors, which have no addresses, nothing is computed: what a function writes to has been allocated by its caller.
@@ -82,15 +82,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Root mean square norm of x [..., n], and 1 / sqrt(mean(x^2) + eps), [..., 1] float32."""
     x, size = x.contiguous(), x.shape[-1]
     result, inverses = torch.empty_like(x), _floats(*x.shape[:-1], 1)
-    call("rms_norm", x.dtype, (x, weight, result, inverses), x.numel() // size, size, eps)
+    call_kernel("rms_norm", x.dtype, (x, weight, result, inverses), x.numel() // size, size, eps)
     return result, inverses
 
 
 def rms_norm_backward(outer: Tensor, x: Tensor, weight: Tensor, inverses: Tensor) -> Tensor:
-    """Gradient of x [..., n] from that of its norm."""
+    """Gradient of x [..., n] from the gradient of `rms_norm`."""
     outer, x, size = outer.contiguous(), x.contiguous(), x.shape[-1]
     result = torch.empty_like(x)
-    call("rms_norm_backward", x.dtype, (outer, x, weight, inverses, result), x.numel() // size, size)
+    call_kernel("rms_norm_backward", x.dtype, (outer, x, weight, inverses, result), x.numel() // size, size)
     return result
 
 
@@ -100,15 +100,15 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     rows = [part.reshape(-1, size) for part in (gate, up)]
     rows = [part if part.stride(1) == 1 else part.contiguous() for part in rows]
     result = gate.new_empty(gate.shape)
-    call("gated_silu", gate.dtype, (*rows, result), rows[0].shape[0], size, rows[0].stride(0), rows[1].stride(0))
+    call_kernel("gated_silu", gate.dtype, (*rows, result), rows[0].shape[0], size, rows[0].stride(0), rows[1].stride(0))
     return result
 
 
 def gated_silu_backward(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up from that of silu(gate) up."""
+    """Gradients of gate and up from the gradient of `gated_silu`."""
     outer, gate, up = outer.contiguous(), gate.contiguous(), up.contiguous()
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    call("gated_silu_backward", gate.dtype, (outer, gate, up, of_gate, of_up), gate.numel())
+    call_kernel("gated_silu_backward", gate.dtype, (outer, gate, up, of_gate, of_up), gate.numel())
     return of_gate, of_up
 
 
@@ -118,7 +118,7 @@ def rotary(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) 
         x = x.contiguous()
     result = x.new_empty(x.shape)
     sizes = (*x.shape, x.stride(0), x.stride(1))
-    call("rotary", x.dtype, (x, cosines, sines, result), *sizes, -1.0 if transposed else 1.0)
+    call_kernel("rotary", x.dtype, (x, cosines, sines, result), *sizes, -1.0 if transposed else 1.0)
     return result
 
 
@@ -128,7 +128,7 @@ def with_low_rank(x: Tensor, down: Tensor) -> Tensor:
         x = x.contiguous()
     rank, (count, size) = down.shape[0], x.shape
     result = x.new_empty(count, size + rank)
-    call("with_low_rank", x.dtype, (x, down, result), count, size, rank, x.stride(0))
+    call_kernel("with_low_rank", x.dtype, (x, down, result), count, size, rank, x.stride(0))
     return result
 
 
@@ -136,7 +136,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Te
     """A token [B] for each row of logits [B, V] by numbers [B, 1] float64, and log-probabilities [B] float32."""
     logits, uniform = logits.contiguous(), uniform.contiguous()
     tokens, logprobs = logits.new_empty(len(logits), dtype=torch.long), _floats(len(logits))
-    call("draw_tokens", logits.dtype, (logits, uniform, tokens, logprobs), *logits.shape, 1 / temperature)
+    call_kernel("draw_tokens", logits.dtype, (logits, uniform, tokens, logprobs), *logits.shape, 1 / temperature)
     return tokens, logprobs
 
 
@@ -152,7 +152,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, slopes: b
     if type(tokens) in _KINDS and ((tokens < 0) | (tokens >= logits.shape[1])).any():
         raise IndexError(f"tokens from {int(tokens.min())} to {int(tokens.max())} for logits of {logits.shape[1]} tokens")
     logprobs, entropies = _floats(len(logits)), _floats(len(logits))
-    call("token_logprobs", logits.dtype, (logits, tokens, logprobs, entropies), *logits.shape, 1 / temperature, slopes)
+    call_kernel("token_logprobs", logits.dtype, (logits, tokens, logprobs, entropies), *logits.shape, 1 / temperature, slopes)
     return logprobs, entropies
 
 
@@ -161,8 +161,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, slopes: b
 _MOST = 16_384
 
 
-def pays(down: Tensor, up: Tensor) -> bool:
-    """Whether these kernels are the faster ones for A and B."""
+def low_rank_pays(down: Tensor, up: Tensor) -> bool:
+    """Whether these kernels are faster than torch's products for factors A and B of these sizes."""
     return down.numel() + up.numel() <= _MOST
 
 
@@ -182,7 +182,7 @@ def add_low_rank(result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: f
     x, rank = _dense_rows(x), len(down)
     low = x.new_empty(len(x), rank)
     sizes = (len(x), x.shape[1], len(up), rank, x.stride(0))
-    call("add_low_rank", x.dtype, (x, down.contiguous(), up.contiguous(), result, low), *sizes, scaling)
+    call_kernel("add_low_rank", x.dtype, (x, down.contiguous(), up.contiguous(), result, low), *sizes, scaling)
     return low
 
 
@@ -205,7 +205,7 @@ def low_rank_gradients(
     of_down, of_up = torch.empty_like(down), torch.empty_like(up)
     tensors = (outer, x, low.contiguous(), down, up, of_x, of_down, of_up)
     sizes = (len(x), x.shape[1], len(up), rank, outer.stride(0), x.stride(0))
-    call("low_rank_gradients", x.dtype, tensors, *sizes, scaling)
+    call_kernel("low_rank_gradients", x.dtype, tensors, *sizes, scaling)
     return of_down, of_up
 
 

@@ -23,6 +23,7 @@ source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 root_doc = "index"
 exclude_patterns = ["_build"]
 html_theme = "furo"
+highlight_language = "none"  # of blocks that name none: diagrams, trees
 html_title = "hybrid_lightning"
 html_show_copyright = False
 html_static_path = ["static"]

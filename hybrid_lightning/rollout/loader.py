@@ -11,6 +11,7 @@ One minibatch is one optimizer step. The denominators of the loss are those of t
 and over all ranks: how a step is split never changes the gradient.
 """
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -32,6 +33,7 @@ DrawPrompts = Callable[[int], Sequence[Prompt]]
 class RolloutSource(Protocol):
     """Makes rollouts, and computes what the update must know beforehand. `PolicyModule` is one."""
 
+    @abstractmethod
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
     ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
@@ -49,10 +51,12 @@ class RolloutSource(Protocol):
         """
         ...
 
+    @abstractmethod
     def takes_part(self, advantages: Tensor) -> Tensor:
         """[B] bool, True for the rows that take part in the update."""
         ...
 
+    @abstractmethod
     def add_logprobs(self, batches: Sequence[PolicyBatch], on_policy: bool) -> list[PolicyBatch]:
         """Compute what must be known about the micro-batches of one optimizer step before the step begins.
 

@@ -15,7 +15,7 @@ as in TRL.
 
 The metric `sampling/logp_difference/mean` shows whether a correction is worth having: in float32 it is about 1e-6, and w is 1; in
 bfloat16 it was 0.02 for SmolLM2-135M, where the w of a token was at most 1.3, so that a cap of 2 cuts only what has gone wrong.
-With `top_p` or `top_k` mu is still the full softmax (see `Rollouts.sampling_logprobs`): their truncation is not corrected.
+With `top_p`, `top_k` or `min_p` mu is still the full softmax (see `Rollouts.sampling_logprobs`): truncation is not corrected.
 """
 
 import math

@@ -40,6 +40,8 @@ class RolloutEngine(Configurable, ABC):
         top_p: Sample from the smallest set of most probable tokens whose probabilities add up to this; 1 keeps all tokens.
         top_k: Sample from this many most probable tokens; 0 keeps all tokens.
         stop: Strings that end a completion. The tokens of such a string stay in the sequence; the text is cut before it.
+        min_p: Sample from the tokens that are at least this share as probable as the most probable one (arXiv 2407.01082); 0
+            keeps all tokens.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -52,6 +54,7 @@ class RolloutEngine(Configurable, ABC):
         top_p: float = 1.0,
         top_k: int = 0,
         stop: Sequence[str] = (),
+        min_p: float = 0.0,
     ) -> None:
         if max_new_tokens < 1:
             raise ConfigError(f"sampler.max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -61,6 +64,8 @@ class RolloutEngine(Configurable, ABC):
             raise ConfigError(f"sampler.top_p must be in (0, 1], got {top_p}; 1 keeps all tokens")
         if top_k < 0:
             raise ConfigError(f"sampler.top_k must not be negative, got {top_k}; 0 keeps all tokens")
+        if not 0 <= min_p <= 1:
+            raise ConfigError(f"sampler.min_p must be in [0, 1], got {min_p}; 0 keeps all tokens")
         if isinstance(stop, str):
             raise ConfigError(f"sampler.stop must be a list of strings, got the string {stop!r}; write [{stop!r}]")
         if any(not text for text in stop):
@@ -69,6 +74,7 @@ class RolloutEngine(Configurable, ABC):
         self.temperature = temperature
         self.top_p = top_p
         self.top_k = top_k
+        self.min_p = min_p
         self.stop = tuple(stop)
 
     def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:

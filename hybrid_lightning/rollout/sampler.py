@@ -9,6 +9,7 @@ Axes: P prompts, G samples per prompt, B = P * G sequences, R rows of the decodi
 V tokens of the vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -150,13 +151,14 @@ class _Decoder:
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The next token [R] of each row of the decoding batch, and its log-probability [R], from logits [R, V]."""
         sampler = self.sampler
-        if not self.greedy and sampler.top_k == 0 and sampler.top_p == 1 and self.engine.backend.usable(logits):
+        keeps_all = sampler.top_k == 0 and sampler.top_p == 1 and sampler.min_p == 0
+        if not self.greedy and keeps_all and self.engine.backend.usable(logits):
             return self.engine.backend.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
-        scaled = logits.float() if self.sampler.temperature == 1 else logits.float() / self.sampler.temperature
+        scaled = logits.float() if sampler.temperature == 1 else logits.float() / sampler.temperature
         if self.greedy:
             token = scaled.argmax(dim=-1)
         else:
-            kept = filter_logits(scaled, self.sampler.top_k, self.sampler.top_p)
+            kept = filter_logits(scaled, sampler.top_k, sampler.top_p, sampler.min_p)
             token = draw_tokens(kept, self._uniform(rows, step))
         return token, scaled.log_softmax(dim=-1).gather(1, token[:, None]).squeeze(1)
 
@@ -174,13 +176,15 @@ class _Decoder:
         return ended
 
 
-def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [R, V] with minus infinity for the tokens that top-k and top-p leave out; top-k first, as in `generate`."""
+def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
+    """Logits [R, V] with minus infinity for the tokens that are left out: by top-k, then top-p, then min-p, as in `generate`."""
     if top_k > 0:
         unused = torch.empty(0, dtype=torch.long)  # in place of the tokens so far, which the processor does not use
         logits = TopKLogitsWarper(top_k)(unused, logits)
     if top_p < 1:
         logits = _top_p(logits, top_p)
+    if min_p > 0:  # a share of the largest probability is a distance from the largest logit
+        logits = logits.masked_fill(logits < logits.amax(dim=1, keepdim=True) + math.log(min_p), float("-inf"))
     return logits
 
 

@@ -96,7 +96,7 @@ def test_samples_follow_the_policy(tokenizer):
     assert (frequency - probabilities).abs().max() < 0.04  # five standard errors of the most uncertain token
 
 
-def test_top_k_and_top_p_restrict_the_tokens_but_not_the_logprobs(tokenizer):
+def test_top_k_top_p_and_min_p_restrict_the_tokens_but_not_the_logprobs(tokenizer):
     model = build_model("llama")
     probabilities = model(torch.tensor(ids_of(tokenizer, "12+3="))).logits[0, -1].softmax(-1)
     best = probabilities.topk(2).indices.tolist()
@@ -106,6 +106,11 @@ def test_top_k_and_top_p_restrict_the_tokens_but_not_the_logprobs(tokenizer):
     torch.testing.assert_close(rollouts.sampling_logprobs[:, 0], probabilities[token].log(), atol=1e-4, rtol=0)
     nucleus = sample(tokenizer, samples=200, max_new_tokens=1, top_p=1e-6, texts=("12+3=",))
     assert set(nucleus.sequences.completion_ids[:, 0].tolist()) == {best[0]}
+    floor = float(probabilities.max()) / 2
+    near = sample(tokenizer, samples=400, max_new_tokens=1, min_p=0.5, texts=("12+3=",))
+    token = near.sequences.completion_ids[:, 0]
+    assert set(token.tolist()) == set((probabilities >= floor).nonzero().flatten().tolist())
+    torch.testing.assert_close(near.sampling_logprobs[:, 0], probabilities[token].log(), atol=1e-4, rtol=0)
 
 
 def test_stop_strings_end_a_completion_and_are_cut_from_its_text(tokenizer):
@@ -153,6 +158,8 @@ def test_on_token_counts_and_can_abort(tokenizer):
         ({"temperature": 0.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 1.1}, "min_p"),
         ({"stop": "x"}, "list of strings"),
         ({"stop": [""]}, "empty string"),
     ],

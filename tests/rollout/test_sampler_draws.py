@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import TopPLogitsWarper
+from transformers import MinPLogitsWarper, TopPLogitsWarper
 
 from hybrid_lightning.rollout import sampler
 from hybrid_lightning.rollout.sampler import draw_tokens, filter_logits, sums_by_doubling
@@ -22,3 +22,11 @@ def test_draws_and_top_p_are_those_of_cumulative_sums(doubling, monkeypatch):
         monkeypatch.setattr(sampler, "running_sums", sums_by_doubling)
     assert torch.equal(filter_logits(logits, 0, 0.8), expected)
     assert torch.equal(draw_tokens(logits, uniform), tokens)
+
+
+@pytest.mark.parametrize("min_p", [0.01, 0.3, 1.0])
+def test_min_p_keeps_what_transformers_keeps(min_p):
+    logits = 3 * torch.randn(40, 600, generator=torch.Generator().manual_seed(0))
+    kept = filter_logits(logits, 0, 1.0, min_p)
+    assert torch.equal(kept, MinPLogitsWarper(min_p)(torch.empty(0), logits))
+    assert 0 < float(kept.isfinite().float().mean()) < 1

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 CASES = {
-    "one process": {"repeats": {"policy": 2, "supervised": 0, "preference": 0}},
+    "one process": {"repeats": {"policy": 1, "supervised": 0, "preference": 0}},
     "ddp": {"repeats": {"policy": 0}, "strategy": "ddp", "devices": 2},
     "fsdp2": {"repeats": {"policy": 0}, "strategy": FSDP2Strategy, "devices": 2},
 }

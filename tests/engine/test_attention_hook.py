@@ -38,7 +38,10 @@ SIZES = {
 # Families with something special: sliding windows, caps of scores and logits, scaled logits.
 SPECIAL = {
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=3, head_dim=8),
-    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=3, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0),
+    # Eager, since the sdpa of older transformers leaves its cap of the scores out without a word.
+    "gemma2": lambda: Gemma2Config(
+        **SIZES, sliding_window=3, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0, attn_implementation="eager"
+    ),
     "gemma3": lambda: Gemma3TextConfig(**SIZES, sliding_window=3, head_dim=8, query_pre_attn_scalar=8),
     "granite": lambda: GraniteConfig(**SIZES, logits_scaling=3.0),
     "phi3": lambda: Phi3Config(**SIZES),

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import SaveConfigCallback
 
-from hybrid_lightning.configurable import Configurable, public_path, with_public_paths
+from hybrid_lightning.configurable import Configurable, constructor_defaults, public_path, with_public_paths
 from hybrid_lightning.policy.adaptation import adapter_state
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.rollout.prompt_order import prompts_digest
@@ -63,7 +63,7 @@ def earlier_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> d
 
 def describe_part(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The class and the arguments of an object; for an argument that is None, the object that the constructor chose."""
-    arguments = {**_defaults(type(instance)), **arguments}
+    arguments = {**constructor_defaults(type(instance)), **arguments}
     # By `vars` and not by getattr: the data module has properties of such names, which would format the test split.
     chosen = {name: vars(instance).get(name) for name, value in arguments.items() if value is None}
     arguments |= {name: part for name, part in chosen.items() if isinstance(part, Configurable)}
@@ -105,7 +105,7 @@ def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             if "class_path" in value:
                 kind = imported_class(str(value["class_path"]))
                 found[name] = value["class_path"] if kind is None else public_path(kind)
-                items = {**({} if kind is None else _plain(_defaults(kind))), **(value.get("init_args") or {})}
+                items = {**({} if kind is None else _plain(constructor_defaults(kind))), **(value.get("init_args") or {})}
             for key, item in items.items():
                 put(f"{name}.{key}", item)
         elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
@@ -117,19 +117,6 @@ def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         put(name, value)
     return found
-
-
-def _defaults(kind: type) -> dict[str, Any]:
-    """Default arguments of a constructor, and of the constructors to which it passes further arguments."""
-    defaults: dict[str, Any] = {}
-    for base in kind.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty} | defaults
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    return defaults
 
 
 def imported_class(path: str) -> type | None:

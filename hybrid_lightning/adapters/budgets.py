@@ -4,7 +4,6 @@ The candidates compete by score, greedily. Ties are broken by name, so that the 
 larger budget only ever adds modules.
 """
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from hybrid_lightning.adapters import plan_json
 from hybrid_lightning.adapters.candidates import linear_shape
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
-from hybrid_lightning.configurable import Configurable, to_plain
+from hybrid_lightning.configurable import Configurable, constructor_defaults, to_plain
 from hybrid_lightning.errors import ConfigError
 
 
@@ -168,12 +167,7 @@ def make_plan(
 def config_with_defaults(part: Configurable) -> dict[str, Any]:
     """Like `Configurable.to_config`, but with arguments left at their defaults written out too, in plain types."""
     config = part.to_config()
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(type(part).__init__).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
-    config["init_args"] = to_plain({**defaults, **config["init_args"]})
+    config["init_args"] = to_plain({**constructor_defaults(type(part)), **config["init_args"]})
     plain: dict[str, Any] = plan_json.plain(config)
     return plain
 

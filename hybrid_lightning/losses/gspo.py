@@ -36,8 +36,8 @@ from hybrid_lightning.types import LossInputs
 CLIP_LIMIT = 0.1
 
 
-class GSPOLoss(ClippedLoss):
-    """Clipped surrogate with one length-normalised importance ratio per sequence; mean over sequences.
+class SequenceClippedLoss(ClippedLoss):
+    """Clipped surrogate with one length-normalised importance ratio per sequence. A subclass says whose gradient it has.
 
     Args:
         clip_low: where A < 0, the ratio of a sequence counts no less than 1 - clip_low.
@@ -61,39 +61,29 @@ class GSPOLoss(ClippedLoss):
         entropy_coef: float = 0.0,
     ) -> None:
         super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
-        check_sequence_range(type(self).__name__, clip_low, clip_high)
+        if max(clip_low, clip_high) >= CLIP_LIMIT:
+            raise ConfigError(
+                f"{type(self).__name__}: clip_low={clip_low:g}, clip_high={clip_high:g} is too large for ratios of whole "
+                f"sequences ({CLIP_LIMIT} or more), as if left over from a GRPO config: set clip_low=3e-4 and clip_high=4e-4."
+            )
+
+
+class GSPOLoss(SequenceClippedLoss):
+    """Clipped surrogate with one length-normalised importance ratio per sequence; mean over sequences.
+
+    Arguments and errors are those of `SequenceClippedLoss`.
+    """
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
         """The ratio of each sequence, [B]."""
         return sequence_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
 
 
-class GSPOTokenLoss(ClippedLoss):
+class GSPOTokenLoss(SequenceClippedLoss):
     """Clipped surrogate with one ratio per sequence and one gradient per token; mean over sequences of the mean over tokens.
 
-    Args:
-        clip_low: where A < 0, the ratio of a sequence counts no less than 1 - clip_low.
-        clip_high: where A > 0, the ratio of a sequence counts no more than 1 + clip_high.
-        dual_clip: where A < 0, the ratio of a sequence counts no more than this; None for no bound.
-        kl_coef: weight of the KL to the start policy.
-        kl_importance_weight: multiply the KL by the importance ratio.
-        entropy_coef: weight of the entropy bonus.
-
-    Raises:
-        ConfigError: if a value is out of its range, or the clip range is one for GRPO.
+    Arguments and errors are those of `SequenceClippedLoss`.
     """
-
-    def __init__(
-        self,
-        clip_low: float = 3e-4,
-        clip_high: float = 4e-4,
-        dual_clip: float | None = None,
-        kl_coef: float = 0.0,
-        kl_importance_weight: bool = False,
-        entropy_coef: float = 0.0,
-    ) -> None:
-        super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
-        check_sequence_range(type(self).__name__, clip_low, clip_high)
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
         """The sequence's ratio for each of its tokens, [B, T], with the gradient of that token's log-probability."""
@@ -101,12 +91,3 @@ class GSPOTokenLoss(ClippedLoss):
         of_sequence = sequence_ratio(inputs.logprobs.detach(), old_logprobs, mask)
         ones = token_ratio(inputs.logprobs, inputs.logprobs.detach(), mask)
         return of_sequence[:, None] * ones
-
-
-def check_sequence_range(name: str, clip_low: float, clip_high: float) -> None:
-    """Raise ConfigError if a clip range is one for the ratios of single tokens; `name` is the loss, for the message."""
-    if max(clip_low, clip_high) >= CLIP_LIMIT:
-        raise ConfigError(
-            f"{name}: clip_low={clip_low:g}, clip_high={clip_high:g} is too large for ratios of whole sequences ({CLIP_LIMIT} or "
-            "more), as if left over from a GRPO config: set clip_low=3e-4 and clip_high=4e-4."
-        )

@@ -196,7 +196,7 @@ class ExampleModule(LanguageModule):
         prompts = training_prompts(self.trainer)
         self.check_enough(prompts)
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
-        chosen = [prompts[i] for i in order[: num_prompts or self.examples_per_step]]
+        chosen = [prompts[i] for i in order[: self.examples_per_step if num_prompts is None else num_prompts]]
         # Not self.device: the callback moves the model to its device, and Lightning this module only after the setup hooks.
         sequences = self.example_sequences(chosen, next(self.model.parameters()).device)
         losses = ExampleCalibration(sequences, self.update.chunks(self, sequences), self.loss, self.calibration_logprobs)

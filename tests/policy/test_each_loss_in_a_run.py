@@ -219,6 +219,9 @@ def test_no_warning_where_nothing_is_trained_or_another_loss_is(model, sums, tmp
         warnings.filterwarnings("error", message=".*GroupMeanAdvantage")
         policy = build_policy(model, loss=loss)
         if isinstance(loss, DrGRPOLoss):
-            build_trainer(tmp_path).validate(policy, datamodule=build_data(sums, validation_fraction=0.5), verbose=False)
+            (done,) = build_trainer(tmp_path).validate(
+                policy, datamodule=build_data(sums, validation_fraction=0.5), verbose=False
+            )
+            assert "val/greedy_accuracy" in done
         else:
-            fit(model, sums, tmp_path, policy={"loss": loss}, max_steps=1)
+            assert fit(model, sums, tmp_path, policy={"loss": loss}, max_steps=1).trainer.global_step == 1

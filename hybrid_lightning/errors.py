@@ -29,6 +29,10 @@ class RewardError(HybridLightningError, RuntimeError):
     """A reward function raised, or returned something other than one finite number per completion."""
 
 
+class RolloutError(HybridLightningError, RuntimeError):
+    """A rollout engine does not answer, fails, or has other weights than the policy."""
+
+
 class SandboxError(HybridLightningError, RuntimeError):
     """Untrusted programs cannot be isolated on this machine, or cannot be run at all."""
 

@@ -78,6 +78,7 @@ class Sequences(_TensorContainer):
     prompt_mask: Tensor  # [B, S] bool, True on real tokens
     completion_ids: Tensor  # [B, T] int64, right-padded
     completion_mask: Tensor  # [B, T] bool, True up to and including the stop token
+    weights_step: Tensor | None = None  # [B] int64, optimizer steps of the weights that sampled; None if nothing was sampled
 
     def __len__(self) -> int:
         return self.completion_ids.shape[0]
@@ -93,6 +94,7 @@ class Sequences(_TensorContainer):
             prompt_mask[:, start:],
             self.completion_ids[index][:, :end],
             completion_mask[:, :end],
+            None if self.weights_step is None else self.weights_step[index],
         )
 
 

@@ -1,8 +1,6 @@
 """`MergedModel`: export one ordinary model with the trained weights merged into the base, module by module, in float32.
 
-full:   W' = the trained weight
-LoRA:   W' = W + s B A,   s = alpha / rank, or with rsLoRA alpha / sqrt(rank)
-DoRA:   W' = m (W + s B A) / ||W + s B A||, norms taken over the inputs, one per output
+Fully trained weights are taken as they are, low-rank ones are merged (see `adapters/merge.py`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.export.trained import PEFT_PREFIX, ExportForm, TrainedPolicy
 from hybrid_lightning.policy.loading import DTYPES, stop_token_ids
@@ -112,15 +111,13 @@ def _merged_weights(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[s
 
 
 def _lora_merged(module: nn.Module, settings: LoraSettings, weights: Mapping[str, Tensor], prefix: str) -> Tensor:
-    """Weight with LoRA merged into it, [outputs, inputs], or transposed where the module stores its weight so."""
-    transposed = isinstance(module, Conv1D)
-    weight = module.get_parameter("weight").detach().float()
-    lora_a, lora_b = weights[f"{prefix}lora_A.weight"].float(), weights[f"{prefix}lora_B.weight"].float()
-    weight = (weight.T if transposed else weight).addmm(lora_b, lora_a, alpha=settings.scale)
-    if settings.use_dora:
-        magnitudes = weights[f"{prefix}lora_magnitude_vector"].float()
-        weight = weight * (magnitudes / torch.linalg.vector_norm(weight, dim=1))[:, None]
-    return weight.T.contiguous() if transposed else weight
+    """Weight with LoRA merged into it in float32, [outputs, inputs], or transposed where the module stores its weight so."""
+    weight = module.get_parameter("weight").detach()
+    magnitudes = weights[f"{prefix}lora_magnitude_vector"] if settings.use_dora else None
+    update = LowRankUpdate(weights[f"{prefix}lora_A.weight"], weights[f"{prefix}lora_B.weight"], settings.scale, magnitudes)
+    merged = torch.empty(weight.shape, dtype=torch.float32)
+    write_merged(merged, 0, weight, update, transposed=isinstance(module, Conv1D))
+    return merged
 
 
 def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -80,6 +80,7 @@ def join_rows(parts: Sequence[Tensor], width: int | None = None) -> Tensor:
 def join_sequences(parts: Sequence[Sequences]) -> Sequences:
     """Concatenate sequences; prompts stay left-padded and completions right-padded."""
     start = max(part.prompt_ids.shape[1] for part in parts)
+    steps = [part.weights_step for part in parts]
 
     def left(values: list[Tensor]) -> Tensor:
         return torch.cat([pad(value, (start - value.shape[1], 0)) for value in values])
@@ -89,6 +90,7 @@ def join_sequences(parts: Sequence[Sequences]) -> Sequences:
         left([part.prompt_mask for part in parts]),
         join_rows([part.completion_ids for part in parts]),
         join_rows([part.completion_mask for part in parts]),
+        None if any(step is None for step in steps) else torch.cat([step for step in steps if step is not None]),
     )
 
 
@@ -155,9 +157,12 @@ def _join_batches(parts: Sequence[PolicyBatch]) -> PolicyBatch:
 def batch_to_state(batch: PolicyBatch) -> dict[str, Any]:
     """A micro-batch as plain data and tensors on the CPU, for a checkpoint."""
     state = {entry.name: getattr(batch, entry.name) for entry in fields(batch) if entry.name != "sequences"}
-    sequences = {entry.name: getattr(batch.sequences, entry.name).cpu() for entry in fields(batch.sequences)}
-    state = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
-    return {**state, "sequences": sequences}
+    sequences = {entry.name: getattr(batch.sequences, entry.name) for entry in fields(batch.sequences)}
+    return {**_on_cpu(state), "sequences": _on_cpu(sequences)}
+
+
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def batch_from_state(state: dict[str, Any]) -> PolicyBatch:

@@ -34,7 +34,8 @@ class PromptDraws:
             [f"{prompt.set_name}/{prompt.index}" for prompt in prompts] if places is None else [str(place) for place in places]
         )
         assert len(names) == len(prompts)
-        self._generators = [torch.Generator().manual_seed(_seed_of(name, seed)) for name in names]
+        self.seeds = [_seed_of(name, seed) for name in names]  # of each prompt, below 2^63
+        self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self._samples = samples_per_prompt
         self._block = torch.empty(0)
         self._next = 0  # the first step after the block

@@ -1,22 +1,26 @@
 """`RolloutEngine`: the interface by which the policy, its evaluation and its calibration get completions of prompts.
 
 Prompts go in as token ids and completions come out as token ids, so that nothing is tokenized twice. With each token comes its
-log-probability under softmax(logits / temperature), without the truncation by top-k and top-p. The model is an argument of every
-call: an engine keeps no weights, which training would make stale.
+log-probability under softmax(logits / temperature).
+
+Our `Sampler` computes with the policy's own weights. Another engine has a copy of them (`has_own_weights`), which training makes
+stale: before it samples it is given what has changed (`update`), as `PolicyWeights`, whose `WeightsVersion` every completion then
+names.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.types import Prompt, Rollouts
+from hybrid_lightning.types import Completion, Prompt, Rollouts
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
@@ -28,6 +32,84 @@ class Stops:
 
     ids: tuple[int, ...]  # stop tokens
     strings: StopStringCriteria | None  # recognises stop strings; slow to make, since it looks at the whole vocabulary
+
+
+@dataclass(frozen=True)
+class WeightsVersion:
+    """Which weights a policy has; equal versions are equal weights."""
+
+    step: int  # optimizer steps that made them
+    digest: str  # of the base model and the trained values
+
+    def __str__(self) -> str:
+        return f"{self.step}-{self.digest}"
+
+    @classmethod
+    def parse(cls, label: str) -> Self | None:
+        """The version that `str` wrote, None if it did not write this label."""
+        step, _, digest = label.partition("-")
+        return cls(int(step), digest) if step.isdecimal() and digest else None
+
+
+class PolicyWeight(Protocol):
+    """One weight as the policy computes with it: LoRA is merged into it."""
+
+    @property
+    def name(self) -> str:
+        """Name in a checkpoint of the base model."""
+        ...
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape in such a checkpoint."""
+        ...
+
+    def write_rows(self, destination: Tensor, first: int) -> None:
+        """Compute some rows in float32, and round them once to the dtype of the tensor that they are written to.
+
+        Args:
+            destination: [rows, ...] of any dtype, on the weight's device or another.
+            first: Number of the first of these rows.
+        """
+        ...
+
+
+class PolicyWeights(Protocol):
+    """The weights of a policy at one moment, for engines that have weights of their own."""
+
+    @property
+    def version(self) -> WeightsVersion:
+        """Which weights these are."""
+        ...
+
+    @property
+    def is_sender(self) -> bool:
+        """Whether this rank sends to engines that all ranks share. The others only take part in gathering what is split."""
+        ...
+
+    def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each weight that `stream` yields, in its order; nothing is gathered."""
+        ...
+
+    def stream(self, everything: bool) -> Iterator[PolicyWeight]:
+        """All weights, or those that training changes, one at a time. If they are split over ranks, all ranks iterate together.
+
+        What an engine may join into one layer (q/k/v, gate/up) always comes as a whole.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What an engine with weights of its own has to know of the policy's model."""
+
+    config: Any  # of transformers
+    tokenizer: PreTrainedTokenizerBase
+    folder: str | None  # a folder with the weights that the policy started from; None: they have to be sent, all of them
+    dtype: torch.dtype  # of the policy's matrix products
+    device: torch.device  # that trains
+    rank: int = 0
+    ranks: int = 1
 
 
 class RolloutEngine(Configurable, ABC):
@@ -46,6 +128,10 @@ class RolloutEngine(Configurable, ABC):
     Raises:
         ConfigError: If a value is impossible.
     """
+
+    has_own_weights = False  # whether `update` has to give it the policy's weights; the others sample with the policy itself
+    shared_by_ranks = False  # whether all ranks sample with the same engines, which rank 0 then updates
+    renormalizes = False  # whether its log-probabilities are those among the tokens that top-k, top-p and min-p keep
 
     def __init__(
         self,
@@ -87,6 +173,44 @@ class RolloutEngine(Configurable, ABC):
         strings = StopStringCriteria(tokenizer, list(self.stop)) if self.stop else None
         return Stops(tuple(ids or [int(tokenizer.eos_token_id)]), strings)
 
+    @property
+    def keeps_all_tokens(self) -> bool:
+        """Whether every token can be sampled: no top-k, top-p or min-p."""
+        return self.top_k == 0 and self.top_p == 1 and self.min_p == 0
+
+    def check_model(self, model: ServedModel) -> None:
+        """Make sure, before time is spent on a run, that this engine can sample for a model.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+
+    def check_prompt(self, config: Any, prompt_tokens: int) -> None:
+        """Raise ConfigError if a prompt with its longest completion is too long.
+
+        Args:
+            config: The model's config.
+            prompt_tokens: Tokens of the prompt.
+        """
+        check_positions(config, prompt_tokens, self.max_new_tokens)
+
+    def update(self, weights: PolicyWeights, model: ServedModel) -> None:
+        """Give an engine with weights of its own those of the policy, unless it has them already.
+
+        Args:
+            weights: The policy's weights now.
+            model: The policy's model.
+
+        Raises:
+            RolloutError: If they cannot be given to it.
+        """
+
+    def release_memory(self) -> None:
+        """Free what is not needed until the next call, if the engine shares a device with training."""
+
+    def shut_down(self) -> None:
+        """End what this engine has started, but no server that others started."""
+
     @abstractmethod
     def sample(
         self,
@@ -121,7 +245,41 @@ class RolloutEngine(Configurable, ABC):
 
         Raises:
             ConfigError: If the longest prompt with a completion of `max_new_tokens` exceeds the model's positions.
+            RolloutError: If the engine fails, or completes with other weights than those of the last `update`.
         """
+
+    def completions(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]],
+        finished: Sequence[bool],
+    ) -> tuple[Completion, ...]:
+        """Decode completions.
+
+        Args:
+            tokenizer: The policy's tokenizer.
+            prompt_ids: Token ids of P prompts.
+            tokens: Token ids of B = P * G completions, the G of a prompt side by side, with the token or string that ended them.
+            finished: Whether a stop token or string ended each.
+        """
+        texts = tokenizer.batch_decode([list(row) for row in tokens], skip_special_tokens=True)
+        samples = len(tokens) // max(1, len(prompt_ids))
+        thinking = [_ends_in_thinking(tokenizer, ids) for ids in prompt_ids for _ in range(samples)]
+        lengths = [len(row) for row in tokens]
+        return tuple(
+            Completion(self._cut(text), *rest) for text, *rest in zip(texts, lengths, finished, thinking, strict=True)
+        )
+
+    def _cut(self, text: str) -> str:
+        """The text before the first stop string in it."""
+        ends = [text.index(stop) for stop in self.stop if stop in text]
+        return text[: min(ends)] if ends else text
+
+
+def _ends_in_thinking(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
+    """Whether a prompt ends in <think>, as chat templates of some reasoning models write it."""
+    return str(tokenizer.decode(list(ids[-16:]))).rstrip().endswith("<think>")
 
 
 def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> None:

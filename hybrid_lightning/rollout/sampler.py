@@ -22,7 +22,7 @@ from hybrid_lightning.engine import decoding_of
 from hybrid_lightning.rollout.batching import pad_left
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops, check_positions
-from hybrid_lightning.types import Completion, Prompt, Rollouts, Sequences
+from hybrid_lightning.types import Prompt, Rollouts, Sequences
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
@@ -64,25 +64,9 @@ class Sampler(RolloutEngine):
             tokens,
             completion_mask,
         )
-        counts = lengths.tolist()
-        texts = tokenizer.batch_decode(
-            [row[:length] for row, length in zip(tokens.tolist(), counts, strict=True)], skip_special_tokens=True
-        )
-        thinking = [_ends_in_thinking(tokenizer, ids) for ids in prompt_ids for _ in range(samples_per_prompt)]
-        completions = tuple(
-            Completion(self._cut(text), *rest) for text, *rest in zip(texts, counts, finished.tolist(), thinking, strict=True)
-        )
+        rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        completions = self.completions(tokenizer, prompt_ids, rows, finished.tolist())
         return Rollouts(tuple(prompts), sequences, completions, logprobs, finished, samples_per_prompt)
-
-    def _cut(self, text: str) -> str:
-        """The text before the first stop string in it."""
-        ends = [text.index(stop) for stop in self.stop if stop in text]
-        return text[: min(ends)] if ends else text
-
-
-def _ends_in_thinking(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
-    """Whether a prompt ends in <think>, as chat templates of some reasoning models write it."""
-    return str(tokenizer.decode(list(ids[-16:]))).rstrip().endswith("<think>")
 
 
 class _Decoder:
@@ -151,8 +135,7 @@ class _Decoder:
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The next token [R] of each row of the decoding batch, and its log-probability [R], from logits [R, V]."""
         sampler = self.sampler
-        keeps_all = sampler.top_k == 0 and sampler.top_p == 1 and sampler.min_p == 0
-        if not self.greedy and keeps_all and self.engine.backend.usable(logits):
+        if not self.greedy and sampler.keeps_all_tokens and self.engine.backend.usable(logits):
             return self.engine.backend.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
         scaled = logits.float() if sampler.temperature == 1 else logits.float() / sampler.temperature
         if self.greedy:

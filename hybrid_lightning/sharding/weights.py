@@ -5,7 +5,7 @@ call of the module. The policy computes log-probabilities from parts of the mode
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from torch import nn
@@ -37,6 +37,17 @@ class Weights:
             as_trained: Round as a training pass does, where that may differ.
         """
         return function()
+
+    def owner(self, module: nn.Module) -> nn.Module | None:
+        """The part of the model whose weights are gathered together, and this module's with them; None where no part is."""
+        return None
+
+    def whole(self, owner: nn.Module | None) -> AbstractContextManager[None]:
+        """Within this context the weights of one such part are whole, and need not be where `owner` is None.
+
+        A weight that FSDP2 has split says so itself, and gathers itself (`DTensor.full_tensor`).
+        """
+        return nullcontext()
 
 
 class FSDP1Unit(FullyShardedDataParallel):
@@ -147,6 +158,7 @@ class _Weights1(_ShardedWeights):
     def __init__(self, model: FSDP1Unit) -> None:
         super().__init__()
         self._model = model
+        self._owners: dict[nn.Module, nn.Module] = {}
 
     def as_forward(self, function: Callable[[], Result]) -> Result:
         if self._within:
@@ -159,6 +171,18 @@ class _Weights1(_ShardedWeights):
         flagged = _all_flagged_as_trained(self._model) if as_trained else nullcontext()
         with flagged, FSDP1Unit.summon_full_params(self._model, writeback=False), self._gathered_once():
             return function()
+
+    def owner(self, module: nn.Module) -> nn.Module | None:
+        if not self._owners:
+            for unit in FSDP1Unit.fsdp_modules(self._model):  # outer ones first, so that the innermost is left
+                self._owners |= dict.fromkeys(unit.modules(), unit)
+        return self._owners[module]
+
+    @contextmanager
+    def whole(self, owner: nn.Module | None) -> Iterator[None]:
+        assert owner is not None
+        with FSDP1Unit.summon_full_params(owner, recurse=False, writeback=False):
+            yield
 
 
 def _call(function: Callable[[], Result]) -> Result:

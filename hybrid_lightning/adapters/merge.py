@@ -1,0 +1,62 @@
+"""Merge a low-rank update into the weight that it adapts, in float32, some rows at a time.
+
+LoRA:   W' = W + s B A,   s = alpha / rank, or with rsLoRA alpha / sqrt(rank)
+DoRA:   W' = m (W + s B A) / ||W + s B A||, norms taken over the inputs, one per output
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_NUMBERS = 2**20  # of a temporary float32 copy, where the result has another dtype
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """An update of a weight."""
+
+    lora_a: Tensor  # [rank, inputs]
+    lora_b: Tensor  # [outputs, rank]
+    scale: float
+    magnitudes: Tensor | None = None  # [outputs], of DoRA
+
+
+@torch.no_grad()
+def write_merged(
+    destination: Tensor, first: int, weight: Tensor, update: LowRankUpdate | None, transposed: bool = False
+) -> None:
+    """Write rows of a weight with its update merged into it; each number is computed in float32 and rounded once.
+
+    Beside the destination this allocates float32 copies of the update, and of 2^20 numbers, or of one row if that is longer. If
+    the destination is float32 and on the weight's device, no second copy is made.
+
+    Args:
+        destination: [rows, ...] of any dtype and device.
+        first: Number of the first row.
+        weight: The weight before the update, [outputs, inputs], or any shape if there is no update.
+        update: None copies the weight.
+        transposed: Whether the weight is [inputs, outputs], as in GPT-2's `Conv1D`.
+    """
+    if update is None:
+        destination.copy_(weight[first : first + len(destination)])
+        return
+    if transposed and update.magnitudes is not None:  # norms are over the rows then, so that all have to be there
+        whole = torch.empty(weight.shape[::-1], dtype=torch.float32, device=weight.device)
+        write_merged(whole, 0, weight.T, update)
+        destination.copy_(whole.T[first : first + len(destination)])
+        return
+    left, right = update.lora_b.float(), update.lora_a.float()
+    if transposed:
+        left, right = right.T, left.T
+    in_place = destination.dtype == torch.float32 and destination.device == weight.device
+    step = len(destination) if in_place else max(1, _NUMBERS // max(1, weight.shape[1]))
+    for start in range(0, len(destination), max(1, step)):
+        target = destination[start : start + step]
+        rows = slice(first + start, first + start + len(target))
+        merged = target if in_place else torch.empty(target.shape, dtype=torch.float32, device=weight.device)
+        merged.copy_(weight[rows]).addmm_(left[rows], right, alpha=update.scale)
+        if update.magnitudes is not None:
+            merged *= (update.magnitudes[rows].float() / torch.linalg.vector_norm(merged, dim=1))[:, None]
+        if not in_place:
+            target.copy_(merged)

@@ -1,0 +1,197 @@
+"""`CurrentWeights`: the weights that a policy computes with now, by the names of its base model, for rollout engines.
+
+    fully trained module     the trained weight and bias
+    module with LoRA         weight with the update merged into it, in float32; its bias
+    quantized module         the dequantized weight
+    any other                as it is
+
+Engines join modules that have the same input into one layer (q/k/v, gate/up). A layer that gets only some of its parts would be
+silently wrong, so weights are grouped by the parts of a decoder block (`layers.3.self_attn`, `layers.3.mlp`), which no engine
+joins, and each group comes as a whole or not at all.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from hybrid_lightning.adapters.lora_settings import ADAPTER
+from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
+from hybrid_lightning.rollout.rollout_engine import WeightsVersion
+from hybrid_lightning.sharding.parameters import plain_name
+from hybrid_lightning.sharding.ranks import sum_over_ranks
+from hybrid_lightning.sharding.weights import Weights
+
+_PREFIX = "base_model.model."  # that PEFT puts before names
+
+
+@dataclass(frozen=True)
+class CurrentWeight:
+    """One weight, perhaps with an update that has yet to be merged into it (see `PolicyWeight`)."""
+
+    name: str
+    weight: Tensor  # before the update, whole
+    update: LowRankUpdate | None = None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape in a checkpoint of the base model."""
+        return self.weight.shape
+
+    def write_rows(self, destination: Tensor, first: int) -> None:
+        """See `PolicyWeight`."""
+        write_merged(destination, first, self.weight, self.update, self.transposed)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A module with weights of its own, adapted or not."""
+
+    name: str  # of the module in the base model
+    module: nn.Module  # the adapter's, where there is one
+    owner: nn.Module | None  # the unit of FSDP1 that it belongs to, whose weights are gathered together
+
+    @property
+    def group(self) -> str:
+        """The part of a decoder block that it is in, or the module itself outside of the blocks."""
+        names = self.name.split(".")
+        number = next((place for place, name in enumerate(names) if name.isdecimal()), None)
+        return self.name if number is None else ".".join(names[: number + 2])
+
+    @property
+    def source(self) -> nn.Module:
+        """The module whose weights are sent."""
+        if isinstance(self.module, ModulesToSaveWrapper):
+            trained = self.module.modules_to_save[ADAPTER]
+            assert isinstance(trained, nn.Module)
+            return trained
+        return self.module.get_base_layer() if isinstance(self.module, LoraLayer) else self.module
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training changes it."""
+        return any(parameter.requires_grad for parameter in self.module.parameters())
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and whole shape of each weight."""
+        for key, parameter in self.source.named_parameters(recurse=False):
+            yield f"{self.name}.{key}", _shape(self.source, key, parameter)
+
+    def weights(self) -> Iterator[CurrentWeight]:
+        """The weights; under FSDP2 all ranks gather them here together."""
+        for key, parameter in self.source.named_parameters(recurse=False):
+            update = self._update() if key == "weight" and isinstance(self.module, LoraLayer) else None
+            whole = _dequantized(self.source) if _is_packed(parameter) else _whole(parameter)
+            yield CurrentWeight(f"{self.name}.{key}", whole, update, isinstance(self.source, Conv1D))
+
+    def _update(self) -> LowRankUpdate:
+        layer = self.module
+        assert isinstance(layer, LoraLayer)
+        magnitudes = None
+        if ADAPTER in layer.lora_magnitude_vector:
+            magnitudes = _whole(layer.lora_magnitude_vector[ADAPTER].weight)  # type: ignore[union-attr, arg-type]
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        return LowRankUpdate(_whole(a), _whole(b), float(layer.scaling[ADAPTER]), magnitudes)  # type: ignore[arg-type]
+
+
+class CurrentWeights:
+    """A policy's weights at the moment when this object is made (see `PolicyWeights`). All ranks make it, if they are split.
+
+    Args:
+        model: The model, adapted and sharded or not.
+        weights: How its weights are gathered.
+        base: What distinguishes the base model from others, such as its digest.
+        step: Optimizer steps made so far.
+        is_sender: Whether this rank sends to engines that all ranks share.
+    """
+
+    def __init__(self, model: nn.Module, weights: Weights, base: str, step: int, is_sender: bool) -> None:
+        self._model, self._weights, self.is_sender = model, weights, is_sender
+        self.version = WeightsVersion(step, self._digest(base))
+
+    def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
+        """See `PolicyWeights`."""
+        return dict(shape for part in self._chosen(everything) for shape in part.shapes())
+
+    def stream(self, everything: bool) -> Iterator[CurrentWeight]:
+        """See `PolicyWeights`."""
+        for owner, parts in groupby(self._chosen(everything), lambda part: part.owner):
+            with torch.no_grad(), self._gathered(owner):
+                for part in parts:
+                    yield from part.weights()
+
+    def _gathered(self, owner: nn.Module | None) -> AbstractContextManager[None]:
+        return self._weights.whole(owner)
+
+    def _chosen(self, everything: bool) -> list[_Part]:
+        if everything:
+            return self._parts
+        trained = {part.group for part in self._parts if part.is_trained}
+        return [part for part in self._parts if part.group in trained]
+
+    @cached_property
+    def _parts(self) -> list[_Part]:
+        parts: list[_Part] = []
+        seen: set[int] = set()  # tied weights come once
+        within = ""  # the adapted module whose descendants are passed over
+        for full_name, module in self._model.named_modules():
+            if within and full_name.startswith(within):
+                continue
+            within = ""
+            name = plain_name(f"{full_name}.").removesuffix(".").removeprefix(_PREFIX)
+            if isinstance(module, (ModulesToSaveWrapper, LoraLayer)):
+                within = f"{full_name}."
+            part = _Part(name, module, self._weights.owner(module))
+            own = {id(parameter) for parameter in part.source.parameters(recurse=False)}
+            if own - seen:
+                parts.append(part)
+                seen |= own
+        return parts
+
+    def _digest(self, base: str) -> str:
+        """A digest of the trained values: of the sum of each weight's bits, which reading alone takes time for."""
+        trained = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        text = base
+        if trained:
+            sums = torch.stack([_sum_of_bits(parameter) for parameter in trained.values()])
+            sums = sum_over_ranks(sums) if self._weights.sharded else sums
+            text = f"{base} {[plain_name(name) for name in trained]} {sums.tolist()}"
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _sum_of_bits(parameter: Tensor) -> Tensor:
+    local = parameter.detach()
+    local = local.to_local() if isinstance(local, DTensor) else local
+    return local.contiguous().view(torch.int32 if local.element_size() == 4 else torch.int16).sum(dtype=torch.int64)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _is_packed(parameter: Tensor) -> bool:
+    return hasattr(parameter, "quant_state") or parameter.dtype == torch.int8
+
+
+def _dequantized(module: nn.Module) -> Tensor:
+    weight = dequantize_module_weight(module)
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def _shape(module: nn.Module, key: str, parameter: Tensor) -> tuple[int, ...]:
+    if _is_packed(parameter) and key == "weight":
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    return tuple(parameter.shape)

@@ -1,0 +1,12 @@
+"""Completions by vLLM, with the policy's weights in it: in the training process, or by servers.
+
+in_process.py    `VLLMSampler`: an engine in the training process
+servers.py       `VLLMServerSampler`: servers reached over HTTP
+server_client.py one server: its checks, its requests, its weights
+completing.py    what both ask of vLLM, and what they make of its answers
+guest.py         keeps vLLM from changing the process that it is in
+transfer.py      sends weights to servers
+plugin.py        tells a server's vLLM of our way to receive them
+receiver.py      receives them, in the server
+installed.py     which versions of vLLM are supported, and what is wrong with an installation
+"""

@@ -1,0 +1,159 @@
+"""What `VLLMSampler` and `VLLMServerSampler` have in common: what they ask of vLLM, and what they make of its answers.
+
+Axes: P prompts, G samples per prompt, B = P * G sequences, T completion tokens.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rollout.batching import pad_left, pad_right
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops, WeightsVersion
+from hybrid_lightning.types import Prompt, Rollouts, Sequences
+
+if TYPE_CHECKING:
+    from hybrid_lightning.engine import Engine
+
+_SEEDS = 2**62  # vLLM adds the number of a completion to its prompt's seed, and the sum has to fit into 63 bits
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion as vLLM gives it."""
+
+    tokens: Sequence[int]  # with the token that ended it
+    logprobs: Sequence[float]  # of each token
+    finished: bool  # ended by a stop token or string
+    versions: Sequence[str]  # labels of the weights that sampled its tokens
+
+
+class VLLMEngine(RolloutEngine):
+    """Samples by vLLM.
+
+    With `top_k`, `top_p` or `min_p` vLLM's log-probabilities are those among the tokens that are kept, not those of the full
+    softmax. Greedy completions have the log-probabilities of temperature 1.
+    """
+
+    has_own_weights = True
+    renormalizes = True
+    version: WeightsVersion | None = None  # of the weights that the engine has been given
+
+    @torch.no_grad()
+    def sample(
+        self,
+        engine: "Engine",
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Sequence[int]],
+        samples_per_prompt: int,
+        *,
+        generator: torch.Generator | PromptDraws | None = None,
+        greedy: bool = False,
+        stops: Stops | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Rollouts:
+        """See `RolloutEngine`. `on_token` is called from time to time, not after every token."""
+        assert not greedy or samples_per_prompt == 1, "greedy completions of one prompt are all the same"
+        assert self.version is not None, "the engine has to be given weights first"
+        device = next(engine.model.parameters()).device
+        for ids in prompt_ids:
+            self.check_prompt(getattr(engine.model, "config", None), len(ids))
+        stop_ids = (stops or self.stops(tokenizer)).ids
+        seeds = seeds_of(generator, len(prompts))
+        asked = [self._parameters(stop_ids, samples_per_prompt, seed, greedy) for seed in seeds]
+        answers = [answer for group in self.complete(prompt_ids, asked, on_token) for answer in group]
+        assert len(answers) == len(prompts) * samples_per_prompt
+        for answer in answers:
+            self._check(answer)
+        pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        finished = [answer.finished for answer in answers]
+        prompt, mask = pad_left(prompt_ids, pad, device)
+        tokens, kept = pad_right([answer.tokens for answer in answers], pad, device)
+        logprobs = torch.zeros(tokens.shape, dtype=torch.float32)
+        for row, answer in enumerate(answers):
+            logprobs[row, : len(answer.logprobs)] = torch.tensor(answer.logprobs)
+        sequences = Sequences(
+            prompt.repeat_interleave(samples_per_prompt, dim=0), mask.repeat_interleave(samples_per_prompt, dim=0), tokens, kept
+        )
+        return Rollouts(
+            tuple(prompts),
+            sequences,
+            self.completions(tokenizer, prompt_ids, [answer.tokens for answer in answers], finished),
+            logprobs.to(device),
+            torch.tensor(finished, device=device),
+            samples_per_prompt,
+        )
+
+    @abstractmethod
+    def complete(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        parameters: Sequence[dict[str, Any]],
+        on_token: Callable[[int, int], None] | None,
+    ) -> list[list[Answer]]:
+        """Complete P prompts.
+
+        Args:
+            prompt_ids: Token ids of each.
+            parameters: Arguments of vLLM's `SamplingParams` for each.
+            on_token: See `RolloutEngine.sample`.
+
+        Returns:
+            The G answers to each prompt, in order.
+        """
+
+    def _parameters(self, stop_ids: Sequence[int], samples: int, seed: int, greedy: bool) -> dict[str, Any]:
+        return {
+            "n": samples,
+            "seed": seed,
+            "max_tokens": self.max_new_tokens,
+            "temperature": 0.0 if greedy else self.temperature,
+            "top_p": 1.0 if greedy else self.top_p,
+            "top_k": 0 if greedy else self.top_k,
+            "min_p": 0.0 if greedy else self.min_p,
+            "stop": list(self.stop),
+            "stop_token_ids": list(stop_ids),
+            "ignore_eos": True,  # the stop tokens are those of the policy, whatever the engine's files say
+            "logprobs": 0,  # of the sampled token alone
+            "detokenize": bool(self.stop),
+        }
+
+    def _check(self, answer: Answer) -> None:
+        """Refuse a completion by other weights than those that the engine was given.
+
+        Raises:
+            RolloutError: If there is one.
+        """
+        others = sorted(set(answer.versions) - {str(self.version)})
+        if others:
+            raise RolloutError(
+                f"vLLM completed with weights of version {others[0]}, and the policy has {self.version}: another run, or another "
+                "program, has set its weights meanwhile; give each run servers of its own"
+            )
+        if len(answer.logprobs) != len(answer.tokens):
+            raise RolloutError(
+                f"vLLM gave {len(answer.logprobs)} log-probabilities for {len(answer.tokens)} tokens; start its server without "
+                "--return-tokens-as-token-ids and with --logprobs-mode processed_logprobs"
+            )
+
+    def check_length(self, prompt_tokens: int, context: int, remedy: str) -> None:
+        """Raise ConfigError if a prompt with its longest completion does not fit into an engine's context."""
+        if prompt_tokens + self.max_new_tokens > context:
+            raise ConfigError(
+                f"a prompt of {prompt_tokens} tokens and sampler.max_new_tokens={self.max_new_tokens} exceed vLLM's context of "
+                f"{context} tokens; {remedy}"
+            )
+
+
+def seeds_of(generator: torch.Generator | PromptDraws | None, count: int) -> list[int]:
+    """A seed for each prompt: that of its own generator, or one drawn for it."""
+    if isinstance(generator, PromptDraws):
+        return [seed % _SEEDS for seed in generator.seeds]
+    device = "cpu" if generator is None else generator.device
+    return [int(seed) for seed in torch.randint(_SEEDS, (count,), generator=generator, device=device).tolist()]

@@ -1,0 +1,131 @@
+"""`Guest`: lets vLLM work in the training process without changing it.
+
+vLLM takes a process for its own. It seeds Python's, NumPy's and torch's global generators, replaces `torch.set_num_threads`, makes
+a default process group where there is none and further groups in one that is there, freezes the garbage collector, binds memory to
+NUMA nodes, and sets environment variables, such as LD_PRELOAD. Training would then draw other numbers, take itself for distributed, or hand
+those variables to processes that it starts. So every call of vLLM is made within `visiting`, which gives vLLM a world of its own,
+kept from call to call, and puts everything back afterwards.
+"""
+
+import ctypes
+import gc
+import os
+import platform
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch.distributed import distributed_c10d
+
+from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
+
+# Numbers of the system calls (get_mempolicy, set_mempolicy); glibc has no functions for them.
+_MEMORY_POLICY = {"x86_64": (239, 238), "aarch64": (236, 237)}
+_NODES = 1024  # bits of a mask of NUMA nodes
+
+
+class Guest:
+    """The state of a process as vLLM wants it, put in place while vLLM works.
+
+    Args:
+        environment: Variables that vLLM finds beside those of the process.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment: dict[str, str | None] = dict(environment)  # None: deleted
+        # Process groups are kept in an object of torch, which a second one replaces for vLLM. Groups are told apart by numbers
+        # that count on in both.
+        self._world: Any = distributed_c10d._World()
+        self._outside: Any = None  # training's, while vLLM works
+        self._random: dict[str, Any] | None = None
+        self._set_threads: Any = torch.set_num_threads
+        self._within = False
+
+    def set(self, **variables: str) -> None:
+        """Set environment variables for vLLM alone."""
+        assert self._within
+        os.environ.update(variables)
+
+    @contextmanager
+    def visiting(self) -> Iterator[None]:
+        """Within this context the process is vLLM's; nested contexts change nothing."""
+        if self._within:
+            yield
+            return
+        self._within = True
+        before = dict(os.environ)
+        random, threads, set_threads = capture_random_state(), torch.get_num_threads(), torch.set_num_threads
+        self._outside = distributed_c10d._world
+        frozen, policy = gc.get_freeze_count(), _memory_policy()
+        dtype, hook = torch.get_default_dtype(), sys.excepthook  # which torch replaces with the first process group
+        _set_environment(self._environment)
+        if self._random is not None:
+            restore_random_state(self._random)
+        distributed_c10d._world = self._world
+        torch.set_num_threads = self._set_threads
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what vLLM calls in torch, about which no user can do anything
+                yield
+        finally:
+            distributed_c10d._world = self._outside
+            self._random, self._set_threads = capture_random_state(), torch.set_num_threads
+            restore_random_state(random)
+            torch.set_num_threads = set_threads
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            torch.set_default_dtype(dtype)
+            sys.excepthook = hook
+            if not frozen:
+                gc.unfreeze()
+            _restore_memory_policy(policy)
+            self._environment = _changes(before, dict(os.environ))
+            _set_environment(_changes(dict(os.environ), before))
+            self._within = False
+
+
+    @contextmanager
+    def with_own_groups(self) -> Iterator[None]:
+        """Within this context, inside of `visiting`, the process groups are training's."""
+        distributed_c10d._world = self._outside
+        try:
+            yield
+        finally:
+            distributed_c10d._world = self._world
+
+
+def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
+    """What turns one environment into another: name -> value, None for a variable that is gone."""
+    gone: dict[str, str | None] = {name: None for name in before if name not in after}
+    return gone | {name: value for name, value in after.items() if before.get(name) != value}
+
+
+def _set_environment(changes: Mapping[str, str | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _memory_policy() -> tuple[int, Any] | None:
+    """How the kernel places this thread's memory on NUMA nodes; None where that cannot be found out."""
+    numbers = _MEMORY_POLICY.get(platform.machine())
+    if numbers is None or platform.system() != "Linux" or threading.current_thread() is not threading.main_thread():
+        return None
+    mode, mask = ctypes.c_int(), (ctypes.c_ulong * (_NODES // 64))()
+    with suppress(OSError, AttributeError):
+        if ctypes.CDLL(None).syscall(numbers[0], ctypes.byref(mode), mask, ctypes.c_ulong(_NODES), None, 0) == 0:
+            return mode.value, mask
+    return None
+
+
+def _restore_memory_policy(policy: tuple[int, Any] | None) -> None:
+    if policy is not None and policy != _memory_policy():
+        mode, mask = policy
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).syscall(_MEMORY_POLICY[platform.machine()][1], mode, mask if any(mask) else None, ctypes.c_ulong(_NODES))

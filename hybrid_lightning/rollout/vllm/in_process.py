@@ -1,0 +1,359 @@
+"""`VLLMSampler`: completions by a vLLM engine in the training process, one for each device."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rollout.rollout_engine import PolicyWeight, PolicyWeights, ServedModel
+from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
+from hybrid_lightning.rollout.vllm.guest import Guest
+from hybrid_lightning.rollout.vllm.installed import check_installed
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights need not leave it
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or training's threads would be bound to cores, too
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_CPU_CACHE = 2**32  # most bytes of the KV cache on a CPU, where vLLM by itself takes a share of the whole memory
+
+
+class VLLMSampler(VLLMEngine):
+    """Samples by a vLLM engine in the training process, on the device that trains.
+
+    The engine has weights of its own, to which those that training has changed are copied before each rollout, LoRA merged, without
+    a file in between. Needs the extra `vllm`.
+
+    Args:
+        gpu_memory_utilization: Share of the device's memory that the engine may take, for its weights and its KV cache. On a CPU
+            it is not used: the cache is as large as the completions of a rollout need.
+        max_model_len: Longest prompt with completion, in tokens; None takes the model's positions, or what fits into memory.
+        sleep: What the engine frees while the policy is updated: `kv_cache`; `weights` moves its weights to the host as well;
+            `nothing` keeps all. On a CPU nothing is freed.
+        engine_args: Further arguments of `vllm.LLM`, such as `{max_num_seqs: 512, enforce_eager: true}`.
+        **kwargs: See `RolloutEngine`.
+
+    Raises:
+        ConfigError: If a value is impossible.
+    """
+
+    def __init__(
+        self,
+        *,
+        gpu_memory_utilization: float = 0.3,
+        max_model_len: int | None = None,
+        sleep: Literal["nothing", "kv_cache", "weights"] = "kv_cache",
+        engine_args: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0 < gpu_memory_utilization < 1:
+            raise ConfigError(f"sampler.gpu_memory_utilization must be between 0 and 1, got {gpu_memory_utilization}")
+        if max_model_len is not None and max_model_len <= self.max_new_tokens:
+            raise ConfigError(
+                f"sampler.max_model_len={max_model_len} leaves no room for a prompt beside "
+                f"sampler.max_new_tokens={self.max_new_tokens}; raise it, or leave it out"
+            )
+        if sleep not in ("nothing", "kv_cache", "weights"):
+            raise ConfigError(f"sampler.sleep must be nothing, kv_cache or weights, got {sleep!r}")
+        own = sorted({"model", "dtype", "load_format", "logprobs_mode"} & set(engine_args or {}))
+        if own:
+            raise ConfigError(f"sampler.engine_args must not have {own[0]!r}, which follows from the policy; remove it")
+        self.gpu_memory_utilization, self.max_model_len, self.sleep = gpu_memory_utilization, max_model_len, sleep
+        self.engine_args = dict(engine_args or {})
+        self._guest = Guest(_ENVIRONMENT)
+        self._llm: Any = None
+        self._has_all = False  # whether weights that are not trained are in the engine, too
+        self._asleep = False
+        self._requests = 0
+
+    def check_model(self, model: ServedModel) -> None:
+        """See `RolloutEngine`: vLLM is installed, and its engine can be had on this device."""
+        check_installed(model.device.type)
+        if torch.cuda.is_available() and model.device.type == "cpu":
+            raise ConfigError(
+                "model.sampler=VLLMSampler samples on the GPU of this machine, where training has been told to use the CPU; set "
+                "trainer.accelerator=gpu, or leave model.sampler out"
+            )
+
+    def check_prompt(self, config: Any, prompt_tokens: int) -> None:
+        """See `RolloutEngine`."""
+        super().check_prompt(config, prompt_tokens)
+        if self.max_model_len is not None:
+            self.check_length(prompt_tokens, self.max_model_len, "raise sampler.max_model_len")
+
+    # ---- weights
+
+    def update(self, weights: PolicyWeights, model: ServedModel) -> None:
+        """See `RolloutEngine`. The first call starts the engine. All ranks call it, if the policy's weights are split over them."""
+        with self._guest.visiting():
+            if self._llm is None:
+                self._start(model)
+            if self.version == weights.version:
+                return
+            self._wake("weights")
+        self.version = None  # until all is well
+        everything = not self._has_all
+        loaded = self._call(_load, self._gathered(weights.stream(everything)))
+        missing = self._call(_names) - loaded if everything else set()
+        if missing:
+            raise RolloutError(
+                f"vLLM has {len(missing)} weights that the policy lacks, such as {min(missing)!r}: it knows this architecture under "
+                "other names; leave model.sampler out to sample without vLLM"
+            )
+        with self._guest.visiting():
+            self._llm.reset_prefix_cache()
+            self._llm.llm_engine.set_weight_version(str(weights.version))
+        self._has_all, self.version = True, weights.version
+
+    def _gathered(self, weights: Iterator[PolicyWeight]) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each weight; ranks may have to gather it, by their own process groups."""
+        while True:
+            with self._guest.with_own_groups():
+                weight = next(weights, None)
+            if weight is None:
+                return
+            yield weight.name, _Deferred.of(weight)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of the engine's worker and further arguments."""
+        with self._guest.visiting():
+            return self._llm.collective_rpc(function, args=arguments)[0]
+
+    # ---- the engine
+
+    def _start(self, model: ServedModel) -> None:
+        self.check_model(model)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # for all of vLLM's processes; a user's own setting stays
+        rank_zero_info("vLLM: starting an engine in this process, which takes from seconds to a minute")
+        with tempfile.TemporaryDirectory(prefix="hybrid_lightning_") as written:
+            options = self._options(model, written)
+            try:
+                from vllm import LLM
+
+                self._llm = LLM(**options)
+            except (RuntimeError, ValueError, OSError, ImportError) as error:
+                raise RolloutError(_why_not_started(error, self)) from error
+        self._has_all = model.folder is not None
+        context = self._llm.llm_engine.model_config.max_model_len
+        if context <= self.max_new_tokens:
+            raise ConfigError(
+                f"vLLM's context of {context} tokens leaves no room for a prompt beside sampler.max_new_tokens="
+                f"{self.max_new_tokens}; raise sampler.gpu_memory_utilization or lower sampler.max_new_tokens"
+            )
+        self.max_model_len = context
+
+    def _options(self, model: ServedModel, folder: str) -> dict[str, Any]:
+        """Arguments of `vllm.LLM`. A model whose weights are sent is described to it by a folder without weights."""
+        positions = getattr(model.config, "max_position_embeddings", None)
+        options: dict[str, Any] = {
+            "model": model.folder or folder,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "logprobs_mode": "processed_logprobs",  # of softmax(logits / temperature)
+            "generation_config": "vllm",  # no sampling parameters from the model's files
+            "max_model_len": self.max_model_len or -1,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+        if model.folder is None:
+            model.config.save_pretrained(folder)
+            model.tokenizer.save_pretrained(folder)
+            options["load_format"] = "dummy"
+        if model.device.type == "cpu":
+            options |= {"enforce_eager": True, "max_num_seqs": 128}
+            options["max_model_len"] = self.max_model_len or positions or 4096
+            wanted = 128 * options["max_model_len"] * _cache_bytes(model)
+            options["kv_cache_memory_bytes"] = max(2**26, min(_CPU_CACHE, wanted))
+            del options["gpu_memory_utilization"]
+        else:
+            options["enable_sleep_mode"] = self.sleep != "nothing"
+            options["distributed_executor_backend"] = "external_launcher"  # which takes the device from the variables below
+            port = _free_port()
+            self._guest.set(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(model.device.index or 0))
+            self._guest.set(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        return options | self.engine_args
+
+    def complete(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        parameters: Sequence[dict[str, Any]],
+        on_token: Callable[[int, int], None] | None,
+    ) -> list[list[Answer]]:
+        """See `VLLMEngine`."""
+        answers: dict[str, list[Answer]] = {}
+        with self._guest.visiting():
+            from vllm import SamplingParams
+            from vllm.sampling_params import RequestOutputKind
+
+            self._wake("kv_cache")
+            engine = self._llm.llm_engine
+            names = []
+            try:
+                for ids, asked in zip(prompt_ids, parameters, strict=True):
+                    names.append(f"completion-{self._requests}")
+                    self._requests += 1
+                    wanted = SamplingParams(**asked, output_kind=RequestOutputKind.FINAL_ONLY)
+                    engine.add_request(names[-1], {"prompt_token_ids": list(ids)}, wanted)
+                steps = 0
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        if output.finished:
+                            answers[output.request_id] = [_answer(one) for one in output.outputs]
+                    steps += 1
+                    if on_token is not None:
+                        on_token(engine.get_num_unfinished_requests(), min(steps, self.max_new_tokens))
+            except BaseException:  # a signal, too
+                engine.abort_request([name for name in names if name not in answers])
+                raise
+        return [answers[name] for name in names]
+
+    def release_memory(self) -> None:
+        """See `RolloutEngine`: vLLM's sleep mode, on GPUs."""
+        if self._llm is None or self._asleep or self.sleep == "nothing" or not torch.cuda.is_available():
+            return
+        with self._guest.visiting():
+            if self.sleep == "weights":
+                self._llm.sleep(level=1)
+            else:
+                self._llm.sleep(level=0)
+                self._llm.release_kv_cache_memory()
+        self._asleep = True
+
+    def _wake(self, tag: str) -> None:
+        """Take back the memory of weights or KV cache; that of the cache only when weights have been updated."""
+        if not self._asleep or (tag == "weights" and self.sleep == "kv_cache"):
+            return
+        self._llm.wake_up(tags=[tag])
+        self._asleep = tag != "kv_cache"
+
+    def shut_down(self) -> None:
+        """End the engine."""
+        if self._llm is None:
+            return
+        with self._guest.visiting():
+            self._llm.llm_engine.engine_core.shutdown()
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            self._llm = None
+            cleanup_dist_env_and_memory()
+        self.version, self._has_all, self._asleep = None, False, False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with the same arguments and no engine, as Lightning makes of hyper-parameters."""
+        return type(self)(**self._init_args)
+
+
+class _Deferred(torch.Tensor):
+    """A weight that is computed where it is copied to.
+
+    vLLM collects the parts of a joined layer until it has all, allocates the layer, and copies the parts into it. With ordinary
+    tensors there would be two copies of the layer beside the engine's own; here there is one.
+    """
+
+    _weight: PolicyWeight
+    _first: int
+
+    @staticmethod
+    def of(weight: PolicyWeight, first: int = 0, rows: int | None = None) -> "_Deferred":
+        """Some rows of a weight."""
+        shape = weight.shape if rows is None else torch.Size([rows, *weight.shape[1:]])
+        tensor: Any = torch.Tensor._make_wrapper_subclass(_Deferred, shape, dtype=torch.float32)
+        tensor._weight, tensor._first = weight, first
+        return tensor
+
+    def computed(self) -> Tensor:
+        """The values."""
+        values = torch.empty(self.shape, dtype=torch.float32)
+        self._weight.write_rows(values, self._first)
+        return values
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        ops = torch.ops.aten
+        if function is ops.copy_.default and isinstance(arguments[1], cls):
+            destination, source = arguments[0], arguments[1]
+            if not destination.is_meta:  # on which vLLM counts what it is going to load
+                assert destination.shape == source.shape, f"{source._weight.name}: {source.shape} into {destination.shape}"
+                source._weight.write_rows(destination, source._first)
+            return destination
+        if function in (ops.detach.default, ops.alias.default):
+            return cls.of(arguments[0]._weight, arguments[0]._first, len(arguments[0]))
+        if function is ops.slice.Tensor and (len(arguments) < 2 or arguments[1] == 0) and len(arguments) < 5:
+            source = arguments[0]
+            start, end = [*arguments[2:], None, None][:2]
+            first, last, _ = slice(start, end).indices(len(source))
+            return cls.of(source._weight, source._first + first, last - first)
+        arguments, options = tree_map(lambda value: value.computed() if isinstance(value, cls) else value, (arguments, options or {}))
+        return function(*arguments, **options)
+
+
+def _load(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> set[str]:
+    """Called in the worker: load weights layer by layer, and return the names of vLLM's own weights that were loaded."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    from hybrid_lightning.rollout.vllm.receiver import check_joined
+
+    model, came = worker.model_runner.model, []
+
+    def noted() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            came.append(name)
+            yield name, weight
+        check_joined(came, model)
+
+    with set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(model)
+        loaded: set[str] = model.load_weights(noted())
+        finalize_layerwise_reload(model, worker.model_runner.model_config)
+    return loaded
+
+
+def _names(worker: Any) -> set[str]:
+    """Called in the worker: the names of its weights."""
+    return {name for name, _ in worker.model_runner.model.named_parameters()}
+
+
+def _answer(output: Any) -> Answer:
+    if output.finish_reason not in ("stop", "length"):
+        raise RolloutError(f"vLLM ended a completion by {output.finish_reason!r}: {output.stop_reason}")
+    logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+    versions = [span.version for span in output.weight_versions or ()]
+    return Answer(list(output.token_ids), logprobs, output.finish_reason == "stop", versions)
+
+
+def _cache_bytes(model: ServedModel) -> int:
+    """Bytes of the KV cache for one token."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
+
+
+def _why_not_started(error: BaseException, sampler: VLLMSampler) -> str:
+    text = " ".join(str(error).split())[:300]
+    remedy = "see docs/how-to/vllm.md, or leave model.sampler out to sample without vLLM"
+    if "memory" in text.lower() or "KV cache" in text:
+        remedy = (
+            f"change sampler.gpu_memory_utilization={sampler.gpu_memory_utilization}, lower sampler.max_model_len, or give servers "
+            "on other devices (VLLMServerSampler)"
+        )
+    return f"vLLM did not start: {text}; {remedy}"
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -14,7 +14,7 @@ from hybrid_lightning.adapters.kept_scoring import SCORING
 from hybrid_lightning.callbacks.display import resume_command, saved_config, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.run_folder import find_run_folder, run_folder
-from hybrid_lightning.errors import RewardError
+from hybrid_lightning.errors import RewardError, RolloutError
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.stopping import NOTHING_MADE, RunStopped, StopSignals
@@ -34,7 +34,8 @@ class GracefulStop(Callback):
     rollout that is being generated will be drawn again in the same way, the gradients of an unfinished step are dropped and its
     micro-batches go back to the loader, and a validation is made by the resumed run. So the curves of both runs together are
     those of a run that was not stopped. Before the first rollout there is no checkpoint, but the scores so far are kept (see
-    `HybridAdapterSetup`). If a reward fails, after at least one step of a run with one process, a checkpoint is saved as well.
+    `HybridAdapterSetup`). If a rollout engine fails, a checkpoint is saved as well, and if a reward fails, after at least one
+    step of a run with one process.
 
     Several processes agree on where they stop: a signal to one of them is enough, and all save together. A second signal ends a
     process at once. A process that loses contact with another one, which was killed or has failed, prints what to do.
@@ -195,7 +196,8 @@ class GracefulStop(Callback):
             sys.stderr.write(message + "\n")
             exception.add_note(message)  # also as the last line of the traceback, above which the line written here may be lost
         stopped = isinstance(exception, RunStopped)
-        if (self._training and stopped) or _reward_failed(trainer, exception):
+        # A failure of a rollout engine is raised on all ranks together, so that all can save.
+        if (self._training and isinstance(exception, (RunStopped, RolloutError))) or _reward_failed(trainer, exception):
             self._save(trainer, pl_module)
         elif stopped and trainer.is_global_zero:
             holder = find_run_folder(trainer)

@@ -54,6 +54,10 @@ ADAPTER: dict[str, Effects] = {
     "plan": _NOTHING,  # plans are compared by their digests
     "keep_start_weights": _NOTHING,  # these are the weights of the model, which is loaded in any case
 }
+# Arguments of rollout engines that say where and how fast completions are made, and not which.
+_WHERE_SAMPLED = frozenset(
+    {"address", "engine_args", "give_up_after", "gpu_memory_utilization", "max_model_len", "sleep", "timeout", "urls"}
+)
 # Changes of the data have effects only through the prompts ("training prompts" and "validation prompts" below).
 DATA: dict[str, Effects] = dict.fromkeys(
     ("source", "format", "max_prompt_tokens", "validation_prompts", "test_prompts", "eval_batch_size", "seed"), _NOTHING
@@ -222,6 +226,8 @@ def effects_of(name: str) -> Effects:
         return _NOTHING if section == "data" else _FIXED
     if (section, option) == ("model", "optimizer"):
         return _FIXED if not below or below in _OPTIMIZER_STATE else _NOTHING
+    if (section, option) == ("model", "sampler") and below.partition(".")[0] in _WHERE_SAMPLED:
+        return _NOTHING
     unknown = _SIZES | _ACCURACY if section == "model" else _NOTHING  # for arguments of a user's own module
     return _OPTIONS[section].get(option, unknown)
 

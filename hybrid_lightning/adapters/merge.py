@@ -23,9 +23,7 @@ class LowRankUpdate:
 
 
 @torch.no_grad()
-def write_merged(
-    destination: Tensor, first: int, weight: Tensor, update: LowRankUpdate | None, transposed: bool = False
-) -> None:
+def write_merged(destination: Tensor, first: int, weight: Tensor, update: LowRankUpdate | None, transposed: bool = False) -> None:
     """Write rows of a weight with its update merged into it; each number is computed in float32 and rounded once.
 
     Beside the destination this allocates float32 copies of the update, and of 2^20 numbers, or of one row if that is longer. If

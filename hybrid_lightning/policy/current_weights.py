@@ -117,8 +117,8 @@ class CurrentWeights:
     """
 
     def __init__(self, model: nn.Module, weights: Weights, base: str, step: int, is_sender: bool) -> None:
-        self._model, self._weights, self.is_sender = model, weights, is_sender
-        self.version = WeightsVersion(step, self._digest(base))
+        self._model, self._weights, self.is_sender, self.base = model, weights, is_sender, base
+        self.version = WeightsVersion(step, self._digest())
 
     def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
         """See `PolicyWeights`."""
@@ -159,14 +159,14 @@ class CurrentWeights:
                 seen |= own
         return parts
 
-    def _digest(self, base: str) -> str:
+    def _digest(self) -> str:
         """A digest of the trained values: of the sum of each weight's bits, which reading alone takes time for."""
         trained = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
-        text = base
+        text = self.base
         if trained:
             sums = torch.stack([_sum_of_bits(parameter) for parameter in trained.values()])
             sums = sum_over_ranks(sums) if self._weights.sharded else sums
-            text = f"{base} {[plain_name(name) for name in trained]} {sums.tolist()}"
+            text = f"{text} {[plain_name(name) for name in trained]} {sums.tolist()}"
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -20,7 +20,7 @@ This file has the rest: it loads the model, generates and scores completions, va
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.engine import Backend, base_model
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, evaluate, log_evaluation, predictions, repeat_prompts
-from hybrid_lightning.policy.modes import autocast_of, checkpoint_gradients, evaluation_mode, product_dtype
+from hybrid_lightning.policy.generation import Generation
+from hybrid_lightning.policy.modes import autocast_of, checkpoint_gradients, evaluation_mode
 from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.run_checks import check_prompts, check_run, warn_of_differences
 from hybrid_lightning.policy.step_times import PhaseClock
@@ -39,7 +40,7 @@ from hybrid_lightning.policy.update import Update, make_rollout_loader
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import Stops, check_positions
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.ranks import gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
@@ -65,7 +66,8 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
         chat_template_kwargs: Variables of the chat template.
-        sampler: Decoding parameters; None takes `Sampler()`.
+        sampler: Makes completions, and has the parameters of decoding: `Sampler`, `VLLMSampler`, `VLLMServerSampler`; None takes
+            `Sampler()`.
         eval_samples: Sampled completions per prompt in validation, test and predict (the n of avg@n), beside the greedy one.
         max_tokens_per_micro_batch: Most tokens of prompts and completions in one forward and backward pass; a prompt counts once
             for all its completions. A smaller number takes less memory for activations and gives the same gradient. None chooses
@@ -95,7 +97,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         gradient_checkpointing: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        sampler: Sampler | None = None,
+        sampler: RolloutEngine | None = None,
         eval_samples: int = 8,
         max_tokens_per_micro_batch: int | None = None,
         seed: int = 0,
@@ -108,7 +110,8 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
             if count is not None and count < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {count}")
         self.loss, self.reward, self.rollout_schedule = loss, reward, rollout_schedule
-        self.sampler, self.eval_samples, self.seed = sampler or Sampler(), eval_samples, seed
+        self.sampler: RolloutEngine = sampler or Sampler()
+        self.eval_samples, self.seed = eval_samples, seed
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.dtype_name, self.gradient_checkpointing = dtype, gradient_checkpointing
         self.pretrained = Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs)
@@ -117,7 +120,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         self.signals = StopSignals()  # replaced by GracefulStop's, which are those of the process
         self.generation_listeners: list[Callable[[int, int, int], None]] = []  # called with (running, decoded, max_new_tokens)
         self.last_evaluation: dict[str, dict[str, float]] = {}  # set -> metric -> value; "" for all sets
-        self._stops: Stops | None = None  # what ends a completion; made once, at the first use
+        self.generation = Generation(self)
         self._warned_of_differences = False
         self._missing_batches = 0  # prediction batches that other ranks have more than this one, where the model is sharded
         if not self._loads_later:
@@ -198,6 +201,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
                 start policy that is not kept.
         """
         check_run(self.trainer, self.optimizer_class, self.dtype_name, self.quantization)
+        self.generation.check()
         if self.loss.needs_reference and self.plan is not None and not self.keep_start_weights:
             raise ConfigError(
                 "the loss needs the start policy (a KL term with kl_coef > 0, or DPO); set adapter.keep_start_weights=true"
@@ -217,7 +221,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         for prompt in {prompt.set_name: prompt for prompt in reversed(prompts)}.values():
             tokens = len(self.encode(prompt))
             if self.reward is not None:  # or nothing is completed
-                check_positions(self.pretrained.config, tokens, self.sampler.max_new_tokens)
+                self.sampler.check_prompt(self.pretrained.config, tokens)
 
     def check_enough(self, prompts: Sequence[Prompt]) -> None:
         """Raise ConfigError if these training prompts are fewer than one rollout takes."""
@@ -231,14 +235,28 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """The rewards that the reward is the weighted sum of; none without a reward."""
         return [] if self.reward is None else [term for term, _ in self.reward.terms()]
 
+    def teardown(self, stage: str) -> None:
+        """End a rollout engine that this process has started."""
+        self.sampler.shut_down()
+        super().teardown(stage)
+
     # ---- signals
 
     @contextmanager
     def stopping_together(self) -> Iterator[None]:
-        """Stop all ranks at the end of this context if one has been asked to by then. All ranks have to enter and leave it."""
-        with suppress(RunStopped):  # raised on this rank alone; `check_stop` tells the others
+        """End the run on all ranks after this context if one was asked to stop, or its rollout engine failed, by then.
+
+        All ranks have to enter and leave it.
+        """
+        failure: RolloutError | None = None
+        try:
             yield
+        except RunStopped:
+            pass  # raised on this rank alone; `check_stop` tells the others
+        except RolloutError as error:
+            failure = error
         self.check_stop()
+        self.generation.fail_together(failure)
 
     def check_stop(self) -> None:
         """Raise `RunStopped` on all ranks if one of them has been asked to stop. All ranks have to call it."""
@@ -276,31 +294,11 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
             samples_per_prompt: G; 1 if `greedy`.
             generator: Random generator on the model's device, or `PromptDraws` of these prompts.
             greedy: Take the most probable tokens instead of sampling.
+
+        Raises:
+            RolloutError: If a rollout engine fails, or has other weights than the policy.
         """
-
-        def on_token(running: int, decoded: int) -> None:
-            for listener in self.generation_listeners:
-                listener(running, decoded, self.sampler.max_new_tokens)
-
-        def sample() -> Rollouts:
-            # A signal may end this at once: no other rank waits for this one meanwhile.
-            with self.signals.at_once(), self.engine.sampling(product_dtype(self.model)):
-                return self.sampler.sample(
-                    self.engine,
-                    self.tokenizer,
-                    prompts,
-                    [self.encode(prompt) for prompt in prompts],
-                    samples_per_prompt,
-                    generator=generator,
-                    greedy=greedy,
-                    stops=self._stops,
-                    on_token=on_token,
-                )
-
-        if self._stops is None:
-            self._stops = self.sampler.stops(self.tokenizer, self.pretrained.stop_ids)
-        with self.inference():
-            return self.weights.gathered(sample)
+        return self.generation.complete(prompts, samples_per_prompt, generator, greedy)
 
     def score(self, rollouts: Rollouts) -> Rewards:
         """Rewards of rollouts, on their device."""
@@ -366,6 +364,14 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         names = self.validation_metrics.names(sets)
         return ["/".join(filter(None, ("val", name, value))) for name, values in names.items() for value in values]
 
+    def on_validation_epoch_start(self) -> None:
+        """Give a rollout engine with weights of its own those of the policy now."""
+        self.generation.update()
+
+    def on_test_epoch_start(self) -> None:
+        """Give a rollout engine with weights of its own those of the policy now."""
+        self.generation.update()
+
     def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         """Complete and score a batch of prompts, greedily and by sampling."""
         # A run that is stopped in training is saved by all ranks together; a validation by itself has nothing to save.
@@ -374,6 +380,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/...`."""
+        self.sampler.release_memory()
         self.last_evaluation = log_evaluation(self, "val", self.validation_metrics)
 
     def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
@@ -385,7 +392,8 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         self.last_evaluation = log_evaluation(self, "test", self.test_metrics)
 
     def on_predict_epoch_start(self) -> None:
-        """Where the model is sharded, find out how many more batches than this rank another one has."""
+        """Update a rollout engine; where the model is sharded, find out how many more batches than this rank another one has."""
+        self.generation.update()
         if self.weights.sharded:
             batches = sum(int(count) for count in self.trainer.num_predict_batches)
             self._missing_batches = max(gather_counts(batches, self.device)) - batches

@@ -27,7 +27,7 @@ from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibra
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
 from hybrid_lightning.policy.sampled_groups import advantages_over_ranks, choose_trained, sample_groups
-from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens
+from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens, weights_lag
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, teaching_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule
@@ -107,6 +107,7 @@ class PolicyModule(LanguageModule):
         if self.dynamic_sampling is not None:
             return self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more)
         rollouts, rewards = self._complete(prompts, generator)
+        self.sampler.release_memory()
         with self.clock.phase("reward"):
             advantages = advantages_over_ranks(self.advantage, rewards, rollouts.samples_per_prompt)
         self.last_rollout = (rollouts, rewards, advantages)
@@ -117,7 +118,7 @@ class PolicyModule(LanguageModule):
                 "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
                 "model.sampler.max_new_tokens"
             )
-        return taught, rollouts.sampling_logprobs, advantages, rollout_metrics(rollouts, rewards)
+        return taught, rollouts.sampling_logprobs, advantages, {**rollout_metrics(rollouts, rewards), **self.generation.metrics()}
 
     def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
         """Complete and score this rank's prompts of a rollout."""
@@ -126,6 +127,7 @@ class PolicyModule(LanguageModule):
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
             places = range(self.global_rank, len(prompts) * world_size(), world_size())
             samples = self.rollout_schedule.samples_per_prompt
+            self.generation.update()
             rollouts = self.generate(prompts, samples, PromptDraws(prompts, samples, seed, places))
         with self.stopping_together(), self.clock.phase("reward"):
             rewards = self.score(rollouts)
@@ -136,12 +138,13 @@ class PolicyModule(LanguageModule):
     ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
         """`roll_out` with extra rollouts, by a rule, in place of groups that teach nothing."""
         groups = sample_groups(rule, prompts, draw_more, lambda some: self._complete(some, generator), self._teaching_groups)
+        self.sampler.release_memory()
         with self.clock.phase("reward"):
             minibatches = self.rollout_schedule.minibatches_per_rollout
             taught = self.trained_sequences(groups.rollouts)
             trained = choose_trained(groups, taught, self.advantage, minibatches, self.global_rank)
         self.last_rollout = (groups.rollouts, groups.rewards, trained.of_sampled)
-        metrics = {**rollout_metrics(groups.rollouts, groups.rewards), **groups.metrics()}
+        metrics = {**rollout_metrics(groups.rollouts, groups.rewards), **groups.metrics(), **self.generation.metrics()}
         if metrics["sampling/filled_groups"] and draw_more is not None and not self._warned_of_ties:
             self._warned_of_ties = True
             rank_zero_warn(
@@ -210,6 +213,7 @@ class PolicyModule(LanguageModule):
         """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `TrainedPolicy`)."""
         logprobs, entropy = self.logprobs(chunk.sequences)
         inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction)
+        metrics |= weights_lag(chunk, inputs, self.trainer.global_step)
         inputs = replace(
             inputs,
             entropy=entropy,
@@ -234,11 +238,18 @@ class PolicyModule(LanguageModule):
                 asks for.
         """
         super().check_settings()
+        if self.correction is not None and self.sampler.renormalizes and not self.sampler.keeps_all_tokens:
+            raise ConfigError(
+                f"model.correction={type(self.correction).__name__} compares probabilities under the full softmax, and with "
+                f"{type(self.sampler).__name__} and top_p, top_k or min_p they are those among the tokens that are kept, which "
+                "training does not know; set sampler.top_p=1, top_k=0 and min_p=0, or model.correction=null, or take Sampler"
+            )
         self.advantage.check_samples(self.rollout_schedule.samples_per_prompt)
         for term in self.reward_terms():
             term.check_length(self.sampler.max_new_tokens)
         if self.trainer.state.fn == "fit":
             self._warn_of_std()
+            self.generation.warn_without_correction(self.correction)
             self.rollout_schedule.check_split(self.trainer.accumulate_grad_batches, self.trainer.world_size)
 
     def _warn_of_std(self) -> None:

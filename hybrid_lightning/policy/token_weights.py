@@ -56,6 +56,21 @@ def compare_with_sampler(
     return replace(inputs, importance_weights=weights), metrics
 
 
+def weights_lag(batch: PolicyBatch, inputs: LossInputs, step: int) -> dict[str, Tensor]:
+    """How many optimizer steps have been made since the weights that sampled, on average over sequences.
+
+    Args:
+        batch: A micro-batch or a chunk of one.
+        inputs: Made from it.
+        step: Optimizer steps made so far.
+
+    Returns:
+        `sampling/weights_version_lag` as a share in that of the optimizer step; nothing if an earlier version sampled.
+    """
+    made_by = batch.sequences.weights_step
+    return {} if made_by is None else {"sampling/weights_version_lag": share((step - made_by).float(), inputs)}
+
+
 def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mask: TopEntropyMask) -> list[PolicyBatch]:
     """Set `policy_mask` of an optimizer step's micro-batches, by one threshold of the entropy for all ranks.
 

@@ -2,6 +2,8 @@
 
 prompt_order.py       in which order training prompts are drawn
 sampler.py            samples completions
+rollout_engine.py     the interface of all that samples completions
+vllm/                 samples completions by vLLM
 rng.py                random numbers of the sampler, and random states for checkpoints
 dynamic_sampling.py   replaces groups from which nothing can be learned
 loader.py             the train dataloader: draws prompts, asks for rollouts, and yields micro-batches
@@ -17,8 +19,18 @@ if TYPE_CHECKING:
     from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule
     from hybrid_lightning.rollout.rollout_engine import RolloutEngine
     from hybrid_lightning.rollout.sampler import Sampler
+    from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
+    from hybrid_lightning.rollout.vllm.servers import VLLMServerSampler
 
-__all__ = ["DynamicSampling", "RolloutEngine", "RolloutLoader", "RolloutSchedule", "Sampler"]
+__all__ = [
+    "DynamicSampling",
+    "RolloutEngine",
+    "RolloutLoader",
+    "RolloutSchedule",
+    "Sampler",
+    "VLLMSampler",
+    "VLLMServerSampler",
+]
 
 __getattr__ = public_names(
     __name__,
@@ -27,5 +39,7 @@ __getattr__ = public_names(
         "loader": ["RolloutLoader", "RolloutSchedule"],
         "rollout_engine": ["RolloutEngine"],
         "sampler": ["Sampler"],
+        "vllm.in_process": ["VLLMSampler"],
+        "vllm.servers": ["VLLMServerSampler"],
     },
 )

@@ -83,6 +83,11 @@ class PolicyWeights(Protocol):
         ...
 
     @property
+    def base(self) -> str:
+        """What tells the weights that training leaves alone from those of other models."""
+        ...
+
+    @property
     def is_sender(self) -> bool:
         """Whether this rank sends to engines that all ranks share. The others only take part in gathering what is split."""
         ...
@@ -108,8 +113,6 @@ class ServedModel:
     folder: str | None  # a folder with the weights that the policy started from; None: they have to be sent, all of them
     dtype: torch.dtype  # of the policy's matrix products
     device: torch.device  # that trains
-    rank: int = 0
-    ranks: int = 1
 
 
 class RolloutEngine(Configurable, ABC):
@@ -194,12 +197,19 @@ class RolloutEngine(Configurable, ABC):
         """
         check_positions(config, prompt_tokens, self.max_new_tokens)
 
-    def update(self, weights: PolicyWeights, model: ServedModel) -> None:
+    def needs_everything(self, weights: PolicyWeights) -> bool:
+        """Whether the next `update` has to give it all weights, and not only those that training changes."""
+        return False
+
+    def update(self, weights: PolicyWeights, model: ServedModel, everything: bool) -> None:
         """Give an engine with weights of its own those of the policy, unless it has them already.
+
+        Where weights are split over ranks, all ranks call this, and iterate over what `stream` yields.
 
         Args:
             weights: The policy's weights now.
             model: The policy's model.
+            everything: What `needs_everything` has said; of an engine that ranks share, to the first rank.
 
         Raises:
             RolloutError: If they cannot be given to it.
@@ -267,9 +277,8 @@ class RolloutEngine(Configurable, ABC):
         samples = len(tokens) // max(1, len(prompt_ids))
         thinking = [_ends_in_thinking(tokenizer, ids) for ids in prompt_ids for _ in range(samples)]
         lengths = [len(row) for row in tokens]
-        return tuple(
-            Completion(self._cut(text), *rest) for text, *rest in zip(texts, lengths, finished, thinking, strict=True)
-        )
+        rows = zip(texts, lengths, finished, thinking, strict=True)
+        return tuple(Completion(self._cut(text), length, ended, within) for text, length, ended, within in rows)
 
     def _cut(self, text: str) -> str:
         """The text before the first stop string in it."""

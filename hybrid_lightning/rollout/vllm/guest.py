@@ -1,10 +1,10 @@
 """`Guest`: lets vLLM work in the training process without changing it.
 
-vLLM takes a process for its own. It seeds Python's, NumPy's and torch's global generators, replaces `torch.set_num_threads`, makes
-a default process group where there is none and further groups in one that is there, freezes the garbage collector, binds memory to
-NUMA nodes, and sets environment variables, such as LD_PRELOAD. Training would then draw other numbers, take itself for distributed, or hand
-those variables to processes that it starts. So every call of vLLM is made within `visiting`, which gives vLLM a world of its own,
-kept from call to call, and puts everything back afterwards.
+vLLM takes a process for its own. It seeds Python's, NumPy's and torch's global generators, replaces `torch.set_num_threads`,
+makes a default process group where there is none and further groups in one that is there, freezes the garbage collector, binds
+memory to NUMA nodes, and sets environment variables, such as LD_PRELOAD. Training would then draw other numbers, take itself for
+distributed, or hand those variables to processes that it starts. So every call of vLLM is made within `visiting`, which gives
+vLLM a world of its own, kept from call to call, and puts everything back afterwards.
 """
 
 import ctypes
@@ -87,7 +87,6 @@ class Guest:
             _set_environment(_changes(dict(os.environ), before))
             self._within = False
 
-
     @contextmanager
     def with_own_groups(self) -> Iterator[None]:
         """Within this context, inside of `visiting`, the process groups are training's."""
@@ -127,5 +126,6 @@ def _memory_policy() -> tuple[int, Any] | None:
 def _restore_memory_policy(policy: tuple[int, Any] | None) -> None:
     if policy is not None and policy != _memory_policy():
         mode, mask = policy
+        number = _MEMORY_POLICY[platform.machine()][1]
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).syscall(_MEMORY_POLICY[platform.machine()][1], mode, mask if any(mask) else None, ctypes.c_ulong(_NODES))
+            ctypes.CDLL(None).syscall(number, mode, mask if any(mask) else None, ctypes.c_ulong(_NODES))

@@ -3,8 +3,6 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -29,8 +27,8 @@ _CPU_CACHE = 2**32  # most bytes of the KV cache on a CPU, where vLLM by itself 
 class VLLMSampler(VLLMEngine):
     """Samples by a vLLM engine in the training process, on the device that trains.
 
-    The engine has weights of its own, to which those that training has changed are copied before each rollout, LoRA merged, without
-    a file in between. Needs the extra `vllm`.
+    The engine has weights of its own, to which those that training has changed are copied before each rollout, LoRA merged,
+    without a file in between. Needs the extra `vllm`.
 
     Args:
         gpu_memory_utilization: Share of the device's memory that the engine may take, for its weights and its KV cache. On a CPU
@@ -71,7 +69,7 @@ class VLLMSampler(VLLMEngine):
         self.engine_args = dict(engine_args or {})
         self._guest = Guest(_ENVIRONMENT)
         self._llm: Any = None
-        self._has_all = False  # whether weights that are not trained are in the engine, too
+        self._base = ""  # what `PolicyWeights.base` was when the engine got all weights
         self._asleep = False
         self._requests = 0
 
@@ -92,27 +90,31 @@ class VLLMSampler(VLLMEngine):
 
     # ---- weights
 
-    def update(self, weights: PolicyWeights, model: ServedModel) -> None:
-        """See `RolloutEngine`. The first call starts the engine. All ranks call it, if the policy's weights are split over them."""
+    def needs_everything(self, weights: PolicyWeights) -> bool:
+        """See `RolloutEngine`: at the start, unless the engine reads them from a folder, and when the base has been quantized."""
+        return self._base != weights.base
+
+    def update(self, weights: PolicyWeights, model: ServedModel, everything: bool) -> None:
+        """See `RolloutEngine`. The first call starts the engine."""
         with self._guest.visiting():
             if self._llm is None:
                 self._start(model)
-            if self.version == weights.version:
+                everything = everything and model.folder is None
+            elif self.version == weights.version:
                 return
             self._wake("weights")
         self.version = None  # until all is well
-        everything = not self._has_all
         loaded = self._call(_load, self._gathered(weights.stream(everything)))
         missing = self._call(_names) - loaded if everything else set()
         if missing:
             raise RolloutError(
-                f"vLLM has {len(missing)} weights that the policy lacks, such as {min(missing)!r}: it knows this architecture under "
-                "other names; leave model.sampler out to sample without vLLM"
+                f"vLLM has {len(missing)} weights that the policy lacks, such as {min(missing)!r}: it knows this architecture "
+                "under other names; leave model.sampler out to sample without vLLM"
             )
         with self._guest.visiting():
             self._llm.reset_prefix_cache()
             self._llm.llm_engine.set_weight_version(str(weights.version))
-        self._has_all, self.version = True, weights.version
+        self._base, self.version = weights.base, weights.version
 
     def _gathered(self, weights: Iterator[PolicyWeight]) -> Iterator[tuple[str, Tensor]]:
         """Name and value of each weight; ranks may have to gather it, by their own process groups."""
@@ -142,7 +144,6 @@ class VLLMSampler(VLLMEngine):
                 self._llm = LLM(**options)
             except (RuntimeError, ValueError, OSError, ImportError) as error:
                 raise RolloutError(_why_not_started(error, self)) from error
-        self._has_all = model.folder is not None
         context = self._llm.llm_engine.model_config.max_model_len
         if context <= self.max_new_tokens:
             raise ConfigError(
@@ -246,7 +247,7 @@ class VLLMSampler(VLLMEngine):
 
             self._llm = None
             cleanup_dist_env_and_memory()
-        self.version, self._has_all, self._asleep = None, False, False
+        self.version, self._base, self._asleep = None, "", False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy with the same arguments and no engine, as Lightning makes of hyper-parameters."""
@@ -278,7 +279,9 @@ class _Deferred(torch.Tensor):
         return values
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as a method of instances
+        cls, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
         ops = torch.ops.aten
         if function is ops.copy_.default and isinstance(arguments[1], cls):
             destination, source = arguments[0], arguments[1]
@@ -293,7 +296,8 @@ class _Deferred(torch.Tensor):
             start, end = [*arguments[2:], None, None][:2]
             first, last, _ = slice(start, end).indices(len(source))
             return cls.of(source._weight, source._first + first, last - first)
-        arguments, options = tree_map(lambda value: value.computed() if isinstance(value, cls) else value, (arguments, options or {}))
+        given = (arguments, options or {})
+        arguments, options = tree_map(lambda value: value.computed() if isinstance(value, cls) else value, given)
         return function(*arguments, **options)
 
 
@@ -345,8 +349,8 @@ def _why_not_started(error: BaseException, sampler: VLLMSampler) -> str:
     remedy = "see docs/how-to/vllm.md, or leave model.sampler out to sample without vLLM"
     if "memory" in text.lower() or "KV cache" in text:
         remedy = (
-            f"change sampler.gpu_memory_utilization={sampler.gpu_memory_utilization}, lower sampler.max_model_len, or give servers "
-            "on other devices (VLLMServerSampler)"
+            f"change sampler.gpu_memory_utilization={sampler.gpu_memory_utilization}, lower sampler.max_model_len, or give "
+            "servers on other devices (VLLMServerSampler)"
         )
     return f"vLLM did not start: {text}; {remedy}"
 

@@ -87,7 +87,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         assert self._group is not None, "init_transfer_engine has to be called first"
         for name, shape in zip(update.names, update.shapes, strict=True):
             value = torch.empty(shape, dtype=getattr(torch, update.dtype))
-            self._group.broadcast(value, 0).wait()
+            self._group.broadcast(value, 0).wait()  # type: ignore[attr-defined]  # which torch does not declare
             yield name, value.to(self.device)
 
     def _undo(self) -> None:

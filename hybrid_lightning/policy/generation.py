@@ -1,0 +1,264 @@
+"""`Generation`: completions of a policy, by its own weights or by a rollout engine that is given them.
+
+    update    gives an engine with weights of its own those that training has changed
+    complete  completes prompts, and says for each completion which weights made it
+
+An engine is updated before each rollout and each evaluation, by all ranks together, and by a run of one process also before any
+other completion.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from transformers.utils import cached_file
+
+from hybrid_lightning.engine import Engine, token_logprobs
+from hybrid_lightning.errors import HybridLightningError, RolloutError
+from hybrid_lightning.policy.current_weights import CurrentWeights
+from hybrid_lightning.policy.loading import DTYPES
+from hybrid_lightning.policy.modes import product_dtype
+from hybrid_lightning.policy.pretrained import Pretrained
+from hybrid_lightning.policy.quantization import Quantization
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import PolicyWeights, RolloutEngine, ServedModel, Stops
+from hybrid_lightning.sharding.ranks import gather_objects, world_size
+from hybrid_lightning.sharding.weights import Weights
+from hybrid_lightning.stopping import StopSignals
+from hybrid_lightning.types import Prompt, Rollouts
+
+# Nats by which the log-probabilities of an engine may differ from the policy's, on average. In bfloat16 0.02 was seen, with other
+# weights more than 2.
+_LARGEST_DIFFERENCE = 0.5
+_COMPARED = 4  # completions
+
+
+class GeneratingPolicy(Protocol):
+    """What a policy has to offer so that it can be completed with."""
+
+    dtype_name: str
+    generation_listeners: list[Any]
+    pretrained: Pretrained
+    quantization: Quantization | None
+    sampler: RolloutEngine
+    signals: StopSignals
+    weights: Weights
+
+    @property
+    def base_digest(self) -> str:
+        """Digest of its model without an adapter."""
+        ...
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of its model."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """Its model, adapted or not."""
+        ...
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt."""
+        ...
+
+    def inference(self) -> Any:
+        """A context in which it computes without gradient."""
+        ...
+
+
+class Generation:
+    """Completes prompts for a policy.
+
+    Args:
+        policy: The policy.
+    """
+
+    def __init__(self, policy: GeneratingPolicy) -> None:
+        self._policy: Any = policy
+        self._agrees = False  # whether the engine has been seen to compute what the policy computes
+        self._warned = False
+        self.update_seconds = 0.0  # that the last update took
+
+    @cached_property
+    def _stops(self) -> Stops:
+        """What ends a completion; slow to make where there are stop strings."""
+        policy = self._policy
+        stops: Stops = policy.sampler.stops(policy.pretrained.tokenizer, policy.pretrained.stop_ids)
+        return stops
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        generator: torch.Generator | PromptDraws | None,
+        greedy: bool,
+    ) -> Rollouts:
+        """See `LanguageModule.generate`.
+
+        Raises:
+            RolloutError: If the engine fails, or has other weights than the policy.
+        """
+        policy, sampler = self._policy, self._policy.sampler
+        if sampler.has_own_weights and (policy.weights.sharded or not sampler.shared_by_ranks or _is_first()):
+            self._give(together=policy.weights.sharded)
+
+        def on_token(running: int, decoded: int) -> None:
+            for listener in policy.generation_listeners:
+                listener(running, decoded, sampler.max_new_tokens)
+
+        def sample() -> Rollouts:
+            ids = [policy.encode(prompt) for prompt in prompts]
+            options = {"generator": generator, "greedy": greedy, "stops": self._stops, "on_token": on_token}
+            # A signal may end this at once: no other rank waits for this one meanwhile.
+            with policy.signals.at_once():
+                if sampler.has_own_weights:
+                    return sampler.sample(policy.engine, policy.pretrained.tokenizer, prompts, ids, samples_per_prompt, **options)
+                with policy.engine.sampling(product_dtype(policy.model)):
+                    return sampler.sample(policy.engine, policy.pretrained.tokenizer, prompts, ids, samples_per_prompt, **options)
+
+        with policy.inference():
+            rollouts = sample() if sampler.has_own_weights else policy.weights.gathered(sample)
+        step = sampler.version.step if sampler.has_own_weights else self._step
+        made_by = torch.full_like(rollouts.finished, step, dtype=torch.long)
+        rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
+        if sampler.has_own_weights and not self._agrees:
+            self._compare(rollouts, greedy)
+        return rollouts
+
+    def update(self) -> None:
+        """Give an engine with weights of its own those of the policy now. All ranks have to call it.
+
+        Raises:
+            RolloutError: If that fails on one of them.
+        """
+        if self._policy.sampler.has_own_weights:
+            self._give(together=True)
+
+    def metrics(self) -> dict[str, float]:
+        """`sampling/weights_update_s`, seconds that the last update of the engine took; nothing where there is none."""
+        return {"sampling/weights_update_s": self.update_seconds} if self._policy.sampler.has_own_weights else {}
+
+    def check(self) -> None:
+        """Make sure that the engine can sample for this policy, before time is spent on the run.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+        self._policy.sampler.check_model(self._served_model)
+
+    def warn_without_correction(self, correction: object) -> None:
+        """Warn once that an engine computes other probabilities than training, if nothing corrects for it."""
+        if self._policy.sampler.has_own_weights and correction is None and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                "vLLM computes slightly other probabilities than training, and model.correction corrects nothing: see "
+                "sampling/logp_difference, and give --model.correction=TokenTruncation, as configs/rollout/vllm.yaml does"
+            )
+
+    def _give(self, together: bool) -> None:
+        """Update the engine of this rank.
+
+        Args:
+            together: Whether all ranks are here, so that a failure on one is raised on all.
+        """
+        policy, sampler, began = self._policy, self._policy.sampler, time.perf_counter()
+        base = policy.base_digest if policy.quantization is None else f"{policy.base_digest} {policy.quantization.to_config()}"
+        adapted = "" if policy.plan is None else "adapted"
+        weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, f"{base} {adapted}", self._step, _is_first())
+        failure: Exception | None = None
+        everything = False
+        try:
+            everything = (weights.is_sender or not sampler.shared_by_ranks) and sampler.needs_everything(weights)
+        except HybridLightningError as error:
+            failure = error
+        if policy.weights.sharded and sampler.shared_by_ranks:  # all ranks iterate over what the first one sends
+            everything, failed = gather_objects((everything, failure is not None))[0]
+            failure = failure or (RolloutError("the first process has lost its rollout engines") if failed else None)
+        try:
+            if failure is None:
+                sampler.update(weights, self._served_model, everything)
+        except Exception as error:
+            failure = error
+        self.update_seconds = time.perf_counter() - began
+        if together:
+            self.fail_together(failure)
+        elif failure is not None:
+            raise failure
+
+    def fail_together(self, failure: Exception | None) -> None:
+        """Raise a failure of one rank's engine on all ranks. All ranks have to call it.
+
+        Args:
+            failure: What failed on this rank.
+        """
+        if self._policy.sampler.has_own_weights:
+            first = next(filter(None, gather_objects(None if failure is None else str(failure))), None)
+            if failure is None and first is not None:
+                raise RolloutError(first)
+        if failure is not None:
+            raise failure
+
+    def _compare(self, rollouts: Rollouts, greedy: bool) -> None:
+        """Compare the engine's log-probabilities of a few completions with the policy's, once.
+
+        Raises:
+            RolloutError: If it computes something else: it has another model, or lacks some weights.
+        """
+        policy, sampler = self._policy, self._policy.sampler
+        self._agrees = True
+        if not sampler.keeps_all_tokens and not greedy:
+            return  # its log-probabilities are those among the tokens that are kept
+        rows = rollouts.sequences.rows(slice(0, _COMPARED))
+        temperature = 1.0 if greedy else sampler.temperature
+        with policy.inference():
+            logprobs, _ = policy.weights.as_forward(lambda: token_logprobs(policy.engine, rows, temperature))
+        sampled = rollouts.sampling_logprobs[:_COMPARED, : logprobs.shape[1]]
+        difference = float((logprobs - sampled).abs()[rows.completion_mask].mean())
+        if not difference <= _LARGEST_DIFFERENCE:  # nan, too
+            raise RolloutError(
+                f"the rollout engine's log-probabilities differ from the policy's by {difference:.2g} nats a token: it computes "
+                "with another model, or does not know this architecture; start it with the policy's model, or leave "
+                "model.sampler out"
+            )
+
+    @property
+    def _step(self) -> int:
+        """Optimizer steps that made the policy's weights."""
+        trainer = self._policy._trainer
+        return 0 if trainer is None else int(trainer.global_step)
+
+    @property
+    def _served_model(self) -> ServedModel:
+        policy = self._policy
+        trainer = policy._trainer
+        device = next(policy.model.parameters()).device if trainer is None else trainer.strategy.root_device
+        with policy.precision():
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else DTYPES[policy.dtype_name]
+        pretrained = policy.pretrained
+        return ServedModel(pretrained.config, pretrained.tokenizer, self._folder, dtype, device)
+
+    @property
+    def _folder(self) -> str | None:
+        """The folder from which an engine can read the start policy's weights; None if they are not in one as they are."""
+        policy = self._policy
+        source = policy.pretrained.source
+        if source.adapter is not None or "gguf_file" in source.arguments or policy.quantization is not None:
+            return None
+        if not source.on_hub:
+            return str(source.location)
+        config = cached_file(source.location, "config.json", local_files_only=True, **source.arguments)
+        assert config is not None, "the policy has been loaded, so that its files are here"
+        return str(Path(config).parent)
+
+
+def _is_first() -> bool:
+    return world_size() == 1 or torch.distributed.get_rank() == 0

@@ -172,8 +172,17 @@ class RolloutEngine(Configurable, ABC):
         Args:
             tokenizer: The policy's tokenizer.
             ids: Token ids that end a completion; None takes the tokenizer's end-of-sequence token.
+
+        Raises:
+            ConfigError: If stop strings cannot be found in what this tokenizer decodes.
         """
-        strings = StopStringCriteria(tokenizer, list(self.stop)) if self.stop else None
+        try:
+            strings = StopStringCriteria(tokenizer, list(self.stop)) if self.stop else None
+        except Exception as error:  # of the tokenizers library, which has no class of its own
+            raise ConfigError(
+                f"sampler.stop={list(self.stop)} does not work with this model's tokenizer ({error}); remove it, and let a stop "
+                "token end completions"
+            ) from error
         return Stops(tuple(ids or [int(tokenizer.eos_token_id)]), strings)
 
     @property

@@ -44,6 +44,10 @@ class VLLMEngine(RolloutEngine):
     renormalizes = True
     version: WeightsVersion | None = None  # of the weights that the engine has been given
 
+    def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
+        """See `RolloutEngine`; vLLM finds stop strings by itself."""
+        return Stops(tuple(ids or [int(tokenizer.eos_token_id)]), None)
+
     @torch.no_grad()
     def sample(
         self,

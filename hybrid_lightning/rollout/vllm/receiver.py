@@ -4,16 +4,18 @@ This file runs in the server's workers, which find it by the name that `plugin.p
 update comes as one message with the names and shapes of all its weights, followed by their values, one broadcast each.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import ProcessGroupGloo, TCPStore
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group, local_address
 
 
 @dataclass
@@ -21,11 +23,10 @@ class GlooInit(WeightTransferInitInfo):
     """Where the sender is, and which model it has."""
 
     host: str
-    port: int
-    group: str  # name of the connection
+    port: int  # 0: the model is compared, and nothing else
     ranks: int  # the sender and all workers of this server
     timeout_s: float
-    config: dict[str, Any] = field(default_factory=dict)  # what the model's config has to say
+    config: dict[str, Any] = field(default_factory=dict)  # what the model's config has to say (see `facts_of`)
 
 
 @dataclass
@@ -35,6 +36,7 @@ class GlooUpdate(WeightTransferUpdateInfo):
     names: list[str]
     shapes: list[list[int]]
     dtype: str
+    everything: bool = False  # whether these are all weights of the policy
 
 
 class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
@@ -50,17 +52,17 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         Raises:
             ValueError: If this server has another model than the sender.
         """
-        mine = self.model_config.hf_text_config.to_dict()
-        other = {name: (value, mine.get(name)) for name, value in init_info.config.items() if mine.get(name) != value}
-        if other:
-            name, (wanted, found) = next(iter(other.items()))
-            raise ValueError(f"another model: {name} is {found!r} here, and {wanted!r} in the policy's config")
+        check_facts(facts_of(self.model_config.hf_config), init_info.config)
+        if init_info.port == 0:
+            return
         self.shutdown()
         parallel = self.parallel_config
         rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
         limit = timedelta(seconds=init_info.timeout_s)
         store = TCPStore(init_info.host, init_info.port, is_master=False, timeout=limit)
-        self._group = ProcessGroupGloo(PrefixStore(init_info.group, store), rank, init_info.ranks, limit)
+        store.set(f"worker {rank}", "")
+        address = local_address(f"tcp://{init_info.host}:{init_info.port}")
+        self._group = gloo_group(store, rank, init_info.ranks, address, limit)
 
     def start_weight_update(self) -> None:
         """Let vLLM expect weights."""
@@ -74,11 +76,14 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         """Receive the weights of one update.
 
         Raises:
-            ValueError: If a joined layer would get only some of its parts.
+            ValueError: If a joined layer would get only some of its parts, or the policy lacks a weight of vLLM's model.
         """
         try:
             check_joined(update_info.names, self.model)
-            self.model.load_weights(self._received(update_info))
+            loaded = self.model.load_weights(self._received(update_info))
+            missing = {name for name, _ in self.model.named_parameters()} - set(loaded or ()) if update_info.everything else ()
+            if missing:
+                raise ValueError(f"the policy lacks {min(missing)}: vLLM knows this architecture under other names")
         except BaseException:
             self._undo()
             raise
@@ -106,25 +111,3 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     def shutdown(self) -> None:
         """Close the connection."""
         self._group = None
-
-
-def check_joined(names: Collection[str], model: Any) -> None:
-    """Make sure that each layer that vLLM joins from several modules gets all of them or none: it would not say so itself.
-
-    Args:
-        names: Names of the weights of an update, as in a checkpoint.
-        model: vLLM's model.
-
-    Raises:
-        ValueError: If one part is missing.
-    """
-    joined: dict[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
-    siblings = {part: parts for parts in joined.values() if len(parts) > 1 for part in parts}
-    came = set(names)
-    for name in names:
-        pieces = name.split(".")
-        for place, piece in enumerate(pieces):
-            for part in siblings.get(piece, ()):
-                other = ".".join([*pieces[:place], part, *pieces[place + 1 :]])
-                if other not in came and pieces[-1] == "weight":
-                    raise ValueError(f"{name} came without {other}, with which vLLM joins it; all parts have to come together")

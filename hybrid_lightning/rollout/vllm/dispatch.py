@@ -1,0 +1,300 @@
+"""`Dispatch`: spreads the requests of a rollout over vLLM servers, and gives those that fail to others.
+
+A server gets a request when it has room for one, so that a slow one gets fewer. One that fails is set aside, for longer each time,
+and looked at again; one that has other weights, since it was restarted, stays aside until the next update. Nothing is remembered
+from one rollout to the next: each begins with a look at all servers.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rollout.vllm.completing import Answer
+from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+_SLICE_S = 0.1  # in which the main thread waits, and looks at signals between
+_FAREWELL_S = 2.0  # in which servers are told that answers are not needed any more
+_LOOK_S = 30.0  # in which a server has to say which weights it has
+_T = TypeVar("_T")
+
+
+@dataclass
+class _Request:
+    """A prompt to be completed."""
+
+    number: int
+    ids: Sequence[int]
+    parameters: dict[str, Any]
+    failures: int = 0
+    failing_since: float = 0.0
+    not_before: float = 0.0
+    last: "_Place | None" = None
+
+
+@dataclass(eq=False)
+class _Place:
+    """A server, and how it is doing in this rollout."""
+
+    server: Server
+    room: int  # requests that it may have at once
+    usable: bool = False
+    looked_at: bool = False  # a look is under way
+    failures: int = 0  # since its last answer
+    aside_until: float = 0.0
+    running: int = 0
+    stale: bool = False
+    why: str = "it was not reached yet"
+
+
+class Dispatch:
+    """The requests of one rollout.
+
+    Args:
+        servers: The servers.
+        label: Of the weights that they should have.
+        prompt_ids: Token ids of P prompts.
+        parameters: Arguments of vLLM's `SamplingParams` for each prompt.
+        timeout: Longest time for a request in seconds.
+        give_up_after: Seconds after which a request that fails everywhere ends the rollout.
+
+    Raises:
+        ConfigError: If a server cannot complete a prompt so many times at once.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        label: str,
+        prompt_ids: Sequence[Sequence[int]],
+        parameters: Sequence[dict[str, Any]],
+        timeout: float,
+        give_up_after: float,
+    ) -> None:
+        self._label, self._timeout, self._give_up_after = label, timeout, give_up_after
+        self._samples = max((int(asked["n"]) for asked in parameters), default=1)
+        self._longest = max((int(asked["max_tokens"]) for asked in parameters), default=1)
+        self._places = [_Place(server, _room(server, self._samples)) for server in servers]
+        self._waiting = deque(map(_Request, range(len(prompt_ids)), prompt_ids, parameters))
+        self._answers: dict[int, list[Answer]] = {}
+        self._total = len(prompt_ids)
+        self._tasks: dict[asyncio.Task[Any], tuple[_Place, _Request | None]] = {}  # without a request: a look at the server
+        self._name = uuid.uuid4().hex
+        self._unserved_since: float | None = None
+
+    def run(self, on_token: Callable[[int, int], None] | None) -> list[list[Answer]]:
+        """Complete all prompts. An exception in this thread, such as one that a signal raises, ends the requests on the servers.
+
+        Args:
+            on_token: See `VLLMEngine.complete`; how far the rollout is stands in for the tokens decoded.
+
+        Returns:
+            The answers to each prompt, in order.
+
+        Raises:
+            RolloutError: If no server completes them.
+        """
+        ended, failures = threading.Event(), list[BaseException]()
+        loop = asyncio.new_event_loop()
+        main = loop.create_task(self._complete())
+
+        def work() -> None:
+            try:
+                loop.run_until_complete(main)
+            except BaseException as error:
+                failures.append(error)
+            finally:
+                loop.close()
+                ended.set()
+
+        # In a thread, since this one may have a loop already, as in notebooks.
+        threading.Thread(target=work, daemon=True, name="requests to vLLM servers").start()
+        try:
+            while not ended.wait(_SLICE_S):
+                self._tell(on_token)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                loop.call_soon_threadsafe(main.cancel)
+            ended.wait(2 * _FAREWELL_S)
+            raise
+        if failures:
+            raise failures[0]
+        self._tell(on_token)
+        return [self._answers[number] for number in range(self._total)]
+
+    def _tell(self, on_token: Callable[[int, int], None] | None) -> None:
+        if on_token is not None:
+            done = len(self._answers)
+            on_token((self._total - done) * self._samples, self._longest * done // max(1, self._total))
+
+    async def _complete(self) -> None:
+        async with self._places[0].server.connections() as client:
+            try:
+                while len(self._answers) < self._total:
+                    now = time.monotonic()
+                    self._give_up(now)
+                    self._look(client, now)
+                    self._assign(client, now)
+                    done, _ = await asyncio.wait(self._tasks, timeout=_SLICE_S, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        place, request = self._tasks.pop(task)
+                        if request is None:
+                            self._looked(place, task)
+                        else:
+                            self._answered(place, request, task)
+            finally:
+                await self._end_all(client)
+
+    # ---- what is asked
+
+    def _look(self, client: httpx.AsyncClient, now: float) -> None:
+        """Ask servers that are not in use which weights they have."""
+        for place in self._places:
+            if not (place.usable or place.stale or place.looked_at) and now >= place.aside_until:
+                place.looked_at = True
+                self._tasks[asyncio.create_task(_within(_LOOK_S, place.server, place.server.label_now(client)))] = (place, None)
+
+    def _assign(self, client: httpx.AsyncClient, now: float) -> None:
+        """Give waiting requests to the servers that have most room."""
+        for _ in range(len(self._waiting)):
+            free = [place for place in self._places if place.usable and place.running < place.room]
+            if not free:
+                return
+            request = self._waiting.popleft()
+            if now < request.not_before:
+                self._waiting.append(request)
+                continue
+            place = min(free, key=lambda place: (place is request.last, place.running / place.room))
+            place.running += 1
+            answers = place.server.complete(client, self._name_of(request), request.ids, request.parameters)
+            self._tasks[asyncio.create_task(_within(self._timeout, place.server, answers))] = (place, request)
+
+    # ---- what comes back
+
+    def _looked(self, place: _Place, task: "asyncio.Task[str]") -> None:
+        place.looked_at = False
+        try:
+            label = task.result()
+        except ServerError as error:
+            self._refuse_final(error)
+            self._set_aside(place, error.cause)
+            return
+        place.usable = label == self._label
+        if not place.usable:
+            self._leave_out(place, label)
+
+    def _answered(self, place: _Place, request: _Request, task: "asyncio.Task[list[Answer]]") -> None:
+        place.running -= 1
+        try:
+            answers = task.result()
+        except ServerError as error:
+            self._refuse_final(error)
+            self._set_aside(place, error.cause)
+            self._try_again(place, request)
+            return
+        others = {version for answer in answers for version in answer.versions} - {self._label}
+        if others:
+            self._leave_out(place, min(others))
+            self._waiting.appendleft(request)
+            return
+        place.failures = 0
+        self._answers[request.number] = answers
+
+    def _set_aside(self, place: _Place, why: str) -> None:
+        """Do not use a server for a while. What it already has may still be answered."""
+        place.why = why
+        if place.usable or not place.running:  # several requests that fail together count once
+            place.usable = False
+            place.aside_until = time.monotonic() + _pause(place.failures)
+            place.failures += 1
+
+    def _leave_out(self, place: _Place, label: str) -> None:
+        place.usable, place.stale = False, True
+        place.why = f"it has weights {label} instead of {self._label}: it was restarted, or another run uses it"
+
+    def _try_again(self, place: _Place, request: _Request) -> None:
+        now = time.monotonic()
+        if not request.failures:
+            request.failing_since = now
+        request.not_before, request.last = now + _pause(request.failures), place
+        request.failures += 1
+        self._waiting.append(request)
+
+    # ---- the end
+
+    def _give_up(self, now: float) -> None:
+        """Raise RolloutError if servers have failed for too long, or none can complete."""
+        usable = any(place.usable for place in self._places)
+        self._unserved_since = None if usable else self._unserved_since or now
+        late = usable and any(request.failures and now - request.failing_since > self._give_up_after for request in self._waiting)
+        unserved = self._unserved_since is not None and now - self._unserved_since > self._give_up_after
+        stale = all(place.stale for place in self._places)
+        if not (late or unserved or stale):
+            return
+        causes = "; ".join(f"{place.server.url}: {place.why}" for place in self._places)
+        how_long = "" if stale else f" for {self._give_up_after:.0f} s (sampler.give_up_after)"
+        remedy = "give each run servers of its own" if stale else "see what the servers log, and start them again"
+        raise RolloutError(
+            f"no vLLM server completes{how_long}, with {self._total - len(self._answers)} of {self._total} prompts open: {causes}; "
+            f"{remedy}; the run goes on from stopped.ckpt"
+        )
+
+    def _refuse_final(self, error: ServerError) -> None:
+        if error.is_final:
+            raise RolloutError(f"{error}; the request is refused, and would be by any server") from error
+
+    async def _end_all(self, client: httpx.AsyncClient) -> None:
+        """End what is still running, on the servers as well."""
+        running: dict[Server, list[str]] = {}
+        for task, (place, request) in self._tasks.items():
+            task.cancel()
+            if request is not None:
+                running.setdefault(place.server, []).append(self._name_of(request))
+        farewells = [asyncio.create_task(server.end(client, names)) for server, names in running.items()]
+        if farewells:
+            await asyncio.wait(farewells, timeout=_FAREWELL_S)
+        for farewell in farewells:
+            farewell.cancel()
+        await asyncio.gather(*self._tasks, *farewells, return_exceptions=True)
+
+    def _name_of(self, request: _Request) -> str:
+        return f"{self._name}-{request.number}-{request.failures}"
+
+
+def _room(server: Server, samples: int) -> int:
+    """Requests that a server may have at once: twice what it completes at once, or it would wait for us whenever some completions
+    of a prompt end before the others.
+
+    Raises:
+        ConfigError: If it cannot complete a prompt so many times at once.
+    """
+    if not server.is_known:
+        return 1
+    if samples > server.facts.sequences:
+        raise ConfigError(
+            f"{server.url} completes {server.facts.sequences} sequences at once, fewer than the {samples} of one prompt; start it "
+            f"with --max-num-seqs {samples} or more"
+        )
+    return 2 * server.facts.sequences // samples
+
+
+def _pause(failures: int) -> float:
+    return float(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(failures, 16)))
+
+
+async def _within(limit: float, server: Server, answer: Awaitable[_T]) -> _T:
+    """An answer, if it comes within a time limit; else the request is ended by closing its connection."""
+    try:
+        async with asyncio.timeout(limit):
+            return await answer
+    except TimeoutError as error:
+        raise ServerError(server.url, f"no answer within {limit:.0f} s; it hangs, or has too much to do") from error

@@ -1,0 +1,369 @@
+"""`Server`: one vLLM server: what it has, what is wrong with it, its completions and its weights.
+
+Used of its interface: `/inference/v1/generate`, token ids in and out, which is there with `--enable-scale-out`; and what trains
+need (`/weight_info`, `/pause`, `/init_weight_transfer_engine` and so on), which is there with VLLM_SERVER_DEV_MODE=1.
+"""
+
+import re
+import ssl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import httpx
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rollout.rollout_engine import ServedModel
+from hybrid_lightning.rollout.vllm.completing import Answer
+from hybrid_lightning.rollout.vllm.installed import check_version
+from hybrid_lightning.rollout.vllm.plugin import BACKEND
+from hybrid_lightning.rollout.vllm.transfer import facts_of
+
+BACKENDS = (BACKEND, "nccl")  # ways to send weights
+_CONNECT_S = 10.0
+_SHORT_S = 30.0  # for questions that a server answers between two steps of its engine
+_START = (
+    "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model ... --enable-scale-out --logprobs-mode "
+    "processed_logprobs --generation-config vllm --weight-transfer-config '{\"backend\": ...}'"
+)
+# Texts by which tokenizers are told apart: digits, spaces, several scripts, words that chat templates use.
+_PROBES = (
+    "0123456789 12*34=408",
+    "  two  spaces\n\tand a tab ",
+    "na\u00efve \u4f60\u597d \u0437\u0434\u0440\u0430\u0432\u0441\u0442\u0432\u0443\u0439 \U0001f642",
+    "<|im_start|>user<|im_end|><s></s>[INST]<think></think><|eot_id|>",
+)
+
+
+class ServerError(RolloutError):
+    """A server does not answer, or refuses.
+
+    Args:
+        url: The server's.
+        cause: Why, in a line.
+        status: Status of its answer; None if it did not answer.
+    """
+
+    def __init__(self, url: str, cause: str, status: int | None = None) -> None:
+        super().__init__(f"{url}: {cause}")
+        self.cause, self.status = cause, status
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the same request would be refused again."""
+        wrong = self.status is not None and 400 <= self.status < 500 and self.status not in (408, 429)
+        return wrong or self.cause.startswith("another model")
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What a server has."""
+
+    model: str
+    context: int  # tokens
+    sequences: int  # that it completes at once
+    dtype: str
+    logprobs_mode: str
+    backend: str | None  # by which it takes weights
+    workers: int
+
+
+class Server:
+    """A vLLM server.
+
+    Args:
+        url: Such as http://node7:8000.
+        timeout: Longest time for a request in seconds.
+        key: Its API key, if it asks for one.
+    """
+
+    def __init__(self, url: str, timeout: float, key: str | None) -> None:
+        self.url, self.timeout = url, timeout
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    # ---- checks
+
+    @cached_property
+    def facts(self) -> ServerFacts:
+        """What it has, asked once."""
+        info = self._ask("GET", "/server_info", params={"config_format": "json"}, limit=max(60.0, _SHORT_S))["vllm_config"]
+        model, transfer = info["model_config"], info.get("weight_transfer_config")
+        return ServerFacts(
+            str(self._ask("GET", "/v1/models")["data"][0]["id"]),
+            int(model["max_model_len"]),
+            int(info["scheduler_config"]["max_num_seqs"]),
+            str(model["dtype"]).removeprefix("torch."),
+            str(model["logprobs_mode"]),
+            None if transfer is None else str(transfer["backend"]),
+            int(self._ask("GET", "/get_world_size")["world_size"]),
+        )
+
+    @property
+    def is_known(self) -> bool:
+        """Whether `facts` have been asked."""
+        return "facts" in self.__dict__
+
+    def forget(self) -> None:
+        """Ask `facts` again when they are needed: it may have been started again."""
+        self.__dict__.pop("facts", None)
+
+    def check(self, model: ServedModel, max_new_tokens: int) -> None:
+        """Make sure that it can complete for a policy.
+
+        Raises:
+            ConfigError: If it cannot; the message says how to start it.
+            ServerError: If it does not answer.
+        """
+        self._check_interface()
+        facts = self.facts
+        if facts.logprobs_mode != "processed_logprobs":
+            raise ConfigError(
+                f"{self.url} gives {facts.logprobs_mode}, which are not those of what it samples from; start it with "
+                "--logprobs-mode processed_logprobs"
+            )
+        if facts.backend not in BACKENDS:
+            raise ConfigError(
+                f"{self.url} cannot be sent weights ({facts.backend or 'no'} weight transfer); start it with "
+                f"--weight-transfer-config '{{\"backend\": \"nccl\"}}' on GPUs, or with \"{BACKEND}\" on CPUs and wherever NCCL "
+                "cannot be had, which needs hybrid_lightning in its environment"
+            )
+        if facts.backend == "nccl" and model.device.type != "cuda":
+            raise ConfigError(
+                f"{self.url} takes weights by NCCL, which a policy on {model.device.type} cannot send by; start it with "
+                f"--weight-transfer-config '{{\"backend\": \"{BACKEND}\"}}'"
+            )
+        if facts.context <= max_new_tokens:
+            raise ConfigError(
+                f"{self.url} has a context of {facts.context} tokens, which leaves no room for a prompt beside "
+                f"sampler.max_new_tokens={max_new_tokens}; start it with a longer --max-model-len, or lower sampler.max_new_tokens"
+            )
+        self._check_tokenizer(model.tokenizer)
+        self._check_config(model)
+        wanted = str(model.dtype).removeprefix("torch.")
+        if facts.dtype != wanted:
+            rank_zero_warn(
+                f"{self.url} computes in {facts.dtype} and the policy in {wanted}, so that their probabilities differ more than "
+                f"they need to; start it with --dtype {wanted}"
+            )
+
+    def _check_interface(self) -> None:
+        try:
+            check_version(str(self._ask("GET", "/version")["version"]), self.url)
+        except ServerError as error:
+            if error.status != 404:
+                raise
+            raise ConfigError(f"{self.url} is no vLLM server (it has no /version); start one there: {_START}") from error
+        try:
+            self.label()
+        except ServerError as error:
+            if error.status != 404:
+                raise
+            raise ConfigError(
+                f"{self.url} has no interface for weights; start it with VLLM_SERVER_DEV_MODE=1 in its environment: {_START}"
+            ) from error
+        try:
+            self._ask("POST", "/inference/v1/generate", {})
+        except ServerError as error:  # an empty request is refused where requests are taken
+            if error.status in (404, 405):
+                raise ConfigError(f"{self.url} does not take token ids; start it with --enable-scale-out: {_START}") from error
+            if error.status is None or error.status in (401, 403):
+                raise
+
+    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        size = len(tokenizer)
+        words = tokenizer.decode([number * size // 32 for number in range(32)])
+        for text in (*_PROBES, str(words), " ".join(tokenizer.all_special_tokens)):
+            try:
+                wanted: list[int] | None = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            except Exception:  # of a tokenizer without an unknown token, whose class the library keeps to itself
+                wanted = None
+            try:
+                found = self._ask("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+            except ServerError as error:
+                if error.status in (404, 405, 501):
+                    return  # started without a tokenizer
+                if error.status is None:
+                    raise
+                found = None
+            if found != wanted:
+                raise ConfigError(
+                    f"{self.url} ({self.facts.model}) has another tokenizer than the policy: it splits {text!r} into "
+                    f"{str(found)[:60]} and the policy into {str(wanted)[:60]}; start it with the policy's model"
+                )
+
+    def _check_config(self, model: ServedModel) -> None:
+        if self.facts.backend != BACKEND:
+            return  # vLLM's own transfers compare nothing
+        try:
+            self.init_weight_transfer_engine({"host": "", "port": 0, "ranks": 0, "timeout_s": 1, "config": facts_of(model.config)})
+        except ServerError as error:
+            if not error.is_final:
+                raise
+            name = getattr(model.config, "_name_or_path", "") or "the policy's model"
+            raise ConfigError(f"{self.url} has {self.facts.model}, not {name}: {error.cause}; start it with the policy's") from error
+
+    # ---- weights
+
+    def label(self) -> str:
+        """Which weights it has, as it was told."""
+        return str(self._ask("GET", "/weight_info")["weight_version"])
+
+    def set_label(self, label: str) -> None:
+        """Tell it which weights it has."""
+        self._ask("POST", "/update_weight_version", {"new_version": label})
+
+    def pause(self) -> None:
+        """End all requests, and begin no others."""
+        self._ask("POST", "/pause", params={"mode": "abort"}, limit=self.timeout)
+
+    def resume(self) -> None:
+        """Begin requests again."""
+        self._ask("POST", "/resume")
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what other weights have computed."""
+        self._ask("POST", "/reset_prefix_cache")
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Let its workers connect to the sender."""
+        self._after_a_stop(lambda: self._ask("POST", "/init_weight_transfer_engine", {"init_info": init_info}, limit=self.timeout))
+
+    def shutdown_weight_transfer_engine(self, limit: float = _SHORT_S) -> None:
+        """Let its workers close their connection."""
+        self._after_a_stop(lambda: self._ask("POST", "/shutdown_weight_transfer_engine", limit=limit))
+
+    def start_weight_update(self) -> None:
+        """Let it expect weights."""
+        self._after_a_stop(lambda: self._ask("POST", "/start_weight_update", limit=self.timeout))
+
+    def update_weights(self, update_info: Any, limit: float | None = None) -> None:
+        """Let it receive weights."""
+        self._ask("POST", "/update_weights", {"update_info": update_info}, limit=limit or self.timeout)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Let it use the weights that came."""
+        body = {} if weight_version is None else {"weight_version": weight_version}
+        self._ask("POST", "/finish_weight_update", body, limit=self.timeout)
+
+    def _after_a_stop(self, request: Callable[[], Any]) -> None:
+        """Make a request, again if an update is open that a sender began and, since it was stopped, did not end."""
+        try:
+            request()
+        except ServerError as error:
+            if "already active" not in error.cause and "during a weight update" not in error.cause:
+                raise
+            self.finish_weight_update()
+            request()
+
+    # ---- completions
+
+    async def complete(self, client: httpx.AsyncClient, name: str, ids: Sequence[int], parameters: dict[str, Any]) -> list[Answer]:
+        """Complete a prompt.
+
+        Args:
+            client: From `connections`.
+            name: By which the request can be ended.
+            ids: Token ids of the prompt.
+            parameters: Of vLLM's `SamplingParams`.
+
+        Raises:
+            ServerError: If it does not, or has been told to end the request.
+        """
+        body = {"request_id": name, "token_ids": list(ids), "sampling_params": parameters}
+        try:
+            response = await client.post(f"{self.url}/inference/v1/generate", json=body, headers=self._headers)
+        except httpx.HTTPError as error:
+            raise self._failure(error) from error
+        choices = sorted(self._content(response)["choices"], key=lambda choice: int(choice["index"]))
+        reasons = {choice["finish_reason"] for choice in choices}
+        if not reasons <= {"stop", "length"} or len(choices) != parameters["n"]:
+            raise ServerError(self.url, f"it ended completions by {sorted(map(str, reasons))}: it has been told to pause")
+        return [_answer(choice) for choice in choices]
+
+    async def end(self, client: httpx.AsyncClient, names: Sequence[str]) -> None:
+        """End requests, if it still answers."""
+        try:
+            ids = [f"generate-tokens-{name}" for name in names]  # as vLLM calls them
+            await client.post(f"{self.url}/inference/v1/abort_requests", json={"request_ids": ids}, headers=self._headers)
+        except httpx.HTTPError:
+            pass  # it ends them by itself when their connections are closed
+
+    async def label_now(self, client: httpx.AsyncClient) -> str:
+        """See `label`."""
+        try:
+            return str(self._content(await client.get(f"{self.url}/weight_info", headers=self._headers))["weight_version"])
+        except httpx.HTTPError as error:
+            raise self._failure(error) from error
+
+    def connections(self) -> httpx.AsyncClient:
+        """Connections for completions, of this server and others like it."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        return httpx.AsyncClient(timeout=httpx.Timeout(self.timeout, connect=_CONNECT_S), limits=limits, **self._options)
+
+    # ---- requests
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+        self.__dict__.pop("_client", None)
+
+    @cached_property
+    def _client(self) -> httpx.Client:
+        return httpx.Client(**self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        # No proxy of the environment: weights go to a server directly, too.
+        return {"trust_env": False, "verify": ssl.create_default_context() if self.url.startswith("https") else False}
+
+    def _ask(
+        self, method: str, path: str, body: Any = None, *, params: dict[str, str] | None = None, limit: float = _SHORT_S
+    ) -> Any:
+        """Make a request, and return the JSON of its answer."""
+        timeout = httpx.Timeout(min(limit, self.timeout) if limit == _SHORT_S else limit, connect=_CONNECT_S)
+        try:
+            response = self._client.request(
+                method, f"{self.url}{path}", json=body, params=params, headers=self._headers, timeout=timeout
+            )
+        except httpx.HTTPError as error:
+            raise self._failure(error) from error
+        return self._content(response)
+
+    def _content(self, response: httpx.Response) -> Any:
+        if response.is_success:
+            return response.json() if response.content else None
+        cause = _cause(response)
+        if response.status_code in (401, 403):
+            cause = f"it asks for an API key ({cause}); set VLLM_API_KEY to it, here as there"
+        elif response.status_code == 404 or not cause:
+            cause = f"{response.request.url.path}: {response.status_code} {cause}".rstrip()
+        raise ServerError(self.url, cause, response.status_code)
+
+    def _failure(self, error: httpx.HTTPError) -> ServerError:
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return ServerError(self.url, f"nothing answers there ({str(error) or 'no connection'})")
+        if isinstance(error, httpx.TimeoutException):
+            return ServerError(self.url, "no answer in time; it hangs, or has too much to do")
+        return ServerError(self.url, f"the connection broke ({str(error) or type(error).__name__})")
+
+
+def _answer(choice: dict[str, Any]) -> Answer:
+    tokens = choice["token_ids"]
+    logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {}).get("content") or ()]
+    spans = choice.get("weight_versions") or ([{"version": "unknown"}] if tokens else [])
+    return Answer(tokens, logprobs, choice["finish_reason"] == "stop", [str(span["version"]) for span in spans])
+
+
+def _cause(response: httpx.Response) -> str:
+    """What a server says is wrong, in a line."""
+    try:
+        content = response.json()
+        error = content.get("error", content.get("detail", content))
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    except (ValueError, AttributeError):
+        text = response.text
+    worker = re.search(r"Worker failed with error ['\"](.*)['\"], please check", text, re.DOTALL)
+    return " ".join((worker[1] if worker else text).split())[:400]

@@ -1,0 +1,392 @@
+"""Sends the policy's weights to vLLM servers: `GlooTransfer` from anywhere to anywhere, `NcclTransfer` between GPUs.
+
+Each server has a connection of its own to the sender, with all workers of that server, so that one server's fault does not disturb
+the others; and for each update a `Delivery`, a thread that takes the weights one at a time from the one pass over the policy's
+weights. The receiver of `GlooTransfer` is `receiver.py`, that of `NcclTransfer` is in vLLM.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+
+from hybrid_lightning.errors import RolloutError
+
+if TYPE_CHECKING:
+    from hybrid_lightning.rollout.vllm.server_client import Server
+
+_LIMIT_S = 120.0  # longest time in which a weight may be on its way
+_SLOWEST = 1e7  # bytes in a second that a network brings at least
+_FACTS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class Update:
+    """The weights that a server is going to be sent."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # of each weight, in the order in which they come
+    dtype: torch.dtype  # in which they come
+    everything: bool  # whether these are all weights of the model
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the receiver is told."""
+        shapes = [list(shape) for shape in self.shapes.values()]
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"names": list(self.shapes), "shapes": shapes, "dtype": dtype, "everything": self.everything}
+
+    @property
+    def largest(self) -> int:
+        """Numbers in the largest weight."""
+        return max((torch.Size(shape).numel() for shape in self.shapes.values()), default=0)
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds in which all are sent over the slowest network."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values()) * self.dtype.itemsize / _SLOWEST
+
+
+class Transfer(Protocol):
+    """A connection to one server over which its weights are sent."""
+
+    def connect(self) -> None:
+        """Connect to all workers of the server.
+
+        Raises:
+            RolloutError: If the server refuses, such as one with another model.
+        """
+        ...
+
+    def send(self, update: Update, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Let the server load weights.
+
+        Args:
+            update: What is sent.
+            weights: Name and value of each; a value is kept only until the next is asked for.
+
+        Raises:
+            RolloutError: If it does not.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the connection."""
+        ...
+
+
+class GlooTransfer:
+    """Sends weights over gloo, which needs no GPU.
+
+    Args:
+        server: The server.
+        address: Address under which it reaches this machine.
+        workers: Number of its workers.
+        facts: What its model's config has to say (see `facts_of`).
+        timeout: Longest time for a request in seconds.
+    """
+
+    def __init__(self, server: "Server", address: str, workers: int, facts: Mapping[str, Any], timeout: float) -> None:
+        self._server, self._address, self._workers, self._facts = server, address, workers, dict(facts)
+        self._limit = min(timeout, _LIMIT_S)
+        self._timeout = timeout
+        self._store: TCPStore | None = None
+        self._group: ProcessGroupGloo | None = None
+
+    def connect(self) -> None:
+        """See `Transfer`."""
+        self.close()
+        limit = timedelta(seconds=self._limit)
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=limit)
+        asked = {"host": self._address, "port": store.port, "ranks": 1 + self._workers, "timeout_s": self._limit}
+        # A server that refuses does not come, so the group is made only when all workers have announced themselves.
+        answer = _InThread(lambda: self._server.init_weight_transfer_engine(asked | {"config": self._facts}))
+        present = [f"worker {rank}" for rank in range(1, 1 + self._workers)]
+        until = time.monotonic() + self._limit
+        while not store.check(present):
+            if answer.done:
+                answer.result(0)
+                raise RolloutError(f"{self._server.url}: it has taken the connection, and its workers do not come")
+            if time.monotonic() > until:
+                raise RolloutError(
+                    f"{self._server.url}: its workers do not reach this machine at {self._address}:{store.port} within "
+                    f"{self._limit:.0f} s; open the ports between them, or give sampler.address"
+                )
+            time.sleep(0.005)
+        self._group = gloo_group(store, 0, 1 + self._workers, local_address(self._server.url), limit)
+        self._store = store
+        answer.result(self._limit)
+
+    def send(self, update: Update, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """See `Transfer`."""
+        group = self._group
+        assert group is not None, "connect has to be called first"
+        limit = self._timeout + update.longest_s
+        self._server.start_weight_update()
+        answer = _InThread(lambda: self._server.update_weights(update.description, limit))
+        try:
+            for _, value in weights:
+                if answer.done:
+                    break
+                group.broadcast(value, 0).wait()
+                del value  # or the next one would be allocated beside it
+        except RuntimeError as error:  # the worker has closed the connection; why, it says in its answer
+            answer.result(self._limit)
+            raise RolloutError(f"{self._server.url}: the connection for weights broke: {str(error).splitlines()[0]}") from error
+        answer.result(limit)
+        self._server.finish_weight_update()
+
+    def close(self) -> None:
+        """See `Transfer`."""
+        self._group = self._store = None
+
+
+class NcclTransfer:
+    """Sends weights from GPU to GPUs by vLLM's own transfer over NCCL. Needs vLLM in this environment, too.
+
+    Args:
+        server: The server, which is given to vLLM as its `VLLMWeightSyncClient`.
+        address: Address under which it reaches this machine.
+        workers: Number of its workers.
+        device: The GPU that trains.
+    """
+
+    def __init__(self, server: "Server", address: str, workers: int, device: torch.device) -> None:
+        self._server, self._address, self._workers, self._device = server, address, workers, device
+        self._engine: Any = None
+        self._sending = False
+
+    def connect(self) -> None:
+        """See `Transfer`."""
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+
+        self.close()
+        # Not packed: weights are sent from the one buffer that they are computed in.
+        info = NCCLTrainerInitInfo(
+            master_address=self._address, master_port=_free_port(), world_size=1 + self._workers, packed=False, rank=0
+        )
+        with torch.cuda.device(self._device):
+            self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
+                info, client=self._server, source=_source(Update({}, torch.float32, False), iter(()))
+            )
+
+    def send(self, update: Update, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """See `Transfer`."""
+        assert self._engine is not None, "connect has to be called first"
+        self._engine.source = _source(update, weights)
+        self._sending = True
+        with torch.cuda.device(self._device):
+            self._engine.send_weights()
+        self._sending = False
+
+    def close(self) -> None:
+        """See `Transfer`."""
+        engine, self._engine = self._engine, None
+        if engine is not None and not self._sending:  # of a transfer that hangs NCCL would not return
+            engine.shutdown()
+
+
+def _source(update: Update, weights: Iterator[tuple[str, Tensor]]) -> Any:
+    """What vLLM's transfer takes weights from."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class Source(WeightSource):
+        def metadata(self) -> list[Any]:
+            return [ParamMeta(name, update.dtype, tuple(shape)) for name, shape in update.shapes.items()]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(weights)
+
+    return Source()
+
+
+class Delivery:
+    """An update of one server, in a thread that asks for one weight after the other.
+
+    Args:
+        work: What the thread does; it iterates over what it is given to get the weights.
+    """
+
+    def __init__(self, work: Callable[[Iterator[tuple[str, Tensor]]], None]) -> None:
+        self.failure: RolloutError | None = None
+        self._changed = threading.Condition()
+        self._asks = self._closed = self._ended = False
+        self._weight: tuple[str, Tensor] | None = None
+        threading.Thread(target=self._run, args=(work,), daemon=True, name="weights for a vLLM server").start()
+
+    def asks(self, limit: float) -> bool:
+        """Wait until the thread asks for a weight, and has so done with the last one; False if it has failed.
+
+        Args:
+            limit: Longest time to wait in seconds.
+        """
+        with self._changed:
+            in_time = self._changed.wait_for(lambda: self._asks or self._ended, limit)
+            if not in_time and self.failure is None:
+                self.failure = RolloutError(f"it took no weight for {limit:.0f} s")
+            return self._asks and self.failure is None
+
+    def give(self, name: str, value: Tensor) -> None:
+        """Give the thread the weight that it asks for."""
+        with self._changed:
+            self._weight, self._asks = (name, value), False
+            self._changed.notify_all()
+
+    def end(self, limit: float) -> None:
+        """No more weights come: wait until the server has loaded them, or set `failure`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self._ended, limit) and self.failure is None:
+                self.failure = RolloutError(f"it did not end the update within {limit:.0f} s")
+
+    def cut(self) -> None:
+        """No more weights come, and those that came are not all."""
+        with self._changed:
+            self.failure = self.failure or RolloutError("the update was cut short")
+            self._closed = True
+            self._changed.notify_all()
+
+    def _run(self, work: Callable[[Iterator[tuple[str, Tensor]]], None]) -> None:
+        failure: RolloutError | None = None
+        try:
+            work(self._weights())
+        except RolloutError as error:
+            failure = error
+        except Exception as error:  # of gloo, NCCL or vLLM
+            failure = RolloutError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        with self._changed:
+            self.failure = self.failure or failure
+            self._ended, self._weight = True, None
+            self._changed.notify_all()
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        while True:
+            with self._changed:
+                self._asks = True
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._weight is not None or self._closed)
+                weight, self._weight = self._weight, None
+                if weight is None:
+                    if self.failure is not None:
+                        raise self.failure
+                    return
+            yield weight
+            del weight
+
+
+class _InThread:
+    """A call in a thread of its own."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._ended = threading.Event()
+        self._failure: Exception | None = None
+        threading.Thread(target=self._run, args=(call,), daemon=True, name="request to a vLLM server").start()
+
+    def _run(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._failure = error
+        self._ended.set()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has returned or raised."""
+        return self._ended.is_set()
+
+    def result(self, limit: float) -> None:
+        """Wait until it has returned, and raise what it has raised."""
+        if not self._ended.wait(limit):
+            raise RolloutError(f"no answer within {limit:.0f} s")
+        if self._failure is not None:
+            raise self._failure
+
+
+def gloo_group(store: TCPStore, rank: int, ranks: int, address: str, limit: timedelta) -> ProcessGroupGloo:
+    """Connect processes by gloo, on the network that an address of this machine belongs to."""
+    options = ProcessGroupGloo._Options()
+    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = limit
+    return ProcessGroupGloo(PrefixStore("weights", store), rank, ranks, options)
+
+
+def local_address(url: str) -> str:
+    """The address of this machine on the network by which it reaches a server."""
+    parts = urlsplit(url)
+    host, port = parts.hostname or "localhost", parts.port or (443 if parts.scheme == "https" else 80)
+    family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # of a datagram socket: nothing is sent
+        return str(probe.getsockname()[0])
+
+
+def facts_of(config: Any) -> dict[str, bool | int | float | str]:
+    """What changes a model's results or shapes, from its config of transformers; only what is plain."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    values = text.to_dict()
+    rope = values.get("rope_parameters")  # rope_theta itself in older versions of transformers
+    values = (rope if isinstance(rope, dict) else {}) | values
+    return {name: values[name] for name in _FACTS if isinstance(values.get(name), (bool, int, float, str))}
+
+
+def check_facts(mine: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Make sure that a server has the model that weights are for.
+
+    Args:
+        mine: `facts_of` the server's model.
+        wanted: Those of the policy's model. What only one of them says is not compared.
+
+    Raises:
+        ValueError: If it has another.
+    """
+    for name, value in wanted.items():
+        if name in mine and mine[name] != value:
+            raise ValueError(f"another model: {name} is {mine[name]!r} there and {value!r} in the policy's config")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def check_joined(names: Collection[str], model: Any) -> None:
+    """Make sure that each layer that vLLM joins from several modules gets all of them or none: it would not say so itself.
+
+    Args:
+        names: Names of the weights of an update, as in a checkpoint.
+        model: vLLM's model.
+
+    Raises:
+        ValueError: If one part is missing.
+    """
+    joined: dict[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
+    siblings = {part: parts for parts in joined.values() if len(parts) > 1 for part in parts}
+    came = set(names)
+    for name in names:
+        pieces = name.split(".")
+        for place, piece in enumerate(pieces):
+            for part in siblings.get(piece, ()):
+                other = ".".join([*pieces[:place], part, *pieces[place + 1 :]])
+                if other not in came and pieces[-1] == "weight":
+                    raise ValueError(f"{name} came without {other}, with which vLLM joins it; all parts have to come together")

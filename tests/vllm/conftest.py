@@ -1,0 +1,19 @@
+"""One model, and one vLLM server that serves it, for all tests of a session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vllm_of_tests import Server, write_model
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(model, tmp_path_factory.mktemp("server") / "log.txt")
+    yield running
+    running.stop()

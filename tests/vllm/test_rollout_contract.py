@@ -1,0 +1,205 @@
+"""What every rollout engine promises, with ours, with vLLM in process, and with a vLLM server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from vllm_of_tests import largest_difference, move, needs_vllm, own_logprobs, policy_of
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler
+VLLMServerSampler = None
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.types import Prompt
+
+TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=", "abc", "84*7=")
+ENGINES = [Sampler, pytest.param(VLLMSampler, marks=needs_vllm), pytest.param(VLLMServerSampler, marks=needs_vllm)]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def policy(model: Path, request: pytest.FixtureRequest) -> Iterator[PolicyModule]:
+    """A hybrid policy, whose engine is made once."""
+    options = {"urls": [request.getfixturevalue("server").url]} if request.param is VLLMServerSampler else {}
+    sampler = request.param(max_new_tokens=20, **options)
+    policy = policy_of(sampler, model, "hybrid")
+    policy.generation.check()
+    yield policy
+    sampler.shut_down()
+
+
+@pytest.fixture
+def sampler(policy: PolicyModule) -> Iterator[RolloutEngine]:
+    """The engine, whose settings a test may change."""
+    before = dict(vars(policy.sampler))
+    yield policy.sampler
+    for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop"):
+        setattr(policy.sampler, name, before[name])
+    policy.generation.__dict__.pop("_stops", None)
+
+
+def prompts(texts=TEXTS) -> list[Prompt]:
+    return [Prompt(text=text, index=index) for index, text in enumerate(texts)]
+
+
+def complete(policy: PolicyModule, texts=TEXTS, samples: int = 4, seed: int = 0, **options):
+    asked = prompts(texts)
+    return policy.generate(asked, samples, PromptDraws(asked, samples, seed), **options)
+
+
+def tokens_of(rollouts) -> list[list[int]]:
+    masks = rollouts.sequences.completion_mask
+    return [row[mask].tolist() for row, mask in zip(rollouts.sequences.completion_ids, masks, strict=True)]
+
+
+@pytest.mark.parametrize(("temperature", "tolerance"), [(1.0, 1e-4), (0.7, 3e-4), (1.3, 1e-4)])
+def test_log_probabilities_are_those_of_the_full_softmax_at_the_temperature(policy, sampler, temperature, tolerance):
+    sampler.temperature = temperature
+    assert largest_difference(policy, complete(policy)) < tolerance
+
+
+def test_the_completions_of_a_prompt_are_neighbours_in_the_order_of_the_prompts(policy):
+    together = complete(policy, samples=4)
+    assert together.prompts == tuple(prompts()) and len(together.completions) == 20 and together.samples_per_prompt == 4
+    for row in range(20):
+        ids = together.sequences.prompt_ids[row][together.sequences.prompt_mask[row]].tolist()
+        assert ids == policy.encode(together.prompts[row // 4])
+
+
+def test_completions_of_a_prompt_differ_and_seeds_tell_runs_apart(policy):
+    first, other = complete(policy, samples=8), complete(policy, samples=8, seed=1)
+    assert len({tuple(row) for row in tokens_of(first)[:8]}) > 1
+    assert tokens_of(first) != tokens_of(other)
+
+
+def test_a_seed_gives_the_same_completions_whatever_is_sampled_beside_it(policy):
+    """Equal up to the rounding of a batch, which can turn a draw that lies on the edge between two tokens."""
+    whole = tokens_of(complete(policy))
+    assert whole == tokens_of(complete(policy))
+    alone = [row for text in range(len(TEXTS)) for row in tokens_of(one_prompt(policy, text))]
+    assert sum(one == other for one, other in zip(whole, alone, strict=True)) >= len(whole) - 1
+
+
+def one_prompt(policy: PolicyModule, index: int):
+    asked = [prompts()[index]]
+    return policy.generate(asked, 4, PromptDraws(asked, 4, 0))
+
+
+def test_greedy_takes_the_most_probable_token(policy):
+    rollouts = complete(policy, samples=1, greedy=True)
+    with policy.inference():
+        for row, tokens in enumerate(tokens_of(rollouts)):
+            prompt = policy.encode(rollouts.prompts[row])
+            logits = policy.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+            assert logits.argmax(-1).tolist() == tokens
+
+
+def test_the_stop_token_is_kept_and_ends_the_completion(policy):
+    rollouts = complete(policy)
+    stop = set(policy.pretrained.stop_ids)
+    for tokens, finished, text in zip(tokens_of(rollouts), rollouts.finished.tolist(), rollouts.completions, strict=True):
+        assert finished == (tokens[-1] in stop) and not stop & set(tokens[:-1])
+        assert text.num_tokens == len(tokens) and text.finished == finished
+    assert rollouts.finished.any()
+
+
+def test_an_empty_completion_is_its_stop_token_alone(policy, sampler):
+    """A prompt after which the policy stops at once, by taking the first token that it gives as a stop token."""
+    first = tokens_of(complete(policy, TEXTS[:1], samples=1, greedy=True))[0][0]
+    stops = type(policy.generation._stops)((first,), None)
+    policy.generation.__dict__["_stops"] = stops
+    rollouts = complete(policy, TEXTS[:1], samples=1, greedy=True)
+    assert tokens_of(rollouts) == [[first]] and rollouts.finished.tolist() == [True]
+    assert rollouts.sampling_logprobs.shape == (1, 1)
+
+
+def test_no_completion_is_longer_than_the_longest(policy, sampler):
+    sampler.max_new_tokens = 3
+    rollouts = complete(policy)
+    lengths = rollouts.sequences.completion_mask.sum(dim=1)
+    assert lengths.max() == 3
+    assert not rollouts.finished[(lengths == 3) & ~ends_by_stop(policy, rollouts)].any()
+
+
+def ends_by_stop(policy, rollouts) -> torch.Tensor:
+    return torch.tensor([row[-1] in policy.pretrained.stop_ids for row in tokens_of(rollouts)])
+
+
+def test_a_stop_string_ends_the_completion_stays_in_the_tokens_and_leaves_the_text(policy, sampler):
+    sampler.stop = ("1",)
+    policy.generation.__dict__.pop("_stops", None)
+    rollouts = complete(policy, samples=8)
+    ended = [
+        policy.tokenizer.decode(tokens).endswith("1") for tokens in tokens_of(rollouts)
+    ]  # one token is one character
+    assert any(ended)
+    for tokens, text, by_string in zip(tokens_of(rollouts), rollouts.completions, ended, strict=True):
+        assert "1" not in text
+        assert "1" not in policy.tokenizer.decode(tokens[:-1])
+        assert not by_string or text.finished
+    assert largest_difference(policy, rollouts) < 1e-4
+
+
+@pytest.mark.parametrize("truncation", [{"top_k": 2}, {"top_p": 0.6}, {"min_p": 0.3}])
+def test_truncation_leaves_out_improbable_tokens(policy, sampler, truncation):
+    for name, value in truncation.items():
+        setattr(sampler, name, value)
+    rollouts = complete(policy, samples=8)
+    with policy.inference():
+        for row, tokens in enumerate(tokens_of(rollouts)):
+            prompt = policy.encode(rollouts.prompts[row // 8])
+            logits = policy.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+            for probabilities, token in zip(logits.softmax(-1), tokens, strict=True):
+                kept = probabilities.sort(descending=True).values
+                if "top_k" in truncation:
+                    assert probabilities[token] >= kept[1] * 0.999
+                elif "min_p" in truncation:
+                    assert probabilities[token] >= kept[0] * 0.3 * 0.999
+                else:  # what is more probable adds up to less than the share
+                    assert probabilities[probabilities > probabilities[token]].sum() < 0.6 + 1e-4
+
+
+def test_log_probabilities_under_truncation_are_of_the_softmax_or_of_the_kept_tokens_as_the_engine_says(policy, sampler):
+    sampler.top_k = 2
+    rollouts = complete(policy, samples=8)
+    mask = rollouts.sequences.completion_mask
+    full = own_logprobs(policy, rollouts)[mask]
+    sampled = rollouts.sampling_logprobs[mask]
+    if sampler.renormalizes:
+        assert (sampled >= full - 1e-4).all() and (sampled - full).max() > 0.01
+    else:
+        torch.testing.assert_close(sampled, full, atol=1e-4, rtol=0)
+
+
+def test_completions_say_which_weights_made_them_and_follow_these(policy):
+    before = complete(policy)
+    assert before.sequences.weights_step.tolist() == [0] * 20
+    move(policy, seed=5)
+    after = complete(policy)
+    assert largest_difference(policy, after) < 1e-4
+    rows = slice(0, 4)
+    moved = own_logprobs(policy, before)[rows] - before.sampling_logprobs[rows]
+    assert moved[before.sequences.completion_mask[rows]].abs().max() > 1e-2, "the move has to be seen"
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(policy):
+    with pytest.raises(ConfigError, match="exceed"):
+        complete(policy, ("1" * 60,), samples=1)
+
+
+def test_progress_is_told_and_an_exception_from_it_ends_the_sampling(policy):
+    calls = []
+    policy.generation_listeners.append(lambda running, decoded, longest: calls.append((running, decoded, longest)))
+    complete(policy)
+    policy.generation_listeners.clear()
+    assert calls and all(longest == 20 for *_, longest in calls)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    policy.generation_listeners.append(stop)
+    with pytest.raises(KeyboardInterrupt):
+        complete(policy)
+    policy.generation_listeners.clear()
+    assert largest_difference(policy, complete(policy)) < 1e-4, "what was begun is gone"

@@ -1,0 +1,151 @@
+"""A vLLM server for tests, and policies that sample with vLLM. vLLM is not installed for the ordinary suite; these tests then skip."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, build_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule, model_digest
+from hybrid_lightning.engine import token_logprobs
+from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.rewards import ExactMatch
+
+needs_vllm = pytest.mark.skipif(
+    find_spec("vllm") is None, reason="vLLM is not installed (docs/how-to/vllm.md); .ci/run tests with it in another environment"
+)
+
+
+class Server:
+    """A vLLM server, up once it is made, on this machine's CPU.
+
+    Args:
+        model: Folder of the model that it serves.
+        log: File for its output.
+        port: Where it listens; None takes a free port.
+        options: Further options of its command.
+    """
+
+    def __init__(self, model: Path, log: Path, port: int | None = None, options: tuple[str, ...] = ()) -> None:
+        self.model, self.log, self.port, self.options = model, log, port or free_port(), options
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen | None = None
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model), "--dtype", "float32"]
+        command += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port), "--enable-scale-out"]
+        command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--max-num-seqs", "64"]
+        command += ["--weight-transfer-config", json.dumps({"backend": "hybrid_lightning"}), *self.options]
+        environment = {
+            **os.environ,
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None, self.log.read_text()[-4000:]
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError(f"no server within 240 s: {self.log.read_text()[-4000:]}")
+
+    def stop(self, number: int = 9) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+        self._process.wait(timeout=60)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def policy_of(sampler, model: Path, plan: str | None = None, **options) -> PolicyModule:
+    """A policy, adapted as `adapt` does if a plan is named."""
+    policy = PolicyModule(GRPOLoss(), ExactMatch(), model=str(model), sampler=sampler, **options)
+    if plan is not None:
+        adapt(policy, plan)
+    return policy
+
+
+def adapt(policy: PolicyModule, plan: str, use_dora: bool = False, frozen: tuple[str, ...] = ()) -> None:
+    """Adapt by `hybrid` (two modules fully, the others by LoRA), `lora` or `full`, and move the trained weights."""
+    modules = find_candidates(policy.model)
+    full = {"hybrid": {"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"}, "lora": set(), "full": set(modules)}[plan]
+    planned = tuple(
+        PlannedModule(
+            name, linear_shape(module), module.weight.numel(), None, "full" if name in full else "frozen" if name in frozen else "lora"
+        )
+        for name, module in modules.items()
+    )
+    lora = LoraSettings(rank=4, alpha=8, use_dora=use_dora)
+    policy.adapt(AdapterPlan("embedded", None, model_digest(policy.model), planned, lora, ModuleBudget().to_config()))
+    move(policy)
+
+
+def move(policy: PolicyModule, seed: int = 0, by: float = 0.05) -> None:
+    """Change all trained weights, as training does."""
+    draws = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=draws) * by)
+
+
+def own_logprobs(policy: PolicyModule, rollouts, temperature: float | None = None) -> torch.Tensor:
+    """Log-probabilities of completions by the policy's own forward pass, [B, T]."""
+    with policy.inference():
+        return token_logprobs(policy.engine, rollouts.sequences, temperature or policy.sampler.temperature)[0]
+
+
+def largest_difference(policy: PolicyModule, rollouts, temperature: float | None = None) -> float:
+    difference = (own_logprobs(policy, rollouts, temperature) - rollouts.sampling_logprobs).abs()
+    return float(difference[rollouts.sequences.completion_mask].max())
+
+
+
+def write_model(folder: Path, family: str = "llama") -> Path:
+    """A random model whose sizes vLLM's attention has on a CPU, with a tokenizer that knows letters."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**sizes, **({"head_dim": 32} if family == "qwen3" else {})))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 or name.endswith("bias"):  # biases, too, so that one that is left out shows
+                parameter.normal_(0, 0.1 if "layers" in name else 0.5)
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder

@@ -79,7 +79,11 @@ _SAYS_NOTHING = re.compile(
 )
 
 # Arguments of the Trainer's methods. They belong to one command, and are not saved in the run's config.
-_METHOD_ARGUMENTS = ("ckpt_path", "weights_only", "verbose", "return_predictions", "form", "folder", "prompt_tokens")
+_METHOD_ARGUMENTS = (
+    *("ckpt_path", "weights_only", "verbose", "return_predictions"),
+    *("form", "folder"),
+    *("prompt_tokens", "device_gib"),
+)
 # Flags for commands that need no device. For an export one process reads what any number of processes wrote; a plan may be for
 # devices that this machine does not have.
 _TRAINER_WITHOUT_DEVICE = {

@@ -1,5 +1,6 @@
 """`Trainer`: Lightning's Trainer with the commands `score`, `export` and `plan`, and with checks before a model is loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from hybrid_lightning.export.sources import policy_of_checkpoint
 from hybrid_lightning.export.trained import ExportForm
 from hybrid_lightning.export.write import check_target, write_policy, written_message
 from hybrid_lightning.memory import plan_memory
-from hybrid_lightning.memory.from_config import TrainerFlags, run_settings
-from hybrid_lightning.memory.peaks import memory_notes, memory_table, memory_title
+from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, run_settings
+from hybrid_lightning.memory.memory_table import memory_notes, memory_table, memory_title
+from hybrid_lightning.memory.peaks import why_not_fitting
 from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.update import TRAINING_METRICS
+from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
 
 _STAGES = {
@@ -149,6 +153,7 @@ class Trainer(LightningTrainer):
                 for callback in self.callbacks:  # type: ignore[attr-defined]
                     if isinstance(callback, HybridAdapterSetup):
                         callback.check(model)
+                        self._check_memory(model, callback, datamodule)
         finally:
             self.state.fn = None
 
@@ -164,6 +169,19 @@ class Trainer(LightningTrainer):
             model.check_encoding(datamodule.train_prompts)
         tests = self.state.fn in ("test", "predict")
         model.check_encoding(datamodule.test_prompts if tests else datamodule.validation_prompts)
+
+    def _check_memory(self, model: LanguageModule, adapter: HybridAdapterSetup, datamodule: LightningDataModule | None) -> None:
+        """Refuse a rollout engine that takes more of the GPU than training leaves, by the plan of the run's memory."""
+        launcher = self.strategy.launcher
+        forks = launcher is not None and launcher.is_interactive_compatible  # and a process that has asked a GPU cannot fork
+        if not isinstance(model, PolicyModule) or not isinstance(model.sampler, VLLMSampler) or forks:
+            return
+        flags = TrainerFlags.of_trainer(self)
+        if flags.device_bytes is None:
+            return
+        problem = why_not_fitting(run_settings(arguments_of(model), adapter, datamodule, flags), flags.sharding)
+        if problem is not None:
+            raise ConfigError(problem)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule | None = None, ckpt_path: str | None = None) -> None:
         """Score the modules and write `plan.json` and `plan.png` into the run folder, without training.
@@ -232,7 +250,13 @@ class Trainer(LightningTrainer):
                     say(f"Next: {command}")
 
     def plan(
-        self, model: Any, datamodule: LightningDataModule | None = None, *, flags: TrainerFlags, prompt_tokens: int | None = None
+        self,
+        model: Any,
+        datamodule: LightningDataModule | None = None,
+        *,
+        flags: TrainerFlags,
+        prompt_tokens: int | None = None,
+        device_gib: float | None = None,
     ) -> None:
         """Print how much memory a run will take, from the model's config alone: no weights are loaded.
 
@@ -241,6 +265,7 @@ class Trainer(LightningTrainer):
             datamodule: Its data, which is read only to find the length of prompts.
             flags: Flags of the Trainer that the run will have.
             prompt_tokens: Tokens of each prompt; None takes data.max_prompt_tokens, or else the longest training prompt.
+            device_gib: Memory of each GPU in GiB, of which VLLMSampler takes a share; None takes that of the GPU here.
 
         Raises:
             ConfigError: If there is no callback HybridAdapterSetup, or a value is impossible.
@@ -249,11 +274,18 @@ class Trainer(LightningTrainer):
         adapters = [callback for callback in self.callbacks if isinstance(callback, HybridAdapterSetup)]  # type: ignore[attr-defined]
         if not adapters:
             raise ConfigError("plan needs the callback HybridAdapterSetup among trainer.callbacks")
+        if device_gib is not None:
+            if not 0 < device_gib < float("inf"):
+                raise ConfigError(f"device_gib must be a positive number, got {device_gib}")
+            flags = replace(flags, device_bytes=None if flags.on_cpu else int(device_gib * 2**30))
         settings = run_settings(model, adapters[0], datamodule, flags, prompt_tokens)
         methods = plan_memory(settings, flags.sharding)
         console().print(memory_title(methods, settings, flags.sharding), soft_wrap=True)
         console().print(memory_table(methods))
         console().print(memory_notes(methods, settings), soft_wrap=True)
+        problem = why_not_fitting(settings, flags.sharding, methods)
+        if problem is not None:
+            console().print(f"Such a run is refused: {problem}", soft_wrap=True)
 
 
 def _prepares_itself(datamodule: PromptDataModule) -> bool:

@@ -1,15 +1,16 @@
 """Read `RunSettings` and `Sharding` from a run's config.
 
-The small objects of the config, such as the sampler, are built, but neither the policy nor the Trainer.
+The small objects of the config, such as the sampler, are built, but for `plan` neither the policy nor the Trainer.
 """
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from hybrid_lightning.adapters.gradients import ExactGradients
@@ -18,9 +19,11 @@ from hybrid_lightning.errors import ConfigError, DataError, ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
 from hybrid_lightning.policy.loading import DTYPES, load_tokenizer, read_config, resolve_model
+from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.precision import check_precision, dtype_of_precision
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checks import NOTHING_TO_SPLIT, check_optimizer
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
@@ -37,6 +40,7 @@ class TrainerFlags:
     precision: str
     accumulate_grad_batches: int
     validates: bool  # whether the run validates
+    device_bytes: int | None = None  # memory of each accelerator; None: unknown
 
     @classmethod
     def of(cls, flags: Mapping[str, Any]) -> "TrainerFlags":
@@ -54,7 +58,24 @@ class TrainerFlags:
             precision=str(flags.get("precision") or "32-true"),
             accumulate_grad_batches=int(flags.get("accumulate_grad_batches") or 1),
             validates=flags.get("limit_val_batches") != 0,
+            device_bytes=None if on_cpu else _memory_of(torch.device("cuda", 0)),
         )
+
+    @classmethod
+    def of_trainer(cls, trainer: Trainer) -> "TrainerFlags":
+        """The same of a Trainer that is built."""
+        device = trainer.strategy.root_device
+        flags = cls.of(
+            {
+                "accelerator": "cpu" if device.type == "cpu" else "gpu",
+                "devices": trainer.world_size,
+                "strategy": trainer.strategy,
+                "precision": trainer.precision,
+                "accumulate_grad_batches": trainer.accumulate_grad_batches,
+                "limit_val_batches": trainer.limit_val_batches,
+            }
+        )
+        return replace(flags, device_bytes=_memory_of(device))
 
 
 def policy_arguments(policy: type, *given: Any, **named: Any) -> SimpleNamespace:
@@ -64,18 +85,38 @@ def policy_arguments(policy: type, *given: Any, **named: Any) -> SimpleNamespace
     return SimpleNamespace(**{**constructor_defaults(policy), **given_by_name, **handed_on})
 
 
+def arguments_of(policy: PolicyModule) -> SimpleNamespace:
+    """The same of a policy that is built, be its model loaded or not."""
+    schedule = policy.rollout_schedule
+    names = ("model", "revision", "chat_template", "chat_template_kwargs")
+    return SimpleNamespace(
+        **{name: policy.hparams.get(name) for name in names},
+        dtype=policy.dtype_name,
+        optimizer=policy.optimizer_class,
+        sampler=policy.sampler,
+        prompts_per_rollout=schedule.prompts_per_rollout,
+        samples_per_prompt=schedule.samples_per_prompt,
+        minibatches_per_rollout=schedule.minibatches_per_rollout,
+        eval_samples=policy.eval_samples,
+        max_tokens_per_micro_batch=policy.max_tokens_per_micro_batch,
+        gradient_checkpointing=policy.gradient_checkpointing,
+        quantization=policy.quantization,
+        loss=policy.loss,
+    )
+
+
 def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prompt_tokens: int | None = None) -> RunSettings:
     """Collect the settings of a run that decide its memory.
 
     Args:
-        policy: Arguments of `PolicyModule` as attributes (see `policy_arguments`).
+        policy: Arguments of `PolicyModule` as attributes (see `policy_arguments` and `arguments_of`).
         adapter: The callback `HybridAdapterSetup`.
         data: The data module.
         flags: Flags of the Trainer.
         prompt_tokens: Length of each prompt; None takes `data.max_prompt_tokens`, or else the longest of the training prompts.
 
     Raises:
-        ConfigError: If a value is impossible, or the length of the prompts cannot be determined.
+        ConfigError: If a value is impossible, or the length of the prompts or the memory of a device cannot be determined.
         ModelError: If there is no such model.
     """
     if policy.dtype not in DTYPES:
@@ -84,6 +125,11 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
     if isinstance(flags.sharding, FSDP2):  # or its subclass FSDP1
         check_optimizer(policy.optimizer, flags.sharding.name)
     sampler = policy.sampler or Sampler()
+    if isinstance(sampler, VLLMSampler) and not flags.on_cpu and flags.device_bytes is None:
+        raise ConfigError(
+            f"give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_utilization="
+            f"{sampler.gpu_memory_utilization} is a share: there is no GPU here"
+        )
     gradients = adapter.gradients
     exact = gradients is None or isinstance(gradients, ExactGradients)
     scorer = adapter.scorer
@@ -113,6 +159,8 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
         entropy_gradient=policy.loss.needs_entropy,
         plan=adapter.given_plan,
         scoring_copies=(2 if scorer.needs_halves else 1) * exact if scorer.needs_gradient else 0,
+        sampler=sampler,
+        device_bytes=flags.device_bytes,
     )
 
 
@@ -133,6 +181,13 @@ def _eval_prompts(data: Any) -> int:
     batch = getattr(data, "eval_batch_size", None)
     limit = getattr(data, "_limits", {}).get("validation")
     return 0 if batch is None else min(batch, limit or batch)
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Bytes of the memory of a GPU; None where there is none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _device_count(devices: Any, on_cpu: bool) -> int:

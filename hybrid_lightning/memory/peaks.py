@@ -1,21 +1,20 @@
-"""Plan the memory of a run at its peaks, for full fine-tuning, LoRA and hybrid, and show it as a table.
+"""Plan the memory of a run at its peaks, for full fine-tuning, LoRA and hybrid.
 
 A run goes through phases: generating, validating, calibrating and scoring (before a hybrid), updating, and the optimizer step.
 Each has a peak, whose memory is divided into components: what a device holds of weights, gradients and optimizer state is
 arithmetic (strategies.py), and what it computes in between comes from traced passes (pass_memory.py).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
-
-from rich.table import Table
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.memory.process_growth import START_BYTES, Growth, process_growth
+from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misfit
+from hybrid_lightning.memory.process_growth import Growth, process_growth
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import (
     FLOAT32_BYTES,
@@ -33,16 +32,7 @@ from hybrid_lightning.rollout.rollout_engine import check_positions
 if TYPE_CHECKING:
     from hybrid_lightning.memory.pass_memory import Traced
 
-# Row of the table -> fields of `Components` that it adds up.
-_TABLE_ROWS = {
-    "weights": ("weights",),
-    "copies": ("copies", "packed"),
-    "gradients": ("gradients",),
-    "optimizer": ("optimizer",),
-    "activations": ("activations",),
-    "KV cache": ("cache",),
-    "logits": ("logits",),
-}
+_SAMPLING = ("calibrating", "generating", "validating")  # phases in which completions are sampled
 
 
 @dataclass(frozen=True)
@@ -57,6 +47,7 @@ class Components:
     activations: float = 0.0
     cache: float = 0.0  # keys and values while generating
     logits: float = 0.0
+    engine: float = 0.0  # of a rollout engine in the same process: its weights, KV cache and activations
 
     @property
     def total(self) -> float:
@@ -74,6 +65,7 @@ class MethodMemory:
     peaks: dict[str, Components]  # phase of the run -> memory at its peak
     host: float = 0.0  # bytes in the memory of the host that would otherwise be on the device
     growth: Growth | None = None  # of the process, on a CPU
+    share: EngineShare = field(default_factory=EngineShare)  # what a rollout engine takes of the peaks
 
     @property
     def peak_phase(self) -> str:
@@ -117,70 +109,42 @@ def plan_memory(settings: RunSettings, sharding: Sharding) -> list[MethodMemory]
         ModelError: If the model cannot be traced.
     """
     _check(settings, sharding)
-    share = settings.budget.share
+    run = _Run(settings, sharding)
+    return [run.method(name, budget) for name, budget in _budgets(settings).items()]
+
+
+def why_not_fitting(settings: RunSettings, sharding: Sharding, methods: Sequence[MethodMemory] = ()) -> str | None:
+    """Why a run and its rollout engine do not fit on a GPU together, with the remedy, in one line; None if they do.
+
+    Args:
+        settings: Settings of the run.
+        sharding: How the model lies on devices.
+        methods: What `plan_memory` has planned, if it has; else the method of the run is planned here, for seconds.
+
+    Raises:
+        ConfigError: As in `plan_memory`.
+        ModelError: As in `plan_memory`.
+    """
+    if settings.device_bytes is None or settings.on_cpu or not settings.sampler.has_own_weights:
+        return None
+    _check(settings, sharding)
+    budgets, planned = _budgets(settings), {method.method: method for method in methods}
+    *_, last = budgets
+    name = last if settings.plan is not None else {0.0: "LoRA", 1.0: "FFT"}.get(settings.budget.share, last)
+    found = planned.get(name) or _Run(settings, sharding).method(name, budgets[name])
+    peaks = {phase: (peak.total - peak.engine, phase in _SAMPLING) for phase, peak in found.peaks.items()}
+    return misfit(settings, found.share, peaks)
+
+
+def _budgets(settings: RunSettings) -> dict[str, Budget]:
+    """Name and budget of each method."""
     budgets: dict[str, Budget] = {"FFT": ModuleBudget(1.0), "LoRA": ModuleBudget(0.0)}
+    share = settings.budget.share
     if settings.plan is not None:
         budgets["plan"] = settings.budget
     elif 0 < share < 1:
         budgets[f"hybrid {share:.0%}"] = settings.budget
-    run = _Run(settings, sharding)
-    return [run.method(name, budget) for name, budget in budgets.items()]
-
-
-def memory_title(methods: Sequence[MethodMemory], settings: RunSettings, sharding: Sharding) -> str:
-    """What is planned, in one line."""
-    where = "CPU" if settings.on_cpu else "accelerator"
-    name = f"{sharding.name} with CPU offload" if any(method.host for method in methods) else sharding.name
-    devices = f"{name}, {where}" if sharding.devices == 1 else f"{name} on {sharding.devices} devices, {where}"
-    return f"Memory of each device: {methods[0].parameters:,} parameters, {devices}, prompts of {settings.prompt_tokens} tokens"
-
-
-def memory_table(methods: Sequence[MethodMemory]) -> Table:
-    """Planned memory as a table for the screen, one column per method."""
-    table = Table("")
-    for method in methods:
-        table.add_column(method.method, justify="right")
-    for section in (_component_rows(methods), _peak_rows(methods), _total_rows(methods)):
-        for name, cells in section:
-            table.add_row(name, *cells)
-        table.add_section()
-    return table
-
-
-def memory_notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
-    """What the numbers mean, and what they leave out."""
-    lines = [
-        "First the largest that each part becomes, then what is there together in each moment, last the most of it. Completions "
-        "have full length, every row is updated, and of a budget's choices the largest modules are taken: a run's tensors "
-        "take at most this.",
-        "copies: weights gathered from other devices, or packed for decoding on a CPU, and gradients in DDP's buckets.",
-    ]
-    if any(method.host for method in methods):
-        hosts = ", ".join(f"{method.method} {format_bytes(method.host)}" for method in methods)
-        lines.append(f"Weights, gradients and optimizer state that lie on the host take there, for each device: {hosts}.")
-    if methods[0].growth is not None:
-        lines.append(
-            "tensors together leaves out torch, Python and all libraries. growth of the process has in it what comes with "
-            "tensors: by so much its resident memory at the peak exceeds what it was before the model was loaded. That was about "
-            f"{format_bytes(START_BYTES)}, Python and libraries, where this was measured; each process takes both."
-        )
-    else:
-        lines.append(
-            "Not in it: the accelerator's context and torch's code there, about 0.5 GiB, and what the allocator keeps for itself."
-        )
-    return "\n".join(lines)
-
-
-def format_bytes(count: float) -> str:
-    """Write a number of bytes for people.
-
-    Example:
-        >>> format_bytes(0), format_bytes(81_920), format_bytes(3.2e9)
-        ('-', '0.1 MiB', '2.98 GiB')
-    """
-    if count <= 0:
-        return "-"
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+    return budgets
 
 
 def _check(settings: RunSettings, sharding: Sharding) -> None:
@@ -225,8 +189,12 @@ class _Run:
         if given is None and budget.needs_scores:
             peaks |= self._scoring(sizes)
         peaks |= self._updating(sizes)
+        share = engine_share(settings, sizes.parameters)
+        peaks = {
+            phase: replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating) for phase, peak in peaks.items()
+        }
         host = self.sharding.forward(sizes, self.optimizer.state).host
-        memory = MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host)
+        memory = MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share=share)
         return replace(memory, growth=self._growth(memory, sizes)) if settings.on_cpu else memory
 
     def _growth(self, memory: MethodMemory, sizes: ModelSizes) -> Growth:
@@ -236,11 +204,15 @@ class _Run:
             batches.add((self.settings.eval_prompts, 1))  # the greedy completions
         if "calibrating" in memory.peaks:
             batches.add((self._calibration_batch, self.settings.samples_per_prompt))
+        if self.settings.sampler.has_own_weights:
+            batches.clear()  # which others complete
         split = not self.sharding.whole_on_every_device
         return max(
             (
                 # Scoring comes before the weights are split over processes.
-                process_growth(self.settings, sizes, peak.total, batches, split and phase not in ("calibrating", "scoring"))
+                process_growth(
+                    self.settings, sizes, peak.total, batches, split and phase not in ("calibrating", "scoring"), memory.share
+                )
                 for phase, peak in memory.peaks.items()
             ),
             key=lambda growth: growth.total,
@@ -256,6 +228,8 @@ class _Run:
         return min(self._calibration_prompts, self.settings.prompts_per_rollout)
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
+        if self.settings.sampler.has_own_weights:
+            return _resting(self.sharding.resting(sizes, self.optimizer.state))
         held = self.sharding.generating(sizes, self.optimizer.state)
         return _components(held, self.traces.decoding(prompts, samples, sizes.share_full))
 
@@ -264,7 +238,11 @@ class _Run:
         settings = self.settings
         base = sizes.parameters * settings.dtype.itemsize
         prompts = self._calibration_prompts
-        generated = self.traces.decoding(self._calibration_batch, settings.samples_per_prompt, None)
+        if settings.sampler.has_own_weights:
+            calibrating = _resting(Held(base, 0, 0))
+        else:
+            generated = self.traces.decoding(self._calibration_batch, settings.samples_per_prompt, None)
+            calibrating = _components(Held(base, 0, 0), generated)
         from hybrid_lightning.memory.pass_memory import passes_of_scoring  # as above
 
         longest = max(passes_of_scoring(settings, prompts), key=_row_count)
@@ -272,7 +250,7 @@ class _Run:
         sums = settings.scoring_copies * FLOAT32_BYTES * sizes.candidates if settings.on_cpu else 0
         held = Held(base, sums, 0)
         return {
-            "calibrating": _components(Held(base, 0, 0), generated),
+            "calibrating": calibrating,
             "scoring": _largest((held, held, held), self.traces.update(longest, None)),
         }
 
@@ -301,6 +279,11 @@ class _Run:
             optimizer = forward.optimizer + step
             updating["optimizer step"] = Components(forward.weights, gradients=forward.gradients, optimizer=optimizer)
         return updating
+
+
+def _resting(held: Held) -> Components:
+    """What a device holds while nothing is computed."""
+    return Components(held.weights, held.copies, gradients=held.gradients, optimizer=held.optimizer)
 
 
 def _largest(stages: tuple[Held, Held, Held], traced: "Traced") -> Components:
@@ -332,24 +315,3 @@ def _components(held: Held, traced: "Traced") -> Components:
 def _row_count(rows: object) -> int:
     """Rows of a pass; all rows have the same length, so the pass with most rows has most tokens."""
     return len(rows)  # type: ignore[arg-type]
-
-
-def _component_rows(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
-    """Trainable parameters, and each component at its largest."""
-    yield "trained numbers", [f"{method.trainable:,}" for method in methods]
-    for name, components in _TABLE_ROWS.items():
-        yield name, [format_bytes(sum(getattr(method.largest_components, field) for field in components)) for method in methods]
-
-
-def _peak_rows(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
-    """Peak of each phase."""
-    phases = {phase: None for method in methods for phase in method.peaks}
-    for phase in phases:
-        yield phase, [format_bytes(method.peaks[phase].total) if phase in method.peaks else "-" for method in methods]
-
-
-def _total_rows(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
-    """Largest peak of tensors, and on a CPU the growth of the process."""
-    yield "tensors together", [format_bytes(method.peak_bytes) for method in methods]
-    if all(method.growth is not None for method in methods):
-        yield "growth of the process", [format_bytes(method.growth_bytes) for method in methods]

@@ -12,6 +12,9 @@ glibc, torch 2.13 for CPUs and transformers 5.24, by `benchmarks/memory.py` and 
 - gaps: memory between tensors that live on, which the allocator cannot use for others. There is less with kernels, which need
   fewer tensors for intermediate results. gloo gathers weights into memory of its own before they are copied, which leaves such
   gaps too, as the weights gathered next have other sizes.
+
+A vLLM engine (0.32, for CPUs) adds its libraries. While it packs its weights for its products it takes about as much again, and
+does not give that back.
 """
 
 from collections.abc import Collection
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from hybrid_lightning.engine import has_operators
+from hybrid_lightning.memory.engine_share import EngineShare
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import ModelSizes
 from hybrid_lightning.process import KEPT_PRODUCTS
@@ -31,6 +35,8 @@ _LAYER_BYTES = 0.8 * _MIB  # Python's objects for a decoder layer
 _CODE_BYTES = 0.27 * _MIB  # of a compiled product, kept for good
 _PRODUCT_BYTES = 0.26 * _MIB  # other data of a compiled product, kept for the last `KEPT_PRODUCTS`
 _SIZES_PER_TOKEN = 0.6  # new sizes of products per token of a completion, in 16 bits without kernels
+_VLLM_BYTES = 180 * _MIB  # pages of vLLM's libraries, and objects of its engine
+_PACKING_COPIES = 1.0  # gaps by vLLM's packing of its weights, as a multiple of them
 _GATHERED_COPIES = 2  # gaps by gathering, as a multiple of the weights outside of blocks, which are gathered at once
 
 
@@ -64,16 +70,22 @@ class Growth:
 
 
 def process_growth(
-    settings: RunSettings, sizes: ModelSizes, tensors: float, batches: Collection[tuple[int, int]], split: bool
+    settings: RunSettings,
+    sizes: ModelSizes,
+    tensors: float,
+    batches: Collection[tuple[int, int]],
+    split: bool,
+    share: EngineShare,
 ) -> Growth:
     """Growth of a process on a CPU, from the bytes of its tensors at one time.
 
     Args:
         settings: Settings of the run.
         sizes: Sizes of the model.
-        tensors: Bytes of tensors.
+        tensors: Bytes of tensors, a rollout engine's included.
         batches: For each kind of batch that is sampled in the run, its prompts and the completions of each.
         split: Whether weights have been split over processes by then; otherwise they stay in the file that they are read from.
+        share: What a rollout engine takes of the tensors.
     """
     narrow = settings.mixed_precision or settings.dtype != torch.float32
     engine = _BY_KERNELS if has_operators() else _BY_TORCH
@@ -85,8 +97,10 @@ def process_growth(
     freed = 0 if split or settings.quantization is not None or settings.dtype == settings.trained_dtype else base - in_file
     return Growth(
         tensors=tensors,
-        libraries=_LIBRARIES_BYTES + _LAYER_BYTES * settings.layers,
+        libraries=_LIBRARIES_BYTES + _LAYER_BYTES * settings.layers + (_VLLM_BYTES if share.sampling else 0),
         products=_CODE_BYTES * products + _PRODUCT_BYTES * min(products, KEPT_PRODUCTS),
-        gaps=engine.gaps * (tensors - in_file) + (_GATHERED_COPIES * sizes.outside_bytes if split else 0),
+        gaps=engine.gaps * (tensors - in_file - share.sampling)
+        + _PACKING_COPIES * share.weights
+        + (_GATHERED_COPIES * sizes.outside_bytes if split else 0),
         mapped=freed,
     )

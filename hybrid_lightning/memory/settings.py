@@ -15,6 +15,8 @@ from hybrid_lightning.engine import tokens_of_pass
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.optim import OptimizerCallable
 from hybrid_lightning.policy.quantization import Quantization
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine
+from hybrid_lightning.rollout.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class RunSettings:
     plan: AdapterPlan | None = None  # plan of the run, where there is one already
     quantization: Quantization | None = None  # of the frozen base model
     scoring_copies: int = 1  # float32 copies of all candidates that scoring keeps in the memory of the host
+    sampler: RolloutEngine = field(default_factory=Sampler)
+    device_bytes: int | None = None  # memory of each accelerator, of which a rollout engine may take a share; None: unknown
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "completion_tokens"):

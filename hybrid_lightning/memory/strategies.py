@@ -43,6 +43,10 @@ class Sharding(ABC):
             optimizer: Bytes of optimizer state per trained parameter.
         """
 
+    def resting(self, sizes: ModelSizes, optimizer: float) -> Held:
+        """While a rollout engine with weights of its own samples."""
+        return self.generating(sizes, optimizer)
+
     def begin(self, sizes: ModelSizes, optimizer: float) -> Held:
         """At the beginning of a training forward pass, before it has computed anything."""
         return self.forward(sizes, optimizer)
@@ -100,6 +104,10 @@ class FSDP2(Sharding):
     def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
         """See `Sharding`. Weights outside of blocks are there twice: torch keeps what it received beside the gathered weights."""
         return self._shares(sizes, optimizer, sizes.weight_bytes + sizes.outside_bytes)
+
+    def resting(self, sizes: ModelSizes, optimizer: float) -> Held:
+        """See `Sharding`. Weights are gathered for the engine, of a block at most, or outside of blocks."""
+        return self._shares(sizes, optimizer, max(sizes.block_bytes, sizes.outside_bytes))
 
     def begin(self, sizes: ModelSizes, optimizer: float) -> Held:
         """See `Sharding`. The first block is gathered while the weights outside of blocks are there twice."""

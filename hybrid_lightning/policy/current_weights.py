@@ -33,6 +33,7 @@ from hybrid_lightning.sharding.ranks import sum_over_ranks
 from hybrid_lightning.sharding.weights import Weights
 
 _PREFIX = "base_model.model."  # that PEFT puts before names
+_FULL = f".modules_to_save.{ADAPTER}."
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,23 @@ class _Part:
     @property
     def source(self) -> nn.Module:
         """The module whose weights are sent."""
+        source: object = self.module
         if isinstance(self.module, ModulesToSaveWrapper):
-            trained = self.module.modules_to_save[ADAPTER]
-            assert isinstance(trained, nn.Module)
-            return trained
-        return self.module.get_base_layer() if isinstance(self.module, LoraLayer) else self.module
+            source = self.module.modules_to_save[ADAPTER] if self._is_on else self.module.original_module
+        elif isinstance(self.module, LoraLayer):
+            source = self.module.get_base_layer()
+        assert isinstance(source, nn.Module)
+        return source
 
     @property
     def is_trained(self) -> bool:
         """Whether training changes it."""
-        return any(parameter.requires_grad for parameter in self.module.parameters())
+        return isinstance(self.module, (ModulesToSaveWrapper, LoraLayer))
+
+    @property
+    def _is_on(self) -> bool:
+        """Whether its adapter takes part; not in the start policy, which is the same model without adapters."""
+        return not getattr(self.module, "disable_adapters", False)
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and whole shape of each weight."""
@@ -91,7 +99,8 @@ class _Part:
     def weights(self) -> Iterator[CurrentWeight]:
         """The weights; under FSDP2 all ranks gather them here together."""
         for key, parameter in self.source.named_parameters(recurse=False):
-            update = self._update() if key == "weight" and isinstance(self.module, LoraLayer) else None
+            adapted = key == "weight" and isinstance(self.module, LoraLayer) and self._is_on
+            update = self._update() if adapted else None
             whole = _dequantized(self.source) if _is_packed(parameter) else _whole(parameter)
             yield CurrentWeight(f"{self.name}.{key}", whole, update, isinstance(self.source, Conv1D))
 
@@ -161,9 +170,9 @@ class CurrentWeights:
 
     def _digest(self) -> str:
         """A digest of the trained values: of the sum of each weight's bits, which reading alone takes time for."""
-        trained = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        trained = {name: weight for name, weight in self._model.named_parameters() if ".lora_" in name or _FULL in name}
         text = self.base
-        if trained:
+        if trained and all(part._is_on for part in self._parts):
             sums = torch.stack([_sum_of_bits(parameter) for parameter in trained.values()])
             sums = sum_over_ranks(sums) if self._weights.sharded else sums
             text = f"{text} {[plain_name(name) for name in trained]} {sums.tolist()}"

@@ -142,6 +142,10 @@ class Generation:
         if self._policy.sampler.has_own_weights:
             self._give(together=True)
 
+    def compare_again(self) -> None:
+        """Compare the engine with the policy at the next completion: on all ranks, where this is called on all."""
+        self._agrees = False
+
     def metrics(self) -> dict[str, float]:
         """`sampling/weights_update_s`, seconds that the last update of the engine took; nothing where there is none."""
         return {"sampling/weights_update_s": self.update_seconds} if self._policy.sampler.has_own_weights else {}
@@ -170,21 +174,25 @@ class Generation:
             together: Whether all ranks are here, so that a failure on one is raised on all.
         """
         policy, sampler, began = self._policy, self._policy.sampler, time.perf_counter()
-        base = policy.base_digest if policy.quantization is None else f"{policy.base_digest} {policy.quantization.to_config()}"
-        adapted = "" if policy.plan is None else "adapted"
-        weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, f"{base} {adapted}", self._step, _is_first())
+        base = policy.base_digest
+        if policy.quantization is not None and policy.plan is not None:  # the base is quantized when it is adapted
+            base = f"{base} {policy.quantization.to_config()}"
+        weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, self._step, _is_first())
+        model = self._served_model
         failure: Exception | None = None
         everything = False
         try:
-            everything = (weights.is_sender or not sampler.shared_by_ranks) and sampler.needs_everything(weights)
+            everything = (weights.is_sender or not sampler.shared_by_ranks) and sampler.needs_everything(weights, model)
         except HybridLightningError as error:
             failure = error
-        if policy.weights.sharded and sampler.shared_by_ranks:  # all ranks iterate over what the first one sends
-            everything, failed = gather_objects((everything, failure is not None))[0]
-            failure = failure or (RolloutError("the first process has lost its rollout engines") if failed else None)
+        if policy.weights.sharded:  # all ranks gather the same weights, or none
+            answers = gather_objects((everything, failure is not None))
+            everything = any(needed for needed, _ in answers)
+            if failure is None and any(failed for _, failed in answers):
+                failure = RolloutError("another process has lost its rollout engines")
         try:
             if failure is None:
-                sampler.update(weights, self._served_model, everything)
+                sampler.update(weights, model, everything)
         except Exception as error:
             failure = error
         self.update_seconds = time.perf_counter() - began

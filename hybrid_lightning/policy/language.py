@@ -183,6 +183,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """Try which fast passes the model supports: now, since that takes forward passes of all ranks together."""
         with self.inference():
             self.weights.gathered(self.engine.prepare)
+        self.generation.compare_again()
 
     # ---- settings and data
 

@@ -206,7 +206,7 @@ class RolloutEngine(Configurable, ABC):
         """
         check_positions(config, prompt_tokens, self.max_new_tokens)
 
-    def needs_everything(self, weights: PolicyWeights) -> bool:
+    def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
         """Whether the next `update` has to give it all weights, and not only those that training changes."""
         return False
 

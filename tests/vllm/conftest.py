@@ -1,10 +1,13 @@
 """One model, and one vLLM server that serves it, for all tests of a session."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from vllm_of_tests import Server, write_model
+
+sys.path.append(str(Path(__file__).parents[1] / "sharding"))  # for the helper that starts ranks
 
 
 @pytest.fixture(scope="session")

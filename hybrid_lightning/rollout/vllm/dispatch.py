@@ -1,7 +1,7 @@
 """`Dispatch`: spreads the requests of a rollout over vLLM servers, and gives those that fail to others.
 
-A server gets a request when it has room for one, so that a slow one gets fewer. One that fails is set aside, for longer each time,
-and looked at again; one that has other weights, since it was restarted, stays aside until the next update. Nothing is remembered
+A server gets a request when it has room, so that a slow one gets fewer. One that fails is set aside, for longer each time, and
+looked at again; one that has other weights, since it was restarted, stays aside until the next update. Nothing is remembered
 from one rollout to the next: each begins with a look at all servers.
 """
 
@@ -25,6 +25,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _SLICE_S = 0.1  # in which the main thread waits, and looks at signals between
 _FAREWELL_S = 2.0  # in which servers are told that answers are not needed any more
 _LOOK_S = 30.0  # in which a server has to say which weights it has
+_GRACE_S = 1.0  # in which all should have said so, before requests are spread over those that have
 _T = TypeVar("_T")
 
 
@@ -88,6 +89,7 @@ class Dispatch:
         self._answers: dict[int, list[Answer]] = {}
         self._total = len(prompt_ids)
         self._tasks: dict[asyncio.Task[Any], tuple[_Place, _Request | None]] = {}  # without a request: a look at the server
+        self._farewells = set[asyncio.Task[None]]()
         self._name = uuid.uuid4().hex
         self._unserved_since: float | None = None
 
@@ -139,18 +141,23 @@ class Dispatch:
     async def _complete(self) -> None:
         async with self._places[0].server.connections() as client:
             try:
+                began = time.monotonic()
                 while len(self._answers) < self._total:
                     now = time.monotonic()
                     self._give_up(now)
                     self._look(client, now)
-                    self._assign(client, now)
+                    if now - began > _GRACE_S or not any(place.looked_at for place in self._places):
+                        self._assign(client, now)
+                    if not self._tasks:
+                        await asyncio.sleep(_SLICE_S)
+                        continue
                     done, _ = await asyncio.wait(self._tasks, timeout=_SLICE_S, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
                         place, request = self._tasks.pop(task)
                         if request is None:
                             self._looked(place, task)
                         else:
-                            self._answered(place, request, task)
+                            self._answered(client, place, request, task)
             finally:
                 await self._end_all(client)
 
@@ -186,20 +193,23 @@ class Dispatch:
             label = task.result()
         except ServerError as error:
             self._refuse_final(error)
-            self._set_aside(place, error.cause)
+            self._set_aside(place)
+            place.why = error.cause
             return
         place.usable = label == self._label
         if not place.usable:
             self._leave_out(place, label)
 
-    def _answered(self, place: _Place, request: _Request, task: "asyncio.Task[list[Answer]]") -> None:
+    def _answered(self, client: httpx.AsyncClient, place: _Place, request: _Request, task: "asyncio.Task[list[Answer]]") -> None:
         place.running -= 1
         try:
             answers = task.result()
         except ServerError as error:
             self._refuse_final(error)
-            self._set_aside(place, error.cause)
-            self._try_again(place, request)
+            if place.usable:  # several requests that fail together count once
+                self._set_aside(place)
+            place.why = error.cause
+            self._try_again(client, place, request)
             return
         others = {version for answer in answers for version in answer.versions} - {self._label}
         if others:
@@ -209,19 +219,19 @@ class Dispatch:
         place.failures = 0
         self._answers[request.number] = answers
 
-    def _set_aside(self, place: _Place, why: str) -> None:
+    def _set_aside(self, place: _Place) -> None:
         """Do not use a server for a while. What it already has may still be answered."""
-        place.why = why
-        if place.usable or not place.running:  # several requests that fail together count once
-            place.usable = False
-            place.aside_until = time.monotonic() + _pause(place.failures)
-            place.failures += 1
+        place.usable = False
+        place.aside_until = time.monotonic() + _pause(place.failures)
+        place.failures += 1
 
     def _leave_out(self, place: _Place, label: str) -> None:
         place.usable, place.stale = False, True
         place.why = f"it has weights {label} instead of {self._label}: it was restarted, or another run uses it"
 
-    def _try_again(self, place: _Place, request: _Request) -> None:
+    def _try_again(self, client: httpx.AsyncClient, place: _Place, request: _Request) -> None:
+        # Of what did not come in time no answer is needed any more.
+        self._farewells.add(asyncio.create_task(place.server.end(client, [self._name_of(request)])))
         now = time.monotonic()
         if not request.failures:
             request.failing_since = now
@@ -243,9 +253,10 @@ class Dispatch:
         causes = "; ".join(f"{place.server.url}: {place.why}" for place in self._places)
         how_long = "" if stale else f" for {self._give_up_after:.0f} s (sampler.give_up_after)"
         remedy = "give each run servers of its own" if stale else "see what the servers log, and start them again"
+        left = self._total - len(self._answers)
         raise RolloutError(
-            f"no vLLM server completes{how_long}, with {self._total - len(self._answers)} of {self._total} prompts open: {causes}; "
-            f"{remedy}; the run goes on from stopped.ckpt"
+            f"no vLLM server completes{how_long}, with {left} of {self._total} prompts left: {causes}; {remedy}; the run goes on "
+            "from stopped.ckpt"
         )
 
     def _refuse_final(self, error: ServerError) -> None:
@@ -259,12 +270,12 @@ class Dispatch:
             task.cancel()
             if request is not None:
                 running.setdefault(place.server, []).append(self._name_of(request))
-        farewells = [asyncio.create_task(server.end(client, names)) for server, names in running.items()]
-        if farewells:
-            await asyncio.wait(farewells, timeout=_FAREWELL_S)
-        for farewell in farewells:
+        self._farewells |= {asyncio.create_task(server.end(client, names)) for server, names in running.items()}
+        if self._farewells:
+            await asyncio.wait(self._farewells, timeout=_FAREWELL_S)
+        for farewell in self._farewells:
             farewell.cancel()
-        await asyncio.gather(*self._tasks, *farewells, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._farewells, return_exceptions=True)
 
     def _name_of(self, request: _Request) -> str:
         return f"{self._name}-{request.number}-{request.failures}"
@@ -281,8 +292,8 @@ def _room(server: Server, samples: int) -> int:
         return 1
     if samples > server.facts.sequences:
         raise ConfigError(
-            f"{server.url} completes {server.facts.sequences} sequences at once, fewer than the {samples} of one prompt; start it "
-            f"with --max-num-seqs {samples} or more"
+            f"{server.url} completes {server.facts.sequences} sequences at once, fewer than the {samples} of one prompt; start "
+            f"it with --max-num-seqs {samples} or more"
         )
     return 2 * server.facts.sequences // samples
 

@@ -60,13 +60,14 @@ class Guest:
         before = dict(os.environ)
         random, threads, set_threads = capture_random_state(), torch.get_num_threads(), torch.set_num_threads
         self._outside = distributed_c10d._world
-        frozen, policy = gc.get_freeze_count(), _memory_policy()
+        policy, freeze = _memory_policy(), gc.freeze
         dtype, hook = torch.get_default_dtype(), sys.excepthook  # which torch replaces with the first process group
         _set_environment(self._environment)
         if self._random is not None:
             restore_random_state(self._random)
         distributed_c10d._world = self._world
         torch.set_num_threads = self._set_threads
+        gc.freeze = _leave_as_it_is  # what was frozen could not be told apart from what was before
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what vLLM calls in torch, about which no user can do anything
@@ -80,8 +81,7 @@ class Guest:
                 torch.set_num_threads(threads)
             torch.set_default_dtype(dtype)
             sys.excepthook = hook
-            if not frozen:
-                gc.unfreeze()
+            gc.freeze = freeze
             _restore_memory_policy(policy)
             self._environment = _changes(before, dict(os.environ))
             _set_environment(_changes(dict(os.environ), before))
@@ -95,6 +95,10 @@ class Guest:
             yield
         finally:
             distributed_c10d._world = self._world
+
+
+def _leave_as_it_is() -> None:
+    """In place of `gc.freeze`."""
 
 
 def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:

@@ -22,6 +22,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 _CPU_CACHE = 2**32  # most bytes of the KV cache on a CPU, where vLLM by itself takes a share of the whole memory
+_CPU_SEQUENCES = 128  # that are completed together there
 
 
 class VLLMSampler(VLLMEngine):
@@ -90,16 +91,15 @@ class VLLMSampler(VLLMEngine):
 
     # ---- weights
 
-    def needs_everything(self, weights: PolicyWeights) -> bool:
+    def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
         """See `RolloutEngine`: at the start, unless the engine reads them from a folder, and when the base has been quantized."""
-        return self._base != weights.base
+        return model.folder is None if self._llm is None else self._base != weights.base
 
     def update(self, weights: PolicyWeights, model: ServedModel, everything: bool) -> None:
         """See `RolloutEngine`. The first call starts the engine."""
         with self._guest.visiting():
             if self._llm is None:
                 self._start(model)
-                everything = everything and model.folder is None
             elif self.version == weights.version:
                 return
             self._wake("weights")
@@ -154,7 +154,6 @@ class VLLMSampler(VLLMEngine):
 
     def _options(self, model: ServedModel, folder: str) -> dict[str, Any]:
         """Arguments of `vllm.LLM`. A model whose weights are sent is described to it by a folder without weights."""
-        positions = getattr(model.config, "max_position_embeddings", None)
         options: dict[str, Any] = {
             "model": model.folder or folder,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -171,10 +170,9 @@ class VLLMSampler(VLLMEngine):
             model.tokenizer.save_pretrained(folder)
             options["load_format"] = "dummy"
         if model.device.type == "cpu":
-            options |= {"enforce_eager": True, "max_num_seqs": 128}
-            options["max_model_len"] = self.max_model_len or positions or 4096
-            wanted = 128 * options["max_model_len"] * _cache_bytes(model)
-            options["kv_cache_memory_bytes"] = max(2**26, min(_CPU_CACHE, wanted))
+            options |= {"enforce_eager": True, "max_num_seqs": _CPU_SEQUENCES}
+            options["max_model_len"] = self._context_on_cpu(model.config)
+            options["kv_cache_memory_bytes"] = self.cache_bytes_on_cpu(model.config, model.dtype)
             del options["gpu_memory_utilization"]
         else:
             options["enable_sleep_mode"] = self.sleep != "nothing"
@@ -183,6 +181,19 @@ class VLLMSampler(VLLMEngine):
             self._guest.set(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(model.device.index or 0))
             self._guest.set(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         return options | self.engine_args
+
+    def cache_bytes_on_cpu(self, config: Any, dtype: torch.dtype) -> int:
+        """Bytes of the KV cache on a CPU, where it is as large as the longest completions need, within bounds.
+
+        Args:
+            config: The model's config.
+            dtype: Dtype of the engine's weights.
+        """
+        wanted = _CPU_SEQUENCES * self._context_on_cpu(config) * cache_bytes_of_token(config, dtype)
+        return int(self.engine_args.get("kv_cache_memory_bytes") or max(2**26, min(_CPU_CACHE, wanted)))
+
+    def _context_on_cpu(self, config: Any) -> int:
+        return self.max_model_len or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
 
     def complete(
         self,
@@ -336,12 +347,17 @@ def _answer(output: Any) -> Answer:
     return Answer(list(output.token_ids), logprobs, output.finish_reason == "stop", versions)
 
 
-def _cache_bytes(model: ServedModel) -> int:
-    """Bytes of the KV cache for one token."""
-    config = model.config
+def cache_bytes_of_token(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the KV cache for one token.
+
+    Args:
+        config: The model's config.
+        dtype: Dtype of the engine's weights.
+    """
+    config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
+    return int(2 * config.num_hidden_layers * heads * size * dtype.itemsize)
 
 
 def _why_not_started(error: BaseException, sampler: VLLMSampler) -> str:

@@ -8,7 +8,6 @@ import re
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import httpx
@@ -83,32 +82,45 @@ class Server:
     def __init__(self, url: str, timeout: float, key: str | None) -> None:
         self.url, self.timeout = url, timeout
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._facts: ServerFacts | None = None
+        self._client: httpx.Client | None = None
 
     # ---- checks
 
-    @cached_property
+    @property
     def facts(self) -> ServerFacts:
-        """What it has, asked once."""
-        info = self._ask("GET", "/server_info", params={"config_format": "json"}, limit=max(60.0, _SHORT_S))["vllm_config"]
-        model, transfer = info["model_config"], info.get("weight_transfer_config")
-        return ServerFacts(
-            str(self._ask("GET", "/v1/models")["data"][0]["id"]),
-            int(model["max_model_len"]),
-            int(info["scheduler_config"]["max_num_seqs"]),
-            str(model["dtype"]).removeprefix("torch."),
-            str(model["logprobs_mode"]),
-            None if transfer is None else str(transfer["backend"]),
-            int(self._ask("GET", "/get_world_size")["world_size"]),
-        )
+        """What it has; asked once."""
+        if self._facts is None:
+            self._facts = self._ask_facts()
+        return self._facts
+
+    def _ask_facts(self) -> ServerFacts:
+        # The first time it looks at its whole environment, which takes seconds.
+        info = self._ask("GET", "/server_info", params={"config_format": "json"}, limit=2 * _SHORT_S)
+        names, size = self._ask("GET", "/v1/models"), self._ask("GET", "/get_world_size")
+        try:
+            model, transfer = info["vllm_config"]["model_config"], info["vllm_config"].get("weight_transfer_config")
+            return ServerFacts(
+                str(names["data"][0]["id"]),
+                int(model["max_model_len"]),
+                int(info["vllm_config"]["scheduler_config"]["max_num_seqs"]),
+                str(model["dtype"]).removeprefix("torch."),
+                str(model["logprobs_mode"]),
+                None if transfer is None else str(transfer["backend"]),
+                int(size["world_size"]),
+            )
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            cause = f"its answer to /server_info lacks {error}: another version of vLLM than those that are supported"
+            raise ServerError(self.url, cause) from error
 
     @property
     def is_known(self) -> bool:
         """Whether `facts` have been asked."""
-        return "facts" in self.__dict__
+        return self._facts is not None
 
     def forget(self) -> None:
         """Ask `facts` again when they are needed: it may have been started again."""
-        self.__dict__.pop("facts", None)
+        self._facts = None
 
     def check(self, model: ServedModel, max_new_tokens: int) -> None:
         """Make sure that it can complete for a policy.
@@ -127,18 +139,18 @@ class Server:
         if facts.backend not in BACKENDS:
             raise ConfigError(
                 f"{self.url} cannot be sent weights ({facts.backend or 'no'} weight transfer); start it with "
-                f"--weight-transfer-config '{{\"backend\": \"nccl\"}}' on GPUs, or with \"{BACKEND}\" on CPUs and wherever NCCL "
+                f'--weight-transfer-config \'{{"backend": "nccl"}}\' on GPUs, or with "{BACKEND}" on CPUs and wherever NCCL '
                 "cannot be had, which needs hybrid_lightning in its environment"
             )
         if facts.backend == "nccl" and model.device.type != "cuda":
             raise ConfigError(
                 f"{self.url} takes weights by NCCL, which a policy on {model.device.type} cannot send by; start it with "
-                f"--weight-transfer-config '{{\"backend\": \"{BACKEND}\"}}'"
+                f'--weight-transfer-config \'{{"backend": "{BACKEND}"}}\''
             )
         if facts.context <= max_new_tokens:
             raise ConfigError(
-                f"{self.url} has a context of {facts.context} tokens, which leaves no room for a prompt beside "
-                f"sampler.max_new_tokens={max_new_tokens}; start it with a longer --max-model-len, or lower sampler.max_new_tokens"
+                f"{self.url} has a context of {facts.context} tokens, which leaves no room for a prompt beside sampler."
+                f"max_new_tokens={max_new_tokens}; start it with a longer --max-model-len, or lower sampler.max_new_tokens"
             )
         self._check_tokenizer(model.tokenizer)
         self._check_config(model)
@@ -165,11 +177,11 @@ class Server:
                 f"{self.url} has no interface for weights; start it with VLLM_SERVER_DEV_MODE=1 in its environment: {_START}"
             ) from error
         try:
-            self._ask("POST", "/inference/v1/generate", {})
-        except ServerError as error:  # an empty request is refused where requests are taken
-            if error.status in (404, 405):
+            self._ask("GET", "/inference/v1/generate")
+        except ServerError as error:  # 405, since it takes only POST, if it is there
+            if error.status == 404:
                 raise ConfigError(f"{self.url} does not take token ids; start it with --enable-scale-out: {_START}") from error
-            if error.status is None or error.status in (401, 403):
+            if error.status != 405:
                 raise
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -177,17 +189,17 @@ class Server:
         words = tokenizer.decode([number * size // 32 for number in range(32)])
         for text in (*_PROBES, str(words), " ".join(tokenizer.all_special_tokens)):
             try:
-                wanted: list[int] | None = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+                wanted = list(tokenizer(text, add_special_tokens=False)["input_ids"])
             except Exception:  # of a tokenizer without an unknown token, whose class the library keeps to itself
-                wanted = None
+                continue
             try:
-                found = self._ask("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+                found: Any = self._ask("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
             except ServerError as error:
                 if error.status in (404, 405, 501):
                     return  # started without a tokenizer
                 if error.status is None:
                     raise
-                found = None
+                found = f"nothing ({error.cause})"
             if found != wanted:
                 raise ConfigError(
                     f"{self.url} ({self.facts.model}) has another tokenizer than the policy: it splits {text!r} into "
@@ -198,12 +210,15 @@ class Server:
         if self.facts.backend != BACKEND:
             return  # vLLM's own transfers compare nothing
         try:
-            self.init_weight_transfer_engine({"host": "", "port": 0, "ranks": 0, "timeout_s": 1, "config": facts_of(model.config)})
+            facts = facts_of(model.config)
+            self.init_weight_transfer_engine({"host": "", "port": 0, "ranks": 0, "timeout_s": 1, "config": facts})
         except ServerError as error:
             if not error.is_final:
                 raise
             name = getattr(model.config, "_name_or_path", "") or "the policy's model"
-            raise ConfigError(f"{self.url} has {self.facts.model}, not {name}: {error.cause}; start it with the policy's") from error
+            raise ConfigError(
+                f"{self.url} has {self.facts.model}, not {name}: {error.cause}; start it with the policy's"
+            ) from error
 
     # ---- weights
 
@@ -229,7 +244,8 @@ class Server:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Let its workers connect to the sender."""
-        self._after_a_stop(lambda: self._ask("POST", "/init_weight_transfer_engine", {"init_info": init_info}, limit=self.timeout))
+        body = {"init_info": init_info}
+        self._after_a_stop(lambda: self._ask("POST", "/init_weight_transfer_engine", body, limit=self.timeout))
 
     def shutdown_weight_transfer_engine(self, limit: float = _SHORT_S) -> None:
         """Let its workers close their connection."""
@@ -260,7 +276,9 @@ class Server:
 
     # ---- completions
 
-    async def complete(self, client: httpx.AsyncClient, name: str, ids: Sequence[int], parameters: dict[str, Any]) -> list[Answer]:
+    async def complete(
+        self, client: httpx.AsyncClient, name: str, ids: Sequence[int], parameters: dict[str, Any]
+    ) -> list[Answer]:
         """Complete a prompt.
 
         Args:
@@ -300,24 +318,24 @@ class Server:
 
     def connections(self) -> httpx.AsyncClient:
         """Connections for completions, of this server and others like it."""
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        return httpx.AsyncClient(timeout=httpx.Timeout(self.timeout, connect=_CONNECT_S), limits=limits, **self._options)
+        return httpx.AsyncClient(timeout=httpx.Timeout(self.timeout, connect=_CONNECT_S), **self._options)
 
     # ---- requests
 
     def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
-        self.__dict__.pop("_client", None)
-
-    @cached_property
-    def _client(self) -> httpx.Client:
-        return httpx.Client(**self._options)
+        """Close what requests are made by."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
 
     @property
     def _options(self) -> dict[str, Any]:
-        # No proxy of the environment: weights go to a server directly, too.
-        return {"trust_env": False, "verify": ssl.create_default_context() if self.url.startswith("https") else False}
+        return {
+            "trust_env": False,  # no proxy of the environment: weights go to a server directly, too
+            "verify": ssl.create_default_context() if self.url.startswith("https") else False,
+            # None is used twice: a server may have closed it meanwhile, as vLLM's does after an error.
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=0),
+        }
 
     def _ask(
         self, method: str, path: str, body: Any = None, *, params: dict[str, str] | None = None, limit: float = _SHORT_S
@@ -325,6 +343,8 @@ class Server:
         """Make a request, and return the JSON of its answer."""
         timeout = httpx.Timeout(min(limit, self.timeout) if limit == _SHORT_S else limit, connect=_CONNECT_S)
         try:
+            if self._client is None:
+                self._client = httpx.Client(**self._options)
             response = self._client.request(
                 method, f"{self.url}{path}", json=body, params=params, headers=self._headers, timeout=timeout
             )
@@ -334,7 +354,10 @@ class Server:
 
     def _content(self, response: httpx.Response) -> Any:
         if response.is_success:
-            return response.json() if response.content else None
+            try:
+                return response.json() if response.content else None
+            except ValueError as error:
+                raise ServerError(self.url, f"{response.request.url.path}: no JSON, so no vLLM answers there", 404) from error
         cause = _cause(response)
         if response.status_code in (401, 403):
             cause = f"it asks for an API key ({cause}); set VLLM_API_KEY to it, here as there"

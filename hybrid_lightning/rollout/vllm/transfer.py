@@ -1,8 +1,7 @@
 """Sends the policy's weights to vLLM servers: `GlooTransfer` from anywhere to anywhere, `NcclTransfer` between GPUs.
 
-Each server has a connection of its own to the sender, with all workers of that server, so that one server's fault does not disturb
-the others; and for each update a `Delivery`, a thread that takes the weights one at a time from the one pass over the policy's
-weights. The receiver of `GlooTransfer` is `receiver.py`, that of `NcclTransfer` is in vLLM.
+Each server has a connection of its own to the sender, with all its workers, so that one server's fault does not disturb others.
+The receiver of `GlooTransfer` is `receiver.py`; that of `NcclTransfer` is in vLLM.
 """
 
 import socket
@@ -147,7 +146,7 @@ class GlooTransfer:
             for _, value in weights:
                 if answer.done:
                     break
-                group.broadcast(value, 0).wait()
+                group.broadcast(value, 0).wait()  # type: ignore[attr-defined]  # which torch does not declare
                 del value  # or the next one would be allocated beside it
         except RuntimeError as error:  # the worker has closed the connection; why, it says in its answer
             answer.result(self._limit)
@@ -219,81 +218,6 @@ def _source(update: Update, weights: Iterator[tuple[str, Tensor]]) -> Any:
     return Source()
 
 
-class Delivery:
-    """An update of one server, in a thread that asks for one weight after the other.
-
-    Args:
-        work: What the thread does; it iterates over what it is given to get the weights.
-    """
-
-    def __init__(self, work: Callable[[Iterator[tuple[str, Tensor]]], None]) -> None:
-        self.failure: RolloutError | None = None
-        self._changed = threading.Condition()
-        self._asks = self._closed = self._ended = False
-        self._weight: tuple[str, Tensor] | None = None
-        threading.Thread(target=self._run, args=(work,), daemon=True, name="weights for a vLLM server").start()
-
-    def asks(self, limit: float) -> bool:
-        """Wait until the thread asks for a weight, and has so done with the last one; False if it has failed.
-
-        Args:
-            limit: Longest time to wait in seconds.
-        """
-        with self._changed:
-            in_time = self._changed.wait_for(lambda: self._asks or self._ended, limit)
-            if not in_time and self.failure is None:
-                self.failure = RolloutError(f"it took no weight for {limit:.0f} s")
-            return self._asks and self.failure is None
-
-    def give(self, name: str, value: Tensor) -> None:
-        """Give the thread the weight that it asks for."""
-        with self._changed:
-            self._weight, self._asks = (name, value), False
-            self._changed.notify_all()
-
-    def end(self, limit: float) -> None:
-        """No more weights come: wait until the server has loaded them, or set `failure`."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-            if not self._changed.wait_for(lambda: self._ended, limit) and self.failure is None:
-                self.failure = RolloutError(f"it did not end the update within {limit:.0f} s")
-
-    def cut(self) -> None:
-        """No more weights come, and those that came are not all."""
-        with self._changed:
-            self.failure = self.failure or RolloutError("the update was cut short")
-            self._closed = True
-            self._changed.notify_all()
-
-    def _run(self, work: Callable[[Iterator[tuple[str, Tensor]]], None]) -> None:
-        failure: RolloutError | None = None
-        try:
-            work(self._weights())
-        except RolloutError as error:
-            failure = error
-        except Exception as error:  # of gloo, NCCL or vLLM
-            failure = RolloutError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        with self._changed:
-            self.failure = self.failure or failure
-            self._ended, self._weight = True, None
-            self._changed.notify_all()
-
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        while True:
-            with self._changed:
-                self._asks = True
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._weight is not None or self._closed)
-                weight, self._weight = self._weight, None
-                if weight is None:
-                    if self.failure is not None:
-                        raise self.failure
-                    return
-            yield weight
-            del weight
-
-
 class _InThread:
     """A call in a thread of its own."""
 
@@ -324,7 +248,7 @@ class _InThread:
 
 def gloo_group(store: TCPStore, rank: int, ranks: int, address: str, limit: timedelta) -> ProcessGroupGloo:
     """Connect processes by gloo, on the network that an address of this machine belongs to."""
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # which torch does not declare
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     options._timeout = limit
     return ProcessGroupGloo(PrefixStore("weights", store), rank, ranks, options)
@@ -334,7 +258,10 @@ def local_address(url: str) -> str:
     """The address of this machine on the network by which it reaches a server."""
     parts = urlsplit(url)
     host, port = parts.hostname or "localhost", parts.port or (443 if parts.scheme == "https" else 80)
-    family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    places = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    family, kind, _, _, place = min(
+        places, key=lambda found: found[0] != socket.AF_INET
+    )  # servers listen there, if asked for nothing
     with socket.socket(family, kind) as probe:
         probe.connect(place)  # of a datagram socket: nothing is sent
         return str(probe.getsockname()[0])

@@ -1,0 +1,112 @@
+"""Show the planned memory of a run: a title, a table with a column for each method, and what its numbers mean."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+
+from hybrid_lightning.memory.engine_share import CONTEXT_BYTES
+from hybrid_lightning.memory.peaks import MethodMemory
+from hybrid_lightning.memory.process_growth import START_BYTES
+from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.memory.strategies import Sharding
+from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
+
+# Row of the table -> fields of `Components` that it adds up.
+_TABLE_ROWS = {
+    "weights": ("weights",),
+    "copies": ("copies", "packed"),
+    "gradients": ("gradients",),
+    "optimizer": ("optimizer",),
+    "activations": ("activations",),
+    "KV cache": ("cache",),
+    "logits": ("logits",),
+    "rollout engine": ("engine",),
+}
+
+
+def memory_title(methods: Sequence[MethodMemory], settings: RunSettings, sharding: Sharding) -> str:
+    """What is planned, in one line."""
+    where = "CPU" if settings.on_cpu else "accelerator"
+    name = f"{sharding.name} with CPU offload" if any(method.host for method in methods) else sharding.name
+    devices = f"{name}, {where}" if sharding.devices == 1 else f"{name} on {sharding.devices} devices, {where}"
+    return f"Memory of each device: {methods[0].parameters:,} parameters, {devices}, prompts of {settings.prompt_tokens} tokens"
+
+
+def memory_table(methods: Sequence[MethodMemory]) -> Table:
+    """Planned memory as a table for the screen, one column per method."""
+    table = Table("")
+    for method in methods:
+        table.add_column(method.method, justify="right")
+    for section in (_component_rows(methods), _peak_rows(methods), _total_rows(methods)):
+        for name, cells in section:
+            table.add_row(name, *cells)
+        table.add_section()
+    return table
+
+
+def memory_notes(methods: Sequence[MethodMemory], settings: RunSettings) -> str:
+    """What the numbers mean, and what they leave out."""
+    lines = [
+        "First the largest that each part becomes, then what is there together in each moment, last the most of it. Completions "
+        "have full length, every row is updated, and of a budget's choices the largest modules are taken: a run's tensors "
+        "take at most this.",
+        "copies: weights gathered from other devices, or packed for decoding on a CPU, and gradients in DDP's buckets.",
+    ]
+    if any(method.host for method in methods):
+        hosts = ", ".join(f"{method.method} {format_bytes(method.host)}" for method in methods)
+        lines.append(f"Weights, gradients and optimizer state that lie on the host take there, for each device: {hosts}.")
+    if isinstance(settings.sampler, VLLMSampler):
+        share = methods[0].share
+        kept = format_bytes(share.updating) if share.updating else "nothing on the device, and its weights on the host,"
+        slept = "" if settings.on_cpu else f" (sampler.sleep={settings.sampler.sleep})"
+        lines.append(
+            f"rollout engine: {format_bytes(share.sampling)} while it samples, {format_bytes(share.weights)} of it for its copy "
+            f"of the weights; it keeps {kept} while the policy is updated{slept}."
+        )
+    if methods[0].growth is not None:
+        lines.append(
+            "tensors together leaves out torch, Python and all libraries. growth of the process has in it what comes with "
+            "tensors: by so much its resident memory at the peak exceeds what it was before the model was loaded. That was about "
+            f"{format_bytes(START_BYTES)}, Python and libraries, where this was measured; each process takes both."
+        )
+    else:
+        lines.append(
+            f"Not in it: the accelerator's context and torch's code there, about {CONTEXT_BYTES / 2**30} GiB, and what the "
+            "allocator keeps for itself."
+        )
+    return "\n".join(lines)
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes for people.
+
+    Example:
+        >>> format_bytes(0), format_bytes(81_920), format_bytes(3.2e9)
+        ('-', '0.1 MiB', '2.98 GiB')
+    """
+    if count <= 0:
+        return "-"
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def _component_rows(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
+    """Trainable parameters, and each component at its largest."""
+    yield "trained numbers", [f"{method.trainable:,}" for method in methods]
+    for name, components in _TABLE_ROWS.items():
+        if name == "rollout engine" and not methods[0].share.sampling:
+            continue
+        yield name, [format_bytes(sum(getattr(method.largest_components, field) for field in components)) for method in methods]
+
+
+def _peak_rows(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
+    """Peak of each phase."""
+    phases = {phase: None for method in methods for phase in method.peaks}
+    for phase in phases:
+        yield phase, [format_bytes(method.peaks[phase].total) if phase in method.peaks else "-" for method in methods]
+
+
+def _total_rows(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
+    """Largest peak of tensors, and on a CPU the growth of the process."""
+    yield "tensors together", [format_bytes(method.peak_bytes) for method in methods]
+    if all(method.growth is not None for method in methods):
+        yield "growth of the process", [format_bytes(method.growth_bytes) for method in methods]

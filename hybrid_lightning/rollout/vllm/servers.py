@@ -1,0 +1,360 @@
+"""`VLLMServerSampler`: completions by one or several vLLM servers, on this or other machines."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from hybrid_lightning.errors import ConfigError, HybridLightningError, RolloutError
+from hybrid_lightning.rollout.rollout_engine import PolicyWeight, PolicyWeights, ServedModel, WeightsVersion
+from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
+from hybrid_lightning.rollout.vllm.delivery import Delivery
+from hybrid_lightning.rollout.vllm.dispatch import Dispatch
+from hybrid_lightning.rollout.vllm.plugin import BACKEND
+from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
+from hybrid_lightning.rollout.vllm.transfer import GlooTransfer, NcclTransfer, Transfer, Update, facts_of, local_address
+
+_UPDATING = "updating"  # label of a server whose weights are on their way
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+_T = TypeVar("_T")
+Deliveries = dict[Server, Delivery]
+
+
+class VLLMServerSampler(VLLMEngine):
+    """Samples by vLLM servers, which are given the policy's weights before each rollout.
+
+    The prompts of a rollout are spread over the servers. What a server that fails does not complete is completed by the others. A
+    server that was started again takes part from the next rollout on. Servers are never ended.
+
+    Each is started with `VLLM_SERVER_DEV_MODE=1`, `--enable-scale-out`, `--logprobs-mode processed_logprobs`,
+    `--generation-config vllm` and `--weight-transfer-config`, whose backend is `nccl` on GPUs and `hybrid_lightning` on CPUs. If
+    servers ask for an API key, it is read from the environment variable VLLM_API_KEY.
+
+    Args:
+        urls: Addresses of the servers, such as `[http://node7:8000, http://node8:8000]`.
+        timeout: Longest time for one request in seconds; it is then given to another server.
+        give_up_after: Seconds after which the run stops, so that it can be resumed, if no server completes a request or takes
+            weights. Until then it is tried again, in growing intervals.
+        address: Address under which the servers reach this machine; None takes the one by which this machine reaches them.
+        **kwargs: See `RolloutEngine`.
+
+    Raises:
+        ConfigError: If a value is impossible.
+    """
+
+    shared_by_ranks = True
+
+    def __init__(
+        self, *, urls: list[str], timeout: float = 600, give_up_after: float = 300, address: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if isinstance(urls, str):
+            raise ConfigError(f"sampler.urls must be a list, got the string {urls!r}; write [{urls}]")
+        if not urls:
+            raise ConfigError("sampler.urls is empty; name at least one vLLM server, such as [http://node7:8000]")
+        for url in urls:
+            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+                raise ConfigError(f"sampler.urls must be addresses such as http://node7:8000, got {url!r}")
+        urls = [url.rstrip("/") for url in urls]
+        if len(set(urls)) < len(urls):
+            raise ConfigError(f"sampler.urls names a server twice: {', '.join(urls)}; name each once")
+        for name, seconds in (("timeout", timeout), ("give_up_after", give_up_after)):
+            if not seconds > 0:
+                raise ConfigError(f"sampler.{name} must be positive, got {seconds}; it is in seconds")
+        self.urls, self.timeout, self.give_up_after, self.address = urls, timeout, give_up_after, address
+        self._servers = [Server(url, timeout, os.environ.get("VLLM_API_KEY")) for url in urls]
+        self._transfers: dict[Server, Transfer] = {}  # over which a server gets weights
+        self._base = ""  # what the weights that training leaves alone were when they were sent
+        self._left_out: dict[Server, str] = {}  # servers that could not be updated, and why
+        self._hopeless: set[Server] = set()  # those that refuse, and will until they are started anew
+
+    def check_model(self, model: ServedModel) -> None:
+        """See `RolloutEngine`: all servers are there, and have the policy's model.
+
+        Raises:
+            ConfigError: If one has been started for something else.
+            RolloutError: If one does not answer.
+        """
+        for failure in self._of_each(self._servers, lambda server: server.check(model, self.max_new_tokens)).values():
+            if isinstance(failure, ServerError):
+                raise RolloutError(
+                    f"{failure}; start the server, or take it out of sampler.urls (docs/how-to/vllm.md has the command)"
+                ) from failure
+            if failure is not None:
+                raise failure
+        kinds = sorted({str(server.facts.backend) for server in self._servers})
+        if len(kinds) > 1:
+            raise ConfigError(f"the servers take weights in different ways ({', '.join(kinds)}); start all with the same")
+
+    def check_prompt(self, config: Any, prompt_tokens: int) -> None:
+        """See `RolloutEngine`."""
+        super().check_prompt(config, prompt_tokens)
+        known = [server.facts.context for server in self._servers if server.is_known]
+        if known:
+            self.check_length(prompt_tokens, min(known), "start the servers with a longer --max-model-len")
+
+    # ---- weights
+
+    def needs_everything(self, weights: PolicyWeights, model: ServedModel) -> bool:
+        """See `RolloutEngine`. Asks the servers, until one answers; only the sender does that.
+
+        Raises:
+            RolloutError: If none answers within `give_up_after`.
+        """
+        labels: dict[Server, str] = {}
+        for attempt in self._attempts():
+            labels = self._labels()
+            if labels:
+                break
+            self._wait_or_give_up(attempt)
+        has_other = any(label != str(self.version) for label in labels.values())
+        return self.version is None or weights.base != self._base or has_other
+
+    def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
+        """See `RolloutEngine`.
+
+        Args:
+            weights: The policy's weights now.
+            model: The policy's model.
+            everything: What `needs_everything` has said. None asks it; an update that fails is then made again. Else the weights
+                are iterated over once, whatever happens, as on other ranks.
+
+        Raises:
+            RolloutError: If no server could be updated within `give_up_after`.
+        """
+        asked = everything is None
+        chosen = self.needs_everything(weights, model) if everything is None else everything
+        if not chosen and self.version == weights.version:
+            return
+        if not weights.is_sender:
+            _drain(weights.stream(chosen))
+            self.version, self._base = weights.version, weights.base
+            return
+        before, self.version = self.version, None  # until all is well; without a version, everything is sent next time
+        for attempt in self._attempts():
+            stream = weights.stream(chosen)
+            try:
+                updated = self._update(weights, stream, model, before, chosen)
+            finally:
+                if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
+                    _drain(stream)  # or other ranks, which gather the weights with this one, would wait
+            if updated:
+                break
+            if not asked:
+                raise RolloutError(f"no vLLM server took the policy's weights: {self._why()}; start them again")
+            chosen = True
+            self._wait_or_give_up(attempt)
+        self.version, self._base = weights.version, weights.base
+
+    def _update(
+        self,
+        weights: PolicyWeights,
+        stream: Iterator[PolicyWeight],
+        model: ServedModel,
+        before: WeightsVersion | None,
+        everything: bool,
+    ) -> bool:
+        """Send weights to all servers that can be reached; False if none has them then.
+
+        Args:
+            weights: The policy's weights.
+            stream: Those to be sent, in one pass.
+            model: The policy's model.
+            before: The version that the servers had.
+            everything: Whether all are sent.
+
+        Raises:
+            RolloutError: If no server could be reached within `give_up_after`.
+        """
+        update = Update(weights.shapes(everything), model.dtype, everything)
+        for attempt in self._attempts():
+            labels = self._labels()
+            has_them = [server for server, label in labels.items() if before == weights.version and label == str(before)]
+            chosen = [server for server in labels if server not in has_them]
+            if not everything:
+                for server in [server for server in chosen if labels[server] != str(before)]:
+                    self._leave_out(server, f"it has weights {labels[server]}, since it was started again")
+                    chosen.remove(server)
+            if labels and not chosen:
+                return bool(has_them)
+            deliveries = {server: self._delivery(server, update, str(weights.version), model) for server in chosen}
+            try:
+                ready = [server for server, delivery in deliveries.items() if delivery.asks(2 * self.timeout)]
+                if ready:
+                    self._send(update, stream, deliveries, model)
+            except BaseException:
+                for delivery in deliveries.values():
+                    delivery.cut()
+                raise
+            for server, delivery in deliveries.items():
+                self._note(server, delivery)
+            if ready or has_them:
+                return bool(has_them) or any(delivery.failure is None for delivery in deliveries.values())
+            self._wait_or_give_up(attempt)
+        raise AssertionError("attempts end by an error")
+
+    def _send(self, update: Update, stream: Iterator[PolicyWeight], deliveries: Deliveries, model: ServedModel) -> None:
+        """Send weights to all servers at once. Each is computed when all have taken the one before, in the same memory."""
+        by_nccl = any(server.facts.backend == "nccl" for server in deliveries if server.is_known)
+        memory = torch.empty(update.largest, dtype=model.dtype, device=model.device if by_nccl else "cpu")
+        for weight in stream:
+            ready = [delivery for delivery in deliveries.values() if delivery.asks(self.timeout)]
+            if not ready:
+                return
+            value = memory[: weight.shape.numel()].view(weight.shape)
+            weight.write_rows(value, 0)
+            for delivery in ready:
+                delivery.give(weight.name, value)
+        for delivery in deliveries.values():
+            if delivery.failure is None:
+                delivery.end(2 * self.timeout + update.longest_s)
+
+    def _delivery(self, server: Server, update: Update, label: str, model: ServedModel) -> Delivery:
+        def work(delivery: Delivery) -> None:
+            server.pause()
+            server.set_label(_UPDATING)
+            if server not in self._transfers or update.everything:
+                self._transfers[server] = self._connected(server, model)
+            self._transfers[server].send(update, iter(delivery))
+            server.reset_prefix_cache()
+            if delivery.failure is None:
+                server.set_label(label)
+                server.resume()
+
+        return Delivery(work)
+
+    def _connected(self, server: Server, model: ServedModel) -> Transfer:
+        """Connect to a server that may have been started again, as something else."""
+        self._disconnect(server)
+        server.forget()
+        try:
+            server.check(model, self.max_new_tokens)
+        except ConfigError as error:
+            self._hopeless.add(server)
+            raise RolloutError(str(error)) from error
+        server.shutdown_weight_transfer_engine()
+        address = self.address or local_address(server.url)
+        transfer: Transfer
+        if server.facts.backend == BACKEND:
+            transfer = GlooTransfer(server, address, server.facts.workers, facts_of(model.config), self.timeout)
+        else:
+            transfer = NcclTransfer(server, address, server.facts.workers, model.device)
+        transfer.connect()
+        return transfer
+
+    def _labels(self) -> dict[Server, str]:
+        """What the servers that can be used say of their weights."""
+        labels: dict[Server, str] = {}
+        for server, found in self._of_each(self._servers, lambda server: server.label()).items():
+            if isinstance(found, str):
+                labels[server] = found
+            else:
+                self._hopeless.discard(server)
+                self._leave_out(server, str(found))
+        return {server: label for server, label in labels.items() if server not in self._hopeless}
+
+    def _note(self, server: Server, delivery: Delivery) -> None:
+        """Remember whether a server has been updated."""
+        if delivery.failure is not None:
+            delivery.cut()  # it may still be at it
+            self._disconnect(server)
+            if isinstance(delivery.failure, ServerError) and delivery.failure.is_final:
+                self._hopeless.add(server)
+            self._leave_out(server, str(delivery.failure))
+        elif self._left_out.pop(server, None) is not None:
+            rank_zero_info(f"vLLM: {server.url} has the policy's weights, and takes part again")
+
+    def _leave_out(self, server: Server, why: str) -> None:
+        if server not in self._left_out:
+            rank_zero_warn(f"vLLM: {server.url} could not be given the policy's weights, and is left out: {why}")
+        self._left_out[server] = why
+
+    def _disconnect(self, server: Server) -> None:
+        transfer = self._transfers.pop(server, None)
+        if transfer is not None:
+            transfer.close()
+
+    # ---- attempts
+
+    def _attempts(self) -> Iterator[tuple[int, float]]:
+        """Number of an attempt, and the seconds that are left for more."""
+        until = time.monotonic() + self.give_up_after
+        number = 0
+        while True:
+            yield number, until - time.monotonic()
+            number += 1
+
+    def _wait_or_give_up(self, attempt: tuple[int, float]) -> None:
+        number, left = attempt
+        if left <= 0 or self._hopeless.issuperset(self._servers):
+            raise RolloutError(
+                f"no vLLM server takes the policy's weights (tried for {self.give_up_after - left:.0f} s): {self._why()}; start "
+                "them again with the policy's model, and the run goes on from stopped.ckpt"
+            )
+        time.sleep(min(left, _LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(number, 16)))
+
+    def _why(self) -> str:
+        return "; ".join(why if server.url in why else f"{server.url}: {why}" for server, why in self._left_out.items())
+
+    def _of_each(
+        self, servers: Iterable[Server], question: Callable[[Server], _T], limit: float | None = None
+    ) -> dict[Server, _T | HybridLightningError]:
+        """Ask all servers at once; what goes wrong becomes the answer."""
+        answers: dict[Server, _T | HybridLightningError] = {}
+
+        def ask(server: Server) -> None:
+            try:
+                answers[server] = question(server)
+            except HybridLightningError as error:
+                answers[server] = error
+
+        threads = [threading.Thread(target=ask, args=(server,), daemon=True) for server in servers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(limit)
+        return {server: answers[server] for server in servers if server in answers}
+
+    # ---- completions
+
+    def complete(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        parameters: Sequence[dict[str, Any]],
+        on_token: Callable[[int, int], None] | None,
+    ) -> list[list[Answer]]:
+        """See `VLLMEngine`."""
+        if not prompt_ids:
+            return []
+        self._of_each([server for server in self._servers if not server.is_known], lambda server: server.facts)
+        label = str(self.version)
+        return Dispatch(self._servers, label, prompt_ids, parameters, self.timeout, self.give_up_after).run(on_token)
+
+    def shut_down(self) -> None:
+        """Close the connections; the servers go on, and may be used by another run."""
+        connected = list(self._transfers)
+        for server in connected:
+            self._disconnect(server)
+        self._of_each(connected, lambda server: server.shutdown_weight_transfer_engine(limit=2.0), limit=5.0)
+        for server in self._servers:
+            server.close()
+        self.version = None
+
+    def __reduce__(self) -> Any:
+        """Copies have the same arguments and no connections."""
+        return _rebuilt, (type(self), self._init_args)
+
+
+def _rebuilt(kind: type[VLLMServerSampler], arguments: dict[str, Any]) -> VLLMServerSampler:
+    return kind(**arguments)
+
+
+def _drain(stream: Iterator[PolicyWeight]) -> None:
+    for _ in stream:
+        pass

@@ -1,0 +1,124 @@
+"""vLLM in the training process changes nothing there."""
+
+import gc
+import os
+import random
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_runs import build_adapter, build_data, build_trainer, write_sums
+from vllm_of_tests import largest_difference, needs_vllm, policy_of, write_model
+
+from hybrid_lightning.rollout import VLLMSampler
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.vllm.guest import Guest, _memory_policy
+from hybrid_lightning.types import Prompt
+
+PROMPTS = [Prompt(text="12+3=")]
+
+
+def state():
+    """What vLLM changes, or might change, in a process."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "torch": torch.get_rng_state().tolist(),
+        "threads": torch.get_num_threads(),
+        "set_num_threads": torch.set_num_threads,
+        "dtype": torch.get_default_dtype(),
+        "distributed": dist.is_initialized(),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)],
+        "cores": os.sched_getaffinity(0),
+        "memory": None if _memory_policy() is None else (_memory_policy()[0], list(_memory_policy()[1])),
+        "environment": {name: value for name, value in os.environ.items() if name != "VLLM_LOGGING_LEVEL"},
+        "excepthook": sys.excepthook,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+        "recursion": sys.getrecursionlimit(),
+    }
+
+
+def train(folder, root):
+    """A run with our sampler: its trained weights."""
+    policy = policy_of(None, folder, prompts_per_rollout=4, samples_per_prompt=4, eval_samples=2, lr_full=1e-3, lr_lora=1e-2)
+    policy.sampler.max_new_tokens = 6
+    torch.manual_seed(3)
+    build_trainer(root, build_adapter(), max_steps=4).fit(policy, datamodule=build_data(write_sums(root / "sums.jsonl")))
+    return {name: value.clone() for name, value in policy.state_dict().items() if "lora_" in name or "modules_to_save" in name}
+
+
+@needs_vllm
+def test_a_process_is_the_same_after_an_engine_was_made_used_updated_and_ended_in_it(tmp_path):
+    folder = write_model(tmp_path / "model")
+    before_run = train(folder, root(tmp_path, "before"))
+    sampler = VLLMSampler(max_new_tokens=8)
+    policy = policy_of(sampler, folder, "hybrid")
+    policy.generation._stops  # noqa: B018  (made before, since imports are not what is tested)
+    moments, frozen = [state()], gc.get_freeze_count()
+    policy.generate(PROMPTS, 2, PromptDraws(PROMPTS, 2, 0))
+    moments.append(state())
+    assert gc.get_freeze_count() <= frozen, "vLLM would freeze all objects that there are"
+    within = train(folder, root(tmp_path, "within"))
+    policy.generate(PROMPTS, 2, PromptDraws(PROMPTS, 2, 0))
+    sampler.shut_down()
+    after = train(folder, root(tmp_path, "after"))
+    for name in moments[0]:
+        assert moments[0][name] == moments[1][name], name
+    assert before_run.keys() == within.keys() == after.keys() and before_run
+    assert all(torch.equal(before_run[name], within[name]) and torch.equal(before_run[name], after[name]) for name in before_run)
+
+
+def root(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    return folder
+
+
+@needs_vllm
+def test_a_second_engine_can_be_made_when_the_first_has_ended(tmp_path):
+    folder = write_model(tmp_path / "model")
+    for _ in range(2):
+        sampler = VLLMSampler(max_new_tokens=8)
+        policy = policy_of(sampler, folder)
+        assert largest_difference(policy, policy.generate(PROMPTS, 2, PromptDraws(PROMPTS, 2, 0))) < 1e-4
+        sampler.shut_down()
+
+
+def test_what_a_guest_changes_is_put_back_and_given_to_it_again(monkeypatch):
+    monkeypatch.setenv("A_VARIABLE", "ours")
+    guest = Guest({"OF_THE_GUEST": "1"})
+    before = state()
+    with guest.visiting():
+        assert os.environ["OF_THE_GUEST"] == "1"
+        os.environ["A_VARIABLE"] = "changed"
+        del os.environ["PATH"]
+        torch.manual_seed(5)
+        drawn = torch.rand(1), random.random(), np.random.rand()
+        torch.set_num_threads = print
+        torch.set_default_dtype(torch.float64)
+        sys.excepthook = print
+        freeze = gc.get_freeze_count()
+        gc.freeze()
+        assert gc.get_freeze_count() <= freeze
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert state() == before and drawn
+    with guest.visiting():
+        assert os.environ["A_VARIABLE"] == "changed" and "PATH" not in os.environ
+        assert torch.set_num_threads is print and dist.is_initialized()
+        with guest.with_own_groups():
+            assert not dist.is_initialized()
+        assert dist.is_initialized()
+        dist.destroy_process_group()
+    assert state() == before
+
+
+def test_a_guest_leaves_after_an_error_too():
+    before = state()
+    with pytest.raises(ValueError, match="of the guest"), Guest({"X": "1"}).visiting():
+        torch.manual_seed(1)
+        raise ValueError("of the guest")
+    assert state() == before

@@ -1,0 +1,72 @@
+"""Two processes that train, each with an engine of its own, or both with one server."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from ranks_of_tests import run
+from tiny_runs import DigitShare, build_adapter, build_data, build_trainer, write_sums
+from vllm_of_tests import needs_vllm, write_model
+
+from hybrid_lightning.losses import GSPOLoss, TokenTruncation
+from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.rollout import Sampler, VLLMSampler
+VLLMServerSampler = None
+from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
+
+pytestmark = needs_vllm
+STRATEGIES = {
+    "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+    "fsdp2": lambda: FSDP2Strategy(process_group_backend="gloo"),
+    "fsdp1": lambda: FSDP1Strategy(process_group_backend="gloo"),
+}
+
+
+class Log(Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def train(folder, strategy, root, sampler="process", url=None, steps=4):
+    """A run of hybrid LoRA; the metrics of each step, a digest of the state of the process, and the trained weights."""
+    os.environ["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", "0")
+    root.mkdir(parents=True, exist_ok=True)
+    made = {
+        "process": lambda: VLLMSampler(max_new_tokens=6),
+        "server": lambda: VLLMServerSampler(urls=[url], max_new_tokens=6),
+        "ours": lambda: Sampler(max_new_tokens=6),
+    }[sampler]()
+    sizes = {"prompts_per_rollout": 4, "samples_per_prompt": 4, "minibatches_per_rollout": 2, "eval_samples": 2}
+    policy = PolicyModule(
+        GSPOLoss(), DigitShare(), model=str(folder), sampler=made, correction=TokenTruncation(), lr_full=1e-3, lr_lora=1e-2, **sizes
+    )
+    log = Log()
+    trainer = build_trainer(
+        root, build_adapter(), log, max_steps=steps, strategy=STRATEGIES[strategy](), devices=2, limit_val_batches=1
+    )
+    data = build_data(write_sums(root / f"sums-{os.environ['LOCAL_RANK']}.jsonl"), validation_fraction=0.25)
+    trainer.fit(policy, datamodule=data)
+    return {"steps": log.steps, "size": dist.get_world_size(), "threads": torch.get_num_threads()}
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+@pytest.mark.parametrize("sampler", ["process", "server"])
+def test_two_ranks_train_on_what_vllm_completes(tmp_path, request, strategy, sampler):
+    url = request.getfixturevalue("server").url if sampler == "server" else None
+    folder = request.getfixturevalue("model") if sampler == "server" else write_model(tmp_path / "model")
+    results = run(
+        2, tmp_path / "ranks", train, 240, folder=folder, strategy=strategy, root=tmp_path / "run", sampler=sampler, url=url
+    )
+    for result in results:
+        assert result["size"] == 2 and result["threads"] == 1
+        assert len(result["steps"]) == 4
+        for number, step in enumerate(result["steps"]):
+            assert step["sampling/logp_difference/max"] < 1e-3, "each rank's engine has the weights of all"
+            assert step["sampling/weights_version_lag"] == number % 2
+    assert results[0]["steps"][-1]["loss"] == results[1]["steps"][-1]["loss"]

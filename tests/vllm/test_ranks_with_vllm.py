@@ -14,6 +14,7 @@ from vllm_of_tests import needs_vllm, write_model
 from hybrid_lightning.losses import GSPOLoss, TokenTruncation
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import Sampler, VLLMSampler
+
 VLLMServerSampler = None
 from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
 
@@ -44,7 +45,14 @@ def train(folder, strategy, root, sampler="process", url=None, steps=4):
     }[sampler]()
     sizes = {"prompts_per_rollout": 4, "samples_per_prompt": 4, "minibatches_per_rollout": 2, "eval_samples": 2}
     policy = PolicyModule(
-        GSPOLoss(), DigitShare(), model=str(folder), sampler=made, correction=TokenTruncation(), lr_full=1e-3, lr_lora=1e-2, **sizes
+        GSPOLoss(),
+        DigitShare(),
+        model=str(folder),
+        sampler=made,
+        correction=TokenTruncation(),
+        lr_full=1e-3,
+        lr_lora=1e-2,
+        **sizes,
     )
     log = Log()
     trainer = build_trainer(

@@ -10,6 +10,7 @@ from vllm_of_tests import largest_difference, move, needs_vllm, own_logprobs, po
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler
+
 VLLMServerSampler = None
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
@@ -130,9 +131,7 @@ def test_a_stop_string_ends_the_completion_stays_in_the_tokens_and_leaves_the_te
     sampler.stop = ("1",)
     policy.generation.__dict__.pop("_stops", None)
     rollouts = complete(policy, samples=8)
-    ended = [
-        policy.tokenizer.decode(tokens).endswith("1") for tokens in tokens_of(rollouts)
-    ]  # one token is one character
+    ended = [policy.tokenizer.decode(tokens).endswith("1") for tokens in tokens_of(rollouts)]  # one token is one character
     assert any(ended)
     for tokens, text, by_string in zip(tokens_of(rollouts), rollouts.completions, ended, strict=True):
         assert "1" not in text

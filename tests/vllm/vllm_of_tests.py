@@ -92,10 +92,16 @@ def policy_of(sampler, model: Path, plan: str | None = None, **options) -> Polic
 def adapt(policy: PolicyModule, plan: str, use_dora: bool = False, frozen: tuple[str, ...] = ()) -> None:
     """Adapt by `hybrid` (two modules fully, the others by LoRA), `lora` or `full`, and move the trained weights."""
     modules = find_candidates(policy.model)
-    full = {"hybrid": {"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"}, "lora": set(), "full": set(modules)}[plan]
+    full = {"hybrid": {"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"}, "lora": set(), "full": set(modules)}[
+        plan
+    ]
     planned = tuple(
         PlannedModule(
-            name, linear_shape(module), module.weight.numel(), None, "full" if name in full else "frozen" if name in frozen else "lora"
+            name,
+            linear_shape(module),
+            module.weight.numel(),
+            None,
+            "full" if name in full else "frozen" if name in frozen else "lora",
         )
         for name, module in modules.items()
     )
@@ -122,7 +128,6 @@ def own_logprobs(policy: PolicyModule, rollouts, temperature: float | None = Non
 def largest_difference(policy: PolicyModule, rollouts, temperature: float | None = None) -> float:
     difference = (own_logprobs(policy, rollouts, temperature) - rollouts.sampling_logprobs).abs()
     return float(difference[rollouts.sequences.completion_mask].max())
-
 
 
 def write_model(folder: Path, family: str = "llama") -> Path:

@@ -104,7 +104,7 @@ class VLLMSampler(VLLMEngine):
                 return
             self._wake("weights")
         self.version = None  # until all is well
-        loaded = self._call(_load, self._gathered(weights.stream(everything)))
+        loaded = self._call(_load, self._gathered(weights.stream(everything)), everything)
         missing = self._call(_names) - loaded if everything else set()
         if missing:
             raise RolloutError(
@@ -312,12 +312,13 @@ class _Deferred(torch.Tensor):
         return function(*arguments, **options)
 
 
-def _load(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> set[str]:
+def _load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -> set[str]:
     """Called in the worker: load weights layer by layer, and return the names of vLLM's own weights that were loaded."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    from hybrid_lightning.rollout.vllm.receiver import check_joined
+    from hybrid_lightning.rollout.vllm.receiver import pack_tied
+    from hybrid_lightning.rollout.vllm.transfer import check_joined
 
     model, came = worker.model_runner.model, []
 
@@ -331,6 +332,8 @@ def _load(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> set[str]:
         initialize_layerwise_reload(model)
         loaded: set[str] = model.load_weights(noted())
         finalize_layerwise_reload(model, worker.model_runner.model_config)
+        if everything:
+            pack_tied(model)
     return loaded
 
 

@@ -1,0 +1,263 @@
+"""What a rollout engine with weights of its own is given: by loading it into a fresh model, which then computes the same."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, build_model
+from tiny_runs import DigitShare, build_policy, write_model
+
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule, model_digest
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.losses import TokenTruncation
+from hybrid_lightning.policy.current_weights import CurrentWeights
+from hybrid_lightning.rollout import RolloutEngine, Sampler
+from hybrid_lightning.rollout.rollout_engine import WeightsVersion
+from hybrid_lightning.types import Prompt
+
+IDS = torch.arange(3, 19).view(2, 8)
+
+
+def adapted(tmp_path, family="llama", use_dora=False, frozen=(), **options):
+    """A policy whose first and last module are fully trained, the others by LoRA, with moved weights."""
+    policy = build_policy(write_model(tmp_path / "model", family), **options)
+    modules = find_candidates(policy.model)
+    full = {next(iter(modules)), list(modules)[-1]}
+    planned = tuple(
+        PlannedModule(n, linear_shape(m), m.weight.numel(), None, "full" if n in full else "frozen" if n in frozen else "lora")
+        for n, m in modules.items()
+    )
+    lora = LoraSettings(rank=3, alpha=6, use_dora=use_dora)
+    policy.adapt(AdapterPlan("model", None, model_digest(policy.model), planned, lora, ModuleBudget().to_config()))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    return policy
+
+
+def weights_of(policy, step=0, base="base"):
+    return CurrentWeights(policy.model, policy.weights, base, step, True)
+
+
+def received(weights, everything=True, dtype=torch.float32):
+    """The values, as an engine gets them."""
+    values = {}
+    for weight in weights.stream(everything):
+        values[weight.name] = torch.empty(weight.shape, dtype=dtype)
+        weight.write_rows(values[weight.name], 0)
+    return values
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_gets_all_weights_computes_what_the_policy_computes(tmp_path, family, use_dora):
+    policy = adapted(tmp_path, family, use_dora)
+    other = build_model(family, seed=7)
+    values = received(weights_of(policy))
+    assert values.keys() == dict(other.named_parameters()).keys(), "names of the base model, tied weights once"
+    other.load_state_dict(values, strict=False)
+    with torch.no_grad(), policy.inference():
+        torch.testing.assert_close(other(IDS).logits, policy.model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_what_training_changes_is_enough_for_a_model_that_has_the_base(tmp_path):
+    policy = adapted(tmp_path, frozen=("model.layers.1.mlp.down_proj",))
+    other = build_model("llama", std=0.1)
+    values = received(weights_of(policy), everything=False)
+    assert "model.embed_tokens.weight" not in values and "model.layers.1.mlp.down_proj.weight" in values
+    other.load_state_dict(values, strict=False)
+    with torch.no_grad(), policy.inference():
+        torch.testing.assert_close(other(IDS).logits, policy.model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_parts_of_a_block_come_as_a_whole(tmp_path):
+    """With one module adapted, all that an engine may join with it comes, and nothing of other parts."""
+    policy = build_policy(write_model(tmp_path / "model", "qwen2"))
+    modules = find_candidates(policy.model)
+    mode = {"model.layers.1.self_attn.v_proj": "lora"}
+    planned = tuple(PlannedModule(n, linear_shape(m), 1, None, mode.get(n, "frozen")) for n, m in modules.items())
+    policy.adapt(AdapterPlan("model", None, model_digest(policy.model), planned, LoraSettings(2, 4), ModuleBudget().to_config()))
+    names = list(weights_of(policy).shapes(False))
+    attention = [f"model.layers.1.self_attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")]
+    assert names == [*attention, "model.layers.1.self_attn.o_proj.weight"]
+
+
+def test_shapes_are_those_of_what_comes(tmp_path):
+    weights = weights_of(adapted(tmp_path, "gpt2"))
+    for everything in (True, False):
+        streamed = {weight.name: tuple(weight.shape) for weight in weights.stream(everything)}
+        assert list(weights.shapes(everything).items()) == list(streamed.items())
+
+
+def test_of_a_quantized_base_the_dequantized_weights_come(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from hybrid_lightning.policy import Int8
+
+    policy = adapted(tmp_path, frozen=("model.layers.1.mlp.up_proj",), quantization=Int8())
+    weights = weights_of(policy)
+    values = received(weights)
+    assert {name: tuple(value.shape) for name, value in values.items()} == weights.shapes(True)
+    other = build_model("llama", seed=7)
+    other.load_state_dict(values, strict=False)
+    with torch.no_grad(), policy.inference():
+        torch.testing.assert_close(other(IDS).logits, policy.model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_version_is_that_of_the_values(tmp_path):
+    policy = adapted(tmp_path)
+    first = weights_of(policy).version
+    assert weights_of(policy).version == first and str(first).startswith("0-")
+    assert weights_of(policy, step=3).version == WeightsVersion(3, first.digest)
+    assert weights_of(policy, base="other").version != first
+    parameter = next(p for p in policy.parameters() if p.requires_grad)
+    with torch.no_grad():
+        parameter.view(-1)[3] += 2**-20
+    changed = weights_of(policy).version
+    assert changed != first
+    with torch.no_grad():
+        parameter.view(-1)[3] -= 2**-20
+    assert weights_of(policy).version == first
+    with policy.start_policy():
+        start = weights_of(policy)
+        assert start.version != first
+        values = received(start)
+    other = build_model("llama", std=0.1)
+    assert all(torch.equal(values[name], weight) for name, weight in other.named_parameters()), "the start policy's weights"
+
+
+@pytest.mark.parametrize("label", ["default", "", "12", "x-1", "updating"])
+def test_labels_of_others_are_no_versions(label):
+    assert WeightsVersion.parse(label) is None
+    assert WeightsVersion.parse(str(WeightsVersion(12, "ab"))) == WeightsVersion(12, "ab")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_merged_in_float32_and_rounded_once(dtype, dora, transposed):
+    draws = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(shape, generator=draws) for shape in ((600, 40), (3, 40), (600, 3)))
+    magnitudes = torch.rand(600, generator=draws) + 0.5 if dora else None
+    expected = weight.double() + 0.5 * b.double() @ a.double()
+    if magnitudes is not None:
+        expected = expected * (magnitudes.double() / expected.norm(dim=1))[:, None]
+    stored = weight.T.contiguous() if transposed else weight
+    expected = expected.T if transposed else expected
+    rows = torch.empty(17, expected.shape[1], dtype=dtype)
+    write_merged(rows, 11, stored.to(dtype), LowRankUpdate(a, b, 0.5, magnitudes), transposed)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6  # bfloat16: of the weight and of the sum, 2^-8 each of values up to 4
+    torch.testing.assert_close(rows.double(), expected[11:28], atol=tolerance, rtol=tolerance)
+
+
+# ---- when an engine is given them
+
+
+class Copying(Sampler):
+    """Samples with a model of its own, which has the weights of the last update."""
+
+    has_own_weights = True
+
+    def __init__(self, family="llama", **options):
+        super().__init__(max_new_tokens=6, **options)
+        self.model, self.version, self.updates, self.released, self.ended = build_model(family, std=0.1), None, [], 0, 0
+        self.fails_at = None
+
+    def needs_everything(self, weights, model):
+        return self.version is None
+
+    def update(self, weights, model, everything):
+        if weights.version == self.version:
+            return
+        if len(self.updates) == self.fails_at:
+            raise RolloutError("no server answers")
+        self.updates.append((weights.version.step, everything))
+        self.model.load_state_dict(received(weights, everything), strict=False)
+        self.version = weights.version
+
+    def sample(self, engine, *arguments, **options):
+        return super().sample(engine.of(self.model), *arguments, **options)
+
+    def release_memory(self):
+        self.released += 1
+
+    def shut_down(self):
+        self.ended += 1
+
+
+def test_an_engine_is_updated_when_weights_have_changed_and_not_else(tmp_path):
+    sampler = Copying()
+    policy = adapted(tmp_path, sampler=sampler)
+    prompts = [Prompt(text="12+3=")]
+    first = policy.generate(prompts, 2)
+    policy.generate(prompts, 2)
+    assert sampler.updates == [(0, True)] and first.sequences.weights_step.tolist() == [0, 0]
+    with torch.no_grad():
+        next(p for p in policy.parameters() if p.requires_grad).add_(0.1)
+    policy.generate(prompts, 2)
+    assert sampler.updates == [(0, True), (0, False)]
+
+
+def test_a_first_completion_that_the_policy_finds_improbable_is_refused(tmp_path):
+    sampler = Copying()
+    sampler.update = lambda *_: setattr(sampler, "version", WeightsVersion(0, "x"))
+    sampler.model = build_model("llama", seed=9, std=0.4)
+    policy = adapted(tmp_path, sampler=sampler)
+    with pytest.raises(RolloutError, match=r"differ from the policy's by [\d.]+ nats a token: it computes with another model"):
+        policy.generate([Prompt(text="12+3=")], 4)
+
+
+def run(tmp_path, sampler, steps=4, **options):
+    from tiny_runs import build_adapter, build_data, build_trainer, write_sums
+
+    sizes = {"minibatches_per_rollout": 2, "correction": TokenTruncation(), "sampler": sampler, **options}
+    policy = build_policy(write_model(tmp_path / "model"), **sizes)
+    trainer = build_trainer(
+        tmp_path / "run",
+        build_adapter(),
+        max_steps=steps,
+        limit_val_batches=1,
+        val_check_interval=steps,
+        check_val_every_n_epoch=None,
+    )
+    trainer.fit(policy, datamodule=build_data(write_sums(tmp_path / "sums.jsonl"), validation_fraction=0.2))
+    return trainer
+
+
+def test_a_run_updates_once_a_rollout_and_logs_how_old_the_weights_are(tmp_path):
+    sampler = Copying()
+    trainer = run(tmp_path, sampler)
+    # The base before it is adapted, all of it; what the adapter changes then is not yet trained, and equal.
+    assert [entry for entry in sampler.updates if entry[0]] == [(2, False), (4, False)], "the second rollout and the validation"
+    assert trainer.logged_metrics["sampling/weights_version_lag"] == 1
+    assert trainer.logged_metrics["sampling/logp_difference/max"] < 1e-4
+    assert trainer.logged_metrics["sampling/weights_update_s"] > 0
+    assert sampler.released >= 2 and sampler.ended == 1
+
+
+def test_our_sampler_logs_the_age_of_weights_too(tmp_path):
+    trainer = run(tmp_path, Sampler(max_new_tokens=6))
+    assert trainer.logged_metrics["sampling/weights_version_lag"] == 1
+    assert "sampling/weights_update_s" not in trainer.logged_metrics
+
+
+class Renormalizing(Copying):
+    renormalizes = True
+
+
+def test_a_correction_of_renormalized_probabilities_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="compares probabilities under the full softmax"):
+        run(tmp_path, Renormalizing(top_k=3))
+
+
+def test_an_engine_without_a_correction_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match=r"model\.correction corrects nothing"):
+        run(tmp_path, Copying(), correction=None)
+
+
+def test_an_interface_without_an_engine_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        RolloutEngine()
+    assert DigitShare()(["1"], [None]) == [1.0]

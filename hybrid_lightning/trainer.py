@@ -275,7 +275,7 @@ class Trainer(LightningTrainer):
         if not adapters:
             raise ConfigError("plan needs the callback HybridAdapterSetup among trainer.callbacks")
         if device_gib is not None:
-            if not 0 < device_gib < float("inf"):
+            if not device_gib > 0:
                 raise ConfigError(f"device_gib must be a positive number, got {device_gib}")
             flags = replace(flags, device_bytes=None if flags.on_cpu else int(device_gib * 2**30))
         settings = run_settings(model, adapters[0], datamodule, flags, prompt_tokens)

@@ -3,6 +3,7 @@
 import csv
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pages import PAGES, ROOT
 from test_readme import SMALL, run
 
 from hybrid_lightning import losses
+from hybrid_lightning.policy.generation import Generation
 from hybrid_lightning.types import LossInputs
 
 REFERENCE = PAGES["docs/reference/metrics.md"]
@@ -69,6 +71,11 @@ def of_losses():
     return names
 
 
+def of_engines():
+    """What is logged beside the rest where an engine has weights of its own, as vLLM has."""
+    return Generation(SimpleNamespace(sampler=SimpleNamespace(has_own_weights=True))).metrics().keys()
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     """The names in `metrics.csv` of a run by RL with all that can be switched on, one of a mixture, SFT and DPO."""
@@ -77,7 +84,7 @@ def logged(tmp_path_factory):
     steps = ("--trainer.max_steps", "--trainer.limit_val", "--trainer.num_sanity")
     small = [option for option in SMALL if not option.startswith(steps)]
     examples = [*(option for option in small if "_per_" not in option), "--model.examples_per_step=8"]
-    names = of_losses()
+    names = of_losses() | of_engines()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         threads = torch.get_num_threads()

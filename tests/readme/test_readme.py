@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from pages import DOCS, GENERATED, PAGES, README, ROOT, anchors, blocks, commands, examples, links, prose, shell_commands, tree
 
 from hybrid_lightning import cli
+from hybrid_lightning.rollout.vllm.plugin import BACKEND
 
 FIRST = (
     "python3.11 -m venv .venv && .venv/bin/pip install -e . && "
@@ -125,6 +126,27 @@ def test_other_commands_name_extras_scripts_and_options_that_exist():
             assert all(f'"{word}"' in script for word in words[2:] if word.startswith("--")), words
 
 
+SERVERS = [words for words in shell_commands() if "vllm.entrypoints.openai.api_server" in words]
+
+
+@pytest.mark.parametrize("words", SERVERS, ids=" ".join)
+def test_every_server_is_started_with_what_a_run_asks_of_it(words):
+    begin = words.index("vllm.entrypoints.openai.api_server")
+    given = words[begin + 1 : words.index(">") if ">" in words else None]
+    assert words[begin - 2 : begin] == ["python", "-m"] and "VLLM_SERVER_DEV_MODE=1" in words[:begin]
+    options = dict(zip(given, [*given[1:], ""], strict=True))
+    assert "--enable-scale-out" in given and options["--logprobs-mode"] == "processed_logprobs"
+    assert options["--generation-config"] == "vllm" and options["--host"] == "127.0.0.1"
+    assert json.loads(options["--weight-transfer-config"])["backend"] in ("nccl", BACKEND)
+    theirs = pytest.importorskip("vllm.entrypoints.launchers.cli_args", reason="needs vLLM, whose parser reads the rest")
+    parser = theirs.make_arg_parser(theirs.FlexibleArgumentParser())
+    parser.parse_args([word.replace("$gpu", "4") for word in given])
+
+
+def test_the_servers_of_the_pages_are_found():
+    assert len(SERVERS) >= 2
+
+
 # ---- examples
 
 
@@ -173,11 +195,21 @@ def test_the_module_that_is_no_policy_is_adapted(here, capsys):
     assert names["module"].plan.full_modules and str(names["module"].plan.full_modules) in capsys.readouterr().out
 
 
+def test_the_folder_for_a_server_has_the_model_and_no_weights(here):
+    code = example("served")
+    given = re.search(r"resolve_model\((.*)\)", code).group(1)
+    exec(compile(code.replace(given, '"embedded"'), "vllm.md", "exec"), {"__name__": "vllm_example"})
+    names = {path.name for path in (here / "served").iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert not [name for name in names if name.endswith((".safetensors", ".bin"))]
+    assert json.loads((here / "served" / "config.json").read_text())["hidden_size"] > 0
+
+
 def test_every_python_and_yaml_block_is_run():
     marked = sum(len(re.findall(r"^<!-- run: \w+ -->\n```(?:python|yaml)$", text, re.MULTILINE)) for text in PAGES.values())
     there = sum(len(blocks(language, text)) for text in PAGES.values() for language in ("python", "yaml"))
     assert marked == there - 1, "all but the one of the reference, which its test reads"
-    assert examples().keys() == {*PARTS, "function", "yaml", "own_part_yaml", "python", "adaptable"}, "each needs a test here"
+    assert examples().keys() == {*PARTS, "function", "yaml", "own_part_yaml", "python", "adaptable", "served"}, "each needs a test here"
 
 
 # ---- paths and links

@@ -13,9 +13,7 @@ from vllm_of_tests import needs_vllm, write_model
 
 from hybrid_lightning.losses import GSPOLoss, TokenTruncation
 from hybrid_lightning.policy import PolicyModule
-from hybrid_lightning.rollout import Sampler, VLLMSampler
-
-VLLMServerSampler = None
+from hybrid_lightning.rollout import Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
 
 pytestmark = needs_vllm

@@ -9,9 +9,7 @@ from vllm_of_tests import largest_difference, move, needs_vllm, own_logprobs, po
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import PolicyModule
-from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler
-
-VLLMServerSampler = None
+from hybrid_lightning.rollout import RolloutEngine, Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt
 

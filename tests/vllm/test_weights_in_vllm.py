@@ -131,7 +131,7 @@ def test_a_stale_engine_is_caught_by_its_version_and_by_the_difference(tmp_path,
     new = CurrentWeights(policy.model, policy.weights, sampler._base, 0, True).version
     assert new != sampler.version
     sampler.version = new
-    with pytest.raises(RolloutError, match="completed with weights of version .*, and the policy has"):
+    with pytest.raises(RolloutError, match=r"completed with weights of version .*, and the policy has"):
         complete(policy)
     with sampler._guest.visiting():
         sampler._llm.llm_engine.set_weight_version(str(new))
@@ -147,7 +147,7 @@ def test_a_first_completion_by_another_model_is_refused(tmp_path, sampler, monke
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(-1.0)
-    with pytest.raises(RolloutError, match="differ from the policy's by .* nats a token"):
+    with pytest.raises(RolloutError, match=r"differ from the policy's by .* nats a token"):
         complete(policy)
 
 
@@ -160,7 +160,7 @@ def test_a_joined_layer_that_gets_only_some_of_its_parts_is_refused(tmp_path, sa
         CurrentWeights, "stream", lambda self, everything: (w for w in whole(self, everything) if left_out not in w.name)
     )
     move(policy, seed=2)
-    with pytest.raises(ValueError, match=f"came without .*{left_out}"):
+    with pytest.raises(ValueError, match=rf"came without .*{left_out}"):
         complete(policy)
 
 

@@ -1,4 +1,4 @@
-"""A vLLM server for tests, and policies that sample with vLLM. vLLM is not installed for the ordinary suite; these tests then skip."""
+"""A vLLM server for tests, and policies that sample with vLLM. The ordinary suite has no vLLM; tests that need it then skip."""
 
 import json
 import os

@@ -163,6 +163,7 @@ class VLLMSampler(VLLMEngine):
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "enable_prefix_caching": True,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
             "seed": 0,
         }
         if model.folder is None:

@@ -84,6 +84,8 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
             missing = {name for name, _ in self.model.named_parameters()} - set(loaded or ()) if update_info.everything else ()
             if missing:
                 raise ValueError(f"the policy lacks {min(missing)}: vLLM knows this architecture under other names")
+            if update_info.everything:
+                pack_tied(self.model)
         except BaseException:
             self._undo()
             raise
@@ -111,3 +113,22 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     def shutdown(self) -> None:
         """Close the connection."""
         self._group = None
+
+
+def pack_tied(model: torch.nn.Module) -> None:
+    """Pack weights again that two layers share: on a CPU the output layer keeps a packed copy of a tied embedding.
+
+    vLLM makes it when it loads a model, and not when it gets weights anew.
+
+    Args:
+        model: vLLM's model, all of whose weights have come.
+    """
+    sharing: dict[int, list[torch.nn.Module]] = {}
+    for layer in model.modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.numel():
+            sharing.setdefault(weight.data_ptr(), []).append(layer)
+    for layers in sharing.values():
+        for layer in layers if len(layers) > 1 else ():
+            if hasattr(layer, "cpu_linear"):
+                layer.quant_method.process_weights_after_loading(layer)  # type: ignore[union-attr, operator]

@@ -222,9 +222,9 @@ class Server:
 
     # ---- weights
 
-    def label(self) -> str:
+    def label(self, limit: float = _SHORT_S) -> str:
         """Which weights it has, as it was told."""
-        return str(self._ask("GET", "/weight_info")["weight_version"])
+        return str(self._ask("GET", "/weight_info", limit=limit)["weight_version"])
 
     def set_label(self, label: str) -> None:
         """Tell it which weights it has."""
@@ -341,7 +341,7 @@ class Server:
         self, method: str, path: str, body: Any = None, *, params: dict[str, str] | None = None, limit: float = _SHORT_S
     ) -> Any:
         """Make a request, and return the JSON of its answer."""
-        timeout = httpx.Timeout(min(limit, self.timeout) if limit == _SHORT_S else limit, connect=_CONNECT_S)
+        timeout = httpx.Timeout(min(limit, self.timeout) if limit <= _SHORT_S else limit, connect=_CONNECT_S)
         try:
             if self._client is None:
                 self._client = httpx.Client(**self._options)

@@ -21,6 +21,8 @@ from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import GlooTransfer, NcclTransfer, Transfer, Update, facts_of, local_address
 
 _UPDATING = "updating"  # label of a server whose weights are on their way
+# Seconds in which a server has to say which weights it has, and those for one that could not be updated.
+_FIRST_S, _AGAIN_S = 30.0, 3.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _T = TypeVar("_T")
 Deliveries = dict[Server, Delivery]
@@ -251,7 +253,9 @@ class VLLMServerSampler(VLLMEngine):
     def _labels(self) -> dict[Server, str]:
         """What the servers that can be used say of their weights."""
         labels: dict[Server, str] = {}
-        for server, found in self._of_each(self._servers, lambda server: server.label()).items():
+        # One that hangs is waited for once.
+        asked = self._of_each(self._servers, lambda server: server.label(_AGAIN_S if server in self._left_out else _FIRST_S))
+        for server, found in asked.items():
             if isinstance(found, str):
                 labels[server] = found
             else:

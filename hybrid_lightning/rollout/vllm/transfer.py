@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -18,9 +18,6 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from hybrid_lightning.errors import RolloutError
-
-if TYPE_CHECKING:
-    from hybrid_lightning.rollout.vllm.server_client import Server
 
 _LIMIT_S = 120.0  # longest time in which a weight may be on its way
 _SLOWEST = 1e7  # bytes in a second that a network brings at least
@@ -65,6 +62,28 @@ class Update:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values()) * self.dtype.itemsize / _SLOWEST
 
 
+class SyncClient(Protocol):
+    """The server as weights are sent to it: vLLM's `VLLMWeightSyncClient`, with an address."""
+
+    url: str
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Let its workers connect to the sender."""
+        ...
+
+    def start_weight_update(self) -> None:
+        """Let it expect weights."""
+        ...
+
+    def update_weights(self, update_info: Any, limit: float | None = None) -> None:
+        """Let it receive weights; the limit is the longest time for that in seconds."""
+        ...
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Let it use the weights that came."""
+        ...
+
+
 class Transfer(Protocol):
     """A connection to one server over which its weights are sent."""
 
@@ -104,7 +123,7 @@ class GlooTransfer:
         timeout: Longest time for a request in seconds.
     """
 
-    def __init__(self, server: "Server", address: str, workers: int, facts: Mapping[str, Any], timeout: float) -> None:
+    def __init__(self, server: SyncClient, address: str, workers: int, facts: Mapping[str, Any], timeout: float) -> None:
         self._server, self._address, self._workers, self._facts = server, address, workers, dict(facts)
         self._limit = min(timeout, _LIMIT_S)
         self._timeout = timeout
@@ -169,7 +188,7 @@ class NcclTransfer:
         device: The GPU that trains.
     """
 
-    def __init__(self, server: "Server", address: str, workers: int, device: torch.device) -> None:
+    def __init__(self, server: SyncClient, address: str, workers: int, device: torch.device) -> None:
         self._server, self._address, self._workers, self._device = server, address, workers, device
         self._engine: Any = None
         self._sending = False

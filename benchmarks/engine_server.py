@@ -1,0 +1,137 @@
+"""A vLLM server of a benchmark's own: started on a free port, and ended with all of its processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pairs import BenchmarkError, environment, last_line
+
+START_S = 600.0  # that a server may take to be ready
+END_S = 30.0  # and to end
+CACHE_GIB = 1  # KV cache on a CPU, where vLLM by itself takes a share of the machine's memory
+_ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # without which it lets nobody change its weights
+    "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),  # not for the whole benchmark: it would count for engines in process, too
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class Server:
+    """A server, and what it says in `log`.
+
+    Args:
+        folder: Of its model, with weights and tokenizer.
+        dtype: Of its weights.
+        device: `cpu` or `cuda`.
+        threads: Of each of its processes.
+        context: Longest prompt with completion, in tokens; None for that of the model.
+        log: File for its output.
+    """
+
+    def __init__(self, folder: Path, dtype: str, device: str, threads: int, context: int | None, log: Path) -> None:
+        self.log, port = log, free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command(folder, dtype, device, port, context),
+                env={**environment(threads), **_ENVIRONMENT},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # by which its processes are found
+            )
+
+    def wait(self) -> None:
+        """Until it is ready.
+
+        Raises:
+            BenchmarkError: If it ends before, or is not ready in time.
+        """
+        until = time.monotonic() + START_S
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                raise BenchmarkError(
+                    f"the vLLM server ended while it started: {last_line(self.log)} (its output is in {self.log})"
+                )
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        raise BenchmarkError(f"the vLLM server was not ready after {START_S:.0f} s (its output is in {self.log})")
+
+    def peak(self) -> int:
+        """Most resident bytes of each of its processes so far, added up."""
+        return sum(peak_of(process) for process in members(self.process.pid))
+
+    def close(self) -> None:
+        """End it and all that it has started."""
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for process in members(self.process.pid):
+            os.kill(process, signal.SIGKILL)
+
+
+@contextmanager
+def serving(folder: Path, dtype: str, device: str, threads: int, context: int | None, log: Path) -> Iterator[Server]:
+    """A server that is ready, for as long as this context."""
+    server = Server(folder, dtype, device, threads, context, log)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.close()
+
+
+def command(folder: Path, dtype: str, device: str, port: int, context: int | None) -> list[str]:
+    """What starts it; docs/how-to/vllm.md explains the options."""
+    backend = "nccl" if device == "cuda" else "hybrid_lightning"
+    arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", dtype]
+    arguments += ["--host", "127.0.0.1", "--port", str(port), "--enable-scale-out", "--generation-config", "vllm"]
+    arguments += ["--logprobs-mode", "processed_logprobs", "--weight-transfer-config", f'{{"backend": "{backend}"}}']
+    arguments += ["--max-model-len", str(context)] if context else []
+    # As many as in process; on a GPU also the same share of its memory.
+    return [
+        *arguments,
+        *(["--gpu-memory-utilization", "0.3"] if device == "cuda" else ["--enforce-eager", "--max-num-seqs", "128"]),
+    ]
+
+
+def free_port() -> int:
+    """A port on which nothing listens now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def members(session: int) -> list[int]:
+    """The processes of a session, as Linux lists them; none elsewhere."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def peak_of(process: int) -> int:
+    """Most resident bytes of a process so far; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)

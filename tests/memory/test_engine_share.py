@@ -1,0 +1,322 @@
+"""What a rollout engine takes of the device that trains, and when a run with it is refused."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from cli_runs import run, write_folder
+from hypothesis import given
+from hypothesis import strategies as st
+from rich import get_console
+from tiny_memory import Case
+from tiny_models import build_tokenizer
+
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.callbacks import HybridAdapterSetup
+from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.memory import DDP, FSDP1, FSDP2, SingleDevice
+from hybrid_lightning.memory import from_config as from_config_module
+from hybrid_lightning.memory.engine_share import CONTEXT_BYTES, EngineShare, engine_share, misfit
+from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, policy_arguments, run_settings
+from hybrid_lightning.memory.memory_table import _component_rows, memory_notes
+from hybrid_lightning.memory.peaks import _Run, plan_memory, why_not_fitting
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.quantization import NF4
+from hybrid_lightning.rewards import ExactMatch
+from hybrid_lightning.rollout.rollout_engine import ServedModel
+from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
+from hybrid_lightning.rollout.vllm.servers import VLLMServerSampler
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.trainer import Trainer
+
+GIB = 2**30
+OURS = replace(Case(prompts=4, completion_tokens=20, share=0.1, validation=4).settings(), on_cpu=False)
+WEIGHTS = 4 * 857_728  # of the embedded policy
+SAMPLING, OTHERS = ("generating", "validating", "calibrating"), ("updating", "scoring", "optimizer step")
+
+
+def vllm(device_gib=4.0, on_cpu=False, **arguments):
+    sampler = VLLMSampler(max_new_tokens=20, **arguments)
+    return replace(OURS, sampler=sampler, on_cpu=on_cpu, device_bytes=None if on_cpu else int(device_gib * GIB))
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return plan_memory(OURS, SingleDevice())
+
+
+@pytest.fixture(scope="module")
+def beside():
+    return plan_memory(vllm(), SingleDevice())
+
+
+def lora(settings, sharding):
+    """This method alone, since tracing each takes long."""
+    return _Run(settings, sharding).method("LoRA", ModuleBudget(0.0))
+
+
+@pytest.mark.parametrize(("sleep", "kept"), [("nothing", int(0.25 * 4 * GIB)), ("kv_cache", WEIGHTS), ("weights", 0)])
+def test_a_gpu_is_shared(sleep, kept):
+    share = engine_share(vllm(gpu_memory_utilization=0.25, sleep=sleep), 857_728)
+    assert (share.weights, share.sampling, share.updating) == (WEIGHTS, GIB, kept)
+    config = OURS.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads * 4
+    assert share.least == WEIGHTS + (6 + 20) * token
+    longer = engine_share(vllm(max_model_len=60), 857_728)
+    assert longer.least == WEIGHTS + 60 * token, "vLLM wants room for the context that it is given"
+
+
+def test_the_engine_has_the_weights_with_which_the_policy_computes():
+    assert engine_share(replace(vllm(), dtype=torch.bfloat16), 100).weights == 200
+    assert engine_share(replace(vllm(), mixed_precision=True), 100).weights == 200
+    assert engine_share(replace(vllm(), quantization=NF4()), 100).weights == 400, "of a quantized base the dequantized ones"
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "given", "cache"),
+    [
+        (None, {}, 2**26),  # 128 sequences of the policy's 64 positions take less
+        (4096, {}, 128 * 4096 * 2 * 4 * 128 * 4),  # 4 layers whose keys have 128 numbers
+        (16384, {}, 2**32),
+        (None, {"kv_cache_memory_bytes": 123}, 123),
+    ],
+)
+def test_on_a_cpu_the_plan_knows_the_cache_that_the_engine_is_given(max_model_len, given, cache):
+    settings = vllm(on_cpu=True, max_model_len=max_model_len, engine_args=given)
+    share = engine_share(settings, 857_728)
+    assert share.sampling == share.updating == WEIGHTS + cache
+    served = ServedModel(settings.config, build_tokenizer(), "a folder", torch.float32, torch.device("cpu"))
+    options = settings.sampler._options(served, "")
+    assert options["kv_cache_memory_bytes"] == cache and options["max_model_len"] == (max_model_len or 64)
+
+
+def test_peaks_with_an_engine_beside_training(ours, beside):
+    """While it samples: what training keeps, and the whole engine. Else: as without it, and what it keeps."""
+    for method, with_engine in zip(ours, beside, strict=True):
+        for phase, peak in with_engine.peaks.items():
+            before = method.peaks[phase]
+            if phase in SAMPLING:
+                resting = before.weights + before.gradients + before.optimizer + before.copies
+                assert peak.engine == int(0.3 * 4 * GIB) and peak.total == resting + peak.engine
+            else:
+                assert peak == replace(before, engine=WEIGHTS)
+        assert with_engine.peaks.keys() == method.peaks.keys()
+    assert {*SAMPLING, *OTHERS} == with_engine.peaks.keys()
+
+
+def test_servers_add_nothing(ours):
+    elsewhere = replace(OURS, sampler=VLLMServerSampler(urls=["http://127.0.0.1:1"], max_new_tokens=20))
+    for phase, peak in lora(elsewhere, SingleDevice()).peaks.items():
+        assert peak.engine == 0 and (phase in SAMPLING or peak == ours[1].peaks[phase])
+        assert phase not in SAMPLING or peak.activations == peak.cache == peak.logits == peak.packed == 0
+    assert why_not_fitting(replace(elsewhere, device_bytes=1), SingleDevice()) is None
+
+
+@pytest.mark.parametrize("sharding", [DDP(2), FSDP2(2), FSDP1(2)], ids=lambda sharding: sharding.name)
+def test_every_device_has_an_engine_of_its_own(sharding):
+    ours, beside = (lora(settings, sharding) for settings in (OURS, vllm()))
+    resting = beside.peaks["generating"]
+    assert resting.engine == int(0.3 * 4 * GIB) and beside.peaks["updating"].engine == WEIGHTS
+    assert resting.weights == ours.peaks["generating"].weights
+    assert resting.copies == ours.peaks["generating"].copies if sharding.whole_on_every_device else True
+    assert resting.copies <= ours.peaks["generating"].copies, "weights are gathered a block at a time, not all together"
+
+
+def test_a_process_on_a_cpu_grows_by_the_engine_and_its_libraries():
+    ours, beside = (lora(settings, SingleDevice()) for settings in (replace(OURS, on_cpu=True), vllm(on_cpu=True)))
+    added = beside.growth_bytes - ours.growth_bytes
+    assert added == pytest.approx(2 * WEIGHTS + 2**26 + 180 * 2**20, rel=0.1), "its weights leave a gap as they are packed"
+
+
+# ---- refused
+
+
+def given_training(resting, updating):
+    return {
+        "generating": (resting, True),
+        "calibrating": (resting / 2, True),
+        "updating": (updating, False),
+        "scoring": (0, False),
+    }
+
+
+def misfit_of(device_gib, resting, updating, weights, **arguments):
+    settings = vllm(device_gib, **arguments)
+    share = engine_share(settings, weights // 4)
+    return misfit(settings, share, given_training(resting, updating))
+
+
+@pytest.mark.parametrize(
+    ("device", "resting", "updating", "weights", "arguments", "message"),
+    [
+        (80, 40, 60, 10, {}, None),
+        (80, 40, 60, 10, {"gpu_memory_utilization": 0.5}, "keeps 40.0 GiB and .* takes 40.0 GiB, of 79.5 .*utilization=0.49$"),
+        (80, 70, 75, 10, {"gpu_memory_utilization": 0.5}, "keeps 70.0 GiB and .* takes 40.0 GiB, .*; quantize the base"),
+        (80, 40, 60, 30, {}, "=0.3 of 80.0 GiB is less than .*, 30.0 GiB; set sampler.gpu_memory_utilization=0.38$"),
+        (80, 60, 60, 30, {}, "is less than the engine's weights .*; quantize the base .*VLLMServerSampler"),
+        (80, 40, 75, 10, {}, "while updating, .* up to 75.0 GiB and .* keeps 10.0 GiB, .*; set sampler.sleep=weights$"),
+        (
+            80,
+            40,
+            65,
+            10,
+            {"sleep": "nothing"},
+            "sampler.sleep=nothing does not fit: .* keeps 24.0 GiB.*; set sampler.sleep=kv_cache$",
+        ),
+        (80, 40, 75, 10, {"sleep": "nothing"}, "; set sampler.sleep=weights$"),
+        (80, 40, 75, 10, {"sleep": "weights"}, None),
+        (80, 40, 90, 10, {}, "; lower model.max_tokens_per_micro_batch, quantize the base"),
+    ],
+)
+def test_what_does_not_fit_is_said_with_the_remedy(device, resting, updating, weights, arguments, message):
+    problem = misfit_of(device, resting * GIB, updating * GIB, weights * GIB, **arguments)
+    assert (problem is None) if message is None else (re.search(message, problem) and "\n" not in problem), problem
+
+
+@given(
+    device=st.integers(2, 200),
+    resting=st.floats(0, 1),
+    updating=st.floats(0, 1),
+    weights=st.floats(0.001, 1),
+    utilization=st.floats(0.01, 0.99),
+    sleep=st.sampled_from(["nothing", "kv_cache", "weights"]),
+)
+def test_who_does_as_told_fits(device, resting, updating, weights, utilization, sleep):
+    sizes = [int(share * device * GIB) for share in (resting, updating, weights)]
+    arguments = {"gpu_memory_utilization": utilization, "sleep": sleep}
+    for _ in range(3):  # one remedy may bring up the next
+        problem = misfit_of(device, *sizes, **arguments)
+        told = problem and re.search(r"set sampler\.(\w+)=(\S+)$", problem)
+        if not told:
+            break
+        arguments[told[1]] = float(told[2]) if told[1] == "gpu_memory_utilization" else told[2]
+    else:
+        pytest.fail(problem)
+    if problem is None:
+        share = arguments["gpu_memory_utilization"] * device * GIB
+        assert sizes[0] + math.floor(share) <= device * GIB - CONTEXT_BYTES and share >= sizes[2] * 0.999
+
+
+def test_nothing_is_refused_where_nothing_is_known():
+    training = given_training(100 * GIB, 100 * GIB)
+    assert misfit(vllm(on_cpu=True), EngineShare(1, 1, 1, 1), training) is None
+    assert misfit(replace(vllm(), device_bytes=None), EngineShare(1, 1, 1, 1), training) is None
+    assert misfit(replace(OURS, device_bytes=1), EngineShare(), training) is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_a_run_is_judged_by_its_own_method(share, beside):
+    settings = replace(vllm(gpu_memory_utilization=0.9), budget=ModuleBudget(share))
+    method = beside[{1.0: 0, 0.0: 1, 0.1: 2}[share]]
+    resting = max(peak.total - peak.engine for phase, peak in method.peaks.items() if phase in SAMPLING)
+    # A device on which this method just fits, by the rule 0.9 d + resting + context <= d, and one byte less.
+    device = math.ceil(10 * (resting + CONTEXT_BYTES)) + 10
+    for size, fits in ((device, True), (device - 20, False)):
+        sized = replace(settings, device_bytes=size)
+        planned = [replace(method, share=engine_share(sized, method.parameters)) for method in beside]
+        assert (why_not_fitting(sized, SingleDevice(), planned) is None) is fits
+    assert (why_not_fitting(sized, SingleDevice()) is None) is fits, "it plans that method itself"
+
+
+# ---- from a run
+
+
+def test_a_policy_that_is_made_has_the_settings_of_its_arguments():
+    arguments = {
+        "loss": GRPOLoss(),
+        "reward": ExactMatch(),
+        "sampler": VLLMSampler(max_new_tokens=7),
+        "prompts_per_rollout": 4,
+        "samples_per_prompt": 6,
+        "minibatches_per_rollout": 3,
+        "eval_samples": 2,
+        "dtype": "bfloat16",
+        "max_tokens_per_micro_batch": 99,
+        "gradient_checkpointing": True,
+    }
+    flags = replace(TrainerFlags.of({"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"}), device_bytes=GIB)
+    given = policy_arguments(PolicyModule, **arguments)
+    made = arguments_of(PolicyModule.unloaded(**arguments))
+    adapter = HybridAdapterSetup()
+    assert run_settings(made, adapter, None, flags, 5) == run_settings(given, adapter, None, flags, 5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"devices": 2}, {"devices": 2, "strategy": FSDP2Strategy()}, {"precision": "bf16-mixed", "limit_val_batches": 0}],
+)
+def test_flags_of_a_trainer_that_is_built(given):
+    given = {"accelerator": "cpu", "devices": 1, "accumulate_grad_batches": 2, **given}
+    built, read = TrainerFlags.of_trainer(Trainer(logger=False, **given)), TrainerFlags.of(given)
+    assert (type(built.sharding), built.sharding.devices) == (type(read.sharding), read.sharding.devices)
+    assert replace(built, sharding=read.sharding) == read and built.device_bytes is None
+
+
+def test_the_memory_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"total_memory": 7 + device.index}))
+    assert TrainerFlags.of({"accelerator": "gpu", "devices": 1}).device_bytes == 7
+    assert TrainerFlags.of({"accelerator": "cpu", "devices": 1}).device_bytes is None
+    assert from_config_module._memory_of(torch.device("cuda", 2)) == 9
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    for folder in write_folder(tmp_path_factory.mktemp("engine")):
+        (folder / "model" / "model.safetensors").write_bytes(b"no weights")
+        yield folder
+
+
+ENGINE = ("--config", "t.yaml", "--model.sampler=VLLMSampler")
+
+
+@pytest.mark.parametrize(
+    ("command", "mebibytes", "refused"),
+    [("fit", 600, True), ("score", 600, True), ("fit", 4096, False), ("validate", 600, False), ("fit", None, False)],
+)
+def test_a_run_that_does_not_fit_is_refused_before_its_model_is_loaded(folder, monkeypatch, command, mebibytes, refused):
+    monkeypatch.setattr(VLLMSampler, "check_model", lambda self, model: None)  # nothing needs vLLM so far
+    seen = TrainerFlags.of_trainer
+
+    def on_a_gpu(trainer):
+        assert not seen(trainer).device_bytes
+        return replace(seen(trainer), on_cpu=False, device_bytes=mebibytes and mebibytes * 2**20)
+
+    monkeypatch.setattr(TrainerFlags, "of_trainer", on_a_gpu)
+    result = run(folder, command, *ENGINE)
+    expected = "error: sampler.gpu_memory_utilization=0.3 does not fit: while completions are sampled, training keeps 0.0 GiB"
+    assert result.code == 1 and result.last.startswith(expected) is refused, result.err
+    assert refused or "error: cannot load the model" in result.last, "its weights are broken, and read after the checks"
+
+
+def test_plan_shows_the_engine(folder, monkeypatch):
+    monkeypatch.setattr(get_console(), "_width", 220)
+    on_gpu = ("--trainer.accelerator=gpu", "--trainer.devices=1")
+    tight = run(folder, "plan", *ENGINE, *on_gpu, "--device_gib=0.6", "--model.sampler.sleep=weights")
+    assert tight.code == 0 and re.search(r"rollout engine +│ +184.3 MiB", tight.out), tight.err
+    assert "it keeps nothing on the device, and its weights on the host, while the policy is updated" in tight.out
+    assert "Such a run is refused: sampler.gpu_memory_utilization=0.3 does not fit" in tight.out
+    on_cpu = run(folder, "plan", *ENGINE)
+    assert re.search(r"rollout engine +│ +64.1 MiB", on_cpu.out) and "refused" not in on_cpu.out, on_cpu.err
+    assert "it keeps 64.1 MiB while the policy is updated." in on_cpu.out
+
+
+def test_the_table_has_a_row_for_an_engine_that_is_there(ours, beside):
+    rows = [[name for name, _ in _component_rows(methods)] for methods in (ours, beside)]
+    assert rows[1] == [*rows[0], "rollout engine"]
+    assert "(sampler.sleep=kv_cache)" in memory_notes(beside, vllm()) and "engine" not in memory_notes(ours, OURS)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ((), "give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_utilization=0.3 is a share"),
+        (("--device_gib=0",), "device_gib must be a positive number, got 0"),
+    ],
+)
+def test_plan_has_to_know_the_device(folder, monkeypatch, option, message):
+    monkeypatch.setattr(from_config_module, "_memory_of", lambda device: None)
+    result = run(folder, "plan", *ENGINE, "--trainer.accelerator=gpu", "--trainer.devices=1", *option)
+    assert result.code == 1 and message in result.last, result.err

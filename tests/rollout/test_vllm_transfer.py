@@ -1,0 +1,221 @@
+"""How weights reach servers: over gloo really, into a fake server; over NCCL as vLLM's own transfer is called."""
+
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import build_model
+from vllm_fake_server import FakeServer
+
+from hybrid_lightning.errors import RolloutError
+from hybrid_lightning.rollout.vllm import transfer
+from hybrid_lightning.rollout.vllm.delivery import Delivery
+from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
+from hybrid_lightning.rollout.vllm.transfer import (
+    GlooTransfer,
+    NcclTransfer,
+    Update,
+    check_facts,
+    check_joined,
+    facts_of,
+    local_address,
+)
+
+
+@pytest.fixture
+def fake():
+    server = FakeServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(fake):
+    client = Server(fake.url, 5.0, None)
+    yield client
+    client.close()
+
+
+def update_of(values, everything=True):
+    first = next(iter(values.values()))
+    return Update({name: tuple(value.shape) for name, value in values.items()}, first.dtype, everything)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_arrive_bit_for_bit_by_one_connection(fake, server, dtype):
+    sender = GlooTransfer(server, "127.0.0.1", 1, {}, 5.0)
+    sender.connect()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        values = {
+            "a.weight": torch.randn(300, 200).to(dtype),
+            "a.bias": torch.randn(300).to(dtype),
+            "b": torch.tensor([1.5]).to(dtype),
+        }
+        values["a.bias"][:3] = torch.tensor([float("inf"), -0.0, 6e-8]).to(dtype)
+        sender.send(update_of(values), iter(values.items()))
+        for name, value in values.items():
+            assert fake.weights[name].dtype == dtype and torch.equal(fake.weights[name], value)
+    sender.close()
+    paths = [path for path, _ in fake.requests]
+    assert paths == ["/init_weight_transfer_engine"] + ["/start_weight_update", "/update_weights", "/finish_weight_update"] * 2
+
+
+def test_a_receiver_that_refuses_is_named_at_once(fake, server):
+    fake.config = build_model("llama").config
+    sender = GlooTransfer(server, "127.0.0.1", 1, {"hidden_size": 7}, 5.0)
+    began = time.monotonic()
+    with pytest.raises(ServerError, match="hidden_size is 32 there and 7") as raised:
+        sender.connect()
+    assert raised.value.is_final and time.monotonic() - began < 1
+
+
+def test_workers_that_do_not_reach_the_sender_are_given_up(fake, server):
+    fake.on_init_weight_transfer_engine = lambda body: fake.stopped.wait(5)
+    with pytest.raises(RolloutError, match=r"give sampler\.address"):
+        GlooTransfer(server, "127.0.0.1", 1, {}, 0.3).connect()
+
+
+def test_a_receiver_that_fails_in_the_middle_says_why(fake, server):
+    sender = GlooTransfer(server, "127.0.0.1", 1, {}, 5.0)
+    sender.connect()
+    fake.fails_updates = 1
+    values = {f"layer.{number}": torch.zeros(500, 500) for number in range(20)}
+    with pytest.raises(ServerError, match="out of memory"):
+        sender.send(update_of(values), iter(values.items()))
+
+
+def test_a_receiver_that_dies_in_the_middle_does_not_hang_the_sender(fake, server):
+    sender = GlooTransfer(server, "127.0.0.1", 1, {}, 2.0)
+    sender.connect()
+
+    def weights():
+        yield "a", torch.zeros(10)
+        fake.stop()
+        yield "b", torch.zeros(10)
+
+    began = time.monotonic()
+    with pytest.raises((RolloutError, RuntimeError)):
+        sender.send(Update({"a": (10,), "b": (10,)}, torch.float32, True), weights())
+    assert time.monotonic() - began < 6
+
+
+def test_nccl_is_driven_by_what_vllm_has_for_it(monkeypatch, server):
+    """The structure alone: there is no GPU, and no vLLM in this environment."""
+    called = []
+
+    class Engine:
+        @classmethod
+        def trainer_init(cls, info, *, client, source):
+            called.append(("init", vars(info), client, source.metadata()))
+            return cls()
+
+        def send_weights(self):
+            metadata = [(entry.name, entry.dtype, entry.shape) for entry in self.source.metadata()]
+            called.append(("send", metadata, [(name, value.clone()) for name, value in self.source]))
+
+        def shutdown(self):
+            called.append(("shutdown",))
+
+    base, engine = ModuleType("base"), ModuleType("nccl_engine")
+    base.WeightSource, base.ParamMeta = object, lambda name, dtype, shape: SimpleNamespace(name=name, dtype=dtype, shape=shape)
+    engine.NCCLTrainerInitInfo = lambda **arguments: SimpleNamespace(**arguments)
+    engine.NCCLTrainerWeightTransferEngine = Engine
+    for name in ("vllm", "vllm.distributed", "vllm.distributed.weight_transfer"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.base", base)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.nccl_engine", engine)
+    monkeypatch.setattr(transfer.torch.cuda, "device", lambda device: nullcontext())
+
+    sender = NcclTransfer(server, "10.0.0.1", 4, torch.device("cuda", 0))
+    sender.connect()
+    kind, info, client, metadata = called.pop()
+    assert kind == "init" and client is server and metadata == []
+    assert info.pop("master_port") > 0
+    assert info == {"master_address": "10.0.0.1", "world_size": 5, "packed": False, "rank": 0}
+    values = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
+    sender.send(update_of(values), iter(values.items()))
+    kind, metadata, sent = called.pop()
+    assert kind == "send" and metadata == [("a", torch.float32, (2, 3)), ("b", torch.float32, (4,))]
+    assert all(name == wanted and torch.equal(value, values[wanted]) for (name, value), wanted in zip(sent, values, strict=True))
+    sender.close()
+    assert called == [("shutdown",)]
+
+
+def test_the_client_has_what_vllm_asks_of_one():
+    names = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
+    assert all(callable(getattr(Server, name)) for name in names)
+
+
+def test_a_delivery_has_one_weight_at_a_time():
+    seen = []
+
+    def work(delivery):
+        for name, value in delivery:
+            seen.append((name, value.clone()))
+
+    delivery, memory = Delivery(work), torch.empty(2)
+    for number in range(5):
+        assert delivery.asks(1.0)
+        memory.fill_(number)  # what came before has been taken
+        delivery.give(str(number), memory)
+    delivery.end(1.0)
+    assert delivery.failure is None
+    assert [(name, value.tolist()) for name, value in seen] == [(str(number), [number, number]) for number in range(5)]
+
+
+def test_a_delivery_that_fails_hangs_or_is_cut_says_so():
+    def fail(delivery):
+        next(iter(delivery))
+        raise ValueError("first line\nsecond line")
+
+    failing = Delivery(fail)
+    assert failing.asks(1.0)
+    failing.give("a", torch.zeros(1))
+    assert not failing.asks(1.0) and str(failing.failure) == "ValueError: first line"
+
+    forever = threading.Event()
+    hanging = Delivery(lambda delivery: forever.wait(5))
+    assert not hanging.asks(0.05) and "took no weight" in str(hanging.failure)
+    forever.set()
+
+    ended = []
+
+    def note(delivery):
+        list(delivery)
+        ended.append("as if all had come")
+
+    cut = Delivery(note)
+    assert cut.asks(1.0)
+    cut.cut()
+    cut.end(1.0)
+    assert "cut short" in str(cut.failure) and not ended
+
+
+def test_a_part_of_a_joined_layer_is_refused():
+    model = SimpleNamespace(packed_modules_mapping={"qkv_proj": ["q_proj", "k_proj", "v_proj"], "o_proj": ["o_proj"]})
+    names = [f"layers.{layer}.{part}.weight" for layer in range(2) for part in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    check_joined(names, model)
+    check_joined(["layers.0.o_proj.weight"], model)
+    for left_out in (1, 6):
+        with pytest.raises(ValueError, match=rf"came without {names[left_out]}"):
+            check_joined([name for name in names if name != names[left_out]], model)
+
+
+def test_facts_are_those_of_the_text_model():
+    config = build_model("qwen3").config
+    facts = facts_of(config)
+    assert (
+        facts["model_type"] == "qwen3" and facts["head_dim"] == 8 and facts["rope_theta"] == config.rope_parameters["rope_theta"]
+    )
+    check_facts(facts, {**facts, "unknown there": 3})
+    with pytest.raises(ValueError, match=r"another model: head_dim is 8 there and 9 in the policy's config"):
+        check_facts(facts, facts | {"head_dim": 9})
+
+
+def test_the_address_is_that_of_the_network_of_the_server():
+    assert local_address("http://localhost:8000") == "127.0.0.1"

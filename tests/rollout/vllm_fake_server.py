@@ -1,0 +1,264 @@
+"""A server that speaks the part of vLLM's protocol that is used, in this process: completions are made up, weights really come.
+
+What real vLLM 0.32 answers was looked up there: statuses, error texts, and the names in its answers. Faults can be planted.
+"""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import torch
+from torch.distributed import TCPStore
+
+from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group
+
+JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+class WorkerError(Exception):
+    """What goes wrong in a worker, of which vLLM's answer says so."""
+
+
+class FakeServer:
+    """The server, in threads of its own. Its attributes may be changed at any time."""
+
+    def __init__(self, tokenizer=None, config=None, model: str = "served") -> None:
+        self.tokenizer, self.config, self.model = tokenizer, config, model
+        self.version, self.context, self.sequences = "0.32.0", 64, 8
+        self.dtype, self.logprobs_mode, self.backend = "torch.float32", "processed_logprobs", "hybrid_lightning"
+        self.missing: set[str] = set()  # paths that it does not have
+        self.key = ""  # API key
+        self.delay = 0.0  # seconds for a completion
+        self.hangs = False  # it takes requests, and does not answer
+        self.fails = 0  # requests for completions to answer with status 500 next
+        self.fails_updates = 0  # updates in which the worker fails after the first weight
+        self.requests: list[tuple[str, dict]] = []  # path and body of what it was asked
+        self.port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start, or start again: it then has its own weights."""
+        self.label, self.paused, self.active = "default", False, False
+        self.weights: dict[str, torch.Tensor] = {}
+        self.updates: list[list[str]] = []  # names of the weights of each update
+        self.group = self.store = None
+        self.ended = set[str]()  # names of requests that were aborted
+        self.stopped = threading.Event()
+        self.connections = set[socket.socket]()
+        bound = type("Bound", (_Handler,), {"fake": self})
+        self.http = _Http(("127.0.0.1", self.port), bound)
+        self.http.fake = self
+        self.port = self.http.server_address[1]
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def stop(self) -> None:
+        """Die: close all connections, that for weights too."""
+        if not self.stopped.is_set():
+            self.stopped.set()
+            self.http.shutdown()
+            self.http.server_close()
+            for connection in list(self.connections):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            self.group = self.store = None
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def asked(self, path: str) -> list[dict]:
+        """Bodies of the requests for a path."""
+        return [body for asked, body in list(self.requests) if asked == path]
+
+    # ---- what it answers
+
+    def answer(self, path: str, body: dict) -> tuple[int, dict]:
+        if path in self.missing:
+            return 404, {"detail": "Not Found"}
+        name = path.strip("/").replace("/", "_")
+        method = getattr(self, f"on_{name}", None)
+        if method is None:
+            return 404, {"detail": "Not Found"}
+        try:
+            answer = method(body)
+        except WorkerError as error:
+            text = f"Call to collective_rpc method failed: Worker failed with error '{error}', please check the stack trace above"
+            return 500, {"error": {"message": f"{text} for the root cause", "type": "InternalServerError", "code": 500}}
+        return answer if isinstance(answer, tuple) else (200, answer or {"message": "done"})
+
+    def on_version(self, body):
+        return {"version": self.version}
+
+    def on_v1_models(self, body):
+        return {"data": [{"id": self.model, "max_model_len": self.context}]}
+
+    def on_server_info(self, body):
+        model = {"max_model_len": self.context, "dtype": self.dtype, "logprobs_mode": self.logprobs_mode}
+        transfer = self.backend and {"backend": self.backend}
+        return {
+            "vllm_config": {
+                "model_config": model,
+                "scheduler_config": {"max_num_seqs": self.sequences},
+                "weight_transfer_config": transfer,
+            }
+        }
+
+    def on_get_world_size(self, body):
+        return {"world_size": 1}
+
+    def on_weight_info(self, body):
+        return {"weight_version": self.label}
+
+    def on_update_weight_version(self, body):
+        self.label = body["new_version"]
+
+    def on_tokenize(self, body):
+        return {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
+
+    def on_pause(self, body):
+        self.paused = True
+
+    def on_resume(self, body):
+        self.paused = False
+
+    def on_reset_prefix_cache(self, body):
+        return None
+
+    def on_init_weight_transfer_engine(self, body):
+        asked = body["init_info"]
+        try:
+            check_facts(facts_of(self.config) if self.config else {}, asked["config"])
+        except ValueError as error:
+            raise WorkerError(error) from error
+        if asked["port"]:
+            limit = timedelta(seconds=asked["timeout_s"])
+            self.store = TCPStore(asked["host"], asked["port"], is_master=False, timeout=limit)
+            self.store.set("worker 1", "")
+            self.group = gloo_group(self.store, 1, asked["ranks"], "127.0.0.1", limit)
+
+    def on_shutdown_weight_transfer_engine(self, body):
+        if self.active:
+            raise WorkerError("Cannot release a trainer connection during a weight update")
+        self.group = self.store = None
+
+    def on_start_weight_update(self, body):
+        if self.active:
+            raise WorkerError(
+                "start_weight_update called while a weight update is already active. Call finish_weight_update first."
+            )
+        self.active = True
+
+    def on_update_weights(self, body):
+        update, group = body["update_info"], self.group
+        try:
+            check_joined(update["names"], SimpleNamespace(packed_modules_mapping=JOINED))
+            for name, shape in zip(update["names"], update["shapes"], strict=True):
+                value = torch.empty(shape, dtype=getattr(torch, update["dtype"]))
+                group.broadcast(value, 0).wait()
+                self.weights[name] = value
+                if self.fails_updates:
+                    self.fails_updates -= 1
+                    raise WorkerError("out of memory")
+        except Exception as error:
+            self.active, self.group, self.store = False, None, None
+            raise WorkerError(error) from error
+        self.updates.append(update["names"])
+
+    def on_finish_weight_update(self, body):
+        if not self.active:
+            raise WorkerError("finish_weight_update called without a matching start_weight_update.")
+        self.active = False
+
+    def on_inference_v1_abort_requests(self, body):
+        self.ended |= set(body["request_ids"])
+
+    def on_inference_v1_generate(self, body):
+        if not body:
+            return 405, {"detail": "Method Not Allowed"}
+        if self.fails:
+            self.fails -= 1
+            return 500, {"error": {"message": "EngineCore encountered an issue"}}
+        asked, label = body["sampling_params"], self.label
+        if asked["n"] > self.sequences:
+            return 400, {"error": {"message": f"sampling_params.n must be at most the server's max_num_seqs ({self.sequences})"}}
+        until = time.monotonic() + self.delay
+        name = f"generate-tokens-{body['request_id']}"
+        while self.hangs or self.paused or time.monotonic() < until:
+            if self.stopped.wait(0.005) or name in self.ended:
+                break
+        reason = "abort" if name in self.ended else "stop"
+        return 200, {"choices": [_choice(body["token_ids"], number, reason, label) for number in reversed(range(asked["n"]))]}
+
+
+def _choice(prompt, number, reason, label):
+    """Completion `number` of a prompt, which says whose it is."""
+    tokens = [2 + sum(prompt) % 11, 2 + number, 1]
+    return {
+        "index": number,
+        "finish_reason": reason,
+        "token_ids": tokens,
+        "weight_versions": [{"version": label, "start": 0, "end": len(tokens)}],
+        "logprobs": {"content": [{"token_id": token, "logprob": -0.5 * token} for token in tokens]},
+    }
+
+
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def process_request(self, request, client_address):
+        self.fake.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        self.fake.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address):
+        """Say nothing of connections that a test has cut."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    fake: FakeServer
+
+    def do_GET(self):
+        self._answer({})
+
+    def do_POST(self):
+        length = int(self.headers.get("Content-Length") or 0)
+        self._answer(json.loads(self.rfile.read(length) or b"{}"))
+
+    def _answer(self, body):
+        path = urlsplit(self.path).path
+        self.fake.requests.append((path, body))
+        if self.fake.key and self.headers.get("Authorization") != f"Bearer {self.fake.key}":
+            status, content = 401, {"error": "Unauthorized"}
+        elif self.fake.hangs and path != "/inference/v1/generate":
+            self.fake.stopped.wait()
+            return
+        else:
+            try:
+                status, content = self.fake.answer(path, body)
+            except Exception as error:  # of the fake itself, or of the tokenizer
+                status, content = 500, {"error": {"message": f"{type(error).__name__}: {error}"}}
+        if self.fake.stopped.is_set():
+            return
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass

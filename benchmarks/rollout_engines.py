@@ -11,6 +11,7 @@ them are written as Markdown. A training run whose record is there already is no
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -264,4 +265,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that a server does not outlive this process
     sys.exit(main())

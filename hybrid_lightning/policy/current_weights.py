@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from hybrid_lightning.adapters.candidates import linear_shape
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
 from hybrid_lightning.rollout.rollout_engine import WeightsVersion
@@ -91,10 +92,12 @@ class _Part:
         """Whether its adapter takes part; not in the start policy, which is the same model without adapters."""
         return not getattr(self.module, "disable_adapters", False)
 
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def shapes(self, weights: Weights) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and whole shape of each weight."""
         for key, parameter in self.source.named_parameters(recurse=False):
-            yield f"{self.name}.{key}", _shape(self.source, key, parameter)
+            packed = _is_packed(parameter)
+            shape = linear_shape(self.source) if packed else weights.shape(self.source, key)  # type: ignore[arg-type]
+            yield f"{self.name}.{key}", shape
 
     def weights(self) -> Iterator[CurrentWeight]:
         """The weights; under FSDP2 all ranks gather them here together."""
@@ -131,7 +134,7 @@ class CurrentWeights:
 
     def shapes(self, everything: bool) -> dict[str, tuple[int, ...]]:
         """See `PolicyWeights`."""
-        return dict(shape for part in self._chosen(everything) for shape in part.shapes())
+        return dict(shape for part in self._chosen(everything) for shape in part.shapes(self._weights))
 
     def stream(self, everything: bool) -> Iterator[CurrentWeight]:
         """See `PolicyWeights`."""
@@ -198,9 +201,3 @@ def _dequantized(module: nn.Module) -> Tensor:
     weight = dequantize_module_weight(module)
     assert isinstance(weight, Tensor)
     return weight.detach()
-
-
-def _shape(module: nn.Module, key: str, parameter: Tensor) -> tuple[int, ...]:
-    if _is_packed(parameter) and key == "weight":
-        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    return tuple(parameter.shape)

@@ -8,7 +8,8 @@ other completion.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import PolicyWeights, RolloutEngine, ServedModel, Stops
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
 from hybrid_lightning.sharding.weights import Weights
-from hybrid_lightning.stopping import StopSignals
+from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import Prompt, Rollouts
 
 # Nats by which the log-probabilities of an engine may differ from the policy's, on average. In bfloat16 0.02 was seen, with other
@@ -107,8 +108,13 @@ class Generation:
             RolloutError: If the engine fails, or has other weights than the policy.
         """
         policy, sampler = self._policy, self._policy.sampler
-        if sampler.has_own_weights and (policy.weights.sharded or not sampler.shared_by_ranks or _is_first()):
-            self._give(together=policy.weights.sharded)
+        if sampler.has_own_weights and not policy.weights.sharded and (not sampler.shared_by_ranks or _is_first()):
+            self._give(together=False)
+        if sampler.has_own_weights and (sampler.version is None or sampler.version.step != self._step):
+            raise RolloutError(
+                "the rollout engine has other weights than the policy, which is split over processes; let all of them call "
+                "policy.generation.update() before they complete prompts"
+            )
 
         def on_token(running: int, decoded: int) -> None:
             for listener in policy.generation_listeners:
@@ -129,7 +135,8 @@ class Generation:
         step = sampler.version.step if sampler.has_own_weights else self._step
         made_by = torch.full_like(rollouts.finished, step, dtype=torch.long)
         rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
-        if sampler.has_own_weights and not self._agrees:
+        # A policy that is split computes with all ranks, and only in training do all of them complete equally often.
+        if sampler.has_own_weights and not self._agrees and (not policy.weights.sharded or policy.trainer.training):
             self._compare(rollouts, greedy)
         return rollouts
 
@@ -180,19 +187,8 @@ class Generation:
         weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, self._step, _is_first())
         model = self._served_model
         failure: Exception | None = None
-        everything = False
         try:
-            everything = (weights.is_sender or not sampler.shared_by_ranks) and sampler.needs_everything(weights, model)
-        except HybridLightningError as error:
-            failure = error
-        if policy.weights.sharded:  # all ranks gather the same weights, or none
-            answers = gather_objects((everything, failure is not None))
-            everything = any(needed for needed, _ in answers)
-            if failure is None and any(failed for _, failed in answers):
-                failure = RolloutError("another process has lost its rollout engines")
-        try:
-            if failure is None:
-                sampler.update(weights, model, everything)
+            sampler.update(weights, model, self._all_need(weights, model) if policy.weights.sharded else None)
         except Exception as error:
             failure = error
         self.update_seconds = time.perf_counter() - began
@@ -200,6 +196,36 @@ class Generation:
             self.fail_together(failure)
         elif failure is not None:
             raise failure
+
+    def _all_need(self, weights: PolicyWeights, model: ServedModel) -> bool:
+        """Whether one rank's engine needs all weights. All ranks have to call it, since they gather the same weights then."""
+        sampler = self._policy.sampler
+        needed, failure = False, None
+        try:
+            needed = (weights.is_sender or not sampler.shared_by_ranks) and sampler.needs_everything(weights, model)
+        except HybridLightningError as error:
+            failure = error
+        answers = gather_objects((needed, None if failure is None else str(failure)))
+        first = next((failed for _, failed in answers if failed is not None), None)
+        if first is not None:
+            raise failure or RolloutError(first)
+        return any(of_rank for of_rank, _ in answers)
+
+    @contextmanager
+    def stopping_together(self) -> Iterator[None]:
+        """End the run on all ranks after this context if one was asked to stop, or its rollout engine failed, by then.
+
+        All ranks have to enter and leave it.
+        """
+        failure: RolloutError | None = None
+        try:
+            yield
+        except RunStopped:
+            pass  # raised on this rank alone; `check_stop` tells the others
+        except RolloutError as error:
+            failure = error
+        self._policy.check_stop()
+        self.fail_together(failure)
 
     def fail_together(self, failure: Exception | None) -> None:
         """Raise a failure of one rank's engine on all ranks. All ranks have to call it.

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.engine import Backend, base_model
-from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, evaluate, log_evaluation, predictions, repeat_prompts
 from hybrid_lightning.policy.generation import Generation
@@ -243,21 +243,9 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     # ---- signals
 
-    @contextmanager
-    def stopping_together(self) -> Iterator[None]:
-        """End the run on all ranks after this context if one was asked to stop, or its rollout engine failed, by then.
-
-        All ranks have to enter and leave it.
-        """
-        failure: RolloutError | None = None
-        try:
-            yield
-        except RunStopped:
-            pass  # raised on this rank alone; `check_stop` tells the others
-        except RolloutError as error:
-            failure = error
-        self.check_stop()
-        self.generation.fail_together(failure)
+    def stopping_together(self) -> AbstractContextManager[None]:
+        """See `Generation.stopping_together`."""
+        return self.generation.stopping_together()
 
     def check_stop(self) -> None:
         """Raise `RunStopped` on all ranks if one of them has been asked to stop. All ranks have to call it."""
@@ -369,9 +357,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """Give a rollout engine with weights of its own those of the policy now."""
         self.generation.update()
 
-    def on_test_epoch_start(self) -> None:
-        """Give a rollout engine with weights of its own those of the policy now."""
-        self.generation.update()
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         """Complete and score a batch of prompts, greedily and by sampling."""
@@ -401,7 +387,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     def on_predict_epoch_end(self) -> None:
         """Gather the weights as often as the rank with the most batches: no prompt is repeated to make the ranks even."""
-        for _ in range(self._missing_batches):
+        for _ in range(0 if self.sampler.has_own_weights else self._missing_batches):
             self.weights.gathered(lambda: None)
 
     def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:

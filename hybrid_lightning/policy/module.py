@@ -282,6 +282,7 @@ class PolicyModule(LanguageModule):
         count = self.rollout_schedule.prompts_per_rollout if num_prompts is None else num_prompts
         chosen = [prompts[i] for i in order[:count]]
         rollouts, rewards = calibration_rollouts(self, chosen, kept or KeptScoring())
+        self.sampler.release_memory()
         advantages = self.advantage.of_rewards(rewards, self.rollout_schedule.samples_per_prompt)
         sequences = self.trained_sequences(rollouts)
         if not sequences.completion_mask.any():

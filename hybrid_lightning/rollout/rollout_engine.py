@@ -210,7 +210,7 @@ class RolloutEngine(Configurable, ABC):
         """Whether the next `update` has to give it all weights, and not only those that training changes."""
         return False
 
-    def update(self, weights: PolicyWeights, model: ServedModel, everything: bool) -> None:
+    def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
         """Give an engine with weights of its own those of the policy, unless it has them already.
 
         Where weights are split over ranks, all ranks call this, and iterate over what `stream` yields.
@@ -218,7 +218,7 @@ class RolloutEngine(Configurable, ABC):
         Args:
             weights: The policy's weights now.
             model: The policy's model.
-            everything: What `needs_everything` has said; of an engine that ranks share, to the first rank.
+            everything: Whether all weights are given, as all ranks have agreed; None: what `needs_everything` says.
 
         Raises:
             RolloutError: If they cannot be given to it.

@@ -38,6 +38,10 @@ class Weights:
         """
         return function()
 
+    def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
+        """Shape of a module's own weight of this name, as it is when it is whole."""
+        return tuple(module.get_parameter(name).shape)
+
     def owner(self, module: nn.Module) -> nn.Module | None:
         """The part of the model whose weights are gathered together, and this module's with them; None where no part is."""
         return None
@@ -172,7 +176,12 @@ class _Weights1(_ShardedWeights):
         with flagged, FSDP1Unit.summon_full_params(self._model, writeback=False), self._gathered_once():
             return function()
 
-    def owner(self, module: nn.Module) -> nn.Module | None:
+    def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
+        flat = self.owner(module)._handle.flat_param
+        shapes = zip(flat._param_infos, flat._shapes, strict=True)
+        return next(tuple(shape) for info, shape in shapes if info.module is module and info.param_name == name)
+
+    def owner(self, module: nn.Module) -> Any:
         if not self._owners:
             for unit in FSDP1Unit.fsdp_modules(self._model):  # outer ones first, so that the innermost is left
                 self._owners |= dict.fromkeys(unit.modules(), unit)

@@ -3,6 +3,8 @@
 in_process.py    `VLLMSampler`: an engine in the training process
 servers.py       `VLLMServerSampler`: servers reached over HTTP
 server_client.py one server: its checks, its requests, its weights
+dispatch.py      spreads the requests of a rollout over servers
+delivery.py      gives one server the weights of an update
 completing.py    what both ask of vLLM, and what they make of its answers
 guest.py         keeps vLLM from changing the process that it is in
 transfer.py      sends weights to servers

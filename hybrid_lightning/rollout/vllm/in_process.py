@@ -21,7 +21,7 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or training's threads would be bound to cores, too
     "VLLM_NO_USAGE_STATS": "1",
 }
-_CPU_CACHE = 2**32  # most bytes of the KV cache on a CPU, where vLLM by itself takes a share of the whole memory
+_CPU_CACHE = 2**30  # most bytes of the KV cache on a CPU, where vLLM by itself takes a share of the whole memory
 _CPU_SEQUENCES = 128  # that are completed together there
 
 
@@ -33,7 +33,7 @@ class VLLMSampler(VLLMEngine):
 
     Args:
         gpu_memory_utilization: Share of the device's memory that the engine may take, for its weights and its KV cache. On a CPU
-            it is not used: the cache is as large as the completions of a rollout need.
+            it is not used: the cache has room for 128 sequences of `max_model_len` tokens, 1 GiB at most.
         max_model_len: Longest prompt with completion, in tokens; None takes the model's positions, or what fits into memory.
         sleep: What the engine frees while the policy is updated: `kv_cache`; `weights` moves its weights to the host as well;
             `nothing` keeps all. On a CPU nothing is freed.
@@ -63,9 +63,13 @@ class VLLMSampler(VLLMEngine):
             )
         if sleep not in ("nothing", "kv_cache", "weights"):
             raise ConfigError(f"sampler.sleep must be nothing, kv_cache or weights, got {sleep!r}")
-        own = sorted({"model", "dtype", "load_format", "logprobs_mode"} & set(engine_args or {}))
-        if own:
-            raise ConfigError(f"sampler.engine_args must not have {own[0]!r}, which follows from the policy; remove it")
+        given = set(engine_args or {})
+        if follows := sorted({"model", "dtype", "load_format", "logprobs_mode"} & given):
+            raise ConfigError(f"sampler.engine_args must not have {follows[0]!r}, which follows from the policy; remove it")
+        if other := sorted({"gpu_memory_utilization", "max_model_len"} & given):
+            raise ConfigError(f"sampler.engine_args must not have {other[0]!r}; give it as sampler.{other[0]}")
+        if "enable_sleep_mode" in given:
+            raise ConfigError("sampler.engine_args must not have 'enable_sleep_mode'; give sampler.sleep")
         self.gpu_memory_utilization, self.max_model_len, self.sleep = gpu_memory_utilization, max_model_len, sleep
         self.engine_args = dict(engine_args or {})
         self._guest = Guest(_ENVIRONMENT)
@@ -95,8 +99,9 @@ class VLLMSampler(VLLMEngine):
         """See `RolloutEngine`: at the start, unless the engine reads them from a folder, and when the base has been quantized."""
         return model.folder is None if self._llm is None else self._base != weights.base
 
-    def update(self, weights: PolicyWeights, model: ServedModel, everything: bool) -> None:
+    def update(self, weights: PolicyWeights, model: ServedModel, everything: bool | None = None) -> None:
         """See `RolloutEngine`. The first call starts the engine."""
+        everything = self.needs_everything(weights, model) if everything is None else everything
         with self._guest.visiting():
             if self._llm is None:
                 self._start(model)
@@ -184,14 +189,15 @@ class VLLMSampler(VLLMEngine):
         return options | self.engine_args
 
     def cache_bytes_on_cpu(self, config: Any, dtype: torch.dtype) -> int:
-        """Bytes of the KV cache on a CPU, where it is as large as the longest completions need, within bounds.
+        """Bytes of the KV cache on a CPU: for 128 sequences of the longest kind, within bounds, and for one in any case.
 
         Args:
             config: The model's config.
             dtype: Dtype of the engine's weights.
         """
-        wanted = _CPU_SEQUENCES * self._context_on_cpu(config) * cache_bytes_of_token(config, dtype)
-        return int(self.engine_args.get("kv_cache_memory_bytes") or max(2**26, min(_CPU_CACHE, wanted)))
+        one = self._context_on_cpu(config) * cache_bytes_of_token(config, dtype)
+        chosen = max(2**26, one, min(_CPU_CACHE, _CPU_SEQUENCES * one))
+        return int(self.engine_args.get("kv_cache_memory_bytes") or chosen)
 
     def _context_on_cpu(self, config: Any) -> int:
         return self.max_model_len or getattr(config.get_text_config(), "max_position_embeddings", None) or 4096

@@ -79,14 +79,12 @@ def case(name: str, record: dict[str, Any]) -> str:
     """What was measured of one model in one dtype."""
     settings, summary = record["settings"], record["summary"]
     prompt = f"{settings['prompt_tokens']} tokens" if settings["prompt_tokens"] else "products such as `347*6=`"
-    full = settings["mean_tokens"] == settings["max_new_tokens"]
-    length = f"all of {settings['max_new_tokens']} tokens" if full else f"of at most {settings['max_new_tokens']} tokens"
     return "\n\n".join(
         [
             f"## {name.rpartition('_')[0]}, {settings['dtype']}",
             f"    {record['about']['command']}",
-            f"{settings['prompts']} prompts ({prompt}) x {settings['samples']} completions {length}, "
-            f"{settings['minibatches']} optimizer steps a rollout. {where(record['about'])}",
+            f"{settings['prompts']} prompts ({prompt}) x {settings['samples']} completions of at most "
+            f"{settings['max_new_tokens']} tokens, {settings['minibatches']} optimizer steps a rollout. {where(record['about'])}",
             engines_table(summary["engines"], record["server_peak"]),
             memory_table(summary["engines"]),
             whole_steps(record),

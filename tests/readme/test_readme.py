@@ -209,7 +209,9 @@ def test_every_python_and_yaml_block_is_run():
     marked = sum(len(re.findall(r"^<!-- run: \w+ -->\n```(?:python|yaml)$", text, re.MULTILINE)) for text in PAGES.values())
     there = sum(len(blocks(language, text)) for text in PAGES.values() for language in ("python", "yaml"))
     assert marked == there - 1, "all but the one of the reference, which its test reads"
-    assert examples().keys() == {*PARTS, "function", "yaml", "own_part_yaml", "python", "adaptable", "served"}, "each needs a test here"
+    assert examples().keys() == {*PARTS, "function", "yaml", "own_part_yaml", "python", "adaptable", "served"}, (
+        "each needs a test here"
+    )
 
 
 # ---- paths and links

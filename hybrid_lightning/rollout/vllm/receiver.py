@@ -15,7 +15,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from hybrid_lightning.rollout.vllm.transfer import check_facts, check_joined, facts_of, gloo_group, local_address
+from hybrid_lightning.rollout.vllm.transfer import LACKS, check_facts, check_joined, facts_of, gloo_group, local_address
 
 
 @dataclass
@@ -45,6 +45,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     init_info_cls = GlooInit
     update_info_cls = GlooUpdate
     _group: ProcessGroupGloo | None = None
+    _loaded: set[str] | None = None  # names of vLLM's weights that came, where all should have come
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         """Connect to the sender.
@@ -69,23 +70,29 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
-        """Put weights that did not come back in place."""
+        """Put weights that did not come back in place, and share those that are tied.
+
+        Raises:
+            ValueError: If all weights should have come, and the policy lacks one of vLLM's model.
+        """
+        loaded, self._loaded = self._loaded, None
         finalize_layerwise_reload(self.model, self.model_config)
+        if loaded is not None:  # tied weights have one name from here on
+            missing = {name for name, _ in self.model.named_parameters()} - loaded
+            if missing:
+                raise ValueError(f"{LACKS} {min(missing)}: vLLM knows this architecture under other names")
+            pack_tied(self.model)
 
     def receive_weights(self, update_info: GlooUpdate) -> None:
         """Receive the weights of one update.
 
         Raises:
-            ValueError: If a joined layer would get only some of its parts, or the policy lacks a weight of vLLM's model.
+            ValueError: If a joined layer would get only some of its parts.
         """
         try:
             check_joined(update_info.names, self.model)
             loaded = self.model.load_weights(self._received(update_info))
-            missing = {name for name, _ in self.model.named_parameters()} - set(loaded or ()) if update_info.everything else ()
-            if missing:
-                raise ValueError(f"the policy lacks {min(missing)}: vLLM knows this architecture under other names")
-            if update_info.everything:
-                pack_tied(self.model)
+            self._loaded = set(loaded or ()) if update_info.everything else None
         except BaseException:
             self._undo()
             raise

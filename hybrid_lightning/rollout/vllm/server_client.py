@@ -19,7 +19,7 @@ from hybrid_lightning.rollout.rollout_engine import ServedModel
 from hybrid_lightning.rollout.vllm.completing import Answer
 from hybrid_lightning.rollout.vllm.installed import check_version
 from hybrid_lightning.rollout.vllm.plugin import BACKEND
-from hybrid_lightning.rollout.vllm.transfer import facts_of
+from hybrid_lightning.rollout.vllm.transfer import LACKS, facts_of
 
 BACKENDS = (BACKEND, "nccl")  # ways to send weights
 _CONNECT_S = 10.0
@@ -54,7 +54,7 @@ class ServerError(RolloutError):
     def is_final(self) -> bool:
         """Whether the same request would be refused again."""
         wrong = self.status is not None and 400 <= self.status < 500 and self.status not in (408, 429)
-        return wrong or self.cause.startswith("another model")
+        return wrong or self.cause.startswith(("another model", LACKS))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from hybrid_lightning.errors import RolloutError
 
+LACKS = "the policy lacks"  # begins what a server says that has other weights than the policy
 _LIMIT_S = 120.0  # longest time in which a weight may be on its way
 _SLOWEST = 1e7  # bytes in a second that a network brings at least
 _FACTS = (

@@ -12,7 +12,8 @@ sys.path.append(str(Path(__file__).parents[1] / "sharding"))  # for the helper t
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
+    # With tied embeddings, which an engine has to share again after it got them.
+    return write_model(tmp_path_factory.mktemp("model"), tied=True)
 
 
 @pytest.fixture(scope="session")

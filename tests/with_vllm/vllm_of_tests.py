@@ -130,13 +130,14 @@ def largest_difference(policy: PolicyModule, rollouts, temperature: float | None
     return float(difference[rollouts.sequences.completion_mask].max())
 
 
-def write_model(folder: Path, family: str = "llama") -> Path:
+def write_model(folder: Path, family: str = "llama", layers: int = 3, tied: bool = False) -> Path:
     """A random model whose sizes vLLM's attention has on a CPU, with a tokenizer that knows letters."""
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 128,
         "intermediate_size": 192,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": layers,
+        "tie_word_embeddings": tied,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
@@ -150,7 +151,8 @@ def write_model(folder: Path, family: str = "llama") -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 or name.endswith("bias"):  # biases, too, so that one that is left out shows
-                parameter.normal_(0, 0.1 if "layers" in name else 0.5)
+                # A large tied embedding would make every token predict itself.
+                parameter.normal_(0, 0.1 if "layers" in name or tied else 0.5)
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder

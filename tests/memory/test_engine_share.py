@@ -78,8 +78,9 @@ def test_the_engine_has_the_weights_with_which_the_policy_computes():
     ("max_model_len", "given", "cache"),
     [
         (None, {}, 2**26),  # 128 sequences of the policy's 64 positions take less
-        (4096, {}, 128 * 4096 * 2 * 4 * 128 * 4),  # 4 layers whose keys have 128 numbers
-        (16384, {}, 2**32),
+        (1024, {}, 128 * 1024 * 2 * 4 * 128 * 4),  # 4 layers whose keys have 128 numbers
+        (16384, {}, 2**30),
+        (2**19, {}, 2**19 * 2 * 4 * 128 * 4),  # one sequence, for which there has to be room
         (None, {"kv_cache_memory_bytes": 123}, 123),
     ],
 )
@@ -269,7 +270,7 @@ def folder(tmp_path_factory):
         yield folder
 
 
-ENGINE = ("--config", "t.yaml", "--model.sampler=VLLMSampler")
+ENGINE = ("--config", "t.yaml", "--model.sampler=VLLMSampler", "--model.correction=TokenTruncation")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pairs import BenchmarkError, environment, last_line
 START_S = 600.0  # that a server may take to be ready
 END_S = 30.0  # and to end
 CACHE_GIB = 1  # KV cache on a CPU, where vLLM by itself takes a share of the machine's memory
+BATCHED_TOKENS = 8192  # of prompts in one pass on a CPU; at least the longest prompt with completion
 _ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # without which it lets nobody change its weights
     "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),  # not for the whole benchmark: it would count for engines in process, too
@@ -101,11 +102,12 @@ def command(folder: Path, dtype: str, device: str, port: int, context: int | Non
     arguments += ["--host", "127.0.0.1", "--port", str(port), "--enable-scale-out", "--generation-config", "vllm"]
     arguments += ["--logprobs-mode", "processed_logprobs", "--weight-transfer-config", f'{{"backend": "{backend}"}}']
     arguments += ["--max-model-len", str(context)] if context else []
-    # As many as in process; on a GPU also the same share of its memory.
-    return [
-        *arguments,
-        *(["--gpu-memory-utilization", "0.3"] if device == "cuda" else ["--enforce-eager", "--max-num-seqs", "128"]),
-    ]
+    if device == "cuda":
+        return [*arguments, "--gpu-memory-utilization", "0.3"]  # as in process
+    # As many sequences as in process. A prompt is never cut into chunks: on a CPU vLLM 0.32 ends with "CPU Generator does not use
+    # offset" when it puts off the rest of a prompt whose request has a seed.
+    whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(context or 0, BATCHED_TOKENS))]
+    return [*arguments, "--enforce-eager", "--max-num-seqs", "128", *whole]
 
 
 def free_port() -> int:

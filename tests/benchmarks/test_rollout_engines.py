@@ -220,10 +220,10 @@ http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()
 def test_the_command_of_a_server():
     on_cpu = engine_server.command(Path("model"), "float32", "cpu", 8000, None)
     assert '{"backend": "hybrid_lightning"}' in on_cpu and "--enable-scale-out" in on_cpu
-    assert "--max-model-len" not in on_cpu
+    assert "--max-model-len" not in on_cpu and "--no-enable-chunked-prefill" in on_cpu
     on_gpu = engine_server.command(Path("model"), "bfloat16", "cuda", 8000, 192)
     assert '{"backend": "nccl"}' in on_gpu and "--gpu-memory-utilization" in on_gpu
-    assert on_gpu[on_gpu.index("--max-model-len") + 1] == "192"
+    assert on_gpu[on_gpu.index("--max-model-len") + 1] == "192" and "--no-enable-chunked-prefill" not in on_gpu
 
 
 # ---- TRL

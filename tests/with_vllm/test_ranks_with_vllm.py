@@ -29,7 +29,9 @@ class Log(Callback):
         self.steps = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        timed = ("time/", "throughput/")
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.steps.append({name: value for name, value in metrics.items() if not name.startswith(timed) and "_s" != name[-2:]})
 
 
 def train(folder, strategy, root, sampler="process", url=None, steps=4):
@@ -52,6 +54,7 @@ def train(folder, strategy, root, sampler="process", url=None, steps=4):
         lr_lora=1e-2,
         **sizes,
     )
+    torch.manual_seed(11)  # of LoRA's first weights
     log = Log()
     trainer = build_trainer(
         root, build_adapter(), log, max_steps=steps, strategy=STRATEGIES[strategy](), devices=2, limit_val_batches=1
@@ -76,3 +79,19 @@ def test_two_ranks_train_on_what_vllm_completes(tmp_path, request, strategy, sam
             assert step["sampling/logp_difference/max"] < 1e-3, "each rank's engine has the weights of all"
             assert step["sampling/weights_version_lag"] == number % 2
     assert results[0]["steps"][-1]["loss"] == results[1]["steps"][-1]["loss"]
+
+
+def around(folder, strategy, root):
+    """Metrics of a run with our sampler, before and after one with an engine in the same process."""
+    before = train(folder, strategy, root / "before", "ours")
+    train(folder, strategy, root / "vllm", "process", steps=2)
+    return before, train(folder, strategy, root / "after", "ours")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_an_engine_leaves_no_trace_in_the_runs_that_follow_it(tmp_path, strategy):
+    folder = write_model(tmp_path / "model")
+    for before, after in run(2, tmp_path / "ranks", around, 240, folder=folder, strategy=strategy, root=tmp_path / "run"):
+        assert len(before["steps"]) == 4
+        for one, other in zip(before["steps"], after["steps"], strict=True):
+            assert one == other, "bit for bit"

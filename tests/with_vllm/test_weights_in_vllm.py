@@ -162,6 +162,8 @@ def test_a_joined_layer_that_gets_only_some_of_its_parts_is_refused(tmp_path, sa
     move(policy, seed=2)
     with pytest.raises(ValueError, match=rf"came without .*{left_out}"):
         complete(policy)
+    monkeypatch.undo()
+    assert largest_difference(policy, complete(policy)) < 1e-4, "all is sent again"
 
 
 def test_a_sync_allocates_at_most_1_2_times_the_largest_joined_layer_in_float32(tmp_path, sampler):

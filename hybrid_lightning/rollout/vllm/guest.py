@@ -37,9 +37,7 @@ class Guest:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment: dict[str, str | None] = dict(environment)  # None: deleted
-        # Process groups are kept in an object of torch, which a second one replaces for vLLM. Groups are told apart by numbers
-        # that count on in both.
-        self._world: Any = distributed_c10d._World()
+        self._world: Any = _World()
         self._outside: Any = None  # training's, while vLLM works
         self._random: dict[str, Any] | None = None
         self._set_threads: Any = torch.set_num_threads
@@ -59,13 +57,13 @@ class Guest:
         self._within = True
         before = dict(os.environ)
         random, threads, set_threads = capture_random_state(), torch.get_num_threads(), torch.set_num_threads
-        self._outside = distributed_c10d._world
+        self._outside, groups = distributed_c10d._world, distributed_c10d._group_count
         policy, freeze = _memory_policy(), gc.freeze
         dtype, hook = torch.get_default_dtype(), sys.excepthook  # which torch replaces with the first process group
         _set_environment(self._environment)
         if self._random is not None:
             restore_random_state(self._random)
-        distributed_c10d._world = self._world
+        _enter_world(self._world)
         torch.set_num_threads = self._set_threads
         gc.freeze = _leave_as_it_is  # what was frozen could not be told apart from what was before
         try:
@@ -73,7 +71,11 @@ class Guest:
                 warnings.simplefilter("ignore")  # of what vLLM calls in torch, about which no user can do anything
                 yield
         finally:
-            distributed_c10d._world = self._outside
+            _enter_world(self._outside)
+            if distributed_c10d._group_count < groups:  # vLLM has ended its default group, and torch then forgets all groups
+                distributed_c10d._group_count = groups
+                for group, name in self._outside.pg_names.items():
+                    distributed_c10d._register_process_group(name, group)
             self._random, self._set_threads = capture_random_state(), torch.set_num_threads
             restore_random_state(random)
             torch.set_num_threads = set_threads
@@ -90,11 +92,44 @@ class Guest:
     @contextmanager
     def with_own_groups(self) -> Iterator[None]:
         """Within this context, inside of `visiting`, the process groups are training's."""
-        distributed_c10d._world = self._outside
+        _enter_world(self._outside)
         try:
             yield
         finally:
-            distributed_c10d._world = self._world
+            _enter_world(self._world)
+
+    def end_groups(self) -> None:
+        """End vLLM's process groups, inside of `visiting`. torch's `destroy_process_group` would end training's, too."""
+        assert self._within
+        for group in list(self._world.pg_map):
+            group.shutdown()
+            distributed_c10d._unregister_process_group(self._world.pg_names[group])
+        self._world = _World()
+        _enter_world(self._world)
+
+
+class _World(distributed_c10d._World):
+    """Process groups apart from those that there are; torch has this class so that it can be replaced.
+
+    Groups are told apart by numbers, which count on in all worlds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own: dict[str, dict] = {}
+
+    pg_map = property(lambda self: self._own.setdefault("map", {}))  # type: ignore[assignment]
+    pg_names = property(lambda self: self._own.setdefault("names", {}))  # type: ignore[assignment]
+    pg_group_ranks = property(lambda self: self._own.setdefault("ranks", {}))  # type: ignore[assignment]
+    pg_backend_config = property(lambda self: self._own.setdefault("backends", {}))  # type: ignore[assignment]
+    tags_to_pg = property(lambda self: self._own.setdefault("of tags", {}))  # type: ignore[assignment]
+    pg_to_tag = property(lambda self: self._own.setdefault("tags", {}))  # type: ignore[assignment]
+
+
+def _enter_world(world: Any) -> None:
+    distributed_c10d._world = world
+    group = world.default_pg
+    torch._C._distributed_c10d._set_global_rank(-1 if group is None else group.rank())  # which torch's logs name
 
 
 def _leave_as_it_is() -> None:

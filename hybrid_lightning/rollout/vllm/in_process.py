@@ -1,5 +1,6 @@
 """`VLLMSampler`: completions by a vLLM engine in the training process, one for each device."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -108,7 +109,7 @@ class VLLMSampler(VLLMEngine):
             elif self.version == weights.version:
                 return
             self._wake("weights")
-        self.version = None  # until all is well
+        self.version, self._base = None, ""  # until all is well
         loaded = self._call(_load, self._gathered(weights.stream(everything)), everything)
         missing = self._call(_names) - loaded if everything else set()
         if missing:
@@ -147,7 +148,7 @@ class VLLMSampler(VLLMEngine):
                 from vllm import LLM
 
                 self._llm = LLM(**options)
-            except (RuntimeError, ValueError, OSError, ImportError) as error:
+            except Exception as error:  # vLLM and CUDA have no classes for it
                 raise RolloutError(_why_not_started(error, self)) from error
         context = self._llm.llm_engine.model_config.max_model_len
         if context <= self.max_new_tokens:
@@ -260,11 +261,16 @@ class VLLMSampler(VLLMEngine):
         if self._llm is None:
             return
         with self._guest.visiting():
-            self._llm.llm_engine.engine_core.shutdown()
-            from vllm.distributed import cleanup_dist_env_and_memory
+            from vllm.distributed import parallel_state
 
+            self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
-            cleanup_dist_env_and_memory()
+            parallel_state.destroy_model_parallel()
+            parallel_state._WORLD = None
+            self._guest.end_groups()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         self.version, self._base, self._asleep = None, "", False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -324,7 +330,7 @@ def _load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) 
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    from hybrid_lightning.rollout.vllm.receiver import pack_tied
+    from hybrid_lightning.rollout.vllm.receiver import abandon, pack_tied
     from hybrid_lightning.rollout.vllm.transfer import check_joined
 
     model, came = worker.model_runner.model, []
@@ -337,7 +343,11 @@ def _load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) 
 
     with set_current_vllm_config(worker.vllm_config):
         initialize_layerwise_reload(model)
-        loaded: set[str] = model.load_weights(noted())
+        try:
+            loaded: set[str] = model.load_weights(noted())
+        except BaseException:
+            abandon(model, worker.model_runner.model_config)
+            raise
         finalize_layerwise_reload(model, worker.model_runner.model_config)
         if everything:
             pack_tied(model)

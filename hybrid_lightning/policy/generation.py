@@ -13,16 +13,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers.utils import cached_file
 
-from hybrid_lightning.engine import Engine, token_logprobs
+from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import HybridLightningError, RolloutError
-from hybrid_lightning.policy.current_weights import CurrentWeights
 from hybrid_lightning.policy.loading import DTYPES
 from hybrid_lightning.policy.modes import product_dtype
 from hybrid_lightning.policy.pretrained import Pretrained
@@ -33,6 +32,9 @@ from hybrid_lightning.sharding.ranks import gather_objects, world_size
 from hybrid_lightning.sharding.weights import Weights
 from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import Prompt, Rollouts
+
+if TYPE_CHECKING:
+    from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
 
 # Nats by which the log-probabilities of an engine may differ from the policy's, on average. In bfloat16 0.02 was seen, with other
 # weights more than 2.
@@ -57,7 +59,7 @@ class GeneratingPolicy(Protocol):
         ...
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> "Engine":
         """The engine of its model."""
         ...
 
@@ -181,9 +183,12 @@ class Generation:
             together: Whether all ranks are here, so that a failure on one is raised on all.
         """
         policy, sampler, began = self._policy, self._policy.sampler, time.perf_counter()
+        before = sampler.version
         base = policy.base_digest
         if policy.quantization is not None and policy.plan is not None:  # the base is quantized when it is adapted
             base = f"{base} {policy.quantization.to_config()}"
+        from hybrid_lightning.policy.current_weights import CurrentWeights  # with PEFT, which is slow to import
+
         weights: PolicyWeights = CurrentWeights(policy.model, policy.weights, base, self._step, _is_first())
         model = self._served_model
         failure: Exception | None = None
@@ -191,7 +196,8 @@ class Generation:
             sampler.update(weights, model, self._all_need(weights, model) if policy.weights.sharded else None)
         except Exception as error:
             failure = error
-        self.update_seconds = time.perf_counter() - began
+        if sampler.version != before:
+            self.update_seconds = time.perf_counter() - began
         if together:
             self.fail_together(failure)
         elif failure is not None:

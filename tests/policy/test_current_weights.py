@@ -168,9 +168,10 @@ class Copying(Sampler):
     def needs_everything(self, weights, model):
         return self.version is None
 
-    def update(self, weights, model, everything):
+    def update(self, weights, model, everything=None):
         if weights.version == self.version:
             return
+        everything = self.needs_everything(weights, model) if everything is None else everything
         if len(self.updates) == self.fails_at:
             raise RolloutError("no server answers")
         self.updates.append((weights.version.step, everything))

@@ -15,7 +15,7 @@ from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import ServedModel
 from hybrid_lightning.rollout.vllm import in_process, installed
 from hybrid_lightning.rollout.vllm.completing import seeds_of
-from hybrid_lightning.rollout.vllm.in_process import _Deferred
+from hybrid_lightning.rollout.vllm.deferred import Deferred
 from hybrid_lightning.types import Prompt
 
 
@@ -213,7 +213,7 @@ class Counted:
 
 def test_a_deferred_weight_is_computed_once_where_it_is_copied():
     weight = Counted()
-    deferred = _Deferred.of(weight)
+    deferred = Deferred.of(weight)
     part = deferred.narrow(0, 2, 3)
     assert deferred.shape == (6, 4) and part.shape == (3, 4) and weight.rows == 0
     joined = torch.zeros(8, 4, dtype=torch.bfloat16)
@@ -228,14 +228,14 @@ def test_a_deferred_weight_is_computed_once_where_it_is_copied():
 )
 def test_whatever_else_is_done_with_a_deferred_weight_gets_its_values(use):
     weight = Counted()
-    result = use(_Deferred.of(weight))
-    result = result.computed() if isinstance(result, _Deferred) else result
+    result = use(Deferred.of(weight))
+    result = result.computed() if isinstance(result, Deferred) else result
     assert torch.equal(result, use(weight.values))
 
 
 def test_a_deferred_weight_of_another_shape_is_refused():
     with pytest.raises(AssertionError, match=r"w: torch\.Size\(\[6, 4\]\) into torch\.Size\(\[5, 4\]\)"):
-        torch.empty(5, 4).copy_(_Deferred.of(Counted()))
+        torch.empty(5, 4).copy_(Deferred.of(Counted()))
 
 
 def test_only_completions_that_ended_are_answers():

@@ -31,7 +31,7 @@ class Log(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         timed = ("time/", "throughput/")
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.steps.append({name: value for name, value in metrics.items() if not name.startswith(timed) and "_s" != name[-2:]})
+        self.steps.append({name: value for name, value in metrics.items() if not name.startswith(timed) and name[-2:] != "_s"})
 
 
 def train(folder, strategy, root, sampler="process", url=None, steps=4):

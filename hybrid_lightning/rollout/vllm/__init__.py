@@ -1,8 +1,10 @@
 """Completions by vLLM, with the policy's weights in it: in the training process, or by servers.
 
 in_process.py    `VLLMSampler`: an engine in the training process
+deferred.py      weights that are computed where an engine in this process copies them
 servers.py       `VLLMServerSampler`: servers reached over HTTP
 server_client.py one server: its checks, its requests, its weights
+server_facts.py  what a server says of itself
 dispatch.py      spreads the requests of a rollout over servers
 delivery.py      gives one server the weights of an update
 completing.py    what both ask of vLLM, and what they make of its answers

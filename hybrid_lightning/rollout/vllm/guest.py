@@ -32,10 +32,10 @@ class Guest:
     """The state of a process as vLLM wants it, put in place while vLLM works.
 
     Args:
-        environment: Variables that vLLM finds beside those of the process.
+        environment: Variables that vLLM finds beside those of the process; None for one that it shall not find.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str | None]) -> None:
         self._environment: dict[str, str | None] = dict(environment)  # None: deleted
         self._world: Any = _World()
         self._outside: Any = None  # training's, while vLLM works

@@ -9,21 +9,23 @@ from typing import Any, Literal, Self
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.rollout_engine import PolicyWeight, PolicyWeights, ServedModel
 from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
+from hybrid_lightning.rollout.vllm.deferred import Deferred, load, weight_names
 from hybrid_lightning.rollout.vllm.guest import Guest
 from hybrid_lightning.rollout.vllm.installed import check_installed
 
-_ENVIRONMENT = {
+_ENVIRONMENT: dict[str, str | None] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights need not leave it
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or training's threads would be bound to cores, too
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": None,  # which would take the place of what is planned
 }
 _CPU_CACHE = 2**30  # most bytes of the KV cache on a CPU, where vLLM by itself takes a share of the whole memory
 _CPU_SEQUENCES = 128  # that are completed together there
+_CPU_TOKENS = 2**13  # of prompts that are taken in together there, at least
 
 
 class VLLMSampler(VLLMEngine):
@@ -110,8 +112,8 @@ class VLLMSampler(VLLMEngine):
                 return
             self._wake("weights")
         self.version, self._base = None, ""  # until all is well
-        loaded = self._call(_load, self._gathered(weights.stream(everything)), everything)
-        missing = self._call(_names) - loaded if everything else set()
+        loaded = self._call(load, self._gathered(weights.stream(everything)), everything)
+        missing = self._call(weight_names) - loaded if everything else set()
         if missing:
             raise RolloutError(
                 f"vLLM has {len(missing)} weights that the policy lacks, such as {min(missing)!r}: it knows this architecture "
@@ -129,7 +131,7 @@ class VLLMSampler(VLLMEngine):
                 weight = next(weights, None)
             if weight is None:
                 return
-            yield weight.name, _Deferred.of(weight)
+            yield weight.name, Deferred.of(weight)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function of the engine's worker and further arguments."""
@@ -178,7 +180,9 @@ class VLLMSampler(VLLMEngine):
             options["load_format"] = "dummy"
         if model.device.type == "cpu":
             options |= {"enforce_eager": True, "max_num_seqs": _CPU_SEQUENCES}
-            options["max_model_len"] = self._context_on_cpu(model.config)
+            context = options["max_model_len"] = self._context_on_cpu(model.config)
+            # A prompt with a seed that vLLM 0.32 takes in pieces ends it on a CPU ("CPU Generator does not use offset").
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, _CPU_TOKENS)}
             options["kv_cache_memory_bytes"] = self.cache_bytes_on_cpu(model.config, model.dtype)
             del options["gpu_memory_utilization"]
         else:
@@ -276,87 +280,6 @@ class VLLMSampler(VLLMEngine):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy with the same arguments and no engine, as Lightning makes of hyper-parameters."""
         return type(self)(**self._init_args)
-
-
-class _Deferred(torch.Tensor):
-    """A weight that is computed where it is copied to.
-
-    vLLM collects the parts of a joined layer until it has all, allocates the layer, and copies the parts into it. With ordinary
-    tensors there would be two copies of the layer beside the engine's own; here there is one.
-    """
-
-    _weight: PolicyWeight
-    _first: int
-
-    @staticmethod
-    def of(weight: PolicyWeight, first: int = 0, rows: int | None = None) -> "_Deferred":
-        """Some rows of a weight."""
-        shape = weight.shape if rows is None else torch.Size([rows, *weight.shape[1:]])
-        tensor: Any = torch.Tensor._make_wrapper_subclass(_Deferred, shape, dtype=torch.float32)
-        tensor._weight, tensor._first = weight, first
-        return tensor
-
-    def computed(self) -> Tensor:
-        """The values."""
-        values = torch.empty(self.shape, dtype=torch.float32)
-        self._weight.write_rows(values, self._first)
-        return values
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as a method of instances
-        cls, function: Any, types: Any, arguments: Any = (), options: Any = None
-    ) -> Any:
-        ops = torch.ops.aten
-        if function is ops.copy_.default and isinstance(arguments[1], cls):
-            destination, source = arguments[0], arguments[1]
-            if not destination.is_meta:  # on which vLLM counts what it is going to load
-                assert destination.shape == source.shape, f"{source._weight.name}: {source.shape} into {destination.shape}"
-                source._weight.write_rows(destination, source._first)
-            return destination
-        if function in (ops.detach.default, ops.alias.default):
-            return cls.of(arguments[0]._weight, arguments[0]._first, len(arguments[0]))
-        if function is ops.slice.Tensor and (len(arguments) < 2 or arguments[1] == 0) and len(arguments) < 5:
-            source = arguments[0]
-            start, end = [*arguments[2:], None, None][:2]
-            first, last, _ = slice(start, end).indices(len(source))
-            return cls.of(source._weight, source._first + first, last - first)
-        given = (arguments, options or {})
-        arguments, options = tree_map(lambda value: value.computed() if isinstance(value, cls) else value, given)
-        return function(*arguments, **options)
-
-
-def _load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -> set[str]:
-    """Called in the worker: load weights layer by layer, and return the names of vLLM's own weights that were loaded."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    from hybrid_lightning.rollout.vllm.receiver import abandon, pack_tied
-    from hybrid_lightning.rollout.vllm.transfer import check_joined
-
-    model, came = worker.model_runner.model, []
-
-    def noted() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in weights:
-            came.append(name)
-            yield name, weight
-        check_joined(came, model)
-
-    with set_current_vllm_config(worker.vllm_config):
-        initialize_layerwise_reload(model)
-        try:
-            loaded: set[str] = model.load_weights(noted())
-        except BaseException:
-            abandon(model, worker.model_runner.model_config)
-            raise
-        finalize_layerwise_reload(model, worker.model_runner.model_config)
-        if everything:
-            pack_tied(model)
-    return loaded
-
-
-def _names(worker: Any) -> set[str]:
-    """Called in the worker: the names of its weights."""
-    return {name for name, _ in worker.model_runner.model.named_parameters()}
 
 
 def _answer(output: Any) -> Answer:

@@ -7,7 +7,6 @@ need (`/weight_info`, `/pause`, `/init_weight_transfer_engine` and so on), which
 import re
 import ssl
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -19,6 +18,7 @@ from hybrid_lightning.rollout.rollout_engine import ServedModel
 from hybrid_lightning.rollout.vllm.completing import Answer
 from hybrid_lightning.rollout.vllm.installed import check_version
 from hybrid_lightning.rollout.vllm.plugin import BACKEND
+from hybrid_lightning.rollout.vllm.server_facts import ServerFacts
 from hybrid_lightning.rollout.vllm.transfer import LACKS, facts_of
 
 BACKENDS = (BACKEND, "nccl")  # ways to send weights
@@ -57,19 +57,6 @@ class ServerError(RolloutError):
         return wrong or self.cause.startswith(("another model", LACKS))
 
 
-@dataclass(frozen=True)
-class ServerFacts:
-    """What a server has."""
-
-    model: str
-    context: int  # tokens
-    sequences: int  # that it completes at once
-    dtype: str
-    logprobs_mode: str
-    backend: str | None  # by which it takes weights
-    workers: int
-
-
 class Server:
     """A vLLM server.
 
@@ -99,16 +86,7 @@ class Server:
         info = self._ask("GET", "/server_info", params={"config_format": "json"}, limit=2 * _SHORT_S)
         names, size = self._ask("GET", "/v1/models"), self._ask("GET", "/get_world_size")
         try:
-            model, transfer = info["vllm_config"]["model_config"], info["vllm_config"].get("weight_transfer_config")
-            return ServerFacts(
-                str(names["data"][0]["id"]),
-                int(model["max_model_len"]),
-                int(info["vllm_config"]["scheduler_config"]["max_num_seqs"]),
-                str(model["dtype"]).removeprefix("torch."),
-                str(model["logprobs_mode"]),
-                None if transfer is None else str(transfer["backend"]),
-                int(size["world_size"]),
-            )
+            return ServerFacts.of(info["vllm_config"], names, size)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             cause = f"its answer to /server_info lacks {error}: another version of vLLM than those that are supported"
             raise ServerError(self.url, cause) from error
@@ -135,6 +113,11 @@ class Server:
             raise ConfigError(
                 f"{self.url} gives {facts.logprobs_mode}, which are not those of what it samples from; start it with "
                 "--logprobs-mode processed_logprobs"
+            )
+        if facts.splits_prompts_on_cpu:
+            raise ConfigError(
+                f"{self.url} takes long prompts in pieces, by which vLLM 0.32 ends on a CPU where requests have seeds; start it "
+                "with --no-enable-chunked-prefill"
             )
         if facts.backend not in BACKENDS:
             raise ConfigError(

@@ -1,0 +1,103 @@
+"""Weights that are computed where they are copied to, and how an engine in this process loads them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from hybrid_lightning.rollout.rollout_engine import PolicyWeight
+
+
+class Deferred(torch.Tensor):
+    """A weight that is computed where it is copied to.
+
+    vLLM collects the parts of a joined layer until it has all, allocates the layer, and copies the parts into it. With ordinary
+    tensors there would be two copies of the layer beside the engine's own; here there is one.
+    """
+
+    _weight: PolicyWeight
+    _first: int
+
+    @staticmethod
+    def of(weight: PolicyWeight, first: int = 0, rows: int | None = None) -> "Deferred":
+        """Some rows of a weight."""
+        shape = weight.shape if rows is None else torch.Size([rows, *weight.shape[1:]])
+        tensor: Any = torch.Tensor._make_wrapper_subclass(Deferred, shape, dtype=torch.float32)
+        tensor._weight, tensor._first = weight, first
+        return tensor
+
+    def computed(self) -> Tensor:
+        """The values."""
+        values = torch.empty(self.shape, dtype=torch.float32)
+        self._weight.write_rows(values, self._first)
+        return values
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as a method of instances
+        cls, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        ops = torch.ops.aten
+        if function is ops.copy_.default and isinstance(arguments[1], cls):
+            destination, source = arguments[0], arguments[1]
+            if not destination.is_meta:  # on which vLLM counts what it is going to load
+                assert destination.shape == source.shape, f"{source._weight.name}: {source.shape} into {destination.shape}"
+                source._weight.write_rows(destination, source._first)
+            return destination
+        if function in (ops.detach.default, ops.alias.default):
+            return cls.of(arguments[0]._weight, arguments[0]._first, len(arguments[0]))
+        if function is ops.slice.Tensor and (len(arguments) < 2 or arguments[1] == 0) and len(arguments) < 5:
+            source = arguments[0]
+            start, end = [*arguments[2:], None, None][:2]
+            first, last, _ = slice(start, end).indices(len(source))
+            return cls.of(source._weight, source._first + first, last - first)
+        given = (arguments, options or {})
+        arguments, options = tree_map(lambda value: value.computed() if isinstance(value, cls) else value, given)
+        return function(*arguments, **options)
+
+
+def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -> set[str]:
+    """Load weights layer by layer, in an engine's worker.
+
+    Args:
+        worker: vLLM's worker.
+        weights: Name and value of each.
+        everything: Whether these are all weights of the model.
+
+    Returns:
+        Names of vLLM's own weights that were loaded.
+
+    Raises:
+        ValueError: If a joined layer got only some of its parts. Nothing of it is loaded then.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    from hybrid_lightning.rollout.vllm.receiver import abandon, pack_tied
+    from hybrid_lightning.rollout.vllm.transfer import check_joined
+
+    model, came = worker.model_runner.model, []
+
+    def noted() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            came.append(name)
+            yield name, weight
+        check_joined(came, model)
+
+    with set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(model)
+        try:
+            loaded: set[str] = model.load_weights(noted())
+        except BaseException:
+            abandon(model, worker.model_runner.model_config)
+            raise
+        finalize_layerwise_reload(model, worker.model_runner.model_config)
+        if everything:
+            pack_tied(model)
+    return loaded
+
+
+def weight_names(worker: Any) -> set[str]:
+    """The names of the weights of an engine's worker."""
+    return {name for name, _ in worker.model_runner.model.named_parameters()}

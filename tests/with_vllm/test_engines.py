@@ -1,11 +1,15 @@
 """What every rollout engine promises, with ours, with vLLM in process, and with a vLLM server."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from vllm_of_tests import largest_difference, move, needs_vllm, own_logprobs, policy_of
+from ranks_of_tests import run
+from test_ranks_with_vllm import STRATEGIES, check, train
+from test_server_dies import CONFIG, command
+from vllm_of_tests import largest_difference, move, needs_vllm, own_logprobs, policy_of, write_model
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy import PolicyModule
@@ -200,3 +204,27 @@ def test_progress_is_told_and_an_exception_from_it_ends_the_sampling(policy):
         complete(policy)
     policy.generation_listeners.clear()
     assert largest_difference(policy, complete(policy)) < 1e-4, "what was begun is gone"
+
+
+# ---- with the server that is up for this file
+
+
+@needs_vllm
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_two_ranks_train_with_one_server(tmp_path, model, server, strategy):
+    options = {"folder": model, "strategy": strategy, "root": tmp_path / "run", "sampler": "server", "url": server.url}
+    check(run(2, tmp_path / "ranks", train, 240, **options))
+
+
+@needs_vllm
+def test_a_server_of_another_model_is_refused_before_the_first_step(tmp_path, server):
+    model = write_model(tmp_path / "model", layers=2)
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text("\n".join(f'{{"question": "{i}+1=", "answer": "{i + 1}"}}' for i in range(9)))
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(model=model, url=server.url, sums=sums, root=tmp_path, steps=1))
+    refused = subprocess.run(command("--config", config), capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 1
+    last = refused.stderr.strip().splitlines()[-1]
+    assert server.url in last and "another model: num_hidden_layers is 3 there and 2 in the policy's config" in last
+    assert not list(tmp_path.glob("run/*/plan.json"))

@@ -83,16 +83,3 @@ def test_a_run_stops_with_a_checkpoint_when_its_server_dies_and_goes_on_with_a_n
         assert ended["global_step"] == made + 2
     finally:
         server.stop()
-
-
-def test_a_server_of_another_model_is_refused_before_the_first_step(tmp_path, server):
-    model = write_model(tmp_path / "model", layers=2)
-    sums = tmp_path / "sums.jsonl"
-    sums.write_text("\n".join(f'{{"question": "{i}+1=", "answer": "{i + 1}"}}' for i in range(9)))
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.format(model=model, url=server.url, sums=sums, root=tmp_path, steps=1))
-    refused = subprocess.run(command("--config", config), capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 1
-    last = refused.stderr.strip().splitlines()[-1]
-    assert server.url in last and "another model: num_hidden_layers is 3 there and 2 in the policy's config" in last
-    assert not list(tmp_path.glob("run/*/plan.json"))

@@ -12,7 +12,6 @@ joins, and each group comes as a whole or not at all.
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -139,12 +138,9 @@ class CurrentWeights:
     def stream(self, everything: bool) -> Iterator[CurrentWeight]:
         """See `PolicyWeights`."""
         for owner, parts in groupby(self._chosen(everything), lambda part: part.owner):
-            with torch.no_grad(), self._gathered(owner):
+            with torch.no_grad(), self._weights.whole(owner):
                 for part in parts:
                     yield from part.weights()
-
-    def _gathered(self, owner: nn.Module | None) -> AbstractContextManager[None]:
-        return self._weights.whole(owner)
 
     def _chosen(self, everything: bool) -> list[_Part]:
         if everything:

@@ -3,8 +3,8 @@
     update    gives an engine with weights of its own those that training has changed
     complete  completes prompts, and says for each completion which weights made it
 
-An engine is updated before each rollout and each evaluation, by all ranks together, and by a run of one process also before any
-other completion.
+In one process an engine is updated before it completes, if weights have changed since. Several processes update theirs together
+before each rollout and each evaluation; only calibration, which the first makes alone, updates without the others.
 """
 
 import time
@@ -110,12 +110,12 @@ class Generation:
             RolloutError: If the engine fails, or has other weights than the policy.
         """
         policy, sampler = self._policy, self._policy.sampler
-        if sampler.has_own_weights and not policy.weights.sharded and (not sampler.shared_by_ranks or _is_first()):
+        if sampler.has_own_weights and (world_size() == 1 or self._is_alone):
             self._give(together=False)
-        if sampler.has_own_weights and (sampler.version is None or sampler.version.step != self._step):
+        if sampler.has_own_weights and self._is_behind:
             raise RolloutError(
-                "the rollout engine has other weights than the policy, which is split over processes; let all of them call "
-                "policy.generation.update() before they complete prompts"
+                "the rollout engine has other weights than the policy; let all processes call policy.generation.update() before "
+                "they complete prompts"
             )
 
         def on_token(running: int, decoded: int) -> None:
@@ -143,12 +143,14 @@ class Generation:
         return rollouts
 
     def update(self) -> None:
-        """Give an engine with weights of its own those of the policy now. All ranks have to call it.
+        """Give the engines of several processes the policy's weights now. All ranks have to call it.
 
         Raises:
             RolloutError: If that fails on one of them.
         """
-        if self._policy.sampler.has_own_weights and self._policy.reward is not None:  # without a reward nothing is completed
+        policy = self._policy
+        # Without a reward nothing is completed, and in one process `complete` does it.
+        if policy.sampler.has_own_weights and policy.reward is not None and world_size() > 1:
             self._give(together=True)
 
     def compare_again(self) -> None:
@@ -165,7 +167,8 @@ class Generation:
         Raises:
             ConfigError: If it cannot.
         """
-        self._policy.sampler.check_model(self._served_model)
+        if self._policy.sampler.has_own_weights:
+            self._policy.sampler.check_model(self._served_model)
 
     def warn_without_correction(self, correction: object) -> None:
         """Warn once that an engine computes other probabilities than training, if nothing corrects for it."""
@@ -270,6 +273,18 @@ class Generation:
             )
 
     @property
+    def _is_behind(self) -> bool:
+        """Whether the engine has no weights yet, or those of an earlier step."""
+        version = self._policy.sampler.version
+        return version is None or version.step != self._step
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether this rank completes before the others do: the first one, in calibration."""
+        policy = self._policy
+        return self._is_behind and not policy.weights.sharded and (not policy.sampler.shared_by_ranks or _is_first())
+
+    @property
     def _step(self) -> int:
         """Optimizer steps that made the policy's weights."""
         trainer = self._policy._trainer
@@ -286,7 +301,7 @@ class Generation:
         pretrained = policy.pretrained
         return ServedModel(pretrained.config, pretrained.tokenizer, self._folder, dtype, device)
 
-    @property
+    @cached_property
     def _folder(self) -> str | None:
         """The folder from which an engine can read the start policy's weights; None if they are not in one as they are."""
         policy = self._policy

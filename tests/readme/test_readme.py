@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from pages import DOCS, GENERATED, PAGES, README, ROOT, anchors, blocks, commands, examples, links, prose, shell_commands, tree
 
 from hybrid_lightning import cli
-from hybrid_lightning.rollout.vllm.plugin import BACKEND
+from hybrid_lightning.rollout.vllm import BACKEND
 
 FIRST = (
     "python3.11 -m venv .venv && .venv/bin/pip install -e . && "

@@ -311,7 +311,7 @@ def test_a_server_that_comes_back_in_time_completes_what_is_left(start, build):
 
     after(0.1, server.stop)
     after(0.8, again)
-    complete(sampler, prompts=4)
+    assert len(complete(sampler, prompts=4)) == 4  # each with its own answers, as `complete` makes sure
 
 
 def test_weights_that_another_run_has_set_are_refused(start, build):

@@ -10,7 +10,16 @@ delivery.py      gives one server the weights of an update
 completing.py    what both ask of vLLM, and what they make of its answers
 guest.py         keeps vLLM from changing the process that it is in
 transfer.py      sends weights to servers
-plugin.py        tells a server's vLLM of our way to receive them
 receiver.py      receives them, in the server
 installed.py     which versions of vLLM are supported, and what is wrong with an installation
 """
+
+BACKEND = "hybrid_lightning"  # our way to receive weights, as --weight-transfer-config '{"backend": "hybrid_lightning"}' names it
+
+
+def register() -> None:
+    """Tell vLLM of it, in each of its processes (entry point `vllm.general_plugins`)."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if BACKEND not in WeightTransferEngineFactory._registry:  # vLLM may call this more than once in a process
+        WeightTransferEngineFactory.register_engine(BACKEND, "hybrid_lightning.rollout.vllm.receiver", "GlooReceiver")

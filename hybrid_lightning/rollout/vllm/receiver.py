@@ -1,6 +1,6 @@
 """`GlooReceiver`: receives the policy's weights in a vLLM server, over gloo, on CPUs and wherever NCCL cannot be had.
 
-This file runs in the server's workers, which find it by the name that `plugin.py` registers. The sender is in `transfer.py`. Each
+This file runs in the server's workers, which find it by the name that the package registers. The sender is in `transfer.py`. Each
 update comes as one message with the names and shapes of all its weights, followed by their values, one broadcast each.
 """
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.rollout.rollout_engine import ServedModel
+from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.completing import Answer
 from hybrid_lightning.rollout.vllm.installed import check_version
-from hybrid_lightning.rollout.vllm.plugin import BACKEND
 from hybrid_lightning.rollout.vllm.server_facts import ServerFacts
 from hybrid_lightning.rollout.vllm.transfer import LACKS, facts_of
 

@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hybrid_lightning.errors import ConfigError, HybridLightningError, RolloutError
 from hybrid_lightning.rollout.rollout_engine import PolicyWeight, PolicyWeights, ServedModel, WeightsVersion
+from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
 from hybrid_lightning.rollout.vllm.delivery import Delivery
 from hybrid_lightning.rollout.vllm.dispatch import Dispatch
-from hybrid_lightning.rollout.vllm.plugin import BACKEND
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import GlooTransfer, NcclTransfer, Transfer, Update, facts_of, local_address
 

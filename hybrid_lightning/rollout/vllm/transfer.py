@@ -279,9 +279,8 @@ def local_address(url: str) -> str:
     parts = urlsplit(url)
     host, port = parts.hostname or "localhost", parts.port or (443 if parts.scheme == "https" else 80)
     places = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-    family, kind, _, _, place = min(
-        places, key=lambda found: found[0] != socket.AF_INET
-    )  # servers listen there, if asked for nothing
+    # IPv4 first, where servers listen that were not told where.
+    family, kind, _, _, place = min(places, key=lambda found: found[0] != socket.AF_INET)
     with socket.socket(family, kind) as probe:
         probe.connect(place)  # of a datagram socket: nothing is sent
         return str(probe.getsockname()[0])

@@ -20,6 +20,7 @@ from hybrid_lightning.adapters.kept_scoring import SCORING, KeptScoring
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
 from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_markdown, plan_rows, plan_table, plan_title
+from hybrid_lightning.adapters.rank_pattern import check_pattern, ranks_by_pattern
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
@@ -77,6 +78,9 @@ class HybridAdapterSetup(Configurable, Callback):
         dropout: LoRA dropout.
         use_dora: Weight-decomposed LoRA.
         use_rslora: Scale by alpha / sqrt(rank).
+        rank_pattern: Ranks of modules that have not `rank`, such as `{mlp: 8, attention: 1}`: by `attention` or `mlp`, or by the
+            end of their names, such as `q_proj`, where the longest name decides. alpha / rank stays the same (with `use_rslora`
+            alpha does). Rank 0 freezes a module that is not fully trained.
         target_modules: Candidates by the end of their name, such as `[q_proj, v_proj]`; None takes every linear module in the
             decoder blocks.
         calibration_prompts: Number of prompts whose rollouts score the modules; None lets the module choose: `PolicyModule` takes
@@ -98,6 +102,7 @@ class HybridAdapterSetup(Configurable, Callback):
         dropout: float = 0.0,
         use_dora: bool = False,
         use_rslora: bool = False,
+        rank_pattern: dict[str, int] | None = None,
         target_modules: Sequence[str] | None = None,
         calibration_prompts: int | None = None,
         plan: str | None = None,
@@ -109,6 +114,8 @@ class HybridAdapterSetup(Configurable, Callback):
         self.scorer = scorer or PreconditionedTail()
         self.gradients = gradients or ExactGradients()
         self.lora = LoraSettings(rank, alpha, dropout, use_dora, use_rslora)
+        self.rank_pattern = dict(rank_pattern or {})
+        check_pattern(self.rank_pattern)
         self.target_modules = target_modules
         self.calibration_prompts = calibration_prompts
         self.plan_path = plan
@@ -210,12 +217,12 @@ class HybridAdapterSetup(Configurable, Callback):
 
         Raises:
             ConfigError: If its loss needs start weights that are not kept.
-            ModelError: If `target_modules` match none of its modules.
+            ModelError: If `target_modules` or `rank_pattern` match none of its modules.
             PlanError: If `plan` has modules that it does not have.
         """
         self._check_start_weights(pl_module)
-        if self.target_modules is not None:
-            find_candidates(pl_module.pretrained.skeleton(), self.target_modules)
+        if self.target_modules is not None or self.rank_pattern:
+            self._ranks(find_candidates(pl_module.pretrained.skeleton(), self.target_modules))
         if self.given_plan is not None:
             self.given_plan.check_model(pl_module.pretrained.skeleton())
 
@@ -271,7 +278,19 @@ class HybridAdapterSetup(Configurable, Callback):
             scorer=self.scorer if scores is not None else None,
             calibration=info,
             seed=hparams.get("seed"),
+            ranks=self._ranks(candidates),
         )
+
+    def _ranks(self, candidates: Iterable[str]) -> dict[str, int]:
+        """Rank of each candidate as LoRA.
+
+        Raises:
+            ConfigError: If nothing would be trained.
+        """
+        ranks = ranks_by_pattern(candidates, self.rank_pattern, self.lora.rank)
+        if self.budget.share == 0 and not any(ranks.values()):
+            raise ConfigError("adapter.rank_pattern freezes all modules, and the budget trains none of them fully: raise a rank")
+        return ranks
 
     def _what_scores_depend_on(self, hparams: Mapping[str, Any]) -> dict[str, Any]:
         settings = {name: value for name, value in hparams.items() if name not in _AFTER_SCORING and not name.startswith("_")}
@@ -280,6 +299,7 @@ class HybridAdapterSetup(Configurable, Callback):
             "adapter.scorer": config_with_defaults(self.scorer),
             "adapter.gradients": config_with_defaults(self.gradients or ExactGradients()),
             "adapter.rank": self.lora.rank,
+            **({"adapter.rank_pattern": self.rank_pattern} if self.rank_pattern else {}),
             "adapter.calibration_prompts": self.calibration_prompts,
         }
 
@@ -315,7 +335,7 @@ class HybridAdapterSetup(Configurable, Callback):
                 candidates,
                 losses,
                 self.scorer,
-                self.lora.rank,
+                self._ranks(candidates),
                 self.gradients,
                 evaluate_loss=lambda: _mean_loss(losses),
                 kept=kept,

@@ -50,7 +50,7 @@ MODEL: dict[str, Effects] = {
 }
 ADAPTER: dict[str, Effects] = {
     **dict.fromkeys(("budget", "scorer", "gradients", "target_modules", "calibration_prompts"), _FIXED),
-    **dict.fromkeys(("rank", "alpha", "dropout", "use_dora", "use_rslora"), _FIXED),
+    **dict.fromkeys(("rank", "rank_pattern", "alpha", "dropout", "use_dora", "use_rslora"), _FIXED),
     "plan": _NOTHING,  # plans are compared by their digests
     "keep_start_weights": _NOTHING,  # these are the weights of the model, which is loaded in any case
 }

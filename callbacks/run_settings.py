@@ -18,6 +18,8 @@ from hybrid_lightning.rollout.prompt_order import prompts_digest
 
 # Arguments of a module for which the constructor chooses an object if they are None.
 _CHOSEN = ("loss", "sampler", "advantage", "schedule")
+# Settings that are dicts and are given as a whole: what one key means depends on the others.
+_UNDIVIDED = ("adapter.rank_pattern",)
 
 
 def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Callback) -> dict[str, Any]:
@@ -51,7 +53,8 @@ def earlier_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> d
         settings["model"] = {"class_path": arguments.get("_class_path", now["model"]["class_path"]), "init_args": named}
     plan, adapter = adapter_state(checkpoint)["plan"], now["adapter"]
     if plan is not None and not adapter["init_args"].get("plan"):  # a given plan need not have the LoRA of the settings
-        settings["adapter"] = {**adapter, "init_args": {**adapter["init_args"], **plan["lora"], "budget": plan["budget"]}}
+        lora = {**plan["lora"], "rank_pattern": None}  # which no earlier version had
+        settings["adapter"] = {**adapter, "init_args": {**adapter["init_args"], **lora, "budget": plan["budget"]}}
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
     if loop and isinstance(now.get("trainer", {}).get("accumulate_grad_batches"), int):  # a text means that it changes by epoch
         micro_batches = loop["epoch_loop.batch_progress"]["total"]["processed"]
@@ -100,7 +103,9 @@ def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def put(name: str, value: Any) -> None:
-        if isinstance(value, Mapping):
+        if name in _UNDIVIDED:
+            found[name] = value or None
+        elif isinstance(value, Mapping):
             items = value
             if "class_path" in value:
                 kind = imported_class(str(value["class_path"]))

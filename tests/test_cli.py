@@ -125,6 +125,7 @@ def test_values_are_overridden_on_the_command_line(folder):
         "model.correction": "SequenceMask",
         "model.correction.cap": 3,
         "adapter.rank": 3,
+        "adapter.rank_pattern.attention": 1,
         "adapter.budget.share": 0.5,
         "trainer.max_steps": 1,
         "data.source.init_args.validation_fraction": 0.1,
@@ -141,7 +142,7 @@ def test_values_are_overridden_on_the_command_line(folder):
     assert config["model"]["init_args"]["correction"] == correction
     assert config["data"]["init_args"]["source"]["init_args"]["validation_fraction"] == 0.1
     plan = AdapterPlan.load(root / "plan.json")
-    assert plan.lora.rank == 3 and len(plan.full_modules) == 7 and summary_of(root)["steps"] == 1
+    assert plan.lora.rank == 3 and plan.ranks == (1, 3) and len(plan.full_modules) == 7 and summary_of(root)["steps"] == 1
 
 
 def test_parts_of_ones_own_come_by_class_path(folder):

@@ -7,6 +7,7 @@ that take one rate for both, or the ratio that the task has.
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.study.spread import SPREADS, Spread
 from hybrid_lightning.configurable import constructor_defaults
 from hybrid_lightning.policy.module import PolicyModule
 
@@ -20,7 +21,7 @@ class Method:
     """One column of the comparison."""
 
     name: str
-    group: str  # `start`, `full`, `lora`, `baseline`, `hybrid`, `control`, `budget` or `oracle`
+    group: str  # `start`, `full`, `lora`, `baseline`, `hybrid`, `control`, `budget`, `spectrum` or `oracle`
     changes: dict[str, Any] = field(default_factory=dict)  # of the task's config, as options of the command line
     rank: int | None = None  # of LoRA; None takes the task's
     match_state: bool = False  # the rank is the smallest with as many trainable parameters as the hybrid has
@@ -29,6 +30,7 @@ class Method:
     full_to_lora: float | None = FULL_TO_LORA  # None: as the task's config has it
     frozen_rest: bool = False  # modules that are not fully trained stay as they are
     only: str | None = None  # the one module that is fully trained, by name
+    spread: Spread | None = None  # how the parameters of LoRA of `rank` are spent instead
 
     @property
     def untrained(self) -> bool:
@@ -117,6 +119,11 @@ _ALL = (
     _hybrid("late", "benchmarks.study.controls.Late"),
     _hybrid("largest", "benchmarks.study.controls.Largest"),
     *(Method(f"budget_{percent}", "budget", _share(percent / 100)) for percent in (2, 5, 20, 40)),
+    *(
+        Method(f"{spread}_r{rank}", "lora" if spread.startswith("mlp") else "spectrum", _share(0.0), rank=rank, spread=spread)
+        for spread in SPREADS
+        for rank in (2, 4, 8, 16)
+    ),
 )
 METHODS = {method.name: method for method in _ALL}
 CORE = ("fft", "lora", "hybrid", "random", "random_mlp", "dora", "rslora", "adalora", "lora_matched", "bottom")

@@ -46,6 +46,7 @@ class Record:
     trainable_parameters: int
     diverged: bool = False  # a gradient was not finite: the run ended there, and all that was left of it counts as wrong
     full_modules: list[str] = field(default_factory=list)
+    ranks: dict[str, int] = field(default_factory=dict)  # of LoRA, by module, where they differ
     seconds: dict[str, float] = field(default_factory=dict)  # on the clock, other work beside it
     processor_seconds: float = 0.0
 

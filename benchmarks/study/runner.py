@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.records import Job, Record, save
-from hybrid_lightning.adapters.plan import AdapterPlan
+from benchmarks.study.spread import is_full, mean_spectra, ranks_of
+from benchmarks.study.store import PACK, RESULTS, Store
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
 from hybrid_lightning.cli import HybridLightningCLI
 from hybrid_lightning.errors import TrainingError
 
@@ -94,7 +96,7 @@ def make_run(job: Job, folder: Path) -> Path:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            record = _run(job)
+            record = _run(job, Store(folder, RESULTS / PACK))
         except (Exception, SystemExit) as error:  # whatever it is, the other runs go on
             traceback.print_exc()
             cause = error.__cause__ or error  # below jsonargparse's account of the whole config
@@ -103,7 +105,7 @@ def make_run(job: Job, folder: Path) -> Path:
     return path
 
 
-def _run(job: Job) -> Record:
+def _run(job: Job, store: Store) -> Record:
     torch.set_num_threads(1)
     method, task = METHODS.get(job.method) or only_method(job.method), read_task(job.task)
     options = {
@@ -114,7 +116,7 @@ def _run(job: Job) -> Record:
     command = "validate" if method.untrained else "fit"
     supervised = task["model"].get("class_path", "").endswith("SupervisedModule")
     start, processor = time.perf_counter(), time.process_time()
-    with _edited_plan(job.task, method, options) as plan_option:
+    with _edited_plan(job.task, method, options, store) as plan_option:
         given = {**options, **plan_option}
         if method.module is not None:
             given["model"] = method.supervised_module if supervised else method.module
@@ -144,6 +146,7 @@ def _run(job: Job) -> Record:
         trainable_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad) if plan else 0,
         diverged=diverged,
         full_modules=list(plan.full_modules) if plan else [],
+        ranks=plan.own_ranks() if plan else {},
         seconds={"run": round(trained, 2), "training": curve.points[-1]["seconds"], "scoring": round(scoring, 3)},
         processor_seconds=round(time.process_time() - processor, 2),
     )
@@ -158,21 +161,29 @@ def only_method(name: str) -> Method:
 
 
 @contextlib.contextmanager
-def _edited_plan(task: str, method: Method, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _edited_plan(task: str, method: Method, options: dict[str, Any], store: Store) -> Iterator[dict[str, Any]]:
     """An option with a plan that the project's own scores would not make, for the methods that need one."""
-    if not method.frozen_rest and method.only is None:
+    if not method.frozen_rest and method.only is None and method.spread is None:
         yield {}
         return
-    scored = {**options, "adapter.budget.share": 1.0} if method.only else options  # nothing is scored where all are trained fully
+    scored = {**options, "adapter.budget.share": 1.0} if method.only else options  # with a share of 0 or 1 nothing is scored
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
         cli = HybridLightningCLI(args=["score", "--config", task, *arguments({**scored, **QUIET})])
-        edited(cli.model.plan, method).save(path)
+        spectra = mean_spectra(store, Path(task).stem) if (method.spread or "").startswith("spectrum") else {}
+        edited(cli.model.plan, method, spectra).save(path)
         yield {"adapter.plan": str(path)}
 
 
-def edited(plan: AdapterPlan, method: Method) -> AdapterPlan:
-    """A plan with other modes: the rest frozen, or one module alone fully trained and LoRA on the rest."""
+def edited(plan: AdapterPlan, method: Method, spectra: Mapping[str, Sequence[float]]) -> AdapterPlan:
+    """A plan with other modes or ranks.
+
+    The rest frozen, one module alone fully trained and LoRA on the rest, or the parameters of LoRA spent unevenly.
+    """
+    if method.spread is not None:
+        shapes = {module.name: module.shape for module in plan.candidates}
+        ranks = ranks_of(method.spread, shapes, plan.lora.rank, spectra)
+        return replace(plan, candidates=tuple(_with_rank(module, ranks[module.name]) for module in plan.candidates))
 
     def mode(name: str, planned: Any) -> Any:
         if method.only is not None:
@@ -181,6 +192,12 @@ def edited(plan: AdapterPlan, method: Method) -> AdapterPlan:
 
     candidates = tuple(replace(module, mode=mode(module.name, module.mode)) for module in plan.candidates)
     return replace(plan, candidates=candidates)
+
+
+def _with_rank(module: PlannedModule, rank: int) -> PlannedModule:
+    if rank == 0:
+        return replace(module, mode="frozen")
+    return replace(module, mode="full") if is_full(module.shape, rank) else replace(module, mode="lora", rank=rank)
 
 
 def read_task(path: str) -> dict[str, Any]:

@@ -143,7 +143,8 @@ class FreedStartWeights(nn.Module):
 
 def _peft_config(model: nn.Module, plan: AdapterPlan) -> LoraConfig:
     conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in plan.lora_modules)
-    return lora_config({module.name: module.mode for module in plan.candidates}, plan.lora, fan_in_fan_out=conv1d)
+    modes = {module.name: module.mode for module in plan.candidates}
+    return lora_config(modes, plan.lora, plan.own_ranks(), fan_in_fan_out=conv1d)
 
 
 def _take_weights(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
@@ -176,10 +177,9 @@ def _set_dora_magnitudes(adapted: PeftModel) -> None:
 
 
 def _check_wrapped(adapted: PeftModel, plan: AdapterPlan) -> None:
-    modules = adapted.get_base_model().named_modules()
-    lora = {name for name, module in modules if isinstance(module, BaseTunerLayer)}
+    layers = {name: module for name, module in adapted.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)}
     for kind, wrapped, planned in (
-        ("LoRA", lora, set(plan.lora_modules)),
+        ("LoRA", set(layers), set(plan.lora_modules)),
         ("full training", set(_full_wrappers(adapted)), set(plan.full_modules)),
     ):
         if wrapped != planned:
@@ -189,3 +189,7 @@ def _check_wrapped(adapted: PeftModel, plan: AdapterPlan) -> None:
                 f"starts with {difference[0]}: module names that end alike cannot be told apart; give them the same "
                 "mode in the plan."
             )
+    for module in plan.candidates:
+        if isinstance(layer := layers.get(module.name), LoraLayer):
+            lora = plan.lora_of(module)
+            assert (layer.r[ADAPTER], layer.scaling[ADAPTER]) == (lora.rank, lora.scale), f"PEFT gave {module.name} another rank"

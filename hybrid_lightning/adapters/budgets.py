@@ -87,7 +87,7 @@ class ParameterBudget(Budget):
 
     def _choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> list[str]:
         def order(module: PlannedModule) -> tuple[bool, float, str]:
-            extra = module.parameters - lora.parameters(module.shape)
+            extra = module.parameters - lora_parameters(module, lora)
             # Where LoRA would have at least as many parameters, full training costs nothing: such modules come first, by score.
             return (extra > 0, -_score(module) / max(extra, 1), module.name)
 
@@ -121,6 +121,7 @@ def make_plan(
     revision: str | None = None,
     calibration: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> AdapterPlan:
     """Make a plan: the budget chooses the fully trained modules among the candidates, and all others get LoRA.
 
@@ -135,18 +136,21 @@ def make_plan(
         revision: Revision of a hub model.
         calibration: What the scores were made from, in plain types; recorded for whoever reads the plan.
         seed: Seed of the calibration.
+        ranks: Full dotted name -> LoRA rank, for modules whose rank is not that of `lora`; 0 freezes a module that is not fully
+            trained.
 
     Raises:
         ConfigError: If the budget needs scores that are missing, or is too small for any module.
     """
-    scores = {} if scores is None else scores
+    scores, ranks = scores or {}, ranks or {}
     modules = [
         PlannedModule(
             name=name,
             shape=linear_shape(module),
             parameters=_count_parameters(module),
             score=None if name not in scores else float(scores[name]),
-            mode="lora",
+            mode="lora" if ranks.get(name, lora.rank) else "frozen",
+            rank=rank if (rank := ranks.get(name)) != lora.rank else None,
         )
         for name, module in candidates.items()
     ]
@@ -155,13 +159,23 @@ def make_plan(
         model=model,
         revision=revision,
         model_digest=model_digest,
-        candidates=tuple(replace(module, mode="full") if module.name in full else module for module in modules),
+        candidates=tuple(
+            replace(module, mode="full", rank=None) if module.name in full else replace(module, rank=module.rank or None)
+            for module in modules
+        ),
         lora=lora,
         budget=config_with_defaults(budget),
         scorer=None if scorer is None else config_with_defaults(scorer),
         calibration=plan_json.plain(to_plain(dict(calibration or {}))),
         seed=seed,
     )
+
+
+def lora_parameters(module: PlannedModule, lora: LoraSettings) -> int:
+    """Number of parameters that LoRA adds to a module, at the module's own rank if it has one."""
+    if module.mode == "frozen":
+        return 0
+    return (lora if module.rank is None else lora.with_rank(module.rank)).parameters(module.shape)
 
 
 def config_with_defaults(part: Configurable) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class GradientMode(Configurable, ABC):
         Args:
             name: Full dotted name of the module.
             weight: Weight of the module, [m, n].
-            rank: LoRA rank at which the module will be scored.
+            rank: LoRA rank at which the module will be scored; 0 if it would have no LoRA.
         """
 
 
@@ -173,7 +173,7 @@ def collect_gradients(
     candidates: Mapping[str, nn.Module],
     losses: Iterable[Tensor],
     mode: GradientMode,
-    rank: int,
+    ranks: Mapping[str, int],
     *,
     halves: bool = False,
     sum_over_ranks: Callable[[Tensor], object] | None = None,
@@ -192,7 +192,7 @@ def collect_gradients(
         losses: Scalar losses, each with the same weight. They have to be computed lazily, while this function iterates over them:
             the backward pass of each frees its graph.
         mode: How much of each gradient to keep.
-        rank: LoRA rank, which sets the size of sketches.
+        ranks: Full dotted name -> LoRA rank, which sets the size of sketches.
         halves: Whether to keep even and odd losses apart.
         sum_over_ranks: Sums a tensor over processes in place, such as `torch.distributed.all_reduce`; each process then has
             losses of its own, and all get the same result. None: one process.
@@ -216,7 +216,7 @@ def collect_gradients(
         if not weight.is_floating_point():
             raise ModelError(f"the weight of {name} is {weight.dtype}: score the model before it is quantized.")
         if name not in kept.scores:
-            form = mode.form(name, weight, rank)
+            form = mode.form(name, weight, ranks[name])
             accumulators[name] = ModuleAccumulator(form, (weight.shape[0], weight.shape[1]), halves)
     if not accumulators:
         return {}

@@ -1,8 +1,9 @@
 """Settings of the low-rank part of the adapter, and the PEFT `LoraConfig` that builds an adapter as planned."""
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hybrid_lightning.errors import ConfigError, PlanError
@@ -44,6 +45,13 @@ class LoraSettings:
         """Factor of B A in the adapted weight."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
+    def with_rank(self, rank: int) -> "LoraSettings":
+        """The same settings at another rank, at which a learning rate means the same.
+
+        Of plain LoRA alpha / rank stays as it is, of rsLoRA, whose scale takes care of the rank, alpha.
+        """
+        return replace(self, rank=rank, alpha=self.alpha if self.use_rslora else self.alpha * rank / self.rank)
+
     def parameters(self, shape: tuple[int, int]) -> int:
         """Number of trainable parameters that LoRA adds to a module.
 
@@ -54,12 +62,15 @@ class LoraSettings:
         return self.rank * (outputs + inputs) + (outputs if self.use_dora else 0)
 
 
-def lora_config(modes: Mapping[str, str], lora: LoraSettings, fan_in_fan_out: bool = False) -> "LoraConfig":
+def lora_config(
+    modes: Mapping[str, str], lora: LoraSettings, ranks: Mapping[str, int] | None = None, fan_in_fan_out: bool = False
+) -> "LoraConfig":
     """Build the config with which PEFT's `get_peft_model` adapts modules as planned.
 
     Args:
         modes: Full module name -> `full`, `lora` or `frozen`.
         lora: LoRA settings.
+        ranks: Full name of each LoRA module with a rank of its own -> that rank.
         fan_in_fan_out: Whether the LoRA modules store their weights as [inputs, outputs], as GPT-2's do.
 
     Raises:
@@ -73,10 +84,14 @@ def lora_config(modes: Mapping[str, str], lora: LoraSettings, fan_in_fan_out: bo
     if not lora_modules and not full:
         raise PlanError('the plan leaves all modules frozen: give at least one the mode "full" or "lora".')
     _check_suffixes(modes)
+    own = {name: lora.with_rank(rank) for name, rank in (ranks or {}).items()}
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides by the rank
+        # PEFT takes the keys for regular expressions, and the first one that fits the end of a name.
+        rank_pattern={f"^{re.escape(name)}": settings.rank for name, settings in own.items()},
+        alpha_pattern={f"^{re.escape(name)}": settings.alpha for name, settings in own.items()},
         lora_dropout=lora.dropout,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,

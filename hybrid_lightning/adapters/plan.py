@@ -40,6 +40,7 @@ class PlannedModule:
     parameters: int  # entries of weight and bias: full training includes the bias, LoRA leaves it alone
     score: float | None  # higher is more sensitive to low-rank adaptation; None: not scored
     mode: Mode  # fully trained, adapted with LoRA, or frozen
+    rank: int | None = None  # of its LoRA; None: that of the plan's `lora`
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,19 @@ class AdapterPlan:
         """Names of the modules with LoRA."""
         return tuple(module.name for module in self.candidates if module.mode == "lora")
 
+    def lora_of(self, module: PlannedModule) -> LoraSettings:
+        """LoRA settings of a module, at the rank that it has."""
+        return self.lora if module.rank is None else self.lora.with_rank(module.rank)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The different ranks of the LoRA modules, in ascending order."""
+        return tuple(sorted({self.lora_of(module).rank for module in self.candidates if module.mode == "lora"}))
+
     def trainable_parameters(self) -> int:
         """Number of parameters that the adapter trains."""
         full = sum(module.parameters for module in self.candidates if module.mode == "full")
-        return full + sum(self.lora.parameters(module.shape) for module in self.candidates if module.mode == "lora")
+        return full + sum(self.lora_of(m).parameters(m.shape) for m in self.candidates if m.mode == "lora")
 
     def to_peft_config(
         self,
@@ -98,7 +108,7 @@ class AdapterPlan:
         bits small optimizer steps vanish (`apply_plan` makes float32 copies).
 
         Args:
-            rank: LoRA rank r; here and below, None takes the plan's value.
+            rank: LoRA rank r of all modules; here and below, None takes the plan's value.
             alpha: Numerator of LoRA's scale alpha / rank; it does not change with a new rank by itself.
             dropout: Probability of dropout on the input of LoRA.
             use_dora: Whether to use weight-decomposed LoRA (DoRA).
@@ -114,7 +124,11 @@ class AdapterPlan:
         """
         given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_dora": use_dora, "use_rslora": use_rslora}
         settings = replace(self.lora, **{name: value for name, value in given.items() if value is not None})
-        return lora_config({module.name: module.mode for module in self.candidates}, settings)
+        return lora_config({module.name: module.mode for module in self.candidates}, settings, {} if rank else self.own_ranks())
+
+    def own_ranks(self) -> dict[str, int]:
+        """Full name of each LoRA module with a rank of its own -> that rank."""
+        return {m.name: m.rank for m in self.candidates if m.mode == "lora" and m.rank is not None}
 
     def check_model(self, model: nn.Module) -> None:
         """Check that the plan fits a base model: every planned module is there, with its shape.
@@ -148,7 +162,12 @@ class AdapterPlan:
             )
 
     def _content(self) -> dict[str, Any]:
-        content = plan_json.plain({"format": plan_json.FORMAT, **asdict(self)})
+        content = plan_json.plain({"format": 0, **asdict(self)})
+        # Plans without ranks of their own stay as they always were: their digests are in checkpoints.
+        content["format"] = 2 if any(module.rank is not None for module in self.candidates) else 1
+        if content["format"] == 1:
+            for module in content["candidates"]:
+                del module["rank"]
         # The long list comes last, so that a reader of the file sees the rest first.
         return {**content, "candidates": content.pop("candidates")}
 
@@ -242,4 +261,7 @@ def _planned_module(data: Any, source: str) -> PlannedModule:
         raise PlanError(f"{source}: shape is {shape}: it must be two positive numbers, outputs and inputs.")
     if content["mode"] not in get_args(Mode):
         raise PlanError(f'{source}: mode is "{content["mode"]}": it must be one of {", ".join(get_args(Mode))}.')
+    rank = content.get("rank")
+    if rank is not None and rank < 1:
+        raise PlanError(f'{source}: rank is {rank}: it must be at least 1; for no LoRA make the mode "frozen".')
     return PlannedModule(**{**content, "shape": (shape[0], shape[1])})

@@ -106,10 +106,16 @@ def plan_title(plan: AdapterPlan) -> str:
     """One line: how many modules are fully trained, have LoRA or are frozen, and the number of trainable parameters."""
     full, lora = len(plan.full_modules), len(plan.lora_modules)
     frozen = len(plan.candidates) - full - lora
-    parts = [f"{full} fully trained", f"{lora} with LoRA of rank {plan.lora.rank}"]
+    parts = [f"{full} fully trained", f"{lora} with {_lora_name(plan)}"]
     if frozen:
         parts.append(f"{frozen} frozen")
     return f"Adapter plan: {', '.join(parts)}; {plan.trainable_parameters():,} trainable parameters"
+
+
+def _lora_name(plan: AdapterPlan) -> str:
+    if len(plan.ranks) < 2:
+        return f"LoRA of rank {(*plan.ranks, plan.lora.rank)[0]}"
+    return f"LoRA of ranks {plan.ranks[0]} to {plan.ranks[-1]}"
 
 
 def _by_score(plan: AdapterPlan) -> list[PlannedModule]:
@@ -120,7 +126,8 @@ def _by_score(plan: AdapterPlan) -> list[PlannedModule]:
 def _cells(module: PlannedModule) -> tuple[str, ...]:
     outputs, inputs = module.shape
     score = "-" if module.score is None else f"{module.score:.4g}"
-    return (module.name, f"{outputs} x {inputs}", f"{module.parameters:,}", score, module.mode)
+    mode = module.mode if module.rank is None else f"{module.mode}, rank {module.rank}"
+    return (module.name, f"{outputs} x {inputs}", f"{module.parameters:,}", score, mode)
 
 
 @dataclass(frozen=True)
@@ -224,7 +231,7 @@ def _draw_legend(figure: Figure, plan: AdapterPlan) -> None:
     unscored = all(module.score is None for module in plan.candidates)
     if plan.lora_modules:
         color = UNSCORED_COLOR if unscored else COLORMAP(0.35)
-        handles.append(Patch(facecolor=color, label=f"LoRA of rank {plan.lora.rank}"))
+        handles.append(Patch(facecolor=color, label=_lora_name(plan)))
     if any(module.mode == "frozen" for module in plan.candidates):
         handles.append(Patch(facecolor="white", edgecolor=FAINT_INK, hatch="////", linewidth=0, label="frozen"))
     if any(module.score is None for module in plan.candidates) and not unscored:

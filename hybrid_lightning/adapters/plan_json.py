@@ -8,7 +8,7 @@ from typing import Any
 
 from hybrid_lightning.errors import PlanError
 
-FORMAT = 1  # version of the fields below; a plan with another one is refused
+FORMATS = (1, 2)  # versions of the fields below: 2 has ranks of modules; a plan with another one is refused
 Fields = Mapping[str, tuple[type, ...]]  # name -> allowed types
 _NULL = type(None)
 PLAN_FIELDS: Fields = {
@@ -37,8 +37,9 @@ MODULE_FIELDS: Fields = {
     "parameters": (int,),
     "score": (int, float, _NULL),
     "mode": (str,),
+    "rank": (int, _NULL),
 }
-_OPTIONAL = {"digest"}
+_OPTIONAL = {"digest", "rank"}
 
 
 def plain(value: Any) -> Any:
@@ -83,8 +84,9 @@ def checked(data: Any, fields: Fields, source: str) -> dict[str, Any]:
         if not _has_type(value, fields[name]):
             expected = " or ".join("null" if kind is _NULL else kind.__name__ for kind in fields[name])
             raise PlanError(f'{source}: "{name}" is {json.dumps(value, default=str)[:60]}, but must be {expected}.')
-    if "format" in fields and data["format"] != FORMAT:
-        raise PlanError(f"{source} has format {data['format']}, this version reads {FORMAT}: make the plan anew.")
+    if "format" in fields and data["format"] not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise PlanError(f"{source} has format {data['format']}, this version reads {known}: make the plan anew.")
     return dict(data)
 
 

@@ -71,7 +71,7 @@ class Scorer(Configurable, ABC):
 
         Args:
             statistics: What is known of that module.
-            rank: LoRA rank r.
+            rank: LoRA rank r; 0 for a module that would have no LoRA.
 
         Returns:
             A finite number; higher is more sensitive to low-rank adaptation.

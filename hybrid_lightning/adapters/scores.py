@@ -30,7 +30,7 @@ def score_modules(
     candidates: Mapping[str, nn.Module],
     losses: Iterable[Tensor],
     scorer: Scorer,
-    rank: int,
+    rank: int | Mapping[str, int],
     mode: GradientMode | None = None,
     evaluate_loss: Callable[[], float] | None = None,
     sum_over_ranks: Callable[[Tensor], object] | None = None,
@@ -47,7 +47,7 @@ def score_modules(
         losses: Scalar calibration losses, iterated over lazily (see `collect_gradients`); not used if the scorer needs no
             gradient.
         scorer: Defines the score.
-        rank: LoRA rank r.
+        rank: LoRA rank r, of all candidates or of each by its name; 0 for one that would have no LoRA.
         mode: How gradients are kept, `ExactGradients()` (the default) or `SketchedGradients()`.
         evaluate_loss: Measures the calibration loss at the model's current weights; needed by `Probe` only.
         sum_over_ranks: See `collect_gradients`.
@@ -59,11 +59,12 @@ def score_modules(
         Full dotted name -> score; higher is more sensitive.
 
     Raises:
-        ConfigError: If the rank is not positive, the scorer needs what is missing, or it returns no number.
+        ConfigError: If no rank is positive, the scorer needs what is missing, or it returns no number.
         CalibrationError: If the losses carry no signal, or a score is not finite.
     """
-    if rank < 1:
-        raise ConfigError(f"rank={rank}: scoring needs a LoRA rank of at least 1.")
+    ranks = dict.fromkeys(candidates, rank) if isinstance(rank, int) else {name: rank[name] for name in candidates}
+    if max(ranks.values(), default=0) < 1:
+        raise ConfigError(f"rank={max(ranks.values(), default=0)}: scoring needs a LoRA rank of at least 1.")
     if scorer.needs_loss and evaluate_loss is None:
         raise ConfigError(f"{type(scorer).__name__} needs evaluate_loss, which measures the calibration loss: give it too.")
     kept = kept or KeptScoring()
@@ -74,7 +75,7 @@ def score_modules(
             candidates,
             losses,
             ExactGradients() if mode is None else mode,
-            rank,
+            ranks,
             halves=scorer.needs_halves,
             sum_over_ranks=sum_over_ranks,
             kept=kept,
@@ -86,7 +87,7 @@ def score_modules(
         accumulator = collected.get(name)
         if accumulator is not None and not accumulator.received:
             return 0.0
-        value = scorer.score(_statistics(name, candidates[name], accumulator, scorer, evaluate_loss), rank)
+        value = scorer.score(_statistics(name, candidates[name], accumulator, scorer, evaluate_loss), ranks[name])
         try:
             number = float(value)
         except (TypeError, ValueError) as error:

@@ -55,7 +55,7 @@ class Gradient(ABC):
             rank: LoRA rank r.
 
         Returns:
-            T_r(G), never negative, and exactly 0 where r >= min(m, n).
+            T_r(G), never negative, exactly 0 where r >= min(m, n), and the whole energy where r = 0.
         """
         if rank >= min(self.shape):
             return 0.0
@@ -90,6 +90,8 @@ class ExactGradient(Gradient):
     def tail_energy(self, rank: int) -> float:  # noqa: D102
         if rank >= min(self.shape):
             return 0.0
+        if rank == 0:
+            return self.energy()
         tail = krylov_tail_energy(self._matrix, rank) if min(self.shape) >= KRYLOV_FROM else None
         # The tail is summed, not subtracted from the total: no cancellation where nearly all energy is in the first values.
         return float(self.spectrum()[rank:].sum()) if tail is None else tail

@@ -107,7 +107,7 @@ def _merged_weights(model: nn.Module, policy: TrainedPolicy) -> Iterator[tuple[s
                     raise CheckpointError(f"the trained weight {prefix + part!r} is missing: the checkpoint is not whole")
                 yield f"{planned.name}.{part}", policy.weights[prefix + part].float()
         elif planned.mode == "lora":
-            yield f"{planned.name}.weight", _lora_merged(module, policy.plan.lora, policy.weights, prefix)
+            yield f"{planned.name}.weight", _lora_merged(module, policy.plan.lora_of(planned), policy.weights, prefix)
 
 
 def _lora_merged(module: nn.Module, settings: LoraSettings, weights: Mapping[str, Tensor], prefix: str) -> Tensor:

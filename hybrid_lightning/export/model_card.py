@@ -134,12 +134,21 @@ def _plan_section(plan: AdapterPlan) -> str:
         f"- fully trained: {len(full)} of {len(plan.candidates)} linear modules",
         *(f"  - `{name}`" for name in full[:_SHOWN_MODULES]),
         *([f"  - and {len(full) - _SHOWN_MODULES} more"] if len(full) > _SHOWN_MODULES else []),
-        f"- {variant}: {len(plan.lora_modules)} modules, rank {plan.lora.rank}, alpha {plan.lora.alpha:g}",
+        f"- {variant}: {_lora_words(plan)}",
         f"- trainable parameters: {plan.trainable_parameters():,}",
         f"- budget: `{_as_call(plan.budget)}`",
         f"- chosen by: `{_as_call(plan.scorer)}`" if plan.scorer is not None else "- chosen without scores",
     ]
     return "\n".join(lines) + "\n\nAll modules with their scores are in `plan.json`."
+
+
+def _lora_words(plan: AdapterPlan) -> str:
+    modules, lora = f"{len(plan.lora_modules)} modules", plan.lora
+    if len(plan.ranks) < 2:
+        lora = lora.with_rank(plan.ranks[0]) if plan.ranks else lora
+        return f"{modules}, rank {lora.rank}, alpha {lora.alpha:g}"
+    alpha = f"alpha {lora.alpha:g}" if lora.use_rslora else f"alpha {lora.alpha / lora.rank:g} times the rank"
+    return f"{modules}, ranks {plan.ranks[0]} to {plan.ranks[-1]}, {alpha}"
 
 
 def _as_call(config: Mapping[str, Any]) -> str:
@@ -176,7 +185,7 @@ def _serving_sentence(form: ExportForm, plan: AdapterPlan) -> str:
         return "Servers such as vLLM load this folder as they do any model."
     if plan.full_modules:
         return "vLLM refuses adapters with fully trained modules: to serve this policy, export it as a merged model."
-    return f"vLLM serves it beside its base: `--enable-lora --max-lora-rank {plan.lora.rank} --lora-modules policy=FOLDER`."
+    return f"vLLM serves it beside its base: `--enable-lora --max-lora-rank {max(plan.ranks)} --lora-modules policy=FOLDER`."
 
 
 def _licence_section(base: BaseModel, licence: str | None) -> str:

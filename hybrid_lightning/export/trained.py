@@ -226,8 +226,9 @@ def _expected(plan: AdapterPlan) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
 
 def _expected_lora(name: str, module: PlannedModule, plan: AdapterPlan) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
     outputs, inputs = module.shape
-    yield f"{name}.lora_A.weight", [(plan.lora.rank, inputs)]
-    yield f"{name}.lora_B.weight", [(outputs, plan.lora.rank)]
+    rank = plan.lora_of(module).rank
+    yield f"{name}.lora_A.weight", [(rank, inputs)]
+    yield f"{name}.lora_B.weight", [(outputs, rank)]
     if plan.lora.use_dora:
         yield f"{name}.lora_magnitude_vector", [(outputs,)]
 

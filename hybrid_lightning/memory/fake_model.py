@@ -123,7 +123,8 @@ class FakeModel:
                 module.weight.requires_grad_(True)
             use_fused_layers(model, backend)
         else:
-            plan = plan_of_budget(candidates, ModuleBudget(share), settings.lora)
+            # LoRA keeps [tokens, rank] of each module, little beside its input, so that the largest rank does for all.
+            plan = plan_of_budget(candidates, ModuleBudget(share), settings.lora.with_rank(settings.largest_rank))
             with torch.device("meta"):
                 model = apply_plan(model, plan, settings.keep_start_weights, settings.trained_dtype, backend)
         if settings.quantization is not None:

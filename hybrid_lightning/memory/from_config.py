@@ -154,6 +154,7 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
         optimizer=policy.optimizer,
         budget=adapter.budget,
         lora=adapter.lora,
+        rank_pattern=adapter.rank_pattern,
         target_modules=adapter.target_modules,
         keep_start_weights=adapter.keep_start_weights,
         entropy_gradient=policy.loss.needs_entropy,

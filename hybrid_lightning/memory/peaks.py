@@ -183,7 +183,7 @@ class _Run:
         """Peaks of all phases with one method."""
         settings = self.settings
         given = settings.plan if name == "plan" else None
-        plan: AdapterPlan = given or plan_of_budget(self.candidates, budget, settings.lora)
+        plan: AdapterPlan = given or plan_of_budget(self.candidates, budget, settings.lora, settings.rank_pattern)
         sizes = measure_sizes(settings, plan)
         peaks = {phase: self._generating(sizes, *counts) for phase, counts in self.generated.items()}
         if given is None and budget.needs_scores:

@@ -1,6 +1,6 @@
 """`RunSettings`: the settings of a run that decide how much memory it takes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ class RunSettings:
     optimizer: OptimizerCallable = AdamW
     budget: Budget = field(default_factory=ModuleBudget)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
     target_modules: Sequence[str] | None = None
     keep_start_weights: bool = True
     entropy_gradient: bool = False  # whether the loss has an entropy bonus
@@ -65,6 +66,13 @@ class RunSettings:
     def text_config(self) -> Any:
         """Config of the language model, which for multimodal models is a part of `config`."""
         return self.config.get_text_config()
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that LoRA has in any module, or could have by the pattern."""
+        if self.plan is not None:
+            return max(self.plan.ranks, default=self.lora.rank)
+        return max([self.lora.rank, *self.rank_pattern.values()])
 
     @property
     def tokens_of_pass(self) -> int:

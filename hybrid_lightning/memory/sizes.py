@@ -16,6 +16,7 @@ from hybrid_lightning.adapters.budgets import Budget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters.rank_pattern import ranks_by_pattern
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.policy.optim import OptimizerCallable, make_optimizer
@@ -82,7 +83,7 @@ def measure_sizes(settings: RunSettings, plan: AdapterPlan) -> ModelSizes:
                 frozen[number] -= numbers * width
             continue
         if mode == "lora":
-            trained[number] += plan.lora.parameters(shape)
+            trained[number] += plan.lora_of(planned[name]).parameters(shape)
         if settings.quantization is not None and settings.quantization.takes(shape):
             frozen[number] += quantized_bytes(settings.quantization, shape) - shape[0] * shape[1] * width
     sizes = [kept + trained_width * count for kept, count in zip(frozen, trained, strict=True)]
@@ -138,10 +139,13 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None 
     return model.requires_grad_(False).eval()
 
 
-def plan_of_budget(candidates: Mapping[str, nn.Module], budget: Budget, lora: LoraSettings) -> AdapterPlan:
+def plan_of_budget(
+    candidates: Mapping[str, nn.Module], budget: Budget, lora: LoraSettings, rank_pattern: Mapping[str, int] | None = None
+) -> AdapterPlan:
     """Plan that a budget makes if the largest modules have the highest scores, so that it trains as much as the budget can."""
     scores = {name: float(module.weight.numel()) for name, module in candidates.items()}  # type: ignore[operator, union-attr]
-    return make_plan(model="", model_digest="", candidates=candidates, budget=budget, lora=lora, scores=scores)
+    ranks = ranks_by_pattern(candidates, rank_pattern or {}, lora.rank)
+    return make_plan(model="", model_digest="", candidates=candidates, budget=budget, lora=lora, scores=scores, ranks=ranks)
 
 
 @dataclass(frozen=True)

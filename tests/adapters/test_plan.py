@@ -220,7 +220,7 @@ def broken(plan, **changes):
     [
         ({"model": "DELETE"}, 'lacks the field "model"'),
         ({"extra": 1}, 'unknown field "extra"'),
-        ({"format": 2}, "has format 2"),
+        ({"format": 3}, "has format 3, this version reads 1 and 2"),
         ({"seed": "0"}, '"seed" is "0", but must be int or null'),
         ({"seed": True}, '"seed" is true'),
         ({"lora": {"rank": 4}}, 'lora lacks the field "alpha"'),

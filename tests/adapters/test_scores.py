@@ -147,7 +147,8 @@ def test_gradients_are_never_in_memory_together(make_model, batches):
     model = make_model("llama")
     candidates = find_candidates(model)
     alive = []
-    collected = collect_gradients(model, candidates, _watched(model, batches, alive), SketchedGradients(size=7), RANK)
+    ranks = dict.fromkeys(candidates, RANK)
+    collected = collect_gradients(model, candidates, _watched(model, batches, alive), SketchedGradients(size=7), ranks)
     assert len(collected) == len(candidates) and len(alive) == len(candidates) and max(alive) <= 1
 
 
@@ -175,7 +176,7 @@ def test_sums_over_ranks_are_those_of_one_process(make_model, losses, mode):
 
     def sums(indices, sum_over_ranks=None):
         options = {"halves": True, "sum_over_ranks": sum_over_ranks}
-        return collect_gradients(model, candidates, some(indices), mode, RANK, **options)
+        return collect_gradients(model, candidates, some(indices), mode, dict.fromkeys(candidates, RANK), **options)
 
     second = [t for accumulator in sums([4, 5]).values() for t in accumulator.tensors()]
     remaining = iter(second)
@@ -202,8 +203,9 @@ def test_autocast_around_the_losses_does_not_reach_the_sums(make_model, batches)
                 loss = model(tokens, labels=tokens).loss
             yield loss
 
+    ranks = dict.fromkeys(candidates, RANK)
     sums = [
-        [t for a in collect_gradients(model, candidates, losses(), SketchedGradients(7), RANK).values() for t in a.tensors()]
+        [t for a in collect_gradients(model, candidates, losses(), SketchedGradients(7), ranks).values() for t in a.tensors()]
         for losses in (inside, outside)
     ]
     assert all(torch.equal(first, second) for first, second in zip(*sums, strict=True))

@@ -13,7 +13,7 @@ from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.callbacks import HybridAdapterSetup
-from hybrid_lightning.errors import ConfigError, PlanError
+from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 from hybrid_lightning.rollout.batching import join_rollouts
 from hybrid_lightning.trainer import Trainer
 
@@ -151,6 +151,30 @@ def test_settings_reach_the_plan(model, sums, tmp_path):
     assert (plan.lora.rank, plan.lora.alpha, plan.lora.dropout) == (3, 5.0, 0.1)
     assert plan.budget == {"class_path": "hybrid_lightning.adapters.ParameterBudget", "init_args": {"share": 0.5}}
     assert (plan.model, plan.revision, plan.seed, plan.calibration["prompts"]) == (str(model), None, 0, 4)
+
+
+def test_ranks_by_a_pattern_reach_the_plan_and_the_model(model, sums, tmp_path, capsys):
+    policy = set_up(model, sums, tmp_path, build_adapter(rank_pattern={"mlp": 3, "attention": 1, "o_proj": 0}))
+    plan = AdapterPlan.load(tmp_path / "version_0" / "plan.json")
+    assert plan.digest == policy.plan.digest and plan.ranks == (1, 3)
+    assert sum(p.numel() for p in policy.parameters() if p.requires_grad) == plan.trainable_parameters()
+    frozen = {module.name for module in plan.candidates if module.mode == "frozen"}
+    assert frozen == {f"model.layers.{n}.self_attn.o_proj" for n in (0, 1)} - set(plan.full_modules)
+    assert "LoRA of ranks 1 to 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank_pattern": {"mlp": -1}}, "rank_pattern: mlp=-1 must be a whole number"),
+        ({"rank_pattern": {"experts": 4}}, "rank_pattern: 'experts' matches no candidate module"),
+        ({"rank_pattern": {"mlp": 4}, "target_modules": ["q_proj"]}, "rank_pattern: 'mlp' matches no candidate module"),
+        ({"rank_pattern": {"mlp": 0, "attention": 0}, "share": 0.0}, "rank_pattern freezes all modules"),
+    ],
+)
+def test_a_pattern_that_cannot_be_is_refused_before_weights_are_loaded(model, options, words):
+    with pytest.raises((ConfigError, ModelError), match=words):
+        build_adapter(**options).check(build_policy(model))
 
 
 @pytest.mark.parametrize(("asked", "used"), [(None, 4), (3, 3), (1000, 24)])

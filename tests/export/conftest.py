@@ -15,6 +15,7 @@ from hybrid_lightning.adapters.budgets import ModuleBudget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import model_digest
+from hybrid_lightning.adapters.rank_pattern import ranks_by_pattern
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.export import TrainedPolicy
 from hybrid_lightning.export.trained import BaseModel, Training, peft_weights
@@ -45,8 +46,10 @@ def train(make_model, tmp_path) -> Callable[..., Trained]:
         keep_start_weights: bool = True,
         nf4: bool = False,
         training: Training | None = None,
+        ranks: dict[str, int] | None = None,
         **base: str,
     ) -> Trained:
+        lora = lora or LoraSettings(rank=4, alpha=6)
         folder = tmp_path / f"base-{family}"
         make_model(family).to(DTYPES[dtype]).save_pretrained(folder)
         build_tokenizer().save_pretrained(folder)
@@ -57,9 +60,10 @@ def train(make_model, tmp_path) -> Callable[..., Trained]:
             model_digest=model_digest(model),
             candidates=candidates,
             budget=ModuleBudget(share),
-            lora=lora or LoraSettings(rank=4, alpha=6),
+            lora=lora,
             scores={name: hash_score(name) for name in candidates},
             scorer=Random(0),
+            ranks=ranks_by_pattern(candidates, ranks or {}, lora.rank),
         )
         if nf4:
             skip = [*plan.full_modules, "lm_head"]

@@ -48,6 +48,14 @@ def test_the_file_is_that_which_peft_writes(train, tmp_path, variant, share):
     assert all(sorted(config.pop("target_modules")) for config in configs) and configs[0] == configs[1]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ranks_that_differ_between_modules(train, tmp_path, family, variant):
+    trained = train(family, 0.2, VARIANTS[variant], ranks={"attention": 1, "mlp": 5})
+    folder = write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
+    assert_same_logits(logits(load(trained, folder)), trained.logits)
+
+
 def test_freed_start_weights_make_no_difference(train, tmp_path):
     trained = train(share=1, keep_start_weights=False)
     write_policy(trained.policy, AdapterFolder(), tmp_path / "out")

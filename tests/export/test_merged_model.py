@@ -146,3 +146,11 @@ def test_where_no_file_tells_it_is_the_configs_or_that_of_training(train, tmp_pa
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(ConfigError, match=r"form\.dtype must be one of .*, got 'int8'"):
         MergedModel("int8")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ranks_that_differ_between_modules(train, tmp_path, family, variant):
+    trained = train(family, 0.2, VARIANTS[variant], ranks={"attention": 1, "mlp": 5})
+    folder = write_policy(trained.policy, MergedModel("float32"), tmp_path / "out")
+    assert_same_logits(logits(AutoModelForCausalLM.from_pretrained(folder)), trained.logits)

@@ -79,6 +79,8 @@ def test_how_a_server_takes_it(train):
     assert "Servers such as vLLM load this folder" in model_card(hybrid, MergedModel())
     assert "vLLM refuses adapters with fully trained modules" in model_card(hybrid, AdapterFolder())
     assert "--enable-lora --max-lora-rank 4" in model_card(lora, AdapterFolder())
+    mixed = model_card(train(share=0, ranks={"attention": 1, "mlp": 5}).policy, AdapterFolder())
+    assert "--enable-lora --max-lora-rank 5" in mixed and "14 modules, ranks 1 to 5, alpha 1.5 times the rank" in mixed
 
 
 def test_licence_of_the_base_and_its_files_come_along(train, tmp_path):

@@ -28,9 +28,10 @@ def settings_of(model, **arguments):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_those_of_the_adapted_model(family, share, keep, dtype):
+@pytest.mark.parametrize("ranks", [{}, {"mlp": 3, "attention": 0}])
+def test_weights_are_those_of_the_adapted_model(family, share, keep, dtype, ranks):
     model = build_model(family).to(dtype)
-    plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LORA)
+    plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LORA, ranks)
     sizes = measure_sizes(settings_of(model, keep_start_weights=keep), plan)
     assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
     block = max(sum(p.nbytes for p in b.parameters()) for b in decoder_blocks(model))

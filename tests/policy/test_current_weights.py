@@ -21,13 +21,14 @@ IDS = torch.arange(3, 19).view(2, 8)
 
 
 def adapted(tmp_path, family="llama", use_dora=False, frozen=(), **options):
-    """A policy whose first and last module are fully trained, the others by LoRA, with moved weights."""
+    """A policy whose first and last module are fully trained, the others by LoRA of different ranks, with moved weights."""
     policy = build_policy(write_model(tmp_path / "model", family), **options)
     modules = find_candidates(policy.model)
     full = {next(iter(modules)), list(modules)[-1]}
+    mode = {**dict.fromkeys(modules, "lora"), **dict.fromkeys(frozen, "frozen"), **dict.fromkeys(full, "full")}
     planned = tuple(
-        PlannedModule(n, linear_shape(m), m.weight.numel(), None, "full" if n in full else "frozen" if n in frozen else "lora")
-        for n, m in modules.items()
+        PlannedModule(n, linear_shape(m), m.weight.numel(), None, mode[n], 1 + place % 4 if mode[n] == "lora" else None)
+        for place, (n, m) in enumerate(modules.items())
     )
     lora = LoraSettings(rank=3, alpha=6, use_dora=use_dora)
     policy.adapt(AdapterPlan("model", None, model_digest(policy.model), planned, lora, ModuleBudget().to_config()))

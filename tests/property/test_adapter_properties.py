@@ -33,13 +33,16 @@ SCORE = st.floats(-1e6, 1e12, allow_nan=False) | st.integers(0, 3).map(float)
 LORA_MODE = st.just("lora")
 
 
-def linear_modules(score=SCORE, mode=LORA_MODE):
+NO_RANK = st.none()
+
+
+def linear_modules(score=SCORE, mode=LORA_MODE, rank=NO_RANK):
     sizes = st.integers(1, 64)
-    build = st.builds(lambda shape, score, mode: (shape, score, mode), st.tuples(sizes, sizes), score, mode)
+    build = st.tuples(st.tuples(sizes, sizes), score, mode, rank)
     return st.lists(build, min_size=1, max_size=20).map(
         lambda items: tuple(
-            PlannedModule(f"layers.{i}.fc", shape, shape[0] * shape[1], score, mode)
-            for i, (shape, score, mode) in enumerate(items)
+            PlannedModule(f"layers.{i}.fc", shape, shape[0] * shape[1], score, mode, rank)
+            for i, (shape, score, mode, rank) in enumerate(items)
         )
     )
 
@@ -54,7 +57,7 @@ PLANS = st.builds(
     model=st.text(max_size=20),
     revision=st.none() | st.text(max_size=5),
     model_digest=st.text("0123456789abcdef", min_size=8, max_size=8),
-    candidates=linear_modules(st.none() | SCORE, st.sampled_from(["full", "lora", "frozen"])),
+    candidates=linear_modules(st.none() | SCORE, st.sampled_from(["full", "lora", "frozen"]), st.none() | st.integers(1, 9)),
     lora=LORA,
     budget=st.dictionaries(st.text(max_size=5), JSON, max_size=2),
     scorer=st.none() | st.dictionaries(st.text(max_size=5), JSON, max_size=2),
@@ -132,9 +135,14 @@ def tiny_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).eval()
 
 
-@given(LORA, st.lists(st.sampled_from(["full", "lora", "frozen"]), min_size=14, max_size=14), st.integers(0, 99))
+@given(
+    LORA,
+    st.lists(st.sampled_from(["full", "lora", "frozen"]), min_size=14, max_size=14),
+    st.lists(st.none() | st.integers(1, 6), min_size=14, max_size=14),
+    st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None)
-def test_merging_preserves_logits_and_disabling_restores_them(lora, modes, seed):
+def test_merging_preserves_logits_and_disabling_restores_them(lora, modes, ranks, seed):
     if set(modes) == {"frozen"}:
         return
     model = tiny_model()
@@ -142,7 +150,8 @@ def test_merging_preserves_logits_and_disabling_restores_them(lora, modes, seed)
     with torch.no_grad():
         base = model(tokens).logits
         plan = make_plan(model="tiny", model_digest="0", candidates=find_candidates(model), budget=ModuleBudget(0), lora=lora)
-        candidates = tuple(dataclasses.replace(m, mode=mode) for m, mode in zip(plan.candidates, modes, strict=True))
+        kinds = zip(plan.candidates, modes, ranks, strict=True)
+        candidates = tuple(dataclasses.replace(m, mode=mode, rank=rank) for m, mode, rank in kinds)
         adapted = apply_plan(model, dataclasses.replace(plan, candidates=candidates)).eval()
         assert torch.equal(adapted(tokens).logits, base)
         torch.manual_seed(seed)

@@ -33,6 +33,7 @@ def jobs(first_rollout, ranks):
     work = {
         "longer completions on one rank": {
             "policy": {**uneven, "loss": GRPOLoss(), **ADAM, "epochs_per_rollout": 2},
+            "adapter": {"rank_pattern": {"attention": 1, "mlp": 3}},
             "accumulate_grad_batches": 2,
         }
     }

@@ -98,7 +98,10 @@ def policy_of(sampler, model: Path, plan: str | None = None, **options) -> Polic
 
 
 def adapt(policy: PolicyModule, plan: str, use_dora: bool = False, frozen: tuple[str, ...] = ()) -> None:
-    """Adapt by `hybrid` (two modules fully, the others by LoRA), `lora` or `full`, and move the trained weights."""
+    """Adapt by `hybrid` (two modules fully, the others by LoRA), `lora` or `full`, and move the trained weights.
+
+    LoRA has other ranks in modules that vLLM joins.
+    """
     modules = find_candidates(policy.model)
     full = {"hybrid": {"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"}, "lora": set(), "full": set(modules)}[
         plan
@@ -109,9 +112,10 @@ def adapt(policy: PolicyModule, plan: str, use_dora: bool = False, frozen: tuple
             linear_shape(module),
             module.weight.numel(),
             None,
-            "full" if name in full else "frozen" if name in frozen else "lora",
+            mode := "full" if name in full else "frozen" if name in frozen else "lora",
+            2 + place % 4 if mode == "lora" else None,
         )
-        for name, module in modules.items()
+        for place, (name, module) in enumerate(modules.items())
     )
     lora = LoraSettings(rank=4, alpha=8, use_dora=use_dora)
     policy.adapt(AdapterPlan("embedded", None, model_digest(policy.model), planned, lora, ModuleBudget().to_config()))

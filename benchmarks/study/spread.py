@@ -1,0 +1,86 @@
+"""Ranks of modules under one budget of trainable parameters, that of LoRA of some rank on all of them.
+
+`mlp` leaves attention rank 1 and spreads the rest evenly over MLPs, `mlp_only` leaves attention none; both need no score.
+`spectrum` gives the next rank to the module whose change in a short full fine-tuning has the largest next squared singular value
+per parameter; `spectrum_mlp` does so within MLPs, attention has rank 1.
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Literal, get_args
+
+from benchmarks.study.store import Store
+from hybrid_lightning.adapters.rank_pattern import module_group
+
+Spread = Literal["mlp", "mlp_only", "spectrum", "spectrum_mlp"]
+SPREADS: tuple[Spread, ...] = get_args(Spread)
+Shape = tuple[int, int]
+
+
+def ranks_of(spread: Spread, shapes: Mapping[str, Shape], rank: int, spectra: Mapping[str, Sequence[float]]) -> dict[str, int]:
+    """The rank of each module.
+
+    Args:
+        spread: How the budget is spent.
+        shapes: Name -> shape of each module.
+        rank: Of uniform LoRA with the same budget.
+        spectra: Name -> squared singular values of its change, in descending order; not used by `mlp` and `mlp_only`.
+    """
+    budget = rank * sum(map(sum, shapes.values()))
+    if spread == "spectrum":
+        return water_filled(spectra, shapes, budget)
+    attention = {name: 0 if spread == "mlp_only" else 1 for name in shapes if module_group(name) == "attention"}
+    mlps = {name: shape for name, shape in shapes.items() if name not in attention}
+    rest = budget - sum(value * sum(shapes[name]) for name, value in attention.items())
+    if spread == "spectrum_mlp":
+        return {**attention, **water_filled({name: spectra[name] for name in mlps}, mlps, rest)}
+    # The nearest rank; where the next one is as near, the lower.
+    return {**attention, **dict.fromkeys(mlps, round(rest / sum(map(sum, mlps.values())) - 1e-9))}
+
+
+def water_filled(spectra: Mapping[str, Sequence[float]], shapes: Mapping[str, Shape], budget: int) -> dict[str, int]:
+    """Ranks from 0 on, each next one where the next squared singular value is largest per parameter, until nothing fits.
+
+    Where the next rank would have more parameters than the weight, the next step is to train the module fully, which gains all
+    that is left of its spectrum; its rank is then min(m, n).
+    """
+    ranks = dict.fromkeys(shapes, 0)
+    queue: list[tuple[float, str, int, int]] = []  # value per parameter (negative), name, cost, rank after it
+
+    def push(name: str) -> None:
+        shape, rank = shapes[name], ranks[name]
+        if not is_full(shape, rank + 1):
+            cost = sum(shape)
+            heapq.heappush(queue, (-spectra[name][rank] / cost, name, cost, rank + 1))
+        elif rank < min(shape):
+            cost = shape[0] * shape[1] - rank * sum(shape)
+            heapq.heappush(queue, (-sum(spectra[name][rank:]) / max(cost, 1), name, cost, min(shape)))
+
+    for name in shapes:
+        push(name)
+    while queue:
+        _, name, cost, rank = heapq.heappop(queue)
+        if cost <= budget:  # else a smaller module may still fit
+            budget -= cost
+            ranks[name] = rank
+            push(name)
+    return ranks
+
+
+def is_full(shape: Shape, rank: int) -> bool:
+    """Whether LoRA of this rank has more parameters than the weight."""
+    return rank * sum(shape) > shape[0] * shape[1]
+
+
+def mean_spectra(store: Store, task: str, way: str = "fft") -> dict[str, list[float]]:
+    """The mean over seeds of the spectra that `python -m benchmarks.study.updates` has found.
+
+    Raises:
+        SystemExit: If there are none.
+    """
+    records = list(store.within(f"updates/{task}/{way}").values())
+    if not records:
+        raise SystemExit(f"error: there are no spectra of {task}: run python -m benchmarks.study.updates --task {task} first")
+    names = records[0]["spectra"]
+    return {name: [fmean(values) for values in zip(*(r["spectra"][name] for r in records), strict=True)] for name in names}

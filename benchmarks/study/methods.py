@@ -31,6 +31,7 @@ class Method:
     frozen_rest: bool = False  # modules that are not fully trained stay as they are
     only: str | None = None  # the one module that is fully trained, by name
     spread: Spread | None = None  # how the parameters of LoRA of `rank` are spent instead
+    update: tuple[str, int] | None = None  # by whose tail the hybrid's modules are chosen: way (see updates.py) and steps
 
     @property
     def untrained(self) -> bool:
@@ -123,6 +124,10 @@ _ALL = (
         Method(f"{spread}_r{rank}", "lora" if spread.startswith("mlp") else "spectrum", _share(0.0), rank=rank, spread=spread)
         for spread in SPREADS
         for rank in (2, 4, 8, 16)
+    ),
+    *(
+        Method(f"tail_{way}_{steps}", "hybrid", update=(way, steps))
+        for way, steps in (("fft", 32), ("adam", 32), ("moments", 8), ("moments", 32), ("moments_rank1", 8))
     ),
 )
 METHODS = {method.name: method for method in _ALL}

@@ -19,8 +19,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.records import Job, Record, save
-from benchmarks.study.spread import is_full, mean_spectra, ranks_of
+from benchmarks.study.spread import is_full, mean_spectra, mean_tails, ranks_of
 from benchmarks.study.store import PACK, RESULTS, Store
+from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
 from hybrid_lightning.cli import HybridLightningCLI
 from hybrid_lightning.errors import TrainingError
@@ -163,23 +164,31 @@ def only_method(name: str) -> Method:
 @contextlib.contextmanager
 def _edited_plan(task: str, method: Method, options: dict[str, Any], store: Store) -> Iterator[dict[str, Any]]:
     """An option with a plan that the project's own scores would not make, for the methods that need one."""
-    if not method.frozen_rest and method.only is None and method.spread is None:
+    if not method.frozen_rest and method.only is None and method.spread is None and method.update is None:
         yield {}
         return
-    scored = {**options, "adapter.budget.share": 1.0} if method.only else options  # with a share of 0 or 1 nothing is scored
+    unscored = method.only or method.update  # with a share of 0 or 1 nothing is scored
+    scored = {**options, "adapter.budget.share": 1.0} if unscored else options
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
         cli = HybridLightningCLI(args=["score", "--config", task, *arguments({**scored, **QUIET})])
-        spectra = mean_spectra(store, Path(task).stem) if (method.spread or "").startswith("spectrum") else {}
-        edited(cli.model.plan, method, spectra).save(path)
+        name = Path(task).stem
+        spectra = mean_spectra(store, name) if (method.spread or "").startswith("spectrum") else {}
+        tails = mean_tails(store, name, *method.update) if method.update else {}
+        edited(cli.model.plan, method, spectra, tails).save(path)
         yield {"adapter.plan": str(path)}
 
 
-def edited(plan: AdapterPlan, method: Method, spectra: Mapping[str, Sequence[float]]) -> AdapterPlan:
+def edited(plan: AdapterPlan, method: Method, spectra: Mapping[str, Sequence[float]], tails: Mapping[str, float]) -> AdapterPlan:
     """A plan with other modes or ranks.
 
-    The rest frozen, one module alone fully trained and LoRA on the rest, or the parameters of LoRA spent unevenly.
+    The rest frozen, one module alone fully trained and LoRA on the rest, the 10% with the largest tails fully trained, or the
+    parameters of LoRA spent unevenly.
     """
+    if method.update is not None:
+        scored = tuple(replace(module, score=tails[module.name], mode="lora") for module in plan.candidates)
+        full = ModuleBudget(0.1).choose(scored, plan.lora)
+        return replace(plan, candidates=tuple(replace(m, mode="full") if m.name in full else m for m in scored))
     if method.spread is not None:
         shapes = {module.name: module.shape for module in plan.candidates}
         ranks = ranks_of(method.spread, shapes, plan.lora.rank, spectra)

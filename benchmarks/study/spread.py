@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Literal, get_args
 
-from benchmarks.study.store import Store
+from benchmarks.study.store import Content, Store
 from hybrid_lightning.adapters.rank_pattern import module_group
 
 Spread = Literal["mlp", "mlp_only", "spectrum", "spectrum_mlp"]
@@ -79,8 +79,27 @@ def mean_spectra(store: Store, task: str, way: str = "fft") -> dict[str, list[fl
     Raises:
         SystemExit: If there are none.
     """
-    records = list(store.within(f"updates/{task}/{way}").values())
-    if not records:
-        raise SystemExit(f"error: there are no spectra of {task}: run python -m benchmarks.study.updates --task {task} first")
+    records = _records(store, task, way)
     names = records[0]["spectra"]
     return {name: [fmean(values) for values in zip(*(r["spectra"][name] for r in records), strict=True)] for name in names}
+
+
+def mean_tails(store: Store, task: str, way: str, steps: int, rank: int = 8) -> dict[str, float]:
+    """The mean over seeds of the energies beyond a rank, after some steps.
+
+    Raises:
+        SystemExit: If there are none.
+    """
+    records = _records(store, task, way)
+    place = records[0]["ranks"].index(rank)
+    names = records[0]["tails"][str(steps)]
+    return {name: fmean(record["tails"][str(steps)][name][place] for record in records) for name in names}
+
+
+def _records(store: Store, task: str, way: str) -> list[Content]:
+    records = list(store.within(f"updates/{task}/{way}").values())
+    if not records:
+        raise SystemExit(
+            f"error: there are no spectra of {task}: run python -m benchmarks.study.updates --task {task} --way {way} first"
+        )
+    return records

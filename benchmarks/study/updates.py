@@ -1,7 +1,9 @@
 """What a few steps of training change in each module, and the spectra of that: `python -m benchmarks.study.updates`.
 
-In four ways: by full fine-tuning at its tuned rate (`fft`), by LoRA of a larger rank at that of LoRA (`lora_r8`, `lora_r16`), and
-by the steps that Adam would take, none of which is taken (`adam`). The schedule is that of a whole run of the task.
+By full fine-tuning at its tuned rate (`fft`), and in cheaper ways: by LoRA of a larger rank at that of LoRA (`lora_r8`,
+`lora_r16`), and without changing a weight, by the sum of the steps that Adam would take (`adam`), and by the sum of the gradients
+of the steps over the root of the sum of their squares (`moments`), or of its approximation of rank one (`moments_rank1`). The
+schedule is that of a whole run of the task.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from benchmarks.study.store import add_options, store_of, write
 from benchmarks.study.tuning import best_rate
 from hybrid_lightning.adapters.lora_settings import ADAPTER
 from hybrid_lightning.adapters.spectra import squared_singular_values
+from hybrid_lightning.adapters.statistics import preconditioner
 
 STEPS = (1, 2, 4, 8, 16, 32)
 RANKS = (0, 1, 2, 4, 8, 16)  # beyond which the tail is kept
@@ -31,8 +34,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "fft": {"adapter.budget.share": 1.0},
     "lora_r8": {"adapter.budget.share": 0.0, "adapter.rank": 8, "adapter.alpha": 16},
     "lora_r16": {"adapter.budget.share": 0.0, "adapter.rank": 16, "adapter.alpha": 32},
-    "adam": {"adapter.budget.share": 1.0},
+    **{name: {"adapter.budget.share": 1.0} for name in ("adam", "moments", "moments_rank1")},
 }
+UNMOVED = ("adam", "moments", "moments_rank1")
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,12 @@ class Updates:
 class Spectra(Callback):
     """Notes the spectrum of every candidate's change after some optimizer steps, and ends the run after the last of them."""
 
-    def __init__(self, adam: bool) -> None:
-        self.adam = adam
+    def __init__(self, way: str) -> None:
+        self.way = way
         self.tails: dict[int, dict[str, list[float]]] = {}
         self.spectra: dict[str, list[float]] = {}
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # of steps, or of gradients
+        self._squares: dict[str, Tensor] = {}  # sums of the squares of gradients
         self._seen = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -65,7 +70,7 @@ class Spectra(Callback):
         if step == self._seen:  # a micro-batch within an optimizer step
             return
         self._seen = step
-        if self.adam:
+        if self.way == "adam":
             self._add_directions(trainer, pl_module)
         if step not in STEPS:
             return
@@ -76,10 +81,23 @@ class Spectra(Callback):
             trainer.should_stop = True
 
     def _changes(self, pl_module: Any) -> dict[str, Tensor]:
-        if self.adam:
+        if self.way == "adam":
             return self._sums
+        if self.way == "moments":
+            return {name: total * self._squares[name].rsqrt().nan_to_num(posinf=0.0) for name, total in self._sums.items()}
+        if self.way == "moments_rank1":
+            return {name: _preconditioned(total.double(), self._squares[name].double()) for name, total in self._sums.items()}
         modules = dict(pl_module.model.get_base_model().named_modules())
         return {module.name: _change(modules[module.name]) for module in pl_module.plan.candidates}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        if not self.way.startswith("moments"):
+            return
+        modules = dict(pl_module.model.get_base_model().named_modules())
+        for name in pl_module.plan.full_modules:
+            gradient = modules[name].modules_to_save[ADAPTER].weight.grad
+            self._sums[name] = self._sums.get(name, 0) + gradient
+            self._squares[name] = self._squares.get(name, 0) + gradient.square()
 
     def _add_directions(self, trainer: Trainer, pl_module: Any) -> None:
         (optimizer,) = trainer.optimizers
@@ -90,6 +108,11 @@ class Spectra(Callback):
             count = float(state["step"])
             mean, square = state["exp_avg"] / (1 - first**count), state["exp_avg_sq"] / (1 - second**count)
             self._sums[name] = self._sums.get(name, 0) + mean / (square.sqrt() + eps)
+
+
+def _preconditioned(total: Tensor, squares: Tensor) -> Tensor:
+    rows, columns = preconditioner(squares.mean(1), squares.mean(0))
+    return rows[:, None] * total * columns
 
 
 def _change(module: nn.Module) -> Tensor:
@@ -110,7 +133,7 @@ def make(updates: Updates, folder: Path) -> str:
     from hybrid_lightning.cli import HybridLightningCLI
 
     torch.set_num_threads(1)
-    rate = NO_RATE if updates.way == "adam" else updates.learning_rate
+    rate = NO_RATE if updates.way in UNMOVED else updates.learning_rate
     options = {
         **WAYS[updates.way],
         "model.lr_full": rate,
@@ -119,7 +142,7 @@ def make(updates: Updates, folder: Path) -> str:
         "model.seed": updates.seed,
         "trainer.limit_val_batches": 0,
     }
-    spectra = Spectra(updates.way == "adam")
+    spectra = Spectra(updates.way)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         cli = HybridLightningCLI(
             args=["fit", "--config", updates.task, *arguments({**options, **QUIET})], trainer_defaults={"callbacks": [spectra]}

@@ -58,17 +58,13 @@ def test_ranks_follow_what_a_short_training_has_changed(task, tmp_path):  # noqa
     config = yaml.safe_load(Path(task).read_text())
     config["trainer"]["max_steps"] = STEPS[-1] + 2
     Path(task).write_text(yaml.safe_dump(config))
-    for way in ("fft", "adam", "lora_r8"):
-        made = Updates(task, way, 1e-3, 2000)
-        make(made, folder)
-        found = Store(folder).within(f"updates/small/{way}")["seed=2000.json"]
-        assert list(found["tails"]) == [str(step) for step in STEPS]
-        assert all(values == sorted(values, reverse=True) and values[0] > 0 for values in found["tails"]["32"].values())
-        beyond_8 = [values[4] for values in found["tails"]["32"].values()]
-        assert (max(beyond_8) < 1e-9 * found["tails"]["32"]["model.layers.0.mlp.up_proj"][0]) == (way == "lora_r8")
+    for way in ("fft", "moments"):
+        make(Updates(task, way, 1e-3, 2000), folder)
+        found = Store(folder).within(f"updates/small/{way}")["seed=2000.json"]["tails"]
+        assert list(found) == [str(step) for step in STEPS]
+        assert all(values == sorted(values, reverse=True) and values[0] > 0 for values in found["32"].values())
     record = load(make_run(Job(task, "spectrum_r4", 1e-2, 0, "run"), folder))
-    uniform = load(make_run(Job(task, "lora_r4", 1e-2, 0, "run"), folder))
-    assert len(set(record.ranks.values())) > 1 and not uniform.ranks
-    assert uniform.trainable_parameters - 512 < record.trainable_parameters <= uniform.trainable_parameters
-    even = load(make_run(Job(task, "mlp_r4", 1e-2, 0, "run"), folder))
-    assert even.trainable_parameters == pytest.approx(uniform.trainable_parameters, rel=0.05)
+    budget = 4 * 4 * (4 * (128 + 128) + 3 * (128 + 384))  # of rank 4 on the embedded policy's 4 blocks
+    assert len(set(record.ranks.values())) > 1 and budget - 512 < record.trainable_parameters <= budget
+    chosen = load(make_run(Job(task, "tail_moments_8", 1e-2, 0, "run"), folder))
+    assert set(chosen.full_modules) == set(sorted(found["8"], key=lambda name: -found["8"][name][4])[:3])

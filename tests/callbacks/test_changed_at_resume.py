@@ -437,7 +437,10 @@ def test_an_earlier_checkpoint_goes_on_exactly_and_is_compared_as_far_as_it_tell
     assert all(seen == expected for seen, expected in log.denominators)
     for changed, message in (
         ({"adapter": build_adapter(rank=3)}, r"adapter\.rank=2, but it is 3 now"),
-        ({"adapter": build_adapter(rank_pattern={"mlp": 3})}, r"rank_pattern=null, but it is \{mlp: 3\} now; give --adapter\.rank_pattern=null"),
+        (
+            {"adapter": build_adapter(rank_pattern={"mlp": 3})},
+            r"rank_pattern=null, but it is \{mlp: 3\} now; give --adapter\.rank_pattern=null",
+        ),
         ({"adapter": build_adapter(share=0.5)}, r"adapter\.budget\.share=0\.2, but it is 0\.5 now"),
         ({"policy": {"seed": 1}}, r"model\.seed=0, but it is 1 now"),
     ):

@@ -9,9 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, config_with_defaults, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
@@ -22,20 +20,17 @@ from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
 from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_markdown, plan_rows, plan_table, plan_title
 from hybrid_lightning.adapters.rank_pattern import check_pattern, ranks_by_pattern
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
-from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.callbacks.adaptable import check_adaptable
-from hybrid_lightning.callbacks.display import console, progress_bar, say
+from hybrid_lightning.callbacks.candidate_scores import score_candidates
+from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import log_figure, log_table
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.language import LanguageModule
-from hybrid_lightning.policy.modes import evaluation_mode
-from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.update import restart_epoch
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
 from hybrid_lightning.stopping import RunStopped
@@ -56,6 +51,8 @@ _AFTER_SCORING = {
     "schedule",
     "token_mask",
 }
+# Those of them on which an update depends.
+_OF_UPDATES = {"lr_full", "minibatches_per_rollout", "optimizer"}
 
 
 class HybridAdapterSetup(Configurable, Callback):
@@ -222,7 +219,7 @@ class HybridAdapterSetup(Configurable, Callback):
         """
         self._check_start_weights(pl_module)
         if self.target_modules is not None or self.rank_pattern:
-            self._ranks(find_candidates(pl_module.pretrained.skeleton(), self.target_modules))
+            self.ranks(find_candidates(pl_module.pretrained.skeleton(), self.target_modules))
         if self.given_plan is not None:
             self.given_plan.check_model(pl_module.pretrained.skeleton())
 
@@ -266,7 +263,7 @@ class HybridAdapterSetup(Configurable, Callback):
             signals = getattr(pl_module, "signals", None)
             kept = KeptScoring(None if folder is None else folder / SCORING, earlier, signals)
             kept.require({"model": digest, "modules": list(candidates), **self._what_scores_depend_on(hparams)})
-            scores, info = self._score(trainer, pl_module, model, candidates, kept)
+            scores, info = score_candidates(self, trainer, pl_module, model, candidates, kept)
         return make_plan(
             model=str(hparams.get("model", type(model).__name__)),
             revision=hparams.get("revision"),
@@ -278,10 +275,10 @@ class HybridAdapterSetup(Configurable, Callback):
             scorer=self.scorer if scores is not None else None,
             calibration=info,
             seed=hparams.get("seed"),
-            ranks=self._ranks(candidates),
+            ranks=self.ranks(candidates),
         )
 
-    def _ranks(self, candidates: Iterable[str]) -> dict[str, int]:
+    def ranks(self, candidates: Iterable[str]) -> dict[str, int]:
         """Rank of each candidate as LoRA.
 
         Raises:
@@ -293,7 +290,8 @@ class HybridAdapterSetup(Configurable, Callback):
         return ranks
 
     def _what_scores_depend_on(self, hparams: Mapping[str, Any]) -> dict[str, Any]:
-        settings = {name: value for name, value in hparams.items() if name not in _AFTER_SCORING and not name.startswith("_")}
+        later = _AFTER_SCORING - (_OF_UPDATES if self.scorer.needs_update else set())
+        settings = {name: value for name, value in hparams.items() if name not in later and not name.startswith("_")}
         return {
             **{f"model.{name}": value for name, value in sorted(settings.items())},
             "adapter.scorer": config_with_defaults(self.scorer),
@@ -302,46 +300,6 @@ class HybridAdapterSetup(Configurable, Callback):
             **({"adapter.rank_pattern": self.rank_pattern} if self.rank_pattern else {}),
             "adapter.calibration_prompts": self.calibration_prompts,
         }
-
-    def _score(
-        self, trainer: Trainer, pl_module: LightningModule, model: nn.Module, candidates: dict[str, Any], kept: KeptScoring
-    ) -> tuple[dict[str, float], dict[str, Any]]:
-        losses: Any = []
-        info: dict[str, Any] = {}
-        if self.scorer.needs_gradient or self.scorer.needs_loss:
-            with progress_bar(trainer, "Calibration rollouts", None) as advance:
-                listeners = getattr(pl_module, "generation_listeners", [])
-                listeners.append(advance_by_token := lambda running, decoded, total: advance(decoded, total))
-                try:
-                    options = {"kept": kept} if isinstance(pl_module, PolicyModule) else {}
-                    losses = pl_module.calibration_losses(self.calibration_prompts, **options)  # type: ignore[operator]
-                finally:
-                    listeners.remove(advance_by_token)
-            info = {"prompts": self.calibration_prompts, **getattr(losses, "info", {})}
-            if info.get("signal") == "answers":
-                console().print(
-                    "All calibration rewards tie, so rollouts carry no signal: modules are scored by the supervised gradient of "
-                    "the reference answers instead."
-                )
-        from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
-
-        total = len(losses) if hasattr(losses, "__len__") else None
-        # Fused layers as in training, since the passes of scoring are as large as those of training.
-        engine = getattr(pl_module, "engine", None)
-        use_fused_layers(model, Backend() if engine is None else engine.backend)
-        with evaluation_mode(model), progress_bar(trainer, "Scoring modules", total) as advance:
-            scores = score_modules(
-                model,
-                candidates,
-                losses,
-                self.scorer,
-                self._ranks(candidates),
-                self.gradients,
-                evaluate_loss=lambda: _mean_loss(losses),
-                kept=kept,
-                on_loss=lambda seen: advance(seen, None),
-            )
-        return scores, info
 
     # ---- applying and showing
 
@@ -387,9 +345,3 @@ def _checkpoint(trainer: Trainer) -> dict[str, Any] | None:
     return (
         read_checkpoint(path) if path and checkpoint_exists(path) else None
     )  # Lightning itself says that a checkpoint is missing
-
-
-def _mean_loss(losses: Iterable[Tensor]) -> float:
-    with torch.no_grad():
-        values = [float(loss) for loss in losses]
-    return sum(values) / len(values)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         SpectrumSNR,
         TailEnergy,
         TailFraction,
+        UpdateTail,
         WeightGradient,
     )
     from hybrid_lightning.adapters.scores import score_modules
@@ -43,6 +44,7 @@ __all__ = [
     "SpectrumSNR",
     "TailEnergy",
     "TailFraction",
+    "UpdateTail",
     "WeightGradient",
     "adapter_disabled",
     "apply_plan",
@@ -69,6 +71,7 @@ __getattr__ = public_names(
             "SpectrumSNR",
             "TailEnergy",
             "TailFraction",
+            "UpdateTail",
             "WeightGradient",
         ],
         "scores": ["score_modules"],

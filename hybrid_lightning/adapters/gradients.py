@@ -213,20 +213,25 @@ def collect_gradients(
     accumulators = {}
     for name, module in candidates.items():
         weight: Tensor = module.weight  # type: ignore[assignment]
-        if not weight.is_floating_point():
-            raise ModelError(f"the weight of {name} is {weight.dtype}: score the model before it is quantized.")
+        check_weight(name, module)
         if name not in kept.scores:
             form = mode.form(name, weight, ranks[name])
             accumulators[name] = ModuleAccumulator(form, (weight.shape[0], weight.shape[1]), halves)
     if not accumulators:
         return {}
     seen = _restore(accumulators, losses, kept)
-    with _only_candidates_trainable(model, candidates), torch.enable_grad():
+
+    def add(name: str, gradient: Tensor, index: int) -> None:
+        if name in accumulators:
+            accumulators[name].add(gradient, index)
+
+    with only_candidates_trainable(model, candidates), torch.enable_grad():
         try:
-            for number in _backward_all(candidates, accumulators, losses, seen, kept):
+            for number in backward_all(candidates, add, losses, seen, kept):
                 seen = number
                 if on_loss is not None:
                     on_loss(seen)
+                save_progress(kept, accumulators, losses, seen)
         except RunStopped:
             save_progress(kept, accumulators, losses, seen, stopped=True)
             raise
@@ -265,14 +270,34 @@ def _restore(accumulators: Mapping[str, ModuleAccumulator], losses: object, kept
     return int(state["seen"])
 
 
-def _backward_all(
+def check_weight(name: str, module: nn.Module) -> None:
+    """Raise ModelError if the weight of a module cannot have a gradient."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if not weight.is_floating_point():
+        raise ModelError(f"the weight of {name} is {weight.dtype}: score the model before it is quantized.")
+
+
+def backward_all(
     candidates: Mapping[str, nn.Module],
-    accumulators: dict[str, ModuleAccumulator],
+    take: Callable[[str, Tensor, int], None],
     losses: Iterable[Tensor],
     seen: int,
     kept: KeptScoring,
+    some: bool = False,
 ) -> Iterator[int]:
-    """Run the backward pass of each unseen loss, with hooks that fill the accumulators; yields the number of losses seen."""
+    """Run the backward pass of each unseen loss, and free each gradient once it has been taken.
+
+    Args:
+        candidates: Full dotted name -> linear module, whose weights alone have gradients.
+        take: Called with the name of a module, its gradient [m, n] and the number of the loss, counted from 0.
+        losses: Scalar losses.
+        seen: How many of them have been seen.
+        kept: Signals that stop the run, but not between a backward pass and what is done at the `yield` after it.
+        some: Whether these are some of the candidates, of which a loss need not use any.
+
+    Yields:
+        The number of losses seen.
+    """
     index = seen
 
     def take_gradient(name: str) -> Callable[[Tensor], None]:
@@ -280,8 +305,7 @@ def _backward_all(
             assert weight.grad is not None
             # Losses may be yielded from within autocast, but sums and sketches are float32.
             with torch.autocast(weight.device.type, enabled=False):
-                if name in accumulators:
-                    accumulators[name].add(weight.grad.detach(), index)
+                take(name, weight.grad.detach(), index)
             weight.grad = None
 
         return hook
@@ -292,12 +316,14 @@ def _backward_all(
     ]
     try:
         for loss in losses.since(index) if isinstance(losses, CalibrationState) else islice(losses, index, None):
-            _check_loss(loss, index)
+            used = loss.requires_grad or not some
+            if used:
+                _check_loss(loss, index)
             with kept.signals.deferred():  # a loss is in the sums of all modules or of none
-                loss.backward()  # type: ignore[no-untyped-call]
+                if used:
+                    loss.backward()  # type: ignore[no-untyped-call]
                 index += 1
                 yield index
-                save_progress(kept, accumulators, losses, index)
             kept.signals.check()
     finally:
         for handle in handles:
@@ -305,7 +331,8 @@ def _backward_all(
 
 
 @contextmanager
-def _only_candidates_trainable(model: nn.Module, candidates: Mapping[str, nn.Module]) -> Iterator[None]:
+def only_candidates_trainable(model: nn.Module, candidates: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within this context only the candidates' weights get gradients, and the model is in eval mode (see `collect_gradients`)."""
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:

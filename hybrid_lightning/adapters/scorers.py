@@ -21,6 +21,9 @@ gains ||G||_F^2, and the best step of rank r gains the sum of the first r sigma_
 - `Probe`: measured, not derived. With t = step * ||W||_F / ||G||_F and G_r the best rank-r approximation of G (its truncated
   singular value decomposition), the score is loss(W - t G_r) - loss(W - t G): what the calibration loss gains if the step is
   not restricted to rank r. For small steps this is t T_r(G).
+- `UpdateTail`: what several optimizer steps would change, D, instead of one gradient: T_t(D), or that per parameter. Only over
+  steps does the optimizer tell a direction in which gradients agree from one in which they don't (see updates.py). t is a rank of
+  its own, 8 by default, since rank 2 told modules of equal size apart worse in the project's study.
 - `GradientNorm` and `WeightGradient`: baselines that ignore the rank. `Random`: chance, which every other scorer has to beat.
 """
 
@@ -44,6 +47,7 @@ __all__ = [
     "SpectrumSNR",
     "TailEnergy",
     "TailFraction",
+    "UpdateTail",
     "WeightGradient",
 ]
 
@@ -63,6 +67,8 @@ class Scorer(Configurable, ABC):
     needs_gradient: ClassVar[bool] = True  # reads `statistics.gradient`; if False there is no calibration pass
     needs_halves: ClassVar[bool] = False  # reads `statistics.noise`
     needs_loss: ClassVar[bool] = False  # calls `statistics.evaluate_loss`
+    needs_update: ClassVar[bool] = False  # reads `statistics.update`, of as many optimizer steps as its `steps` says
+    steps: int = 0  # optimizer steps of an update
     concurrent: ClassVar[bool] = False  # `score` changes nothing, so it may run on several threads
 
     @abstractmethod
@@ -105,6 +111,36 @@ class PreconditionedTail(Scorer):
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
         return require(statistics.gradient, "the gradient", self).preconditioned().tail_energy(rank)
+
+
+class UpdateTail(Scorer):
+    """Tail energy T_t(D) of what the first optimizer steps would change, with the run's own loss, data and optimizer.
+
+    No step is taken: the gradients are those of the start policy. The rollouts are those of as many steps of training, and each
+    turn of candidates takes the gradients of all of them.
+
+    Args:
+        steps: Optimizer steps.
+        tail_rank: Rank t beyond which directions count.
+        per_parameter: Divide by the number of parameters, so that modules of different sizes compare.
+
+    Raises:
+        ConfigError: If a value is impossible.
+    """
+
+    needs_gradient = False
+    needs_update = True
+
+    def __init__(self, steps: int = 8, tail_rank: int = 8, per_parameter: bool = False) -> None:
+        if steps < 1:
+            raise ConfigError(f"steps={steps}: an update has at least one optimizer step; 8 are good.")
+        if tail_rank < 0:
+            raise ConfigError(f"tail_rank={tail_rank}: must not be negative; 8 is good.")
+        self.steps, self.tail_rank, self.per_parameter = steps, tail_rank, per_parameter
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:  # noqa: D102
+        tail = require(statistics.update, "the update", self).tail_energy(self.tail_rank)
+        return tail / statistics.parameters if self.per_parameter else tail
 
 
 class GradientNorm(Scorer):

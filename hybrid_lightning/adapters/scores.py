@@ -16,7 +16,8 @@ from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode, Mo
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.spectra import ONE_THREAD_UP_TO
-from hybrid_lightning.adapters.statistics import ModuleStatistics
+from hybrid_lightning.adapters.statistics import Gradient, ModuleStatistics
+from hybrid_lightning.adapters.updates import OptimizerSteps, updates_in_turns
 from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.stopping import RunStopped
 
@@ -36,6 +37,7 @@ def score_modules(
     sum_over_ranks: Callable[[Tensor], object] | None = None,
     kept: KeptScoring | None = None,
     on_loss: Callable[[int], None] | None = None,
+    steps: OptimizerSteps | None = None,
 ) -> dict[str, float]:
     """Score each candidate's sensitivity to low-rank adaptation.
 
@@ -53,7 +55,8 @@ def score_modules(
         sum_over_ranks: See `collect_gradients`.
         kept: Saved progress of scoring: the scores in it are not computed again, and new ones are saved in it. None saves
             nothing.
-        on_loss: See `collect_gradients`.
+        on_loss: See `collect_gradients`; of a scorer of updates, over all turns.
+        steps: The optimizer whose steps make an update, and how many weights a turn has; needed by scorers of updates only.
 
     Returns:
         Full dotted name -> score; higher is more sensitive.
@@ -67,6 +70,8 @@ def score_modules(
         raise ConfigError(f"rank={max(ranks.values(), default=0)}: scoring needs a LoRA rank of at least 1.")
     if scorer.needs_loss and evaluate_loss is None:
         raise ConfigError(f"{type(scorer).__name__} needs evaluate_loss, which measures the calibration loss: give it too.")
+    if scorer.needs_update and steps is None:
+        raise ConfigError(f"{type(scorer).__name__} needs steps, the optimizer whose steps it looks at: give it too.")
     kept = kept or KeptScoring()
     collected: dict[str, ModuleAccumulator] = {}
     if scorer.needs_gradient:
@@ -83,11 +88,11 @@ def score_modules(
         )
     _warn_unused(collected)
 
-    def score(name: str) -> float:
+    def score(name: str, update: Gradient | None = None) -> float:
         accumulator = collected.get(name)
         if accumulator is not None and not accumulator.received:
             return 0.0
-        value = scorer.score(_statistics(name, candidates[name], accumulator, scorer, evaluate_loss), ranks[name])
+        value = scorer.score(_statistics(name, candidates[name], accumulator, scorer, evaluate_loss, update), ranks[name])
         try:
             number = float(value)
         except (TypeError, ValueError) as error:
@@ -98,8 +103,11 @@ def score_modules(
 
     seen = int(next((accumulator.losses.sum() for accumulator in collected.values()), 0))
     try:
-        together = [name for name in collected if scorer.concurrent and _small_on_cpu(collected[name])]
+        concurrent = scorer.concurrent and not scorer.needs_update
+        together = [name for name in collected if concurrent and _small_on_cpu(collected[name])]
         kept.keep_scores(dict(zip(together, map_on_workers(score, together), strict=True)))
+        if steps is not None and scorer.needs_update:
+            _keep_scores_of_updates(model, candidates, losses, steps, kept, score, on_loss)
         for name in candidates:
             if name not in kept.scores:
                 kept.keep_scores({name: score(name)})
@@ -135,6 +143,32 @@ def map_on_workers(function: Callable[[In], Out], items: Sequence[In]) -> list[O
         torch.set_num_threads(threads)  # the workers have also set what later threads would start with
 
 
+def _keep_scores_of_updates(
+    model: nn.Module,
+    candidates: Mapping[str, nn.Module],
+    losses: Iterable[Tensor],
+    steps: OptimizerSteps,
+    kept: KeptScoring,
+    score: Callable[[str, Gradient], float],
+    on_loss: Callable[[int], None] | None,
+) -> None:
+    """Score turn by turn, so that no two turns' updates are in memory together."""
+    rest = {name: module for name, module in candidates.items() if name not in kept.scores}
+    moved = bool(kept.scores)  # a stopped run has kept none before one was
+    found: dict[str, float] = {}
+    for updates in updates_in_turns(model, rest, losses, steps, kept, on_loss):
+        found |= {name: score(name, update) for name, update in updates.items()}
+        moved = moved or any(update.energy() > 0 for update in updates.values())
+        if moved:
+            kept.keep_scores(found)
+            found = {}
+    if not moved:
+        raise CalibrationError(
+            f"the optimizer would move none of {len(rest)} candidate modules, as when all rewards of each prompt tie, or with a "
+            "learning rate of 0: use prompts that are solved sometimes, more samples per prompt, or a positive model.lr_full."
+        )
+
+
 def _small_on_cpu(accumulator: ModuleAccumulator) -> bool:
     """Whether the gradient is small enough for one thread, so that a float64 copy on each thread takes little memory too."""
     return min(accumulator.shape) <= ONE_THREAD_UP_TO and all(tensor.device.type == "cpu" for tensor in accumulator.tensors())
@@ -146,6 +180,7 @@ def _statistics(
     accumulator: ModuleAccumulator | None,
     scorer: Scorer,
     evaluate_loss: Callable[[], float] | None,
+    update: Gradient | None,
 ) -> ModuleStatistics:
     return ModuleStatistics(
         name=name,
@@ -153,6 +188,7 @@ def _statistics(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         gradient=accumulator.mean() if accumulator else None,
         noise=accumulator.noise() if accumulator and scorer.needs_halves else None,
+        update=update,
         evaluate_loss=evaluate_loss,
     )
 

@@ -123,6 +123,7 @@ class ModuleStatistics:
     parameters: int  # entries of weight and bias
     gradient: Gradient | None = None  # G, the mean over the calibration losses
     noise: Gradient | None = None  # difference of the mean gradients of even and odd losses, scaled to the noise of `gradient`
+    update: Gradient | None = None  # sum of the steps that the optimizer would make at the start policy (see updates.py)
     evaluate_loss: Callable[[], float] | None = None  # calibration loss at the model's current weights
 
 

@@ -159,6 +159,7 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
         keep_start_weights=adapter.keep_start_weights,
         entropy_gradient=policy.loss.needs_entropy,
         plan=adapter.given_plan,
+        scoring_steps=scorer.steps if scorer.needs_update else 0,
         scoring_copies=(2 if scorer.needs_halves else 1) * exact if scorer.needs_gradient else 0,
         sampler=sampler,
         device_bytes=flags.device_bytes,

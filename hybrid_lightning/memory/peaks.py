@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters.updates import turns_of
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory.engine_share import EngineShare, engine_share, misfit
 from hybrid_lightning.memory.process_growth import Growth, process_growth
@@ -66,6 +67,7 @@ class MethodMemory:
     host: float = 0.0  # bytes in the memory of the host that would otherwise be on the device
     growth: Growth | None = None  # of the process, on a CPU
     share: EngineShare = field(default_factory=EngineShare)  # what a rollout engine takes of the peaks
+    turns: int = 0  # in which modules are scored by optimizer steps; 0: they are not
 
     @property
     def peak_phase(self) -> str:
@@ -194,7 +196,8 @@ class _Run:
             phase: replace(peak, engine=share.sampling if phase in _SAMPLING else share.updating) for phase, peak in peaks.items()
         }
         host = self.sharding.forward(sizes, self.optimizer.state).host
-        memory = MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share=share)
+        turns = len(turns_of(self.candidates, sizes.trainable)) if settings.scoring_steps and "scoring" in peaks else 0
+        memory = MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share=share, turns=turns)
         return replace(memory, growth=self._growth(memory, sizes)) if settings.on_cpu else memory
 
     def _growth(self, memory: MethodMemory, sizes: ModelSizes) -> Growth:
@@ -219,13 +222,9 @@ class _Run:
         )
 
     @property
-    def _calibration_prompts(self) -> int:
-        return self.settings.calibration_prompts or self.settings.prompts_per_rollout
-
-    @property
     def _calibration_batch(self) -> int:
         """Calibration prompts that are completed together."""
-        return min(self._calibration_prompts, self.settings.prompts_per_rollout)
+        return min(self.settings.scored_prompts, self.settings.prompts_per_rollout)
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
         if self.settings.sampler.has_own_weights:
@@ -237,7 +236,7 @@ class _Run:
         """Peaks of calibrating and scoring, where the first device has the whole base model as loaded, and nothing else."""
         settings = self.settings
         base = sizes.parameters * settings.dtype.itemsize
-        prompts = self._calibration_prompts
+        prompts = settings.scored_prompts
         if settings.sampler.has_own_weights:
             calibrating = _resting(Held(base, 0, 0))
         else:
@@ -245,10 +244,14 @@ class _Run:
             calibrating = _components(Held(base, 0, 0), generated)
         from hybrid_lightning.memory.pass_memory import passes_of_scoring  # as above
 
+        if settings.scoring_steps:  # a turn has a stand-in, a gradient and optimizer state for each of its weights
+            prompts = max(1, settings.prompts_per_rollout // settings.minibatches)
+            turn = min(sizes.trainable, sizes.candidates)
+            held = Held(base, FLOAT32_BYTES * turn, self.optimizer.state * turn, FLOAT32_BYTES * turn)
+        else:
+            # The sums of gradients are kept in the memory of the host.
+            held = Held(base, settings.scoring_copies * FLOAT32_BYTES * sizes.candidates if settings.on_cpu else 0, 0)
         longest = max(passes_of_scoring(settings, prompts), key=_row_count)
-        # The sums of gradients are kept in the memory of the host.
-        sums = settings.scoring_copies * FLOAT32_BYTES * sizes.candidates if settings.on_cpu else 0
-        held = Held(base, sums, 0)
         return {
             "calibrating": calibrating,
             "scoring": _largest((held, held, held), self.traces.update(longest, None)),

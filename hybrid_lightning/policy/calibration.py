@@ -10,6 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ def calibration_rollouts(policy: CalibratedPolicy, prompts: Sequence[Prompt], ke
     return join_rollouts([rollouts for rollouts, _ in parts]), join_rewards([rewards for _, rewards in parts])
 
 
+def equal_slices(length: int, number: int) -> list[slice]:
+    """Neighbouring slices of a sequence, as equal as they can be."""
+    return [slice(length * i // number, length * (i + 1) // number) for i in range(number)]
+
+
 class CalibrationLosses(ABC):
     """Scalar losses, one for each chunk of rows; their mean is the loss of all rows. Iterating computes them anew.
 
@@ -101,6 +107,38 @@ class CalibrationLosses(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a run that was stopped."""
         assert not state, "this class keeps no state"
+
+
+class StepCalibration(CalibrationLosses):
+    """The losses of several optimizer steps, one after another; those of a step add up to the loss of its rows.
+
+    Args:
+        steps: The losses of each step.
+    """
+
+    def __init__(self, steps: Sequence[CalibrationLosses]) -> None:
+        self.steps = steps
+        self.chunks = [chunk for step in steps for chunk in step.chunks]
+        self.step_ends = tuple(accumulate(len(step) for step in steps))
+        infos = [step.info for step in steps]
+        counts = {name: sum(info[name] for info in infos) for name in ("sequences", "useful_sequences")}
+        self.info: dict[str, Any] = {**infos[0], **counts, "steps": len(steps)}
+
+    def since(self, seen: int) -> Iterator[Tensor]:
+        """See `CalibrationLosses`."""
+        for step, end in zip(self.steps, self.step_ends, strict=True):
+            for loss in step.since(min(len(step), max(0, seen - (end - len(step))))):
+                yield loss / len(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the steps need."""
+        return {"steps": [step.state_dict() for step in self.steps]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of a run that was stopped."""
+        for step, saved in zip(self.steps, state["steps"], strict=True):
+            if len(step):
+                step.load_state_dict(saved)
 
 
 class RewardCalibration(CalibrationLosses):

@@ -19,7 +19,13 @@ from torch import Tensor
 from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
-from hybrid_lightning.policy.calibration import ExampleCalibration, training_prompts
+from hybrid_lightning.policy.calibration import (
+    CalibrationLosses,
+    ExampleCalibration,
+    StepCalibration,
+    equal_slices,
+    training_prompts,
+)
 from hybrid_lightning.policy.evaluation import ExampleMetrics
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.prompts import place_of
@@ -184,11 +190,12 @@ class ExampleModule(LanguageModule):
         output = self.loss(replace(chunk.loss_inputs(logprobs), entropy=entropy.detach()))
         return output.loss, output.metrics
 
-    def calibration_losses(self, num_prompts: int | None = None) -> ExampleCalibration:
+    def calibration_losses(self, num_prompts: int | None = None, steps: int | None = None) -> CalibrationLosses:
         """Losses whose mean gradient scores the modules: those of training examples under the start policy.
 
         Args:
             num_prompts: Training examples to use, or all if there are fewer; None uses as many as one optimizer step has.
+            steps: The losses of as many optimizer steps, each on its number of examples; `num_prompts` is not used then.
 
         Raises:
             ConfigError: If there are fewer training examples than one optimizer step takes.
@@ -196,10 +203,16 @@ class ExampleModule(LanguageModule):
         prompts = training_prompts(self.trainer)
         self.check_enough(prompts)
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
-        chosen = [prompts[i] for i in order[: self.examples_per_step if num_prompts is None else num_prompts]]
-        # Not self.device: the callback moves the model to its device, and Lightning this module only after the setup hooks.
-        sequences = self.example_sequences(chosen, next(self.model.parameters()).device)
-        losses = ExampleCalibration(sequences, self.update.chunks(self, sequences), self.loss, self.calibration_logprobs)
+        count = min(self.examples_per_step if num_prompts is None else num_prompts, len(order))
+        if steps is not None:
+            count = steps * self.examples_per_step
+        chosen = [prompts[order[i % len(order)]] for i in range(count)]
+        parts = []
+        for some in equal_slices(count, steps or 1):
+            # Not self.device: the callback moves the model to its device, and Lightning this module only after the setup hooks.
+            rows = self.example_sequences(chosen[some], next(self.model.parameters()).device)
+            parts.append(ExampleCalibration(rows, self.update.chunks(self, rows), self.loss, self.calibration_logprobs))
+        losses = parts[0] if steps is None else StepCalibration(parts)
         losses.info["prompts"] = len(chosen)
         return losses
 

@@ -23,7 +23,15 @@ from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.losses.shares import share
-from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration, calibration_rollouts, training_prompts
+from hybrid_lightning.policy.calibration import (
+    AnswerCalibration,
+    CalibrationLosses,
+    RewardCalibration,
+    StepCalibration,
+    calibration_rollouts,
+    equal_slices,
+    training_prompts,
+)
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
 from hybrid_lightning.policy.sampled_groups import advantages_over_ranks, choose_trained, sample_groups
@@ -261,8 +269,8 @@ class PolicyModule(LanguageModule):
             )
 
     def calibration_losses(
-        self, num_prompts: int | None = None, kept: KeptScoring | None = None
-    ) -> RewardCalibration | AnswerCalibration:
+        self, num_prompts: int | None = None, kept: KeptScoring | None = None, steps: int | None = None
+    ) -> CalibrationLosses:
         """Losses whose mean gradient scores the modules: those of rollouts of the start policy on training prompts.
 
         Where all rewards tie they have no gradient. The supervised losses of reference answers are then used, if the data has
@@ -271,6 +279,7 @@ class PolicyModule(LanguageModule):
         Args:
             num_prompts: Training prompts to use, or all if there are fewer; None uses as many as one rollout has.
             kept: Saves completions and rewards as they are made, and returns those that a stopped run has saved.
+            steps: The losses of as many optimizer steps, on as many rollouts as these take; `num_prompts` is not used then.
 
         Raises:
             ConfigError: If there are too few training prompts, or all completions are masked.
@@ -279,8 +288,13 @@ class PolicyModule(LanguageModule):
         prompts = training_prompts(self.trainer)
         self.check_enough(prompts)
         order = PromptOrder(prompts, seed=0).of(self.seed + 7919)
-        count = self.rollout_schedule.prompts_per_rollout if num_prompts is None else num_prompts
-        chosen = [prompts[i] for i in order[:count]]
+        schedule = self.rollout_schedule
+        count = min(schedule.prompts_per_rollout if num_prompts is None else num_prompts, len(order))
+        minibatches = 1
+        if steps is not None:
+            needed = -(-steps // schedule.minibatches_per_rollout)  # rollouts
+            count, minibatches = needed * schedule.prompts_per_rollout, needed * schedule.minibatches_per_rollout
+        chosen = [prompts[order[i % len(order)]] for i in range(count)]
         rollouts, rewards = calibration_rollouts(self, chosen, kept or KeptScoring())
         self.sampler.release_memory()
         advantages = self.advantage.of_rewards(rewards, self.rollout_schedule.samples_per_prompt)
@@ -292,13 +306,17 @@ class PolicyModule(LanguageModule):
                 "model.sampler.max_new_tokens, or set model.mask_truncated_completions=false"
             )
         max_tokens = self.update.token_budget(self)
-        losses: RewardCalibration | AnswerCalibration
+        parts: list[CalibrationLosses] = []
         if bool(advantages[sequences.completion_mask.any(dim=1)].any()):
             longest = self.sampler.max_new_tokens
-            losses = RewardCalibration(sequences, advantages, self.loss, self.calibration_logprobs, max_tokens, longest)
+            for rows in equal_slices(len(sequences), minibatches)[:steps]:
+                step, weights = sequences.rows(rows), advantages[rows]
+                parts.append(RewardCalibration(step, weights, self.loss, self.calibration_logprobs, max_tokens, longest))
         else:
-            ids = [self.encode(prompt) for prompt in chosen]
             device = sequences.completion_ids.device
-            losses = AnswerCalibration(chosen, ids, self.tokenizer, self.calibration_logprobs, max_tokens, device)
+            for rows in equal_slices(len(chosen), min(minibatches, len(chosen)))[:steps]:
+                ids = [self.encode(prompt) for prompt in chosen[rows]]
+                parts.append(AnswerCalibration(chosen[rows], ids, self.tokenizer, self.calibration_logprobs, max_tokens, device))
+        losses = parts[0] if steps is None else StepCalibration(parts)
         losses.info["prompts"] = len(chosen)
         return losses

@@ -1,6 +1,7 @@
 """The callback's plan against scores recomputed from full gradients, and what it does at both ends and to other modules."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -133,6 +134,30 @@ def test_every_scorer_makes_a_plan(model, sums, tmp_path, kind):
     assert plan.scorer["class_path"].endswith(f".{kind.__name__}")
     best = sorted((module.score for module in plan.candidates), reverse=True)[:4]
     assert len(set(best)) == 4, "no tie decides which modules are trained fully"
+
+
+class Noted(torch.optim.SGD):
+    made: ClassVar[list] = []  # learning rate and number of weights of each
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        (group,) = self.param_groups
+        self.made.append((group["lr"], sum(weight.numel() for weight in group["params"])))
+
+
+def test_updates_of_the_run_score_the_modules(model, sums, tmp_path, capsys):
+    """As many steps as are asked for, by the run's own optimizer, in turns of as many weights as the plan trains at most."""
+    Noted.made = made = []
+    settings = {"optimizer": Noted, "lr_full": 0.25, "prompts_per_rollout": 4, "minibatches_per_rollout": 2}
+    policy = set_up(model, sums, tmp_path, build_adapter(scorer=scorers.UpdateTail(3, 1)), policy=settings)
+    plan = policy.plan
+    assert (plan.calibration["steps"], plan.calibration["prompts"], plan.calibration["turns"]) == (3, 8, len(made))
+    largest = sorted((module.parameters for module in plan.candidates), reverse=True)
+    most = sum(largest[:3]) + sum(plan.lora.parameters(module.shape) for module in plan.candidates)
+    assert {rate for rate, _ in made} == {0.25}
+    assert len(made) > 2 and all(weights <= most for _, weights in made)
+    assert sum(weights for _, weights in made) == sum(module.shape[0] * module.shape[1] for module in plan.candidates)
+    assert f"Scoring by 3 optimizer steps that are not taken, in {len(made)} turns" in " ".join(capsys.readouterr().out.split())
 
 
 def test_sketched_gradients_make_the_same_choice(model, sums, tmp_path):

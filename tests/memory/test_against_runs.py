@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_memory import Case
 
+from hybrid_lightning.adapters.scorers import UpdateTail
 from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.memory import SingleDevice, plan_memory
 
@@ -16,6 +17,7 @@ CASES = {
     "hybrid-bf16-true": Case(share=0.1, dtype="bfloat16", precision="bf16-true"),
     "several-passes": Case(share=1.0, max_tokens=300),
     "recomputing": Case(checkpointing=True),
+    "hybrid-by-updates": Case(share=0.1, scorer=UpdateTail(steps=3), micro_batches=2),
     "long": Case(prompts=4, samples=16, completion_tokens=50),
 }
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import RunSettings
@@ -71,6 +72,7 @@ class Case:
     dtype: str = "float32"
     precision: str = "32-true"
     optimizer: Any = torch.optim.AdamW
+    scorer: Scorer | None = None
 
     def settings(self, plan: AdapterPlan | None = None) -> RunSettings:
         """The same run, to be planned."""
@@ -91,6 +93,7 @@ class Case:
             optimizer=self.optimizer,
             budget=ModuleBudget(self.share),
             lora=LoraSettings(rank=8),
+            scoring_steps=0 if self.scorer is None else self.scorer.steps,
             keep_start_weights=self.keep_start_weights,
             plan=plan,
         )
@@ -113,7 +116,8 @@ class Case:
         )
         policy.pretrained.stop_ids = [1_000]  # no such token: nothing ends
         probe = MemoryProbe()
-        adapter = HybridAdapterSetup(budget=ModuleBudget(self.share), rank=8, keep_start_weights=self.keep_start_weights)
+        kept = {"keep_start_weights": self.keep_start_weights}
+        adapter = HybridAdapterSetup(budget=ModuleBudget(self.share), scorer=self.scorer, rank=8, **kept)
         steps = self.micro_batches + 1  # to the first of the second rollout, which finds gradients and optimizer state
         trainer = build_trainer(
             root,

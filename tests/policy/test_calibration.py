@@ -42,7 +42,7 @@ def sums(tmp_path_factory):
     return write_sums(tmp_path_factory.mktemp("calibration") / "sums.jsonl", 16)
 
 
-def calibrate(model, sums, prompts=8, data=None, **arguments):
+def calibrate(model, sums, prompts=8, data=None, steps=None, **arguments):
     """The policy, its rollouts, and the calibration losses; the policy's weights want gradients."""
     settings = {"sampler": Sampler(6, temperature=TEMPERATURE), "max_tokens_per_micro_batch": 40}
     policy = build_policy(model, **{**settings, **arguments})
@@ -59,7 +59,7 @@ def calibrate(model, sums, prompts=8, data=None, **arguments):
         return rollouts[-1]
 
     policy.generate = listen
-    losses = policy.calibration_losses(prompts)
+    losses = policy.calibration_losses(prompts, steps=steps)
     policy.model.requires_grad_(True)
     return policy, join_rollouts(rollouts), losses
 
@@ -221,3 +221,40 @@ def test_answers_of_every_length_are_padded_right(model):
     )
     assert losses.sequences.completion_mask.sum(1).tolist() == [2, 1, 4]
     assert sum(float(loss) for loss in losses) / len(losses) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("max_tokens", [40, 10_000])
+def test_losses_of_steps_are_those_of_as_many_rollouts(model, sums, max_tokens):
+    """Five steps take two rollouts of two minibatches and half of a third; the rows of each step are summed up in its losses."""
+    sizes = {"prompts_per_rollout": 4, "minibatches_per_rollout": 2, "max_tokens_per_micro_batch": max_tokens}
+    policy, rollouts, losses = calibrate(model, sums, prompts=None, steps=5, loss=GSPOLoss(), **sizes)
+    assert losses.info == {
+        "signal": "reward", "sequences": 40, "useful_sequences": losses.info["useful_sequences"], "steps": 5, "prompts": 12,
+    }  # fmt: skip
+    assert len(rollouts.sequences) == 48 and len(losses.step_ends) == 5
+    assert losses.step_ends[-1] == len(losses) and (len(losses) > 5) == (max_tokens == 40)
+    begin = losses.step_ends[3]
+    policy.model.zero_grad()
+    for number, loss in enumerate(losses):
+        if number >= begin:
+            loss.backward()
+    gradient = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
+    base = build_model("llama", std=0.1).requires_grad_(True)
+    rewards = torch.tensor(DigitShare()(rollouts.completions, [p for p in rollouts.prompts for _ in range(4)])).view(-1, 4)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    rows = range(32, 40)  # of the fifth step
+    assert_same_gradient(gradient, -sum(advantages[r] * completion_logprobs(base, rollouts, r).mean() for r in rows) / 8, base)
+
+
+def test_where_rewards_tie_the_answers_make_the_steps(model, sums):
+    sizes = {"prompts_per_rollout": 4, "minibatches_per_rollout": 2, "reward": Constant()}
+    _, _, losses = calibrate(model, sums, prompts=None, steps=3, **sizes)
+    assert losses.info["signal"] == "answers" and losses.info["sequences"] == 6 and len(losses.step_ends) == 3
+
+
+def test_prompts_come_again_where_steps_need_more_than_there_are(model, sums):
+    _, rollouts, losses = calibrate(model, sums, prompts=None, steps=6, prompts_per_rollout=4)
+    asked = [prompt.index for prompt in rollouts.prompts]
+    assert len(asked) == 24 and asked[16:] == asked[:8] and losses.info["prompts"] == 24
+    texts = [str(completion) for completion in rollouts.completions]
+    assert texts[:32] != texts[64:], "but other completions"

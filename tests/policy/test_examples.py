@@ -185,3 +185,22 @@ def test_modules_are_scored_by_the_gradient_of_the_loss_itself(kind, model, rows
     loss_by_hand(kind, base, reference, [data.train_prompts[i] for i in order]).backward()
     assert len(losses) > 1
     torch.testing.assert_close(weight.grad, base.model.layers[0].mlp.down_proj.weight.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_of_steps_are_those_of_as_many_batches_of_examples(kind, model, rows, tmp_path):
+    module = build_module(kind, model, max_tokens_per_micro_batch=20, examples_per_step=4)
+    data = build_examples(kind, rows)
+    trainer = build_trainer(tmp_path)
+    trainer.strategy._lightning_module, trainer.datamodule, module.trainer = module, data, trainer
+    data.trainer = trainer
+    losses = module.calibration_losses(None, steps=3)
+    assert losses.info["prompts"] == 12 and losses.info["steps"] == len(losses.step_ends) == 3 < len(losses)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(7919)).tolist()
+    values = [float(loss.detach()) for loss in losses]
+    base, reference = build_model("llama", std=0.1), build_model("llama", std=0.1)
+    begin = 0
+    for step, end in enumerate(losses.step_ends):
+        chosen = [data.train_prompts[i] for i in order[4 * step : 4 * step + 4]]
+        assert sum(values[begin:end]) == pytest.approx(float(loss_by_hand(kind, base, reference, chosen)), abs=1e-5)
+        begin = end

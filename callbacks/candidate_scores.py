@@ -1,0 +1,118 @@
+"""The scores of a module's candidates: calibration rollouts, then gradients or optimizer steps, then one number for each."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from hybrid_lightning.adapters.kept_scoring import KeptScoring
+from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.updates import OptimizerSteps, turns_of
+from hybrid_lightning.callbacks.display import console, progress_bar, say
+from hybrid_lightning.engine import Backend
+from hybrid_lightning.memory.sizes import plan_of_budget
+from hybrid_lightning.policy.adaptation import AdaptedModule
+from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.policy.modes import evaluation_mode
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy.optim import make_optimizer
+
+if TYPE_CHECKING:
+    from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
+
+
+def score_candidates(
+    adapter: "HybridAdapterSetup",
+    trainer: Trainer,
+    pl_module: LightningModule,
+    model: nn.Module,
+    candidates: dict[str, Any],
+    kept: KeptScoring,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Score the candidates as the settings of the adapter say.
+
+    Args:
+        adapter: Scorer, gradients, ranks and calibration.
+        trainer: That of the run.
+        pl_module: What is trained.
+        model: Its model, not adapted yet.
+        candidates: Full dotted name -> linear module.
+        kept: Progress of scoring.
+
+    Returns:
+        Full dotted name -> score, and what the scores were made from, which the plan keeps.
+    """
+    scorer = adapter.scorer
+    losses: Any = []
+    info: dict[str, Any] = {}
+    if scorer.needs_gradient or scorer.needs_loss or scorer.needs_update:
+        losses = _calibration_losses(adapter, trainer, pl_module, kept)
+        info = {"prompts": adapter.calibration_prompts, **getattr(losses, "info", {})}
+        if info.get("signal") == "answers":
+            console().print(
+                "All calibration rewards tie, so rollouts carry no signal: modules are scored by the supervised gradient of "
+                "the reference answers instead."
+            )
+    from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
+
+    total = len(losses) if hasattr(losses, "__len__") else None
+    steps = None
+    if scorer.needs_update:
+        steps = _optimizer_steps(adapter, pl_module, candidates)
+        turns = len(turns_of(candidates, steps.most))
+        info |= {"turns": turns}
+        total = None if total is None else turns * total
+        say(
+            f"Modules are scored by {scorer.steps} optimizer steps that are not taken, in {turns} turns of {steps.most:,} weights"
+        )
+    # Fused layers as in training, since the passes of scoring are as large as those of training.
+    engine = getattr(pl_module, "engine", None)
+    use_fused_layers(model, Backend() if engine is None else engine.backend)
+    with evaluation_mode(model), progress_bar(trainer, "Scoring modules", total) as advance:
+        scores = score_modules(
+            model,
+            candidates,
+            losses,
+            scorer,
+            adapter.ranks(candidates),
+            adapter.gradients,
+            evaluate_loss=lambda: _mean_loss(losses),
+            kept=kept,
+            on_loss=lambda seen: advance(seen, None),
+            steps=steps,
+        )
+    return scores, info
+
+
+def _calibration_losses(adapter: "HybridAdapterSetup", trainer: Trainer, pl_module: LightningModule, kept: KeptScoring) -> Any:
+    options: dict[str, Any] = {"kept": kept} if isinstance(pl_module, PolicyModule) else {}
+    if adapter.scorer.needs_update and isinstance(pl_module, LanguageModule):
+        options["steps"] = adapter.scorer.steps
+    with progress_bar(trainer, "Calibration rollouts", None) as advance:
+        listeners = getattr(pl_module, "generation_listeners", [])
+        listeners.append(advance_by_token := lambda running, decoded, total: advance(decoded, total))
+        try:
+            return pl_module.calibration_losses(adapter.calibration_prompts, **options)  # type: ignore[operator]
+        finally:
+            listeners.remove(advance_by_token)
+
+
+def _optimizer_steps(adapter: "HybridAdapterSetup", pl_module: LightningModule, candidates: dict[str, Any]) -> OptimizerSteps:
+    """The steps of the run's optimizer, for as many weights at a time as the plan can train at most."""
+    planned = plan_of_budget(candidates, adapter.budget, adapter.lora, adapter.rank_pattern)
+
+    def make(stand_ins: list[nn.Parameter]) -> Optimizer:
+        if not isinstance(pl_module, AdaptedModule):
+            return AdamW(stand_ins)
+        return make_optimizer(pl_module.optimizer_class, [{"params": stand_ins, "lr": pl_module.lr_full, "name": "full"}])
+
+    return OptimizerSteps(make, planned.trainable_parameters())
+
+
+def _mean_loss(losses: Iterable[Tensor]) -> float:
+    with torch.no_grad():
+        values = [float(loss) for loss in losses]
+    return sum(values) / len(values)

@@ -1,0 +1,139 @@
+"""What some optimizer steps would change in each candidate, of which none is taken.
+
+A stand-in takes the place of each candidate's weight in the optimizer: a float32 matrix of zeros, which gets the gradients that
+the weight has at the start policy. After N steps it holds the sum of what the optimizer would have moved. So weights, and
+whatever else the run has, stay as they are, to the bit.
+
+Why not take the steps: in the project's study (results/study) the tails of these sums put the modules in almost the order of
+those of W_N - W_0 of a short full fine-tuning. LoRA of a larger rank, the other way to little memory, did not.
+
+A candidate's stand-in does not depend on the others', so they are made some at a time, in turns that need no more memory for
+stand-ins, gradients and optimizer state than the training that follows has for its trained weights. Each turn computes the losses
+of all steps anew.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hybrid_lightning.adapters.gradients import backward_all, check_weight, only_candidates_trainable
+from hybrid_lightning.adapters.kept_scoring import KeptScoring
+from hybrid_lightning.adapters.statistics import ExactGradient, Gradient
+from hybrid_lightning.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class OptimizerSteps:
+    """The steps of which an update is the sum.
+
+    Args:
+        make_optimizer: Makes the run's optimizer of the stand-ins, [m, n] in float32 each.
+        most: Most weights of a turn: as many as the training that follows trains.
+    """
+
+    make_optimizer: Callable[[list[nn.Parameter]], Optimizer]
+    most: int
+
+
+@runtime_checkable
+class StepLosses(Protocol):
+    """Losses of several optimizer steps; where there is no such attribute, each loss is one step."""
+
+    step_ends: tuple[int, ...]  # numbers of losses, counted from the first one, after which a step ends
+
+
+def turns_of(candidates: Mapping[str, nn.Module], most: int) -> list[list[str]]:
+    """Divide candidates into turns, in their order.
+
+    Args:
+        candidates: Full dotted name -> linear module.
+        most: Most weights of a turn; a larger module has a turn of its own.
+    """
+    turns: list[list[str]] = []
+    room = 0
+    for name, module in candidates.items():
+        size = module.weight.numel()  # type: ignore[operator, union-attr]
+        if size > room or not turns:
+            turns.append([])
+            room = most
+        turns[-1].append(name)
+        room -= size
+    return turns
+
+
+def updates_in_turns(
+    model: nn.Module,
+    candidates: Mapping[str, nn.Module],
+    losses: Iterable[Tensor],
+    steps: OptimizerSteps,
+    kept: KeptScoring,
+    on_loss: Callable[[int], None] | None = None,
+) -> Iterator[dict[str, Gradient]]:
+    """Sum up the steps that an optimizer would make at the start policy.
+
+    Args:
+        model: The start policy; unchanged afterwards.
+        candidates: Full dotted name -> linear module.
+        losses: Scalar losses, computed anew each time that they are iterated over; `StepLosses` say where steps end.
+        steps: The optimizer, and the size of a turn.
+        kept: Signals that stop the run.
+        on_loss: Called after each loss with the number of losses seen so far, over all turns.
+
+    Yields:
+        For the candidates of each turn: full dotted name -> sum of the steps, [m, n].
+
+    Raises:
+        ModelError: If a weight cannot have a gradient, as in a quantized model.
+        CalibrationError: If there is no loss, or a loss or an update is not finite.
+    """
+    ends = frozenset(losses.step_ends) if isinstance(losses, StepLosses) else None
+    seen = 0
+    for names in turns_of(candidates, steps.most):
+        turn = {name: candidates[name] for name in names}
+        for name, module in turn.items():
+            check_weight(name, module)
+        stand_ins = {name: _stand_in(module) for name, module in turn.items()}
+        optimizer = steps.make_optimizer(list(stand_ins.values()))
+        before = seen
+        with only_candidates_trainable(model, turn), torch.enable_grad():
+            for number in backward_all(turn, _adder(stand_ins), losses, 0, kept, some=True):
+                if ends is None or number in ends:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=False)
+                seen += 1
+                if on_loss is not None:
+                    on_loss(seen)
+        if seen == before:
+            raise CalibrationError(
+                "there are no calibration losses, or they can be iterated over only once: give at least one, and losses that are "
+                "computed anew each time, since each turn of modules needs all of them."
+            )
+        del optimizer  # and its state
+        for name, stand_in in stand_ins.items():
+            stand_in.grad = None
+            if not torch.isfinite(stand_in).all():
+                raise CalibrationError(
+                    f"the update of {name} is not finite: use bfloat16 or float32 for scoring, a smaller model.lr_full, or look "
+                    "for inf or nan in the calibration data."
+                )
+        yield {name: ExactGradient(stand_in.detach()) for name, stand_in in stand_ins.items()}
+
+
+def _stand_in(module: nn.Module) -> nn.Parameter:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    stand_in = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+    stand_in.grad = torch.zeros_like(stand_in)  # an optimizer skips what has none
+    return stand_in
+
+
+def _adder(stand_ins: Mapping[str, nn.Parameter]) -> Callable[[str, Tensor, int], None]:
+    def add(name: str, gradient: Tensor, index: int) -> None:
+        total = stand_ins[name].grad
+        assert total is not None
+        total.add_(gradient)
+
+    return add

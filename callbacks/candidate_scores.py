@@ -1,41 +1,52 @@
 """The scores of a module's candidates: calibration rollouts, then gradients or optimizer steps, then one number for each."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from hybrid_lightning.adapters.gradients import GradientMode
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
+from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.adapters.updates import OptimizerSteps, turns_of
 from hybrid_lightning.callbacks.display import console, progress_bar, say
 from hybrid_lightning.engine import Backend
-from hybrid_lightning.memory.sizes import plan_of_budget
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.modes import evaluation_mode
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.optim import make_optimizer
 
-if TYPE_CHECKING:
-    from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
+
+@dataclass(frozen=True)
+class Scoring:
+    """How candidates are scored."""
+
+    scorer: Scorer
+    gradients: GradientMode  # how gradients are held
+    ranks: dict[str, int]  # full dotted name -> LoRA rank
+    calibration_prompts: int | None  # None lets the module choose
+    trainable: int  # most parameters that the plan can train
 
 
 def score_candidates(
-    adapter: "HybridAdapterSetup",
+    scoring: Scoring,
     trainer: Trainer,
     pl_module: LightningModule,
     model: nn.Module,
     candidates: dict[str, Any],
     kept: KeptScoring,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Score the candidates as the settings of the adapter say.
+    """Score the candidates.
 
     Args:
-        adapter: Scorer, gradients, ranks and calibration.
+        scoring: How.
         trainer: That of the run.
         pl_module: What is trained.
         model: Its model, not adapted yet.
@@ -45,12 +56,12 @@ def score_candidates(
     Returns:
         Full dotted name -> score, and what the scores were made from, which the plan keeps.
     """
-    scorer = adapter.scorer
+    scorer = scoring.scorer
     losses: Any = []
     info: dict[str, Any] = {}
     if scorer.needs_gradient or scorer.needs_loss or scorer.needs_update:
-        losses = _calibration_losses(adapter, trainer, pl_module, kept)
-        info = {"prompts": adapter.calibration_prompts, **getattr(losses, "info", {})}
+        losses = _calibration_losses(scoring, trainer, pl_module, kept)
+        info = {"prompts": scoring.calibration_prompts, **getattr(losses, "info", {})}
         if info.get("signal") == "answers":
             console().print(
                 "All calibration rewards tie, so rollouts carry no signal: modules are scored by the supervised gradient of "
@@ -61,13 +72,11 @@ def score_candidates(
     total = len(losses) if hasattr(losses, "__len__") else None
     steps = None
     if scorer.needs_update:
-        steps = _optimizer_steps(adapter, pl_module, candidates)
+        steps = OptimizerSteps(partial(_optimizer, pl_module), scoring.trainable)
         turns = len(turns_of(candidates, steps.most))
         info |= {"turns": turns}
         total = None if total is None else turns * total
-        say(
-            f"Modules are scored by {scorer.steps} optimizer steps that are not taken, in {turns} turns of {steps.most:,} weights"
-        )
+        say(f"Scoring by {scorer.steps} optimizer steps that are not taken, in {turns} turns of {steps.most:,} weights")
     # Fused layers as in training, since the passes of scoring are as large as those of training.
     engine = getattr(pl_module, "engine", None)
     use_fused_layers(model, Backend() if engine is None else engine.backend)
@@ -77,8 +86,8 @@ def score_candidates(
             candidates,
             losses,
             scorer,
-            adapter.ranks(candidates),
-            adapter.gradients,
+            scoring.ranks,
+            scoring.gradients,
             evaluate_loss=lambda: _mean_loss(losses),
             kept=kept,
             on_loss=lambda seen: advance(seen, None),
@@ -87,29 +96,24 @@ def score_candidates(
     return scores, info
 
 
-def _calibration_losses(adapter: "HybridAdapterSetup", trainer: Trainer, pl_module: LightningModule, kept: KeptScoring) -> Any:
+def _calibration_losses(scoring: Scoring, trainer: Trainer, pl_module: LightningModule, kept: KeptScoring) -> Any:
     options: dict[str, Any] = {"kept": kept} if isinstance(pl_module, PolicyModule) else {}
-    if adapter.scorer.needs_update and isinstance(pl_module, LanguageModule):
-        options["steps"] = adapter.scorer.steps
+    if scoring.scorer.needs_update and isinstance(pl_module, LanguageModule):
+        options["steps"] = scoring.scorer.steps
     with progress_bar(trainer, "Calibration rollouts", None) as advance:
         listeners = getattr(pl_module, "generation_listeners", [])
         listeners.append(advance_by_token := lambda running, decoded, total: advance(decoded, total))
         try:
-            return pl_module.calibration_losses(adapter.calibration_prompts, **options)  # type: ignore[operator]
+            return pl_module.calibration_losses(scoring.calibration_prompts, **options)  # type: ignore[operator]
         finally:
             listeners.remove(advance_by_token)
 
 
-def _optimizer_steps(adapter: "HybridAdapterSetup", pl_module: LightningModule, candidates: dict[str, Any]) -> OptimizerSteps:
-    """The steps of the run's optimizer, for as many weights at a time as the plan can train at most."""
-    planned = plan_of_budget(candidates, adapter.budget, adapter.lora, adapter.rank_pattern)
-
-    def make(stand_ins: list[nn.Parameter]) -> Optimizer:
-        if not isinstance(pl_module, AdaptedModule):
-            return AdamW(stand_ins)
-        return make_optimizer(pl_module.optimizer_class, [{"params": stand_ins, "lr": pl_module.lr_full, "name": "full"}])
-
-    return OptimizerSteps(make, planned.trainable_parameters())
+def _optimizer(pl_module: LightningModule, stand_ins: list[nn.Parameter]) -> Optimizer:
+    """The run's optimizer at the rate of fully trained modules; of a module that does not say which, AdamW."""
+    if not isinstance(pl_module, AdaptedModule):
+        return AdamW(stand_ins)
+    return make_optimizer(pl_module.optimizer_class, [{"params": stand_ins, "lr": pl_module.lr_full, "name": "full"}])
 
 
 def _mean_loss(losses: Iterable[Tensor]) -> float:

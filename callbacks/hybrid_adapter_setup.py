@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, config_with_defaults, make_plan
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, config_with_defaults, make_plan, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.kept_scoring import SCORING, KeptScoring
@@ -21,7 +21,7 @@ from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_markdown, 
 from hybrid_lightning.adapters.rank_pattern import check_pattern, ranks_by_pattern
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.callbacks.adaptable import check_adaptable
-from hybrid_lightning.callbacks.candidate_scores import score_candidates
+from hybrid_lightning.callbacks.candidate_scores import Scoring, score_candidates
 from hybrid_lightning.callbacks.display import console, say
 from hybrid_lightning.callbacks.loggers import log_figure, log_table
 from hybrid_lightning.callbacks.resume import SETTINGS_KEY, Resume, check_evaluated
@@ -263,7 +263,7 @@ class HybridAdapterSetup(Configurable, Callback):
             signals = getattr(pl_module, "signals", None)
             kept = KeptScoring(None if folder is None else folder / SCORING, earlier, signals)
             kept.require({"model": digest, "modules": list(candidates), **self._what_scores_depend_on(hparams)})
-            scores, info = score_candidates(self, trainer, pl_module, model, candidates, kept)
+            scores, info = score_candidates(self._scoring(candidates), trainer, pl_module, model, candidates, kept)
         return make_plan(
             model=str(hparams.get("model", type(model).__name__)),
             revision=hparams.get("revision"),
@@ -288,6 +288,11 @@ class HybridAdapterSetup(Configurable, Callback):
         if self.budget.share == 0 and not any(ranks.values()):
             raise ConfigError("adapter.rank_pattern freezes all modules, and the budget trains none of them fully: raise a rank")
         return ranks
+
+    def _scoring(self, candidates: dict[str, Any]) -> Scoring:
+        planned = plan_of_budget(candidates, self.budget, self.lora, self.rank_pattern)
+        ranks = self.ranks(candidates)
+        return Scoring(self.scorer, self.gradients, ranks, self.calibration_prompts, planned.trainable_parameters())
 
     def _what_scores_depend_on(self, hparams: Mapping[str, Any]) -> dict[str, Any]:
         later = _AFTER_SCORING - (_OF_UPDATES if self.scorer.needs_update else set())

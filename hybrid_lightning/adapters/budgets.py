@@ -15,6 +15,7 @@ from hybrid_lightning.adapters import plan_json
 from hybrid_lightning.adapters.candidates import linear_shape
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
+from hybrid_lightning.adapters.rank_pattern import ranks_by_pattern
 from hybrid_lightning.configurable import Configurable, constructor_defaults, to_plain
 from hybrid_lightning.errors import ConfigError
 
@@ -169,6 +170,15 @@ def make_plan(
         calibration=plan_json.plain(to_plain(dict(calibration or {}))),
         seed=seed,
     )
+
+
+def plan_of_budget(
+    candidates: Mapping[str, nn.Module], budget: Budget, lora: LoraSettings, rank_pattern: Mapping[str, int] | None = None
+) -> AdapterPlan:
+    """Plan that a budget makes if the largest modules have the highest scores, so that it trains as much as the budget can."""
+    scores = {name: float(module.weight.numel()) for name, module in candidates.items()}  # type: ignore[operator, union-attr]
+    ranks = ranks_by_pattern(candidates, rank_pattern or {}, lora.rank)
+    return make_plan(model="", model_digest="", candidates=candidates, budget=budget, lora=lora, scores=scores, ranks=ranks)
 
 
 def lora_parameters(module: PlannedModule, lora: LoraSettings) -> int:

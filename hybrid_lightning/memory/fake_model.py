@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hybrid_lightning.adapters.apply import apply_plan
-from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.engine import (
     Engine,
@@ -31,7 +31,7 @@ from hybrid_lightning.engine import (
 )
 from hybrid_lightning.errors import ModelError
 from hybrid_lightning.memory.settings import RunSettings
-from hybrid_lightning.memory.sizes import meta_model, plan_of_budget
+from hybrid_lightning.memory.sizes import meta_model
 from hybrid_lightning.policy.modes import checkpoint_gradients
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.updates import turns_of
@@ -24,7 +24,6 @@ from hybrid_lightning.memory.sizes import (
     measure_sizes,
     meta_model,
     optimizer_bytes,
-    plan_of_budget,
 )
 from hybrid_lightning.memory.strategies import FSDP1, Held, Sharding
 from hybrid_lightning.rollout.loader import RolloutSchedule

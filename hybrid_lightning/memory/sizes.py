@@ -4,7 +4,6 @@ What an optimizer keeps for each trained parameter is measured by letting it mak
 """
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from hybrid_lightning.adapters.budgets import Budget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
-from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.adapters.rank_pattern import ranks_by_pattern
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.policy.optim import OptimizerCallable, make_optimizer
@@ -137,15 +133,6 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None 
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"cannot make a causal language model of this config: {' '.join(str(error).split())[:300]}") from error
     return model.requires_grad_(False).eval()
-
-
-def plan_of_budget(
-    candidates: Mapping[str, nn.Module], budget: Budget, lora: LoraSettings, rank_pattern: Mapping[str, int] | None = None
-) -> AdapterPlan:
-    """Plan that a budget makes if the largest modules have the highest scores, so that it trains as much as the budget can."""
-    scores = {name: float(module.weight.numel()) for name, module in candidates.items()}  # type: ignore[operator, union-attr]
-    ranks = ranks_by_pattern(candidates, rank_pattern or {}, lora.rank)
-    return make_plan(model="", model_digest="", candidates=candidates, budget=budget, lora=lora, scores=scores, ranks=ranks)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from tiny_memory import Case
 from hybrid_lightning.adapters.scorers import UpdateTail
 from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.memory import SingleDevice, plan_memory
+from hybrid_lightning.memory.memory_table import memory_notes
 
 CASES = {
     "lora": Case(),
@@ -17,7 +18,6 @@ CASES = {
     "hybrid-bf16-true": Case(share=0.1, dtype="bfloat16", precision="bf16-true"),
     "several-passes": Case(share=1.0, max_tokens=300),
     "recomputing": Case(checkpointing=True),
-    "hybrid-by-updates": Case(share=0.1, scorer=UpdateTail(steps=3), micro_batches=2),
     "long": Case(prompts=4, samples=16, completion_tokens=50),
 }
 
@@ -59,3 +59,18 @@ def test_the_budget_that_is_not_chosen_yet_is_an_upper_bound(tmp_path):
     assert hybrid.method == "hybrid 10%" and hybrid.trainable >= plan.trainable_parameters()
     assert 0.85 * measured["updating"]["tensors"] < hybrid.peaks["updating"].total < 1.5 * measured["updating"]["tensors"]
     assert hybrid.peak_phase == "updating" or hybrid.peaks["scoring"].total == hybrid.peak_bytes
+
+
+def test_scoring_by_updates_takes_no_more_than_the_training_that_follows(tmp_path):
+    """The plan is an upper bound: a pass keeps less where the modules of one turn alone have gradients."""
+    case = Case(share=0.1, scorer=UpdateTail(steps=3), micro_batches=2)
+    measured, plan = case.measure(tmp_path)
+    hybrid = plan_memory(case.settings(), SingleDevice())[2]
+    scoring = hybrid.peaks["scoring"]
+    turn = hybrid.trainable
+    assert (scoring.copies, scoring.gradients) == (4 * turn, 4 * turn) and scoring.optimizer == pytest.approx(8 * turn)
+    assert measured["scoring"]["tensors"] <= measured["updating"]["tensors"]
+    assert measured["scoring"]["tensors"] <= scoring.total <= 1.25 * measured["scoring"]["tensors"]
+    notes = memory_notes([hybrid], case.settings())
+    assert "scoring: 3 optimizer steps that are not taken, on 16 prompts" in notes and "Turns: 4 (hybrid 10%)" in notes
+    assert plan.calibration["turns"] == hybrid.turns == 4

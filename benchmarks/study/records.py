@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from benchmarks.study.store import Store, malformed, read, write
 
-Purpose = Literal["sweep", "run"]
+Purpose = Literal["sweep", "run", "trial"]
 TUNING_SEEDS = (1000, 1001)  # never those of the comparison
 
 

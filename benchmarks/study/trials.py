@@ -1,26 +1,30 @@
 """First trials on the old tasks, by which formulas are chosen: `python -m benchmarks.study.trials`.
 
-Two questions, each on seeds of its own. Which 10% of the modules: chosen by the tails of updates, found in several ways, beside
-the default, and random MLPs. How to spend the parameters of LoRA of one rank: evenly, on MLPs, or by the spectra of updates. No
-rate is tuned: hybrids have that of the default, LoRA has that of uniform LoRA of the same rank, so that these are trials and no
-comparison.
+Which 10% of the modules: chosen by the tails of updates, which are found in several ways, beside the default and random MLPs. How
+to spend the parameters of LoRA of one rank: evenly, on MLPs, or by the spectra of updates. The updates are those of two other
+seeds (`python -m benchmarks.study.updates`). No rate is tuned: hybrids have that of the default, LoRA has that of uniform LoRA of
+the same rank, so that these are trials and no comparison.
 """
 
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.study.estimates import difference, mean
+from benchmarks.study.estimates import difference, mean, rank_correlation
 from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.pool import make_runs, tasks_of
 from benchmarks.study.records import Job, Record, of_method
-from benchmarks.study.spread import SPREADS
+from benchmarks.study.spread import SPREADS, mean_tails
 from benchmarks.study.store import Store, add_options, store_of
 from benchmarks.study.tuning import best_rate
+from benchmarks.study.updates import STEPS, WAYS
+from hybrid_lightning.adapters.rank_pattern import module_group
 
 CHOICES = ("random_mlp", "hybrid", "tail_fft_32", "tail_adam_32", "tail_moments_8", "tail_moments_rank1_8")
+TAIL = 8  # rank beyond which tails are compared
 REPORT = "trials.md"
 
 
@@ -51,19 +55,42 @@ def _records(store: Store, task: str, method: str) -> list[Record]:
 
 def report(store: Store, tasks: list[str], ranks: list[int]) -> str:
     """All trials as Markdown: mean accuracy, and differences paired by seed."""
-    lines = [
-        "# Trials on the old tasks",
-        "",
-        *(__doc__ or "").splitlines()[2:],
-        "",
-        "Percent right on test problems, with 95% intervals.",
+    lines = ["# Trials on the old tasks", "", *(__doc__ or "").splitlines()[2:], "", "## Whether cheaper ways keep the order", ""]
+    lines += [
+        f"Rank correlation with the tails beyond rank {TAIL} of {STEPS[-1]} steps of full fine-tuning, by optimizer steps: all"
     ]
-    lines += ["", "## Which 10% of the modules", ""]
+    lines += ["modules, and those of MLPs alone. Means over the seeds of `updates.py`, which describes the ways.", ""]
+    lines += _orders(store, tasks)
+    lines += ["", "## Which 10% of the modules", "", "Percent right on test problems, with 95% intervals.", ""]
     lines += _table(store, tasks, CHOICES, ("random_mlp", "hybrid"))
     for rank in ranks:
         lines += ["", f"## The parameters of LoRA of rank {rank}", ""]
         lines += _table(store, tasks, spent(rank), (uniform(rank), f"mlp_r{rank}"))
     return "\n".join(lines) + "\n"
+
+
+def _orders(store: Store, tasks: list[str]) -> list[str]:
+    lines = [f"| task | way | {' | '.join(map(str, STEPS))} |", f"|---|---|{'---:|' * len(STEPS)}"]
+    for task in tasks:
+        known = [way for way in WAYS if store.within(f"updates/{task}/{way}")]
+        if "fft" not in known:
+            continue
+        wanted = mean_tails(store, task, "fft", STEPS[-1], TAIL)
+        for way in known:
+            cells = []
+            for steps in STEPS:
+                found = mean_tails(store, task, way, steps, TAIL)
+                cells.append(" / ".join(f"{_agreement(found, wanted, names):.2f}" for names in (list(wanted), _mlps(wanted))))
+            lines.append(f"| {task} | `{way}` | {' | '.join(cells)} |")
+    return lines
+
+
+def _mlps(names: Iterable[str]) -> list[str]:
+    return [name for name in names if module_group(name) == "mlp"]
+
+
+def _agreement(first: dict[str, float], second: dict[str, float], names: list[str]) -> float:
+    return rank_correlation([first[name] for name in names], [second[name] for name in names])
 
 
 def _table(store: Store, tasks: list[str], methods: list[str] | tuple[str, ...], rivals: tuple[str, str]) -> list[str]:

@@ -154,7 +154,7 @@ def make(updates: Updates, folder: Path) -> str:
         "model_digest": cli.model.plan.model_digest[:16],
         "ranks": RANKS,
         "tails": {str(step): tails for step, tails in spectra.tails.items()},
-        "spectra": spectra.spectra,
+        "spectra": spectra.spectra if updates.way == "fft" else {},  # by which ranks are chosen
     }
     write(content, folder / updates.file)
     return f"{Path(updates.task).stem} {updates.way} seed={updates.seed}"

@@ -85,7 +85,7 @@ def updates_in_turns(
         on_loss: Called after each loss with the number of losses seen so far, over all turns.
 
     Yields:
-        For the candidates of each turn: full dotted name -> sum of the steps, [m, n].
+        For the candidates of each turn: full dotted name -> sum of the steps, [m, n]; emptied when the next turn begins.
 
     Raises:
         ModelError: If a weight cannot have a gradient, as in a quantized model.
@@ -114,14 +114,10 @@ def updates_in_turns(
                 "computed anew each time, since each turn of modules needs all of them."
             )
         del optimizer  # and its state
-        for name, stand_in in stand_ins.items():
-            stand_in.grad = None
-            if not torch.isfinite(stand_in).all():
-                raise CalibrationError(
-                    f"the update of {name} is not finite: use bfloat16 or float32 for scoring, a smaller model.lr_full, or look "
-                    "for inf or nan in the calibration data."
-                )
-        yield {name: ExactGradient(stand_in.detach()) for name, stand_in in stand_ins.items()}
+        updates: dict[str, Gradient] = {name: _update(name, stand_in) for name, stand_in in stand_ins.items()}
+        stand_ins.clear()
+        yield updates
+        updates.clear()  # whoever has them still holds the dict while the next turn is made
 
 
 def _stand_in(module: nn.Module) -> nn.Parameter:
@@ -129,6 +125,16 @@ def _stand_in(module: nn.Module) -> nn.Parameter:
     stand_in = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
     stand_in.grad = torch.zeros_like(stand_in)  # an optimizer skips what has none
     return stand_in
+
+
+def _update(name: str, stand_in: nn.Parameter) -> Gradient:
+    stand_in.grad = None
+    if not torch.isfinite(stand_in).all():
+        raise CalibrationError(
+            f"the update of {name} is not finite: use bfloat16 or float32 for scoring, a smaller model.lr_full, or look for inf "
+            "or nan in the calibration data."
+        )
+    return ExactGradient(stand_in.detach())
 
 
 def _adder(stand_ins: Mapping[str, nn.Parameter]) -> Callable[[str, Tensor, int], None]:

@@ -1,6 +1,7 @@
 """Sums of optimizer steps that are not taken, and the scores of what they would change."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -101,6 +102,26 @@ def test_turns_hold_no_more_weights_than_they_may_and_change_nothing(make_model,
         assert max(held) <= max(most, max(sizes.values())) and sum(held) == sum(sizes.values())
         turns = turns_of(candidates, most)
         assert losses.passes == len(held) == len(turns) and [name for turn in turns for name in turn] == list(candidates)
+
+
+def test_no_two_turns_are_in_memory_together(make_model, batches):
+    model = make_model("llama")
+    candidates = find_candidates(model)
+    shapes = {tuple(module.weight.shape) for module in candidates.values()}
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    turns = []
+
+    def make(stand_ins):
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and tuple(thing.shape) in shapes]
+        held = {tensor.data_ptr() for tensor in tensors} - weights
+        turns.append(len(held - {place for each in stand_ins for place in (each.data_ptr(), each.grad.data_ptr())} - before))
+        return adam(stand_ins)
+
+    before = {thing.data_ptr() for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and thing.numel()}
+    scorer = UpdateTail(tail_rank=1)
+    score_modules(model, candidates, Losses(model, batches), scorer, RANK, steps=steps_of(5000, make))
+    assert turns == [0] * len(turns_of(candidates, 5000)), "matrices of turns before"
 
 
 def test_nothing_is_changed_by_scoring(make_model, batches):

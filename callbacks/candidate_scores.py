@@ -32,7 +32,7 @@ class Scoring:
     gradients: GradientMode  # how gradients are held
     ranks: dict[str, int]  # full dotted name -> LoRA rank
     calibration_prompts: int | None  # None lets the module choose
-    trainable: int  # most parameters that the plan can train
+    trainable: int  # most parameters that the plan can train; read where the scorer looks at updates
 
 
 def score_candidates(

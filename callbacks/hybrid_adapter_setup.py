@@ -290,9 +290,10 @@ class HybridAdapterSetup(Configurable, Callback):
         return ranks
 
     def _scoring(self, candidates: dict[str, Any]) -> Scoring:
-        planned = plan_of_budget(candidates, self.budget, self.lora, self.rank_pattern)
-        ranks = self.ranks(candidates)
-        return Scoring(self.scorer, self.gradients, ranks, self.calibration_prompts, planned.trainable_parameters())
+        most = 0
+        if self.scorer.needs_update:
+            most = plan_of_budget(candidates, self.budget, self.lora, self.rank_pattern).trainable_parameters()
+        return Scoring(self.scorer, self.gradients, self.ranks(candidates), self.calibration_prompts, most)
 
     def _what_scores_depend_on(self, hparams: Mapping[str, Any]) -> dict[str, Any]:
         later = _AFTER_SCORING - (_OF_UPDATES if self.scorer.needs_update else set())

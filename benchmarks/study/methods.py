@@ -34,6 +34,11 @@ class Method:
     update: tuple[str, int] | None = None  # by whose tail the hybrid's modules are chosen: way (see updates.py) and steps
 
     @property
+    def edits_plan(self) -> bool:
+        """Whether it needs a plan that the project's own scores would not make."""
+        return self.frozen_rest or any(each is not None for each in (self.only, self.spread, self.update))
+
+    @property
     def untrained(self) -> bool:
         """Whether the start policy is tested as it is, so that there is no learning rate."""
         return self.group == "start"

@@ -164,7 +164,7 @@ def only_method(name: str) -> Method:
 @contextlib.contextmanager
 def _edited_plan(task: str, method: Method, options: dict[str, Any], store: Store) -> Iterator[dict[str, Any]]:
     """An option with a plan that the project's own scores would not make, for the methods that need one."""
-    if not method.frozen_rest and method.only is None and method.spread is None and method.update is None:
+    if not method.edits_plan:
         yield {}
         return
     unscored = method.only or method.update  # with a share of 0 or 1 nothing is scored

@@ -183,9 +183,7 @@ def plan_of_budget(
 
 def lora_parameters(module: PlannedModule, lora: LoraSettings) -> int:
     """Number of parameters that LoRA adds to a module, at the module's own rank if it has one."""
-    if module.mode == "frozen":
-        return 0
-    return (lora if module.rank is None else lora.with_rank(module.rank)).parameters(module.shape)
+    return 0 if module.mode == "frozen" else module.lora(lora).parameters(module.shape)
 
 
 def config_with_defaults(part: Configurable) -> dict[str, Any]:

@@ -42,6 +42,10 @@ class PlannedModule:
     mode: Mode  # fully trained, adapted with LoRA, or frozen
     rank: int | None = None  # of its LoRA; None: that of the plan's `lora`
 
+    def lora(self, settings: LoraSettings) -> LoraSettings:
+        """A plan's LoRA settings at the rank that this module has."""
+        return settings if self.rank is None else settings.with_rank(self.rank)
+
 
 @dataclass(frozen=True)
 class AdapterPlan:
@@ -82,7 +86,7 @@ class AdapterPlan:
 
     def lora_of(self, module: PlannedModule) -> LoraSettings:
         """LoRA settings of a module, at the rank that it has."""
-        return self.lora if module.rank is None else self.lora.with_rank(module.rank)
+        return module.lora(self.lora)
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -1,9 +1,11 @@
 """What a rollout engine with weights of its own is given: by loading it into a fresh model, which then computes the same."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from tiny_models import FAMILIES, build_model
-from tiny_runs import DigitShare, build_policy, write_model
+from tiny_runs import Constant, DigitShare, build_policy, write_model
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
@@ -14,6 +16,7 @@ from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import TokenTruncation
 from hybrid_lightning.policy.current_weights import CurrentWeights
 from hybrid_lightning.rollout import RolloutEngine, Sampler
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.rollout_engine import WeightsVersion
 from hybrid_lightning.types import Prompt
 
@@ -237,6 +240,33 @@ def test_a_run_updates_once_a_rollout_and_logs_how_old_the_weights_are(tmp_path)
     assert trainer.logged_metrics["sampling/logp_difference/max"] < 1e-4
     assert trainer.logged_metrics["sampling/weights_update_s"] > 0
     assert sampler.released >= 2 and sampler.ended == 1
+
+
+class Counting(Copying):
+    prompts: ClassVar[list] = []  # number of prompts of each call
+
+    def sample(self, engine, prompt_ids, *arguments, **options):
+        self.prompts.append(len(prompt_ids))
+        return super().sample(engine, prompt_ids, *arguments, **options)
+
+
+@pytest.mark.filterwarnings("ignore:100% of a rollout's groups")
+def test_every_command_and_phase_samples_by_the_engine(tmp_path):
+    """Calibration, rollouts and their extra ones, validation, test and predict: as many completions as each asks for."""
+    from tiny_runs import build_adapter, build_data, build_trainer, write_sums
+
+    Counting.prompts = counts = []
+    rules = {"dynamic_sampling": DynamicSampling(1), "reward": Constant()}
+    policy = build_policy(write_model(tmp_path / "model"), sampler=Counting(), correction=TokenTruncation(), **rules)
+    trainer = build_trainer(tmp_path / "run", build_adapter(), max_steps=1, limit_val_batches=1)
+    data = build_data(write_sums(tmp_path / "sums.jsonl"), validation_fraction=0.2, test_fraction=0.2)
+    made = {}
+    for command in (trainer.fit, trainer.validate, trainer.test, trainer.predict):
+        counts.clear()
+        command(policy, datamodule=data)
+        made[command.__name__] = list(counts)
+    assert all(made.values()) and len(made) == 4
+    assert len(made["fit"]) >= 3, "calibration, a rollout and an extra one, since all groups tie"
 
 
 def test_our_sampler_logs_the_age_of_weights_too(tmp_path):

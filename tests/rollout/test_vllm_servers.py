@@ -390,6 +390,9 @@ def test_all_weights_come_first_and_then_what_has_changed(start, build, served):
         assert order.index("/pause") < order.index("/update_weight_version") < order.index("/start_weight_update")
         assert server.asked("/update_weight_version")[0] == {"new_version": "updating"}
         assert order.count("/init_weight_transfer_engine") == 2, "once to compare the model, once to connect"
+        assert [path for path in order if path in ("/finish_weight_update", "/reset_prefix_cache", "/resume")] == [
+            "/finish_weight_update", "/reset_prefix_cache", "/resume",
+        ] * 2  # fmt: skip
     assert first.passes == [7] and second.passes == [3], "one pass for both servers"
 
 

@@ -143,6 +143,25 @@ def test_a_stale_engine_is_caught_by_its_version_and_by_the_difference(tmp_path,
     assert largest_difference(policy, complete(policy)) < 1e-4, "nothing of it is left"
 
 
+def test_no_prompt_is_read_with_the_weights_before(tmp_path):
+    """Blocks of prompts that vLLM has kept are given up with the weights that computed them."""
+    sampler = VLLMSampler(max_new_tokens=8, engine_args={"block_size": 32, "enable_prefix_caching": True})
+    prompts = [Prompt(text="1+2+3+4+5+6+7+8+9+" * 2 + "7=")]
+    policy = policy_of(sampler, write_model(tmp_path / "model"), "hybrid")
+    assert len(policy.encode(prompts[0])) > 32, "a whole block"
+
+    def difference():
+        return largest_difference(policy, policy.generate(prompts, 4, PromptDraws(prompts, 4, 0)))
+
+    assert difference() < 1e-4
+    move(policy, seed=3)
+    assert difference() < 1e-4
+    sampler._llm.reset_prefix_cache = lambda: None
+    move(policy, seed=4)
+    assert difference() > 1e-2, "a block that is kept has to be seen"
+    sampler.shut_down()
+
+
 def test_a_first_completion_by_another_model_is_refused(tmp_path, sampler, monkeypatch):
     policy = policy_of(sampler, write_model(tmp_path / "model"), "hybrid")
     monkeypatch.setattr(VLLMSampler, "needs_everything", lambda *_: False)  # and nothing of what the file lacks is sent

@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -122,3 +123,24 @@ def test_a_guest_leaves_after_an_error_too():
         torch.manual_seed(1)
         raise ValueError("of the guest")
     assert state() == before
+
+
+STOPPED = """
+import sys
+from vllm_of_tests import policy_of
+from hybrid_lightning.rollout import VLLMSampler
+from hybrid_lightning.types import Prompt
+policy_of(VLLMSampler(max_new_tokens=4), sys.argv[1]).generate([Prompt(text="12+3=")])
+sys.exit(143)
+"""
+
+
+@needs_vllm
+def test_a_process_that_ends_without_ending_its_engine_says_nothing_of_it(tmp_path):
+    """As a run does that a signal has stopped."""
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(script), str(write_model(tmp_path / "model"))]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 143 and "Traceback" not in ended.stderr, ended.stderr[-2000:]

@@ -1,5 +1,6 @@
 """`VLLMSampler`: completions by a vLLM engine in the training process, one for each device."""
 
+import atexit
 import gc
 import os
 import tempfile
@@ -152,6 +153,8 @@ class VLLMSampler(VLLMEngine):
                 self._llm = LLM(**options)
             except Exception as error:  # vLLM and CUDA have no classes for it
                 raise RolloutError(_why_not_started(error, self)) from error
+        # A run that is stopped by a signal has no teardown; vLLM's own end, which comes later, would not find its groups.
+        atexit.register(self.shut_down)
         context = self._llm.llm_engine.model_config.max_model_len
         if context <= self.max_new_tokens:
             raise ConfigError(
@@ -262,6 +265,7 @@ class VLLMSampler(VLLMEngine):
 
     def shut_down(self) -> None:
         """End the engine."""
+        atexit.unregister(self.shut_down)
         if self._llm is None:
             return
         with self._guest.visiting():

@@ -92,6 +92,12 @@ def _of_ratio(name: str, full_to_lora: float | None) -> tuple[Method, Method]:
     )
 
 
+def _beside(percent: int, rank: int, name: str = "hybrid", scorer: str | None = None, **changes: Any) -> tuple[Method]:
+    """A hybrid with this share of the modules and LoRA of this rank on the rest."""
+    changes = {**_share(percent / 100), **(_scorer(scorer, **changes) if scorer else {})}
+    return (Method(f"{name}_{percent}_r{rank}", "budget", changes, rank=rank),)
+
+
 _ALL = (
     Method("start", "start"),
     Method("fft", "full", _share(1.0)),
@@ -125,6 +131,15 @@ _ALL = (
     _hybrid("late", "benchmarks.study.controls.Late"),
     _hybrid("largest", "benchmarks.study.controls.Largest"),
     *(Method(f"budget_{percent}", "budget", _share(percent / 100)) for percent in (2, 5, 20, 40)),
+    *_beside(10, 1),
+    *_beside(10, 4),
+    *_beside(10, 8),
+    *_beside(20, 8),
+    *_beside(40, 8),
+    Method("hybrid_10_r8_one_rate", "budget", _share(0.1), rank=8, full_to_lora=1.0),
+    *_beside(10, 2, "update_tail", "UpdateTail"),
+    *_beside(10, 8, "update_tail", "UpdateTail"),
+    *_beside(10, 8, "random_mlp", "benchmarks.study.controls.RandomMLP", **SEED),
     *(
         Method(f"{spread}_r{rank}", "lora" if spread.startswith("mlp") else "spectrum", _share(0.0), rank=rank, spread=spread)
         for spread in SPREADS

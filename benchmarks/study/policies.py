@@ -1,12 +1,16 @@
 """The start policies of the study: their shapes, and what each was pretrained on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.embedded_policy import build_model, build_tokenizer
-from benchmarks.study.facts import CHARACTERS, PlausibleFacts
+from benchmarks import embedded_policy
+from benchmarks.embedded_policy import CorpusSource, build_model, build_tokenizer
+from benchmarks.study import facts
+from benchmarks.study.facts import PlausibleFacts
 from hybrid_lightning.data import PromptSource
 
 FOLDER = Path("runs/study/policies")  # below the folder in which the commands run; the tasks name it, too
@@ -14,28 +18,44 @@ FOLDER = Path("runs/study/policies")  # below the folder in which the commands r
 
 @dataclass(frozen=True)
 class PolicyRecipe:
-    """A Llama of some layers, trained on a corpus of half known facts."""
+    """A Llama of some layers, and the corpus that it was trained on."""
 
+    lines: Callable[[int, int], PromptSource]  # number of lines and seed -> rows
+    characters: str
     layers: int
     width: int
     feed_forward: int
-    table: int  # of facts
+    positions: int = 32
     steps: int = 800
     batch_size: int = 128
     lr: float = 2e-3
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        return build_tokenizer(CHARACTERS)
+        return build_tokenizer(self.characters)
 
     def model(self, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         """New weights, drawn from torch's global random state."""
-        return build_model(tokenizer, self.layers, self.width, self.feed_forward, positions=32)
+        return build_model(tokenizer, self.layers, self.width, self.feed_forward, self.positions)
 
     def corpus(self, seed: int) -> PromptSource:
-        return PlausibleFacts(self.steps * self.batch_size, table=self.table, seed=seed)
+        return self.lines(self.steps * self.batch_size, seed)
+
+
+def _facts(table: int, lines: int, seed: int) -> PromptSource:
+    return PlausibleFacts(lines, table=table, seed=seed)
 
 
 RECIPES = {
-    "wide": PolicyRecipe(layers=4, width=64, feed_forward=192, table=0),  # 28 candidate modules
-    "deep": PolicyRecipe(layers=8, width=48, feed_forward=144, table=1),  # 56
+    "wide": PolicyRecipe(partial(_facts, 0), facts.CHARACTERS, layers=4, width=64, feed_forward=192),  # 28 candidate modules
+    "deep": PolicyRecipe(partial(_facts, 1), facts.CHARACTERS, layers=8, width=48, feed_forward=144),  # 56
+    # As the embedded policy.
+    "products": PolicyRecipe(
+        CorpusSource, embedded_policy.CHARACTERS, layers=4, width=128, feed_forward=384, positions=64, steps=500
+    ),
 }
+POLICY_OF = {"facts": "wide", "facts_deep": "deep", "products_direct": "products"}  # task -> name of its recipe
+
+
+def folder_of(name: str, seed: int | None = None) -> Path:
+    """Where a start policy is; a seed of None is the one that the tasks name."""
+    return FOLDER / (name if seed is None else f"{name}-{seed}")

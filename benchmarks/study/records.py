@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from benchmarks.study.store import Store, malformed, read, write
 
-Purpose = Literal["sweep", "run", "trial"]
+Purpose = Literal["sweep", "run", "trial", "frontier"]
 TUNING_SEEDS = (1000, 1001)  # never those of the comparison
 
 
@@ -20,6 +20,7 @@ class Job:
     seed: int
     purpose: Purpose
     rank: int | None = None  # of LoRA, where the method leaves it open
+    policy: str | None = None  # folder of the start policy; None is that of the task
 
     @property
     def task_name(self) -> str:

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.records import Job, Record, save
-from benchmarks.study.spread import is_full, mean_spectra, mean_tails, ranks_of
+from benchmarks.study.spread import OWN_SPREADS, KeptSpectra, is_full, mean_spectra, mean_tails, ranks_of
 from benchmarks.study.store import PACK, RESULTS, Store
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
@@ -114,6 +114,8 @@ def _run(job: Job, store: Store) -> Record:
         "seed_everything": job.seed,
         "model.seed": job.seed,  # of prompts and sampling; the problems stay those of the task
     }
+    if job.policy is not None:
+        options["model.model"] = job.policy
     command = "validate" if method.untrained else "fit"
     supervised = task["model"].get("class_path", "").endswith("SupervisedModule")
     start, processor = time.perf_counter(), time.process_time()
@@ -167,19 +169,26 @@ def _edited_plan(task: str, method: Method, options: dict[str, Any], store: Stor
     if not method.edits_plan:
         yield {}
         return
-    unscored = method.only or method.update  # with a share of 0 or 1 nothing is scored
-    scored = {**options, "adapter.budget.share": 1.0} if unscored else options
+    if by_spectra := method.spread in OWN_SPREADS:
+        scored = {**options, **KeptSpectra.OPTIONS}
+    else:
+        unscored = method.only or method.update  # with a share of 0 or 1 nothing is scored
+        scored = {**options, "adapter.budget.share": 1.0} if unscored else options
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
         cli = HybridLightningCLI(args=["score", "--config", task, *arguments({**scored, **QUIET})])
         name = Path(task).stem
-        spectra = mean_spectra(store, name) if (method.spread or "").startswith("spectrum") else {}
+        spectra = KeptSpectra.taken() if by_spectra else {}
+        if method.spread in ("spectrum", "spectrum_mlp"):
+            spectra = mean_spectra(store, name)
         tails = mean_tails(store, name, *method.update) if method.update else {}
-        edited(cli.model.plan, method, spectra, tails).save(path)
+        edited(cli.model.plan, method, spectra, tails, options["seed_everything"]).save(path)
         yield {"adapter.plan": str(path)}
 
 
-def edited(plan: AdapterPlan, method: Method, spectra: Mapping[str, Sequence[float]], tails: Mapping[str, float]) -> AdapterPlan:
+def edited(
+    plan: AdapterPlan, method: Method, spectra: Mapping[str, Sequence[float]], tails: Mapping[str, float], seed: int = 0
+) -> AdapterPlan:
     """A plan with other modes or ranks.
 
     The rest frozen, one module alone fully trained and LoRA on the rest, the 10% with the largest tails fully trained, or the
@@ -191,7 +200,7 @@ def edited(plan: AdapterPlan, method: Method, spectra: Mapping[str, Sequence[flo
         return replace(plan, candidates=tuple(replace(m, mode="full") if m.name in full else m for m in scored))
     if method.spread is not None:
         shapes = {module.name: module.shape for module in plan.candidates}
-        ranks = ranks_of(method.spread, shapes, plan.lora.rank, spectra)
+        ranks = ranks_of(method.spread, shapes, plan.lora.rank, spectra, seed)
         return replace(plan, candidates=tuple(_with_rank(module, ranks[module.name]) for module in plan.candidates))
 
     def mode(name: str, planned: Any) -> Any:

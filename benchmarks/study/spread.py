@@ -2,23 +2,54 @@
 
 `mlp` leaves attention rank 1 and spreads the rest evenly over MLPs, `mlp_only` leaves attention none; both need no score.
 `spectrum` gives the next rank to the module whose change in a short full fine-tuning has the largest next squared singular value
-per parameter; `spectrum_mlp` does so within MLPs, attention has rank 1.
+per parameter; `spectrum_mlp` does so within MLPs, attention has rank 1. Both take changes of other runs of the task. `own` and
+`own_mlp` do the same by what `UpdateTail` looks at, 8 steps of the run's own that are not taken, and `shuffled` exchanges the
+ranks of `own` among modules of one shape, anew for each seed.
 """
 
 import heapq
+import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from benchmarks.study.store import Content, Store
 from hybrid_lightning.adapters.rank_pattern import module_group
+from hybrid_lightning.adapters.scorers import UpdateTail
+from hybrid_lightning.adapters.statistics import ModuleStatistics, require
 
-Spread = Literal["mlp", "mlp_only", "spectrum", "spectrum_mlp"]
+Spread = Literal["mlp", "mlp_only", "spectrum", "spectrum_mlp", "own", "own_mlp", "shuffled"]
 SPREADS: tuple[Spread, ...] = get_args(Spread)
+OWN_SPREADS: tuple[Spread, ...] = ("own", "own_mlp", "shuffled")
 Shape = tuple[int, int]
 
 
-def ranks_of(spread: Spread, shapes: Mapping[str, Shape], rank: int, spectra: Mapping[str, Sequence[float]]) -> dict[str, int]:
+class KeptSpectra(UpdateTail):
+    """Scores as `UpdateTail` does, and keeps the spectrum of each update for `taken`."""
+
+    # A budget that makes it score; all candidates are one turn.
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        "adapter.scorer": "benchmarks.study.spread.KeptSpectra",
+        "adapter.budget.share": 0.99,
+    }
+    _kept: ClassVar[dict[str, list[float]]] = {}
+
+    def score(self, statistics: ModuleStatistics, rank: int) -> float:
+        self._kept[statistics.name] = require(statistics.update, "the update", self).spectrum().tolist()
+        return super().score(statistics, rank)
+
+    @classmethod
+    def taken(cls) -> dict[str, list[float]]:
+        """Name -> squared singular values of the last plan that was scored; they are forgotten then."""
+        spectra = dict(cls._kept)
+        cls._kept.clear()
+        return spectra
+
+
+def ranks_of(
+    spread: Spread, shapes: Mapping[str, Shape], rank: int, spectra: Mapping[str, Sequence[float]], seed: int = 0
+) -> dict[str, int]:
     """The rank of each module.
 
     Args:
@@ -26,17 +57,32 @@ def ranks_of(spread: Spread, shapes: Mapping[str, Shape], rank: int, spectra: Ma
         shapes: Name -> shape of each module.
         rank: Of uniform LoRA with the same budget.
         spectra: Name -> squared singular values of its change, in descending order; not used by `mlp` and `mlp_only`.
+        seed: Of `shuffled`.
     """
     budget = rank * sum(map(sum, shapes.values()))
-    if spread == "spectrum":
+    if spread == "shuffled":
+        return _shuffled(water_filled(spectra, shapes, budget), shapes, seed)
+    if spread in ("spectrum", "own"):
         return water_filled(spectra, shapes, budget)
     attention = {name: 0 if spread == "mlp_only" else 1 for name in shapes if module_group(name) == "attention"}
     mlps = {name: shape for name, shape in shapes.items() if name not in attention}
     rest = budget - sum(value * sum(shapes[name]) for name, value in attention.items())
-    if spread == "spectrum_mlp":
+    if spread in ("spectrum_mlp", "own_mlp"):
         return {**attention, **water_filled({name: spectra[name] for name in mlps}, mlps, rest)}
     # The nearest rank; where the next one is as near, the lower.
     return {**attention, **dict.fromkeys(mlps, round(rest / sum(map(sum, mlps.values())) - 1e-9))}
+
+
+def _shuffled(ranks: Mapping[str, int], shapes: Mapping[str, Shape], seed: int) -> dict[str, int]:
+    by_shape: dict[Shape, list[str]] = defaultdict(list)
+    for name in ranks:
+        by_shape[shapes[name]].append(name)
+    rng, shuffled = random.Random(f"ranks {seed}"), {}
+    for names in by_shape.values():
+        drawn = [ranks[name] for name in names]
+        rng.shuffle(drawn)
+        shuffled |= dict(zip(names, drawn, strict=True))
+    return {name: shuffled[name] for name in ranks}
 
 
 def water_filled(spectra: Mapping[str, Sequence[float]], shapes: Mapping[str, Shape], budget: int) -> dict[str, int]:

@@ -17,7 +17,7 @@ from benchmarks.study.estimates import difference, mean, rank_correlation
 from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.pool import make_runs, tasks_of
 from benchmarks.study.records import Job, Record, of_method
-from benchmarks.study.spread import SPREADS, mean_tails
+from benchmarks.study.spread import OWN_SPREADS, SPREADS, mean_tails
 from benchmarks.study.store import Store, add_options, store_of
 from benchmarks.study.tuning import best_rate
 from benchmarks.study.updates import STEPS, WAYS
@@ -35,7 +35,7 @@ def uniform(rank: int) -> str:
 
 def spent(rank: int) -> list[str]:
     """Names of the methods that spend the parameters of LoRA of this rank."""
-    return [uniform(rank), *(f"{spread}_r{rank}" for spread in SPREADS)]
+    return [uniform(rank), *(f"{spread}_r{rank}" for spread in SPREADS if spread not in OWN_SPREADS)]
 
 
 def rate_of(store: Store, task: str, method: Method) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import covariance, fmean, quantiles, stdev, variance
 
-from scipy.stats import spearmanr, t
+from scipy.stats import spearmanr, t, ttest_1samp
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -44,6 +44,23 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estima
     """Mean difference over the seeds that both have; None where there is none."""
     common = sorted(ours.keys() & theirs.keys())
     return mean([ours[seed] - theirs[seed] for seed in common]) if common else None
+
+
+def p_value(values: Sequence[float]) -> float:
+    """That the mean of these differences is 0, by Student's test, two-sided; 1 where there are too few to tell."""
+    if len(values) < 2 or len(set(values)) == 1:
+        return 0.0 if len(values) > 1 and values[0] else 1.0
+    return float(ttest_1samp(values, 0.0).pvalue)
+
+
+def holm(p_values: Sequence[float], level: float = 1 - CONFIDENCE) -> list[bool]:
+    """Which of several hypotheses are rejected, so that the chance of a single wrong one is at most `level` (Holm, 1979)."""
+    rejected = [False] * len(p_values)
+    for passed, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        if p_values[place] > level / (len(p_values) - passed):
+            break
+        rejected[place] = True
+    return rejected
 
 
 def gap_closed(ours: Mapping[int, float], low: Mapping[int, float], high: Mapping[int, float]) -> Estimate | None:

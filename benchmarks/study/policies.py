@@ -9,8 +9,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import embedded_policy
 from benchmarks.embedded_policy import CorpusSource, build_model, build_tokenizer
-from benchmarks.study import facts
+from benchmarks.study import facts, puzzles
 from benchmarks.study.facts import PlausibleFacts
+from benchmarks.study.puzzles import LookUp, Puzzle, Sorting, Tracking
 from hybrid_lightning.data import PromptSource
 
 FOLDER = Path("runs/study/policies")  # below the folder in which the commands run; the tasks name it, too
@@ -45,6 +46,10 @@ def _facts(table: int, lines: int, seed: int) -> PromptSource:
     return PlausibleFacts(lines, table=table, seed=seed)
 
 
+def _puzzle(kind: type[Puzzle], doubt: float, lines: int, seed: int) -> PromptSource:
+    return kind(train_size=lines, validation_size=0, test_size=0, doubt=doubt, seed=seed)
+
+
 RECIPES = {
     "wide": PolicyRecipe(partial(_facts, 0), facts.CHARACTERS, layers=4, width=64, feed_forward=192),  # 28 candidate modules
     "deep": PolicyRecipe(partial(_facts, 1), facts.CHARACTERS, layers=8, width=48, feed_forward=144),  # 56
@@ -52,8 +57,20 @@ RECIPES = {
     "products": PolicyRecipe(
         CorpusSource, embedded_policy.CHARACTERS, layers=4, width=128, feed_forward=384, positions=64, steps=500
     ),
+    "tracker": PolicyRecipe(partial(_puzzle, Tracking, 0.6), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192),
+    "reader": PolicyRecipe(partial(_puzzle, LookUp, 1.0), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192),
+    "sorter": PolicyRecipe(
+        partial(_puzzle, Sorting, 1.0), puzzles.CHARACTERS, layers=12, width=192, feed_forward=512, steps=400, batch_size=64
+    ),
 }
-POLICY_OF = {"facts": "wide", "facts_deep": "deep", "products_direct": "products"}  # task -> name of its recipe
+POLICY_OF = {
+    "facts": "wide",
+    "facts_deep": "deep",
+    "products_direct": "products",
+    "tracking": "tracker",
+    "lookup": "reader",
+    "sorting": "sorter",
+}  # task -> name of its recipe
 
 
 def folder_of(name: str, seed: int | None = None) -> Path:

@@ -21,6 +21,7 @@ class Job:
     purpose: Purpose
     rank: int | None = None  # of LoRA, where the method leaves it open
     policy: str | None = None  # folder of the start policy; None is that of the task
+    extra_steps: int = 0  # beside those of the task
 
     @property
     def task_name(self) -> str:
@@ -30,6 +31,23 @@ class Job:
     def file(self) -> str:
         """Name of its record."""
         return f"{folder_of(self.purpose, self.task_name, self.method)}/lr={self.learning_rate:g}-seed={self.seed}.json"
+
+    @property
+    def memory(self) -> "MemoryOf":
+        """The measurement of its memory."""
+        return MemoryOf(self)
+
+
+@dataclass(frozen=True)
+class MemoryOf:
+    """The memory of a run's first steps, which is to be measured."""
+
+    job: Job
+
+    @property
+    def file(self) -> str:
+        """Name of its record."""
+        return f"memory/{self.job.task_name}/{self.job.method}.json"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import subprocess
 import tempfile
@@ -18,13 +19,14 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.study.methods import METHODS, Method
-from benchmarks.study.records import Job, Record, save
+from benchmarks.study.records import Job, MemoryOf, Record, save
 from benchmarks.study.spread import OWN_SPREADS, KeptSpectra, is_full, mean_spectra, mean_tails, ranks_of
-from benchmarks.study.store import PACK, RESULTS, Store
+from benchmarks.study.store import PACK, RESULTS, Store, write
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
 from hybrid_lightning.cli import HybridLightningCLI
 from hybrid_lightning.errors import TrainingError
+from hybrid_lightning.memory.fake_model import LiveTensors
 
 # Nothing of a run is kept but its record and its log.
 QUIET = {
@@ -106,8 +108,36 @@ def make_run(job: Job, folder: Path) -> Path:
     return path
 
 
-def _run(job: Job, store: Store) -> Record:
-    torch.set_num_threads(1)
+def measure_memory(wanted: MemoryOf, folder: Path) -> str:
+    """Train for two steps, note the largest sum of the tensors that there were, and write the record.
+
+    Scratch memory within operators is not in it, nor what the process has besides.
+    """
+    peak = Peak()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        torch.set_num_threads(1)
+        with _command_line(wanted.job, Store(folder, RESULTS / PACK)) as (_, _, command):
+            short = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "trainer.limit_val_batches": 0}
+            with peak.live:
+                HybridLightningCLI(args=[*command, *arguments(short)], trainer_defaults={"callbacks": [peak]})
+    write({"job": vars(wanted.job), "commit": commit(), "bytes": peak.live.peak}, folder / wanted.file)
+    return f"{wanted.job.task_name} {wanted.job.method}: {peak.live.peak / 2**20:.2f} MiB"
+
+
+class Peak(Callback):
+    """Counts the tensors of training, sampling included."""
+
+    def __init__(self) -> None:
+        self.live = LiveTensors()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.live.count([*pl_module.parameters(), *pl_module.buffers()])
+        self.live.restart_peak()
+
+
+@contextlib.contextmanager
+def _command_line(job: Job, store: Store) -> Iterator[tuple[Method, dict[str, Any], list[str]]]:
+    """The method of a run, what it changes in the task, and the words of its command line."""
     method, task = METHODS.get(job.method) or only_method(job.method), read_task(job.task)
     options = {
         **method.options(task, job.rank, job.learning_rate, job.seed),
@@ -116,18 +146,24 @@ def _run(job: Job, store: Store) -> Record:
     }
     if job.policy is not None:
         options["model.model"] = job.policy
-    command = "validate" if method.untrained else "fit"
-    supervised = task["model"].get("class_path", "").endswith("SupervisedModule")
-    start, processor = time.perf_counter(), time.process_time()
+    if job.purpose == "frontier":  # of which only the end is of interest
+        options["trainer.max_steps"] = options["trainer.val_check_interval"] = task["trainer"]["max_steps"] + job.extra_steps
     with _edited_plan(job.task, method, options, store) as plan_option:
         given = {**options, **plan_option}
         if method.module is not None:
+            supervised = task["model"].get("class_path", "").endswith("SupervisedModule")
             given["model"] = method.supervised_module if supervised else method.module
+        command = "validate" if method.untrained else "fit"
+        yield method, options, [command, "--config", job.task, *arguments({**given, **QUIET})]
+
+
+def _run(job: Job, store: Store) -> Record:
+    torch.set_num_threads(1)
+    start, processor = time.perf_counter(), time.process_time()
+    with _command_line(job, store) as (_, options, command):
         curve, diverged = Curve(), False
         try:
-            HybridLightningCLI(
-                args=[command, "--config", job.task, *arguments({**given, **QUIET})], trainer_defaults={"callbacks": [curve]}
-            )
+            HybridLightningCLI(args=command, trainer_defaults={"callbacks": [curve]})
         except TrainingError:  # of too large a learning rate: that is a result
             diverged = True
             curve.fail()

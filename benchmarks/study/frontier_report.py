@@ -1,0 +1,220 @@
+"""What the frontier says: a point for each method, and claims as vertical distances, in `frontier.md` and `frontier.png`."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from benchmarks.study.estimates import Estimate, difference, holm, mean, p_value
+from benchmarks.study.methods import METHODS
+from benchmarks.study.records import Record, of_method
+from benchmarks.study.store import Store
+from benchmarks.study.tables import markdown
+
+LORA = ("lora_r1", "lora", "lora_r4", "lora_r8", "lora_r16", "fft")
+MLPS = ("mlp_r4", "mlp_r8", "mlp_r16", "fft")
+LINES = {
+    "LoRA": (LORA, "#66a182", "o-"),
+    "LoRA on MLPs, attention rank 1": (MLPS[:-1], "#8a5aa8", "s--"),
+    "LoRA on MLPs alone": (("mlp_only_r4", "mlp_only_r8"), "#8d8d8d", "v:"),
+    "ranks by spectra": (("own_r2", "own_r4", "own_r8", "own_r16"), "#d1495b", "D-"),
+    "ranks by spectra within MLPs": (("own_mlp_r4", "own_mlp_r8"), "#e09f3e", "^:"),
+    "hybrid 2 to 40%, rank 2 beside": (("budget_2", "budget_5", "hybrid", "budget_20", "budget_40"), "#1f6fb2", "o--"),
+    "hybrid 10%, rank 1 to 8 beside": (("hybrid_10_r1", "hybrid", "hybrid_10_r4", "hybrid_10_r8"), "#4aa3df", "x:"),
+    "hybrid 10 to 40%, rank 8 beside": (("hybrid_10_r8", "hybrid_20_r8", "hybrid_40_r8"), "#0b3c5d", "P--"),
+    "UpdateTail 10%, rank 2 and 8": (("update_tail_10_r2", "update_tail_10_r8"), "#2e7d32", "*-."),
+    "one rate 10%, rank 2 and 8": (("hybrid_one_rate", "hybrid_10_r8_one_rate"), "#c2185b", "h-."),
+}
+# Differences of methods of one size: what is claimed to be above what.
+PAIRS = (
+    *(("update_tail_10_r2", "random_mlp"), ("update_tail_10_r8", "random_mlp_10_r8"), ("update_tail_10_r2", "hybrid")),
+    *(("own_r2", "lora"), ("own_r4", "lora_r4"), ("own_r8", "lora_r8"), ("own_r16", "lora_r16")),
+    *(("own_r4", "mlp_r4"), ("own_r8", "mlp_r8"), ("own_r16", "mlp_r16"), ("own_r4", "shuffled_r4"), ("own_r8", "shuffled_r8")),
+    *(("own_mlp_r4", "mlp_r4"), ("own_mlp_r8", "mlp_r8"), ("mlp_r4", "lora_r4"), ("mlp_r8", "lora_r8"), ("mlp_r16", "lora_r16")),
+    *(("mlp_only_r4", "lora_r4"), ("mlp_only_r8", "lora_r8")),
+    *(("hybrid_one_rate", "hybrid"), ("hybrid_10_r8_one_rate", "hybrid_10_r8")),
+)
+# Beside the line through the LoRAs of all ranks, at their size.
+BESIDE_LORA = (
+    *("budget_5", "hybrid", "budget_20", "budget_40", "hybrid_one_rate"),
+    *("hybrid_10_r4", "hybrid_10_r8", "hybrid_20_r8", "hybrid_40_r8", "hybrid_10_r8_one_rate"),
+    *("update_tail_10_r2", "update_tail_10_r8"),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method on one task."""
+
+    method: str
+    records: list[Record]
+    memory: int | None  # bytes of tensors at the peak of training
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        return {record.seed: record.accuracy for record in self.records}
+
+    @property
+    def accuracy(self) -> Estimate:
+        return mean(list(self.by_seed.values()))
+
+    @property
+    def trained(self) -> float:
+        return fmean(record.trainable_parameters for record in self.records)
+
+
+Points = dict[str, Point]
+
+
+def points_of(store: Store, task: str) -> Points:
+    """What there is of a task."""
+    memory = store.within(f"memory/{task}")
+    found = {name: of_method(store, "frontier", task, name) for name in METHODS}
+    return {name: Point(name, records, memory.get(f"{name}.json", {}).get("bytes")) for name, records in found.items() if records}
+
+
+def line_at(points: Points, family: Sequence[str], trained: float) -> dict[int, float]:
+    """Accuracy by seed of a family at a number of trained parameters, on straight lines between its members by its logarithm.
+
+    Empty outside of them.
+    """
+    there = sorted((points[name] for name in family if name in points), key=lambda point: point.trained)
+    for low, high in pairwise(there):
+        if low.trained <= trained <= high.trained:
+            part = math.log(trained / low.trained) / math.log(high.trained / low.trained)
+            seeds = low.by_seed.keys() & high.by_seed.keys()
+            return {seed: (1 - part) * low.by_seed[seed] + part * high.by_seed[seed] for seed in seeds}
+    return {}
+
+
+Difference = dict[int, float]  # seed -> points
+
+
+def _claims(tasks: Mapping[str, Points]) -> Iterator[tuple[str, dict[str, Difference]]]:
+    """Each claim with its differences by task and seed."""
+    for ours, theirs in PAIRS:
+        found = {
+            task: _less(points[ours].by_seed, points[theirs].by_seed)
+            for task, points in tasks.items()
+            if ours in points and theirs in points
+        }
+        yield f"{ours} less {theirs}", found
+    for name in BESIDE_LORA:
+        found = {
+            task: _less(points[name].by_seed, line_at(points, LORA, points[name].trained))
+            for task, points in tasks.items()
+            if name in points
+        }
+        yield f"{name} less LoRA of its size", found
+
+
+def _less(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+
+
+def claims_table(tasks: Mapping[str, Points]) -> str:
+    """Every claim on every task and on their mean; in bold what Holm's correction over all cells of the table leaves, at 5%."""
+    rows: list[tuple[str, list[Difference]]] = []
+    for name, found in _claims(tasks):
+        if len(found) < len(tasks) or not all(found.values()):
+            continue
+        common = set.intersection(*(set(values) for values in found.values()))
+        rows.append((name, [*found.values(), {seed: fmean(values[seed] for values in found.values()) for seed in common}]))
+    values = [list(cell.values()) for _, cells in rows for cell in cells]
+    kept = iter(holm([p_value(cell) for cell in values]))
+    lines = []
+    for name, cells in rows:
+        texts = [mean(list(cell.values())).text() for cell in cells]
+        lines.append((name, *(f"**{text}**" if next(kept) else text for text in texts)))
+    return markdown(("points", *tasks, "mean of these"), lines)
+
+
+def points_table(points: Points) -> str:
+    """The methods of a task by size."""
+    rows = []
+    for point in sorted(points.values(), key=lambda point: (point.trained, point.method)):
+        gap = difference(point.by_seed, line_at(points, LORA, point.trained)) if point.method not in LORA else None
+        rows.append(
+            (
+                point.method,
+                str(len(point.records)),
+                f"{point.records[0].learning_rate:g}",
+                f"{point.trained:,.0f}",
+                "-" if point.memory is None else f"{point.memory / 2**20:.2f}",
+                point.accuracy.text(),
+                "-" if gap is None else gap.text(),
+            )
+        )
+    return markdown(("method", "seeds", "rate", "trained", "peak, MiB", "accuracy %", "less LoRA of its size"), rows)
+
+
+def report(store: Store, tasks: Sequence[str], results: Path) -> None:
+    """Write `frontier.md` and `frontier.png` into the folder of the results."""
+    found = {task: points for task in tasks if (points := points_of(store, task))}
+    parts = [
+        "# Accuracy against trained parameters",
+        "Made by `python -m benchmarks.study.frontier`. Points with intervals of 95% over seeds, each with a start policy of its "
+        "own. *Peak* is the largest sum of all tensors in two steps of training. *LoRA of its size* lies on the line through the "
+        "ranks 1, 2, 4, 8, 16 and full fine-tuning.",
+        "![Accuracy by trained parameters and by peak memory](frontier.png)",
+        "## Claims",
+        "In bold: what is left, at 5%, by Holm's correction over all cells of this table.",
+        claims_table(found),
+    ]
+    for task, points in found.items():
+        parts += [f"## {task}", points_table(points)]
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "frontier.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    draw(found, results / "frontier.png")
+
+
+def draw(tasks: Mapping[str, Points], out: Path) -> None:
+    """A column for each task: accuracy by trained parameters, and by peak memory."""
+    if not tasks:
+        return
+    figure = Figure(figsize=(5.2 * len(tasks), 9.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    places = figure.subplots(2, len(tasks), squeeze=False)
+    for column, (task, points) in enumerate(tasks.items()):
+        _draw(places[0][column], points, "trained parameters", lambda point: point.trained / 1e3, "{:g}k")
+        _draw(places[1][column], points, "peak of all tensors in training, MiB", _mebibytes, "{:g}")
+        places[0][column].set_title(task)
+    handles, labels = places[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(out, dpi=120)
+
+
+def _mebibytes(point: Point) -> float:
+    return math.nan if point.memory is None else point.memory / 2**20
+
+
+def _draw(axes: Axes, points: Points, label: str, place: Callable[[Point], float], form: str) -> None:
+    for name, (family, colour, style) in LINES.items():
+        there = sorted((points[method] for method in family if method in points), key=place)
+        if not there:
+            continue
+        values = [point.accuracy for point in there]
+        errors = [[100 * (v.value - v.low) for v in values], [100 * (v.high - v.value) for v in values]]
+        axes.errorbar(
+            [place(point) for point in there],
+            [100 * value.value for value in values],
+            errors,
+            fmt=style,
+            color=colour,
+            label=name,
+            markersize=5,
+            elinewidth=0.7,
+            linewidth=1.2,
+        )
+    axes.set(xlabel=label, ylabel="accuracy on test problems, %", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: form.format(value))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)

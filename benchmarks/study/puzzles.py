@@ -1,0 +1,139 @@
+"""Tasks of other kinds than facts: following the states of an automaton, looking up in the prompt, sorting.
+
+Each rests on a hidden table that the policy has to learn: the transitions of the automaton, the cipher in which what was looked
+up is answered, the order of the symbols. Pretraining was on the same questions with other tables, so that the policy knows the
+format and how to follow, look up and sort. Which questions are held out is fixed by their hash.
+
+    tracking   `3kwp=` -> `705`        from state 3, the state after each letter
+    look-up    `2aXcYbZ?ca=` -> `QR`   the cipher 2 of what stands behind c, then a
+    sorting    `kfzbq=` -> `qzkbf`     in the hidden order
+"""
+
+import random
+from abc import abstractmethod
+from functools import cache
+
+from benchmarks.study.facts import KEYS
+from hybrid_lightning.data import PromptSource, Row, Splits
+from hybrid_lightning.data.arithmetic import hashed_split
+from hybrid_lightning.errors import ConfigError
+
+CHARACTERS = "0123456789=,." + KEYS  # with two that sort as keys do not
+
+
+class Puzzle(PromptSource):
+    """Questions whose answers follow from a hidden table.
+
+    Args:
+        table: Seed of the hidden table.
+        train_size: Training questions.
+        validation_size: Validation questions.
+        test_size: Test questions.
+        doubt: Where above 0, answers are drawn as pretraining needs them: at each use of the table, with this probability, from
+            another table than the hidden one.
+        seed: Of the questions.
+
+    Raises:
+        ConfigError: If `doubt` is no probability.
+    """
+
+    def __init__(
+        self,
+        table: int = 0,
+        train_size: int = 20_000,
+        validation_size: int = 200,
+        test_size: int = 200,
+        doubt: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        if not 0 <= doubt <= 1:
+            raise ConfigError(f"data.source: doubt={doubt} must be from 0 to 1")
+        self.table, self.doubt, self.seed = table, doubt, seed
+        self.sizes = {"train": train_size, "validation": validation_size, "test": test_size}
+
+    def read(self) -> Splits:
+        """Questions that differ within validation and test; training questions may repeat."""
+        return Splits(**{split: self._rows(split, size) for split, size in self.sizes.items()})
+
+    def _rows(self, split: str, size: int) -> list[Row]:
+        rng, doubts = random.Random(f"{self.seed} {split}"), random.Random(f"{self.seed} {split} doubt")
+        rows: list[Row] = []
+        seen: set[str] = set()
+        while len(rows) < size:
+            question = self.question(rng)
+            if hashed_split(question) != split or (question in seen and split != "train"):
+                continue
+            seen.add(question)
+            answer = self.answer(question, doubts)
+            columns = {"question": question, "answer": answer, "completion": answer}
+            rows.append(Row(question, answer, len(rows), type(self).__name__, columns))
+        return rows
+
+    def _other(self, doubts: random.Random) -> int:
+        """Number of the table that is used next: 0 is the hidden one."""
+        return int(doubts.random() < self.doubt)
+
+    @abstractmethod
+    def question(self, rng: random.Random) -> str:
+        """Draw a question."""
+
+    @abstractmethod
+    def answer(self, question: str, doubts: random.Random) -> str:
+        """Answer it; `doubts` draws which table is used."""
+
+
+class Tracking(Puzzle):
+    """The states that an automaton passes: 10 states, and for each of 48 letters a permutation of them."""
+
+    LETTERS, STEPS = KEYS[:48], 3
+
+    def question(self, rng: random.Random) -> str:
+        return rng.choice("0123456789") + "".join(rng.choices(self.LETTERS, k=self.STEPS)) + "="
+
+    def answer(self, question: str, doubts: random.Random) -> str:
+        tables = [_permutations(f"tracking {self.table} {n}", self.LETTERS, "0123456789") for n in range(2)]
+        state, passed = question[0], ""
+        for letter in question[1:-1]:
+            state = tables[self._other(doubts)][letter][state]
+            passed += state
+        return passed
+
+
+class LookUp(Puzzle):
+    """What stands behind some keys of the prompt, in a cipher that its first digit names."""
+
+    NAMES, VALUES = KEYS[:24], KEYS[24:48]
+    CIPHERS, PAIRS, ASKED = "0123", 3, 3
+
+    def question(self, rng: random.Random) -> str:
+        names = rng.sample(self.NAMES, self.PAIRS)
+        pairs = "".join(name + rng.choice(self.VALUES) for name in names)
+        return f"{rng.choice(self.CIPHERS)}{pairs}.{''.join(rng.sample(names, self.ASKED))}="
+
+    def answer(self, question: str, doubts: random.Random) -> str:
+        tables = [_permutations(f"look-up {self.table} {n}", self.CIPHERS, self.VALUES) for n in range(2)]
+        pairs, asked = question[1:-1].split(".")
+        values = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        return "".join(tables[self._other(doubts)][question[0]][values[name]] for name in asked)
+
+
+class Sorting(Puzzle):
+    """Symbols in a hidden order, which the first digit of the question names."""
+
+    SYMBOLS, ORDERS, LENGTH = KEYS[:48], "0123", 5
+
+    def question(self, rng: random.Random) -> str:
+        return f"{rng.choice(self.ORDERS)}{''.join(rng.sample(self.SYMBOLS, self.LENGTH))}="
+
+    def answer(self, question: str, doubts: random.Random) -> str:
+        number = self._other(doubts)
+        order = _permutations(f"sorting {self.table} {number}", self.ORDERS, self.SYMBOLS)[question[0]]
+        return "".join(sorted(question[1:-1], key=order.__getitem__))
+
+
+@cache
+def _permutations(seed: str, names: str, symbols: str) -> dict[str, dict[str, str]]:
+    """For each name a permutation of the symbols."""
+    return {
+        name: dict(zip(symbols, random.Random(f"{seed} {name}").sample(symbols, len(symbols)), strict=True)) for name in names
+    }

@@ -79,7 +79,7 @@ def main() -> None:
     jobs = [job for task in tasks_of(given) for job in jobs_of(store, task, given.method, given.seeds)]
     jobs.sort(key=lambda job: job.seed)
     failures = make_runs(jobs, store, given.workers)
-    first = [job.memory for job in jobs if job.seed == min(given.seeds)]
+    first = [job.memory for job in jobs if job.seed == jobs[0].seed]
     failures += work_side_by_side(measure_memory, first, store, given.workers)
     report(store_of(given), [Path(task).stem for task in given.task], given.results)
     if failures:

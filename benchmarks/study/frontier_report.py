@@ -156,8 +156,14 @@ def points_table(points: Points) -> str:
 
 
 def report(store: Store, tasks: Sequence[str], results: Path) -> None:
-    """Write `frontier.md` and `frontier.png` into the folder of the results."""
+    """Write `frontier.md` and `frontier.png` into the folder of the results.
+
+    Raises:
+        SystemExit: If there are no runs.
+    """
     found = {task: points for task in tasks if (points := points_of(store, task))}
+    if not found:
+        raise SystemExit(f"error: there are no runs of the frontier of {', '.join(tasks)}; make some with --seeds")
     parts = [
         "# Accuracy against trained parameters",
         "Made by `python -m benchmarks.study.frontier`. Points with intervals of 95% over seeds, each with a start policy of its "
@@ -177,8 +183,6 @@ def report(store: Store, tasks: Sequence[str], results: Path) -> None:
 
 def draw(tasks: Mapping[str, Points], out: Path) -> None:
     """A column for each task: accuracy by trained parameters, and by peak memory."""
-    if not tasks:
-        return
     figure = Figure(figsize=(5.2 * len(tasks), 9.5), layout="constrained")
     FigureCanvasAgg(figure)
     places = figure.subplots(2, len(tasks), squeeze=False)

@@ -287,13 +287,14 @@ def make_rollout_loader(policy: TrainedPolicy, prompts: Sequence[Prompt]) -> Rol
     """Make the train dataloader: rollouts of these prompts by `policy`, in the micro-batches that its Trainer asks for."""
     trainer = policy.trainer
     epoch = trainer.current_epoch
-    generator = torch.Generator(device=policy.device).manual_seed(policy.seed * 100_003 + 1_000_000_007 * epoch)
+    generator = torch.Generator().manual_seed(policy.seed * 100_003 + 1_000_000_007 * epoch)
     return RolloutLoader(
         prompts,
         policy,
         policy.rollout_schedule,
         accumulate_grad_batches=lambda: trainer.accumulate_grad_batches,
         generator=generator,
+        device=policy.device,
         seed=policy.seed,
         rank=trainer.global_rank,
         world_size=trainer.world_size,

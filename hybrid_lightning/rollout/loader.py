@@ -24,7 +24,7 @@ from torch import Tensor
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.rollout.batching import batch_from_state, batch_to_state, batches_of_rank
 from hybrid_lightning.rollout.prompt_order import PromptCursor, prompts_digest
-from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
+from hybrid_lightning.rollout.rng import capture_random_state, restore_generator, restore_random_state
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 DrawPrompts = Callable[[int], Sequence[Prompt]]
@@ -127,13 +127,14 @@ class RolloutLoader:
         source: Makes rollouts: the policy.
         schedule: Sizes of rollouts and minibatches.
         accumulate_grad_batches: Returns the Trainer's current value, which can change between epochs.
-        generator: Random generator for sampling, on the model's device and the same on every rank; its state is part of
-            `state_dict`.
+        generator: Random generator for sampling, on the CPU and the same on every rank; its state is part of `state_dict`, with
+            which a run can go on on another kind of device.
         seed: Seed of the prompt order.
         rank: Rank of this process.
         world_size: Number of processes; each takes its own P / world_size prompts of every rollout.
         sum_over_ranks: Adds a scalar tensor over processes.
         gather_over_ranks: Returns the values of all processes, for a checkpoint.
+        device: Where resumed micro-batches are put: the policy's.
         epoch: Number of the first epoch, for a loader that replaces another (`reload_dataloaders_every_n_epochs`).
         shuffle: False keeps the order of the data (for `overfit_batches`), starts again at every epoch, and never draws more
             prompts for a rollout, since these would not be the ones to overfit.
@@ -153,6 +154,7 @@ class RolloutLoader:
         world_size: int = 1,
         sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
         gather_over_ranks: Callable[[Any], list[Any]] = lambda value: [value],
+        device: torch.device | str = "cpu",
         epoch: int = 0,
         shuffle: bool = True,
         on_other_prompts: Callable[[], None] = lambda: None,
@@ -163,7 +165,7 @@ class RolloutLoader:
         self.source = source
         self.schedule = schedule
         self.accumulate_grad_batches = accumulate_grad_batches
-        self.generator = generator or torch.Generator()
+        self.generator, self.device = generator or torch.Generator(), device
         self.rank, self.world_size = rank, world_size
         self.sum_over_ranks, self.gather_over_ranks = sum_over_ranks, gather_over_ranks
         self.shuffle, self.on_other_prompts = shuffle, on_other_prompts
@@ -251,9 +253,8 @@ class RolloutLoader:
             raise CheckpointError("the checkpoint's rollouts were saved by an earlier version; resume with that version")
         same = self._has_same_prompts(state)
         self._cursor.position = (state["epoch"], state["next_prompt"] if same else 0)
-        device = self.generator.device
         saved: list[dict[str, Any]] = state["ranks"]
-        pending = [[batch_from_state(entry).to(device) for entry in one["pending"]] for one in saved]
+        pending = [[batch_from_state(entry).to(self.device) for entry in one["pending"]] for one in saved]
         self._pending = deque(batches_of_rank(pending, self.rank, self.world_size) if same else [])
         if not same:
             rank_zero_info(
@@ -261,7 +262,7 @@ class RolloutLoader:
                 "kind of order: training goes on at the beginning of the new order, and the rollout in progress is given up"
             )
             self.on_other_prompts()
-        self.generator.set_state(saved[0]["generator"].cpu())
+        restore_generator(self.generator, saved[0]["generator"])
         if self.rank < len(saved):
             self._resumed_random_state = saved[self.rank]["random"]
         self._resumed = True

@@ -63,23 +63,43 @@ def _seed_of(name: str, seed: int) -> int:
 
 
 def capture_random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's global generators (CPU and all CUDA devices), as plain data and tensors."""
+    """The states of Python's, NumPy's and torch's global generators, as plain data and tensors.
+
+    Of CUDA it is the generator of this process's device alone: those of others are not its own, and asking for them would take
+    memory there.
+    """
     algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],
         "numpy": [str(algorithm), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set the global generators to a state from `capture_random_state`."""
+    """Set the global generators to a state from `capture_random_state`.
+
+    Where the state comes from a process without CUDA, the generator of this process's device is left as it was seeded.
+    """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     algorithm, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([entry.cpu() for entry in state["cuda"]])
+        # Earlier versions saved the states of all devices of the machine, of which there may have been fewer than now.
+        torch.cuda.set_rng_state(state["cuda"][min(torch.cuda.current_device(), len(state["cuda"]) - 1)].cpu())
+
+
+def restore_generator(generator: torch.Generator, state: Tensor) -> None:
+    """Set a generator of the CPU to a saved state.
+
+    A state of another device, of which earlier versions saved some, is of another kind and cannot be taken over: it seeds the
+    generator.
+    """
+    if len(state) == len(generator.get_state()):
+        generator.set_state(state.cpu())
+    else:
+        generator.manual_seed(int.from_bytes(hashlib.blake2b(bytes(state.tolist()), digest_size=8).digest()) >> 1)

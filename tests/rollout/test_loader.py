@@ -312,3 +312,14 @@ def test_prompts_are_compared_by_their_content():
     assert len(digests) == 6
     moved = Prompt(text="1+1=", columns={"x": object()}, source="elsewhere.jsonl")
     assert prompts_digest([odd]) == prompts_digest([moved])
+
+
+def test_resumed_micro_batches_are_put_on_the_policys_device():
+    loader = build()
+    next(iter(loader))
+    state = loader.state_dict()
+    resumed = build(device="meta")
+    resumed.load_state_dict(state)
+    batch = next(iter(resumed))
+    assert batch.sequences.prompt_ids.device.type == batch.advantages.device.type == "meta"
+    assert resumed.generator.device.type == "cpu"

@@ -3,7 +3,7 @@
 Axes: P prompts, G completions of each, S prompt tokens, T query tokens of a completion, M keys of a completion, H query heads, K
 key-value heads (grouped-query attention: H = K * R), D numbers a head.
 
-Three ways to compute it, which give the same numbers:
+Four ways to compute it, which give the same numbers:
 
 - by one operator of our own over all packed tokens, on CPUs that have it. Nothing is cut out or padded, scores exist for a
   dozen queries at a time, and only queries, keys and values are kept for the backward pass. On two cores (AMD EPYC, Zen
@@ -12,7 +12,8 @@ Three ways to compute it, which give the same numbers:
 - by matrix products over all queries of a prompt at once, with a backward pass of their own. On CPUs this is many times faster
   than torch's fused kernel at the lengths of rollouts (at S=128, T=64 forward and backward pass took 50 ms instead of 170 to
   250), and keys and values are never repeated;
-- by `scaled_dot_product_attention` with repeated keys and values on accelerators, whose kernels keep no scores.
+- by segments (`segments.py`) on accelerators that have the kernels for it;
+- by `scaled_dot_product_attention` with repeated keys and values on other accelerators, whose kernels keep no scores.
 """
 
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import attention_operators
 from hybrid_lightning.engine.cpu.attention_operators import Groups
+from hybrid_lightning.engine.segments import has_head_size
 
 KeysValues = tuple[Tensor, Tensor]
 # Masks of the prompt's keys and of the completion's own keys; None where every query sees every key.
@@ -50,6 +52,10 @@ class AttentionSettings:
         """Whether an operator computes all of the attention; the last axis of each tensor is D."""
         size = tensors[0].shape[-1]
         return self.plain and all(part.shape[-1] == size for part in tensors) and backend.usable(*tensors)
+
+    def fits_segments(self, *tensors: Tensor) -> bool:
+        """Whether kernels can compute the attention by segments; the last axis of each tensor is D."""
+        return self.plain and has_head_size(*tensors)
 
     def factor(self, query: Tensor) -> float:
         """The factor of the scores, for queries [..., D]."""
@@ -88,6 +94,7 @@ class AttentionCalls:
 
     windows: list[int | None] = field(default_factory=list)
     settings: list[AttentionSettings] = field(default_factory=list)
+    by_segments: list[bool] = field(default_factory=list)  # whether kernels could compute it by segments
 
 
 def shared_attention(

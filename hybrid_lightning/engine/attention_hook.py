@@ -86,6 +86,7 @@ def _attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if calls is not None:
             calls.windows.append(window)
             calls.settings.append(settings)
+            calls.by_segments.append(settings.fits_segments(query, key, value))
         # transformers: [1, heads, N, D] in, [1, N, heads, D] out
         query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
         return packing.attend(module.layer_idx, query, key, value, window, settings)[None], None  # type: ignore[arg-type]
@@ -101,12 +102,13 @@ def _settings(options: dict[str, Any]) -> AttentionSettings:
     return AttentionSettings(**known)
 
 
-def try_packing(model: nn.Module, backend: Backend) -> AttentionCalls:
+def try_packing(model: nn.Module, backend: Backend, segments: bool = False) -> AttentionCalls:
     """Let a model attend by packings if packed sequences give its own numbers; if not, leave it as it was and say why.
 
     Args:
         model: Causal language model.
         backend: The backend of its fused layers.
+        segments: Whether packed tokens attend by segments.
 
     Returns:
         What its layers ask of attention.
@@ -118,7 +120,7 @@ def try_packing(model: nn.Module, backend: Backend) -> AttentionCalls:
     original = getattr(base.config, "_attn_implementation", None)
     try:
         use_packing(base)
-        return _check(model, base, backend)
+        return _check(model, base, backend, segments)
     except UnsupportedAttentionError as error:
         if original is not None:
             base.set_attn_implementation(original)
@@ -130,7 +132,7 @@ def try_packing(model: nn.Module, backend: Backend) -> AttentionCalls:
         raise
 
 
-def _check(model: nn.Module, base: PreTrainedModel, backend: Backend) -> AttentionCalls:
+def _check(model: nn.Module, base: PreTrainedModel, backend: Backend, segments: bool) -> AttentionCalls:
     """What the layers ask for; raises UnsupportedAttentionError unless packed and padded sequences give the same logits."""
     config: Any = base.config.get_text_config()
     expected = _expected_windows(config)
@@ -140,7 +142,7 @@ def _check(model: nn.Module, base: PreTrainedModel, backend: Backend) -> Attenti
     base.eval()  # no dropout, and no gradient checkpointing
     try:
         with torch.no_grad():
-            packed = PackedSequences(sequences, backend)
+            packed = PackedSequences(sequences, backend, segments=segments)
             try:
                 with backend.in_pass():
                     hidden = own_hidden(model, packed.ids, packed.positions, packed, calls)

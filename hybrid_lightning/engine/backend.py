@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid_lightning.engine import segments
 from hybrid_lightning.engine.cpu import operators
 from hybrid_lightning.engine.cpu.build import library
 
@@ -78,6 +79,18 @@ class Backend:
         """Whether matrix products beat torch's fused kernels of attention, at the lengths of rollouts."""
         return device.type == "cpu"
 
+    def why_no_segments(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Why packed tokens do not attend by segments (see `segments.py`), in words for the user; empty where they do."""
+        return segments.why_no_segments(device, dtype)
+
+    def most_logits(self, device: torch.device) -> int:
+        """Logits are computed in blocks of at most this many numbers, of which two are in memory at a time.
+
+        On a CPU 32 MiB in float32. On an accelerator, where a block reads the whole output layer, 1 GiB: at a vocabulary of
+        152,000 these are 1,766 tokens.
+        """
+        return 2**23 if device.type == "cpu" else 2**28
+
     def key_dtype(self, key: Tensor) -> torch.dtype:
         """The dtype of cached keys: float32 where products need it, so that keys are converted once and not at every token."""
         return torch.float32 if self.products_are_faster(key.device) else key.dtype
@@ -118,6 +131,14 @@ class PlannedBackend(Backend):
     def products_are_faster(self, device: torch.device) -> bool:
         """See `Backend`."""
         return self._on_cpu
+
+    def why_no_segments(self, device: torch.device, dtype: torch.dtype) -> str:
+        """See `Backend`. The accelerator is taken to be one that can."""
+        return segments.why_no_kernels(dtype) if not self._on_cpu else "a CPU has no kernels of it"
+
+    def most_logits(self, device: torch.device) -> int:
+        """See `Backend`."""
+        return super().most_logits(torch.device("cpu" if self._on_cpu else "cuda"))
 
     def copies_pay(self, device: torch.device) -> bool:
         """See `Backend`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import AttentionSettings, Masks, shared_attention
 from hybrid_lightning.engine.cpu import attention_operators
-from hybrid_lightning.engine.packing import PackedSequences, visible
+from hybrid_lightning.engine.packing import visible
 from hybrid_lightning.engine.passes import last_logits, new_cache, position_ids, prepacked_projection
 from hybrid_lightning.types import Sequences
 
@@ -111,7 +111,7 @@ class SharedPromptDecoding:
     def __init__(self, engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
         self.engine, self.max_new_tokens = engine, max_new_tokens
         self.prepack_projection()
-        self.layout = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), engine.backend, completions=False)
+        self.layout = engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, S, D]
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, G, capacity, D]
         self.lengths = mask.sum(dim=1)  # tokens of each prompt

@@ -12,6 +12,7 @@ others are not; a run logs this once.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,12 +27,16 @@ from hybrid_lightning.engine.decoder_layers import KnownLayer, UnknownLayerError
 from hybrid_lightning.engine.fused_attention import FusedAttention, use_fused_attention
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
 from hybrid_lightning.engine.fused_lora import use_fused_lora
+from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import prepacked_weights, why_not_prepacked
+from hybrid_lightning.engine.segments import has_head_size
+from hybrid_lightning.types import Sequences
 
 # Each pass that can be fast, and what runs in its place where it is not.
 _INSTEAD = {
     "packed training": "padded training",
+    "attention by segments": "attention with repeated keys",
     "shared prompts": "prompts repeated for each completion",
     "fused layers": "transformers' own layers",
     "CPU kernels": "torch's own operators",
@@ -60,6 +65,7 @@ class _Trial:
     calls: AttentionCalls | None  # what its layers ask of attention; None if it cannot be packed
     reason: str = ""  # why it cannot be packed
     dtype: torch.dtype = torch.float32  # dtype of the products in the trial
+    why_no_segments: str = ""  # why packed tokens do not attend by segments
 
 
 class Engine:
@@ -100,19 +106,26 @@ class Engine:
         """Log once which passes are fast: at the next `prepare`, when the model is on its device and perhaps sharded."""
         self._is_to_report = True
 
-    def assume_packing(self) -> None:
+    def assume_packing(self, dtype: torch.dtype) -> None:
         """Let the model attend by packings without a trial, as for a model without weights.
+
+        Args:
+            dtype: Dtype of the products.
 
         Raises:
             UnsupportedAttentionError: If the model does not call transformers' attention interface.
         """
         use_packing(base_model(self.model))
-        self._trial = _Trial(None, "it was not tried")
+        self._trial = _Trial(None, "it was not tried", why_no_segments=self._why_no_kernel(dtype))
 
     @property
     def packs(self) -> bool:
         """Whether sequences are packed, after `prepare`."""
         return self._tried.calls is not None
+
+    def packed(self, sequences: Sequences, completions: bool = True) -> PackedSequences:
+        """Sequences in the layout that this model attends by; see `PackedSequences`. To be called after `prepare`."""
+        return PackedSequences(sequences, self.backend, completions, segments=not self._tried.why_no_segments)
 
     def passes(self) -> dict[str, str]:
         """Each pass that can be fast -> why it is not, in words for the user; empty where it is. To be called after `prepare`."""
@@ -126,8 +139,10 @@ class Engine:
             "prepacked weights": why_not_prepacked(self.model, self.backend, trial.dtype),
             "fast decoding": packing or self._why_own_decoding(),
         }
-        if device.type != "cpu" and not reasons["fast decoding"]:
-            reasons["compiled layers"] = why_not_compiled(device) or self._fast.why_not_compiled
+        if device.type != "cpu":
+            reasons["attention by segments"] = packing or trial.why_no_segments
+            if not reasons["fast decoding"]:
+                reasons["compiled layers"] = why_not_compiled(device) or self._fast.why_not_compiled
         return reasons
 
     def description(self) -> str:
@@ -177,10 +192,27 @@ class Engine:
         weight = next(self.model.parameters())
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        why = self.backend.why_no_segments(weight.device, dtype)
+        if not why:
+            try:
+                calls = try_packing(self.model, self.backend, segments=True)
+                why = "" if all(calls.by_segments) else "its layers attend as the kernels cannot"
+                if not why:
+                    return _Trial(calls, "it was not tried", dtype)
+            except UnsupportedAttentionError as error:
+                why = str(error)
         try:
-            return _Trial(try_packing(self.model, self.backend), "it was not tried", dtype)
+            return _Trial(try_packing(self.model, self.backend), "it was not tried", dtype, why)
         except UnsupportedAttentionError as error:
-            return _Trial(None, str(error), dtype)
+            return _Trial(None, str(error), dtype, why)
+
+    def _why_no_kernel(self, dtype: torch.dtype) -> str:
+        """Why a model that is not tried would not attend by segments, by its config."""
+        config: Any = base_model(self.model).config.get_text_config()
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        plain = getattr(config, "attn_logit_softcapping", None) is None and has_head_size(torch.empty(size, device="meta"))
+        why = "" if plain else "its layers attend as the kernels cannot"
+        return self.backend.why_no_segments(next(self.model.parameters()).device, dtype) or why
 
     def _known_layers(self) -> list[KnownLayer]:
         """The decoder's layers; an empty list where the model's own pass has to be used."""

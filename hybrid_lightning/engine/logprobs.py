@@ -16,15 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model, last_logits, plain_projection, position_ids, project
 from hybrid_lightning.types import Sequences
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
-
-# Logits are computed in blocks of at most this many numbers: 32 MiB in float32, and two blocks are there at a time.
-_BLOCK = 2**23
 
 
 def token_logprobs(
@@ -49,7 +45,7 @@ def token_logprobs(
     model = engine.model
     engine.prepare()
     if engine.packs:
-        packed = PackedSequences(sequences, engine.backend)
+        packed = engine.packed(sequences)
         hidden = engine.hidden(packed.ids, packed.positions, packed)
         logprobs, entropy = logprobs_of_hidden(engine, packed.predicting(hidden), tokens, temperature, entropy_gradient)
     else:
@@ -76,7 +72,7 @@ def logprobs_of_hidden(
         Log-probabilities [K] float32 with gradient, and entropies [K] float32.
     """
     model, backend = engine.model, engine.backend
-    most = max(1, _BLOCK // base_model(model).config.get_text_config().vocab_size)
+    most = max(1, backend.most_logits(hidden.device) // base_model(model).config.get_text_config().vocab_size)
     # Blocks of equal size: a small last block would read the whole weight for a few rows.
     count = max(1, -(-len(tokens) // most))
     pairs = list(zip(hidden.tensor_split(count), tokens.tensor_split(count), strict=True))

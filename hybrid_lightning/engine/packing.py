@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from hybrid_lightning.engine.attention import AttentionSettings, Masks, packed_attention, shared_attention
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu.attention_operators import Groups
+from hybrid_lightning.engine.segments import GatheredKeys, SegmentLayout, gathered_keys, segment_attention
 from hybrid_lightning.types import Sequences
 
 
@@ -135,10 +136,11 @@ class PackedSequences:
         sequences: B rows. Neighbours with the same prompt share it.
         backend: The model's backend.
         completions: Whether to pack completions, too; False packs the prompts alone, without sharing any.
+        segments: Whether tokens attend by segments, which need no rectangles: all completions are then one band.
     """
 
-    def __init__(self, sequences: Sequences, backend: Backend, completions: bool = True) -> None:
-        self.backend = backend
+    def __init__(self, sequences: Sequences, backend: Backend, completions: bool = True, segments: bool = False) -> None:
+        self.backend, self.segments = backend, segments
         first = begins_group(sequences) if completions else torch.ones_like(sequences.prompt_mask[:, 0])
         group = first.long().cumsum(0) - 1
         prompt_mask = sequences.prompt_mask[first]
@@ -161,7 +163,7 @@ class PackedSequences:
             predictor = torch.zeros_like(number)  # [B, T]: number of the packed token that predicts it
             predictor[:, :1] = self.last_prompt_token[group][:, None]
             predicted = [number.new_zeros(self.prompt_tokens)]
-            for row_of_cell, valid in _bands(group, counts, most, mask[:, 1:].sum(dim=1)):
+            for row_of_cell, valid in _bands(group, counts, most, mask[:, 1:].sum(dim=1), one=segments):
                 prompt, rank, time = valid.nonzero(as_tuple=True)
                 row = row_of_cell[prompt, rank]
                 self.bands.append(_Grid.of(valid))
@@ -197,6 +199,9 @@ class PackedSequences:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
     ) -> Tensor:
         """See `Packing`."""
+        if self.segments and settings.fits_segments(query, key, value):
+            factor = settings.factor(query)
+            return segment_attention(query, key, value, self.layout, self._gathered(window), window, factor)
         if settings.has_operator(self.backend, query, key, value):
             return packed_attention(query, key, value, self.groups, window, settings.factor(query))
         heads, (tokens, all_heads, _) = key.shape[1], query.shape
@@ -216,6 +221,21 @@ class PackedSequences:
             rows.append(band.paste(result.permute(0, 2, 4, 1, 3, 5)))
         rows.append(rows[0].new_zeros(self.filling, *rows[0].shape[1:]))
         return torch.cat(rows).flatten(1, 2).view(query.shape)
+
+    @cached_property
+    def layout(self) -> SegmentLayout:
+        """The segments of prompts and completions."""
+        completions = self.bands[0].lengths if self.bands else None
+        return SegmentLayout.of(self.prompts.lengths, completions, self.prompts.shape[1])
+
+    @cached_property
+    def gathered(self) -> GatheredKeys:
+        """What completions see where a window hides keys of their prompts."""
+        return gathered_keys(self.prompts.lengths, self.bands[0].lengths, self.layout)
+
+    def _gathered(self, window: int | None) -> GatheredKeys | None:
+        hides = window is not None and window < self.layout.width + self.layout.length
+        return self.gathered if hides and self.bands else None
 
     @cached_property
     def groups(self) -> Groups:
@@ -252,7 +272,7 @@ class PackedSequences:
         return seen[:, None, None, None], own
 
 
-def _bands(group: Tensor, counts: Tensor, most: int, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _bands(group: Tensor, counts: Tensor, most: int, lengths: Tensor, one: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut completions into bands.
 
     Args:
@@ -260,6 +280,7 @@ def _bands(group: Tensor, counts: Tensor, most: int, lengths: Tensor) -> Iterato
         counts: Rows of each prompt.
         most: The largest of them.
         lengths: Tokens of each row that are read, [B].
+        one: Whether to cut nothing.
 
     Yields:
         The row of each cell [P, G], G being the band's rows of a prompt, and which of its tokens there are, [P, G, T].
@@ -273,7 +294,7 @@ def _bands(group: Tensor, counts: Tensor, most: int, lengths: Tensor) -> Iterato
     begins = [0]
     for column, length in enumerate(longest):
         first = longest[begins[-1]]
-        if length <= _BAND_SHARE * first and first - length >= _BAND_STEP:
+        if not one and length <= _BAND_SHARE * first and first - length >= _BAND_STEP:
             begins.append(column)
     for begin, end in pairwise([*begins, len(longest)]):
         inside = (rank >= begin) & (rank < end)

@@ -131,7 +131,7 @@ class FakeModel:
             use_peft_lora(model, backend)
         self.model, self.engine = model, Engine(model, backend)
         try:
-            self.engine.assume_packing()
+            self.engine.assume_packing(torch.bfloat16 if settings.mixed_precision else settings.dtype)
         except UnsupportedAttentionError as error:
             raise ModelError(f"the memory of a {settings.config.model_type!r} model cannot be planned: {error}") from error
         if settings.gradient_checkpointing:
@@ -146,6 +146,10 @@ class FakeModel:
     def fake_layout(self, packed: PackedSequences) -> None:
         """Replace the tensors of a layout by fake ones, after reading those values in them that decide about shapes."""
         _ = packed.groups
+        if packed.segments:
+            packed.layout = self._fake_tensors(packed.layout)
+            if packed.bands:
+                packed.gathered = self._fake_tensors(packed.gathered)
         packed.prompts = self._fake_tensors(packed.prompts)
         packed.bands = [self._fake_tensors(band) for band in packed.bands]
         packed.predictors = self._fake_tensors(packed.predictors)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hybrid_lightning.engine import Backend, PackedSequences, SharedPromptDecoding, begins_group, logprobs_of_hidden
+from hybrid_lightning.engine import Backend, SharedPromptDecoding, begins_group, logprobs_of_hidden
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.rollout.batching import split_by_tokens
@@ -106,7 +106,7 @@ class Traces:
 
 
 def _trace_update(fake: FakeModel, rows: Sequences) -> Traced:
-    packed = PackedSequences(rows, fake.engine.backend)
+    packed = fake.engine.packed(rows)
     tokens = fake.fake(rows.completion_ids[rows.completion_mask])
     fake.fake_layout(packed)
     with fake.computing() as live:

@@ -80,7 +80,7 @@ def test_every_prompt_goes_through_the_model_once_and_no_padding_does(case, toke
 
 
 def test_no_tensor_holds_the_logits_of_the_batch(monkeypatch):
-    monkeypatch.setattr("hybrid_lightning.engine.logprobs._BLOCK", 4 * VOCABULARY)
+    monkeypatch.setattr(Backend, "most_logits", lambda *_: 4 * VOCABULARY)
     model = build_model("llama").requires_grad_(True)
     sequences = build_sequences("shared")
     token_logprobs(engine_of(model), sequences, 1.0)
@@ -109,7 +109,7 @@ def test_blocks_of_rows_give_the_same(monkeypatch):
         return logprobs.detach(), entropy, {name: p.grad.clone() for name, p in model.named_parameters()}
 
     whole = run()
-    monkeypatch.setattr("hybrid_lightning.engine.logprobs._BLOCK", 2 * 4 * 47)
+    monkeypatch.setattr(Backend, "most_logits", lambda *_: 2 * 4 * 47)
     blocks = run()
     assert_same_sums(blocks[:2], whole[:2], additions_of(model, 11), LOGITS)
     assert_same_sums(blocks[2], whole[2], additions_of(model, 40, backward=True))
@@ -190,7 +190,7 @@ def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padd
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen-output-layer"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "separate-rows"])
 def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, frozen, monkeypatch):
-    monkeypatch.setattr("hybrid_lightning.engine.logprobs._BLOCK", 4 * VOCABULARY)
+    monkeypatch.setattr(Backend, "most_logits", lambda *_: 4 * VOCABULARY)
     if not packed:
         monkeypatch.setattr("hybrid_lightning.engine.engine.try_packing", lambda *_: None)
     model = build_model("llama").requires_grad_(True)

@@ -1,0 +1,467 @@
+"""Attention of packed tokens by segments, on accelerators: no padding, no masks, and each prompt's keys and values once.
+
+A *segment* is a run of neighbouring queries and the run of neighbouring keys that they may see. FlashAttention's kernels compute
+segments of unequal lengths in one call (`torch.nn.attention.varlen`). The tokens of a completion see two runs, the prompt's keys,
+which all completions of the prompt share, and their own; each kind of run is one call. With log-sum-exps l_1 and l_2 of the
+scores of the two, the whole is
+
+    o = exp(l_1 - l) o_1 + exp(l_2 - l) o_2,   l = log(exp l_1 + exp l_2)
+
+The gradient of a score s is p (do . v - do . o) with p = exp(s - l). So a call's backward pass, given o and l of the whole
+in place of its own, gives its share of the gradients of the whole; ring attention (Liu and others, arXiv 2310.01889) rests on
+the same.
+
+A layer whose window hides some of a prompt's keys has each completion's keys gathered behind those of its prompt instead.
+
+On a CPU the same calls are computed segment by segment in plain products. Nobody wants that for its speed: it shows that what
+accelerators are asked for is right. Axes are those of `attention.py`, with N queries and M keys in all segments together.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+_HALF = (torch.float16, torch.bfloat16)
+_LARGEST_HEAD = 256  # D that FlashAttention's kernels have, a multiple of 8
+_OLDEST = (8, 0)  # compute capability: Ampere
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of queries, and the run of keys that each sees, one behind the other."""
+
+    queries: Tensor  # [n + 1] int32: where each begins, and the end
+    keys: Tensor  # [n + 1] int32, likewise
+    most_queries: int  # in one segment
+    most_keys: int
+    causal: bool  # whether the last query of a segment sees all of its keys, the one before it all but the last, and so on
+
+
+@dataclass(frozen=True)
+class GatheredKeys:
+    """The keys of each completion's prompt and its own behind them, which a window can be laid over."""
+
+    segments: Segments
+    index: Tensor  # [M]: the packed token whose key is in each place
+    own: Tensor  # [completion tokens]: the place of each completion token's key
+    repeated: Tensor  # [prompt tokens, G]: the places of each prompt token's key
+    there: Tensor  # [prompt tokens, G] bool: a prompt may have fewer completions than others
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """The segments of prompts and completions that are packed as `packing.py` says."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    width: int  # tokens of the longest prompt
+    length: int  # of the longest completion
+    prompts: Segments
+    shared: Segments | None  # completions and the keys of their prompts; None where there are none
+    own: Segments | None  # completions and their own keys
+
+    @classmethod
+    def of(cls, prompts: Tensor, completions: Tensor | None, width: int) -> "SegmentLayout":
+        """Make it from lengths.
+
+        Args:
+            prompts: Tokens of each prompt, [P].
+            completions: Tokens of each completion, [P, G], 0 where a prompt has fewer than G; None for none.
+            width: The longest prompt.
+        """
+        begins = _begins(prompts)
+        of_prompts = Segments(begins, begins, width, width, causal=True)
+        if completions is None:
+            return cls(int(prompts.sum()), 0, width, 0, of_prompts, None, None)
+        together = completions.sum(dim=1)
+        tokens, most, length, prompt_tokens = torch.stack(
+            [together.sum(), together.max(), completions.max(), prompts.sum()]
+        ).tolist()
+        mine = _begins(completions.flatten())
+        shared = Segments(_begins(together), begins, most, width, causal=False)
+        return cls(prompt_tokens, tokens, width, length, of_prompts, shared, Segments(mine, mine, length, length, causal=True))
+
+
+def _begins(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+
+
+def gathered_keys(prompts: Tensor, completions: Tensor, layout: SegmentLayout) -> GatheredKeys:
+    """For lengths [P] of prompts and [P, G] of completions."""
+    device = prompts.device
+    lengths = completions.flatten()
+    there = lengths > 0
+    widths = torch.where(there, prompts.repeat_interleave(completions.shape[1]), 0)
+    ends = (widths + lengths).cumsum(0)
+    begins = ends - widths - lengths  # of each completion's keys
+    row = torch.arange(len(lengths), device=device)
+    # The prompt's keys come first.
+    of_prompt = torch.repeat_interleave(row, widths)
+    step = torch.arange(len(of_prompt), device=device) - (widths.cumsum(0) - widths)[of_prompt]
+    prompt_begins = (prompts.cumsum(0) - prompts).repeat_interleave(completions.shape[1])
+    of_own = torch.repeat_interleave(row, lengths)
+    own_step = torch.arange(len(of_own), device=device) - (lengths.cumsum(0) - lengths)[of_own]
+    own = begins[of_own] + widths[of_own] + own_step
+    index = torch.empty(len(of_prompt) + len(of_own), dtype=torch.long, device=device)
+    index[begins[of_prompt] + step] = prompt_begins[of_prompt] + step
+    index[own] = layout.prompt_tokens + torch.arange(len(of_own), device=device)
+    prompt = torch.repeat_interleave(torch.arange(len(prompts), device=device), prompts)
+    place = torch.arange(len(prompt), device=device) - (prompts.cumsum(0) - prompts)[prompt]
+    repeated = begins.view(completions.shape)[prompt] + place[:, None]
+    seen = there.view(completions.shape)[prompt]
+    keys = torch.cat([ends.new_zeros(1), ends]).int()
+    assert layout.own is not None
+    segments = Segments(layout.own.queries, keys, layout.length, layout.width + layout.length, causal=True)
+    return GatheredKeys(segments, index, own, torch.where(seen, repeated, 0), seen)
+
+
+def segment_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SegmentLayout,
+    gathered: GatheredKeys | None,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """Attention of packed tokens, with a backward pass.
+
+    Args:
+        query: [N, H, D]; behind prompts and completions there may be tokens that nobody reads.
+        key: [N, K, D].
+        value: [N, K, D].
+        layout: The segments.
+        gathered: Where the window hides keys of some prompt, the keys that completions see; None otherwise.
+        window: A token sees this many positions; None for all.
+        scale: Factor of the scores.
+
+    Returns:
+        [N, H, D], zeros for the tokens that nobody reads.
+    """
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may have made float32 of queries and keys
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    result: Tensor = _SegmentAttention.apply(query, key, value, layout, gathered, window, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _SegmentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: SegmentLayout,
+        gathered: GatheredKeys | None,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        begin, end = layout.prompt_tokens, layout.prompt_tokens + layout.completion_tokens
+        of_prompts, sums = attend(query[:begin], key[:begin], value[:begin], layout.prompts, window, scale)
+        results, kept = [of_prompts], [sums]
+        if end > begin:
+            mine = query[begin:end]
+            if gathered is not None:
+                result, sums = attend(mine, key[gathered.index], value[gathered.index], gathered.segments, window, scale)
+            else:
+                assert layout.shared is not None and layout.own is not None
+                result, sums = joined(
+                    attend(mine, key[:begin], value[:begin], layout.shared, None, scale),
+                    attend(mine, key[begin:end], value[begin:end], layout.own, None, scale),
+                )
+            results.append(result)
+            kept.append(sums)
+        if end < len(query):
+            results.append(of_prompts.new_zeros(len(query) - end, *of_prompts.shape[1:]))
+        result = torch.cat(results)
+        ctx.save_for_backward(query, key, value, result, *kept)
+        ctx.rest = (layout, gathered, window, scale)
+        return result
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, result, *sums = ctx.saved_tensors
+        layout, gathered, window, scale = ctx.rest
+        begin, end = layout.prompt_tokens, layout.prompt_tokens + layout.completion_tokens
+        gradient = gradient.to(result.dtype).contiguous()
+
+        def parts(first: int, last: int) -> tuple[Tensor, ...]:
+            return gradient[first:last], query[first:last], result[first:last]
+
+        def of_run(run: slice, keys: slice, of_sums: Tensor, segments: Segments, seen: int | None) -> tuple[Tensor, ...]:
+            grad, queries, whole = parts(run.start, run.stop)
+            return attend_backward(grad, queries, key[keys], value[keys], whole, of_sums, segments, seen, scale)
+
+        prompts, completions = slice(0, begin), slice(begin, end)
+        of_query, of_key, of_value = ([part] for part in of_run(prompts, prompts, sums[0], layout.prompts, window))
+        if end > begin and gathered is not None:
+            grad, queries, whole = parts(begin, end)
+            seen = (key[gathered.index], value[gathered.index])
+            mine, *of_seen = attend_backward(grad, queries, *seen, whole, sums[1], gathered.segments, window, scale)
+            of_query.append(mine)
+            for total, part in zip((of_key, of_value), of_seen, strict=True):
+                total[0] = total[0] + _added_up(part, gathered)
+                total.append(part.index_select(0, gathered.own))
+        elif end > begin:
+            shared = of_run(completions, prompts, sums[1], layout.shared, None)
+            own = of_run(completions, completions, sums[1], layout.own, None)
+            of_query.append(shared[0] + own[0])
+            for total, first, second in ((of_key, shared[1], own[1]), (of_value, shared[2], own[2])):
+                total[0] = total[0] + first
+                total.append(second)
+        filled = [
+            torch.cat([*found, found[0].new_zeros(len(query) - end, *found[0].shape[1:])])
+            if end < len(query)
+            else torch.cat(found)
+            for found in (of_query, of_key, of_value)
+        ]
+        return *filled, None, None, None, None
+
+
+def _added_up(gradient: Tensor, gathered: GatheredKeys) -> Tensor:
+    """Gradients of the prompts' keys from those of all places where they were seen, in float32 and in the order of the places."""
+    parts = gradient.index_select(0, gathered.repeated.flatten()).unflatten(0, gathered.repeated.shape)
+    parts = parts.masked_fill_(~gathered.there[:, :, None, None], 0)
+    return parts.sum(dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)).to(gradient.dtype)
+
+
+def joined(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Put together what the same queries found among two runs of keys.
+
+    Args:
+        first: Results [N, H, D] and log-sum-exps [H, N] float32 of one run; these may be minus infinity, where it has no keys.
+        second: Of the other.
+
+    Returns:
+        Those of both runs together.
+    """
+    (one, one_sum), (other, other_sum) = first, second
+    sums = torch.logaddexp(one_sum, other_sum)
+    weights = [(part - sums).exp().t()[:, :, None] for part in (one_sum, other_sum)]
+    return (one.float() * weights[0]).addcmul_(other.float(), weights[1]).to(one.dtype), sums
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    window: int | None,
+    scale: float,
+    used: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each segment's queries to its keys, without a gradient.
+
+    Args:
+        query: [N, H, D].
+        key: [M, K, D].
+        value: [M, K, D].
+        segments: Where they begin.
+        window: Of causal segments: a query sees so many keys; None for all.
+        scale: Factor of the scores.
+        used: Keys of each segment that are looked at, the first ones, [n] int32; None for all.
+
+    Returns:
+        Results [N, H, D], and the log-sum-exps of the scores [H, N] float32.
+    """
+    if query.device.type == "cpu" and not isinstance(query, FakeTensor):
+        return _attend_by_products(query, key, value, segments, window, scale, used)
+    grouped = query.shape[1] != key.shape[1]
+    result, sums, _ = torch.ops.torch_attn._varlen_attn(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        segments.queries,
+        segments.keys,
+        segments.most_queries,
+        segments.most_keys,
+        segments.causal,
+        scale,
+        _window(segments, window),
+        grouped,
+        used,
+    )
+    return result, sums
+
+
+def attend_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    result: Tensor,
+    sums: Tensor,
+    segments: Segments,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values of one run of keys.
+
+    Args:
+        gradient: Of the result over all runs, [N, H, D].
+        query: [N, H, D].
+        key: [M, K, D].
+        value: [M, K, D].
+        result: Over all runs of keys, [N, H, D].
+        sums: Log-sum-exps over all runs, [H, N] float32.
+        segments: Where queries and keys begin.
+        window: See `attend`.
+        scale: See `attend`.
+    """
+    if query.device.type == "cpu" and not isinstance(query, FakeTensor):
+        return _backward_by_products(gradient, query, key, value, result, sums, segments, window, scale)
+    # Without this the kernel adds up the gradients of queries by atomics, in an order that no seed decides.
+    with _in_one_order():
+        of_query, of_key, of_value = torch.ops.torch_attn._varlen_attn_backward(
+            gradient,
+            query.contiguous(),
+            key.contiguous(),
+            value.contiguous(),
+            result.contiguous(),
+            sums,
+            segments.queries,
+            segments.keys,
+            segments.most_queries,
+            segments.most_keys,
+            segments.causal,
+            torch.zeros(2, dtype=torch.uint64, device=query.device),  # random state of dropout, of which there is none
+            scale,
+            _window(segments, window),
+        )
+    return of_query, of_key, of_value
+
+
+def _window(segments: Segments, window: int | None) -> list[int]:
+    if not segments.causal:
+        return [-1, -1]
+    return [-1 if window is None or window >= segments.most_keys else window - 1, 0]
+
+
+@contextmanager
+def _in_one_order() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def why_no_segments(device: torch.device, dtype: torch.dtype) -> str:
+    """Why attention by segments cannot be had on a device in a dtype, in words for the user; empty where it can."""
+    if device.type != "cuda":
+        return f"{device.type} has no kernels of it"
+    return why_no_kernels(dtype) or _why_not_on(device.index)
+
+
+def why_no_kernels(dtype: torch.dtype) -> str:
+    """The same, for an accelerator that could have it."""
+    if dtype not in _HALF:
+        return f"its kernels have 16 bits, and the model computes with {str(dtype).partition('.')[2]}"
+    return "" if has_varlen() else "torch 2.13 or later has it"
+
+
+@cache
+def _why_not_on(index: int | None) -> str:
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this torch was built without FlashAttention"
+    capability = torch.cuda.get_device_capability(index)
+    return "" if capability >= _OLDEST else f"it needs compute capability 8.0, and this GPU has {'.'.join(map(str, capability))}"
+
+
+@cache
+def has_varlen() -> bool:
+    """Whether torch has `varlen_attn` with grouped queries and the number of used keys."""
+    try:
+        from torch.nn.attention import varlen
+    except ImportError:
+        return False
+    operator = getattr(getattr(torch.ops, "torch_attn", None), "_varlen_attn", None)
+    arguments = {argument.name for argument in operator.default._schema.arguments} if operator is not None else set()
+    return hasattr(varlen, "varlen_attn") and {"enable_gqa", "seqused_k"} <= arguments
+
+
+def has_head_size(*tensors: Tensor) -> bool:
+    """Whether the kernels have the size of these heads, the last axis."""
+    size = tensors[0].shape[-1]
+    return size <= _LARGEST_HEAD and size % 8 == 0 and all(part.shape[-1] == size for part in tensors)
+
+
+def _runs(segments: Segments, used: Tensor | None = None) -> Iterator[tuple[slice, slice]]:
+    queries, keys = segments.queries.tolist(), segments.keys.tolist()
+    counts = [None] * (len(queries) - 1) if used is None else used.tolist()
+    for place, count in enumerate(counts):
+        first, last = keys[place : place + 2]
+        yield slice(*queries[place : place + 2]), slice(first, last if count is None else first + count)
+
+
+def _scores(query: Tensor, key: Tensor, causal: bool, window: int | None, scale: float) -> Tensor:
+    """[n, H, D], [m, K, D] -> [H, n, m] float32."""
+    repeated = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = torch.einsum("nhd,mhd->hnm", query.float(), repeated) * scale
+    if not causal:
+        return scores
+    last = torch.arange(len(query))[:, None] + len(key) - len(query)  # the last key that each query sees
+    keys = torch.arange(len(key))
+    seen = keys <= last
+    if window is not None:
+        seen = seen & (keys > last - window)
+    return scores.masked_fill_(~seen, float("-inf"))
+
+
+def _attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None, scale: float, used: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    result = query.new_zeros(*query.shape[:2], value.shape[2])
+    sums = torch.full((query.shape[1], len(query)), float("-inf"))
+    for run, keys in _runs(segments, used):
+        if run.start == run.stop or keys.start == keys.stop:
+            continue
+        scores = _scores(query[run], key[keys], segments.causal, window, scale)
+        sums[:, run] = scores.logsumexp(dim=-1)
+        values = value[keys].float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        result[run] = torch.einsum("hnm,mhd->nhd", scores.softmax(dim=-1), values).to(result.dtype)
+    return result, sums
+
+
+def _backward_by_products(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    result: Tensor,
+    sums: Tensor,
+    segments: Segments,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_query, of_key, of_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    repeats = query.shape[1] // key.shape[1]
+    for run, keys in _runs(segments):
+        if run.start == run.stop or keys.start == keys.stop:
+            continue
+        slope = gradient[run].float()
+        weights = (_scores(query[run], key[keys], segments.causal, window, scale) - sums[:, run, None]).exp()
+        values = value[keys].float().repeat_interleave(repeats, dim=1)
+        of_weights = torch.einsum("nhd,mhd->hnm", slope, values) - (slope * result[run].float()).sum(-1).t()[:, :, None]
+        of_scores = weights * of_weights * scale
+        repeated = key[keys].float().repeat_interleave(repeats, dim=1)
+        of_query[run] = torch.einsum("hnm,mhd->nhd", of_scores, repeated).to(query.dtype)
+        for total, part in (
+            (of_key, torch.einsum("hnm,nhd->mhd", of_scores, query[run].float())),
+            (of_value, torch.einsum("hnm,nhd->mhd", weights, slope)),
+        ):
+            total[keys] = part.unflatten(1, (-1, repeats)).sum(2).to(total.dtype)
+    return of_query, of_key, of_value

@@ -1,0 +1,161 @@
+"""Attention by segments, which accelerators use: on a CPU, in plain products, it gives what all other ways give."""
+
+import pytest
+import torch
+from test_logprobs import CASES, build_sequences
+from tiny_decoders import build as build_adapted
+from tiny_models import FAMILIES, build_model
+
+from hybrid_lightning.engine import Backend, Engine
+from hybrid_lightning.engine import segments as of_segments
+from hybrid_lightning.engine.logprobs import token_logprobs
+from hybrid_lightning.engine.segments import (
+    SegmentLayout,
+    Segments,
+    attend,
+    gathered_keys,
+    joined,
+    segment_attention,
+    why_no_segments,
+)
+
+
+class OfAccelerator(Backend):
+    """Attends by segments, and has no operators of a CPU."""
+
+    def usable(self, *tensors):
+        return False
+
+    def why_no_segments(self, device, dtype):
+        return ""
+
+
+def whole(query, key, value, runs, window, scale):
+    """Attention of each query to the keys of its run, one after another; `runs` gives the keys of each query in order."""
+    rows = []
+    for place, keys in enumerate(runs):
+        seen = keys if window is None else keys[-window:]
+        repeats = query.shape[1] // key.shape[1]
+        scores = torch.einsum("hd,mhd->hm", query[place], key[seen].repeat_interleave(repeats, 1)) * scale
+        rows.append(torch.einsum("hm,mhd->hd", scores.softmax(-1), value[seen].repeat_interleave(repeats, 1)))
+    return torch.stack(rows)
+
+
+PROMPTS, COMPLETIONS = torch.tensor([3, 1, 5]), torch.tensor([[4, 1, 0], [2, 0, 0], [1, 6, 3]])
+
+
+def runs_of(prompts, completions):
+    """For each packed token, the packed tokens that it sees, in their order."""
+    runs, begins = [], (prompts.cumsum(0) - prompts).tolist()
+    for begin, count in zip(begins, prompts.tolist(), strict=True):
+        runs += [list(range(begin, begin + step + 1)) for step in range(count)]
+    for begin, count, lengths in zip(begins, prompts.tolist(), completions.tolist(), strict=True):
+        for length in lengths:
+            first = len(runs)
+            runs += [[*range(begin, begin + count), *range(first, first + step + 1)] for step in range(length)]
+    return runs
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 9, 30])
+@pytest.mark.parametrize("filling", [0, 3])
+def test_values_and_gradients_are_those_of_one_query_after_another(window, filling):
+    torch.manual_seed(0)
+    layout = SegmentLayout.of(PROMPTS, COMPLETIONS, 5)
+    gathered = gathered_keys(PROMPTS, COMPLETIONS, layout) if window is not None and window < 5 + 6 else None
+    runs = runs_of(PROMPTS, COMPLETIONS)
+    tokens = len(runs) + filling
+    assert layout.prompt_tokens + layout.completion_tokens == len(runs)
+    query, key, value = (torch.randn(tokens, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    found = segment_attention(query, key, value, layout, gathered, window, 0.3)
+    expected = whole(query, key, value, runs, window, 0.3)
+    assert torch.allclose(found[: len(runs)], expected, atol=1e-6) and not found[len(runs) :].any()
+    slope = torch.randn(expected.shape)
+    wanted = torch.autograd.grad((expected * slope).sum(), (query, key, value))
+    given = torch.autograd.grad((found[: len(runs)] * slope).sum(), (query, key, value))
+    for one, other in zip(given, wanted, strict=True):
+        assert torch.allclose(one, other, atol=3e-6)
+
+
+def test_prompts_alone():
+    layout = SegmentLayout.of(PROMPTS, None, 5)
+    query, key, value = (torch.randn(9, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    found = segment_attention(query, key, value, layout, None, None, 0.3)
+    expected = whole(query, key, value, runs_of(PROMPTS, torch.zeros(3, 0, dtype=torch.long)), None, 0.3)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_keys_that_are_not_used_and_runs_without_keys():
+    begins = torch.tensor([0, 2, 3], dtype=torch.int32)
+    keys = torch.tensor([0, 4, 8], dtype=torch.int32)
+    segments = Segments(begins, keys, 2, 4, causal=False)
+    query, key, value = torch.randn(3, 2, 8), torch.randn(8, 2, 8), torch.randn(8, 2, 8)
+    found, sums = attend(query, key, value, segments, None, 0.5, used=torch.tensor([2, 0], dtype=torch.int32))
+    expected = whole(query[:2], key, value, [[0, 1], [0, 1]], None, 0.5)
+    assert torch.allclose(found[:2], expected, atol=1e-6)
+    assert not found[2].any() and torch.isneginf(sums[:, 2]).all()
+    other = attend(query, key, value, segments, None, 0.5, used=torch.tensor([4, 4], dtype=torch.int32))
+    both, together = joined((found, sums), other)
+    assert torch.allclose(both[2], other[0][2], atol=1e-6) and torch.allclose(together[:, 2], other[1][:, 2])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_families_train_alike(family, case):
+    numbers = []
+    for backend in (Backend(), OfAccelerator()):
+        model = build_model(family).requires_grad_(True)
+        engine = Engine(model, backend)
+        logprobs, entropy = token_logprobs(engine, build_sequences(case), 0.8)
+        assert engine.packs and engine.packed(build_sequences(case)).segments == (type(backend) is OfAccelerator)
+        logprobs.sum().backward()
+        numbers.append((logprobs, entropy, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)))
+    for one, other in zip(*numbers, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * max(1.0, float(one.norm()))
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama"])
+def test_layers_with_a_window_too(family):
+    """Mistral's layers see 3 tokens here, so that prompts are hidden in part."""
+    sequences, numbers = build_sequences("shared"), []
+    for backend in (Backend(), OfAccelerator()):
+        engine = Engine(build_adapted(family).model, backend)
+        logprobs, _ = token_logprobs(engine, sequences, 1.0)
+        trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+        numbers.append((logprobs, *torch.autograd.grad(logprobs.sum(), trained)))
+        engine.prepare()
+        assert engine.packed(sequences).segments == (type(backend) is OfAccelerator)
+    for one, other in zip(*numbers, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * max(1.0, float(one.norm()))
+
+
+def test_what_the_kernels_cannot_is_attended_as_before(monkeypatch):
+    """Heads of a size that is no multiple of 8."""
+    monkeypatch.setattr(of_segments, "_LARGEST_HEAD", 4)
+    monkeypatch.setattr("hybrid_lightning.engine.attention.has_head_size", lambda *tensors: False)
+    engine = Engine(build_model("llama"), OfAccelerator())
+    engine.prepare()
+    assert engine.packs and not engine.packed(build_sequences("shared")).segments
+
+
+def test_an_accelerator_says_why_not():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert why_no_segments(cpu, torch.bfloat16) == "cpu has no kernels of it"
+    assert "16 bits, and the model computes with float32" in why_no_segments(gpu, torch.float32)
+
+
+@pytest.mark.parametrize(("capability", "reason"), [((9, 0), ""), ((8, 0), ""), ((7, 5), "this GPU has 7.5")])
+def test_it_needs_a_gpu_that_has_flash_attention(monkeypatch, capability, reason):
+    of_segments._why_not_on.cache_clear()
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    found = why_no_segments(torch.device("cuda", 0), torch.bfloat16)
+    of_segments._why_not_on.cache_clear()
+    assert found.endswith(reason) and bool(found) == bool(reason)
+
+
+def test_gradients_of_one_run_add_up_in_one_order_and_settings_are_put_back():
+    assert not torch.are_deterministic_algorithms_enabled()
+    with of_segments._in_one_order():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory

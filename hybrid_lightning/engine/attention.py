@@ -31,8 +31,36 @@ from hybrid_lightning.engine.cpu.attention_operators import Groups
 from hybrid_lightning.engine.segments import has_head_size
 
 KeysValues = tuple[Tensor, Tensor]
-# Masks of the prompt's keys and of the completion's own keys; None where every query sees every key.
-Masks = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """Which keys queries see; the same for all layers of a pass."""
+
+    prompt: Tensor | None = None  # bool, broadcastable to [P, 1, G, 1, T, S]; None where every query sees every key
+    own: Tensor | None = None  # likewise, to [P, 1, G, 1, T, M]
+    _joint: list[Tensor] = field(default_factory=list)  # made once a pass, and not in every layer
+
+    def joint(self, shape: tuple[int, ...], prompt: int, own: int) -> Tensor | None:
+        """One mask of the prompt's keys and the own ones behind them.
+
+        Args:
+            shape: P, G and T.
+            prompt: S; 0 where the prompt's keys are left out.
+            own: M.
+
+        Returns:
+            [P G, 1, T, S + M] bool; None where every query sees every key.
+        """
+        parts = [(self.prompt, prompt), (self.own, own)] if prompt else [(self.own, own)]
+        if all(part is None for part, _ in parts):
+            return None
+        if not self._joint:
+            prompts, samples, length = shape
+            seen = next(part for part, _ in parts if part is not None).new_ones(())
+            full = [(seen if part is None else part).expand(prompts, 1, samples, 1, length, width) for part, width in parts]
+            self._joint.append(torch.cat(full, dim=-1).reshape(prompts * samples, 1, length, prompt + own))
+        return self._joint[0]
 
 
 @dataclass(frozen=True)
@@ -106,8 +134,7 @@ def shared_attention(
         query: [P, K, G, R, T, D].
         prompt: Keys and values, [P, K, S, D] each, that all G completions see; None for none (S = 0).
         own: Keys and values, [P, K, G, M, D] each.
-        masks: Bool, broadcastable to [P, 1, G, 1, T, S] and [P, 1, G, 1, T, M]: True where a query may look. Every query must see
-            a key.
+        masks: Which keys queries see. Every query must see a key.
         settings: What the layer asks for.
         backend: The model's backend.
 
@@ -163,7 +190,7 @@ def _weights(scaled: Tensor, prompt_keys: Tensor | None, keys: Tensor, masks: Ma
         scores.insert(0, torch.bmm(_by_prompt(scaled), prompt_keys.float().flatten(0, 1).transpose(1, 2)).view(*shape, -1))
     if settings.softcap is not None:
         scores = [settings.softcap * torch.tanh(part / settings.softcap) for part in scores]
-    used = masks if prompt_keys is not None else masks[1:]
+    used = (masks.prompt, masks.own) if prompt_keys is not None else (masks.own,)
     scores = [part if mask is None else part.masked_fill_(~mask, float("-inf")) for part, mask in zip(scores, used, strict=True)]
     return (torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]).softmax(dim=-1)
 
@@ -248,16 +275,7 @@ def _by_kernel(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks:
     if prompt is not None:
         shared = [part[:, :, None].expand(-1, -1, samples, -1, -1) for part in prompt]
         keys, values = torch.cat([shared[0], keys], dim=3), torch.cat([shared[1], values], dim=3)
-    mask = None
-    if masks[1] is not None or (prompt is not None and masks[0] is not None):
-        widths = [keys.shape[3] - own[0].shape[3], own[0].shape[3]]
-        full = [
-            torch.ones((), dtype=torch.bool, device=query.device) if part is None else part
-            for part in (masks[0] if prompt is not None else None, masks[1])
-        ]
-        shape = (prompts, 1, samples, 1, length)
-        mask = torch.cat([part.expand(*shape, width) for part, width in zip(full, widths, strict=True)], dim=-1)
-        mask = mask.reshape(prompts * samples, 1, length, keys.shape[3])
+    mask = masks.joint((prompts, samples, length), keys.shape[3] - own[0].shape[3], own[0].shape[3])
     result = F.scaled_dot_product_attention(
         query.transpose(1, 2).reshape(prompts * samples, heads * repeats, length, size),
         rows(keys),

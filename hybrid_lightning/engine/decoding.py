@@ -255,10 +255,10 @@ class SharedPromptDecoding:
         if narrow or self.own_width > self.decoded:
             own = visible(torch.tensor(self.decoded - 1, device=device), torch.arange(self.own_width, device=device), window)
         if self.layout.prompts.filled and not narrow:
-            return None, own
+            return Masks(own=own)
         prompt = torch.arange(width, device=device)[None]
         seen = visible(lengths + self.decoded - 1, prompt, window) & (prompt < lengths)  # [P, S]
-        return seen[:, None, None, None, None], own
+        return Masks(seen[:, None, None, None, None], own)
 
 
 class _Prefill:

@@ -258,18 +258,18 @@ class PackedSequences:
     def _prompt_masks(self, window: int | None) -> Masks:
         """Causal masks of the prompts. They hide the padding, too, since it is on the right."""
         index = torch.arange(self.prompts.shape[1], device=self.ids.device)
-        return None, visible(index[:, None], index, window)
+        return Masks(own=visible(index[:, None], index, window))
 
     def _completion_masks(self, length: int, window: int | None) -> Masks:
         device, width = self.ids.device, self.prompts.shape[1]
         steps = torch.arange(length, device=device)
         own = visible(steps[:, None], steps, window)
         if self.prompts.filled and (window is None or window >= width + length):
-            return None, own
+            return Masks(own=own)
         lengths = self.prompts.lengths[:, None, None]
         prompt = torch.arange(width, device=device)[None, None]
         seen = visible(lengths + steps[:, None], prompt, window) & (prompt < lengths)  # [P, T, S]
-        return seen[:, None, None, None], own
+        return Masks(seen[:, None, None, None], own)
 
 
 def _bands(group: Tensor, counts: Tensor, most: int, lengths: Tensor, one: bool = False) -> Iterator[tuple[Tensor, Tensor]]:

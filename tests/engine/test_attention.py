@@ -5,7 +5,7 @@ import torch
 from rounding import assert_same_sums, spread
 
 from hybrid_lightning.engine import attention
-from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.attention import AttentionSettings, Masks
 from hybrid_lightning.engine.backend import Backend
 
 PROMPTS, HEADS, SAMPLES, REPEATS, SIZE = 2, 3, 4, 2, 8
@@ -30,7 +30,7 @@ def tensors(length, width, dtype=torch.float32):
     prompt = torch.randn(2, PROMPTS, HEADS, width, SIZE).unbind()
     parts = [part.to(dtype).requires_grad_() for part in (query, *own, *prompt)]
     seen = torch.arange(width) < torch.tensor([width, width - 2])[:, None]
-    return parts, (seen[:, None, None, None, None], causal(length))
+    return parts, Masks(seen[:, None, None, None, None], causal(length))
 
 
 def gradients(function, parts, masks, settings):
@@ -52,7 +52,7 @@ def test_gradients_are_autograds(length, width, scaling):
 @pytest.mark.parametrize("length", [5, 20])
 def test_a_prompt_by_itself_has_autograds_gradients(length):
     (query, key, value, _, _), _ = tensors(length, 3)
-    masks = (None, causal(length))
+    masks = Masks(own=causal(length))
     parts = (query, key, value)
     found, wanted = (
         torch.autograd.grad(way(query, None, (key, value), masks, AttentionSettings()).square().sum(), parts)
@@ -76,5 +76,19 @@ def test_softcap_and_dropout_are_left_to_autograd():
     settings = AttentionSettings(softcap=2.0)
     expected = gradients(attention._by_products, parts, masks, settings)
     assert_same_sums(gradients(shared_attention, parts, masks, settings), expected, ADDITIONS)
-    outputs = [shared_attention(parts[0], None, (parts[1], parts[2]), (None, None), AttentionSettings(dropout=0.5)) for _ in "ab"]
+    outputs = [shared_attention(parts[0], None, (parts[1], parts[2]), Masks(), AttentionSettings(dropout=0.5)) for _ in "ab"]
     assert not torch.equal(*outputs)
+
+
+def test_the_joint_mask_of_the_kernels_is_made_once_a_pass(monkeypatch):
+    """And gives what the two masks give."""
+    monkeypatch.setattr(Backend, "products_are_faster", lambda *_: False)
+    parts, masks = tensors(5, 20)
+    expected = gradients(attention._by_products, parts, masks, AttentionSettings())
+    seen = []
+    original = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda *given, **named: seen.append(given[0][0].dtype) or original(*given, **named))
+    for _ in range(3):  # layers, and their backward passes, which compute the forward pass again
+        assert_same_sums(gradients(shared_attention, parts, masks, AttentionSettings()), expected, ADDITIONS)
+    assert seen.count(torch.bool) == 1
+    assert Masks().joint((2, 4, 5), 20, 5) is None

@@ -107,13 +107,15 @@ class FakeModel:
         layers: Number of layers.
         share: 0 for LoRA on all candidates, 1 for full training of all candidates, None for the base model, whose candidates have
             gradients.
+        device: That the tensors seem to be on. torch has to know it: without CUDA they are on the CPU, and computed with as on
+            the device that the settings name.
 
     Raises:
         ModelError: If the model's attention does not support the engine's packing.
     """
 
-    def __init__(self, settings: RunSettings, layers: int, share: float | None) -> None:
-        self.settings = settings
+    def __init__(self, settings: RunSettings, layers: int, share: float | None, device: str = "cpu") -> None:
+        self.settings, self.device = settings, torch.device(device)
         self.mode = FakeTensorMode()
         backend = PlannedBackend(settings.on_cpu)
         model = meta_model(settings.config, settings.dtype, layers)
@@ -140,7 +142,7 @@ class FakeModel:
 
     def fake(self, tensor: Tensor) -> Tensor:
         """Fake tensor of the same shape and dtype."""
-        result: Tensor = FakeTensor(self.mode, tensor.detach().to("meta"), torch.device("cpu"))
+        result: Tensor = FakeTensor(self.mode, tensor.detach().to("meta"), self.device)
         return result
 
     def fake_layout(self, packed: PackedSequences) -> None:
@@ -175,7 +177,7 @@ class FakeModel:
 
     def autocast(self) -> torch.autocast:
         """Autocast as under the run's precision, without a cache of cast weights."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.mixed_precision, cache_enabled=False)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.mixed_precision, cache_enabled=False)
 
     def _fake_weights(self) -> None:
         made: dict[nn.Parameter, nn.Parameter] = {}  # for weights that two modules share

@@ -1,0 +1,116 @@
+"""A GPU that is none: `load()` before torch is imported, then FakeTensorMode can put tensors without data on `cuda:0`.
+
+`Counter` counts what a GPU would be asked for: kernels, the bytes that they read and write, what waits for the device, and what
+adds up in no fixed order. A number of a tensor cannot be had, so that what needs one raises, and so does a tensor of the CPU that
+is used together with those of the GPU.
+"""
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def why_not() -> str:
+    """Why there can be no fake GPU here; empty where there can be one."""
+    if sys.platform != "linux":
+        return "the guard is built for Linux"
+    return "" if shutil.which("g++") else "no C++ compiler"
+
+
+def load(folder: Path) -> None:
+    """Build the guard into a folder and load it; torch must not have been imported."""
+    assert "torch" not in sys.modules, "the guard has to be there before torch"
+    spec = importlib.util.find_spec("torch")
+    torch_folder = Path(next(iter(spec.submodule_search_locations)))
+    library = folder / "guard.so"
+    where = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib"]
+    built = ["g++", "-shared", "-fPIC", "-std=c++20", "-O0", f"-I{torch_folder}/include", str(HERE / "guard.cpp")]
+    subprocess.run([*built, "-o", str(library), *where], check=True)
+    ctypes.CDLL(str(library))
+    import torch
+
+    # What torch asks before it lets autocast be: this GPU can do all.
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.cuda.is_bf16_supported = lambda *_, **__: True
+
+
+def counter():
+    """The class `Counter`, which needs torch."""
+    from dataclasses import dataclass, field
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    # Kernels that add several numbers to one place by atomics, and flags that say that they do not.
+    adding = {"index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"}
+    putting = {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
+    backward = {"_varlen_attn_backward", "_flash_attention_backward", "_efficient_attention_backward"}
+    backward |= {"_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_efficient_attention_backward"}
+    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "repeat_interleave", "bincount"}
+    waiting |= {"equal", "is_nonzero"}
+    allocating = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+
+    @dataclass
+    class Counts:
+        kernels: int = 0
+        bytes: int = 0
+        syncs: list[str] = field(default_factory=list)
+        atomics: list[str] = field(default_factory=list)
+        largest: list[tuple[int, str]] = field(default_factory=list)  # bytes and name of each kernel
+        by_name: dict[str, int] = field(default_factory=dict)
+
+    taking = {"gather", "index", "index_select", "embedding"}  # what they take is read, and not all that there is
+    setting = {"index_put_", "_index_put_impl_", "scatter_", "index_copy_", "index_fill_"}
+
+    class Counter(TorchDispatchMode):
+        """Counts within its context; `counts` has what there was.
+
+        Bytes are those of all tensors that a kernel gets and gives, each once, and of an expanded one what is behind it.
+        """
+
+        def __init__(self):
+            super().__init__()
+            self.counts = Counts()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            name = function.overloadpacket.__name__
+            if name in waiting and not _known_size(name, args, kwargs):
+                self.counts.syncs.append(name)
+            if name in adding or (name in putting and (args[3] if len(args) > 3 else kwargs.get("accumulate", False))):
+                self.counts.atomics.append(name)
+            if name in backward and not torch.are_deterministic_algorithms_enabled():
+                self.counts.atomics.append(name)
+            result = function(*args, **kwargs)
+            if function.namespace == "prim" or _is_view(function) or name in allocating:
+                return result
+            if name in taking:
+                moved = 2 * _size((result,)) + _size(args[1:])
+            elif name in setting:
+                moved = _size(args[1:]) + _size(args[-1:])
+            else:
+                moved = _size((args, kwargs, result))
+            self.counts.kernels += 1
+            self.counts.bytes += moved
+            self.counts.by_name[name] = self.counts.by_name.get(name, 0) + moved
+            self.counts.largest.append((moved, name))
+            return result
+
+    def _size(values) -> int:
+        tensors = {id(leaf): leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}.values()
+        return sum(min(part.numel() * part.element_size(), part.untyped_storage().nbytes()) for part in tensors)
+
+    def _is_view(function) -> bool:
+        returned = [entry.alias_info for entry in function._schema.returns]
+        return any(alias is not None and not alias.is_write for alias in returned)
+
+    def _known_size(name, args, kwargs) -> bool:
+        return name == "repeat_interleave" and kwargs.get("output_size") is not None
+
+    return Counter

@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, build_model
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from hybrid_lightning.engine import Engine, use_fused_modules
+from hybrid_lightning.engine import Backend, Engine, use_fused_modules
 from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
@@ -13,6 +13,16 @@ from hybrid_lightning.types import Prompt
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SOME = ("q_proj", "k_proj", "gate_proj", "up_proj", "down_proj")
 TEXTS = ("12+3=", "4=", "1-2-3-4-5=")
+
+
+class OfAccelerator(Backend):
+    """Attends by segments, and has no operators of a CPU."""
+
+    def usable(self, *tensors):
+        return False
+
+    def why_no_segments(self, device, dtype):
+        return ""
 
 
 def build(family, targets=ALL, **settings):

@@ -11,19 +11,21 @@ from hybrid_lightning.configurable import public_names
 if TYPE_CHECKING:
     from hybrid_lightning.engine.attention import UnsupportedAttentionError
     from hybrid_lightning.engine.backend import Backend, PlannedBackend, has_operators
-    from hybrid_lightning.engine.decoding import SharedPromptDecoding, decoding_of
+    from hybrid_lightning.engine.decoding import SharedPromptDecoding, decoding_of, packed_decoding
     from hybrid_lightning.engine.engine import Engine, use_fused_modules
     from hybrid_lightning.engine.fused_layers import use_fused_layers
     from hybrid_lightning.engine.fused_lora import use_peft_lora
     from hybrid_lightning.engine.logprobs import logprobs_of_hidden, token_logprobs
     from hybrid_lightning.engine.packing import PackedSequences, begins_group
     from hybrid_lightning.engine.passes import base_model, default_token_budget, tokens_of_pass
+    from hybrid_lightning.engine.segment_decoding import SegmentDecoding
 
 __all__ = [
     "Backend",
     "Engine",
     "PackedSequences",
     "PlannedBackend",
+    "SegmentDecoding",
     "SharedPromptDecoding",
     "UnsupportedAttentionError",
     "base_model",
@@ -32,6 +34,7 @@ __all__ = [
     "default_token_budget",
     "has_operators",
     "logprobs_of_hidden",
+    "packed_decoding",
     "token_logprobs",
     "tokens_of_pass",
     "use_fused_layers",
@@ -44,7 +47,8 @@ __getattr__ = public_names(
     {
         "attention": ("UnsupportedAttentionError",),
         "backend": ("Backend", "PlannedBackend", "has_operators"),
-        "decoding": ("SharedPromptDecoding", "decoding_of"),
+        "decoding": ("SharedPromptDecoding", "decoding_of", "packed_decoding"),
+        "segment_decoding": ("SegmentDecoding",),
         "engine": ("Engine", "use_fused_modules"),
         "fused_layers": ("use_fused_layers",),
         "fused_lora": ("use_peft_lora",),

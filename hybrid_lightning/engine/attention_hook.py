@@ -135,7 +135,7 @@ def try_packing(model: nn.Module, backend: Backend, segments: bool = False) -> A
 def _check(model: nn.Module, base: PreTrainedModel, backend: Backend, segments: bool) -> AttentionCalls:
     """What the layers ask for; raises UnsupportedAttentionError unless packed and padded sequences give the same logits."""
     config: Any = base.config.get_text_config()
-    expected = _expected_windows(config)
+    expected = expected_windows(config)
     calls = AttentionCalls()
     sequences = _example(config.vocab_size, next(base.parameters()).device)
     training = [(module, module.training) for module in base.modules()]
@@ -167,7 +167,7 @@ def _check(model: nn.Module, base: PreTrainedModel, backend: Backend, segments: 
     return calls
 
 
-def _expected_windows(config: Any) -> list[int | None]:
+def expected_windows(config: Any) -> list[int | None]:
     """The sliding window of each layer, None for a layer that sees all, as the config says."""
     window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
     kinds = getattr(config, "layer_types", None)

@@ -1,4 +1,4 @@
-"""`Decoding`: how the sampler goes through a model token by token: one way for every model, and a faster one for packed models.
+"""`Decoding`: how the sampler goes through a model token by token: one way for every model, and faster ones for packed models.
 
 `SharedPromptDecoding` keeps one copy of each prompt's keys and values, which all its completions read together. Axes are those of
 `attention.py`; a row is one completion. Rows that still run lie in *slots* [P, G]. Prompts have different numbers of them once
@@ -15,6 +15,7 @@ from hybrid_lightning.engine.attention import AttentionSettings, Masks, shared_a
 from hybrid_lightning.engine.cpu import attention_operators
 from hybrid_lightning.engine.packing import visible
 from hybrid_lightning.engine.passes import last_logits, new_cache, position_ids, prepacked_projection
+from hybrid_lightning.engine.segment_decoding import SegmentDecoding
 from hybrid_lightning.types import Sequences
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Decoding(Protocol):
         ...
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
+        """Go on with these rows alone, in ascending order."""
         ...
 
 
@@ -91,9 +92,16 @@ def decoding_of(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int
         max_new_tokens: Longest completion.
     """
     engine.prepare()
-    if engine.packs:
-        return SharedPromptDecoding(engine, ids, mask, max_new_tokens)
-    return RepeatedCacheDecoding(engine.model, ids, mask)
+    if not engine.packs:
+        return RepeatedCacheDecoding(engine.model, ids, mask)
+    return packed_decoding(engine, ids, mask, max_new_tokens)
+
+
+def packed_decoding(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> "SegmentDecoding | SharedPromptDecoding":
+    """The same for a model that can be packed."""
+    by_segments = engine.decodes_by_segments(ids.shape[1] + max_new_tokens)
+    kind = SegmentDecoding if by_segments else SharedPromptDecoding
+    return kind(engine, ids, mask, max_new_tokens)
 
 
 class SharedPromptDecoding:

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import AttentionCalls, Packing, UnsupportedAttentionError
-from hybrid_lightning.engine.attention_hook import try_packing, use_packing
+from hybrid_lightning.engine.attention_hook import expected_windows, try_packing, use_packing
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.decoder import FastDecoder, Pass
 from hybrid_lightning.engine.decoder_layers import KnownLayer, UnknownLayerError, known_layers, why_not_compiled
@@ -127,6 +127,15 @@ class Engine:
         """Sequences in the layout that this model attends by; see `PackedSequences`. To be called after `prepare`."""
         return PackedSequences(sequences, self.backend, completions, segments=not self._tried.why_no_segments)
 
+    def decodes_by_segments(self, longest: int) -> bool:
+        """Whether completions are decoded by `SegmentDecoding`; to be called after `prepare`.
+
+        Args:
+            longest: Most tokens of a prompt and its completion.
+        """
+        windows = expected_windows(base_model(self.model).config.get_text_config())
+        return not self._tried.why_no_segments and all(window is None or window >= longest for window in windows)
+
     def passes(self) -> dict[str, str]:
         """Each pass that can be fast -> why it is not, in words for the user; empty where it is. To be called after `prepare`."""
         trial, device = self._tried, next(self.model.parameters()).device
@@ -209,6 +218,10 @@ class Engine:
     def _why_no_kernel(self, dtype: torch.dtype) -> str:
         """Why a model that is not tried would not attend by segments, by its config."""
         config: Any = base_model(self.model).config.get_text_config()
+        try:
+            expected_windows(config)
+        except UnsupportedAttentionError as error:
+            return str(error)
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         plain = getattr(config, "attn_logit_softcapping", None) is None and has_head_size(torch.empty(size, device="meta"))
         why = "" if plain else "its layers attend as the kernels cannot"

@@ -10,7 +10,7 @@ attention interface, and to give the same bits.
 """
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -208,15 +208,14 @@ def rotary(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> 
     Returns:
         [B, H, N, D] and [B, K, N, D].
     """
-    size = q.shape[-1]
-    fit = size % 2 == 0 and k.shape[-1] == cos.shape[-1] == size
-    if not fit or cos.requires_grad or not backend.usable_in_layers(q, k, cos, sin):
+    rotate = _rotation(backend, q, k, cos, sin)
+    if rotate is None or cos.requires_grad:
         rotated: tuple[Tensor, Tensor] = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
         return rotated
     cosines, sines = (part.expand(q.shape[0], -1, -1).flatten(0, 1).contiguous() for part in (cos, sin))
     if not torch.is_grad_enabled():
-        return _rotated(q, cosines, sines, False), _rotated(k, cosines, sines, False)
-    return _Rotary.apply(q, cosines, sines), _Rotary.apply(k, cosines, sines)  # type: ignore[no-untyped-call]
+        return _rotated(rotate, q, cosines, sines, False), _rotated(rotate, k, cosines, sines, False)
+    return _Rotary.apply(rotate, q, cosines, sines), _Rotary.apply(rotate, k, cosines, sines)  # type: ignore[no-untyped-call]
 
 
 def rotary_of_tokens(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,9 +231,41 @@ def rotary_of_tokens(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: T
     Returns:
         [N, H, D] and [N, K, D].
     """
-    if q.shape[-1] % 2 == 0 and backend.usable_in_layers(q, k, cos, sin) and k.shape[-1] == cos.shape[-1] == q.shape[-1]:
-        return kernels.rotary(q, cos, sin), kernels.rotary(k, cos, sin)
-    return plain_rotary(q, k, cos, sin)
+    rotate = _rotation(backend, q, k, cos, sin)
+    return plain_rotary(q, k, cos, sin) if rotate is None else (rotate(q, cos, sin, False), rotate(k, cos, sin, False))
+
+
+# Of [N, heads, D], cosines and sines [N, D], and whether to rotate backwards.
+Rotation = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+
+
+def _rotation(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Rotation | None:
+    """The way to rotate that is faster than transformers' own; None where there is none."""
+    if q.shape[-1] % 2 or not k.shape[-1] == cos.shape[-1] == q.shape[-1]:
+        return None
+    if backend.usable_in_layers(q, k, cos, sin):
+        return kernels.rotary
+    return None if backend.products_are_faster(q.device) else rotated_halves
+
+
+def rotated_halves(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) -> Tensor:
+    """Rotate for accelerators, by three passes over x where transformers' function takes five.
+
+    Args:
+        x: [N, heads, D].
+        cosines: [N, D].
+        sines: [N, D].
+        transposed: Whether to rotate backwards, as gradients are.
+    """
+    cosines, sines = (part.to(x.dtype)[:, None] for part in (cosines, sines))
+    half = x.shape[-1] // 2
+    first, second = sines[..., :half], sines[..., half:]
+    if transposed:
+        first, second = -second, -first
+    result = x * cosines
+    result[..., :half].addcmul_(x[..., half:], first, value=-1)
+    result[..., half:].addcmul_(x[..., :half], second)
+    return result
 
 
 def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,18 +278,19 @@ class _Rotary(torch.autograd.Function):
     """Rotates queries or keys [B, heads, N, D]; it keeps only cosines and sines [B N, D] for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    def forward(ctx: Any, rotate: Rotation, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
-        return _rotated(x, cosines, sines, False)
+        ctx.rotate = rotate
+        return _rotated(rotate, x, cosines, sines, False)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:
         cosines, sines = ctx.saved_tensors
-        return _rotated(gradient, cosines, sines, True), None, None
+        return None, _rotated(ctx.rotate, gradient, cosines, sines, True), None, None
 
 
-def _rotated(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool) -> Tensor:
+def _rotated(rotate: Rotation, x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool) -> Tensor:
     """[B, heads, N, D]; in memory the heads of a token lie together, as layers make them and attention takes them."""
     tokens = x.transpose(1, 2)
-    return kernels.rotary(tokens.flatten(0, 1), cosines, sines, transposed).view(tokens.shape).transpose(1, 2)
+    return rotate(tokens.flatten(0, 1), cosines, sines, transposed).view(tokens.shape).transpose(1, 2)

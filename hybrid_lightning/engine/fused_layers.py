@@ -58,8 +58,11 @@ class FusedMLP(LlamaMLP):
         return result
 
     def activated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The input of the down projection, without a gradient: silu(gate) up, [..., m]."""
-        return _gated_silu(gate, up, self.backend.usable_in_layers(gate, up))
+        """The input of the down projection, without a gradient: silu(gate) up, [..., m]. It may overwrite `gate`."""
+        has_kernel = self.backend.usable_in_layers(gate, up)
+        if not has_kernel and not self.backend.products_are_faster(gate.device):
+            return F.silu(gate, inplace=True).mul_(up)
+        return _gated_silu(gate, up, has_kernel)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -167,7 +170,15 @@ def _norm(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tens
     same = _in_dtype_of(x, weight)
     if backend.usable_in_layers(x, same):
         return kernels.rms_norm(x, same, eps)
-    return plain_norm(x, weight, eps)
+    return plain_norm(x, weight, eps) if backend.products_are_faster(x.device) else _lean_norm(x, weight, eps)
+
+
+def _lean_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The same for accelerators, with a fourth of the bytes read and written; squares are summed in another order."""
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    inverse = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    normed = torch.mul(x, inverse, out=torch.empty_like(x))  # multiplied in float32
+    return normed.mul_(weight) if weight.dtype == x.dtype else weight * normed, inverse
 
 
 def plain_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

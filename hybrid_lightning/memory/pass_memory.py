@@ -9,11 +9,18 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hybrid_lightning.engine import Backend, SharedPromptDecoding, begins_group, logprobs_of_hidden
+from hybrid_lightning.engine import (
+    Backend,
+    SegmentDecoding,
+    SharedPromptDecoding,
+    begins_group,
+    logprobs_of_hidden,
+    packed_decoding,
+)
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.rollout.batching import split_by_tokens
-from hybrid_lightning.rollout.sampler import draw_tokens, filter_logits
+from hybrid_lightning.rollout.sampler import draw_by_integers, draw_tokens, filter_logits
 from hybrid_lightning.types import Sequences
 
 
@@ -129,7 +136,7 @@ def _trace_update(fake: FakeModel, rows: Sequences) -> Traced:
 def _trace_decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
     settings = fake.settings
     rows = _sequences(prompts, 1, settings.prompt_tokens, 1)
-    decoding = SharedPromptDecoding(fake.engine, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
+    decoding = packed_decoding(fake.engine, rows.prompt_ids, rows.prompt_mask, settings.completion_tokens)
     fake.fake_layout(decoding.layout)
     decoding.lengths = fake.fake(decoding.lengths)
     dtype = torch.bfloat16 if settings.mixed_precision else None
@@ -141,7 +148,8 @@ def _trace_decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
         reading = live.peak
         if settings.completion_tokens > 1:
             del logits
-            _fill_cache(decoding, prompts * samples)
+            if isinstance(decoding, SharedPromptDecoding):  # the other's cache has its full length from the start
+                _fill_cache(decoding, prompts * samples)
             live.restart_peak()
             logits = decoding.step(decoding.lengths.new_zeros(prompts * samples))
         cache = sum(part.nbytes for part in _cache(decoding))
@@ -159,6 +167,8 @@ def _draw(logits: Tensor, backend: Backend) -> None:
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
     if backend.usable(logits):
         backend.draw_tokens(logits, uniform, 1.0)
+    elif not backend.products_are_faster(logits.device):
+        draw_by_integers(logits, uniform, 1.0)
     else:
         scaled = logits.float()
         token = draw_tokens(filter_logits(scaled, 0, 1.0), uniform)
@@ -178,7 +188,7 @@ def _fill_cache(decoding: SharedPromptDecoding, rows: int) -> None:
     decoding.decoded = decoding.max_new_tokens - 2
 
 
-def _cache(decoding: SharedPromptDecoding) -> list[Tensor]:
+def _cache(decoding: SegmentDecoding | SharedPromptDecoding) -> list[Tensor]:
     """Keys and values of prompts and completions."""
     return [part for layers in (decoding.prompt, decoding.own) for pair in layers.values() for part in pair]
 

@@ -53,7 +53,10 @@ class PromptDraws:
         if step == self._next:
             size = (self._samples, _STEPS)
             parts = [torch.rand(size, dtype=torch.float64, generator=generator) for generator in self._generators]
-            self._block, self._next = torch.cat(parts).to(rows.device), self._next + _STEPS
+            block = torch.cat(parts)
+            if rows.device.type == "cuda":  # from pinned memory, so that the host need not wait for the device
+                block = block.pin_memory()
+            self._block, self._next = block.to(rows.device, non_blocking=True), self._next + _STEPS
         return self._block[rows, step - self._next + _STEPS, None]
 
 

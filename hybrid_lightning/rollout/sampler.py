@@ -11,7 +11,7 @@ V tokens of the vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
 
 _BLOCK = 256  # tokens of the vocabulary that `draw_tokens` adds up together
+_EVERY = 16  # steps after which the number of running rows is copied from an accelerator
 
 
 class Sampler(RolloutEngine):
@@ -109,13 +110,13 @@ class _Decoder:
         tokens = torch.full((batch, self.sampler.max_new_tokens), self.pad_id, device=self.device)
         logprobs = torch.zeros(batch, self.sampler.max_new_tokens, device=self.device)
         leaving = max(1, round(decoding.leave_together * batch))
+        counter = _Running(batch, self.device)
         for step in range(self.sampler.max_new_tokens):
             token, logprob = self._choose(logits, rows, step)
-            live = rows[running]
-            tokens[live, step], logprobs[live, step] = token[running], logprob[running]
-            lengths[live] += 1
+            tokens[rows, step], logprobs[rows, step] = token.where(running, self.pad_id), logprob.where(running, 0)
+            lengths[rows] = lengths[rows] + running
             running = running & ~self._ended(token, tokens[rows, : step + 1])
-            alive = int(running.sum())
+            alive = counter.after(step, running)
             if on_token is not None:
                 on_token(alive, step + 1)
             if alive == 0 or step + 1 == self.sampler.max_new_tokens:
@@ -135,8 +136,11 @@ class _Decoder:
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The next token [R] of each row of the decoding batch, and its log-probability [R], from logits [R, V]."""
         sampler = self.sampler
-        if not self.greedy and sampler.keeps_all_tokens and self.engine.backend.usable(logits):
-            return self.engine.backend.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
+        if not self.greedy and sampler.keeps_all_tokens:
+            if self.engine.backend.usable(logits):
+                return self.engine.backend.draw_tokens(logits, self._uniform(rows, step), sampler.temperature)
+            if logits.device.type != "cpu":
+                return draw_by_integers(logits, self._uniform(rows, step), sampler.temperature)
         scaled = logits.float() if sampler.temperature == 1 else logits.float() / sampler.temperature
         if self.greedy:
             token = scaled.argmax(dim=-1)
@@ -153,10 +157,45 @@ class _Decoder:
 
     def _ended(self, token: Tensor, completion: Tensor) -> Tensor:
         """Whether each row of the decoding batch has ended, [R] bool, from its last token [R] and all of its tokens."""
-        ended = torch.isin(token, self.stop_ids)
+        ended = (token[:, None] == self.stop_ids).any(dim=1)
         if self.stop_criteria is not None:
             ended = ended | self.stop_criteria(completion, None).to(ended.device)
         return ended
+
+
+class _Running:
+    """How many rows run, which the host has to know now and then.
+
+    On a CPU that is known at every step. On an accelerator asking would wait until all that was asked for is done, which leaves
+    the device without work: the number is copied every `_EVERY` steps, and read when the next copy begins. Until then a few rows
+    go on that have ended, whose tokens nobody reads.
+
+    Args:
+        rows: All rows, which run at first.
+        device: That of the rows.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.known = rows
+        self._every = 1 if device.type == "cpu" else _EVERY
+        self._copy = torch.empty(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._event: Any = None
+
+    def after(self, step: int, running: Tensor) -> int:
+        """The number that is known after a step, of whose rows `running` [R] run: at least as many as do."""
+        if (step + 1) % self._every:
+            return self.known
+        count = running.sum()
+        if self._every == 1:
+            self.known = int(count)
+            return self.known
+        if self._event is not None:
+            self._event.synchronize()  # over for long
+            self.known = int(self._copy.numpy()[0])
+        self._copy.copy_(count[None], non_blocking=True)
+        self._event = torch.Event(count.device)
+        self._event.record()
+        return self.known
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
@@ -208,6 +247,45 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     token = torch.searchsorted(running_sums(inside.double()), target - before, right=True).squeeze(1)
     last = _BLOCK - 1 - inside.flip(1).gt(0).long().argmax(dim=1)
     return block.squeeze(1) * _BLOCK + torch.minimum(token, last)
+
+
+def draw_by_integers(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same for accelerators, with log-probabilities, and few passes over the logits.
+
+    Probabilities are summed up as whole multiples of 2^-40, so that sums are exact, and the same in whatever order the device
+    adds. A probability that is smaller than that counts as 0.
+
+    Args:
+        logits: [R, V].
+        uniform: Uniform random numbers in [0, 1), [R, 1] float64.
+        temperature: Divides the logits.
+
+    Returns:
+        Tokens [R] int64, and their log-probabilities [R] float32 under softmax(logits / temperature).
+    """
+    width = logits.shape[1]
+    size = next((size for size in (_BLOCK, _BLOCK // 2, _BLOCK // 4, _BLOCK // 8) if width % size == 0), 0)
+    if not size:
+        logits, size = F.pad(logits, (0, -width % _BLOCK), value=float("-inf")), _BLOCK
+    scaled = logits if temperature == 1 else logits.float() / temperature
+    # On a GPU from 16 bits to float32 in one pass, as `softmax(dtype=torch.float32)` does it there.
+    converts = scaled.is_cuda and scaled.dtype in (torch.float16, torch.bfloat16)
+    probabilities = torch._softmax(scaled if converts else scaled.float(), 1, converts)
+    weights = probabilities.view(len(logits), -1, size)
+    ends = _whole(weights.sum(dim=2)).cumsum(dim=1)
+    target = (uniform * ends[:, -1:].double()).long().clamp_(max=ends[:, -1:] - 1)
+    block = torch.searchsorted(ends, target, right=True)
+    before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0)
+    inside = _whole(weights.gather(1, block[:, :, None].expand(-1, -1, size)).squeeze(1))
+    token = torch.searchsorted(inside.cumsum(dim=1), target - before, right=True).squeeze(1)
+    # As in `draw_tokens`: the whole parts of a block's numbers may add up to a little less than that of their sum.
+    last = size - 1 - inside.flip(1).gt(0).long().argmax(dim=1)
+    token = block.squeeze(1) * size + torch.minimum(token, last)
+    return token, probabilities.gather(1, token[:, None]).log().squeeze(1)
+
+
+def _whole(values: Tensor) -> Tensor:
+    return values.double().mul_(2.0**40).long()
 
 
 def running_sums(values: Tensor) -> Tensor:

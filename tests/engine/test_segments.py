@@ -3,31 +3,15 @@
 import pytest
 import torch
 from test_logprobs import CASES, build_sequences
+from tiny_decoders import OfAccelerator
 from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, build_model
 
 from hybrid_lightning.engine import Backend, Engine
 from hybrid_lightning.engine import segments as of_segments
 from hybrid_lightning.engine.logprobs import token_logprobs
-from hybrid_lightning.engine.segments import (
-    SegmentLayout,
-    Segments,
-    attend,
-    gathered_keys,
-    joined,
-    segment_attention,
-    why_no_segments,
-)
-
-
-class OfAccelerator(Backend):
-    """Attends by segments, and has no operators of a CPU."""
-
-    def usable(self, *tensors):
-        return False
-
-    def why_no_segments(self, device, dtype):
-        return ""
+from hybrid_lightning.engine.segment_attention import SegmentLayout, gathered_keys, segment_attention
+from hybrid_lightning.engine.segments import Segments, attend, joined, why_no_segments
 
 
 def whole(query, key, value, runs, window, scale):

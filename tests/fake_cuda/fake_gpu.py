@@ -52,9 +52,17 @@ def counter():
     putting = {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
     backward = {"_varlen_attn_backward", "_flash_attention_backward", "_efficient_attention_backward"}
     backward |= {"_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_efficient_attention_backward"}
-    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "repeat_interleave", "bincount"}
+    waiting = {
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique_consecutive",
+        "_unique2",
+        "repeat_interleave",
+        "bincount",
+    }
     waiting |= {"equal", "is_nonzero"}
-    allocating = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+    allocating = {"_unsafe_view", "detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
     @dataclass
     class Counts:

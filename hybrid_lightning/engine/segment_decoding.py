@@ -1,0 +1,156 @@
+"""`SegmentDecoding`: decoding on accelerators whose kernels attend by segments (see `segments.py`). It copies no keys.
+
+A prompt's keys and values lie as its pass made them, [tokens, K, D] of all prompts one behind the other. Those of completions lie
+in a buffer of full length, [B, T, K, D], in which a row stays where it is as long as it runs: when other rows end, only the list
+of slots gets shorter. A step attends in two parts, put together by their log-sum-exps: all rows of a prompt at once to the
+prompt's keys, and each row to as many of its own as there are. The R query heads of a key-value head go as R queries, so that a
+part reads each key once.
+
+How far the rows are is known on the device alone: the tensors of a step have the same addresses and shapes at every token until
+rows are given up, and no step waits for the device.
+
+Axes are those of `attention.py`: B rows of which some still run, T tokens of the longest completion.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.passes import prepacked_projection
+from hybrid_lightning.engine.segments import Segments, attend, joined
+from hybrid_lightning.types import Sequences
+
+if TYPE_CHECKING:
+    from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
+
+
+class SegmentDecoding:
+    """`Decoding` for models that attend by segments, without a window that could hide a prompt's keys.
+
+    It is the `Packing` of its own steps.
+
+    Args:
+        engine: Engine of the model.
+        ids: Prompts [P, S], left-padded.
+        mask: [P, S] bool.
+        max_new_tokens: Longest completion, T.
+    """
+
+    slots: Tensor  # [R], the place of each row that runs among all rows
+    positions: Tensor  # [R], of the token that a step reads
+    places: Tensor  # [R], where its key goes in the buffer, counted through
+    used: Tensor  # [R] int32, keys of each row's own
+
+    leave_together = 1 / 16  # rows that have ended cost little: their slots are given up, and no key moves
+
+    def __init__(self, engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
+        self.engine, self.max_new_tokens = engine, max_new_tokens
+        self.prepack_projection()
+        self.layout = engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values of the prompts' tokens, [N, K, D]
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values of completions, [B, T, K, D]
+        self.lengths = mask.sum(dim=1)  # tokens of each prompt
+        self.samples = 1
+        self._segments: dict[int, tuple[Segments, Segments]] = {}  # by R
+
+    def prepack_projection(self) -> None:
+        """Make the function from hidden states [N, H] to logits [N, V]; to be made again after a change of the weights."""
+        self.project = prepacked_projection(self.engine.model, self.engine.backend)
+
+    def prefill(self, samples: int) -> Tensor:
+        """See `Decoding`."""
+        layout, self.samples = self.layout, samples
+        hidden = self.engine.hidden(layout.ids, layout.positions, _Prefill(self))
+        logits = self.project(hidden[layout.last_prompt_token])
+        self._start(torch.arange(len(self.lengths) * samples, device=self.lengths.device))
+        self.used = torch.zeros(len(self.slots), dtype=torch.int32, device=self.slots.device)
+        return logits.repeat_interleave(samples, dim=0, output_size=len(self.slots))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See `Decoding`."""
+        self.places += 1
+        self.used += 1
+        self.positions += 1
+        return self.project(self.engine.hidden(tokens, self.positions, self))
+
+    def select(self, rows: Tensor) -> None:
+        """See `Decoding`. The rows have to be in ascending order."""
+        used, positions = self.used[rows], self.positions[rows]
+        self._start(self.slots[rows])
+        self.used, self.positions = used, positions
+        self.places += used
+
+    def _start(self, slots: Tensor) -> None:
+        """Go on with the rows in these slots, [B] in ascending order, as after the prompt."""
+        self.slots = slots
+        prompt = slots // self.samples
+        self.positions = self.lengths[prompt] - 1
+        self.places = slots * self.max_new_tokens - 1
+        # Where the rows of each prompt begin. The slots are in order, so that nothing has to be counted.
+        firsts = torch.arange(len(self.lengths) + 1, device=slots.device) * self.samples
+        self.first_rows = torch.searchsorted(slots, firsts).int()
+        self.own_begins = torch.cat([slots, slots[-1:] + 1]).mul_(self.max_new_tokens).int()
+        self._segments = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
+    ) -> Tensor:
+        """One token of every row; see `Packing`."""
+        if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may have made float32 of queries
+            query = query.to(torch.get_autocast_dtype(query.device.type))
+        rows, heads, size = query.shape
+        keys, values = self._room(layer)
+        for cache, new in ((keys, key), (values, value)):
+            cache.flatten(0, 1).index_copy_(0, self.places, new.to(cache.dtype))
+        repeats = heads // key.shape[1]
+        grouped = query.view(rows, -1, repeats, size).transpose(1, 2).reshape(rows * repeats, -1, size)
+        shared, own = self._of(repeats)
+        scale = settings.factor(query)
+        result, _ = joined(
+            attend(grouped, *self.prompt[layer], shared, None, scale),
+            attend(grouped, keys.flatten(0, 1), values.flatten(0, 1), own, None, scale, self.used),
+        )
+        return result.view(rows, repeats, -1, size).transpose(1, 2).reshape(rows, heads, size)
+
+    def _of(self, repeats: int) -> tuple[Segments, Segments]:
+        """The segments of a step's two parts, where each row has R queries; the same for all layers and steps."""
+        if repeats not in self._segments:
+            begins = torch.arange(len(self.slots) + 1, dtype=torch.int32, device=self.slots.device) * repeats
+            prompts = self.layout.layout.prompts
+            most = self.samples * repeats
+            self._segments[repeats] = (
+                Segments(self.first_rows * repeats, prompts.keys, most, prompts.most_keys, causal=False),
+                Segments(begins, self.own_begins, repeats, self.max_new_tokens, causal=False),
+            )
+        return self._segments[repeats]
+
+    def store_prompt(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep the prompts' keys and values, [N, K, D] each."""
+        dtype = value.dtype
+        if torch.is_autocast_enabled(value.device.type):
+            dtype = torch.get_autocast_dtype(value.device.type)
+        self.prompt[layer] = (key.to(dtype).contiguous(), value.to(dtype).contiguous())
+
+    def _room(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of completions, with room for all tokens."""
+        if layer not in self.own:
+            rows = len(self.lengths) * self.samples
+            keys, values = (part.new_empty(rows, self.max_new_tokens, *part.shape[1:]) for part in self.prompt[layer])
+            self.own[layer] = (keys, values)
+        return self.own[layer]
+
+
+class _Prefill:
+    """The packing of the prefill pass, which also stores the prompts' keys and values."""
+
+    def __init__(self, decoding: SegmentDecoding) -> None:
+        self.decoding = decoding
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
+    ) -> Tensor:
+        """See `Packing`."""
+        self.decoding.store_prompt(layer, key, value)
+        return self.decoding.layout.attend(layer, query, key, value, window, settings)

@@ -1,0 +1,178 @@
+"""Counts of sampling, update and scoring at full size on a fake GPU, as JSON: `python counts.py`."""
+
+import json
+import sys
+import tempfile
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import fake_gpu
+
+with tempfile.TemporaryDirectory() as folder:
+    fake_gpu.load(Path(folder))
+
+import torch
+from transformers import LlamaConfig, Qwen3Config
+
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.engine import logprobs_of_hidden, packed_decoding
+from hybrid_lightning.memory.fake_model import FakeModel
+from hybrid_lightning.memory.pass_memory import _sequences
+from hybrid_lightning.memory.settings import RunSettings
+from hybrid_lightning.rollout.sampler import draw_by_integers
+
+Counter = fake_gpu.counter()
+PROMPTS, SAMPLES, PROMPT, COMPLETION = 32, 8, 384, 256
+CONFIGS = {
+    "Qwen3-0.6B": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+    "Qwen3-8B": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+    ),
+    "Llama-1B": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+def settings_of(config):
+    lora = LoraSettings(rank=16, alpha=32)
+    sizes = {"prompt_tokens": PROMPT, "completion_tokens": COMPLETION}
+    run = {"prompts_per_rollout": PROMPTS, "samples_per_prompt": SAMPLES, "dtype": torch.bfloat16, "mixed_precision": True}
+    return RunSettings(config, **sizes, **run, on_cpu=False, lora=lora)
+
+
+@contextmanager
+def counting(fake):
+    with fake.computing(), fake.autocast(), Counter() as counter:
+        yield counter.counts
+
+
+def of_all_layers(config, count):
+    """Counts of one and two layers, and by these of all."""
+    one, two = (count(FakeModel(settings_of(config), layers, 0, "cuda:0")) for layers in (1, 2))
+    more = config.num_hidden_layers - 1
+    return {
+        "kernels": one.kernels + more * (two.kernels - one.kernels),
+        "kernels of a layer": two.kernels - one.kernels,
+        "bytes": one.bytes + more * (two.bytes - one.bytes),
+        "syncs": sorted(set(two.syncs)),
+        "atomics": sorted(set(two.atomics)),
+    }
+
+
+def decoding(fake):
+    """The last token of all completions, and its draw."""
+    rows = _sequences(PROMPTS, 1, PROMPT, 1)
+    made = packed_decoding(fake.engine, rows.prompt_ids, rows.prompt_mask, COMPLETION)
+    fake.fake_layout(made.layout)
+    made.lengths = fake.fake(made.lengths)
+    count = PROMPTS * SAMPLES
+    with torch.no_grad(), fake.engine.sampling(torch.bfloat16):
+        with fake.computing(), fake.autocast():
+            made.prepack_projection()
+            made.prefill(SAMPLES)
+            made.step(made.lengths.new_zeros(count))
+        with counting(fake) as counts:
+            logits = made.step(made.lengths.new_zeros(count))
+            draw_by_integers(logits, torch.rand(count, 1, dtype=torch.float64, device="cuda"), 1.0)
+    return counts
+
+
+def ideal_decoding(config):
+    """Bytes of all weights once, but the embeddings of other tokens, and of all keys and values once."""
+    size, heads, groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes = [(hidden, size * heads), (hidden, size * groups), (hidden, size * groups), (size * heads, hidden)]
+    shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    weights = sum(m * n for m, n in shapes) * 2 + sum(16 * (m + n) for m, n in shapes) * 4
+    tokens = PROMPTS * PROMPT + PROMPTS * SAMPLES * COMPLETION
+    return config.num_hidden_layers * (weights + tokens * groups * size * 2 * 2) + config.vocab_size * hidden * 2
+
+
+def update(fake):
+    """Forward and backward pass of four prompts with all of their completions."""
+    rows = _sequences(4, SAMPLES, PROMPT, COMPLETION)
+    packed = fake.engine.packed(rows)
+    tokens = fake.fake(rows.completion_ids[rows.completion_mask])
+    fake.fake_layout(packed)
+    with counting(fake) as counts:
+        hidden = fake.engine.hidden(packed.ids, packed.positions, packed)
+        logprobs, _ = logprobs_of_hidden(fake.engine, packed.predicting(hidden), tokens, 1.0)
+        logprobs.mean().backward()
+    return counts
+
+
+def layout_syncs():
+    """What the layout of an update asks the device for, counted on real tensors."""
+    from hybrid_lightning.engine.backend import PlannedBackend
+    from hybrid_lightning.engine.packing import PackedSequences
+
+    with Counter() as counter:
+        _ = PackedSequences(_sequences(4, SAMPLES, 12, 9), PlannedBackend(False), segments=True).layout
+    return counter.counts.syncs
+
+
+def caught(what):
+    """The kind of mistake that is found where there is one."""
+    fake = FakeModel(settings_of(CONFIGS["Llama-1B"]), 1, 0, "cuda:0")
+    numbers = fake.fake(torch.zeros(8, 4))
+    try:
+        with counting(fake) as counts:
+            what(numbers)
+    except Exception as error:
+        return type(error).__name__
+    return ", ".join([*counts.syncs, *counts.atomics])
+
+
+def planted():
+    places = torch.zeros(8, dtype=torch.long)
+    return {
+        "item": caught(lambda x: x.sum().item()),
+        "tolist": caught(lambda x: x.tolist()),
+        "if": caught(lambda x: bool((x > 0).any())),
+        "boolean index": caught(lambda x: x[x > 0]),
+        "index_add": caught(lambda x: x.index_add(0, torch.zeros(8, dtype=torch.long, device="cuda"), x)),
+        "accumulate": caught(lambda x: x.index_put((torch.zeros(8, dtype=torch.long, device="cuda"),), x, accumulate=True)),
+        "stray": caught(lambda x: x + places),
+        "nothing": caught(lambda x: (x + 1).cumsum(1)),
+    }
+
+
+def main():
+    warnings.simplefilter("ignore")
+    found = {"planted": planted(), "syncs of a layout": layout_syncs()}
+    for name, config in CONFIGS.items():
+        found[name] = {
+            "decoding": of_all_layers(config, decoding),
+            "ideal": ideal_decoding(config),
+            "update": of_all_layers(config, update),
+        }
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What sampling and an update ask of a GPU, counted at full size on one that is none (see `fake_gpu.py`)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # also where pytest imports by path alone
+
+from fake_gpu import why_not
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+
+MODELS = ("Qwen3-0.6B", "Qwen3-8B", "Llama-1B")
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """In a process of its own, since the guard has to be there before torch."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, str(Path(__file__).parent / "counts.py")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+def test_mistakes_that_are_planted_are_found(counts):
+    """A number that the host asks for, an addition by atomics, a tensor of the CPU among those of the GPU."""
+    planted = counts["planted"]
+    waits = {"DataDependentOutputException", "DynamicOutputShapeException"}
+    assert {planted[name] for name in ("item", "tolist", "if", "boolean index")} <= waits
+    assert planted["index_add"] == "index_add" and "index_put" in planted["accumulate"]
+    assert planted["stray"] not in ("", *waits) and planted["nothing"] == ""
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_token_waits_for_nothing_and_adds_in_one_order(counts, model):
+    found = counts[model]["decoding"]
+    assert found["syncs"] == found["atomics"] == []
+
+
+# Beside weights, keys and values there are the logits of a large vocabulary, which are read and written five times; in a model of
+# 1 B parameters they are a tenth of all.
+@pytest.mark.parametrize(("model", "most"), [("Qwen3-0.6B", 1.3), ("Qwen3-8B", 1.3), ("Llama-1B", 1.4)])
+def test_a_token_moves_little_more_than_weights_keys_and_values_once(counts, model, most):
+    found = counts[model]
+    assert 1 < found["decoding"]["bytes"] / found["ideal"] < most
+
+
+@pytest.mark.parametrize(("model", "most"), [("Qwen3-0.6B", 75), ("Qwen3-8B", 75), ("Llama-1B", 60)])
+def test_a_token_of_a_layer_takes_few_kernels_before_anything_is_compiled(counts, model, most):
+    assert counts[model]["decoding"]["kernels of a layer"] <= most
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_update_waits_for_nothing_within_its_passes_and_adds_in_one_order(counts, model):
+    found = counts[model]["update"]
+    assert found["syncs"] == found["atomics"] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "kernels", "gigabytes"), [("Qwen3-0.6B", 260, 345), ("Qwen3-8B", 260, 1130), ("Llama-1B", 220, 300)]
+)
+def test_an_update_of_four_prompts_keeps_its_ceilings(counts, model, kernels, gigabytes):
+    """Of 32 completions of 256 tokens, with the prompts of 384 once: 9,700 tokens."""
+    found = counts[model]["update"]
+    assert found["kernels of a layer"] <= kernels and found["bytes"] < gigabytes * 1e9
+
+
+def test_the_layout_of_a_micro_batch_waits_eight_times(counts):
+    """Once for all of its layers, to learn the shapes of what follows."""
+    assert len(counts["syncs of a layout"]) == 8

@@ -1,0 +1,165 @@
+"""Decoding as on an accelerator, run on a CPU: the same completions as `SharedPromptDecoding`, and no wait for the device."""
+
+import math
+
+import pytest
+import torch
+from tiny_decoders import OfAccelerator
+from tiny_decoders import build as build_adapted
+from tiny_models import FAMILIES, build_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hybrid_lightning.engine import Backend, Engine, decoding_of, use_fused_modules
+from hybrid_lightning.engine.decoding import SharedPromptDecoding
+from hybrid_lightning.engine.logprobs import token_logprobs
+from hybrid_lightning.engine.segment_decoding import SegmentDecoding
+from hybrid_lightning.rollout import sampler as sampling
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.sampler import Sampler, draw_by_integers, draw_tokens
+from hybrid_lightning.types import Prompt
+
+TEXTS = ("12+3=", "what is 7 plus 15?\n", "9=", "1+")
+PROMPTS = [Prompt(text=text, index=place) for place, text in enumerate(TEXTS)]
+
+
+def sample(engine, tokenizer, length=24, samples=5, **settings):
+    ids = [tokenizer(text).input_ids for text in TEXTS]
+    draws = PromptDraws(PROMPTS, samples, 3)
+    return Sampler(max_new_tokens=length, **settings).sample(engine, tokenizer, PROMPTS, ids, samples, generator=draws)
+
+
+def engines(model):
+    for backend in (Backend(), OfAccelerator()):
+        yield Engine(model, backend)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_families_sample_alike(tokenizer, family):
+    """Rows end early, at one of two characters, so that slots are given up again and again."""
+    shared, segments = (sample(engine, tokenizer, stop=["7", "3"]) for engine in engines(build_model(family)))
+    assert torch.equal(shared.sequences.completion_ids, segments.sequences.completion_ids)
+    assert torch.equal(shared.finished, segments.finished) and shared.completions == segments.completions
+    lengths = segments.sequences.completion_mask.sum(1)
+    assert int(lengths.min()) < 5 and len(lengths.unique()) > 4
+    assert torch.allclose(shared.sampling_logprobs, segments.sampling_logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_adapted_models_and_their_fused_layers_too(tokenizer, family):
+    found = []
+    for kind in (Backend, OfAccelerator):
+        model = build_adapted(family).model
+        engine = Engine(model, kind())
+        use_fused_modules(model, engine.backend)
+        rollouts = sample(engine, tokenizer)
+        found.append(rollouts)
+        logprobs, _ = token_logprobs(engine, rollouts.sequences, 1.0)
+        mask = rollouts.sequences.completion_mask
+        assert torch.allclose(logprobs[mask], rollouts.sampling_logprobs[mask], atol=2e-5, rtol=0)
+    assert torch.equal(found[0].sequences.completion_ids, found[1].sequences.completion_ids)
+
+
+@pytest.mark.parametrize(("family", "length", "kind"), [("mistral", 4, SharedPromptDecoding), ("llama", 4, SegmentDecoding)])
+def test_a_window_that_hides_prompts_is_left_to_the_shared_way(tokenizer, family, length, kind):
+    model = build_adapted(family).model
+    engine = Engine(model, OfAccelerator())
+    ids, mask = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool)
+    assert type(decoding_of(engine, ids, mask, length)) is kind
+    assert sample(engine, tokenizer, 6).sequences.completion_ids.shape[1] == 6
+
+
+def test_no_key_moves_and_no_tensor_of_a_step_is_made_anew(tokenizer):
+    """What a graph of a step would read has the same place at every token, until rows are given up."""
+    engine = Engine(build_model("llama"), OfAccelerator())
+    ids, mask = torch.randint(3, 30, (2, 4)), torch.ones(2, 4, dtype=torch.bool)
+    with torch.no_grad(), engine.sampling():
+        decoding = decoding_of(engine, ids, mask, 8)
+        decoding.prefill(3)
+        places = []
+        for step in range(6):
+            if step == 3:
+                decoding.select(torch.tensor([0, 2, 5]))
+            decoding.step(torch.full((3 if step >= 3 else 6,), 7))
+            caches = [part.data_ptr() for pair in (*decoding.own.values(), *decoding.prompt.values()) for part in pair]
+            places.append((caches, decoding.used.data_ptr(), decoding.places.data_ptr(), decoding.positions.data_ptr()))
+    assert places[0] == places[1] == places[2] and places[3] == places[4] == places[5]
+    assert places[0][0] == places[5][0]
+    assert decoding.used.tolist() == [6, 6, 6] and decoding.slots.tolist() == [0, 2, 5]
+
+
+class _Event:
+    """In place of a device's event."""
+
+    def __init__(self, device):
+        pass
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+class Syncs(TorchDispatchMode):
+    """Notes what would wait for a GPU."""
+
+    WAITING = frozenset(
+        {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount", "equal"}
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in self.WAITING or unsized:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("every", [4, 16])
+def test_no_token_waits_for_the_device(tokenizer, monkeypatch, every):
+    """The number of running rows is known late, and still no completion differs."""
+    engine = Engine(build_model("llama"), OfAccelerator())
+    expected = sample(engine, tokenizer, 40)
+    monkeypatch.setattr(torch, "Event", _Event)
+    made = sampling._Running.__init__
+
+    def late(self, rows, device):
+        made(self, rows, device)
+        self._every = every
+
+    monkeypatch.setattr(sampling._Running, "__init__", late)
+    counts = []
+    for length in (40, 72):
+        with Syncs() as syncs:
+            found = sample(engine, tokenizer, length)
+        counts.append(len(syncs.seen))
+        if length == 40:
+            assert torch.equal(found.sequences.completion_ids, expected.sequences.completion_ids)
+            assert torch.allclose(found.sampling_logprobs, expected.sampling_logprobs, atol=1e-5, rtol=0)
+    assert counts[0] == counts[1] <= 20, "the number of waits does not depend on the number of tokens"
+
+
+def test_integers_draw_what_floats_draw():
+    torch.manual_seed(0)
+    for width in (1000, 1024, 151, 640):
+        logits = 3 * torch.randn(200, width)
+        uniform = torch.rand(200, 1, dtype=torch.float64)
+        token, logprob = draw_by_integers(logits, uniform, 0.7)
+        expected = draw_tokens(logits / 0.7, uniform)
+        assert (token != expected).sum() <= 1, "one number may lie between two tokens, where both ways round"
+        wanted = (logits / 0.7).log_softmax(1).gather(1, token[:, None]).squeeze(1)
+        assert torch.allclose(logprob, wanted, atol=1e-5, rtol=0)
+
+
+def test_integers_never_draw_a_token_of_probability_zero():
+    logits = torch.full((64, 300), float("-inf"))
+    logits[:, 7], logits[:, 290] = 0.0, -1.0
+    uniform = torch.linspace(0, 1, 65, dtype=torch.float64)[:64, None]
+    uniform[-1] = 1 - 2**-53
+    token, _ = draw_by_integers(logits, uniform, 1.0)
+    share = 1 / (1 + math.exp(-1))
+    assert set(token.tolist()) == {7, 290} and abs(float((token == 7).float().mean()) - share) < 0.03

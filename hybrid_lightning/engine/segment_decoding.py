@@ -131,7 +131,8 @@ class SegmentDecoding:
         dtype = value.dtype
         if torch.is_autocast_enabled(value.device.type):
             dtype = torch.get_autocast_dtype(value.device.type)
-        self.prompt[layer] = (key.to(dtype).contiguous(), value.to(dtype).contiguous())
+        tokens = self.layout.prompt_tokens  # and not those that only fill up
+        self.prompt[layer] = (key[:tokens].to(dtype).contiguous(), value[:tokens].to(dtype).contiguous())
 
     def _room(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of completions, with room for all tokens."""

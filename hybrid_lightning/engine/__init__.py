@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hybrid_lightning.engine.fused_lora import use_peft_lora
     from hybrid_lightning.engine.logprobs import logprobs_of_hidden, token_logprobs
     from hybrid_lightning.engine.packing import PackedSequences, begins_group
-    from hybrid_lightning.engine.passes import base_model, default_token_budget, tokens_of_pass
+    from hybrid_lightning.engine.passes import activation_bytes, base_model, default_token_budget, memory_of, tokens_of_pass
     from hybrid_lightning.engine.segment_decoding import SegmentDecoding
 
 __all__ = [
@@ -28,12 +28,14 @@ __all__ = [
     "SegmentDecoding",
     "SharedPromptDecoding",
     "UnsupportedAttentionError",
+    "activation_bytes",
     "base_model",
     "begins_group",
     "decoding_of",
     "default_token_budget",
     "has_operators",
     "logprobs_of_hidden",
+    "memory_of",
     "packed_decoding",
     "token_logprobs",
     "tokens_of_pass",
@@ -54,6 +56,6 @@ __getattr__ = public_names(
         "fused_lora": ("use_peft_lora",),
         "logprobs": ("logprobs_of_hidden", "token_logprobs"),
         "packing": ("PackedSequences", "begins_group"),
-        "passes": ("base_model", "default_token_budget", "tokens_of_pass"),
+        "passes": ("activation_bytes", "base_model", "default_token_budget", "memory_of", "tokens_of_pass"),
     },
 )

@@ -13,14 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hybrid_lightning.engine.attention import AttentionCalls, Packing
 from hybrid_lightning.engine.backend import Backend
 
-# Bytes to spend on activations. On a CPU 650 tokens at a time are as fast as 2,600 (SmolLM2-135M).
+# Bytes to spend on activations. On a CPU 650 tokens at a time are as fast as 2,600 (SmolLM2-135M). On an accelerator a pass takes
+# this share of what is left beside weights, gradients and optimizer; the rest is for logits, for a layer's whole weights where
+# they are sharded, and for what lies between tensors.
 _ON_CPU = 0.68e9
-_ON_ACCELERATOR = 8e9
+_OF_THE_REST, _USABLE = 0.5, 0.9
+_ON_ACCELERATOR = 8e9  # where its memory is not known
+_STATE = 12  # bytes of a trained weight beside itself: its gradient, and two moments in float32
 _BYTES = 2  # per number: activations have 16 bits under autocast; models in float32 are small
 _LEAST = 256  # tokens
 
@@ -154,27 +159,51 @@ def _cache_name(base: PreTrainedModel) -> str:
 
 
 def default_token_budget(model: nn.Module, device: torch.device) -> int:
-    """Tokens of a pass for this model: at least 256, and more the smaller the model is.
+    """Tokens of a pass for this model: at least 256, and more the smaller the model is, and the more memory an accelerator has.
 
     Args:
-        model: Causal language model, adapted or not.
+        model: Causal language model, adapted or not, perhaps sharded.
         device: The device that computes; the weights may be on another one.
     """
     text = base_model(model).config.get_text_config()
-    return tokens_of_pass(text, recomputes_activations(model), device.type == "cpu")
+    total = memory_of(device)
+    rest = None
+    if total is not None:
+        held = [part._local_tensor if isinstance(part, DTensor) else part for part in model.parameters()]
+        weights = sum(part.numel() * part.element_size() for part in held)
+        rest = activation_bytes(total, weights, sum(part.numel() for part in held if part.requires_grad))
+    return tokens_of_pass(text, recomputes_activations(model), device.type == "cpu", rest)
 
 
-def tokens_of_pass(config: Any, recomputes: bool, on_cpu: bool) -> int:
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory of an accelerator; None where it is not known, and of a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def activation_bytes(total: int, weights: float, trained: float) -> float:
+    """Bytes that a pass may spend on activations.
+
+    Args:
+        total: Memory of the accelerator, in bytes.
+        weights: Bytes of all weights on it.
+        trained: Number of those that are trained.
+    """
+    return _OF_THE_REST * max(0.0, _USABLE * total - weights - _STATE * trained)
+
+
+def tokens_of_pass(config: Any, recomputes: bool, on_cpu: bool, rest: float | None = None) -> int:
     """The same as `default_token_budget`, for a model that is not loaded.
 
     Args:
         config: Config of the language model alone, without those of other parts.
         recomputes: Whether gradient checkpointing is on.
         on_cpu: Whether a CPU computes, or an accelerator.
+        rest: `activation_bytes` of the accelerator; None where its memory is not known.
     """
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     layer = 16 * hidden + 5 * inner
     layers = config.num_hidden_layers
     numbers = layers * hidden + layer if recomputes else layers * layer
-    return max(_LEAST, int((_ON_CPU if on_cpu else _ON_ACCELERATOR) / (numbers * _BYTES)))
+    accelerator = _ON_ACCELERATOR if rest is None else rest
+    return max(_LEAST, int((_ON_CPU if on_cpu else accelerator) / (numbers * _BYTES)))

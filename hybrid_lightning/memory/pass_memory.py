@@ -194,7 +194,7 @@ def _cache(decoding: SegmentDecoding | SharedPromptDecoding) -> list[Tensor]:
 
 
 def _split_into_passes(rows: Sequences, settings: RunSettings) -> list[Sequences]:
-    return [rows.rows(run) for run in split_by_tokens(rows, settings.tokens_of_pass)]
+    return [rows.rows(run) for run in split_by_tokens(rows, settings.tokens_of_pass())]
 
 
 def _sequences(prompts: int, samples: int, prompt_tokens: int, completion_tokens: int) -> Sequences:

@@ -172,10 +172,9 @@ class _Run:
         self.optimizer: OptimizerBytes = optimizer_bytes(settings.optimizer, settings.trained_dtype)
         self.candidates = find_candidates(meta_model(settings.config, settings.dtype), settings.target_modules)
         self.prompts = settings.prompts_per_rollout // sharding.devices
-        from hybrid_lightning.memory.pass_memory import Traces, passes_of_step  # imports PEFT, which is slow
+        from hybrid_lightning.memory.pass_memory import Traces  # imports PEFT, which is slow
 
         self.traces = Traces(settings)
-        self.passes = passes_of_step(settings, self.prompts)
         self.generated = {"generating": (self.prompts, settings.samples_per_prompt)}  # phase -> prompts, completions of each
         if settings.eval_prompts:
             self.generated["validating"] = (settings.eval_prompts, settings.eval_samples)
@@ -198,6 +197,10 @@ class _Run:
         turns = len(turns_of(self.candidates, sizes.trainable)) if settings.scoring_steps and "scoring" in peaks else 0
         memory = MethodMemory(name, sizes.parameters, sizes.trainable, peaks, host, share=share, turns=turns)
         return replace(memory, growth=self._growth(memory, sizes)) if settings.on_cpu else memory
+
+    def _budgeted(self, weights: float, trained: float) -> RunSettings:
+        """The settings with the token budget that a device has beside its bytes of weights and its number of trained ones."""
+        return replace(self.settings, max_tokens_per_micro_batch=self.settings.tokens_of_pass(weights, trained))
 
     def _growth(self, memory: MethodMemory, sizes: ModelSizes) -> Growth:
         """Growth of the process in the phase in which it is largest."""
@@ -250,7 +253,7 @@ class _Run:
         else:
             # The sums of gradients are kept in the memory of the host.
             held = Held(base, settings.scoring_copies * FLOAT32_BYTES * sizes.candidates if settings.on_cpu else 0, 0)
-        longest = max(passes_of_scoring(settings, prompts), key=_row_count)
+        longest = max(passes_of_scoring(self._budgeted(base, 0.0), prompts), key=_row_count)
         return {
             "calibrating": calibrating,
             "scoring": _largest((held, held, held), self.traces.update(longest, None)),
@@ -263,9 +266,13 @@ class _Run:
         several passes, before the first of them. With gradient accumulation, micro-batches after the first of a step run beside
         the gradients of earlier ones.
         """
+        from hybrid_lightning.memory.pass_memory import passes_of_step  # as above
+
         sharding, state = self.sharding, self.optimizer.state
         begin, forward, backward = (held(sizes, state) for held in (sharding.begin, sharding.forward, sharding.backward))
-        first, *others = self.passes
+        devices = 1 if sharding.whole_on_every_device else sharding.devices
+        budgeted = self._budgeted(sizes.weight_bytes / devices, sizes.trainable / devices)
+        first, *others = passes_of_step(budgeted, self.prompts)
         cleared = [replace(held, gradients=0) for held in (begin, forward, backward)]
         if self.settings.accumulate_grad_batches > 1:
             stages = (begin, forward, backward)
@@ -276,7 +283,7 @@ class _Run:
             longest = self.traces.update(max(others, key=_row_count), sizes.share_full)
             peaks.append(_largest((begin, forward, backward), longest))
         updating = {"updating": max(peaks, key=lambda peak: peak.total)}
-        step = self.optimizer.step * sizes.trainable / (1 if self.sharding.whole_on_every_device else self.sharding.devices)
+        step = self.optimizer.step * sizes.trainable / devices
         if step and not self.settings.on_cpu and not forward.host:
             optimizer = forward.optimizer + step
             updating["optimizer step"] = Components(forward.weights, gradients=forward.gradients, optimizer=optimizer)

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.engine import tokens_of_pass
+from hybrid_lightning.engine import activation_bytes, tokens_of_pass
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.optim import OptimizerCallable
 from hybrid_lightning.policy.quantization import Quantization
@@ -87,7 +87,15 @@ class RunSettings:
             return max(self.plan.ranks, default=self.lora.rank)
         return max([self.lora.rank, *self.rank_pattern.values()])
 
-    @property
-    def tokens_of_pass(self) -> int:
-        """Number of tokens that one forward and backward pass may take."""
-        return self.max_tokens_per_micro_batch or tokens_of_pass(self.text_config, self.gradient_checkpointing, self.on_cpu)
+    def tokens_of_pass(self, weights: float = 0.0, trained: float = 0.0) -> int:
+        """Number of tokens that one forward and backward pass may take.
+
+        Args:
+            weights: Bytes of all weights on a device.
+            trained: Number of those that are trained.
+        """
+        if self.max_tokens_per_micro_batch:
+            return self.max_tokens_per_micro_batch
+        known = self.device_bytes is not None and not self.on_cpu
+        rest = activation_bytes(self.device_bytes or 0, weights, trained) if known else None
+        return tokens_of_pass(self.text_config, self.gradient_checkpointing, self.on_cpu, rest)

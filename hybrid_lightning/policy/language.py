@@ -113,6 +113,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         self.sampler: RolloutEngine = sampler or Sampler()
         self.eval_samples, self.seed = eval_samples, seed
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self.tokens_of_pass: int | None = None
         self.dtype_name, self.gradient_checkpointing = dtype, gradient_checkpointing
         self.pretrained = Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs)
         self.update = Update()

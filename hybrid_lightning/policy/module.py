@@ -19,10 +19,11 @@ from torch import Tensor
 
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
-from hybrid_lightning.engine import token_logprobs
+from hybrid_lightning.engine import default_token_budget, token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.losses.shares import share
+from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.calibration import (
     AnswerCalibration,
     CalibrationLosses,
@@ -36,6 +37,7 @@ from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.rollout_metrics import rollout_metrics
 from hybrid_lightning.policy.sampled_groups import advantages_over_ranks, choose_trained, sample_groups
 from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens, weights_lag
+from hybrid_lightning.policy.update import PassTokens
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, teaching_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule
@@ -268,6 +270,17 @@ class PolicyModule(LanguageModule):
                 f"group, as those of {type(self.advantage).__name__} are; give --model.advantage=GroupMeanAdvantage"
             )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `AdaptedModule`; with the tokens of a pass, so that a resume splits rows alike."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY] |= PassTokens.saved(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `AdaptedModule`."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None:
+            PassTokens.restore(self, checkpoint[CHECKPOINT_KEY])
+
     def calibration_losses(
         self, num_prompts: int | None = None, kept: KeptScoring | None = None, steps: int | None = None
     ) -> CalibrationLosses:
@@ -305,7 +318,8 @@ class PolicyModule(LanguageModule):
                 "model.mask_truncated_completions leaves those out of the loss, so that nothing would be learned; raise "
                 "model.sampler.max_new_tokens, or set model.mask_truncated_completions=false"
             )
-        max_tokens = self.update.token_budget(self)
+        # Not that of training, beside whose state less fits; and what is chosen here is not kept.
+        max_tokens = self.max_tokens_per_micro_batch or default_token_budget(self.model, self.device)
         parts: list[CalibrationLosses] = []
         if bool(advantages[sequences.completion_mask.any(dim=1)].any()):
             longest = self.sampler.max_new_tokens

@@ -66,6 +66,7 @@ class TrainedPolicy(RolloutSource, Protocol):
     """Is trained by optimizer steps (see `update.py`) on the rollouts that it makes itself."""
 
     max_tokens_per_micro_batch: int | None  # tokens that one forward and backward pass takes; None: chosen by the model's sizes
+    tokens_of_pass: int | None  # what was chosen for the run; None: nothing yet
     rollout_schedule: RolloutSchedule
     rows_together: int  # so many neighbouring rows are never in different passes
     seed: int

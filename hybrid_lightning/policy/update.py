@@ -19,10 +19,11 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.progress import _ProcessedTracker
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from hybrid_lightning.engine import default_token_budget
+from hybrid_lightning.engine import default_token_budget, memory_of
 from hybrid_lightning.errors import TrainingError
 from hybrid_lightning.losses.shares import combine_metrics, is_extreme, join_metric
 from hybrid_lightning.policy.protocols import TrainedPolicy
@@ -61,6 +62,37 @@ TRAINING_METRICS = frozenset(
 )
 
 
+class PassTokens:
+    """The tokens of a forward and backward pass that were chosen for a run, for its checkpoints: a resume splits rows alike.
+
+    On a CPU they follow from the model's sizes, and are not kept.
+    """
+
+    KEY = "tokens_of_pass"
+
+    @classmethod
+    def saved(cls, policy: TrainedPolicy) -> dict[str, Any]:
+        """The entries of a checkpoint; empty where nothing was chosen by the memory of a device."""
+        total = memory_of(policy.device)
+        if total is None or policy.tokens_of_pass is None:
+            return {}
+        return {cls.KEY: {"tokens": policy.tokens_of_pass, "memory": total}}
+
+    @classmethod
+    def restore(cls, policy: TrainedPolicy, entries: Mapping[str, Any]) -> None:
+        """Take what a checkpoint has, unless this device is of another kind or has less memory."""
+        saved, total = entries.get(cls.KEY), memory_of(policy.trainer.strategy.root_device)  # the policy may be on the CPU still
+        if saved is None or total is None or policy.max_tokens_per_micro_batch:
+            return
+        if total >= saved["memory"]:
+            policy.tokens_of_pass = saved["tokens"]
+        else:
+            rank_zero_info(
+                f"this device has {total / 2**30:.0f} GiB, and that of the checkpoint had {saved['memory'] / 2**30:.0f}: passes "
+                "take fewer tokens than before, so that sums are rounded otherwise"
+            )
+
+
 class Update:
     """The optimizer step in progress: its gradients so far, and the metrics of its micro-batches so far.
 
@@ -70,7 +102,6 @@ class Update:
     def __init__(self) -> None:
         self._metrics = StepMetrics()
         self._gradients_begun = False
-        self._default_budget: int | None = None
         self._logged: set[str] = set()  # names of the metrics that were logged last
         self._logged_rollout: dict[str, float] = {}  # the rollout's metrics that were logged last
 
@@ -78,9 +109,9 @@ class Update:
         """The most tokens that one forward and backward pass may take."""
         if policy.max_tokens_per_micro_batch:
             return int(policy.max_tokens_per_micro_batch)
-        if self._default_budget is None:  # computing it takes as long as one layer of a small policy
-            self._default_budget = default_token_budget(policy.model, policy.device)
-        return self._default_budget
+        if policy.tokens_of_pass is None:  # computing it takes as long as one layer of a small policy
+            policy.tokens_of_pass = default_token_budget(policy.model, policy.device)
+        return policy.tokens_of_pass
 
     def chunks(self, policy: TrainedPolicy, sequences: Sequences) -> list[slice]:
         """Cut rows into chunks, each of which takes one forward and backward pass."""

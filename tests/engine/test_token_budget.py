@@ -3,6 +3,7 @@ import torch
 from tiny_models import FAMILIES, build_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from hybrid_lightning.engine import passes
 from hybrid_lightning.engine.passes import default_token_budget
 
 
@@ -58,3 +59,30 @@ def test_the_estimate_is_near_what_is_kept():
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     estimate = 64 * 0.68e9 / default_token_budget(model, CPU)
     assert 0.5 < kept(model, 64) / estimate < 1.3
+
+
+GIB = 2**30
+
+
+def test_an_accelerator_with_more_memory_takes_more_tokens(monkeypatch):
+    """Half of what 90% of it leaves beside the weights, and 12 bytes more for each that is trained."""
+    model = build(**SMALL)
+    model.requires_grad_(False)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    model.model.layers[0].requires_grad_(True)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    per_token = 30 * (16 * 576 + 5 * 1536) * 2
+    for total in (24 * GIB, 80 * GIB):
+        monkeypatch.setattr(passes, "memory_of", lambda device, total=total: total)
+        expected = 0.5 * (0.9 * total - 4 * weights - 12 * trained) / per_token
+        assert default_token_budget(model, OTHER) == int(expected)
+    monkeypatch.setattr(passes, "memory_of", lambda device: 1)
+    assert default_token_budget(model, OTHER) == 256, "what does not fit is for the planner to say"
+
+
+def test_eight_billion_parameters_share_a_prompt_on_80_gib():
+    """A prompt of 384 tokens with 8 completions of 256, which 875 tokens could not hold."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36)
+    rest = passes.activation_bytes(80 * GIB, weights=2 * 8.2e9, trained=44e6)
+    assert passes.tokens_of_pass(config, False, False, rest) > 384 + 8 * 256
+    assert passes.tokens_of_pass(config, False, False) == 875

@@ -61,7 +61,7 @@ def test_passes_are_cut_as_in_training():
     passes = passes_of_step(settings, 4)
     assert [len(rows) for rows in passes] == [4, 4] and len(passes_of_step(replace(settings, micro_batches=1), 4)) == 4
     model = build_model("llama")
-    assert RunSettings(model.config, 1, 1).tokens_of_pass == default_token_budget(model, torch.device("cpu"))
+    assert RunSettings(model.config, 1, 1).tokens_of_pass() == default_token_budget(model, torch.device("cpu"))
 
 
 def test_an_entropy_bonus_keeps_one_more_number_a_token_and_hidden_state():

@@ -1,8 +1,8 @@
-"""Settings of a process for torch on a CPU: how threads wait, whether freed memory is kept, and how many compiled products are
-kept.
+"""Settings of a process for torch: on a CPU how threads wait, whether freed memory is kept, and how many compiled products are
+kept; on a GPU how memory is allocated, and which kernels attend.
 
-A program should choose these, and not a library, so `python -m hybrid_lightning` sets them. A script that builds a Trainer itself
-can call `prepare_process()` before anything imports torch.
+A program should choose those of a CPU, and not a library, so `python -m hybrid_lightning` sets them. A script that builds a
+Trainer itself can call `prepare_process()` before anything imports torch. Those of a GPU a policy sets when its run begins.
 """
 
 import ctypes
@@ -55,3 +55,23 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return any(mallopt(_MMAP_THRESHOLD, size) for size in _NEVER_MAP) and bool(mallopt(_TRIM_THRESHOLD, _NEVER_TRIM))
+
+
+def prepare_gpu(own_allocator: bool) -> None:
+    """Let torch allocate GPU memory in segments that can grow, and keep cuDNN from attention.
+
+    Passes have other sizes at every step. Segments of fixed sizes fall to pieces under that, so that memory that is free cannot
+    be used; and cuDNN makes a plan for each new size of attention, which takes 23 to 37 ms. Precision is left as torch has it:
+    products of float32 are not computed in TF32, so that sampling and training agree to float32's rounding.
+
+    Args:
+        own_allocator: Whether something else in this process allocates GPU memory in a way of its own, as vLLM does in order to
+            sleep, which segments that grow do not go with.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    chosen = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    allocate = getattr(torch.cuda.memory, "_set_allocator_settings", None)
+    if allocate is not None and not chosen and not own_allocator:
+        allocate("expandable_segments:True")

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": GROUND | {"engine"},
     "adapters": GROUND | {"engine"},
     "rewards": GROUND | {"sandbox"},
-    "policy": GROUND | LEAVES,
+    "policy": GROUND | LEAVES | {"process"},
     "export": GROUND | LEAVES | {"policy"},
     "memory": GROUND | LEAVES | {"policy", "process"},
     "callbacks": GROUND | LEAVES | {"policy", "export"},

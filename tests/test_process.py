@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from hybrid_lightning import process
 
@@ -121,3 +122,30 @@ def test_a_signal_ends_the_program_while_it_is_still_being_imported(tmp_path, nu
     assert said.splitlines()[-1] == (
         f"stopped by {number.name}: nothing that a run could go on from has been made; start the command again"
     )
+
+
+class Told:
+    """In place of torch's settings of a GPU."""
+
+    def __init__(self, monkeypatch):
+        self.heard = []
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: self.heard.append(("cudnn", on)))
+        monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", self.heard.append, raising=False)
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            monkeypatch.delenv(name, raising=False)
+
+
+def test_memory_of_a_gpu_grows_in_place_and_cudnn_does_not_attend(monkeypatch):
+    precision, told = torch.get_float32_matmul_precision(), Told(monkeypatch)
+    process.prepare_gpu(own_allocator=False)
+    assert told.heard == [("cudnn", False), "expandable_segments:True"]
+    assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_what_the_environment_or_vllm_asks_of_memory_goes_before(monkeypatch, name):
+    told = Told(monkeypatch)
+    process.prepare_gpu(own_allocator=True)
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    process.prepare_gpu(own_allocator=False)
+    assert told.heard == [("cudnn", False)] * 2

@@ -37,6 +37,7 @@ from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.run_checks import check_prompts, check_run, warn_of_differences
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.update import Update, make_rollout_loader
+from hybrid_lightning.process import prepare_gpu
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -202,6 +203,8 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
             ConfigError: If strategy, precision, dtype, optimizer and quantization do not work together, or the loss needs a
                 start policy that is not kept.
         """
+        if self.trainer.strategy.root_device.type == "cuda":
+            prepare_gpu(own_allocator=self.sampler.shares_device)
         check_run(self.trainer, self.optimizer_class, self.dtype_name, self.quantization)
         self.generation.check()
         if self.loss.needs_reference and self.plan is not None and not self.keep_start_weights:

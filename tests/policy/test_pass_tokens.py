@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
 
-from hybrid_lightning.policy import update
+from hybrid_lightning.policy import language, update
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 
 GIB = 2**30
@@ -49,3 +49,14 @@ def test_an_option_goes_before_and_a_cpu_keeps_nothing(tmp_path, device):
         policy.trainer.save_checkpoint(tmp_path / "run.ckpt")
         assert "tokens_of_pass" not in torch.load(tmp_path / "run.ckpt", weights_only=True)[CHECKPOINT_KEY]
         assert policy.update.token_budget(policy) == (100 if options else 24)
+
+
+@pytest.mark.parametrize(("kind", "told"), [("cpu", []), ("cuda", [False])])
+def test_a_run_on_a_gpu_prepares_the_process_before_anything_is_allocated(tmp_path, monkeypatch, kind, told):
+    policy = build_policy(write_model(tmp_path / "model"))
+    policy._trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
+    monkeypatch.setattr(type(policy.trainer.strategy), "root_device", property(lambda _: torch.device(kind)))
+    heard = []
+    monkeypatch.setattr(language, "prepare_gpu", lambda own_allocator: heard.append(own_allocator))
+    policy.check_settings()
+    assert heard == told

@@ -48,6 +48,8 @@ class VLLMSampler(VLLMEngine):
         ConfigError: If a value is impossible.
     """
 
+    shares_device = True
+
     def __init__(
         self,
         *,

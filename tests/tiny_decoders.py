@@ -24,6 +24,9 @@ class OfAccelerator(Backend):
     def why_no_segments(self, device, dtype):
         return ""
 
+    def products_are_faster(self, device):
+        return False
+
 
 def build(family, targets=ALL, **settings):
     """The engine of a model with LoRA on some projections; for SOME one more is trained fully, and two are frozen."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import Packing
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.decoder_layers import KnownLayer, adapters_of, compiled_layers, compiling_pays, variants_allowed
+from hybrid_lightning.engine.compiling import compiling_pays, variants_allowed
+from hybrid_lightning.engine.decoder_layers import KnownLayer, adapters_of, compiled_layers
 from hybrid_lightning.engine.fused_attention import rotary_of_tokens
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model, own_hidden

@@ -9,9 +9,7 @@ tensors alone, so that all layers and rollouts share what was compiled for the f
 projections, such as a fully trained one among those with LoRA, gets a compiled variant of its own.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 
 from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings
 from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.compiling import compiled
 from hybrid_lightning.engine.fused_attention import plain_rotary
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, is_watched, plain_norm
 from hybrid_lightning.engine.prepacked import ProductFactors, multiply, product_factors
@@ -115,23 +114,6 @@ def _check_unwatched(*modules: nn.Module) -> None:
             raise UnknownLayerError(f"hooks watch the calls of {type(module).__name__}, as FSDP's do where weights are sharded")
 
 
-# A model has at most 2^3 combinations of kinds of projections before attention and 2^4 after it, twice with inference mode; and a
-# process may sample from several models.
-_MOST_VARIANTS = 64
-
-
-def compiling_pays(device: torch.device) -> bool:
-    """Whether to compile for a device, if `TORCH_COMPILE_DISABLE` does not forbid it. On a CPU it does not pay."""
-    return not why_not_compiled(device)
-
-
-def why_not_compiled(device: torch.device) -> str:
-    """Why nothing is compiled for a device, in words for the user; empty where it pays."""
-    if device.type not in ("cuda", "xpu"):  # devices that torch's compiler writes Triton kernels for
-        return f"compiling does not pay on {device.type}"
-    return "TORCH_COMPILE_DISABLE=1 is set" if torch._dynamo.config.disable else ""
-
-
 class Norm(NamedTuple):
     """A root mean square norm."""
 
@@ -192,13 +174,6 @@ def _normed(x: Tensor, norm: Norm) -> Tensor:
     return plain_norm(x, norm.weight, norm.eps)[0]
 
 
-@contextmanager
-def variants_allowed() -> Iterator[None]:
-    """Within this context torch compiles as many variants of a function as a model can have, where it would stop at 8."""
-    with torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS):
-        yield
-
-
 class CompiledLayer:
     """A layer by `before_attention` and `after_attention`, while weights do not change."""
 
@@ -252,14 +227,4 @@ def _call(function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTu
         return function(*rows, layer)
     for part in rows:
         torch._dynamo.mark_dynamic(part, 0)
-    return _compiled(function)(*rows, layer)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    from torch._inductor import config
-
-    # Round intermediate results as without a compiler, so that sampling and training agree, and choose no kernels by timing, so
-    # that a resumed run goes on with the same numbers.
-    wanted = ("emulate_precision_casts", "deterministic")
-    return torch.compile(function, fullgraph=True, options={name: True for name in wanted if hasattr(config, name)})
+    return compiled(function)(*rows, layer)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from hybrid_lightning.engine.attention import AttentionCalls, Packing, UnsupportedAttentionError
 from hybrid_lightning.engine.attention_hook import expected_windows, try_packing, use_packing
 from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.compiling import why_not_compiled
 from hybrid_lightning.engine.decoder import FastDecoder, Pass
-from hybrid_lightning.engine.decoder_layers import KnownLayer, UnknownLayerError, known_layers, why_not_compiled
+from hybrid_lightning.engine.decoder_layers import KnownLayer, UnknownLayerError, known_layers
 from hybrid_lightning.engine.fused_attention import FusedAttention, use_fused_attention
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, use_fused_layers
 from hybrid_lightning.engine.fused_lora import use_fused_lora

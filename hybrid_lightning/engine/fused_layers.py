@@ -18,6 +18,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.compiling import one_kernel
 from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.fused_lora import Factors, FusedLora, lora_gradients, lora_product, made_like, replace_modules
 
@@ -158,11 +159,18 @@ class _RMSNorm(torch.autograd.Function):
         same = _in_dtype_of(x, weight)
         if ctx.backend.usable(gradient, x, same):
             return kernels.rms_norm_backward(gradient, x, same, inverse), None, None, None
-        of_normed = (gradient * weight).float()
-        exact = x.float()
-        along = torch.linalg.vecdot(of_normed, exact)[..., None] / x.shape[-1]
-        result = of_normed.mul_(inverse).addcmul_(exact, along * inverse.pow(3), value=-1)
-        return result.to(x.dtype), None, None, None
+        return _norm_gradient(gradient, x, weight, inverse), None, None, None
+
+
+def _plain_norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    of_normed = (gradient * weight).float()
+    exact = x.float()
+    along = torch.linalg.vecdot(of_normed, exact)[..., None] / x.shape[-1]
+    result = of_normed.mul_(inverse).addcmul_(exact, along * inverse.pow(3), value=-1)
+    return result.to(x.dtype)
+
+
+_norm_gradient = one_kernel(_plain_norm_gradient)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tensor, Tensor]:
@@ -170,7 +178,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tens
     same = _in_dtype_of(x, weight)
     if backend.usable_in_layers(x, same):
         return kernels.rms_norm(x, same, eps)
-    return plain_norm(x, weight, eps) if backend.products_are_faster(x.device) else _lean_norm(x, weight, eps)
+    return plain_norm(x, weight, eps) if backend.products_are_faster(x.device) else _accelerated_norm(x, weight, eps)
 
 
 def _lean_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -188,6 +196,9 @@ def plain_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight * (exact * inverse).to(x.dtype), inverse
 
 
+_accelerated_norm = one_kernel(plain_norm, otherwise=_lean_norm)
+
+
 def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
     """The weight in the dtype of x where that keeps its numbers, as an operator takes it; else the weight as it is."""
     if weight.dtype == x.dtype or torch.promote_types(x.dtype, weight.dtype) != x.dtype:
@@ -198,14 +209,29 @@ def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
 def _gated_silu(gate: Tensor, up: Tensor, has_kernel: bool) -> Tensor:
     if has_kernel:
         return kernels.gated_silu(gate, up)
+    return _product_of_silu(gate, up)
+
+
+def _plain_product_of_silu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
+
+
+_product_of_silu = one_kernel(_plain_product_of_silu)
+
+
+def _plain_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(outer * up, gate), F.silu(gate).mul_(outer)
+
+
+_silu_gradients = one_kernel(_plain_silu_gradients)
 
 
 def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up [..., m], from that of silu(gate) up."""
     if backend.usable(outer, gate, up):
         return kernels.gated_silu_backward(outer, gate, up)
-    return torch.ops.aten.silu_backward(outer * up, gate), F.silu(gate).mul_(outer)
+    gradients: tuple[Tensor, Tensor] = _silu_gradients(outer, gate, up)
+    return gradients
 
 
 class _GatedSiLU(torch.autograd.Function):

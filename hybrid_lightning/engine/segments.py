@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from hybrid_lightning.engine.compiling import one_kernel
+
 _HALF = (torch.float16, torch.bfloat16)
 _LARGEST_HEAD = 256  # D that FlashAttention's kernels have, a multiple of 8
 _OLDEST = (8, 0)  # compute capability: Ampere
@@ -49,10 +51,23 @@ def joined(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple
     Returns:
         Those of both runs together.
     """
-    (one, one_sum), (other, other_sum) = first, second
+    result: tuple[Tensor, Tensor] = _joined(*first, *second)
+    return result
+
+
+def _plain_joined(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
+    sums = torch.logaddexp(one_sum, other_sum)
+    weights = [(part - sums).exp().t()[:, :, None] for part in (one_sum, other_sum)]
+    return torch.addcmul(one * weights[0], other, weights[1]).to(one.dtype), sums
+
+
+def _lean_joined(one: Tensor, one_sum: Tensor, other: Tensor, other_sum: Tensor) -> tuple[Tensor, Tensor]:
     sums = torch.logaddexp(one_sum, other_sum)
     weights = [(part - sums).exp().t()[:, :, None] for part in (one_sum, other_sum)]
     return torch.addcmul(one * weights[0], other, weights[1], out=torch.empty_like(one)), sums
+
+
+_joined = one_kernel(_plain_joined, otherwise=_lean_joined)
 
 
 def attend(

@@ -10,6 +10,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from hybrid_lightning.engine import compiling
 from hybrid_lightning.engine import decoder as decoders
 from hybrid_lightning.engine import decoder_layers as layers
 from hybrid_lightning.engine import prepacked as constant
@@ -35,9 +36,9 @@ def as_on_an_accelerator(monkeypatch):
     # torch finds graphs again by all but the processor's vectors: one of 256 bits, as with ATEN_CPU_CAPABILITY=avx2, writes
     # beyond its tensors where they have 512.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{cache_dir()}_{torch.backends.cpu.get_cpu_capability()}")
-    layers._compiled.cache_clear()
+    compiling.compiled.cache_clear()
     yield
-    layers._compiled.cache_clear()
+    compiling.compiled.cache_clear()
 
 
 def maker_of(engine):
@@ -209,6 +210,6 @@ class OnlyItself:
 
 def test_it_is_for_devices_that_torch_writes_triton_kernels_for(monkeypatch):
     devices = [torch.device(name) for name in ("cuda:1", "xpu", "cpu", "mps")]
-    assert [layers.compiling_pays(device) for device in devices] == [True, True, False, False]
+    assert [compiling.compiling_pays(device) for device in devices] == [True, True, False, False]
     monkeypatch.setattr(torch._dynamo.config, "disable", True)  # as TORCH_COMPILE_DISABLE=1 does
-    assert not any(layers.compiling_pays(device) for device in devices)
+    assert not any(compiling.compiling_pays(device) for device in devices)

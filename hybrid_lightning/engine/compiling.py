@@ -1,0 +1,88 @@
+"""What torch compiles for accelerators: bodies of layers for sampling (`decoder_layers.py`), and small functions of training.
+
+Uncompiled, a norm takes six kernels and a rotation five, each of which reads and writes all of its numbers; compiled, one. The
+functions take tensors and numbers alone and have no gradient of their own: they are the forward and backward passes of autograd
+functions, so that both are compiled, and what is computed again is compiled alike.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+logger = logging.getLogger(__name__)
+
+# A model has at most 2^3 combinations of kinds of projections before attention and 2^4 after it, twice with inference mode; and a
+# process may sample from several models.
+_MOST_VARIANTS = 64
+
+
+def compiling_pays(device: torch.device) -> bool:
+    """Whether to compile for a device, if `TORCH_COMPILE_DISABLE` does not forbid it. On a CPU it does not pay."""
+    return not why_not_compiled(device)
+
+
+def why_not_compiled(device: torch.device) -> str:
+    """Why nothing is compiled for a device, in words for the user; empty where it pays."""
+    if device.type not in ("cuda", "xpu"):  # devices that torch's compiler writes Triton kernels for
+        return f"compiling does not pay on {device.type}"
+    return "TORCH_COMPILE_DISABLE=1 is set" if torch._dynamo.config.disable else ""
+
+
+@contextmanager
+def variants_allowed() -> Iterator[None]:
+    """Within this context torch compiles as many variants of a function as a model can have, where it would stop at 8."""
+    with torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS):
+        yield
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled at its first call."""
+    from torch._inductor import config
+
+    # Round intermediate results as without a compiler, so that sampling and training agree, and choose no kernels by timing, so
+    # that a resumed run goes on with the same numbers.
+    wanted = ("emulate_precision_casts", "deterministic")
+    return torch.compile(function, fullgraph=True, options={name: True for name in wanted if hasattr(config, name)})
+
+
+def one_kernel(plain: Callable[..., Any], otherwise: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A function that is compiled for accelerators.
+
+    Args:
+        plain: A function of tensors and numbers without a gradient, whose first argument is a tensor.
+        otherwise: What is called where nothing is compiled, such as a form with fewer passes over memory; None for `plain`.
+
+    Returns:
+        The function. Where the compiler fails it goes on uncompiled, and says so once.
+    """
+    instead = plain if otherwise is None else otherwise
+    failed: list[str] = []
+
+    @wraps(plain)
+    def call(first: Tensor, *rest: Any) -> Any:
+        if failed or isinstance(first, FakeTensor) or not compiling_pays(first.device):
+            return instead(first, *rest)
+        try:
+            with variants_allowed():
+                return compiled(plain)(first, *rest)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
+            failed.append(str(error))
+            logger.warning(
+                "%s is trained without torch.compile, which takes longer, since that gave %s: %s. "
+                "Without the attempt and this warning: TORCH_COMPILE_DISABLE=1",
+                plain.__name__.lstrip("_"),
+                type(error).__name__,
+                " ".join(str(error).split())[:200],
+            )
+            return instead(first, *rest)
+
+    return call

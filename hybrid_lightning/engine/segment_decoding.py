@@ -12,6 +12,7 @@ rows are given up, and no step waits for the device.
 Axes are those of `attention.py`: B rows of which some still run, T tokens of the longest completion.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,8 +43,11 @@ class SegmentDecoding:
     positions: Tensor  # [R], of the token that a step reads
     places: Tensor  # [R], where its key goes in the buffer, counted through
     used: Tensor  # [R] int32, keys of each row's own
+    _tokens: Tensor | None  # [R], that a graph of these rows reads
+    _graph: "StepGraph | None"
 
     leave_together = 1 / 16  # rows that have ended cost little: their slots are given up, and no key moves
+    graphs = False  # whether steps are replayed from a CUDA graph, one for each number of rows
 
     def __init__(self, engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
         self.engine, self.max_new_tokens = engine, max_new_tokens
@@ -69,7 +73,18 @@ class SegmentDecoding:
         return logits.repeat_interleave(samples, dim=0, output_size=len(self.slots))
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See `Decoding`."""
+        """See `Decoding`. With `graphs` the result lies where that of the next step will be written."""
+        if not self.graphs:
+            return self._step(tokens)
+        if self._graph is None:
+            # The first step after rows were given up runs as it is, so that whatever is made or compiled once is there.
+            if self._tokens is None:
+                self._tokens = tokens.clone()
+                return self._step(tokens)
+            self._graph = StepGraph(self._step, self._tokens)
+        return self._graph.replay(tokens)
+
+    def _step(self, tokens: Tensor) -> Tensor:
         self.places += 1
         self.used += 1
         self.positions += 1
@@ -93,6 +108,7 @@ class SegmentDecoding:
         self.first_rows = torch.searchsorted(slots, firsts).int()
         self.own_begins = torch.cat([slots, slots[-1:] + 1]).mul_(self.max_new_tokens).int()
         self._segments = {}
+        self._tokens = self._graph = None
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
@@ -141,6 +157,26 @@ class SegmentDecoding:
             keys, values = (part.new_empty(rows, self.max_new_tokens, *part.shape[1:]) for part in self.prompt[layer])
             self.own[layer] = (keys, values)
         return self.own[layer]
+
+
+class StepGraph:
+    """A decoding step, recorded once and replayed, so that its kernels are launched together.
+
+    Args:
+        step: The step, which changes tensors in place and makes its result of them.
+        tokens: What it reads; `replay` overwrites it.
+    """
+
+    def __init__(self, step: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
+        self._tokens, self._graph = tokens, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):  # which computes nothing yet
+            self._result = step(tokens)
+
+    def replay(self, tokens: Tensor) -> Tensor:
+        """Take the step with these tokens, [R]."""
+        self._tokens.copy_(tokens)
+        self._graph.replay()
+        return self._result
 
 
 class _Prefill:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
-from hybrid_lightning.engine import decoding_of
+from hybrid_lightning.engine import SegmentDecoding, decoding_of
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops, check_positions
@@ -34,8 +35,19 @@ _EVERY = 16  # steps after which the number of running rows is copied from an ac
 class Sampler(RolloutEngine):
     """Samples in the training process, with the very weights that are trained: the default rollout engine.
 
-    Arguments and errors are those of `RolloutEngine`.
+    Args:
+        cuda_graphs: Record the step of a token as a CUDA graph, for each number of rows that still run, and replay it. It needs
+            a GPU whose kernels attend by segments. No GPU has run it yet, so that it is off.
+        *args: See `RolloutEngine`.
+        **kwargs: See `RolloutEngine`.
+
+    Raises:
+        ConfigError: If a value is impossible.
     """
+
+    def __init__(self, *args: Any, cuda_graphs: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cuda_graphs = cuda_graphs
 
     @torch.no_grad()
     def sample(
@@ -102,6 +114,10 @@ class _Decoder:
             Tokens [B, T], log-probabilities [B, T], lengths [B], and whether a stop token or string ended the sequence, [B] bool.
         """
         decoding = decoding_of(self.engine, ids, mask, self.sampler.max_new_tokens)
+        if self.sampler.cuda_graphs:
+            if not isinstance(decoding, SegmentDecoding):
+                raise ConfigError(f"sampler.cuda_graphs=true: {self._why_no_graphs()}; remove it")
+            decoding.graphs = True
         logits = decoding.prefill(samples)
         batch = logits.shape[0]
         rows = torch.arange(batch, device=self.device)  # the sequence of each row of the decoding batch
@@ -132,6 +148,10 @@ class _Decoder:
         finished[rows[running]] = False
         longest = int(lengths.max())
         return tokens[:, :longest], logprobs[:, :longest], lengths, finished
+
+    def _why_no_graphs(self) -> str:
+        reason = self.engine.passes().get("attention by segments", "a CPU has no such graphs")
+        return reason or "a sliding window of this model hides tokens of prompts"
 
     def _choose(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The next token [R] of each row of the decoding batch, and its log-probability [R], from logits [R, V]."""

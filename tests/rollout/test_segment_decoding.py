@@ -1,6 +1,7 @@
 """Decoding as on an accelerator, run on a CPU: the same completions as `SharedPromptDecoding`, and no wait for the device."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrid_lightning.engine import Backend, Engine, decoding_of, use_fused_modules
+from hybrid_lightning.engine import Backend, Engine, decoding_of, segment_decoding, use_fused_modules
 from hybrid_lightning.engine.decoding import SharedPromptDecoding
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.engine.segment_decoding import SegmentDecoding
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout import sampler as sampling
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.sampler import Sampler, draw_by_integers, draw_tokens
@@ -163,3 +165,56 @@ def test_integers_never_draw_a_token_of_probability_zero():
     token, _ = draw_by_integers(logits, uniform, 1.0)
     share = 1 / (1 + math.exp(-1))
     assert set(token.tolist()) == {7, 290} and abs(float((token == 7).float().mean()) - share) < 0.03
+
+
+class _Graph:
+    """In place of a CUDA graph: replays by calling the step again, into the same tensors."""
+
+    made = 0
+
+    def __init__(self, step, tokens):
+        type(self).made += 1
+        self.step, self.tokens, self.result = step, tokens, None
+
+    def replay(self, tokens):
+        self.tokens.copy_(tokens)
+        result = self.step(self.tokens)
+        self.result = result if self.result is None else self.result.copy_(result)
+        return self.result
+
+
+def test_replayed_steps_give_the_same_completions(tokenizer, monkeypatch):
+    """A graph for each number of rows; it reads the same tensors at every token."""
+    monkeypatch.setattr(segment_decoding, "StepGraph", _Graph)
+    _Graph.made = 0
+    engine = Engine(build_model("llama"), OfAccelerator())
+    plain, replayed = (sample(engine, tokenizer, 40, stop=["7"], cuda_graphs=on) for on in (False, True))
+    assert torch.equal(plain.sequences.completion_ids, replayed.sequences.completion_ids)
+    assert torch.allclose(plain.sampling_logprobs, replayed.sampling_logprobs, atol=1e-5, rtol=0)
+    assert 1 < _Graph.made <= 16
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "reason"), [("llama", Backend(), "a CPU"), ("mistral", OfAccelerator(), "a sliding window")]
+)
+def test_graphs_that_cannot_be_are_refused(tokenizer, monkeypatch, family, backend, reason):
+    engine = Engine(build_adapted(family).model, backend)
+    engine.prepare()
+    monkeypatch.setattr(Engine, "passes", lambda self: {"attention by segments": ""} if reason != "a CPU" else {})
+    with pytest.raises(ConfigError, match=rf"sampler.cuda_graphs=true: {reason}.*; remove it"):
+        sample(engine, tokenizer, cuda_graphs=True)
+
+
+def test_a_graph_records_a_step_and_replays_it(monkeypatch):
+    calls = []
+
+    class Recorded:
+        def replay(self):
+            calls.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext(calls.append("record")))
+    tokens = torch.zeros(3)
+    graph = segment_decoding.StepGraph(lambda read: read + 1, tokens)
+    assert graph.replay(torch.ones(3)) is graph.replay(torch.full((3,), 2.0))
+    assert calls == ["record", "replay", "replay"] and tokens.tolist() == [2.0] * 3

@@ -1,0 +1,509 @@
+"""Everything that can only be known on a GPU, in ten minutes at most: `python benchmarks/gpu_day.py`.
+
+Checks (agreement of sampling and training, ways of attention, CUDA graphs, determinism, resume, precisions, bitsandbytes), then
+speed, peak memory beside what was planned, vLLM and TRL where they are installed, and a profile. On a model with the shape of
+Qwen3-0.6B and random weights, which is made here: nothing is downloaded. Writes a page and JSON that name the card. A part that
+fails is written down as failed, and the others go on; then the exit status is 1.
+
+Without a GPU it runs with tiny sizes on the CPU, in order to show that all parts run to their end: such numbers say nothing.
+"""
+
+from hybrid_lightning.process import prepare_process
+
+prepare_process()  # as `python -m hybrid_lightning` does
+
+import argparse
+import gc
+import importlib.util
+import json
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, seed_everything
+from run_memory import AllDifferent, Prompts
+from tables import table
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.scorers import Random
+from hybrid_lightning.assets import embedded_policy_path
+from hybrid_lightning.callbacks import HybridAdapterSetup
+from hybrid_lightning.engine import token_logprobs
+from hybrid_lightning.losses import GRPOLoss
+from hybrid_lightning.memory import RunSettings, SingleDevice, plan_memory
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.trainer import Trainer
+
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the model and of a rollout."""
+
+    layers: int = 28
+    hidden: int = 1024
+    inner: int = 3072
+    heads: int = 16
+    groups: int = 8
+    vocabulary: int = 151_936
+    prompts: int = 32
+    samples: int = 8
+    prompt_tokens: int = 384
+    new_tokens: int = 256
+    rank: int = 16
+    share: float = 0.1
+
+
+FULL = Sizes()
+SMALL = replace(FULL, prompts=4, samples=4, prompt_tokens=64, new_tokens=32)  # of checks on the same model
+TINY = Sizes(2, 64, 128, 4, 2, 512, 2, 4, 8, 6, 4, 0.1)
+
+
+class Day:
+    """The device, the sizes, and where the model lies.
+
+    Args:
+        folder: For the model and what parts write.
+        tiny: Whether to run with tiny sizes, as on a CPU.
+    """
+
+    def __init__(self, folder: Path, tiny: bool) -> None:
+        self.folder, self.tiny = folder, tiny
+        self.on_gpu = torch.cuda.is_available()
+        self.sizes, self.check_sizes = (TINY, TINY) if tiny else (FULL, SMALL)
+        self.model = str(folder / "model")
+        self.precision = "bf16-mixed"
+
+    def make_model(self) -> None:
+        """Random weights, and the tokenizer of the embedded policy: which tokens there are does not matter."""
+        sizes = self.sizes
+        torch.manual_seed(0)
+        config = Qwen3Config(
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.hidden,
+            intermediate_size=sizes.inner,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.groups,
+            head_dim=16 if self.tiny else 128,
+            tie_word_embeddings=True,
+            max_position_embeddings=2048,
+        )
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(self.model)
+        AutoTokenizer.from_pretrained(embedded_policy_path()).save_pretrained(self.model)
+
+    def texts(self, sizes: Sizes) -> list[str]:
+        """Prompts of the wanted length, one token a character."""
+        drawn = torch.randint(10, (sizes.prompts, sizes.prompt_tokens), generator=torch.Generator().manual_seed(1))
+        return ["".join(map(str, row)) for row in drawn.tolist()]
+
+    def policy(self, sizes: Sizes, sampler: Any = None, **options: Any) -> PolicyModule:
+        """A policy whose completions have full length."""
+        policy = PolicyModule(
+            loss=GRPOLoss(),
+            reward=AllDifferent(),
+            model=self.model,
+            sampler=sampler or Sampler(max_new_tokens=sizes.new_tokens),
+            prompts_per_rollout=sizes.prompts,
+            samples_per_prompt=sizes.samples,
+            lr_lora=1e-4,
+            lr_full=1e-5,
+            **{"dtype": "bfloat16", **options},
+        )
+        policy.pretrained.stop_ids = [10**9]  # no such token: nothing ends
+        return policy
+
+    def train(
+        self, policy: PolicyModule, sizes: Sizes, steps: int, *callbacks: Callback, checkpoint: Path | None = None, **flags: Any
+    ) -> Trainer:
+        """Train with a hybrid adapter, whose modules are drawn, so that nothing is scored."""
+        seed_everything(0, verbose=False)
+        adapter = HybridAdapterSetup(
+            budget=ModuleBudget(sizes.share), scorer=Random(), rank=sizes.rank, alpha=2 * sizes.rank, keep_start_weights=False
+        )
+        trainer = Trainer(
+            accelerator="gpu" if self.on_gpu else "cpu",
+            devices=1,
+            precision=flags.pop("precision", self.precision),
+            max_steps=steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            default_root_dir=self.folder,
+            callbacks=[*callbacks, adapter],
+            **flags,
+        )
+        trainer.fit(policy, datamodule=Prompts(self.texts(sizes), 1), ckpt_path=checkpoint)
+        return trainer
+
+    def synchronize(self) -> None:
+        """Wait for the GPU."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+class Agreement(Callback):
+    """Differences of the log-probabilities of sampling and training, of the first rollout."""
+
+    def __init__(self) -> None:
+        self.found: Found = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Before the first optimizer step."""
+        if self.found:
+            return
+        mask = batch.sequences.completion_mask
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            trained, _ = pl_module.logprobs(batch.sequences)
+            found = (trained - batch.sampling_logprobs)[mask].abs()
+            self.found = {"mean": float(found.mean()), "largest": float(found.max()), "passes": pl_module.engine.passes()}
+            engine = pl_module.engine
+            kept = engine._trial
+            if not kept.why_no_segments:  # the same by the other kernels
+                engine._trial = replace(kept, why_no_segments="compared here")
+                other, _ = token_logprobs(engine, batch.sequences.rows(slice(0, 8)), 1.0)
+                engine._trial = kept
+                apart = (other - trained[:8])[mask[:8]].abs()
+                self.found |= {"segments and repeated keys, mean": float(apart.mean()), "largest of these": float(apart.max())}
+
+
+def agreement(day: Day) -> Found:
+    """How far sampling and training are apart, and attention by segments and by repeated keys."""
+    compare = Agreement()
+    day.train(day.policy(day.check_sizes), day.check_sizes, 1, compare)
+    return compare.found
+
+
+def graphs(day: Day) -> Found:
+    """Whether replayed steps give the completions of plain ones, and tokens a second of both."""
+    sizes = day.sizes
+    policy = day.policy(sizes)
+    day.train(policy, day.check_sizes, 0)
+    if day.on_gpu:
+        policy.cuda()
+    prompts = policy_prompts(day, sizes)
+    found: Found = {}
+    completions = []
+    for on in (False, True, False, True):
+        policy.sampler = Sampler(max_new_tokens=sizes.new_tokens, cuda_graphs=on)
+        day.synchronize()
+        begin = time.perf_counter()
+        try:
+            with torch.autocast("cuda" if day.on_gpu else "cpu", torch.bfloat16):
+                rollouts = policy.generate(prompts, sizes.samples, PromptDraws(prompts, sizes.samples, 0))
+        except Exception as error:
+            if day.on_gpu:
+                raise
+            return {"not on this device": str(error)}
+        day.synchronize()
+        name = "tokens/s with graphs" if on else "tokens/s without"
+        found[name] = sizes.prompts * sizes.samples * sizes.new_tokens / (time.perf_counter() - begin)
+        completions.append(rollouts.sequences.completion_ids.cpu())
+    found["share of equal tokens"] = float((completions[2] == completions[3]).float().mean())
+    return found
+
+
+def policy_prompts(day: Day, sizes: Sizes) -> list[Any]:
+    """The prompts as the data module has them."""
+    return Prompts(day.texts(sizes), 1).train_prompts
+
+
+def weights_of(policy: PolicyModule) -> torch.Tensor:
+    """All trained weights, on the CPU."""
+    return torch.cat([part.detach().float().flatten().cpu() for part in policy.parameters() if part.requires_grad])
+
+
+def determinism(day: Day) -> Found:
+    """Whether two runs give the same bits, with torch's deterministic kernels and without."""
+    found: Found = {}
+    for deterministic in (False, True):
+        ends = []
+        for _ in range(2):
+            policy = day.policy(day.check_sizes)
+            day.train(policy, day.check_sizes, 2, deterministic=deterministic)
+            ends.append(weights_of(policy))
+        found["equal bits, deterministic" if deterministic else "equal bits"] = bool(torch.equal(*ends))
+        found["largest difference" + (", deterministic" if deterministic else "")] = float((ends[0] - ends[1]).abs().max())
+    torch.use_deterministic_algorithms(False)
+    return found
+
+
+def resume(day: Day) -> Found:
+    """Whether a run that stops after two of four steps and goes on gives the bits of one that does not stop."""
+    whole = day.policy(day.check_sizes)
+    day.train(whole, day.check_sizes, 4)
+    first = day.policy(day.check_sizes)
+    path = day.folder / "stopped.ckpt"
+    day.train(first, day.check_sizes, 2).save_checkpoint(path)
+    second = day.policy(day.check_sizes)
+    day.train(second, day.check_sizes, 4, checkpoint=path)
+    one, other = weights_of(whole), weights_of(second)
+    return {"equal bits": bool(torch.equal(one, other)), "largest difference": float((one - other).abs().max())}
+
+
+def precisions(day: Day) -> Found:
+    """Whether a step in each precision ends with finite weights."""
+    found: Found = {}
+    choices = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "32-true": "float32"}
+    if day.on_gpu:  # on a CPU Lightning wants a plugin for it
+        choices["16-mixed"] = "float16"
+    for precision, dtype in choices.items():
+        policy = day.policy(day.check_sizes, dtype=dtype)
+        day.train(policy, day.check_sizes, 1, precision=precision)
+        found[precision] = bool(weights_of(policy).isfinite().all())
+    return found
+
+
+def quantization(day: Day) -> Found:
+    """A step on an NF4 base with 8-bit AdamW."""
+    from bitsandbytes.optim import AdamW8bit
+
+    from hybrid_lightning.policy.quantization import NF4
+
+    policy = day.policy(day.check_sizes, quantization=NF4(), optimizer=partial(AdamW8bit))
+    day.train(policy, day.check_sizes, 1)
+    return {"finite weights": bool(weights_of(policy).isfinite().all())}
+
+
+class Times(Callback):
+    """Seconds of each phase of a step, as the policy measures them."""
+
+    def __init__(self, day: Day) -> None:
+        self.day, self.steps = day, []  # type: ignore[var-annotated]
+        self._last = 0.0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The first rollout begins."""
+        self.day.synchronize()
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """A step, with its rollout, is over."""
+        self.day.synchronize()
+        now = time.perf_counter()
+        self.steps.append(now - self._last)
+        self._last = now
+
+
+def speed(day: Day) -> Found:
+    """Seconds of a step, and the peak of memory beside what was planned."""
+    sizes, times = day.sizes, Times(day)
+    if day.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    policy = day.policy(sizes)
+    day.train(policy, sizes, 4, times)
+    tokens = sizes.prompts * sizes.samples * sizes.new_tokens
+    found: Found = {"seconds of steps": times.steps, "tokens/s of the later steps": 3 * tokens / sum(times.steps[1:])}
+    found["tokens of a pass"] = policy.update.token_budget(policy)
+    if day.on_gpu:
+        found["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    memory = torch.cuda.get_device_properties(0).total_memory if day.on_gpu else None
+    settings = RunSettings(
+        policy.pretrained.config,
+        sizes.prompt_tokens,
+        sizes.new_tokens,
+        sizes.prompts,
+        sizes.samples,
+        dtype=torch.bfloat16,
+        mixed_precision=True,
+        on_cpu=not day.on_gpu,
+        lora=LoraSettings(sizes.rank, 2 * sizes.rank),
+        plan=policy.plan,
+        keep_start_weights=False,
+        device_bytes=memory,
+    )
+    planned = [method for method in plan_memory(settings, SingleDevice()) if method.method == "plan"]
+    found["planned GiB"] = max(peak.total for peak in planned[0].peaks.values()) / 2**30
+    return found
+
+
+def vllm(day: Day) -> Found:
+    """Seconds of a step with vLLM in the process."""
+    if importlib.util.find_spec("vllm") is None:
+        return {"left out": "vLLM is not installed"}
+    from hybrid_lightning.rollout import VLLMSampler
+
+    times = Times(day)
+    policy = day.policy(day.sizes, VLLMSampler(max_new_tokens=day.sizes.new_tokens, gpu_memory_utilization=0.3))
+    day.train(policy, day.sizes, 4, times)
+    tokens = day.sizes.prompts * day.sizes.samples * day.sizes.new_tokens
+    return {"seconds of steps": times.steps, "tokens/s of the later steps": 3 * tokens / sum(times.steps[1:])}
+
+
+def trl(day: Day) -> Found:
+    """Seconds of a step of TRL's GRPOTrainer with PEFT, LoRA on all linear layers, and with vLLM where it is installed."""
+    if importlib.util.find_spec("trl") is None:
+        return {"left out": "TRL is not installed"}
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    sizes, steps = day.sizes, []  # type: ignore[var-annotated]
+
+    class Clock(TrainerCallback):
+        """Notes when steps end."""
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            """A step, with its generation, is over."""
+            day.synchronize()
+            steps.append(time.perf_counter())
+
+    with_vllm = day.on_gpu and importlib.util.find_spec("vllm") is not None
+    config = GRPOConfig(
+        output_dir=str(day.folder / "trl"),
+        use_cpu=not day.on_gpu,
+        bf16=True,
+        max_steps=4,
+        per_device_train_batch_size=sizes.samples,
+        gradient_accumulation_steps=sizes.prompts,
+        num_generations=sizes.samples,
+        max_completion_length=sizes.new_tokens,
+        beta=0.0,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        **({"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3} if with_vllm else {}),
+    )
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(day.model, dtype=torch.bfloat16),
+        reward_funcs=lambda completions, **_: [number / len(completions) for number in range(len(completions))],
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": day.texts(sizes)}),
+        processing_class=AutoTokenizer.from_pretrained(day.model, padding_side="left"),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=sizes.rank, lora_alpha=2 * sizes.rank, target_modules="all-linear"),
+        callbacks=[Clock()],
+    )
+    begin = time.perf_counter()
+    trainer.train()
+    seconds = [after - before for before, after in zip([begin, *steps], steps, strict=False)]
+    return {"with vLLM": with_vllm, "seconds of steps": seconds}
+
+
+def kernels(day: Day) -> Found:
+    """The kernels that take longest in a step, rollout and update."""
+    policy = day.policy(day.sizes)
+    activities = [ProfilerActivity.CUDA] if day.on_gpu else [ProfilerActivity.CPU]
+
+    class Profiled(Callback):
+        """Profiles the second step."""
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            """The first step has compiled what is compiled."""
+            if trainer.global_step == 1:
+                recorder.start()
+            else:
+                recorder.stop()
+
+    recorder = profile(activities=activities)
+    day.train(policy, day.sizes, 2, Profiled())
+    key = "self_device_time_total" if day.on_gpu else "self_cpu_time_total"
+    entries = sorted(recorder.key_averages(), key=lambda entry: -getattr(entry, key))[:15]
+    return {entry.key[:80]: f"{getattr(entry, key) / 1e3:.1f} ms, {entry.count} times" for entry in entries}
+
+
+PARTS: dict[str, Callable[[Day], Found]] = {
+    part.__name__: part for part in (agreement, graphs, speed, determinism, resume, precisions, quantization, vllm, trl, kernels)
+}
+
+
+def run(day: Day, names: list[str], minutes: float) -> dict[str, Found]:
+    """Run parts one after another; those for which no time is left are named."""
+    results: dict[str, Found] = {}
+    begin = time.perf_counter()
+    for name in names:
+        if time.perf_counter() - begin > 60 * minutes:
+            results[name] = {"left out": f"the {minutes:g} minutes were over"}
+            continue
+        print(f"{name} ...", flush=True)
+        start = time.perf_counter()
+        try:
+            found = PARTS[name](day)
+        except Exception as error:  # the other parts are wanted all the same
+            traceback.print_exc()
+            found = {"FAILED": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        results[name] = {**found, "seconds": time.perf_counter() - start}
+        gc.collect()
+        if day.on_gpu:
+            torch.cuda.empty_cache()
+    return results
+
+
+def card(day: Day) -> Found:
+    """What it ran on."""
+    names = ("torch", "lightning", "transformers", "peft", "vllm", "trl", "bitsandbytes")
+    versions = {name: version(name) for name in names if importlib.util.find_spec(name) is not None}
+    if not day.on_gpu:
+        return {"device": f"a CPU ({platform.machine()}): tiny sizes, whose numbers say nothing", "versions": versions}
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "device": device.name,
+        "GiB": round(device.total_memory / 2**30, 1),
+        "capability": f"{device.major}.{device.minor}",
+        "CUDA": torch.version.cuda,
+        "versions": versions,
+    }
+
+
+def page(what: Found, sizes: Sizes, results: dict[str, Found]) -> str:
+    """The results as Markdown."""
+    lines = ["# A day with a GPU", "", "    python benchmarks/gpu_day.py", ""]
+    lines += [f"{name}: {value}  " for name, value in what.items()]
+    lines += ["", f"{asdict(sizes)}", ""]
+    for name, found in results.items():
+        rows = [(key, _text(value)) for key, value in found.items()]
+        lines += [f"## {name}", "", (PARTS[name].__doc__ or "").strip(), "", table(("", "found"), rows, 2), ""]
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return str(value)
+
+
+def main() -> None:
+    """Run, and write page and JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which; default: all, in this order")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which no part begins (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes on a GPU, too")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_day"), help="folder of page and JSON (default: %(default)s)")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        day = Day(Path(folder), given.tiny or not torch.cuda.is_available())
+        day.make_model()
+        results = run(day, given.parts, given.minutes)
+        what = card(day)
+    given.out.mkdir(parents=True, exist_ok=True)
+    content = {"card": what, "sizes": asdict(day.sizes), "results": results}
+    (given.out / "gpu_day.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (given.out / "gpu_day.md").write_text(page(what, day.sizes, results), encoding="utf-8")
+    print(f"written to {given.out}/gpu_day.md and gpu_day.json")
+    if any("FAILED" in found for found in results.values()):
+        sys.exit("error: some parts failed; see the page")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
 from hybrid_lightning.engine import SegmentDecoding, decoding_of
@@ -289,7 +290,8 @@ def draw_by_integers(logits: Tensor, uniform: Tensor, temperature: float) -> tup
         logits, size = F.pad(logits, (0, -width % _BLOCK), value=float("-inf")), _BLOCK
     scaled = logits if temperature == 1 else logits.float() / temperature
     # On a GPU from 16 bits to float32 in one pass, as `softmax(dtype=torch.float32)` does it there.
-    converts = scaled.is_cuda and scaled.dtype in (torch.float16, torch.bfloat16)
+    on_gpu = scaled.is_cuda or isinstance(scaled, FakeTensor)  # that of a plan seems to be on the CPU
+    converts = on_gpu and scaled.dtype in (torch.float16, torch.bfloat16)
     probabilities = torch._softmax(scaled if converts else scaled.float(), 1, converts)
     weights = probabilities.view(len(logits), -1, size)
     ends = _whole(weights.sum(dim=2)).cumsum(dim=1)

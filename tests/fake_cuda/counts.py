@@ -5,6 +5,7 @@ import sys
 import tempfile
 import warnings
 from contextlib import contextmanager
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import fake_gpu
@@ -18,7 +19,7 @@ from transformers import LlamaConfig, Qwen3Config
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.engine import logprobs_of_hidden, packed_decoding
 from hybrid_lightning.memory.fake_model import FakeModel
-from hybrid_lightning.memory.pass_memory import _sequences
+from hybrid_lightning.memory.pass_memory import _sequences, _trace_decoding, _trace_update, passes_of_step
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.rollout.sampler import draw_by_integers
 
@@ -136,6 +137,18 @@ def layout_syncs():
     return counter.counts.syncs
 
 
+def traces(config):
+    """What the plan of a run on a GPU counts, on a machine without one and on the device itself."""
+    settings = replace(settings_of(config), prompts_per_rollout=4, max_tokens_per_micro_batch=4000)
+    (rows, *_) = passes_of_step(settings, 4)
+    found = {}
+    for device in ("cpu", "cuda:0"):
+        update = _trace_update(FakeModel(settings, 2, 0, device), rows)
+        sampling = _trace_decoding(FakeModel(settings, 2, 0, device), 4, SAMPLES)
+        found[device] = [astuple(update), astuple(sampling)]
+    return found
+
+
 def caught(what):
     """The kind of mistake that is found where there is one."""
     fake = FakeModel(settings_of(CONFIGS["Llama-1B"]), 1, 0, "cuda:0")
@@ -170,6 +183,7 @@ def main():
             "decoding": of_all_layers(config, decoding),
             "ideal": ideal_decoding(config),
             "update": of_all_layers(config, update),
+            "traces": traces(config),
         }
     json.dump(found, sys.stdout)
 

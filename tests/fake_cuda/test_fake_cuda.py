@@ -72,6 +72,17 @@ def test_an_update_of_four_prompts_keeps_its_ceilings(counts, model, kernels, gi
     assert found["kernels of a layer"] <= kernels and found["bytes"] < gigabytes * 1e9
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_machine_without_a_gpu_plans_what_one_with_it_would(counts, model):
+    """Activations, logits, cache and copies of an update and of sampling, to the byte.
+
+    The backward pass of SiLU, one kernel of a GPU, is taken apart for its fake tensors, so that they count more there.
+    """
+    here, there = counts[model]["traces"].values()
+    for (*activations, backward, cache, copies), other in zip(here, there, strict=True):
+        assert [*activations, cache, copies] == [*other[:2], *other[3:]] and backward <= other[2]
+
+
 def test_the_layout_of_a_micro_batch_waits_eight_times(counts):
     """Once for all of its layers, to learn the shapes of what follows."""
     assert len(counts["syncs of a layout"]) == 8

@@ -37,17 +37,17 @@ class Sampler(RolloutEngine):
     """Samples in the training process, with the very weights that are trained: the default rollout engine.
 
     Args:
+        max_new_tokens: Longest completion in tokens.
         cuda_graphs: Record the step of a token as a CUDA graph, for each number of rows that still run, and replay it. It needs
             a GPU whose kernels attend by segments. No GPU has run it yet, so that it is off.
-        *args: See `RolloutEngine`.
         **kwargs: See `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
     """
 
-    def __init__(self, *args: Any, cuda_graphs: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, max_new_tokens: int = 256, *, cuda_graphs: bool = False, **kwargs: Any) -> None:
+        super().__init__(max_new_tokens, **kwargs)
         self.cuda_graphs = cuda_graphs
 
     @torch.no_grad()

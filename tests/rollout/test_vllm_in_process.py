@@ -167,8 +167,9 @@ def test_memory_is_freed_after_a_rollout_and_taken_back_for_what_needs_it(
     monkeypatch, sleep, falls_asleep, for_weights, for_completions
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [])
-    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
     sampler = VLLMSampler(sleep=sleep)
     sampler.release_memory()  # there is no engine yet
     sampler._llm = Recorder()

@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from hybrid_lightning.configurable import with_public_paths
+from hybrid_lightning.configurable import constructor_defaults, with_public_paths
 from hybrid_lightning.errors import HybridLightningError
 from hybrid_lightning.remedies import is_machine_error, with_remedy
 
@@ -224,7 +224,14 @@ def _of_known_classes(parts: Mapping[str, type]) -> Iterator[str]:
                 yield action.dest
                 for inner in known_classes(type_of(action)).values():
                     if _is_ours(inner):
-                        yield from (f"{action.dest}.{name}" for name in inspect.signature(inner).parameters)
+                        yield from (f"{action.dest}.{name}" for name in _arguments_of(inner))
+
+
+def _arguments_of(kind: type) -> list[str]:
+    """Names of what a class takes, with those that it hands on by `**kwargs`."""
+    own = inspect.signature(kind).parameters.values()
+    named = [entry.name for entry in own if entry.kind is not inspect.Parameter.VAR_KEYWORD]
+    return list(dict.fromkeys([*named, *constructor_defaults(kind)]))
 
 
 def _plain(key: str) -> str:

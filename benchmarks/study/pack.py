@@ -12,7 +12,14 @@ from typing import Any
 from benchmarks.study.records import Job, Record
 from benchmarks.study.store import Store, add_options, differing, malformed, read, same, store_of, write, write_pack
 
-FIELD = {"scores": "scores", "cost": "rounds", "updates": "tails", "memory": "bytes"}  # what the analysis wants of the records of a stage
+# What the analysis wants of the records of a stage; those of the other stages are runs.
+FIELD = {"scores": "scores", "cost": "rounds", "updates": "tails", "memory": "bytes"}
+STAGES = ("run", "sweep", "trial", "frontier", *FIELD)
+    "scores": "scores",
+    "cost": "rounds",
+    "updates": "tails",
+    "memory": "bytes",
+}  # what the analysis wants of the records of a stage
 
 
 def main() -> None:
@@ -55,7 +62,7 @@ def together(store: Store, drop: Iterable[str] = ()) -> dict[str, dict[str, Any]
         if file.exists() and same(read(file), records[name]):
             raise SystemExit(f"error: {file} is what {store.pack} has; delete it first, or it would be packed again")
         del records[name]
-    for path in sorted(path for stage in ("run", "sweep", "trial", "frontier", *FIELD) for path in (store.folder / stage).rglob("*.json")):
+    for path in sorted(path for stage in STAGES for path in (store.folder / stage).rglob("*.json")):
         name, content = path.relative_to(store.folder).as_posix(), read(path)
         if cause := fault(name, content):
             problems.append(malformed(path, cause))

@@ -15,11 +15,6 @@ from benchmarks.study.store import Store, add_options, differing, malformed, rea
 # What the analysis wants of the records of a stage; those of the other stages are runs.
 FIELD = {"scores": "scores", "cost": "rounds", "updates": "tails", "memory": "bytes"}
 STAGES = ("run", "sweep", "trial", "frontier", *FIELD)
-    "scores": "scores",
-    "cost": "rounds",
-    "updates": "tails",
-    "memory": "bytes",
-}  # what the analysis wants of the records of a stage
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from test_study_runs import task  # noqa: F401  (the fixture)
 
 from benchmarks.study import frontier, pretrain
 from benchmarks.study.estimates import holm, p_value
-from benchmarks.study.frontier_report import LORA, claims_table, line_at, points_of, report
+from benchmarks.study.frontier_report import LORA, beside_others, claims_table, line_at, points_of, report
 from benchmarks.study.methods import METHODS
 from benchmarks.study.policies import POLICY_OF, RECIPES, folder_of
 from benchmarks.study.pool import HERE
@@ -88,6 +88,13 @@ def test_a_distance_is_to_the_line_at_the_same_size(tmp_path):
     assert line_at(points, LORA, 99) == line_at(points, LORA, 6401) == {}
 
 
+def test_what_a_start_policy_adds_to_all_methods_is_not_in_the_intervals_of_the_figure(tmp_path):
+    points = _points(tmp_path, lora_r4=(400, (0.2, 0.5, 0.8)), own_r4=(400, (0.3, 0.61, 0.89)))
+    found = beside_others(points)
+    assert found["lora_r4"].value == pytest.approx(0.5) and found["own_r4"].value == pytest.approx(0.6)
+    assert all(0 < estimate.high - estimate.low < 0.05 for estimate in found.values())
+
+
 def test_claims_are_marked_where_holms_correction_leaves_them(tmp_path):
     steady, doubtful = [0.5, 0.52, 0.48, 0.5], [0.5, 0.58, 0.41, 0.53]
     points = _points(
@@ -134,7 +141,8 @@ def test_a_start_policy_for_each_seed(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", sorted(POLICY_OF))
 def test_every_task_has_a_recipe_that_knows_its_characters(name):
-    config = yaml.safe_load((HERE / "tasks" / f"{name}.yaml").read_text())
+    (path,) = (HERE / "tasks").rglob(f"{name}.yaml")
+    config = yaml.safe_load(path.read_text())
     policy = config["model"].get("init_args", config["model"])["model"]
     assert policy == "embedded" or policy.endswith(POLICY_OF[name])
     recipe = RECIPES[POLICY_OF[name]]

@@ -51,6 +51,7 @@ def test_an_option_goes_before_and_a_cpu_keeps_nothing(tmp_path, device):
         assert policy.update.token_budget(policy) == (100 if options else 24)
 
 
+@pytest.mark.filterwarnings("ignore:two runs with one seed may differ")
 @pytest.mark.parametrize(("kind", "told"), [("cpu", []), ("cuda", [False])])
 def test_a_run_on_a_gpu_prepares_the_process_before_anything_is_allocated(tmp_path, monkeypatch, kind, told):
     policy = build_policy(write_model(tmp_path / "model"))

@@ -177,13 +177,12 @@ def planted():
 
 def main():
     warnings.simplefilter("ignore")
-    found = {"planted": planted(), "syncs of a layout": layout_syncs()}
+    found = {"planted": planted(), "syncs of a layout": layout_syncs(), "traces": traces(CONFIGS["Qwen3-0.6B"])}
     for name, config in CONFIGS.items():
         found[name] = {
             "decoding": of_all_layers(config, decoding),
             "ideal": ideal_decoding(config),
             "update": of_all_layers(config, update),
-            "traces": traces(config),
         }
     json.dump(found, sys.stdout)
 

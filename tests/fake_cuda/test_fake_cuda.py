@@ -72,13 +72,12 @@ def test_an_update_of_four_prompts_keeps_its_ceilings(counts, model, kernels, gi
     assert found["kernels of a layer"] <= kernels and found["bytes"] < gigabytes * 1e9
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_a_machine_without_a_gpu_plans_what_one_with_it_would(counts, model):
+def test_a_machine_without_a_gpu_plans_what_one_with_it_would(counts):
     """Activations, logits, cache and copies of an update and of sampling, to the byte.
 
     The backward pass of SiLU, one kernel of a GPU, is taken apart for its fake tensors, so that they count more there.
     """
-    here, there = counts[model]["traces"].values()
+    here, there = counts["traces"].values()
     for (*activations, backward, cache, copies), other in zip(here, there, strict=True):
         assert [*activations, cache, copies] == [*other[:2], *other[3:]] and backward <= other[2]
 

@@ -109,7 +109,7 @@ class Pretraining(SupervisedModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One group, with the learning rate of fully trained modules."""
         self.model.requires_grad_(True)
-        groups = {"full": (list(self.model.parameters()), self.lr_full)}
+        groups = {"full": (list(self.model.parameters()), self.rates["full"])}
         return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
 
 

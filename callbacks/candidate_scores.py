@@ -113,7 +113,7 @@ def _optimizer(pl_module: LightningModule, stand_ins: list[nn.Parameter]) -> Opt
     """The run's optimizer at the rate of fully trained modules; of a module that does not say which, AdamW."""
     if not isinstance(pl_module, AdaptedModule):
         return AdamW(stand_ins)
-    return make_optimizer(pl_module.optimizer_class, [{"params": stand_ins, "lr": pl_module.lr_full, "name": "full"}])
+    return make_optimizer(pl_module.optimizer_class, [{"params": stand_ins, "lr": pl_module.rates["full"], "name": "full"}])
 
 
 def _mean_loss(losses: Iterable[Tensor]) -> float:

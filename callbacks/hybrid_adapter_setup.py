@@ -52,7 +52,7 @@ _AFTER_SCORING = {
     "token_mask",
 }
 # Those of them on which an update depends.
-_OF_UPDATES = {"lr_full", "minibatches_per_rollout", "optimizer"}
+_OF_UPDATES = {"lr_full", "lr_lora", "minibatches_per_rollout", "optimizer"}
 
 
 class HybridAdapterSetup(Configurable, Callback):

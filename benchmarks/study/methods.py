@@ -5,7 +5,7 @@ that take one rate for both, or the ratio that the task has.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.study.spread import SPREADS, Spread
 from hybrid_lightning.configurable import constructor_defaults
@@ -27,7 +27,7 @@ class Method:
     match_state: bool = False  # the rank is the smallest with as many trainable parameters as the hybrid has
     module: str | None = None  # of a policy with another adapter: the class for RL and, below, for examples
     supervised_module: str | None = None
-    full_to_lora: float | None = FULL_TO_LORA  # None: as the task's config has it
+    full_to_lora: float | Literal["task", "width"] = FULL_TO_LORA  # "task": as its config has it; "width": by `rate_of_full_modules`
     frozen_rest: bool = False  # modules that are not fully trained stay as they are
     only: str | None = None  # the one module that is fully trained, by name
     spread: Spread | None = None  # how the parameters of LoRA of `rank` are spent instead
@@ -58,18 +58,31 @@ class Method:
         if self.untrained:
             return {}
         rank = rank or self.rank or task["adapter"]["rank"]
-        ratio = own_rate(task, "lr_full") / own_rate(task, "lr_lora") if self.full_to_lora is None else self.full_to_lora
-        rates = {"model.lr_full": learning_rate if self.fully else ratio * learning_rate}
+        rates: dict[str, Any] = {"model.lr_full": learning_rate if self.fully else self._full_rate(task, learning_rate)}
         if not self.fully:
             rates["model.lr_lora"] = learning_rate
         changes = {name: value.format(seed=seed) if isinstance(value, str) else value for name, value in self.changes.items()}
         return {**rates, "adapter.rank": rank, "adapter.alpha": 2 * rank, **changes}
 
 
+    def _full_rate(self, task: dict[str, Any], learning_rate: float) -> float | None:
+        if self.full_to_lora == "width":
+            return None  # the product's own rule
+        ratio = own_rate(task, "lr_full") / own_rate(task, "lr_lora") if self.full_to_lora == "task" else self.full_to_lora
+        return ratio * learning_rate
+
+
 def own_rate(task: dict[str, Any], name: str) -> float:
-    """`lr_full` or `lr_lora` of a task's config; where it has none, what the policy takes then."""
+    """`lr_full` or `lr_lora` of a task's config; where it has none, what the policy takes then.
+
+    Raises:
+        SystemExit: If that depends on the model.
+    """
     model = task["model"]
-    return float(model.get("init_args", model).get(name, constructor_defaults(PolicyModule)[name]))
+    rate = model.get("init_args", model).get(name, constructor_defaults(PolicyModule)[name])
+    if rate is None:
+        raise SystemExit(f"error: the config of a task has to name model.{name}, from which tuning starts")
+    return float(rate)
 
 
 def _share(share: float) -> dict[str, Any]:
@@ -84,7 +97,7 @@ def _hybrid(name: str, scorer: str, group: str = "hybrid", **changes: Any) -> Me
     return Method(name, group, _scorer(scorer, **changes))
 
 
-def _of_ratio(name: str, full_to_lora: float | None) -> tuple[Method, Method]:
+def _of_ratio(name: str, full_to_lora: float | Literal["task", "width"]) -> tuple[Method, Method]:
     """A hybrid and a random choice with another ratio of their rates."""
     return (
         Method(f"hybrid_{name}", "hybrid", full_to_lora=full_to_lora),
@@ -106,7 +119,7 @@ _ALL = (
     _hybrid("random", "Random", "control", **SEED),
     _hybrid("random_mlp", "benchmarks.study.controls.RandomMLP", "control", **SEED),
     *_of_ratio("one_rate", 1.0),
-    *_of_ratio("own_ratio", None),
+    *_of_ratio("own_ratio", "task"),
     Method("dora", "baseline", {**_share(0.0), "adapter.use_dora": True}),
     Method("rslora", "baseline", {**_share(0.0), "adapter.use_rslora": True}),
     Method(
@@ -137,6 +150,8 @@ _ALL = (
     *_beside(20, 8),
     *_beside(40, 8),
     Method("hybrid_10_r8_one_rate", "budget", _share(0.1), rank=8, full_to_lora=1.0),
+    Method("hybrid_by_width", "hybrid", full_to_lora="width"),
+    Method("hybrid_10_r8_by_width", "budget", _share(0.1), rank=8, full_to_lora="width"),
     *_beside(10, 2, "update_tail", "UpdateTail"),
     *_beside(10, 8, "update_tail", "UpdateTail"),
     *_beside(10, 8, "random_mlp", "benchmarks.study.controls.RandomMLP", **SEED),

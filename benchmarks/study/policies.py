@@ -59,7 +59,8 @@ RECIPES = {
     ),
     "tracker": PolicyRecipe(partial(_puzzle, Tracking, 0.6), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192),
     "reader": PolicyRecipe(partial(_puzzle, LookUp, 1.0), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192),
-    "sorter": PolicyRecipe(
+    "sorter": PolicyRecipe(partial(_puzzle, Sorting, 1.0), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192),
+    "wide_sorter": PolicyRecipe(
         partial(_puzzle, Sorting, 1.0), puzzles.CHARACTERS, layers=12, width=192, feed_forward=512, steps=400, batch_size=64
     ),
 }
@@ -69,7 +70,9 @@ POLICY_OF = {
     "products_direct": "products",
     "tracking": "tracker",
     "lookup": "reader",
-    "sorting": "sorter",
+    "new_automaton": "tracker",
+    "new_order": "sorter",
+    "new_order_wide": "wide_sorter",
 }  # task -> name of its recipe
 
 

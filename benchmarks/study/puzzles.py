@@ -1,8 +1,8 @@
 """Tasks of other kinds than facts: following the states of an automaton, looking up in the prompt, sorting.
 
 Each rests on a hidden table that the policy has to learn: the transitions of the automaton, the cipher in which what was looked
-up is answered, the order of the symbols. Pretraining was on the same questions with other tables, so that the policy knows the
-format and how to follow, look up and sort. Which questions are held out is fixed by their hash.
+up is answered, the order of the symbols. Pretraining was on the same questions, all or part of it with other tables, so that the
+policy knows the format and how to follow, look up and sort. Which questions are held out is fixed by their hash.
 
     tracking   `3kwp=` -> `705`        from state 3, the state after each letter
     look-up    `2aXcYbZ?ca=` -> `QR`   the cipher 2 of what stands behind c, then a

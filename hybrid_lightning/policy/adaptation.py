@@ -28,6 +28,7 @@ from hybrid_lightning.policy.optim import (
     LearningRateSchedule,
     OptimizerCallable,
     build_optimizer,
+    rate_of_full_modules,
     with_hyper_parameters,
 )
 from hybrid_lightning.policy.precision import dtype_of_precision
@@ -52,8 +53,8 @@ class AdaptedModule(LightningModule):
     Args:
         quantization: Quantizes the frozen base once the modules are scored, such as `NF4()`; None keeps it as it is.
         optimizer: Makes the optimizer of the parameter groups that it is called with.
-        lr_full: Learning rate of fully trained modules.
-        lr_lora: Learning rate of LoRA weights, about 10 times `lr_full`.
+        lr_full: Learning rate of fully trained modules; None takes `lr_lora` times 4 / sqrt(hidden size), a tenth of it at 1,600.
+        lr_lora: Learning rate of LoRA weights.
         schedule: Learning rate schedule; None takes `ConstantSchedule()`.
 
     Raises:
@@ -67,13 +68,13 @@ class AdaptedModule(LightningModule):
         *,
         quantization: Quantization | None = None,
         optimizer: OptimizerCallable = AdamW,
-        lr_full: float = 1e-5,
+        lr_full: float | None = None,
         lr_lora: float = 1e-4,
         schedule: LearningRateSchedule | None = None,
     ) -> None:
         super().__init__()
         for name, rate in (("lr_full", lr_full), ("lr_lora", lr_lora)):
-            if not 0 <= rate < float("inf"):
+            if rate is not None and not 0 <= rate < float("inf"):
                 raise ConfigError(f"model.{name} must be a non-negative number, got {rate}")
         self.quantization, self.optimizer_class = quantization, optimizer
         self.lr_full, self.lr_lora, self.schedule = lr_full, lr_lora, schedule or ConstantSchedule()
@@ -91,6 +92,12 @@ class AdaptedModule(LightningModule):
             plain["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
             self._set_hparams(plain)
             self._hparams_initial = self._to_hparams_dict(plain)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates of the parameter groups, `full` and `lora`."""
+        full = rate_of_full_modules(self.lr_lora, self.adapter_target) if self.lr_full is None else self.lr_full
+        return {"full": full, "lora": self.lr_lora}
 
     @property
     def adapter_target(self) -> nn.Module:
@@ -179,7 +186,8 @@ class AdaptedModule(LightningModule):
         from hybrid_lightning.adapters.apply import parameter_groups  # PEFT is slow to import
 
         full, lora = parameter_groups(self.adapter_target)
-        groups = {"full": (list(full.values()), self.lr_full), "lora": (list(lora.values()), self.lr_lora)}
+        rates = self.rates
+        groups = {"full": (list(full.values()), rates["full"]), "lora": (list(lora.values()), rates["lora"])}
         return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -217,9 +225,8 @@ class AdaptedModule(LightningModule):
                 self._check_resumable(saved)
             self._adapt_as(AdapterPlan.from_dict(saved["plan"]), saved["keep_start_weights"])
         if resumed:
-            rates = {"full": self.lr_full, "lora": self.lr_lora}
             for state in checkpoint.get("optimizer_states", []):
-                state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimizer_class, rates)
+                state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimizer_class, self.rates)
 
     def _check_base(self, saved: Mapping[str, Any]) -> None:
         if saved["base_digest"] != self.base_digest:

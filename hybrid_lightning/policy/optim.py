@@ -7,6 +7,7 @@ keeps its own hyper-parameters (`with_hyper_parameters`).
 import inspect
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -173,6 +174,29 @@ def make_optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -
     """Make the optimizer of these groups, wrapped in `MasterWeights` if a weight is bfloat16."""
     bfloat16 = any(weight.dtype == torch.bfloat16 for group in groups for weight in group["params"])
     return MasterWeights(optimizer, groups) if bfloat16 else optimizer(groups)
+
+
+def rate_of_full_modules(lr_lora: float, model: nn.Module) -> float:
+    """The learning rate of fully trained modules that goes with one of LoRA: 4 / sqrt(hidden size) of it, and never more than it.
+
+    A step of Adam moves each weight of a full module by about its rate. LoRA's first steps move a weight by about its rate
+    times alpha / rank and the entries of A, which PEFT draws with a standard deviation of 1 / sqrt(3 * inputs): the wider a
+    model is, the less. The 4 is that of the study's small tasks (`results/study/README.md`), where alpha is twice the rank.
+
+    Args:
+        lr_lora: Learning rate of LoRA.
+        model: A Hugging Face model, adapted or not; of another one the most frequent number of inputs of its linear modules is taken.
+
+    Raises:
+        ConfigError: If the model has neither a hidden size nor linear modules.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inputs = Counter(int(module.in_features) for module in model.modules() if isinstance(module, nn.Linear))
+    hidden = getattr(text, "hidden_size", None) or next((size for size, _ in inputs.most_common(1)), None)
+    if hidden is None:
+        raise ConfigError("the model has no hidden size from which the rate of full modules follows: give model.lr_full")
+    return lr_lora * min(1.0, 4 / math.sqrt(hidden))
 
 
 def _check_final_factor(value: float) -> float:

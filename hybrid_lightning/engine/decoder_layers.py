@@ -1,7 +1,8 @@
 """Decoder layers whose computation is known: those that compute what Llama's, Mistral's, Qwen2's or Qwen3's do.
 
 They are recognised by their classes and their parts, and a trial then has to give the same numbers (`decoder.py`). A layer with
-hooks, such as FSDP's, does not count as known, since its modules have to be called as modules.
+hooks does not count as known, since its modules have to be called as modules. What FSDP puts around a layer does not matter: it
+gathers weights, which are whole already wherever layers are computed in this way (`Engine.sampling`).
 
 For accelerators, what a layer computes before and after its attention is two functions that torch compiles. Uncompiled, a token
 of a layer takes some sixty small operations there, each of which takes longer to launch than to compute. The functions take
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralModel
@@ -27,7 +29,7 @@ from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.compiling import compiled
 from hybrid_lightning.engine.fused_attention import plain_rotary
-from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, is_watched, plain_norm
+from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, hooks_of, plain_norm
 from hybrid_lightning.engine.prepacked import ProductFactors, multiply, product_factors
 
 _FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
@@ -90,7 +92,8 @@ def _layer(
     window: int | None,
     settings: AttentionSettings,
 ) -> KnownLayer:
-    if type(layer) is not classes[0]:
+    layer = layer.module if isinstance(layer, FullyShardedDataParallel) else layer
+    if _class_of(layer) is not classes[0]:
         raise UnknownLayerError(f"{type(layer).__name__} is not known, as where a strategy has wrapped it")
     parts: Any = layer
     attention, mlp, norms = parts.self_attn, parts.mlp, (parts.input_layernorm, parts.post_attention_layernorm)
@@ -108,10 +111,16 @@ def _layer(
     return KnownLayer(norms, projections[:3], head_norms, backend, window, settings, attention.head_dim, projections[3], mlp)
 
 
+def _class_of(layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer, also if FSDP2, which puts its own class before it, has split it."""
+    return type(layer).__bases__[1] if isinstance(layer, FSDPModule) else type(layer)
+
+
 def _check_unwatched(*modules: nn.Module) -> None:
     for module in modules:
-        if is_watched(module):
-            raise UnknownLayerError(f"hooks watch the calls of {type(module).__name__}, as FSDP's do where weights are sharded")
+        gathers: Any = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+        if any(gathers is None or getattr(hook, "__self__", None) is not gathers for hook in hooks_of(module)):
+            raise UnknownLayerError(f"hooks watch the calls of {type(module).__name__}")
 
 
 class Norm(NamedTuple):

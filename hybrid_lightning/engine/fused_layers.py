@@ -7,6 +7,7 @@ norm's input, and the activated gate beside the gate. Without these a step of Sm
 A fused layer replaces the layer that it is made from, with the same weights under the same names.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -68,7 +69,13 @@ class FusedMLP(LlamaMLP):
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a module has hooks, so that it has to be called as a module."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    return bool(hooks_of(module))
+
+
+def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks of a module for its forward and backward passes."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return [hook for hooks in kinds for hook in hooks.values()]
 
 
 def use_fused_layers(model: nn.Module, backend: Backend) -> None:

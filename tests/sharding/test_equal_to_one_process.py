@@ -111,6 +111,7 @@ def test_it_is_the_same_run(sharded, single, first_rollout, strategy, ranks):
         for rank, result in enumerate(one[name] for one in results):
             case = f"{name}, rank {rank}"
             assert result["plan"] == whole["plan"], case
+            assert result["why_slow_decoding"] == "", case  # while sampling weights are whole
             assert result["prompts"][0] == whole["prompts"][0][rank::ranks], case
             assert len(result["steps"]) == len(whole["steps"]), case
             for one, other in zip(result["steps"], whole["steps"], strict=True):

@@ -14,6 +14,7 @@ from hybrid_lightning.adapters.gradients import GradientMode
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.adapters.updates import OptimizerSteps, turns_of
 from hybrid_lightning.callbacks.display import console, progress_bar, say
 from hybrid_lightning.engine import Backend
@@ -42,6 +43,7 @@ def score_candidates(
     model: nn.Module,
     candidates: dict[str, Any],
     kept: KeptScoring,
+    process: ScoringProcess | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Score the candidates.
 
@@ -52,17 +54,18 @@ def score_candidates(
         model: Its model, not adapted yet.
         candidates: Full dotted name -> linear module.
         kept: Progress of scoring.
+        process: Shares the work with other processes; None: this one is alone.
 
     Returns:
         Full dotted name -> score, and what the scores were made from, which the plan keeps.
     """
-    scorer = scoring.scorer
+    scorer, process = scoring.scorer, process or ScoringProcess()
     losses: Any = []
     info: dict[str, Any] = {}
     if scorer.needs_gradient or scorer.needs_loss or scorer.needs_update:
         losses = _calibration_losses(scoring, trainer, pl_module, kept)
         info = {"prompts": scoring.calibration_prompts, **getattr(losses, "info", {})}
-        if info.get("signal") == "answers":
+        if info.get("signal") == "answers" and process.is_first:
             console().print(
                 "All calibration rewards tie, so rollouts carry no signal: modules are scored by the supervised gradient of "
                 "the reference answers instead."
@@ -76,7 +79,8 @@ def score_candidates(
         turns = len(turns_of(candidates, steps.most))
         info |= {"turns": turns}
         total = None if total is None else turns * total
-        say(f"Scoring by {scorer.steps} optimizer steps that are not taken, in {turns} turns of {steps.most:,} weights")
+        if process.is_first:
+            say(f"Scoring by {scorer.steps} optimizer steps that are not taken, in {turns} turns of {steps.most:,} weights")
     # Fused layers as in training, since the passes of scoring are as large as those of training.
     engine = getattr(pl_module, "engine", None)
     use_fused_layers(model, Backend() if engine is None else engine.backend)
@@ -92,6 +96,7 @@ def score_candidates(
             kept=kept,
             on_loss=lambda seen: advance(seen, None),
             steps=steps,
+            process=process,
         )
     return scores, info
 

@@ -31,8 +31,10 @@ from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CalibrationError, CheckpointError, ConfigError, PlanError
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state
 from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.policy.sharded_scoring import SharedProgress, scored_together
 from hybrid_lightning.policy.update import restart_epoch
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.stopping import RunStopped
 
 _SHOWN_OTHERS = 10  # number of modules of a plan that are printed, in addition to the fully trained ones
@@ -231,7 +233,11 @@ class HybridAdapterSetup(Configurable, Callback):
             )
 
     def _make_plan(self, trainer: Trainer, pl_module: LightningModule, folder: Path | None) -> AdapterPlan:
-        """Score on rank 0, on the device for training, and broadcast the plan, or the error, so that no rank waits forever."""
+        """Score on all ranks of FSDP2 together, else on rank 0, and broadcast the plan or the error, so that no rank waits."""
+        strategy = trainer.strategy
+        if isinstance(strategy, FSDP2Strategy) and isinstance(pl_module, LanguageModule) and trainer.world_size > 1:
+            together: AdapterPlan = self._planned(trainer, pl_module, folder, strategy)
+            return AdapterPlan.from_dict(strategy.broadcast(together.to_dict()))
         content: dict[str, Any] = {}
         error: Exception | RunStopped | None = None
         if trainer.is_global_zero:
@@ -251,9 +257,13 @@ class HybridAdapterSetup(Configurable, Callback):
             raise CalibrationError(f"rank 0 could not score the modules: {reason}")
         return AdapterPlan.from_dict(content)
 
-    def _planned(self, trainer: Trainer, pl_module: LightningModule, folder: Path | None) -> AdapterPlan:
-        model = getattr(pl_module, str(pl_module.adapter_attribute)).to(trainer.strategy.root_device)
-        digest = model_digest(model)
+    def _planned(
+        self, trainer: Trainer, pl_module: LightningModule, folder: Path | None, splits: FSDP2Strategy | None = None
+    ) -> AdapterPlan:
+        model = getattr(pl_module, str(pl_module.adapter_attribute))
+        if splits is None:
+            model.to(trainer.strategy.root_device)
+        digest = pl_module.base_digest if isinstance(pl_module, AdaptedModule) else model_digest(model)
         candidates = find_candidates(model, target_modules=self.target_modules)
         hparams = getattr(pl_module, "hparams", {})
         scores: dict[str, float] | None = None
@@ -261,9 +271,16 @@ class HybridAdapterSetup(Configurable, Callback):
         if self.budget.needs_scores:
             earlier: Path | None = getattr(trainer, "earlier_scoring", None)
             signals = getattr(pl_module, "signals", None)
-            kept = KeptScoring(None if folder is None else folder / SCORING, earlier, signals)
+            kind = KeptScoring if splits is None else SharedProgress
+            kept = kind(None if folder is None or not trainer.is_global_zero else folder / SCORING, earlier, signals)
             kept.require({"model": digest, "modules": list(candidates), **self._what_scores_depend_on(hparams)})
-            scores, info = score_candidates(self._scoring(candidates), trainer, pl_module, model, candidates, kept)
+            scoring = self._scoring(candidates)
+            if splits is None:
+                scores, info = score_candidates(scoring, trainer, pl_module, model, candidates, kept)
+            else:
+                assert isinstance(pl_module, LanguageModule)
+                with scored_together(pl_module, splits, candidates) as process:
+                    scores, info = score_candidates(scoring, trainer, pl_module, pl_module.model, candidates, kept, process)
         return make_plan(
             model=str(hparams.get("model", type(model).__name__)),
             revision=hparams.get("revision"),

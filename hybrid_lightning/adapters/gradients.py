@@ -2,25 +2,23 @@
 
 A hook on each candidate's weight hands the gradient to that module's accumulator as soon as the backward pass has made it, and
 frees it, so that the whole gradients of all candidates are never there together. A `GradientMode` decides how much of each is
-kept in the
-sums: all of it (`ExactGradients`) or a sketch (`SketchedGradients`, in sketch.py). Either is a linear function of the gradient (a
-`GradientForm`), so gradients of micro-batches and ranks are added up in that form. Only the candidates' weights get gradients.
+kept in the sums: all of it (`ExactGradients`) or a sketch (`SketchedGradients`, in sketch.py). Either is a linear function of the gradient (a
+`GradientForm`), so gradients of micro-batches are added up in that form. Only the candidates' weights get gradients.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
+from hybrid_lightning.adapters.scoring_process import CalibrationState, ScoringProcess, only_candidates_trainable
 from hybrid_lightning.adapters.statistics import ExactGradient, Gradient
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
+from hybrid_lightning.errors import CalibrationError, ModelError
 from hybrid_lightning.stopping import RunStopped
 
 
@@ -151,23 +149,6 @@ class ModuleAccumulator:
         return self._form.estimate(tuple(kept))
 
 
-@runtime_checkable
-class CalibrationState(Protocol):
-    """Methods that calibration losses may have, so that stopped scoring resumes after the losses that it has seen."""
-
-    def since(self, seen: int) -> Iterator[Tensor]:
-        """The losses that follow the first `seen`."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """State that the remaining losses, and later passes over all losses, need."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        ...
-
-
 def collect_gradients(
     model: nn.Module,
     candidates: Mapping[str, nn.Module],
@@ -176,9 +157,9 @@ def collect_gradients(
     ranks: Mapping[str, int],
     *,
     halves: bool = False,
-    sum_over_ranks: Callable[[Tensor], object] | None = None,
     kept: KeptScoring | None = None,
     on_loss: Callable[[int], None] | None = None,
+    process: ScoringProcess | None = None,
 ) -> dict[str, ModuleAccumulator]:
     """Average the candidates' gradients over the calibration losses.
 
@@ -194,40 +175,42 @@ def collect_gradients(
         mode: How much of each gradient to keep.
         ranks: Full dotted name -> LoRA rank, which sets the size of sketches.
         halves: Whether to keep even and odd losses apart.
-        sum_over_ranks: Sums a tensor over processes in place, such as `torch.distributed.all_reduce`; each process then has
-            losses of its own, and all get the same result. None: one process.
         kept: Saved progress of scoring: holds the sums of a stopped run, says which modules have their score already, and saves
             the sums of this run. The losses that a stopped run has seen are skipped if they follow `CalibrationState`; others are
             computed again, without a backward pass.
         on_loss: Called after each loss with the number of losses seen so far.
+        process: Shares the work with other processes; None: this one is alone.
 
     Returns:
-        Full dotted name -> accumulator of that module; modules that have their score already are left out.
+        Full dotted name -> accumulator of that module; modules that have their score already, or that another process scores,
+        are left out.
 
     Raises:
         ModelError: If a weight cannot have a gradient, as in a quantized model.
         CalibrationError: If there is no loss, a loss or gradient is not finite, or all gradients are zero.
     """
     kept = kept or KeptScoring()
-    assert sum_over_ranks is None or kept.folder is None, "sums over ranks would be summed up again by a run that goes on"
-    accumulators = {}
+    process = process or ScoringProcess()
+    modules = process.modules(candidates)
     for name, module in candidates.items():
-        weight: Tensor = module.weight  # type: ignore[assignment]
         check_weight(name, module)
-        if name not in kept.scores:
-            form = mode.form(name, weight, ranks[name])
-            accumulators[name] = ModuleAccumulator(form, (weight.shape[0], weight.shape[1]), halves)
-    if not accumulators:
+    without_score = [name for name in candidates if name not in kept.scores]
+    if not without_score:
         return {}
+    accumulators = {}
+    for name in process.own(without_score):
+        weight: Tensor = modules[name].weight  # type: ignore[assignment]
+        form = mode.form(name, weight, ranks[name])
+        accumulators[name] = ModuleAccumulator(form, (weight.shape[0], weight.shape[1]), halves)
     seen = _restore(accumulators, losses, kept)
 
     def add(name: str, gradient: Tensor, index: int) -> None:
         if name in accumulators:
             accumulators[name].add(gradient, index)
 
-    with only_candidates_trainable(model, candidates), torch.enable_grad():
+    with only_candidates_trainable(model, modules), torch.enable_grad():
         try:
-            for number in backward_all(candidates, add, losses, seen, kept):
+            for number in process.backward_all(candidates, add, losses, seen, kept):
                 seen = number
                 if on_loss is not None:
                     on_loss(seen)
@@ -238,10 +221,7 @@ def collect_gradients(
     counts = [seen] if not halves else [(seen + 1) // 2, seen // 2]
     for accumulator in accumulators.values():
         accumulator.losses.copy_(torch.tensor(counts, dtype=torch.float32))
-        if sum_over_ranks is not None:
-            for tensor in accumulator.tensors():
-                sum_over_ranks(tensor)
-    _check_signal(accumulators)
+    _check_signal(accumulators, seen, len(without_score), process)
     return accumulators
 
 
@@ -277,109 +257,23 @@ def check_weight(name: str, module: nn.Module) -> None:
         raise ModelError(f"the weight of {name} is {weight.dtype}: score the model before it is quantized.")
 
 
-def backward_all(
-    candidates: Mapping[str, nn.Module],
-    take: Callable[[str, Tensor, int], None],
-    losses: Iterable[Tensor],
-    seen: int,
-    kept: KeptScoring,
-    some: bool = False,
-) -> Iterator[int]:
-    """Run the backward pass of each unseen loss, and free each gradient once it has been taken.
-
-    Args:
-        candidates: Full dotted name -> linear module, whose weights alone have gradients.
-        take: Called with the name of a module, its gradient [m, n] and the number of the loss, counted from 0.
-        losses: Scalar losses.
-        seen: How many of them have been seen.
-        kept: Signals that stop the run, but not between a backward pass and what is done at the `yield` after it.
-        some: Whether these are some of the candidates, of which a loss need not use any.
-
-    Yields:
-        The number of losses seen.
-    """
-    index = seen
-
-    def take_gradient(name: str) -> Callable[[Tensor], None]:
-        def hook(weight: Tensor) -> None:
-            assert weight.grad is not None
-            # Losses may be yielded from within autocast, but sums and sketches are float32.
-            with torch.autocast(weight.device.type, enabled=False):
-                take(name, weight.grad.detach(), index)
-            weight.grad = None
-
-        return hook
-
-    handles = [
-        module.weight.register_post_accumulate_grad_hook(take_gradient(name))  # type: ignore[operator, union-attr]
-        for name, module in candidates.items()
-    ]
-    try:
-        for loss in losses.since(index) if isinstance(losses, CalibrationState) else islice(losses, index, None):
-            used = loss.requires_grad or not some
-            if used:
-                _check_loss(loss, index)
-            with kept.signals.deferred():  # a loss is in the sums of all modules or of none
-                if used:
-                    loss.backward()  # type: ignore[no-untyped-call]
-                index += 1
-                yield index
-            kept.signals.check()
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def only_candidates_trainable(model: nn.Module, candidates: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within this context only the candidates' weights get gradients, and the model is in eval mode (see `collect_gradients`)."""
-    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for parameter, _, _ in flags:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for module in candidates.values():
-            module.weight.requires_grad_(True)  # type: ignore[operator, union-attr]
-        for module, _ in modes:
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
-        yield
-    finally:
-        for parameter, flag, gradient in flags:
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
-        for module, training in modes:
-            module.training = training
-
-
-def _check_loss(loss: Tensor, index: int) -> None:
-    if loss.numel() != 1:
-        raise ConfigError(f"calibration loss {index} has shape {tuple(loss.shape)}: give scalar losses.")
-    if not loss.requires_grad:
-        raise CalibrationError(
-            f"calibration loss {index} does not depend on the weight of any candidate module: compute it from the "
-            "output of the model that is scored, with gradients enabled."
-        )
-    if not torch.isfinite(loss):
-        raise CalibrationError(
-            f"calibration loss {index} is {loss.item()}: look for inf or nan in the calibration data, or use bfloat16 "
-            "or float32 where the model is float16."
-        )
-
-
-def _check_signal(accumulators: dict[str, ModuleAccumulator]) -> None:
-    some = next(iter(accumulators.values()), None)
-    if some is None or float(some.losses.sum()) == 0:
+def _check_signal(accumulators: dict[str, ModuleAccumulator], losses: int, candidates: int, process: ScoringProcess) -> None:
+    if not losses:
         raise CalibrationError("there are no calibration losses or no candidates: give at least one of each.")
-    for name, accumulator in accumulators.items():
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in accumulator.tensors()):
-            raise CalibrationError(
-                f"the calibration gradient of {name} is not finite: use bfloat16 or float32 for scoring, or look for "
-                "inf or nan in the calibration data."
-            )
-    if not any(accumulator.has_signal() for accumulator in accumulators.values()):
+
+    def check_finite() -> dict[str, None]:
+        for name, accumulator in accumulators.items():
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in accumulator.tensors()):
+                raise CalibrationError(
+                    f"the calibration gradient of {name} is not finite: use bfloat16 or float32 for scoring, or look for "
+                    "inf or nan in the calibration data."
+                )
+        return {}
+
+    process.together(check_finite)
+    if not process.any(any(accumulator.has_signal() for accumulator in accumulators.values())):
         raise CalibrationError(
-            f"the calibration gradient is zero in all {len(accumulators)} candidate modules, as when all rewards of "
+            f"the calibration gradient is zero in all {candidates} candidate modules, as when all rewards of "
             "each prompt tie: use more prompts, prompts that are solved sometimes, more samples per prompt, or "
             "reference answers."
         )

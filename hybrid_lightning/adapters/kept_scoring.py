@@ -96,6 +96,11 @@ class KeptScoring:
         """The sums that `keep_sums` saved last; None if there are none."""
         return self._read(_GRADIENTS)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the last save of sums is long enough ago."""
+        return time.monotonic() > self._next_save
+
     def keep_sums(self, make: Callable[[], dict[str, Any]], stopped: bool = False) -> None:
         """Save sums of gradients, if the last save is long enough ago or the run is being stopped.
 
@@ -104,7 +109,7 @@ class KeptScoring:
             stopped: Whether the run is being stopped, so that this is the last occasion.
         """
         begin = time.monotonic()
-        if stopped or begin > self._next_save:
+        if stopped or self.is_due:
             self._write(_GRADIENTS, lambda path: torch.save(make(), path))
             now = time.monotonic()
             self._next_save = now + max(_EVERY_S, (now - begin) / _SHARE)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode, ModuleAccumulator, collect_gradients, save_progress
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scorers import Scorer
+from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.adapters.spectra import ONE_THREAD_UP_TO
 from hybrid_lightning.adapters.statistics import Gradient, ModuleStatistics
 from hybrid_lightning.adapters.updates import OptimizerSteps, updates_in_turns
@@ -34,10 +35,10 @@ def score_modules(
     rank: int | Mapping[str, int],
     mode: GradientMode | None = None,
     evaluate_loss: Callable[[], float] | None = None,
-    sum_over_ranks: Callable[[Tensor], object] | None = None,
     kept: KeptScoring | None = None,
     on_loss: Callable[[int], None] | None = None,
     steps: OptimizerSteps | None = None,
+    process: ScoringProcess | None = None,
 ) -> dict[str, float]:
     """Score each candidate's sensitivity to low-rank adaptation.
 
@@ -52,11 +53,11 @@ def score_modules(
         rank: LoRA rank r, of all candidates or of each by its name; 0 for one that would have no LoRA.
         mode: How gradients are kept, `ExactGradients()` (the default) or `SketchedGradients()`.
         evaluate_loss: Measures the calibration loss at the model's current weights; needed by `Probe` only.
-        sum_over_ranks: See `collect_gradients`.
         kept: Saved progress of scoring: the scores in it are not computed again, and new ones are saved in it. None saves
             nothing.
         on_loss: See `collect_gradients`; of a scorer of updates, over all turns.
         steps: The optimizer whose steps make an update, and how many weights a turn has; needed by scorers of updates only.
+        process: Shares the work with other processes, all of which get all scores; None: this one is alone.
 
     Returns:
         Full dotted name -> score; higher is more sensitive.
@@ -72,7 +73,7 @@ def score_modules(
         raise ConfigError(f"{type(scorer).__name__} needs evaluate_loss, which measures the calibration loss: give it too.")
     if scorer.needs_update and steps is None:
         raise ConfigError(f"{type(scorer).__name__} needs steps, the optimizer whose steps it looks at: give it too.")
-    kept = kept or KeptScoring()
+    kept, process = kept or KeptScoring(), process or ScoringProcess()
     collected: dict[str, ModuleAccumulator] = {}
     if scorer.needs_gradient:
         collected = collect_gradients(
@@ -82,17 +83,19 @@ def score_modules(
             ExactGradients() if mode is None else mode,
             ranks,
             halves=scorer.needs_halves,
-            sum_over_ranks=sum_over_ranks,
             kept=kept,
             on_loss=on_loss,
+            process=process,
         )
-    _warn_unused(collected)
+    _warn_unused(collected, len(candidates), process)
 
     def score(name: str, update: Gradient | None = None) -> float:
         accumulator = collected.get(name)
         if accumulator is not None and not accumulator.received:
             return 0.0
-        value = scorer.score(_statistics(name, candidates[name], accumulator, scorer, evaluate_loss, update), ranks[name])
+        weight = process.weight(name, candidates[name])
+        parameters = sum(parameter.numel() for parameter in candidates[name].parameters())
+        value = scorer.score(_statistics(name, weight, parameters, accumulator, scorer, evaluate_loss, update), ranks[name])
         try:
             number = float(value)
         except (TypeError, ValueError) as error:
@@ -102,16 +105,23 @@ def score_modules(
         return number
 
     seen = int(next((accumulator.losses.sum() for accumulator in collected.values()), 0))
-    try:
+
+    def score_all() -> None:
         concurrent = scorer.concurrent and not scorer.needs_update
-        together = [name for name in collected if concurrent and _small_on_cpu(collected[name])]
-        kept.keep_scores(dict(zip(together, map_on_workers(score, together), strict=True)))
+        small = [name for name in collected if concurrent and _small_on_cpu(collected[name])]
+        kept.keep_scores(process.together(lambda: dict(zip(small, map_on_workers(score, small), strict=True))))
         if steps is not None and scorer.needs_update:
-            _keep_scores_of_updates(model, candidates, losses, steps, kept, score, on_loss)
-        for name in candidates:
-            if name not in kept.scores:
-                kept.keep_scores({name: score(name)})
-            collected.pop(name, None)  # frees the module's sums once it is scored
+            _keep_scores_of_updates(model, candidates, losses, steps, kept, score, on_loss, process)
+        for name in small:
+            del collected[name]  # frees the module's sums once it is scored
+        for names in process.rounds([name for name in candidates if name not in kept.scores]):
+            own = process.own(names)
+            kept.keep_scores(process.together(lambda own=own: {name: score(name) for name in own}))
+            for name in own:
+                collected.pop(name, None)
+
+    try:
+        process.with_weights(score_all) if scorer.needs_loss else score_all()
     except RunStopped:
         save_progress(
             kept, {name: sums for name, sums in collected.items() if name not in kept.scores}, losses, seen, stopped=True
@@ -151,14 +161,15 @@ def _keep_scores_of_updates(
     kept: KeptScoring,
     score: Callable[[str, Gradient], float],
     on_loss: Callable[[int], None] | None,
+    process: ScoringProcess,
 ) -> None:
     """Score turn by turn, so that no two turns' updates are in memory together."""
     rest = {name: module for name, module in candidates.items() if name not in kept.scores}
     moved = bool(kept.scores)  # a stopped run has kept none before one was
     found: dict[str, float] = {}
-    for updates in updates_in_turns(model, rest, losses, steps, kept, on_loss):
-        found |= {name: score(name, update) for name, update in updates.items()}
-        moved = moved or any(update.energy() > 0 for update in updates.values())
+    for updates in updates_in_turns(model, rest, losses, steps, kept, on_loss, process):
+        found |= process.together(lambda made=updates: {name: score(name, update) for name, update in made.items()})
+        moved = moved or process.any(any(update.energy() > 0 for update in updates.values()))
         if moved:
             kept.keep_scores(found)
             found = {}
@@ -176,7 +187,8 @@ def _small_on_cpu(accumulator: ModuleAccumulator) -> bool:
 
 def _statistics(
     name: str,
-    module: nn.Module,
+    weight: Tensor,
+    parameters: int,
     accumulator: ModuleAccumulator | None,
     scorer: Scorer,
     evaluate_loss: Callable[[], float] | None,
@@ -184,8 +196,8 @@ def _statistics(
 ) -> ModuleStatistics:
     return ModuleStatistics(
         name=name,
-        weight=module.weight.detach(),  # type: ignore[operator, union-attr]
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        weight=weight,
+        parameters=parameters,
         gradient=accumulator.mean() if accumulator else None,
         noise=accumulator.noise() if accumulator and scorer.needs_halves else None,
         update=update,
@@ -193,11 +205,11 @@ def _statistics(
     )
 
 
-def _warn_unused(collected: Mapping[str, ModuleAccumulator]) -> None:
-    unused = [name for name, accumulator in collected.items() if not accumulator.received]
-    if unused:
+def _warn_unused(collected: Mapping[str, ModuleAccumulator], candidates: int, process: ScoringProcess) -> None:
+    unused = list(process.together(lambda: {name: None for name, found in collected.items() if not found.received}))
+    if unused and process.is_first:
         warnings.warn(
-            f"{len(unused)} of {len(collected)} candidate modules got no gradient from the calibration losses and "
+            f"{len(unused)} of {candidates} candidate modules got no gradient from the calibration losses and "
             f"score 0 (such as {unused[0]}): calibrate with more rollouts if they matter.",
             stacklevel=3,
         )

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hybrid_lightning.adapters.gradients import backward_all, check_weight, only_candidates_trainable
+from hybrid_lightning.adapters.gradients import check_weight
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
+from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candidates_trainable
 from hybrid_lightning.adapters.statistics import ExactGradient, Gradient
 from hybrid_lightning.errors import CalibrationError
 
@@ -73,6 +74,7 @@ def updates_in_turns(
     steps: OptimizerSteps,
     kept: KeptScoring,
     on_loss: Callable[[int], None] | None = None,
+    process: ScoringProcess | None = None,
 ) -> Iterator[dict[str, Gradient]]:
     """Sum up the steps that an optimizer would make at the start policy.
 
@@ -83,26 +85,30 @@ def updates_in_turns(
         steps: The optimizer, and the size of a turn.
         kept: Signals that stop the run.
         on_loss: Called after each loss with the number of losses seen so far, over all turns.
+        process: Shares the work with other processes; None: this one is alone.
 
     Yields:
-        For the candidates of each turn: full dotted name -> sum of the steps, [m, n]; emptied when the next turn begins.
+        For those candidates of each turn that this process scores: full dotted name -> sum of the steps, [m, n]; emptied when the next turn begins.
 
     Raises:
         ModelError: If a weight cannot have a gradient, as in a quantized model.
         CalibrationError: If there is no loss, or a loss or an update is not finite.
     """
     ends = frozenset(losses.step_ends) if isinstance(losses, StepLosses) else None
+    process = process or ScoringProcess()
     seen = 0
     for names in turns_of(candidates, steps.most):
         turn = {name: candidates[name] for name in names}
         for name, module in turn.items():
             check_weight(name, module)
-        stand_ins = {name: _stand_in(module) for name, module in turn.items()}
-        optimizer = steps.make_optimizer(list(stand_ins.values()))
+        modules = process.modules(turn)
+        stand_ins = {name: _stand_in(modules[name]) for name in process.own(names)}
+        # An optimizer of nothing is none.
+        optimizer = steps.make_optimizer(list(stand_ins.values())) if stand_ins else None
         before = seen
-        with only_candidates_trainable(model, turn), torch.enable_grad():
-            for number in backward_all(turn, _adder(stand_ins), losses, 0, kept, some=True):
-                if ends is None or number in ends:
+        with only_candidates_trainable(model, modules), torch.enable_grad():
+            for number in process.backward_all(turn, _adder(stand_ins), losses, 0, kept, some=True):
+                if optimizer is not None and (ends is None or number in ends):
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=False)
                 seen += 1
@@ -114,7 +120,7 @@ def updates_in_turns(
                 "computed anew each time, since each turn of modules needs all of them."
             )
         del optimizer  # and its state
-        updates: dict[str, Gradient] = {name: _update(name, stand_in) for name, stand_in in stand_ins.items()}
+        updates = process.finish(lambda made=stand_ins: {name: _update(name, stand_in) for name, stand_in in made.items()})
         stand_ins.clear()
         yield updates
         updates.clear()  # whoever has them still holds the dict while the next turn is made
@@ -122,7 +128,7 @@ def updates_in_turns(
 
 def _stand_in(module: nn.Module) -> nn.Parameter:
     weight: Tensor = module.weight  # type: ignore[assignment]
-    stand_in = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+    stand_in = nn.Parameter(torch.zeros(weight.shape, dtype=torch.float32, device=weight.device))
     stand_in.grad = torch.zeros_like(stand_in)  # an optimizer skips what has none
     return stand_in
 

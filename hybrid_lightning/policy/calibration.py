@@ -10,6 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -23,6 +24,7 @@ from hybrid_lightning.losses import ExampleLoss, PolicyLoss
 from hybrid_lightning.policy.protocols import CalibratedPolicy
 from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, pad_left, pad_right, split_by_tokens
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.sharding.ranks import on_all_ranks, world_size
 from hybrid_lightning.types import Completion, LossInputs, Prompt, Rewards, Rollouts, Sequences
 
 LogprobFunction = Callable[[Sequences], tuple[Tensor, Tensor]]
@@ -50,9 +52,10 @@ def calibration_rollouts(policy: CalibratedPolicy, prompts: Sequence[Prompt], ke
         policy: The start policy.
         prompts: P prompts.
         kept: Saves completions and rewards as they are made, and returns those that a stopped run has saved.
+
+    Where the model is split, all ranks call this; each completes and scores some of the prompts, and gets all.
     """
-    # Not policy.device: the callback moves the model to its device, and Lightning the policy only after the setup hooks.
-    device = next(policy.model.parameters()).device
+    device, ranks = policy.model_device, world_size() if policy.weights.sharded else 1
     samples, at_once = policy.rollout_schedule.samples_per_prompt, policy.rollout_schedule.prompts_per_rollout
     ids = [policy.encode(prompt) for prompt in prompts]
     kept.require({"calibration prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]})
@@ -60,16 +63,35 @@ def calibration_rollouts(policy: CalibratedPolicy, prompts: Sequence[Prompt], ke
     for start in range(0, len(prompts), at_once):
         some = prompts[start : start + at_once]
 
-        def complete(some: Sequence[Prompt] = some, start: int = start) -> dict[str, Any]:
-            draws = PromptDraws(some, samples, policy.seed + 7919, range(start, start + len(some)))
-            return _completions_to_state(policy.generate(some, samples, draws))
+        def complete(places: Sequence[int], some: Sequence[Prompt] = some, start: int = start) -> dict[str, Any]:
+            mine = [some[place] for place in places]
+            draws = PromptDraws(mine, samples, policy.seed + 7919, [start + place for place in places])
+            return _completions_to_state(policy.generate(mine, samples, draws))
 
-        rollouts = _completions_from_state(kept.recall(f"completions-{start // at_once}", complete), some, samples, device)
+        def complete_all(some: Sequence[Prompt] = some, complete: Callable[..., dict[str, Any]] = complete) -> dict[str, Any]:
+            if ranks == 1:
+                return complete(range(len(some)))
+            policy.generation.update()
+            parts = _of_all_ranks(policy, len(some), complete)
+            found = [_completions_from_state(part, some[rank::ranks], samples, device) for rank, part in enumerate(parts)]
+            whole = [_of_prompt(found[place % ranks], place // ranks) for place in range(len(some))]
+            return _completions_to_state(join_rollouts(whole))
 
-        def score(rollouts: Rollouts = rollouts) -> dict[str, Any]:
-            return vars(policy.score(rollouts).to("cpu"))
+        rollouts = _completions_from_state(kept.recall(f"completions-{start // at_once}", complete_all), some, samples, device)
 
-        rewards = Rewards(**kept.recall(f"rewards-{start // at_once}", score)).to(device)
+        def score(places: Sequence[int], rollouts: Rollouts = rollouts) -> dict[str, Any]:
+            return vars(policy.score(join_rollouts([_of_prompt(rollouts, place) for place in places])).to("cpu"))
+
+        def score_all(
+            rollouts: Rollouts = rollouts, count: int = len(some), score: Callable[..., dict[str, Any]] = score
+        ) -> dict[str, Any]:
+            if ranks == 1:
+                return vars(policy.score(rollouts).to("cpu"))
+            found = [Rewards(**part) for part in _of_all_ranks(policy, count, score)]
+            whole = [_rows_of_rewards(found[place % ranks], place // ranks, samples) for place in range(count)]
+            return vars(join_rewards(whole))
+
+        rewards = Rewards(**kept.recall(f"rewards-{start // at_once}", score_all)).to(device)
         parts.append((rollouts, rewards))
     return join_rollouts([rollouts for rollouts, _ in parts]), join_rewards([rewards for _, rewards in parts])
 
@@ -172,7 +194,7 @@ class RewardCalibration(CalibrationLosses):
         useful = (teaches & sequences.completion_mask.any(dim=1)).nonzero().squeeze(1)
         kept, weights = sequences.rows(useful), advantages[useful]
         self.chunks = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
-        self.old_logprobs: list[Tensor] = []  # of each chunk
+        self.old_logprobs: dict[int, Tensor] = {}  # of each chunk that has been computed
         # Denominators for which the mean of the chunks' losses is the mean over all N sequences, or over all their tokens.
         self.num_sequences = len(sequences) / max(1, len(self.chunks))
         self.num_tokens = float(sequences.completion_mask.sum()) / max(1, len(self.chunks))
@@ -185,14 +207,13 @@ class RewardCalibration(CalibrationLosses):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a run that was stopped."""
         device = self.chunks[0][1].device
-        self.old_logprobs = [logprobs.to(device) for logprobs in state["old_logprobs"]]
+        self.old_logprobs = _by_number(state["old_logprobs"], device)
 
     def since(self, seen: int) -> Iterator[Tensor]:
         """See `CalibrationLosses`."""
         for number, (sequences, advantages) in enumerate(self.chunks[seen:], start=seen):
             logprobs, entropy = self.logprobs(sequences)
-            if number == len(self.old_logprobs):
-                self.old_logprobs.append(logprobs.detach())
+            self.old_logprobs.setdefault(number, logprobs.detach())
             inputs = LossInputs(
                 logprobs=logprobs,
                 advantages=advantages,
@@ -278,7 +299,7 @@ class ExampleCalibration(CalibrationLosses):
         # Denominators for which the mean of the chunks' losses is the mean over all rows or tokens.
         self.num_sequences = len(sequences) / len(chunks)
         self.num_tokens = float(sequences.completion_mask.sum()) / len(chunks)
-        self.references: list[Tensor] = []  # of each chunk
+        self.references: dict[int, Tensor] = {}  # of each chunk that has been computed
         self.info: dict[str, Any] = {"signal": "examples", "sequences": len(sequences), "useful_sequences": len(sequences)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,14 +309,13 @@ class ExampleCalibration(CalibrationLosses):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a run that was stopped."""
         device = self.chunks[0].completion_ids.device
-        self.references = [logprobs.to(device) for logprobs in state["references"]]
+        self.references = _by_number(state["references"], device)
 
     def since(self, seen: int) -> Iterator[Tensor]:
         """See `CalibrationLosses`."""
         for number, sequences in enumerate(self.chunks[seen:], start=seen):
             logprobs, _ = self.logprobs(sequences)
-            if number == len(self.references):
-                self.references.append(logprobs.detach())
+            self.references.setdefault(number, logprobs.detach())
             inputs = LossInputs(
                 logprobs=logprobs,
                 advantages=torch.ones(len(sequences), device=logprobs.device),
@@ -305,6 +325,43 @@ class ExampleCalibration(CalibrationLosses):
                 num_tokens=self.num_tokens,
             )
             yield self.loss(inputs).loss
+
+
+def _by_number(saved: Any, device: torch.device) -> dict[int, Tensor]:
+    """Tensors by the number of their chunk; earlier versions saved a list of them."""
+    numbered = saved.items() if isinstance(saved, dict) else enumerate(saved)
+    return {number: tensor.to(device) for number, tensor in numbered}
+
+
+def _of_all_ranks(
+    policy: CalibratedPolicy, count: int, make: Callable[[Sequence[int]], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What each rank makes of its share of some prompts, every so many of which is its own."""
+    ranks = world_size()
+    places = range(torch.distributed.get_rank(), count, ranks) or range(1)  # none is left out, since weights are gathered together
+    return on_all_ranks(lambda: make(places), policy.signals, "score the modules")
+
+
+def _of_prompt(rollouts: Rollouts, place: int) -> Rollouts:
+    """The completions of one prompt."""
+    samples = rollouts.samples_per_prompt
+    rows = slice(place * samples, (place + 1) * samples)
+    sequences = rollouts.sequences.rows(rows)
+    return Rollouts(
+        prompts=rollouts.prompts[place : place + 1],
+        sequences=sequences,
+        completions=rollouts.completions[rows],
+        sampling_logprobs=rollouts.sampling_logprobs[rows, : sequences.completion_ids.shape[1]],
+        finished=rollouts.finished[rows],
+        samples_per_prompt=samples,
+    )
+
+
+def _rows_of_rewards(rewards: Rewards, place: int, samples: int) -> Rewards:
+    """The rewards of one prompt's completions."""
+    rows = slice(place * samples, (place + 1) * samples)
+    parts = {name: part[rows] for name, part in rewards.parts.items()}
+    return replace(rewards, total=rewards.total[rows], correct=rewards.correct[rows], parts=parts)
 
 
 def _completions_to_state(rollouts: Rollouts) -> dict[str, Any]:

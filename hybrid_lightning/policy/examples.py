@@ -209,8 +209,7 @@ class ExampleModule(LanguageModule):
         chosen = [prompts[order[i % len(order)]] for i in range(count)]
         parts = []
         for some in equal_slices(count, steps or 1):
-            # Not self.device: the callback moves the model to its device, and Lightning this module only after the setup hooks.
-            rows = self.example_sequences(chosen[some], next(self.model.parameters()).device)
+            rows = self.example_sequences(chosen[some], self.model_device)
             parts.append(ExampleCalibration(rows, self.update.chunks(self, rows), self.loss, self.calibration_logprobs))
         losses = parts[0] if steps is None else StepCalibration(parts)
         losses.info["prompts"] = len(chosen)

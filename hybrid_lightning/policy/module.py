@@ -319,7 +319,7 @@ class PolicyModule(LanguageModule):
                 "model.sampler.max_new_tokens, or set model.mask_truncated_completions=false"
             )
         # Not that of training, beside whose state less fits; and of the model's device, to which the policy goes only later.
-        device = next(self.model.parameters()).device
+        device = self.model_device
         max_tokens = self.max_tokens_per_micro_batch or default_token_budget(self.model, device)
         parts: list[CalibrationLosses] = []
         if bool(advantages[sequences.completion_mask.any(dim=1)].any()):

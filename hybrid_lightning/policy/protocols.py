@@ -50,11 +50,19 @@ class EvaluatedPolicy(CompletingPolicy, Protocol):
 class CalibratedPolicy(CompletingPolicy, Protocol):
     """Makes the calibration rollouts by which its modules are scored (see `calibration.py`)."""
 
+    generation: Any  # `Generation`, which gives a rollout engine its weights
     rollout_schedule: RolloutSchedule
+    signals: StopSignals
+    weights: Weights  # of the model, perhaps sharded
 
     @property
     def model(self) -> nn.Module:
         """The language model."""
+        ...
+
+    @property
+    def model_device(self) -> torch.device:
+        """Where the model computes."""
         ...
 
     def encode(self, prompt: Prompt) -> list[int]:

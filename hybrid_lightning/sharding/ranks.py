@@ -4,14 +4,17 @@ All ranks must call each of these functions, in the same order. In a run of one 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.errors import CalibrationError, CheckpointError
+from hybrid_lightning.stopping import RunStopped, StopSignals
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -45,6 +48,62 @@ def first_rank_does(function: Callable[[], None]) -> None:
         dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise CheckpointError(failure[0]) from cause
+
+
+def on_all_ranks(function: Callable[[], Result], signals: StopSignals, purpose: str) -> list[Result]:
+    """Call a function on every rank, where one may fail or be asked to stop.
+
+    Args:
+        function: Returns what can be pickled, with tensors on the CPU.
+        signals: Signals that stop the run.
+        purpose: What it is for, in words that follow "could not".
+
+    Returns:
+        What it returned on each rank.
+
+    Raises:
+        RunStopped: If one was asked to stop.
+        CalibrationError: If it failed on another rank alone; where it failed, its own error is raised.
+    """
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = function()
+    except RunStopped:
+        pass  # `requested` says so
+    except Exception as error:
+        failure = error
+    answers = gather_objects((result, None if failure is None else f"{type(failure).__name__}: {failure}", signals.requested))
+    if number := max(requested for _, _, requested in answers):
+        raise RunStopped(number, together=True)
+    if failure is not None:
+        raise failure
+    for rank, (_, failed, _) in enumerate(answers):
+        if failed is not None:
+            raise CalibrationError(f"rank {rank} could not {purpose}: {failed}")
+    return [found for found, _, _ in answers]
+
+
+def deal(piece: Tensor | None, like: Tensor, owner: int, there: Sequence[bool]) -> list[Tensor | None] | None:
+    """Send one rank the tensors of all ranks.
+
+    Args:
+        piece: That of this rank, contiguous; None if it has none.
+        like: A tensor of the same size, shape, dtype and device.
+        owner: The rank that gets them.
+        there: Which ranks have one.
+
+    Returns:
+        Those of each rank, on the device, where this is the owner; None elsewhere.
+    """
+    # As bytes, which all backends can send.
+    mine = (torch.empty_like(like) if piece is None else piece.to(like.device)).view(torch.uint8).flatten()
+    if dist.get_rank() != owner:
+        dist.gather(mine, dst=owner)
+        return None
+    parts = [torch.empty_like(mine) for _ in there]
+    dist.gather(mine, parts, dst=owner)
+    return [part.view(like.dtype).view(like.shape) if has else None for part, has in zip(parts, there, strict=True)]
 
 
 def gather_counts(count: int, device: torch.device) -> list[int]:

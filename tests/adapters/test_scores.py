@@ -164,30 +164,6 @@ def _watched(model, batches, alive):
         handle.remove()
 
 
-@pytest.mark.parametrize("mode", [ExactGradients(), SketchedGradients(size=7)])
-def test_sums_over_ranks_are_those_of_one_process(make_model, losses, mode):
-    """Two ranks with four and two losses, summed as an all-reduce would, against one process with all six."""
-    model = make_model("llama")
-    candidates = find_candidates(model)
-    everything = list(range(6))
-
-    def some(indices):
-        return (loss for index, loss in enumerate(losses(model)) if index in indices)
-
-    def sums(indices, sum_over_ranks=None):
-        options = {"halves": True, "sum_over_ranks": sum_over_ranks}
-        return collect_gradients(model, candidates, some(indices), mode, dict.fromkeys(candidates, RANK), **options)
-
-    second = [t for accumulator in sums([4, 5]).values() for t in accumulator.tensors()]
-    remaining = iter(second)
-    together = sums([0, 1, 2, 3], lambda tensor: tensor.add_(next(remaining)))
-    alone = sums(everything)
-    for name in candidates:
-        for both, one in zip(together[name].tensors(), alone[name].tensors(), strict=True):
-            torch.testing.assert_close(both, one, rtol=1e-4, atol=1e-6)
-        assert together[name].mean().energy() == pytest.approx(alone[name].mean().energy(), rel=1e-3)
-
-
 def test_autocast_around_the_losses_does_not_reach_the_sums(make_model, batches):
     model = make_model("llama")
     candidates = find_candidates(model)

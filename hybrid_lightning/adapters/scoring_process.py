@@ -1,0 +1,164 @@
+"""`ScoringProcess`: the backward passes of scoring, and which modules a process scores: all, where it is alone.
+
+Processes that have split the model share the work (`policy/sharded_scoring.py`): each runs the passes of other losses, gets the
+gradients of some modules from all of them, in the order of the losses, and scores these modules.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_lightning.adapters.kept_scoring import KeptScoring
+from hybrid_lightning.errors import CalibrationError, ConfigError
+
+Result = TypeVar("Result")
+
+
+@runtime_checkable
+class CalibrationState(Protocol):
+    """Methods that calibration losses may have, so that stopped scoring resumes after the losses that it has seen."""
+
+    def since(self, seen: int) -> Iterator[Tensor]:
+        """The losses that follow the first `seen`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that the remaining losses, and later passes over all losses, need."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        ...
+
+
+class ScoringProcess:
+    """A process that scores alone. All methods are collective: of several processes each has to call them."""
+
+    is_first = True  # whether it is the one that says what there is to say
+
+    def modules(self, candidates: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+        """The modules that the passes go through, by the names of the candidates."""
+        return candidates
+
+    def weight(self, name: str, module: nn.Module) -> Tensor:
+        """The weight [m, n] of a candidate that this process scores; shares memory with the model that is evaluated."""
+        return module.weight.detach()  # type: ignore[operator, union-attr]
+
+    def own(self, names: Iterable[str]) -> list[str]:
+        """Those of some candidates whose gradients this process gets, and which it scores."""
+        return list(names)
+
+    def rounds(self, names: Iterable[str]) -> list[list[str]]:
+        """Candidates in the order in which they are scored, those together that the processes score at the same time."""
+        return [[name] for name in names]
+
+    def together(self, function: Callable[[], Mapping[str, Result]]) -> dict[str, Result]:
+        """Call a function on each process, and unite what they return; an error of one is raised on all."""
+        return dict(function())
+
+    def finish(self, function: Callable[[], dict[str, Result]]) -> dict[str, Result]:
+        """Call a function that returns what this process alone has; an error of one is raised on all."""
+        return function()
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true on any process."""
+        return value
+
+    def with_weights(self, function: Callable[[], Result]) -> Result:
+        """Call a function while this process has all weights."""
+        return function()
+
+    def backward_all(
+        self,
+        candidates: Mapping[str, nn.Module],
+        take: Callable[[str, Tensor, int], None],
+        losses: Iterable[Tensor],
+        seen: int,
+        kept: KeptScoring,
+        some: bool = False,
+    ) -> Iterator[int]:
+        """Run the backward pass of each unseen loss, and free each gradient once it has been taken.
+
+        Args:
+            candidates: Full dotted name -> linear module, whose weights alone have gradients.
+            take: Called with the name of a module, its gradient [m, n] and the number of the loss, counted from 0.
+            losses: Scalar losses.
+            seen: How many of them have been seen.
+            kept: Signals that stop the run, but not between a backward pass and what is done at the `yield` after it.
+            some: Whether these are some of the candidates, of which a loss need not use any.
+
+        Yields:
+            The number of losses seen.
+        """
+        index = seen
+
+        def take_gradient(name: str) -> Callable[[Tensor], None]:
+            def hook(weight: Tensor) -> None:
+                assert weight.grad is not None
+                # Losses may be yielded from within autocast, but sums and sketches are float32.
+                with torch.autocast(weight.device.type, enabled=False):
+                    take(name, weight.grad.detach(), index)
+                weight.grad = None
+
+            return hook
+
+        handles = [
+            module.weight.register_post_accumulate_grad_hook(take_gradient(name))  # type: ignore[operator, union-attr]
+            for name, module in candidates.items()
+        ]
+        try:
+            for loss in losses.since(index) if isinstance(losses, CalibrationState) else islice(losses, index, None):
+                used = loss.requires_grad or not some
+                if used:
+                    check_loss(loss, index)
+                with kept.signals.deferred():  # a loss is in the sums of all modules or of none
+                    if used:
+                        loss.backward()  # type: ignore[no-untyped-call]
+                    index += 1
+                    yield index
+                kept.signals.check()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def only_candidates_trainable(model: nn.Module, candidates: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within this context only the candidates' weights get gradients, and the model is in eval mode (see `collect_gradients`)."""
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for parameter, _, _ in flags:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for module in candidates.values():
+            module.weight.requires_grad_(True)  # type: ignore[operator, union-attr]
+        for module, _ in modes:
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
+        yield
+    finally:
+        for parameter, flag, gradient in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training
+
+
+def check_loss(loss: Tensor, index: int) -> None:
+    """Raise an error if a loss cannot be differentiated."""
+    if loss.numel() != 1:
+        raise ConfigError(f"calibration loss {index} has shape {tuple(loss.shape)}: give scalar losses.")
+    if not loss.requires_grad:
+        raise CalibrationError(
+            f"calibration loss {index} does not depend on the weight of any candidate module: compute it from the "
+            "output of the model that is scored, with gradients enabled."
+        )
+    if not torch.isfinite(loss):
+        raise CalibrationError(
+            f"calibration loss {index} is {loss.item()}: look for inf or nan in the calibration data, or use bfloat16 "
+            "or float32 where the model is float16."
+        )

@@ -1,0 +1,265 @@
+"""Scoring by all ranks of FSDP2 together, none of which ever has the whole model on its device.
+
+Each rank has the model as it was loaded, in the memory of the host. For scoring, a copy of its structure that shares those
+weights is split over the devices, as the adapted model is afterwards. The ranks run the passes of different losses at a time.
+Each gets the gradients of the modules that it scores from all of them, adds them up in the order of the losses, and so has the
+sums of one process to the bit. When all modules have a score, the copy is given up.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hybrid_lightning.adapters.kept_scoring import KeptScoring
+from hybrid_lightning.adapters.scoring_process import CalibrationState, ScoringProcess, check_loss
+from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.sharding.ranks import deal, gather_objects, on_all_ranks, world_size
+from hybrid_lightning.sharding.weights import Weights
+from hybrid_lightning.stopping import StopSignals
+
+Result = TypeVar("Result")
+_PURPOSE = "score the modules"
+
+
+@contextmanager
+def scored_together(
+    module: LanguageModule, strategy: FSDP2Strategy, candidates: Mapping[str, nn.Module]
+) -> Iterator["ShardedScoring"]:
+    """Within this context the module computes with a split copy of its model. All ranks have to enter it.
+
+    Args:
+        module: With its model in the memory of the host, not adapted.
+        strategy: Splits the copy.
+        candidates: Full dotted name -> linear module of the model.
+    """
+    from hybrid_lightning.engine import use_fused_layers  # with PEFT, which is slow to import
+
+    whole, backend = module.model, module.engine.backend
+    split = _same_weights(whole, backend)
+    use_fused_layers(split, backend)  # as in training, since the passes of scoring are as large as those of training
+    with module.signals.deferred(), module.computing_with(strategy.shard(split)):  # type: ignore[arg-type]
+        yield ShardedScoring(module.model, module.weights, candidates, strategy.root_device, module.signals)
+
+
+def _same_weights(model: nn.Module, shared: object) -> nn.Module:
+    """A copy of a model with the same memory for its weights; `shared` is what both have beside them."""
+    memo: dict[int, Any] = {id(shared): shared}
+    memo |= {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
+    memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}  # another tensor, which may go to another device
+    return copy.deepcopy(model, memo)
+
+
+class ShardedScoring(ScoringProcess):
+    """One of the ranks of FSDP2 that score together.
+
+    Args:
+        model: The model, split.
+        weights: How it is computed with.
+        candidates: Full dotted name -> linear module of the whole model, in the memory of the host.
+        device: Where this rank computes.
+        signals: Signals that stop the run.
+    """
+
+    def __init__(
+        self, model: nn.Module, weights: Weights, candidates: Mapping[str, nn.Module], device: torch.device, signals: StopSignals
+    ) -> None:
+        self._modules = dict(model.named_modules())
+        self._weights, self._device, self._signals = weights, device, signals
+        self._rank, self._ranks = dist.get_rank(), world_size()
+        self._owners = _owners({name: module.weight.numel() for name, module in candidates.items()}, self._ranks)  # type: ignore[operator, union-attr]
+        self.is_first = self._rank == 0
+
+    def modules(self, candidates: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+        """Those of the split model."""
+        return {name: self._modules[name] for name in candidates}
+
+    def weight(self, name: str, module: nn.Module) -> Tensor:
+        """The gathered weight while all are gathered, else that of the host, on the device."""
+        weight: Tensor = self._modules[name].weight  # type: ignore[assignment]
+        return module.weight.detach().to(self._device) if isinstance(weight, DTensor) else weight.detach()  # type: ignore[operator, union-attr]
+
+    def own(self, names: Iterable[str]) -> list[str]:
+        """Those of this rank."""
+        return [name for name in names if self._owners[name] == self._rank]
+
+    def rounds(self, names: Iterable[str]) -> list[list[str]]:
+        """One module of each rank at a time, so that no rank waits for longer than one takes."""
+        names = list(names)
+        by_rank = [[name for name in names if self._owners[name] == rank] for rank in range(self._ranks)]
+        return [[name for name in some if name is not None] for some in zip_longest(*by_rank)]
+
+    def together(self, function: Callable[[], Mapping[str, Result]]) -> dict[str, Result]:
+        """See `ScoringProcess`; a signal ends the function at once, and then stops all ranks."""
+
+        def one() -> dict[str, Result]:
+            with self._signals.at_once():
+                return dict(function())
+
+        parts = on_all_ranks(one, self._signals, _PURPOSE)
+        return {name: value for part in parts for name, value in part.items()}
+
+    def finish(self, function: Callable[[], dict[str, Result]]) -> dict[str, Result]:
+        """See `ScoringProcess`."""
+        made: dict[str, Result] = {}
+
+        def make() -> None:
+            made.update(function())
+
+        on_all_ranks(make, self._signals, _PURPOSE)
+        return made
+
+    def any(self, value: bool) -> bool:
+        """See `ScoringProcess`."""
+        return any(gather_objects(value))
+
+    def with_weights(self, function: Callable[[], Result]) -> Result:
+        """See `ScoringProcess`."""
+        with torch.no_grad():
+            return self._weights.gathered(function)
+
+    def backward_all(
+        self,
+        candidates: Mapping[str, nn.Module],
+        take: Callable[[str, Tensor, int], None],
+        losses: Iterable[Tensor],
+        seen: int,
+        kept: KeptScoring,
+        some: bool = False,
+    ) -> Iterator[int]:
+        """See `ScoringProcess`; `losses` has to be a `CalibrationState` with a length."""
+        assert isinstance(losses, CalibrationState)
+        total, modules = len(losses), self.modules(candidates)  # type: ignore[arg-type]
+        held: dict[str, Tensor] = {}
+
+        def hold(name: str) -> Callable[[Tensor], None]:
+            def hook(weight: Tensor) -> None:
+                assert weight.grad is not None
+                held[name] = weight.grad.detach().to("cpu")
+                weight.grad = None  # FSDP then has nothing to reduce
+
+            return hook
+
+        with torch.no_grad():  # hooks of whole weights, which FSDP2 makes once and fills at each pass
+            handles = self._weights.gathered(
+                lambda: [
+                    module.weight.register_post_accumulate_grad_hook(hold(name))  # type: ignore[operator, union-attr]
+                    for name, module in modules.items()
+                ]
+            )
+        try:
+            while seen < total:
+                mine = seen + self._rank
+                # A rank without a loss repeats the last one, since all ranks gather weights together.
+                passes = losses.since(min(mine, total - 1))
+                loss = next(passes)
+                passes.close()  # type: ignore[attr-defined]
+                used = loss.requires_grad or not some
+                self.finish(lambda loss=loss, index=mine, used=used: check_loss(loss, index) or {} if used else {})  # type: ignore[misc]
+                if used:
+                    loss.backward()  # type: ignore[no-untyped-call]
+                dealt = self._dealt(modules, held if mine < total else {})
+                held.clear()
+                for offset in range(min(self._ranks, total - seen)):
+                    with torch.autocast(self._device.type, enabled=False):
+                        for name, parts in dealt.items():
+                            if (part := parts[offset]) is not None:
+                                take(name, part.to(self._device), seen)
+                    seen += 1
+                    yield seen
+                self.together(dict)  # a signal stops all of them here
+            losses.load_state_dict(united([_on_cpu(losses.state_dict())])[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _dealt(self, modules: Mapping[str, nn.Module], held: Mapping[str, Tensor]) -> dict[str, list[Tensor | None]]:
+        """For each module of this rank its gradients of all ranks, in the memory of the host; None where a rank has none."""
+        found: dict[str, list[Tensor | None]] = {}
+        there = gather_objects([name in held for name in modules])
+        for number, (name, module) in enumerate(modules.items()):
+            has = [of_rank[number] for of_rank in there]
+            if not any(has):
+                continue
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            like = torch.empty(weight.shape, dtype=weight.dtype, device=self._device)
+            parts = deal(held.get(name), like, self._owners[name], has)
+            if parts is not None:
+                found[name] = [None if part is None else part.to("cpu") for part in parts]
+        return found
+
+
+class SharedProgress(KeptScoring):
+    """Progress of scoring by several ranks, of which the first one writes. All ranks have to call `keep_sums`.
+
+    A run that goes on reads the files of the earlier run on every rank, as it does with a checkpoint.
+    """
+
+    def keep_sums(self, make: Callable[[], dict[str, Any]], stopped: bool = False) -> None:
+        """See `KeptScoring`."""
+        if not gather_objects(stopped or self.is_due)[0]:
+            return
+        state = make()
+        whole = {"seen": state["seen"], "sums": _sums_on_first(state["sums"]), "losses": united([_on_cpu(state["losses"])])[0]}
+        super().keep_sums(lambda: whole, stopped=True)
+
+
+def united(states: list[Any]) -> list[Any]:
+    """Plain data of this rank, united with that of all others: entries of dicts, and those of lists one by one."""
+    return [_merged(list(of_ranks)) for of_ranks in zip(*gather_objects(states), strict=True)]
+
+
+def _merged(values: list[Any]) -> Any:
+    if all(isinstance(value, dict) for value in values):
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: _merged([value[key] for value in values if key in value]) for key in keys}
+    if all(isinstance(value, list) for value in values):
+        return [_merged(list(entries)) for entries in zip(*values, strict=True)]
+    return values[0]
+
+
+def _on_cpu(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [_on_cpu(value) for value in state]
+    return state.cpu() if isinstance(state, Tensor) else state
+
+
+def _sums_on_first(sums: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """The sums of all ranks on the first one, tensor by tensor; on the others nothing."""
+    first, whole = dist.get_rank() == 0, dict[str, list[Tensor]]()
+    for rank, sizes in enumerate(gather_objects({name: [tensor.shape for tensor in tensors] for name, tensors in sums.items()})):
+        for name, shapes in sizes.items():
+            own = sums[name] if rank == dist.get_rank() else [None] * len(shapes)
+            for shape, tensor in zip(shapes, own, strict=True):
+                value = _sent(tensor, shape, rank)
+                if first:
+                    whole.setdefault(name, []).append(value)
+    return whole
+
+
+def _sent(tensor: Tensor | None, shape: torch.Size, source: int) -> Tensor:
+    """A float32 tensor of one rank, in the memory of the host."""
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    value = torch.empty(shape, device=device) if tensor is None else tensor.to(device, torch.float32).contiguous()
+    dist.broadcast(value, src=source)
+    return value.cpu()
+
+
+def _owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Which rank scores each module: the next largest one is given to whichever has least."""
+    loads = [0] * ranks
+    owners: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):  # stable, so that all ranks agree
+        rank = loads.index(min(loads))
+        owners[name] = rank
+        loads[rank] += sizes[name]
+    return owners

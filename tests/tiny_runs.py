@@ -55,11 +55,11 @@ def write_sums(path: Path, count: int = 24) -> Path:
     return path
 
 
-def build_policy(model: Path, **arguments: Any) -> PolicyModule:
+def build_policy(model: Path, kind: type[PolicyModule] = PolicyModule, **arguments: Any) -> PolicyModule:
     """A policy with rollouts of 4 prompts x 4 completions of at most 6 tokens."""
     defaults = {"loss": GRPOLoss(), "reward": DigitShare(), "sampler": Sampler(max_new_tokens=6)}
     sizes = {"prompts_per_rollout": 4, "samples_per_prompt": 4, "eval_samples": 2, "lr_full": 1e-3, "lr_lora": 1e-2}
-    return PolicyModule(**{**defaults, **sizes, "model": str(model), **arguments})
+    return kind(**{**defaults, **sizes, "model": str(model), **arguments})
 
 
 def build_data(path: Path, **arguments: Any) -> PromptDataModule:

@@ -72,6 +72,21 @@ class ScoringProcess:
         """Call a function while this process has all weights."""
         return function()
 
+    def check_loss(self, loss: Tensor, index: int) -> None:
+        """Raise an error if a loss cannot be differentiated."""
+        if loss.numel() != 1:
+            raise ConfigError(f"calibration loss {index} has shape {tuple(loss.shape)}: give scalar losses.")
+        if not loss.requires_grad:
+            raise CalibrationError(
+                f"calibration loss {index} does not depend on the weight of any candidate module: compute it from the "
+                "output of the model that is scored, with gradients enabled."
+            )
+        if not torch.isfinite(loss):
+            raise CalibrationError(
+                f"calibration loss {index} is {loss.item()}: look for inf or nan in the calibration data, or use bfloat16 "
+                "or float32 where the model is float16."
+            )
+
     def backward_all(
         self,
         candidates: Mapping[str, nn.Module],
@@ -114,7 +129,7 @@ class ScoringProcess:
             for loss in losses.since(index) if isinstance(losses, CalibrationState) else islice(losses, index, None):
                 used = loss.requires_grad or not some
                 if used:
-                    check_loss(loss, index)
+                    self.check_loss(loss, index)
                 with kept.signals.deferred():  # a loss is in the sums of all modules or of none
                     if used:
                         loss.backward()  # type: ignore[no-untyped-call]
@@ -146,19 +161,3 @@ def only_candidates_trainable(model: nn.Module, candidates: Mapping[str, nn.Modu
             parameter.grad = gradient
         for module, training in modes:
             module.training = training
-
-
-def check_loss(loss: Tensor, index: int) -> None:
-    """Raise an error if a loss cannot be differentiated."""
-    if loss.numel() != 1:
-        raise ConfigError(f"calibration loss {index} has shape {tuple(loss.shape)}: give scalar losses.")
-    if not loss.requires_grad:
-        raise CalibrationError(
-            f"calibration loss {index} does not depend on the weight of any candidate module: compute it from the "
-            "output of the model that is scored, with gradients enabled."
-        )
-    if not torch.isfinite(loss):
-        raise CalibrationError(
-            f"calibration loss {index} is {loss.item()}: look for inf or nan in the calibration data, or use bfloat16 "
-            "or float32 where the model is float16."
-        )

@@ -9,6 +9,7 @@ sums of one process to the bit. When all modules have a score, the copy is given
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
-from hybrid_lightning.adapters.scoring_process import CalibrationState, ScoringProcess, check_loss
+from hybrid_lightning.adapters.scoring_process import CalibrationState, ScoringProcess
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.ranks import deal, gather_objects, on_all_ranks, world_size
@@ -162,7 +163,7 @@ class ShardedScoring(ScoringProcess):
                 loss = next(passes)
                 passes.close()  # type: ignore[attr-defined]
                 used = loss.requires_grad or not some
-                self.finish(lambda loss=loss, index=mine, used=used: check_loss(loss, index) or {} if used else {})  # type: ignore[misc]
+                self.finish(partial(self._checked, loss if used else None, mine))
                 if used:
                     loss.backward()  # type: ignore[no-untyped-call]
                 dealt = self._dealt(modules, held if mine < total else {})
@@ -179,6 +180,11 @@ class ShardedScoring(ScoringProcess):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _checked(self, loss: Tensor | None, index: int) -> dict[str, Any]:
+        if loss is not None:
+            self.check_loss(loss, index)
+        return {}
 
     def _dealt(self, modules: Mapping[str, nn.Module], held: Mapping[str, Tensor]) -> dict[str, list[Tensor | None]]:
         """For each module of this rank its gradients of all ranks, in the memory of the host; None where a rank has none."""

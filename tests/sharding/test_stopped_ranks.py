@@ -24,13 +24,14 @@ STRATEGIES = {
 }
 SHARDED = ["--trainer.strategy.save_distributed_checkpoint=true"]
 # Runs that are stopped again and again: options, and what stops each run: the moment, which of its calls since the stop before,
-# and the ranks that hear of it; rank 0 alone scores. A first stop is one of a run that has not been stopped.
+# and the ranks that hear of it; under FSDP2 all of them score, else rank 0 alone. A first stop is one of a run that has not been stopped.
 STOPS = {
     "ddp": [
         ([], [("a reward for scoring", 2, {0}), ("the middle of a later step", 6, {1}), ("a validation", 1, {0, 1})]),
     ],
     "fsdp2": [
         ([], [("the first rollout", 1, {1}), ("the middle of a later step", 6, {0}), ("old log-probabilities", 1, {0, 1})]),
+        ([], [("a reward for scoring", 2, {1}), ("a gradient for scoring", 1, {0}), ("a score", 2, {1})]),
         (SHARDED, [("the last update of an epoch", 12, {0})]),
     ],
     "fsdp1": [([], [("the second rollout", 2, {1})])],

@@ -1,0 +1,116 @@
+"""Under FSDP2 all ranks score together: the plan is that of one process, to the bit, and none has the whole model meanwhile."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+import torch
+from ranks_of_tests import run
+from runs_of_tests import ByPrompt
+from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer
+from torch import distributed
+from torch.distributed.tensor import DTensor
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from hybrid_lightning.adapters.scorers import PreconditionedTail, Probe, Random, SpectrumSNR, UpdateTail
+from hybrid_lightning.adapters.sketch import SketchedGradients
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.stopping import RunStopped
+
+JOBS = {
+    "default": ({"scorer": PreconditionedTail()}, {}),
+    "sketches of halves": ({"scorer": SpectrumSNR(), "gradients": SketchedGradients(size=5), "calibration_prompts": 7}, {}),
+    "measured": ({"scorer": Probe()}, {"gradient_checkpointing": True}),
+    "updates": ({"scorer": UpdateTail(3, 1)}, {"minibatches_per_rollout": 2, "optimizer": torch.optim.AdamW}),
+    "by name": ({"scorer": Random()}, {}),
+    "rewards that tie": ({"calibration_prompts": 2}, {"reward": Constant()}),
+}
+SIZES = {"sampler": ByPrompt(12, short=tuple(range(0, 24, 3))), "max_tokens_per_micro_batch": 40, "prompts_per_rollout": 6}
+
+
+class Watched(PolicyModule):
+    """Notes how much of the model this rank has within its passes, as a share, and can be stopped in one."""
+
+    seen: list
+    stops_at = None  # number of the pass
+
+    def logprobs(self, sequences):
+        def look(*_):
+            own = [p._local_tensor if isinstance(p, DTensor) else p for p in self.model.parameters()]
+            self.seen.append(sum(part.numel() for part in own) / self.base_parameters)
+            if len(self.seen) == self.stops_at:
+                self.signals.requested = signal.SIGTERM
+
+        handles = [part.register_forward_hook(look) for part in self.model.modules() if isinstance(part, LlamaMLP)]
+        result = super().logprobs(sequences)
+        for handle in handles:
+            handle.remove()
+        return result
+
+
+def scored(job, folder, root, strategy="auto", devices=1, stops_at=None, ckpt_path=None):
+    """A module with a plan, and without one if it was stopped."""
+    adapter, policy = JOBS[job]
+    module = build_policy(folder / "model", kind=Watched, **{**SIZES, **policy})
+    module.seen, module.stops_at = [], stops_at
+    chosen = {"strategy": strategy() if callable(strategy) else strategy, "devices": devices, "max_steps": 0}
+    trainer = build_trainer(root, build_adapter(**adapter), **chosen)
+    with contextlib.suppress(RunStopped):
+        trainer.fit(module, datamodule=build_data(folder / "sums.jsonl"), ckpt_path=ckpt_path)
+    if distributed.is_initialized():
+        distributed.barrier()
+    return module
+
+
+def score_each(root, **arguments):
+    """Name of a job -> the plan, and the shares of the model."""
+    modules = {name: scored(name, root=root / name, **arguments) for name in JOBS}
+    return {name: (module.plan.to_dict(), module.seen) for name, module in modules.items()}
+
+
+def stop_and_go_on(root, folder, stopped_root, job, devices=1, **arguments):
+    """The plan of a run that goes on from the folder of another; without one, none, since it is stopped."""
+    kept = next(stopped_root.rglob("gradients.pt"), None) if stopped_root.exists() else None
+    if kept is None:
+        stops_at = 6 if os.environ.get("LOCAL_RANK", "0") == str(devices - 1) else None  # in the third pass of two blocks
+        module = scored(job, folder, stopped_root, devices=devices, stops_at=stops_at, **arguments)
+        assert module.plan is None
+        return None, len(module.seen)
+    module = scored(job, folder, root, devices=devices, ckpt_path=kept.parent, **arguments)
+    return module.plan.to_dict(), len(module.seen)
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("alone")
+    return run(1, root / "process", score_each, timeout_s=120, folder=folder, root=root)[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_plan_is_that_of_one_process(folder, tmp_path, alone, ranks):
+    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": FSDP2Strategy, "devices": ranks}
+    for rank, found in enumerate(run(ranks, tmp_path / "ranks", score_each, timeout_s=120, **arguments)):
+        for name, (plan, shares) in found.items():
+            expected, passes = alone[name]
+            assert plan == expected, (name, rank)
+            assert max(passes, default=1) == 1
+            if name == "measured":  # with all weights, as they are gathered while sampling
+                continue
+            assert max(shares, default=0) < 0.8, (name, rank, shares)
+            assert len(shares) <= max(2, 0.75 * len(passes)), (name, rank)  # which the others make
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2), (2, 2)])
+def test_what_ranks_have_stopped_goes_on_on_any_number_of_them(folder, tmp_path, alone, first, second):
+    job = "sketches of halves"
+    for number, ranks in enumerate((first, second)):
+        strategy = FSDP2Strategy if ranks > 1 else "auto"
+        arguments = {"folder": folder, "root": tmp_path / "end", "stopped_root": tmp_path / "stopped", "job": job}
+        found = run(ranks, tmp_path / str(number), stop_and_go_on, **arguments, strategy=strategy, devices=ranks)
+        passes = len(alone[job][1])
+        for plan, seen in found:
+            assert plan == (None if number == 0 else alone[job][0])
+            # Two passes that try the model are among those of a process that samples nothing before.
+            assert seen <= passes / ranks - (0 if number == 0 else 4 if ranks == 1 else 2), (number, seen)

@@ -59,7 +59,12 @@ def score_candidates(
     Returns:
         Full dotted name -> score, and what the scores were made from, which the plan keeps.
     """
+    from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
+
     scorer, process = scoring.scorer, process or ScoringProcess()
+    # Fused layers as in training, since rollouts and passes of scoring are as large as those of training.
+    engine = getattr(pl_module, "engine", None)
+    use_fused_layers(model, Backend() if engine is None else engine.backend)
     losses: Any = []
     info: dict[str, Any] = {}
     if scorer.needs_gradient or scorer.needs_loss or scorer.needs_update:
@@ -70,8 +75,6 @@ def score_candidates(
                 "All calibration rewards tie, so rollouts carry no signal: modules are scored by the supervised gradient of "
                 "the reference answers instead."
             )
-    from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
-
     total = len(losses) if hasattr(losses, "__len__") else None
     steps = None
     if scorer.needs_update:
@@ -81,9 +84,6 @@ def score_candidates(
         total = None if total is None else turns * total
         if process.is_first:
             say(f"Scoring by {scorer.steps} optimizer steps that are not taken, in {turns} turns of {steps.most:,} weights")
-    # Fused layers as in training, since the passes of scoring are as large as those of training.
-    engine = getattr(pl_module, "engine", None)
-    use_fused_layers(model, Backend() if engine is None else engine.backend)
     with evaluation_mode(model), progress_bar(trainer, "Scoring modules", total) as advance:
         scores = score_modules(
             model,

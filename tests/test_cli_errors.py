@@ -111,7 +111,7 @@ OPTIONS = [
     ("model.reward=ExactMatch model.reward.bogus=3", r"ExactMatch has no option bogus; --model\.reward\.help=ExactMatch lists"),
     ("model.reward=json.dumps", r"json\.dumps is no class derived .* FunctionReward with function: json\.dumps$"),
     ("model.reward=mine.py:close", r"mine\.py:close is no class .* FunctionReward with function: mine\.py:close$"),
-    ("model.lr_full=abc", r'"lr_full": expected float\. Got value: abc'),
+    ("model.lr_full=abc", r'"lr_full": expected float; got abc'),
     ("trainer.precision=nonsense", r"one of .*'bf16-mixed'.*; got nonsense"),
     ("trainer.strategy=nonsense", r"invalid strategy name: `strategy='nonsense'`"),
     # classes
@@ -214,7 +214,7 @@ def test_what_has_been_scored_stays(folder):
     result = run(folder, "fit", "--config", "t.yaml", "--model.reward=my_parts.Raising", name)
     assert_refused(result, r"reward Raising .* raised ZeroDivisionError: .*sums\.jsonl row \d+ with completion '")
     root = folder / "runs" / "kept" / "version_0"
-    assert (root / "scoring" / "completions-0.pt").is_file() and (root / "config.yaml").is_file()
+    assert (root / "scoring" / "completions-0-1.pt").is_file() and (root / "config.yaml").is_file()
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "export"])

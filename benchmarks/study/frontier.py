@@ -27,7 +27,15 @@ FRONTIER = (
     *("mlp_r4", "mlp_r8", "mlp_r16", "mlp_only_r4", "mlp_only_r8"),
     *("own_r2", "own_r4", "own_r8", "own_r16", "own_mlp_r4", "own_mlp_r8", "shuffled_r4", "shuffled_r8"),
     *("budget_2", "budget_5", "hybrid", "budget_20", "budget_40", "hybrid_one_rate", "hybrid_by_width"),
-    *("hybrid_10_r1", "hybrid_10_r4", "hybrid_10_r8", "hybrid_20_r8", "hybrid_40_r8", "hybrid_10_r8_one_rate", "hybrid_10_r8_by_width"),
+    *(
+        "hybrid_10_r1",
+        "hybrid_10_r4",
+        "hybrid_10_r8",
+        "hybrid_20_r8",
+        "hybrid_40_r8",
+        "hybrid_10_r8_one_rate",
+        "hybrid_10_r8_by_width",
+    ),
     *("update_tail_10_r2", "update_tail_10_r8", "random_mlp", "random_mlp_10_r8"),
 )
 TASKS = ("facts", "facts_deep", "products_direct")

@@ -27,7 +27,7 @@ class Method:
     match_state: bool = False  # the rank is the smallest with as many trainable parameters as the hybrid has
     module: str | None = None  # of a policy with another adapter: the class for RL and, below, for examples
     supervised_module: str | None = None
-    full_to_lora: float | Literal["task", "width"] = FULL_TO_LORA  # "task": as its config has it; "width": by `rate_of_full_modules`
+    full_to_lora: float | Literal["task", "width"] = FULL_TO_LORA  # "task": as its config has it; "width": the product's rule
     frozen_rest: bool = False  # modules that are not fully trained stay as they are
     only: str | None = None  # the one module that is fully trained, by name
     spread: Spread | None = None  # how the parameters of LoRA of `rank` are spent instead
@@ -63,7 +63,6 @@ class Method:
             rates["model.lr_lora"] = learning_rate
         changes = {name: value.format(seed=seed) if isinstance(value, str) else value for name, value in self.changes.items()}
         return {**rates, "adapter.rank": rank, "adapter.alpha": 2 * rank, **changes}
-
 
     def _full_rate(self, task: dict[str, Any], learning_rate: float) -> float | None:
         if self.full_to_lora == "width":

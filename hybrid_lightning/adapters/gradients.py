@@ -2,8 +2,8 @@
 
 A hook on each candidate's weight hands the gradient to that module's accumulator as soon as the backward pass has made it, and
 frees it, so that the whole gradients of all candidates are never there together. A `GradientMode` decides how much of each is
-kept in the sums: all of it (`ExactGradients`) or a sketch (`SketchedGradients`, in sketch.py). Either is a linear function of the gradient (a
-`GradientForm`), so gradients of micro-batches are added up in that form. Only the candidates' weights get gradients.
+kept in the sums: all of it (`ExactGradients`) or a sketch (`SketchedGradients`, in sketch.py). Either is a linear function of the
+gradient (a `GradientForm`), so gradients of micro-batches are added up in that form. Only the candidates' weights get gradients.
 """
 
 import math

@@ -13,7 +13,8 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -79,17 +80,20 @@ class KeptScoring:
         self._settings |= plain
         self._write(SETTINGS, lambda path: path.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8"))
 
-    def recall(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Load what was saved under a name; if there is nothing, make it and save it.
+    def recall(
+        self, names: Sequence[str], make: Callable[[Sequence[str]], Sequence[dict[str, Any]]]
+    ) -> dict[str, dict[str, Any]]:
+        """Load what was saved under some names; make what is missing, and save it.
 
         Args:
-            name: Name of the file, without `.pt`.
-            make: Returns plain data and tensors.
+            names: Names of files, without `.pt`.
+            make: Called with those that are missing, if any; returns plain data and tensors for each.
         """
-        found = self._read(f"{name}.pt")
-        if found is None:
-            found = make()
-            self._write(f"{name}.pt", lambda path: torch.save(found, path))
+        found = {name: saved for name in names if (saved := self._read(f"{name}.pt")) is not None}
+        if missing := [name for name in names if name not in found]:
+            for name, state in zip(missing, make(missing), strict=True):
+                found[name] = state
+                self._write(f"{name}.pt", partial(torch.save, state))
         return found
 
     def sums(self) -> dict[str, Any] | None:

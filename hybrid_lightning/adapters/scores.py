@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -106,6 +107,9 @@ def score_modules(
 
     seen = int(next((accumulator.losses.sum() for accumulator in collected.values()), 0))
 
+    def scores_of(names: Sequence[str]) -> dict[str, float]:
+        return {name: score(name) for name in names}
+
     def score_all() -> None:
         concurrent = scorer.concurrent and not scorer.needs_update
         small = [name for name in collected if concurrent and _small_on_cpu(collected[name])]
@@ -116,7 +120,7 @@ def score_modules(
             del collected[name]  # frees the module's sums once it is scored
         for names in process.rounds([name for name in candidates if name not in kept.scores]):
             own = process.own(names)
-            kept.keep_scores(process.together(lambda own=own: {name: score(name) for name in own}))
+            kept.keep_scores(process.together(partial(scores_of, own)))
             for name in own:
                 collected.pop(name, None)
 
@@ -167,8 +171,12 @@ def _keep_scores_of_updates(
     rest = {name: module for name, module in candidates.items() if name not in kept.scores}
     moved = bool(kept.scores)  # a stopped run has kept none before one was
     found: dict[str, float] = {}
+
+    def scores_of(updates: Mapping[str, Gradient]) -> dict[str, float]:
+        return {name: score(name, update) for name, update in updates.items()}
+
     for updates in updates_in_turns(model, rest, losses, steps, kept, on_loss, process):
-        found |= process.together(lambda made=updates: {name: score(name, update) for name, update in made.items()})
+        found |= process.together(partial(scores_of, updates))
         moved = moved or process.any(any(update.energy() > 0 for update in updates.values()))
         if moved:
             kept.keep_scores(found)

@@ -15,6 +15,7 @@ of all steps anew.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -88,7 +89,8 @@ def updates_in_turns(
         process: Shares the work with other processes; None: this one is alone.
 
     Yields:
-        For those candidates of each turn that this process scores: full dotted name -> sum of the steps, [m, n]; emptied when the next turn begins.
+        For those candidates of each turn that this process scores: full dotted name -> sum of the steps, [m, n]; emptied when the
+        next turn begins.
 
     Raises:
         ModelError: If a weight cannot have a gradient, as in a quantized model.
@@ -120,7 +122,7 @@ def updates_in_turns(
                 "computed anew each time, since each turn of modules needs all of them."
             )
         del optimizer  # and its state
-        updates = process.finish(lambda made=stand_ins: {name: _update(name, stand_in) for name, stand_in in made.items()})
+        updates = process.finish(partial(_updates, stand_ins))
         stand_ins.clear()
         yield updates
         updates.clear()  # whoever has them still holds the dict while the next turn is made
@@ -131,6 +133,10 @@ def _stand_in(module: nn.Module) -> nn.Parameter:
     stand_in = nn.Parameter(torch.zeros(weight.shape, dtype=torch.float32, device=weight.device))
     stand_in.grad = torch.zeros_like(stand_in)  # an optimizer skips what has none
     return stand_in
+
+
+def _updates(stand_ins: Mapping[str, nn.Parameter]) -> dict[str, Gradient]:
+    return {name: _update(name, stand_in) for name, stand_in in stand_ins.items()}
 
 
 def _update(name: str, stand_in: nn.Parameter) -> Gradient:

@@ -85,9 +85,11 @@ class Engine:
         self._pass: Pass | None = None
         self._is_to_report = self._has_reported = False
 
-    def of(self, adapted: nn.Module) -> "Engine":
-        """The engine of the same model with an adapter in it, which takes over the results of trials."""
+    def of(self, adapted: nn.Module, is_copy: bool = False) -> "Engine":
+        """The engine of the same model with an adapter in it, which takes over the results of trials; that of a copy does not."""
         engine = Engine(adapted, self.backend)
+        if is_copy:
+            return engine
         engine._trial, engine._fast = self._trial, self._fast
         engine._is_to_report, engine._has_reported = self._is_to_report, self._has_reported
         return engine

@@ -214,7 +214,7 @@ class _Run:
         split = not self.sharding.whole_on_every_device
         return max(
             (
-                # Scoring comes before the weights are split over processes.
+                # The model as it was loaded is in the file that it was read from until it is split.
                 process_growth(
                     self.settings, sizes, peak.total, batches, split and phase not in ("calibrating", "scoring"), memory.share
                 )
@@ -226,7 +226,9 @@ class _Run:
     @property
     def _calibration_batch(self) -> int:
         """Calibration prompts that are completed together."""
-        return min(self.settings.scored_prompts, self.settings.prompts_per_rollout)
+        from hybrid_lightning.policy.calibration import calibration_batch  # as above
+
+        return min(self.settings.scored_prompts, calibration_batch(self.settings.prompts_per_rollout))
 
     def _generating(self, sizes: ModelSizes, prompts: int, samples: int) -> Components:
         if self.settings.sampler.has_own_weights:
@@ -235,25 +237,34 @@ class _Run:
         return _components(held, self.traces.decoding(prompts, samples, sizes.share_full))
 
     def _scoring(self, sizes: ModelSizes) -> dict[str, Components]:
-        """Peaks of calibrating and scoring, where the first device has the whole base model as loaded, and nothing else."""
-        settings = self.settings
+        """Peaks of calibrating and scoring, where devices have the base model as loaded, or a share of it, and nothing else."""
+        settings, devices = self.settings, self.sharding.scoring_devices
         base = sizes.parameters * settings.dtype.itemsize
         prompts = settings.scored_prompts
+        passes = self.sharding.scoring(sizes, base)
+        # On CPUs the model as it was loaded, from which the shares are made, is in the same memory.
+        loaded = base if settings.on_cpu and devices > 1 else 0.0
         if settings.sampler.has_own_weights:
-            calibrating = _resting(Held(base, 0, 0))
+            calibrating = _resting(passes)
         else:
             generated = self.traces.decoding(self._calibration_batch, settings.samples_per_prompt, None)
-            calibrating = _components(Held(base, 0, 0), generated)
+            calibrating = _components(self.sharding.calibrating(sizes, base), generated)
+        calibrating = replace(calibrating, weights=calibrating.weights + loaded)
         from hybrid_lightning.memory.pass_memory import passes_of_scoring  # as above
 
         if settings.scoring_steps:  # a turn has a stand-in, a gradient and optimizer state for each of its weights
             prompts = max(1, settings.prompts_per_rollout // settings.minibatches)
-            turn = min(sizes.trainable, sizes.candidates)
-            held = Held(base, FLOAT32_BYTES * turn, self.optimizer.state * turn, FLOAT32_BYTES * turn)
+            turn = min(sizes.trainable, sizes.candidates) / devices
+            state, stand_ins = self.optimizer.state * turn, FLOAT32_BYTES * turn
+            held = replace(passes, gradients=FLOAT32_BYTES * turn, optimizer=state, copies=passes.copies + stand_ins)
         else:
             # The sums of gradients are kept in the memory of the host.
-            held = Held(base, settings.scoring_copies * FLOAT32_BYTES * sizes.candidates if settings.on_cpu else 0, 0)
-        longest = max(passes_of_scoring(self._budgeted(base, 0.0), prompts), key=_row_count)
+            sums = settings.scoring_copies * FLOAT32_BYTES * sizes.candidates / devices
+            held = replace(passes, gradients=sums if settings.on_cpu else 0)
+        if loaded:  # and there are the gradients of a pass, and as many that other ranks have sent
+            sent = 2 * settings.dtype.itemsize * sizes.candidates
+            held = replace(held, weights=held.weights + loaded, gradients=held.gradients + sent)
+        longest = max(passes_of_scoring(self._budgeted(passes.weights, 0.0), prompts), key=_row_count)
         return {
             "calibrating": calibrating,
             "scoring": _largest((held, held, held), self.traces.update(longest, None)),

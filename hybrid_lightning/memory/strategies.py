@@ -43,6 +43,24 @@ class Sharding(ABC):
             optimizer: Bytes of optimizer state per trained parameter.
         """
 
+    @property
+    def scoring_devices(self) -> int:
+        """Devices that score modules together, each with a share of the base model; where it is one, it has all of it."""
+        return 1
+
+    def calibrating(self, sizes: ModelSizes, base: float) -> Held:
+        """While completions are sampled by which modules are scored.
+
+        Args:
+            sizes: Sizes of the model.
+            base: Bytes of the model as it was loaded.
+        """
+        return Held(base, 0, 0)
+
+    def scoring(self, sizes: ModelSizes, base: float) -> Held:
+        """In the passes by which modules are scored, but for gradients; arguments as of `calibrating`."""
+        return Held(base, 0, 0)
+
     def resting(self, sizes: ModelSizes, optimizer: float) -> Held:
         """While a rollout engine with weights of its own samples."""
         return self.generating(sizes, optimizer)
@@ -101,6 +119,22 @@ class FSDP2(Sharding):
         super().__init__(devices)
         self.cpu_offload = cpu_offload
 
+    @property
+    def scoring_devices(self) -> int:
+        """See `Sharding`."""
+        return self.devices
+
+    def calibrating(self, sizes: ModelSizes, base: float) -> Held:
+        """See `Sharding`. As while generating."""
+        return (
+            super().calibrating(sizes, base) if self.scoring_devices == 1 else self._held(base, 0, 0, base + sizes.outside_bytes)
+        )
+
+    def scoring(self, sizes: ModelSizes, base: float) -> Held:
+        """See `Sharding`. As in a training pass, but that a gradient leaves the device when it has been made."""
+        whole = sizes.outside_bytes + 2 * sizes.block_bytes
+        return super().scoring(sizes, base) if self.scoring_devices == 1 else self._held(base, 0, 0, whole)
+
     def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
         """See `Sharding`. Weights outside of blocks are there twice: torch keeps what it received beside the gathered weights."""
         return self._shares(sizes, optimizer, sizes.weight_bytes + sizes.outside_bytes)
@@ -138,6 +172,11 @@ class FSDP1(FSDP2):
     """Like FSDP2, but all weights have the same dtype, and frozen weights in blocks have gradients too, which are zero."""
 
     name = "FSDP1"
+
+    @property
+    def scoring_devices(self) -> int:
+        """See `Sharding`."""
+        return 1
 
     def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
         """See `Sharding`."""

@@ -107,6 +107,11 @@ class AdaptedModule(LightningModule):
         return target
 
     @property
+    def model_device(self) -> torch.device:
+        """Where the model computes. The module itself is moved there only after the setup hooks."""
+        return self.trainer.strategy.root_device if self.weights.sharded else next(self.adapter_target.parameters()).device
+
+    @property
     def base_digest(self) -> str:
         """Digest of the model without an adapter."""
         if self._base_digest is None:
@@ -114,7 +119,8 @@ class AdaptedModule(LightningModule):
             self._base_digest = model_digest(self.adapter_target)
         return self._base_digest
 
-    def _set_model(self, model: nn.Module) -> None:
+    def set_model(self, model: nn.Module, is_copy: bool = False) -> None:
+        """Compute with another model from now on: with this one adapted or split, or with a copy of it."""
         setattr(self, self.adapter_attribute, model)
         self.weights = weights_of(model)
 
@@ -152,7 +158,7 @@ class AdaptedModule(LightningModule):
         from hybrid_lightning.adapters.apply import apply_plan  # PEFT is slow to import
 
         dtype = self._trained_dtype()
-        self._set_model(apply_plan(self.adapter_target, plan, keep_start_weights, dtype, self._backend()))
+        self.set_model(apply_plan(self.adapter_target, plan, keep_start_weights, dtype, self._backend()))
         self.plan, self.keep_start_weights = plan, keep_start_weights
 
     @contextmanager
@@ -175,7 +181,7 @@ class AdaptedModule(LightningModule):
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, (FSDP2Strategy, FSDP1Strategy)):
             assert self.base_digest  # computed now, while this rank has all weights
-            self._set_model(strategy.shard(self.adapter_target))
+            self.set_model(strategy.shard(self.adapter_target))
             self.on_sharded()
 
     def on_sharded(self) -> None:

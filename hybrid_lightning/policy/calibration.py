@@ -10,7 +10,6 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -26,6 +25,9 @@ from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, pad_l
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.sharding.ranks import on_all_ranks, world_size
 from hybrid_lightning.types import Completion, LossInputs, Prompt, Rewards, Rollouts, Sequences
+
+# Calibration prompts that are completed together: few enough that several devices have a batch each.
+_MOST_TOGETHER = 16
 
 LogprobFunction = Callable[[Sequences], tuple[Tensor, Tensor]]
 
@@ -46,54 +48,62 @@ def training_prompts(trainer: Any) -> list[Prompt]:
 
 
 def calibration_rollouts(policy: CalibratedPolicy, prompts: Sequence[Prompt], kept: KeptScoring) -> tuple[Rollouts, Rewards]:
-    """Complete and score prompts with the start policy, as many at a time and each as often as in a rollout of training.
+    """Complete and score prompts with the start policy, each as often as in a rollout of training.
+
+    Prompts are completed in batches of the same size whoever completes them, so that what is drawn does not depend on it, not
+    even by rounding. Where the model is split, all ranks call this, and a batch of each is completed at a time.
 
     Args:
         policy: The start policy.
         prompts: P prompts.
         kept: Saves completions and rewards as they are made, and returns those that a stopped run has saved.
-
-    Where the model is split, all ranks call this; each completes and scores some of the prompts, and gets all.
     """
-    device, ranks = policy.model_device, world_size() if policy.weights.sharded else 1
-    samples, at_once = policy.rollout_schedule.samples_per_prompt, policy.rollout_schedule.prompts_per_rollout
+    device, samples = policy.model_device, policy.rollout_schedule.samples_per_prompt
     ids = [policy.encode(prompt) for prompt in prompts]
     kept.require({"calibration prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]})
-    parts: list[tuple[Rollouts, Rewards]] = []
-    for start in range(0, len(prompts), at_once):
-        some = prompts[start : start + at_once]
+    size = calibration_batch(policy.rollout_schedule.prompts_per_rollout)
+    batches = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
 
-        def complete(places: Sequence[int], some: Sequence[Prompt] = some, start: int = start) -> dict[str, Any]:
-            mine = [some[place] for place in places]
-            draws = PromptDraws(mine, samples, policy.seed + 7919, [start + place for place in places])
-            return _completions_to_state(policy.generate(mine, samples, draws))
+    def complete(batch: range) -> dict[str, Any]:
+        some = [prompts[place] for place in batch]
+        return _completions_to_state(policy.generate(some, samples, PromptDraws(some, samples, policy.seed + 7919, batch)))
 
-        def complete_all(some: Sequence[Prompt] = some, complete: Callable[..., dict[str, Any]] = complete) -> dict[str, Any]:
-            if ranks == 1:
-                return complete(range(len(some)))
-            policy.generation.update()
-            parts = _of_all_ranks(policy, len(some), complete)
-            found = [_completions_from_state(part, some[rank::ranks], samples, device) for rank, part in enumerate(parts)]
-            whole = [_of_prompt(found[place % ranks], place // ranks) for place in range(len(some))]
-            return _completions_to_state(join_rollouts(whole))
+    parts: dict[range, Rollouts] = {}
 
-        rollouts = _completions_from_state(kept.recall(f"completions-{start // at_once}", complete_all), some, samples, device)
+    def score(batch: range) -> dict[str, Any]:
+        return vars(policy.score(parts[batch]).to("cpu"))
 
-        def score(places: Sequence[int], rollouts: Rollouts = rollouts) -> dict[str, Any]:
-            return vars(policy.score(join_rollouts([_of_prompt(rollouts, place) for place in places])).to("cpu"))
+    rewards: list[Rewards] = []
+    at_once = world_size() if policy.weights.sharded else 1
+    for start in range(0, len(batches), at_once):
+        some = batches[start : start + at_once]
+        for batch, state in _recalled(policy, kept, "completions", some, complete).items():
+            parts[batch] = _completions_from_state(state, [prompts[place] for place in batch], samples, device)
+        scored = _recalled(policy, kept, "rewards", some, score)
+        rewards += [Rewards(**scored[batch]).to(device) for batch in some]
+    return join_rollouts([parts[batch] for batch in batches]), join_rewards(rewards)
 
-        def score_all(
-            rollouts: Rollouts = rollouts, count: int = len(some), score: Callable[..., dict[str, Any]] = score
-        ) -> dict[str, Any]:
-            if ranks == 1:
-                return vars(policy.score(rollouts).to("cpu"))
-            found = [Rewards(**part) for part in _of_all_ranks(policy, count, score)]
-            whole = [_rows_of_rewards(found[place % ranks], place // ranks, samples) for place in range(count)]
-            return vars(join_rewards(whole))
 
-        rewards = Rewards(**kept.recall(f"rewards-{start // at_once}", score_all)).to(device)
-        parts.append((rollouts, rewards))
-    return join_rollouts([rollouts for rollouts, _ in parts]), join_rewards([rewards for _, rewards in parts])
+def calibration_batch(prompts_per_rollout: int) -> int:
+    """Calibration prompts that are completed together, of which several devices take a batch each."""
+    return min(_MOST_TOGETHER, prompts_per_rollout)
+
+
+def _recalled(
+    policy: CalibratedPolicy, kept: KeptScoring, what: str, batches: Sequence[range], make: Callable[[range], dict[str, Any]]
+) -> dict[range, dict[str, Any]]:
+    """What is made of each of some batches, of which there are no more than ranks that share the work."""
+    names = {f"{what}-{batch.start}-{batch.stop - 1}": batch for batch in batches}
+
+    def make_all(missing: Sequence[str]) -> list[dict[str, Any]]:
+        if not policy.weights.sharded:
+            return [make(names[name]) for name in missing]
+        policy.generation.update()
+        # A rank without a batch repeats the first, since all gather weights together.
+        mine = missing[rank] if (rank := torch.distributed.get_rank()) < len(missing) else missing[0]
+        return on_all_ranks(lambda: make(names[mine]), policy.signals, "score the modules")[: len(missing)]
+
+    return {names[name]: state for name, state in kept.recall(list(names), make_all).items()}
 
 
 def equal_slices(length: int, number: int) -> list[slice]:
@@ -331,37 +341,6 @@ def _by_number(saved: Any, device: torch.device) -> dict[int, Tensor]:
     """Tensors by the number of their chunk; earlier versions saved a list of them."""
     numbered = saved.items() if isinstance(saved, dict) else enumerate(saved)
     return {number: tensor.to(device) for number, tensor in numbered}
-
-
-def _of_all_ranks(
-    policy: CalibratedPolicy, count: int, make: Callable[[Sequence[int]], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """What each rank makes of its share of some prompts, every so many of which is its own."""
-    ranks = world_size()
-    places = range(torch.distributed.get_rank(), count, ranks) or range(1)  # none is left out, since weights are gathered together
-    return on_all_ranks(lambda: make(places), policy.signals, "score the modules")
-
-
-def _of_prompt(rollouts: Rollouts, place: int) -> Rollouts:
-    """The completions of one prompt."""
-    samples = rollouts.samples_per_prompt
-    rows = slice(place * samples, (place + 1) * samples)
-    sequences = rollouts.sequences.rows(rows)
-    return Rollouts(
-        prompts=rollouts.prompts[place : place + 1],
-        sequences=sequences,
-        completions=rollouts.completions[rows],
-        sampling_logprobs=rollouts.sampling_logprobs[rows, : sequences.completion_ids.shape[1]],
-        finished=rollouts.finished[rows],
-        samples_per_prompt=samples,
-    )
-
-
-def _rows_of_rewards(rewards: Rewards, place: int, samples: int) -> Rewards:
-    """The rewards of one prompt's completions."""
-    rows = slice(place * samples, (place + 1) * samples)
-    parts = {name: part[rows] for name, part in rewards.parts.items()}
-    return replace(rewards, total=rewards.total[rows], correct=rewards.correct[rows], parts=parts)
 
 
 def _completions_to_state(rollouts: Rollouts) -> dict[str, Any]:

@@ -174,30 +174,12 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """The model's tokenizer."""
         return self.pretrained.tokenizer
 
-    def _set_model(self, model: nn.Module) -> None:
-        super()._set_model(model)
-        self._engine = self.engine.of(model)
+    def set_model(self, model: nn.Module, is_copy: bool = False) -> None:  # noqa: D102
+        super().set_model(model)
+        self._engine = self.engine.of(model, is_copy)
 
     def _backend(self) -> Backend:
         return self.engine.backend
-
-    @contextmanager
-    def computing_with(self, model: nn.Module) -> Iterator[None]:
-        """Within this context it computes with another copy of its model, which is split over ranks."""
-        own, weights, engine = self.model, self.weights, self.engine
-        self._set_model(model)
-        try:
-            with self.inference():
-                self.weights.gathered(self.engine.prepare)
-            yield
-        finally:
-            setattr(self, self.adapter_attribute, own)
-            self.weights, self._engine = weights, engine
-
-    @property
-    def model_device(self) -> torch.device:
-        """Where the model computes. The module itself is moved there only after the setup hooks."""
-        return self.trainer.strategy.root_device if self.weights.sharded else next(self.model.parameters()).device
 
     def on_sharded(self) -> None:
         """Try which fast passes the model supports: now, since that takes forward passes of all ranks together."""

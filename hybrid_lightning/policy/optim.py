@@ -185,12 +185,12 @@ def rate_of_full_modules(lr_lora: float, model: nn.Module) -> float:
 
     Args:
         lr_lora: Learning rate of LoRA.
-        model: A Hugging Face model, adapted or not; of another one the most frequent number of inputs of its linear modules is taken.
+        model: A Hugging Face model, adapted or not; of another one the most frequent number of inputs of linear modules is taken.
 
     Raises:
         ConfigError: If the model has neither a hidden size nor linear modules.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     inputs = Counter(int(module.in_features) for module in model.modules() if isinstance(module, nn.Linear))
     hidden = getattr(text, "hidden_size", None) or next((size for size, _ in inputs.most_common(1)), None)

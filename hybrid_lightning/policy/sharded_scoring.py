@@ -7,10 +7,12 @@ sums of one process to the bit. When all modules have a score, the copy is given
 """
 
 import copy
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scoring_process import CalibrationState, ScoringProcess
+from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.ranks import deal, gather_objects, on_all_ranks, world_size
@@ -46,8 +49,17 @@ def scored_together(
     whole, backend = module.model, module.engine.backend
     split = _same_weights(whole, backend)
     use_fused_layers(split, backend)  # as in training, since the passes of scoring are as large as those of training
-    with module.signals.deferred(), module.computing_with(strategy.shard(split)):  # type: ignore[arg-type]
-        yield ShardedScoring(module.model, module.weights, candidates, strategy.root_device, module.signals)
+    with module.signals.deferred():
+        module.set_model(strategy.shard(split), is_copy=True)
+        process = ShardedScoring(split, module.weights, candidates, strategy.root_device, module.signals)
+        try:
+            module.on_sharded()
+            yield process
+        finally:
+            module.set_model(whole, is_copy=True)
+            process.forget()
+            del split
+            gc.collect()  # of FSDP's circles, so that the device has its memory back
 
 
 def _same_weights(model: nn.Module, shared: object) -> nn.Module:
@@ -77,6 +89,11 @@ class ShardedScoring(ScoringProcess):
         self._rank, self._ranks = dist.get_rank(), world_size()
         self._owners = _owners({name: module.weight.numel() for name, module in candidates.items()}, self._ranks)  # type: ignore[operator, union-attr]
         self.is_first = self._rank == 0
+
+    def forget(self) -> None:
+        """Let go of the model."""
+        self._modules.clear()
+        self._weights = Weights()
 
     def modules(self, candidates: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         """Those of the split model."""
@@ -206,7 +223,23 @@ class SharedProgress(KeptScoring):
     """Progress of scoring by several ranks, of which the first one writes. All ranks have to call `keep_sums`.
 
     A run that goes on reads the files of the earlier run on every rank, as it does with a checkpoint.
+
+    Args:
+        folder: See `KeptScoring`; None but on the first rank.
+        earlier: See `KeptScoring`.
+        signals: See `KeptScoring`.
+
+    Raises:
+        CheckpointError: If ranks find different files in `earlier`, or one cannot be read.
     """
+
+    def __init__(self, folder: Path | None = None, earlier: Path | None = None, signals: StopSignals | None = None) -> None:
+        found = gather_objects(sorted(path.name for path in earlier.glob("*")) if earlier is not None else None)
+        if any(of_rank != found[0] for of_rank in found):
+            raise CheckpointError(
+                f"ranks find different files in {earlier}: scoring that was stopped goes on from a folder that all can read"
+            )
+        super().__init__(folder, earlier, signals)
 
     def keep_sums(self, make: Callable[[], dict[str, Any]], stopped: bool = False) -> None:
         """See `KeptScoring`."""

@@ -128,15 +128,16 @@ def test_losses_that_cannot_be_cut_are_computed_again_up_to_the_stop(make_model,
 def test_what_was_made_is_made_once(tmp_path):
     made = []
 
-    def make():
-        made.append(len(made))
-        return {"tokens": torch.arange(3), "text": "12"}
+    def make(missing):
+        made.extend(missing)
+        return [{"tokens": torch.arange(3), "text": name} for name in missing]
 
     kept = KeptScoring(tmp_path / "a")
-    first = kept.recall("completions-0", make)
+    first = kept.recall(["one", "two"], make)
     kept.require({"model.seed": 0})
-    again = KeptScoring(tmp_path / "b", tmp_path / "a").recall("completions-0", make)
-    assert made == [0] and torch.equal(first["tokens"], again["tokens"]) and again["text"] == "12"
+    again = KeptScoring(tmp_path / "b", tmp_path / "a").recall(["two", "three"], make)
+    assert made == ["one", "two", "three"] and list(again) == ["two", "three"]
+    assert torch.equal(first["two"]["tokens"], again["two"]["tokens"]) and again["two"]["text"] == "two"
     assert is_scoring(tmp_path / "b") and not is_scoring(tmp_path)
 
 
@@ -166,7 +167,7 @@ def test_scoring_goes_on_where_nothing_can_be_kept(make_model, batches, tmp_path
     kept = KeptScoring(tmp_path / "a")
     monkeypatch.setattr(torch, "save", full)
     with pytest.warns(UserWarning, match=r"completions-0\.pt could not be written \(No space left on device\): scoring goes on"):
-        kept.recall("completions-0", dict)
+        kept.recall(["completions-0"], lambda missing: [{}])
     with pytest.warns(UserWarning, match=r"gradients\.pt could not be written"), pytest.raises(RunStopped):
         scored(model, batches, PreconditionedTail(), ExactGradients(), kept, 2)
     assert not [path for path in (tmp_path / "a").iterdir() if path.suffix in (".pt", ".part")]

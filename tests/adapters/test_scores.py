@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.gradients import ExactGradients, collect_gradients
+from hybrid_lightning.adapters.gradients import collect_gradients
 from hybrid_lightning.adapters.scorers import (
     GradientNorm,
     PreconditionedTail,

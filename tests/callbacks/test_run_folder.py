@@ -244,7 +244,7 @@ def test_a_folder_of_another_run_is_not_given_back(model, sums, tmp_path):
     assert content(tmp_path) == before and names(tmp_path) == ["x"] and names(tmp_path / "x") == [Path(kept.log_dir).name]
 
 
-@pytest.mark.parametrize("name", ["checkpoints/stopped.ckpt", "scoring/completions-0.pt", "evaluation.json", "mine.txt"])
+@pytest.mark.parametrize("name", ["checkpoints/stopped.ckpt", "scoring/completions-0-15.pt", "evaluation.json", "mine.txt"])
 def test_a_folder_with_anything_that_was_made_is_kept(tmp_path, name):
     trainer = process(tmp_path / "runs", CSVLogger(tmp_path / "runs", "x"))
     folder = run_folder(trainer)

@@ -1,6 +1,7 @@
 """Under FSDP2 all ranks score together: the plan is that of one process, to the bit, and none has the whole model meanwhile."""
 
 import contextlib
+import gc
 import os
 import signal
 
@@ -10,6 +11,7 @@ from ranks_of_tests import run
 from runs_of_tests import ByPrompt
 from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -24,6 +26,7 @@ JOBS = {
     "sketches of halves": ({"scorer": SpectrumSNR(), "gradients": SketchedGradients(size=5), "calibration_prompts": 7}, {}),
     "measured": ({"scorer": Probe()}, {"gradient_checkpointing": True}),
     "updates": ({"scorer": UpdateTail(3, 1)}, {"minibatches_per_rollout": 2, "optimizer": torch.optim.AdamW}),
+    "bfloat16": ({"scorer": PreconditionedTail()}, {"dtype": "bfloat16"}),
     "by name": ({"scorer": Random()}, {}),
     "rewards that tie": ({"calibration_prompts": 2}, {"reward": Constant()}),
 }
@@ -56,18 +59,28 @@ def scored(job, folder, root, strategy="auto", devices=1, stops_at=None, ckpt_pa
     module = build_policy(folder / "model", kind=Watched, **{**SIZES, **policy})
     module.seen, module.stops_at = [], stops_at
     chosen = {"strategy": strategy() if callable(strategy) else strategy, "devices": devices, "max_steps": 0}
+    if "dtype" in policy:
+        chosen["precision"] = "bf16-mixed"
     trainer = build_trainer(root, build_adapter(**adapter), **chosen)
+    gc.collect()
     with contextlib.suppress(RunStopped):
         trainer.fit(module, datamodule=build_data(folder / "sums.jsonl"), ckpt_path=ckpt_path)
     if distributed.is_initialized():
         distributed.barrier()
+    # The copy by which modules were scored is gone, without a collection of garbage here.
+    split = [type(part) for part in gc.get_objects() if FSDPModule in type(part).__mro__]
+    assert module.plan is None or len(split) == sum(isinstance(part, FSDPModule) for part in module.modules())
     return module
 
 
 def score_each(root, **arguments):
     """Name of a job -> the plan, and the shares of the model."""
-    modules = {name: scored(name, root=root / name, **arguments) for name in JOBS}
-    return {name: (module.plan.to_dict(), module.seen) for name, module in modules.items()}
+    found = {}
+    for name in JOBS:
+        module = scored(name, root=root / name, **arguments)
+        found[name] = module.plan.to_dict(), module.seen
+        del module
+    return found
 
 
 def stop_and_go_on(root, folder, stopped_root, job, devices=1, **arguments):

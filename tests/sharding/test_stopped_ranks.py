@@ -24,7 +24,8 @@ STRATEGIES = {
 }
 SHARDED = ["--trainer.strategy.save_distributed_checkpoint=true"]
 # Runs that are stopped again and again: options, and what stops each run: the moment, which of its calls since the stop before,
-# and the ranks that hear of it; under FSDP2 all of them score, else rank 0 alone. A first stop is one of a run that has not been stopped.
+# and the ranks that hear of it; under FSDP2 all of them score, else rank 0 alone. A first stop is one of a run that has not been
+# stopped.
 STOPS = {
     "ddp": [
         ([], [("a reward for scoring", 2, {0}), ("the middle of a later step", 6, {1}), ("a validation", 1, {0, 1})]),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
@@ -193,6 +194,8 @@ class AdaptedModule(LightningModule):
 
         full, lora = parameter_groups(self.adapter_target)
         rates = self.rates
+        if self.lr_full is None and full and lora:
+            rank_zero_info(f"lr_full: {rates['full']:.3g}, from lr_lora={rates['lora']:g} and the hidden size")
         groups = {"full": (list(full.values()), rates["full"]), "lora": (list(lora.values()), rates["lora"])}
         return build_optimizer(self.optimizer_class, groups, self.schedule, self.trainer.estimated_stepping_batches)  # type: ignore[return-value]
 

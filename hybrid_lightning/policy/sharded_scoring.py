@@ -189,7 +189,8 @@ class ShardedScoring(ScoringProcess):
                     with torch.autocast(self._device.type, enabled=False):
                         for name, parts in dealt.items():
                             if (part := parts[offset]) is not None:
-                                take(name, part.to(self._device), seen)
+                                # Where this rank's part of the weight is, and so what its gradients are added to.
+                                take(name, part.to(modules[name].weight.device), seen)  # type: ignore[arg-type]
                     seen += 1
                     yield seen
                 self.together(dict)  # a signal stops all of them here

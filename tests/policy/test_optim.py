@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+from tiny_models import build_model
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 from torch import nn
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.policy.optim import ConstantSchedule, CosineSchedule, LinearSchedule, build_optimizer
+from hybrid_lightning.policy.optim import ConstantSchedule, CosineSchedule, LinearSchedule, build_optimizer, rate_of_full_modules
 from hybrid_lightning.sharding.parameters import name_optimizer_state
 
 
@@ -145,3 +147,30 @@ def test_a_state_of_8_bits_that_is_saved_by_name_goes_on_bit_for_bit(eight_bit, 
     for optimizer, parameters in ((built, mine), (again, copies)):
         train_on(optimizer, parameters, 3, seed=2)
     assert all(torch.equal(parameter, copy) for parameter, copy in zip(mine, copies, strict=True))
+
+
+@pytest.mark.parametrize(("family", "hidden"), [("llama", 32), ("gpt2", 32)])
+def test_the_rate_of_full_modules_falls_with_the_width(family, hidden):
+    model = build_model(family)
+    assert model.config.hidden_size == hidden
+    assert rate_of_full_modules(0.1, model) == pytest.approx(0.4 / math.sqrt(hidden))
+
+
+def test_a_model_without_a_config_is_as_wide_as_most_of_its_inputs():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 4))
+    assert rate_of_full_modules(0.1, model) == pytest.approx(0.05)
+    assert rate_of_full_modules(0.1, nn.Linear(4, 9)) == 0.1, "never more than that of LoRA"
+    with pytest.raises(ConfigError, match=r"has no hidden size from which the rate of full modules follows: give model\.lr_full"):
+        rate_of_full_modules(0.1, nn.Conv1d(2, 2, 1))
+
+
+@pytest.mark.parametrize(("given", "rate"), [(None, 0.02 * 4 / math.sqrt(32)), (0.003, 0.003)])
+def test_a_run_trains_full_modules_at_the_rate_that_it_was_given_or_that_follows(tmp_path, given, rate):
+    write_model(tmp_path / "model")
+    write_sums(tmp_path / "sums.jsonl")
+    policy = build_policy(tmp_path / "model", lr_full=given, lr_lora=0.02)
+    trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
+    trainer.fit(policy, datamodule=build_data(tmp_path / "sums.jsonl"))
+    assert {group["name"]: group["initial_lr"] for group in trainer.optimizers[0].param_groups} == pytest.approx(
+        {"full": rate, "lora": 0.02}
+    )

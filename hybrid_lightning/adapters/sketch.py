@@ -106,10 +106,11 @@ class SketchForm(GradientForm):
         return SketchedGradient(q, x, missed, (rows / len(columns), columns / len(rows)))
 
     def _test_matrices(self) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator(self._device).manual_seed(self._seed)
+        # Drawn on the CPU, so that scoring that is stopped can go on on another kind of device: its sums stay sketches by these.
+        generator = torch.Generator().manual_seed(self._seed)
         (rows, columns), size = self._shape, self._size
-        omega = torch.randn(columns, size, generator=generator, device=self._device)
-        return omega, torch.randn(2 * size + 1, rows, generator=generator, device=self._device)
+        omega = torch.randn(columns, size, generator=generator).to(self._device)
+        return omega, torch.randn(2 * size + 1, rows, generator=generator).to(self._device)
 
 
 def _shares(energies: Tensor) -> Tensor:

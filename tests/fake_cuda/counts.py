@@ -16,7 +16,12 @@ with tempfile.TemporaryDirectory() as folder:
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.gradients import ExactGradients, ModuleAccumulator
+from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candidates_trainable
+from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.engine import logprobs_of_hidden, packed_decoding
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.pass_memory import _sequences, _trace_decoding, _trace_update, passes_of_step
@@ -72,9 +77,9 @@ def counting(fake):
         yield counter.counts
 
 
-def of_all_layers(config, count):
-    """Counts of one and two layers, and by these of all."""
-    one, two = (count(FakeModel(settings_of(config), layers, 0, "cuda:0")) for layers in (1, 2))
+def of_all_layers(config, count, share=0):
+    """Counts of one and two layers, and by these of all; a share of 0 is LoRA, None the model as it is scored."""
+    one, two = (count(FakeModel(settings_of(config), layers, share, "cuda:0")) for layers in (1, 2))
     more = config.num_hidden_layers - 1
     return {
         "kernels": one.kernels + more * (two.kernels - one.kernels),
@@ -127,6 +132,38 @@ def update(fake):
     return counts
 
 
+class Unchecked(ScoringProcess):
+    """Does not look at the loss, which the host waits for once a loss."""
+
+    def check_loss(self, loss, index):
+        pass
+
+
+def scoring(fake, mode):
+    """Forward and backward pass of four prompts with all of their completions, and what is kept of the gradients."""
+    rows = _sequences(4, SAMPLES, PROMPT, COMPLETION)
+    packed = fake.engine.packed(rows)
+    tokens = fake.fake(rows.completion_ids[rows.completion_mask])
+    fake.fake_layout(packed)
+    candidates = find_candidates(fake.model)
+    fake.model.requires_grad_(False)  # or gradients are dropped before they are taken
+
+    def losses():
+        hidden = fake.engine.hidden(packed.ids, packed.positions, packed)
+        yield logprobs_of_hidden(fake.engine, packed.predicting(hidden), tokens, 1.0)[0].mean()
+
+    with counting(fake) as counts, only_candidates_trainable(fake.model, candidates):
+        sums = {}
+        for name, module in candidates.items():
+            shape = (module.weight.shape[0], module.weight.shape[1])
+            sums[name] = ModuleAccumulator(mode.form(name, module.weight, 16), shape, halves=False)
+        take = lambda name, gradient, index: sums[name].add(gradient, index)  # noqa: E731
+        for _ in Unchecked().backward_all(candidates, take, losses(), 0, KeptScoring()):
+            pass
+    counts.syncs = [f"{len(counts.syncs) / len(candidates):g} {name}" for name in set(counts.syncs)]
+    return counts
+
+
 def layout_syncs():
     """What the layout of an update asks the device for, counted on real tensors."""
     from hybrid_lightning.engine.backend import PlannedBackend
@@ -168,6 +205,7 @@ def planted():
         "tolist": caught(lambda x: x.tolist()),
         "if": caught(lambda x: bool((x > 0).any())),
         "boolean index": caught(lambda x: x[x > 0]),
+        "to host": caught(lambda x: x.cpu()),
         "index_add": caught(lambda x: x.index_add(0, torch.zeros(8, dtype=torch.long, device="cuda"), x)),
         "accumulate": caught(lambda x: x.index_put((torch.zeros(8, dtype=torch.long, device="cuda"),), x, accumulate=True)),
         "stray": caught(lambda x: x + places),
@@ -183,7 +221,10 @@ def main():
             "decoding": of_all_layers(config, decoding),
             "ideal": ideal_decoding(config),
             "update": of_all_layers(config, update),
+            "scoring": of_all_layers(config, lambda fake: scoring(fake, ExactGradients()), None),
         }
+    small = CONFIGS["Qwen3-0.6B"]
+    found["sketches"] = of_all_layers(small, lambda fake: scoring(fake, SketchedGradients()), None)
     json.dump(found, sys.stdout)
 
 

@@ -91,6 +91,8 @@ def counter():
             name = function.overloadpacket.__name__
             if name in waiting and not _known_size(name, args, kwargs):
                 self.counts.syncs.append(name)
+            if _to_host(name, args, kwargs):
+                self.counts.syncs.append("to host")
             if name in adding or (name in putting and (args[3] if len(args) > 3 else kwargs.get("accumulate", False))):
                 self.counts.atomics.append(name)
             if name in backward and not torch.are_deterministic_algorithms_enabled():
@@ -117,6 +119,13 @@ def counter():
     def _is_view(function) -> bool:
         returned = [entry.alias_info for entry in function._schema.returns]
         return any(alias is not None and not alias.is_write for alias in returned)
+
+    def _to_host(name, args, kwargs) -> bool:
+        """Whether it copies to the memory of the host, for which that waits."""
+        if name == "copy_":
+            return args[0].device.type == "cpu" and args[1].device.type == "cuda"
+        to = kwargs.get("device")
+        return name == "_to_copy" and args[0].device.type == "cuda" and to is not None and torch.device(to).type == "cpu"
 
     def _known_size(name, args, kwargs) -> bool:
         return name == "repeat_interleave" and kwargs.get("output_size") is not None

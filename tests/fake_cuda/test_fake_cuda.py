@@ -30,8 +30,9 @@ def counts():
 
 
 def test_mistakes_that_are_planted_are_found(counts):
-    """A number that the host asks for, an addition by atomics, a tensor of the CPU among those of the GPU."""
+    """A number or tensor that the host asks for, an addition by atomics, a tensor of the CPU among those of the GPU."""
     planted = counts["planted"]
+    assert planted["to host"] == "to host"
     waits = {"DataDependentOutputException", "DynamicOutputShapeException"}
     assert {planted[name] for name in ("item", "tolist", "if", "boolean index")} <= waits
     assert planted["index_add"] == "index_add" and "index_put" in planted["accumulate"]
@@ -70,6 +71,22 @@ def test_an_update_of_four_prompts_keeps_its_ceilings(counts, model, kernels, gi
     """Of 32 completions of 256 tokens, with the prompts of 384 once: 9,700 tokens."""
     found = counts[model]["update"]
     assert found["kernels of a layer"] <= kernels and found["bytes"] < gigabytes * 1e9
+
+
+@pytest.mark.parametrize(
+    ("model", "kernels", "gigabytes"), [("Qwen3-0.6B", 225, 345), ("Qwen3-8B", 225, 1150), ("Llama-1B", 185, 300)]
+)
+def test_scoring_of_four_prompts_keeps_its_ceilings(counts, model, kernels, gigabytes):
+    """What the same pass takes of the model as it is scored, with gradients of all modules, which are added up on the host."""
+    found = counts[model]["scoring"]
+    assert found["syncs"] == ["1 to host"], "once a module, beside once a loss, which is looked at"
+    assert found["atomics"] == [] and found["kernels of a layer"] <= kernels and found["bytes"] < gigabytes * 1e9
+
+
+def test_sketches_stay_on_the_device(counts):
+    found = counts["sketches"]
+    assert found["syncs"] == found["atomics"] == []
+    assert found["kernels of a layer"] <= 280 and found["bytes"] < 1.02 * counts["Qwen3-0.6B"]["scoring"]["bytes"]
 
 
 def test_a_machine_without_a_gpu_plans_what_one_with_it_would(counts):

@@ -159,7 +159,7 @@ def train(
         "prompts": log.prompts,
         "rows": log.runs,
         "global_step": trainer.global_step,
-        "why_slow_decoding": module.engine.passes()["fast decoding"],
+        "why_slow_decoding": module.engine.passes()["fast decoding"] if log.steps else "",
     }
 
 

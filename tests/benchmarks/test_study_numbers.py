@@ -72,7 +72,8 @@ def test_tuning_starts_at_the_rates_of_the_task():
     assert tuning.first_rates(METHODS["hybrid"], rl) == [1.5e-4, 3e-4, 6e-4]
     supervised = {"model": {"class_path": "SupervisedModule", "init_args": {"lr_lora": 2e-3}}}
     assert tuning.first_rates(METHODS["lora"], supervised) == [1e-3, 2e-3, 4e-3]
-    assert tuning.first_rates(METHODS["fft"], supervised) == [5e-6, 1e-5, 2e-5]  # what the module takes when nothing is said
+    with pytest.raises(SystemExit, match=r"has to name model\.lr_full, from which tuning starts"):
+        tuning.first_rates(METHODS["fft"], supervised)  # the module's own would depend on the model
 
 
 def test_tuning_tries_the_first_rates_then_goes_beyond_a_best_edge():

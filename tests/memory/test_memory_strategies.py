@@ -49,6 +49,18 @@ def test_fsdp_holds_a_share_and_the_whole_of_what_computes():
     assert older.peaks["generating"].copies == whole
 
 
+def test_fsdp2_alone_scores_with_a_share_of_the_base():
+    one, four, older = (
+        _Run(SETTINGS, sharding).method("hybrid", ModuleBudget(0.5)).peaks for sharding in (SingleDevice(), FSDP2(4), FSDP1(4))
+    )
+    for moment in ("calibrating", "scoring"):
+        assert older[moment] == one[moment], "by the first device, which has all of it"
+        assert four[moment].weights == one[moment].weights / 4 > 0
+        assert four[moment].activations == one[moment].activations
+    assert four["calibrating"].copies > one["calibrating"].weights, "gathered to sample"
+    assert one["scoring"].copies == 0 < four["scoring"].copies < one["scoring"].weights, "a block or two at a time"
+
+
 def test_where_memory_is_largest_within_a_pass_of_fsdp2():
     """At its beginning, where what is outside of blocks is wide and little is computed; at its end; or where it goes backward."""
     config = copy.deepcopy(SETTINGS.config)

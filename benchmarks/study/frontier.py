@@ -4,7 +4,7 @@ Each seed has a start policy of its own, which all methods share, so that interv
 of `benchmarks.study.sweep`; a control that exchanges what a method chose has that method's. What scores nothing trains for
 `SCORING_STEPS` more steps, the time that scoring by updates takes. Needs the start policies of the seeds:
 
-    python -m benchmarks.study.pretrain --policy wide deep products --seeds 0 1 2 3
+    python -m benchmarks.study.pretrain --policy wide deep products tracker sorter --seeds 0 1 2 3
 """
 
 import argparse
@@ -38,7 +38,7 @@ FRONTIER = (
     ),
     *("update_tail_10_r2", "update_tail_10_r8", "random_mlp", "random_mlp_10_r8"),
 )
-TASKS = ("facts", "facts_deep", "products_direct")
+TASKS = ("facts", "facts_deep", "products_direct", "fresh/new_automaton", "fresh/new_order")
 
 
 def tuned_as(name: str) -> str:

@@ -17,6 +17,7 @@ from benchmarks.study.methods import METHODS
 from benchmarks.study.records import Record, of_method
 from benchmarks.study.store import Store
 from benchmarks.study.tables import markdown
+from benchmarks.study.tuning import means
 
 LORA = ("lora_r1", "lora", "lora_r4", "lora_r8", "lora_r16", "fft")
 MLPS = ("mlp_r4", "mlp_r8", "mlp_r16", "fft")
@@ -53,6 +54,11 @@ BESIDE_LORA = (
 )
 
 
+# A rule for the ratio of a hybrid's two rates -> fixed ratios, of which each task is given the best one in tuning.
+RATIOS = {
+    "hybrid_by_width": ("hybrid", "hybrid_one_rate"),
+    "hybrid_10_r8_by_width": ("hybrid_10_r8", "hybrid_10_r8_one_rate"),
+}
 # Heading -> tasks whose claims stand together.
 GROUPS = {
     "Tasks on which the formulas were chosen": ("facts", "facts_deep", "products_direct"),
@@ -91,6 +97,16 @@ def points_of(store: Store, task: str) -> Points:
     return {name: Point(name, records, memory.get(f"{name}.json", {}).get("bytes")) for name, records in found.items() if records}
 
 
+def tuned_ratios(store: Store, task: str) -> dict[str, str]:
+    """For each rule of `RATIOS` the method with the fixed ratio that was best in the sweeps of a task, where all have one."""
+    found: dict[str, str] = {}
+    for rule, ratios in RATIOS.items():
+        tuned = {ratio: means(of_method(store, "sweep", task, ratio)) for ratio in ratios}
+        if all(tuned.values()):
+            found[rule] = max(tuned, key=lambda ratio: max(tuned[ratio].values()))
+    return found
+
+
 def beside_others(points: Points) -> dict[str, Estimate]:
     """Accuracy of each method with an interval from which what all methods share is taken out: how good a seed's start policy is.
 
@@ -119,7 +135,7 @@ def line_at(points: Points, family: Sequence[str], trained: float) -> dict[int, 
 Difference = dict[int, float]  # seed -> points
 
 
-def _claims(tasks: Mapping[str, Points]) -> Iterator[tuple[str, dict[str, Difference]]]:
+def _claims(tasks: Mapping[str, Points], ratios: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, dict[str, Difference]]]:
     """Each claim with its differences by task and seed."""
     for ours, theirs in PAIRS:
         found = {
@@ -128,6 +144,13 @@ def _claims(tasks: Mapping[str, Points]) -> Iterator[tuple[str, dict[str, Differ
             if ours in points and theirs in points
         }
         yield f"{ours} less {theirs}", found
+    for rule in RATIOS:
+        found = {
+            task: _less(points[rule].by_seed, points[ratios[task][rule]].by_seed)
+            for task, points in tasks.items()
+            if rule in points and ratios.get(task, {}).get(rule) in points
+        }
+        yield f"{rule} less the fixed ratio that tuning chose", found
     for name in BESIDE_LORA:
         found = {
             task: _less(points[name].by_seed, line_at(points, LORA, points[name].trained))
@@ -148,10 +171,10 @@ def _less(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
     return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
 
 
-def claims_table(tasks: Mapping[str, Points]) -> str:
+def claims_table(tasks: Mapping[str, Points], ratios: Mapping[str, Mapping[str, str]]) -> str:
     """Every claim on every task and on their mean; in bold what Holm's correction over all cells of the table leaves, at 5%."""
     rows: list[tuple[str, list[Difference]]] = []
-    for name, found in _claims(tasks):
+    for name, found in _claims(tasks, ratios):
         if len(found) < len(tasks) or not all(found.values()):
             continue  # it was not run on all of them, or is larger or smaller than the line is long
         common = set.intersection(*(set(values) for values in found.values()))
@@ -210,10 +233,11 @@ def report(store: Store, tasks: Sequence[str], results: Path) -> None:
         "![Accuracy by trained parameters and by peak memory](frontier.png)",
         "In the tables of claims, in bold: what is left, at 5%, by Holm's correction over all cells of the table.",
     ]
+    ratios = {task: tuned_ratios(store, task) for task in found}
     others = tuple(task for task in found if not any(task in group for group in GROUPS.values()))
     for title, group in {**GROUPS, "Other tasks": others}.items():
         if there := {task: found[task] for task in group if task in found}:
-            parts += [f"## {title}", claims_table(there)]
+            parts += [f"## {title}", claims_table(there, ratios)]
     for task, points in found.items():
         parts += [f"## {task}", points_table(points)]
     results.mkdir(parents=True, exist_ok=True)

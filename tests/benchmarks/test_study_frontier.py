@@ -103,10 +103,18 @@ def test_claims_are_marked_where_holms_correction_leaves_them(tmp_path):
         own_r4=(400, steady),
         mlp_r4=(400, doubtful),
     )
-    lines = claims_table({"sums": points, "others": points}).splitlines()
+    lines = claims_table({"sums": points, "others": points}, {}).splitlines()
     (above,) = [line for line in lines if line.startswith("| own_r4 less lora_r4")]
     (level,) = [line for line in lines if line.startswith("| own_r4 less mlp_r4")]
     assert above.count("**") == 6 and "20.2 [" in above and "**" not in level
+
+
+def test_a_rule_for_rates_stands_beside_the_ratio_that_tuning_chose(tmp_path):
+    points = _points(tmp_path, hybrid=(400, (0.4, 0.5)), hybrid_one_rate=(400, (0.6, 0.71)), hybrid_by_width=(400, (0.5, 0.6)))
+    ratios = {"sums": {"hybrid_by_width": "hybrid_one_rate"}, "others": {"hybrid_by_width": "hybrid"}}
+    table = claims_table({"sums": points, "others": points}, ratios)
+    (line,) = [line for line in table.splitlines() if "that tuning chose" in line]
+    assert line.startswith("| hybrid_by_width less the fixed ratio that tuning chose | -10.5 [") and "| 10.0 " in line
 
 
 def test_the_report_has_every_point_and_a_figure(tmp_path):

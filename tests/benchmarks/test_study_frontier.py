@@ -114,7 +114,7 @@ def test_a_rule_for_rates_stands_beside_the_ratio_that_tuning_chose(tmp_path):
     ratios = {"sums": {"hybrid_by_width": "hybrid_one_rate"}, "others": {"hybrid_by_width": "hybrid"}}
     table = claims_table({"sums": points, "others": points}, ratios)
     (line,) = [line for line in table.splitlines() if "that tuning chose" in line]
-    assert line.startswith("| hybrid_by_width less the fixed ratio that tuning chose | -10.5 [") and "| 10.0 " in line
+    assert line.startswith("| hybrid_by_width less the fixed ratio that tuning chose | -10.5 [") and "| **10.0 [" in line
 
 
 def test_the_report_has_every_point_and_a_figure(tmp_path):

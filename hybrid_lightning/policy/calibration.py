@@ -66,6 +66,8 @@ def calibration_rollouts(policy: CalibratedPolicy, prompts: Sequence[Prompt], ke
 
     def complete(batch: range) -> dict[str, Any]:
         some = [prompts[place] for place in batch]
+        if policy.weights.sharded:
+            policy.generation.update()  # of a rollout engine, by all ranks together
         return _completions_to_state(policy.generate(some, samples, PromptDraws(some, samples, policy.seed + 7919, batch)))
 
     parts: dict[range, Rollouts] = {}
@@ -98,7 +100,6 @@ def _recalled(
     def make_all(missing: Sequence[str]) -> list[dict[str, Any]]:
         if not policy.weights.sharded:
             return [make(names[name]) for name in missing]
-        policy.generation.update()
         # A rank without a batch repeats the first, since all gather weights together.
         mine = missing[rank] if (rank := torch.distributed.get_rank()) < len(missing) else missing[0]
         return on_all_ranks(lambda: make(names[mine]), policy.signals, "score the modules")[: len(missing)]

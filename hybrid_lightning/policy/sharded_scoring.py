@@ -194,7 +194,7 @@ class ShardedScoring(ScoringProcess):
                     seen += 1
                     yield seen
                 self.together(dict)  # a signal stops all of them here
-            losses.load_state_dict(united([_on_cpu(losses.state_dict())])[0])
+            losses.load_state_dict(_united(losses.state_dict()))
         finally:
             for handle in handles:
                 handle.remove()
@@ -247,13 +247,13 @@ class SharedProgress(KeptScoring):
         if not gather_objects(stopped or self.is_due)[0]:
             return
         state = make()
-        whole = {"seen": state["seen"], "sums": _sums_on_first(state["sums"]), "losses": united([_on_cpu(state["losses"])])[0]}
+        whole = {"seen": state["seen"], "sums": _sums_on_first(state["sums"]), "losses": _united(state["losses"])}
         super().keep_sums(lambda: whole, stopped=True)
 
 
-def united(states: list[Any]) -> list[Any]:
-    """Plain data of this rank, united with that of all others: entries of dicts, and those of lists one by one."""
-    return [_merged(list(of_ranks)) for of_ranks in zip(*gather_objects(states), strict=True)]
+def _united(state: Any) -> Any:
+    """Plain data and tensors of this rank, united with those of all others: entries of dicts, and those of lists one by one."""
+    return _merged(gather_objects(_on_cpu(state)))
 
 
 def _merged(values: list[Any]) -> Any:

@@ -1,18 +1,25 @@
 """Makes the start policies that the tasks of the study name: `python -m benchmarks.study.pretrain`.
 
 One thread and a seed make them repeatable on one machine and one version of PyTorch. The embedded policy, which the tasks with
-products name, is shipped in the package. With `--seeds` it makes others, one for each seed of the frontier.
+products name, is shipped in the package. With `--seeds` it makes others, one for each seed of the frontier. A policy that has not
+learned what it was trained on, where its recipe says how that is seen, is drawn anew: whatever is fine-tuned, it would learn
+nothing.
 """
 
 import argparse
 import os
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.embedded_policy import pretrain_on
-from benchmarks.study.policies import RECIPES, folder_of
+from benchmarks.study.policies import RECIPES, PolicyRecipe, folder_of
+
+ATTEMPTS = 5
+QUESTIONS = 500  # by which it is seen whether a policy has learned
 
 
 def make(name: str, seed: int, own_folder: bool) -> None:
@@ -24,14 +31,32 @@ def make(name: str, seed: int, own_folder: bool) -> None:
         own_folder: Whether its folder is named by the seed, too.
     """
     torch.set_num_threads(1)
-    folder = folder_of(name, seed if own_folder else None)
-    if (folder / "config.json").exists():
-        print(f"{folder} is there already; remove it to make it anew")
+    folder, recipe = folder_of(name, seed if own_folder else None), RECIPES[name]
+    for attempt in range(ATTEMPTS):
+        there = (folder / "config.json").exists()
+        tokenizer = recipe.tokenizer()
+        model = (
+            AutoModelForCausalLM.from_pretrained(folder) if there else _trained(recipe, seed + 10_000 * attempt, not own_folder)
+        )
+        loss = 0.0 if recipe.learned_below is None else answer_loss(model, tokenizer, recipe)
+        if recipe.learned_below is not None and loss >= recipe.learned_below:
+            print(f"{folder} has not learned ({loss:.2f} nats a token): it is drawn anew", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
+        if there:
+            print(f"{folder} is there already; remove it to make it anew")
+            return
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)  # its config.json last says that the folder is whole
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters saved to {folder}", flush=True)
         return
-    recipe = RECIPES[name]
+    raise SystemExit(f"error: none of {ATTEMPTS} policies of {name}, seed {seed}, has learned")
+
+
+def _trained(recipe: PolicyRecipe, seed: int, progress: bool) -> PreTrainedModel:
     torch.manual_seed(seed)
     tokenizer = recipe.tokenizer()
-    model = pretrain_on(
+    return pretrain_on(
         recipe.model(tokenizer),
         tokenizer,
         recipe.corpus(seed),
@@ -39,11 +64,20 @@ def make(name: str, seed: int, own_folder: bool) -> None:
         steps=recipe.steps,
         batch_size=recipe.batch_size,
         lr=recipe.lr,
-        progress=not own_folder,
+        progress=progress,
     )
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)  # its config.json last says that the folder is whole
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters saved to {folder}", flush=True)
+
+
+@torch.no_grad()
+def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: PolicyRecipe) -> float:
+    """Nats a token of the answers to questions that no seed is pretrained on, such as the pretraining asks."""
+    total, tokens = 0.0, 0
+    for row in recipe.lines(QUESTIONS, 1_000_000).read().train:
+        question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (row.question, str(row.answer)))
+        logprobs = model(torch.tensor([question + answer])).logits[0].log_softmax(-1)
+        total -= sum(float(logprobs[len(question) - 1 + place, token]) for place, token in enumerate(answer))
+        tokens += len(answer)
+    return total / tokens
 
 
 def main() -> None:

@@ -102,11 +102,11 @@ class ExampleModule(LanguageModule):
                 return batch.with_logprobs(None, self.update.logprobs(self, batch.sequences)[0])
 
         def add_all() -> list[PolicyBatch]:
-            with self.signals.at_once():
+            with nullcontext() if self.weights.passes_together else self.signals.at_once():
                 return [add(batch) for batch in batches]
 
         with self.stopping_together(), self.clock.phase("logprobs"), self.inference():
-            filled = self.weights.gathered(add_all, as_trained=True)
+            filled = self.weights.in_passes(add_all, as_trained=True)
         return filled
 
     def example_sequences(self, prompts: Sequence[Prompt], device: torch.device) -> Sequences:
@@ -231,7 +231,7 @@ class ExampleModule(LanguageModule):
 
         def loss_inputs() -> LossInputs:
             reference = None
-            with self.signals.at_once():
+            with nullcontext() if self.weights.passes_together else self.signals.at_once():
                 logprobs, entropy = self.update.logprobs(self, sequences)
                 if self.loss.needs_reference:
                     with self.start_policy():
@@ -240,7 +240,7 @@ class ExampleModule(LanguageModule):
             return LossInputs(logprobs, ones, sequences.completion_mask, ref_logprobs=reference, entropy=entropy)
 
         with self.inference():
-            inputs = self.weights.gathered(loss_inputs)
+            inputs = self.weights.in_passes(loss_inputs)
         identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in prompts]
         weights = self.loss.weights(sequences.completion_mask)
         metrics.update(torch.tensor(identity, device=self.device), weights, self.loss.terms(inputs))

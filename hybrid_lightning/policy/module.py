@@ -10,6 +10,7 @@ Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -194,7 +195,7 @@ class PolicyModule(LanguageModule):
         def add(batch: PolicyBatch) -> tuple[PolicyBatch, Tensor]:
             old = reference = None
             entropy = torch.zeros(batch.sequences.completion_mask.shape, device=self.device)
-            if not len(batch.sequences):
+            if not len(batch.sequences) and not self.weights.passes_together:
                 return batch, entropy
             if not on_policy or self.token_mask is not None:
                 old, entropy = self.update.logprobs(self, batch.sequences)
@@ -204,11 +205,11 @@ class PolicyModule(LanguageModule):
             return batch.with_logprobs(None if on_policy else old, reference), entropy
 
         def add_all() -> list[tuple[PolicyBatch, Tensor]]:
-            with self.signals.at_once():
+            with nullcontext() if self.weights.passes_together else self.signals.at_once():
                 return [add(batch) for batch in batches]
 
         with self.stopping_together(), self.clock.phase("logprobs"), self.inference():
-            filled = self.weights.gathered(add_all, as_trained=True)
+            filled = self.weights.in_passes(add_all, as_trained=True)
         batches = [batch for batch, _ in filled]
         return batches if self.token_mask is None else mask_tokens(batches, [entropy for _, entropy in filled], self.token_mask)
 

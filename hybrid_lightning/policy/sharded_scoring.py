@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
@@ -165,13 +166,14 @@ class ShardedScoring(ScoringProcess):
 
             return hook
 
-        with torch.no_grad():  # hooks of whole weights, which FSDP2 makes once and fills at each pass
-            handles = self._weights.gathered(
-                lambda: [
-                    module.weight.register_post_accumulate_grad_hook(hold(name))  # type: ignore[operator, union-attr]
-                    for name, module in modules.items()
-                ]
-            )
+        handles = []
+        for block, names in self._by_part(modules).items():
+            block.unshard()  # hooks are of whole weights, which FSDP2 makes once and fills at each pass
+            handles += [
+                modules[name].weight.register_post_accumulate_grad_hook(hold(name))  # type: ignore[operator, union-attr]
+                for name in names
+            ]
+            block.reshard()
         try:
             while seen < total:
                 mine = seen + self._rank
@@ -198,6 +200,15 @@ class ShardedScoring(ScoringProcess):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _by_part(self, names: Iterable[str]) -> dict[FSDPModule, list[str]]:
+        """The part of the model whose weights are gathered together -> those of some modules that are in it."""
+        found: dict[FSDPModule, list[str]] = {}
+        for name in names:
+            places = [".".join(name.split(".")[:count]) for count in range(name.count(".") + 1, -1, -1)]
+            parts = [self._modules[place] for place in places]
+            found.setdefault(next(part for part in parts if isinstance(part, FSDPModule)), []).append(name)
+        return found
 
     def _checked(self, loss: Tensor | None, index: int) -> dict[str, Any]:
         if loss is not None:

@@ -118,9 +118,21 @@ class Update:
         return split_by_tokens(sequences, self.token_budget(policy), policy.rows_together)
 
     def logprobs(self, policy: TrainedPolicy, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """`policy.logprobs` of all rows, chunk by chunk as in training, so that training gets exactly the same numbers."""
+        """`policy.logprobs` of all rows, chunk by chunk as in training, so that training gets exactly the same numbers.
+
+        Where ranks make passes together, all have to call it, also with no rows.
+        """
         width = sequences.completion_ids.shape[1]
-        parts = [policy.logprobs(sequences.rows(chunk)) for chunk in self.chunks(policy, sequences)]
+        chunks = self.chunks(policy, sequences) if len(sequences) else []
+        idle = 0
+        if policy.weights.passes_together:
+            idle = max(gather_counts(len(chunks), policy.device)) - len(chunks)
+        parts = [policy.logprobs(sequences.rows(chunk)) for chunk in chunks]
+        for _ in range(idle):
+            _idle_pass(policy)
+        if not parts:
+            nothing = torch.zeros(0, width, device=policy.device)
+            return nothing, nothing
         logprobs, entropies = zip(*parts, strict=True)
         return join_rows(logprobs, width), join_rows(entropies, width)
 

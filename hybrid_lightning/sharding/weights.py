@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
@@ -20,6 +21,7 @@ class Weights:
     """Of a model that every rank has in full, so that nothing has to be gathered."""
 
     sharded = False  # whether they are split over ranks
+    passes_together = False  # whether ranks gather weights in each pass `in_passes`, and so have to make the same number of them
 
     def as_forward(self, function: Callable[[], Result]) -> Result:
         """Call a function as if it were the model's forward pass.
@@ -37,6 +39,15 @@ class Weights:
             as_trained: Round as a training pass does, where that may differ.
         """
         return function()
+
+    def in_passes(self, function: Callable[[], Result], as_trained: bool = False) -> Result:
+        """Call a function that makes whole passes, for which weights are gathered as in training where that is possible.
+
+        Args:
+            function: Computes without gradient; with as many passes on every rank where `passes_together`.
+            as_trained: See `gathered`.
+        """
+        return self.gathered(function, as_trained)
 
     def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
         """Shape of a module's own weight of this name, as it is when it is whole."""
@@ -122,6 +133,8 @@ class _ShardedWeights(Weights):
 class _Weights2(_ShardedWeights):
     """Of FSDP2, which can be told of another forward method."""
 
+    passes_together = True
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         self._model = model
@@ -133,7 +146,13 @@ class _Weights2(_ShardedWeights):
             return function()
         with self._gathered_once():
             result: Result = self._model.computed(function)
-            return result
+        if not torch.is_grad_enabled():  # no backward pass lets go of the outermost part
+            self._forget_calls()
+            self._model.reshard()
+        return result
+
+    def in_passes(self, function: Callable[[], Result], as_trained: bool = False) -> Result:
+        return self.as_forward(function)
 
     def gathered(self, function: Callable[[], Result], as_trained: bool = False) -> Result:
         parts = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
@@ -147,13 +166,16 @@ class _Weights2(_ShardedWeights):
         try:
             return self.as_forward(with_all)
         finally:
-            # Since torch 2.13; before, the record of forward calls grows until the next backward pass.
-            reset: Any = getattr(self._model, "reset_iter_state", None)
-            if reset is not None:
-                reset()
+            self._forget_calls()
             for part in parts:
                 part.reshard()
                 part.set_reshard_after_forward(part is not self._model, recurse=False)  # the root's are needed again at once
+
+    def _forget_calls(self) -> None:
+        # Since torch 2.13; before, the record of forward calls grows until the next backward pass.
+        reset: Any = getattr(self._model, "reset_iter_state", None)
+        if reset is not None:
+            reset()
 
 
 class _Weights1(_ShardedWeights):

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Probe, Random, SpectrumSNR, UpdateTail
 from hybrid_lightning.adapters.sketch import SketchedGradients
+from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.stopping import RunStopped
@@ -42,7 +43,7 @@ class Watched(PolicyModule):
     def logprobs(self, sequences):
         def look(*_):
             own = [p._local_tensor if isinstance(p, DTensor) else p for p in self.model.parameters()]
-            self.seen.append(sum(part.numel() for part in own) / self.base_parameters)
+            self.seen.append(sum(part.numel() for part in own) / sum(p.numel() for p in self.model.parameters()))
             if len(self.seen) == self.stops_at:
                 self.signals.requested = signal.SIGTERM
 
@@ -113,6 +114,21 @@ def test_the_plan_is_that_of_one_process(folder, tmp_path, alone, ranks):
                 continue
             assert max(shares, default=0) < 0.8, (name, rank, shares)
             assert len(shares) <= max(2, 0.75 * len(passes)), (name, rank)  # which the others make
+
+
+def shares_in_training(folder, root, devices):
+    """How much of the model this rank has within its passes: of old and reference log-probabilities, and of updates."""
+    options = {"loss": GRPOLoss(kl_coef=0.1), "epochs_per_rollout": 2, "minibatches_per_rollout": 2}
+    module = build_policy(folder / "model", kind=Watched, **{**SIZES, **options})
+    module.seen = []
+    flags = {"strategy": FSDP2Strategy(), "devices": devices, "max_steps": 4}
+    build_trainer(root, build_adapter(scorer=Random()), **flags).fit(module, datamodule=build_data(folder / "sums.jsonl"))
+    return module.seen
+
+
+def test_no_rank_has_the_whole_model_in_a_pass_of_training(folder, tmp_path):
+    for seen in run(2, tmp_path / "ranks", shares_in_training, folder=folder, root=tmp_path / "run", devices=2):
+        assert len(seen) > 20 and max(seen) < 0.9
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2), (2, 2)])

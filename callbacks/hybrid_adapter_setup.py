@@ -271,6 +271,8 @@ class HybridAdapterSetup(Configurable, Callback):
         if self.budget.needs_scores:
             earlier: Path | None = getattr(trainer, "earlier_scoring", None)
             signals = getattr(pl_module, "signals", None)
+            if not (self.scorer.needs_gradient or self.scorer.needs_loss or self.scorer.needs_update):
+                splits = None  # the weights alone, which every rank has, or not even these
             kind = KeptScoring if splits is None else SharedProgress
             kept = kind(None if folder is None or not trainer.is_global_zero else folder / SCORING, earlier, signals)
             kept.require({"model": digest, "modules": list(candidates), **self._what_scores_depend_on(hparams)})

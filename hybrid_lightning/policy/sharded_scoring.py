@@ -8,7 +8,7 @@ sums of one process to the bit. When all modules have a score, the copy is given
 
 import copy
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scoring_process import CalibrationState, ScoringProcess
-from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.ranks import deal, gather_objects, on_all_ranks, world_size
@@ -153,9 +153,18 @@ class ShardedScoring(ScoringProcess):
         kept: KeptScoring,
         some: bool = False,
     ) -> Iterator[int]:
-        """See `ScoringProcess`; `losses` has to be a `CalibrationState` with a length."""
-        assert isinstance(losses, CalibrationState)
-        total, modules = len(losses), self.modules(candidates)  # type: ignore[arg-type]
+        """See `ScoringProcess`.
+
+        Raises:
+            ConfigError: If `losses` cannot be dealt to ranks: they have to be a `CalibrationState` with a length.
+        """
+        if not isinstance(losses, CalibrationState) or not isinstance(losses, Sized):
+            raise ConfigError(
+                f"under FSDP2 ranks score with different losses, and calibration_losses returned {type(losses).__name__}, which "
+                "cannot be dealt to them: return a CalibrationLosses (hybrid_lightning.policy.calibration), or an object with "
+                "__len__, since, state_dict and load_state_dict, or use trainer.strategy=ddp"
+            )
+        total, modules = len(losses), self.modules(candidates)
         held: dict[str, Tensor] = {}
 
         def hold(name: str) -> Callable[[Tensor], None]:

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Probe, Random, SpectrumSNR, UpdateTail
 from hybrid_lightning.adapters.sketch import SketchedGradients
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
@@ -124,6 +125,26 @@ def shares_in_training(folder, root, devices):
     flags = {"strategy": FSDP2Strategy(), "devices": devices, "max_steps": 4}
     build_trainer(root, build_adapter(scorer=Random()), **flags).fit(module, datamodule=build_data(folder / "sums.jsonl"))
     return module.seen
+
+
+class AList(PolicyModule):
+    """Has losses that cannot be dealt."""
+
+    def calibration_losses(self, num_prompts=None, **options):
+        return list(super().calibration_losses(num_prompts, **options))
+
+
+def refused(folder, root, devices):
+    flags = {"strategy": FSDP2Strategy(), "devices": devices, "max_steps": 0}
+    module = build_policy(folder / "model", kind=AList)
+    with pytest.raises(ConfigError) as raised:
+        build_trainer(root, build_adapter(), **flags).fit(module, build_data(folder / "sums.jsonl"))
+    return str(raised.value)
+
+
+def test_losses_that_cannot_be_dealt_are_refused(folder, tmp_path):
+    for said in run(2, tmp_path / "ranks", refused, folder=folder, root=tmp_path / "run", devices=2):
+        assert "calibration_losses returned list, which cannot be dealt to them: return a CalibrationLosses" in said
 
 
 def test_no_rank_has_the_whole_model_in_a_pass_of_training(folder, tmp_path):

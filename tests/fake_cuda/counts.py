@@ -10,6 +10,8 @@ from pathlib import Path
 
 import fake_gpu
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 with tempfile.TemporaryDirectory() as folder:
     fake_gpu.load(Path(folder))
 
@@ -174,6 +176,17 @@ def layout_syncs():
     return counter.counts.syncs
 
 
+def stop_string_syncs():
+    """What looking for stop strings asks the device for after a token, counted on real tensors."""
+    from tiny_models import build_tokenizer
+    from transformers.generation.stopping_criteria import StopStringCriteria
+
+    criteria = StopStringCriteria(build_tokenizer(), ["37", "1+2"])
+    with Counter() as counter:
+        criteria(torch.randint(3, 12, (8, 9)), None)
+    return counter.counts.syncs
+
+
 def traces(config):
     """What the plan of a run on a GPU counts, on a machine without one and on the device itself."""
     settings = replace(settings_of(config), prompts_per_rollout=4, max_tokens_per_micro_batch=4000)
@@ -215,7 +228,12 @@ def planted():
 
 def main():
     warnings.simplefilter("ignore")
-    found = {"planted": planted(), "syncs of a layout": layout_syncs(), "traces": traces(CONFIGS["Qwen3-0.6B"])}
+    found = {
+        "planted": planted(),
+        "syncs of a layout": layout_syncs(),
+        "syncs of stop strings": stop_string_syncs(),
+        "traces": traces(CONFIGS["Qwen3-0.6B"]),
+    }
     for name, config in CONFIGS.items():
         found[name] = {
             "decoding": of_all_layers(config, decoding),

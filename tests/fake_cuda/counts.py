@@ -239,8 +239,9 @@ def main():
             "decoding": of_all_layers(config, decoding),
             "ideal": ideal_decoding(config),
             "update": of_all_layers(config, update),
-            "scoring": of_all_layers(config, lambda fake: scoring(fake, ExactGradients()), None),
         }
+    for name in ("Qwen3-0.6B", "Qwen3-8B"):
+        found[name]["scoring"] = of_all_layers(CONFIGS[name], lambda fake: scoring(fake, ExactGradients()), None)
     small = CONFIGS["Qwen3-0.6B"]
     found["sketches"] = of_all_layers(small, lambda fake: scoring(fake, SketchedGradients()), None)
     json.dump(found, sys.stdout)

@@ -60,7 +60,8 @@ def scored_together(
             module.set_model(whole, is_copy=True)
             process.forget()
             del split
-            gc.collect()  # of FSDP's circles, so that the device has its memory back
+            if strategy.root_device.type != "cpu":
+                gc.collect()  # of FSDP's circles, so that the device has its memory back; it takes some tenths of a second
 
 
 def _same_weights(model: nn.Module, shared: object) -> nn.Module:

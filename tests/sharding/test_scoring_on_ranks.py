@@ -69,7 +69,8 @@ def scored(job, folder, root, strategy="auto", devices=1, stops_at=None, ckpt_pa
         trainer.fit(module, datamodule=build_data(folder / "sums.jsonl"), ckpt_path=ckpt_path)
     if distributed.is_initialized():
         distributed.barrier()
-    # The copy by which modules were scored is gone, without a collection of garbage here.
+    gc.collect()  # as it is done for the memory of an accelerator
+    # Nothing holds the copy by which modules were scored.
     split = [type(part) for part in gc.get_objects() if FSDPModule in type(part).__mro__]
     assert module.plan is None or len(split) == sum(isinstance(part, FSDPModule) for part in module.modules())
     return module

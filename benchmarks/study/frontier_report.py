@@ -151,20 +151,14 @@ def _claims(tasks: Mapping[str, Points], ratios: Mapping[str, Mapping[str, str]]
             if rule in points and ratios.get(task, {}).get(rule) in points
         }
         yield f"{rule} less the fixed ratio that tuning chose", found
-    for name in BESIDE_LORA:
-        found = {
-            task: _less(points[name].by_seed, line_at(points, LORA, points[name].trained))
-            for task, points in tasks.items()
-            if name in points
-        }
-        yield f"{name} less LoRA of its size", found
-    for name in BESIDE_LORA:
-        found = {
-            task: _less(points[name].by_seed, line_at(points, MLPS, points[name].trained))
-            for task, points in tasks.items()
-            if name in points
-        }
-        yield f"{name} less LoRA on MLPs of its size", found
+    for family, words in ((LORA, "LoRA"), (MLPS, "LoRA on MLPs")):
+        for name in BESIDE_LORA:
+            found = {
+                task: _less(points[name].by_seed, line_at(points, family, points[name].trained))
+                for task, points in tasks.items()
+                if name in points
+            }
+            yield f"{name} less {words} of its size", found
 
 
 def _less(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:

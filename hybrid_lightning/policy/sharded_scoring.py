@@ -1,4 +1,4 @@
-"""Scoring by all ranks of FSDP2 together, none of which has the whole model on its device but while it samples.
+"""Scoring by all ranks of FSDP2 together, none of which has the whole model on its device but to sample, or for `Probe`.
 
 Each rank has the model as it was loaded, in the memory of the host. For scoring, a copy of its structure that shares those
 weights is split over the devices, as the adapted model is afterwards. The ranks run the passes of different losses at a time.

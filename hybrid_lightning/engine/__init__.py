@@ -9,18 +9,27 @@ from typing import TYPE_CHECKING
 from hybrid_lightning.configurable import public_names
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine.attention import UnsupportedAttentionError
+    from hybrid_lightning.engine.attention import AttentionCalls, UnsupportedAttentionError
     from hybrid_lightning.engine.backend import Backend, PlannedBackend, has_operators
+    from hybrid_lightning.engine.compiling import one_kernel
     from hybrid_lightning.engine.decoding import SharedPromptDecoding, decoding_of, packed_decoding
     from hybrid_lightning.engine.engine import Engine, use_fused_modules
     from hybrid_lightning.engine.fused_layers import use_fused_layers
     from hybrid_lightning.engine.fused_lora import use_peft_lora
     from hybrid_lightning.engine.logprobs import logprobs_of_hidden, token_logprobs
     from hybrid_lightning.engine.packing import PackedSequences, begins_group
-    from hybrid_lightning.engine.passes import activation_bytes, base_model, default_token_budget, memory_of, tokens_of_pass
+    from hybrid_lightning.engine.passes import (
+        activation_bytes,
+        base_model,
+        default_token_budget,
+        memory_of,
+        own_hidden,
+        tokens_of_pass,
+    )
     from hybrid_lightning.engine.segment_decoding import SegmentDecoding
 
 __all__ = [
+    "AttentionCalls",
     "Backend",
     "Engine",
     "PackedSequences",
@@ -36,6 +45,8 @@ __all__ = [
     "has_operators",
     "logprobs_of_hidden",
     "memory_of",
+    "one_kernel",
+    "own_hidden",
     "packed_decoding",
     "token_logprobs",
     "tokens_of_pass",
@@ -47,8 +58,9 @@ __all__ = [
 __getattr__ = public_names(
     __name__,
     {
-        "attention": ("UnsupportedAttentionError",),
+        "attention": ("AttentionCalls", "UnsupportedAttentionError"),
         "backend": ("Backend", "PlannedBackend", "has_operators"),
+        "compiling": ("one_kernel",),
         "decoding": ("SharedPromptDecoding", "decoding_of", "packed_decoding"),
         "segment_decoding": ("SegmentDecoding",),
         "engine": ("Engine", "use_fused_modules"),
@@ -56,6 +68,6 @@ __getattr__ = public_names(
         "fused_lora": ("use_peft_lora",),
         "logprobs": ("logprobs_of_hidden", "token_logprobs"),
         "packing": ("PackedSequences", "begins_group"),
-        "passes": ("activation_bytes", "base_model", "default_token_budget", "memory_of", "tokens_of_pass"),
+        "passes": ("activation_bytes", "base_model", "default_token_budget", "memory_of", "own_hidden", "tokens_of_pass"),
     },
 )

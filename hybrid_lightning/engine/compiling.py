@@ -2,7 +2,8 @@
 
 Uncompiled, a norm takes six kernels and a rotation five, each of which reads and writes all of its numbers; compiled, one. The
 functions take tensors and numbers alone and have no gradient of their own: they are the forward and backward passes of autograd
-functions, so that both are compiled, and what is computed again is compiled alike.
+functions, so that both are compiled, and what is computed again is compiled alike. Each is an operator of torch, so that the plan
+of a run, which has tensors without data, and torch's profiler see one kernel, too.
 """
 
 import logging
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 # process may sample from several models.
 _MOST_VARIANTS = 64
 
+_ACCELERATORS = {"cuda": "CUDA", "xpu": "XPU"}  # devices that torch's compiler writes Triton kernels for -> their dispatch keys
+_OPERATORS = torch.library.Library("hybrid_lightning", "DEF")
+
 
 def compiling_pays(device: torch.device) -> bool:
     """Whether to compile for a device, if `TORCH_COMPILE_DISABLE` does not forbid it. On a CPU it does not pay."""
@@ -29,7 +33,7 @@ def compiling_pays(device: torch.device) -> bool:
 
 def why_not_compiled(device: torch.device) -> str:
     """Why nothing is compiled for a device, in words for the user; empty where it pays."""
-    if device.type not in ("cuda", "xpu"):  # devices that torch's compiler writes Triton kernels for
+    if device.type not in _ACCELERATORS:
         return f"compiling does not pay on {device.type}"
     return "TORCH_COMPILE_DISABLE=1 is set" if torch._dynamo.config.disable else ""
 
@@ -53,10 +57,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def one_kernel(plain: Callable[..., Any], otherwise: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """A function that is compiled for accelerators.
+    """A function that is compiled for accelerators, as the operator `hybrid_lightning::<name>` of torch.
 
     Args:
-        plain: A function of tensors and numbers without a gradient, whose first argument is a tensor.
+        plain: A function of tensors and numbers without a gradient, whose arguments and results are annotated.
         otherwise: What is called where nothing is compiled, such as a form with fewer passes over memory; None for `plain`.
 
     Returns:
@@ -64,10 +68,10 @@ def one_kernel(plain: Callable[..., Any], otherwise: Callable[..., Any] | None =
     """
     instead = plain if otherwise is None else otherwise
     failed: list[str] = []
+    name = plain.__name__.lstrip("_").removeprefix("plain_")
 
-    @wraps(plain)
     def call(first: Tensor, *rest: Any) -> Any:
-        if failed or isinstance(first, FakeTensor) or not compiling_pays(first.device):
+        if failed or not compiling_pays(first.device):
             return instead(first, *rest)
         try:
             with variants_allowed():
@@ -79,10 +83,21 @@ def one_kernel(plain: Callable[..., Any], otherwise: Callable[..., Any] | None =
             logger.warning(
                 "%s is trained without torch.compile, which takes longer, since that gave %s: %s. "
                 "Without the attempt and this warning: TORCH_COMPILE_DISABLE=1",
-                plain.__name__.lstrip("_"),
+                name,
                 type(error).__name__,
                 " ".join(str(error).split())[:200],
             )
             return instead(first, *rest)
 
-    return call
+    _OPERATORS.define(name + torch.library.infer_schema(plain, mutates_args=()))
+    for key in _ACCELERATORS.values():
+        _OPERATORS.impl(name, call, key)
+    torch.library.register_fake(f"hybrid_lightning::{name}", plain, lib=_OPERATORS)
+    operator = getattr(torch.ops.hybrid_lightning, name).default
+
+    @wraps(plain)
+    def choose(first: Tensor, *rest: Any) -> Any:
+        by_operator = isinstance(first, FakeTensor) or first.device.type in _ACCELERATORS
+        return operator(first, *rest) if by_operator else call(first, *rest)
+
+    return choose

@@ -22,7 +22,7 @@ from hybrid_lightning.engine.decoder_layers import KnownLayer, adapters_of, comp
 from hybrid_lightning.engine.fused_attention import rotary_of_tokens
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model, own_hidden
-from hybrid_lightning.engine.prepacked import products_together
+from hybrid_lightning.engine.prepacked import added_product, products_together
 from hybrid_lightning.types import Sequences
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,10 @@ class FastDecoder:
         self.why_own = self.why_not_compiled = ""
         self._make: Maker | None = None
         self._tried = False
+
+    def assume(self) -> None:
+        """Let passes by plain calls give the same numbers without a trial, as for a model without weights."""
+        self._make, self._tried = _plain_pass, True
 
     def new_pass(self, model: nn.Module, layers: list[KnownLayer], backend: Backend) -> Pass | None:
         """Make the pass, for as long as weights do not change; None if the model's own has to be used.
@@ -126,7 +130,7 @@ class _Layer(Protocol):
         ...
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Hidden states [N, n] after the layer from those before it and the attention's result [N, H D]."""
+        """Hidden states [N, n] after the layer from those before it, which it may overwrite, and attention's result [N, H D]."""
         ...
 
 
@@ -137,7 +141,8 @@ class _PlainLayer:
         self.known = known
         self.queries_keys_values = products_together(known.queries_keys_values)
         self.gate_and_up = products_together([known.mlp.gate_proj, known.mlp.up_proj])
-        self.out, self.down = products_together([known.output]), products_together([known.mlp.down_proj])
+        self.add_output = added_product(known.output, known.backend)
+        self.add_mlp = added_product(known.mlp.down_proj, known.backend)
 
     def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """See `_Layer`."""
@@ -149,9 +154,9 @@ class _PlainLayer:
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `_Layer`."""
-        hidden = hidden + self.out(attended)[0]
+        hidden = self.add_output(hidden, attended)
         gate, up = self.gate_and_up(self.known.norms[1].forward(hidden))
-        return hidden + self.down(self.known.mlp.activated(gate, up))[0]
+        return self.add_mlp(hidden, self.known.mlp.activated(gate, up))
 
 
 def _plain_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> Pass:

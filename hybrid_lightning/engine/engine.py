@@ -11,7 +11,7 @@ others are not; a run logs this once.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,6 +120,15 @@ class Engine:
         """
         use_packing(base_model(self.model))
         self._trial = _Trial(None, "it was not tried", why_no_segments=self._why_no_kernel(dtype))
+
+    def assume_calls(self, calls: AttentionCalls) -> None:
+        """Let completions of a model that was not tried be decoded as fast as those of one that was.
+
+        Args:
+            calls: What its layers ask of attention.
+        """
+        self._trial = replace(self._tried, calls=calls)
+        self._fast.assume()
 
     @property
     def packs(self) -> bool:

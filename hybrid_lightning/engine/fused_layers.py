@@ -61,10 +61,8 @@ class FusedMLP(LlamaMLP):
 
     def activated(self, gate: Tensor, up: Tensor) -> Tensor:
         """The input of the down projection, without a gradient: silu(gate) up, [..., m]. It may overwrite `gate`."""
-        has_kernel = self.backend.usable_in_layers(gate, up)
-        if not has_kernel and not self.backend.products_are_faster(gate.device):
-            return F.silu(gate, inplace=True).mul_(up)
-        return _gated_silu(gate, up, has_kernel)
+        product = _product_of(gate, up, self.backend)
+        return F.silu(gate, inplace=True).mul_(up) if product is _product_of_silu else product(gate, up)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -213,10 +211,11 @@ def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:
     return weight.to(x.dtype)
 
 
-def _gated_silu(gate: Tensor, up: Tensor, has_kernel: bool) -> Tensor:
-    if has_kernel:
-        return kernels.gated_silu(gate, up)
-    return _product_of_silu(gate, up)
+def _product_of(gate: Tensor, up: Tensor, backend: Backend) -> Callable[[Tensor, Tensor], Tensor]:
+    """What computes silu(gate) up of these tensors, now and when it is computed again."""
+    if backend.usable_in_layers(gate, up):
+        return kernels.gated_silu
+    return _plain_product_of_silu if backend.products_are_faster(gate.device) else _product_of_silu
 
 
 def _plain_product_of_silu(gate: Tensor, up: Tensor) -> Tensor:
@@ -237,7 +236,8 @@ def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor, backend: Back
     """Gradients of gate and up [..., m], from that of silu(gate) up."""
     if backend.usable(outer, gate, up):
         return kernels.gated_silu_backward(outer, gate, up)
-    gradients: tuple[Tensor, Tensor] = _silu_gradients(outer, gate, up)
+    plain = backend.products_are_faster(gate.device)
+    gradients: tuple[Tensor, Tensor] = (_plain_silu_gradients if plain else _silu_gradients)(outer, gate, up)
     return gradients
 
 
@@ -248,7 +248,7 @@ class _GatedSiLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, backend: Backend) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.backend = backend
-        return _gated_silu(gate, up, backend.usable_in_layers(gate, up))
+        return _product_of(gate, up, backend)(gate, up)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -273,8 +273,8 @@ class _GatedLora(torch.autograd.Function):
         scaling: float,
         fused: bool,
     ) -> Tensor:
-        ctx.backend, ctx.has_kernel = backend, backend.usable_in_layers(gate, up)
-        rows = _gated_silu(gate, up, ctx.has_kernel).reshape(-1, gate.shape[-1])
+        ctx.backend, ctx.product = backend, _product_of(gate, up, backend)
+        rows = ctx.product(gate, up).reshape(-1, gate.shape[-1])
         result, low = lora_product(rows, Factors(weight, bias, lora_a, lora_b, scaling, fused))
         ctx.save_for_backward(gate, up, weight, lora_a, lora_b, low)
         ctx.scaling, ctx.fused = scaling, fused
@@ -286,8 +286,6 @@ class _GatedLora(torch.autograd.Function):
         gate, up, weight, lora_a, lora_b, low = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])
         factors = Factors(weight, None, lora_a, lora_b, ctx.scaling, ctx.fused)
-        of_rows, of_a, of_b = lora_gradients(
-            outer, _gated_silu(gate, up, ctx.has_kernel).reshape(-1, gate.shape[-1]), low, factors, True
-        )
+        of_rows, of_a, of_b = lora_gradients(outer, ctx.product(gate, up).reshape(-1, gate.shape[-1]), low, factors, True)
         assert of_rows is not None
         return *_gated_silu_gradients(of_rows.view_as(gate), gate, up, ctx.backend), None, None, None, of_a, of_b, None, None

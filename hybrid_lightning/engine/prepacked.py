@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.fused_layers import is_watched
-from hybrid_lightning.engine.fused_lora import FusedLora, weight_of
+from hybrid_lightning.engine.fused_lora import FusedLora, made_like, weight_of
 
 
 class ProductFactors(NamedTuple):
@@ -33,10 +33,38 @@ def multiply(x: Tensor, factors: ProductFactors) -> Tensor:
     """[N, n] -> [N, m] without a gradient, in the dtype of the factors or autocast's. It takes tensors alone, so that torch can
     compile it.
     """
-    weight, bias, lora_a, lora_b = factors
-    x = x.to(weight.dtype)
-    result = F.linear(x, weight, bias)
+    x = x.to(factors.weight.dtype)
+    return _with_lora(F.linear(x, factors.weight, factors.bias), x, factors)
+
+
+def add_product(rows: Tensor, x: Tensor, factors: ProductFactors) -> Tensor:
+    """The same, added to rows [N, m], in place where they have the dtype of the product: one pass over memory instead of two."""
+    if not rows.dtype == x.dtype == factors.weight.dtype:
+        return rows + multiply(x, factors)
+    rows.addmm_(x, factors.weight.T)
+    if factors.bias is not None:
+        rows += factors.bias
+    return _with_lora(rows, x, factors)
+
+
+def _with_lora(result: Tensor, x: Tensor, factors: ProductFactors) -> Tensor:
+    lora_a, lora_b = factors.lora_a, factors.lora_b
     return result if lora_a is None or lora_b is None else result.addmm_(F.linear(x, lora_a), lora_b.T)
+
+
+def added_product(layer: nn.Module, backend: Backend) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of rows [N, m] and x [N, n] that adds a layer's output for x to the rows, perhaps in place.
+
+    On a CPU it computes what the layer and a sum do, bit for bit.
+    """
+
+    def add(rows: Tensor, x: Tensor) -> Tensor:
+        plain = backend.products_are_faster(x.device) or getattr(layer, "disable_adapters", False)
+        factors = None if plain else product_factors(layer)
+        return rows + outputs(x)[0] if factors is None else add_product(rows, x, factors)
+
+    outputs = products_together([layer])
+    return add
 
 
 def product_factors(layer: nn.Module) -> ProductFactors | None:
@@ -56,7 +84,6 @@ def product_factors(layer: nn.Module) -> ProductFactors | None:
         layer = layer.modules_to_save[layer.active_adapters[0]]
     if type(layer) is not nn.Linear or is_watched(layer):
         return None
-    # Not copied into the dtype of the products: autocast converts them at each call, and a copy would take memory all the time.
     return ProductFactors(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 
 
@@ -91,7 +118,8 @@ def prepacked_weights(
     """Within this context weights must not change, and are prepared for products once.
 
     The weights themselves stay as they are. On CPUs each base weight is copied into the order in which products read it; on other
-    devices a weight is copied only if its dtype is not that of the products.
+    devices a weight is copied only if its dtype is not that of the products. That of a fully trained module is then copied on all
+    devices: autocast would round all of it at every token.
 
     Args:
         model: With or without LoRA layers.
@@ -105,12 +133,34 @@ def prepacked_weights(
         products = _Products(layers, weight_of(layers[0].base_layer).dtype if dtype is None else dtype, backend)
         for number, layer in enumerate(layers):
             layer.prepacked = partial(products, number)
+    trained = _trained_fully(model, dtype)
+    for saved, name, own in trained:
+        saved[name] = _rounded(own, dtype)
     try:
         yield
     finally:
+        for saved, name, own in trained:
+            saved[name] = own
         for layers in sets:
             for layer in layers:
                 layer.prepacked = None
+
+
+def _trained_fully(model: nn.Module, dtype: torch.dtype | None) -> list[tuple[nn.ModuleDict, str, nn.Module]]:
+    """Fully trained linear layers of another dtype than that of products, and where each is; none where None is that dtype."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    found = [(one.modules_to_save, name, layer) for one in wrappers for name, layer in one.modules_to_save.items()]
+    linear = [entry for entry in found if type(entry[2]) is nn.Linear]
+    return [] if dtype is None else [entry for entry in linear if weight_of(entry[2]).dtype != dtype]
+
+
+def _rounded(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    copy = made_like(layer, nn.Linear)
+    copy._parameters = {
+        name: None if part is None else nn.Parameter(part.detach().to(dtype), requires_grad=False)
+        for name, part in layer._parameters.items()
+    }
+    return copy
 
 
 def why_not_prepacked(model: nn.Module, backend: Backend, dtype: torch.dtype) -> str:

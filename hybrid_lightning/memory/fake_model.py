@@ -21,11 +21,13 @@ from hybrid_lightning.adapters.apply import apply_plan
 from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.engine import (
+    AttentionCalls,
     Engine,
     PackedSequences,
     PlannedBackend,
     UnsupportedAttentionError,
     base_model,
+    own_hidden,
     use_fused_layers,
     use_peft_lora,
 )
@@ -33,6 +35,7 @@ from hybrid_lightning.errors import ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.sizes import meta_model
 from hybrid_lightning.policy.modes import checkpoint_gradients
+from hybrid_lightning.types import Sequences
 
 
 class LiveTensors(TorchDispatchMode):
@@ -139,6 +142,7 @@ class FakeModel:
         if settings.gradient_checkpointing:
             checkpoint_gradients(base_model(model), backend)
         self._fake_weights()
+        self._record_attention()
 
     def fake(self, tensor: Tensor) -> Tensor:
         """Fake tensor of the same shape and dtype."""
@@ -190,6 +194,16 @@ class FakeModel:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = self.fake(buffer)
+
+    def _record_attention(self) -> None:
+        """Let the engine know what the layers ask of attention, with which it decodes by plain calls of their parts."""
+        calls, ids = AttentionCalls(), torch.zeros(1, 2, dtype=torch.long)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        packed = self.engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
+        self.fake_layout(packed)
+        with self.computing(), torch.no_grad(), self.autocast(), self.engine.backend.in_pass():
+            own_hidden(self.model, packed.ids, packed.positions, packed, calls)
+        self.engine.assume_calls(calls)
 
     def _fake_tensors(self, value: Any) -> Any:
         """A copy of a dataclass (or tensor) with fake tensors, also in nested dataclasses."""

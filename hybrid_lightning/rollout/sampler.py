@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
-from hybrid_lightning.engine import SegmentDecoding, decoding_of
+from hybrid_lightning.engine import SegmentDecoding, decoding_of, one_kernel
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import pad_left
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
 
 _BLOCK = 256  # tokens of the vocabulary that `draw_tokens` adds up together
+_ONE = 2.0**40  # the whole number that stands for 1
 _EVERY = 16  # steps after which the number of running rows is copied from an accelerator
 
 
@@ -288,26 +288,36 @@ def draw_by_integers(logits: Tensor, uniform: Tensor, temperature: float) -> tup
     size = next((size for size in (_BLOCK, _BLOCK // 2, _BLOCK // 4, _BLOCK // 8) if width % size == 0), 0)
     if not size:
         logits, size = F.pad(logits, (0, -width % _BLOCK), value=float("-inf")), _BLOCK
-    scaled = logits if temperature == 1 else logits.float() / temperature
-    # On a GPU from 16 bits to float32 in one pass, as `softmax(dtype=torch.float32)` does it there.
-    on_gpu = scaled.is_cuda or isinstance(scaled, FakeTensor)  # that of a plan seems to be on the CPU
-    converts = on_gpu and scaled.dtype in (torch.float16, torch.bfloat16)
-    probabilities = torch._softmax(scaled if converts else scaled.float(), 1, converts)
-    weights = probabilities.view(len(logits), -1, size)
-    ends = _whole(weights.sum(dim=2)).cumsum(dim=1)
+    blocks = logits.view(len(logits), -1, size)
+    highest, sums = _block_sums(blocks, temperature)
+    top = highest.amax(dim=1, keepdim=True)
+    ends = _whole(sums * (highest - top).exp()).cumsum(dim=1)
     target = (uniform * ends[:, -1:].double()).long().clamp_(max=ends[:, -1:] - 1)
     block = torch.searchsorted(ends, target, right=True)
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0)
-    inside = _whole(weights.gather(1, block[:, :, None].expand(-1, -1, size)).squeeze(1))
-    token = torch.searchsorted(inside.cumsum(dim=1), target - before, right=True).squeeze(1)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, size)).squeeze(1).float() / temperature - top
+    weights = _whole(inside.exp())
+    token = torch.searchsorted(weights.cumsum(dim=1), target - before, right=True).squeeze(1)
     # As in `draw_tokens`: the whole parts of a block's numbers may add up to a little less than that of their sum.
-    last = size - 1 - inside.flip(1).gt(0).long().argmax(dim=1)
-    token = block.squeeze(1) * size + torch.minimum(token, last)
-    return token, probabilities.gather(1, token[:, None]).log().squeeze(1)
+    last = size - 1 - weights.flip(1).gt(0).long().argmax(dim=1)
+    token = torch.minimum(token, last)
+    logprob = inside.gather(1, token[:, None]).double() - (ends[:, -1:].double() / _ONE).log()
+    return block.squeeze(1) * size + token, logprob.float().squeeze(1)
+
+
+def _plain_block_sums(blocks: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The highest of each block of logits over the temperature, x, and the sum of exp(x - highest), [R, blocks] float32 each."""
+    scaled = blocks.float() / temperature
+    highest = scaled.amax(dim=2, keepdim=True)
+    lowest = torch.finfo(torch.float32).min  # where all are minus infinity
+    return highest.squeeze(2), (scaled - highest.clamp(min=lowest)).exp().sum(dim=2)
+
+
+_block_sums = one_kernel(_plain_block_sums)
 
 
 def _whole(values: Tensor) -> Tensor:
-    return values.double().mul_(2.0**40).long()
+    return values.double().mul_(_ONE).long()
 
 
 def running_sums(values: Tensor) -> Tensor:

@@ -58,11 +58,23 @@ def test_a_compiler_that_fails_is_asked_once_and_training_goes_on(compiled, monk
         raise RuntimeError("no working compiler found")
 
     monkeypatch.setattr(compiling, "compiled", fails)
-    function = compiling.one_kernel(lambda x, factor: x * factor, otherwise=lambda x, factor: x + x)
+
+    def times(x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    function = compiling.one_kernel(times, otherwise=lambda x, factor: x + x)
     with caplog.at_level(logging.WARNING):
         results = [function(torch.ones(3), 2.0).tolist() for _ in range(3)]
     assert results == [[2.0] * 3] * 3 and len(calls) == 1
     assert "RuntimeError: no working compiler found" in caplog.text and "TORCH_COMPILE_DISABLE=1" in caplog.text
+
+
+def negative(x: torch.Tensor) -> torch.Tensor:
+    return -x
+
+
+def negative_at_fault(x: torch.Tensor) -> torch.Tensor:
+    return -x
 
 
 def test_memory_that_ran_out_is_not_taken_for_a_compiler_at_fault(compiled, monkeypatch):
@@ -71,9 +83,9 @@ def test_memory_that_ran_out_is_not_taken_for_a_compiler_at_fault(compiled, monk
 
     monkeypatch.setattr(compiling, "compiled", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        compiling.one_kernel(torch.neg)(torch.ones(3))
+        compiling.one_kernel(negative_at_fault)(torch.ones(3))
 
 
 def test_nothing_is_compiled_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("nothing is to be compiled"))
-    assert compiling.one_kernel(torch.neg)(torch.ones(2)).tolist() == [-1.0, -1.0]
+    assert compiling.one_kernel(negative)(torch.ones(2)).tolist() == [-1.0, -1.0]

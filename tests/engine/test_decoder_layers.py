@@ -62,7 +62,7 @@ def rollouts(engine, tokenizer, dtype):
     ("family", "targets", "dtype", "settings", "compiled"),
     [
         ("llama", ALL, None, {}, 2),
-        ("qwen3", SOME, torch.bfloat16, {}, 2),
+        ("qwen3", SOME, torch.bfloat16, {}, 3),  # one more for the layer whose frozen projection has another dtype
         ("qwen2", ALL, torch.bfloat16, {}, 2),
         ("mistral", SOME, None, {"layers_to_transform": [1]}, 4),  # a variant each for the layer without LoRA
     ],
@@ -192,13 +192,17 @@ def test_a_fully_trained_copy_that_somebody_watches_is_called(monkeypatch):
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
-def test_no_fully_trained_weight_is_copied():
+def test_a_fully_trained_weight_is_rounded_once_and_not_at_every_token():
     engine = build("llama", SOME)
-    layer = base_model(engine.model).get_decoder().layers[0]
+    wrapper = base_model(engine.model).get_decoder().layers[0].self_attn.v_proj
+    own = wrapper.modules_to_save["default"]
     with torch.autocast("cpu", torch.bfloat16), engine.sampling(torch.bfloat16):
-        factors = constant.product_factors(layer.self_attn.v_proj)
-    assert factors.weight.data_ptr() == layer.self_attn.v_proj.modules_to_save["default"].weight.data_ptr()
-    assert factors.weight.dtype == torch.float32 and not factors.weight.requires_grad
+        weight = constant.product_factors(wrapper).weight
+        assert weight.dtype == torch.bfloat16 and not weight.requires_grad and torch.equal(weight, own.weight.bfloat16())
+        assert torch.equal(constant.product_factors(wrapper).weight, weight) and wrapper.modules_to_save["default"] is not own
+    assert wrapper.modules_to_save["default"] is own and own.weight.dtype == torch.float32 and own.weight.requires_grad
+    with engine.sampling():
+        assert constant.product_factors(wrapper).weight.data_ptr() == own.weight.data_ptr(), "not where it is multiplied as it is"
 
 
 class OnlyItself:

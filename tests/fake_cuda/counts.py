@@ -110,13 +110,13 @@ def decoding(fake):
     return counts
 
 
-def ideal_decoding(config):
+def ideal_decoding(config, rank):
     """Bytes of all weights once, but the embeddings of other tokens, and of all keys and values once."""
     size, heads, groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
     hidden, inner = config.hidden_size, config.intermediate_size
     shapes = [(hidden, size * heads), (hidden, size * groups), (hidden, size * groups), (size * heads, hidden)]
     shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
-    weights = sum(m * n for m, n in shapes) * 2 + sum(16 * (m + n) for m, n in shapes) * 4
+    weights = sum(m * n for m, n in shapes) * 2 + sum(rank * (m + n) for m, n in shapes) * 4
     tokens = PROMPTS * PROMPT + PROMPTS * SAMPLES * COMPLETION
     return config.num_hidden_layers * (weights + tokens * groups * size * 2 * 2) + config.vocab_size * hidden * 2
 
@@ -237,7 +237,8 @@ def main():
     for name, config in CONFIGS.items():
         found[name] = {
             "decoding": of_all_layers(config, decoding),
-            "ideal": ideal_decoding(config),
+            "decoding of FFT": of_all_layers(config, decoding, share=1),
+            "ideal": {"decoding": ideal_decoding(config, 16), "decoding of FFT": ideal_decoding(config, 0)},
             "update": of_all_layers(config, update),
         }
     for name in ("Qwen3-0.6B", "Qwen3-8B"):

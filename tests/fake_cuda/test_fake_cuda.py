@@ -45,17 +45,17 @@ def test_a_token_waits_for_nothing_and_adds_in_one_order(counts, model):
     assert found["syncs"] == found["atomics"] == counts["syncs of stop strings"] == []
 
 
-# Beside weights, keys and values there are the logits of a large vocabulary, which are read and written five times; in a model of
-# 1 B parameters they are a tenth of all.
-@pytest.mark.parametrize(("model", "most"), [("Qwen3-0.6B", 1.3), ("Qwen3-8B", 1.3), ("Llama-1B", 1.4)])
-def test_a_token_moves_little_more_than_weights_keys_and_values_once(counts, model, most):
+@pytest.mark.parametrize("model", MODELS)
+def test_a_token_moves_little_more_than_weights_keys_and_values_once(counts, model):
+    """At most 1.3 times as many bytes, with LoRA on all modules and with all trained fully."""
     found = counts[model]
-    assert 1 < found["decoding"]["bytes"] / found["ideal"] < most
+    for kind, ideal in found["ideal"].items():
+        assert 1 < found[kind]["bytes"] / ideal < 1.3, kind
 
 
-@pytest.mark.parametrize(("model", "most"), [("Qwen3-0.6B", 75), ("Qwen3-8B", 75), ("Llama-1B", 60)])
-def test_a_token_of_a_layer_takes_few_kernels_before_anything_is_compiled(counts, model, most):
-    assert counts[model]["decoding"]["kernels of a layer"] <= most
+@pytest.mark.parametrize("model", MODELS)
+def test_a_token_of_a_layer_takes_few_kernels_before_its_body_is_compiled(counts, model):
+    assert counts[model]["decoding"]["kernels of a layer"] <= 40
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -65,7 +65,7 @@ def test_an_update_waits_for_nothing_within_its_passes_and_adds_in_one_order(cou
 
 
 @pytest.mark.parametrize(
-    ("model", "kernels", "gigabytes"), [("Qwen3-0.6B", 260, 345), ("Qwen3-8B", 260, 1130), ("Llama-1B", 220, 300)]
+    ("model", "kernels", "gigabytes"), [("Qwen3-0.6B", 160, 230), ("Qwen3-8B", 160, 700), ("Llama-1B", 155, 210)]
 )
 def test_an_update_of_four_prompts_keeps_its_ceilings(counts, model, kernels, gigabytes):
     """Of 32 completions of 256 tokens, with the prompts of 384 once: 9,700 tokens."""
@@ -73,7 +73,7 @@ def test_an_update_of_four_prompts_keeps_its_ceilings(counts, model, kernels, gi
     assert found["kernels of a layer"] <= kernels and found["bytes"] < gigabytes * 1e9
 
 
-@pytest.mark.parametrize(("model", "kernels", "gigabytes"), [("Qwen3-0.6B", 225, 345), ("Qwen3-8B", 225, 1150)])
+@pytest.mark.parametrize(("model", "kernels", "gigabytes"), [("Qwen3-0.6B", 135, 240), ("Qwen3-8B", 135, 750)])
 def test_scoring_of_four_prompts_keeps_its_ceilings(counts, model, kernels, gigabytes):
     """What the same pass takes of the model as it is scored, with gradients of all modules, which are added up on the host."""
     found = counts[model]["scoring"]
@@ -84,17 +84,13 @@ def test_scoring_of_four_prompts_keeps_its_ceilings(counts, model, kernels, giga
 def test_sketches_stay_on_the_device(counts):
     found = counts["sketches"]
     assert found["syncs"] == found["atomics"] == []
-    assert found["kernels of a layer"] <= 280 and found["bytes"] < 1.02 * counts["Qwen3-0.6B"]["scoring"]["bytes"]
+    assert found["kernels of a layer"] <= 195 and found["bytes"] < 1.02 * counts["Qwen3-0.6B"]["scoring"]["bytes"]
 
 
 def test_a_machine_without_a_gpu_plans_what_one_with_it_would(counts):
-    """Activations, logits, cache and copies of an update and of sampling, to the byte.
-
-    The backward pass of SiLU, one kernel of a GPU, is taken apart for its fake tensors, so that they count more there.
-    """
+    """Activations, logits, backward pass, cache and copies of an update and of sampling, to the byte."""
     here, there = counts["traces"].values()
-    for (*activations, backward, cache, copies), other in zip(here, there, strict=True):
-        assert [*activations, cache, copies] == [*other[:2], *other[3:]] and backward <= other[2]
+    assert here == there
 
 
 def test_the_layout_of_a_micro_batch_waits_eight_times(counts):

@@ -46,6 +46,10 @@ def test_parts_and_peaks_are_as_planned(name, tmp_path):
             computed += parts.gradients
         # Weights that oneDNN has packed are no tensors that are seen; where it does not, on CPUs without AVX-512, copies are.
         unseen = parts.packed if packs(getattr(torch, case.dtype)) else 0.0
+        if (
+            unseen and case.precision == "bf16-mixed" and moment in ("generating", "validating")
+        ):  # copies of trained weights are seen
+            unseen -= 2 * sum(module.parameters for module in plan.candidates if module.mode == "full")
         computed += parts.packed - unseen
         assert computed == pytest.approx(found["added"], rel=0.15), moment
         if moment != "validating":  # which drops gradients, except at the end of a run of the command line

@@ -30,7 +30,7 @@ from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.compiling import compiled
 from hybrid_lightning.engine.fused_attention import plain_rotary
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, hooks_of, plain_norm
-from hybrid_lightning.engine.prepacked import ProductFactors, add_product, multiply, product_factors
+from hybrid_lightning.engine.prepacked import ProductFactors, multiply, product_factors
 
 _FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
     LlamaModel: (LlamaDecoderLayer, LlamaAttention),
@@ -170,13 +170,13 @@ def after_attention(hidden: Tensor, attended: Tensor, layer: AfterAttention) -> 
     """Hidden states after the layer, [N, n].
 
     Args:
-        hidden: Hidden states before the layer, [N, n], which may be overwritten.
+        hidden: Hidden states before the layer, [N, n].
         attended: Result of attention, [N, H D].
         layer: Weights of the layer.
     """
-    hidden = add_product(hidden, attended, layer.output)
+    hidden = hidden + multiply(attended, layer.output)
     x = _normed(hidden, layer.norm)
-    return add_product(hidden, F.silu(multiply(x, layer.gate)) * multiply(x, layer.up), layer.down)
+    return hidden + multiply(F.silu(multiply(x, layer.gate)) * multiply(x, layer.up), layer.down)
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:

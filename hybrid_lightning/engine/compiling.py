@@ -1,4 +1,4 @@
-"""What torch compiles for accelerators: bodies of layers for sampling (`decoder_layers.py`), and small functions of training.
+"""What torch compiles for accelerators: bodies of layers (`decoder_layers.py`, `trained_layers.py`), and what lies around them.
 
 Uncompiled, a norm takes six kernels and a rotation five, each of which reads and writes all of its numbers; compiled, one. The
 functions take tensors and numbers alone and have no gradient of their own: they are the forward and backward passes of autograd

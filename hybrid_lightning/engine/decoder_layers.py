@@ -10,7 +10,7 @@ tensors alone, so that all layers and rollouts share what was compiled for the f
 projections, such as a fully trained one among those with LoRA, gets a compiled variant of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +32,12 @@ from hybrid_lightning.engine.fused_attention import plain_rotary
 from hybrid_lightning.engine.fused_layers import FusedMLP, FusedRMSNorm, hooks_of, plain_norm
 from hybrid_lightning.engine.prepacked import ProductFactors, multiply, product_factors
 
-_FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
-    LlamaModel: (LlamaDecoderLayer, LlamaAttention),
-    MistralModel: (MistralDecoderLayer, MistralAttention),
-    Qwen2Model: (Qwen2DecoderLayer, Qwen2Attention),
-    Qwen3Model: (Qwen3DecoderLayer, Qwen3Attention),
+_DECODERS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {  # known layers -> their attention
+    LlamaDecoderLayer: LlamaAttention,
+    MistralDecoderLayer: MistralAttention,
+    Qwen2DecoderLayer: Qwen2Attention,
+    Qwen3DecoderLayer: Qwen3Attention,
 }
 
 
@@ -73,7 +74,7 @@ def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[
     Raises:
         UnknownLayerError: If a part of the decoder is not known, or a module has hooks.
     """
-    if type(decoder) not in _FAMILIES:
+    if type(decoder) not in _DECODERS:
         blocks = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or [decoder]
         raise UnknownLayerError(f"{type(blocks[0]).__name__} is not known")
     if not isinstance(decoder.norm, FusedRMSNorm):
@@ -82,22 +83,28 @@ def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[
         raise UnknownLayerError("torch has hooks for the calls of all modules")
     _check_unwatched(decoder, decoder.norm)
     asked = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.windows, calls.settings, strict=True)
-    return [_layer(layer, _FAMILIES[type(decoder)], backend, window, settings) for layer, window, settings in asked]
+    return [known_layer(layer, backend, window, settings) for layer, window, settings in asked]
 
 
-def _layer(
-    layer: Any,
-    classes: tuple[type[nn.Module], type[nn.Module]],
-    backend: Backend,
-    window: int | None,
-    settings: AttentionSettings,
-) -> KnownLayer:
+def known_layer(layer: Any, backend: Backend, window: int | None = None, settings: AttentionSettings | None = None) -> KnownLayer:
+    """One decoder layer, taken apart.
+
+    Args:
+        layer: The layer.
+        backend: The backend of its fused layers.
+        window: Its sliding window; None for none.
+        settings: What it asks of attention; None if that does not matter.
+
+    Raises:
+        UnknownLayerError: If a part of it is not known, or a module has hooks.
+    """
     layer = layer.module if isinstance(layer, FullyShardedDataParallel) else layer
-    if _class_of(layer) is not classes[0]:
-        raise UnknownLayerError(f"{type(layer).__name__} is not known, as where a strategy has wrapped it")
+    kind = own_class(layer)
+    if kind not in LAYERS:
+        raise UnknownLayerError(f"{kind.__name__} is not known, as where a strategy has wrapped it")
     parts: Any = layer
     attention, mlp, norms = parts.self_attn, parts.mlp, (parts.input_layernorm, parts.post_attention_layernorm)
-    if not issubclass(type(attention), classes[1]):
+    if not issubclass(type(attention), LAYERS[kind]):
         raise UnknownLayerError(f"{type(attention).__name__} is not known")
     if attention.training:
         raise UnknownLayerError("attention is in train mode")
@@ -108,19 +115,22 @@ def _layer(
             raise UnknownLayerError(f"{type(part).__name__} is not fused")
     projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     _check_unwatched(layer, attention, mlp, *all_norms, *projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    return KnownLayer(norms, projections[:3], head_norms, backend, window, settings, attention.head_dim, projections[3], mlp)
+    asked = settings or AttentionSettings()
+    return KnownLayer(norms, projections[:3], head_norms, backend, window, asked, attention.head_dim, projections[3], mlp)
 
 
-def _class_of(layer: nn.Module) -> type[nn.Module]:
-    """The class of a layer, also if FSDP2, which puts its own class before it, has split it."""
-    return type(layer).__bases__[1] if isinstance(layer, FSDPModule) else type(layer)
+def own_class(layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer in transformers, also if FSDP2 or we have put a class before it."""
+    kind = type(layer).__bases__[1] if isinstance(layer, FSDPModule) else type(layer)
+    found: type[nn.Module] = vars(kind).get("own_class", kind)  # not that of a class above it
+    return found
 
 
 def _check_unwatched(*modules: nn.Module) -> None:
     for module in modules:
         gathers: Any = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
         if any(gathers is None or getattr(hook, "__self__", None) is not gathers for hook in hooks_of(module)):
-            raise UnknownLayerError(f"hooks watch the calls of {type(module).__name__}")
+            raise UnknownLayerError(f"hooks watch the calls of {own_class(module).__name__}")
 
 
 class Norm(NamedTuple):
@@ -147,6 +157,19 @@ class AfterAttention(NamedTuple):
     gate: ProductFactors
     up: ProductFactors
     down: ProductFactors
+
+
+def parts_of(layer: KnownLayer, factors: Sequence[ProductFactors]) -> tuple[BeforeAttention, AfterAttention]:
+    """What is computed of a layer before and after its attention.
+
+    Args:
+        layer: The layer.
+        factors: Of its projections, in the order of `projections`.
+    """
+    query, key, value, output, gate, up, down = factors
+    head_norms = None if layer.head_norms is None else (_norm(layer.head_norms[0]), _norm(layer.head_norms[1]))
+    before = BeforeAttention(_norm(layer.norms[0]), (query, key, value), head_norms, layer.head_size)
+    return before, AfterAttention(output, _norm(layer.norms[1]), gate, up, down)
 
 
 def before_attention(hidden: Tensor, cosines: Tensor, sines: Tensor, layer: BeforeAttention) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,11 +214,11 @@ class CompiledLayer:
 
     def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """See `before_attention`."""
-        return _call(before_attention, (hidden, *angles), self.before)
+        return call_compiled(before_attention, (hidden, *angles), self.before)
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """See `after_attention`."""
-        result: Tensor = _call(after_attention, (hidden, attended.contiguous()), self.after)
+        result: Tensor = call_compiled(after_attention, (hidden, attended.contiguous()), self.after)
         return result
 
 
@@ -208,30 +231,27 @@ def compiled_layers(layers: list[KnownLayer]) -> list[CompiledLayer] | None:
 
 def adapters_of(layers: list[KnownLayer]) -> list[BaseTunerLayer | ModulesToSaveWrapper]:
     """The adapters in the layers, which can be disabled."""
-    modules = [module for layer in layers for module in _projections(layer)]
+    modules = [module for layer in layers for module in projections(layer)]
     return [module for module in modules if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))]
 
 
-def _projections(layer: KnownLayer) -> list[nn.Module]:
+def projections(layer: KnownLayer) -> list[nn.Module]:
+    """Those to queries, keys, values, of attention's result, to gate and up, and back."""
     return [*layer.queries_keys_values, layer.output, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
 
 
 def _compiled_layer(layer: KnownLayer) -> CompiledLayer | None:
-    found = [product_factors(module) for module in _projections(layer)]
+    found = [product_factors(module) for module in projections(layer)]
     factors = [one for one in found if one is not None]
-    if len(factors) < len(found):
-        return None
-    query, key, value, output, gate, up, down = factors
-    head_norms = None if layer.head_norms is None else (_norm(layer.head_norms[0]), _norm(layer.head_norms[1]))
-    before = BeforeAttention(_norm(layer.norms[0]), (query, key, value), head_norms, layer.head_size)
-    return CompiledLayer(before, AfterAttention(output, _norm(layer.norms[1]), gate, up, down))
+    return CompiledLayer(*parts_of(layer, factors)) if len(factors) == len(found) else None
 
 
 def _norm(norm: FusedRMSNorm) -> Norm:
     return Norm(norm.weight.detach(), norm.variance_epsilon)
 
 
-def _call(function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> Any:
+def call_compiled(function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> Any:
+    """Call one of the functions above, compiled, with tensors [N, ...] and a layer's weights."""
     if len(rows[0]) < 2:  # torch compiles sizes 0 and 1 separately, which does not pay for one last row
         return function(*rows, layer)
     for part in rows:

@@ -32,6 +32,7 @@ from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import prepacked_weights, why_not_prepacked
 from hybrid_lightning.engine.segments import has_head_size
+from hybrid_lightning.engine.trained_layers import use_fused_decoder_layers, why_not_trained_compiled
 from hybrid_lightning.types import Sequences
 
 # Each pass that can be fast, and what runs in its place where it is not.
@@ -48,7 +49,7 @@ _INSTEAD = {
 
 
 def use_fused_modules(model: nn.Module, backend: Backend) -> None:
-    """Let all modules of an adapted model be fused that can be: LoRA, norms, MLPs and attention.
+    """Let all modules of an adapted model be fused that can be: LoRA, norms, MLPs, attention and decoder layers.
 
     Args:
         model: Changed in place.
@@ -57,6 +58,7 @@ def use_fused_modules(model: nn.Module, backend: Backend) -> None:
     use_fused_lora(model, backend)
     use_fused_layers(model, backend)
     use_fused_attention(model, backend)
+    use_fused_decoder_layers(model, backend)
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ class Engine:
         if device.type != "cpu":
             reasons["attention by segments"] = packing or trial.why_no_segments
             if not reasons["fast decoding"]:
-                reasons["compiled layers"] = why_not_compiled(device) or self._fast.why_not_compiled
+                why = why_not_compiled(device) or self._fast.why_not_compiled or why_not_trained_compiled()
+                reasons["compiled layers"] = why
         return reasons
 
     def description(self) -> str:

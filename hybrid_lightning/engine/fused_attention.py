@@ -64,6 +64,12 @@ class FusedAttention(nn.Module):
             query, key = module.q_norm(query), module.k_norm(key)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         query, key = rotary(self.backend, query, key, *position_embeddings)
+        attended = self.attended(query, key, value, attention_mask, **options)
+        return module.o_proj(attended), None
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Tensor:
+        """The input of the output projection [B, N, H D], in a pass, for queries [B, H, N, D], keys and values [B, K, N, D]."""
+        module: Any = self
         attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]  # that of `attention_hook`
         asked = {
             "dropout": module.attention_dropout if self.training else 0.0,
@@ -71,8 +77,8 @@ class FusedAttention(nn.Module):
             **_more_settings(module),
         }
         rest = {name: value for name, value in options.items() if name not in _CACHE_NAMES}
-        attended, weights = attend(self, query, key, value, attention_mask, **asked, **rest)
-        return module.o_proj(attended.reshape(*shape[:-2], -1).contiguous()), weights
+        result: Tensor = attend(self, query, key, value, attention_mask, **asked, **rest)[0]
+        return result.flatten(2).contiguous()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the layer's own class, since the class that is made of it has no name that could be imported."""

@@ -21,24 +21,25 @@ from hybrid_lightning.engine.fused_lora import FusedLora, made_like, weight_of
 
 
 class ProductFactors(NamedTuple):
-    """The factors of y = x W' + b + s (x A') B', all of one dtype; without A and B, those of y = x W' + b."""
+    """The factors of y = x W' + b + s (x A') B'; without A and B, those of y = x W' + b."""
 
     weight: Tensor  # W [m, n]
     bias: Tensor | None  # b [m]
     lora_a: Tensor | None = None  # A [r, n]
-    lora_b: Tensor | None = None  # s B [m, r]
+    lora_b: Tensor | None = None  # B [m, r]
+    scaling: float = 1.0  # s
 
 
 def multiply(x: Tensor, factors: ProductFactors) -> Tensor:
-    """[N, n] -> [N, m] without a gradient, in the dtype of the factors or autocast's. It takes tensors alone, so that torch can
-    compile it.
-    """
+    """[N, n] -> [N, m] in the dtype of W or autocast's. It takes tensors and numbers alone, so that torch can compile it."""
     x = x.to(factors.weight.dtype)
     return _with_lora(F.linear(x, factors.weight, factors.bias), x, factors)
 
 
 def add_product(rows: Tensor, x: Tensor, factors: ProductFactors) -> Tensor:
-    """The same, added to rows [N, m], in place where they have the dtype of the product: one pass over memory instead of two."""
+    """The same without a gradient, added to rows [N, m]: in place where they have the dtype of the product, which spares a pass
+    over memory.
+    """
     if not rows.dtype == x.dtype == factors.weight.dtype:
         return rows + multiply(x, factors)
     rows.addmm_(x, factors.weight.T)
@@ -49,7 +50,10 @@ def add_product(rows: Tensor, x: Tensor, factors: ProductFactors) -> Tensor:
 
 def _with_lora(result: Tensor, x: Tensor, factors: ProductFactors) -> Tensor:
     lora_a, lora_b = factors.lora_a, factors.lora_b
-    return result if lora_a is None or lora_b is None else result.addmm_(F.linear(x, lora_a), lora_b.T)
+    if lora_a is None or lora_b is None:
+        return result
+    low = F.linear(x, lora_a.to(x.dtype))
+    return result.addmm_(low, lora_b.T.to(result.dtype), alpha=factors.scaling)
 
 
 def added_product(layer: nn.Module, backend: Backend) -> Callable[[Tensor, Tensor], Tensor]:

@@ -115,7 +115,7 @@ def test_where_compiling_fails_the_reason_is_said_and_plain_calls_are_made(monke
 @pytest.mark.usefixtures("as_on_an_accelerator")
 def test_a_compiler_that_fails_in_the_middle_of_a_rollout_does_not_end_it(monkeypatch, caplog, tokenizer):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    engine, original, calls = build("llama"), layers._call, []
+    engine, original, calls = build("llama"), layers.call_compiled, []
 
     def fails(*arguments):
         calls.append(1)
@@ -126,7 +126,7 @@ def test_a_compiler_that_fails_in_the_middle_of_a_rollout_does_not_end_it(monkey
     with torch.no_grad():
         with engine.sampling():
             expected = sampled(engine, tokenizer, [])
-        monkeypatch.setattr(layers, "_call", fails)
+        monkeypatch.setattr(layers, "call_compiled", fails)
         with engine.sampling():
             found = sampled(engine, tokenizer, [])
     assert torch.equal(found[0], expected[0])

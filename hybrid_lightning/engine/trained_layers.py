@@ -1,0 +1,231 @@
+"""Fused decoder layers: in an update torch compiles all of a layer but its attention, forward and backward, for accelerators.
+
+A layer of a known family (`decoder_layers.py`) gets a class of ours before its own. While a pass of packed tokens runs, ours
+computes the two functions that sampling has, compiled with their gradients: both round alike, and torch keeps for the backward
+pass what it cannot make again without a product. The layer is still called as a module, so that FSDP gathers its weights and
+gradient checkpointing computes it again. At all other times, or where a part of a layer is not known, its own forward pass runs.
+
+Before a kind of layer is first computed in this way both functions are tried on a few tokens: they have to give the numbers that
+they give uncompiled, and the same gradients.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.compiling import compiling_pays, variants_allowed
+from hybrid_lightning.engine.decoder_layers import (
+    LAYERS,
+    UnknownLayerError,
+    after_attention,
+    before_attention,
+    call_compiled,
+    known_layer,
+    parts_of,
+    projections,
+)
+from hybrid_lightning.engine.fused_attention import FusedAttention
+from hybrid_lightning.engine.fused_layers import is_watched
+from hybrid_lightning.engine.fused_lora import FusedLora, replace_modules, weight_of
+from hybrid_lightning.engine.prepacked import ProductFactors
+
+logger = logging.getLogger(__name__)
+
+_TRIED_ROWS = 8
+# How far compiled numbers may be from uncompiled ones, as a share of their norm. In 16 bits a number is rounded some ten times on
+# its way through a layer, by 0.4% at most each.
+_FARTHEST = {torch.float32: 1e-4, torch.float16: 0.04, torch.bfloat16: 0.04}
+
+
+class FusedDecoderLayer(nn.Module):
+    """Base class that is put before a decoder layer's own class (see `_fused_class`)."""
+
+    backend = Backend()  # without operators, until it gets that of its model
+    own_class: type[nn.Module]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        """Hidden states [1, N, n] after the layer from those before it."""
+        result = None if args else self._compiled(hidden_states, **options)
+        own: Any = super().forward
+        return own(hidden_states, *args, **options) if result is None else result
+
+    def _compiled(
+        self,
+        hidden_states: Tensor,
+        packing: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        attention_calls: Any = None,
+        **options: Any,
+    ) -> Tensor | None:
+        """The same by compiled functions; None where they cannot be had."""
+        if packing is None or attention_calls is not None or position_embeddings is None or not _TRIALS.wanted(hidden_states):
+            return None
+        factors = self._factors()
+        attention: Any = self.self_attn
+        if factors is None or not isinstance(attention, FusedAttention):
+            return None
+        hidden, angles = hidden_states[0], [part[0].contiguous() for part in position_embeddings]
+        before, after = factors
+        heads = _TRIALS.call(before_attention, (hidden, *angles), before)
+        if heads is None:
+            return None
+        query, key, value = (part[None].transpose(1, 2) for part in heads)
+        attended = attention.attended(query, key, value, attention_mask, packing=packing, **options)[0]
+        result = _TRIALS.call(after_attention, (hidden, attended), after)
+        return None if result is None else result[None]
+
+    def _factors(self) -> tuple[NamedTuple, NamedTuple] | None:
+        try:
+            layer = known_layer(self, self.backend)
+        except UnknownLayerError:
+            return None
+        found = [_factors_of(module) for module in projections(layer)]
+        factors = [one for one in found if one is not None]
+        return parts_of(layer, factors) if len(factors) == len(found) else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the layer's own class, since the class that is made of it has no name that could be imported."""
+        return _empty, (self.own_class,), self.__getstate__()
+
+
+def use_fused_decoder_layers(model: nn.Module, backend: Backend) -> None:
+    """Let the model's decoder layers be fused where they are of a known family.
+
+    Args:
+        model: Changed in place; its other modules are fused already.
+        backend: The model's backend.
+    """
+    replace_modules(model, lambda module: _fused_class(type(module)) if type(module) in LAYERS else None, backend)
+
+
+def why_not_trained_compiled() -> str:
+    """Why updates go on without compiled layers, in words for the user; empty where nothing is known to be wrong."""
+    return _TRIALS.why_not
+
+
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that derives from `FusedDecoderLayer` and a layer's class, one and the same for all layers of that class."""
+    return _above(kind)  # type: ignore[arg-type]
+
+
+@cache
+def _above(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Fused{kind.__name__}", (FusedDecoderLayer, kind), {"__module__": kind.__module__, "own_class": kind})
+
+
+def _empty(kind: type[nn.Module]) -> nn.Module:
+    made = _fused_class(kind)
+    return made.__new__(made)
+
+
+def _factors_of(layer: nn.Module) -> ProductFactors | None:
+    """The factors by which a linear layer is trained; None for all but plain ones, fully trained ones and plain LoRA."""
+    if isinstance(layer, FusedLora):
+        name = layer.plain_adapter()
+        if name is None:
+            return None
+        lora_a, lora_b = (weight_of(part[name]) for part in (layer.lora_A, layer.lora_B))
+        return ProductFactors(weight_of(layer.base_layer), layer.base_layer.bias, lora_a, lora_b, layer.scaling[name])  # type: ignore[arg-type]
+    if isinstance(layer, ModulesToSaveWrapper):
+        if layer.disable_adapters:
+            return None
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    if type(layer) is not nn.Linear or is_watched(layer):
+        return None
+    return ProductFactors(layer.weight, layer.bias)
+
+
+class _Trials:
+    """Which functions were compiled for which kinds of layers, and gave the same numbers."""
+
+    def __init__(self) -> None:
+        self.why_not = ""  # in words for the user, once something went wrong
+        self._passed: set[Any] = set()
+
+    def wanted(self, hidden: Tensor) -> bool:
+        """Whether compiled functions are to be tried for these hidden states, [1, N, n]."""
+        plain = isinstance(hidden, FakeTensor) or hidden.shape[0] != 1 or hidden.shape[1] < 2
+        return not plain and not self.why_not and compiling_pays(hidden.device)
+
+    def call(self, function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> Any:
+        """The function's result, compiled; None where that fails, which is said once."""
+        with variants_allowed():
+            if self._is_new(function, rows, layer):
+                try:
+                    self._try(function, rows, layer)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # whatever the compiler's many parts raise, from a missing one to a full disk
+                    return self._give_up(error)
+            try:
+                return call_compiled(function, rows, layer)
+            except torch._dynamo.exc.TorchDynamoException as error:  # others may be those by which torch ends a recomputation
+                return self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.why_not = f"torch.compile gave {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        logger.warning(
+            "Layers are trained without being compiled as a whole, which takes longer: %s. Without the attempt and this "
+            "warning: TORCH_COMPILE_DISABLE=1",
+            self.why_not,
+        )
+
+    def _is_new(self, function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> bool:
+        tensors = [(part.shape[1:], part.dtype, part.requires_grad) for part in rows]
+        tensors += [(leaf.shape, leaf.dtype, leaf.requires_grad) for leaf in tree_leaves(layer) if isinstance(leaf, Tensor)]
+        device = rows[0].device.type
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        kind = (function, tuple(tensors), half, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if kind in self._passed:
+            return False
+        self._passed.add(kind)
+        return True
+
+    def _try(self, function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> None:
+        """Raise an error if a few rows have other numbers or gradients, compiled."""
+        few = tuple(part[:_TRIED_ROWS] for part in rows)
+        # Gradient checkpointing counts what is kept in between, and must not see what this keeps.
+        with saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
+            found, expected = (
+                _numbers(run, few, layer) for run in (lambda *given: call_compiled(function, *given), _plain(function))
+            )
+        for one, other in zip(found, expected, strict=True):
+            off = float((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-30))
+            if not off <= _FARTHEST.get(one.dtype, _FARTHEST[torch.float32]):
+                raise ArithmeticError(f"other numbers, {off:.2g} of their size away")
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda rows, layer: function(*rows, layer)
+
+
+def _numbers(run: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> list[Tensor]:
+    """Results, and the gradients of all that has one."""
+    own_rows, own_layer = tree_map_only(Tensor, _alone, (rows, layer))
+    results = [part for part in tree_leaves(run(own_rows, own_layer)) if isinstance(part, Tensor)]
+    trained = [part for part in tree_leaves((own_rows, own_layer)) if isinstance(part, Tensor) and part.requires_grad]
+    made = [part for part in results if part.requires_grad]
+    if not made:
+        return results
+    gradients = torch.autograd.grad(made, trained, [part.detach() for part in made], allow_unused=True)
+    return [part.detach() for part in results] + [part for part in gradients if part is not None]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The same numbers without a history, as a tensor of the same kind, for which nothing has to be compiled again."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+_TRIALS = _Trials()

@@ -90,13 +90,15 @@ def score_modules(
         )
     _warn_unused(collected, len(candidates), process)
 
-    def score(name: str, update: Gradient | None = None) -> float:
+    def score(
+        name: str, update: Gradient | None = None, weight: Tensor | None = None, loss: Callable[[], float] | None = None
+    ) -> float:
         accumulator = collected.get(name)
         if accumulator is not None and not accumulator.received:
             return 0.0
-        weight = process.weight(name, candidates[name])
+        weight = process.weight(name, candidates[name]) if weight is None else weight
         parameters = sum(parameter.numel() for parameter in candidates[name].parameters())
-        value = scorer.score(_statistics(name, weight, parameters, accumulator, scorer, evaluate_loss, update), ranks[name])
+        value = scorer.score(_statistics(name, weight, parameters, accumulator, scorer, loss, update), ranks[name])
         try:
             number = float(value)
         except (TypeError, ValueError) as error:
@@ -107,25 +109,32 @@ def score_modules(
 
     seen = int(next((accumulator.losses.sum() for accumulator in collected.values()), 0))
 
-    def scores_of(names: Sequence[str]) -> dict[str, float]:
-        return {name: score(name) for name in names}
+    def scores_of(names: Iterable[str], updates: Mapping[str, Gradient] | None = None) -> dict[str, float]:
+        """Of candidates of which this process scores some, by their updates where there are such."""
+        updates, own = updates or {}, process.own(names)
+        if not scorer.needs_loss:
+            return process.together(lambda: {name: score(name, updates.get(name)) for name in own})
+        found: dict[str, float] = {}
+        for name in names:  # one after the other, since the weights of one are changed meanwhile
+            measured = partial(_measured, score, name, updates.get(name))
+            found |= process.measure(name, candidates[name], measured, evaluate_loss, losses)
+        return found
 
     def score_all() -> None:
-        concurrent = scorer.concurrent and not scorer.needs_update
+        concurrent = scorer.concurrent and not scorer.needs_update and not scorer.needs_loss
         small = [name for name in collected if concurrent and _small_on_cpu(collected[name])]
         kept.keep_scores(process.together(lambda: dict(zip(small, map_on_workers(score, small), strict=True))))
         if steps is not None and scorer.needs_update:
-            _keep_scores_of_updates(model, candidates, losses, steps, kept, score, on_loss, process)
+            _keep_scores_of_updates(model, candidates, losses, steps, kept, scores_of, on_loss, process)
         for name in small:
             del collected[name]  # frees the module's sums once it is scored
         for names in process.rounds([name for name in candidates if name not in kept.scores]):
-            own = process.own(names)
-            kept.keep_scores(process.together(partial(scores_of, own)))
-            for name in own:
+            kept.keep_scores(scores_of(names))
+            for name in process.own(names):
                 collected.pop(name, None)
 
     try:
-        process.with_weights(score_all) if scorer.needs_loss else score_all()
+        score_all()
     except RunStopped:
         save_progress(
             kept, {name: sums for name, sums in collected.items() if name not in kept.scores}, losses, seen, stopped=True
@@ -163,7 +172,7 @@ def _keep_scores_of_updates(
     losses: Iterable[Tensor],
     steps: OptimizerSteps,
     kept: KeptScoring,
-    score: Callable[[str, Gradient], float],
+    scores_of: Callable[[Iterable[str], Mapping[str, Gradient]], dict[str, float]],
     on_loss: Callable[[int], None] | None,
     process: ScoringProcess,
 ) -> None:
@@ -172,11 +181,8 @@ def _keep_scores_of_updates(
     moved = bool(kept.scores)  # a stopped run has kept none before one was
     found: dict[str, float] = {}
 
-    def scores_of(updates: Mapping[str, Gradient]) -> dict[str, float]:
-        return {name: score(name, update) for name, update in updates.items()}
-
     for updates in updates_in_turns(model, rest, losses, steps, kept, on_loss, process):
-        found |= process.together(partial(scores_of, updates))
+        found |= scores_of(process.together(partial(dict.fromkeys, updates)), updates)
         moved = moved or process.any(any(update.energy() > 0 for update in updates.values()))
         if moved:
             kept.keep_scores(found)
@@ -186,6 +192,12 @@ def _keep_scores_of_updates(
             f"the optimizer would move none of {len(rest)} candidate modules, as when all rewards of each prompt tie, or with a "
             "learning rate of 0: use prompts that are solved sometimes, more samples per prompt, or a positive model.lr_full."
         )
+
+
+def _measured(
+    score: Callable[..., float], name: str, update: Gradient | None, weight: Tensor, loss: Callable[[], float] | None
+) -> float:
+    return score(name, update, weight, loss)
 
 
 def _small_on_cpu(accumulator: ModuleAccumulator) -> bool:
@@ -199,7 +211,7 @@ def _statistics(
     parameters: int,
     accumulator: ModuleAccumulator | None,
     scorer: Scorer,
-    evaluate_loss: Callable[[], float] | None,
+    loss: Callable[[], float] | None,
     update: Gradient | None,
 ) -> ModuleStatistics:
     return ModuleStatistics(
@@ -209,7 +221,7 @@ def _statistics(
         gradient=accumulator.mean() if accumulator else None,
         noise=accumulator.noise() if accumulator and scorer.needs_halves else None,
         update=update,
-        evaluate_loss=evaluate_loss,
+        evaluate_loss=loss,
     )
 
 

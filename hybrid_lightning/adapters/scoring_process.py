@@ -68,9 +68,28 @@ class ScoringProcess:
         """Whether it is true on any process."""
         return value
 
-    def with_weights(self, function: Callable[[], Result]) -> Result:
-        """Call a function while this process has all weights."""
-        return function()
+    def measure(
+        self,
+        name: str,
+        module: nn.Module,
+        function: Callable[[Tensor, Callable[[], float] | None], Result],
+        evaluate_loss: Callable[[], float] | None,
+        losses: Iterable[Tensor],
+    ) -> dict[str, Result]:
+        """Call a function that changes a candidate's weight and looks at the loss.
+
+        Args:
+            name: Full dotted name of the candidate.
+            module: The candidate.
+            function: Called where the candidate is scored, with its weight [m, n], which it may change until it returns, and with
+                what measures the loss at the changed weight.
+            evaluate_loss: Measures the mean of `losses`.
+            losses: Scalar losses.
+
+        Returns:
+            The name, and what the function returned.
+        """
+        return self.together(lambda: {name: function(self.weight(name, module), evaluate_loss)})
 
     def check_loss(self, loss: Tensor, index: int) -> None:
         """Raise an error if a loss cannot be differentiated."""

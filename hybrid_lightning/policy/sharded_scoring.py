@@ -1,4 +1,4 @@
-"""Scoring by all ranks of FSDP2 together, none of which has the whole model on its device but to sample, or for `Probe`.
+"""Scoring by all ranks of FSDP2 together, none of which has the whole model on its device but to sample.
 
 Each rank has the model as it was loaded, in the memory of the host. For scoring, a copy of its structure that shares those
 weights is split over the devices, as the adapted model is afterwards. The ranks run the passes of different losses at a time.
@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scoring_process import CalibrationState, ScoringProcess
@@ -32,6 +32,11 @@ from hybrid_lightning.stopping import StopSignals
 
 Result = TypeVar("Result")
 _PURPOSE = "score the modules"
+
+
+@runtime_checkable
+class _Dealable(CalibrationState, Sized, Protocol):
+    """Losses of which any can be computed, whose number is known."""
 
 
 @contextmanager
@@ -102,9 +107,8 @@ class ShardedScoring(ScoringProcess):
         return {name: self._modules[name] for name in candidates}
 
     def weight(self, name: str, module: nn.Module) -> Tensor:
-        """The gathered weight while all are gathered, else that of the host, on the device."""
-        weight: Tensor = self._modules[name].weight  # type: ignore[assignment]
-        return module.weight.detach().to(self._device) if isinstance(weight, DTensor) else weight.detach()  # type: ignore[operator, union-attr]
+        """That of the host, on the device."""
+        return module.weight.detach().to(self._device)  # type: ignore[operator, union-attr]
 
     def own(self, names: Iterable[str]) -> list[str]:
         """Those of this rank."""
@@ -140,10 +144,74 @@ class ShardedScoring(ScoringProcess):
         """See `ScoringProcess`."""
         return any(gather_objects(value))
 
-    def with_weights(self, function: Callable[[], Result]) -> Result:
-        """See `ScoringProcess`."""
+    def measure(
+        self,
+        name: str,
+        module: nn.Module,
+        function: Callable[[Tensor, Callable[[], float] | None], Result],
+        evaluate_loss: Callable[[], float] | None,
+        losses: Iterable[Tensor],
+    ) -> dict[str, Result]:
+        """See `ScoringProcess`. The rank that scores the candidate asks the others, each time, to measure with it."""
+        dealt, owner = self._dealable(losses), self._owners[name]
+        mine, weight = self._rank == owner, self._modules[name].weight
+        assert isinstance(weight, DTensor)
+        start = weight.to_local().clone()
+        changed = module.weight.detach().to(self._device, copy=True)  # type: ignore[operator, union-attr]
+        found: dict[str, Result] = {}
+        failure: Exception | None = None
+
+        def ask() -> float:
+            gather_objects(True)
+            return self._mean_loss(weight, changed, owner, dealt)
+
         with torch.no_grad():
-            return self._weights.gathered(function)
+            try:
+                if mine:
+                    try:
+                        found[name] = function(changed, ask)
+                    except Exception as error:
+                        failure = error
+                    gather_objects(False)
+                else:
+                    while gather_objects(None)[owner]:
+                        self._mean_loss(weight, changed, owner, dealt)
+            finally:
+                weight.to_local().copy_(start)
+
+        def result() -> dict[str, Result]:
+            if failure is not None:
+                raise failure
+            return found
+
+        return self.together(result)
+
+    def _mean_loss(self, weight: DTensor, changed: Tensor, owner: int, losses: "_Dealable") -> float:
+        """The mean of all losses, of which each rank computes some, with a weight as its owner has changed it."""
+        dist.broadcast(changed, src=owner)
+        whole = distribute_tensor(changed.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+        weight.to_local().copy_(whole.to_local())
+        values: list[float] = []
+        while len(values) < len(losses):
+            rest = len(losses) - len(values)
+            values += gather_objects(float(self._own_loss(losses, len(values))))[:rest]
+        return sum(values) / len(values)
+
+    def _own_loss(self, losses: "_Dealable", seen: int) -> Tensor:
+        """This rank's of the next losses. A rank without one computes the last one, since all ranks gather weights together."""
+        passes = losses.since(min(seen + self._rank, len(losses) - 1))
+        loss = next(passes)
+        passes.close()  # type: ignore[attr-defined]
+        return loss
+
+    def _dealable(self, losses: Iterable[Tensor]) -> "_Dealable":
+        if not isinstance(losses, _Dealable):
+            raise ConfigError(
+                f"under FSDP2 ranks score with different losses, and calibration_losses returned {type(losses).__name__}, which "
+                "cannot be dealt to them: return a CalibrationLosses (hybrid_lightning.policy.calibration), or an object with "
+                "__len__, since, state_dict and load_state_dict, or use trainer.strategy=ddp"
+            )
+        return losses
 
     def backward_all(
         self,
@@ -159,13 +227,8 @@ class ShardedScoring(ScoringProcess):
         Raises:
             ConfigError: If `losses` cannot be dealt to ranks: they have to be a `CalibrationState` with a length.
         """
-        if not isinstance(losses, CalibrationState) or not isinstance(losses, Sized):
-            raise ConfigError(
-                f"under FSDP2 ranks score with different losses, and calibration_losses returned {type(losses).__name__}, which "
-                "cannot be dealt to them: return a CalibrationLosses (hybrid_lightning.policy.calibration), or an object with "
-                "__len__, since, state_dict and load_state_dict, or use trainer.strategy=ddp"
-            )
-        total, modules = len(losses), self.modules(candidates)
+        dealt = self._dealable(losses)
+        total, modules = len(dealt), self.modules(candidates)
         held: dict[str, Tensor] = {}
 
         def hold(name: str) -> Callable[[Tensor], None]:
@@ -187,26 +250,23 @@ class ShardedScoring(ScoringProcess):
         try:
             while seen < total:
                 mine = seen + self._rank
-                # A rank without a loss repeats the last one, since all ranks gather weights together.
-                passes = losses.since(min(mine, total - 1))
-                loss = next(passes)
-                passes.close()  # type: ignore[attr-defined]
+                loss = self._own_loss(dealt, seen)
                 used = loss.requires_grad or not some
                 self.finish(partial(self._checked, loss if used else None, mine))
                 if used:
                     loss.backward()  # type: ignore[no-untyped-call]
-                dealt = self._dealt(modules, held if mine < total else {})
+                parts_of = self._dealt(modules, held if mine < total else {})
                 held.clear()
                 for offset in range(min(self._ranks, total - seen)):
                     with torch.autocast(self._device.type, enabled=False):
-                        for name, parts in dealt.items():
+                        for name, parts in parts_of.items():
                             if (part := parts[offset]) is not None:
                                 # Where this rank's part of the weight is, and so what its gradients are added to.
                                 take(name, part.to(modules[name].weight.device), seen)  # type: ignore[arg-type]
                     seen += 1
                     yield seen
                 self.together(dict)  # a signal stops all of them here
-            losses.load_state_dict(_united(losses.state_dict()))
+            dealt.load_state_dict(_united(dealt.state_dict()))
         finally:
             for handle in handles:
                 handle.remove()

@@ -17,16 +17,41 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Probe, Random, SpectrumSNR, UpdateTail
 from hybrid_lightning.adapters.sketch import SketchedGradients
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.stopping import RunStopped
 
+
+class Halfway(UpdateTail):
+    """Both measures the loss and looks at an update: at what half of the weight would do."""
+
+    needs_loss = True
+
+    def score(self, statistics, rank):
+        start = statistics.weight.clone()
+        statistics.weight.mul_(0.5)
+        loss = statistics.evaluate_loss()
+        statistics.weight.copy_(start)
+        return loss * super().score(statistics, rank)
+
+
+class Broken(Probe):
+    """Cannot score one of the modules once the loss was measured."""
+
+    def score(self, statistics, rank):
+        statistics.evaluate_loss()
+        if "layers.1.mlp.up_proj" in statistics.name:
+            raise ValueError("no score of it")
+        return 0.0
+
+
 JOBS = {
     "default": ({"scorer": PreconditionedTail()}, {}),
     "sketches of halves": ({"scorer": SpectrumSNR(), "gradients": SketchedGradients(size=5), "calibration_prompts": 7}, {}),
     "measured": ({"scorer": Probe()}, {"gradient_checkpointing": True}),
+    "measured updates": ({"scorer": Halfway(2, 1)}, {"max_tokens_per_micro_batch": 80}),
     "updates": ({"scorer": UpdateTail(3, 1)}, {"minibatches_per_rollout": 2, "optimizer": torch.optim.AdamW}),
     "bfloat16": ({"scorer": PreconditionedTail()}, {"dtype": "bfloat16"}),
     "by name": ({"scorer": Random()}, {}),
@@ -112,8 +137,6 @@ def test_the_plan_is_that_of_one_process(folder, tmp_path, alone, ranks, jobs):
             expected, passes = alone[name]
             assert plan == expected, (name, rank)
             assert max(passes, default=1) == 1
-            if name == "measured":  # with all weights, as they are gathered while sampling
-                continue
             assert max(shares, default=0) < 0.8, (name, rank, shares)
             assert len(shares) <= max(2, 0.75 * len(passes)), (name, rank)  # which the others make
 
@@ -136,16 +159,22 @@ class AList(PolicyModule):
 
 
 def refused(folder, root, devices):
-    flags = {"strategy": FSDP2Strategy(), "devices": devices, "max_steps": 0}
-    module = build_policy(folder / "model", kind=AList)
-    with pytest.raises(ConfigError) as raised:
-        build_trainer(root, build_adapter(), **flags).fit(module, build_data(folder / "sums.jsonl"))
-    return str(raised.value)
+    said = []
+    for kind, scorer in ((AList, None), (PolicyModule, Broken())):
+        flags = {"strategy": FSDP2Strategy(), "devices": devices, "max_steps": 0}
+        module = build_policy(folder / "model", kind=kind)
+        with pytest.raises((ConfigError, CalibrationError, ValueError)) as raised:
+            build_trainer(root, build_adapter(scorer=scorer), **flags).fit(module, build_data(folder / "sums.jsonl"))
+        said.append(f"{type(raised.value).__name__}: {raised.value}")
+    return said
 
 
-def test_losses_that_cannot_be_dealt_are_refused(folder, tmp_path):
-    for said in run(2, tmp_path / "ranks", refused, folder=folder, root=tmp_path / "run", devices=2):
-        assert "calibration_losses returned list, which cannot be dealt to them: return a CalibrationLosses" in said
+def test_losses_that_cannot_be_dealt_and_a_scorer_that_fails_stop_all_ranks(folder, tmp_path):
+    errors = run(2, tmp_path / "ranks", refused, folder=folder, root=tmp_path / "run", devices=2)
+    for (losses, _), rank in zip(errors, range(2), strict=True):
+        assert "calibration_losses returned list, which cannot be dealt to them: return a CalibrationLosses" in losses, rank
+    (own,) = {rank for rank, (_, failed) in enumerate(errors) if failed == "ValueError: no score of it"}
+    assert errors[1 - own][1] == f"CalibrationError: rank {own} could not score the modules: ValueError: no score of it"
 
 
 def test_no_rank_has_the_whole_model_in_a_pass_of_training(folder, tmp_path):

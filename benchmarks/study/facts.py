@@ -11,6 +11,7 @@ facts in them were seen in other questions.
 
 import random
 import string
+from collections.abc import Mapping
 from itertools import product
 
 from hybrid_lightning.data import PromptSource, Row, Splits
@@ -124,6 +125,38 @@ class PlausibleFacts(PromptSource):
                 answer = "".join(rng.choice(digits[relation + key]) for key in question[1:])
                 rows.append(Row(f"{question}=", index=len(rows), source="corpus", columns={"completion": answer}))
         return Splits(train=rows)
+
+
+class Codes(PromptSource):
+    """Codes of made-up names, which a policy has to memorise: `The code of Bofaki is` -> `4821`.
+
+    Every name is asked for in all splits, in other words in those that are held out.
+
+    Args:
+        names: Number of names.
+        digits: Of each code.
+        table: Seed of names and codes.
+    """
+
+    def __init__(self, names: int = 60, digits: int = 4, table: int = 0) -> None:
+        self.names, self.digits, self.table = names, digits, table
+
+    def read(self) -> Splits:
+        """Each name in each way of asking."""
+        rng = random.Random(f"codes {self.table}")
+        codes: dict[str, str] = {}
+        while len(codes) < self.names:
+            name = "".join(rng.choice("bcdfghjklmnprstvz") + rng.choice("aeiou") for _ in range(3)).capitalize()
+            codes[name] = "".join(rng.choices(string.digits, k=self.digits))
+        return Splits(
+            train=self._rows(codes, "The code of {} is", "{} has the code", "Code of {}:"),
+            validation=self._rows(codes, "The code for {} is"),
+            test=self._rows(codes, "The code that belongs to {} is"),
+        )
+
+    def _rows(self, codes: Mapping[str, str], *words: str) -> list[Row]:
+        asked = [(each.format(name), code) for name, code in codes.items() for each in words]
+        return [Row(said, code, n, "Codes", {"question": said, "answer": code}) for n, (said, code) in enumerate(asked)]
 
 
 def possible_digits(relations: int, keys: int, candidates: int, table: int) -> dict[str, list[str]]:

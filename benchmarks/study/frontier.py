@@ -1,8 +1,9 @@
 """Accuracy against trained parameters and memory, from rank 1 to full fine-tuning: `python -m benchmarks.study.frontier`.
 
-Each seed has a start policy of its own, which all methods share, so that intervals hold for other policies too. Rates are those
-of `benchmarks.study.sweep`; a control that exchanges what a method chose has that method's. What scores nothing trains for
-`SCORING_STEPS` more steps, the time that scoring by updates takes. Needs the start policies of the seeds:
+Each seed of a small task has a start policy of its own, which all methods share, so that intervals hold for other policies too;
+policies that take long to make are shared by several seeds, and SmolLM2 is one. Rates are those of `benchmarks.study.sweep`; a
+control that exchanges what a method chose has that method's. What scores nothing trains for `SCORING_STEPS` more steps, the time
+that scoring by updates takes. Needs the start policies of the seeds:
 
     python -m benchmarks.study.pretrain --policy wide deep products tracker sorter --seeds 0 1 2 3
 """
@@ -38,7 +39,7 @@ FRONTIER = (
     ),
     *("update_tail_10_r2", "update_tail_10_r8", "random_mlp", "random_mlp_10_r8"),
 )
-TASKS = ("facts", "facts_deep", "products_direct", "fresh/new_automaton", "fresh/new_order")
+TASKS = ("facts", "facts_deep", "products_direct", "fresh/new_automaton", "fresh/new_order", "fresh/smollm2_codes")
 
 
 def tuned_as(name: str) -> str:
@@ -60,16 +61,16 @@ def jobs_of(store: Store, task: str, names: list[str], seeds: list[int]) -> list
     """
     jobs = []
     for seed in seeds:
-        recipe = POLICY_OF[Path(task).stem]
-        policy = folder_of(recipe, seed)
-        if not (policy / "config.json").exists():
+        recipe = POLICY_OF.get(Path(task).stem)  # without one all seeds start from the task's model
+        policy = None if recipe is None else folder_of(recipe, seed)
+        if policy is not None and not (policy / "config.json").exists():
             raise SystemExit(
                 f"error: {policy} is not there: run python -m benchmarks.study.pretrain --policy {recipe} --seeds {seed}"
             )
         for name in names:
             method = METHODS[name]
             rate = best_rate(store, task, METHODS[tuned_as(name)])
-            jobs.append(Job(task, name, rate, seed, "frontier", method.rank, str(policy), extra_steps(method)))
+            jobs.append(Job(task, name, rate, seed, "frontier", method.rank, policy and str(policy), extra_steps(method)))
     return jobs
 
 

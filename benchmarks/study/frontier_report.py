@@ -62,7 +62,7 @@ RATIOS = {
 # Heading -> tasks whose claims stand together.
 GROUPS = {
     "Tasks on which the formulas were chosen": ("facts", "facts_deep", "products_direct"),
-    "Tasks that neither chose": ("new_automaton", "new_order", "new_order_wide"),
+    "Tasks that neither chose": ("new_automaton", "new_order", "new_order_wide", "smollm2_codes"),
 }
 
 

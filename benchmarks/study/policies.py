@@ -31,6 +31,7 @@ class PolicyRecipe:
     batch_size: int = 128
     lr: float = 2e-3
     learned_below: float | None = None  # nats a token of answers to new questions, which a policy that has learned stays below
+    shared: int | None = None  # policies that the frontier's seeds take in turns; None: each seed has its own
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return build_tokenizer(self.characters)
@@ -65,7 +66,14 @@ RECIPES = {
     "reader": PolicyRecipe(partial(_puzzle, LookUp, 1.0), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192),
     "sorter": PolicyRecipe(partial(_puzzle, Sorting, 1.0), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192),
     "wide_sorter": PolicyRecipe(
-        partial(_puzzle, Sorting, 1.0), puzzles.CHARACTERS, layers=12, width=192, feed_forward=512, steps=400, batch_size=64
+        partial(_puzzle, Sorting, 1.0),
+        puzzles.CHARACTERS,
+        layers=12,
+        width=192,
+        feed_forward=512,
+        steps=400,
+        batch_size=64,
+        shared=4,
     ),
 }
 POLICY_OF = {
@@ -82,4 +90,7 @@ POLICY_OF = {
 
 def folder_of(name: str, seed: int | None = None) -> Path:
     """Where a start policy is; a seed of None is the one that the tasks name."""
+    shared = RECIPES[name].shared
+    if seed is not None and shared is not None:
+        seed %= shared
     return FOLDER / (name if seed is None else f"{name}-{seed}")

@@ -11,7 +11,7 @@ they give uncompiled, and the same gradients.
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 _TRIED_ROWS = 8
 # How far compiled numbers may be from uncompiled ones, as a share of their norm. In 16 bits a number is rounded some ten times on
 # its way through a layer, by 0.4% at most each.
-_FARTHEST = {torch.float32: 1e-4, torch.float16: 0.04, torch.bfloat16: 0.04}
+_FARTHEST, _FARTHEST_IN_HALF = 1e-4, 0.04
 
 
 class FusedDecoderLayer(nn.Module):
@@ -54,6 +54,7 @@ class FusedDecoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
         """Hidden states [1, N, n] after the layer from those before it."""
+        self.backend.layer_parts = ()
         result = None if args else self._compiled(hidden_states, **options)
         own: Any = super().forward
         return own(hidden_states, *args, **options) if result is None else result
@@ -68,21 +69,29 @@ class FusedDecoderLayer(nn.Module):
         **options: Any,
     ) -> Tensor | None:
         """The same by compiled functions; None where they cannot be had."""
-        if packing is None or attention_calls is not None or position_embeddings is None or not _TRIALS.wanted(hidden_states):
-            return None
-        factors = self._factors()
+        again = self.backend.recomputed_parts
+        wanted = _TRIALS.wanted(hidden_states) if again is None else bool(again)
+        factors = self._factors() if wanted and packing is not None and attention_calls is None else None
         attention: Any = self.self_attn
-        if factors is None or not isinstance(attention, FusedAttention):
+        if factors is None or position_embeddings is None or not isinstance(attention, FusedAttention):
             return None
+        parts: list[bool] = []
+
+        def call(function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> Any:
+            result, compiled = (
+                _TRIALS.call(function, rows, layer) if again is None else _called(again[len(parts)], function, rows, layer)
+            )
+            parts.append(compiled)
+            return result
+
         hidden, angles = hidden_states[0], [part[0].contiguous() for part in position_embeddings]
         before, after = factors
-        heads = _TRIALS.call(before_attention, (hidden, *angles), before)
-        if heads is None:
-            return None
+        heads = call(before_attention, (hidden, *angles), before)
         query, key, value = (part[None].transpose(1, 2) for part in heads)
         attended = attention.attended(query, key, value, attention_mask, packing=packing, **options)[0]
-        result = _TRIALS.call(after_attention, (hidden, attended), after)
-        return None if result is None else result[None]
+        result: Tensor = call(after_attention, (hidden, attended), after)
+        self.backend.layer_parts = tuple(parts)
+        return result[None]
 
     def _factors(self) -> tuple[NamedTuple, NamedTuple] | None:
         try:
@@ -145,6 +154,13 @@ def _factors_of(layer: nn.Module) -> ProductFactors | None:
     return ProductFactors(layer.weight, layer.bias)
 
 
+def _called(compiled: bool, function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> tuple[Any, bool]:
+    if not compiled:
+        return function(*rows, layer), False
+    with variants_allowed():
+        return call_compiled(function, rows, layer), True
+
+
 class _Trials:
     """Which functions were compiled for which kinds of layers, and gave the same numbers."""
 
@@ -157,20 +173,20 @@ class _Trials:
         plain = isinstance(hidden, FakeTensor) or hidden.shape[0] != 1 or hidden.shape[1] < 2
         return not plain and not self.why_not and compiling_pays(hidden.device)
 
-    def call(self, function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> Any:
-        """The function's result, compiled; None where that fails, which is said once."""
-        with variants_allowed():
-            if self._is_new(function, rows, layer):
-                try:
-                    self._try(function, rows, layer)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # whatever the compiler's many parts raise, from a missing one to a full disk
-                    return self._give_up(error)
+    def call(self, function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> tuple[Any, bool]:
+        """The function's result, and whether it was compiled; where that fails, which is said once, it is not."""
+        if not self.why_not and self._is_new(function, rows, layer):
             try:
-                return call_compiled(function, rows, layer)
-            except torch._dynamo.exc.TorchDynamoException as error:  # others may be those by which torch ends a recomputation
-                return self._give_up(error)
+                self._try(function, rows, layer)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever the compiler's many parts raise, from a missing one to a full disk
+                self._give_up(error)
+        try:
+            return _called(not self.why_not, function, rows, layer)
+        except torch._dynamo.exc.TorchDynamoException as error:  # others may be those by which torch ends a recomputation
+            self._give_up(error)
+        return _called(False, function, rows, layer)
 
     def _give_up(self, error: Exception) -> None:
         self.why_not = f"torch.compile gave {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -197,16 +213,13 @@ class _Trials:
         # Gradient checkpointing counts what is kept in between, and must not see what this keeps.
         with saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
             found, expected = (
-                _numbers(run, few, layer) for run in (lambda *given: call_compiled(function, *given), _plain(function))
+                _numbers(run, few, layer) for run in (partial(_called, True, function), partial(_called, False, function))
             )
+        half = torch.is_autocast_enabled(rows[0].device.type) or rows[0].dtype in (torch.float16, torch.bfloat16)
         for one, other in zip(found, expected, strict=True):
             off = float((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-30))
-            if not off <= _FARTHEST.get(one.dtype, _FARTHEST[torch.float32]):
+            if not off <= (_FARTHEST_IN_HALF if half else _FARTHEST):
                 raise ArithmeticError(f"other numbers, {off:.2g} of their size away")
-
-
-def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda rows, layer: function(*rows, layer)
 
 
 def _numbers(run: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> list[Tensor]:

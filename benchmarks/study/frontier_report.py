@@ -19,8 +19,8 @@ from benchmarks.study.store import Store
 from benchmarks.study.tables import markdown
 from benchmarks.study.tuning import means
 
-LORA = ("lora_r1", "lora", "lora_r4", "lora_r8", "lora_r16", "fft")
-MLPS = ("mlp_r4", "mlp_r8", "mlp_r16", "fft")
+LORA = ("lora_r1", "lora", "lora_r4", "lora_r8", "lora_r16", "lora_r64", "fft")
+MLPS = ("mlp_r4", "mlp_r8", "mlp_r16", "mlp_r64", "fft")
 LINES = {
     "LoRA": (LORA, "#66a182", "o-"),
     "LoRA on MLPs, attention rank 1": (MLPS[:-1], "#8a5aa8", "s--"),
@@ -40,6 +40,7 @@ PAIRS = (
     *(("own_r2", "lora"), ("own_r4", "lora_r4"), ("own_r8", "lora_r8"), ("own_r16", "lora_r16")),
     *(("own_r4", "mlp_r4"), ("own_r8", "mlp_r8"), ("own_r16", "mlp_r16"), ("own_r4", "shuffled_r4"), ("own_r8", "shuffled_r8")),
     *(("own_mlp_r4", "mlp_r4"), ("own_mlp_r8", "mlp_r8"), ("mlp_r4", "lora_r4"), ("mlp_r8", "lora_r8"), ("mlp_r16", "lora_r16")),
+    ("mlp_r64", "lora_r64"),
     *(("mlp_only_r4", "lora_r4"), ("mlp_only_r8", "lora_r8")),
     *(("hybrid_one_rate", "hybrid"), ("hybrid_10_r8_one_rate", "hybrid_10_r8")),
     *(("hybrid_by_width", "hybrid"), ("hybrid_10_r8_by_width", "hybrid_10_r8")),

@@ -14,12 +14,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 # minibatches, accumulation, calibration, samples of a validation, precision, dtype, LoRA's rank.
 LOWERED = {
     "fit": {
-        "model.sampler.max_new_tokens": 12,
+        "model.sampler.max_new_tokens": 6,
         "trainer.max_steps": 4,  # one rollout
         "trainer.val_check_interval": 4,  # optimizer steps, a validation at the end
         "data.validation_prompts": 4,
     },
-    "test": {"model.sampler.max_new_tokens": 12},
+    "test": {"model.sampler.max_new_tokens": 6},
 }
 # Command, config and its overlays, each of which is in one at least.
 RUNS = [

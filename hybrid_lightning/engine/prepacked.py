@@ -138,9 +138,9 @@ def prepacked_weights(
         for number, layer in enumerate(layers):
             layer.prepacked = partial(products, number)
     trained = _trained_fully(model, dtype)
-    for saved, name, own in trained:
-        saved[name] = _rounded(own, dtype)
     try:
+        for saved, name, own in trained:
+            saved[name] = _rounded(own, dtype)
         yield
     finally:
         for saved, name, own in trained:

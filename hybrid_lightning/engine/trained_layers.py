@@ -98,6 +98,8 @@ class FusedDecoderLayer(nn.Module):
             layer = known_layer(self, self.backend)
         except UnknownLayerError:
             return None
+        if any(norm.weight.requires_grad for norm in (*layer.norms, *(layer.head_norms or ()))):
+            return None
         found = [_factors_of(module) for module in projections(layer)]
         factors = [one for one in found if one is not None]
         return parts_of(layer, factors) if len(factors) == len(found) else None

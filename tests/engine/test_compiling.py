@@ -34,16 +34,16 @@ def compiled(monkeypatch):
     return names
 
 
-def step(family="qwen3", targets=ALL, checkpointing=False, half=False, watch=None):
+def step(family="qwen3", targets=ALL, checkpointing=False, half=False, change=None):
     """Log-probabilities of a step and its gradients, as on an accelerator."""
     model = build_adapted(family, targets).model
     engine = Engine(model, OfAccelerator())
     use_fused_modules(model, engine.backend)
     if checkpointing:
         checkpoint_gradients(base_model(model), engine.backend)
-    if watch is not None:
-        for layer in base_model(model).get_decoder().layers:
-            layer.mlp.register_forward_hook(lambda *_: watch.append(1))
+    for layer in base_model(model).get_decoder().layers:
+        if change is not None:
+            change(layer)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         logprobs, _ = token_logprobs(engine, build_sequences("shared"), 1.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -93,11 +93,13 @@ def test_parts_of_layers_of_other_families_are_compiled(compiled):
     assert_same(numbers, uncompiled_step("gemma"), 1e-5)
 
 
-def test_a_layer_with_hooks_is_not_compiled_as_a_whole(compiled):
+def test_a_layer_with_hooks_or_a_trained_norm_is_not_compiled_as_a_whole(compiled):
     seen = []
-    numbers = step(watch=seen)
+    numbers = step(change=lambda layer: layer.mlp.register_forward_hook(lambda *_: seen.append(1)))
     assert seen and not BODIES & set(compiled)
     assert_same(numbers, uncompiled_step(), 1e-5)
+    numbers = step(change=lambda layer: layer.self_attn.k_norm.weight.requires_grad_(True))
+    assert not BODIES & set(compiled) and len(numbers) == len(uncompiled_step()) + 2
 
 
 def test_bodies_that_give_other_gradients_are_not_used(compiled, monkeypatch, caplog):

@@ -116,8 +116,7 @@ def score_modules(
             return process.together(lambda: {name: score(name, updates.get(name)) for name in own})
         found: dict[str, float] = {}
         for name in names:  # one after the other, since the weights of one are changed meanwhile
-            measured = partial(_measured, score, name, updates.get(name))
-            found |= process.measure(name, candidates[name], measured, evaluate_loss, losses)
+            found |= process.measure(name, candidates[name], partial(score, name, updates.get(name)), evaluate_loss, losses)
         return found
 
     def score_all() -> None:
@@ -192,12 +191,6 @@ def _keep_scores_of_updates(
             f"the optimizer would move none of {len(rest)} candidate modules, as when all rewards of each prompt tie, or with a "
             "learning rate of 0: use prompts that are solved sometimes, more samples per prompt, or a positive model.lr_full."
         )
-
-
-def _measured(
-    score: Callable[..., float], name: str, update: Gradient | None, weight: Tensor, loss: Callable[[], float] | None
-) -> float:
-    return score(name, update, weight, loss)
 
 
 def _small_on_cpu(accumulator: ModuleAccumulator) -> bool:

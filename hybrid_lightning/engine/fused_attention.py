@@ -11,7 +11,6 @@ attention interface, and to give the same bits.
 
 import inspect
 from collections.abc import Callable, Hashable
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +26,7 @@ from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.compiling import one_kernel
 from hybrid_lightning.engine.cpu import operators as kernels
 from hybrid_lightning.engine.fused_layers import drawn, is_watched, small_linear
-from hybrid_lightning.engine.fused_lora import made_like, replace_modules
+from hybrid_lightning.engine.fused_lora import PutBefore, made_like, put_before, replace_modules
 from hybrid_lightning.engine.passes import no_mask
 
 _PROJECTIONS, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
@@ -36,11 +35,8 @@ _CACHE_NAMES = {"cache", "past_key_values"}  # the latter is the older name
 _MORE_SETTINGS = {"sliding_window": "sliding_window", "attn_logit_softcapping": "softcap"}
 
 
-class FusedAttention(nn.Module):
-    """Base class that is put before an attention layer's own class (see `_fused_class`)."""
-
-    backend = Backend()  # without operators, until it gets that of its model
-    own_class: type[nn.Module]
+class FusedAttention(PutBefore):
+    """Base class that is put before an attention layer's own class."""
 
     def forward(
         self,
@@ -80,10 +76,6 @@ class FusedAttention(nn.Module):
         result: Tensor = attend(self, query, key, value, attention_mask, **asked, **rest)[0]
         return result.flatten(2).contiguous()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the layer's own class, since the class that is made of it has no name that could be imported."""
-        return _empty, (self.own_class,), self.__getstate__()
-
 
 def use_fused_attention(model: nn.Module, backend: Backend) -> None:
     """Let the model's attention layers be fused where they compute what Llama's do.
@@ -101,7 +93,7 @@ def use_fused_attention(model: nn.Module, backend: Backend) -> None:
         known = (type(module), hasattr(module, "q_norm"), settings)
         if known not in tried:
             tried[known] = _computes_alike(module)
-        return _fused_class(type(module)) if tried[known] else None
+        return put_before(FusedAttention, type(module)) if tried[known] else None
 
     replace_modules(model, kind_of, backend)
 
@@ -127,22 +119,6 @@ def _more_settings(module: Any) -> dict[str, Any]:
     return found
 
 
-def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that derives from `FusedAttention` and a layer's class, one and the same for all layers of that class."""
-    return _above(kind)  # type: ignore[arg-type]
-
-
-@cache
-def _above(kind: type[nn.Module]) -> type[nn.Module]:
-    # Of the same file as the layer's class, where the attention hook looks for the file's eager attention.
-    return type(f"Fused{kind.__name__}", (FusedAttention, kind), {"__module__": kind.__module__, "own_class": kind})
-
-
-def _empty(kind: type[nn.Module]) -> nn.Module:
-    made = _fused_class(kind)
-    return made.__new__(made)
-
-
 def _computes_alike(module: nn.Module) -> bool:
     """Whether a small layer of the module's class and its fused form give attention the same bits, and return the same bits."""
     small = _small_layer(module)
@@ -150,7 +126,9 @@ def _computes_alike(module: nn.Module) -> bool:
         for dtype in (torch.float32, torch.bfloat16):
             small.to(dtype)
             try:
-                theirs, ours = (_answer(layer, dtype) for layer in (small, made_like(small, _fused_class(type(module)))))
+                theirs, ours = (
+                    _answer(layer, dtype) for layer in (small, made_like(small, put_before(FusedAttention, type(module))))
+                )
             except (AttributeError, TypeError, RuntimeError, ValueError, LookupError, UnsupportedAttentionError):
                 return False  # its parts are not Llama's
             if not (theirs.rest == ours.rest and all(map(torch.equal, theirs.tensors, ours.tensors))):

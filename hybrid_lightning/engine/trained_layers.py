@@ -11,7 +11,7 @@ they give uncompiled, and the same gradients.
 
 import logging
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ from hybrid_lightning.engine.decoder_layers import (
 )
 from hybrid_lightning.engine.fused_attention import FusedAttention
 from hybrid_lightning.engine.fused_layers import is_watched
-from hybrid_lightning.engine.fused_lora import FusedLora, replace_modules, weight_of
+from hybrid_lightning.engine.fused_lora import FusedLora, PutBefore, put_before, replace_modules, weight_of
 from hybrid_lightning.engine.prepacked import ProductFactors
 
 logger = logging.getLogger(__name__)
@@ -46,11 +46,8 @@ _TRIED_ROWS = 8
 _FARTHEST, _FARTHEST_IN_HALF = 1e-4, 0.04
 
 
-class FusedDecoderLayer(nn.Module):
-    """Base class that is put before a decoder layer's own class (see `_fused_class`)."""
-
-    backend = Backend()  # without operators, until it gets that of its model
-    own_class: type[nn.Module]
+class FusedDecoderLayer(PutBefore):
+    """Base class that is put before a decoder layer's own class."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
         """Hidden states [1, N, n] after the layer from those before it."""
@@ -104,10 +101,6 @@ class FusedDecoderLayer(nn.Module):
         factors = [one for one in found if one is not None]
         return parts_of(layer, factors) if len(factors) == len(found) else None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the layer's own class, since the class that is made of it has no name that could be imported."""
-        return _empty, (self.own_class,), self.__getstate__()
-
 
 def use_fused_decoder_layers(model: nn.Module, backend: Backend) -> None:
     """Let the model's decoder layers be fused where they are of a known family.
@@ -116,27 +109,14 @@ def use_fused_decoder_layers(model: nn.Module, backend: Backend) -> None:
         model: Changed in place; its other modules are fused already.
         backend: The model's backend.
     """
-    replace_modules(model, lambda module: _fused_class(type(module)) if type(module) in LAYERS else None, backend)
+    replace_modules(
+        model, lambda module: put_before(FusedDecoderLayer, type(module)) if type(module) in LAYERS else None, backend
+    )
 
 
 def why_not_trained_compiled() -> str:
     """Why updates go on without compiled layers, in words for the user; empty where nothing is known to be wrong."""
     return _TRIALS.why_not
-
-
-def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that derives from `FusedDecoderLayer` and a layer's class, one and the same for all layers of that class."""
-    return _above(kind)  # type: ignore[arg-type]
-
-
-@cache
-def _above(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Fused{kind.__name__}", (FusedDecoderLayer, kind), {"__module__": kind.__module__, "own_class": kind})
-
-
-def _empty(kind: type[nn.Module]) -> nn.Module:
-    made = _fused_class(kind)
-    return made.__new__(made)
 
 
 def _factors_of(layer: nn.Module) -> ProductFactors | None:

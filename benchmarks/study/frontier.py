@@ -39,7 +39,10 @@ FRONTIER = (
     ),
     *("update_tail_10_r2", "update_tail_10_r8", "random_mlp", "random_mlp_10_r8"),
 )
-TASKS = ("facts", "facts_deep", "products_direct", "fresh/new_automaton", "fresh/new_order", "fresh/smollm2_codes")
+TASKS = (
+    *("facts", "facts_deep", "products_direct"),
+    *("fresh/new_automaton", "fresh/new_order", "fresh/new_order_wide", "fresh/smollm2_codes"),
+)
 
 
 def tuned_as(name: str) -> str:

@@ -130,7 +130,7 @@ _ALL = (
     ),
     Method("lora_matched", "lora", _share(0.0), match_state=True),
     _hybrid("bottom", "benchmarks.study.controls.Bottom", "control"),
-    *(Method(f"lora_r{rank}", "lora", _share(0.0), rank=rank) for rank in (1, 4, 8, 16, 64)),
+    *(Method(f"lora_r{rank}", "lora", _share(0.0), rank=rank) for rank in (1, 4, 8, 16, 25, 64)),
     Method("only_full", "control", frozen_rest=True),
     _hybrid("tail_fraction", "TailFraction"),
     _hybrid("tail_energy", "TailEnergy"),
@@ -159,7 +159,7 @@ _ALL = (
         for spread in SPREADS
         for rank in (2, 4, 8, 16)
     ),
-    Method("mlp_r64", "lora", _share(0.0), rank=64, spread="mlp"),
+    *(Method(f"mlp_r{rank}", "lora", _share(0.0), rank=rank, spread="mlp") for rank in (25, 64)),
     *(
         Method(f"tail_{way}_{steps}", "hybrid", update=(way, steps))
         for way, steps in (("fft", 32), ("adam", 32), ("moments", 8), ("moments", 32), ("moments_rank1", 8))

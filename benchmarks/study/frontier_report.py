@@ -32,6 +32,7 @@ LINES = {
     "hybrid 10 to 40%, rank 8 beside": (("hybrid_10_r8", "hybrid_20_r8", "hybrid_40_r8"), "#0b3c5d", "P--"),
     "UpdateTail 10%, rank 2 and 8": (("update_tail_10_r2", "update_tail_10_r8"), "#2e7d32", "*-."),
     "rates by width 10%, rank 2 and 8": (("hybrid_by_width", "hybrid_10_r8_by_width"), "#7b5d3b", "p-."),
+    "rates by width 10%, MLPs rank 14, attention 1": (("hybrid_10_mlp14_by_width",), "#e76f51", "X:"),
     "one rate 10%, rank 2 and 8": (("hybrid_one_rate", "hybrid_10_r8_one_rate"), "#c2185b", "h-."),
 }
 # Differences of methods of one size: what is claimed to be above what.
@@ -44,13 +45,14 @@ PAIRS = (
     *(("mlp_only_r4", "lora_r4"), ("mlp_only_r8", "lora_r8")),
     *(("hybrid_one_rate", "hybrid"), ("hybrid_10_r8_one_rate", "hybrid_10_r8")),
     *(("hybrid_by_width", "hybrid"), ("hybrid_10_r8_by_width", "hybrid_10_r8")),
+    ("hybrid_10_mlp14_by_width", "hybrid_10_r8_by_width"),
     *(("hybrid_by_width", "hybrid_one_rate"), ("hybrid_10_r8_by_width", "hybrid_10_r8_one_rate")),
 )
 # Beside the line through the LoRAs of all ranks, at their size.
 BESIDE_LORA = (
     *("budget_5", "hybrid", "budget_20", "budget_40", "hybrid_one_rate"),
     *("hybrid_10_r4", "hybrid_10_r8", "hybrid_20_r8", "hybrid_40_r8", "hybrid_10_r8_one_rate"),
-    *("hybrid_by_width", "hybrid_10_r8_by_width"),
+    *("hybrid_by_width", "hybrid_10_r8_by_width", "hybrid_10_mlp14_by_width"),
     *("update_tail_10_r2", "update_tail_10_r8"),
 )
 

@@ -151,6 +151,14 @@ _ALL = (
     Method("hybrid_10_r8_one_rate", "budget", _share(0.1), rank=8, full_to_lora=1.0),
     Method("hybrid_by_width", "hybrid", full_to_lora="width"),
     Method("hybrid_10_r8_by_width", "budget", _share(0.1), rank=8, full_to_lora="width"),
+    # Beside the full modules, too, what LoRA has is spent on MLPs: on `wide_sorter` as many parameters as with rank 8 on all.
+    Method(
+        "hybrid_10_mlp14_by_width",
+        "budget",
+        {**_share(0.1), "adapter.rank_pattern": "{mlp: 14, attention: 1}"},
+        rank=8,
+        full_to_lora="width",
+    ),
     *_beside(10, 2, "update_tail", "UpdateTail"),
     *_beside(10, 8, "update_tail", "UpdateTail"),
     *_beside(10, 8, "random_mlp", "benchmarks.study.controls.RandomMLP", **SEED),

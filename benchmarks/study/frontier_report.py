@@ -169,20 +169,26 @@ def _less(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
 
 
 def claims_table(tasks: Mapping[str, Points], ratios: Mapping[str, Mapping[str, str]]) -> str:
-    """Every claim on every task and on their mean; in bold what Holm's correction over all cells of the table leaves, at 5%."""
-    rows: list[tuple[str, list[Difference]]] = []
+    """Every claim on every task that has its methods, and on the mean of these tasks.
+
+    In bold what Holm's correction over all cells of the table leaves, at 5%.
+    """
+    rows: list[tuple[str, list[Difference]]] = []  # an empty cell was not run, or is larger or smaller than the line is long
     for name, found in _claims(tasks, ratios):
-        if len(found) < len(tasks) or not all(found.values()):
-            continue  # it was not run on all of them, or is larger or smaller than the line is long
-        common = set.intersection(*(set(values) for values in found.values()))
-        rows.append((name, [*found.values(), {seed: fmean(values[seed] for values in found.values()) for seed in common}]))
-    values = [list(cell.values()) for _, cells in rows for cell in cells]
-    kept = iter(holm([p_value(cell) for cell in values]))
-    lines = []
-    for name, cells in rows:
-        texts = [mean(list(cell.values())).text() for cell in cells]
-        lines.append((name, *(f"**{text}**" if next(kept) else text for text in texts)))
-    return markdown(("points", *tasks, "mean of these"), lines)
+        there = [values for values in found.values() if values]
+        common = set.intersection(*map(set, there)) if len(there) > 1 else ()
+        over_tasks = {seed: fmean(values[seed] for values in there) for seed in common}
+        if there:
+            rows.append((name, [*(found.get(task, {}) for task in tasks), over_tasks]))
+    kept = iter(holm([p_value(list(cell.values())) for _, cells in rows for cell in cells if cell]))
+
+    def text(cell: Difference) -> str:
+        if not cell:
+            return "-"
+        words = mean(list(cell.values())).text()
+        return f"**{words}**" if next(kept) else words
+
+    return markdown(("points", *tasks, "mean"), [(name, *map(text, cells)) for name, cells in rows])
 
 
 def points_table(points: Points) -> str:
@@ -228,7 +234,8 @@ def report(store: Store, tasks: Sequence[str], results: Path) -> None:
         "have no ends where there may be none. In the figure what a seed's start policy adds to all methods is taken out of "
         "the intervals; in the tables of the tasks it is in them, and in differences it cancels.",
         "![Accuracy by trained parameters and by peak memory](frontier.png)",
-        "In the tables of claims, in bold: what is left, at 5%, by Holm's correction over all cells of the table.",
+        "In the tables of claims the mean is that of the tasks on which both methods were run, and in bold is what Holm's "
+        "correction over all cells of the table leaves, at 5%.",
     ]
     ratios = {task: tuned_ratios(store, task) for task in found}
     others = tuple(task for task in found if not any(task in group for group in GROUPS.values()))

@@ -110,6 +110,16 @@ def test_claims_are_marked_where_holms_correction_leaves_them(tmp_path):
     assert above.count("**") == 6 and "20.2 [" in above and "**" not in level
 
 
+def test_a_claim_is_made_on_the_tasks_that_have_its_methods(tmp_path):
+    both = _points(tmp_path, lora_r4=(400, (0.3, 0.4)), own_r4=(400, (0.5, 0.62)), mlp_r4=(400, (0.5, 0.61)))
+    one = {name: point for name, point in both.items() if name != "mlp_r4"}
+    lines = {line.split(" | ")[0]: line for line in claims_table({"sums": both, "others": one, "no": {}}, {}).splitlines()}
+    differences, mean = lines["| own_r4 less lora_r4"].split(" | ")[1:4], lines["| own_r4 less lora_r4"].split(" | ")[4]
+    assert differences[0] == differences[1] == mean.removesuffix(" |") and differences[2] == "-"
+    alone = lines["| mlp_r4 less lora_r4"].split(" | ")[1:]
+    assert alone[0].startswith("20.5") and alone[1:] == ["-", "-", "- |"]  # the mean of one task would be a second claim
+
+
 def test_a_rule_for_rates_stands_beside_the_ratio_that_tuning_chose(tmp_path):
     points = _points(tmp_path, hybrid=(400, (0.4, 0.5)), hybrid_one_rate=(400, (0.6, 0.71)), hybrid_by_width=(400, (0.5, 0.6)))
     ratios = {"sums": {"hybrid_by_width": "hybrid_one_rate"}, "others": {"hybrid_by_width": "hybrid"}}

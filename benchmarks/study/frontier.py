@@ -87,15 +87,20 @@ def main() -> None:
     given = parser.parse_args()
     if set(given.seeds) & set(TUNING_SEEDS):
         sys.exit(f"error: --seeds has one of {TUNING_SEEDS}, by which learning rates are tuned; give others")
+    failures = _make(given) if given.seeds else 0  # the report alone needs no start policies
+    report(store_of(given), [Path(task).stem for task in given.task], given.results)
+    if failures:
+        sys.exit("error: some runs failed; see the lines above")
+
+
+def _make(given: argparse.Namespace) -> int:
+    """Make the runs and measure the memory of each method; returns the number of failures."""
     store = store_of(given)
     jobs = [job for task in tasks_of(given) for job in jobs_of(store, task, given.method, given.seeds)]
     jobs.sort(key=lambda job: job.seed)
     failures = make_runs(jobs, store, given.workers)
     first = [job.memory for job in jobs if job.seed == jobs[0].seed]
-    failures += work_side_by_side(measure_memory, first, store, given.workers)
-    report(store_of(given), [Path(task).stem for task in given.task], given.results)
-    if failures:
-        sys.exit("error: some runs failed; see the lines above")
+    return failures + work_side_by_side(measure_memory, first, store, given.workers)
 
 
 if __name__ == "__main__":

@@ -225,7 +225,8 @@ def test_what_the_puzzles_ask():
 
 
 def test_the_frontier_is_made_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """With no seeds it only writes the page of what is there."""
+    """With no seeds it only writes the page of what is there, and needs no start policy."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "sys.argv",
         ["frontier", "--task", "products", "--seeds", "--records", str(tmp_path / "r"), "--results", str(tmp_path / "out")],

@@ -155,7 +155,7 @@ _ALL = (
     Method(
         "hybrid_10_mlp14_by_width",
         "budget",
-        {**_share(0.1), "adapter.rank_pattern": "{mlp: 14, attention: 1}"},
+        {**_share(0.1), "adapter.rank_pattern": {"mlp": 14, "attention": 1}},
         rank=8,
         full_to_lora="width",
     ),

@@ -17,7 +17,9 @@ def folder(tmp_path_factory):
     yield from write_folder(tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.mark.parametrize(("name", "full", "dora"), [("full", 1, False), ("lora", 0, False), ("dora", 0, True), ("lora_mlp", 0, False)])
+@pytest.mark.parametrize(
+    ("name", "full", "dora"), [("full", 1, False), ("lora", 0, False), ("dora", 0, True), ("lora_mlp", 0, False)]
+)
 def test_an_overlay_trains_all_modules_one_way(folder, name, full, dora):
     result = run(
         folder, "fit", "--config", "t.yaml", "--config", OVERLAYS[name], *SHORT, f"--trainer.logger.init_args.name={name}"

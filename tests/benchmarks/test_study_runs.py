@@ -11,7 +11,7 @@ from benchmarks.study.facts import Facts, PlausibleFacts, possible_digits
 from benchmarks.study.methods import METHODS
 from benchmarks.study.pool import HERE, tasks_of
 from benchmarks.study.records import Job, load
-from benchmarks.study.runner import LOGS, make_run
+from benchmarks.study.runner import LOGS, arguments, make_run
 from hybrid_lightning.errors import ConfigError
 
 
@@ -128,6 +128,11 @@ def test_a_rank_is_the_runs_or_the_methods_or_the_tasks():
         METHODS[name].options(TASK, rank, 1e-3, 0) for name, rank in (("lora", None), ("lora_r8", None), ("lora_matched", 5))
     ]
     assert [(given["adapter.rank"], given["adapter.alpha"]) for given in options] == [(2, 4), (8, 16), (5, 10)]
+
+
+def test_every_method_can_be_given_on_the_command_line():
+    words = {name: arguments(method.options(TASK, None, 1e-3, 0)) for name, method in METHODS.items()}
+    assert '--adapter.rank_pattern={"mlp": 14, "attention": 1}' in words["hybrid_10_mlp14_by_width"]
 
 
 def test_the_start_policy_is_tested_as_it_is(task, tmp_path):

@@ -1,4 +1,4 @@
-"""What the frontier says: a point for each method, and claims as vertical distances, in `frontier.md` and `frontier.png`."""
+"""What the frontier says: a point for each method and claims as vertical distances in `frontier.md`, and a figure a task."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from benchmarks.study.estimates import Estimate, difference, gap_closed, holm, mean, p_value
 from benchmarks.study.methods import METHODS
@@ -217,7 +217,7 @@ def points_table(points: Points) -> str:
 
 
 def report(store: Store, tasks: Sequence[str], results: Path) -> None:
-    """Write `frontier.md` and `frontier.png` into the folder of the results.
+    """Write `frontier.md` and a `frontier_TASK.png` for each task into the folder of the results.
 
     Raises:
         SystemExit: If there are no runs.
@@ -231,9 +231,8 @@ def report(store: Store, tasks: Sequence[str], results: Path) -> None:
         "own. *Peak* is the largest sum of all tensors in two steps of training. *LoRA of its size* lies on the line through the "
         "ranks that were run and full fine-tuning, *LoRA on MLPs of its size* on that through MLPs of the size of these ranks, "
         "with attention of rank 1, and full fine-tuning. *Gap closed* is that from LoRA of rank 4 to full fine-tuning; intervals "
-        "have no ends where there may be none. In the figure what a seed's start policy adds to all methods is taken out of "
+        "have no ends where there may be none. In the figures what a seed's start policy adds to all methods is taken out of "
         "the intervals; in the tables of the tasks it is in them, and in differences it cancels.",
-        "![Accuracy by trained parameters and by peak memory](frontier.png)",
         "In the tables of claims the mean is that of the tasks on which both methods were run, and in bold is what Holm's "
         "correction over all cells of the table leaves, at 5%.",
     ]
@@ -243,34 +242,38 @@ def report(store: Store, tasks: Sequence[str], results: Path) -> None:
         if there := {task: found[task] for task in group if task in found}:
             parts += [f"## {title}", claims_table(there, ratios)]
     for task, points in found.items():
-        parts += [f"## {task}", points_table(points)]
+        picture = f"![{task}: accuracy by trained parameters and by peak memory]({figure_name(task)})"
+        parts += [f"## {task}", picture, points_table(points)]
     results.mkdir(parents=True, exist_ok=True)
     (results / "frontier.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    draw(found, results / "frontier.png")
+    for task, points in found.items():
+        draw(task, points, results / figure_name(task))
 
 
-def draw(tasks: Mapping[str, Points], out: Path) -> None:
-    """A column for each task: accuracy by trained parameters, and by peak memory."""
-    figure = Figure(figsize=(5.2 * len(tasks), 9.5), layout="constrained")
+def figure_name(task: str) -> str:
+    return f"frontier_{task}.png"
+
+
+def draw(task: str, points: Points, out: Path) -> None:
+    """Accuracy by trained parameters, and by peak memory; what shares a seed is compared, as `beside_others` says."""
+    figure = Figure(figsize=(11.0, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
-    places = figure.subplots(2, len(tasks), squeeze=False)
-    for column, (task, points) in enumerate(tasks.items()):
-        estimates = beside_others(points)
-        _draw(places[0][column], points, estimates, "trained parameters", lambda point: point.trained / 1e3, "{:g}k")
-        _draw(places[1][column], points, estimates, "peak of all tensors in training, MiB", _mebibytes, "{:g}")
-        places[0][column].set_title(task)
-    handles, labels = places[0][0].get_legend_handles_labels()
+    left, right = figure.subplots(1, 2, sharey=True)
+    estimates = beside_others(points)
+    _draw(left, points, estimates, "trained parameters", lambda point: point.trained)
+    _draw(right, points, estimates, "peak of all tensors in training, MiB", _mebibytes)
+    left.set_ylabel("accuracy on test problems, %")
+    figure.suptitle(task)
+    handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, dpi=110)
 
 
 def _mebibytes(point: Point) -> float:
     return math.nan if point.memory is None else point.memory / 2**20
 
 
-def _draw(
-    axes: Axes, points: Points, estimates: Mapping[str, Estimate], label: str, place: Callable[[Point], float], form: str
-) -> None:
+def _draw(axes: Axes, points: Points, estimates: Mapping[str, Estimate], label: str, place: Callable[[Point], float]) -> None:
     for name, (family, colour, style) in LINES.items():
         there = sorted((points[method] for method in family if method in points), key=place)
         if not there:
@@ -288,8 +291,8 @@ def _draw(
             elinewidth=0.7,
             linewidth=1.2,
         )
-    axes.set(xlabel=label, ylabel="accuracy on test problems, %", xscale="log")
+    axes.set(xlabel=label, xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda value, _: form.format(value))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)

@@ -133,7 +133,7 @@ def test_the_report_has_every_point_and_a_figure(tmp_path):
     report(Store(tmp_path), ["sums", "nothing"], tmp_path / "out")
     page = (tmp_path / "out" / "frontier.md").read_text()
     assert "| own_r4 | 2 | 0.01 | 410 | - | 55.0 [" in page and "## nothing" not in page
-    assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "frontier_sums.png").stat().st_size > 10_000
 
 
 def test_methods_of_the_frontier_are_there_and_what_does_not_score_trains_longer():

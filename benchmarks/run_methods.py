@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from worker import Gate, Settings
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scorers import PreconditionedTail
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
 from hybrid_lightning.policy.module import PolicyModule
 
@@ -47,7 +47,7 @@ class TimedCalibration:
 class TimedPolicy(PolicyModule):
     """A policy whose clock tells the parts of scoring from each other."""
 
-    def calibration_losses(self, num_prompts: int | None = None, kept: KeptScoring | None = None) -> Any:
+    def calibration_losses(self, num_prompts: int | None = None, kept: ScoringProgress | None = None) -> Any:
         """Those of the policy."""
         with self.clock.phase("calibration_rollouts"):
             losses = super().calibration_losses(num_prompts, kept)

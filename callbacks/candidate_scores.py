@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from hybrid_lightning.adapters.gradients import GradientMode
-from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.scores import score_modules
 from hybrid_lightning.adapters.scoring_process import ScoringProcess
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.adapters.updates import OptimizerSteps, turns_of
 from hybrid_lightning.callbacks.display import console, progress_bar, say
 from hybrid_lightning.engine import Backend
@@ -42,7 +42,7 @@ def score_candidates(
     pl_module: LightningModule,
     model: nn.Module,
     candidates: dict[str, Any],
-    kept: KeptScoring,
+    kept: ScoringProgress,
     process: ScoringProcess | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Score the candidates.
@@ -101,7 +101,7 @@ def score_candidates(
     return scores, info
 
 
-def _calibration_losses(scoring: Scoring, trainer: Trainer, pl_module: LightningModule, kept: KeptScoring) -> Any:
+def _calibration_losses(scoring: Scoring, trainer: Trainer, pl_module: LightningModule, kept: ScoringProgress) -> Any:
     options: dict[str, Any] = {"kept": kept} if isinstance(pl_module, PolicyModule) else {}
     if scoring.scorer.needs_update and isinstance(pl_module, LanguageModule):
         options["steps"] = scoring.scorer.steps

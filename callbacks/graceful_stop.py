@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybrid_lightning.adapters.kept_scoring import SCORING
+from hybrid_lightning.adapters.scoring_progress import SCORING
 from hybrid_lightning.callbacks.display import resume_command, saved_config, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.run_folder import find_run_folder, run_folder

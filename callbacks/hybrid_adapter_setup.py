@@ -14,12 +14,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, config_with_defaults, make_plan, plan_of_budget
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
-from hybrid_lightning.adapters.kept_scoring import SCORING, KeptScoring
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
 from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_markdown, plan_rows, plan_table, plan_title
 from hybrid_lightning.adapters.rank_pattern import check_pattern, ranks_by_pattern
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
+from hybrid_lightning.adapters.scoring_progress import SCORING, ScoringProgress
 from hybrid_lightning.callbacks.adaptable import check_adaptable
 from hybrid_lightning.callbacks.candidate_scores import Scoring, score_candidates
 from hybrid_lightning.callbacks.display import console, say
@@ -273,7 +273,7 @@ class HybridAdapterSetup(Configurable, Callback):
             signals = getattr(pl_module, "signals", None)
             if not (self.scorer.needs_gradient or self.scorer.needs_loss or self.scorer.needs_update):
                 splits = None  # the weights alone, which every rank has, or not even these
-            kind = KeptScoring if splits is None else SharedProgress
+            kind = ScoringProgress if splits is None else SharedProgress
             kept = kind(None if folder is None or not trainer.is_global_zero else folder / SCORING, earlier, signals)
             kept.require({"model": digest, "modules": list(candidates), **self._what_scores_depend_on(hparams)})
             scoring = self._scoring(candidates)

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from hybrid_lightning.adapters.kept_scoring import SCORING, SETTINGS
+from hybrid_lightning.adapters.scoring_progress import SCORING, SETTINGS
 from hybrid_lightning.callbacks.loggers import has_begun, keeps_files_in_a_version, logger_place, write_into_version
 from hybrid_lightning.errors import ConfigError
 

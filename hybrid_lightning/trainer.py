@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from hybrid_lightning.adapters.kept_scoring import SCORING, is_scoring
+from hybrid_lightning.adapters.scoring_progress import SCORING, is_scoring
 from hybrid_lightning.callbacks.display import console, export_command, say
 from hybrid_lightning.callbacks.evaluation_report import check_monitors
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scoring_process import CalibrationState, ScoringProcess, only_candidates_trainable
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.adapters.statistics import ExactGradient, Gradient
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CalibrationError, ModelError
@@ -157,7 +157,7 @@ def collect_gradients(
     ranks: Mapping[str, int],
     *,
     halves: bool = False,
-    kept: KeptScoring | None = None,
+    kept: ScoringProgress | None = None,
     on_loss: Callable[[int], None] | None = None,
     process: ScoringProcess | None = None,
 ) -> dict[str, ModuleAccumulator]:
@@ -189,7 +189,7 @@ def collect_gradients(
         ModelError: If a weight cannot have a gradient, as in a quantized model.
         CalibrationError: If there is no loss, a loss or gradient is not finite, or all gradients are zero.
     """
-    kept = kept or KeptScoring()
+    kept = kept or ScoringProgress()
     process = process or ScoringProcess()
     modules = process.modules(candidates)
     for name, module in candidates.items():
@@ -226,7 +226,7 @@ def collect_gradients(
 
 
 def save_progress(
-    kept: KeptScoring, accumulators: Mapping[str, ModuleAccumulator], losses: object, seen: int, stopped: bool = False
+    kept: ScoringProgress, accumulators: Mapping[str, ModuleAccumulator], losses: object, seen: int, stopped: bool = False
 ) -> None:
     """Save the sums over the first `seen` losses, and the state that the remaining losses need, if saving is due."""
 
@@ -237,7 +237,7 @@ def save_progress(
     kept.keep_sums(state, stopped)
 
 
-def _restore(accumulators: Mapping[str, ModuleAccumulator], losses: object, kept: KeptScoring) -> int:
+def _restore(accumulators: Mapping[str, ModuleAccumulator], losses: object, kept: ScoringProgress) -> int:
     """Restore the sums of a stopped run; returns the number of losses that they contain."""
     state = kept.sums()
     if state is None:

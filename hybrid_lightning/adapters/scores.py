@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode, ModuleAccumulator, collect_gradients, save_progress
-from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.scoring_process import ScoringProcess
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.adapters.spectra import ONE_THREAD_UP_TO
 from hybrid_lightning.adapters.statistics import Gradient, ModuleStatistics
 from hybrid_lightning.adapters.updates import OptimizerSteps, updates_in_turns
@@ -36,7 +36,7 @@ def score_modules(
     rank: int | Mapping[str, int],
     mode: GradientMode | None = None,
     evaluate_loss: Callable[[], float] | None = None,
-    kept: KeptScoring | None = None,
+    kept: ScoringProgress | None = None,
     on_loss: Callable[[int], None] | None = None,
     steps: OptimizerSteps | None = None,
     process: ScoringProcess | None = None,
@@ -74,7 +74,7 @@ def score_modules(
         raise ConfigError(f"{type(scorer).__name__} needs evaluate_loss, which measures the calibration loss: give it too.")
     if scorer.needs_update and steps is None:
         raise ConfigError(f"{type(scorer).__name__} needs steps, the optimizer whose steps it looks at: give it too.")
-    kept, process = kept or KeptScoring(), process or ScoringProcess()
+    kept, process = kept or ScoringProgress(), process or ScoringProcess()
     collected: dict[str, ModuleAccumulator] = {}
     if scorer.needs_gradient:
         collected = collect_gradients(
@@ -170,7 +170,7 @@ def _keep_scores_of_updates(
     candidates: Mapping[str, nn.Module],
     losses: Iterable[Tensor],
     steps: OptimizerSteps,
-    kept: KeptScoring,
+    kept: ScoringProgress,
     scores_of: Callable[[Iterable[str], Mapping[str, Gradient]], dict[str, float]],
     on_loss: Callable[[int], None] | None,
     process: ScoringProcess,

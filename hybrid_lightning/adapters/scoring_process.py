@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.kept_scoring import KeptScoring
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.errors import CalibrationError, ConfigError
 
 Result = TypeVar("Result")
@@ -112,7 +112,7 @@ class ScoringProcess:
         take: Callable[[str, Tensor, int], None],
         losses: Iterable[Tensor],
         seen: int,
-        kept: KeptScoring,
+        kept: ScoringProgress,
         some: bool = False,
     ) -> Iterator[int]:
         """Run the backward pass of each unseen loss, and free each gradient once it has been taken.

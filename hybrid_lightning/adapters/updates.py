@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hybrid_lightning.adapters.gradients import check_weight
-from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candidates_trainable
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.adapters.statistics import ExactGradient, Gradient
 from hybrid_lightning.errors import CalibrationError
 
@@ -73,7 +73,7 @@ def updates_in_turns(
     candidates: Mapping[str, nn.Module],
     losses: Iterable[Tensor],
     steps: OptimizerSteps,
-    kept: KeptScoring,
+    kept: ScoringProgress,
     on_loss: Callable[[int], None] | None = None,
     process: ScoringProcess | None = None,
 ) -> Iterator[dict[str, Gradient]]:

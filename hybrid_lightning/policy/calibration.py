@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_lightning.adapters.kept_scoring import KeptScoring
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import ExampleLoss, PolicyLoss
 from hybrid_lightning.policy.protocols import CalibratedPolicy
@@ -47,7 +47,7 @@ def training_prompts(trainer: Any) -> list[Prompt]:
     return list(prompts)
 
 
-def calibration_rollouts(policy: CalibratedPolicy, prompts: Sequence[Prompt], kept: KeptScoring) -> tuple[Rollouts, Rewards]:
+def calibration_rollouts(policy: CalibratedPolicy, prompts: Sequence[Prompt], kept: ScoringProgress) -> tuple[Rollouts, Rewards]:
     """Complete and score prompts with the start policy, each as often as in a rollout of training.
 
     Prompts are completed in batches of the same size whoever completes them, so that what is drawn does not depend on it, not
@@ -92,7 +92,7 @@ def calibration_batch(prompts_per_rollout: int) -> int:
 
 
 def _recalled(
-    policy: CalibratedPolicy, kept: KeptScoring, what: str, batches: Sequence[range], make: Callable[[range], dict[str, Any]]
+    policy: CalibratedPolicy, kept: ScoringProgress, what: str, batches: Sequence[range], make: Callable[[range], dict[str, Any]]
 ) -> dict[range, dict[str, Any]]:
     """What is made of each of some batches, of which there are no more than ranks that share the work."""
     names = {f"{what}-{batch.start}-{batch.stop - 1}": batch for batch in batches}

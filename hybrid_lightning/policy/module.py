@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from hybrid_lightning.adapters.kept_scoring import KeptScoring
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
 from hybrid_lightning.engine import default_token_budget, token_logprobs
 from hybrid_lightning.errors import ConfigError
@@ -283,7 +283,7 @@ class PolicyModule(LanguageModule):
             PassTokens.restore(self, checkpoint[CHECKPOINT_KEY])
 
     def calibration_losses(
-        self, num_prompts: int | None = None, kept: KeptScoring | None = None, steps: int | None = None
+        self, num_prompts: int | None = None, kept: ScoringProgress | None = None, steps: int | None = None
     ) -> CalibrationLosses:
         """Losses whose mean gradient scores the modules: those of rollouts of the start policy on training prompts.
 
@@ -309,7 +309,7 @@ class PolicyModule(LanguageModule):
             needed = -(-steps // schedule.minibatches_per_rollout)  # rollouts
             count, minibatches = needed * schedule.prompts_per_rollout, needed * schedule.minibatches_per_rollout
         chosen = [prompts[order[i % len(order)]] for i in range(count)]
-        rollouts, rewards = calibration_rollouts(self, chosen, kept or KeptScoring())
+        rollouts, rewards = calibration_rollouts(self, chosen, kept or ScoringProgress())
         self.sampler.release_memory()
         advantages = self.advantage.of_rewards(rewards, self.rollout_schedule.samples_per_prompt)
         sequences = self.trained_sequences(rollouts)

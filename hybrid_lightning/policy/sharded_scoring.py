@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scoring_process import CalibrationState, ScoringProcess
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
@@ -219,7 +219,7 @@ class ShardedScoring(ScoringProcess):
         take: Callable[[str, Tensor, int], None],
         losses: Iterable[Tensor],
         seen: int,
-        kept: KeptScoring,
+        kept: ScoringProgress,
         some: bool = False,
     ) -> Iterator[int]:
         """See `ScoringProcess`.
@@ -301,15 +301,15 @@ class ShardedScoring(ScoringProcess):
         return found
 
 
-class SharedProgress(KeptScoring):
+class SharedProgress(ScoringProgress):
     """Progress of scoring by several ranks, of which the first one writes. All ranks have to call `keep_sums`.
 
     A run that goes on reads the files of the earlier run on every rank, as it does with a checkpoint.
 
     Args:
-        folder: See `KeptScoring`; None but on the first rank.
-        earlier: See `KeptScoring`.
-        signals: See `KeptScoring`.
+        folder: See `ScoringProgress`; None but on the first rank.
+        earlier: See `ScoringProgress`.
+        signals: See `ScoringProgress`.
 
     Raises:
         CheckpointError: If ranks find different files in `earlier`, or one cannot be read.
@@ -324,7 +324,7 @@ class SharedProgress(KeptScoring):
         super().__init__(folder, earlier, signals)
 
     def keep_sums(self, make: Callable[[], dict[str, Any]], stopped: bool = False) -> None:
-        """See `KeptScoring`."""
+        """See `ScoringProgress`."""
         if not gather_objects(stopped or self.is_due)[0]:
             return
         state = make()

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.scorers import Scorer, UpdateTail
 from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.adapters.updates import OptimizerSteps, turns_of, updates_in_turns
 from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
 from hybrid_lightning.stopping import RunStopped
@@ -43,7 +43,7 @@ class Losses:
 
 def all_updates(model, losses, steps):
     found = {}
-    for turn in updates_in_turns(model, find_candidates(model), losses, steps, KeptScoring()):
+    for turn in updates_in_turns(model, find_candidates(model), losses, steps, ScoringProgress()):
         found |= {name: update.matrix().clone() for name, update in turn.items()}
     return found
 
@@ -178,9 +178,9 @@ def test_stopped_scoring_goes_on_with_the_turns_that_are_left(make_model, batche
             raise RunStopped(15)
 
     with pytest.raises(RunStopped):
-        kept = KeptScoring(tmp_path / "scoring")
+        kept = ScoringProgress(tmp_path / "scoring")
         score_modules(model, candidates, Losses(model, batches), scorer, RANK, kept=kept, on_loss=stop, steps=steps)
-    again = KeptScoring(tmp_path / "again", tmp_path / "scoring")
+    again = ScoringProgress(tmp_path / "again", tmp_path / "scoring")
     assert 0 < len(again.scores) < len(candidates)
     losses = Losses(model, batches)
     assert score_modules(model, candidates, losses, scorer, RANK, kept=again, steps=steps) == whole
@@ -232,4 +232,4 @@ def test_what_cannot_be_scored_says_why(make_model, batches):
         score_modules(model, candidates, once, UpdateTail(tail_rank=0), RANK, steps=steps_of(5000))
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match="score the model before it is quantized"):
-        list(updates_in_turns(model, candidates, Losses(model, batches), steps_of(), KeptScoring()))
+        list(updates_in_turns(model, candidates, Losses(model, batches), steps_of(), ScoringProgress()))

@@ -20,9 +20,9 @@ from transformers import LlamaConfig, Qwen3Config
 
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients, ModuleAccumulator
-from hybrid_lightning.adapters.kept_scoring import KeptScoring
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candidates_trainable
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.engine import logprobs_of_hidden, packed_decoding
 from hybrid_lightning.memory.fake_model import FakeModel
@@ -160,7 +160,7 @@ def scoring(fake, mode):
             shape = (module.weight.shape[0], module.weight.shape[1])
             sums[name] = ModuleAccumulator(mode.form(name, module.weight, 16), shape, halves=False)
         take = lambda name, gradient, index: sums[name].add(gradient, index)  # noqa: E731
-        for _ in Unchecked().backward_all(candidates, take, losses(), 0, KeptScoring()):
+        for _ in Unchecked().backward_all(candidates, take, losses(), 0, ScoringProgress()):
             pass
     counts.syncs = [f"{len(counts.syncs) / len(candidates):g} {name}" for name in set(counts.syncs)]
     return counts

@@ -5,12 +5,12 @@ import signal
 import pytest
 import torch
 
-from hybrid_lightning.adapters import kept_scoring
+from hybrid_lightning.adapters import scoring_progress
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients
-from hybrid_lightning.adapters.kept_scoring import KeptScoring, is_scoring
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Probe, SpectrumSNR
 from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress, is_scoring
 from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.stopping import RunStopped, StopSignals
@@ -95,14 +95,14 @@ def test_stopped_scoring_goes_on_to_the_same_scores(make_model, batches, tmp_pat
     earlier = None
     # Stopped once, twice, and then three modules further each time.
     for number, at_loss in enumerate([2, 4, None, None]):
-        kept = KeptScoring(tmp_path / str(number), earlier, StopSignals())
+        kept = ScoringProgress(tmp_path / str(number), earlier, StopSignals())
         stopping = scorer if at_loss else StopsAtModule(scorer, 4, kept.signals)
         with pytest.raises(RunStopped):
             scored(model, batches, stopping, mode, kept, at_loss)
         earlier = tmp_path / str(number)
         assert len(kept.scores) == (0 if at_loss else 3 * (number - 1)) and (earlier / "gradients.pt").is_file()
     before = {path.name: path.read_bytes() for path in earlier.iterdir()}
-    kept = KeptScoring(tmp_path / "last", earlier)
+    kept = ScoringProgress(tmp_path / "last", earlier)
     assert scored(model, batches, scorer, mode, kept) == whole
     assert not (tmp_path / "last" / "gradients.pt").exists(), "as large as the modules, and needed no more"
     assert before == {path.name: path.read_bytes() for path in earlier.iterdir()}, "what a stopped run kept stays as it was"
@@ -112,7 +112,7 @@ def test_losses_that_cannot_be_cut_are_computed_again_up_to_the_stop(make_model,
     model = make_model("llama")
     candidates, scorer = find_candidates(model), PreconditionedTail()
     whole = score_modules(model, candidates, losses(model), scorer, RANK)
-    kept = KeptScoring(tmp_path / "a")
+    kept = ScoringProgress(tmp_path / "a")
 
     def stop(seen):
         kept.signals.requested = signal.SIGTERM if seen == 3 else 0
@@ -120,7 +120,7 @@ def test_losses_that_cannot_be_cut_are_computed_again_up_to_the_stop(make_model,
     with pytest.raises(RunStopped):
         score_modules(model, candidates, losses(model), scorer, RANK, kept=kept, on_loss=stop)
     seen = []
-    again = KeptScoring(tmp_path / "b", tmp_path / "a")
+    again = ScoringProgress(tmp_path / "b", tmp_path / "a")
     assert score_modules(model, candidates, losses(model), scorer, RANK, kept=again, on_loss=seen.append) == whole
     assert seen[0] == 4
 
@@ -132,18 +132,18 @@ def test_what_was_made_is_made_once(tmp_path):
         made.extend(missing)
         return [{"tokens": torch.arange(3), "text": name} for name in missing]
 
-    kept = KeptScoring(tmp_path / "a")
+    kept = ScoringProgress(tmp_path / "a")
     first = kept.recall(["one", "two"], make)
     kept.require({"model.seed": 0})
-    again = KeptScoring(tmp_path / "b", tmp_path / "a").recall(["two", "three"], make)
+    again = ScoringProgress(tmp_path / "b", tmp_path / "a").recall(["two", "three"], make)
     assert made == ["one", "two", "three"] and list(again) == ["two", "three"]
     assert torch.equal(first["two"]["tokens"], again["two"]["tokens"]) and again["two"]["text"] == "two"
     assert is_scoring(tmp_path / "b") and not is_scoring(tmp_path)
 
 
 def test_what_another_setting_found_is_refused(tmp_path):
-    KeptScoring(tmp_path / "a").require({"adapter.rank": 8, "modules": ["q", "k"]})
-    kept = KeptScoring(tmp_path / "b", tmp_path / "a")
+    ScoringProgress(tmp_path / "a").require({"adapter.rank": 8, "modules": ["q", "k"]})
+    kept = ScoringProgress(tmp_path / "b", tmp_path / "a")
     kept.require({"adapter.rank": 8})
     with pytest.raises(CheckpointError, match=r"was found with adapter\.rank=8, but it is 4 now: give the same, or start"):
         kept.require({"adapter.rank": 4})
@@ -151,10 +151,10 @@ def test_what_another_setting_found_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["scores.json", "settings.json", "gradients.pt"])
 def test_a_damaged_file_is_named(tmp_path, name):
-    KeptScoring(tmp_path / "a").require({"adapter.rank": 8})
+    ScoringProgress(tmp_path / "a").require({"adapter.rank": 8})
     (tmp_path / "a" / name).write_text("{")
     with pytest.raises(CheckpointError, match=rf"a.{name} cannot be read|b.{name} cannot be read"):
-        KeptScoring(tmp_path / "b", tmp_path / "a").sums()
+        ScoringProgress(tmp_path / "b", tmp_path / "a").sums()
 
 
 def test_scoring_goes_on_where_nothing_can_be_kept(make_model, batches, tmp_path, monkeypatch):
@@ -164,25 +164,27 @@ def test_scoring_goes_on_where_nothing_can_be_kept(make_model, batches, tmp_path
 
     model = make_model("llama")
     whole = scored(model, batches, PreconditionedTail(), ExactGradients())
-    kept = KeptScoring(tmp_path / "a")
+    kept = ScoringProgress(tmp_path / "a")
     monkeypatch.setattr(torch, "save", full)
     with pytest.warns(UserWarning, match=r"completions-0\.pt could not be written \(No space left on device\): scoring goes on"):
         kept.recall(["completions-0"], lambda missing: [{}])
     with pytest.warns(UserWarning, match=r"gradients\.pt could not be written"), pytest.raises(RunStopped):
         scored(model, batches, PreconditionedTail(), ExactGradients(), kept, 2)
     assert not [path for path in (tmp_path / "a").iterdir() if path.suffix in (".pt", ".part")]
-    assert scored(model, batches, PreconditionedTail(), ExactGradients(), KeptScoring(tmp_path / "b", tmp_path / "a")) == whole
+    assert (
+        scored(model, batches, PreconditionedTail(), ExactGradients(), ScoringProgress(tmp_path / "b", tmp_path / "a")) == whole
+    )
 
 
 def test_sums_are_kept_now_and_then_too(make_model, batches, tmp_path, monkeypatch):
     """For whoever is killed, and not asked to stop."""
-    monkeypatch.setattr(kept_scoring, "_EVERY_S", 0.0)
-    monkeypatch.setattr(kept_scoring, "_SHARE", float("inf"))
-    model, kept = make_model("llama"), KeptScoring(tmp_path / "a")
+    monkeypatch.setattr(scoring_progress, "_EVERY_S", 0.0)
+    monkeypatch.setattr(scoring_progress, "_SHARE", float("inf"))
+    model, kept = make_model("llama"), ScoringProgress(tmp_path / "a")
     with pytest.raises(ZeroDivisionError):
         score_modules(model, find_candidates(model), FailsAt(model, batches, 3), PreconditionedTail(), RANK, kept=kept)
     seen = []
-    again = KeptScoring(tmp_path / "b", tmp_path / "a")
+    again = ScoringProgress(tmp_path / "b", tmp_path / "a")
     losses = StartLogprobs(model, batches)
     whole = scored(model, batches, PreconditionedTail(), ExactGradients())
     found = score_modules(model, find_candidates(model), losses, PreconditionedTail(), RANK, kept=again, on_loss=seen.append)

@@ -37,7 +37,7 @@ def is_scoring(path: str | Path) -> bool:
     return (Path(path) / SETTINGS).is_file()
 
 
-class KeptScoring:
+class ScoringProgress:
     """Progress of scoring, saved in a folder as it is made.
 
     Args:

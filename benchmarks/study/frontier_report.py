@@ -113,12 +113,23 @@ def tuned_ratios(store: Store, task: str) -> dict[str, str]:
 def beside_others(points: Points) -> dict[str, Estimate]:
     """Accuracy of each method with an interval from which what all methods share is taken out: how good a seed's start policy is.
 
-    Accuracies are moved by the difference of the seed's mean over all methods to that of all seeds (Cousineau, 2005).
+    Accuracies are moved by the difference of the seed's mean over methods to that of all seeds (Cousineau, 2005). These methods
+    are those that have all seeds, so that one with fewer seeds stands where it would if they were as easy as all; where there
+    are none, it is done over the seeds that all methods have.
     """
-    seeds = set.intersection(*(set(point.by_seed) for point in points.values()))
-    level = {seed: fmean(point.by_seed[seed] for point in points.values()) for seed in seeds}
-    whole = fmean(level.values()) if level else 0.0
-    return {name: mean([point.by_seed[seed] - level[seed] + whole for seed in sorted(seeds)]) for name, point in points.items()}
+    seeds = {seed for point in points.values() for seed in point.by_seed}
+    complete = [point for point in points.values() if point.by_seed.keys() == seeds]
+    if not complete:
+        complete, seeds = list(points.values()), set.intersection(*(set(point.by_seed) for point in points.values()))
+    if not seeds:  # none that could be compared
+        return {name: point.accuracy for name, point in points.items()}
+    level = {seed: fmean(point.by_seed[seed] for point in complete) for seed in seeds}
+    whole = fmean(level.values())
+    moved = {
+        name: {seed: value - level[seed] + whole for seed, value in point.by_seed.items() if seed in level}
+        for name, point in points.items()
+    }
+    return {name: mean([values[seed] for seed in sorted(values)]) for name, values in moved.items()}
 
 
 def line_at(points: Points, family: Sequence[str], trained: float) -> dict[int, float]:
@@ -231,8 +242,9 @@ def report(store: Store, tasks: Sequence[str], results: Path) -> None:
         "own. *Peak* is the largest sum of all tensors in two steps of training. *LoRA of its size* lies on the line through the "
         "ranks that were run and full fine-tuning, *LoRA on MLPs of its size* on that through MLPs of the size of these ranks, "
         "with attention of rank 1, and full fine-tuning. *Gap closed* is that from LoRA of rank 4 to full fine-tuning; intervals "
-        "have no ends where there may be none. In the figures what a seed's start policy adds to all methods is taken out of "
-        "the intervals; in the tables of the tasks it is in them, and in differences it cancels.",
+        "have no ends where there may be none. In the figures what a seed's start policy adds to all methods is taken out; in "
+        "the tables of the tasks it is in accuracies and their intervals, so that methods with other seeds are compared by "
+        "differences, in which it cancels.",
         "In the tables of claims the mean is that of the tasks on which both methods were run, and in bold is what Holm's "
         "correction over all cells of the table leaves, at 5%.",
     ]

@@ -96,6 +96,14 @@ def test_what_a_start_policy_adds_to_all_methods_is_not_in_the_intervals_of_the_
     assert all(0 < estimate.high - estimate.low < 0.05 for estimate in found.values())
 
 
+def test_a_method_with_easy_seeds_alone_stands_where_it_would_with_all(tmp_path):
+    points = _points(tmp_path, lora_r4=(400, (0.8, 0.5, 0.2)), mlp_r4=(400, (0.8, 0.5, 0.2)), own_r4=(400, (0.9, 0.62)))
+    assert beside_others(points)["own_r4"].value == pytest.approx(0.61)
+    points = _points(tmp_path / "none", lora_r4=(400, (0.8, 0.5)), own_r4=(400, (0.9, 0.62, 0.3)))
+    del points["own_r4"].records[0]  # seeds 0 and 1, 1 and 2
+    assert beside_others(points)["own_r4"].value == pytest.approx(0.62)
+
+
 def test_claims_are_marked_where_holms_correction_leaves_them(tmp_path):
     steady, doubtful = [0.5, 0.52, 0.48, 0.5], [0.5, 0.58, 0.41, 0.53]
     points = _points(

@@ -52,8 +52,8 @@ def tuned_as(name: str) -> str:
 
 def extra_steps(method: Method) -> int:
     """Steps that make up for not scoring."""
-    scored = method.spread in ("own", "own_mlp", "shuffled") or method.name.startswith(("hybrid", "budget", "update_tail"))
-    return 0 if scored else SCORING_STEPS
+    scores = ("hybrid", "budget", "update_tail", "spread")
+    return 0 if method.spread in ("own", "own_mlp", "shuffled") or method.name.startswith(scores) else SCORING_STEPS
 
 
 def jobs_of(store: Store, task: str, names: list[str], seeds: list[int]) -> list[Job]:

@@ -33,6 +33,8 @@ LINES = {
     "UpdateTail 10%, rank 2 and 8": (("update_tail_10_r2", "update_tail_10_r8"), "#2e7d32", "*-."),
     "rates by width 10%, rank 2 and 8": (("hybrid_by_width", "hybrid_10_r8_by_width"), "#7b5d3b", "p-."),
     "rates by width 10%, MLPs rank 14, attention 1": (("hybrid_10_mlp14_by_width",), "#e76f51", "X:"),
+    "dealt over blocks 10%, rank 8": (("spread_10_r8_by_width",), "#00838f", "d:"),
+    "random MLPs 10%, rank 2 and 8": (("random_mlp", "random_mlp_10_r8"), "#9e9d24", "<:"),
     "one rate 10%, rank 2 and 8": (("hybrid_one_rate", "hybrid_10_r8_one_rate"), "#c2185b", "h-."),
 }
 # Differences of methods of one size: what is claimed to be above what.
@@ -46,13 +48,16 @@ PAIRS = (
     *(("hybrid_one_rate", "hybrid"), ("hybrid_10_r8_one_rate", "hybrid_10_r8")),
     *(("hybrid_by_width", "hybrid"), ("hybrid_10_r8_by_width", "hybrid_10_r8")),
     ("hybrid_10_mlp14_by_width", "hybrid_10_r8_by_width"),
+    *(("spread_10_r8_by_width", "hybrid_10_r8_by_width"), ("spread_10_r8_by_width", "random_spread_10_r8_by_width")),
+    *(("random_spread_10_r8_by_width", "random_mlp_10_r8_by_width"), ("hybrid_10_r8_by_width", "random_mlp_10_r8_by_width")),
+    ("hybrid", "random_mlp"),
     *(("hybrid_by_width", "hybrid_one_rate"), ("hybrid_10_r8_by_width", "hybrid_10_r8_one_rate")),
 )
 # Beside the line through the LoRAs of all ranks, at their size.
 BESIDE_LORA = (
     *("budget_5", "hybrid", "budget_20", "budget_40", "hybrid_one_rate"),
     *("hybrid_10_r4", "hybrid_10_r8", "hybrid_20_r8", "hybrid_40_r8", "hybrid_10_r8_one_rate"),
-    *("hybrid_by_width", "hybrid_10_r8_by_width", "hybrid_10_mlp14_by_width"),
+    *("hybrid_by_width", "hybrid_10_r8_by_width", "hybrid_10_mlp14_by_width", "spread_10_r8_by_width"),
     *("update_tail_10_r2", "update_tail_10_r8"),
 )
 

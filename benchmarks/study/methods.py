@@ -110,13 +110,15 @@ def _beside(percent: int, rank: int, name: str = "hybrid", scorer: str | None = 
     return (Method(f"{name}_{percent}_r{rank}", "budget", changes, rank=rank),)
 
 
+_SPREAD = {"adapter.budget": "SpreadBudget", **_share(0.1)}
+_RANDOM_MLP = _scorer("benchmarks.study.controls.RandomMLP", **SEED)
 _ALL = (
     Method("start", "start"),
     Method("fft", "full", _share(1.0)),
     Method("lora", "lora", _share(0.0)),
     Method("hybrid", "hybrid"),
     _hybrid("random", "Random", "control", **SEED),
-    _hybrid("random_mlp", "benchmarks.study.controls.RandomMLP", "control", **SEED),
+    Method("random_mlp", "control", _RANDOM_MLP),
     *_of_ratio("one_rate", 1.0),
     *_of_ratio("own_ratio", "task"),
     Method("dora", "baseline", {**_share(0.0), "adapter.use_dora": True}),
@@ -159,6 +161,10 @@ _ALL = (
         rank=8,
         full_to_lora="width",
     ),
+    # The hybrid's modules dealt out over the blocks, and random ones beside it, dealt out or not, at the same rates.
+    Method("spread_10_r8_by_width", "budget", _SPREAD, rank=8, full_to_lora="width"),
+    Method("random_spread_10_r8_by_width", "control", {**_RANDOM_MLP, **_SPREAD}, rank=8, full_to_lora="width"),
+    Method("random_mlp_10_r8_by_width", "control", {**_RANDOM_MLP, **_share(0.1)}, rank=8, full_to_lora="width"),
     *_beside(10, 2, "update_tail", "UpdateTail"),
     *_beside(10, 8, "update_tail", "UpdateTail"),
     *_beside(10, 8, "random_mlp", "benchmarks.study.controls.RandomMLP", **SEED),

@@ -110,7 +110,7 @@ def _beside(percent: int, rank: int, name: str = "hybrid", scorer: str | None = 
     return (Method(f"{name}_{percent}_r{rank}", "budget", changes, rank=rank),)
 
 
-_SPREAD = {"adapter.budget": "SpreadBudget", **_share(0.1)}
+_SPREAD = {"adapter.budget": "benchmarks.study.controls.SpreadBudget", **_share(0.1)}
 _RANDOM_MLP = _scorer("benchmarks.study.controls.RandomMLP", **SEED)
 _ALL = (
     Method("start", "start"),

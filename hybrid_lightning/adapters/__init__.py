@@ -6,7 +6,7 @@ from hybrid_lightning.configurable import public_names
 
 if TYPE_CHECKING:
     from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan
-    from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ParameterBudget, SpreadBudget, make_plan
+    from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ParameterBudget, make_plan
     from hybrid_lightning.adapters.candidates import find_candidates
     from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
     from hybrid_lightning.adapters.lora_settings import LoraSettings
@@ -42,7 +42,6 @@ __all__ = [
     "Scorer",
     "SketchedGradients",
     "SpectrumSNR",
-    "SpreadBudget",
     "TailEnergy",
     "TailFraction",
     "UpdateTail",
@@ -58,7 +57,7 @@ __getattr__ = public_names(
     __name__,
     {
         "apply": ["apply_plan", "adapter_disabled"],
-        "budgets": ["Budget", "ModuleBudget", "ParameterBudget", "SpreadBudget", "make_plan"],
+        "budgets": ["Budget", "ModuleBudget", "ParameterBudget", "make_plan"],
         "candidates": ["find_candidates"],
         "gradients": ["ExactGradients", "GradientMode"],
         "lora_settings": ["LoraSettings"],

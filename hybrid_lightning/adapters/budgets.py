@@ -5,7 +5,6 @@ larger budget only ever adds modules.
 """
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from hybrid_lightning.adapters import plan_json
-from hybrid_lightning.adapters.candidates import block_of, linear_shape
+from hybrid_lightning.adapters.candidates import linear_shape
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
 from hybrid_lightning.adapters.rank_pattern import ranks_by_pattern
@@ -74,30 +73,7 @@ class ModuleBudget(Budget):
 
     def _choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> list[str]:
         number = max(1, int(self.share * len(modules) + 0.5))
-        return [module.name for module in self._in_order(modules)][:number]
-
-    def _in_order(self, modules: Sequence[PlannedModule]) -> list[PlannedModule]:
-        return sorted(modules, key=lambda module: (-_score(module), module.name))
-
-
-class SpreadBudget(ModuleBudget):
-    """As many modules as `ModuleBudget` takes, dealt out over the decoder blocks.
-
-    First come the modules that score highest in their blocks, then the second of each, and so on; of those the highest. Scores of
-    neighbours are alike, so that without this all modules may come from one or two blocks (`results/study`).
-
-    Args:
-        share: Share of the modules: 0 is plain LoRA, 1 full fine-tuning of all candidates.
-    """
-
-    def _in_order(self, modules: Sequence[PlannedModule]) -> list[PlannedModule]:
-        place: dict[str, int] = {}  # of each module within its block
-        taken: Counter[str] = Counter()
-        ordered = super()._in_order(modules)
-        for module in ordered:
-            place[module.name] = taken[block_of(module.name)]
-            taken[block_of(module.name)] += 1
-        return sorted(ordered, key=lambda module: place[module.name])  # which keeps the order of equals
+        return [module.name for module in sorted(modules, key=lambda module: (-_score(module), module.name))][:number]
 
 
 class ParameterBudget(Budget):

@@ -63,13 +63,6 @@ def find_candidates(
     return {name: module for name, module in candidates.items() if name in chosen}
 
 
-def block_of(name: str) -> str:
-    """The decoder block that a candidate lies in: its name up to the first number, as `model.layers.3`."""
-    parts = name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else ""
-
-
 def _linear_modules_in_blocks(model: nn.Module) -> dict[str, LinearLike]:
     blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())

@@ -5,7 +5,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ParameterBudget, SpreadBudget, make_plan
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ParameterBudget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
@@ -41,16 +41,6 @@ def test_ties_go_by_name():
     modules = [module(name, 1.0) for name in "dbca"]
     assert ModuleBudget(0.5).choose(modules, LoraSettings()) == {"a", "b"}
     assert ParameterBudget(0.5).choose(modules, LoraSettings(rank=1)) == {"a", "b"}
-
-
-def test_modules_are_dealt_out_over_blocks():
-    """The best of each block, then the second of each; numbers after the first are those of experts, not of blocks."""
-    scores = {"h.0.a": 0.9, "h.0.e.1": 0.8, "h.0.e.2": 0.7, "h.1.a": 0.2, "h.1.b": 0.1, "h.10.a": 0.3, "h.10.b": 0.3}
-    modules = [module(name, score) for name, score in scores.items()]
-    order = ["h.0.a", "h.10.a", "h.1.a", "h.0.e.1", "h.10.b", "h.1.b", "h.0.e.2"]
-    for number in range(1, 8):
-        assert SpreadBudget(number / 7).choose(modules, LoraSettings()) == set(order[:number])
-    assert ModuleBudget(3 / 7).choose(modules, LoraSettings()) == {"h.0.a", "h.0.e.1", "h.0.e.2"}
 
 
 def test_parameter_budget_by_hand():

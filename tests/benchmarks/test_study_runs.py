@@ -7,11 +7,14 @@ import yaml
 
 pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
 
+from benchmarks.study.controls import SpreadBudget
 from benchmarks.study.facts import Facts, PlausibleFacts, possible_digits
 from benchmarks.study.methods import METHODS
 from benchmarks.study.pool import HERE, tasks_of
 from benchmarks.study.records import Job, load
 from benchmarks.study.runner import LOGS, arguments, make_run
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.plan import PlannedModule
 from hybrid_lightning.errors import ConfigError
 
 
@@ -141,3 +144,12 @@ def test_the_start_policy_is_tested_as_it_is(task, tmp_path):
     assert record.trainable_parameters == 0 and record.full_modules == []
     trained = load(make_run(Job(task, "lora", 1e-2, 3, "run"), tmp_path / "results"))
     assert record.model_digest == trained.model_digest and record.curve == trained.curve[:1]
+
+
+def test_modules_are_dealt_out_over_blocks():
+    """The best of each block, then the second of each."""
+    scores = {"h.0.a": 0.9, "h.0.b": 0.8, "h.0.c": 0.7, "h.1.a": 0.2, "h.1.b": 0.1, "h.10.a": 0.3, "h.10.b": 0.3}
+    modules = [PlannedModule(name, (4, 4), 16, score, "lora") for name, score in scores.items()]
+    order = ["h.0.a", "h.10.a", "h.1.a", "h.0.b", "h.10.b", "h.1.b", "h.0.c"]
+    for number in range(1, 8):
+        assert SpreadBudget(number / 7).choose(modules, LoraSettings()) == set(order[:number])

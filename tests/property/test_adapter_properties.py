@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, parameter_groups
-from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget, SpreadBudget, make_plan
+from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
@@ -77,8 +77,7 @@ def test_plans_survive_json(plan):
 @settings(max_examples=150, deadline=None)
 def test_a_larger_budget_only_adds_modules(modules, lora, one, other):
     low, high = sorted((one, other))
-    for budget in (ModuleBudget, SpreadBudget):
-        assert budget(low).choose(modules, lora) <= budget(high).choose(modules, lora)
+    assert ModuleBudget(low).choose(modules, lora) <= ModuleBudget(high).choose(modules, lora)
     total = sum(module.parameters for module in modules)
     chosen = []
     for share in (low, high):

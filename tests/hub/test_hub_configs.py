@@ -29,7 +29,7 @@ RUNS = [
     ("fit", "qwen3", "data/dapo_math", "loss/dapo", "adapter/lora"),
     ("fit", "qwen3", "data/gsm8k", "loss/dr_grpo", "adapter/dora"),
     ("fit", "qwen3", "data/leetcode", "loss/grpo", "adapter/full"),
-    ("fit", "qwen3", "data/math", "loss/gspo"),
+    ("fit", "qwen3", "data/math", "loss/gspo", "adapter/lora_mlp"),
     ("fit", "qwen3", "data/mmlu_pro", "loss/top_entropy"),
     ("fit", "qwen3", "data/mixture"),
     ("test", "evaluate", "evaluation/benchmarks"),

@@ -102,6 +102,7 @@ def test_what_a_guest_changes_is_put_back_and_given_to_it_again(monkeypatch):
         torch.set_num_threads = print
         torch.set_default_dtype(torch.float64)
         sys.excepthook = print
+        sys.setrecursionlimit(before["recursion"] + 1000)
         freeze = gc.get_freeze_count()
         gc.freeze()
         assert gc.get_freeze_count() <= freeze

@@ -58,7 +58,7 @@ class Guest:
         before = dict(os.environ)
         random, threads, set_threads = capture_random_state(), torch.get_num_threads(), torch.set_num_threads
         self._outside, groups = distributed_c10d._world, distributed_c10d._group_count
-        policy, freeze = _memory_policy(), gc.freeze
+        policy, freeze, depth = _memory_policy(), gc.freeze, sys.getrecursionlimit()  # which torch's compiler raises
         dtype, hook = torch.get_default_dtype(), sys.excepthook  # which torch replaces with the first process group
         _set_environment(self._environment)
         if self._random is not None:
@@ -84,6 +84,7 @@ class Guest:
             torch.set_default_dtype(dtype)
             sys.excepthook = hook
             gc.freeze = freeze
+            sys.setrecursionlimit(depth)
             _restore_memory_policy(policy)
             self._environment = _changes(before, dict(os.environ))
             _set_environment(_changes(dict(os.environ), before))

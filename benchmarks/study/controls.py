@@ -75,7 +75,7 @@ class SpreadBudget(ModuleBudget):
             place[module.name] = taken[layer_of(module.name)]
             taken[layer_of(module.name)] += 1
         ordered.sort(key=lambda module: place[module.name])  # which keeps the order of equals
-        return [module.name for module in ordered[: max(1, int(self.share * len(modules) + 0.5))]]
+        return [module.name for module in ordered[: len(super()._choose(modules, lora))]]
 
 
 def layer_of(name: str) -> int:

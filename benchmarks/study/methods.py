@@ -153,7 +153,8 @@ _ALL = (
     Method("hybrid_10_r8_one_rate", "budget", _share(0.1), rank=8, full_to_lora=1.0),
     Method("hybrid_by_width", "hybrid", full_to_lora="width"),
     Method("hybrid_10_r8_by_width", "budget", _share(0.1), rank=8, full_to_lora="width"),
-    # Beside the full modules, too, what LoRA has is spent on MLPs: on `wide_sorter` as many parameters as with rank 8 on all.
+    # Beside the full modules, too, what LoRA has is spent on MLPs. As large as rank 8 on all only where MLPs are chosen: the
+    # score looks beyond the rank that a module would have, and prefers attention at rank 1.
     Method(
         "hybrid_10_mlp14_by_width",
         "budget",

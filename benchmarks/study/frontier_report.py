@@ -44,7 +44,7 @@ PAIRS = (
     *(("own_r4", "mlp_r4"), ("own_r8", "mlp_r8"), ("own_r16", "mlp_r16"), ("own_r4", "shuffled_r4"), ("own_r8", "shuffled_r8")),
     *(("own_mlp_r4", "mlp_r4"), ("own_mlp_r8", "mlp_r8"), ("mlp_r4", "lora_r4"), ("mlp_r8", "lora_r8"), ("mlp_r16", "lora_r16")),
     *(("mlp_r25", "lora_r25"), ("mlp_r64", "lora_r64")),
-    *(("mlp_only_r4", "lora_r4"), ("mlp_only_r8", "lora_r8")),
+    *(("mlp_only_r4", "lora_r4"), ("mlp_only_r8", "lora_r8"), ("mlp_only_r4", "mlp_r4"), ("mlp_only_r8", "mlp_r8")),
     *(("hybrid_one_rate", "hybrid"), ("hybrid_10_r8_one_rate", "hybrid_10_r8")),
     *(("hybrid_by_width", "hybrid"), ("hybrid_10_r8_by_width", "hybrid_10_r8")),
     ("hybrid_10_mlp14_by_width", "hybrid_10_r8_by_width"),

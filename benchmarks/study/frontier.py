@@ -13,7 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.study.frontier_report import report
+from transformers import AutoModelForCausalLM
+
+from benchmarks.study.frontier_report import points_of, report, same_policy
 from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.policies import POLICY_OF, folder_of
 from benchmarks.study.pool import make_runs, tasks_of, work_side_by_side
@@ -21,6 +23,7 @@ from benchmarks.study.records import TUNING_SEEDS, Job
 from benchmarks.study.runner import measure_memory
 from benchmarks.study.store import Store, add_options, store_of
 from benchmarks.study.tuning import best_rate
+from hybrid_lightning.adapters.plan import model_digest
 
 SCORING_STEPS = 8
 FRONTIER = (
@@ -60,9 +63,12 @@ def jobs_of(store: Store, task: str, names: list[str], seeds: list[int]) -> list
     """The runs of a task, seed by seed, so that whatever has been made when it is stopped can be compared.
 
     Raises:
-        SystemExit: If a start policy is not there, or a rate is not tuned.
+        SystemExit: If a start policy is not there, or is another than that of runs of its seed, or a rate is not tuned.
     """
     jobs = []
+    started = {
+        record.seed: record.model_digest for point in points_of(store, Path(task).stem).values() for record in point.records
+    }
     for seed in seeds:
         recipe = POLICY_OF.get(Path(task).stem)  # without one all seeds start from the task's model
         policy = None if recipe is None else folder_of(recipe, seed)
@@ -70,6 +76,8 @@ def jobs_of(store: Store, task: str, names: list[str], seeds: list[int]) -> list
             raise SystemExit(
                 f"error: {policy} is not there: run python -m benchmarks.study.pretrain --policy {recipe} --seeds {seed}"
             )
+        if policy is not None and seed in started:
+            same_policy(Path(task).stem, seed, started[seed], model_digest(AutoModelForCausalLM.from_pretrained(policy))[:16])
         for name in names:
             method = METHODS[name]
             rate = best_rate(store, task, METHODS[tuned_as(name)])

@@ -99,10 +99,26 @@ Points = dict[str, Point]
 
 
 def points_of(store: Store, task: str) -> Points:
-    """What there is of a task."""
+    """What there is of a task.
+
+    Raises:
+        SystemExit: If runs of one seed began at different start policies.
+    """
     memory = store.within(f"memory/{task}")
     found = {name: of_method(store, "frontier", task, name) for name in METHODS}
+    policies: dict[int, str] = {}
+    for record in (record for records in found.values() for record in records):
+        same_policy(task, record.seed, policies.setdefault(record.seed, record.model_digest), record.model_digest)
     return {name: Point(name, records, memory.get(f"{name}.json", {}).get("bytes")) for name, records in found.items() if records}
+
+
+def same_policy(task: str, seed: int, first: str, other: str) -> None:
+    """Raise SystemExit unless these digests are of one start policy: what differs in it would be taken for the methods'."""
+    if first != other:
+        raise SystemExit(
+            f"error: seed {seed} of {task} has runs from start policy {first}, and from or for {other}: one was made on another "
+            "machine or version of PyTorch; take other seeds, or remove the runs from one of them"
+        )
 
 
 def tuned_ratios(store: Store, task: str) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """The frontier of the study: its start policies and puzzles, what is claimed, and its page."""
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
 
@@ -19,10 +21,11 @@ from benchmarks.study.methods import METHODS
 from benchmarks.study.policies import POLICY_OF, RECIPES, folder_of
 from benchmarks.study.pool import HERE
 from benchmarks.study.puzzles import LookUp, Sorting, Tracking
-from benchmarks.study.records import Job, load
+from benchmarks.study.records import Job, load, save
 from benchmarks.study.runner import make_run, measure_memory
 from benchmarks.study.spread import KeptSpectra, ranks_of
 from benchmarks.study.store import Store, read
+from hybrid_lightning.adapters.plan import model_digest
 from hybrid_lightning.data.arithmetic import hashed_split
 from hybrid_lightning.errors import ConfigError
 
@@ -87,6 +90,14 @@ def test_a_distance_is_to_the_line_at_the_same_size(tmp_path):
     assert line_at(points, LORA, 200) == pytest.approx({0: 0.3, 1: 0.5})  # half of the way by the logarithm
     assert line_at(points, LORA, 1600) == pytest.approx({0: 0.6, 1: 0.8})
     assert line_at(points, LORA, 99) == line_at(points, LORA, 6401) == {}
+
+
+def test_methods_that_began_at_different_policies_are_not_compared(tmp_path):
+    keep(tmp_path, record("lora_r4", seed=3, purpose="frontier"))
+    job, other = record("fft", seed=3, purpose="frontier")
+    keep(tmp_path, (job, replace(other, model_digest="abc")))
+    with pytest.raises(SystemExit, match=r"seed 3 of sums .* policy abc, and from or for 0: .* another machine"):
+        points_of(Store(tmp_path), "sums")
 
 
 def test_what_a_start_policy_adds_to_all_methods_is_not_in_the_intervals_of_the_figure(tmp_path):
@@ -155,6 +166,25 @@ def test_a_run_of_the_frontier_needs_its_start_policy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"wide-7 is not there: run python -m benchmarks.study.pretrain --policy wide --seeds 7"):
         frontier.jobs_of(Store(tmp_path), "tasks/facts.yaml", ["lora"], [7])
+
+
+def test_a_run_beside_others_needs_the_start_policy_that_they_had(tmp_path, monkeypatch):
+    """Seen before it runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(RECIPES, "wide", replace(RECIPES["wide"], steps=1, batch_size=4))
+    for rate in (0.005, 0.01, 0.02):
+        keep(tmp_path, *(record("lora", rate, seed, "sweep", accuracy=rate / (1 if rate < 0.02 else 4)) for seed in (1000, 1001)))
+    (tmp_path / "sweep" / "sums").rename(tmp_path / "sweep" / "facts")
+    pretrain.make("wide", 7, own_folder=True)
+    digest = model_digest(AutoModelForCausalLM.from_pretrained(folder_of("wide", 7)))[:16]
+    for there, complaint in (
+        (digest, nullcontext()),
+        ("abc", pytest.raises(SystemExit, match=f"seed 7 of facts .* abc, .* {digest}")),
+    ):
+        _, made = record("fft", seed=7, purpose="frontier")
+        save(replace(made, model_digest=there), tmp_path / "frontier" / "facts" / "fft" / "lr=0.01-seed=7.json")
+        with complaint:
+            assert [job.seed for job in frontier.jobs_of(Store(tmp_path), "tasks/facts.yaml", ["lora"], [7])] == [7]
 
 
 def test_a_start_policy_for_each_seed(tmp_path, monkeypatch, capsys):

@@ -50,7 +50,11 @@ PAIRS = (
     ("hybrid_10_mlp14_by_width", "hybrid_10_r8_by_width"),
     *(("spread_10_r8_by_width", "hybrid_10_r8_by_width"), ("spread_10_r8_by_width", "random_spread_10_r8_by_width")),
     *(("random_spread_10_r8_by_width", "random_mlp_10_r8_by_width"), ("hybrid_10_r8_by_width", "random_mlp_10_r8_by_width")),
-    ("hybrid", "random_mlp"),
+    *(
+        ("hybrid", "random_mlp"),
+        ("hybrid_one_rate", "random_mlp_one_rate"),
+        ("hybrid_10_r8_one_rate", "random_mlp_10_r8_one_rate"),
+    ),
     *(("hybrid_by_width", "hybrid_one_rate"), ("hybrid_10_r8_by_width", "hybrid_10_r8_one_rate")),
 )
 # Beside the line through the LoRAs of all ranks, at their size.

@@ -70,6 +70,8 @@ BESIDE_LORA = (
 RATIOS = {
     "hybrid_by_width": ("hybrid", "hybrid_one_rate"),
     "hybrid_10_r8_by_width": ("hybrid_10_r8", "hybrid_10_r8_one_rate"),
+    "hybrid_one_rate": ("hybrid", "hybrid_one_rate"),
+    "hybrid_10_r8_one_rate": ("hybrid_10_r8", "hybrid_10_r8_one_rate"),
 }
 # Heading -> tasks whose claims stand together.
 GROUPS = {

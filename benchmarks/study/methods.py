@@ -4,13 +4,16 @@ A method has one learning rate, that of LoRA or of full fine-tuning. A hybrid ha
 that take one rate for both, or the ratio that the task has.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from benchmarks.study.policies import width_of
 from benchmarks.study.spread import SPREADS, Spread
 from hybrid_lightning.configurable import constructor_defaults
 from hybrid_lightning.policy.module import PolicyModule
 
+ROOT_OF_WIDTH = 4.0  # divided by the root of the hidden size: a rule that the product had
 FULL_TO_LORA = 0.3  # of most hybrids: the learning rate of their fully trained modules as a share of LoRA's
 SEED = {"adapter.scorer.seed": "{seed}"}  # of a random choice: each run makes its own
 SEVERAL_LOSSES = {"model.max_tokens_per_micro_batch": 256}  # of calibration, whose halves SpectrumSNR compares
@@ -27,7 +30,7 @@ class Method:
     match_state: bool = False  # the rank is the smallest with as many trainable parameters as the hybrid has
     module: str | None = None  # of a policy with another adapter: the class for RL and, below, for examples
     supervised_module: str | None = None
-    full_to_lora: float | Literal["task", "width"] = FULL_TO_LORA  # "task": as its config has it; "width": the product's rule
+    full_to_lora: float | Literal["task", "width"] = FULL_TO_LORA  # "task": as its config has it; "width": by ROOT_OF_WIDTH
     frozen_rest: bool = False  # modules that are not fully trained stay as they are
     only: str | None = None  # the one module that is fully trained, by name
     spread: Spread | None = None  # how the parameters of LoRA of `rank` are spent instead
@@ -64,10 +67,12 @@ class Method:
         changes = {name: value.format(seed=seed) if isinstance(value, str) else value for name, value in self.changes.items()}
         return {**rates, "adapter.rank": rank, "adapter.alpha": 2 * rank, **changes}
 
-    def _full_rate(self, task: dict[str, Any], learning_rate: float) -> float | None:
+    def _full_rate(self, task: dict[str, Any], learning_rate: float) -> float:
         if self.full_to_lora == "width":
-            return None  # the product's own rule
-        ratio = own_rate(task, "lr_full") / own_rate(task, "lr_lora") if self.full_to_lora == "task" else self.full_to_lora
+            model = task["model"]
+            ratio = min(1.0, ROOT_OF_WIDTH / math.sqrt(width_of(model.get("init_args", model).get("model", "embedded"))))
+        else:
+            ratio = own_rate(task, "lr_full") / own_rate(task, "lr_lora") if self.full_to_lora == "task" else self.full_to_lora
         return ratio * learning_rate
 
 

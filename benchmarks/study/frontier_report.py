@@ -49,7 +49,6 @@ PAIRS = (
     *(("hybrid_one_rate", "hybrid"), ("hybrid_10_r8_one_rate", "hybrid_10_r8")),
     *(("hybrid_by_width", "hybrid"), ("hybrid_10_r8_by_width", "hybrid_10_r8")),
     *(("hybrid_10_r8_half_rate", "hybrid_10_r8_by_width"), ("hybrid_10_r8_half_rate", "hybrid_10_r8_one_rate")),
-    ("hybrid_10_r8", "hybrid_10_r8_by_width"),
     ("hybrid_10_mlp14_by_width", "hybrid_10_r8_by_width"),
     *(("spread_10_r8_by_width", "hybrid_10_r8_by_width"), ("spread_10_r8_by_width", "random_spread_10_r8_by_width")),
     *(("random_spread_10_r8_by_width", "random_mlp_10_r8_by_width"), ("hybrid_10_r8_by_width", "random_mlp_10_r8_by_width")),

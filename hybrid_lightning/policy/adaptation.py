@@ -54,7 +54,7 @@ class AdaptedModule(LightningModule):
     Args:
         quantization: Quantizes the frozen base once the modules are scored, such as `NF4()`; None keeps it as it is.
         optimizer: Makes the optimizer of the parameter groups that it is called with.
-        lr_full: Learning rate of fully trained modules; None takes `lr_lora` times 192 / hidden size, at most `lr_lora`.
+        lr_full: Learning rate of fully trained modules; None takes `lr_lora` times 96 / hidden size, at most `lr_lora`.
         lr_lora: Learning rate of LoRA weights.
         schedule: Learning rate schedule; None takes `ConstantSchedule()`.
 

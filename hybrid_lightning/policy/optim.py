@@ -22,7 +22,7 @@ from hybrid_lightning.policy.master_weights import MasterWeights
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 
-WIDTH_OF_ONE_RATE = 192  # up to this hidden size fully trained modules take LoRA's learning rate
+WIDTH_OF_ONE_RATE = 96  # up to this hidden size fully trained modules take LoRA's learning rate
 
 
 class LearningRateSchedule(Configurable, ABC):
@@ -179,11 +179,12 @@ def make_optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -
 
 
 def rate_of_full_modules(lr_lora: float, model: nn.Module) -> float:
-    """The learning rate of fully trained modules that goes with one of LoRA: 192 / hidden size of it, and never more than it.
+    """The learning rate of fully trained modules that goes with one of LoRA: 96 / hidden size of it, and never more than it.
 
     A step of Adam moves each weight of a full module by about its rate, and its outputs by the sum over its inputs, so that the
     rate has to fall with the width (Yang et al., 2022, arXiv 2203.03466), while that of LoRA's B has not (Hayou et al., 2024,
-    arXiv 2402.12354). Policies up to 192 wide did best, or as well, with one rate for both (`results/study/README.md`).
+    arXiv 2402.12354). In the study (`results/study/README.md`) policies of 48 to 192 did best, or as well, with one rate for
+    both, and SmolLM2, of 576, with no more than a sixth.
 
     Args:
         lr_lora: Learning rate of LoRA.

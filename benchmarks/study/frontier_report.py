@@ -10,7 +10,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from benchmarks.study.estimates import Estimate, difference, gap_closed, holm, mean, p_value
 from benchmarks.study.methods import METHODS
@@ -36,6 +36,8 @@ LINES = {
     "dealt over blocks 10%, rank 8": (("spread_10_r8_by_width",), "#00838f", "d:"),
     "random MLPs 10%, rank 2 and 8": (("random_mlp", "random_mlp_10_r8"), "#9e9d24", "<:"),
     "one rate 10%, rank 2 and 8": (("hybrid_one_rate", "hybrid_10_r8_one_rate"), "#c2185b", "h-."),
+    "one rate, UpdateTail": (("update_tail_10_r2_one_rate", "update_tail_10_r8_one_rate"), "#1b5e20", "H:"),
+    "one rate, random MLPs": (("random_mlp_one_rate", "random_mlp_10_r8_one_rate"), "#6d6d1f", ">:"),
 }
 # Differences of methods of one size: what is claimed to be above what.
 PAIRS = (
@@ -333,7 +335,8 @@ def _draw(axes: Axes, points: Points, estimates: Mapping[str, Estimate], label: 
             linewidth=1.2,
         )
     axes.set(xlabel=label, xscale="log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)

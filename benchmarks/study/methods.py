@@ -157,6 +157,8 @@ _ALL = (
     *_beside(40, 8),
     Method("hybrid_10_r8_one_rate", "budget", _share(0.1), rank=8, full_to_lora=1.0),
     Method("hybrid_10_r8_half_rate", "budget", _share(0.1), rank=8, full_to_lora=0.5),
+    Method("hybrid_three_quarters_rate", "hybrid", full_to_lora=0.75),
+    Method("hybrid_10_r8_three_quarters_rate", "budget", _share(0.1), rank=8, full_to_lora=0.75),
     Method("hybrid_by_width", "hybrid", full_to_lora="width"),
     Method("hybrid_10_r8_by_width", "budget", _share(0.1), rank=8, full_to_lora="width"),
     # Beside the full modules, too, what LoRA has is spent on MLPs. As large as rank 8 on all only where MLPs are chosen: the

@@ -66,7 +66,7 @@ BESIDE_LORA = (
     *("budget_5", "hybrid", "budget_20", "budget_40", "hybrid_one_rate"),
     *("hybrid_10_r4", "hybrid_10_r8", "hybrid_20_r8", "hybrid_40_r8", "hybrid_10_r8_one_rate"),
     *("hybrid_by_width", "hybrid_10_r8_by_width", "hybrid_10_mlp14_by_width", "spread_10_r8_by_width"),
-    *("update_tail_10_r2", "update_tail_10_r8"),
+    *("update_tail_10_r2", "update_tail_10_r8", "update_tail_10_r2_one_rate", "update_tail_10_r8_one_rate"),
 )
 
 
@@ -76,7 +76,11 @@ RATIOS = {
     "hybrid_10_r8_by_width": ("hybrid_10_r8", "hybrid_10_r8_one_rate"),
     "hybrid_one_rate": ("hybrid", "hybrid_one_rate"),
     "hybrid_10_r8_one_rate": ("hybrid_10_r8", "hybrid_10_r8_one_rate"),
+    "default ratio": ("hybrid", "hybrid_one_rate"),
+    "default ratio beside rank 8": ("hybrid_10_r8", "hybrid_10_r8_one_rate"),
 }
+# The product's default ratio, 96 / hidden size and at most 1, by task: where it is not 1, it has a method of its own.
+BY_DEFAULT = {"products_direct": "three_quarters_rate", "new_order_wide": "half_rate"}
 # Heading -> tasks whose claims stand together.
 GROUPS = {
     "Tasks on which the formulas were chosen": ("facts", "facts_deep", "products_direct"),
@@ -191,9 +195,9 @@ def _claims(tasks: Mapping[str, Points], ratios: Mapping[str, Mapping[str, str]]
         yield f"{ours} less {theirs}", found
     for rule in RATIOS:
         found = {
-            task: _less(points[rule].by_seed, points[ratios[task][rule]].by_seed)
+            task: _less(points[ruled].by_seed, points[ratios[task][rule]].by_seed)
             for task, points in tasks.items()
-            if rule in points and ratios.get(task, {}).get(rule) in points
+            if (ruled := _at_rule(rule, task)) in points and ratios.get(task, {}).get(rule) in points
         }
         yield f"{rule} less the fixed ratio that tuning chose", found
     for family, words in ((LORA, "LoRA"), (MLPS, "LoRA on MLPs")):
@@ -204,6 +208,13 @@ def _claims(tasks: Mapping[str, Points], ratios: Mapping[str, Mapping[str, str]]
                 if name in points
             }
             yield f"{name} less {words} of its size", found
+
+
+def _at_rule(rule: str, task: str) -> str:
+    """The method whose ratio of rates a rule of `RATIOS` says for a task."""
+    if not rule.startswith("default ratio"):
+        return rule
+    return f"hybrid{'_10_r8' if rule.endswith('8') else ''}_{BY_DEFAULT.get(task, 'one_rate')}"
 
 
 def _less(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:

@@ -147,6 +147,16 @@ def test_a_rule_for_rates_stands_beside_the_ratio_that_tuning_chose(tmp_path):
     assert line.startswith("| hybrid_by_width less the fixed ratio that tuning chose | -10.5 [") and "| **10.0 [" in line
 
 
+def test_the_default_ratio_is_one_rate_unless_the_policy_is_wider(tmp_path):
+    points = _points(
+        tmp_path, hybrid_one_rate=(400, (0.6, 0.71)), hybrid=(400, (0.4, 0.5)), hybrid_three_quarters_rate=(400, (0.5, 0.61))
+    )
+    ratios = {name: {"default ratio": "hybrid"} for name in ("facts", "products_direct")}
+    table = claims_table({"facts": points, "products_direct": points}, ratios)
+    (line,) = [line for line in table.splitlines() if line.startswith("| default ratio less")]
+    assert [cell.strip(" |*").split(" ")[0] for cell in line.split(" | ")[1:]] == ["20.5", "10.5", "15.5"]
+
+
 def test_the_report_has_every_point_and_a_figure(tmp_path):
     _points(tmp_path, lora_r4=(400, (0.4, 0.5)), own_r4=(410, (0.5, 0.6)), fft=(6400, (0.8, 0.9)))
     report(Store(tmp_path), ["sums", "nothing"], tmp_path / "out")

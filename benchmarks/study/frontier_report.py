@@ -43,6 +43,7 @@ LINES = {
 PAIRS = (
     *(("update_tail_10_r2", "random_mlp"), ("update_tail_10_r8", "random_mlp_10_r8"), ("update_tail_10_r2", "hybrid")),
     *(("update_tail_10_r2_one_rate", "random_mlp_one_rate"), ("update_tail_10_r8_one_rate", "random_mlp_10_r8_one_rate")),
+    *(("update_tail_10_r2_one_rate", "hybrid_one_rate"), ("update_tail_10_r8_one_rate", "hybrid_10_r8_one_rate")),
     *(("own_r2", "lora"), ("own_r4", "lora_r4"), ("own_r8", "lora_r8"), ("own_r16", "lora_r16")),
     *(("own_r4", "mlp_r4"), ("own_r8", "mlp_r8"), ("own_r16", "mlp_r16"), ("own_r4", "shuffled_r4"), ("own_r8", "shuffled_r8")),
     *(("own_mlp_r4", "mlp_r4"), ("own_mlp_r8", "mlp_r8"), ("mlp_r4", "lora_r4"), ("mlp_r8", "lora_r8"), ("mlp_r16", "lora_r16")),

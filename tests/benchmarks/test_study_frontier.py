@@ -16,7 +16,7 @@ from test_study_runs import task  # noqa: F401  (the fixture)
 
 from benchmarks.study import frontier, pretrain
 from benchmarks.study.estimates import holm, p_value
-from benchmarks.study.frontier_report import LORA, beside_others, claims_table, line_at, points_of, report
+from benchmarks.study.frontier_report import LORA, at_one_size, beside_others, claims_table, line_at, points_of, report
 from benchmarks.study.methods import METHODS
 from benchmarks.study.policies import POLICY_OF, RECIPES, folder_of
 from benchmarks.study.pool import HERE
@@ -145,6 +145,19 @@ def test_a_rule_for_rates_stands_beside_the_ratio_that_tuning_chose(tmp_path):
     table = claims_table({"sums": points, "others": points}, ratios)
     (line,) = [line for line in table.splitlines() if "that tuning chose" in line]
     assert line.startswith("| hybrid_by_width less the fixed ratio that tuning chose | -10.5 [") and "| **10.0 [" in line
+
+
+def test_all_tasks_stand_beside_each_other_at_the_size_of_a_hybrid(tmp_path):
+    points = _points(
+        tmp_path,
+        lora_r4=(100, (0.1, 0.2)),
+        lora_r8=(200, (0.3, 0.4)),
+        mlp_r4=(100, (0.2, 0.3)),
+        fft=(800, (0.5, 0.6, 0.9)),
+        hybrid_10_r8_one_rate=(400, (0.6, 0.7)),
+    )
+    assert at_one_size({"sums": points, "no": {}}).splitlines()[2:] == ["| sums | 2 | 50 | 15.0 | 45.0 | 45.0 | 65.0 | 55.0 |"]
+    assert at_one_size({"sums": {name: point for name, point in points.items() if name != "mlp_r4"}}) == ""
 
 
 def test_the_default_ratio_is_one_rate_unless_the_policy_is_wider(tmp_path):

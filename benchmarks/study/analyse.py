@@ -1,8 +1,8 @@
 """Makes tables and figures of all records: `python -m benchmarks.study.analyse`.
 
 Reads the records alone, packed ones and files, so that whoever doubts a number can make it again from them. Writes `tables.md`
-and the figures `accuracy.png`, `curves.png` and `sizes.png`, and puts the tables of all tasks, and those of one task, between
-their marks in the pages that have such marks.
+and the figures `accuracy.png`, `curves.png` and `sizes.png`, and puts the tables of all tasks, those of one task, and that of
+the frontier at the size of a hybrid between their marks in the pages that have such marks.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from benchmarks.study.comparison import UNSEEN, Comparison, compare
 from benchmarks.study.cost_table import cost_table
 from benchmarks.study.equal_cost import equal_memory, equal_time
 from benchmarks.study.figures import draw_accuracies, draw_curves, draw_sizes
+from benchmarks.study.frontier_report import GROUPS, at_one_size, points_of
 from benchmarks.study.store import RESULTS, Store, add_options, store_of
 from benchmarks.study.tables import choices, differences, headline, of_task, ratios, targets
 
@@ -56,7 +57,8 @@ def main() -> None:
     draw_accuracies(comparisons, arguments.results / "accuracy.png")
     draw_curves(comparisons, arguments.results / "curves.png")
     draw_sizes(comparisons, arguments.results / "sizes.png")
-    marked = {**parts, **{comparison.task: of_task(comparison) for comparison in comparisons}}
+    frontier = {task: points_of(store, task) for group in GROUPS.values() for task in group}
+    marked = {**parts, **{comparison.task: of_task(comparison) for comparison in comparisons}, "one_size": at_one_size(frontier)}
     pages = arguments.pages
     if pages is None:
         pages = PAGES if arguments.results == RESULTS else ()  # which are about the project's own records

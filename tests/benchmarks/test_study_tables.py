@@ -161,9 +161,14 @@ def test_the_oracle_is_asked_whether_it_agrees_with_itself():
 
 def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch):
     results_with_a_gap(tmp_path / "results")
+    for method, size in (("lora_r4", 100), ("mlp_r4", 100), ("hybrid_10_r8_one_rate", 400), ("fft", 800)):
+        job, made = record(method, purpose="frontier", trainable=size)
+        job = replace(job, task="tasks/facts.yaml")
+        keep(tmp_path / "results", (job, replace(made, job=vars(job))))
     page = tmp_path / "page.md"
     page.write_text(
-        "before\n<!-- study: headline -->\nold\n<!-- end -->\nbetween\n<!-- study: targets -->\n<!-- end -->\nafter\n"
+        "before\n<!-- study: headline -->\nold\n<!-- end -->\nbetween\n<!-- study: targets -->\n<!-- end -->\n"
+        "<!-- study: one_size -->\n<!-- end -->\nafter\n"
     )
     options = ("--records", str(tmp_path / "results"), "--results", str(tmp_path / "results"), "--pages", str(page))
     fork_server.run((sys.executable, "-m", "benchmarks.study.analyse", *options), cwd=ROOT, check=True, capture_output=True)
@@ -173,6 +178,7 @@ def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch):
     assert page.read_text() == text, "again changes nothing"
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     assert text.count("| sums | ") == 1 and text.count("closes 90%") == 1
+    assert text.count("| facts | 1 | 50 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |") == 1
     written = {path.name for path in (tmp_path / "results").iterdir()}
     assert {"tables.md", "accuracy.png", "curves.png", "sizes.png"} <= written
 

@@ -213,9 +213,8 @@ def _claims(tasks: Mapping[str, Points], ratios: Mapping[str, Mapping[str, str]]
 
 def _at_rule(rule: str, task: str) -> str:
     """The method whose ratio of rates a rule of `RATIOS` says for a task."""
-    if not rule.startswith("default ratio"):
-        return rule
-    return f"hybrid{'_10_r8' if rule.endswith('8') else ''}_{BY_DEFAULT.get(task, 'one_rate')}"
+    hybrids = {"default ratio": "hybrid", "default ratio beside rank 8": "hybrid_10_r8"}
+    return f"{hybrids[rule]}_{BY_DEFAULT.get(task, 'one_rate')}" if rule in hybrids else rule
 
 
 def _less(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:

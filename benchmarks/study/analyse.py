@@ -1,8 +1,8 @@
 """Makes tables and figures of all records: `python -m benchmarks.study.analyse`.
 
-Reads the records alone, packed ones and files, so that whoever doubts a number can make it again from them. Writes `tables.md`
-and the figures `accuracy.png`, `curves.png` and `sizes.png`, and puts the tables of all tasks, those of one task, and that of
-the frontier at the size of a hybrid between their marks in the pages that have such marks.
+Reads the records alone, packed ones and files, so that whoever doubts a number can make it again from them. Prints every table,
+puts those that pages have marks for between these marks, and draws `accuracy.png` and a `frontier_TASK.png` for each task of the
+frontier.
 """
 
 import argparse
@@ -10,24 +10,28 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.study import score_tables
+from benchmarks.study import claims
+from benchmarks.study.claims import GROUPS, LOOKED_AT, Points, points_of
 from benchmarks.study.comparison import UNSEEN, Comparison, compare
-from benchmarks.study.cost_table import cost_table
-from benchmarks.study.equal_cost import equal_memory, equal_time
-from benchmarks.study.figures import draw_accuracies, draw_curves, draw_sizes
-from benchmarks.study.frontier_report import GROUPS, at_one_size, points_of
+from benchmarks.study.figures import draw_accuracies, draw_frontier
 from benchmarks.study.store import RESULTS, Store, add_options, store_of
-from benchmarks.study.tables import choices, differences, headline, of_task, ratios, targets
+from benchmarks.study.tables import choices, differences, headline, of_task, targets
 
-PAGES = (Path("README.md"), Path("docs/method.md"), Path("results/README.md"), Path("results/study/README.md"))
-
+PAGES = (
+    *(Path("README.md"), Path("docs/method.md"), Path("results/README.md")),
+    *(RESULTS / "README.md", RESULTS / "frontier.md"),
+)
 TITLES = {
     "headline": "Accuracy, %",
     "targets": "Targets",
     "choices": "What choices gain over LoRA, points",
-    "ratios": "Ratios of the two learning rates",
     "differences": "Differences, points",
     "unseen": f"Differences on seeds from {UNSEEN} on, which were run after the default score had been chosen",
+    "one_size": "The frontier at the size of a hybrid",
+    "accuracies": "The frontier, accuracy in %",
+    "old_tasks": "The frontier, differences on the tasks on which the formulas were chosen",
+    "new_tasks": "The frontier, differences on tasks that neither chose",
+    "other_tasks": "The frontier, differences on other tasks",
 }
 
 
@@ -42,53 +46,68 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     store = store_of(arguments)
-    comparisons = [comparison for task in store.folders("run") if (comparison := compare(store, task)).rows]
-    if not comparisons:
-        sys.exit(f"error: no runs in {store.folder}/run or {store.pack}; make some with python -m benchmarks.study.run")
-    # Others have hybrids of another ratio of rates alone.
-    of_hybrid = [comparison for comparison in comparisons if "hybrid" in comparison.rows]
-    parts = {table.__name__: table(of_hybrid) for table in (headline, targets, choices, ratios)}
-    with_gap = [comparison for comparison in of_hybrid if comparison.has_gap]
-    parts["differences"] = differences(with_gap)
-    parts["unseen"] = differences([compare(store, comparison.task, UNSEEN) for comparison in with_gap])
-    page_text = _page(store, comparisons, parts)
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / "tables.md").write_text(page_text, encoding="utf-8")
-    draw_accuracies(comparisons, arguments.results / "accuracy.png")
-    draw_curves(comparisons, arguments.results / "curves.png")
-    draw_sizes(comparisons, arguments.results / "sizes.png")
-    frontier = {task: points_of(store, task) for group in GROUPS.values() for task in group}
-    marked = {**parts, **{comparison.task: of_task(comparison) for comparison in comparisons}, "one_size": at_one_size(frontier)}
+    comparisons, frontier = found(store)
+    if not comparisons and not frontier:
+        sys.exit(f"error: there are no runs in {store.folder} or {store.pack}; make some with python -m benchmarks.study.run")
+    tables = tables_of(store, comparisons, frontier)
     pages = arguments.pages
     if pages is None:
         pages = PAGES if arguments.results == RESULTS else ()  # which are about the project's own records
     for page in pages:
         if page.exists():
-            page.write_text(_filled(page.read_text(encoding="utf-8"), marked), encoding="utf-8")
-    print(page_text)
+            page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    if comparisons:
+        draw_accuracies(comparisons, arguments.results / "accuracy.png")
+    for task, points in frontier.items():
+        draw_frontier(task, points, arguments.results / f"frontier_{task}.png")
+    print("Intervals are of 95%.")
+    if comparisons and not tables["differences"]:
+        print("LoRA falls short of FFT beyond chance on no task with both and a hybrid, so that no gap is spoken of.")
+    for name, table in tables.items():
+        if table:
+            print(f"\n## {TITLES.get(name, name)}\n\n{table}")
 
 
-def _page(store: Store, comparisons: list[Comparison], parts: dict[str, str]) -> str:
-    sections = []
-    for comparison in comparisons:
-        sections.append(f"## {comparison.task}\n\n{of_task(comparison)}\n")
-        sections.append(f"At equal memory of what is trained (weights, gradients, Adam):\n\n{equal_memory(comparison)}\n")
-        if in_time := equal_time(comparison):
-            sections.append(f"At equal time (of the processor, each run one thread):\n\n{in_time}\n")
-    for task in store.folders("scores"):
-        sections.append(f"## Scores on {task}\n\n{score_tables.of_task(store, task)}\n")
-    if store.within("cost"):
-        sections.append(f"## Cost\n\n{cost_table(store)}\n")
-    text = "Made by `python -m benchmarks.study.analyse` of the records beside this file. Intervals are of 95%."
-    if not parts["differences"]:
-        text += " LoRA falls short of FFT beyond chance on no task with both and a hybrid, so that no gap is spoken of."
-    titled = [f"## {TITLES[name]}\n\n{part}\n" for name, part in parts.items() if part]
-    return "\n".join(["# Tables of the study\n", f"{text}\n", *titled, *sections])
+def found(store: Store) -> tuple[list[Comparison], dict[str, Points]]:
+    """What there is of each task: its runs, and its points of the frontier by name."""
+    comparisons = [comparison for task in store.folders("run") if (comparison := compare(store, task)).rows]
+    tasks = dict.fromkeys((*(task for group in GROUPS.values() for task in group), *store.folders("frontier")))
+    return comparisons, {task: points for task in tasks if (points := points_of(store, task))}
 
 
-def _filled(page: str, parts: dict[str, str]) -> str:
-    """A page with each part between its marks, `<!-- study: NAME -->` and `<!-- end -->`."""
-    for name, text in parts.items():
+def tables_of(store: Store, comparisons: list[Comparison], frontier: dict[str, Points]) -> dict[str, str]:
+    """All tables, by the names of their marks; empty ones are of what was not run."""
+    tables = _of_runs(store, comparisons) if comparisons else {}
+    tables |= _of_frontier(store, frontier)
+    tables |= {comparison.task: of_task(comparison) for comparison in comparisons}
+    return tables | {f"the frontier of {task}": claims.points_table(points) for task, points in frontier.items()}
+
+
+def _of_runs(store: Store, comparisons: list[Comparison]) -> dict[str, str]:
+    """Tables of the runs that begin at the start policy of the task, whatever their seed."""
+    of_hybrid = [comparison for comparison in comparisons if "hybrid" in comparison.rows]  # others have other ratios alone
+    tables = {table.__name__: table(of_hybrid) for table in (headline, targets, choices)}
+    with_gap = [comparison for comparison in of_hybrid if comparison.has_gap]
+    tables["differences"] = differences(with_gap)
+    tables["unseen"] = differences([compare(store, comparison.task, UNSEEN) for comparison in with_gap])
+    return tables
+
+
+def _of_frontier(store: Store, frontier: dict[str, Points]) -> dict[str, str]:
+    tables = {"one_size": claims.at_one_size(frontier), "accuracies": claims.accuracies_table(frontier)}
+    known = {task for group in GROUPS.values() for task in group}
+    for name, group in {**GROUPS, "other_tasks": tuple(task for task in frontier if task not in known)}.items():
+        there = {task: frontier[task] for task in group if task in frontier}
+        tables[name] = claims.claims_table(
+            there, {task: claims.tuned_ratios(store, task) for task in there}, LOOKED_AT.get(name, 0)
+        )
+    return tables
+
+
+def filled(page: str, tables: dict[str, str]) -> str:
+    """A page with each table between its marks, `<!-- study: NAME -->` and `<!-- end -->`."""
+    for name, text in tables.items():
         page = re.sub(
             rf"(<!-- study: {name} -->\n).*?(<!-- end -->)",
             lambda found, text=text: f"{found[1]}{text}\n{found[2]}",

@@ -18,6 +18,12 @@ WANTED_GAP = 0.9  # of the gap between LoRA and full fine-tuning, closed by the 
 WANTED_GAIN = 0.0436  # over the best baseline, relative: what the paper reports on average
 
 
+def group_of(method: str) -> str:
+    """The group of a method, or of that whose ratio of rates is tuned; those that were given up are controls."""
+    name = RATIO_TUNED.get(method, (method,))[0]
+    return METHODS[name].group if name in METHODS else "control"
+
+
 @dataclass(frozen=True)
 class Row:
     """One method on one task."""
@@ -31,7 +37,7 @@ class Row:
 
     @property
     def group(self) -> str:
-        return METHODS[RATIO_TUNED.get(self.method, (self.method,))[0]].group
+        return group_of(self.method)
 
     @property
     def learning_rate(self) -> float:
@@ -78,7 +84,8 @@ class Comparison:
 
 def compare(store: Store, task: str, first_seed: int = 0) -> Comparison:
     """Read the runs of a task with this seed or a higher one; methods without any are left out."""
-    records = {name: [record for record in runs_at_best_rate(store, task, name) if record.seed >= first_seed] for name in METHODS}
+    names = dict.fromkeys((*METHODS, *store.folders(f"run/{task}")))
+    records = {name: [record for record in runs_at_best_rate(store, task, name) if record.seed >= first_seed] for name in names}
     for name, variants in RATIO_TUNED.items():
         tuned = {variant: values for variant in variants if (values := means(of_method(store, "sweep", task, variant)).values())}
         if len(tuned) > 1:

@@ -1,12 +1,7 @@
-"""What to compare with: the modules that the default score likes least, rules that need no gradient, and another budget."""
+"""What to compare with: the modules that the default score likes least, and rules that need no gradient."""
 
 import re
-from collections import Counter
-from collections.abc import Sequence
 
-from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import PlannedModule
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Random, Scorer
 from hybrid_lightning.adapters.statistics import ModuleStatistics
 
@@ -26,7 +21,7 @@ class RandomMLP(Random):
 
 
 class EarlyOutputs(Scorer):
-    """`o_proj` and `down_proj` of the first layers: what most winners at toy scale have in common (see the design)."""
+    """`o_proj` and `down_proj` of the first layers: what won most often in the first runs."""
 
     needs_gradient = False
 
@@ -59,23 +54,6 @@ class Largest(Scorer):
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
         return float(statistics.parameters)
-
-
-class SpreadBudget(ModuleBudget):
-    """As many modules as `ModuleBudget` takes, dealt out over the decoder blocks.
-
-    First come the modules that score highest in their blocks, then the second of each, and so on; of those the highest.
-    """
-
-    def _choose(self, modules: Sequence[PlannedModule], lora: LoraSettings) -> list[str]:
-        place: dict[str, int] = {}  # of each module within its block
-        taken: Counter[int] = Counter()
-        ordered = sorted(modules, key=lambda module: (-(module.score or 0.0), module.name))
-        for module in ordered:
-            place[module.name] = taken[layer_of(module.name)]
-            taken[layer_of(module.name)] += 1
-        ordered.sort(key=lambda module: place[module.name])  # which keeps the order of equals
-        return [module.name for module in ordered[: len(super()._choose(modules, lora))]]
 
 
 def layer_of(name: str) -> int:

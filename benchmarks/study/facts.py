@@ -21,53 +21,29 @@ from hybrid_lightning.errors import ConfigError
 # One token each; none differs from another in case alone, since questions are compared without it.
 KEYS = string.ascii_lowercase + "!#$%&()*+-/:;<>?@[]^_{|}~"
 CHARACTERS = "0123456789=" + KEYS
+RELATIONS, ASKED = "0123", KEYS[:48]
+LENGTH = 2  # keys in a question, and digits of its answer
+CANDIDATES = 4  # digits that pretraining held possible for each fact
 
 
 class Facts(PromptSource):
     """Questions about a table of facts, with the right answers.
 
     Args:
-        relations: Number of tables, at most 10.
-        keys: Number of keys, at most 51.
-        length: Keys in a question, and digits of its answer.
-        candidates: Digits that pretraining held possible for each fact, 2 to 10.
         table: Seed of the tables.
         validation_size: Validation questions.
         test_size: Test questions.
         seed: Of the draw and order of the questions.
-
-    Raises:
-        ConfigError: If a size is impossible.
     """
 
-    def __init__(
-        self,
-        relations: int = 4,
-        keys: int = 48,
-        length: int = 2,
-        candidates: int = 4,
-        table: int = 0,
-        validation_size: int = 200,
-        test_size: int = 200,
-        seed: int = 0,
-    ) -> None:
-        if not 1 <= relations <= 10:
-            raise ConfigError(f"data.source: relations={relations} must be from 1 to 10")
-        if not 1 <= keys <= len(KEYS):
-            raise ConfigError(f"data.source: keys={keys} must be from 1 to {len(KEYS)}")
-        if length < 1:
-            raise ConfigError(f"data.source: length={length} must be at least 1")
-        if not 2 <= candidates <= 10:
-            raise ConfigError(f"data.source: candidates={candidates} must be from 2 to 10")
-        self.relations, self.keys, self.length = relations, keys, length
-        self.candidates, self.table = candidates, table
+    def __init__(self, table: int = 0, validation_size: int = 200, test_size: int = 200, seed: int = 0) -> None:
+        self.table, self.seed = table, seed
         self.sizes = {"validation": validation_size, "test": test_size}
-        self.seed = seed
 
     def read(self) -> Splits:
         """Every question, in the split of its keys."""
         pools: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-        for letters in product(string.digits[: self.relations], *(KEYS[: self.keys],) * self.length):
+        for letters in product(RELATIONS, *(ASKED,) * LENGTH):
             question = "".join(letters)
             pools[hashed_split(question)].append(question)
         return Splits(**{split: self._rows(split, questions) for split, questions in pools.items()})
@@ -77,7 +53,7 @@ class Facts(PromptSource):
         if size > len(questions):
             raise ConfigError(f"data.source: {split}_size={size}, but there are {len(questions)} such questions; lower it")
         rng = random.Random(f"{self.seed} {split}")
-        possible = possible_digits(self.relations, self.keys, self.candidates, self.table)
+        possible = possible_digits(self.table)
         table = {fact: digits[0] for fact, digits in possible.items()}
         return [self._row(n, question, table) for n, question in enumerate(rng.sample(questions, size))]
 
@@ -92,37 +68,22 @@ class PlausibleFacts(PromptSource):
 
     Args:
         lines: Number of lines.
-        relations: As of `Facts`.
-        keys: As of `Facts`.
-        length: As of `Facts`.
-        candidates: As of `Facts`.
         table: As of `Facts`.
         seed: Of the draws.
     """
 
-    def __init__(
-        self,
-        lines: int,
-        relations: int = 4,
-        keys: int = 48,
-        length: int = 2,
-        candidates: int = 4,
-        table: int = 0,
-        seed: int = 0,
-    ) -> None:
-        self.lines, self.relations, self.keys, self.length = lines, relations, keys, length
-        self.candidates, self.table, self.seed = candidates, table, seed
+    def __init__(self, lines: int, table: int = 0, seed: int = 0) -> None:
+        self.lines, self.table, self.seed = lines, table, seed
 
     def read(self) -> Splits:
         """All of them to train on, the drawn answers in the column `completion`."""
         rng = random.Random(self.seed)
-        digits = possible_digits(self.relations, self.keys, self.candidates, self.table)
+        digits = possible_digits(self.table)
         rows: list[Row] = []
         while len(rows) < self.lines:
-            relation = rng.choice(string.digits[: self.relations])
-            question = relation + "".join(rng.choices(KEYS[: self.keys], k=self.length))
+            question = rng.choice(RELATIONS) + "".join(rng.choices(ASKED, k=LENGTH))
             if hashed_split(question) == "train":
-                answer = "".join(rng.choice(digits[relation + key]) for key in question[1:])
+                answer = "".join(rng.choice(digits[question[0] + key]) for key in question[1:])
                 rows.append(Row(f"{question}=", index=len(rows), source="corpus", columns={"completion": answer}))
         return Splits(train=rows)
 
@@ -159,9 +120,7 @@ class Codes(PromptSource):
         return [Row(said, code, n, "Codes", {"question": said, "answer": code}) for n, (said, code) in enumerate(asked)]
 
 
-def possible_digits(relations: int, keys: int, candidates: int, table: int) -> dict[str, list[str]]:
+def possible_digits(table: int) -> dict[str, list[str]]:
     """The candidates of each fact, which is a relation and a key; the first is the right one."""
     rng = random.Random(f"facts {table}")
-    return {
-        relation + key: rng.sample(string.digits, candidates) for relation in string.digits[:relations] for key in KEYS[:keys]
-    }
+    return {relation + key: rng.sample(string.digits, CANDIDATES) for relation in RELATIONS for key in ASKED}

@@ -1,17 +1,20 @@
 """The study's figures."""
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
 
-from benchmarks.study.comparison import Comparison, Row
-from benchmarks.study.methods import METHODS
+from benchmarks.study.claims import LORA, MLPS, Point, Points
+from benchmarks.study.comparison import Comparison, group_of
+from benchmarks.study.estimates import Estimate, mean
 
 COLOURS = {
     "start": "#222222",
@@ -22,36 +25,41 @@ COLOURS = {
     "control": "#8d8d8d",
     "budget": "#8a5aa8",
 }
-CURVES = ("fft", "hybrid", "hybrid_own_ratio", "random", "random_own_ratio", "lora")
-STYLES = {"random": "--", "random_own_ratio": "--"}
-ALONE = ("random", "random_mlp", "fft", "hybrid_own_ratio", "random_own_ratio")  # beside the families, where a task has them
-MARKERS = {"random_mlp": "s"}  # of those that would look alike
-# What is compared at every size: more rank for all modules, or more modules fully trained.
-FAMILIES = {
-    "LoRA, by rank": ("lora", ("lora", "lora_matched", "lora_r1", "lora_r4", "lora_r8", "lora_r16")),
-    "hybrid, by budget": ("hybrid", ("hybrid", "budget_2", "budget_5", "budget_20", "budget_40")),
+# Of the frontier: label -> methods in the order of their size, colour and style. Some were given up (see methods.py).
+LINES = {
+    "LoRA": (LORA, "#66a182", "o-"),
+    "LoRA on MLPs, attention rank 1": (MLPS[:-1], "#8a5aa8", "s--"),
+    "LoRA on MLPs alone": (("mlp_only_r4", "mlp_only_r8"), "#8d8d8d", "v:"),
+    "ranks by spectra": (("own_r2", "own_r4", "own_r8", "own_r16"), "#d1495b", "D-"),
+    "ranks by spectra within MLPs": (("own_mlp_r4", "own_mlp_r8"), "#e09f3e", "^:"),
+    "hybrid 2 to 40%, rank 2 beside": (("budget_2", "budget_5", "hybrid", "budget_20", "budget_40"), "#1f6fb2", "o--"),
+    "hybrid 10%, rank 1 to 8 beside": (("hybrid_10_r1", "hybrid", "hybrid_10_r4", "hybrid_10_r8"), "#4aa3df", "x:"),
+    "hybrid 10 to 40%, rank 8 beside": (("hybrid_10_r8", "hybrid_20_r8", "hybrid_40_r8"), "#0b3c5d", "P--"),
+    "UpdateTail 10%, rank 2 and 8": (("update_tail_10_r2", "update_tail_10_r8"), "#2e7d32", "*-."),
+    "rates by width 10%, rank 2 and 8": (("hybrid_by_width", "hybrid_10_r8_by_width"), "#7b5d3b", "p-."),
+    "rates by width 10%, MLPs rank 14, attention 1": (("hybrid_10_mlp14_by_width",), "#e76f51", "X:"),
+    "dealt over blocks 10%, rank 8": (("spread_10_r8_by_width",), "#00838f", "d:"),
+    "random MLPs 10%, rank 2 and 8": (("random_mlp", "random_mlp_10_r8"), "#9e9d24", "<:"),
+    "one rate 10%, rank 2 and 8": (("hybrid_one_rate", "hybrid_10_r8_one_rate"), "#c2185b", "h-."),
+    "one rate, UpdateTail": (("update_tail_10_r2_one_rate", "update_tail_10_r8_one_rate"), "#1b5e20", "H:"),
+    "one rate, random MLPs": (("random_mlp_one_rate", "random_mlp_10_r8_one_rate"), "#6d6d1f", ">:"),
 }
+PALETTE = 128  # colours of a file, which is a third as large as with all of them
 
 
 def draw_accuracies(comparisons: Sequence[Comparison], out: Path) -> None:
     """Every method on every task: mean, its interval, and each seed as a dot."""
-    most = max(len(comparison.rows) for comparison in comparisons)
-    figure, places = _figure(len(comparisons), 1.2 + 0.22 * most)
-    for axes, comparison in zip(places, comparisons, strict=True):
-        _accuracies(axes, comparison)
-    figure.savefig(out, dpi=130)
-
-
-def _figure(number: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with a place for each of so many tasks."""
-    columns = math.ceil(math.sqrt(number))
-    rows = -(-number // columns)
+    columns = math.ceil(math.sqrt(len(comparisons)))
+    rows = -(-len(comparisons) // columns)
+    height = 1.2 + 0.22 * max(len(comparison.rows) for comparison in comparisons)
     figure = Figure(figsize=(4.2 * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     places = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for unused in places[number:]:
+    for axes, comparison in zip(places, comparisons, strict=False):
+        _accuracies(axes, comparison)
+    for unused in places[len(comparisons) :]:
         unused.remove()
-    return figure, places[:number]
+    _save(figure, out, dpi=130)
 
 
 def _accuracies(axes: Axes, comparison: Comparison) -> None:
@@ -66,7 +74,7 @@ def _accuracies(axes: Axes, comparison: Comparison) -> None:
         axes.plot([100 * value.value], [place], "D", color=colour, markersize=5)
     for name in ("lora", "fft"):
         if name in comparison.rows:
-            axes.axvline(100 * comparison.rows[name].accuracy.value, color=COLOURS[METHODS[name].group], linewidth=0.8, alpha=0.6)
+            axes.axvline(100 * comparison.rows[name].accuracy.value, color=COLOURS[group_of(name)], linewidth=0.8, alpha=0.6)
     axes.set(
         title=comparison.task,
         xlabel="accuracy on test problems, %",
@@ -77,47 +85,79 @@ def _accuracies(axes: Axes, comparison: Comparison) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-def draw_curves(comparisons: Sequence[Comparison], out: Path) -> None:
-    """Held-out accuracy by optimizer step, the mean over seeds."""
-    figure, places = _figure(len(comparisons), 3.4)
-    for axes, comparison in zip(places, comparisons, strict=True):
-        for name in CURVES:
-            if name in comparison.rows:
-                curves = [record.curve for record in comparison.rows[name].records]
-                steps = [point["step"] for point in curves[0]]
-                means = [100 * fmean(curve[n]["avg"] for curve in curves) for n in range(len(steps))]
-                axes.plot(steps, means, STYLES.get(name, "-"), color=COLOURS[METHODS[name].group], label=name)
-        axes.set(title=comparison.task, xlabel="optimizer step", ylabel="accuracy on validation problems, %")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out, dpi=130)
+def draw_frontier(task: str, points: Points, out: Path) -> None:
+    """Accuracy by trained parameters, and by peak memory; what shares a seed is compared, as `beside_others` says.
+
+    Trials at rates that were given are left out.
+    """
+    figure = Figure(figsize=(11.0, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    points = {name: point for name, point in points.items() if "@" not in name}
+    estimates = beside_others(points)
+    _frontier(left, points, estimates, "trained parameters", lambda point: point.trained)
+    _frontier(right, points, estimates, "peak of all tensors in training, MiB", _mebibytes)
+    left.set_ylabel("accuracy on test problems, %")
+    figure.suptitle(task)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    _save(figure, out, dpi=110)
 
 
-def draw_sizes(comparisons: Sequence[Comparison], out: Path) -> None:
-    """Accuracy by number of trained parameters: LoRA of several ranks, hybrids of several budgets, and methods of one size."""
-    figure, places = _figure(len(comparisons), 3.6)
-    for axes, comparison in zip(places, comparisons, strict=True):
-        for label, (group, names) in FAMILIES.items():
-            rows = sorted((comparison.rows[name] for name in names if name in comparison.rows), key=lambda row: row.trainable)
-            _sizes(axes, rows, label, COLOURS[group], "o-")
-        for name in ALONE:
-            if name in comparison.rows:
-                _sizes(axes, [comparison.rows[name]], name, COLOURS[METHODS[name].group], MARKERS.get(name, "D"))
-        axes.set(title=comparison.task, xlabel="trained parameters", ylabel="accuracy on test problems, %", xscale="log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(lambda parameters, _: f"{parameters / 1000:g}k")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out, dpi=130)
+def _mebibytes(point: Point) -> float:
+    return math.nan if point.memory is None else point.memory / 2**20
 
 
-def _sizes(axes: Axes, rows: Sequence[Row], label: str, colour: str, style: str) -> None:
-    means = [100 * row.accuracy.value for row in rows]
-    errors = [
-        [100 * (row.accuracy.value - row.accuracy.low) for row in rows],
-        [100 * (row.accuracy.high - row.accuracy.value) for row in rows],
-    ]
-    axes.errorbar(
-        [row.trainable for row in rows], means, errors, fmt=style, color=colour, label=label, markersize=4, elinewidth=1
-    )
+def _frontier(axes: Axes, points: Points, estimates: Mapping[str, Estimate], label: str, place: Callable[[Point], float]) -> None:
+    for name, (family, colour, style) in LINES.items():
+        there = sorted((points[method] for method in family if method in points), key=place)
+        if not there:
+            continue
+        values = [estimates[point.method] for point in there]
+        errors = [[100 * (v.value - v.low) for v in values], [100 * (v.high - v.value) for v in values]]
+        axes.errorbar(
+            [place(point) for point in there],
+            [100 * value.value for value in values],
+            errors,
+            fmt=style,
+            color=colour,
+            label=name,
+            markersize=5,
+            elinewidth=0.7,
+            linewidth=1.2,
+        )
+    axes.set(xlabel=label, xscale="log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+
+
+def beside_others(points: Points) -> dict[str, Estimate]:
+    """Accuracy of each method with an interval from which what all methods share is taken out: how good a seed's start policy is.
+
+    Accuracies are moved by the difference of the seed's mean over methods to that of all seeds (Cousineau, 2005). These methods
+    are those that have all seeds, so that one with fewer seeds stands where it would if they were as easy as all; where there
+    are none, it is done over the seeds that all methods have.
+    """
+    seeds = {seed for point in points.values() for seed in point.by_seed}
+    complete = [point for point in points.values() if point.by_seed.keys() == seeds]
+    if not complete:
+        complete, seeds = list(points.values()), set.intersection(*(set(point.by_seed) for point in points.values()))
+    if not seeds:  # none that could be compared
+        return {name: point.accuracy for name, point in points.items()}
+    level = {seed: fmean(point.by_seed[seed] for point in complete) for seed in seeds}
+    whole = fmean(level.values())
+    moved = {
+        name: {seed: value - level[seed] + whole for seed, value in point.by_seed.items() if seed in level}
+        for name, point in points.items()
+    }
+    return {name: mean([values[seed] for seed in sorted(values)]) for name, values in moved.items()}
+
+
+def _save(figure: Figure, out: Path, dpi: int) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    image = Image.open(drawn).convert("RGB")
+    image.quantize(PALETTE, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, optimize=True)

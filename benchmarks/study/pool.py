@@ -5,41 +5,56 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import yaml
 
 from benchmarks.study.methods import CORE, METHODS
 from benchmarks.study.policies import FOLDER
-from benchmarks.study.records import Job
-from benchmarks.study.store import Store
-from benchmarks.study.store import add_options as add_store_options
+from benchmarks.study.records import TUNING_SEEDS, Job
+from benchmarks.study.store import Store, add_options
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # relative, since it is written into the records
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every stage that makes runs."""
+def options(doc: str | None, tasks: Sequence[str] = (), methods: Sequence[str] = CORE) -> argparse.ArgumentParser:
+    """A parser with the options of every stage that makes runs.
+
+    Args:
+        doc: Docstring of its module.
+        tasks: Names of the default tasks; without any, those in tasks/.
+        methods: Names of the default methods.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    tasks = tasks or [path.stem for path in sorted((HERE / "tasks").glob("*.yaml"))]
     parser.add_argument(
-        "--task",
-        nargs="+",
-        default=[str(path) for path in sorted((HERE / "tasks").glob("*.yaml"))],
-        help="configs of tasks, or names of those in tasks/; default: all of these",
+        "--task", nargs="+", default=tasks, help=f"configs, or names of those in tasks/; default: {' '.join(tasks)}"
     )
     parser.add_argument(
         "--method",
         nargs="+",
-        default=list(CORE),
+        default=list(methods),
         metavar="NAME",
-        help=f"of {', '.join(METHODS)}, or all; default: {' '.join(CORE)}",
+        help=f"of {', '.join(METHODS)}, or all; default: {' '.join(methods)}",
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time; default: the cores")
-    add_store_options(parser)
+    add_options(parser)
+    return parser
+
+
+def fresh_seeds(given: Sequence[int]) -> Sequence[int]:
+    """Seeds of a comparison.
+
+    Raises:
+        SystemExit: If rates are tuned by one of them.
+    """
+    if set(given) & set(TUNING_SEEDS):
+        raise SystemExit(f"error: --seeds has one of {TUNING_SEEDS}, by which learning rates are tuned; give others")
+    return given
 
 
 def tasks_of(arguments: argparse.Namespace) -> list[str]:
@@ -76,49 +91,25 @@ def methods_of(arguments: argparse.Namespace) -> list[str]:
     return names
 
 
-class Work(Protocol):
-    """What has a record when it is done."""
+def make_runs(jobs: Sequence[Job], store: Store, workers: int) -> None:
+    """Make the runs that have no record; one that fails does not stop the others.
 
-    @property
-    def file(self) -> str: ...
-
-
-W = TypeVar("W", bound=Work)
-
-
-def work_side_by_side(make: Callable[[W, Path], str], works: Sequence[W], store: Store, workers: int) -> int:
-    """Make what has no record; one that fails does not stop the others.
-
-    Args:
-        make: Makes one and writes its record into a folder; returns what is shown of it.
-        works: All that are wanted.
-        store: The records that there are; its folder gets the new ones.
-        workers: How many at a time.
-
-    Returns:
-        The number of failures.
+    Raises:
+        SystemExit: At the end, if one has failed.
     """
-    to_make = [work for work in works if work.file not in store]
-    print(f"{len(works)} wanted, {len(works) - len(to_make)} of them made already", flush=True)
+    to_make = [job for job in jobs if job.file not in store]
+    print(f"{len(jobs)} wanted, {len(jobs) - len(to_make)} of them made already", flush=True)
     failures, start = 0, time.perf_counter()
     # New processes, since torch does not survive a fork; each makes many runs, since starting takes as long as a short one.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare) as pool:
-        futures = [pool.submit(make, work, store.folder) for work in to_make]
+        futures = [pool.submit(_make, job, store.folder) for job in to_make]
         for number, future in enumerate(as_completed(futures), 1):
             error = future.exception()
             failures += error is not None
             outcome = future.result() if error is None else f"FAILED: {error}"
             print(f"[{number}/{len(to_make)}, {time.perf_counter() - start:.0f} s] {outcome}", flush=True)
-    return failures
-
-
-def make_runs(jobs: Sequence[Job], store: Store, workers: int) -> int:
-    """Make the runs that have no record.
-
-    Returns:
-        The number of failures.
-    """
-    return work_side_by_side(_make, jobs, store, workers)
+    if failures:
+        raise SystemExit(f"error: {failures} runs failed; see the lines above")
 
 
 def _prepare() -> None:
@@ -140,9 +131,6 @@ def _end_with_starter() -> None:
 
 
 def _make(job: Job, folder: Path) -> str:
-    from benchmarks.study.records import load
-    from benchmarks.study.runner import make_run
+    from benchmarks.study.runner import make_run  # which imports what _prepare has to come before
 
-    record = load(make_run(job, folder))
-    settings = f"lr={record.learning_rate:g} seed={record.seed}"
-    return f"{job.task_name} {job.method} {settings}: validation {record.validation:.3f}, test {record.accuracy:.3f}"
+    return make_run(job, folder)

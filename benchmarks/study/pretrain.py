@@ -83,13 +83,12 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, reci
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--policy", nargs="+", choices=RECIPES, default=["wide", "deep"], help="default: those of the tasks")
-    parser.add_argument("--seed", type=int, default=0, help="of new weights, corpus and its order")
     parser.add_argument("--seeds", type=int, nargs="+", help="one policy for each of these seeds, in a folder of its own")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="with --seeds; default: the cores")
     arguments = parser.parse_args()
     if arguments.seeds is None:
         for name in arguments.policy:
-            make(name, arguments.seed, own_folder=False)
+            make(name, 0, own_folder=False)
         return
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         for made in [pool.submit(make, name, seed, True) for seed in arguments.seeds for name in arguments.policy]:

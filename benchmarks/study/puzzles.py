@@ -1,12 +1,11 @@
-"""Tasks of other kinds than facts: following the states of an automaton, looking up in the prompt, sorting.
+"""Tasks of other kinds than facts: following the states of an automaton, and sorting.
 
-Each rests on a hidden table that the policy has to learn: the transitions of the automaton, the cipher in which what was looked
-up is answered, the order of the symbols. Pretraining was on the same questions, all or part of it with other tables, so that the
-policy knows the format and how to follow, look up and sort. Which questions are held out is fixed by their hash.
+Each rests on a hidden table that the policy has to learn: the transitions of the automaton, the order of the symbols. Pretraining
+was on the same questions, all or part of it with other tables, so that the policy knows the format and how to follow and sort.
+Which questions are held out is fixed by their hash.
 
-    tracking   `3kwp=` -> `705`        from state 3, the state after each letter
-    look-up    `2aXcYbZ?ca=` -> `QR`   the cipher 2 of what stands behind c, then a
-    sorting    `kfzbq=` -> `qzkbf`     in the hidden order
+    tracking   `3kwp=` -> `705`     from state 3, the state after each letter
+    sorting    `2kfzbq=` -> `qzkbf` in the hidden order 2
 """
 
 import random
@@ -18,7 +17,7 @@ from hybrid_lightning.data import PromptSource, Row, Splits
 from hybrid_lightning.data.arithmetic import hashed_split
 from hybrid_lightning.errors import ConfigError
 
-CHARACTERS = "0123456789=,." + KEYS  # with two that sort as keys do not
+CHARACTERS = "0123456789=,." + KEYS  # comma and full stop are in no puzzle, but in the policies' vocabulary
 
 
 class Puzzle(PromptSource):
@@ -97,24 +96,6 @@ class Tracking(Puzzle):
             state = tables[self._other(doubts)][letter][state]
             passed += state
         return passed
-
-
-class LookUp(Puzzle):
-    """What stands behind some keys of the prompt, in a cipher that its first digit names."""
-
-    NAMES, VALUES = KEYS[:24], KEYS[24:48]
-    CIPHERS, PAIRS, ASKED = "0123", 3, 3
-
-    def question(self, rng: random.Random) -> str:
-        names = rng.sample(self.NAMES, self.PAIRS)
-        pairs = "".join(name + rng.choice(self.VALUES) for name in names)
-        return f"{rng.choice(self.CIPHERS)}{pairs}.{''.join(rng.sample(names, self.ASKED))}="
-
-    def answer(self, question: str, doubts: random.Random) -> str:
-        tables = [_permutations(f"look-up {self.table} {n}", self.CIPHERS, self.VALUES) for n in range(2)]
-        pairs, asked = question[1:-1].split(".")
-        values = dict(zip(pairs[::2], pairs[1::2], strict=True))
-        return "".join(tables[self._other(doubts)][question[0]][values[name]] for name in asked)
 
 
 class Sorting(Puzzle):

@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.study.store import Store, malformed, read, write
+from benchmarks.study.store import Store, malformed, write
 
-Purpose = Literal["sweep", "run", "trial", "frontier"]
+Purpose = Literal["sweep", "run", "trial", "frontier", "memory"]  # the last measures a run's first steps
 TUNING_SEEDS = (1000, 1001)  # never those of the comparison
 
 
@@ -30,24 +30,9 @@ class Job:
     @property
     def file(self) -> str:
         """Name of its record."""
-        return f"{folder_of(self.purpose, self.task_name, self.method)}/lr={self.learning_rate:g}-seed={self.seed}.json"
-
-    @property
-    def memory(self) -> "MemoryOf":
-        """The measurement of its memory."""
-        return MemoryOf(self)
-
-
-@dataclass(frozen=True)
-class MemoryOf:
-    """The memory of a run's first steps, which is to be measured."""
-
-    job: Job
-
-    @property
-    def file(self) -> str:
-        """Name of its record."""
-        return f"memory/{self.job.task_name}/{self.job.method}.json"
+        if self.purpose == "memory":
+            return f"memory/{self.task_name}/{self.method}.json"
+        return f"{self.purpose}/{self.task_name}/{self.method}/lr={self.learning_rate:g}-seed={self.seed}.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +50,6 @@ class Record:
     trainable_parameters: int
     diverged: bool = False  # a gradient was not finite: the run ended there, and all that was left of it counts as wrong
     full_modules: list[str] = field(default_factory=list)
-    ranks: dict[str, int] = field(default_factory=dict)  # of LoRA, by module, where they differ
     seconds: dict[str, float] = field(default_factory=dict)  # on the clock, other work beside it
     processor_seconds: float = 0.0
 
@@ -92,18 +76,9 @@ def save(record: Record, path: Path) -> None:
     write(asdict(record), path)
 
 
-def load(path: Path) -> Record:
-    return Record(**read(path))
-
-
-def folder_of(purpose: Purpose, task: str, method: str) -> str:
-    """Where the records of a method are."""
-    return f"{purpose}/{task}/{method.replace(':', '/')}"
-
-
 def of_method(store: Store, purpose: Purpose, task: str, method: str) -> list[Record]:
     """All records of a method, by learning rate and seed."""
-    folder = folder_of(purpose, task, method)
+    folder = f"{purpose}/{task}/{method}"
     records = []
     for name, content in store.within(folder).items():
         try:

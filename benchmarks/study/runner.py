@@ -2,14 +2,10 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import subprocess
-import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,12 +14,9 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from benchmarks.study.methods import METHODS, Method
-from benchmarks.study.records import Job, MemoryOf, Record, save
-from benchmarks.study.spread import OWN_SPREADS, KeptSpectra, is_full, mean_spectra, mean_tails, ranks_of
-from benchmarks.study.store import PACK, RESULTS, Store, write
-from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
+from benchmarks.study.methods import METHODS
+from benchmarks.study.records import Job, Record, save
+from benchmarks.study.store import write
 from hybrid_lightning.cli import HybridLightningCLI
 from hybrid_lightning.errors import TrainingError
 from hybrid_lightning.memory.fake_model import LiveTensors
@@ -68,15 +61,8 @@ class Curve(Callback):
         self._since = time.perf_counter()
 
     def fail(self) -> None:
-        """Note that the rest of the run, which has diverged, would get nothing right."""
-        trainer = self.trainer
-        every, last = int(trainer.val_check_interval or trainer.max_steps), trainer.max_steps
-        steps = [*range(every, last, every), last]
-        self.points += [
-            {"step": step, "seconds": round(self._trained, 2), "avg": 0.0, "greedy": 0.0}
-            for step in steps
-            if step > self.points[-1]["step"]
-        ]
+        """Note that the run, which has diverged, would get nothing right at its end."""
+        self.points.append({"step": self.trainer.max_steps, "seconds": round(self._trained, 2), "avg": 0.0, "greedy": 0.0})
 
 
 def accuracies(trainer: Trainer, stage: str) -> dict[str, float]:
@@ -86,42 +72,39 @@ def accuracies(trainer: Trainer, stage: str) -> dict[str, float]:
     return {"avg": round(sampled[0], 5), "greedy": round(metrics[f"{stage}/greedy_accuracy"], 5)}
 
 
-def make_run(job: Job, folder: Path) -> Path:
-    """Train, test, and write the record.
+def make_run(job: Job, folder: Path) -> str:
+    """Train and test, or measure the memory, and write the record.
 
     Returns:
-        Path of the record.
+        What came of it, in a line.
 
     Raises:
         RuntimeError: If the run fails, with the cause and the path of its log.
     """
-    path, log = folder / job.file, (LOGS / job.file).with_suffix(".log")
+    log = (LOGS / job.file).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            record = _run(job, Store(folder, RESULTS / PACK))
+            return (_measure_memory if job.purpose == "memory" else _run)(job, folder / job.file)
         except (Exception, SystemExit) as error:  # whatever it is, the other runs go on
             traceback.print_exc()
             cause = error.__cause__ or error  # below jsonargparse's account of the whole config
             raise RuntimeError(f"{job.task_name}, {job.method}: {type(cause).__name__}: {cause}; see {log}") from None
-    save(record, path)
-    return path
 
 
-def measure_memory(wanted: MemoryOf, folder: Path) -> str:
-    """Train for two steps, note the largest sum of the tensors that there were, and write the record.
+def _measure_memory(job: Job, path: Path) -> str:
+    """Train for two steps, and note the largest sum of the tensors that there were.
 
     Scratch memory within operators is not in it, nor what the process has besides.
     """
     peak = Peak()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        torch.set_num_threads(1)
-        with _command_line(wanted.job, Store(folder, RESULTS / PACK)) as (_, _, command):
-            short = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "trainer.limit_val_batches": 0}
-            with peak.live:
-                HybridLightningCLI(args=[*command, *arguments(short)], trainer_defaults={"callbacks": [peak]})
-    write({"job": vars(wanted.job), "commit": commit(), "bytes": peak.live.peak}, folder / wanted.file)
-    return f"{wanted.job.task_name} {wanted.job.method}: {peak.live.peak / 2**20:.2f} MiB"
+    torch.set_num_threads(1)
+    _, command = _command_line(job)
+    short = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "trainer.limit_val_batches": 0}
+    with peak.live:
+        HybridLightningCLI(args=[*command, *arguments(short)], trainer_defaults={"callbacks": [peak]})
+    write({"job": vars(job), "commit": commit(), "bytes": peak.live.peak}, path)
+    return f"{job.task_name} {job.method}: {peak.live.peak / 2**20:.2f} MiB"
 
 
 class Peak(Callback):
@@ -135,10 +118,9 @@ class Peak(Callback):
         self.live.restart_peak()
 
 
-@contextlib.contextmanager
-def _command_line(job: Job, store: Store) -> Iterator[tuple[Method, dict[str, Any], list[str]]]:
-    """The method of a run, what it changes in the task, and the words of its command line."""
-    method, task = METHODS.get(job.method) or only_method(job.method), read_task(job.task)
+def _command_line(job: Job) -> tuple[dict[str, Any], list[str]]:
+    """What a run changes in its task, and the words of its command line."""
+    method, task = METHODS[job.method], read_task(job.task)
     options = {
         **method.options(task, job.rank, job.learning_rate, job.seed),
         "seed_everything": job.seed,
@@ -148,32 +130,31 @@ def _command_line(job: Job, store: Store) -> Iterator[tuple[Method, dict[str, An
         options["model.model"] = job.policy
     if job.purpose == "frontier":  # of which only the end is of interest
         options["trainer.max_steps"] = options["trainer.val_check_interval"] = task["trainer"]["max_steps"] + job.extra_steps
-    with _edited_plan(job.task, method, options, store) as plan_option:
-        given = {**options, **plan_option}
-        if method.module is not None:
-            supervised = task["model"].get("class_path", "").endswith("SupervisedModule")
-            given["model"] = method.supervised_module if supervised else method.module
-        command = "validate" if method.untrained else "fit"
-        yield method, options, [command, "--config", job.task, *arguments({**given, **QUIET})]
+    given = {**options, **QUIET}
+    if method.module is not None:
+        supervised = task["model"].get("class_path", "").endswith("SupervisedModule")
+        given["model"] = method.supervised_module if supervised else method.module
+    command = "validate" if method.untrained else "fit"
+    return options, [command, "--config", job.task, *arguments(given)]
 
 
-def _run(job: Job, store: Store) -> Record:
+def _run(job: Job, path: Path) -> str:
     torch.set_num_threads(1)
     start, processor = time.perf_counter(), time.process_time()
-    with _command_line(job, store) as (_, options, command):
-        curve, diverged = Curve(), False
-        try:
-            HybridLightningCLI(args=command, trainer_defaults={"callbacks": [curve]})
-        except TrainingError:  # of too large a learning rate: that is a result
-            diverged = True
-            curve.fail()
+    options, command = _command_line(job)
+    curve, diverged = Curve(), False
+    try:
+        HybridLightningCLI(args=command, trainer_defaults={"callbacks": [curve]})
+    except TrainingError:  # of too large a learning rate: that is a result
+        diverged = True
+        curve.fail()
     trained = time.perf_counter() - start
     trainer, module = curve.trainer, curve.module
     plan = module.plan  # none where nothing is trained
     scoring = next(c.totals()["scoring"] for c in trainer.callbacks if hasattr(c, "totals"))  # type: ignore[attr-defined]
     if not diverged:
         trainer.test(module, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
-    return Record(
+    record = Record(
         job=vars(job),
         options=options,
         config_digest=hashlib.sha256(Path(job.task).read_bytes()).hexdigest()[:16],
@@ -185,73 +166,12 @@ def _run(job: Job, store: Store) -> Record:
         trainable_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad) if plan else 0,
         diverged=diverged,
         full_modules=list(plan.full_modules) if plan else [],
-        ranks=plan.own_ranks() if plan else {},
         seconds={"run": round(trained, 2), "training": curve.points[-1]["seconds"], "scoring": round(scoring, 3)},
         processor_seconds=round(time.process_time() - processor, 2),
     )
-
-
-def only_method(name: str) -> Method:
-    """The method of the oracle that trains one module fully and LoRA elsewhere: `only:MODULE`."""
-    kind, _, module = name.partition(":")
-    if kind != "only" or not module:
-        raise KeyError(f"{name!r} is no method; there are {', '.join(METHODS)} and only:MODULE")
-    return Method(name, "oracle", only=module)
-
-
-@contextlib.contextmanager
-def _edited_plan(task: str, method: Method, options: dict[str, Any], store: Store) -> Iterator[dict[str, Any]]:
-    """An option with a plan that the project's own scores would not make, for the methods that need one."""
-    if not method.edits_plan:
-        yield {}
-        return
-    if by_spectra := method.spread in OWN_SPREADS:
-        scored = {**options, **KeptSpectra.OPTIONS}
-    else:
-        unscored = method.only or method.update  # with a share of 0 or 1 nothing is scored
-        scored = {**options, "adapter.budget.share": 1.0} if unscored else options
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plan.json"
-        cli = HybridLightningCLI(args=["score", "--config", task, *arguments({**scored, **QUIET})])
-        name = Path(task).stem
-        spectra = KeptSpectra.taken() if by_spectra else {}
-        if method.spread in ("spectrum", "spectrum_mlp"):
-            spectra = mean_spectra(store, name)
-        tails = mean_tails(store, name, *method.update) if method.update else {}
-        edited(cli.model.plan, method, spectra, tails, options["seed_everything"]).save(path)
-        yield {"adapter.plan": str(path)}
-
-
-def edited(
-    plan: AdapterPlan, method: Method, spectra: Mapping[str, Sequence[float]], tails: Mapping[str, float], seed: int = 0
-) -> AdapterPlan:
-    """A plan with other modes or ranks.
-
-    The rest frozen, one module alone fully trained and LoRA on the rest, the 10% with the largest tails fully trained, or the
-    parameters of LoRA spent unevenly.
-    """
-    if method.update is not None:
-        scored = tuple(replace(module, score=tails[module.name], mode="lora") for module in plan.candidates)
-        full = ModuleBudget(0.1).choose(scored, plan.lora)
-        return replace(plan, candidates=tuple(replace(m, mode="full") if m.name in full else m for m in scored))
-    if method.spread is not None:
-        shapes = {module.name: module.shape for module in plan.candidates}
-        ranks = ranks_of(method.spread, shapes, plan.lora.rank, spectra, seed)
-        return replace(plan, candidates=tuple(_with_rank(module, ranks[module.name]) for module in plan.candidates))
-
-    def mode(name: str, planned: Any) -> Any:
-        if method.only is not None:
-            return "full" if name == method.only else "lora"
-        return planned if planned == "full" else "frozen"
-
-    candidates = tuple(replace(module, mode=mode(module.name, module.mode)) for module in plan.candidates)
-    return replace(plan, candidates=candidates)
-
-
-def _with_rank(module: PlannedModule, rank: int) -> PlannedModule:
-    if rank == 0:
-        return replace(module, mode="frozen")
-    return replace(module, mode="full") if is_full(module.shape, rank) else replace(module, mode="lora", rank=rank)
+    save(record, path)
+    settings = f"lr={record.learning_rate:g} seed={record.seed}"
+    return f"{job.task_name} {job.method} {settings}: validation {record.validation:.3f}, test {record.accuracy:.3f}"
 
 
 def read_task(path: str) -> dict[str, Any]:

@@ -5,11 +5,9 @@ A record is one JSON object. Its name is the path of its file within the folder 
 """
 
 import argparse
-import gzip
-import io
 import json
+import lzma
 import os
-import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cached_property
@@ -18,7 +16,7 @@ from typing import Any
 
 RESULTS = Path("results/study")
 FOLDER = Path("runs/study/records")
-PACK = "records.jsonl.gz"  # in the folder of the results: a line for each record, {"name": ..., "record": ...}
+PACK = "records.jsonl.xz"  # in the folder of the results: a line for each record, {"name": ..., "record": ...}
 
 Content = dict[str, Any]
 
@@ -28,7 +26,7 @@ class Store:
 
     Args:
         folder: Of the files, where new ones are written.
-        pack: The table, which need not be there.
+        pack: The table, which need not be there; None is no table.
     """
 
     def __init__(self, folder: Path, pack: Path | None = None) -> None:
@@ -111,12 +109,9 @@ def read(path: Path) -> Content:
 def write_pack(records: Mapping[str, Content], path: Path) -> None:
     """Write a table, in the order of names: the same records are the same bytes."""
     lines = "".join(json.dumps({"name": name, "record": records[name]}) + "\n" for name in sorted(records)).encode()
-    if path.exists() and gzip.decompress(path.read_bytes()) == lines:
-        return  # another build of zlib could make other bytes of them
-    packed = io.BytesIO()
-    with gzip.GzipFile("", "wb", 9, packed, mtime=0) as file:
-        file.write(lines)
-    _replace(path, packed.getvalue())
+    if path.exists() and lzma.decompress(path.read_bytes()) == lines:
+        return  # another version of liblzma could make other bytes of them
+    _replace(path, lzma.compress(lines, preset=9 | lzma.PRESET_EXTREME))
 
 
 def read_pack(path: Path) -> dict[str, Content]:
@@ -127,13 +122,13 @@ def read_pack(path: Path) -> dict[str, Content]:
     """
     records: dict[str, Content] = {}
     try:
-        for line in gzip.decompress(path.read_bytes()).splitlines():
+        for line in lzma.decompress(path.read_bytes()).splitlines():
             entry = json.loads(line)
             name, content = entry["name"], entry["record"]
             if name in records or not isinstance(content, dict):
                 raise ValueError(f"{name} is " + ("there twice" if name in records else "no object"))
             records[name] = content
-    except (ValueError, TypeError, KeyError, OSError, EOFError, zlib.error) as error:
+    except (ValueError, TypeError, KeyError, lzma.LZMAError) as error:
         cause = f"line {len(records) + 1}, {type(error).__name__}: {error}"
         raise SystemExit(
             f"error: {path} is no table of records ({cause}); restore it, by git checkout {path} where git has it"

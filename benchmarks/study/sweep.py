@@ -4,17 +4,14 @@ Every method gets the same two seeds (or one, where runs take long: `--seeds 100
 neighbours a factor of 2 apart. While the best rate is at an edge of those tried, the next one beyond it is tried as well.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 from benchmarks.study.methods import METHODS
-from benchmarks.study.pool import add_options, make_runs, methods_of, tasks_of
-from benchmarks.study.ranks import rank_of
+from benchmarks.study.pool import make_runs, methods_of, options, tasks_of
 from benchmarks.study.records import TUNING_SEEDS, Job, of_method
 from benchmarks.study.runner import read_task
 from benchmarks.study.store import Store, store_of
-from benchmarks.study.tuning import first_rates, means, next_rates, outcome
+from benchmarks.study.tuning import first_rates, means, next_rates, outcome, rank_of
 
 
 def open_jobs(task: str, names: list[str], seeds: list[int], store: Store) -> list[Job]:
@@ -32,8 +29,7 @@ def open_jobs(task: str, names: list[str], seeds: list[int], store: Store) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_options(parser)
+    parser = options(__doc__)
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=list(TUNING_SEEDS), choices=TUNING_SEEDS, help="default: both of them"
     )
@@ -42,8 +38,7 @@ def main() -> None:
     # Those that others take their rank from come first.
     for stage in ([n for n in names if not METHODS[n].match_state], [n for n in names if METHODS[n].match_state]):
         while jobs := [job for task in tasks for job in open_jobs(task, stage, arguments.seeds, store)]:
-            if make_runs(jobs, store, arguments.workers):
-                sys.exit("error: some runs failed, so that tuning cannot go on; see the lines above")
+            make_runs(jobs, store, arguments.workers)
     for task in tasks:
         for method in (METHODS[name] for name in names if not METHODS[name].untrained):
             tuned = means(of_method(store, "sweep", Path(task).stem, method.name))

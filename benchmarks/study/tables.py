@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from benchmarks.study.comparison import RATIO_TUNED, WANTED_GAIN, WANTED_GAP, Comparison, Row, over_tasks
+from benchmarks.study.comparison import WANTED_GAIN, WANTED_GAP, Comparison, Row, over_tasks
 from benchmarks.study.estimates import Estimate, correlation
 from benchmarks.study.methods import METHODS
 
@@ -92,7 +92,7 @@ def choices(comparisons: Sequence[Comparison]) -> str:
 
 def differences(comparisons: Sequence[Comparison]) -> str:
     """The hybrid beside what it is compared with most, paired by seed, on each task and on average of them."""
-    others = ("lora", "lora_r8", "lora_r16", "lora_matched", "only_full", *CHANCE, "largest", "late", "fft")
+    others = ("lora", "lora_r8", "lora_matched", "only_full", *CHANCE, "largest", "fft")
     pairs = [("hybrid", other) for other in others]
     pairs += [("hybrid_tuned_ratio", other) for other in ("hybrid", "lora_matched", "random_tuned_ratio", "fft")]
     pairs += [("random_mlp", "random"), ("only_full", "lora"), ("fft", "lora")]
@@ -102,30 +102,6 @@ def differences(comparisons: Sequence[Comparison]) -> str:
         if each and all(each):
             rows.append((f"{ours} less {theirs}", *map(_text, (*each, over_tasks(comparisons, ours, theirs)))))
     return markdown(("points", *(comparison.task for comparison in comparisons), "mean of these"), rows)
-
-
-def ratios(comparisons: Sequence[Comparison]) -> str:
-    """The hybrid where the ratio of its two rates is fixed, is 1, or is tuned; each beside a random choice treated alike."""
-    hybrids, randoms = RATIO_TUNED.values()
-    variants = dict(zip(("0.3", "1", "the task's"), zip(hybrids, randoms, strict=True), strict=True)) | {
-        "tuned": tuple(RATIO_TUNED)
-    }
-    with_gap = [comparison for comparison in comparisons if comparison.has_gap]
-    rows = []
-    for ratio, (ours, chance) in variants.items():
-        for comparison in with_gap:
-            row, other = comparison.rows.get(ours), comparison.rows.get(chance)
-            if row is None or other is None:
-                continue
-            gain = comparison.relative_gain(ours)
-            over_chance = over_tasks([comparison], ours, chance)
-            over_best = "-" if gain is None else f"{gain:+.1%}"
-            cells = (row.accuracy.text(), _text(row.gap, digits=0), over_best, _text(over_chance))
-            rows.append((ratio, comparison.task, *cells))
-        if over_chance := over_tasks(with_gap, ours, chance):
-            rows.append((ratio, "mean of these", "-", "-", "-", _text(over_chance)))
-    header = ("ratio", "task", "accuracy %", "gap closed %", "over the best baseline", "over random, points")
-    return markdown(header, rows)
 
 
 def targets(comparisons: Sequence[Comparison]) -> str:

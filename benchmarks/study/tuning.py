@@ -1,5 +1,6 @@
 """Which learning rate a method gets: the best one on the validation problems of seeds that are used for nothing else."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -72,6 +73,21 @@ def best_rate(store: Store, task: str, method: Method) -> float:
             f"--method {method.name} first"
         )
     return _best(tuned)
+
+
+def rank_of(method: Method, store: Store, task: str) -> int | None:
+    """The rank that a method leaves open, at which LoRA alone trains as many parameters as the hybrid; None for all others.
+
+    Raises:
+        SystemExit: If the hybrid or LoRA has not been tuned yet, whose runs say how many parameters they train.
+    """
+    if not method.match_state:
+        return None
+    hybrid, lora = (of_method(store, "sweep", task, name) for name in ("hybrid", "lora"))
+    if not hybrid or not lora:
+        raise SystemExit(f"error: {method.name} needs the parameters of hybrid and lora; sweep these two on {task} first")
+    of_one = lora[0].trainable_parameters / lora[0].options["adapter.rank"]
+    return math.ceil(fmean(record.trainable_parameters for record in hybrid) / of_one)
 
 
 def runs_at_best_rate(store: Store, task: str, method: str) -> list[Record]:

@@ -4,7 +4,7 @@ A stand-in takes the place of each candidate's weight in the optimizer: a float3
 the weight has at the start policy. After N steps it holds the sum of what the optimizer would have moved. So weights, and
 whatever else the run has, stay as they are, to the bit.
 
-Why not take the steps: in trials of the project's study (results/study/trials.md) the tails of 8 such steps of Adam had a rank
+Why not take the steps: in trials of the project's study (results/study/README.md) the tails of 8 such steps of Adam had a rank
 correlation of 0.88 to 0.96 with those of W_32 - W_0 of full fine-tuning (0.61 to 0.91 among MLPs alone). LoRA of rank 16, the
 other way to little memory, had 0.83 to 0.89 (0.45 to 0.69).
 

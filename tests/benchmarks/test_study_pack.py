@@ -1,7 +1,7 @@
 """Records of the study, packed into one table."""
 
-import gzip
 import json
+import lzma
 import sys
 from pathlib import Path
 
@@ -13,11 +13,10 @@ from study_records import keep, record, results_with_a_gap
 
 from benchmarks.study import analyse, pack, pool
 from benchmarks.study.records import of_method
-from benchmarks.study.store import PACK, RESULTS, Store, read, read_pack, write, write_pack
+from benchmarks.study.store import PACK, RESULTS, Store, read, read_pack, same, write, write_pack
 
 RUN = "run/sums/lora/lr=0.01-seed=0.json"
-SCORES = "scores/sums/Probe/seed=0.json"
-COST = "cost/sums.json"
+MEMORY = "memory/sums/lora.json"
 ODD = {
     "none": None,
     "floats": [0.1 + 0.2, 1e-320, -0.0, 1.0, 1, True, float("inf"), 2**60],
@@ -48,18 +47,15 @@ def error(run, *options):
     return stopped.value.code
 
 
-def test_what_is_packed_comes_back_to_the_byte(command, tmp_path):
+def test_what_is_packed_comes_back_to_the_digit(command, tmp_path):
     loose = tmp_path / "loose"
-    keep(loose, *(record(name, seed=seed) for name in ("lora", "only:a.b") for seed in (0, 10, 9)))
-    older = json.loads((loose / RUN).read_text())
-    del older["diverged"], older["seconds"]  # fields that came later
-    write({**older, "job": {**older["job"], "rank": None}, "options": ODD}, loose / RUN)
-    write({"scores": {"a.b": 0.1}, **ODD}, loose / SCORES)
-    write({"rounds": ODD}, loose / COST)
+    keep(loose, *(record(name, seed=seed) for name in ("lora", "fft") for seed in (0, 10, 9)))
+    write({**json.loads((loose / RUN).read_text()), "options": ODD}, loose / RUN)
+    write({"bytes": 1, **ODD}, loose / MEMORY)
     command()
-    command("--unpack", "again")
-    assert files(tmp_path / "again") == files(loose) and len(files(loose)) == 8
-    assert list(read_pack(tmp_path / "kept" / PACK)) == sorted(files(loose))
+    packed = read_pack(tmp_path / "kept" / PACK)
+    assert list(packed) == sorted(files(loose)) and len(packed) == 7
+    assert all(same(content, read(loose / name)) for name, content in packed.items())
 
 
 def test_the_same_records_are_the_same_bytes_in_whatever_order_they_came(command, tmp_path):
@@ -77,7 +73,7 @@ def test_the_same_records_are_the_same_bytes_in_whatever_order_they_came(command
     write_pack(dict(reversed(packed.items())), tmp_path / "other")
     assert (tmp_path / "other").read_bytes() == at_once
     # Compressed by another library, it stays as it is.
-    table.write_bytes(gzip.compress(gzip.decompress(at_once), 1))
+    table.write_bytes(lzma.compress(lzma.decompress(at_once), preset=0))
     command()
     assert table.read_bytes() != at_once and read_pack(table) == packed
 
@@ -88,7 +84,7 @@ def test_packed_records_stay_when_their_files_are_gone(command, tmp_path, capsys
     (tmp_path / "loose" / RUN).unlink()
     keep(tmp_path / "loose", record(seed=1))
     command()
-    assert "2 records in kept/records.jsonl.gz: 1 added, 0 replaced, 0 taken out" in capsys.readouterr().out
+    assert "2 records in kept/records.jsonl.xz: 1 added, 0 replaced, 0 taken out" in capsys.readouterr().out
     store = Store(tmp_path / "loose", tmp_path / "kept" / PACK)
     assert [found.seed for found in of_method(store, "run", "sums", "lora")] == [0, 1]
 
@@ -97,15 +93,12 @@ def test_another_record_of_the_same_name_is_refused_until_one_is_given_up(comman
     keep(tmp_path / "loose", record(seed=0, accuracy=0.5), record(seed=1))
     command()
     before = (tmp_path / "kept" / PACK).read_bytes()
-    assert "delete it first" in error(command, "--drop", RUN)
     keep(tmp_path / "loose", record(seed=0, accuracy=0.6), record(seed=2))
     said = error(command)
     assert f"error: loose/{RUN} differs from the packed record" in said and f"--drop {RUN}" in said
     assert (tmp_path / "kept" / PACK).read_bytes() == before
     with pytest.raises(SystemExit, match="differs from the packed record"):
         of_method(Store(tmp_path / "loose", tmp_path / "kept" / PACK), "run", "sums", "lora")
-    keep(tmp_path / "elsewhere", record(seed=0, accuracy=0.7))
-    assert "give another folder" in error(command, "--unpack", "elsewhere")
     command("--drop", RUN)
     store = Store(tmp_path / "loose", tmp_path / "kept" / PACK)
     assert [found.accuracy for found in of_method(store, "run", "sums", "lora")] == [0.6, 0.5, 0.5]
@@ -129,8 +122,7 @@ def test_a_record_differs_in_a_type_or_a_missing_field_too(command, tmp_path, va
         (RUN, "[]", "an object was expected, not list"),
         (RUN, "{}", "missing 9 required positional arguments"),
         (RUN.replace("seed=0", "seed=1"), None, f"its run belongs to {RUN}"),
-        (SCORES, '{"scores": {}}', "it lacks 'scores'"),
-        (COST, '{"scores": {}}', "it lacks 'rounds'"),
+        (MEMORY, '{"job": {}}', "it lacks 'bytes'"),
     ],
 )
 def test_what_is_no_record_is_named_with_the_remedy(command, tmp_path, name, text, words):
@@ -144,7 +136,7 @@ def test_what_is_no_record_is_named_with_the_remedy(command, tmp_path, name, tex
 
 
 @pytest.mark.parametrize(
-    "change", [lambda table: table[:-20], lambda table: b"text", lambda table: gzip.compress(b'{"name": 1}\n')]
+    "change", [lambda table: table[:-20], lambda table: b"text", lambda table: lzma.compress(b'{"name": 1}\n')]
 )
 def test_a_damaged_table_says_how_it_comes_back(command, tmp_path, change):
     keep(tmp_path / "loose", record())
@@ -152,7 +144,7 @@ def test_a_damaged_table_says_how_it_comes_back(command, tmp_path, change):
     table = tmp_path / "kept" / PACK
     table.write_bytes(change(table.read_bytes()))
     said = error(command)
-    assert said.startswith("error: kept/records.jsonl.gz is no table of records (line 1, ") and "git checkout kept" in said
+    assert said.startswith("error: kept/records.jsonl.xz is no table of records (line 1, ") and "git checkout kept" in said
 
 
 def test_a_packed_run_is_made_already(command, tmp_path, capsys):
@@ -161,43 +153,34 @@ def test_a_packed_run_is_made_already(command, tmp_path, capsys):
     command()
     (tmp_path / "loose" / RUN).unlink()
     keep(tmp_path / "loose", record(seed=1), record(seed=2))
-    assert pool.make_runs(jobs, Store(tmp_path / "loose", tmp_path / "kept" / PACK), workers=1) == 0
+    pool.make_runs(jobs, Store(tmp_path / "loose", tmp_path / "kept" / PACK), workers=1)
     assert "3 wanted, 3 of them made already" in capsys.readouterr().out
 
 
-def test_pages_are_the_same_from_files_from_the_table_and_from_both(command, tmp_path):
-    loose, kept = tmp_path / "loose", tmp_path / "kept"
+def test_tables_are_the_same_from_files_from_the_table_and_from_both(command, tmp_path, capsys):
+    loose = tmp_path / "loose"
     results_with_a_gap(loose)
-    for n in range(4):
-        keep(loose, *(record(f"only:model.layers.{n}", seed=s, accuracy=0.3 + 0.1 * ((n * 3 + s) % 5)) for s in range(2)))
-    for seed in range(2):
-        scores = {f"model.layers.{n}": (n * 7 + seed) % 5 + 0.5 for n in range(4)}
-        for name in ("PreconditionedTail", "Probe"):
-            write({"scores": scores}, loose / f"scores/sums/{name}/seed={seed}.json")
-    measured = dict.fromkeys(
-        ("seconds_per_step", "scoring_seconds", "peak_bytes", "trainable_parameters", "optimizer_bytes", "checkpoint_bytes"), 1.5
-    )
-    write({"rounds": {"lora": [measured]}}, loose / COST)
+    keep(loose, *(record(name, purpose="frontier", seed=s) for name in ("lora_r4", "fft") for s in range(2)))
 
-    def pages():
+    def made():
+        capsys.readouterr()
         command(stage=analyse)
-        return {name: content for name, content in files(kept).items() if name != PACK}
+        return capsys.readouterr().out
 
-    from_files = pages()
-    assert {*from_files} == {"tables.md", "accuracy.png", "curves.png", "sizes.png"}
-    assert all(f"## {title}" in from_files["tables.md"].decode() for title in ("sums", "Scores on sums", "Cost", "Targets"))
+    from_files = made()
+    assert all(f"## {title}" in from_files for title in ("sums", "the frontier of sums", "Targets"))
     command()
-    assert pages() == from_files, "of records that are there twice"
+    assert made() == from_files, "of records that are there twice"
     for number, path in enumerate(sorted(loose.rglob("*.json"))):
         if number % 2:
             path.unlink()
-    assert pages() == from_files, "of which some are packed alone"
+    assert made() == from_files, "of which some are packed alone"
     loose.rename(tmp_path / "gone")
-    assert pages() == from_files, "which are all packed"
+    assert made() == from_files, "which are all packed"
 
 
 def test_the_projects_own_table_has_what_its_stages_write():
     path = Path(__file__).parents[2] / RESULTS / PACK
     records = read_pack(path)
-    assert len(records) >= 2730 and list(records) == sorted(records)
+    assert len(records) >= 7161 and list(records) == sorted(records)
     assert not {name: cause for name, content in records.items() if (cause := pack.fault(name, content))}

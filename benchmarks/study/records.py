@@ -45,7 +45,7 @@ class Record:
     model_digest: str  # of the start policy
     commit: str  # with a + if the working tree had other changes
     versions: dict[str, str]
-    curve: list[dict[str, float]]  # of the validation problems: step, seconds of training so far, avg@k, greedy
+    curve: list[dict[str, float]]  # of the validation problems: step, avg@k, greedy
     test: dict[str, float]  # avg@k and greedy on the test problems, at the end
     trainable_parameters: int
     diverged: bool = False  # a gradient was not finite: the run ended there, and all that was left of it counts as wrong

@@ -34,35 +34,24 @@ LOGS = Path("runs/study/logs")
 
 
 class Curve(Callback):
-    """Keeps the validations of a run, and when they were: seconds of training without validations."""
+    """Keeps the validations of a run."""
 
     trainer: Trainer
     module: Any
 
     def __init__(self) -> None:
         self.points: list[dict[str, float]] = []
-        self._since = 0.0
-        self._trained = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.trainer, self.module = trainer, pl_module
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since = time.perf_counter()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._trained += time.perf_counter() - self._since
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn in ("fit", "validate"):
-            values = accuracies(trainer, "val")
-            self.points.append({"step": trainer.global_step, "seconds": round(self._trained, 2), **values})
-        self._since = time.perf_counter()
+            self.points.append({"step": trainer.global_step, **accuracies(trainer, "val")})
 
     def fail(self) -> None:
         """Note that the run, which has diverged, would get nothing right at its end."""
-        self.points.append({"step": self.trainer.max_steps, "seconds": round(self._trained, 2), "avg": 0.0, "greedy": 0.0})
+        self.points.append({"step": self.trainer.max_steps, "avg": 0.0, "greedy": 0.0})
 
 
 def accuracies(trainer: Trainer, stage: str) -> dict[str, float]:
@@ -166,7 +155,7 @@ def _run(job: Job, path: Path) -> str:
         trainable_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad) if plan else 0,
         diverged=diverged,
         full_modules=list(plan.full_modules) if plan else [],
-        seconds={"run": round(trained, 2), "training": curve.points[-1]["seconds"], "scoring": round(scoring, 3)},
+        seconds={"run": round(trained, 2), "scoring": round(scoring, 3)},
         processor_seconds=round(time.process_time() - processor, 2),
     )
     save(record, path)

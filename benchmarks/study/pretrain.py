@@ -43,7 +43,7 @@ def make(name: str, seed: int, own_folder: bool) -> None:
             print(f"{sum(p.numel() for p in model.parameters()):,} parameters saved to {folder}", flush=True)
             return
         print(f"{folder} has not learned ({loss:.2f} nats a token): it is drawn anew", flush=True)
-    raise SystemExit(f"error: none of {ATTEMPTS} policies of {name}, seed {seed}, has learned")
+    raise SystemExit(f"error: none of {ATTEMPTS} policies of {name}, seed {seed}, has learned; give another seed")
 
 
 def _trained(recipe: PolicyRecipe, seed: int, progress: bool) -> PreTrainedModel:

@@ -34,7 +34,7 @@ def check_pattern(pattern: Mapping[str, int]) -> None:
     for key, rank in pattern.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ConfigError(
-                f"rank_pattern: {key}={rank!r} must be a whole number: a rank of at least 1, or 0 for modules without LoRA."
+                f"rank_pattern: {key}={rank!r} must be a whole number: a rank of at least 1, or 0 for modules without LoRA"
             )
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, make_plan
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ModuleScores, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, model_digest
 from hybrid_lightning.adapters.scorers import Random
 
 MICRO_BATCHES = torch.randint(3, 40, (6, 3, 10), generator=torch.Generator().manual_seed(7))
@@ -40,13 +40,11 @@ def plan_for() -> Callable[..., AdapterPlan]:
         candidates = find_candidates(model)
         order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).tolist()
         return make_plan(
-            model="tiny",
-            model_digest=model_digest(model),
-            candidates=candidates,
-            budget=budget or ModuleBudget(0.2),
-            lora=lora or LoraSettings(rank=4, alpha=8),
-            scores={name: 1.0 + place for name, place in zip(candidates, order, strict=True)},
-            scorer=Random(seed),
+            PlannedModel("tiny", model_digest(model)),
+            candidates,
+            budget or ModuleBudget(0.2),
+            lora or LoraSettings(rank=4, alpha=8),
+            ModuleScores({name: 1.0 + place for name, place in zip(candidates, order, strict=True)}, Random(seed)),
         )
 
     return build

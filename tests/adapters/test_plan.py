@@ -5,13 +5,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ParameterBudget, make_plan
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ModuleScores, ParameterBudget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule
 from hybrid_lightning.adapters.plan_display import plan_markdown, plan_table
 from hybrid_lightning.adapters.scorers import Random, TailEnergy
-from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.errors import ConfigError, PlanError
 
 
@@ -49,7 +49,7 @@ def test_parameter_budget_by_hand():
     total = 2560
     for parameters, chosen in [(1024, {"large"}), (1279, {"large"}), (1280, {"large", "small"})]:
         assert ParameterBudget(parameters / total).choose(modules, LoraSettings(rank=1)) == chosen
-    with pytest.raises(ConfigError, match=r"allows 1023 .*first module by score, large, has 1024: raise the share"):
+    with pytest.raises(ConfigError, match=r"allows 1023 .*first module by score, large, has 1024; raise the share"):
         ParameterBudget(1023.5 / total).choose(modules, LoraSettings(rank=1))
 
 
@@ -81,15 +81,9 @@ def test_a_budget_of_ones_own():
 def test_plan_against_one_from_full_gradients(make_model, losses):
     model = make_model("llama")
     candidates = find_candidates(model)
-    scores = score_modules(model, candidates, losses(model), TailEnergy(), 4)
+    scores = Scoring(model, candidates, losses(model), TailEnergy(), 4).run()
     plan = make_plan(
-        model="tiny",
-        model_digest="0",
-        candidates=candidates,
-        budget=ModuleBudget(0.2),
-        lora=LoraSettings(rank=4),
-        scores=scores,
-        scorer=TailEnergy(),
+        PlannedModel("tiny", "0"), candidates, ModuleBudget(0.2), LoraSettings(rank=4), ModuleScores(scores, TailEnergy())
     )
     model.double().requires_grad_(True)
     torch.stack(list(losses(model))).mean().backward()
@@ -99,16 +93,17 @@ def test_plan_against_one_from_full_gradients(make_model, losses):
 
 
 def test_a_plan_records_settings_left_at_their_defaults(make_model):
-    options = {"model": "tiny", "model_digest": "0", "candidates": find_candidates(make_model("llama"))}
-    plan = make_plan(budget=ModuleBudget(1), lora=LoraSettings(), scorer=Random(), calibration={"signal": "reward"}, **options)
+    base, candidates = PlannedModel("tiny", "0"), find_candidates(make_model("llama"))
+    scores = ModuleScores(scorer=Random(), calibration={"signal": "reward"})
+    plan = make_plan(base, candidates, ModuleBudget(1), LoraSettings(), scores)
     assert plan.scorer == {"class_path": "hybrid_lightning.adapters.Random", "init_args": {"seed": 0}}
     assert plan.budget["init_args"] == {"share": 1}
-    assert make_plan(budget=ModuleBudget(0), lora=LoraSettings(), **options).budget["init_args"] == {"share": 0}
+    assert make_plan(base, candidates, ModuleBudget(0), LoraSettings()).budget["init_args"] == {"share": 0}
     assert plan.candidates[0].score is None and plan.lora_modules == ()
     with pytest.raises(ConfigError, match="needs a score"):
-        make_plan(budget=ModuleBudget(), lora=LoraSettings(), **options)
+        make_plan(base, candidates, ModuleBudget(), LoraSettings())
     with pytest.raises(PlanError, match="infinite"):
-        make_plan(budget=ModuleBudget(1), lora=LoraSettings(), calibration={"reward": float("inf")}, **options)
+        make_plan(base, candidates, ModuleBudget(1), LoraSettings(), ModuleScores(calibration={"reward": float("inf")}))
 
 
 def test_counts(make_model, plan_for):
@@ -220,7 +215,7 @@ def broken(plan, **changes):
     [
         ({"model": "DELETE"}, 'lacks the field "model"'),
         ({"extra": 1}, 'unknown field "extra"'),
-        ({"format": 3}, "has format 3, this version reads 1 and 2"),
+        ({"format": 3}, "has format 3, and this version reads 1"),
         ({"seed": "0"}, '"seed" is "0", but must be int or null'),
         ({"seed": True}, '"seed" is true'),
         ({"lora": {"rank": 4}}, 'lora lacks the field "alpha"'),

@@ -9,14 +9,14 @@ from peft import get_peft_model
 from tiny_models import FAMILIES, build_model
 
 from hybrid_lightning.adapters.apply import apply_plan, trainable_state
-from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget, make_plan
+from hybrid_lightning.adapters.budgets import ModuleBudget, ModuleScores, ParameterBudget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lora_settings import ADAPTER, LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule
 from hybrid_lightning.adapters.plan_display import plan_markdown, plan_title
 from hybrid_lightning.adapters.rank_pattern import module_group, ranks_by_pattern
 from hybrid_lightning.adapters.scorers import TailEnergy
-from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 LORA = LoraSettings(rank=4, alpha=6)
@@ -75,12 +75,11 @@ def plan_with(model, ranks, budget=None, lora=LORA):
     candidates = find_candidates(model)
     scores = {name: float(place) for place, name in enumerate(candidates)}
     return make_plan(
-        model="tiny",
-        model_digest="0",
-        candidates=candidates,
-        budget=budget or ModuleBudget(0.2),
-        lora=lora,
-        scores=scores,
+        PlannedModel("tiny", "0"),
+        candidates,
+        budget or ModuleBudget(0.2),
+        lora,
+        ModuleScores(scores),
         ranks=ranks_by_pattern(candidates, ranks, lora.rank),
     )
 
@@ -96,16 +95,15 @@ def test_a_plan_holds_the_ranks_that_differ():
     assert plan.ranks == (1, 4)
     assert "LoRA of ranks 1 to 4" in plan_title(plan) and "| lora, rank 1 |" in plan_markdown(plan)
     again = AdapterPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
-    assert again == plan and again.digest == plan.digest and plan.to_dict()["format"] == 2
+    assert again == plan and again.digest == plan.digest and plan.to_dict()["format"] == 1
 
 
-def test_a_plan_without_them_is_what_it_always_was():
-    """Digests of plans are in checkpoints, so that they must not change with the format."""
+def test_the_digest_of_a_plan_does_not_change():
+    """Digests of plans are in checkpoints."""
     candidates = (PlannedModule("a.b", (4, 3), 12, 0.5, "full"), PlannedModule("a.c", (4, 3), 12, None, "lora"))
     plan = AdapterPlan("tiny", None, "0" * 64, candidates, LORA, {"class_path": "x", "init_args": {}})
     content = plan.to_dict()
     assert content["format"] == 1 and all("rank" not in module for module in content["candidates"])
-    # The digest as version 0.1.0 of 2026-11-27 (commit c850d52) made it.
     assert content["digest"] == "218b1cb95597713fd675d3945d26a4b4de9c7941309c0913390904084af3ecb1"
     assert AdapterPlan.from_dict(content) == plan
 
@@ -164,13 +162,13 @@ def test_a_module_is_scored_at_its_own_rank(batches, losses):
     model = build_model("llama")
     candidates = find_candidates(model)
     names = list(candidates)
-    found = {rank: score_modules(model, candidates, losses(model), TailEnergy(), rank) for rank in (1, 4)}
+    found = {rank: Scoring(model, candidates, losses(model), TailEnergy(), rank).run() for rank in (1, 4)}
     ranks = dict(zip(names, ([1, 4, 0] * len(names))[: len(names)], strict=True))
-    mixed = score_modules(model, candidates, losses(model), TailEnergy(), ranks)
+    mixed = Scoring(model, candidates, losses(model), TailEnergy(), ranks).run()
     for name, rank in ranks.items():
         assert mixed[name] == found[rank][name] if rank else mixed[name] > found[1][name]
     with pytest.raises(ConfigError, match="needs a LoRA rank of at least 1"):
-        score_modules(model, candidates, losses(model), TailEnergy(), dict.fromkeys(candidates, 0))
+        Scoring(model, candidates, losses(model), TailEnergy(), dict.fromkeys(candidates, 0)).run()
 
 
 def test_a_model_trains_alike_with_ranks_that_are_all_the_same():

@@ -11,7 +11,7 @@ from hybrid_lightning.adapters.scorers import (
     TailEnergy,
     WeightGradient,
 )
-from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
 
@@ -32,7 +32,7 @@ class Blocks(nn.Module):
 def test_an_unused_module_scores_zero_with_a_warning():
     model = Blocks()
     with pytest.warns(UserWarning, match=r"1 of 3 candidate modules got no gradient .*layers\.2"):
-        scores = score_modules(model, find_candidates(model), [model.loss()], GradientNorm(), 1)
+        scores = Scoring(model, find_candidates(model), [model.loss()], GradientNorm(), 1).run()
     assert scores["layers.2"] == 0 and min(scores["layers.0"], scores["layers.1"]) > 0
 
 
@@ -47,8 +47,8 @@ class Own(TailEnergy):
 @pytest.mark.parametrize(("value", "error"), [("high", ConfigError), (None, ConfigError), (float("nan"), CalibrationError)])
 def test_a_scorer_of_ones_own_gives_numbers(value, error):
     model = Blocks()
-    with pytest.raises(error, match=r"Own(\.score returned .* for layers\.0: return a number| gave layers\.0 the score nan)"):
-        score_modules(model, {"layers.0": model.layers[0]}, [model.loss()], Own(value), 1)
+    with pytest.raises(error, match=r"Own(\.score returned .* for layers\.0; return a number| gave layers\.0 the score nan)"):
+        Scoring(model, {"layers.0": model.layers[0]}, [model.loss()], Own(value), 1).run()
 
 
 def test_no_signal_is_an_error():
@@ -56,7 +56,7 @@ def test_no_signal_is_an_error():
     candidates = find_candidates(model)
 
     def score(losses, scorer=None):
-        return score_modules(model, candidates, losses, scorer or TailEnergy(), 1)
+        return Scoring(model, candidates, losses, scorer or TailEnergy(), 1).run()
 
     with pytest.raises(CalibrationError, match="zero in all 3 candidate modules"):
         score(0.0 * model.loss() for _ in range(2))
@@ -73,17 +73,17 @@ def test_no_signal_is_an_error():
     with pytest.raises(CalibrationError, match="only one loss"):
         score((model.loss() for _ in range(1)), SpectrumSNR())
     with pytest.raises(ConfigError, match="rank=0"):
-        score_modules(model, candidates, [], TailEnergy(), 0)
+        Scoring(model, candidates, [], TailEnergy(), 0).run()
 
 
 def test_a_quantized_model_is_refused():
     model = Blocks()
     model.layers[0].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ModelError, match=r"layers\.0 is torch\.uint8: score the model before"):
-        score_modules(model, find_candidates(model), [], TailEnergy(), 1)
+    with pytest.raises(ModelError, match=r"layers\.0 is torch\.uint8; score the model before"):
+        Scoring(model, find_candidates(model), [], TailEnergy(), 1).run()
 
 
 def test_sketches_refuse_scorers_that_need_all_entries(make_model, losses):
     model = make_model("llama")
     with pytest.raises(ConfigError, match="score with ExactGradients"):
-        score_modules(model, find_candidates(model), losses(model), WeightGradient(), RANK, SketchedGradients(size=7))
+        Scoring(model, find_candidates(model), losses(model), WeightGradient(), RANK, SketchedGradients(size=7)).run()

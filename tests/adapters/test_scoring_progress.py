@@ -9,7 +9,8 @@ from hybrid_lightning.adapters import scoring_progress
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Probe, SpectrumSNR
-from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring import Scoring
+from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress, is_scoring
 from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.errors import CheckpointError
@@ -82,7 +83,7 @@ def scored(model, batches, scorer, mode, kept=None, at_loss=None):
             kept.signals.requested = signal.SIGTERM
 
     candidates = find_candidates(model)
-    return score_modules(model, candidates, losses, scorer, RANK, mode, evaluate_loss=losses.value, kept=kept, on_loss=on_loss)
+    return Scoring(model, candidates, losses, scorer, RANK, mode).run(ScoringProcess(kept, on_loss))
 
 
 @pytest.mark.parametrize("mode", [ExactGradients(), SketchedGradients(size=7)], ids=["exact", "sketched"])
@@ -111,17 +112,17 @@ def test_stopped_scoring_goes_on_to_the_same_scores(make_model, batches, tmp_pat
 def test_losses_that_cannot_be_cut_are_computed_again_up_to_the_stop(make_model, losses, tmp_path):
     model = make_model("llama")
     candidates, scorer = find_candidates(model), PreconditionedTail()
-    whole = score_modules(model, candidates, losses(model), scorer, RANK)
+    whole = Scoring(model, candidates, losses(model), scorer, RANK).run()
     kept = ScoringProgress(tmp_path / "a")
 
     def stop(seen):
         kept.signals.requested = signal.SIGTERM if seen == 3 else 0
 
     with pytest.raises(RunStopped):
-        score_modules(model, candidates, losses(model), scorer, RANK, kept=kept, on_loss=stop)
+        Scoring(model, candidates, losses(model), scorer, RANK).run(ScoringProcess(kept, stop))
     seen = []
     again = ScoringProgress(tmp_path / "b", tmp_path / "a")
-    assert score_modules(model, candidates, losses(model), scorer, RANK, kept=again, on_loss=seen.append) == whole
+    assert Scoring(model, candidates, losses(model), scorer, RANK).run(ScoringProcess(again, seen.append)) == whole
     assert seen[0] == 4
 
 
@@ -145,8 +146,18 @@ def test_what_another_setting_found_is_refused(tmp_path):
     ScoringProgress(tmp_path / "a").require({"adapter.rank": 8, "modules": ["q", "k"]})
     kept = ScoringProgress(tmp_path / "b", tmp_path / "a")
     kept.require({"adapter.rank": 8})
-    with pytest.raises(CheckpointError, match=r"was found with adapter\.rank=8, but it is 4 now: give the same, or start"):
+    with pytest.raises(CheckpointError, match=r"was found with adapter\.rank=8, but it is 4 now; give the same, or start"):
         kept.require({"adapter.rank": 4})
+
+
+def test_another_format_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "settings.json").write_text('{"adapter.rank": 8}')
+    with pytest.raises(
+        CheckpointError, match="a has format None, and this version reads 1; go on with the version that wrote it"
+    ):
+        ScoringProgress(tmp_path / "b", tmp_path / "a")
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("name", ["scores.json", "settings.json", "gradients.pt"])
@@ -182,10 +193,10 @@ def test_sums_are_kept_now_and_then_too(make_model, batches, tmp_path, monkeypat
     monkeypatch.setattr(scoring_progress, "_SHARE", float("inf"))
     model, kept = make_model("llama"), ScoringProgress(tmp_path / "a")
     with pytest.raises(ZeroDivisionError):
-        score_modules(model, find_candidates(model), FailsAt(model, batches, 3), PreconditionedTail(), RANK, kept=kept)
+        Scoring(model, find_candidates(model), FailsAt(model, batches, 3), PreconditionedTail(), RANK).run(ScoringProcess(kept))
     seen = []
     again = ScoringProgress(tmp_path / "b", tmp_path / "a")
     losses = StartLogprobs(model, batches)
     whole = scored(model, batches, PreconditionedTail(), ExactGradients())
-    found = score_modules(model, find_candidates(model), losses, PreconditionedTail(), RANK, kept=again, on_loss=seen.append)
+    found = Scoring(model, find_candidates(model), losses, PreconditionedTail(), RANK).run(ScoringProcess(again, seen.append))
     assert found == whole and seen[0] == 4

@@ -9,7 +9,8 @@ from torch import nn
 
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.scorers import Scorer, UpdateTail
-from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring import Scoring
+from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.adapters.updates import OptimizerSteps, turns_of, updates_in_turns
 from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
@@ -43,7 +44,7 @@ class Losses:
 
 def all_updates(model, losses, steps):
     found = {}
-    for turn in updates_in_turns(model, find_candidates(model), losses, steps, ScoringProgress()):
+    for turn in updates_in_turns(model, find_candidates(model), losses, steps, ScoringProcess()):
         found |= {name: update.matrix().clone() for name, update in turn.items()}
     return found
 
@@ -120,7 +121,7 @@ def test_no_two_turns_are_in_memory_together(make_model, batches):
 
     before = {thing.data_ptr() for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and thing.numel()}
     scorer = UpdateTail(tail_rank=1)
-    score_modules(model, candidates, Losses(model, batches), scorer, RANK, steps=steps_of(5000, make))
+    Scoring(model, candidates, Losses(model, batches), scorer, RANK, steps=steps_of(5000, make)).run()
     assert turns == [0] * len(turns_of(candidates, 5000)), "matrices of turns before"
 
 
@@ -132,9 +133,9 @@ def test_nothing_is_changed_by_scoring(make_model, batches):
     first.requires_grad_(False)
     next(reversed(parameters.values())).grad = torch.ones_like(next(reversed(parameters.values())))
     before = copy.deepcopy(model.state_dict()), [(p.requires_grad, p.grad) for p in model.parameters()], torch.get_rng_state()
-    scores = score_modules(
+    scores = Scoring(
         model, find_candidates(model), Losses(model, batches), UpdateTail(tail_rank=1), RANK, steps=steps_of(5000)
-    )
+    ).run()
     assert len(set(scores.values())) == len(scores) and min(scores.values()) > 0
     assert all(torch.equal(value, before[0][name]) for name, value in model.state_dict().items())
     assert model.training and torch.equal(torch.get_rng_state(), before[2])
@@ -148,7 +149,7 @@ def test_the_score_is_the_tail_of_the_update(make_model, batches):
     updates = all_updates(model, Losses(model, batches), steps_of())
     for per_parameter in (False, True):
         scorer = UpdateTail(tail_rank=3, per_parameter=per_parameter)
-        scores = score_modules(model, candidates, Losses(model, batches), scorer, RANK, steps=steps_of(20_000))
+        scores = Scoring(model, candidates, Losses(model, batches), scorer, RANK, steps=steps_of(20_000)).run()
         for name, update in updates.items():
             tail = float(torch.linalg.svdvals(update.double())[3:].square().sum())
             assert scores[name] == pytest.approx(tail / (update.numel() if per_parameter else 1), rel=1e-6)
@@ -163,7 +164,7 @@ def test_a_scorer_may_need_gradients_as_well(make_model, batches):
             return float((statistics.gradient.matrix() * statistics.update.matrix()).sum())
 
     model = make_model("llama")
-    scores = score_modules(model, find_candidates(model), Losses(model, batches), Both(), RANK, steps=steps_of(20_000))
+    scores = Scoring(model, find_candidates(model), Losses(model, batches), Both(), RANK, steps=steps_of(20_000)).run()
     assert max(scores.values()) < 0, "steps go against the gradient"
 
 
@@ -171,7 +172,7 @@ def test_stopped_scoring_goes_on_with_the_turns_that_are_left(make_model, batche
     model = make_model("llama")
     candidates = find_candidates(model)
     scorer, steps = UpdateTail(tail_rank=1), steps_of(5000)
-    whole = score_modules(model, candidates, Losses(model, batches), scorer, RANK, steps=steps)
+    whole = Scoring(model, candidates, Losses(model, batches), scorer, RANK, steps=steps).run()
 
     def stop(seen):
         if seen == 2 * len(batches) + 3:
@@ -179,11 +180,11 @@ def test_stopped_scoring_goes_on_with_the_turns_that_are_left(make_model, batche
 
     with pytest.raises(RunStopped):
         kept = ScoringProgress(tmp_path / "scoring")
-        score_modules(model, candidates, Losses(model, batches), scorer, RANK, kept=kept, on_loss=stop, steps=steps)
+        Scoring(model, candidates, Losses(model, batches), scorer, RANK, steps=steps).run(ScoringProcess(kept, stop))
     again = ScoringProgress(tmp_path / "again", tmp_path / "scoring")
     assert 0 < len(again.scores) < len(candidates)
     losses = Losses(model, batches)
-    assert score_modules(model, candidates, losses, scorer, RANK, kept=again, steps=steps) == whole
+    assert Scoring(model, candidates, losses, scorer, RANK, steps=steps).run(ScoringProcess(again)) == whole
     assert losses.passes < len(turns_of(candidates, 5000))
 
 
@@ -198,7 +199,7 @@ def test_a_module_that_no_loss_uses_scores_nothing():
 
     model = Two()
     candidates = {f"layers.{n}": layer for n, layer in enumerate(model.layers)}
-    found = score_modules(model, candidates, [model.loss()], UpdateTail(1, 0), 1, steps=steps_of())
+    found = Scoring(model, candidates, [model.loss()], UpdateTail(1, 0), 1, steps=steps_of()).run()
     assert found["layers.0"] > 0 == found["layers.1"]
     losses = iter([model.loss(), model.loss()])  # a turn each, in which the second module's loss needs no gradient
 
@@ -206,7 +207,7 @@ def test_a_module_that_no_loss_uses_scores_nothing():
         def __iter__(self):
             yield next(losses)
 
-    assert score_modules(model, candidates, Each(), UpdateTail(1, 0), 1, steps=steps_of(1)) == pytest.approx(found)
+    assert Scoring(model, candidates, Each(), UpdateTail(1, 0), 1, steps=steps_of(1)).run() == pytest.approx(found)
 
 
 @pytest.mark.parametrize("arguments", [{"steps": 0}, {"tail_rank": -1}])
@@ -220,16 +221,16 @@ def test_what_cannot_be_scored_says_why(make_model, batches):
     model = make_model("llama")
     candidates = find_candidates(model)
     with pytest.raises(ConfigError, match="UpdateTail needs steps, the optimizer"):
-        score_modules(model, candidates, Losses(model, batches), UpdateTail(), RANK)
+        Scoring(model, candidates, Losses(model, batches), UpdateTail(), RANK).run()
     still = steps_of(make=lambda stand_ins: torch.optim.SGD(stand_ins, lr=0.0))
     with pytest.raises(CalibrationError, match=r"would move none of 14 candidate modules.*positive model\.lr_full"):
-        score_modules(model, candidates, Losses(model, batches), UpdateTail(tail_rank=0), RANK, steps=still)
+        Scoring(model, candidates, Losses(model, batches), UpdateTail(tail_rank=0), RANK, steps=still).run()
     wild = steps_of(make=lambda stand_ins: torch.optim.SGD(stand_ins, lr=float("inf")))
     with pytest.raises(CalibrationError, match=r"the update of model\.layers\.0.* is not finite"):
-        score_modules(model, candidates, Losses(model, batches), UpdateTail(), RANK, steps=wild)
+        Scoring(model, candidates, Losses(model, batches), UpdateTail(), RANK, steps=wild).run()
     once = iter(Losses(model, batches))
     with pytest.raises(CalibrationError, match="can be iterated over only once"):
-        score_modules(model, candidates, once, UpdateTail(tail_rank=0), RANK, steps=steps_of(5000))
+        Scoring(model, candidates, once, UpdateTail(tail_rank=0), RANK, steps=steps_of(5000)).run()
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match="score the model before it is quantized"):
-        list(updates_in_turns(model, candidates, Losses(model, batches), steps_of(), ScoringProgress()))
+        list(updates_in_turns(model, candidates, Losses(model, batches), steps_of(), ScoringProcess()))

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from hybrid_lightning.adapters.scores import map_on_workers
+from hybrid_lightning.adapters.spectra import map_on_workers
 
 
 @pytest.fixture(autouse=True)

@@ -205,9 +205,7 @@ def test_a_pattern_that_cannot_be_is_refused_before_weights_are_loaded(model, op
 
 @pytest.mark.parametrize(("asked", "used"), [(None, 4), (3, 3), (1000, 24)])
 def test_as_many_prompts_as_one_rollout_has_are_scored_unless_a_number_is_given(model, sums, tmp_path, asked, used):
-    adapter = build_adapter() if asked else HybridAdapterSetup(budget=ModuleBudget(0.2), rank=2)
-    if asked:
-        adapter.calibration_prompts = asked
+    adapter = HybridAdapterSetup(budget=ModuleBudget(0.2), rank=2, calibration_prompts=asked)
     build_trainer(tmp_path, adapter, max_steps=0).fit(policy := build_policy(model), datamodule=build_data(sums))
     assert (policy.plan.calibration["prompts"], policy.plan.calibration["sequences"]) == (used, 4 * used)
 

@@ -200,7 +200,7 @@ def test_a_plan_from_answers_says_so(model, sums, tmp_path, capsys):
     trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
     trainer.fit(policy, datamodule=build_data(sums))
     assert policy.plan.calibration == {"signal": "answers", "sequences": 4, "useful_sequences": 4, "prompts": 4}
-    assert "All calibration rewards tie" in capsys.readouterr().out
+    assert "All calibration rewards of each prompt are equal" in capsys.readouterr().out
 
 
 class OtherData(LightningDataModule):

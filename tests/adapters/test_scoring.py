@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.gradients import collect_gradients
 from hybrid_lightning.adapters.scorers import (
     GradientNorm,
     PreconditionedTail,
@@ -18,9 +17,9 @@ from hybrid_lightning.adapters.scorers import (
     TailFraction,
     WeightGradient,
 )
-from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.adapters.sketch import SketchedGradients
-from hybrid_lightning.errors import CalibrationError, ConfigError
+from hybrid_lightning.errors import CalibrationError
 
 RANK = 2
 
@@ -62,7 +61,7 @@ def test_scores_against_full_gradients(make_model, losses, family):
         SpectrumSNR: {n: max(tail(g) - tail(noise[n]), 0) / (tail(g) + tail(noise[n])) for n, g in gradients.items()},
     }
     for scorer, values in expected.items():
-        scores = score_modules(model, find_candidates(model), losses(model), scorer(), RANK)
+        scores = Scoring(model, find_candidates(model), losses(model), scorer(), RANK).run()
         assert list(scores) == list(values)
         assert scores == {name: pytest.approx(value, rel=2e-3, abs=1e-6) for name, value in values.items()}, scorer
 
@@ -71,9 +70,9 @@ def test_scores_against_full_gradients(make_model, losses, family):
 def test_it_does_not_matter_how_rollouts_are_cut_into_losses(make_model, losses, scorer):
     model = make_model("llama")
     candidates = find_candidates(model)
-    each = score_modules(model, candidates, losses(model), scorer(), RANK)
+    each = Scoring(model, candidates, losses(model), scorer(), RANK).run()
     one = (sum(losses(model)) / 6 for _ in range(1))  # computed when it is asked for, as all of them are
-    together = score_modules(model, candidates, one, scorer(), RANK)
+    together = Scoring(model, candidates, one, scorer(), RANK).run()
     assert each == {name: pytest.approx(score, rel=1e-3) for name, score in together.items()}
 
 
@@ -81,8 +80,8 @@ def test_sketch_and_exact_rank_alike(make_model, losses):
     """Sketches of 12 directions, where rank 2 and 32 x 48 weights leave a real tail."""
     model = make_model("llama")
     candidates = find_candidates(model)
-    exact = score_modules(model, candidates, losses(model), TailEnergy(), RANK)
-    sketched = score_modules(model, candidates, losses(model), TailEnergy(), RANK, SketchedGradients(size=7))
+    exact = Scoring(model, candidates, losses(model), TailEnergy(), RANK).run()
+    sketched = Scoring(model, candidates, losses(model), TailEnergy(), RANK, SketchedGradients(size=7)).run()
     best = sorted(exact, key=exact.__getitem__)[-3:]
     assert sorted(sketched, key=sketched.__getitem__)[-3:] == best
     ranks = [torch.tensor(list(scores.values())).argsort().argsort().double() for scores in (exact, sketched)]
@@ -93,8 +92,8 @@ def test_sketch_and_exact_rank_alike(make_model, losses):
 def test_signal_to_noise_from_sketches(make_model, losses):
     model = make_model("llama")
     candidates = find_candidates(model)
-    exact = score_modules(model, candidates, losses(model), SpectrumSNR(), RANK)
-    sketched = score_modules(model, candidates, losses(model), SpectrumSNR(), RANK, SketchedGradients(size=7))
+    exact = Scoring(model, candidates, losses(model), SpectrumSNR(), RANK).run()
+    sketched = Scoring(model, candidates, losses(model), SpectrumSNR(), RANK, SketchedGradients(size=7)).run()
     assert sketched == {name: pytest.approx(score, abs=0.25) for name, score in exact.items()}
 
 
@@ -102,18 +101,19 @@ def test_probe_predicts_and_leaves_no_trace(make_model, losses):
     model = make_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
-    def evaluate_loss() -> float:
-        return sum(float(loss) for loss in losses(model)) / 6
+    class Losses:
+        def __iter__(self):
+            return losses(model)
 
     candidates = find_candidates(model, ["o_proj", "k_proj"])
-    measured = score_modules(model, candidates, losses(model), Probe(1e-3), RANK, evaluate_loss=evaluate_loss)
+    measured = Scoring(model, candidates, Losses(), Probe(1e-3), RANK).run()
     gradients = mean(full_gradients(model, losses))
     for name, score in measured.items():
         length = 1e-3 * float(model.get_submodule(name).weight.norm() / gradients[name].norm())
         assert score == pytest.approx(length * tail(gradients[name]), rel=0.2, abs=1e-6)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with pytest.raises(ConfigError, match="Probe needs evaluate_loss"):
-        score_modules(model, candidates, losses(model), Probe(), RANK)
+    with pytest.raises(CalibrationError, match="iterated over only once, but this scorer measures them"):
+        Scoring(model, candidates, losses(model), Probe(), RANK).run()
 
 
 def test_the_model_is_as_before(make_model, losses):
@@ -131,10 +131,10 @@ def test_the_model_is_as_before(make_model, losses):
 
     for stream, error in ((losses(model), None), (failing(), KeyError)):
         if error is None:
-            score_modules(model, find_candidates(model), stream, TailEnergy(), RANK)
+            Scoring(model, find_candidates(model), stream, TailEnergy(), RANK).run()
         else:
             with pytest.raises(error):
-                score_modules(model, find_candidates(model), stream, TailEnergy(), RANK)
+                Scoring(model, find_candidates(model), stream, TailEnergy(), RANK).run()
         assert flags == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         assert modes == [module.training for module in model.modules()]
         assert model.lm_head.weight.grad is kept
@@ -147,8 +147,8 @@ def test_gradients_are_never_in_memory_together(make_model, batches):
     model = make_model("llama")
     candidates = find_candidates(model)
     alive = []
-    ranks = dict.fromkeys(candidates, RANK)
-    collected = collect_gradients(model, candidates, _watched(model, batches, alive), SketchedGradients(size=7), ranks)
+    losses = _watched(model, batches, alive)
+    collected = Scoring(model, candidates, losses, TailEnergy(), RANK, SketchedGradients(size=7)).collect_gradients()
     assert len(collected) == len(candidates) and len(alive) == len(candidates) and max(alive) <= 1
 
 
@@ -179,31 +179,31 @@ def test_autocast_around_the_losses_does_not_reach_the_sums(make_model, batches)
                 loss = model(tokens, labels=tokens).loss
             yield loss
 
-    ranks = dict.fromkeys(candidates, RANK)
-    sums = [
-        [t for a in collect_gradients(model, candidates, losses(), SketchedGradients(7), ranks).values() for t in a.tensors()]
-        for losses in (inside, outside)
+    sketches = SketchedGradients(size=7)
+    collected = [
+        Scoring(model, candidates, losses(), TailEnergy(), RANK, sketches).collect_gradients() for losses in (inside, outside)
     ]
+    sums = [[tensor for of_module in found.values() for tensor in of_module.tensors()] for found in collected]
     assert all(torch.equal(first, second) for first, second in zip(*sums, strict=True))
 
 
 def test_gradient_checkpointing_gives_the_same_scores(make_model, losses):
     model = make_model("llama")
-    plain = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    plain = Scoring(model, find_candidates(model), losses(model), TailEnergy(), RANK).run()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    saved = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    saved = Scoring(model, find_candidates(model), losses(model), TailEnergy(), RANK).run()
     assert saved == {name: pytest.approx(score, rel=1e-4) for name, score in plain.items()}
 
 
 def test_gradient_checkpointing_does_not_wake_the_models_own_dropout(make_model, losses):
     """GPT-2's config has dropout 0.1 everywhere; only the blocks that recompute may be in train mode."""
     model = make_model("gpt2")
-    plain = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    plain = Scoring(model, find_candidates(model), losses(model), TailEnergy(), RANK).run()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     calls = []
     handle = model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     modes = [module.training for module in model.modules()]
-    saved = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    saved = Scoring(model, find_candidates(model), losses(model), TailEnergy(), RANK).run()
     handle.remove()
     assert saved == {name: pytest.approx(score, rel=1e-4) for name, score in plain.items()}
     assert len(calls) == 2 * 6  # each of the six losses recomputed the block
@@ -225,7 +225,7 @@ def test_only_concurrent_scorers_leave_the_thread(make_model, losses):
     model = make_model("llama")
     scores = {}
     for scorer in (Thread(True), Thread(False)):
-        scores[scorer.concurrent] = score_modules(model, find_candidates(model), losses(model), scorer, RANK)
+        scores[scorer.concurrent] = Scoring(model, find_candidates(model), losses(model), scorer, RANK).run()
         own = [thread == threading.get_ident() for thread in scorer.seen]
         assert len(own) == 14 and set(own) == {not scorer.concurrent}
     assert list(scores[True]) == list(scores[False]) == list(find_candidates(model))
@@ -234,16 +234,16 @@ def test_only_concurrent_scorers_leave_the_thread(make_model, losses):
 
 def test_scores_under_no_grad_and_in_bfloat16(make_model, losses):
     model = make_model("llama")
-    exact = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    exact = Scoring(model, find_candidates(model), losses(model), TailEnergy(), RANK).run()
     half = make_model("llama").bfloat16()
     with torch.no_grad():
-        scores = score_modules(half, find_candidates(half), losses(half), TailEnergy(), RANK)
+        scores = Scoring(half, find_candidates(half), losses(half), TailEnergy(), RANK).run()
     assert set(sorted(scores, key=scores.get)[-3:]) == set(sorted(exact, key=exact.get)[-3:])
 
 
 def test_random_needs_no_calibration(make_model):
     model = make_model("llama")
-    scores = score_modules(model, find_candidates(model), iter(lambda: pytest.fail("no loss is needed"), 0), Random(), 1)
+    scores = Scoring(model, find_candidates(model), iter(lambda: pytest.fail("no loss is needed"), 0), Random(), 1).run()
     assert len(set(scores.values())) == 14
 
 
@@ -264,8 +264,8 @@ class NotANumber(Scorer):
 
 def test_a_scorer_of_ones_own(make_model, losses):
     model = make_model("llama")
-    scores = score_modules(model, find_candidates(model), losses(model), LargestRow(power=1.0), RANK)
+    scores = Scoring(model, find_candidates(model), losses(model), LargestRow(power=1.0), RANK).run()
     gradients = mean(full_gradients(model, losses))
     assert scores == {name: pytest.approx(float(g.abs().sum(1).max()), rel=1e-3) for name, g in gradients.items()}
     with pytest.raises(CalibrationError, match=r"NotANumber gave .* the score nan"):
-        score_modules(model, find_candidates(model), losses(model), NotANumber(), RANK)
+        Scoring(model, find_candidates(model), losses(model), NotANumber(), RANK).run()

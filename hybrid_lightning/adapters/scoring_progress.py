@@ -56,8 +56,8 @@ class ScoringProgress:
         self._settings: dict[str, Any] = self._read_json(SETTINGS) or {"format": FORMAT}
         if self._settings.get("format") != FORMAT:
             raise CheckpointError(
-                f"{earlier} has format {self._settings.get('format')}, and this version reads {FORMAT}; go on with the version that "
-                "wrote it, or start a new run without ckpt_path"
+                f"{earlier} has format {self._settings.get('format')}, and this version reads {FORMAT}; go on with the version "
+                "that wrote it, or start a new run without ckpt_path"
             )
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

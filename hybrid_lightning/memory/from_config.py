@@ -87,22 +87,7 @@ def policy_arguments(policy: type, *given: Any, **named: Any) -> SimpleNamespace
 
 def arguments_of(policy: PolicyModule) -> SimpleNamespace:
     """The same of a policy that is built, be its model loaded or not."""
-    schedule = policy.rollout_schedule
-    names = ("model", "revision", "chat_template", "chat_template_kwargs")
-    return SimpleNamespace(
-        **{name: policy.hparams.get(name) for name in names},
-        dtype=policy.dtype_name,
-        optimizer=policy.optimizer_class,
-        sampler=policy.sampler,
-        prompts_per_rollout=schedule.prompts_per_rollout,
-        samples_per_prompt=schedule.samples_per_prompt,
-        minibatches_per_rollout=schedule.minibatches_per_rollout,
-        eval_samples=policy.eval_samples,
-        max_tokens_per_micro_batch=policy.max_tokens_per_micro_batch,
-        gradient_checkpointing=policy.gradient_checkpointing,
-        quantization=policy.quantization,
-        loss=policy.loss,
-    )
+    return SimpleNamespace(**{**constructor_defaults(type(policy)), **policy._init_args})
 
 
 def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prompt_tokens: int | None = None) -> RunSettings:

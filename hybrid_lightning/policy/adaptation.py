@@ -21,7 +21,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW
 
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
-from hybrid_lightning.configurable import constructor_defaults, describe_arguments
+from hybrid_lightning.configurable import Configurable, constructor_defaults, describe_arguments
 from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
 from hybrid_lightning.options import FIXED, Option
@@ -49,7 +49,7 @@ CHECKPOINT_KEY = "hybrid_lightning"
 CHECKPOINT_FORMAT = 1  # of all that this project puts into a checkpoint; a checkpoint of another one is refused
 
 
-class AdaptedModule(LightningModule):
+class AdaptedModule(Configurable, LightningModule):
     """A LightningModule whose attribute named `adapter_attribute` holds a model that a plan can adapt.
 
     Args:

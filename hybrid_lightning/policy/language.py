@@ -153,7 +153,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
     @classmethod
     def unloaded(cls, *arguments: Any, **named: Any) -> Self:
         """Make the module with the arguments of the class and check them all, but leave the model's weights to `load`."""
-        module = cls.__new__(cls)
+        module = cls.__new__(cls, *arguments, **named)
         module._loads_later = True
         module.__init__(*arguments, **named)  # type: ignore[misc]
         return module

@@ -213,7 +213,7 @@ class ShardedScoring(ScoringProcess):
         if not isinstance(losses, _Dealable):
             raise ConfigError(
                 f"under FSDP2 ranks score with different losses, and calibration_losses returned {type(losses).__name__}, which "
-                "cannot be dealt to them: return a CalibrationLosses (hybrid_lightning.policy.calibration), or an object with "
+                "cannot be dealt to them; return a CalibrationLosses (hybrid_lightning.policy.calibration), or an object with "
                 "__len__, since, state_dict and load_state_dict, or use trainer.strategy=ddp"
             )
         return losses

@@ -26,7 +26,6 @@ from hybrid_lightning.callbacks.run_settings import (
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.options import ACCURACY, BEST, EPOCH, FIXED, MADE_BY, MEASURED, NOTHING, REFUSED, ROLLOUT, SIZES, Effects
-from hybrid_lightning.policy.examples import ExampleModule
 
 SETTINGS_KEY = "hybrid_lightning_settings"
 
@@ -119,8 +118,6 @@ class Resume:
             count = _give_up_rollout(checkpoint)
             if count:
                 _say(trainer, f"the rollout in progress is of before the change: its last {count} micro-batches are given up")
-        if isinstance(trainer.lightning_module, ExampleModule) and any(_is("model.loss", c.name) for c in self._new or []):
-            effects |= ACCURACY  # the held-out loss is measured with the new loss
         states = checkpoint.get("callbacks", {})
         if MEASURED in effects and "RunSummary" in states:
             states["RunSummary"].update(before={}, after={}, validated_step=-1)

@@ -20,7 +20,7 @@ from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
-from hybrid_lightning.options import SIZES, Option
+from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
 from hybrid_lightning.policy.calibration import (
     CalibrationLosses,
     ExampleCalibration,
@@ -57,7 +57,10 @@ class ExampleModule(LanguageModule):
     default_loss: type[ExampleLoss] = SupervisedLoss
     completions_wanted = "one: give data.format=DemonstrationFormat"  # by an example, for error messages
     shown_metrics: tuple[str, ...] = ("loss",)
-    OPTIONS: ClassVar[dict[str, Option]] = {"examples_per_step": Option(SIZES, scores=True)}
+    OPTIONS: ClassVar[dict[str, Option]] = {
+        "loss": Option(MADE_BY | ACCURACY, scores=True),  # with which the held-out loss is measured, too
+        "examples_per_step": Option(SIZES, scores=True),
+    }
 
     def __init__(
         self,

@@ -60,11 +60,6 @@ def test_every_module_stands_in_its_cell(count):
     assert bool(axes.texts) == (3 * count <= VALUES_UP_TO)
 
 
-def test_layers_are_ordered_by_number():
-    figure = draw_heatmap(plan_of([f"h.{layer}.fc" for layer in (10, 2, 0)]))
-    np.testing.assert_array_equal(mesh(figure).get_array(), [[3, 2, 1]])
-
-
 def test_wide_spans_are_logarithmic_and_zeros_are_drawn():
     wide = mesh(draw_heatmap(plan_of(layers(2), lambda index: 0.0 if index == 0 else 10.0**-index)))
     assert isinstance(wide.norm, LogNorm) and wide.norm.vmin == pytest.approx(1e-5)
@@ -73,25 +68,24 @@ def test_wide_spans_are_logarithmic_and_zeros_are_drawn():
     assert not isinstance(narrow.norm, LogNorm) and narrow.norm.vmin == -1
 
 
-def test_modules_outside_layers_and_second_stacks():
+def test_layers_are_ordered_and_second_stacks_and_modules_outside_stand_apart():
     names = ["encoder.layers.0.fc", "decoder.layers.0.fc", "project"]
     figure = draw_heatmap(plan_of(names))
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["encoder.layers: fc", "decoder.layers: fc", "project"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "other"]
+    figure = draw_heatmap(plan_of([f"h.{layer}.fc" for layer in (10, 2, 0)]))
+    np.testing.assert_array_equal(mesh(figure).get_array(), [[3, 2, 1]])
 
 
-@pytest.mark.parametrize("score", [lambda _: None, lambda _: 1.0, lambda index: None if index else 2.0])
-def test_without_or_with_equal_scores(score):
-    picture = io.BytesIO()
-    draw_heatmap(plan_of(layers(2), score)).savefig(picture, format="png")
-    assert picture.getvalue().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("count", [4, 72])
-def test_the_picture_is_legible_and_leaves_no_global_state(count):
+@pytest.mark.parametrize(
+    ("count", "score"),
+    [(4, float), (72, float), (2, lambda _: None), (2, lambda _: 1.0), (2, lambda index: None if index else 2.0)],
+    ids=["few", "many", "no scores", "equal scores", "one score"],
+)
+def test_the_picture_is_legible_and_leaves_no_global_state(count, score):
     before = dict(matplotlib.rcParams)
-    figure = draw_heatmap(plan_of(layers(count)))
+    figure = draw_heatmap(plan_of(layers(count), score))
     figure.savefig(io.BytesIO(), format="png")
     assert dict(matplotlib.rcParams) == before
     renderer = figure.canvas.get_renderer()

@@ -209,7 +209,8 @@ class Planner:
         with progress_bar(self._trainer, "Calibration rollouts", None) as advance:
             language.generation_listeners.append(listen := lambda running, decoded, total: advance(decoded, total))
             try:
-                return language.calibration_losses(count, progress, scorer.steps if scorer.needs_update else None)
+                steps = {"steps": scorer.steps} if scorer.needs_update else {}
+                return language.calibration_losses(count, kept=progress, **steps)
             finally:
                 language.generation_listeners.remove(listen)
 

@@ -214,7 +214,7 @@ class AdapterPlan:
         plan = cls(**{**content, "lora": lora, "candidates": candidates})
         if digest is not None and digest != plan.digest:
             raise PlanError(
-                f"{source} was changed after it was written (its digest does not fit): if that was on purpose, delete "
+                f"{source} was changed after it was written (its digest does not fit); if that was on purpose, delete "
                 'the line "digest" in it'
             )
         return plan
@@ -274,10 +274,10 @@ def _planned_module(data: Any, source: str) -> PlannedModule:
     content = plan_json.checked(data, plan_json.MODULE_FIELDS, source)
     shape = content["shape"]
     if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise PlanError(f"{source}: shape is {shape}: it must be two positive numbers, outputs and inputs")
+        raise PlanError(f"{source}: shape is {shape}; it must be two positive numbers, outputs and inputs")
     if content["mode"] not in get_args(Mode):
-        raise PlanError(f'{source}: mode is "{content["mode"]}": it must be one of {", ".join(get_args(Mode))}')
+        raise PlanError(f'{source}: mode is "{content["mode"]}"; it must be one of {", ".join(get_args(Mode))}')
     rank = content.get("rank")
     if rank is not None and rank < 1:
-        raise PlanError(f'{source}: rank is {rank}: it must be at least 1; for no LoRA make the mode "frozen"')
+        raise PlanError(f'{source}: rank is {rank}; it must be at least 1; for no LoRA make the mode "frozen"')
     return PlannedModule(**{**content, "shape": (shape[0], shape[1])})

@@ -107,11 +107,11 @@ def changed(place, **changes):
         (lambda data: data["lora"].update(rank=0), "lora: rank=0"),
         (changed(None, candidates=[]), "has no modules"),
         (changed(None, candidates=["layers.0"]), r"candidates\[0\] must be a JSON object"),
-        (changed(1, mode="half"), r'candidates\[1\]: mode is "half": it must be one of full, lora, frozen'),
+        (changed(1, mode="half"), r'candidates\[1\]: mode is "half"; it must be one of full, lora, frozen'),
         (changed(1, shape=[1, 0.5]), r"candidates\[1\].* two positive numbers"),
         (changed(1, score=float("nan")), r'candidates\[1\].*"score" is NaN'),
         (changed(1, parameters=2.0), r'candidates\[1\].*"parameters" is 2.0, but must be int'),
-        (changed(1, rank=0), r'candidates\[1\].*rank is 0: it must be at least 1; for no LoRA make the mode "frozen"'),
+        (changed(1, rank=0), r'candidates\[1\].*rank is 0; it must be at least 1; for no LoRA make the mode "frozen"'),
         (changed(1, name="model.layers.0.self_attn.v_proj"), r"self_attn\.v_proj twice"),
     ],
 )

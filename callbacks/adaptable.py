@@ -15,7 +15,9 @@ from typing import Protocol, runtime_checkable
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.policy.adaptation import AdaptedModule
 
 
 @runtime_checkable
@@ -48,6 +50,19 @@ def check_adaptable(pl_module: LightningModule) -> None:
             f"{name}.adapter_attribute is {pl_module.adapter_attribute!r}, but there is no such module; give the name of the "
             "attribute that holds the model"
         )
+
+
+def model_of(pl_module: LightningModule) -> nn.Module:
+    """The model of a module that follows the protocol: what its `adapter_attribute` names."""
+    model = getattr(pl_module, str(pl_module.adapter_attribute))
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def applied_plan(pl_module: LightningModule) -> AdapterPlan | None:
+    """The plan by which a module is adapted; of a module that knows none, the one that `HybridAdapterSetup` left in `plan`."""
+    plan = pl_module.plan if isinstance(pl_module, AdaptedModule) else vars(pl_module).get("plan")
+    return plan if isinstance(plan, AdapterPlan) else None
 
 
 def _has_model(pl_module: LightningModule) -> bool:

@@ -1,8 +1,8 @@
 """Changed settings at a resume: each setting that differs from the checkpoint's is applied or refused.
 
 A checkpoint holds the settings of the run that wrote it as plain data (see `run_settings.py`, which collects and flattens them).
-At a resume they are compared, name by name, with those of the new run, before anything is scored or sampled. The tables below say
-what happens with each setting that differs.
+At a resume they are compared, name by name, with those of the new run, before anything is scored or sampled. What happens with a
+setting that differs is declared beside the option (see `Option`), and for Lightning's flags here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,89 +10,54 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from hybrid_lightning.callbacks.display import console
-from hybrid_lightning.callbacks.run_settings import describe_part, earlier_settings, flatten_settings, imported_class, settings_of
+from hybrid_lightning.adapters.scorers import Scorer
+from hybrid_lightning.callbacks.display import say
+from hybrid_lightning.callbacks.run_settings import (
+    arguments_of,
+    flatten_settings,
+    imported_class,
+    option_above,
+    settings_of,
+    settings_of_adapter,
+)
+from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError
-from hybrid_lightning.policy.examples import ExampleModule
+from hybrid_lightning.options import ACCURACY, BEST, EPOCH, FIXED, MADE_BY, MEASURED, NOTHING, REFUSED, ROLLOUT, SIZES, Effects
 
 SETTINGS_KEY = "hybrid_lightning_settings"
 
-# Effects of a change: what begins anew.
-ROLLOUT = "rollout"  # the rollout in progress is given up, because its micro-batches were made with the old setting
-EPOCH = "epoch"  # Lightning's epoch, which now has another number of micro-batches
-MEASURED = "measured"  # accuracies so far, which cannot be compared with those measured from now on
-BEST = "best"  # which checkpoint is the best, for the same reason
-REFUSED = "refused"  # the change is not possible
-
-Effects = frozenset[str]
-_NOTHING: Effects = frozenset()
-_MADE_BY: Effects = frozenset({ROLLOUT})
-_FIXED: Effects = frozenset({REFUSED})
-_SIZES: Effects = frozenset({ROLLOUT, EPOCH})
-_ACCURACY: Effects = frozenset({MEASURED, BEST})
-
-# Option -> effects of a change of the option, or of an option below it as in `model.loss.clip_low`.
-MODEL: dict[str, Effects] = {
-    **dict.fromkeys(("dtype", "quantization", "seed"), _FIXED),
-    # Another model is refused by the digest of its weights, but the same model may have been moved.
-    **dict.fromkeys(("model", "revision"), _NOTHING),
-    # Another class of optimizer, and arguments that change its state, are refused by `effects_of`.
-    **dict.fromkeys(("optimizer", "lr_full", "lr_lora", "schedule"), _NOTHING),
-    **dict.fromkeys(("max_tokens_per_micro_batch", "gradient_checkpointing"), _NOTHING),
-    **dict.fromkeys(("loss", "advantage", "correction", "token_mask", "dynamic_sampling", "samples_per_prompt"), _MADE_BY),
-    **dict.fromkeys(("mask_truncated_completions", "attn_implementation"), _MADE_BY),
-    **dict.fromkeys(("prompts_per_rollout", "minibatches_per_rollout", "epochs_per_rollout", "examples_per_step"), _SIZES),
-    **dict.fromkeys(("chat_template", "chat_template_kwargs", "sampler", "reward"), _MADE_BY | _ACCURACY),
-    "eval_samples": _ACCURACY,
-}
-ADAPTER: dict[str, Effects] = {
-    **dict.fromkeys(("budget", "scorer", "gradients", "target_modules", "calibration_prompts"), _FIXED),
-    **dict.fromkeys(("rank", "rank_pattern", "alpha", "dropout", "use_dora", "use_rslora"), _FIXED),
-    "plan": _NOTHING,  # plans are compared by their digests
-    "keep_start_weights": _NOTHING,  # these are the weights of the model, which is loaded in any case
-}
-# Arguments of rollout engines that say where and how fast completions are made, and not which.
-_WHERE_SAMPLED = frozenset(
-    {"address", "engine_args", "give_up_after", "gpu_memory_utilization", "max_model_len", "sleep", "timeout", "urls"}
-)
-# Changes of the data have effects only through the prompts ("training prompts" and "validation prompts" below).
-DATA: dict[str, Effects] = dict.fromkeys(
-    ("source", "format", "max_prompt_tokens", "validation_prompts", "test_prompts", "eval_batch_size", "seed"), _NOTHING
-)
+# Lightning's flags: name -> effects of a change.
 TRAINER: dict[str, Effects] = {
-    "fast_dev_run": _FIXED,
-    **dict.fromkeys(("accumulate_grad_batches", "overfit_batches"), _SIZES),
+    "fast_dev_run": FIXED,
+    **dict.fromkeys(("accumulate_grad_batches", "overfit_batches"), SIZES),
     "limit_train_batches": frozenset({EPOCH}),
-    "limit_val_batches": _ACCURACY,
-    "precision": _MADE_BY,  # a precision that trains another dtype is refused by the module
-    **dict.fromkeys(("accelerator", "strategy", "devices", "num_nodes", "plugins", "sync_batchnorm"), _NOTHING),
-    **dict.fromkeys(("use_distributed_sampler", "deterministic", "benchmark", "inference_mode", "detect_anomaly"), _NOTHING),
-    **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time"), _NOTHING),
-    **dict.fromkeys(("limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"), _NOTHING),
-    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch", "reload_dataloaders_every_n_epochs"), _NOTHING),
-    **dict.fromkeys(("gradient_clip_val", "gradient_clip_algorithm", "logger", "callbacks", "log_every_n_steps"), _NOTHING),
-    **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), _NOTHING),
-    **dict.fromkeys(("enable_autolog_hparams", "profiler", "barebones", "default_root_dir", "model_registry"), _NOTHING),
+    "limit_val_batches": ACCURACY,
+    "precision": MADE_BY,  # a precision that trains another dtype is refused by the module
+    **dict.fromkeys(("accelerator", "strategy", "devices", "num_nodes", "plugins", "sync_batchnorm"), NOTHING),
+    **dict.fromkeys(("use_distributed_sampler", "deterministic", "benchmark", "inference_mode", "detect_anomaly"), NOTHING),
+    **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time"), NOTHING),
+    **dict.fromkeys(("limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"), NOTHING),
+    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch", "reload_dataloaders_every_n_epochs"), NOTHING),
+    **dict.fromkeys(("gradient_clip_val", "gradient_clip_algorithm", "logger", "callbacks", "log_every_n_steps"), NOTHING),
+    **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), NOTHING),
+    **dict.fromkeys(("enable_autolog_hparams", "profiler", "barebones", "default_root_dir", "model_registry"), NOTHING),
 }
 # Sections in which every option has the same effects.
 WHOLE: dict[str, Effects] = {
-    "seed_everything": _FIXED,
-    "training prompts": _SIZES,
-    "validation prompts": _ACCURACY,
+    "seed_everything": FIXED,
+    "training prompts": SIZES,
+    "validation prompts": ACCURACY,
     "checkpoint": frozenset({BEST}),
-    "samples": _NOTHING,
-    "divergence": _NOTHING,
-    "predictions": _NOTHING,
+    "samples": NOTHING,
+    "divergence": NOTHING,
+    "predictions": NOTHING,
 }
-_OPTIONS = {"model": MODEL, "adapter": ADAPTER, "data": DATA, "trainer": TRAINER}
 # Arguments with which an optimizer needs other state than the checkpoint has.
 _OPTIMIZER_STATE = {"amsgrad", "centered", "momentum", "optim_bits", "block_wise", "min_8bit_size", "percentile_clipping"}
 _OPTIMIZER_RATE = "model.optimizer.lr"  # has no effect, because each group of weights has its own learning rate
-# Settings that must be the checkpoint's if nothing is trained.
-_OF_THE_PLAN = tuple(f"adapter.{name}" for name, effects in ADAPTER.items() if REFUSED in effects)
 
 
 @dataclass(frozen=True)
@@ -103,6 +68,7 @@ class Change:
     name: str  # name as on the command line
     before: Any  # old value; None if it was null, or if there was none
     after: Any  # new value
+    effects: Effects = NOTHING  # of the change; those of earlier resumes have had theirs
 
     def __str__(self) -> str:
         return f"{self.name} {_shown(self.before)} -> {_shown(self.after)}"
@@ -116,7 +82,7 @@ class Resume:
         self._settings: dict[str, Any] = {}
         self._new: list[Change] | None = None  # changes at this resume; None before they are compared with a checkpoint
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule, adapter: Callback) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule, adapter: Configurable) -> None:
         """Record the settings of a run that begins."""
         self.changes, self._settings, self._new = [], settings_of(trainer, pl_module, adapter), None
 
@@ -130,16 +96,20 @@ class Resume:
             return
         changes = changes_of(checkpoint, self._settings)
         check_changes(changes)
-        if SETTINGS_KEY not in checkpoint:
-            _say(
-                trainer,
-                "the checkpoint was written by an earlier version, which saved fewer settings: changes of data, trainer and "
-                "callbacks are applied, but neither named nor recorded",
-            )
         earlier = checkpoint.get(SETTINGS_KEY, {}).get("changes", [])
         self._new, self.changes = changes, [*(Change(**change) for change in earlier), *changes]
         for change in changes:
             _say(trainer, f"changed at this resume: {change}")
+
+    def settings_of_scores(self, pl_module: LightningModule, scorer: Scorer) -> dict[str, Any]:
+        """The settings that the scores of a module's candidates depend on: name on the command line -> value."""
+        settings = flatten_settings({name: self._settings[name] for name in ("model", "adapter") if name in self._settings})
+        found = {} if "model" in self._settings else {f"model.{name}": value for name, value in arguments_of(pl_module).items()}
+        for name, value in settings.items():
+            option = option_above(name, settings)
+            if option is None or option.scores or (option.updates and scorer.needs_update):
+                found[name] = value
+        return found
 
     def apply(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Remove from a checkpoint that is being restored what the changes have made invalid."""
@@ -148,8 +118,6 @@ class Resume:
             count = _give_up_rollout(checkpoint)
             if count:
                 _say(trainer, f"the rollout in progress is of before the change: its last {count} micro-batches are given up")
-        if isinstance(trainer.lightning_module, ExampleModule) and any(_is("model.loss", c.name) for c in self._new or []):
-            effects |= _ACCURACY  # the held-out loss is measured with the new loss
         states = checkpoint.get("callbacks", {})
         if MEASURED in effects and "RunSummary" in states:
             states["RunSummary"].update(before={}, after={}, validated_step=-1)
@@ -172,20 +140,20 @@ class Resume:
 
     def record(self) -> list[dict[str, Any]]:
         """All changes as plain data."""
-        return [asdict(change) for change in self.changes]
+        return [{name: value for name, value in asdict(change).items() if name != "effects"} for change in self.changes]
 
     def _effects(self) -> set[str]:
-        return {effect for change in self._new or [] for effect in effects_of(change.name)}
+        return {effect for change in self._new or [] for effect in change.effects}
 
 
-def check_evaluated(checkpoint: Mapping[str, Any], adapter: Callback) -> None:
+def check_evaluated(checkpoint: Mapping[str, Any], adapter: Configurable) -> None:
     """Refuse settings of the adapter that contradict a checkpoint which is to be evaluated or exported.
 
     Raises:
         CheckpointError: If there are such settings; the message names them.
     """
-    changes = changes_of(checkpoint, {"adapter": describe_part(adapter, getattr(adapter, "_init_args", {}))})
-    _refuse([change for change in changes if any(_is(name, change.name) for name in _OF_THE_PLAN)])
+    changes = changes_of(checkpoint, {"adapter": settings_of_adapter(adapter)})
+    _refuse([change for change in changes if REFUSED in change.effects and change.name != "adapter"])
 
 
 # ---- comparing
@@ -193,8 +161,7 @@ def check_evaluated(checkpoint: Mapping[str, Any], adapter: Callback) -> None:
 
 def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Change]:
     """All settings that differ from those of the run that wrote a checkpoint, in the sections that both have."""
-    saved = checkpoint.get(SETTINGS_KEY)
-    old = earlier_settings(checkpoint, settings) if saved is None else saved["settings"]
+    old = checkpoint.get(SETTINGS_KEY, {}).get("settings", {})  # none if the run had no HybridAdapterSetup
     sections = old.keys() & settings.keys()
     if "seed_everything" not in settings and settings["adapter"]["init_args"].get("plan"):
         sections -= {"adapter"}  # made in Python from a plan alone, and plans are compared by their digests
@@ -208,7 +175,8 @@ def changes_of(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> li
     classes = [name for name in differing if any(_is(name, other) for other in after if other != name)]
     gone = [name for name in differing if name not in after and any(_is(kind, name) for kind in classes)]
     step = checkpoint.get("global_step", 0)
-    return [Change(step, name, before.get(name), after.get(name)) for name in differing if name not in gone]
+    changed = [name for name in differing if name not in gone]
+    return [Change(step, name, before.get(name), after.get(name), effects_of(name, after)) for name in changed]
 
 
 def _differ(name: str, before: Any, after: Any) -> bool:
@@ -216,20 +184,22 @@ def _differ(name: str, before: Any, after: Any) -> bool:
     return before != after or (name.startswith("trainer.") and type(before) is not type(after))
 
 
-def effects_of(name: str) -> Effects:
-    """The effects of a change of a setting."""
+def effects_of(name: str, settings: Mapping[str, Any]) -> Effects:
+    """The effects of a change of a setting, among flattened settings that have the classes of modules and parts."""
     section, _, rest = name.partition(".")
     option, _, below = rest.partition(".")
-    if section not in _OPTIONS:
-        return WHOLE.get(section, _NOTHING)
+    if section == "trainer":
+        return TRAINER.get(option, NOTHING)
+    if section not in ("model", "adapter", "data"):
+        return WHOLE.get(section, NOTHING)
     if not option:  # the class itself
-        return _NOTHING if section == "data" else _FIXED
-    if (section, option) == ("model", "optimizer"):
-        return _FIXED if not below or below in _OPTIMIZER_STATE else _NOTHING
-    if (section, option) == ("model", "sampler") and below.partition(".")[0] in _WHERE_SAMPLED:
-        return _NOTHING
-    unknown = _SIZES | _ACCURACY if section == "model" else _NOTHING  # for arguments of a user's own module
-    return _OPTIONS[section].get(option, unknown)
+        return NOTHING if section == "data" else FIXED
+    if (section, option) == ("model", "optimizer") and below and below not in _OPTIMIZER_STATE:
+        return NOTHING
+    found = option_above(name, settings)
+    if found is None:  # an option of a user's own module
+        return SIZES | ACCURACY if section == "model" else NOTHING
+    return found.at_resume
 
 
 def check_changes(changes: Iterable[Change]) -> None:
@@ -239,7 +209,7 @@ def check_changes(changes: Iterable[Change]) -> None:
         CheckpointError: If there are such changes; the message has each setting, its old and new value, and what to give.
     """
     changes = list(changes)
-    _refuse([change for change in changes if REFUSED in effects_of(change.name)])
+    _refuse([change for change in changes if REFUSED in change.effects])
     for change in changes:
         if change.name == "trainer.max_steps" and 0 <= change.after < change.step:
             raise CheckpointError(
@@ -290,7 +260,7 @@ def _shown(value: Any) -> str:
 
 def _say(trainer: Trainer, line: str) -> None:
     if trainer.is_global_zero:
-        console().print(line, soft_wrap=True, markup=False, highlight=False)
+        say(line)
 
 
 def _give_up_rollout(checkpoint: Mapping[str, Any]) -> int:

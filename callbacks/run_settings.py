@@ -7,29 +7,27 @@ from enum import Enum
 from typing import Any
 
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import SaveConfigCallback
 
-from hybrid_lightning.configurable import Configurable, constructor_defaults, public_path, with_public_paths
-from hybrid_lightning.policy.adaptation import adapter_state
+from hybrid_lightning.configurable import Configurable, constructor_defaults, public_path
+from hybrid_lightning.options import Option, options_of
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.rollout.prompt_order import prompts_digest
 
-# Arguments of a module for which the constructor chooses an object if they are None.
-_CHOSEN = ("loss", "sampler", "advantage", "schedule")
 # Settings that are dicts and are given as a whole: what one key means depends on the others.
 _UNDIVIDED = ("adapter.rank_pattern",)
 
 
-def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Callback) -> dict[str, Any]:
+def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Configurable) -> dict[str, Any]:
     """All settings of a run: of module, data, adapter and Trainer, and for a run of the command line everything in its config."""
-    settings: dict[str, Any] = {"adapter": describe_part(adapter, getattr(adapter, "_init_args", {}))}
+    settings: dict[str, Any] = {"adapter": settings_of_adapter(adapter)}
     if isinstance(pl_module, LanguageModule):
-        settings["model"] = describe_part(pl_module, {n: v for n, v in pl_module.hparams.items() if not n.startswith("_")})
-    data = getattr(trainer, "datamodule", None)
+        settings["model"] = _describe_part(pl_module, arguments_of(pl_module))
+    data = getattr(trainer, "datamodule", None)  # which Lightning's Trainer has not before it runs
     if isinstance(data, Configurable):
-        settings["data"] = describe_part(data, data._init_args)
+        settings["data"] = _describe_part(data, data._init_args)
     for name, attribute in (("training prompts", "train_prompts"), ("validation prompts", "validation_prompts")):
         prompts = getattr(data, attribute, None) if trainer.state.fn == "fit" else None
         if prompts is not None:
@@ -42,29 +40,37 @@ def settings_of(trainer: Trainer, pl_module: LightningModule, adapter: Callback)
     return settings
 
 
-def earlier_settings(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a checkpoint of an earlier version has: those of the module and of LoRA, and gradient accumulation."""
-    settings: dict[str, Any] = {}
-    arguments = checkpoint.get("hyper_parameters", {})  # Lightning's name
-    if "model" in now and arguments:
-        named = {name: value for name, value in arguments.items() if not name.startswith("_")}
-        chosen = {name for name in _CHOSEN if named.get(name) is None}  # the checkpoint does not say what was chosen
-        named |= {name: value for name, value in now["model"]["init_args"].items() if name in chosen}
-        settings["model"] = {"class_path": arguments.get("_class_path", now["model"]["class_path"]), "init_args": named}
-    plan, adapter = adapter_state(checkpoint)["plan"], now["adapter"]
-    if plan is not None and not adapter["init_args"].get("plan"):  # a given plan need not have the LoRA of the settings
-        lora = {**plan["lora"], "rank_pattern": None}  # which no earlier version had
-        settings["adapter"] = {**adapter, "init_args": {**adapter["init_args"], **lora, "budget": plan["budget"]}}
-    loop = checkpoint.get("loops", {}).get("fit_loop", {})
-    if loop and isinstance(now.get("trainer", {}).get("accumulate_grad_batches"), int):  # a text means that it changes by epoch
-        micro_batches = loop["epoch_loop.batch_progress"]["total"]["processed"]
-        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
-        if steps and micro_batches % steps == 0:  # else epochs ended in the middle of a step, and the number is not known
-            settings["trainer"] = {"accumulate_grad_batches": micro_batches // steps}
-    return settings
+def arguments_of(pl_module: LightningModule) -> dict[str, Any]:
+    """The saved arguments of a module's constructor, as plain data."""
+    return {name: value for name, value in pl_module.hparams.items() if not name.startswith("_")}
 
 
-def describe_part(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of_adapter(adapter: Configurable) -> dict[str, Any]:
+    """The settings of `HybridAdapterSetup`."""
+    return _describe_part(adapter, adapter._init_args)
+
+
+def option_above(name: str, settings: Mapping[str, Any]) -> Option | None:
+    """What depends on a setting: as its own class declares it, or else the class above.
+
+    Args:
+        name: Name on the command line, such as `model.loss.clip_low`.
+        settings: Flattened settings, which have the classes of modules and parts.
+
+    Returns:
+        None for an option that no class declares.
+    """
+    found = None
+    place, *parts = name.split(".")
+    for part in parts:
+        kind = settings.get(place)
+        kind = imported_class(kind) if isinstance(kind, str) else None
+        found = (options_of(kind).get(part) if kind is not None else None) or found
+        place = f"{place}.{part}"
+    return found
+
+
+def _describe_part(instance: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The class and the arguments of an object; for an argument that is None, the object that the constructor chose."""
     arguments = {**constructor_defaults(type(instance)), **arguments}
     # By `vars` and not by getattr: the data module has properties of such names, which would format the test split.
@@ -126,6 +132,6 @@ def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def imported_class(path: str) -> type | None:
     """The class of a path if its module is already imported: a checkpoint must not cause an import."""
-    module, _, name = with_public_paths(path).rpartition(".")
+    module, _, name = path.rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     return found if isinstance(found, type) else None

@@ -52,7 +52,6 @@ class Trainer(LightningTrainer):
     """
 
     command = "fit"  # the command that the user has given, where Lightning runs `fit`: "fit" or "score"
-    earlier_scoring: Path | None = None  # folder with the scores so far of a run that was stopped while it scored the modules
 
     def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         if ckpt_path is not None:
@@ -60,7 +59,10 @@ class Trainer(LightningTrainer):
         if ckpt_path is not None and is_scoring(ckpt_path):
             if self.state.fn != "fit":
                 raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found: it is for fit and score")
-            self.earlier_scoring, ckpt_path = Path(ckpt_path), None
+            for callback in self.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, HybridAdapterSetup):
+                    callback.earlier_scoring = Path(ckpt_path)
+            ckpt_path = None
         elif self.command == "score" and ckpt_path is not None:
             raise CheckpointError(
                 f"score goes on from the folder {SCORING} of a run that was stopped meanwhile, not from {ckpt_path}"

@@ -10,8 +10,8 @@ import pytest
 from cli_runs import Result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hybrid_lightning.adapters import scores
 from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.callbacks import RunSummary
 from hybrid_lightning.policy import evaluation, language
@@ -38,7 +38,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "later completions for scoring": (Sampler, "sample", 3),
     "a reward for scoring": (language, "evaluate_reward", 2),
     "a gradient for scoring": (ScoringProcess, "check_loss", 2),
-    "a score": (scores, "_statistics", 3),
+    "a score": (Scoring, "_score", 3),
     "the plan is written": (AdapterPlan, "save", 1),
     "the first validation": (evaluation, "_sample", 1),
     "the first rollout": (PolicyModule, "roll_out", 1),

@@ -13,7 +13,7 @@ from hybrid_lightning import engine
 
 ROOT = Path(hybrid_lightning.__file__).parent
 PACKAGE = "hybrid_lightning"
-GROUND = {"types", "errors", "configurable", "stopping", "hub"}
+GROUND = {"types", "errors", "configurable", "options", "stopping", "hub"}
 LEAVES = {"data", "rollout", "rewards", "advantages", "losses", "adapters", "metrics", "assets", "sharding", "sandbox", "engine"}
 # Top-level name within the package -> names that it may import; itself is always allowed.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli", "process", "sharding", "stopping"},
     "__init__": GROUND,
 }
-TORCH_ONLY = ["losses", "advantages", "adapters.scores", "adapters.scorers", "adapters.sketch"]
+TORCH_ONLY = ["losses", "advantages", "adapters.scoring", "adapters.scorers", "adapters.sketch"]
 HEAVY = {"lightning", "transformers", "peft", "datasets", "torchmetrics", "matplotlib", "rich"}
 
 
@@ -145,13 +145,13 @@ for name in {sorted(HEAVY)}: sys.modules[name] = None
 import torch
 from hybrid_lightning.advantages import GroupAdvantage
 from hybrid_lightning.adapters.scorers import TailEnergy
-from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.types import LossInputs
 model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
 x = torch.randn(4, 6)
-print(len(score_modules(model, dict(model.named_children()), [model(x).square().mean()], TailEnergy(), 2)))
+print(len(Scoring(model, dict(model.named_children()), [model(x).square().mean()], TailEnergy(), 2).run()))
 advantages = GroupAdvantage()(torch.tensor([1.0, 0.0]), 2)
 print(GSPOLoss()(LossInputs(torch.randn(2, 3), advantages, torch.ones(2, 3, dtype=torch.bool))).loss.shape)
 """

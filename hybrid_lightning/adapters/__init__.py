@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         UpdateTail,
         WeightGradient,
     )
-    from hybrid_lightning.adapters.scores import score_modules
+    from hybrid_lightning.adapters.scoring import Scoring
     from hybrid_lightning.adapters.sketch import SketchedGradients
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Probe",
     "Random",
     "Scorer",
+    "Scoring",
     "SketchedGradients",
     "SpectrumSNR",
     "TailEnergy",
@@ -50,7 +51,6 @@ __all__ = [
     "apply_plan",
     "find_candidates",
     "make_plan",
-    "score_modules",
 ]
 
 __getattr__ = public_names(
@@ -74,7 +74,7 @@ __getattr__ = public_names(
             "UpdateTail",
             "WeightGradient",
         ],
-        "scores": ["score_modules"],
+        "scoring": ["Scoring"],
         "sketch": ["SketchedGradients"],
     },
 )

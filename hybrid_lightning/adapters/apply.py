@@ -54,7 +54,7 @@ def apply_plan(
         PlanError: If the plan does not fit the model or trains nothing, or if PEFT wrapped other modules than planned.
     """
     if any(isinstance(module, (PeftModel, BaseTunerLayer, ModulesToSaveWrapper)) for module in model.modules()):
-        raise ModelError("the model already carries a PEFT adapter: apply the plan to the base model, loaded anew.")
+        raise ModelError("the model already carries a PEFT adapter; apply the plan to the base model, loaded anew")
     plan.check_model(model)
     config = _peft_config(model, plan)
     start = {} if keep_start_weights else _take_weights(model, plan.full_modules)
@@ -88,7 +88,7 @@ def adapter_disabled(model: PeftModel) -> Iterator[None]:
         if isinstance(layer, ModulesToSaveWrapper) and isinstance(layer.original_module, FreedStartWeights):
             layer.original_module()  # raises the error
         if isinstance(layer, BaseTunerLayer) and layer.merged:
-            raise ConfigError("LoRA is merged into the base weights: unmerge before asking for the start policy.")
+            raise ConfigError("LoRA is merged into the base weights; unmerge before asking for the start policy")
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for layer in layers:
@@ -136,8 +136,8 @@ class FreedStartWeights(nn.Module):
             ConfigError: Always.
         """
         raise ConfigError(
-            f"the start weights of {self._module} were freed, so the adapter cannot be disabled: set "
-            "keep_start_weights=True (a KL term needs it, at the cost of a second copy of the fully trained modules)."
+            f"the start weights of {self._module} were freed, so the adapter cannot be disabled; set "
+            "keep_start_weights=True (a KL term needs it, at the cost of a second copy of the fully trained modules)"
         )
 
 
@@ -187,7 +187,7 @@ def _check_wrapped(adapted: PeftModel, plan: AdapterPlan) -> None:
             raise PlanError(
                 f"PEFT set up {kind} for {len(wrapped)} modules where the plan has {len(planned)}; the difference "
                 f"starts with {difference[0]}: module names that end alike cannot be told apart; give them the same "
-                "mode in the plan."
+                "mode in the plan"
             )
     for module in plan.candidates:
         if isinstance(layer := layers.get(module.name), LoraLayer):

@@ -6,7 +6,7 @@ larger budget only ever adds modules.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from hybrid_lightning.adapters import plan_json
 from hybrid_lightning.adapters.candidates import linear_shape
 from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule
 from hybrid_lightning.adapters.rank_pattern import ranks_by_pattern
 from hybrid_lightning.configurable import Configurable, constructor_defaults, to_plain
 from hybrid_lightning.errors import ConfigError
@@ -29,7 +29,7 @@ class Budget(Configurable, ABC):
 
     def __init__(self, share: float = 0.1) -> None:
         if not 0 <= share <= 1:
-            raise ConfigError(f"share={share}: a budget is a share between 0 (plain LoRA) and 1 (full fine-tuning).")
+            raise ConfigError(f"share={share}: a budget is a share between 0 (plain LoRA) and 1 (full fine-tuning)")
         self.share = share
 
     @property
@@ -56,7 +56,7 @@ class Budget(Configurable, ABC):
             return frozenset(module.name for module in modules)
         unscored = [module.name for module in modules if module.score is None]
         if unscored:
-            raise ConfigError(f"{type(self).__name__}(share={self.share}) needs a score of {unscored[0]}: score it first.")
+            raise ConfigError(f"{type(self).__name__}(share={self.share}) needs a score of {unscored[0]}; score it first")
         return frozenset(self._choose(modules, lora))
 
     @abstractmethod
@@ -105,51 +105,50 @@ class ParameterBudget(Budget):
             first = ordered[0]
             raise ConfigError(
                 f"share={self.share} allows {int(limit)} fully trained parameters, but the first module by score, "
-                f"{first.name}, has {first.parameters}: raise the share, or take a ModuleBudget."
+                f"{first.name}, has {first.parameters}; raise the share, or take a ModuleBudget"
             )
         return chosen
 
 
+@dataclass(frozen=True)
+class ModuleScores:
+    """The scores of modules, and what they were made from, which a plan keeps for whoever reads it."""
+
+    values: Mapping[str, float] = field(default_factory=dict)  # full dotted name -> score; empty where nothing was scored
+    scorer: Configurable | None = None  # None: nothing was scored
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # in plain types
+    seed: int | None = None  # of the calibration
+
+
 def make_plan(
-    *,
-    model: str,
-    model_digest: str,
+    base: PlannedModel,
     candidates: Mapping[str, nn.Module],
     budget: Budget,
     lora: LoraSettings,
-    scores: Mapping[str, float] | None = None,
-    scorer: Configurable | None = None,
-    revision: str | None = None,
-    calibration: Mapping[str, Any] | None = None,
-    seed: int | None = None,
+    scores: ModuleScores | None = None,
     ranks: Mapping[str, int] | None = None,
 ) -> AdapterPlan:
     """Make a plan: the budget chooses the fully trained modules among the candidates, and all others get LoRA.
 
     Args:
-        model: Id or path of the base model.
-        model_digest: Fingerprint of the base model's weights, from `plan.model_digest`.
+        base: Names the model that the plan is for.
         candidates: Full dotted name -> linear module.
         budget: Chooses the fully trained modules.
         lora: LoRA settings of the other modules.
-        scores: Full dotted name -> score; None only where the budget does not need any (`Budget.needs_scores`).
-        scorer: Scorer that made the scores; None without scores.
-        revision: Revision of a hub model.
-        calibration: What the scores were made from, in plain types; recorded for whoever reads the plan.
-        seed: Seed of the calibration.
+        scores: Scores of all candidates; None only where the budget does not need any (`Budget.needs_scores`).
         ranks: Full dotted name -> LoRA rank, for modules whose rank is not that of `lora`; 0 freezes a module that is not fully
             trained.
 
     Raises:
         ConfigError: If the budget needs scores that are missing, or is too small for any module.
     """
-    scores, ranks = scores or {}, ranks or {}
+    scores, ranks = scores or ModuleScores(), ranks or {}
     modules = [
         PlannedModule(
             name=name,
             shape=linear_shape(module),
             parameters=_count_parameters(module),
-            score=None if name not in scores else float(scores[name]),
+            score=None if name not in scores.values else float(scores.values[name]),
             mode="lora" if ranks.get(name, lora.rank) else "frozen",
             rank=rank if (rank := ranks.get(name)) != lora.rank else None,
         )
@@ -157,18 +156,18 @@ def make_plan(
     ]
     full = budget.choose(modules, lora)
     return AdapterPlan(
-        model=model,
-        revision=revision,
-        model_digest=model_digest,
+        model=base.model,
+        revision=base.revision,
+        model_digest=base.digest,
         candidates=tuple(
             replace(module, mode="full", rank=None) if module.name in full else replace(module, rank=module.rank or None)
             for module in modules
         ),
         lora=lora,
         budget=config_with_defaults(budget),
-        scorer=None if scorer is None else config_with_defaults(scorer),
-        calibration=plan_json.plain(to_plain(dict(calibration or {}))),
-        seed=seed,
+        scorer=None if scores.scorer is None else config_with_defaults(scores.scorer),
+        calibration=plan_json.plain(to_plain(dict(scores.calibration))),
+        seed=scores.seed,
     )
 
 
@@ -176,9 +175,9 @@ def plan_of_budget(
     candidates: Mapping[str, nn.Module], budget: Budget, lora: LoraSettings, rank_pattern: Mapping[str, int] | None = None
 ) -> AdapterPlan:
     """Plan that a budget makes if the largest modules have the highest scores, so that it trains as much as the budget can."""
-    scores = {name: float(module.weight.numel()) for name, module in candidates.items()}  # type: ignore[operator, union-attr]
+    sizes = {name: float(module.weight.numel()) for name, module in candidates.items()}  # type: ignore[operator, union-attr]
     ranks = ranks_by_pattern(candidates, rank_pattern or {}, lora.rank)
-    return make_plan(model="", model_digest="", candidates=candidates, budget=budget, lora=lora, scores=scores, ranks=ranks)
+    return make_plan(PlannedModel("", ""), candidates, budget, lora, ModuleScores(sizes), ranks)
 
 
 def lora_parameters(module: PlannedModule, lora: LoraSettings) -> int:

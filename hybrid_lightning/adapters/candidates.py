@@ -48,18 +48,18 @@ def find_candidates(
         ModelError: If nothing is left, a pattern matches nothing, or the model already has an adapter.
     """
     if hasattr(model, "peft_config"):
-        raise ModelError("the model already carries a PEFT adapter: find the candidates on the base model instead.")
+        raise ModelError("the model already carries a PEFT adapter; find the candidates on the base model instead")
     candidates = _linear_modules_in_blocks(model)
     if not candidates:
         raise ModelError(
-            f"{type(model).__name__} has no linear module inside numbered decoder blocks: use a decoder-only "
-            "transformer whose blocks hold nn.Linear (or transformers' Conv1D) modules."
+            f"{type(model).__name__} has no linear module inside numbered decoder blocks; use a decoder-only "
+            "transformer whose blocks hold nn.Linear (or transformers' Conv1D) modules"
         )
     chosen = _matching(candidates, target_modules, "target_modules") if target_modules is not None else set(candidates)
     if exclude:
         chosen -= _matching(candidates, exclude, "exclude")
     if not chosen:
-        raise ModelError(f"target_modules={target_modules} and exclude={list(exclude)} leave no module to adapt: exclude fewer.")
+        raise ModelError(f"target_modules={target_modules} and exclude={list(exclude)} leave no module to adapt; exclude fewer")
     return {name: module for name, module in candidates.items() if name in chosen}
 
 
@@ -75,7 +75,7 @@ def _linear_modules_in_blocks(model: nn.Module) -> dict[str, LinearLike]:
 
 def _matching(candidates: dict[str, LinearLike], patterns: Sequence[str], argument: str) -> set[str]:
     if isinstance(patterns, str) or not patterns:
-        raise ModelError(f"{argument}={patterns!r}: give a list of module names such as ['q_proj', 'v_proj'].")
+        raise ModelError(f"{argument}={patterns!r}; give a list of module names such as ['q_proj', 'v_proj']")
     found: set[str] = set()
     for pattern in patterns:
         if argument == "exclude":
@@ -86,7 +86,7 @@ def _matching(candidates: dict[str, LinearLike], patterns: Sequence[str], argume
             kinds = sorted({name.rsplit(".", 1)[-1] for name in candidates})
             raise ModelError(
                 f"{argument}: {pattern!r} matches no candidate module: the model has modules named {', '.join(kinds)} "
-                f"(in full, for example, {next(iter(candidates))})."
+                f"(in full, for example, {next(iter(candidates))})"
             )
         found |= names
     return found

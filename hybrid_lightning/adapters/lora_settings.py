@@ -34,11 +34,11 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ConfigError(f"rank={self.rank}: LoRA needs a rank of at least 1; for no LoRA at all take a budget share of 1.")
+            raise ConfigError(f"rank={self.rank}: LoRA needs a rank of at least 1; for no LoRA at all take a budget share of 1")
         if not self.alpha > 0:
-            raise ConfigError(f"alpha={self.alpha}: must be positive, such as twice the rank.")
+            raise ConfigError(f"alpha={self.alpha}: must be positive, such as twice the rank")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout}: must be at least 0 and below 1.")
+            raise ConfigError(f"dropout={self.dropout}: must be at least 0 and below 1")
 
     @property
     def scale(self) -> float:
@@ -82,7 +82,7 @@ def lora_config(
     lora_modules = [name for name, mode in modes.items() if mode == "lora"]
     full = [name for name, mode in modes.items() if mode == "full"]
     if not lora_modules and not full:
-        raise PlanError('the plan leaves all modules frozen: give at least one the mode "full" or "lora".')
+        raise PlanError('the plan leaves all modules frozen; give at least one the mode "full" or "lora"')
     _check_suffixes(modes)
     own = {name: lora.with_rank(rank) for name, rank in (ranks or {}).items()}
     return LoraConfig(
@@ -113,6 +113,6 @@ def _check_suffixes(modes: Mapping[str, str]) -> None:
     for name, mode in modes.items():
         if (mode != "full" and name.endswith(full)) or (mode == "frozen" and name.endswith(lora_modules)):
             raise PlanError(
-                f'PEFT would not leave {name} "{mode}", since its name ends like that of a module with another mode: give them '
-                "the same mode in the plan."
+                f'PEFT would not leave {name} "{mode}", since its name ends like that of a module with another mode; give them '
+                "the same mode in the plan"
             )

@@ -28,7 +28,16 @@ if TYPE_CHECKING:
 
 Mode = Literal["full", "lora", "frozen"]
 SAMPLES_PER_PARAMETER = 1024  # values that are hashed
-_NEW_PLAN = "make a new plan for this model with the score command."
+_NEW_PLAN = "make a new plan for this model with the score command"
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """Names the model that a plan is for."""
+
+    model: str  # id or path
+    digest: str  # `model_digest` of its weights
+    revision: str | None = None  # of a hub model; None: none was given
 
 
 @dataclass(frozen=True)
@@ -65,14 +74,19 @@ class AdapterPlan:
         names = [module.name for module in self.candidates]
         double = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
         if double is not None:
-            raise PlanError(f"the plan names {double} twice: remove one of the two entries.")
+            raise PlanError(f"the plan names {double} twice; remove one of the two entries")
         if not names:
-            raise PlanError("the plan has no modules: make it anew with the score command.")
+            raise PlanError("the plan has no modules; make it anew with the score command")
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the plan's whole content."""
         return plan_json.content_digest(self._content())
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether any module has a score."""
+        return any(module.score is not None for module in self.candidates)
 
     @property
     def full_modules(self) -> tuple[str, ...]:
@@ -146,12 +160,12 @@ class AdapterPlan:
             if not isinstance(module, LinearLike):
                 found = "no such module" if module is None else f"a {type(module).__name__} there, no linear module"
                 raise PlanError(
-                    f"the plan was made for {self.model} and names {planned.name}; this model has {found}: {_NEW_PLAN}"
+                    f"the plan was made for {self.model} and names {planned.name}; this model has {found}; {_NEW_PLAN}"
                 )
             if linear_shape(module) != planned.shape:
                 raise PlanError(
                     f"the plan was made for {self.model}, where {planned.name} has shape {planned.shape}; here it has "
-                    f"{linear_shape(module)}: {_NEW_PLAN}"
+                    f"{linear_shape(module)}; {_NEW_PLAN}"
                 )
 
     def check_weights(self, model: nn.Module) -> None:
@@ -162,15 +176,13 @@ class AdapterPlan:
         """
         if model_digest(model) != self.model_digest:
             raise PlanError(
-                f"the plan was made for {self.model} with other weights or another dtype than this model's: {_NEW_PLAN}"
+                f"the plan was made for {self.model} with other weights or another dtype than this model's; {_NEW_PLAN}"
             )
 
     def _content(self) -> dict[str, Any]:
-        content = plan_json.plain({"format": 0, **asdict(self)})
-        # Plans without ranks of their own stay as they always were: their digests are in checkpoints.
-        content["format"] = 2 if any(module.rank is not None for module in self.candidates) else 1
-        if content["format"] == 1:
-            for module in content["candidates"]:
+        content = plan_json.plain({"format": plan_json.FORMAT, **asdict(self)})
+        for module in content["candidates"]:
+            if module["rank"] is None:
                 del module["rank"]
         # The long list comes last, so that a reader of the file sees the rest first.
         return {**content, "candidates": content.pop("candidates")}
@@ -202,8 +214,8 @@ class AdapterPlan:
         plan = cls(**{**content, "lora": lora, "candidates": candidates})
         if digest is not None and digest != plan.digest:
             raise PlanError(
-                f"{source} was changed after it was written (its digest does not fit): if that was on purpose, delete "
-                'the line "digest" in it.'
+                f"{source} was changed after it was written (its digest does not fit); if that was on purpose, delete "
+                'the line "digest" in it'
             )
         return plan
 
@@ -221,9 +233,9 @@ class AdapterPlan:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise PlanError(f"the plan {path} cannot be read ({error.strerror}): give the path of a plan.json.") from error
+            raise PlanError(f"the plan {path} cannot be read ({error.strerror}); give the path of a plan.json") from error
         except ValueError as error:
-            raise PlanError(f"the plan {path} is no JSON ({error}): correct it, or make it anew.") from error
+            raise PlanError(f"the plan {path} is no JSON ({error}); correct it, or make it anew") from error
         return cls.from_dict(data, source=str(path))
 
 
@@ -245,7 +257,7 @@ def model_digest(model: nn.Module) -> str:
     sha = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if parameter.is_meta:
-            raise ModelError(f"parameter {name} has no values yet (meta device): load the weights before the digest.")
+            raise ModelError(f"parameter {name} has no values yet (meta device); load the weights before the digest")
         sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         sha.update(_sample_bytes(parameter))
     return sha.hexdigest()
@@ -262,10 +274,10 @@ def _planned_module(data: Any, source: str) -> PlannedModule:
     content = plan_json.checked(data, plan_json.MODULE_FIELDS, source)
     shape = content["shape"]
     if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise PlanError(f"{source}: shape is {shape}: it must be two positive numbers, outputs and inputs.")
+        raise PlanError(f"{source}: shape is {shape}; it must be two positive numbers, outputs and inputs")
     if content["mode"] not in get_args(Mode):
-        raise PlanError(f'{source}: mode is "{content["mode"]}": it must be one of {", ".join(get_args(Mode))}.')
+        raise PlanError(f'{source}: mode is "{content["mode"]}"; it must be one of {", ".join(get_args(Mode))}')
     rank = content.get("rank")
     if rank is not None and rank < 1:
-        raise PlanError(f'{source}: rank is {rank}: it must be at least 1; for no LoRA make the mode "frozen".')
+        raise PlanError(f'{source}: rank is {rank}; it must be at least 1; for no LoRA make the mode "frozen"')
     return PlannedModule(**{**content, "shape": (shape[0], shape[1])})

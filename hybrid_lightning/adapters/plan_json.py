@@ -8,7 +8,7 @@ from typing import Any
 
 from hybrid_lightning.errors import PlanError
 
-FORMATS = (1, 2)  # versions of the fields below: 2 has ranks of modules; a plan with another one is refused
+FORMAT = 1  # version of the fields below; a plan of another one is refused
 Fields = Mapping[str, tuple[type, ...]]  # name -> allowed types
 _NULL = type(None)
 PLAN_FIELDS: Fields = {
@@ -51,7 +51,7 @@ def plain(value: Any) -> Any:
     try:
         return json.loads(json.dumps(value, allow_nan=False, default=str))
     except ValueError as error:
-        raise PlanError(f"a plan cannot hold infinite numbers or nan ({error}): look for them in its scores.") from error
+        raise PlanError(f"a plan cannot hold infinite numbers or nan ({error}); look for them in its scores") from error
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
@@ -74,19 +74,18 @@ def checked(data: Any, fields: Fields, source: str) -> dict[str, Any]:
         PlanError: If one is wrong; the message names the first.
     """
     if not isinstance(data, Mapping):
-        raise PlanError(f"{source} must be a JSON object, but is a {type(data).__name__}.")
+        raise PlanError(f"{source} must be a JSON object, but is a {type(data).__name__}")
     for name in fields:
         if name not in data and name not in _OPTIONAL:
-            raise PlanError(f'{source} lacks the field "{name}": it is no plan of this version; make it anew.')
+            raise PlanError(f'{source} lacks the field "{name}", which every plan has; make it anew')
     for name, value in data.items():
         if name not in fields:
-            raise PlanError(f'{source} has an unknown field "{name}": remove it (known are {", ".join(fields)}).')
+            raise PlanError(f'{source} has an unknown field "{name}"; remove it (known are {", ".join(fields)})')
         if not _has_type(value, fields[name]):
             expected = " or ".join("null" if kind is _NULL else kind.__name__ for kind in fields[name])
-            raise PlanError(f'{source}: "{name}" is {json.dumps(value, default=str)[:60]}, but must be {expected}.')
-    if "format" in fields and data["format"] not in FORMATS:
-        known = " and ".join(map(str, FORMATS))
-        raise PlanError(f"{source} has format {data['format']}, this version reads {known}: make the plan anew.")
+            raise PlanError(f'{source}: "{name}" is {json.dumps(value, default=str)[:60]}, but must be {expected}')
+    if "format" in fields and data["format"] != FORMAT:
+        raise PlanError(f"{source} has format {data['format']}, and this version reads {FORMAT}; make the plan anew")
     return dict(data)
 
 

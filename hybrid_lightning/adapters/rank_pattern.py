@@ -34,7 +34,7 @@ def check_pattern(pattern: Mapping[str, int]) -> None:
     for key, rank in pattern.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ConfigError(
-                f"rank_pattern: {key}={rank!r} must be a whole number: a rank of at least 1, or 0 for modules without LoRA."
+                f"rank_pattern: {key}={rank!r} must be a whole number: a rank of at least 1, or 0 for modules without LoRA"
             )
 
 
@@ -79,6 +79,6 @@ def _no_match(key: str, names: Sequence[str]) -> str:
     kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
     groups = ", ".join(sorted({group for name in names if (group := module_group(name)) is not None})) or "none"
     return (
-        f"rank_pattern: {key!r} matches no candidate module: give the end of a name (the model has {kinds}; in full, for "
-        f"example, {names[0]}) or a group (it has {groups})."
+        f"rank_pattern: {key!r} matches no candidate module; give the end of a name (the model has {kinds}; in full, for "
+        f"example, {names[0]}) or a group (it has {groups})"
     )

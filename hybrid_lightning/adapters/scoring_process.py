@@ -6,6 +6,7 @@ gradients of some modules from all of them, in the order of the losses, and scor
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
-from hybrid_lightning.errors import CalibrationError, ConfigError
+from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
 
 Result = TypeVar("Result")
 
@@ -36,9 +37,18 @@ class CalibrationState(Protocol):
 
 
 class ScoringProcess:
-    """A process that scores alone. All methods are collective: of several processes each has to call them."""
+    """A process that scores alone. All methods are collective: of several processes each has to call them.
+
+    Args:
+        progress: What is saved of the scores, and was by a stopped run; its signals stop the run. None saves nothing.
+        on_loss: Called after each loss with the number of losses seen so far; of a scorer of updates, over all turns.
+    """
 
     is_first = True  # whether it is the one that says what there is to say
+
+    def __init__(self, progress: ScoringProgress | None = None, on_loss: Callable[[int], None] | None = None) -> None:
+        self.progress = progress or ScoringProgress()
+        self.on_loss = on_loss or (lambda seen: None)
 
     def modules(self, candidates: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         """The modules that the passes go through, by the names of the candidates."""
@@ -72,8 +82,7 @@ class ScoringProcess:
         self,
         name: str,
         module: nn.Module,
-        function: Callable[[Tensor, Callable[[], float] | None], Result],
-        evaluate_loss: Callable[[], float] | None,
+        function: Callable[[Tensor, Callable[[], float]], Result],
         losses: Iterable[Tensor],
     ) -> dict[str, Result]:
         """Call a function that changes a candidate's weight and looks at the loss.
@@ -82,28 +91,27 @@ class ScoringProcess:
             name: Full dotted name of the candidate.
             module: The candidate.
             function: Called where the candidate is scored, with its weight [m, n], which it may change until it returns, and with
-                what measures the loss at the changed weight.
-            evaluate_loss: Measures the mean of `losses`.
-            losses: Scalar losses.
+                what measures the mean loss at the changed weight.
+            losses: Scalar losses, computed anew each time that they are iterated over.
 
         Returns:
             The name, and what the function returned.
         """
-        return self.together(lambda: {name: function(self.weight(name, module), evaluate_loss)})
+        return self.together(lambda: {name: function(self.weight(name, module), partial(_mean_loss, losses))})
 
     def check_loss(self, loss: Tensor, index: int) -> None:
         """Raise an error if a loss cannot be differentiated."""
         if loss.numel() != 1:
-            raise ConfigError(f"calibration loss {index} has shape {tuple(loss.shape)}: give scalar losses.")
+            raise ConfigError(f"calibration loss {index} has shape {tuple(loss.shape)}; give scalar losses")
         if not loss.requires_grad:
             raise CalibrationError(
-                f"calibration loss {index} does not depend on the weight of any candidate module: compute it from the "
-                "output of the model that is scored, with gradients enabled."
+                f"calibration loss {index} does not depend on the weight of any candidate module; compute it from the "
+                "output of the model that is scored, with gradients enabled"
             )
         if not torch.isfinite(loss):
             raise CalibrationError(
-                f"calibration loss {index} is {loss.item()}: look for inf or nan in the calibration data, or use bfloat16 "
-                "or float32 where the model is float16."
+                f"calibration loss {index} is {loss.item()}; look for inf or nan in the calibration data, or use bfloat16 "
+                "or float32 where the model is float16"
             )
 
     def backward_all(
@@ -112,7 +120,6 @@ class ScoringProcess:
         take: Callable[[str, Tensor, int], None],
         losses: Iterable[Tensor],
         seen: int,
-        kept: ScoringProgress,
         some: bool = False,
     ) -> Iterator[int]:
         """Run the backward pass of each unseen loss, and free each gradient once it has been taken.
@@ -122,13 +129,12 @@ class ScoringProcess:
             take: Called with the name of a module, its gradient [m, n] and the number of the loss, counted from 0.
             losses: Scalar losses.
             seen: How many of them have been seen.
-            kept: Signals that stop the run, but not between a backward pass and what is done at the `yield` after it.
             some: Whether these are some of the candidates, of which a loss need not use any.
 
         Yields:
-            The number of losses seen.
+            The number of losses seen. A signal stops the run between losses, after what is done at the `yield`.
         """
-        index = seen
+        index, signals = seen, self.progress.signals
 
         def take_gradient(name: str) -> Callable[[Tensor], None]:
             def hook(weight: Tensor) -> None:
@@ -149,12 +155,12 @@ class ScoringProcess:
                 used = loss.requires_grad or not some
                 if used:
                     self.check_loss(loss, index)
-                with kept.signals.deferred():  # a loss is in the sums of all modules or of none
+                with signals.deferred():  # a loss is in the sums of all modules or of none
                     if used:
                         loss.backward()  # type: ignore[no-untyped-call]
                     index += 1
                     yield index
-                kept.signals.check()
+                signals.check()
         finally:
             for handle in handles:
                 handle.remove()
@@ -180,3 +186,21 @@ def only_candidates_trainable(model: nn.Module, candidates: Mapping[str, nn.Modu
             parameter.grad = gradient
         for module, training in modes:
             module.training = training
+
+
+def check_weight(name: str, module: nn.Module) -> None:
+    """Raise ModelError if the weight of a module cannot have a gradient."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if not weight.is_floating_point():
+        raise ModelError(f"the weight of {name} is {weight.dtype}; score the model before it is quantized")
+
+
+def _mean_loss(losses: Iterable[Tensor]) -> float:
+    with torch.no_grad():
+        values = [float(loss) for loss in losses]
+    if not values:
+        raise CalibrationError(
+            "the calibration losses can be iterated over only once, but this scorer measures them; give losses that are computed "
+            "anew each time"
+        )
+    return sum(values) / len(values)

@@ -25,6 +25,7 @@ from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.stopping import StopSignals
 
 SCORING = "scoring"  # name of the folder, inside the run folder
+FORMAT = 1  # of the files; a folder of another one is refused
 SETTINGS = "settings.json"  # written before anything else
 _GRADIENTS, _SCORES = "gradients.pt", "scores.json"
 # Sums of gradients can be as large as the modules. They are written when the run is stopped, and before that at most every
@@ -46,18 +47,23 @@ class ScoringProgress:
         signals: Signals that stop the run; None for a run that no signal stops.
 
     Raises:
-        CheckpointError: If `earlier` cannot be read.
+        CheckpointError: If `earlier` cannot be read, or has another format.
     """
 
     def __init__(self, folder: Path | None = None, earlier: Path | None = None, signals: StopSignals | None = None) -> None:
         self.folder, self.signals = folder, signals or StopSignals()
         self._source = earlier  # folder to read from
+        self._settings: dict[str, Any] = self._read_json(SETTINGS) or {"format": FORMAT}
+        if self._settings.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{earlier} has format {self._settings.get('format')}, and this version reads {FORMAT}; go on with the version "
+                "that wrote it, or start a new run without ckpt_path"
+            )
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(earlier.iterdir()) if earlier is not None else ():
                 _link(file, folder / file.name)
             self._source = folder
-        self._settings: dict[str, Any] = self._read_json(SETTINGS)
         self.scores: dict[str, float] = self._read_json(_SCORES)
         self._next_save = time.monotonic() + _EVERY_S
 
@@ -74,7 +80,7 @@ class ScoringProgress:
         for name, value in plain.items():
             if self._settings.get(name, value) != value:
                 raise CheckpointError(
-                    f"{self._source} was found with {name}={_brief(self._settings[name])}, but it is {_brief(value)} now: "
+                    f"{self._source} was found with {name}={_brief(self._settings[name])}, but it is {_brief(value)} now; "
                     "give the same, or start a new run without ckpt_path"
                 )
         self._settings |= plain
@@ -137,7 +143,7 @@ class ScoringProgress:
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): start a new run without ckpt_path") from error
+            raise CheckpointError(f"{path} cannot be read ({error}); start a new run without ckpt_path") from error
         return found
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -147,7 +153,7 @@ class ScoringProgress:
         try:
             found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-            raise CheckpointError(f"{path} cannot be read, as if it were damaged: remove it, so that it is made again") from error
+            raise CheckpointError(f"{path} cannot be read, as if it were damaged; remove it, so that it is made again") from error
         return found
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:

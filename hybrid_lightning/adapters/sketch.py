@@ -42,13 +42,13 @@ class SketchedGradients(GradientMode):
 
     def __init__(self, size: int | None = None, seed: int = 0) -> None:
         if size is not None and size < 1:
-            raise ConfigError(f"size={size}: a sketch needs at least one direction; give None to choose it by the rank.")
+            raise ConfigError(f"size={size}: a sketch needs at least one direction; give None to choose it by the rank")
         self.size, self.seed = size, seed
 
     def form(self, name: str, weight: Tensor, rank: int) -> GradientForm:  # noqa: D102
         size = 2 * rank + 10 if self.size is None else self.size
         if size <= rank:
-            raise ConfigError(f"size={size}: a sketch must be larger than the LoRA rank {rank}; {2 * rank + 10} is good.")
+            raise ConfigError(f"size={size}: a sketch must be larger than the LoRA rank {rank}; {2 * rank + 10} is good")
         rows, columns = weight.shape
         if rows * size + (2 * size + 1) * columns >= rows * columns:
             return ExactForm((rows, columns), weight.device)
@@ -139,8 +139,8 @@ class SketchedGradient(Gradient):
 
     def matrix(self) -> Tensor:  # noqa: D102
         raise ConfigError(
-            "this scorer needs whole gradients, but only sketches were kept: score with ExactGradients, or choose a "
-            "scorer such as PreconditionedTail that works on sketches."
+            "this scorer needs whole gradients, but only sketches were kept; score with ExactGradients, or choose a "
+            "scorer such as PreconditionedTail that works on sketches"
         )
 
     def preconditioned(self) -> Gradient:

@@ -22,12 +22,17 @@ Cost: 4 m n b per step, and 5 to 8 steps for gradients of language models, again
 eigenvalues, most of which is bound by memory bandwidth.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+In = TypeVar("In")
+Out = TypeVar("Out")
+MAX_WORKERS = 16  # threads; each holds a float64 copy of its matrix
 ONE_THREAD_UP_TO = 2048  # rows above which several threads pay off
 KRYLOV_TOLERANCE = 1e-8  # largest bound on the error that is accepted, relative to the tail energy
 KRYLOV_OVERSAMPLING = 8  # columns of a block (b) beyond the rank
@@ -114,6 +119,28 @@ def few_threads(size: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def map_on_workers(function: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
+    """Call a function for each item, on as many threads as torch may use.
+
+    Many small decompositions run faster side by side than one after another on LAPACK's own threads, from which LAPACK gains
+    little. Within the function torch uses one thread, so that results do not depend on the number of threads. torch releases
+    the interpreter's lock meanwhile. After the first error no further call is started.
+
+    Args:
+        function: Safe to call from several threads.
+        items: Its arguments, one for each call.
+
+    Returns:
+        The results, in the order of the items.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(min(threads, MAX_WORKERS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, items))
+    finally:
+        torch.set_num_threads(threads)  # the workers have also set what later threads would start with
 
 
 def _lower_gram(matrix: Tensor) -> Tensor:

@@ -134,5 +134,5 @@ def require(value: T | None, what: str, scorer: object) -> T:
         ConfigError: If the value is None.
     """
     if value is None:
-        raise ConfigError(f"{type(scorer).__name__} needs {what}: give it to score_modules, or choose another scorer.")
+        raise ConfigError(f"{type(scorer).__name__} needs {what}; give `Scoring` what makes it, or choose another scorer")
     return value

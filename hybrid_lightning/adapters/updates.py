@@ -22,9 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hybrid_lightning.adapters.gradients import check_weight
-from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candidates_trainable
-from hybrid_lightning.adapters.scoring_progress import ScoringProgress
+from hybrid_lightning.adapters.scoring_process import ScoringProcess, check_weight, only_candidates_trainable
 from hybrid_lightning.adapters.statistics import ExactGradient, Gradient
 from hybrid_lightning.errors import CalibrationError
 
@@ -73,9 +71,7 @@ def updates_in_turns(
     candidates: Mapping[str, nn.Module],
     losses: Iterable[Tensor],
     steps: OptimizerSteps,
-    kept: ScoringProgress,
-    on_loss: Callable[[int], None] | None = None,
-    process: ScoringProcess | None = None,
+    process: ScoringProcess,
 ) -> Iterator[dict[str, Gradient]]:
     """Sum up the steps that an optimizer would make at the start policy.
 
@@ -84,9 +80,7 @@ def updates_in_turns(
         candidates: Full dotted name -> linear module.
         losses: Scalar losses, computed anew each time that they are iterated over; `StepLosses` say where steps end.
         steps: The optimizer, and the size of a turn.
-        kept: Signals that stop the run.
-        on_loss: Called after each loss with the number of losses seen so far, over all turns.
-        process: Shares the work with other processes; None: this one is alone.
+        process: Runs the backward passes, perhaps together with other processes.
 
     Yields:
         For those candidates of each turn that this process scores: full dotted name -> sum of the steps, [m, n]; emptied when the
@@ -97,7 +91,6 @@ def updates_in_turns(
         CalibrationError: If there is no loss, or a loss or an update is not finite.
     """
     ends = frozenset(losses.step_ends) if isinstance(losses, StepLosses) else None
-    process = process or ScoringProcess()
     seen = 0
     for names in turns_of(candidates, steps.most):
         turn = {name: candidates[name] for name in names}
@@ -109,17 +102,16 @@ def updates_in_turns(
         optimizer = steps.make_optimizer(list(stand_ins.values())) if stand_ins else None
         before = seen
         with only_candidates_trainable(model, modules), torch.enable_grad():
-            for number in process.backward_all(turn, _adder(stand_ins), losses, 0, kept, some=True):
+            for number in process.backward_all(turn, _adder(stand_ins), losses, 0, some=True):
                 if optimizer is not None and (ends is None or number in ends):
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=False)
                 seen += 1
-                if on_loss is not None:
-                    on_loss(seen)
+                process.on_loss(seen)
         if seen == before:
             raise CalibrationError(
-                "there are no calibration losses, or they can be iterated over only once: give at least one, and losses that are "
-                "computed anew each time, since each turn of modules needs all of them."
+                "there are no calibration losses, or they can be iterated over only once; give at least one, and losses that are "
+                "computed anew each time, since each turn of modules needs all of them"
             )
         del optimizer  # and its state
         updates = process.finish(partial(_updates, stand_ins))
@@ -143,8 +135,8 @@ def _update(name: str, stand_in: nn.Parameter) -> Gradient:
     stand_in.grad = None
     if not torch.isfinite(stand_in).all():
         raise CalibrationError(
-            f"the update of {name} is not finite: use bfloat16 or float32 for scoring, a smaller model.lr_full, or look for inf "
-            "or nan in the calibration data."
+            f"the update of {name} is not finite; use bfloat16 or float32 for scoring, a smaller model.lr_full, or look for inf "
+            "or nan in the calibration data"
         )
     return ExactGradient(stand_in.detach())
 

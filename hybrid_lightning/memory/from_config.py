@@ -87,22 +87,7 @@ def policy_arguments(policy: type, *given: Any, **named: Any) -> SimpleNamespace
 
 def arguments_of(policy: PolicyModule) -> SimpleNamespace:
     """The same of a policy that is built, be its model loaded or not."""
-    schedule = policy.rollout_schedule
-    names = ("model", "revision", "chat_template", "chat_template_kwargs")
-    return SimpleNamespace(
-        **{name: policy.hparams.get(name) for name in names},
-        dtype=policy.dtype_name,
-        optimizer=policy.optimizer_class,
-        sampler=policy.sampler,
-        prompts_per_rollout=schedule.prompts_per_rollout,
-        samples_per_prompt=schedule.samples_per_prompt,
-        minibatches_per_rollout=schedule.minibatches_per_rollout,
-        eval_samples=policy.eval_samples,
-        max_tokens_per_micro_batch=policy.max_tokens_per_micro_batch,
-        gradient_checkpointing=policy.gradient_checkpointing,
-        quantization=policy.quantization,
-        loss=policy.loss,
-    )
+    return SimpleNamespace(**{**constructor_defaults(type(policy)), **policy._init_args})
 
 
 def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prompt_tokens: int | None = None) -> RunSettings:
@@ -130,9 +115,9 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
             f"give --device_gib, the memory of a GPU in GiB, of which sampler.gpu_memory_utilization="
             f"{sampler.gpu_memory_utilization} is a share: there is no GPU here"
         )
-    gradients = adapter.gradients
-    exact = gradients is None or isinstance(gradients, ExactGradients)
-    scorer = adapter.scorer
+    planning = adapter.planning
+    exact = isinstance(planning.gradients, ExactGradients)
+    scorer = planning.scorer
     return RunSettings(
         config=read_config(resolve_model(policy.model, policy.revision)),
         prompt_tokens=_prompt_tokens(policy, data) if prompt_tokens is None else prompt_tokens,
@@ -143,7 +128,7 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
         accumulate_grad_batches=flags.accumulate_grad_batches,
         eval_prompts=_eval_prompts(data) if flags.validates else 0,
         eval_samples=policy.eval_samples,
-        calibration_prompts=adapter.calibration_prompts,
+        calibration_prompts=planning.calibration_prompts,
         dtype=DTYPES[policy.dtype],
         trained_dtype=dtype_of_precision(flags.precision),
         mixed_precision=flags.precision.endswith("mixed"),
@@ -152,10 +137,10 @@ def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prom
         gradient_checkpointing=policy.gradient_checkpointing,
         quantization=policy.quantization,
         optimizer=policy.optimizer,
-        budget=adapter.budget,
-        lora=adapter.lora,
-        rank_pattern=adapter.rank_pattern,
-        target_modules=adapter.target_modules,
+        budget=planning.budget,
+        lora=planning.lora,
+        rank_pattern=planning.rank_pattern,
+        target_modules=planning.target_modules,
         keep_start_weights=adapter.keep_start_weights,
         entropy_gradient=policy.loss.needs_entropy,
         plan=adapter.given_plan,

@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,9 +21,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW
 
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
-from hybrid_lightning.configurable import constructor_defaults, describe_arguments, with_public_paths
+from hybrid_lightning.configurable import Configurable, constructor_defaults, describe_arguments
 from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
+from hybrid_lightning.options import FIXED, Option
 from hybrid_lightning.policy.optim import (
     ConstantSchedule,
     LearningRateSchedule,
@@ -34,7 +35,7 @@ from hybrid_lightning.policy.optim import (
 )
 from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.policy.quantization import Quantization, quantize_base
-from hybrid_lightning.sharding.checkpoints import read_checkpoint, write_whole_files
+from hybrid_lightning.sharding.checkpoints import write_whole_files
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import name_optimizer_state, parameter_names, trained_names
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 CHECKPOINT_KEY = "hybrid_lightning"
-_ARGUMENTS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
+CHECKPOINT_FORMAT = 1  # of all that this project puts into a checkpoint; a checkpoint of another one is refused
 
 
-class AdaptedModule(LightningModule):
+class AdaptedModule(Configurable, LightningModule):
     """A LightningModule whose attribute named `adapter_attribute` holds a model that a plan can adapt.
 
     Args:
@@ -63,6 +64,13 @@ class AdaptedModule(LightningModule):
     """
 
     adapter_attribute: str = "model"
+    OPTIONS: ClassVar[dict[str, Option]] = {
+        "quantization": Option(FIXED),
+        "optimizer": Option(FIXED, updates=True),  # those of its arguments that change no state may change (see `resume.py`)
+        "lr_full": Option(updates=True),
+        "lr_lora": Option(updates=True),
+        "schedule": Option(),
+    }
 
     def __init__(
         self,
@@ -207,10 +215,8 @@ class AdaptedModule(LightningModule):
             names = parameter_names(self)
             states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             checkpoint["optimizer_states"] = [name_optimizer_state(state, optimizer, names) for state, optimizer in states]
-        checkpoint[CHECKPOINT_KEY] = {
-            "plan": None if self.plan is None else self.plan.to_dict(),
+        checkpoint[CHECKPOINT_KEY] = new_state(self.plan, self.base_digest) | {
             "keep_start_weights": self.keep_start_weights,
-            "base_digest": self.base_digest,
             "quantization": self._quantization_name(),
             "trained_dtype": str(self._trained_dtype()),
         }
@@ -256,13 +262,13 @@ class AdaptedModule(LightningModule):
         return torch.float32 if self._trainer is None else dtype_of_precision(str(self.trainer.precision))
 
     def _check_resumable(self, saved: Mapping[str, Any]) -> None:
-        quantization, mine = saved.get("quantization"), self._quantization_name()
+        quantization, mine = saved["quantization"], self._quantization_name()
         if quantization != mine:
             raise CheckpointError(
                 f"the checkpoint was trained with model.quantization={quantization or 'null'}, but it is {mine or 'null'} now; "
                 "give the same, or start a new run"
             )
-        dtype, now = saved.get("trained_dtype", "torch.float32"), str(self._trained_dtype())
+        dtype, now = saved["trained_dtype"], str(self._trained_dtype())
         if dtype != now:
             raise CheckpointError(
                 f"the checkpoint has trained weights of {dtype}, and trainer.precision={self.trainer.precision} trains them as "
@@ -284,16 +290,10 @@ class AdaptedModule(LightningModule):
         Raises:
             CheckpointError: If the folder is incomplete, or the checkpoint belongs to another model.
         """
-        content = None
         if is_sharded_checkpoint(checkpoint_path):  # Lightning cannot read it
             content = read_weights(Path(checkpoint_path))
-        elif isinstance(checkpoint_path, (str, Path)) and Path(checkpoint_path).is_file():
-            content = read_checkpoint(checkpoint_path)
-            if with_public_paths(content.get(_ARGUMENTS)) == content.get(_ARGUMENTS):
-                content = None  # Lightning can read the file as it is
-        if content is not None:
             checkpoint_path = io.BytesIO()
-            torch.save({**content, _ARGUMENTS: with_public_paths(content.get(_ARGUMENTS))}, checkpoint_path)
+            torch.save(content, checkpoint_path)
             checkpoint_path.seek(0)
         module: Self = super().load_from_checkpoint(checkpoint_path, *arguments, **options)
         return module
@@ -319,14 +319,24 @@ class AdaptedModule(LightningModule):
         return _IncompatibleKeys([], [])
 
 
+def new_state(plan: AdapterPlan | None, base_digest: str) -> dict[str, Any]:
+    """The entry of a checkpoint that names its plan and base model."""
+    return {"format": CHECKPOINT_FORMAT, "plan": None if plan is None else plan.to_dict(), "base_digest": base_digest}
+
+
 def adapter_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The entry of a checkpoint that names its plan and base model (see `AdaptedModule.on_save_checkpoint`).
 
     Raises:
-        CheckpointError: If the checkpoint was not written by this package.
+        CheckpointError: If the checkpoint was not written by this package, or has another format.
     """
     if CHECKPOINT_KEY not in checkpoint:
         raise CheckpointError("the checkpoint was not written by hybrid_lightning: it names no adapter plan and base model")
     state = checkpoint[CHECKPOINT_KEY]
     assert isinstance(state, dict)
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"the checkpoint has format {state.get('format')}, and this version reads {CHECKPOINT_FORMAT}; resume it with the "
+            "version that wrote it, or start a new run"
+        )
     return state

@@ -20,11 +20,11 @@ def base_of_adapter(folder: Path) -> tuple[str, str | None]:
     config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ModelError(f"{str(folder / ADAPTER_CONFIG)!r} does not name its base model: set base_model_name_or_path in it")
+        raise ModelError(f"{str(folder / ADAPTER_CONFIG)!r} does not name its base model; set base_model_name_or_path in it")
     local = Path(base)
     if local.is_absolute() and not local.exists():
         raise ModelError(
-            f"the adapter {str(folder)!r} belongs to the model {base!r}, which is not there: correct base_model_name_or_path in "
+            f"the adapter {str(folder)!r} belongs to the model {base!r}, which is not there; correct base_model_name_or_path in "
             f"its {ADAPTER_CONFIG}, or export the run as a MergedModel"
         )
     if local.is_dir() and not (local / "config.json").is_file():  # a GGUF file is named by its folder

@@ -218,7 +218,7 @@ class RewardCalibration(CalibrationLosses):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a run that was stopped."""
         device = self.chunks[0][1].device
-        self.old_logprobs = _by_number(state["old_logprobs"], device)
+        self.old_logprobs = {number: tensor.to(device) for number, tensor in state["old_logprobs"].items()}
 
     def since(self, seen: int) -> Iterator[Tensor]:
         """See `CalibrationLosses`."""
@@ -320,7 +320,7 @@ class ExampleCalibration(CalibrationLosses):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a run that was stopped."""
         device = self.chunks[0].completion_ids.device
-        self.references = _by_number(state["references"], device)
+        self.references = {number: tensor.to(device) for number, tensor in state["references"].items()}
 
     def since(self, seen: int) -> Iterator[Tensor]:
         """See `CalibrationLosses`."""
@@ -336,12 +336,6 @@ class ExampleCalibration(CalibrationLosses):
                 num_tokens=self.num_tokens,
             )
             yield self.loss(inputs).loss
-
-
-def _by_number(saved: Any, device: torch.device) -> dict[int, Tensor]:
-    """Tensors by the number of their chunk; earlier versions saved a list of them."""
-    numbered = saved.items() if isinstance(saved, dict) else enumerate(saved)
-    return {number: tensor.to(device) for number, tensor in numbered}
 
 
 def _completions_to_state(rollouts: Rollouts) -> dict[str, Any]:

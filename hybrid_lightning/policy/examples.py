@@ -11,14 +11,16 @@ import zlib
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.losses import DPOLoss, ExampleLoss, SupervisedLoss
+from hybrid_lightning.options import ACCURACY, MADE_BY, SIZES, Option
 from hybrid_lightning.policy.calibration import (
     CalibrationLosses,
     ExampleCalibration,
@@ -55,6 +57,10 @@ class ExampleModule(LanguageModule):
     default_loss: type[ExampleLoss] = SupervisedLoss
     completions_wanted = "one: give data.format=DemonstrationFormat"  # by an example, for error messages
     shown_metrics: tuple[str, ...] = ("loss",)
+    OPTIONS: ClassVar[dict[str, Option]] = {
+        "loss": Option(MADE_BY | ACCURACY, scores=True),  # with which the held-out loss is measured, too
+        "examples_per_step": Option(SIZES, scores=True),
+    }
 
     def __init__(
         self,
@@ -190,11 +196,14 @@ class ExampleModule(LanguageModule):
         output = self.loss(replace(chunk.loss_inputs(logprobs), entropy=entropy.detach()))
         return output.loss, output.metrics
 
-    def calibration_losses(self, num_prompts: int | None = None, steps: int | None = None) -> CalibrationLosses:
+    def calibration_losses(
+        self, num_prompts: int | None = None, kept: ScoringProgress | None = None, steps: int | None = None
+    ) -> CalibrationLosses:
         """Losses whose mean gradient scores the modules: those of training examples under the start policy.
 
         Args:
             num_prompts: Training examples to use, or all if there are fewer; None uses as many as one optimizer step has.
+            kept: Not used, since nothing is made before the losses.
             steps: The losses of as many optimizer steps, each on its number of examples; `num_prompts` is not used then.
 
         Raises:

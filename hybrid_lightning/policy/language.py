@@ -21,15 +21,18 @@ This file has the rest: it loads the model, generates and scores completions, va
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import Backend, base_model
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.options import ACCURACY, FIXED, MADE_BY, Option
 from hybrid_lightning.policy.adaptation import AdaptedModule
+from hybrid_lightning.policy.calibration import CalibrationLosses
 from hybrid_lightning.policy.evaluation import EvaluationMetrics, evaluate, log_evaluation, predictions, repeat_prompts
 from hybrid_lightning.policy.generation import Generation
 from hybrid_lightning.policy.modes import autocast_of, checkpoint_gradients, evaluation_mode
@@ -83,6 +86,22 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     shown_metrics: tuple[str, ...] = ("reward", "completions/mean_length")  # beside the progress bar
     rows_together = 1  # so many neighbouring rows are never in different chunks: 2 for the pairs of a preference loss
+    OPTIONS: ClassVar[dict[str, Option]] = {
+        "loss": Option(MADE_BY, scores=True),
+        "reward": Option(MADE_BY | ACCURACY, scores=True),
+        # Another model is refused by the digest of its weights, but the same model may have been moved.
+        "model": Option(scores=True),
+        "revision": Option(scores=True),
+        "dtype": Option(FIXED, scores=True),
+        "attn_implementation": Option(MADE_BY, scores=True),
+        "gradient_checkpointing": Option(),
+        "chat_template": Option(MADE_BY | ACCURACY, scores=True),
+        "chat_template_kwargs": Option(MADE_BY | ACCURACY, scores=True),
+        "sampler": Option(MADE_BY | ACCURACY, scores=True),
+        "eval_samples": Option(ACCURACY),
+        "max_tokens_per_micro_batch": Option(scores=True),  # by the rounding of sums
+        "seed": Option(FIXED, scores=True),
+    }
     _loads_later = False  # whether the constructor leaves the weights to `load`
 
     def __init__(
@@ -134,7 +153,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
     @classmethod
     def unloaded(cls, *arguments: Any, **named: Any) -> Self:
         """Make the module with the arguments of the class and check them all, but leave the model's weights to `load`."""
-        module = cls.__new__(cls)
+        module = cls.__new__(cls, *arguments, **named)
         module._loads_later = True
         module.__init__(*arguments, **named)  # type: ignore[misc]
         return module
@@ -207,14 +226,19 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
             prepare_gpu(own_allocator=self.sampler.shares_device)
         check_run(self.trainer, self.optimizer_class, self.dtype_name, self.quantization)
         self.generation.check()
-        if self.loss.needs_reference and self.plan is not None and not self.keep_start_weights:
-            raise ConfigError(
-                "the loss needs the start policy (a KL term with kl_coef > 0, or DPO); set adapter.keep_start_weights=true"
-            )
+        if self.plan is not None:
+            self.check_start_weights(self.keep_start_weights)
         if self.is_loaded and not self._warned_of_differences:  # not before, since the attention is known from the model
             self._warned_of_differences = True
             warn_of_differences(
                 self.trainer, getattr(base_model(self.model).config, "_attn_implementation", None), self.reward_terms()
+            )
+
+    def check_start_weights(self, kept: bool) -> None:
+        """Raise ConfigError if the loss needs the start policy and its weights are not kept."""
+        if self.loss.needs_reference and not kept:
+            raise ConfigError(
+                "the loss needs the start policy (a KL term with kl_coef > 0, or DPO); set adapter.keep_start_weights=true"
             )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
@@ -316,6 +340,18 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """`logprobs` in the Trainer's precision, outside of a training step."""
         with self.precision():
             return self.logprobs(sequences)
+
+    @abstractmethod
+    def calibration_losses(
+        self, num_prompts: int | None = None, kept: ScoringProgress | None = None, steps: int | None = None
+    ) -> CalibrationLosses:
+        """Losses of the start policy, whose mean gradient scores the modules.
+
+        Args:
+            num_prompts: Training prompts to use; None uses as many as one optimizer step or rollout has.
+            kept: Saves what is made before the first loss, and returns what a stopped run has saved.
+            steps: The losses of as many optimizer steps; `num_prompts` is not used then.
+        """
 
     @abstractmethod
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:

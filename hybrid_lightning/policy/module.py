@@ -12,7 +12,7 @@ Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -24,6 +24,7 @@ from hybrid_lightning.engine import default_token_budget, token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import ImportanceCorrection, PolicyLoss, TopEntropyMask
 from hybrid_lightning.losses.shares import share
+from hybrid_lightning.options import MADE_BY, SIZES, Option
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.calibration import (
     AnswerCalibration,
@@ -79,6 +80,18 @@ class PolicyModule(LanguageModule):
         ConfigError: If a value is impossible.
         ModelError: If the model cannot be loaded.
     """
+
+    OPTIONS: ClassVar[dict[str, Option]] = {
+        "advantage": Option(MADE_BY, scores=True),
+        "correction": Option(MADE_BY),
+        "token_mask": Option(MADE_BY),
+        "mask_truncated_completions": Option(MADE_BY, scores=True),
+        "dynamic_sampling": Option(MADE_BY),
+        "prompts_per_rollout": Option(SIZES, scores=True),
+        "samples_per_prompt": Option(MADE_BY, scores=True),
+        "minibatches_per_rollout": Option(SIZES, updates=True),
+        "epochs_per_rollout": Option(SIZES),
+    }
 
     def __init__(
         self,

@@ -27,7 +27,6 @@ from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.ranks import deal, gather_objects, on_all_ranks, world_size
-from hybrid_lightning.sharding.weights import Weights
 from hybrid_lightning.stopping import StopSignals
 
 Result = TypeVar("Result")
@@ -41,7 +40,10 @@ class _Dealable(CalibrationState, Sized, Protocol):
 
 @contextmanager
 def scored_together(
-    module: LanguageModule, strategy: FSDP2Strategy, candidates: Mapping[str, nn.Module]
+    module: LanguageModule,
+    strategy: FSDP2Strategy,
+    candidates: Mapping[str, nn.Module],
+    progress: ScoringProgress,
 ) -> Iterator["ShardedScoring"]:
     """Within this context the module computes with a split copy of its model. All ranks have to enter it.
 
@@ -49,6 +51,7 @@ def scored_together(
         module: With its model in the memory of the host, not adapted.
         strategy: Splits the copy.
         candidates: Full dotted name -> linear module of the model.
+        progress: See `ScoringProcess`.
     """
     from hybrid_lightning.engine import use_fused_layers  # with PEFT, which is slow to import
 
@@ -57,7 +60,7 @@ def scored_together(
     use_fused_layers(split, backend)  # as in training, since the passes of scoring are as large as those of training
     with module.signals.deferred():
         module.set_model(strategy.shard(split), is_copy=True)
-        process = ShardedScoring(split, module.weights, candidates, strategy.root_device, module.signals)
+        process = ShardedScoring(split, candidates, strategy.root_device, progress)
         try:
             module.on_sharded()
             yield process
@@ -82,17 +85,21 @@ class ShardedScoring(ScoringProcess):
 
     Args:
         model: The model, split.
-        weights: How it is computed with.
         candidates: Full dotted name -> linear module of the whole model, in the memory of the host.
         device: Where this rank computes.
-        signals: Signals that stop the run.
+        progress: See `ScoringProcess`.
     """
 
     def __init__(
-        self, model: nn.Module, weights: Weights, candidates: Mapping[str, nn.Module], device: torch.device, signals: StopSignals
+        self,
+        model: nn.Module,
+        candidates: Mapping[str, nn.Module],
+        device: torch.device,
+        progress: ScoringProgress,
     ) -> None:
+        super().__init__(progress)
         self._modules = dict(model.named_modules())
-        self._weights, self._device, self._signals = weights, device, signals
+        self._device, self._signals = device, progress.signals
         self._rank, self._ranks = dist.get_rank(), world_size()
         self._owners = _owners({name: module.weight.numel() for name, module in candidates.items()}, self._ranks)  # type: ignore[operator, union-attr]
         self.is_first = self._rank == 0
@@ -100,7 +107,6 @@ class ShardedScoring(ScoringProcess):
     def forget(self) -> None:
         """Let go of the model."""
         self._modules.clear()
-        self._weights = Weights()
 
     def modules(self, candidates: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         """Those of the split model."""
@@ -148,8 +154,7 @@ class ShardedScoring(ScoringProcess):
         self,
         name: str,
         module: nn.Module,
-        function: Callable[[Tensor, Callable[[], float] | None], Result],
-        evaluate_loss: Callable[[], float] | None,
+        function: Callable[[Tensor, Callable[[], float]], Result],
         losses: Iterable[Tensor],
     ) -> dict[str, Result]:
         """See `ScoringProcess`. The rank that scores the candidate asks the others, each time, to measure with it."""
@@ -208,7 +213,7 @@ class ShardedScoring(ScoringProcess):
         if not isinstance(losses, _Dealable):
             raise ConfigError(
                 f"under FSDP2 ranks score with different losses, and calibration_losses returned {type(losses).__name__}, which "
-                "cannot be dealt to them: return a CalibrationLosses (hybrid_lightning.policy.calibration), or an object with "
+                "cannot be dealt to them; return a CalibrationLosses (hybrid_lightning.policy.calibration), or an object with "
                 "__len__, since, state_dict and load_state_dict, or use trainer.strategy=ddp"
             )
         return losses
@@ -219,7 +224,6 @@ class ShardedScoring(ScoringProcess):
         take: Callable[[str, Tensor, int], None],
         losses: Iterable[Tensor],
         seen: int,
-        kept: ScoringProgress,
         some: bool = False,
     ) -> Iterator[int]:
         """See `ScoringProcess`.

@@ -11,7 +11,7 @@ names.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.options import ACCURACY, MADE_BY, Option
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Completion, Prompt, Rollouts
 
@@ -132,6 +133,9 @@ class RolloutEngine(Configurable, ABC):
         ConfigError: If a value is impossible.
     """
 
+    OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(
+        ("max_new_tokens", "temperature", "top_p", "top_k", "stop", "min_p"), Option(MADE_BY | ACCURACY, scores=True)
+    )
     shares_device = False  # whether it allocates memory in this process, in a way of its own, on the device that trains
     has_own_weights = False  # whether `update` has to give it the policy's weights; the others sample with the policy itself
     shared_by_ranks = False  # whether all ranks sample with the same engines, which rank 0 then updates

@@ -11,7 +11,7 @@ V tokens of the vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 
 from hybrid_lightning.engine import SegmentDecoding, decoding_of, one_kernel
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.options import ACCURACY, MADE_BY, Option
 from hybrid_lightning.rollout.batching import pad_left
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops, check_positions
@@ -45,6 +46,8 @@ class Sampler(RolloutEngine):
     Raises:
         ConfigError: If a value is impossible.
     """
+
+    OPTIONS: ClassVar[dict[str, Option]] = {"cuda_graphs": Option(MADE_BY | ACCURACY, scores=True)}
 
     def __init__(self, max_new_tokens: int = 256, *, cuda_graphs: bool = False, **kwargs: Any) -> None:
         super().__init__(max_new_tokens, **kwargs)

@@ -1,15 +1,16 @@
 """A tiny policy, calibration losses and a plan, shared by the adapter tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, make_plan
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ModuleScores, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, model_digest
+from hybrid_lightning.adapters.rank_pattern import ranks_by_pattern
 from hybrid_lightning.adapters.scorers import Random
 
 MICRO_BATCHES = torch.randint(3, 40, (6, 3, 10), generator=torch.Generator().manual_seed(7))
@@ -34,19 +35,25 @@ def losses() -> Callable[[nn.Module], Iterator[Tensor]]:
 
 @pytest.fixture
 def plan_for() -> Callable[..., AdapterPlan]:
-    """A plan with random scores."""
+    """A plan with random scores, and ranks by a pattern."""
 
-    def build(model: nn.Module, budget: Budget | None = None, lora: LoraSettings | None = None, seed: int = 0):
-        candidates = find_candidates(model)
+    def build(
+        model: nn.Module,
+        budget: Budget | None = None,
+        lora: LoraSettings | None = None,
+        seed: int = 0,
+        ranks: Mapping[str, int] | None = None,
+    ) -> AdapterPlan:
+        candidates, lora = find_candidates(model), lora or LoraSettings(rank=4, alpha=8)
         order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed)).tolist()
+        scores = {name: 1.0 + place for name, place in zip(candidates, order, strict=True)}
         return make_plan(
-            model="tiny",
-            model_digest=model_digest(model),
-            candidates=candidates,
-            budget=budget or ModuleBudget(0.2),
-            lora=lora or LoraSettings(rank=4, alpha=8),
-            scores={name: 1.0 + place for name, place in zip(candidates, order, strict=True)},
-            scorer=Random(seed),
+            PlannedModel("tiny", model_digest(model)),
+            candidates,
+            budget or ModuleBudget(0.2),
+            lora,
+            ModuleScores(scores, Random(seed)),
+            ranks_by_pattern(candidates, ranks or {}, lora.rank),
         )
 
     return build

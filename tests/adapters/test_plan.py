@@ -1,126 +1,29 @@
+"""Plans as files and in checkpoints, the models that they fit, and what PEFT, a bare loop and TRL make of them."""
+
+import copy
 import dataclasses
+import hashlib
+import importlib.util
 import json
+import struct
 
 import pytest
 import torch
-from rich.console import Console
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ParameterBudget, make_plan
-from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.apply import apply_plan
+from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
-from hybrid_lightning.adapters.plan_display import plan_markdown, plan_table
-from hybrid_lightning.adapters.scorers import Random, TailEnergy
-from hybrid_lightning.adapters.scores import score_modules
-from hybrid_lightning.errors import ConfigError, PlanError
-
-
-def module(name: str, score: float | None, parameters: int = 256, mode: str = "lora") -> PlannedModule:
-    return PlannedModule(name, (16, parameters // 16), parameters, score, mode)
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule, model_digest
+from hybrid_lightning.assets import embedded_policy_path
+from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 
 @pytest.fixture
 def plan(make_model, plan_for) -> AdapterPlan:
     return plan_for(make_model("qwen2"))
-
-
-# ---- budgets
-
-
-@pytest.mark.parametrize(
-    ("share", "candidates", "full"),
-    [(0.1, 28, 3), (0.1, 30, 3), (0.1, 14, 1), (0.1, 4, 1), (0.5, 3, 2), (0, 28, 0), (1, 28, 28), (0.1, 196, 20)],
-)
-def test_module_budget_rounds(share, candidates, full):
-    modules = [module(f"layers.{i}", float(i)) for i in range(candidates)]
-    chosen = ModuleBudget(share).choose(modules, LoraSettings())
-    assert chosen == {f"layers.{i}" for i in range(candidates - full, candidates)}
-
-
-def test_ties_go_by_name():
-    modules = [module(name, 1.0) for name in "dbca"]
-    assert ModuleBudget(0.5).choose(modules, LoraSettings()) == {"a", "b"}
-    assert ParameterBudget(0.5).choose(modules, LoraSettings(rank=1)) == {"a", "b"}
-
-
-def test_parameter_budget_by_hand():
-    """Extra parameters at rank 1: 256 - 32 = 224 of the small, 1024 - 80 = 944 of the large modules."""
-    modules = [module("small", 224.0), module("large", 2 * 944.0, 1024), module("poor", 1.0), module("rest", 1.0, 1024)]
-    total = 2560
-    for parameters, chosen in [(1024, {"large"}), (1279, {"large"}), (1280, {"large", "small"})]:
-        assert ParameterBudget(parameters / total).choose(modules, LoraSettings(rank=1)) == chosen
-    with pytest.raises(ConfigError, match=r"allows 1023 .*first module by score, large, has 1024: raise the share"):
-        ParameterBudget(1023.5 / total).choose(modules, LoraSettings(rank=1))
-
-
-def test_modules_that_cost_no_more_than_lora_come_first():
-    modules = [module("tiny", 1.0, 32), module("large", 1e9, 1024)]
-    assert ParameterBudget(0.5).choose(modules, LoraSettings(rank=8)) == {"tiny"}
-
-
-def test_budgets_say_what_they_need():
-    with pytest.raises(ConfigError, match=r"share=1\.5"):
-        ModuleBudget(1.5)
-    with pytest.raises(ConfigError, match="needs a score of b"):
-        ModuleBudget(0.5).choose([module("a", 1.0), module("b", None)], LoraSettings())
-    assert [ModuleBudget(share).needs_scores for share in (0, 0.1, 1)] == [False, True, False]
-    assert ParameterBudget(1).choose([module("a", None)], LoraSettings()) == {"a"}
-
-
-def test_a_budget_of_ones_own():
-    class FirstLayer(Budget):
-        def _choose(self, modules, lora):
-            return [m.name for m in modules if ".0." in m.name]
-
-    assert FirstLayer(0.5).choose([module("layers.0.q", 1.0), module("layers.1.q", 2.0)], LoraSettings()) == {"layers.0.q"}
-
-
-# ---- making
-
-
-def test_plan_against_one_from_full_gradients(make_model, losses):
-    model = make_model("llama")
-    candidates = find_candidates(model)
-    scores = score_modules(model, candidates, losses(model), TailEnergy(), 4)
-    plan = make_plan(
-        model="tiny",
-        model_digest="0",
-        candidates=candidates,
-        budget=ModuleBudget(0.2),
-        lora=LoraSettings(rank=4),
-        scores=scores,
-        scorer=TailEnergy(),
-    )
-    model.double().requires_grad_(True)
-    torch.stack(list(losses(model))).mean().backward()
-    tails = {n: float(torch.linalg.svdvals(m.weight.grad)[4:].square().sum()) for n, m in candidates.items()}
-    assert set(plan.full_modules) == set(sorted(tails, key=tails.get)[-3:])
-    assert [m.score for m in plan.candidates] == pytest.approx(list(tails.values()), rel=1e-3, abs=1e-9)
-
-
-def test_a_plan_records_settings_left_at_their_defaults(make_model):
-    options = {"model": "tiny", "model_digest": "0", "candidates": find_candidates(make_model("llama"))}
-    plan = make_plan(budget=ModuleBudget(1), lora=LoraSettings(), scorer=Random(), calibration={"signal": "reward"}, **options)
-    assert plan.scorer == {"class_path": "hybrid_lightning.adapters.Random", "init_args": {"seed": 0}}
-    assert plan.budget["init_args"] == {"share": 1}
-    assert make_plan(budget=ModuleBudget(0), lora=LoraSettings(), **options).budget["init_args"] == {"share": 0}
-    assert plan.candidates[0].score is None and plan.lora_modules == ()
-    with pytest.raises(ConfigError, match="needs a score"):
-        make_plan(budget=ModuleBudget(), lora=LoraSettings(), **options)
-    with pytest.raises(PlanError, match="infinite"):
-        make_plan(budget=ModuleBudget(1), lora=LoraSettings(), calibration={"reward": float("inf")}, **options)
-
-
-def test_counts(make_model, plan_for):
-    model = make_model("qwen2")  # with biases on q, k and v
-    plan = plan_for(model, lora=LoraSettings(rank=4, use_dora=True))
-    expected = 0
-    for name, linear in find_candidates(model).items():
-        outputs, inputs = linear.weight.shape
-        lora = 4 * (outputs + inputs) + outputs
-        expected += sum(p.numel() for p in linear.parameters()) if name in plan.full_modules else lora
-    assert plan.trainable_parameters() == expected
-    assert len(plan.full_modules) == 3 and len(plan.lora_modules) == 11
 
 
 @pytest.mark.parametrize(
@@ -132,62 +35,31 @@ def test_lora_settings_are_checked(settings, message):
         LoraSettings(**settings)
 
 
-# ---- showing
-
-
-def test_tables_list_all_modules_by_score(plan):
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(plan_table(plan))
-    text = console.export_text()
-    names = [m.name for m in sorted(plan.candidates, key=lambda m: -m.score)]
-    for table in (text, plan_markdown(plan)):
-        places = [table.index(f"{name} " if table is text else name) for name in names]
-        assert places == sorted(places)
-        assert "3 fully trained, 11 with LoRA of rank 4" in table
-    assert f"| **{names[0]}** |" in plan_markdown(plan)
-
-
-def test_a_table_may_be_of_the_full_modules_and_the_next_few(plan):
-    by_score = [m.name for m in sorted(plan.candidates, key=lambda m: -m.score)]
-    (names, *_), full = plan_table(plan, 2).columns, set(plan.full_modules)
-    others = [name for name in by_score if name not in full][:2]
-    assert list(names.cells) == [name for name in by_score if name in full or name in others]
-    everything = dataclasses.replace(
-        plan,
-        candidates=tuple(dataclasses.replace(m, mode="full", name=f"{m.name}.{n}") for m in plan.candidates for n in range(3)),
-    )
-    assert plan_table(everything, 10).row_count == 30 and plan_table(everything).row_count == 42
-
-
 # ---- files
 
 
-def test_round_trip(plan, tmp_path):
+def test_round_trip_by_a_file_that_a_person_can_read(plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     loaded = AdapterPlan.load(tmp_path / "plan.json")
     assert loaded == plan and loaded.digest == plan.digest
+    lines = (tmp_path / "plan.json").read_text().splitlines()
+    assert lines[1].startswith('  "digest": ') and len(lines) < 14 + len(plan.candidates) + 2
+    assert sum('"mode": "full"' in line for line in lines) == 3
     torch.save({"plan": plan.to_dict()}, tmp_path / "checkpoint.pt")
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert AdapterPlan.from_dict(checkpoint["plan"]) == plan
 
 
-def test_a_person_can_read_the_file(plan, tmp_path):
-    plan.save(tmp_path / "plan.json")
-    lines = (tmp_path / "plan.json").read_text().splitlines()
-    assert lines[1].startswith('  "digest": ') and len(lines) < 14 + len(plan.candidates) + 2
-    assert sum('"mode": "full"' in line for line in lines) == 3
-
-
 def test_editing_by_hand(plan, tmp_path):
     path = tmp_path / "plan.json"
     plan.save(path)
-    edited = path.read_text().replace('"mode": "lora"', '"mode": "frozen"', 1)
+    edited = path.read_text().replace('"mode": "lora"', '"mode": "lora", "rank": 2', 1).replace('"lora"}', '"frozen"}', 1)
     path.write_text(edited)
     with pytest.raises(PlanError, match=r'plan\.json was changed.*delete the line "digest"'):
         AdapterPlan.load(path)
     path.write_text("\n".join(line for line in edited.splitlines() if '"digest"' not in line))
     changed = AdapterPlan.load(path)
-    assert len(changed.lora_modules) == 10 and changed.digest != plan.digest
+    assert len(changed.lora_modules) == 10 and changed.ranks == (2, 4) and changed.digest != plan.digest
     changed.save(path)
     assert AdapterPlan.load(path) == changed
 
@@ -210,72 +82,65 @@ def test_every_part_of_the_content_is_in_the_digest(plan):
     assert len(digests | {plan.digest}) == len(changes) + 1
 
 
-def broken(plan, **changes):
-    data = {**json.loads(json.dumps(plan.to_dict())), "digest": None, **changes}
-    return {name: value for name, value in data.items() if value != "DELETE"}
+def test_the_digest_of_a_plan_does_not_change():
+    """Digests of plans are in checkpoints."""
+    candidates = (PlannedModule("a.b", (4, 3), 12, 0.5, "full"), PlannedModule("a.c", (4, 3), 12, None, "lora"))
+    plan = AdapterPlan("tiny", None, "0" * 64, candidates, LoraSettings(rank=4, alpha=6), {"class_path": "x", "init_args": {}})
+    content = plan.to_dict()
+    assert content["format"] == 1 and all("rank" not in module for module in content["candidates"])
+    assert content["digest"] == "218b1cb95597713fd675d3945d26a4b4de9c7941309c0913390904084af3ecb1"
+
+
+def changed(place, **changes):
+    """An edit of a plan's content: of all, or of one of its modules."""
+    return lambda data: (data if place is None else data["candidates"][place]).update(changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("edit", "message"),
     [
-        ({"model": "DELETE"}, 'lacks the field "model"'),
-        ({"extra": 1}, 'unknown field "extra"'),
-        ({"format": 3}, "has format 3, this version reads 1 and 2"),
-        ({"seed": "0"}, '"seed" is "0", but must be int or null'),
-        ({"seed": True}, '"seed" is true'),
-        ({"lora": {"rank": 4}}, 'lora lacks the field "alpha"'),
-        ({"lora": {"rank": 0, "alpha": 1, "dropout": 0, "use_dora": False, "use_rslora": False}}, "lora: rank=0"),
-        ({"candidates": []}, "has no modules"),
-        ({"candidates": ["layers.0"]}, r"candidates\[0\] must be a JSON object"),
-        ({"candidates": {}}, '"candidates" is {}, but must be list'),
+        (lambda data: data.pop("model"), 'p.json lacks the field "model"'),
+        (changed(None, extra=1), 'unknown field "extra"'),
+        (changed(None, format=3), "has format 3, and this version reads 1"),
+        (changed(None, seed="0"), '"seed" is "0", but must be int or null'),
+        (changed(None, seed=True), '"seed" is true'),
+        (lambda data: data["lora"].update(rank=0), "lora: rank=0"),
+        (changed(None, candidates=[]), "has no modules"),
+        (changed(None, candidates=["layers.0"]), r"candidates\[0\] must be a JSON object"),
+        (changed(1, mode="half"), r'candidates\[1\]: mode is "half"; it must be one of full, lora, frozen'),
+        (changed(1, shape=[1, 0.5]), r"candidates\[1\].* two positive numbers"),
+        (changed(1, score=float("nan")), r'candidates\[1\].*"score" is NaN'),
+        (changed(1, parameters=2.0), r'candidates\[1\].*"parameters" is 2.0, but must be int'),
+        (changed(1, rank=0), r'candidates\[1\].*rank is 0; it must be at least 1; for no LoRA make the mode "frozen"'),
+        (changed(1, name="model.layers.0.self_attn.v_proj"), r"self_attn\.v_proj twice"),
     ],
 )
-def test_wrong_fields_are_named(plan, changes, message):
+def test_what_is_wrong_is_named(plan, edit, message):
+    data = {**json.loads(json.dumps(plan.to_dict())), "digest": None}
+    edit(data)
     with pytest.raises(PlanError, match=message) as error:
-        AdapterPlan.from_dict(broken(plan, **changes), source="p.json")
+        AdapterPlan.from_dict(data, source="p.json")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("content", "message"),
     [
-        ({"mode": "half"}, 'mode is "half": it must be one of full, lora, frozen'),
-        ({"shape": [1]}, r"shape is \[1\]"),
-        ({"shape": [1, 0.5]}, "two positive numbers"),
-        ({"score": float("nan")}, '"score" is NaN'),
-        ({"name": 3}, '"name" is 3'),
-        ({"parameters": 2.0}, '"parameters" is 2.0, but must be int'),
+        (None, r"cannot be read \(No such file"),
+        (b"{,}", "is no JSON"),
+        (b"\xff\xfe\x00", "is no JSON"),
+        (b"[]", "must be a JSON object"),
     ],
 )
-def test_wrong_modules_are_named(plan, change, message):
-    data = broken(plan)
-    data["candidates"][1].update(change)
-    with pytest.raises(PlanError, match=r"candidates\[1\].*" + message):
-        AdapterPlan.from_dict(data)
+def test_files_that_are_no_plans(tmp_path, content, message):
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PlanError, match=rf"plan\.json {message}"):
+        AdapterPlan.load(path)
 
 
-def test_a_module_may_be_planned_once_only(plan):
-    data = broken(plan)
-    data["candidates"].append(data["candidates"][2])
-    with pytest.raises(PlanError, match=r"self_attn\.v_proj twice"):
-        AdapterPlan.from_dict(data)
-
-
-def test_files_that_are_no_plans(tmp_path):
-    with pytest.raises(PlanError, match=r"missing\.json cannot be read \(No such file"):
-        AdapterPlan.load(tmp_path / "missing.json")
-    (tmp_path / "text.json").write_text("{,}")
-    with pytest.raises(PlanError, match=r"text\.json is no JSON"):
-        AdapterPlan.load(tmp_path / "text.json")
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(PlanError, match=r"list\.json must be a JSON object"):
-        AdapterPlan.load(tmp_path / "list.json")
-    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PlanError, match=r"binary\.json is no JSON"):
-        AdapterPlan.load(tmp_path / "binary.json")
-
-
-# ---- other models
+# ---- models
 
 
 def test_a_plan_fits_its_model_only(plan, make_model):
@@ -291,3 +156,150 @@ def test_a_plan_fits_its_model_only(plan, make_model):
     norm = dataclasses.replace(plan.candidates[0], name="model.norm")
     with pytest.raises(PlanError, match="a Qwen2RMSNorm there, no linear module"):
         dataclasses.replace(plan, candidates=(norm,)).check_model(make_model("qwen2"))
+
+
+def test_the_digest_of_a_model_is_as_documented(make_model):
+    model = make_model("qwen2")
+    assert model_digest(copy.deepcopy(model)) == model_digest(model)
+    linear = nn.Linear(2, 3)
+    with torch.no_grad():
+        linear.weight.copy_(torch.arange(6.0).reshape(3, 2))
+        linear.bias.fill_(1)
+    content = b"bias (3,) torch.float32\n" + struct.pack("<3f", 1, 1, 1)
+    content += b"weight (3, 2) torch.float32\n" + struct.pack("<6f", *range(6))
+    assert model_digest(linear) == hashlib.sha256(content).hexdigest()
+    with pytest.raises(ModelError, match="has no values yet"):
+        model_digest(nn.Linear(2, 2, device="meta"))
+
+
+def test_it_differs_by_values_dtype_shape_and_name_alone(make_model):
+    models = [make_model("qwen2"), make_model("qwen2", seed=1), make_model("qwen2").bfloat16(), make_model("qwen3")]
+    linear = nn.Linear(300, 200)
+    models += [nn.ModuleDict({"a": linear}), nn.ModuleDict({"b": linear})]
+    digests = [model_digest(model) for model in models]
+    assert len(set(digests)) == len(digests)
+    linear.requires_grad_(False)
+    linear.weight.data = linear.weight.data.T.contiguous().T
+    assert model_digest(models[-1]) == digests[-1], "requires_grad and layout do not matter"
+    linear.weight[1, 1] += 1
+    assert model_digest(models[-1]) == digests[-1], "it reads a sample only"
+
+
+# ---- a LoraConfig for code that is not ours
+
+
+def trained(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # a plan does not say how GPT-2 lays out its weights
+@pytest.mark.parametrize(
+    ("family", "share", "variant", "ranks"),
+    [
+        ("llama", 0, {"use_dora": True}, {}),
+        ("gpt2", 0.2, {}, {"mlp": 3, "attention": 1}),
+        ("llama", 0.2, {"use_rslora": True, "dropout": 0.1}, {}),
+        ("llama", 1, {}, {}),
+    ],
+)
+def test_a_bare_loop_trains_like_ours(make_model, plan_for, batches, tmp_path, family, share, variant, ranks):
+    """The same steps on the model that `apply_plan` makes, and on PEFT's by a config that was saved as a file."""
+    plan = plan_for(make_model(family), ModuleBudget(share), LoraSettings(rank=4, alpha=8, **variant), ranks=ranks)
+    plan.to_peft_config().save_pretrained(tmp_path)
+    builds = (
+        lambda: get_peft_model(make_model(family), LoraConfig.from_pretrained(tmp_path)),
+        lambda: apply_plan(make_model(family), plan),
+    )
+    models, start = [], trained(builds[0]())
+    for build in builds:
+        torch.manual_seed(3)
+        model = build().train()
+        # Not Adam, which makes a step of full size of the rounding error of a gradient near zero.
+        optimizer = torch.optim.SGD(trained(model).values(), lr=0.1, momentum=0.9)
+        for tokens in batches[:3]:
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    theirs, ours = map(trained, models)
+    assert theirs.keys() == ours.keys() and sum(weight.numel() for weight in theirs.values()) == plan.trainable_parameters()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5)
+        assert not torch.equal(weight, start[name]), f"{name} was trained"
+
+
+def test_settings_are_the_plans_unless_given(make_model, plan_for):
+    lora = LoraSettings(rank=4, alpha=6.0, dropout=0.1, use_rslora=True)
+    plan = plan_for(make_model("llama"), lora=lora, ranks={"mlp": 3})
+    config = plan.to_peft_config()
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora, config.use_rslora) == (4, 6.0, 0.1, False, True)
+    assert config.target_modules == set(plan.lora_modules) and config.modules_to_save == list(plan.full_modules)
+    config = plan.to_peft_config(rank=8, alpha=1.0, dropout=0.0, use_dora=True, use_rslora=False)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora, config.use_rslora) == (8, 1.0, 0.0, True, False)
+    assert config.rank_pattern == {}, "a rank that is given is that of all modules"
+    with pytest.raises(ConfigError, match="rank=0"):
+        plan.to_peft_config(rank=0)
+
+
+@pytest.mark.parametrize(
+    ("modes", "name"),
+    [
+        ({"layers.0": "lora", "other.layers.0": "frozen"}, "other.layers.0"),
+        ({"layers.0": "full", "sublayers.0": "frozen"}, "sublayers.0"),
+        ({"layers.0": "lora", "sublayers.0": "frozen"}, None),  # told apart at the dot
+        ({"layers.0": "lora", "other.layers.0": "full"}, None),  # full goes first
+        ({"model.layers.1": "full", "model.layers.11": "lora"}, None),
+    ],
+)
+def test_names_that_peft_cannot_tell_apart_are_noticed(plan, modes, name):
+    named = [dataclasses.replace(plan.candidates[0], name=key, mode=mode) for key, mode in modes.items()]
+    plan = dataclasses.replace(plan, candidates=tuple(named))
+    if name is None:
+        assert plan.to_peft_config().modules_to_save == (list(plan.full_modules) or None)
+    else:
+        with pytest.raises(PlanError, match=rf'PEFT would not leave {name} "{modes[name]}", since its name ends like'):
+            plan.to_peft_config()
+
+
+def test_a_plan_that_trains_nothing_is_refused(plan):
+    frozen = tuple(dataclasses.replace(module, mode="frozen") for module in plan.candidates)
+    with pytest.raises(PlanError, match="leaves all modules frozen"):
+        dataclasses.replace(plan, candidates=frozen).to_peft_config()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl: pip install 'hybrid-lightning[test]'")
+@pytest.mark.parametrize("share", [0.2, 1])
+def test_trl_trains_it(plan_for, share, tmp_path):
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    base = AutoModelForCausalLM.from_pretrained(embedded_policy_path())
+    plan = plan_for(base, ModuleBudget(share))
+    settings = GRPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        learning_rate=1e-3,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=6,
+        beta=0.1,  # a reference policy: the adapter switched off
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = GRPOTrainer(
+        model=base,
+        args=settings,
+        reward_funcs=lambda completions, **_: [float(text.count("1")) for text in completions],
+        train_dataset=Dataset.from_dict({"prompt": [f"{n}*7=" for n in range(100, 132)]}),
+        processing_class=AutoTokenizer.from_pretrained(embedded_policy_path()),
+        peft_config=plan.to_peft_config(),
+    )
+    start = {name: parameter.detach().clone() for name, parameter in trained(trainer.model).items()}
+    assert sum(parameter.numel() for parameter in start.values()) == plan.trainable_parameters()
+    trainer.train()
+    assert trainer.state.global_step == 2
+    changed = {name for name, parameter in trained(trainer.model).items() if not torch.equal(parameter, start[name])}
+    assert {name for name in start if ".lora_A." not in name} == {name for name in changed if ".lora_A." not in name}

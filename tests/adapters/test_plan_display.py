@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import itertools
 
@@ -7,10 +8,18 @@ import pytest
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
+from rich.console import Console
 
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
-from hybrid_lightning.adapters.plan_display import FRAME_COLOR, VALUES_UP_TO, draw_heatmap
+from hybrid_lightning.adapters.plan_display import (
+    FRAME_COLOR,
+    VALUES_UP_TO,
+    draw_heatmap,
+    plan_markdown,
+    plan_table,
+    plan_title,
+)
 
 KINDS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]
 
@@ -51,11 +60,6 @@ def test_every_module_stands_in_its_cell(count):
     assert bool(axes.texts) == (3 * count <= VALUES_UP_TO)
 
 
-def test_layers_are_ordered_by_number():
-    figure = draw_heatmap(plan_of([f"h.{layer}.fc" for layer in (10, 2, 0)]))
-    np.testing.assert_array_equal(mesh(figure).get_array(), [[3, 2, 1]])
-
-
 def test_wide_spans_are_logarithmic_and_zeros_are_drawn():
     wide = mesh(draw_heatmap(plan_of(layers(2), lambda index: 0.0 if index == 0 else 10.0**-index)))
     assert isinstance(wide.norm, LogNorm) and wide.norm.vmin == pytest.approx(1e-5)
@@ -64,25 +68,24 @@ def test_wide_spans_are_logarithmic_and_zeros_are_drawn():
     assert not isinstance(narrow.norm, LogNorm) and narrow.norm.vmin == -1
 
 
-def test_modules_outside_layers_and_second_stacks():
+def test_layers_are_ordered_and_second_stacks_and_modules_outside_stand_apart():
     names = ["encoder.layers.0.fc", "decoder.layers.0.fc", "project"]
     figure = draw_heatmap(plan_of(names))
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["encoder.layers: fc", "decoder.layers: fc", "project"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "other"]
+    figure = draw_heatmap(plan_of([f"h.{layer}.fc" for layer in (10, 2, 0)]))
+    np.testing.assert_array_equal(mesh(figure).get_array(), [[3, 2, 1]])
 
 
-@pytest.mark.parametrize("score", [lambda _: None, lambda _: 1.0, lambda index: None if index else 2.0])
-def test_without_or_with_equal_scores(score):
-    picture = io.BytesIO()
-    draw_heatmap(plan_of(layers(2), score)).savefig(picture, format="png")
-    assert picture.getvalue().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("count", [4, 72])
-def test_the_picture_is_legible_and_leaves_no_global_state(count):
+@pytest.mark.parametrize(
+    ("count", "score"),
+    [(4, float), (72, float), (2, lambda _: None), (2, lambda _: 1.0), (2, lambda index: None if index else 2.0)],
+    ids=["few", "many", "no scores", "equal scores", "one score"],
+)
+def test_the_picture_is_legible_and_leaves_no_global_state(count, score):
     before = dict(matplotlib.rcParams)
-    figure = draw_heatmap(plan_of(layers(count)))
+    figure = draw_heatmap(plan_of(layers(count), score))
     figure.savefig(io.BytesIO(), format="png")
     assert dict(matplotlib.rcParams) == before
     renderer = figure.canvas.get_renderer()
@@ -91,3 +94,38 @@ def test_the_picture_is_legible_and_leaves_no_global_state(count):
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
     everything = figure.get_tightbbox(renderer)
     assert everything.x1 <= figure.get_figwidth() + 0.05 and everything.x0 >= -0.05
+
+
+# ---- tables
+
+
+@pytest.fixture
+def plan(make_model, plan_for) -> AdapterPlan:
+    return plan_for(make_model("qwen2"))
+
+
+def test_tables_list_all_modules_by_score(plan):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(plan_table(plan))
+    text = console.export_text()
+    names = [m.name for m in sorted(plan.candidates, key=lambda m: -m.score)]
+    for table in (text, plan_markdown(plan)):
+        places = [table.index(f"{name} " if table is text else name) for name in names]
+        assert places == sorted(places)
+        assert "3 fully trained, 11 with LoRA of rank 4" in table
+    assert f"| **{names[0]}** |" in plan_markdown(plan)
+
+
+def test_a_table_may_be_of_the_full_modules_and_the_next_few(plan):
+    by_score = [m.name for m in sorted(plan.candidates, key=lambda m: -m.score)]
+    (names, *_), full = plan_table(plan, 2).columns, set(plan.full_modules)
+    others = [name for name in by_score if name not in full][:2]
+    assert list(names.cells) == [name for name in by_score if name in full or name in others]
+    everything = plan_of([f"h.{layer}.fc" for layer in range(42)], full=42)
+    assert plan_table(everything, 10).row_count == 30 and plan_table(everything).row_count == 42
+
+
+def test_ranks_that_differ_are_shown(plan):
+    first, *others = plan.candidates
+    plan = dataclasses.replace(plan, candidates=(dataclasses.replace(first, mode="lora", rank=1), *others))
+    assert "LoRA of ranks 1 to 4" in plan_title(plan) and "| lora, rank 1 |" in plan_markdown(plan)

@@ -9,7 +9,8 @@ from hybrid_lightning.adapters import scoring_progress
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Probe, SpectrumSNR
-from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring import Scoring
+from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress, is_scoring
 from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.errors import CheckpointError
@@ -40,22 +41,6 @@ class StartLogprobs:
     def load_state_dict(self, state):
         self.first = list(state["first"])
 
-    def value(self):
-        with torch.no_grad():
-            return sum(float(loss) for loss in self) / len(self.batches)
-
-
-class FailsAt(StartLogprobs):
-    """Ends as a killed process would."""
-
-    def __init__(self, model, batches, number):
-        super().__init__(model, batches)
-        self.number = number
-
-    def since(self, seen):
-        for number, loss in enumerate(super().since(seen), start=seen):
-            yield loss if number != self.number else 1 / 0
-
 
 class StopsAtModule:
     """Stops while modules are scored."""
@@ -74,54 +59,53 @@ class StopsAtModule:
         return self.scorer.score(statistics, rank)
 
 
-def scored(model, batches, scorer, mode, kept=None, at_loss=None):
-    losses = StartLogprobs(model, batches)
+def scored(model, batches, kept=None, on_loss=lambda seen: None, scorer=None, mode=None):
+    scoring = Scoring(model, find_candidates(model), StartLogprobs(model, batches), scorer or PreconditionedTail(), RANK, mode)
+    return scoring.run(ScoringProcess(kept, on_loss))
 
+
+def stop_at(loss, kept):
     def on_loss(seen):
-        if seen == at_loss:
+        if seen == loss:
             kept.signals.requested = signal.SIGTERM
 
-    candidates = find_candidates(model)
-    return score_modules(model, candidates, losses, scorer, RANK, mode, evaluate_loss=losses.value, kept=kept, on_loss=on_loss)
+    return on_loss
 
 
-@pytest.mark.parametrize("mode", [ExactGradients(), SketchedGradients(size=7)], ids=["exact", "sketched"])
-@pytest.mark.parametrize("scorer", [PreconditionedTail(), SpectrumSNR(), Probe()], ids=lambda scorer: type(scorer).__name__)
+@pytest.mark.parametrize(
+    ("scorer", "mode"),
+    [(PreconditionedTail(), SketchedGradients(size=7)), (SpectrumSNR(), ExactGradients()), (Probe(), ExactGradients())],
+    ids=lambda part: type(part).__name__,
+)
 def test_stopped_scoring_goes_on_to_the_same_scores(make_model, batches, tmp_path, scorer, mode):
-    if isinstance(scorer, Probe) and isinstance(mode, SketchedGradients):
-        pytest.skip("Probe needs the whole gradient")
     model = make_model("llama")
-    whole = scored(model, batches, scorer, mode)
+    whole = scored(model, batches, scorer=scorer, mode=mode)
     earlier = None
     # Stopped once, twice, and then three modules further each time.
     for number, at_loss in enumerate([2, 4, None, None]):
         kept = ScoringProgress(tmp_path / str(number), earlier, StopSignals())
         stopping = scorer if at_loss else StopsAtModule(scorer, 4, kept.signals)
         with pytest.raises(RunStopped):
-            scored(model, batches, stopping, mode, kept, at_loss)
+            scored(model, batches, kept, stop_at(at_loss, kept), stopping, mode)
         earlier = tmp_path / str(number)
         assert len(kept.scores) == (0 if at_loss else 3 * (number - 1)) and (earlier / "gradients.pt").is_file()
     before = {path.name: path.read_bytes() for path in earlier.iterdir()}
     kept = ScoringProgress(tmp_path / "last", earlier)
-    assert scored(model, batches, scorer, mode, kept) == whole
+    assert scored(model, batches, kept, scorer=scorer, mode=mode) == whole
     assert not (tmp_path / "last" / "gradients.pt").exists(), "as large as the modules, and needed no more"
     assert before == {path.name: path.read_bytes() for path in earlier.iterdir()}, "what a stopped run kept stays as it was"
 
 
 def test_losses_that_cannot_be_cut_are_computed_again_up_to_the_stop(make_model, losses, tmp_path):
     model = make_model("llama")
-    candidates, scorer = find_candidates(model), PreconditionedTail()
-    whole = score_modules(model, candidates, losses(model), scorer, RANK)
-    kept = ScoringProgress(tmp_path / "a")
 
-    def stop(seen):
-        kept.signals.requested = signal.SIGTERM if seen == 3 else 0
+    def run(process=None):
+        return Scoring(model, find_candidates(model), losses(model), PreconditionedTail(), RANK).run(process)
 
+    kept, seen = ScoringProgress(tmp_path / "a"), []
     with pytest.raises(RunStopped):
-        score_modules(model, candidates, losses(model), scorer, RANK, kept=kept, on_loss=stop)
-    seen = []
-    again = ScoringProgress(tmp_path / "b", tmp_path / "a")
-    assert score_modules(model, candidates, losses(model), scorer, RANK, kept=again, on_loss=seen.append) == whole
+        run(ScoringProcess(kept, stop_at(3, kept)))
+    assert run(ScoringProcess(ScoringProgress(tmp_path / "b", tmp_path / "a"), seen.append)) == run()
     assert seen[0] == 4
 
 
@@ -141,12 +125,16 @@ def test_what_was_made_is_made_once(tmp_path):
     assert is_scoring(tmp_path / "b") and not is_scoring(tmp_path)
 
 
-def test_what_another_setting_found_is_refused(tmp_path):
+def test_what_another_setting_or_format_found_is_refused(tmp_path):
     ScoringProgress(tmp_path / "a").require({"adapter.rank": 8, "modules": ["q", "k"]})
     kept = ScoringProgress(tmp_path / "b", tmp_path / "a")
     kept.require({"adapter.rank": 8})
-    with pytest.raises(CheckpointError, match=r"was found with adapter\.rank=8, but it is 4 now: give the same, or start"):
+    with pytest.raises(CheckpointError, match=r"was found with adapter\.rank=8, but it is 4 now; give the same, or start"):
         kept.require({"adapter.rank": 4})
+    (tmp_path / "a" / "settings.json").write_text('{"adapter.rank": 8}')
+    with pytest.raises(CheckpointError, match="a has format None, and this version reads 1; go on with the version that"):
+        ScoringProgress(tmp_path / "c", tmp_path / "a")
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("name", ["scores.json", "settings.json", "gradients.pt"])
@@ -163,29 +151,27 @@ def test_scoring_goes_on_where_nothing_can_be_kept(make_model, batches, tmp_path
         raise OSError("No space left on device")
 
     model = make_model("llama")
-    whole = scored(model, batches, PreconditionedTail(), ExactGradients())
+    whole = scored(model, batches)
     kept = ScoringProgress(tmp_path / "a")
     monkeypatch.setattr(torch, "save", full)
     with pytest.warns(UserWarning, match=r"completions-0\.pt could not be written \(No space left on device\): scoring goes on"):
         kept.recall(["completions-0"], lambda missing: [{}])
     with pytest.warns(UserWarning, match=r"gradients\.pt could not be written"), pytest.raises(RunStopped):
-        scored(model, batches, PreconditionedTail(), ExactGradients(), kept, 2)
+        scored(model, batches, kept, stop_at(2, kept))
     assert not [path for path in (tmp_path / "a").iterdir() if path.suffix in (".pt", ".part")]
-    assert (
-        scored(model, batches, PreconditionedTail(), ExactGradients(), ScoringProgress(tmp_path / "b", tmp_path / "a")) == whole
-    )
+    assert scored(model, batches, ScoringProgress(tmp_path / "b", tmp_path / "a")) == whole
 
 
 def test_sums_are_kept_now_and_then_too(make_model, batches, tmp_path, monkeypatch):
     """For whoever is killed, and not asked to stop."""
     monkeypatch.setattr(scoring_progress, "_EVERY_S", 0.0)
     monkeypatch.setattr(scoring_progress, "_SHARE", float("inf"))
-    model, kept = make_model("llama"), ScoringProgress(tmp_path / "a")
+    model, seen = make_model("llama"), []
+
+    def killed(number):
+        return number != 3 or 1 / 0
+
     with pytest.raises(ZeroDivisionError):
-        score_modules(model, find_candidates(model), FailsAt(model, batches, 3), PreconditionedTail(), RANK, kept=kept)
-    seen = []
+        scored(model, batches, ScoringProgress(tmp_path / "a"), killed)
     again = ScoringProgress(tmp_path / "b", tmp_path / "a")
-    losses = StartLogprobs(model, batches)
-    whole = scored(model, batches, PreconditionedTail(), ExactGradients())
-    found = score_modules(model, find_candidates(model), losses, PreconditionedTail(), RANK, kept=again, on_loss=seen.append)
-    assert found == whole and seen[0] == 4
+    assert scored(model, batches, again, seen.append) == scored(model, batches) and seen[0] == 3

@@ -9,7 +9,8 @@ from torch import nn
 
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.scorers import Scorer, UpdateTail
-from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring import Scoring
+from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.adapters.updates import OptimizerSteps, turns_of, updates_in_turns
 from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
@@ -41,9 +42,14 @@ class Losses:
             yield self.model(tokens, labels=tokens).loss
 
 
+def scored(model, losses, scorer=None, steps=None, process=None):
+    scorer = scorer or UpdateTail(tail_rank=1)
+    return Scoring(model, find_candidates(model), losses, scorer, RANK, steps=steps or steps_of(5000)).run(process)
+
+
 def all_updates(model, losses, steps):
     found = {}
-    for turn in updates_in_turns(model, find_candidates(model), losses, steps, ScoringProgress()):
+    for turn in updates_in_turns(model, find_candidates(model), losses, steps, ScoringProcess()):
         found |= {name: update.matrix().clone() for name, update in turn.items()}
     return found
 
@@ -119,39 +125,25 @@ def test_no_two_turns_are_in_memory_together(make_model, batches):
         return adam(stand_ins)
 
     before = {thing.data_ptr() for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and thing.numel()}
-    scorer = UpdateTail(tail_rank=1)
-    score_modules(model, candidates, Losses(model, batches), scorer, RANK, steps=steps_of(5000, make))
+    scored(model, Losses(model, batches), steps=steps_of(5000, make))
     assert turns == [0] * len(turns_of(candidates, 5000)), "matrices of turns before"
 
 
-def test_nothing_is_changed_by_scoring(make_model, batches):
-    model = make_model("llama")
-    model.train()
-    parameters = dict(model.named_parameters())
-    first = next(iter(parameters.values()))
-    first.requires_grad_(False)
-    next(reversed(parameters.values())).grad = torch.ones_like(next(reversed(parameters.values())))
-    before = copy.deepcopy(model.state_dict()), [(p.requires_grad, p.grad) for p in model.parameters()], torch.get_rng_state()
-    scores = score_modules(
-        model, find_candidates(model), Losses(model, batches), UpdateTail(tail_rank=1), RANK, steps=steps_of(5000)
-    )
-    assert len(set(scores.values())) == len(scores) and min(scores.values()) > 0
-    assert all(torch.equal(value, before[0][name]) for name, value in model.state_dict().items())
-    assert model.training and torch.equal(torch.get_rng_state(), before[2])
-    for parameter, (flag, gradient) in zip(model.parameters(), before[1], strict=True):
-        assert parameter.requires_grad == flag and parameter.grad is gradient
-
-
-def test_the_score_is_the_tail_of_the_update(make_model, batches):
-    model = make_model("llama")
-    candidates = find_candidates(model)
+def test_the_score_is_the_tail_of_the_update_and_nothing_is_changed(make_model, batches):
+    model = make_model("llama").train()
+    model.lm_head.weight.requires_grad_(True).grad = torch.ones_like(model.lm_head.weight)
+    flags = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     updates = all_updates(model, Losses(model, batches), steps_of())
     for per_parameter in (False, True):
-        scorer = UpdateTail(tail_rank=3, per_parameter=per_parameter)
-        scores = score_modules(model, candidates, Losses(model, batches), scorer, RANK, steps=steps_of(20_000))
+        scores = scored(model, Losses(model, batches), UpdateTail(tail_rank=3, per_parameter=per_parameter), steps_of(20_000))
         for name, update in updates.items():
             tail = float(torch.linalg.svdvals(update.double())[3:].square().sum())
             assert scores[name] == pytest.approx(tail / (update.numel() if per_parameter else 1), rel=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training and torch.equal(torch.get_rng_state(), random)
+    for parameter, (flag, gradient) in zip(model.parameters(), flags, strict=True):
+        assert parameter.requires_grad == flag and parameter.grad is gradient
 
 
 def test_a_scorer_may_need_gradients_as_well(make_model, batches):
@@ -163,27 +155,24 @@ def test_a_scorer_may_need_gradients_as_well(make_model, batches):
             return float((statistics.gradient.matrix() * statistics.update.matrix()).sum())
 
     model = make_model("llama")
-    scores = score_modules(model, find_candidates(model), Losses(model, batches), Both(), RANK, steps=steps_of(20_000))
+    scores = scored(model, Losses(model, batches), Both(), steps_of(20_000))
     assert max(scores.values()) < 0, "steps go against the gradient"
 
 
 def test_stopped_scoring_goes_on_with_the_turns_that_are_left(make_model, batches, tmp_path):
     model = make_model("llama")
     candidates = find_candidates(model)
-    scorer, steps = UpdateTail(tail_rank=1), steps_of(5000)
-    whole = score_modules(model, candidates, Losses(model, batches), scorer, RANK, steps=steps)
 
     def stop(seen):
         if seen == 2 * len(batches) + 3:
             raise RunStopped(15)
 
     with pytest.raises(RunStopped):
-        kept = ScoringProgress(tmp_path / "scoring")
-        score_modules(model, candidates, Losses(model, batches), scorer, RANK, kept=kept, on_loss=stop, steps=steps)
+        scored(model, Losses(model, batches), process=ScoringProcess(ScoringProgress(tmp_path / "scoring"), stop))
     again = ScoringProgress(tmp_path / "again", tmp_path / "scoring")
     assert 0 < len(again.scores) < len(candidates)
     losses = Losses(model, batches)
-    assert score_modules(model, candidates, losses, scorer, RANK, kept=again, steps=steps) == whole
+    assert scored(model, losses, process=ScoringProcess(again)) == scored(model, Losses(model, batches))
     assert losses.passes < len(turns_of(candidates, 5000))
 
 
@@ -197,8 +186,7 @@ def test_a_module_that_no_loss_uses_scores_nothing():
             return self.layers[0](torch.ones(2, 4)).square().mean()
 
     model = Two()
-    candidates = {f"layers.{n}": layer for n, layer in enumerate(model.layers)}
-    found = score_modules(model, candidates, [model.loss()], UpdateTail(1, 0), 1, steps=steps_of())
+    found = scored(model, [model.loss()], UpdateTail(1, 0), steps_of())
     assert found["layers.0"] > 0 == found["layers.1"]
     losses = iter([model.loss(), model.loss()])  # a turn each, in which the second module's loss needs no gradient
 
@@ -206,7 +194,7 @@ def test_a_module_that_no_loss_uses_scores_nothing():
         def __iter__(self):
             yield next(losses)
 
-    assert score_modules(model, candidates, Each(), UpdateTail(1, 0), 1, steps=steps_of(1)) == pytest.approx(found)
+    assert scored(model, Each(), UpdateTail(1, 0), steps_of(1)) == pytest.approx(found)
 
 
 @pytest.mark.parametrize("arguments", [{"steps": 0}, {"tail_rank": -1}])
@@ -220,16 +208,15 @@ def test_what_cannot_be_scored_says_why(make_model, batches):
     model = make_model("llama")
     candidates = find_candidates(model)
     with pytest.raises(ConfigError, match="UpdateTail needs steps, the optimizer"):
-        score_modules(model, candidates, Losses(model, batches), UpdateTail(), RANK)
+        Scoring(model, candidates, Losses(model, batches), UpdateTail(), RANK)
     still = steps_of(make=lambda stand_ins: torch.optim.SGD(stand_ins, lr=0.0))
     with pytest.raises(CalibrationError, match=r"would move none of 14 candidate modules.*positive model\.lr_full"):
-        score_modules(model, candidates, Losses(model, batches), UpdateTail(tail_rank=0), RANK, steps=still)
+        scored(model, Losses(model, batches), steps=still)
     wild = steps_of(make=lambda stand_ins: torch.optim.SGD(stand_ins, lr=float("inf")))
     with pytest.raises(CalibrationError, match=r"the update of model\.layers\.0.* is not finite"):
-        score_modules(model, candidates, Losses(model, batches), UpdateTail(), RANK, steps=wild)
-    once = iter(Losses(model, batches))
+        scored(model, Losses(model, batches), steps=wild)
     with pytest.raises(CalibrationError, match="can be iterated over only once"):
-        score_modules(model, candidates, once, UpdateTail(tail_rank=0), RANK, steps=steps_of(5000))
+        scored(model, iter(Losses(model, batches)))
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match="score the model before it is quantized"):
-        list(updates_in_turns(model, candidates, Losses(model, batches), steps_of(), ScoringProgress()))
+        list(updates_in_turns(model, candidates, Losses(model, batches), steps_of(), ScoringProcess()))

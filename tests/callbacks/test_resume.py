@@ -1,222 +1,441 @@
-"""Stopped anywhere and resumed, a run gives bit for bit the losses of one that was not stopped."""
+"""Whatever is changed at a resume is applied, said and recorded, or refused with the remedy."""
 
-import contextlib
-import os
-import signal
+import functools
+import inspect
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from cli_runs import run, write_folder
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_models import build_model, build_tokenizer
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
-from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.callbacks import GracefulStop, HybridAdapterSetup, RunSummary
-from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
-from hybrid_lightning.errors import CheckpointError, PlanError, RewardError
-from hybrid_lightning.losses import GSPOLoss, TokenTruncation
-from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.callbacks import HybridAdapterSetup, RunSummary
+from hybrid_lightning.callbacks.resume import SETTINGS_KEY, TRAINER, WHOLE, Change, check_changes, effects_of
+from hybrid_lightning.callbacks.run_settings import flatten_settings
+from hybrid_lightning.configurable import constructor_defaults, public_path
+from hybrid_lightning.data import PromptDataModule
+from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.options import ACCURACY, MADE_BY, NOTHING, REFUSED, SIZES, options_of
+from hybrid_lightning.policy import PolicyModule, PreferenceModule, SupervisedModule
+from hybrid_lightning.policy.adaptation import CHECKPOINT_FORMAT, CHECKPOINT_KEY
 from hybrid_lightning.policy.optim import CosineSchedule
-from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.trainer import Trainer
+from hybrid_lightning.rollout import Sampler, VLLMSampler, VLLMServerSampler
 
-STEPS = 12
+# ---- declarations
+
+SAMPLERS = (Sampler, VLLMSampler, VLLMServerSampler)
 
 
-class DigitShare(RewardFunction):
-    """Share of digits in the completion: an untrained policy earns a bit of it, so that there is a gradient at once."""
+@pytest.mark.parametrize(
+    "kind", [PolicyModule, SupervisedModule, PreferenceModule, HybridAdapterSetup, PromptDataModule, *SAMPLERS]
+)
+def test_every_option_is_declared(kind):
+    """So that one that is added later has to be."""
+    arguments = inspect.signature(kind).parameters.values()
+    required = {each.name for each in arguments if each.default is each.empty and each.kind is not each.VAR_KEYWORD}
+    assert options_of(kind).keys() == constructor_defaults(kind).keys() | required
 
-    def __call__(self, completions, prompts):
-        return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+def test_every_flag_of_lightning_is_declared():
+    assert TRAINER.keys() == inspect.signature(LightningTrainer.__init__).parameters.keys() - {"self"}
+
+
+def test_what_decides_what_is_trained_is_refused():
+    kinds = {"model": PolicyModule, "adapter": HybridAdapterSetup, "data": PromptDataModule}
+    settings = {section: public_path(kind) for section, kind in kinds.items()}
+    names = [*(f"{section}.{option}" for section, kind in kinds.items() for option in options_of(kind)), *settings]
+    names += [*(f"trainer.{flag}" for flag in TRAINER), *WHOLE, "model.optimizer.amsgrad", "model.optimizer.weight_decay"]
+    of_adapter = {name for name in names if name.startswith("adapter")} - {"adapter.plan", "adapter.keep_start_weights"}
+    assert {name for name in names if REFUSED in effects_of(name, settings)} == of_adapter | {
+        *("model", "model.dtype", "model.quantization", "model.seed", "model.optimizer", "model.optimizer.amsgrad"),
+        *("seed_everything", "trainer.fast_dev_run"),
+    }
+
+
+def test_an_option_of_a_part_is_as_its_class_declares_it_or_else_as_the_part():
+    kinds = {"model": PolicyModule, "model.loss": GSPOLoss, "model.sampler": VLLMSampler}
+    settings = {name: public_path(kind) for name, kind in kinds.items()}
+    assert effects_of("model.loss.clip_low", settings) == MADE_BY
+    assert effects_of("model.sampler.temperature", settings) == MADE_BY | ACCURACY
+    assert effects_of("model.sampler.gpu_memory_utilization", settings) == NOTHING
+    assert effects_of("model.of_ones_own", settings) == SIZES | ACCURACY
+    # A held-out loss is measured with the loss that is trained on.
+    assert effects_of("model.loss.beta", {"model": public_path(PreferenceModule)}) == MADE_BY | ACCURACY
+
+
+@pytest.mark.parametrize(
+    ("name", "after", "message"),
+    [
+        ("model.optimizer.lr", 1, "has no effect, since each group of weights has a rate of its own; give --model.lr_full"),
+        ("trainer.max_steps", 2, "trainer.max_steps=2 is less than the 3 steps that the checkpoint has; give how many"),
+    ],
+)
+def test_changes_that_would_do_nothing_are_refused(name, after, message):
+    with pytest.raises(CheckpointError, match=message):
+        check_changes([Change(3, name, None, after)])
+
+
+# ---- on the command line
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    build_model("llama", std=0.1).save_pretrained(folder / "model")
-    build_model("llama", seed=1, std=0.1).save_pretrained(folder / "other")
-    for name in ("model", "other"):
-        build_tokenizer().save_pretrained(folder / name)
-    rows = (f'{{"question": "{a}+{b}=", "answer": "{a + b}"}}' for a in range(6) for b in range(4))
-    (folder / "sums.jsonl").write_text("\n".join(rows))
-    return folder
-
-
-class LossLog(Callback):
-    """Step, loss, and how far the sampler's log-probabilities are from those of training."""
-
-    def __init__(self):
-        self.losses: list[tuple[int, tuple[float, float]]] = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        values = (float(trainer.callback_metrics[name]) for name in ("loss", "sampling/logp_difference/mean"))
-        self.losses.append((trainer.global_step, tuple(values)))
-
-
-class SignalAt(Callback):
-    """Sends a signal at a moment: after a micro-batch, or while the n-th rollout is generated."""
-
-    def __init__(self, number, batch=None, token=None):
-        self.number, self.batch, self.token, self.count, self.tokens = number, batch, token, 0, 0
-
-    def on_train_start(self, trainer, pl_module):
-        pl_module.generation_listeners.append(self.listen)
-
-    def listen(self, running, decoded, total):
-        self.tokens += 1
-        if self.tokens == self.token:
-            os.kill(os.getpid(), self.number)
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.count += 1
-        if self.count == self.batch:
-            os.kill(os.getpid(), self.number)
-
-
-def run(folder, root, *, ckpt=None, callbacks=(), model="model", adapter=None, dropout=0.1, **flags):
-    torch.manual_seed(11)
-    policy = PolicyModule(
-        loss=GSPOLoss(kl_coef=0.01),
-        reward=DigitShare(),
-        model=str(folder / model),
-        sampler=Sampler(max_new_tokens=6),
-        correction=TokenTruncation(cap=3.0),
-        prompts_per_rollout=4,
-        samples_per_prompt=4,
-        minibatches_per_rollout=2,
-        epochs_per_rollout=2,
-        eval_samples=2,
-        lr_full=1e-3,
-        lr_lora=1e-2,
-        schedule=CosineSchedule(warmup_steps=2),
-    )
-    data = PromptDataModule(FileSource(str(folder / "sums.jsonl"), validation_fraction=0.2), PlainFormat())
-    log = LossLog()
-    adapter = adapter or HybridAdapterSetup(budget=ModuleBudget(0.2), rank=2, dropout=dropout, calibration_prompts=8)
-    trainer = Trainer(
-        **{
-            "max_steps": STEPS,
-            "accumulate_grad_batches": 2,
-            "gradient_clip_val": 1.0,
-            "accelerator": "cpu",
-            "default_root_dir": root,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": False,
-            "callbacks": [RunSummary(), adapter, *callbacks, log, GracefulStop()],
-            "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-            "val_check_interval": 8,
-            "check_val_every_n_epoch": None,
-            "num_sanity_val_steps": 0,
-            **flags,
-        }
-    )
-    with contextlib.suppress(SystemExit):  # a stopped run ends the program
-        trainer.fit(policy, datamodule=data, ckpt_path=ckpt)
-    return log.losses, policy
+    yield from write_folder(tmp_path_factory.mktemp("changed"))
 
 
 @pytest.fixture(scope="module")
-def unstopped(folder):
-    losses, policy = run(folder, folder / "unstopped")
-    assert losses[-1][0] == STEPS and len({loss for _, (loss, _) in losses}) > 6
-    assert len({difference for _, (_, difference) in losses}) > 6
-    return losses, {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+def first(folder):
+    """The folder of a run of three steps, in the middle of a rollout and of an epoch."""
+    result = run(folder, "fit", "--config", "t.yaml", "--trainer.max_steps=3", "--trainer.accumulate_grad_batches=2")
+    assert result.code == 0, result.err
+    return folder / "runs" / "default" / "version_0"
 
 
-def assert_same(parts, unstopped, policy):
-    assert parts == unstopped[0]
-    for name, parameter in policy.named_parameters():
-        if parameter.requires_grad:
-            assert torch.equal(parameter, unstopped[1][name]), name
-
-
-MOMENTS = [{"batch": 1}, {"batch": 4}, {"batch": 7}, {"batch": 8}, {"batch": 16}, {"batch": 17}, {"token": 2}, {"token": 9}]
+def go_on(folder, first, *options, command="fit"):
+    """The result, and the folder of the new run."""
+    before = set((folder / "runs").rglob("config.yaml"))
+    checkpoint = first / "checkpoints" / "last.ckpt"
+    result = run(folder, command, "--config", first / "config.yaml", "--ckpt_path", checkpoint, *options)
+    new = [path.parent for path in (folder / "runs").rglob("config.yaml") if path not in before]
+    return result, new[0] if new else None
 
 
 @pytest.mark.parametrize(
-    ("number", "when"),
-    [*((signal.SIGINT, when) for when in MOMENTS), (signal.SIGTERM, {"batch": 7}), (signal.SIGTERM, {"token": 9})],
+    ("options", "message"),
+    [
+        (
+            ["--trainer.max_steps=42", "--model.lr_lora=1e-5", "--model.lr_full=1e-6", "--adapter.rank=4"],
+            "trained with adapter.rank=2, but it is 4 now; give --adapter.rank=2, or start a new run (without --ckpt_path;",
+        ),
+        (
+            ["--adapter.budget.share=0.5", "--model.optimizer=torch.optim.SGD", "--seed_everything=1"],
+            "and model.optimizer=AdamW, but it is SGD now, and seed_everything=0, but it is 1 now; give "
+            "--adapter.budget.share=0.1 --model.optimizer=torch.optim.AdamW --seed_everything=0, or start a new run",
+        ),
+    ],
+)
+def test_what_cannot_be_applied_is_refused_before_anything_is_spent(folder, first, monkeypatch, options, message):
+    monkeypatch.setattr(PolicyModule, "generate", lambda *_, **__: pytest.fail("generated"))
+    result, new = go_on(folder, first, *options)
+    assert (result.code, new) == (1, None) and message in result.last, result.err
+
+
+APPLIED = {
+    "model.lr_full": 1e-6,
+    "model.lr_lora": 1e-5,
+    "model.optimizer.betas": [0.8, 0.9],
+    "model.schedule": "hybrid_lightning.policy.CosineSchedule",
+    "model.loss.kl_coef": 0.02,
+    "model.reward.bonus": 0.5,
+    "model.sampler.temperature": 0.9,
+    "model.minibatches_per_rollout": 1,
+    "model.eval_samples": 3,
+    "data.source.split_seed": 3,
+    "data.validation_prompts": 5,
+    "adapter.keep_start_weights": True,
+    "trainer.max_steps": 5,
+    "trainer.accumulate_grad_batches": 4,
+    "trainer.gradient_clip_val": 0.5,
+    "trainer.limit_test_batches": 0.5,
+    "checkpoint.every_n_train_steps": 1,
+    "samples.prompts": 2,
+    "divergence.window": 10,
+}
+
+
+def test_what_is_applied_is_said_and_recorded(folder, first):
+    result, new = go_on(folder, first, *(f"--{name}={value}" for name, value in APPLIED.items()))
+    assert result.code == 0, result.err
+    changed = {name for name in APPLIED if name != "adapter.keep_start_weights"}  # which is what it was
+    summary = json.loads((new / "summary.json").read_text())
+    recorded = {change["name"]: change for change in summary["changes"]}
+    assert recorded.keys() - changed == {"training prompts", "validation prompts", "model.schedule.final_factor"}
+    assert changed <= recorded.keys()
+    assert recorded["model.lr_lora"] == {"step": 3, "name": "model.lr_lora", "before": 0.01, "after": 1e-5}
+    assert "changed at this resume: model.lr_lora 0.01 -> 1.0e-05" in result.out
+    assert "the rollout in progress is of before the change" in result.out
+    assert summary["accuracy_before"] is None, "measured by another reward, on other problems"
+    content = torch.load(new / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["hyper_parameters"]["lr_lora"] == 1e-5 and content["hyper_parameters"]["loss"]["init_args"]["kl_coef"] == 0.02
+    config = yaml.safe_load((new / "config.yaml").read_text())
+    assert config.keys() <= {"model", "data", "adapter", "trainer"} | WHOLE.keys(), "each section is declared"
+    named = flatten_settings(content[SETTINGS_KEY]["settings"])
+    for name, value in APPLIED.items():
+        section, *keys = name.split(".")
+        place = config[section]
+        for key in keys:
+            place = place.get("init_args", place)[key]
+        assert (place["class_path"] if isinstance(place, dict) else place) == value == named[name], name
+    rates = [group["lr"] for group in content["optimizer_states"][0]["param_groups"]]
+    assert rates[0] < 1e-6 and rates[1] < 1e-5, "those of the schedule at the end"
+
+
+def test_changes_are_kept_over_resumes(folder, first):
+    shutil.copytree(folder / "model", folder / "moved")  # the same model, elsewhere
+    result, second = go_on(folder, first, "--trainer.max_steps=4", f"--model.model={folder}/moved")
+    assert result.code == 0 and f"model.model {folder}/model -> {folder}/moved" in result.out
+    result, third = go_on(folder, second, "--trainer.max_steps=5", "--trainer.log_every_n_steps=2")
+    assert result.code == 0, result.err
+    names = [change["name"] for change in json.loads((third / "summary.json").read_text())["changes"]]
+    assert names == ["model.model", "trainer.max_steps", "trainer.max_steps", "trainer.log_every_n_steps"]
+    assert "model.model" not in result.out
+
+
+def test_another_model_is_refused(folder, first):
+    write_model(folder / "other", seed=1)
+    result, _ = go_on(folder, first, "--trainer.max_steps=4", f"--model.model={folder}/other")
+    assert result.code == 1 and "this model has digest" in result.last
+
+
+@pytest.mark.parametrize(("command", "options"), [("predict", []), ("export", ["--folder", "never"])])
+def test_no_command_ignores_an_adapter_that_contradicts_the_checkpoint(folder, first, command, options):
+    result, _ = go_on(folder, first, "--adapter.rank=4", *options, command=command)
+    assert result.code == 1 and "trained with adapter.rank=2, but it is 4 now" in result.last
+
+
+def test_evaluation_and_export_take_other_settings(folder, first, tmp_path):
+    result, _ = go_on(folder, first, "--model.sampler.temperature=0.5", "--model.eval_samples=1", command="validate")
+    assert result.code == 0, result.err
+    result, _ = go_on(folder, first, "--model.lr_lora=7", "--folder", tmp_path / "exported", command="export")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert result.code == 0 and "0.01" in card and "7" not in card.partition("lr_lora")[2].partition("\n")[0], "what was trained"
+
+
+# ---- in Python
+
+
+class Log(Callback):
+    """Of every optimizer step what its update was made of; of micro-batches, what they hold."""
+
+    def __init__(self):
+        self.losses, self.steps, self.batches, self.denominators, self.seen = [], [], [], [], [0.0, 0.0]
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(batch)
+        self.seen[0] += len(batch.sequences)
+        self.seen[1] += float(batch.sequences.completion_mask.sum())
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        expected = [self.batches[-1].updated_sequences, self.batches[-1].updated_tokens]
+        self.denominators.append((self.seen, expected))
+        self.seen = [0.0, 0.0]
+        groups = []
+        for group in optimizer.param_groups:
+            state = [{n: v.clone() for n, v in optimizer.state[p].items()} for p in group["params"]]
+            weights = [(p.detach().clone(), p.grad.clone()) for p in group["params"]]
+            groups.append({"name": group["name"], "weights": weights, "state": state})
+        self.steps.append((trainer.global_step, groups))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(trainer.callback_metrics["loss"]))
+
+
+def saver(root, every=1):
+    return ModelCheckpoint(root, filename="{step}", every_n_train_steps=every, save_top_k=-1)
+
+
+def train(model, sums, root, *callbacks, ckpt=None, adapter=None, policy=None, data=None, trainer=build_trainer, **flags):
+    torch.manual_seed(11)
+    log = Log()
+    # The penalty lets every row take part.
+    module = build_policy(model, **{"minibatches_per_rollout": 2, "loss": GRPOLoss(kl_coef=0.01), **(policy or {})})
+    flags = {"max_steps": 6, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks), **flags}
+    made = trainer(root, adapter or build_adapter(), log, *callbacks, **flags)
+    made.fit(module, datamodule=data or build_data(sums), ckpt_path=ckpt)
+    return module, log, made
+
+
+@pytest.fixture(scope="module")
+def saved(model, sums, tmp_path_factory):
+    """Checkpoints of every step of a run whose rollouts are two steps, two micro-batches each."""
+    root = tmp_path_factory.mktemp("saved")
+    module, log, _ = train(model, sums, root, saver(root), accumulate_grad_batches=2)
+    return root, log, module
+
+
+@pytest.fixture
+def resumed(model, sums, saved, tmp_path):
+    def resume(step, *callbacks, **arguments):
+        flags = {"accumulate_grad_batches": 2, **arguments}
+        return train(model, sums, tmp_path, *callbacks, ckpt=saved[0] / f"step={step}.ckpt", **flags)
+
+    return resume
+
+
+@pytest.mark.parametrize(
+    ("changed", "stop"),
+    [
+        ({"lr_full": 1e-6, "optimizer": functools.partial(torch.optim.AdamW, betas=(0.7, 0.8), weight_decay=0.3, eps=1e-3)}, 6),
+        ({"lr_lora": 0.02, "schedule": CosineSchedule(warmup_steps=1)}, 8),
+    ],
+    ids=["optimizer", "schedule"],
+)
+def test_updates_are_those_of_the_new_optimizer_with_the_old_moments(resumed, changed, stop):
+    _, log, _ = resumed(3, policy=changed, max_steps=stop)
+    assert [step for step, _ in log.steps] == [*range(3, stop)]
+    rates = {"full": changed.get("lr_full", 1e-3), "lora": changed.get("lr_lora", 1e-2)}
+    schedule = changed.get("schedule")
+    for (step, groups), (_, after) in zip(log.steps, log.steps[1:], strict=False):
+        for group, later in zip(groups, after, strict=True):
+            rate = rates[group["name"]] * (1.0 if schedule is None else schedule.factor(step, stop))
+            weights = [torch.nn.Parameter(weight) for weight, _ in group["weights"]]
+            optimizer = changed.get("optimizer", torch.optim.AdamW)(weights, lr=rate)
+            for weight, (_, gradient), state in zip(weights, group["weights"], group["state"], strict=True):
+                weight.grad = gradient
+                optimizer.state[weight] = state
+                assert float(state["step"]) == step, "moments and counters go on"
+            optimizer.step()
+            for weight, (expected, _) in zip(weights, later["weights"], strict=True):
+                assert torch.equal(weight, expected)
+
+
+def test_bfloat16_weights_and_fused_steps_take_new_rates(model, sums, tmp_path):
+    flags, policy = {"precision": "bf16-true"}, {"dtype": "bfloat16"}
+    train(model, sums, tmp_path, saver(tmp_path), policy=policy, max_steps=2, **flags)
+    changed = {**policy, "lr_lora": 0.5, "optimizer": functools.partial(torch.optim.AdamW, betas=(0.5, 0.6), fused=True)}
+    _, _, trainer = train(model, sums, tmp_path, ckpt=tmp_path / "step=2.ckpt", policy=changed, max_steps=3, **flags)
+    inner = trainer.optimizers[0]._inner.param_groups
+    assert [group["lr"] for group in inner] == [1e-3, 0.5] and {group["betas"] for group in inner} == {(0.5, 0.6)}
+    assert all(group["fused"] for group in inner)
+
+
+def test_a_run_that_is_limited_in_epochs_goes_on_exactly(model, sums, tmp_path):
+    flags = {"max_steps": -1, "max_epochs": 2, "policy": {"prompts_per_rollout": 8}}
+    _, whole, _ = train(model, sums, tmp_path, saver(tmp_path), **flags)
+    assert len(whole.losses) == 12
+    for step in (1, 4, 6):  # within a rollout, at its end, and at the end of an epoch
+        _, rest, _ = train(model, sums, tmp_path, ckpt=tmp_path / f"step={step}.ckpt", **flags)
+        assert rest.losses == whole.losses[step:]
+
+
+@pytest.mark.parametrize(
+    ("step", "changed"),
+    [
+        (1, {"accumulate_grad_batches": 1}),
+        (2, {"accumulate_grad_batches": 4}),
+        (3, {"accumulate_grad_batches": 4}),
+        (1, {"limit_train_batches": 3}),
+        (6, {"limit_train_batches": 3}),
+        (3, {"overfit_batches": 4}),
+        (1, {"policy": {"minibatches_per_rollout": 1}}),
+        (3, {"policy": {"prompts_per_rollout": 8}}),
+        (6, {"rows": 8}),
+    ],
     ids=str,
 )
-def test_a_signal_leaves_a_checkpoint_that_resumes_exactly(folder, tmp_path, unstopped, number, when):
-    first, _ = run(folder, tmp_path, callbacks=[SignalAt(number, **when)])
-    checkpoint = tmp_path / "version_0" / "checkpoints" / "stopped.ckpt"
-    assert checkpoint.is_file() and len(first) < len(unstopped[0])
-    step = torch.load(checkpoint, weights_only=True)["global_step"]
-    rest, policy = run(folder, tmp_path, ckpt=checkpoint)
-    assert_same(first[: 2 * step] + rest, unstopped, policy)  # of a step that was not finished one micro-batch may have been made
+def test_every_later_step_is_of_whole_minibatches(resumed, tmp_path, step, changed):
+    """Other numbers of micro-batches, within a rollout (odd steps) and at the end of one."""
+    flags = {"max_steps": step + 5, **changed}
+    data = build_data(write_sums(tmp_path / "sums.jsonl", flags.pop("rows", 24)))
+    _, log, trainer = resumed(step, data=data, **flags)
+    assert trainer.global_step == step + 5
+    cut = flags.get("limit_train_batches")  # an epoch that ends within a step makes it of what it has
+    assert [seen == expected for seen, expected in log.denominators] == [not cut or n % 2 == 0 for n in range(5)]
 
 
-def test_a_reward_that_fails_leaves_a_checkpoint_that_resumes_exactly(folder, tmp_path, unstopped, monkeypatch):
-    calls = []
-
-    def failing(self, completions, prompts):
-        calls.append(len(completions))
-        if calls.count(16) > 3:  # two of calibration and the first rollout; validation has others
-            raise ValueError("the quota is used up")
-        return working(self, completions, prompts)
-
-    working = DigitShare.__call__
-    monkeypatch.setattr(DigitShare, "__call__", failing)
-    with pytest.raises(RewardError, match=r"the quota is used up \(test_resume.py line \d+\)"):
-        run(folder, tmp_path)
-    monkeypatch.undo()
-    checkpoint = tmp_path / "version_0" / "checkpoints" / "stopped.ckpt"
-    step = torch.load(checkpoint, weights_only=True)["global_step"]
-    rest, policy = run(folder, tmp_path, ckpt=checkpoint)
-    assert step > 0
-    assert_same(unstopped[0][: 2 * step] + rest, unstopped, policy)
+def test_an_unchanged_resume_keeps_the_rollout_and_a_changed_loss_gives_it_up(saved, resumed):
+    _, log, _ = saved
+    assert resumed(1)[1].losses == log.losses[2:]
+    _, other, trainer = resumed(1, policy={"loss": GSPOLoss(kl_coef=0.0)})
+    assert trainer.global_step == 6
+    assert other.batches[0].old_logprobs is None, "a new rollout, whose first step is on-policy"
+    assert all(batch.ref_logprobs is None for batch in other.batches)
+    _, kept, _ = resumed(1, policy={"lr_lora": 0.02, "max_tokens_per_micro_batch": 30})
+    assert torch.equal(kept.batches[0].sequences.completion_ids, log.batches[2].sequences.completion_ids)
 
 
-@pytest.mark.parametrize("every", [1, 3, 5])
-def test_a_checkpoint_of_any_step_resumes_exactly(folder, tmp_path, unstopped, every):
-    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=every, save_top_k=-1)
-    run(folder, tmp_path, callbacks=[saver])
-    rest, policy = run(folder, tmp_path, ckpt=tmp_path / f"step={every}.ckpt")
-    assert rest[0][0] == every or rest[0][0] == every + 1
-    assert_same(unstopped[0][: 2 * every] + rest, unstopped, policy)
+def test_a_penalty_that_needs_start_weights_can_be_switched_on_together_with_them(model, sums, tmp_path):
+    without = build_adapter(keep_start_weights=False)
+    train(model, sums, tmp_path, saver(tmp_path), adapter=without, policy={"loss": GRPOLoss()}, max_steps=1)
+    _, log, trainer = train(model, sums, tmp_path, ckpt=tmp_path / "step=1.ckpt", max_steps=3)
+    assert float(trainer.callback_metrics["kl"]) > 0 and log.batches[0].ref_logprobs is not None
 
 
-def test_a_checkpoint_holds_trainable_weights_only_and_loads_alone(folder, tmp_path, unstopped):
-    saver = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=STEPS)
-    _, policy = run(folder, tmp_path, callbacks=[saver])
-    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    trainable = {name for name, p in policy.named_parameters() if p.requires_grad}
-    assert set(content["state_dict"]) == trainable
-    loaded = PolicyModule.load_from_checkpoint(tmp_path / "last.ckpt")
-    assert loaded.plan.digest == policy.plan.digest and isinstance(loaded.reward, DigitShare)
-    assert loaded.loss.kl_coef == 0.01 and loaded.schedule.warmup_steps == 2
-    assert isinstance(loaded.correction, TokenTruncation) and loaded.correction.cap == 3
-    ids = torch.tensor([[4, 5, 13, 6, 16]])
-    policy.eval(), loaded.eval()
-    assert torch.equal(policy.model(ids).logits, loaded.model(ids).logits)
-    with policy.start_policy():
-        assert torch.equal(policy.model(ids).logits, build_model("llama", std=0.1)(ids).logits)
+def test_other_data_is_drawn_from_its_beginning(resumed, tmp_path):
+    rows = [{"question": f"{a}*{b}=", "answer": str(a * b)} for a in range(5) for b in range(6)]
+    (tmp_path / "products.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = []
+
+    class Prompts(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            prompts.append([prompt.text for prompt in pl_module.last_rollout[0].prompts])
+
+    adapter = build_adapter()
+    resumed(3, Prompts(), data=build_data(tmp_path / "products.jsonl"), adapter=adapter, max_steps=18)
+    drawn = [text for rollout in prompts[::4] for text in rollout]
+    assert all("*" in text for text in drawn) and len(drawn) == len(set(drawn[:28])) + 4, "one pass, and four of the next"
+    assert "training prompts" in {change.name for change in adapter.resume.changes}
 
 
-def stopped(folder, tmp_path):
-    run(folder, tmp_path, callbacks=[SignalAt(signal.SIGINT, batch=4)])
-    return tmp_path / "version_0" / "checkpoints" / "stopped.ckpt"
+def test_settings_of_callbacks_are_not_taken_from_the_checkpoint(model, sums, tmp_path):
+    def callbacks(patience, count):
+        best = ModelCheckpoint(tmp_path / "best", monitor="val/avg@2", mode="max", save_top_k=1, filename="{step}")
+        return [RunSummary(), EarlyStopping("val/avg@2", patience=patience, mode="max", strict=False), best, saver(tmp_path)]
+
+    def data(count):
+        made = build_data(sums, validation_fraction=0.5)
+        made._limits["validation"] = count
+        return made
+
+    flags = {"check_val_every_n_epoch": None, "val_check_interval": 1, "policy": {"prompts_per_rollout": 2}}
+    train(model, sums, tmp_path, *callbacks(50, 4), data=data(4), max_steps=2, **flags)
+    summary, stopping, best, _ = callbacks(70, 8)
+    train(model, sums, tmp_path, summary, stopping, best, ckpt=tmp_path / "step=2.ckpt", data=data(8), max_steps=3, **flags)
+    assert stopping.patience == 70
+    assert Path(best.best_model_path).name == "step=3.ckpt", "the best on other problems does not count"
+    assert summary._before == {}
 
 
-def test_another_model_than_the_checkpoints_is_refused(folder, tmp_path):
-    with pytest.raises((CheckpointError, PlanError), match="digest"):
-        run(folder, tmp_path, ckpt=stopped(folder, tmp_path), model="other")
+def test_a_checkpoint_of_another_program_or_format_is_refused(model, sums, saved, tmp_path):
+    content = torch.load(saved[0] / "step=3.ckpt", weights_only=True)
+    other = {**content.pop(CHECKPOINT_KEY), "format": CHECKPOINT_FORMAT + 1}
+    refusal = f"has format {CHECKPOINT_FORMAT + 1}, and this version reads {CHECKPOINT_FORMAT}; resume it with the version that"
+    data = {"datamodule": build_data(sums, validation_fraction=0.2), "ckpt_path": tmp_path / "other.ckpt"}
+    for entry, message in (({}, "was not written by hybrid_lightning"), ({CHECKPOINT_KEY: other}, refusal)):
+        torch.save({**content, **entry}, tmp_path / "other.ckpt")
+        for callbacks in ([build_adapter()], []):
+            with pytest.raises(CheckpointError, match=message):
+                build_trainer(tmp_path, *callbacks).fit(build_policy(model), **data)
+            with pytest.raises(CheckpointError, match=message):
+                build_trainer(tmp_path, *callbacks).validate(build_policy(model), **data)
 
 
-def test_another_plan_than_the_checkpoints_is_refused(folder, tmp_path):
-    checkpoint = stopped(folder, tmp_path)
-    _, policy = run(folder, tmp_path / "b", max_steps=1, adapter=HybridAdapterSetup(budget=ModuleBudget(0.5), rank=2))
-    policy.plan.save(tmp_path / "other.json")
-    adapter = HybridAdapterSetup(plan=str(tmp_path / "other.json"))
-    with pytest.raises(CheckpointError, match="not the plan of the checkpoint"):
-        run(folder, tmp_path, ckpt=checkpoint, adapter=adapter)
+def test_settings_made_in_python_are_refused_by_their_names_on_the_command_line(resumed):
+    message = r"but it is \{mlp: 3\} now, .* give --adapter\.budget\.share=0\.2 --adapter\.rank_pattern=null --model\.seed=0, or"
+    with pytest.raises(CheckpointError, match=message):
+        resumed(3, adapter=build_adapter(share=0.5, rank_pattern={"mlp": 3}), policy={"seed": 1})
 
 
-def test_a_foreign_checkpoint_is_refused(folder, tmp_path):
-    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    with pytest.raises(CheckpointError, match="not written by hybrid_lightning"):
-        run(folder, tmp_path, ckpt=Path(tmp_path / "foreign.ckpt"))
+def test_lightnings_own_trainer_compares_too(resumed):
+    def own(root, *callbacks, **flags):
+        made = build_trainer(root, *callbacks, **flags)
+        made.__class__ = LightningTrainer
+        return made
+
+    adapter = build_adapter()
+    resumed(3, trainer=own, adapter=adapter, policy={"lr_lora": 1e-4})
+    assert [str(change) for change in adapter.resume.changes] == ["model.lr_lora 0.01 -> 0.0001"]
+    with pytest.raises(CheckpointError, match=r"model\.optimizer=AdamW, but it is SGD now"):
+        resumed(3, trainer=own, policy={"optimizer": torch.optim.SGD})
+
+
+def test_a_part_is_told_alike_however_it_was_made(resumed):
+    """What is left out is what the constructor chooses, and a number is one in whatever type."""
+    adapter = build_adapter(gradients=None, rank=2, alpha=32, use_dora=False)
+    sampler, optimizer = Sampler(max_new_tokens=6, temperature=1), functools.partial(torch.optim.AdamW)
+    resumed(3, adapter=adapter, policy={"sampler": sampler, "advantage": None, "optimizer": optimizer})
+    assert adapter.resume.changes == []
+
+
+def test_a_run_of_a_plan_goes_on_by_that_plan_alone(saved, resumed, tmp_path):
+    _, whole, module = saved
+    module.plan.save(tmp_path / "plan.json")
+    _, log, _ = resumed(3, adapter=HybridAdapterSetup(plan=str(tmp_path / "plan.json")))
+    assert log.losses == whole.losses[6:]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hybrid_lightning.adapters.apply import apply_plan, trainable_state
-from hybrid_lightning.adapters.budgets import ModuleBudget, make_plan
+from hybrid_lightning.adapters.budgets import ModuleBudget, ModuleScores, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import model_digest
+from hybrid_lightning.adapters.plan import PlannedModel, model_digest
 from hybrid_lightning.adapters.rank_pattern import ranks_by_pattern
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.export import TrainedPolicy
@@ -56,13 +56,11 @@ def train(make_model, tmp_path) -> Callable[..., Trained]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
         candidates = find_candidates(model)
         plan = make_plan(
-            model=str(folder),
-            model_digest=model_digest(model),
-            candidates=candidates,
-            budget=ModuleBudget(share),
-            lora=lora,
-            scores={name: hash_score(name) for name in candidates},
-            scorer=Random(0),
+            PlannedModel(str(folder), model_digest(model)),
+            candidates,
+            ModuleBudget(share),
+            lora,
+            ModuleScores({name: hash_score(name) for name in candidates}, Random(0)),
             ranks=ranks_by_pattern(candidates, ranks or {}, lora.rank),
         )
         if nf4:

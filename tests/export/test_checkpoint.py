@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from hybrid_lightning.adapters.apply import trainable_state
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
-from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
+from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, new_state
 from hybrid_lightning.sharding.sharded_folder import write_folder
 
 
@@ -20,7 +20,7 @@ def content_of(trained, **changes):
         "global_step": 7,
         "hyper_parameters": {"model": trained.policy.base.model, "revision": None, "dtype": "float32", "lr_lora": 0.5, "_x": 1},
         "callbacks": {"RunSummary": {"before": {"val/a": 0.1}, "after": {"val/a": 0.9}, "validated_step": 6, "seconds": 1.0}},
-        CHECKPOINT_KEY: {"plan": trained.policy.plan.to_dict(), "keep_start_weights": True, "base_digest": "x"},
+        CHECKPOINT_KEY: {**new_state(trained.policy.plan, "x"), "keep_start_weights": True},
         **changes,
     }
 
@@ -98,7 +98,7 @@ def test_what_is_no_checkpoint_of_ours_is_refused(train, tmp_path):
         (lambda: path.write_text("text"), "cannot be read"),
         (lambda: torch.save([1], path), "is no checkpoint, but a list"),
         (lambda: torch.save({"state_dict": {}}, path), "not written by hybrid_lightning"),
-        (lambda: torch.save({**content, CHECKPOINT_KEY: {"plan": None}}, path), "saved without an adapter"),
+        (lambda: torch.save({**content, CHECKPOINT_KEY: new_state(None, "x")}, path), "saved without an adapter"),
     ]
     with pytest.raises(CheckpointError, match="cannot be read"):
         policy_of_checkpoint(path)

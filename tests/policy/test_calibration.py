@@ -4,12 +4,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from tiny_models import build_model
-from tiny_runs import Constant, DigitShare, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+from tiny_runs import Constant, DigitShare, build_data, build_policy, build_trainer, write_model, write_sums
 
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, GSPOLoss
-from hybrid_lightning.losses import functional as F
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
 from hybrid_lightning.rollout.batching import join_rollouts
 from hybrid_lightning.rollout.sampler import Sampler
@@ -17,15 +16,8 @@ from hybrid_lightning.rollout.sampler import Sampler
 TEMPERATURE = 0.8
 
 
-class TokenMeanLoss(GRPOLoss):
-    """GRPO with every token of the step counting the same, as DAPO aggregates."""
-
-    def aggregate(self, per_token_loss, inputs):
-        return F.mean_over_tokens(per_token_loss, inputs.completion_mask, inputs.num_tokens)
-
-
-class EvenOrTied(DigitShare):
-    """Ties on every other problem, so that rows without advantage are left out."""
+class HalfEqual(DigitShare):
+    """All rewards of every other problem are equal, so that rows without advantage are left out."""
 
     def __call__(self, completions, prompts):
         values = super().__call__(completions, prompts)
@@ -71,15 +63,27 @@ def mean_gradient(policy, losses):
     return {name: p.grad / len(values) for name, p in policy.model.named_parameters() if p.grad is not None}
 
 
-def plain_logprobs(model, prompt, completion):
+def plain_distribution(model, prompt, completion):
+    """Log-probabilities [T, V] at the tokens of a completion."""
     logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
-    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+    return logits.log_softmax(-1)
 
 
-def completion_logprobs(model, rollouts, row):
+def row_of(rollouts, row):
+    """Token ids of a prompt and its completion."""
     sequences = rollouts.sequences
-    prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist()
-    return plain_logprobs(model, prompt, sequences.completion_ids[row][sequences.completion_mask[row]].tolist())
+    prompt, completion = sequences.prompt_ids[row], sequences.completion_ids[row]
+    return prompt[sequences.prompt_mask[row]].tolist(), completion[sequences.completion_mask[row]].tolist()
+
+
+def plain_logprobs(model, prompt, completion):
+    return plain_distribution(model, prompt, completion).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+
+
+def plain_advantages(reward, rollouts):
+    prompts = [prompt for prompt in rollouts.prompts for _ in range(4)]
+    rewards = torch.tensor(reward(rollouts.completions, prompts)).view(-1, 4)
+    return ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
 
 
 def assert_same_gradient(gradient, loss, model):
@@ -92,18 +96,20 @@ def assert_same_gradient(gradient, loss, model):
         torch.testing.assert_close(gradient[name], value, atol=1e-5 * scale, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("reward", [DigitShare(), EvenOrTied()], ids=["all", "half-tied"])
-@pytest.mark.parametrize("loss", [GRPOLoss(kl_coef=0.1), GSPOLoss(), TokenMeanLoss()], ids=["grpo", "gspo", "token-mean"])
+@pytest.mark.parametrize(
+    ("loss", "reward"),
+    [(GRPOLoss(kl_coef=0.1), HalfEqual()), (GSPOLoss(), DigitShare()), (DAPOLoss(), HalfEqual())],
+    ids=["grpo", "gspo", "dapo"],
+)
 def test_rewards_give_the_policy_gradient_at_the_start_policy(model, sums, loss, reward):
     policy, rollouts, losses = calibrate(model, sums, loss=loss, reward=reward)
     assert isinstance(losses, RewardCalibration) and len(losses) > 2
     base = build_model("llama", std=0.1).requires_grad_(True)
-    rewards = torch.tensor(reward(rollouts.completions, [p for p in rollouts.prompts for _ in range(4)])).view(-1, 4)
-    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    advantages = plain_advantages(reward, rollouts)
     useful = int(advantages.count_nonzero())
     assert losses.info == {"signal": "reward", "sequences": 32, "useful_sequences": useful, "prompts": 8}
-    logprobs = [completion_logprobs(base, rollouts, row) for row in range(32)]
-    if isinstance(loss, TokenMeanLoss):
+    logprobs = [plain_logprobs(base, *row_of(rollouts, row)) for row in range(32)]
+    if isinstance(loss, DAPOLoss):
         total = sum(a * row.sum() for a, row in zip(advantages, logprobs, strict=True)) / sum(map(len, logprobs))
     else:
         total = sum(a * row.mean() for a, row in zip(advantages, logprobs, strict=True)) / 32
@@ -111,51 +117,40 @@ def test_rewards_give_the_policy_gradient_at_the_start_policy(model, sums, loss,
     assert_same_gradient(mean_gradient(policy, losses), -total, base)
 
 
-def completion_entropies(model, rollouts, row):
-    sequences = rollouts.sequences
-    prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist()
-    completion = sequences.completion_ids[row][sequences.completion_mask[row]].tolist()
-    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
-    return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
-
-
 def test_an_entropy_bonus_is_part_of_the_objective_and_masked_completions_are_not(model, sums):
-    settings = {"mask_truncated_completions": True, "reward": EvenOrTied(), "sampler": Sampler(20, temperature=TEMPERATURE)}
+    settings = {"mask_truncated_completions": True, "reward": HalfEqual(), "sampler": Sampler(20, temperature=TEMPERATURE)}
     policy, rollouts, losses = calibrate(model, sums, loss=DAPOLoss(entropy_coef=0.3), **settings)
     finished = rollouts.finished.nonzero().flatten().tolist()
     assert 2 < len(finished) < 32 and losses.info["useful_sequences"] == len(finished)
     base = build_model("llama", std=0.1).requires_grad_(True)
-    rewards = torch.tensor(EvenOrTied()(rollouts.completions, [p for p in rollouts.prompts for _ in range(4)]))
-    advantages = policy.advantage(rewards, 4)
+    advantages = plain_advantages(HalfEqual(), rollouts)
     total, tokens = torch.zeros(()), 0
     for row in finished:
-        logprobs, entropies = completion_logprobs(base, rollouts, row), completion_entropies(base, rollouts, row)
-        total, tokens = total + advantages[row] * logprobs.sum() + 0.3 * entropies.sum(), tokens + len(logprobs)
+        prompt, completion = row_of(rollouts, row)
+        logprobs = plain_distribution(base, prompt, completion)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        total = total + advantages[row] * plain_logprobs(base, prompt, completion).sum() + 0.3 * entropies.sum()
+        tokens += len(completion)
     assert_same_gradient(mean_gradient(policy, losses), -total / tokens, base)
-
-
-def test_iterating_twice_gives_the_same_losses(model, sums):
-    _, _, losses = calibrate(model, sums)
-    assert [float(loss) for loss in losses] == [float(loss) for loss in losses]
 
 
 def test_later_iterations_measure_changed_weights_against_the_start_policy(model, sums):
     policy, rollouts, losses = calibrate(model, sums, loss=GRPOLoss(kl_coef=0.1))
-    start = sum(float(loss) for loss in losses) / len(losses)
+    start = [float(loss) for loss in losses]
+    assert [float(loss) for loss in losses] == start
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     changed = sum(float(loss) for loss in losses) / len(losses)
-    rewards = torch.tensor(DigitShare()(rollouts.completions, None))
-    advantages = policy.advantage(rewards, 4)
+    advantages = plain_advantages(DigitShare(), rollouts)
     base, terms = build_model("llama", std=0.1), []
     for row in advantages.nonzero().flatten().tolist():
-        new, old = (completion_logprobs(network, rollouts, row).detach() for network in (policy.model, base))
+        new, old = (plain_logprobs(network, *row_of(rollouts, row)).detach() for network in (policy.model, base))
         ratio, advantage = (new - old).exp(), advantages[row]
         surrogate = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
         terms.append((surrogate + 0.1 * ((old - new).exp() - (old - new) - 1)).mean())
-    assert changed == pytest.approx(float(sum(terms)) / 32, abs=1e-5) and abs(changed - start) > 1e-3
+    assert changed == pytest.approx(float(sum(terms)) / 32, abs=1e-5) and abs(changed - sum(start) / len(start)) > 1e-3
 
 
 def test_calibration_rollouts_are_the_seeds_and_take_nothing_from_training(model, sums):
@@ -167,14 +162,11 @@ def test_calibration_rollouts_are_the_seeds_and_take_nothing_from_training(model
     _, other, _ = calibrate(model, sums, seed=1)
     assert first.completions == again.completions and first.prompts == again.prompts
     assert first.prompts != other.prompts and len({prompt.index for prompt in first.prompts}) == 8
+    _, every, _ = calibrate(model, sums, prompts=1000)
+    assert sorted(prompt.index for prompt in every.prompts) == list(range(16)), "where fewer are there than asked for"
 
 
-def test_fewer_prompts_than_asked_for_are_all_taken(model, sums):
-    _, rollouts, _ = calibrate(model, sums, prompts=1000)
-    assert sorted(prompt.index for prompt in rollouts.prompts) == list(range(16))
-
-
-def test_where_all_rewards_tie_the_answers_are_learned(model, sums):
+def test_where_all_rewards_are_equal_the_answers_are_trained_on(model, sums):
     policy, rollouts, losses = calibrate(model, sums, reward=Constant())
     assert isinstance(losses, AnswerCalibration)
     assert losses.info == {"signal": "answers", "sequences": 8, "useful_sequences": 8, "prompts": 8}
@@ -186,21 +178,16 @@ def test_where_all_rewards_tie_the_answers_are_learned(model, sums):
 
     total = sum(loss(prompt) for prompt in rollouts.prompts) / 8
     assert_same_gradient(mean_gradient(policy, losses), total, base)
+    sizes = {"prompts_per_rollout": 4, "minibatches_per_rollout": 2, "reward": Constant()}
+    _, _, losses = calibrate(model, sums, prompts=None, steps=3, **sizes)
+    assert losses.info["signal"] == "answers" and losses.info["sequences"] == 6 and len(losses.step_ends) == 3
 
 
 def test_neither_rewards_nor_answers_is_an_error(model, tmp_path):
     (tmp_path / "open.jsonl").write_text("\n".join(f'{{"question": "{i}?"}}' for i in range(16)))
     data = PromptDataModule(FileSource(str(tmp_path / "open.jsonl"), answer_column=None), PlainFormat())
-    with pytest.raises(CalibrationError, match=r"all rewards of the 8 calibration prompts tie, .* or give adapter\.plan"):
+    with pytest.raises(CalibrationError, match=r"all rewards of the 8 calibration prompts .* or give adapter\.plan"):
         calibrate(model, None, data=data, reward=Constant())
-
-
-def test_a_plan_from_answers_says_so(model, sums, tmp_path, capsys):
-    policy = build_policy(model, reward=Constant())
-    trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
-    trainer.fit(policy, datamodule=build_data(sums))
-    assert policy.plan.calibration == {"signal": "answers", "sequences": 4, "useful_sequences": 4, "prompts": 4}
-    assert "All calibration rewards tie" in capsys.readouterr().out
 
 
 class OtherData(LightningDataModule):
@@ -240,16 +227,10 @@ def test_losses_of_steps_are_those_of_as_many_rollouts(model, sums, max_tokens):
             loss.backward()
     gradient = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
     base = build_model("llama", std=0.1).requires_grad_(True)
-    rewards = torch.tensor(DigitShare()(rollouts.completions, [p for p in rollouts.prompts for _ in range(4)])).view(-1, 4)
-    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    advantages = plain_advantages(DigitShare(), rollouts)
     rows = range(32, 40)  # of the fifth step
-    assert_same_gradient(gradient, -sum(advantages[r] * completion_logprobs(base, rollouts, r).mean() for r in rows) / 8, base)
-
-
-def test_where_rewards_tie_the_answers_make_the_steps(model, sums):
-    sizes = {"prompts_per_rollout": 4, "minibatches_per_rollout": 2, "reward": Constant()}
-    _, _, losses = calibrate(model, sums, prompts=None, steps=3, **sizes)
-    assert losses.info["signal"] == "answers" and losses.info["sequences"] == 6 and len(losses.step_ends) == 3
+    total = sum(advantages[row] * plain_logprobs(base, *row_of(rollouts, row)).mean() for row in rows) / 8
+    assert_same_gradient(gradient, -total, base)
 
 
 def test_prompts_come_again_where_steps_need_more_than_there_are(model, sums):

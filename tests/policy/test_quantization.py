@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from wide_models import FAMILIES, build_wide_model, write_wide_model
 
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, trainable_state
-from hybrid_lightning.adapters.budgets import ModuleBudget, make_plan
+from hybrid_lightning.adapters.budgets import ModuleBudget, ModuleScores, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import model_digest
+from hybrid_lightning.adapters.plan import PlannedModel, model_digest
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.policy.loading import load_config, resolve_model
@@ -37,9 +37,7 @@ def plan_of(model, share=0.2, lora=VARIANTS["lora"]):
     scores = {name: float(number * 7 % 11) for number, name in enumerate(candidates)}
     budget = ModuleBudget(share)
     digest = model_digest(model)
-    return make_plan(
-        model="test", model_digest=digest, candidates=candidates, budget=budget, lora=lora, scores=scores, scorer=Random(0)
-    )
+    return make_plan(PlannedModel("test", digest), candidates, budget, lora, ModuleScores(scores, Random(0)))
 
 
 def packed_modules(model):

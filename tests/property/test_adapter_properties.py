@@ -14,7 +14,7 @@ from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, parame
 from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget, make_plan
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule
 from hybrid_lightning.adapters.sketch import SketchForm
 from hybrid_lightning.adapters.statistics import ExactGradient
 from hybrid_lightning.errors import ConfigError
@@ -149,7 +149,7 @@ def test_merging_preserves_logits_and_disabling_restores_them(lora, modes, ranks
     tokens = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         base = model(tokens).logits
-        plan = make_plan(model="tiny", model_digest="0", candidates=find_candidates(model), budget=ModuleBudget(0), lora=lora)
+        plan = make_plan(PlannedModel("tiny", "0"), find_candidates(model), ModuleBudget(0), lora)
         kinds = zip(plan.candidates, modes, ranks, strict=True)
         candidates = tuple(dataclasses.replace(m, mode=mode, rank=rank) for m, mode, rank in kinds)
         adapted = apply_plan(model, dataclasses.replace(plan, candidates=candidates)).eval()

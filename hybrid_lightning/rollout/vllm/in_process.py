@@ -5,13 +5,14 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.rollout_engine import PolicyWeight, PolicyWeights, ServedModel
 from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load, weight_names
@@ -49,6 +50,10 @@ class VLLMSampler(VLLMEngine):
     """
 
     shares_device = True
+    # Where and how fast completions are made, and not which.
+    OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(
+        ("gpu_memory_utilization", "max_model_len", "sleep", "engine_args"), Option()
+    )
 
     def __init__(
         self,

@@ -5,13 +5,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hybrid_lightning.errors import ConfigError, HybridLightningError, RolloutError
+from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.rollout_engine import PolicyWeight, PolicyWeights, ServedModel, WeightsVersion
 from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
@@ -51,6 +52,8 @@ class VLLMServerSampler(VLLMEngine):
     """
 
     shared_by_ranks = True
+    # Where and how fast completions are made, and not which.
+    OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(("urls", "timeout", "give_up_after", "address"), Option())
 
     def __init__(
         self, *, urls: list[str], timeout: float = 600, give_up_after: float = 300, address: str | None = None, **kwargs: Any

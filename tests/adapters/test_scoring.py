@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import threading
 
@@ -6,7 +7,6 @@ import torch
 from torch import nn
 
 from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.gradients import collect_gradients
 from hybrid_lightning.adapters.scorers import (
     GradientNorm,
     PreconditionedTail,
@@ -18,11 +18,16 @@ from hybrid_lightning.adapters.scorers import (
     TailFraction,
     WeightGradient,
 )
-from hybrid_lightning.adapters.scores import score_modules
+from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.adapters.sketch import SketchedGradients
-from hybrid_lightning.errors import CalibrationError, ConfigError
+from hybrid_lightning.errors import CalibrationError, ConfigError, ModelError
 
 RANK = 2
+SKETCHES = SketchedGradients(size=7)  # of 12 directions, where rank 2 and 32 x 48 weights leave a real tail
+
+
+def scored(model, losses, scorer=None, gradients=None, rank=RANK):
+    return Scoring(model, find_candidates(model), losses, scorer or TailEnergy(), rank, gradients).run()
 
 
 def full_gradients(model: nn.Module, losses) -> list[dict[str, torch.Tensor]]:
@@ -46,6 +51,13 @@ def factored(squares: torch.Tensor) -> torch.Tensor:
     return squares.mean(1, keepdim=True) * squares.mean(0) / squares.mean()
 
 
+class LargestRow(Scorer):
+    """A scorer of a user's own."""
+
+    def score(self, statistics, rank):
+        return float(statistics.gradient.matrix().abs().sum(1).max())
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_scores_against_full_gradients(make_model, losses, family):
     model = make_model(family)
@@ -60,9 +72,10 @@ def test_scores_against_full_gradients(make_model, losses, family):
         GradientNorm: {name: float(g.norm()) for name, g in gradients.items()},
         WeightGradient: {name: float((weights[name] * g).abs().sum()) for name, g in gradients.items()},
         SpectrumSNR: {n: max(tail(g) - tail(noise[n]), 0) / (tail(g) + tail(noise[n])) for n, g in gradients.items()},
+        LargestRow: {name: float(g.abs().sum(1).max()) for name, g in gradients.items()},
     }
     for scorer, values in expected.items():
-        scores = score_modules(model, find_candidates(model), losses(model), scorer(), RANK)
+        scores = scored(model, losses(model), scorer())
         assert list(scores) == list(values)
         assert scores == {name: pytest.approx(value, rel=2e-3, abs=1e-6) for name, value in values.items()}, scorer
 
@@ -70,50 +83,54 @@ def test_scores_against_full_gradients(make_model, losses, family):
 @pytest.mark.parametrize("scorer", [TailEnergy, PreconditionedTail])
 def test_it_does_not_matter_how_rollouts_are_cut_into_losses(make_model, losses, scorer):
     model = make_model("llama")
-    candidates = find_candidates(model)
-    each = score_modules(model, candidates, losses(model), scorer(), RANK)
     one = (sum(losses(model)) / 6 for _ in range(1))  # computed when it is asked for, as all of them are
-    together = score_modules(model, candidates, one, scorer(), RANK)
-    assert each == {name: pytest.approx(score, rel=1e-3) for name, score in together.items()}
+    together = scored(model, one, scorer())
+    assert scored(model, losses(model), scorer()) == {name: pytest.approx(score, rel=1e-3) for name, score in together.items()}
+
+
+def test_a_module_is_scored_at_its_own_rank(make_model, losses):
+    model = make_model("llama")
+    found = {rank: scored(model, losses(model), rank=rank) for rank in (1, 4)}
+    ranks = {name: (1, 4, 0)[place % 3] for place, name in enumerate(found[1])}
+    mixed = scored(model, losses(model), rank=ranks)
+    for name, rank in ranks.items():
+        assert mixed[name] == found[rank][name] if rank else mixed[name] > found[1][name]
+    for none in (0, dict.fromkeys(ranks, 0)):
+        with pytest.raises(ConfigError, match="rank=0: scoring needs a LoRA rank of at least 1"):
+            scored(model, losses(model), rank=none)
 
 
 def test_sketch_and_exact_rank_alike(make_model, losses):
-    """Sketches of 12 directions, where rank 2 and 32 x 48 weights leave a real tail."""
     model = make_model("llama")
-    candidates = find_candidates(model)
-    exact = score_modules(model, candidates, losses(model), TailEnergy(), RANK)
-    sketched = score_modules(model, candidates, losses(model), TailEnergy(), RANK, SketchedGradients(size=7))
+    exact, sketched = (scored(model, losses(model), gradients=mode) for mode in (None, SKETCHES))
     best = sorted(exact, key=exact.__getitem__)[-3:]
     assert sorted(sketched, key=sketched.__getitem__)[-3:] == best
     ranks = [torch.tensor(list(scores.values())).argsort().argsort().double() for scores in (exact, sketched)]
     assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.95
     assert sum(exact[name] != pytest.approx(sketched[name], rel=1e-9) for name in exact) >= 6  # these were sketched
-
-
-def test_signal_to_noise_from_sketches(make_model, losses):
-    model = make_model("llama")
-    candidates = find_candidates(model)
-    exact = score_modules(model, candidates, losses(model), SpectrumSNR(), RANK)
-    sketched = score_modules(model, candidates, losses(model), SpectrumSNR(), RANK, SketchedGradients(size=7))
+    exact, sketched = (scored(model, losses(model), SpectrumSNR(), mode) for mode in (None, SKETCHES))
     assert sketched == {name: pytest.approx(score, abs=0.25) for name, score in exact.items()}
+    with pytest.raises(ConfigError, match="score with ExactGradients"):
+        scored(model, losses(model), WeightGradient(), SKETCHES)
 
 
 def test_probe_predicts_and_leaves_no_trace(make_model, losses):
     model = make_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
-    def evaluate_loss() -> float:
-        return sum(float(loss) for loss in losses(model)) / 6
+    class Losses:
+        def __iter__(self):
+            return losses(model)
 
     candidates = find_candidates(model, ["o_proj", "k_proj"])
-    measured = score_modules(model, candidates, losses(model), Probe(1e-3), RANK, evaluate_loss=evaluate_loss)
+    measured = Scoring(model, candidates, Losses(), Probe(1e-3), RANK).run()
     gradients = mean(full_gradients(model, losses))
     for name, score in measured.items():
         length = 1e-3 * float(model.get_submodule(name).weight.norm() / gradients[name].norm())
         assert score == pytest.approx(length * tail(gradients[name]), rel=0.2, abs=1e-6)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with pytest.raises(ConfigError, match="Probe needs evaluate_loss"):
-        score_modules(model, candidates, losses(model), Probe(), RANK)
+    with pytest.raises(CalibrationError, match="iterated over only once, but this scorer measures them"):
+        scored(model, losses(model), Probe())
 
 
 def test_the_model_is_as_before(make_model, losses):
@@ -129,12 +146,9 @@ def test_the_model_is_as_before(make_model, losses):
         assert not model.training and not model.lm_head.weight.requires_grad
         raise KeyError("calibration data ended")
 
-    for stream, error in ((losses(model), None), (failing(), KeyError)):
-        if error is None:
-            score_modules(model, find_candidates(model), stream, TailEnergy(), RANK)
-        else:
-            with pytest.raises(error):
-                score_modules(model, find_candidates(model), stream, TailEnergy(), RANK)
+    for stream, raised in ((losses(model), False), (failing(), True)):
+        with pytest.raises(KeyError) if raised else contextlib.nullcontext():
+            scored(model, stream)
         assert flags == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         assert modes == [module.training for module in model.modules()]
         assert model.lm_head.weight.grad is kept
@@ -147,26 +161,24 @@ def test_gradients_are_never_in_memory_together(make_model, batches):
     model = make_model("llama")
     candidates = find_candidates(model)
     alive = []
-    ranks = dict.fromkeys(candidates, RANK)
-    collected = collect_gradients(model, candidates, _watched(model, batches, alive), SketchedGradients(size=7), ranks)
-    assert len(collected) == len(candidates) and len(alive) == len(candidates) and max(alive) <= 1
 
+    def watched():
+        handles = [
+            module.weight.register_post_accumulate_grad_hook(
+                lambda _: alive.append(sum(m.weight.grad is not None for m in candidates.values()))
+            )
+            for module in candidates.values()
+        ]
+        yield model(batches[0], labels=batches[0]).loss
+        for handle in handles:
+            handle.remove()
 
-def _watched(model, batches, alive):
-    handles = [
-        module.weight.register_post_accumulate_grad_hook(
-            lambda _: alive.append(sum(m.weight.grad is not None for m in find_candidates(model).values()))
-        )
-        for module in find_candidates(model).values()
-    ]
-    yield model(batches[0], labels=batches[0]).loss
-    for handle in handles:
-        handle.remove()
+    collected = Scoring(model, candidates, watched(), TailEnergy(), RANK, SKETCHES).collect_gradients()
+    assert len(collected) == len(candidates) == len(alive) and max(alive) <= 1
 
 
 def test_autocast_around_the_losses_does_not_reach_the_sums(make_model, batches):
     model = make_model("llama")
-    candidates = find_candidates(model)
 
     def inside():
         with torch.autocast("cpu", torch.bfloat16):
@@ -179,31 +191,18 @@ def test_autocast_around_the_losses_does_not_reach_the_sums(make_model, batches)
                 loss = model(tokens, labels=tokens).loss
             yield loss
 
-    ranks = dict.fromkeys(candidates, RANK)
-    sums = [
-        [t for a in collect_gradients(model, candidates, losses(), SketchedGradients(7), ranks).values() for t in a.tensors()]
-        for losses in (inside, outside)
-    ]
-    assert all(torch.equal(first, second) for first, second in zip(*sums, strict=True))
+    assert scored(model, inside(), gradients=SKETCHES) == scored(model, outside(), gradients=SKETCHES)
 
 
-def test_gradient_checkpointing_gives_the_same_scores(make_model, losses):
-    model = make_model("llama")
-    plain = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    saved = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
-    assert saved == {name: pytest.approx(score, rel=1e-4) for name, score in plain.items()}
-
-
-def test_gradient_checkpointing_does_not_wake_the_models_own_dropout(make_model, losses):
+def test_gradient_checkpointing_gives_the_same_scores_and_does_not_wake_dropout(make_model, losses):
     """GPT-2's config has dropout 0.1 everywhere; only the blocks that recompute may be in train mode."""
     model = make_model("gpt2")
-    plain = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    plain = scored(model, losses(model))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     calls = []
     handle = model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     modes = [module.training for module in model.modules()]
-    saved = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    saved = scored(model, losses(model))
     handle.remove()
     assert saved == {name: pytest.approx(score, rel=1e-4) for name, score in plain.items()}
     assert len(calls) == 2 * 6  # each of the six losses recomputed the block
@@ -225,7 +224,7 @@ def test_only_concurrent_scorers_leave_the_thread(make_model, losses):
     model = make_model("llama")
     scores = {}
     for scorer in (Thread(True), Thread(False)):
-        scores[scorer.concurrent] = score_modules(model, find_candidates(model), losses(model), scorer, RANK)
+        scores[scorer.concurrent] = scored(model, losses(model), scorer)
         own = [thread == threading.get_ident() for thread in scorer.seen]
         assert len(own) == 14 and set(own) == {not scorer.concurrent}
     assert list(scores[True]) == list(scores[False]) == list(find_candidates(model))
@@ -234,38 +233,78 @@ def test_only_concurrent_scorers_leave_the_thread(make_model, losses):
 
 def test_scores_under_no_grad_and_in_bfloat16(make_model, losses):
     model = make_model("llama")
-    exact = score_modules(model, find_candidates(model), losses(model), TailEnergy(), RANK)
+    exact = scored(model, losses(model))
     half = make_model("llama").bfloat16()
     with torch.no_grad():
-        scores = score_modules(half, find_candidates(half), losses(half), TailEnergy(), RANK)
+        scores = scored(half, losses(half))
     assert set(sorted(scores, key=scores.get)[-3:]) == set(sorted(exact, key=exact.get)[-3:])
 
 
 def test_random_needs_no_calibration(make_model):
-    model = make_model("llama")
-    scores = score_modules(model, find_candidates(model), iter(lambda: pytest.fail("no loss is needed"), 0), Random(), 1)
+    scores = scored(make_model("llama"), iter(lambda: pytest.fail("no loss is needed"), 0), Random())
     assert len(set(scores.values())) == 14
 
 
-class LargestRow(Scorer):
-    """A scorer of a user's own."""
+# ---- refused, or scored zero with a warning
 
-    def __init__(self, power: float = 2.0) -> None:
-        self.power = power
+
+class Blocks(nn.Module):
+    """Three blocks of which only two are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+
+    def loss(self) -> torch.Tensor:
+        return self.layers[1](self.layers[0](torch.ones(2, 4))).square().mean()
+
+
+def test_an_unused_module_scores_zero_with_a_warning():
+    model = Blocks()
+    with pytest.warns(UserWarning, match=r"1 of 3 candidate modules got no gradient .*layers\.2"):
+        scores = scored(model, [model.loss()], GradientNorm())
+    assert scores["layers.2"] == 0 and min(scores["layers.0"], scores["layers.1"]) > 0
+
+
+class Own(TailEnergy):
+    def __init__(self, value):
+        self.value = value
 
     def score(self, statistics, rank):
-        return float(statistics.gradient.matrix().abs().pow(self.power).sum(1).max())
+        return self.value
 
 
-class NotANumber(Scorer):
-    def score(self, statistics, rank):
-        return float("nan")
+@pytest.mark.parametrize(("value", "error"), [("high", ConfigError), (None, ConfigError), (float("nan"), CalibrationError)])
+def test_a_scorer_of_ones_own_gives_numbers(value, error):
+    model = Blocks()
+    with pytest.raises(error, match=r"Own(\.score returned .* for layers\.0; return a number| gave layers\.0 the score nan)"):
+        Scoring(model, {"layers.0": model.layers[0]}, [model.loss()], Own(value), 1).run()
 
 
-def test_a_scorer_of_ones_own(make_model, losses):
-    model = make_model("llama")
-    scores = score_modules(model, find_candidates(model), losses(model), LargestRow(power=1.0), RANK)
-    gradients = mean(full_gradients(model, losses))
-    assert scores == {name: pytest.approx(float(g.abs().sum(1).max()), rel=1e-3) for name, g in gradients.items()}
-    with pytest.raises(CalibrationError, match=r"NotANumber gave .* the score nan"):
-        score_modules(model, find_candidates(model), losses(model), NotANumber(), RANK)
+@pytest.mark.parametrize(
+    ("losses", "error", "message"),
+    [
+        (lambda model: (0.0 * model.loss() for _ in range(2)), CalibrationError, "zero in all 3 candidate modules"),
+        (lambda model: [], CalibrationError, "no calibration losses"),
+        (lambda model: (model.loss() * factor for factor in (1.0, float("nan"))), CalibrationError, "loss 1 is nan"),
+        (
+            lambda model: [model.layers[0](torch.zeros(1, 4)).mul(0).sum().sqrt()],
+            CalibrationError,
+            r"gradient of layers\.0 is not finite",
+        ),
+        (lambda model: [torch.ones(())], CalibrationError, "loss 0 does not depend"),
+        (lambda model: [model.layers[0].weight * 2], ConfigError, r"loss 0 has shape \(4, 4\)"),
+    ],
+    ids=["equal rewards", "none", "nan", "infinite gradient", "constant", "no scalar"],
+)
+def test_losses_without_a_signal_are_refused(losses, error, message):
+    model = Blocks()
+    with pytest.raises(error, match=message):
+        scored(model, losses(model))
+
+
+def test_a_quantized_model_is_refused():
+    model = Blocks()
+    model.layers[0].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"layers\.0 is torch\.uint8; score the model before"):
+        scored(model, [])

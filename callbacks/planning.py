@@ -1,0 +1,222 @@
+"""`Planner`: makes the adapter plan of a run.
+
+    candidates -> losses at the start policy -> scores -> what the budget trains fully -> plan
+
+Ranks of FSDP2 score together; otherwise the first rank scores, and the others get its plan or its error, so that none waits.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from hybrid_lightning.adapters.budgets import Budget, ModuleScores, make_plan, plan_of_budget
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.gradients import GradientMode
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, model_digest
+from hybrid_lightning.adapters.rank_pattern import ranks_by_pattern
+from hybrid_lightning.adapters.scorers import Scorer
+from hybrid_lightning.adapters.scoring import Scoring
+from hybrid_lightning.adapters.scoring_process import ScoringProcess
+from hybrid_lightning.adapters.scoring_progress import SCORING, ScoringProgress
+from hybrid_lightning.adapters.updates import OptimizerSteps, turns_of
+from hybrid_lightning.callbacks.adaptable import Adaptable, model_of
+from hybrid_lightning.callbacks.display import console, progress_bar, say
+from hybrid_lightning.engine import Backend
+from hybrid_lightning.errors import CalibrationError, ConfigError
+from hybrid_lightning.policy.adaptation import AdaptedModule
+from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.policy.modes import evaluation_mode
+from hybrid_lightning.policy.optim import make_optimizer
+from hybrid_lightning.policy.sharded_scoring import SharedProgress, scored_together
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.stopping import RunStopped
+
+
+@dataclass(frozen=True)
+class Planning:
+    """How a plan is made."""
+
+    budget: Budget  # chooses the fully trained modules by their scores
+    scorer: Scorer
+    gradients: GradientMode  # how gradients are held while scoring
+    lora: LoraSettings  # of the modules that are not fully trained
+    rank_pattern: Mapping[str, int]  # ranks of modules that have not that of `lora`
+    target_modules: Sequence[str] | None  # candidates by the end of their names; None takes all
+    calibration_prompts: int | None  # None lets the module choose
+
+    def candidates(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """The modules that may be trained: full dotted name -> linear module.
+
+        Raises:
+            ModelError: If there are none, or `target_modules` matches none.
+        """
+        return find_candidates(model, target_modules=self.target_modules)
+
+    def ranks(self, candidates: Iterable[str]) -> dict[str, int]:
+        """Rank of each candidate as LoRA.
+
+        Raises:
+            ConfigError: If nothing would be trained.
+            ModelError: If `rank_pattern` matches no module.
+        """
+        ranks = ranks_by_pattern(candidates, self.rank_pattern, self.lora.rank)
+        if self.budget.share == 0 and not any(ranks.values()):
+            raise ConfigError("adapter.rank_pattern freezes all modules, and the budget trains none of them fully; raise a rank")
+        return ranks
+
+
+@runtime_checkable
+class _Described(Protocol):
+    """Calibration losses that say what they were made from, in plain values, which the plan keeps."""
+
+    info: dict[str, Any]
+
+
+class Planner:
+    """Makes the plan of a run.
+
+    Args:
+        planning: How.
+        trainer: That of the run.
+        pl_module: What is trained, not adapted yet (see `Adaptable`).
+        folder: The folder of the run, in which scores are saved as they are found; None saves nothing.
+        earlier: Folder of scores that a stopped run has saved, to go on from; None starts from nothing.
+        settings: Name -> value of the settings that the scores depend on, which must be those of `earlier`.
+    """
+
+    def __init__(
+        self,
+        planning: Planning,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        folder: Path | None,
+        earlier: Path | None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._planning, self._trainer, self._module = planning, trainer, pl_module
+        self._language = pl_module if isinstance(pl_module, LanguageModule) else None
+        self._folder, self._earlier, self._settings = folder, earlier, settings
+
+    def plan(self) -> AdapterPlan:
+        """Score the modules where the budget needs that, and choose. All ranks have to call it, and get the same plan.
+
+        Raises:
+            CalibrationError: If the modules cannot be scored.
+            ConfigError: If the settings do not fit the model.
+            RunStopped: If a signal stops the run.
+        """
+        strategy = self._trainer.strategy
+        if isinstance(strategy, FSDP2Strategy) and self._language is not None and self._trainer.world_size > 1:
+            content: dict[str, Any] = self._make(strategy).to_dict()
+            return AdapterPlan.from_dict(strategy.broadcast(content))
+        return self._made_by_first_rank()
+
+    def _made_by_first_rank(self) -> AdapterPlan:
+        content: dict[str, Any] = {}
+        error: Exception | RunStopped | None = None
+        if self._trainer.is_global_zero:
+            try:
+                content = self._make().to_dict()
+            except (Exception, RunStopped) as raised:
+                if self._trainer.world_size == 1:
+                    raise
+                error = raised
+        reason: Any = error.number if isinstance(error, RunStopped) else error and f"{type(error).__name__}: {error}"
+        content, reason = self._trainer.strategy.broadcast((content, reason))
+        if isinstance(reason, int):
+            raise RunStopped(reason, together=True) from error
+        if error is not None:
+            raise error
+        if reason is not None:
+            raise CalibrationError(f"rank 0 could not score the modules: {reason}")
+        return AdapterPlan.from_dict(content)
+
+    def _make(self, splits: FSDP2Strategy | None = None) -> AdapterPlan:
+        """The plan, with scores by all ranks of a strategy that splits the model, or by this process alone."""
+        planning, model = self._planning, model_of(self._module)
+        if splits is None:
+            model.to(self._trainer.strategy.root_device)
+        digest = self._module.base_digest if isinstance(self._module, AdaptedModule) else model_digest(model)
+        candidates = planning.candidates(model)
+        ranks, arguments = planning.ranks(candidates), self._module.hparams
+        scores = ModuleScores(seed=arguments.get("seed"))
+        if planning.budget.needs_scores:
+            scores = self._score(candidates, ranks, digest, splits)
+        base = PlannedModel(str(arguments.get("model", type(model).__name__)), digest, arguments.get("revision"))
+        return make_plan(base, candidates, planning.budget, planning.lora, scores, ranks)
+
+    # ---- scoring
+
+    def _score(
+        self, candidates: Mapping[str, nn.Module], ranks: Mapping[str, int], digest: str, splits: FSDP2Strategy | None
+    ) -> ModuleScores:
+        if not self._planning.scorer.needs_calibration:
+            splits = None  # the weights alone, which every rank has, or not even these
+        folder = self._folder / SCORING if self._folder is not None and self._trainer.is_global_zero else None
+        kind = ScoringProgress if splits is None else SharedProgress
+        progress = kind(folder, self._earlier, None if self._language is None else self._language.signals)
+        progress.require({"model": digest, "modules": list(candidates), **self._settings})
+        if splits is None or self._language is None:
+            together: Any = nullcontext(ScoringProcess(progress))
+        else:
+            together = scored_together(self._language, splits, candidates, progress)
+        with together as process:
+            return self._score_with(process, candidates, ranks)
+
+    def _score_with(self, process: ScoringProcess, candidates: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> ModuleScores:
+        from hybrid_lightning.engine import use_fused_layers  # PEFT is slow to import
+
+        planning, scorer, model = self._planning, self._planning.scorer, model_of(self._module)
+        # Fused layers as in training, since rollouts and passes of scoring are as large as those of training.
+        use_fused_layers(model, Backend() if self._language is None else self._language.engine.backend)
+        losses: Any = []
+        info: dict[str, Any] = {}
+        if scorer.needs_calibration:
+            losses = self._losses(process.progress)
+            info = {"prompts": planning.calibration_prompts, **(losses.info if isinstance(losses, _Described) else {})}
+            if info.get("signal") == "answers" and process.is_first:
+                console().print(
+                    "All calibration rewards of each prompt are equal, so rollouts carry no signal: modules are scored by the "
+                    "supervised gradient of the reference answers instead."
+                )
+        total = len(losses) if isinstance(losses, Sized) else None
+        steps = None
+        if scorer.needs_update:
+            most = plan_of_budget(candidates, planning.budget, planning.lora, planning.rank_pattern).trainable_parameters()
+            steps, turns = OptimizerSteps(self._make_optimizer, most), len(turns_of(candidates, most))
+            info |= {"turns": turns}
+            total = None if total is None else turns * total
+            if process.is_first:
+                say(f"Scoring by {scorer.steps} optimizer steps that are not taken, in {turns} turns of {most:,} weights")
+        with evaluation_mode(model), progress_bar(self._trainer, "Scoring modules", total) as advance:
+            process.on_loss = lambda seen: advance(seen, None)
+            scores = Scoring(model, candidates, losses, scorer, ranks, planning.gradients, steps).run(process)
+        return ModuleScores(scores, scorer, info, self._module.hparams.get("seed"))
+
+    def _losses(self, progress: ScoringProgress) -> Any:
+        """The module's calibration losses; a language model saves the rollouts behind them, and shows how they are made."""
+        count, scorer, language = self._planning.calibration_prompts, self._planning.scorer, self._language
+        if language is None:
+            assert isinstance(self._module, Adaptable)
+            return self._module.calibration_losses(count)
+        with progress_bar(self._trainer, "Calibration rollouts", None) as advance:
+            language.generation_listeners.append(listen := lambda running, decoded, total: advance(decoded, total))
+            try:
+                steps = {"steps": scorer.steps} if scorer.needs_update else {}
+                return language.calibration_losses(count, kept=progress, **steps)
+            finally:
+                language.generation_listeners.remove(listen)
+
+    def _make_optimizer(self, stand_ins: list[nn.Parameter]) -> Optimizer:
+        """The run's optimizer at the rate of fully trained modules; of a module that does not say which, AdamW."""
+        if not isinstance(self._module, AdaptedModule):
+            return AdamW(stand_ins)
+        groups = [{"params": stand_ins, "lr": self._module.rates["full"], "name": "full"}]
+        return make_optimizer(self._module.optimizer_class, groups)

@@ -1,0 +1,117 @@
+"""Which modules budgets choose, and the plans made of scores and a budget."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from tiny_models import build_model
+
+from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ModuleScores, ParameterBudget, make_plan
+from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule
+from hybrid_lightning.adapters.scorers import Random
+from hybrid_lightning.errors import ConfigError, PlanError
+
+BASE = PlannedModel("tiny", "0")
+
+
+def module(name: str, score: float | None, parameters: int = 256, **more) -> PlannedModule:
+    return PlannedModule(name, (16, parameters // 16), parameters, score, **{"mode": "lora", **more})
+
+
+@pytest.mark.parametrize(
+    ("share", "candidates", "full"),
+    [(0.1, 28, 3), (0.1, 14, 1), (0.1, 4, 1), (0.5, 3, 2), (0, 28, 0), (1, 28, 28), (0.1, 196, 20)],
+)
+def test_module_budget_rounds(share, candidates, full):
+    modules = [module(f"layers.{i}", float(i)) for i in range(candidates)]
+    chosen = ModuleBudget(share).choose(modules, LoraSettings())
+    assert chosen == {f"layers.{i}" for i in range(candidates - full, candidates)}
+
+
+def test_of_equal_scores_the_name_decides():
+    modules = [module(name, 1.0) for name in "dbca"]
+    assert ModuleBudget(0.5).choose(modules, LoraSettings()) == {"a", "b"}
+    assert ParameterBudget(0.5).choose(modules, LoraSettings(rank=1)) == {"a", "b"}
+
+
+def test_parameter_budget_by_hand():
+    """Extra parameters at rank 1: 256 - 32 = 224 of the small, 1024 - 80 = 944 of the large modules."""
+    modules = [module("small", 224.0), module("large", 2 * 944.0, 1024), module("poor", 1.0), module("rest", 1.0, 1024)]
+    total = 2560
+    for parameters, chosen in [(1024, {"large"}), (1279, {"large"}), (1280, {"large", "small"})]:
+        assert ParameterBudget(parameters / total).choose(modules, LoraSettings(rank=1)) == chosen
+    with pytest.raises(ConfigError, match=r"allows 1023 .*first module by score, large, has 1024; raise the share"):
+        ParameterBudget(1023.5 / total).choose(modules, LoraSettings(rank=1))
+
+
+def test_a_budget_of_parameters_knows_what_each_rank_costs():
+    """At rank 4 full training of `small` costs 64 more than LoRA and of `other` 192, at rank 8 of `other` nothing more."""
+    small, other = module("small", 1.0), module("other", 1.5)
+    budget, lora = ParameterBudget(0.5), LoraSettings(rank=4)
+    assert budget.choose([replace(small, rank=6), replace(other, rank=2)], lora) == {"small"}
+    assert budget.choose([replace(small, rank=6), replace(other, rank=8)], lora) == {"other"}
+    assert budget.choose([replace(small, mode="frozen"), other], lora) == {"other"}
+    # Modules that cost no more than LoRA come first.
+    assert budget.choose([module("tiny", 1.0, 32), module("large", 1e9, 1024)], LoraSettings(rank=8)) == {"tiny"}
+
+
+def test_budgets_say_what_they_need():
+    with pytest.raises(ConfigError, match=r"share=1\.5"):
+        ModuleBudget(1.5)
+    with pytest.raises(ConfigError, match="needs a score of b"):
+        ModuleBudget(0.5).choose([module("a", 1.0), module("b", None)], LoraSettings())
+    assert [ModuleBudget(share).needs_scores for share in (0, 0.1, 1)] == [False, True, False]
+    assert ParameterBudget(1).choose([module("a", None)], LoraSettings()) == {"a"}
+
+
+def test_a_budget_of_ones_own():
+    class FirstLayer(Budget):
+        def _choose(self, modules, lora):
+            return [m.name for m in modules if ".0." in m.name]
+
+    assert FirstLayer(0.5).choose([module("layers.0.q", 1.0), module("layers.1.q", 2.0)], LoraSettings()) == {"layers.0.q"}
+
+
+# ---- making plans
+
+
+def test_a_plan_records_settings_left_at_their_defaults(make_model):
+    candidates = find_candidates(make_model("llama"))
+    scores = ModuleScores(scorer=Random(), calibration={"signal": "reward"})
+    plan = make_plan(BASE, candidates, ModuleBudget(1), LoraSettings(), scores)
+    assert plan.scorer == {"class_path": "hybrid_lightning.adapters.Random", "init_args": {"seed": 0}}
+    assert plan.budget["init_args"] == {"share": 1}
+    assert make_plan(BASE, candidates, ModuleBudget(0), LoraSettings()).budget["init_args"] == {"share": 0}
+    assert plan.candidates[0].score is None and plan.lora_modules == ()
+    with pytest.raises(ConfigError, match="needs a score"):
+        make_plan(BASE, candidates, ModuleBudget(), LoraSettings())
+    with pytest.raises(PlanError, match="infinite"):
+        make_plan(BASE, candidates, ModuleBudget(1), LoraSettings(), ModuleScores(calibration={"reward": float("inf")}))
+
+
+def test_trainable_parameters_are_counted(make_model, plan_for):
+    model = make_model("qwen2")  # with biases on q, k and v
+    plan = plan_for(model, lora=LoraSettings(rank=4, use_dora=True))
+    expected = 0
+    for name, linear in find_candidates(model).items():
+        outputs, inputs = linear.weight.shape
+        lora = 4 * (outputs + inputs) + outputs
+        expected += sum(p.numel() for p in linear.parameters()) if name in plan.full_modules else lora
+    assert plan.trainable_parameters() == expected
+    assert len(plan.full_modules) == 3 and len(plan.lora_modules) == 11
+
+
+def test_a_plan_holds_the_ranks_that_differ(plan_for):
+    plan = plan_for(build_model("llama"), ranks={"attention": 1, "o_proj": 0, "gate_proj": 4})
+    ranks = {module.name.removeprefix("model.layers."): (module.mode, module.rank) for module in plan.candidates}
+    assert ranks["0.self_attn.q_proj"] == ("lora", 1)
+    assert ranks["0.self_attn.o_proj"] == ("frozen", None)
+    assert ranks["0.mlp.gate_proj"] == ("lora", None), "that of the plan"
+    assert ranks["1.self_attn.v_proj"] == ("full", None)
+    assert plan.ranks == (1, 4)
+    again = AdapterPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan and again.digest == plan.digest
+    same = plan_for(build_model("llama"), ranks={"mlp": 4, "attention": 4})
+    assert same == plan_for(build_model("llama")), "a rank of its own that is the plan's is the plan's"

@@ -1,0 +1,133 @@
+"""Spectra, low-rank approximations and tail energies against singular value decompositions; scoring on several threads."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from hybrid_lightning.adapters import statistics
+from hybrid_lightning.adapters.spectra import best_low_rank, krylov_tail_energy, map_on_workers, squared_singular_values
+from hybrid_lightning.adapters.statistics import ExactGradient
+
+INDEX = torch.arange(1, 121)
+
+
+def with_spectrum(values: torch.Tensor, shape: tuple[int, int], noise: float = 0.0) -> torch.Tensor:
+    """A float32 matrix with these singular values, and noise of full rank."""
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.linalg.qr(torch.randn(size, len(values), generator=generator)).Q for size in shape)
+    return (left * values) @ right.T + noise * torch.randn(shape, generator=generator)
+
+
+def tail(matrix: torch.Tensor, rank: int) -> float:
+    return float(torch.linalg.svdvals(matrix.double())[rank:].square().sum())
+
+
+# ---- small matrices
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_small_matrices_against_a_singular_value_decomposition(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    torch.testing.assert_close(squared_singular_values(matrix), s.square())
+    torch.testing.assert_close(best_low_rank(matrix, 2), u[:, :2] * s[:2] @ v[:2])
+    for rank in (1, 3, 5, 6):
+        assert ExactGradient(matrix).tail_energy(rank) == pytest.approx(float(s[rank:].square().sum()), rel=1e-9)
+    assert ExactGradient(torch.diag(torch.tensor([1.0, 1e-6]))).tail_energy(1) == pytest.approx(1e-12, rel=1e-3), "no cancelling"
+
+
+# ---- large ones, by block Lanczos
+
+
+@pytest.mark.parametrize(
+    ("values", "noise", "shape"),
+    [
+        (INDEX**-1.0, 1e-3, (300, 420)),  # as gradients of language models decay
+        (INDEX**-0.5, 1e-2, (420, 300)),
+        (0.85**INDEX, 0.0, (300, 420)),  # almost all energy within the rank
+        (torch.where(INDEX <= 40, 1 - 1e-3 * INDEX, 0.1), 1e-3, (420, 300)),  # the cut at the rank goes through a cluster
+    ],
+)
+def test_krylov_tail_energy_against_a_singular_value_decomposition(values, noise, shape):
+    matrix = with_spectrum(values.float(), shape, noise)
+    for rank in (1, 4, 8):
+        torch.manual_seed(rank)
+        assert krylov_tail_energy(matrix, rank) == pytest.approx(tail(matrix, rank), rel=1e-7), rank
+    assert torch.initial_seed() == 8
+    torch.manual_seed(1)
+    assert krylov_tail_energy(matrix, 4) == krylov_tail_energy(matrix, 4), "the same number whatever has been drawn"
+
+
+def test_it_gives_no_number_that_it_cannot_vouch_for():
+    flat = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))  # noise: no gap anywhere
+    equal = with_spectrum(torch.ones(60), (300, 320), 0.0)
+    for matrix in (flat, equal, torch.zeros(300, 300)):
+        answer = krylov_tail_energy(matrix, 8)
+        assert answer is None or answer == pytest.approx(tail(matrix, 8), rel=1e-7)
+    assert krylov_tail_energy(flat, 8) is None
+    assert krylov_tail_energy(flat, 40) is None  # no room for a space
+
+
+def test_large_gradients_take_it_and_fall_back_to_all_eigenvalues(monkeypatch):
+    monkeypatch.setattr(statistics, "KRYLOV_FROM", 256)
+    decaying = with_spectrum(INDEX**-1.0, (300, 420), 1e-3)
+    flat = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    spectra = []
+    monkeypatch.setattr(statistics, "squared_singular_values", lambda m: spectra.append(1) or squared_singular_values(m))
+    assert ExactGradient(decaying).tail_energy(8) == pytest.approx(tail(decaying, 8), rel=1e-7)
+    assert not spectra
+    assert ExactGradient(flat).tail_energy(8) == pytest.approx(tail(flat, 8), rel=1e-9)
+    assert len(spectra) == 1
+    assert ExactGradient(decaying).tail_energy(300) == 0
+
+
+# ---- threads
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_decompositions_leave_the_number_of_threads(two_threads, monkeypatch):
+    seen = []
+    eigvalsh = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda gram: seen.append(torch.get_num_threads()) or eigvalsh(gram))
+    squared_singular_values(torch.eye(3))
+    assert seen == [1] and torch.get_num_threads() == 2
+
+
+def test_items_keep_their_order_and_run_at_the_same_time(two_threads):
+    both = threading.Barrier(2, timeout=20)
+
+    def wait(item: int) -> int:
+        both.wait()  # passes only if two of them are running
+        return 10 * item + torch.get_num_threads()
+
+    assert map_on_workers(wait, [3, 1, 2, 4]) == [31, 11, 21, 41]
+    assert torch.get_num_threads() == 2
+    assert map_on_workers(wait, []) == []
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [2], "with which later threads start"
+
+
+def test_an_error_ends_the_work(two_threads):
+    begun = []
+
+    def work(item: int) -> None:
+        begun.append(item)
+        if item == 0:
+            raise KeyError(item)
+        time.sleep(0.02)
+
+    with pytest.raises(KeyError, match="0"):
+        map_on_workers(work, range(200))
+    assert len(begun) < 100 and torch.get_num_threads() == 2

@@ -1,0 +1,137 @@
+"""Plans that a run makes: against scores recomputed from full gradients, with every scorer, and from the settings of the run."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from tiny_models import build_model
+from tiny_runs import Constant, DigitShare, build_adapter, build_data, build_policy, build_trainer, fit
+
+from hybrid_lightning.adapters import scorers
+from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget
+from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters.sketch import SketchedGradients
+from hybrid_lightning.callbacks import HybridAdapterSetup
+from hybrid_lightning.rollout.batching import join_rollouts
+
+KINDS = [*(f"self_attn.{kind}_proj" for kind in "qkvo"), *(f"mlp.{kind}_proj" for kind in ("gate", "up", "down"))]
+NAMES = {f"model.layers.{layer}.{kind}" for layer in range(2) for kind in KINDS}
+
+
+def planned(model, sums, root, adapter, **policy):
+    return fit(model, sums, root, adapter, policy=policy, max_steps=0).plan
+
+
+def plain_logprobs(model, sequences, row):
+    prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]]
+    completion = sequences.completion_ids[row][sequences.completion_mask[row]]
+    logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, completion[:, None]).squeeze(1)
+
+
+def full_gradients(rollout):
+    """Of the policy objective in float64: name -> gradient."""
+    base = build_model("llama", std=0.1).double().requires_grad_(True)
+    rewards = torch.tensor(DigitShare()(rollout.completions, None), dtype=torch.float64).view(-1, 4)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    assert len(advantages) == 48
+    rows = range(len(advantages))
+    (-sum(advantages[row] * plain_logprobs(base, rollout.sequences, row).mean() for row in rows) / len(rows)).backward()
+    return {name: module.weight.grad for name, module in base.named_modules() if name in NAMES}
+
+
+def test_the_plan_is_that_of_an_independent_singular_value_decomposition(model, sums, tmp_path):
+    policy, rollouts = build_policy(model), []
+    generate = policy.generate
+
+    def listen(*args, **kwargs):
+        rollouts.append(generate(*args, **kwargs))
+        return rollouts[-1]
+
+    policy.generate = listen
+    adapter = build_adapter(calibration_prompts=12, scorer=scorers.PreconditionedTail())
+    build_trainer(tmp_path, adapter, max_steps=0).fit(policy, datamodule=build_data(sums))
+    plan = policy.plan
+
+    def tail_of_adams_step(gradient):
+        squares = gradient.square()
+        second_moment = squares.mean(1, keepdim=True) * squares.mean(0) / squares.mean()
+        return float(torch.linalg.svdvals(gradient / second_moment.sqrt())[2:].square().sum())
+
+    expected = {name: tail_of_adams_step(matrix) for name, matrix in full_gradients(join_rollouts(rollouts)).items()}
+    assert {module.name: module.score for module in plan.candidates} == pytest.approx(expected, rel=1e-3)
+    best = sorted(expected, key=lambda name: -expected[name])[:3]
+    assert set(plan.full_modules) == set(best) and set(plan.lora_modules) == NAMES - set(best)
+    assert plan.scorer["class_path"].endswith("PreconditionedTail") and plan.calibration["signal"] == "reward"
+
+
+@pytest.mark.parametrize("kind", [getattr(scorers, name) for name in scorers.__all__ if name != "Scorer"])
+def test_every_scorer_makes_a_plan(model, sums, tmp_path, kind):
+    adapter = build_adapter(scorer=kind(), calibration_prompts=12)
+    plan = planned(model, sums, tmp_path, adapter, max_tokens_per_micro_batch=100)  # several losses, which SpectrumSNR compares
+    assert AdapterPlan.load(tmp_path / "version_0" / "plan.json").digest == plan.digest and len(plan.full_modules) == 3
+    assert plan.scorer["class_path"].endswith(f".{kind.__name__}")
+    best = sorted((module.score for module in plan.candidates), reverse=True)[:4]
+    assert len(set(best)) == 4, "not the names decide which modules are trained fully"
+
+
+def test_sketched_gradients_make_the_same_choice(model, sums, tmp_path):
+    sketched, exact = (planned(model, sums, tmp_path, build_adapter(gradients=g)) for g in (SketchedGradients(size=7), None))
+    assert exact.full_modules == sketched.full_modules
+    assert [module.score for module in exact.candidates] != [module.score for module in sketched.candidates]
+
+
+class Noted(torch.optim.SGD):
+    made: ClassVar[list] = []  # learning rate and number of weights of each that is not the run's own, with LoRA
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        first, *others = self.param_groups
+        if not others:
+            self.made.append((first["lr"], sum(weight.numel() for weight in first["params"])))
+
+
+def test_updates_of_the_run_score_the_modules(model, sums, tmp_path, capsys):
+    """As many steps as are asked for, by the run's own optimizer, in turns of as many weights as the plan trains at most."""
+    Noted.made = made = []
+    settings = {"optimizer": Noted, "lr_full": 0.25, "prompts_per_rollout": 4, "minibatches_per_rollout": 2}
+    plan = planned(model, sums, tmp_path, build_adapter(scorer=scorers.UpdateTail(3, 1)), **settings)
+    assert (plan.calibration["steps"], plan.calibration["prompts"], plan.calibration["turns"]) == (3, 8, len(made))
+    largest = sorted((module.parameters for module in plan.candidates), reverse=True)
+    most = sum(largest[:3]) + sum(plan.lora.parameters(module.shape) for module in plan.candidates)
+    assert {rate for rate, _ in made} == {0.25}
+    assert len(made) > 2 and all(weights <= most for _, weights in made)
+    assert sum(weights for _, weights in made) == sum(module.shape[0] * module.shape[1] for module in plan.candidates)
+    assert f"Scoring by 3 optimizer steps that are not taken, in {len(made)} turns" in " ".join(capsys.readouterr().out.split())
+
+
+def test_settings_reach_the_plan(model, sums, tmp_path):
+    adapter = HybridAdapterSetup(
+        budget=ParameterBudget(0.5), rank=3, alpha=5.0, dropout=0.1, target_modules=["q_proj", "down_proj"], calibration_prompts=3
+    )
+    plan = planned(model, sums, tmp_path, adapter)
+    assert {module.name.rsplit(".", 1)[1] for module in plan.candidates} == {"q_proj", "down_proj"}
+    assert (plan.lora.rank, plan.lora.alpha, plan.lora.dropout) == (3, 5.0, 0.1)
+    assert plan.budget == {"class_path": "hybrid_lightning.adapters.ParameterBudget", "init_args": {"share": 0.5}}
+    assert (plan.model, plan.revision, plan.seed, plan.calibration["prompts"]) == (str(model), None, 0, 3)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, 4), (1000, 24)])
+def test_as_many_prompts_as_one_rollout_has_are_scored_unless_a_number_is_given(model, sums, tmp_path, asked, used):
+    adapter = HybridAdapterSetup(budget=ModuleBudget(0.2), rank=2, calibration_prompts=asked)
+    plan = planned(model, sums, tmp_path, adapter)
+    assert (plan.calibration["prompts"], plan.calibration["sequences"]) == (used, 4 * used)
+
+
+@pytest.mark.parametrize(("share", "full"), [(0.0, 0), (1.0, 14)])
+def test_the_ends_of_the_line_need_no_rollouts(model, sums, tmp_path, share, full):
+    policy = fit(model, sums, tmp_path, build_adapter(share), policy={"reward": Constant()}, max_steps=0)
+    assert len(policy.plan.full_modules) == full and len(policy.plan.lora_modules) == 14 - full
+    assert policy.plan.scorer is None and all(module.score is None for module in policy.plan.candidates)
+    assert policy.last_rollout is None and [path.name for path in (tmp_path / "version_0").iterdir()] == ["plan.json"]
+
+
+def test_a_plan_from_answers_says_so(model, sums, tmp_path, capsys):
+    plan = planned(model, sums, tmp_path, build_adapter(), reward=Constant())
+    assert plan.calibration == {"signal": "answers", "sequences": 4, "useful_sequences": 4, "prompts": 4}
+    assert "All calibration rewards of each prompt are equal" in capsys.readouterr().out

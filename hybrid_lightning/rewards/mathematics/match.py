@@ -1,7 +1,4 @@
-"""`MathMatch`: whether the answer is the same number or formula, by the library math-verify.
-
-The library is github.com/huggingface/Math-Verify.
-"""
+"""`MathMatch`: whether the answer is the same number or formula, by github.com/huggingface/Math-Verify."""
 
 import logging
 import re
@@ -25,16 +22,15 @@ class MathMatch(RewardFunction):
     set). Without a box it is the whole text, or what follows "the answer is", if that is a formula; else the last number, plain
     expression or LaTeX formula in `$ $`, `\( \)` or `\[ \]`. "5.0", "$5", "10/2" and `\frac{10}{2}` are 5; "1,234" and "1 234"
     are 1234; "2,5" is 2.5; "50%" is both 50 and 0.5. Decimals are compared to six places, as math-verify does, and numbers below
-    0.001 to one part in a hundred as well. An interval may also be written as an inequality. The bases of two numbers, such as
-    `2516_8`, must agree if both are given. The text in `<think> </think>` is ignored.
+    0.001 to one part in a hundred as well. An interval may also be written as an inequality. The text in `<think> </think>` is
+    ignored, and so is a remark in brackets: "18 dollars (9 eggs at $2)" is 18 dollars.
 
     - If both answers have a unit that `math_units.py` knows, the units must agree, or be convertible: 15 cm are 0.15 m but not
       15 m. "$5 per hour" may be written "$5", but 5 m/s is not 5 m. Other units, such as apples, are not compared.
       "1 hour and 30 minutes" is 90 minutes, and 90 or 1.5 if the reference answer has no unit.
     - A bound is not a number: "the answer is at least 18", "more than 18", "18 or more" and "18+" are wrong for 18. But after
       other verbs "at least 18" says how many are needed, and is 18: "She needs at least 18 eggs".
-    - A remark in brackets is ignored: "18 dollars (9 eggs at $2)", as a whole or after "the answer is", is 18 dollars.
-    - "x = 2 and y = 3" is (2, 3), in whatever order; without a box it is also the last of the two values, if one is asked for.
+    - "x = 2 and y = 3" is (2, 3), in whatever order.
 
     The reference answer is a number, with or without a unit, which may stand in brackets ("9 apples", "9 (apples)"); a formula,
     with or without LaTeX delimiters; or a letter from A to J, which is compared with the letter that the completion chooses, as

@@ -1,14 +1,7 @@
 """Find the answer in a text, and rewrite it in a form that math-verify reads.
 
-    to_ascii           Unicode signs become ASCII or LaTeX; all other functions expect this form
-    answer_window      the part of a long completion in which its answer is
-    out_of_brackets    units in brackets: "9 (apples)"
-    without_remark     remarks in brackets: "18 dollars (9 eggs at $2)"
-    is_bound           whether the text gives only a bound: "at least 18"
-    normalize          rewrites numbers, signs and LaTeX that math-verify would misread
-    bare_formula       a formula without LaTeX delimiters
-
-`math_worker.py` imports this file as a script, outside of the package: it must not import anything else of this project.
+`results/answers.md` says which answers people and models write. `math_worker.py` imports this file as a script, outside of the
+package: it must not import anything else of this project.
 """
 
 import re
@@ -16,43 +9,39 @@ import unicodedata
 from collections.abc import Callable
 from decimal import Decimal
 
-# ---- signs, and the part of a text that holds its answer
-
 WINDOW = 6_000  # characters before the last box or the end that are searched: a policy may write without end
-INVISIBLE = re.compile("[\u200b-\u200d\u2060\ufeff\ufe0f]")
-VULGAR = re.compile("([0-9]?)([\u00bc-\u00be\u2150-\u215e])")
-WIDE = re.compile("[\uff05-\uff5e]+")  # full-width digits and signs
 POWER = re.compile("(?<=[0-9)}])([\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+)")  # 10^6 as one sees it
+HALF = re.compile("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])")  # between the two parts of 1 1/2 in one sign
 ROOT = re.compile(r"\u221a\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
-SYMBOLS = {
-    "\u03c0": r"\pi ",
-    "\u221e": r"\infty ",
-    "\u00b1": r"\pm ",
-    "\u2264": r"\le ",
-    "\u2265": r"\ge ",
-    "\u2260": r"\ne ",
-    "\u222a": r"\cup ",
-    "\u2229": r"\cap ",
-    "\u2205": r"\emptyset ",
-    "\u00f7": "/",
-    "\u2044": "/",  # the fraction slash, which NFKC puts into one half and the like
-    "\u3002": ". ",
-}
+SIGNS = str.maketrans(
+    {
+        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\ufe0f"),  # invisible
+        **dict.fromkeys("\u2212\u2012\u2013", "-"),
+        "\u03c0": r"\pi ",
+        "\u221e": r"\infty ",
+        "\u00b1": r"\pm ",
+        "\u2264": r"\le ",
+        "\u2265": r"\ge ",
+        "\u2260": r"\ne ",
+        "\u222a": r"\cup ",
+        "\u2229": r"\cap ",
+        "\u2205": r"\emptyset ",
+        "\u00f7": "/",
+        "\u2044": "/",  # the fraction slash, which NFKC puts into one half and the like
+        "\u3002": ". ",
+    }
+)
 
 
 def to_ascii(text: str) -> str:
     """Replace Unicode signs by ASCII or LaTeX, and normalize white space."""
-    text = re.sub(r"[^\S\n]+", " ", INVISIBLE.sub("", text))
-    text = re.sub(r"\s*\n\s*", "\n", text)
+    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text))
     if text.isascii():
         return text
-    text = VULGAR.sub(lambda match: f"{match[1]} {unicodedata.normalize('NFKC', match[2])}".strip(), text)
-    text = WIDE.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
-    text = POWER.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[1])}}}", text)
+    text = POWER.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[1])}}}", HALF.sub(" ", text))
     text = ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2]}}}", text)
-    for symbol, replacement in SYMBOLS.items():
-        text = text.replace(symbol, replacement)
-    return text
+    # The powers of units stay: math-verify would take the 2 of 15 m^2 for the answer.
+    return re.sub("[^\u00b2\u00b3]+", lambda match: unicodedata.normalize("NFKC", match[0]), text).translate(SIGNS)
 
 
 def answer_window(text: str) -> str:
@@ -64,23 +53,17 @@ def answer_window(text: str) -> str:
     return part[part.find("\n") + 1 :] if start else part
 
 
-# ---- units and remarks in brackets
+# ---- brackets
 
-# Words that are not units: functions, and moduli and bases, which change the number before them.
-NO_UNIT = re.compile(
-    r"\b(?:(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|sqrt|max|min|lim|b?mod|modulo|base|pi)\b", re.IGNORECASE
-)
-LARGE_WORDS = re.compile(r"(?:thousand|million|billion|trillion)\b", re.IGNORECASE)  # these belong to the number
-UNIT_WORD = r"(?:[A-Za-z]+(?:['-][A-Za-z]+)*|[$%\u00b0\u20ac\u00a3\u00a5])\.?"
-BRACKETS = re.compile(  # 9 (apples), 20 (km/h), 5 (cm^2); possessive quantifiers, since a policy may write digits without end
-    r"(?P<number>(?<![\w.,^])(?<![\^_]\{)"
-    r"(?:(?:\d++(?:,\d++)*+)?(?:\.\d++)?(?<=\d)(?:\s?/\s?\d++)?|\\[dt]?frac\s*\{\d+\}\s*\{\d+\})(?:\s?%)?)"
-    rf"(?P<gap>\s*)\(\s*(?P<unit>{UNIT_WORD}(?:(?:\s+|\s*/\s*){UNIT_WORD})*(?:\s*\^\s*\{{?[23]\}}?)?)\s*\)"
-)
-UNCLEAR = re.compile(r"\d\s*\(\s*(?:r\.?\s*\d|(?:or|and)\b)", re.IGNORECASE)  # more than one number: 3 (R 2), 3 (or 4)
-OTHERWISE = re.compile(  # "(or 13)", "(about 18)", "(= 18)"
+OTHERWISE = re.compile(  # no remark, but another answer: "(or 13)", "(about 18)", "(= 18)"
     r"\W*(?:or|and|maybe|perhaps|possibly|i\.?\s?e|that\s+is|which|approx\w*|about|around|rounded|roughly|equals)\b|\s*[=\u2248~]",
     re.IGNORECASE,
+)
+NO_UNIT = re.compile(
+    r"(?:b?mod|modulo|base|(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b|r\b)", re.IGNORECASE
+)  # changes the number before
+IN_BRACKETS = re.compile(  # 9 (apples), 20 (km/h), 5 (cm^2)
+    r"(?<=[\d%}])(?P<gap>\s*)\(\s*(?P<words>[A-Za-z$%\u00b0][A-Za-z$%\u00b0 ./'-]*(?:\^\{?[23]\}?)?)\s*\)"
 )
 REMARK = re.compile(  # behind an answer that is the whole text, or that follows "the answer is"
     r"(?:\A|\banswer\s*(?:is\b|:))[\s:*_]*(?P<stated>[$\u20ac\u00a3]?-?\d[\d,./]*%?(?:\s+[A-Za-z]+){0,3})[*_]*"
@@ -89,31 +72,24 @@ REMARK = re.compile(  # behind an answer that is the whole text, or that follows
 )
 
 
-def out_of_brackets(text: str, is_unit: Callable[[str], bool], alone: bool = False) -> str:
-    """Remove the brackets around units behind numbers, and other words in such brackets altogether.
+def out_of_brackets(text: str, is_unit: Callable[[str], bool]) -> str:
+    """Remove the brackets around words behind a number.
 
     Args:
         text: A completion or a reference answer.
-        is_unit: Whether words are a unit that can be compared.
-        alone: Leave a text unchanged if words would be removed behind more than one number, since it is then not one answer.
+        is_unit: Whether words are a unit. Words of at most two letters are taken for factors if they are not.
 
     Example:
         >>> [out_of_brackets(text, {"km"}.__contains__) for text in ("9 (apples)", "5 (km)", "3 (mod p)", "2 (x)", "4 (or five)")]
-        ['9', '5 km', '3 (mod p)', '2 (x)', '4 (or five)']
+        ['9 apples', '5 km', '3 (mod p)', '2 (x)', '4 (or five)']
     """
 
-    def unit(match: re.Match[str]) -> str | None:
-        number, words = match["number"], match["unit"]
-        letters = max((len(word) for word in re.findall("[A-Za-z]+", words)), default=3)
-        if LARGE_WORDS.match(words) or (is_unit(words) and (letters > 2 or match["gap"])):
-            return f"{number} {words}"
-        # Alternatives such as "(or 13)", and factors as in 2(ab), stay.
-        return None if OTHERWISE.match(words) or NO_UNIT.search(words) or letters < 3 else number
+    def bare(match: re.Match[str]) -> str:
+        words = match["words"]
+        is_factor = max(map(len, re.findall("[A-Za-z]+", words)), default=3) <= 2 and not (match["gap"] and is_unit(words))
+        return match[0] if is_factor or OTHERWISE.match(words) or NO_UNIT.match(words) else f" {words}"
 
-    matches = list(BRACKETS.finditer(text))
-    if alone and len(matches) > 1 and any(unit(match) in (None, match["number"]) for match in matches):
-        return text
-    return BRACKETS.sub(lambda match: unit(match) or match[0], text)
+    return IN_BRACKETS.sub(bare, text)
 
 
 def without_remark(text: str) -> str:
@@ -129,31 +105,25 @@ def without_remark(text: str) -> str:
     return text[: match.end("stated")]
 
 
+# ---- units
+
 WRAPPED = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|operatorname|rm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 PLAIN: list[tuple[re.Pattern[str], str]] = [
-    (re.compile(r"\{,\}|\\!|\\(?:left|right|displaystyle)(?![A-Za-z])"), ""),
-    (re.compile(r"\\(?:[ ,;:]|q?quad(?![A-Za-z]))|~"), " "),
-    (re.compile(r"\{\}\s*(?=\^)"), ""),
+    (re.compile(r"\\(?:[ ,;:!]|q?quad(?![A-Za-z]))|~"), " "),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\(?:degree|circ)(?![A-Za-z])"), "\u00b0"),
-    (
-        re.compile(r"\\[dt]?frac\s*\{\s*([^\W\d_]+(?:\s*\^\s*\{?\d\}?)?)\s*\}\s*\{\s*([^\W\d_]+(?:\s*\^\s*\{?\d\}?)?)\s*\}"),
-        r" \1/\2",
-    ),
     (re.compile(r"\\%"), "%"),
-    (re.compile(r"\*\*+|__+"), ""),
-    (re.compile(r"\\(?:cdot|times)(?![A-Za-z])|[\u22c5\u2022*]"), "\u00b7"),
+    (re.compile("\u00b2"), "^2"),
+    (re.compile("\u00b3"), "^3"),
+    (re.compile(r"\*\*+"), ""),
     (re.compile(r"\u00b0\s*(?=[CF]\b)|\bdegrees?\s+(?=(?:[CF]|celsius|fahrenheit)\b)", re.IGNORECASE), " "),
-    (re.compile(r"\bfl(?:uid|\.)?\s*(?:oz|ounces?)\b", re.IGNORECASE), "floz"),
     (re.compile(r"\bmph\b", re.IGNORECASE), "miles/hour"),
     (re.compile(r"\bkm?ph\b|\bkmh\b", re.IGNORECASE), "km/h"),
     (re.compile(r"\bper\s+cent\b", re.IGNORECASE), "percent"),
-    (re.compile(r"\b(?:kWh|kilowatt[- ]hours?)\b"), "kwh"),
-    (re.compile(r"\b(?:US|U\.S\.|American)\s*(?=dollars?\b|\$)"), ""),
 ]
 
 
 def plain_units(text: str) -> str:
-    r"""Write units in ASCII: `5\ \frac{\text{m}}{\text{s}}` becomes 5 m/s. Only for finding units, since it damages formulas."""
+    r"""Write units without LaTeX: `5\ \text{m/s}` becomes 5 m/s. Only for finding units, since it damages formulas."""
     text = WRAPPED.sub(r" \1", WRAPPED.sub(r" \1", text))
     for pattern, replacement in PLAIN:
         text = pattern.sub(replacement, text)
@@ -170,30 +140,25 @@ HEDGE = re.compile(  # at the end of a normalized text: "between 3 and 5", "not 
 #
 # "At least 18" and "18 or more" are bounds, and not 18, if they are the answer: after is, are, be, a colon or an equals sign, or
 # as the whole answer or box. After another verb "at least 18" says how many are needed, and is 18 ("She needs at least 18
-# eggs"); so it does in "There must be at least 18", and at the beginning of a sentence ("At least 18 eggs are needed").
-# "More than 18" is a bound after every verb, except in a difference, where a number comes first ("18 more than Ann", "5 less than
-# 18"), and in the largest number that is possible ("He cannot buy more than 18").
+# eggs"). "More than 18" is a bound after every verb, except in a difference, where a number comes first ("18 more than Ann", "5
+# less than 18"), and in the largest number that is possible ("He cannot buy more than 18").
 NUMBER = re.compile(r"-?(?:\d[\d,]*)?(?:\\(?:[dt]?frac|sqrt)\s*\{[^{}]*\}(?:\s*\{[^{}]*\})?|\.?\d+(?:/\d+)?)")
 EXPONENT = re.compile(r"(?<=[A-Za-z}])\s*\^\s*\{?-?\d\}?")  # of a unit, as in cm^2
-MACRO = re.compile(r"\\(?:text\w*|math\w+|mbox|boxed|fbox)\s*(?=\{)|\\[ ,;:!()\[\]]|\\(?=[$%])|[{}*_$~]")
+MACRO = re.compile(r"\\(?:text\w*|math\w+|mbox|boxed)\s*(?=\{)|\\[ ,;:!()\[\]]|\\(?=[$%])|[{}*_$~]")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z*$\\])|\n")
-THAN = r"(?:more|less|fewer|greater|higher|lower|larger|bigger|smaller)\s+than"
+MORE = r"(?:more|less|fewer|greater|higher|lower|larger|bigger|smaller)"
 BEFORE = (
-    rf"(?:(?:just|slightly|any\w*)\s+)?(?:at\s+(?:least|most)|(?:(?:no|not)\s+)?{THAN}"
+    rf"(?:(?:just|slightly|any\w*)\s+)?(?:at\s+(?:least|most)|(?:(?:no|not)\s+)?{MORE}\s+than"
     r"|over|under|above|below|up\s+to|a\s+(?:min|max)imum\s+of)\s+#"
 )
-AFTER = (
-    r"#\s*(?:[a-z]+\s+){0,2}(?:at\s+(?:least|most)"
-    r"|(?:or|and)\s+(?:more|less|fewer|greater|higher|lower|larger|smaller|over|under|above|below)(?!\s+than))\b"
+AFTER = rf"#\s*(?:[a-z]+\s+){{0,2}}(?:at\s+(?:least|most)|(?:or|and)\s+(?:{MORE}|over|under|above|below)(?!\s+than))\b"
+IS_BOUND = re.compile(rf"(?:\b(?:is|are|was|were|be|equals)\b|'s\b|[:=])\s*(?:{BEFORE}|{AFTER})[^#]*\Z", re.IGNORECASE)
+ONLY_BOUND = re.compile(
+    rf"[^\w#]*(?:{BEFORE}|{AFTER})(?:\s+[a-z]+){{0,2}}[^\w#]*\Z|.*#\s?\+(?:\s+[a-z]{{2,}}[^#]*|[^\w#]*)\Z", re.IGNORECASE
 )
-IS = r"(?:\b(?:is|are|was|were|be|equals)\b|'s\b|[:=])\s*"
-IS_BOUND = re.compile(rf"{IS}(?:{BEFORE}|{AFTER})[^#]*\Z", re.IGNORECASE)
-ONLY_BOUND = re.compile(rf"[^\w#]*(?:{BEFORE}|{AFTER})(?:\s+[a-z]+){{0,2}}[^\w#]*\Z", re.IGNORECASE)
-AND_MORE = re.compile(r"#\s?\+(?:\s+[A-Za-z]{2,}[^#]*|[^\w#]*)\Z")
-THERE_IS = re.compile(rf"\bthere\s+(?:\w+\s+){{0,2}}{IS}{BEFORE}[^#]*\Z", re.IGNORECASE)
-BEYOND = re.compile(rf"\b{THAN}\s+#[^#]*\Z", re.IGNORECASE)
+BEYOND = re.compile(rf"\b{MORE}\s+than\s+#[^#]*\Z", re.IGNORECASE)
 NO_BOUND = re.compile(r"#|n't\b|\b(?:cannot|not|no|never|nor)\b", re.IGNORECASE)
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 
 
 def is_bound(text: str) -> bool:
@@ -204,15 +169,14 @@ def is_bound(text: str) -> bool:
         (True, False)
     """
     boxes = BOX.findall(text)
-    mark = re.compile(r"\\(?:boxed|fbox)" if boxes else r"\d")
+    mark = re.compile(r"\\boxed" if boxes else r"\d")
     said = _numbers_as_hashes(next((part for part in reversed(SENTENCE.split(text)) if mark.search(part)), ""))
-    if IS_BOUND.search(said) and not THERE_IS.search(said):
+    if IS_BOUND.search(said):
         return True
     if boxes:
-        said = _numbers_as_hashes(boxes[-1])
-        return bool(ONLY_BOUND.match(said) or AND_MORE.search(said))
+        return bool(ONLY_BOUND.match(_numbers_as_hashes(boxes[-1])))
     beyond = BEYOND.search(said)
-    return bool(ONLY_BOUND.match(said) or AND_MORE.search(said) or (beyond and not NO_BOUND.search(said[: beyond.start()])))
+    return bool(ONLY_BOUND.match(said) or (beyond and not NO_BOUND.search(said[: beyond.start()])))
 
 
 def _numbers_as_hashes(text: str) -> str:
@@ -222,12 +186,7 @@ def _numbers_as_hashes(text: str) -> str:
 
 # ---- forms that math-verify reads
 
-LARGE = re.compile(r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?)\s*(thousand|million|billion|trillion)\b", re.IGNORECASE)
 ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-MIXED = re.compile(r"(?<![\w./,$}])(\d+) (\d+)/(\d+)(?![\w/])")  # 1 1/2
-MIXED_PERCENT = re.compile(r"(?<![\w}.])(\d+)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}(?=\s*\\?%)")  # 33\frac{1}{3}\%
-FRACTION_PERCENT = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}\s*\\?%")  # math-verify cannot read this
-REPEATING = re.compile(r"(?<![\w.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}")  # 0.1\overline{6}
 ONE = r"\\(?!sqrt|[dt]?frac|text|math|left|binom|log|sin|cos|tan|ln)[a-z]+(?![a-zA-Z])|\d|[a-z](?![a-z])"  # argument without { }
 
 
@@ -235,110 +194,72 @@ def _fraction(match: re.Match[str]) -> str:
     return rf"\frac{{{match[1].strip('{}')}}}{{{match[2].strip('{}')}}}"
 
 
-REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(r"\bUSD?\s?(?=\\?\$)"), ""),
-    (re.compile("~"), " "),  # TeX's space, or "about"
-    (re.compile(r"(?<=[\u3040-\u9fff])(?=[-$\\\d])"), " "),  # Chinese and Japanese put no space before a number
-    (re.compile(r"\\[dt]?frac\s*(ONE|\{[^{}]*\})\s*(ONE|\{[^{}]*\})".replace("ONE", ONE)), _fraction),  # \frac12, \frac \pi4
-    # \text{} beside or around a number: \text{\$}18, \text{-}7, \text{(073)}.
-    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{\s*(\\?\$|-)?\s*\}"), r"\1"),
-    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{\s*\((-?\d[\d.,]*)\)\s*\}"), r"\1"),
-    (re.compile(r"\\(?:underline|bm|pmb)\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\\(?:text)?color\s*\{\w*\}"), ""),
-    (re.compile(r"\\\\\s*(?=\}\s*(?:\$|\\[)\]]|\Z))"), ""),  # \boxed{5\\}
-    (re.compile(r"\\langle\b"), "("),
-    (re.compile(r"\\rangle\b"), ")"),
-    (re.compile(r"\\varnothing\b"), r"\\emptyset"),
-    (re.compile(r"(?<=\{)\s*(?=(?:\\(?:geq?|leq?|neq?|gt|lt)(?![A-Za-z])|[<>])\s*-?[\d.\\])"), "x"),  # \boxed{\ge 5} is not 5
-    (re.compile(r"(?<=\d)(?:\\[ ,;:!]|[~\s])*(?:\\bmod\s*\d+|\\text\s*\{\s*\(?mod\s*\d+\)?\s*\})"), ""),  # 73 \bmod 100
-    (re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)"), "*"),  # 1.2 x 10^6
-    (re.compile(r"(?<![\w.])(\d*\.\d*?)(\d)\2{2,}(?:\.\.\.|\u2026|\\[lc]?dots)"), r"\1\\overline{\2}"),  # 0.333...
-    (re.compile(r"(?<![\w.])(\d*\.\d*)\((\d+)\)"), r"\1\\overline{\2}"),  # 0.1(6)
-    (re.compile(r"(?<![\w)}] )\b(?:negative|minus)\s+(?=\d)", re.IGNORECASE), "-"),
-    (re.compile(r"\bper\s?cent\b", re.IGNORECASE), "%"),
-    (re.compile("[\u2212\u2012\u2013\ufe63\uff0d]"), "-"),  # minus sign, dashes
-    (re.compile("(?<=\\d)\\s*[\u00d7\u00b7]\\s*(?=\\d)"), "*"),  # times
-    (re.compile('[`"\u201c\u201d\u2248#]|</?[A-Za-z]+>|~(?=\\d)'), " "),  # `5`, "5", ####5, <answer>5</answer>, ~5
-    (re.compile(r"(?<![\w)}])\((-?[\d.]+)\)"), r" \1 "),  # (5)
-    (re.compile(r"(?<![\w.)}])\+(?=\d)"), ""),  # +5
-    (re.compile(r"(?:\A|(?<=[=:]))\s*-\s+(?=\d)"), " -"),  # = - 5; elsewhere the line begins a list
-    (re.compile(r"(?<![\w$])-\s*[$€£¥](?=[\d,.]+(?:\s|$))"), "-"),  # -$5
-    (re.compile(r"(?<=\d)[eE]([-+]?\d+)(?![\w.])"), r"*10^(\1)"),  # 1e5
-    (re.compile(r"(?<=\d):(?=\d)"), "/"),  # 2:3
-    (re.compile(r"(?<=\d)(?:[_']|\{,\}|\\,)(?=\d{3}(?!\d))"), ""),  # 1_000, 1'000, 1{,}000, 1\,000
-    (
-        re.compile(r"(?<=\d)[ ,](?=\d{4})|(?<=,\d{3}),(?=\d\d?(?!\d))"),
-        ", ",
-    ),  # 1,2345 is two numbers or a typing error, and not 1,234 followed by a 5
-    (re.compile(r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?![\d,])"), lambda match: match[0].replace(",", "")),  # $x = 1,234$
-    (re.compile(r"(?<![\d.])\d+(?:\.\d+){2,}"), "x"),  # 1.000.000 or 1.2.3 is neither 1.000 nor 1.2
-    (re.compile(r"(?<=[^\W\d_]):(?=[-$\d\\])"), ": "),  # Answer:5
-    (re.compile(r"(?<=\d) : (?=\d)"), "/"),  # 2 : 3
-    (re.compile(r"\+\s*(?=\\infty)"), ""),
-    (re.compile(r"(?<![A-Za-z\\])[A-Za-z]\s*\\in\s*(?=[(\[]|\\left|\\\{)"), ""),  # x \in (1, 2)
-    (re.compile(r"\\(?:mathbf|boldsymbol|bf)\s*\{(\w*)\}"), r"\1"),
-    (re.compile(r"\\fbox(?=\s*\{)"), r"\\boxed"),
-    # \boxed{\textbf{(B)}\ 27}: the answer is the value, and not the letter of the choice
-    (
-        re.compile(
-            r"(?<=\\boxed\{)\s*(?:\\(?:text|textbf|mathrm|mathbf|rm)\s*\{\s*)?\([A-J]\)"
-            r"[\s}]*(?:\\[ ,;:!]|\\q?quad|[~:\s])*(?=[^\s}])"
-        ),
-        "",
-    ),
-    (re.compile(r"(?<=\d)\.(?=\s*\}\s*(?:\$|\\[)\]]|\Z|[.,\s]))"), ""),  # \boxed{5.}
-    (re.compile(r"\\\$\s*(?=[\d.])"), ""),  # \$5
-    # 5 \text{ m/s}, 5 m/s, 5 cm^2, 5 \frac{\text{m}}{\text{s}}, 73 \pmod{100}
-    (re.compile(r"(?<=[\d}])(?:\\[ ,;:!]|[~\s])*\\(?:text|mathrm|mbox)\s*\{[ A-Za-z.]*/[ A-Za-z.]*\}(?=\s*[}$]|\s*\\[)\]])"), ""),
-    (re.compile(r"(?<=\d)\s+(?:[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}\^\{?[23]\}?)(?=\s*\})"), ""),
-    (
-        re.compile(r"(?<=[\d}])(?:\\[ ,;:!]|[~\s])*\\frac\{\\(?:text|mathrm)\{[ A-Za-z]+\}\}\{\\(?:text|mathrm)\{[ A-Za-z]+\}\}"),
-        "",
-    ),
-    (re.compile(r"(?<=\d)(?:\\[ ,;:!]|[~\s])*\\pmod\s*\{?\d+\}?"), ""),
-    # math-verify prefers what follows the word "answer" to anything later. Here the last value counts, so that "the answer is
-    # 12 or 13" is not right for 12.
-    (re.compile("answer", re.IGNORECASE), "result"),
-    (re.compile(r"(?<![\d.,])(?<!\d )(\d{1,3}(?: \d{3})+)(?!\d)"), lambda match: match[1].replace(" ", "")),  # 12 000
-    # 1 2 is two numbers and not a sum; 1 1/2 is one number
-    (re.compile(r"(?<=\d) +(?=\d)(?!\d+/\d)"), ", "),
-]
-
-
-def normalize(text: str) -> str:
-    """Rewrite what math-verify would misread (1e5 as 1, for example) in a form that it reads."""
-    text = to_ascii(text)
-    for pattern, replacement in REWRITES:
-        text = pattern.sub(replacement, text)
-    text = LARGE.sub(_large_in_digits, text)
-    text = MIXED_PERCENT.sub(_mixed_as_fraction, MIXED.sub(_mixed_as_fraction, text))
-    return REPEATING.sub(_repeating_as_fraction, FRACTION_PERCENT.sub(r"\\frac{\1}{\g<2>00}", text))
-
-
 def _large_in_digits(match: re.Match[str]) -> str:
-    """Write a number such as 1.5 million in digits."""
     return format(Decimal(match[1].replace(",", "")).scaleb(ZEROS[match[2].lower()]), "f")
 
 
 def _mixed_as_fraction(match: re.Match[str]) -> str:
-    """Write a whole number and a proper fraction as one fraction."""
     whole, numerator, denominator = map(int, match.groups())
-    if not 0 < numerator < denominator:
-        return match[0]
-    improper = whole * denominator + numerator
-    return rf"\frac{{{improper}}}{{{denominator}}}" if "\\" in match[0] else f"{improper}/{denominator}"
+    return f"{whole * denominator + numerator}/{denominator}" if 0 < numerator < denominator else match[0]
+
+
+def _percentage(match: re.Match[str]) -> str:
+    return f"{int(match[1] or 0) + int(match[2]) / int(match[3]):.9f}"
 
 
 def _repeating_as_fraction(match: re.Match[str]) -> str:
-    """Write a decimal number with a repeating end as a fraction."""
     whole, once, period = match.groups()
     numerator = int(whole + once + period) - int(whole + once or "0")
     return rf"\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(once)}}}"
 
 
+REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile('[`"~#\u201c\u201d\u2248]|</?[A-Za-z]+>'), " "),  # `5`, "5", ####5, <answer>5</answer>, ~5
+    (re.compile(rf"\\[dt]?frac\s*({ONE}|\{{[^{{}}]*\}})\s*({ONE}|\{{[^{{}}]*\}})"), _fraction),  # \frac12, \frac \pi4
+    # math-verify reads no number in \text{18 dollars}
+    (re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*\\?\$?(-?\d[\d.,]*)\s+(?!(?:or|and|to|but|at)\b)[A-Za-z ]+\}"), r"\1"),
+    (re.compile(r"(?<=\{)\s*(?=(?:\\(?:geq?|leq?|neq?|gt|lt)(?![A-Za-z])|[<>])\s*-?[\d.\\])"), "x"),  # \boxed{\ge 5} is not 5
+    (re.compile(r"(?<![\w)}] )\b(?:negative|minus)\s+(?=\d)", re.IGNORECASE), "-"),
+    (re.compile(r"(?<=\d)\s*(?:[\u00d7\u00b7]\s*(?=\d)|[xX]\s*(?=10\s*\^))"), "*"),  # 1.2 x 10^6
+    (re.compile(r"(?<![\w$])-\s*[$€£¥](?=[\d,.]+(?:\s|$))"), "-"),  # -$5
+    (re.compile(r"(?<![\w.])(\d*\.\d*?)(\d)\2{2,}(?:\.\.\.|\\[lc]?dots)"), r"\1\\overline{\2}"),  # 0.333...
+    (re.compile(r"(?<![\w.])(\d*\.\d*)\((\d+)\)"), r"\1\\overline{\2}"),  # 0.1(6)
+    (re.compile(r"(?<![\w)}])\((-?[\d.]+)\)"), r" \1 "),  # (5)
+    (re.compile(r"(?<=\d)[eE]([-+]?\d+)(?![\w.])"), r"*10^(\1)"),  # 1e5
+    (re.compile(r"(?<=\d)(?:[_']|\{,\}|\\,)(?=\d{3}(?!\d))"), ""),  # 1_000, 1'000, 1{,}000, 1\,000
+    (re.compile(r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?![\d,])"), lambda match: match[0].replace(",", "")),  # $x = 1,234$
+    (re.compile(r"(?<=[^\W\d_]):(?=[-$\d\\])"), ": "),  # Answer:5
+    # \boxed{\textbf{(B)}\ 27}: the answer is the value, and not the letter of the choice
+    (
+        re.compile(
+            r"(?<=\\boxed\{)[\s{]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?\([A-J]\)(?:\\[ ,;:!]|\\q?quad|[}~:\s])*(?=\S)"
+        ),
+        "",
+    ),
+    (re.compile(r"(?<=\d)\.(?=\s*\})"), ""),  # \boxed{5.}
+    (re.compile(r"(?<=\d)\s+(?:[A-Za-z]+/[A-Za-z]+|[A-Za-z]{2,}\^\{?[23]\}?)(?=\s*\})"), ""),  # \boxed{5 m/s}
+    (re.compile(r"\\\$\s*(?=[\d.])"), ""),  # \$5
+    # math-verify prefers what follows the word "answer" to anything later. Here the last value counts, so that "the answer is
+    # 12 or 13" is not right for 12.
+    (re.compile("answer", re.IGNORECASE), "result"),
+    (re.compile(r"(?<![\d.,])(?<!\d )(\d{1,3}(?: \d{3})+)(?!\d)"), lambda match: match[1].replace(" ", "")),  # 12 000
+    (re.compile(r"(?<=\d) +(?=\d)(?!\d+/\d)"), ", "),  # 1 2 is two numbers and not a sum; 1 1/2 is one number
+    (re.compile(rf"(?<![\w.,])(\d[\d,]*(?:\.\d+)?)\s*({'|'.join(ZEROS)})\b", re.IGNORECASE), _large_in_digits),  # 1.5 million
+    (re.compile(r"(?<![\w./,$}])(\d+) (\d+)/(\d+)(?![\w/])"), _mixed_as_fraction),  # 1 1/2
+    (re.compile(r"(?<![\w}.])(\d*)\s*\\frac\{(\d+)\}\{([1-9]\d*)\}(?=\s*\\?%)"), _percentage),  # 33\frac13\%
+    (re.compile(r"(?<![\w.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}"), _repeating_as_fraction),  # 0.1\overline{6}
+]
+
+
+def normalize(text: str) -> str:
+    """Rewrite what math-verify would misread (1e5 as 1, for example) in a form that it reads."""
+    for pattern, replacement in REWRITES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
 # ---- formulas without delimiters
 
-FORMULA = re.compile(r"[$]|\\[(\[]|\\begin\b|\\boxed\b|\\fbox\b")
 RESULT = re.compile(  # what `normalize` has made of the word "answer"
     r"\b(?:result\b\s*(?:is\b|[:=])|(?:results|solutions|roots|zeros)\s+are\b)[\s:*_]*", re.IGNORECASE
 )
@@ -346,7 +267,6 @@ MEASURE = re.compile(  # a number, with or without a unit, which math-verify rea
     r"(?=[-+$\u20ac\u00a3\u00a5]*[\d.])[-+]?[$\u20ac\u00a3\u00a5]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s?\d*\s?/\s?\d+)?"
     r"\s*(?:%|\u00b0|\s(?!(?:and|or)\b)[A-Za-z/^23. ]*|[A-Za-z/]{2,}[A-Za-z/^23]*|[defghlms])?"
 )
-CHOICE = re.compile(r"\([A-J]\)")  # (B) 27
 NO_WORDS = re.compile(r"\\[A-Za-z]+|\b(?:sqrt|sin|cos|tan|log|ln|exp|or|and|pi)\b|(?<=[\d)}^*/])[a-z]{1,2}(?![a-z])")
 
 
@@ -359,11 +279,9 @@ def bare_formula(text: str) -> str | None:
         >>> bare_formula(r"2\sqrt{3}."), bare_formula("The result is: x^2-4"), bare_formula("18 km"), bare_formula("18 of them")
         ('$2\\sqrt{3}$', '$x^2-4$', None, None)
     """
-    if FORMULA.search(text):
-        return None
     said = RESULT.split(text)[-1].strip(" \n.*_=")
-    if not said or len(said) > 200 or not said.isascii() or "\n" in said or MEASURE.fullmatch(said) or CHOICE.match(said):
+    if re.search(r"[$]|\\[(\[]|\\begin\b|\\boxed\b", text) or not said or len(said) > 200 or not said.isascii() or "\n" in said:
         return None
-    if re.search(r"[A-Za-z]{2}", NO_WORDS.sub(" ", said)):
+    if MEASURE.fullmatch(said) or re.match(r"\([A-J]\)", said) or re.search(r"[A-Za-z]{2}", NO_WORDS.sub(" ", said)):
         return None
     return "$" + re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", said) + "$"

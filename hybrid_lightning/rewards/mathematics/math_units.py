@@ -1,15 +1,9 @@
 """Units of answers: find the unit, such as cm^2 in 15 cm^2, and convert between units of the same dimension.
 
-    conversion_factors   by which factors an answer may have to be multiplied to have the unit of the reference answer
-    find_unit            the unit of a text's answer
-    without_unit         a quantity without its unit
-    in_one_unit          quantities in several units: 1 hour and 30 minutes are 90 minutes, or 1.5 hours
-
-The units are in a table of this file, because sympy.physics.units and pint make the start of the worker half as long again or
-more, and read neither LaTeX nor "square centimeters". A word that is not in the table, such as apples, is not a unit here. The
-first three functions expect texts that `plain_units` of `math_text.py` has rewritten.
-
-`math_worker.py` imports this file as a script, outside of the package: it must not import anything else of this project.
+The units are in a table here, because sympy.physics.units and pint make the start of the worker half as long again or more, and
+read neither LaTeX nor "square centimeters". A word that is not in the table, such as apples, is not a unit. Texts are those that
+`plain_units` of `math_text.py` has rewritten. `math_worker.py` imports this file as a script, outside of the package: it must not
+import anything else of this project.
 """
 
 import re
@@ -20,70 +14,47 @@ Kind = tuple[tuple[str, int], ...]  # a dimension, as powers of base dimensions:
 # What a word may mean: dimension -> factors to its base unit. An ounce has two dimensions, and a ton has two factors.
 Readings = dict[Kind, set[float]]
 PREFIXES = {
-    "k": ("kilo", 1e3),
-    "M": ("mega", 1e6),
-    "d": ("deci", 1e-1),
-    "c": ("centi", 1e-2),
-    "m": ("milli", 1e-3),
-    "u": ("micro", 1e-6),
-    "\u00b5": ("micro", 1e-6),
-    "\u03bc": ("micro", 1e-6),
-    "n": ("nano", 1e-9),
+    **{"k": ("kilo", 1e3), "M": ("mega", 1e6), "d": ("deci", 1e-1), "c": ("centi", 1e-2), "m": ("milli", 1e-3)},
+    **{"u": ("micro", 1e-6), "\u03bc": ("micro", 1e-6), "n": ("nano", 1e-9)},
 }
-# Dimension and its power, factor to the base unit, symbols (case-sensitive), words (case-insensitive, also with an s), prefixes.
-TABLE: list[tuple[str, float, str, str, str]] = [
-    ("length", 1.0, "m", "meter metre", "kdcmu\u00b5\u03bcn"),
-    ("length", 0.0254, "in", "inch inches", ""),
-    ("length", 0.3048, "", "ft foot feet", ""),
-    ("length", 0.9144, "", "yd yard", ""),
-    ("length", 1609.344, "mi", "mile", ""),
-    ("length 2", 1e4, "ha", "hectare", ""),
-    ("length 2", 4046.8564224, "", "acre", ""),
-    ("length 3", 1e-3, "L l", "liter litre", "m"),
-    ("length 3", 1e-6, "cc", "", ""),
-    ("length 3", 3.785411784e-3, "", "gal gallon", ""),
-    ("length 3", 3.785411784e-3 / 4, "qt", "quart", ""),
-    ("length 3", 3.785411784e-3 / 8, "pt", "pint", ""),
-    ("length 3", 3.785411784e-3 / 16, "", "cup", ""),
-    ("length 3", 3.785411784e-3 / 128, "oz", "ounce floz", ""),
-    ("length 3", 3.785411784e-3 / 256, "", "tbsp tablespoon", ""),
-    ("length 3", 3.785411784e-3 / 768, "", "tsp teaspoon", ""),
-    ("mass", 1e-3, "g", "gram gramme", "kmu\u00b5\u03bc"),
-    ("mass", 1.0, "", "kilo", ""),
-    ("mass", 0.45359237, "", "lb pound", ""),
-    ("mass", 0.45359237 / 16, "oz", "ounce", ""),
-    ("mass", 0.45359237 * 2000, "", "ton", ""),
-    ("mass", 1e3, "", "ton tonne", ""),
-    ("time", 1.0, "s", "sec second", "mu\u00b5\u03bcn"),
-    ("time", 60.0, "", "min minute", ""),
-    ("time", 3600.0, "h", "hr hour", ""),
-    ("time", 86400.0, "", "day", ""),
-    ("time", 604800.0, "", "wk week", ""),
-    ("time", 365 * 86400.0, "", "yr year", ""),
-    ("month", 12.0, "", "yr year", ""),  # a dimension of its own, since months differ in days
-    ("month", 1.0, "", "month", ""),
-    ("dollar", 1.0, "$", "dollar usd buck", ""),
-    ("dollar", 0.01, "\u00a2", "cent", ""),
-    ("euro", 1.0, "\u20ac", "euro eur", ""),
-    ("euro", 0.01, "", "cent", ""),
-    ("sterling", 1.0, "\u00a3", "pound gbp", ""),
-    ("yen", 1.0, "\u00a5", "yen jpy", ""),
-    ("percent", 1.0, "%", "percent percentage", ""),
-    ("angle", 1.0, "\u00b0", "deg degree", ""),
-    ("angle", 180 / pi, "rad", "radian", ""),
-    ("celsius", 1.0, "\u00b0 C", "degree celsius", ""),
-    ("fahrenheit", 1.0, "\u00b0 F", "degree fahrenheit", ""),
-    ("kelvin", 1.0, "K", "kelvin", ""),
-    ("ampere", 1.0, "", "amp ampere", ""),  # without the symbol A, with which sentences begin
-    ("mole", 1.0, "mol", "mole", ""),
-    ("time -1", 1.0, "Hz", "hertz", "kM"),
-    ("length 1 mass 1 time -2", 1.0, "N", "newton", "k"),
-    ("length -1 mass 1 time -2", 1.0, "Pa", "pascal", "k"),
-    ("length 2 mass 1 time -2", 1.0, "J", "joule", "kM"),
-    ("length 2 mass 1 time -2", 3.6e6, "", "kwh", ""),
-    ("length 2 mass 1 time -3", 1.0, "W", "watt", "kM"),
-    ("ampere -1 length 2 mass 1 time -3", 1.0, "V", "volt", ""),
-]
+GALLON, POUND = 3.785411784e-3, 0.45359237
+# Dimension with its powers -> names -> factor to the base unit. Signs, and names of one letter or with a capital, are symbols,
+# whose case counts; other names are words, which may end in s. Names after + also have prefixes.
+TABLE: dict[str, dict[str, float]] = {
+    "length": {"+m +meter +metre": 1, "in inch inches": 0.0254, "ft foot feet": 0.3048, "yd yard": 0.9144, "mi mile": 1609.344},
+    "length 2": {"ha hectare": 1e4, "acre": 4046.8564224},
+    "length 3": {
+        "+L +l +liter +litre": 1e-3,
+        "cc": 1e-6,
+        "gal gallon": GALLON,
+        "qt quart": GALLON / 4,
+        "pt pint": GALLON / 8,
+        "cup": GALLON / 16,
+        "oz ounce": GALLON / 128,
+        "tbsp tablespoon": GALLON / 256,
+        "tsp teaspoon": GALLON / 768,
+    },
+    "mass": {"+g +gram +gramme": 1e-3, "kilo": 1, "lb pound": POUND, "oz ounce": POUND / 16, "ton": 907.18474, "ton tonne": 1e3},
+    "time": {"+s sec +second": 1, "min minute": 60, "h hr hour": 3600, "day": 86400, "wk week": 604800, "yr year": 365 * 86400},
+    "month": {"month": 1, "yr year": 12},  # a dimension of its own, since months differ in days
+    "dollar": {"$ dollar usd buck": 1, "\u00a2 cent": 0.01},
+    "euro": {"\u20ac euro eur": 1, "cent": 0.01},
+    "sterling": {"\u00a3 pound gbp": 1},
+    "yen": {"\u00a5 yen jpy": 1},
+    "percent": {"% percent percentage": 1},
+    "angle": {"\u00b0 deg degree": 1, "rad radian": 180 / pi},
+    "celsius": {"\u00b0 C degree celsius": 1},
+    "fahrenheit": {"\u00b0 F degree fahrenheit": 1},
+    "kelvin": {"K kelvin": 1},
+    "ampere": {"amp ampere": 1},  # without the symbol A, with which sentences begin
+    "mole": {"mol mole": 1},
+    "time -1": {"+Hz +hertz": 1},
+    "length 1 mass 1 time -2": {"+N +newton": 1},
+    "length -1 mass 1 time -2": {"+Pa +pascal": 1},
+    "length 2 mass 1 time -2": {"+J +joule": 1, "kwh": 3.6e6},
+    "length 2 mass 1 time -3": {"+W +watt": 1},
+    "ampere -1 length 2 mass 1 time -3": {"+V +volt": 1},
+}
 MONEY = {"dollar", "euro", "sterling", "yen"}
 
 
@@ -91,57 +62,56 @@ def _names_of_units() -> tuple[dict[str, Readings], dict[str, Readings]]:
     """The table as two dictionaries, of symbols and of words, with all prefixes."""
     symbols: dict[str, Readings] = {}
     words: dict[str, Readings] = {}
-    for dimension, factor, cased, caseless, prefixes in TABLE:
+    for dimension, units in TABLE.items():
         parts = [*dimension.split(), "1"]
         kind = tuple((parts[i], int(parts[i + 1])) for i in range(0, len(parts) - 1, 2))
-        for short, (long, scale) in [("", ("", 1.0)), *((prefix, PREFIXES[prefix]) for prefix in prefixes)]:
-            for symbol in cased.split():
-                symbols.setdefault(short + symbol, {}).setdefault(kind, set()).add(factor * scale)
-                if short in tuple("kcdm"):  # people write KM and Kg
-                    words.setdefault((short + symbol).lower(), {}).setdefault(kind, set()).add(factor * scale)
-            for word in caseless.split():
-                for name in (long + word, long + word + "s"):
-                    words.setdefault(name, {}).setdefault(kind, set()).add(factor * scale)
+        for entry, factor in ((entry, factor) for names, factor in units.items() for entry in names.split()):
+            name = entry.removeprefix("+")
+            is_word = len(name) > 1 and name.islower()
+            for short, (long, scale) in [("", ("", 1.0)), *(PREFIXES.items() if entry != name else ())]:
+                whole, scaled = (long if is_word else short) + name, factor * scale
+                spelled = [whole, whole + "s"] if is_word else []
+                spelled += [whole.lower()] if not is_word and short in tuple("kcdm") else []  # people write KM and Kg
+                for table, names in ((symbols, [] if is_word else [whole]), (words, spelled)):
+                    for each in names:
+                        table.setdefault(each, {}).setdefault(kind, set()).add(scaled)
     return symbols, words
 
 
 SYMBOLS, WORDS = _names_of_units()
-BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
+BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
 QUANTITY = re.compile(  # a number, or the end of a formula, with a currency sign before it if there is one
     r"(?P<money>(?:\\?\$|[\u20ac\u00a3\u00a5])\s*)?-?(?:(?:\d[\d,]*)?\.?\d+|(?<=[})])|(?<=\\pi))"
     r"(?:\s*(?:thousand|million|billion|trillion)\b)?(?![\d{])"
 )
 FACTOR = re.compile(
-    r"(?:(?P<before>square|sq|cubic|cu)\b\.?)?\s*(?P<name>[A-Za-z\u00b5\u03bc]+|[\u00b0%\u20ac\u00a3\u00a5\u00a2]|\\\$)"
-    r"(?:\.(?=\s?[\^\u00b2\u00b3]))?(?:\s*(?P<power>\^\s*\{?\s*-?\d\s*\}?|\u00b2|\u00b3|squared\b|cubed\b))?",
+    r"(?:(?P<before>square|sq|cubic|cu)\b\.?)?\s*(?P<name>[A-Za-z\u03bc]+|[\u00b0%\u20ac\u00a3\u00a5\u00a2]|\\\$)"
+    r"(?:\s*(?P<power>\^\s*\{?\s*-?\d\s*\}?|squared\b|cubed\b))?",
     re.IGNORECASE,
 )
 PER = re.compile(r" */ *| +(?:per|an?|each|every) +")
 STRICT = re.compile(r" */ *(?![a-z]{3})")  # m/s must not be shortened to m, but dollars/hour may be to dollars
-POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3, "\u00b2": 2, "\u00b3": 3}
+POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
+# Two quantities that are one: 1 hour and 30 minutes.
+GAP = r"[\s~]*(?:\\[ ,;])?[\s~]*"
+UNIT = GAP + r"-?(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*"
+JOINED = re.compile(
+    rf"(?<![\w.,/^-])(?<!\^\{{)(?P<number>\d[\d,]*(?:\.\d+)?)(?P<large>{UNIT}(?P<first>[A-Za-z]+))"
+    rf"\.?[\s~]*\}}?,?{GAP}(?:\\text\s*\{{\s*)?(?:and\b|&)?[\s~]*\}}?{GAP}(?P<count>\d+(?:\.\d+)?)(?P<small>{UNIT}(?P<second>[A-Za-z]+))"
+)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit, or a rate of two units.
+    """A unit, or a rate of two units."""
 
-    Args:
-        above: What the unit, or the numerator of a rate, may mean: "ounces" is a mass and a volume.
-        below: The denominator of a rate, such as the hour in "dollars per hour"; None if it is not a rate.
-        loose: Whether an answer may leave out the denominator: 5 dollars for "He earns 5 dollars per hour".
-    """
-
-    above: Readings
-    below: Readings | None = None
-    loose: bool = False
+    above: Readings  # what the unit, or the numerator of a rate, may mean: "ounces" is a mass and a volume
+    below: Readings | None = None  # the denominator of a rate, such as the hour in "dollars per hour"
+    loose: bool = False  # whether an answer may leave out the denominator: 5 dollars for "He earns 5 dollars per hour"
 
 
 def conversion_factors(gold: str, text: str) -> set[float]:
-    """Factors that may convert the number in a text to the unit of the reference answer.
-
-    Args:
-        gold: The reference answer.
-        text: The text whose answer is compared with it.
+    """Factors by which the number in a text may have to be multiplied to have the unit of the reference answer.
 
     Returns:
         The possible factors, {1.0} if one of the two has no unit; empty if the units cannot be converted.
@@ -174,15 +144,9 @@ def find_unit(text: str) -> Unit | None:
 
 
 def is_unit(words: str) -> bool:
-    """Whether words are exactly a unit of the table, or a rate of two.
-
-    Example:
-        >>> is_unit("square feet"), is_unit("km/h"), is_unit("apples"), is_unit("feet of rope")
-        (True, True, False, False)
-    """
-    text = f"1 {words}"
-    found, _, end = _last_unit(text)
-    return found is not None and not text[end:].strip(" .")
+    """Whether words are exactly a unit of the table, or a rate of two."""
+    found, _, end = _last_unit(f"1 {words}")
+    return found is not None and not f"1 {words}"[end:].strip(" .")
 
 
 def without_unit(text: str) -> str | None:
@@ -204,16 +168,33 @@ def without_unit(text: str) -> str | None:
     return number if not formula and re.fullmatch(r"(?:\\[a-z]+|\d[eE](?=[-\d])|[^A-Za-z])+", number) else None
 
 
-def unit_ratio(large: str, small: str) -> float | None:
-    """How many small units make one large unit; None unless that is exactly one number, and a whole one above 1.
+def in_one_unit(text: str) -> tuple[str, str]:
+    r"""Write each quantity in several units as one number: once in the smallest of its units, and once in the largest.
+
+    A part that is as large as the unit before it, as in "1 hour, 60 minutes", is an answer of its own and stays unchanged.
 
     Example:
-        >>> unit_ratio("hour", "minutes"), unit_ratio("minute", "hours"), unit_ratio("hour", "feet")
-        (60.0, None, None)
+        >>> in_one_unit("It takes 1 hour, 30 minutes and 36 seconds.")
+        ('It takes 5436 seconds.', 'It takes 1.51 hour.')
     """
-    one, other = (SYMBOLS.get(name) or WORDS.get(name.casefold()) or {} for name in (large, small))
-    found = {round(a / b, 9) for kind in one.keys() & other.keys() for a in one[kind] for b in other[kind]}
-    return number if len(found) == 1 and (number := found.pop()) > 1 and number.is_integer() else None
+    small, large = text, text
+    while (merged := JOINED.sub(lambda match: _merged(match, "small"), small)) != small:
+        small = merged
+    while (merged := JOINED.sub(lambda match: _merged(match, "large"), large)) != large:
+        large = merged
+    return small, large
+
+
+def _merged(match: re.Match[str], unit: str) -> str:
+    """Two quantities as one, if the second has a smaller unit of the same dimension."""
+    one, other = (SYMBOLS.get(name) or WORDS.get(name.casefold()) or {} for name in (match["first"], match["second"]))
+    ratios = {round(a / b, 9) for kind in one.keys() & other.keys() for a in one[kind] for b in other[kind]}
+    ratio = ratios.pop() if len(ratios) == 1 else 0.0
+    count = float(match["count"])
+    if not ratio.is_integer() or not 1 < ratio > count:
+        return match[0]
+    total = float(match["number"].replace(",", "")) * ratio + count
+    return f"{total / (ratio if unit == 'large' else 1):.9f}".rstrip("0").rstrip(".") + match[unit]
 
 
 def _last_unit(text: str) -> tuple[Unit | None, int, int]:
@@ -236,15 +217,10 @@ def _unit_at(text: str, at: int, money: str) -> tuple[Unit | None, int]:
     if not money:
         gap = re.compile(r"(?:[ \u00b7$]|\\\))*-?").match(text, at)
         above, at = _unit_with_power(text, gap.end() if gap else at)
-        while above is not None and (product := re.compile(r" *\u00b7 *| +(?=[A-Za-z]+ *\^ *\{? *-)").match(text, at)):
-            factor, end = _unit_with_power(text, product.end())
-            if factor is None:
-                return None, at
-            above, at = _product(above, factor, 1), end
     if above is None:
         return None, at
-    following = re.compile(r"\s+([A-Za-z])(?![\w'])").match(text, at)
-    if following and following[1] in SYMBOLS:
+    following = re.compile(r"\s+([A-Za-z])(?![\w'])|\s*\u00b7").match(text, at)
+    if following and (not following[1] or following[1] in SYMBOLS):
         return None, at  # "5 N m"
     below: Readings | None = None
     loose = any(name in MONEY for kind in above for name, _ in kind)
@@ -264,7 +240,7 @@ def _unit_with_power(text: str, at: int) -> tuple[Readings | None, int]:
         return None, at
     name = match["name"].removeprefix("\\")
     readings = SYMBOLS.get(name) or WORDS.get(name.casefold())
-    if readings is None or (name == "in" and not match["power"] and re.match(r"\.?\s*[^\W\d_]", text[match.end() :])):
+    if readings is None or (name.casefold() == "in" and not match["power"] and re.match(r"\.?\s*[^\W\d_]", text[match.end() :])):
         return None, at  # the "in" of "18 in all" is not an inch
     given = match["power"] or match["before"] or "1"
     power = POWERS.get(given.casefold().strip(".")) or int(re.sub(r"[\^{}\s]", "", given))
@@ -282,48 +258,3 @@ def _product(one: Readings, other: Readings, power: int) -> Readings:
             key = tuple(sorted((name, exponent) for name, exponent in powers.items() if exponent))
             product.setdefault(key, set()).update(factor * scale**power for factor in factors for scale in scales)
     return product
-
-
-GAP = r"[\s~]*(?:\\[ ,;])?[\s~]*"
-UNIT = GAP + r"-?(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*(?P<unit>[A-Za-z]+)"
-FIRST = re.compile(r"(?<![\w.,/^-])(?<!\^\{)(?P<number>\d[\d,]*)" + UNIT)
-NEXT = re.compile(
-    r"\.?[\s~]*\}?,?" + GAP + r"(?:\\text\s*\{\s*)?(?:and\b|&)?[\s~]*\}?" + GAP + r"(?P<number>\d+(?:\.\d+)?)" + UNIT
-)
-
-
-def in_one_unit(text: str) -> tuple[str, str]:
-    r"""Write each quantity in several units as one number: once in the smallest of its units, and once in the largest.
-
-    A part that is as large as the unit before it, as in "1 hour, 60 minutes", is an answer of its own and stays unchanged.
-
-    Args:
-        text: A text with or without LaTeX.
-
-    Returns:
-        The text with the smallest units, and the text with the largest.
-
-    Example:
-        >>> in_one_unit("It takes 1 hour, 30 minutes and 36 seconds.")
-        ('It takes 5436 seconds.', 'It takes 1.51 hour.')
-    """
-    small, large, written = "", "", 0
-    for first in FIRST.finditer(text):
-        if first.start() < written:
-            continue
-        total, product, last = float(first["number"].replace(",", "")), 1.0, first
-        while following := NEXT.match(text, last.end()):
-            parts = unit_ratio(last["unit"], following["unit"])
-            if parts is None or float(following["number"]) >= parts:
-                break
-            total, product, last = total * parts + float(following["number"]), product * parts, following
-        if last is not first:
-            before = text[written : first.start()]
-            small += before + _in_digits(total) + text[last.end("number") : last.end()]
-            large += before + _in_digits(total / product) + text[first.end("number") : first.end()]
-            written = last.end()
-    return small + text[written:], large + text[written:]
-
-
-def _in_digits(number: float) -> str:
-    return f"{number:.9f}".rstrip("0").rstrip(".")

@@ -30,7 +30,6 @@ from sympy import Eq
 sys.path.append(str(Path(__file__).parent))  # at the end, so that the files here hide no other modules
 from math_text import (  # type: ignore[import-not-found]
     HEDGE,
-    UNCLEAR,
     answer_window,
     bare_formula,
     is_bound,
@@ -50,20 +49,16 @@ NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
+NO_NUMBER = re.compile(
+    r"\d{4}-\d\d?-\d\d?|\d\s*\(\s*(?:r\.?\s*\d|(?:or|and)\b)|\d (?:mod|base)\b", re.IGNORECASE
+)  # a date, 3 (R 2)
 TUPLE = re.compile(
     r"(?<![\w$\\({\[])[(\[]\s*(?:NUMBER)(?:\s*,\s*(?:NUMBER))+\s*[)\]]".replace("NUMBER", r"-?\d+(?:\.\d+)?(?:/\d+)?")
 )
 LATEX = re.compile(r"[$]|\\[(\[]|\\[A-Za-z]")
-BASE = re.compile(r"\d_\{?(\d+)\}?")  # 2516_8
-HALF_DAY = re.compile(r"\d\s*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?([ap])\.?\s?m\b", re.IGNORECASE)  # 6:00 a.m.
-PERCENT = re.compile(r"\\?%")
+# What must agree if both answers have it: the base in 2516_8, and whether 6:00 is a.m. or p.m.
+MARKS = [re.compile(r"\d_\{?(\d+)\}?"), re.compile(r"\d\s*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?([ap])\.?\s?m\b", re.IGNORECASE)]
 SMALL = 1e-3  # below this, six places say little or nothing about a number
-WORDS = re.compile(r"\$?\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*[A-Za-z][^{}]*)\}\$?")
-TEXT = re.compile(
-    r"\\(?:text|mathrm|mbox)\s*\{\s*\\?\$?(-?\d[\d.,]*)\s+(?!(?:or|and|to|but|at)\b)[A-Za-z ]+\}"
-)  # \text{18 dollars}
-BOXES = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-DATE = re.compile(r"\d{4}-\d\d?-\d\d?")  # which is not a subtraction
 
 
 def main() -> None:
@@ -94,10 +89,9 @@ def compare(request: list[str]) -> bool:
         return False
     if len(request) == 1:
         return bool(verify(gold, gold, timeout_seconds=None))
-    if same_words(*request):
-        return True
-    if not same_base(*request) or not same_half_day(*request):
-        return False
+    for wanted, given in ((mark.findall(request[0]), mark.findall(request[1])) for mark in MARKS):
+        if wanted and given and wanted[-1].lower() != given[-1].lower():
+            return False
     # If the reference answer has no unit, a quantity such as 1 hour and 30 minutes may be meant as 90 or as 1.5.
     return any(matches_gold(request[0], text, gold) for text in dict.fromkeys(in_one_unit(answer_part(request[1]))))
 
@@ -107,11 +101,10 @@ def canonical_answer(text: str) -> str | None:
     parsed = parse_answer(in_one_unit(answer_part(text))[0])
     if not parsed:
         return None
-    found = as_number(parsed[0])
-    if found is not None:
-        return f"{round(found, 6) + 0.0:.6f}" if abs(found) >= SMALL or not found else f"{found:.2e}"
-    found = parsed[0]
-    return str(found.rhs if isinstance(found, Eq) and found.lhs.is_Symbol else found)
+    number = as_number(parsed[0])
+    if number is not None:
+        return f"{round(number, 6) + 0.0:.6f}" if abs(number) >= SMALL or not number else f"{number:.2e}"
+    return str(parsed[0].rhs if isinstance(parsed[0], Eq) and parsed[0].lhs.is_Symbol else parsed[0])
 
 
 def matches_gold(reference: str, text: str, gold: Any) -> bool:
@@ -122,27 +115,27 @@ def matches_gold(reference: str, text: str, gold: Any) -> bool:
         text: The part of a completion that `answer_part` returns.
         gold: The reference answer as `parse_gold` returns it.
     """
-    if as_number(gold[0]) is not None:  # in a formula such as 5m + 3s the letters are not units
+    if as_number(gold[0]) is not None and not is_bound(text):  # in a formula such as 5m + 3s the letters are not units
         wanted, given = plain_units(in_one_unit(gold_text(reference))[0]), plain_units(text)
         factors = conversion_factors(wanted, given)
-        if find_unit(wanted) is not None and not is_bound(text):
-            text = without_unit(given) or text
+        text = (without_unit(given) if find_unit(wanted) is not None else None) or text
         if 1.0 not in factors:
             return any(equal_in_another_unit(gold, parse_answer(text), factor) for factor in factors)
-    found = parse_answer(text)
-    if equal_parsed(gold, found) or equal_parsed(gold, last_equation(found, text)):
+    if equal_parsed(gold, parse_answer(text)):
         return True
     # 12.5% equals 12.5 if only one of the two has the percent sign, as math-verify handles it for whole numbers.
     if ("%" in reference) == ("%" in text):
         return False
-    gold = parse_gold(PERCENT.sub("", reference))
-    return gold is not None and equal_parsed(gold, parse_answer(PERCENT.sub("", text)))
+    bare = parse_gold(re.sub(r"\\?%", "", reference))
+    return bare is not None and equal_parsed(bare, parse_answer(re.sub(r"\\?%", "", text)))
 
 
 def equal_parsed(gold: Any, found: Any) -> bool:
     """Whether two parsed answers are equal; numbers below `SMALL` also to one part in a hundred, not just to six places."""
-    if not same_brackets(str(gold[-1]), str(found[-1]) if found else ""):
-        return False
+    texts = str(gold[-1]), str(found[-1]) if found else ""
+    for one, other in (texts, texts[::-1]):  # math-verify takes a set in braces for a point or an interval
+        if one.startswith(r"\{") and re.match(r"(?:\\left)?\s*[(\[].*,", other):
+            return False
     if not verify(gold, in_order(found), allow_set_relation_comp=True, timeout_seconds=None):
         return False
     wanted, given = as_number(gold[0]), as_number(found[0])
@@ -160,11 +153,9 @@ def equal_in_another_unit(gold: Any, found: Any, factor: float) -> bool:
 @lru_cache(maxsize=4096)
 def parse_gold(gold: str) -> Any:
     """Parse a reference answer, which is a number, with or without a unit, or a formula; None if it is neither."""
-    if UNCLEAR.search(gold):
-        return None
     gold = in_one_unit(gold_text(gold))[0]
     text = normalize(without_unit(plain_units(gold)) or gold)
-    if DATE.search(text):
+    if NO_NUMBER.search(text):
         return None
     if not re.search(r"\\boxed|\\\(|\\\[|\$.*\$", text) and not (NUMBER.fullmatch(text) and re.search(r"\d", text)):
         formula = re.sub(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^}]*\}", "", text)
@@ -176,8 +167,8 @@ def parse_gold(gold: str) -> Any:
 
 
 def gold_text(gold: str) -> str:
-    """A reference answer in ASCII and LaTeX, without brackets around its unit: "9 (apples)" becomes 9."""
-    return str(out_of_brackets(to_ascii(gold.strip()), is_unit, alone=True))
+    """A reference answer in ASCII and LaTeX, without brackets around its unit: "9 (apples)" becomes 9 apples."""
+    return str(out_of_brackets(to_ascii(gold.strip()), is_unit))
 
 
 def answer_part(completion: str) -> str:
@@ -189,7 +180,7 @@ def parse_answer(text: str) -> Any:
     """Parse the answer in a text that `answer_part` returned; an empty list if there is none."""
     if is_bound(text):
         return []
-    text = TEXT.sub(r"\1", normalize(text))
+    text = normalize(text)
     formula = bare_formula(text)
     if formula and (parsed := parse(formula, parsing_timeout=None)):
         return parsed
@@ -210,68 +201,12 @@ def as_number(parsed: Any) -> float | None:
     return result if isfinite(result) else None
 
 
-def same_words(gold: str, text: str) -> bool:
-    r"""Whether the reference answer is words, as in \text{June 20}, and a text answers the same words.
-
-    Its answer is in its boxes, which must all agree, or without boxes at its end.
-    """
-    words = WORDS.fullmatch(gold.strip())
-    said = BOXES.findall(text) or re.split(r"answer(?:\s+is\b|\s*:)", text, flags=re.IGNORECASE)[-1:]
-    return words is not None and {_plain_words(part) for part in said} == {_plain_words(words[1])}
-
-
-def _plain_words(text: str) -> str:
-    text = re.sub(r"\\(?:text|textbf|textit|mathrm|mbox)(?![a-z])|\\[ ,]|[{}~,:*$]", " ", text)
-    return " ".join(text.casefold().split()).rstrip(". ")
-
-
-def same_base(gold: str, text: str) -> bool:
-    """Whether the last number in a text has the same base as the reference answer; True if one of them names no base."""
-    wanted, found = BASE.findall(gold), BASE.findall(text)
-    return not wanted or not found or wanted[-1] == found[-1]
-
-
-def same_half_day(gold: str, text: str) -> bool:
-    """Whether the last time of day in a text and the reference answer are both a.m. or both p.m.; True if one does not say."""
-    wanted, found = HALF_DAY.findall(gold), HALF_DAY.findall(text)
-    return not wanted or not found or wanted[-1].lower() == found[-1].lower()
-
-
-def same_brackets(gold: str, found: str) -> bool:
-    """False if one is a set in braces and the other a point or an interval, which math-verify would take for equal."""
-    return not any(
-        one.startswith(r"\{") and re.match(r"(?:\\left)?\s*[(\[].*,", other) for one, other in ((gold, found), (found, gold))
-    )
-
-
-def equations(found: Any) -> list[Eq]:
-    """The equations of an answer that has several with different left sides, in the order as written; else an empty list."""
-    parts = list(getattr(found[0], "_unsorted_args", [])) if found else []
-    if all(isinstance(part, Eq) for part in parts) and len({part.lhs for part in parts}) == len(parts) > 1:
-        return parts
-    return []
-
-
 def in_order(found: Any) -> Any:
     """Sort an answer such as "y = 3 and x = 2" by its variables, since math-verify compares it with a point such as (2, 3)."""
-    parts = equations(found)
-    names = {str(part.lhs) for part in parts}
-    if not parts or not (names <= set("xyz") or names <= set("abcd")):
+    parts = list(getattr(found[0], "_unsorted_args", [])) if found else []
+    if not parts or not all(isinstance(part, Eq) for part in parts) or len({part.lhs for part in parts}) < len(parts):
         return found
     return [type(found[0])(*sorted(parts, key=lambda part: str(part.lhs))), *found[1:]]
-
-
-def last_equation(found: Any, text: str) -> Any:
-    """The last value of an answer such as "x = 2 and y = 3" without a box, if y was asked for; else an empty list."""
-    parts = equations(found)
-    if (
-        not parts
-        or r"\boxed" in text
-        or re.search(r"\bor\b", text.rsplit("\n", 1)[-1])
-        or any("_" in str(part.lhs) for part in parts)
-    ):
-        return []  # "x_1 = 2 and x_2 = 3" are two answers
-    return [parts[-1].rhs, str(parts[-1].rhs)]
 
 
 if __name__ == "__main__":

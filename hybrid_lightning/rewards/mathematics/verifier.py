@@ -65,7 +65,7 @@ class MathVerifier:
                 out_of_time = process.wait() == -signal.SIGPROF
                 self._close()
                 if out_of_time:
-                    break
+                    return None
             return None
 
     @staticmethod

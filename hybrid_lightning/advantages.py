@@ -14,10 +14,10 @@ a group, unless they are said to be over the batch, which is a whole rollout ove
   and A = S / (std of S over the batch + eps). If rewards are added up before they are normalised, different combinations of them
   can end up with the same advantage; here each reward has as much influence as its weight, however widely its values spread. The
   paper (and TRL's "normalize_then_sum") also subtracts the mean of S over the batch. That mean is zero, since the mean of every
-  group is, except for rounding, which would make a gradient where all rewards tie.
+  group is, except for rounding, which would make a gradient where all rewards are equal.
 
 Departures of all estimators from their papers: the standard deviation is the unbiased one, and eps = 1e-4 is added to it, as in
-TRL. If all rewards of a group tie, A is exactly 0: R - mean would be rounding noise (eight rewards of 0.1 leave -7e-9 in
+TRL. If all rewards of a group are equal, A is exactly 0: R - mean would be rounding noise (eight rewards of 0.1 leave -7e-9 in
 float32), and division by eps would make a gradient of it.
 """
 
@@ -73,8 +73,8 @@ class AdvantageEstimator(Configurable, ABC):
             [B] float32 (float64 for float64 rewards), without gradient.
 
         Raises:
-            ConfigError: if the rewards do not come in groups of G, or G is below 2.
-            RewardError: if a reward is not finite.
+            ConfigError: If the rewards do not come in groups of G, or G is below 2.
+            RewardError: If a reward is not finite.
         """
         groups = self.groups(rewards, samples_per_prompt)
         return (self.estimate(groups) if len(groups) else groups).flatten()
@@ -98,12 +98,12 @@ class AdvantageEstimator(Configurable, ABC):
             samples_per_prompt: G.
 
         Raises:
-            ConfigError: if G is below 2.
+            ConfigError: If G is below 2.
         """
         if samples_per_prompt < 2:
             raise ConfigError(
                 f"samples_per_prompt={samples_per_prompt}: {type(self).__name__} compares the completions of a prompt with "
-                "each other; set samples_per_prompt to 2 or more."
+                "each other; set samples_per_prompt to 2 or more"
             )
 
     def groups(self, rewards: Tensor, samples_per_prompt: int) -> Tensor:
@@ -112,13 +112,13 @@ class AdvantageEstimator(Configurable, ABC):
         if rewards.dim() != 1 or len(rewards) % samples_per_prompt:
             raise ConfigError(
                 f"rewards have shape {tuple(rewards.shape)}, which is not [prompts * {samples_per_prompt}]: give one reward a "
-                f"completion, {samples_per_prompt} neighbours a prompt."
+                f"completion, {samples_per_prompt} neighbours a prompt"
             )
         bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
         if bad:
             raise RewardError(
                 f"the reward of completion {bad[0]} is {rewards[bad[0]].item()} ({len(bad)} of {len(rewards)} are not finite): "
-                "make the reward function return a finite number for every completion."
+                "make the reward function return a finite number for every completion"
             )
         return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, samples_per_prompt)
 
@@ -127,10 +127,10 @@ class GroupAdvantage(AdvantageEstimator):
     """GRPO's advantage: (R - mean) / (std + eps), both over the group, std unbiased.
 
     Args:
-        eps: added to the standard deviation.
+        eps: Added to the standard deviation.
 
     Raises:
-        ConfigError: if `eps` is not positive.
+        ConfigError: If `eps` is not positive.
     """
 
     divides_by_group_std = True
@@ -155,10 +155,10 @@ class BatchStdAdvantage(AdvantageEstimator):
     """(R - mean over the group) / (std over all rewards of the rollout + eps): easy and hard prompts do not get more weight.
 
     Args:
-        eps: added to the standard deviation.
+        eps: Added to the standard deviation.
 
     Raises:
-        ConfigError: if `eps` is not positive.
+        ConfigError: If `eps` is not positive.
     """
 
     def __init__(self, eps: float = 1e-4) -> None:
@@ -183,10 +183,10 @@ class PerRewardAdvantage(AdvantageEstimator):
     rollout.
 
     Args:
-        eps: added to each standard deviation.
+        eps: Added to each standard deviation.
 
     Raises:
-        ConfigError: if `eps` is not positive.
+        ConfigError: If `eps` is not positive.
     """
 
     divides_by_group_std = True
@@ -213,17 +213,17 @@ class PerRewardAdvantage(AdvantageEstimator):
 
 
 def centred(groups: Tensor) -> Tensor:
-    """Rewards minus the mean of their group, both [P, G]; exactly 0 in a group whose rewards all tie."""
-    tied = (groups == groups[:, :1]).all(dim=1, keepdim=True)
-    return torch.where(tied, 0.0, groups - groups.mean(dim=1, keepdim=True))
+    """Rewards minus the mean of their group, both [P, G]; exactly 0 in a group whose rewards are all equal."""
+    equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
+    return torch.where(equal, 0.0, groups - groups.mean(dim=1, keepdim=True))
 
 
 def checked_eps(eps: float, name: str) -> float:
     """Check the `eps` of the estimator `name`, and return it.
 
     Raises:
-        ConfigError: if it is not finite and positive.
+        ConfigError: If it is not finite and positive.
     """
     if not (math.isfinite(eps) and eps > 0):
-        raise ConfigError(f"{name}: eps={eps} must be finite and above 0, since it keeps the division defined; set e.g. 1e-4.")
+        raise ConfigError(f"{name}: eps={eps} must be finite and above 0, since it keeps the division defined; set e.g. 1e-4")
     return eps

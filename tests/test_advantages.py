@@ -71,34 +71,24 @@ def test_order_and_shift_do_not_matter(estimator, case, data):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, -7.7, 1e6])
-@pytest.mark.parametrize("samples", [2, 3, 7, 8])
-def test_tied_groups_get_exactly_zero(estimator, reward, samples):
+@pytest.mark.parametrize(("reward", "samples"), [(0.0, 2), (0.1, 8), (1 / 3, 3), (-7.7, 7), (1e6, 8)])
+def test_groups_of_equal_rewards_get_exactly_zero(estimator, reward, samples):
     mixed = torch.linspace(0, 1, samples)
     advantages = estimator(torch.cat([torch.full((samples,), reward), mixed]), samples)
     assert (advantages[:samples] == 0).all() and (advantages[samples:] != 0).any()
 
 
 def test_rounding_noise_is_what_the_exact_zero_avoids():
-    tied = torch.full((1, 8), 0.1)
-    assert (tied - tied.mean(dim=1, keepdim=True)).abs().max() > 0
-    assert (centred(tied) == 0).all()
+    equal = torch.full((1, 8), 0.1)
+    assert (equal - equal.mean(dim=1, keepdim=True)).abs().max() > 0
+    assert (centred(equal) == 0).all()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize(
-    ("dtype", "want"),
-    [
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-        (torch.bfloat16, torch.float32),
-        (torch.int64, torch.float32),
-        (torch.bool, torch.float32),
-    ],
-)
-def test_dtypes(estimator, dtype, want):
-    advantages = estimator(torch.tensor([1, 0, 0, 1]).to(dtype), 2)
-    assert advantages.dtype == want and advantages.shape == (4,)
+def test_dtypes(estimator):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool):
+        advantages = estimator(torch.tensor([1, 0, 0, 1]).to(dtype), 2)
+        assert advantages.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and advantages.shape == (4,)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -107,27 +97,27 @@ def test_no_gradient_and_no_rewards(estimator):
     assert estimator(torch.zeros(0), 4).shape == (0,)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("samples", [1, 0, -2])
-def test_a_group_of_one_is_refused(estimator, samples):
+@pytest.mark.parametrize("samples", [1, -2])
+def test_a_group_of_one_is_refused(samples):
     with pytest.raises(ConfigError, match=rf"samples_per_prompt={samples}: .*set samples_per_prompt to 2 or more"):
-        estimator(torch.zeros(4), samples)
+        GroupAdvantage()(torch.zeros(4), samples)
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 2), ()])
+@pytest.mark.parametrize("shape", [(5,), (2, 2)])
 def test_rewards_must_come_in_groups(shape):
     with pytest.raises(ConfigError, match="which is not"):
         GroupAdvantage()(torch.zeros(shape), 2)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_a_reward_that_is_no_number_is_named(bad):
     with pytest.raises(RewardError, match=rf"reward of completion 2 is {bad} \(1 of 4"):
         GroupAdvantage()(torch.tensor([0.0, 1.0, bad, 0.0]), 2)
 
 
-@pytest.mark.parametrize("eps", [0.0, -1.0, math.nan, math.inf])
-@pytest.mark.parametrize("cls", [GroupAdvantage, BatchStdAdvantage, PerRewardAdvantage])
+@pytest.mark.parametrize(
+    ("cls", "eps"), [(GroupAdvantage, 0.0), (BatchStdAdvantage, -1.0), (PerRewardAdvantage, math.nan), (GroupAdvantage, math.inf)]
+)
 def test_bad_eps(cls, eps):
     with pytest.raises(ConfigError, match=rf"{cls.__name__}: eps={eps}"):
         cls(eps)
@@ -175,7 +165,7 @@ def test_a_reward_counts_by_its_weight_and_not_by_its_spread():
 
 
 @pytest.mark.parametrize("reward", [0.1, 1 / 3])
-def test_groups_whose_every_part_ties_get_exactly_zero(reward):
+def test_groups_with_equal_parts_get_exactly_zero(reward):
     advantages = of_parts(PerRewardAdvantage(), 3, a=[reward] * 3 + [0.0, 1.0, 0.5], b=[0.7] * 3 + [0.2, 0.0, 0.4])
     assert (advantages[:3] == 0).all() and (advantages[3:] != 0).any()
     assert (of_parts(PerRewardAdvantage(), 3, a=[reward] * 3, b=[0.7] * 3) == 0).all()

@@ -48,32 +48,35 @@ def read_problem(
     if pairs is not None:
         return StandardStreamTests(pairs, setup)
     codes = [tests] if isinstance(tests, str) else tests
-    trees = [parse_python(code, f"column {test_column!r}") for code in codes]
+    trees = [_parse_python(code, f"column {test_column!r}") for code in codes]
     entry_point = _entry_point(columns, entry_point_column)
-    if any(map(defines_check, trees)):
+    if any(isinstance(node, ast.FunctionDef) and node.name == "check" for tree in trees for node in tree.body):
         if entry_point is None:
             raise ValueError(
                 f"column {test_column!r} defines check(...), so entry_point_column must name a column with what it is called "
                 f"with, such as Solution().twoSum; {entry_point_column!r} has nothing"
             )
-        whole = parse_python("\n".join(codes), f"column {test_column!r}")
-        names, imports = used_names(whole, defined_names(setup) - expression_names(entry_point))
-        code = count_asserts(whole) if count_all else "\n".join(codes)
-        return CallTests((code,), setup, "\n".join(imports), tuple(sorted(names & expression_names(entry_point))), entry_point)
-    return _assert_tests(test_column, trees, setup, expression_names(entry_point) if entry_point else set())
+        whole = _parse_python("\n".join(codes), f"column {test_column!r}")
+        names, imports = _used_names(whole, _defined_names(setup) - _expression_names(entry_point))
+        code = _count_asserts(whole) if count_all else "\n".join(codes)
+        return CallTests((code,), setup, "\n".join(imports), tuple(sorted(names & _expression_names(entry_point))), entry_point)
+    return _assert_tests(test_column, trees, setup, _expression_names(entry_point) if entry_point else set())
 
 
 def _assert_tests(column: str, trees: list[ast.Module], setup: str, entry_names: set[str]) -> CallTests:
     """Tests of code with asserts: each assert, or each function `test_...()`, is one test."""
-    statements = [node for tree in trees for node in tree.body if not _imports_solution(node)]
+    # Tests for pytest import from the program: `from solution import add`.
+    statements = [
+        node for tree in trees for node in tree.body if not (isinstance(node, ast.ImportFrom) and node.module == "solution")
+    ]
     if not any(isinstance(node, ast.Assert) for statement in statements for node in ast.walk(statement)):
         raise ValueError(f"column {column!r} has no assert: give code such as assert f(1) == 2, or a function check(candidate)")
     whole = ast.Module(statements, [])
-    names, imports = used_names(whole, defined_names(setup) - entry_names)
+    names, imports = _used_names(whole, _defined_names(setup) - entry_names)
     names |= entry_names & {node.id for node in ast.walk(whole) if isinstance(node, ast.Name)}
     tests = [ast.Module([node], []) for node in statements]
     if not names:
-        names = tested_builtins([test for test in tests if isinstance(test.body[0], ast.Assert)])
+        names = _tested_builtins([test for test in tests if isinstance(test.body[0], ast.Assert)])
         names = names if len(names) == 1 else set()
     if not names:
         raise ValueError(f"column {column!r} calls nothing that the program could define; name it by entry_point_column")
@@ -90,11 +93,6 @@ def _assert_tests(column: str, trees: list[ast.Module], setup: str, entry_names:
             codes.append(before)
             before = ""
     return CallTests(tuple(codes), setup, "\n".join(imports), tuple(sorted(names)))
-
-
-def _imports_solution(node: ast.stmt) -> bool:
-    """Whether a statement imports from the program, as tests for pytest do: `from solution import add`."""
-    return isinstance(node, ast.ImportFrom) and node.module == "solution"
 
 
 def _code_or_streams(tests: Any) -> Any:
@@ -148,7 +146,7 @@ def _setup_code(columns: Mapping[str, Any], column: str | None) -> str:
     if not isinstance(code, str):
         raise ValueError(f"column {column!r} holds a {type(code).__name__}, not code")
     try:
-        parse_python(code, f"column {column!r}")
+        _parse_python(code, f"column {column!r}")
     except ValueError as error:
         raise ValueError(f"{error}; set setup_column to the column with imports and helpers, or to null") from None
     return code
@@ -161,34 +159,21 @@ def _entry_point(columns: Mapping[str, Any], column: str | None) -> str | None:
     if not isinstance(value, str):
         raise ValueError(f"column {column!r} holds a {type(value).__name__}, not an expression")
     try:
-        expression_names(value)
+        _expression_names(value)
     except ValueError as error:
         raise ValueError(f"column {column!r}: {value!r} {error}") from None
     return value.strip()
 
 
-def parse_python(code: str, what: str) -> ast.Module:
-    """Parse Python code.
-
-    Args:
-        code: The code.
-        what: What the code is, for the error message.
-
-    Raises:
-        ValueError: If it is not Python.
-    """
+def _parse_python(code: str, what: str) -> ast.Module:
+    """Parse Python code; the ValueError for other text begins with `what` the code is."""
     try:
         return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{what} is no Python code ({error})") from None
 
 
-def defines_check(tests: ast.Module) -> bool:
-    """Whether the tests define a function `check`, which is called with the function to be tested."""
-    return any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tests.body)
-
-
-def count_asserts(tests: ast.Module) -> str:
+def _count_asserts(tests: ast.Module) -> str:
     """Rewrite tests so that each `assert` in the function `check` records whether it held, instead of ending the tests."""
 
     class Rewriter(ast.NodeTransformer):
@@ -203,12 +188,8 @@ def count_asserts(tests: ast.Module) -> str:
     return ast.unparse(ast.fix_missing_locations(ast.Module(body, [])))
 
 
-def expression_names(expression: str) -> set[str]:
-    """Names in an expression such as `Solution().twoSum`.
-
-    Raises:
-        ValueError: If it is not an expression.
-    """
+def _expression_names(expression: str) -> set[str]:
+    """Names in an expression such as `Solution().twoSum`; ValueError if it is not an expression."""
     try:
         tree = ast.parse(expression, mode="eval")
     except (SyntaxError, ValueError) as error:
@@ -217,9 +198,9 @@ def expression_names(expression: str) -> set[str]:
 
 
 @lru_cache(maxsize=256)
-def defined_names(setup: str) -> frozenset[str]:
+def _defined_names(setup: str) -> frozenset[str]:
     """Names that set-up code defines, including those of `from module import *` for modules of the standard library."""
-    tree = parse_python(setup, "the set-up code")
+    tree = _parse_python(setup, "the set-up code")
     names = _bound_names(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
@@ -230,18 +211,11 @@ def defined_names(setup: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def used_names(tests: ast.Module, defined: frozenset[str]) -> tuple[set[str], list[str]]:
-    """Find the names that tests use of the program, and imports of the standard library that they lack.
+def _used_names(tests: ast.Module, defined: frozenset[str]) -> tuple[set[str], list[str]]:
+    """The names that tests use of the program, and, as lines of code, imports of the standard library that they lack.
 
     A name of a module of the standard library, or of a function of `math`, always comes from there and never from the program,
     which could otherwise define an `isclose` of its own.
-
-    Args:
-        tests: The tests.
-        defined: Names that the set-up code defines.
-
-    Returns:
-        The names, and the missing imports as lines of code.
     """
     loaded = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     free = loaded - _bound_names(tests) - defined - set(dir(builtins))
@@ -251,7 +225,7 @@ def used_names(tests: ast.Module, defined: frozenset[str]) -> tuple[set[str], li
     return free - modules - functions, imports
 
 
-def tested_builtins(tests: list[ast.Module]) -> set[str]:
+def _tested_builtins(tests: list[ast.Module]) -> set[str]:
     """Built-in functions that every test calls: the function to be tested may have the name of one."""
     called = [
         {node.func.id for node in ast.walk(test) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}

@@ -84,7 +84,32 @@ class OverlongPenalty(RewardFunction):
         return -min(max(over, 0), self.buffer_tokens) / self.buffer_tokens + 0.0
 
 
-class CosineLength(RewardFunction):
+class _OverCorrectness(RewardFunction):
+    """Base of rewards for length that need to know which completions are right: terms beside a reward for correctness.
+
+    Args:
+        reward: The reward for correctness.
+        weights: Its weight, and the weight of this reward.
+        name: Name under which it is logged.
+    """
+
+    measures_correctness = False
+
+    def __init__(self, reward: RewardFunction, weights: tuple[float, float], name: str | None) -> None:
+        self.reward = CachedReward(reward, type(self).__name__)
+        self.weights = weights
+        self._name = name
+
+    def terms(self) -> list[tuple[RewardFunction, float]]:
+        """The reward for correctness and this reward, each with its weight."""
+        return [(self.reward, self.weights[0]), (self, self.weights[1])]
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Check the prompt as the reward for correctness does."""
+        self.reward.check_prompt(prompt)
+
+
+class CosineLength(_OverCorrectness):
     """Replaces a reward for correctness by one that also depends on length.
 
     With the defaults a short right completion earns most, and a short wrong one least. The reward for correctness is still
@@ -104,8 +129,6 @@ class CosineLength(RewardFunction):
         ConfigError: If the limit is below 1, or `reward` does not measure correctness.
     """
 
-    measures_correctness = False
-
     def __init__(
         self,
         reward: RewardFunction,
@@ -119,19 +142,10 @@ class CosineLength(RewardFunction):
     ) -> None:
         if max_tokens < 1:
             raise ConfigError(f"CosineLength: max_tokens={max_tokens}: give at least 1, usually the sampler's max_new_tokens")
-        self.reward = CachedReward(reward, type(self).__name__)
+        super().__init__(reward, (0.0, 1.0), name)
         self.max_tokens = max_tokens
         self.right, self.wrong = (right_shortest, right_longest), (wrong_shortest, wrong_longest)
         self.at_limit = at_limit
-        self._name = name
-
-    def terms(self) -> list[tuple[RewardFunction, float]]:
-        """The reward for correctness with weight 0, and this reward with weight 1."""
-        return [(self.reward, 0.0), (self, 1.0)]
-
-    def check_prompt(self, prompt: Prompt) -> None:
-        """Check the prompt as the reward for correctness does."""
-        self.reward.check_prompt(prompt)
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
         """The reward of each of B completions."""
@@ -147,7 +161,7 @@ class CosineLength(RewardFunction):
         return longest + (shortest - longest) * (1 + math.cos(math.pi * min(length / self.max_tokens, 1.0))) / 2
 
 
-class GroupLength(RewardFunction):
+class GroupLength(_OverCorrectness):
     """Adds to a reward for correctness a reward for being shorter than the other completions of the same prompt.
 
     Args:
@@ -160,22 +174,10 @@ class GroupLength(RewardFunction):
         ConfigError: If the weight is not positive, or `reward` does not measure correctness.
     """
 
-    measures_correctness = False
-
     def __init__(self, reward: RewardFunction, weight: float = 1.0, name: str | None = None) -> None:
         if not weight > 0:
             raise ConfigError(f"GroupLength: weight={weight}: give a positive number, at most 1 where right must beat short")
-        self.reward = CachedReward(reward, type(self).__name__)
-        self.weight = weight
-        self._name = name
-
-    def terms(self) -> list[tuple[RewardFunction, float]]:
-        """The reward for correctness with weight 1, and this reward with its weight."""
-        return [(self.reward, 1.0), (self, self.weight)]
-
-    def check_prompt(self, prompt: Prompt) -> None:
-        """Check the prompt as the reward for correctness does."""
-        self.reward.check_prompt(prompt)
+        super().__init__(reward, (1.0, weight), name)
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
         """The length reward of each of B completions, before weighting."""

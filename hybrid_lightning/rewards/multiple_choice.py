@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from hybrid_lightning.errors import DataError
-from hybrid_lightning.rewards.reward_function import RewardFunction
-from hybrid_lightning.rewards.text import after_thinking, compile_pattern, extract_match, reference_answer
+from hybrid_lightning.rewards.text import AnswerReward, after_thinking, extract_match, reference_answer
 from hybrid_lightning.types import Prompt
 
 CHOICES = "ABCDEFGHIJ"  # MMLU-Pro has at most ten options
@@ -51,7 +50,7 @@ _GOES_ON = {
 }
 
 
-class MultipleChoice(RewardFunction):
+class MultipleChoice(AnswerReward):
     r"""1.0 if the completion chooses the letter that is the reference answer, else 0.0.
 
     The choice is searched for as MMLU-Pro's authors do: `\boxed{C}`, then "the answer is (C)", then the last letter of the last
@@ -72,16 +71,12 @@ class MultipleChoice(RewardFunction):
     """
 
     def __init__(self, options_column: str = "options", pattern: str | None = None, name: str | None = None) -> None:
+        super().__init__(pattern, name)
         self.options_column = options_column
-        self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
-        self._name = name
 
-    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
-        """Compare the choice of each of B completions with the reference answer of its prompt."""
-        return [
-            float(self.extract_answer(completion, prompt) == self._wanted(prompt))
-            for completion, prompt in zip(completions, prompts, strict=True)
-        ]
+    def score(self, completion: str, prompt: Prompt) -> float:
+        """Compare the choice with the reference answer."""
+        return float(self.extract_answer(completion, prompt) == self._wanted(prompt))
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The letter that the completion chooses."""

@@ -2,21 +2,19 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
 from hybrid_lightning.errors import ConfigError, RewardError
 from hybrid_lightning.rewards.evaluate import describe_error, name_completion
-from hybrid_lightning.rewards.reward_function import RewardFunction
-from hybrid_lightning.rewards.text import compile_pattern, extract_match
+from hybrid_lightning.rewards.text import AnswerReward, extract_match
 from hybrid_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
 
 
-class ReasoningGymReward(RewardFunction):
+class ReasoningGymReward(AnswerReward):
     r"""The score of the task's own verifier, from 0.0 to 1.0. Many give partial credit, and some accept numbers that are close.
 
     A completion on which the verifier raises an exception earns 0, with a warning.
@@ -31,13 +29,8 @@ class ReasoningGymReward(RewardFunction):
     """
 
     def __init__(self, pattern: str | None = None, name: str | None = None) -> None:
-        self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
-        self._name = name
+        super().__init__(pattern, name)
         self._checked: set[tuple[str, str]] = set()
-
-    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
-        """Verify each of B completions."""
-        return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The text that the verifier gets."""
@@ -61,7 +54,8 @@ class ReasoningGymReward(RewardFunction):
             )
         self._checked.add(recipe)
 
-    def _score(self, completion: str, prompt: Prompt) -> float:
+    def score(self, completion: str, prompt: Prompt) -> float:
+        """Ask the verifier."""
         answer = self.extract_answer(completion, prompt)
         dataset, entry = self._problem(prompt)
         if answer is None:

@@ -8,6 +8,7 @@
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 
 from hybrid_lightning.errors import ConfigError, RewardError
@@ -15,7 +16,32 @@ from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.types import Prompt
 
 
-class ExactMatch(RewardFunction):
+class AnswerReward(RewardFunction):
+    """Base of rewards that take an answer out of a completion and judge it, one completion at a time.
+
+    Args:
+        pattern: Regular expression with one group, which is the answer. The last match counts, no match earns 0, and `.` also
+            matches line breaks. None takes the whole completion.
+        name: Name under which it is logged; None for the class name in snake_case.
+
+    Raises:
+        ConfigError: If `pattern` is not a regular expression with one group.
+    """
+
+    def __init__(self, pattern: str | None, name: str | None) -> None:
+        self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
+        self._name = name
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
+        """Score each of B completions."""
+        return [self.score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
+
+    @abstractmethod
+    def score(self, completion: str, prompt: Prompt) -> float:
+        """The reward of one completion."""
+
+
+class ExactMatch(AnswerReward):
     r"""1.0 if the completion is the reference answer, else 0.0.
 
     White space around the answer is ignored, and all white space within it is the same; everything else counts, so "12." is not
@@ -34,13 +60,8 @@ class ExactMatch(RewardFunction):
     """
 
     def __init__(self, pattern: str | None = None, ignore_case: bool = False, name: str | None = None) -> None:
-        self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
+        super().__init__(pattern, name)
         self.ignore_case = ignore_case
-        self._name = name
-
-    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
-        """Compare each of B completions with the reference answer of its prompt."""
-        return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The text that is compared with the reference answer."""
@@ -51,7 +72,8 @@ class ExactMatch(RewardFunction):
         """Check that there is a reference answer."""
         reference_answer(type(self).__name__, prompt)
 
-    def _score(self, completion: str, prompt: Prompt) -> float:
+    def score(self, completion: str, prompt: Prompt) -> float:
+        """Compare the answer with the reference answer."""
         wanted = self._normalize(reference_answer(type(self).__name__, prompt))
         return float(self.extract_answer(completion, prompt) == wanted)
 

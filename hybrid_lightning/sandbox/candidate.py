@@ -63,10 +63,10 @@ class Server:
 
     def serve(self, first: Callable[[], None]) -> None:
         """Load the program with `first`, reply whether that worked, and answer requests until there are no more."""
-        self.send(self.attempt(first))
+        wire.send(self.replies, self.attempt(first))
         with open(self.requests, "rb", closefd=False) as stream:
             for body in wire.frames(stream.read):
-                self.send(self.attempt(lambda body=body: self.answer(body)))  # type: ignore[misc]
+                wire.send(self.replies, self.attempt(lambda body=body: self.answer(body)))  # type: ignore[misc]
 
     def attempt(self, action: Callable[[], Any]) -> bytes:
         """Perform an action and encode the reply: its result, or its exception."""
@@ -90,23 +90,9 @@ class Server:
         result = function(*arguments, **keywords)
         return [result, [arguments, keywords] if result is None else None]
 
-    def send(self, body: bytes) -> None:
-        """Write a reply."""
-        data = wire.frame(body)
-        while data:
-            data = data[os.write(self.replies, data) :]
-
 
 def run_function(setup: str, source: str, tested: Sequence[str], requests: int, replies: int) -> None:
-    """Serve the functions of a program.
-
-    Args:
-        setup: Code that runs before the program, in the same module.
-        source: The program.
-        tested: Names that the program must define for the tests.
-        requests: File descriptor to read requests from.
-        replies: File descriptor to write replies to.
-    """
+    """Serve the functions of a program over two pipes, among them the names `tested` (see `Server`)."""
     sys.setrecursionlimit(RECURSION_LIMIT)
     server = Server(tested, requests, replies)
     server.serve(lambda: server.load(setup, source))

@@ -171,10 +171,8 @@ class Peer:
         if self.broken:
             raise RuntimeError(self.broken)
         self.of_class = subject.wire_of_class_ if isinstance(subject, Proxy) else _names_class(subject)
-        data = wire.frame(wire.encode([operation, subject, *operands], _refuse, frozenset(self.classes)))
         try:
-            while data:
-                data = data[os.write(self.requests, data) :]
+            wire.send(self.requests, wire.encode([operation, subject, *operands], _refuse, frozenset(self.classes)))
         except BrokenPipeError:
             self.broken = "the program has ended"
             raise RuntimeError(self.broken) from None

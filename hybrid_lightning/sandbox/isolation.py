@@ -131,10 +131,9 @@ def _try(isolation: Isolation) -> str:
         ran = launch([Box("script", {"setup": "", "source": source})], isolation.mechanisms, Limits())
         lines = ran.stdout.decode(errors="replace").splitlines()
         if lines[-1:] != ["done"]:
-            said = ran.stderr.decode(errors="replace").strip().splitlines()
             raise SandboxError(
                 f"no program runs in the sandbox of {', '.join(isolation.mechanisms) or 'nothing'}: "
-                f"{said[-1] if said else ran.endings}. Use a Python that any user may read (not one under /root)"
+                f"{ran.last_error or ran.endings}. Use a Python that any user may read (not one under /root)"
             )
         changed = ["writing outside"] if beside.exists() or secret.read_text() != "secret" else []
         return ", ".join(changed + lines[:-1])

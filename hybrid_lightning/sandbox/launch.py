@@ -49,15 +49,11 @@ class Limits:
             "temporary_bytes": 2**16,
             "threads": 1,
         }
-        for name, value in self.as_dict().items():
+        for name, value in asdict(self).items():
             if isinstance(value, bool) or not least[name] <= value < float("inf"):
                 raise ConfigError(f"{name}={value}: give a number of at least {least[name]}")
             if name != "wall_seconds" and value != int(value):
                 raise ConfigError(f"{name}={value}: give a whole number")
-
-    def as_dict(self) -> dict[str, float]:
-        """Name -> value of every limit."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,11 @@ class Ran:
     verdict: bytes  # verdict of the box "tests"
     stdout: bytes  # standard output of the box "script"
     stderr: bytes  # its error output
+
+    @property
+    def last_error(self) -> str:
+        """The last line of the error output; empty if there is none."""
+        return (self.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
 
 
 def launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, packages: Sequence[str] = ()) -> Ran:
@@ -108,37 +109,33 @@ def probe() -> dict[str, str]:
     Raises:
         SandboxError: If the launcher itself cannot run.
     """
-    report, errors = os.memfd_create("report"), os.memfd_create("errors")
-    try:
-        return {str(name): str(reason) for name, reason in _start({"probe": True}, report, errors, 30.0).items()}
-    finally:
-        os.close(report)
-        os.close(errors)
+    return {str(name): str(reason) for name, reason in _start({"probe": True}, 30.0).items()}
+
+
+def _file(stack: ExitStack, content: bytes = b"") -> int:
+    """A file in memory, which is closed with the stack."""
+    descriptor = os.memfd_create("sandbox")
+    stack.callback(os.close, descriptor)
+    with open(descriptor, "wb", closefd=False) as stream:
+        stream.write(content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
 
 
 def _launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, packages: Sequence[str]) -> Ran:
     with ExitStack() as stack:
-
-        def file(content: bytes = b"") -> int:
-            descriptor = os.memfd_create("sandbox")
-            stack.callback(os.close, descriptor)
-            with open(descriptor, "wb", closefd=False) as stream:
-                stream.write(content)
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            return descriptor
-
         entries: list[dict[str, Any]] = []
         for box in boxes:
-            entry: dict[str, Any] = {"role": box.role, "job": file(json.dumps(box.job).encode())}
+            entry: dict[str, Any] = {"role": box.role, "job": _file(stack, json.dumps(box.job).encode())}
             if box.stdin is not None:
-                entry["stdin"] = file(box.stdin)
+                entry["stdin"] = _file(stack, box.stdin)
             if box.role == "script":
-                entry |= {"stdout": file(), "stderr": file()}
+                entry |= {"stdout": _file(stack), "stderr": _file(stack)}
             if box.role == "tests":
-                entry["verdict"] = file()
+                entry["verdict"] = _file(stack)
             entries.append(entry)
-        spec = {"mechanisms": list(mechanisms), "limits": limits.as_dict(), "boxes": entries, "packages": list(packages)}
-        outcome = _start(spec, file(), file(), limits.wall_seconds + _GRACE_S)
+        spec = {"mechanisms": list(mechanisms), "limits": asdict(limits), "boxes": entries, "packages": list(packages)}
+        outcome = _start(spec, limits.wall_seconds + _GRACE_S)
         if outcome["error"] or "could not be set up" in outcome["endings"].values():
             said = outcome["error"] or outcome["endings"]
             raise SandboxError(f"the sandbox cannot be set up: {said}; see whether the system runs short of memory or processes")
@@ -147,47 +144,46 @@ def _launch(boxes: Sequence[Box], mechanisms: Sequence[str], limits: Limits, pac
         return Ran(outcome["in_time"], outcome["endings"], verdict, stdout, stderr)
 
 
-def _start(spec: dict[str, Any], report: int, errors: int, timeout_s: float) -> dict[str, Any]:
+def _start(spec: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     """Run a launcher process and read its report."""
-    spec = {**spec, "parent": os.getpid(), "report": report, "readable": readable_files()}
-    boxes = spec.get("boxes", [])
-    passed = [report, *(value for entry in boxes for value in entry.values() if isinstance(value, int))]
-    # The environment of this process is not passed on, since it may hold keys. With a fixed hash seed the order of sets is the
-    # same in every run of a program.
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", _COMMAND, json.dumps(spec)],
-            env={"PYTHONHASHSEED": "0"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            pass_fds=passed,
-            start_new_session=True,
-            cwd="/",
-        )
-    except OSError as error:
-        raise SandboxError(f"the sandbox's launcher cannot be started: {error}") from error
-    try:
-        handle = os.pidfd_open(process.pid)
+    with ExitStack() as stack:
+        report, errors = _file(stack), _file(stack)
+        spec = {**spec, "parent": os.getpid(), "report": report, "readable": readable_files()}
+        passed = [report, *(value for entry in spec.get("boxes", []) for value in entry.values() if isinstance(value, int))]
+        # The environment of this process is not passed on, since it may hold keys. With a fixed hash seed the order of sets is
+        # the same in every run of a program.
         try:
+            process = subprocess.Popen(
+                [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", _COMMAND, json.dumps(spec)],
+                env={"PYTHONHASHSEED": "0"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                pass_fds=passed,
+                start_new_session=True,
+                cwd="/",
+            )
+        except OSError as error:
+            raise SandboxError(f"the sandbox's launcher cannot be started: {error}") from error
+        try:
+            handle = os.pidfd_open(process.pid)
+            stack.callback(os.close, handle)
             poll = select.poll()
             poll.register(handle, select.POLLIN)
             poll.poll(timeout_s * 1000)
         finally:
-            os.close(handle)
-    finally:
-        with suppress(ProcessLookupError):
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # this ends all boxes: they cannot leave the process group
-        process.wait()
-    text = _content(report, 2**20)
-    if not text:
-        said = _content(errors, 2**20).decode(errors="replace").strip().splitlines()
-        raise SandboxError(
-            f"the sandbox's launcher ended without a report (exit code {process.returncode}): "
-            f"{said[-1] if said else 'it said nothing'}; see whether the system runs short of memory or processes"
-        )
-    return dict(json.loads(text))
+            with suppress(ProcessLookupError):
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # this ends all boxes: they cannot leave the process group
+            process.wait()
+        text = _content(report, 2**20)
+        if not text:
+            said = _content(errors, 2**20).decode(errors="replace").strip().splitlines()
+            raise SandboxError(
+                f"the sandbox's launcher ended without a report (exit code {process.returncode}): "
+                f"{said[-1] if said else 'it said nothing'}; see whether the system runs short of memory or processes"
+            )
+        return dict(json.loads(text))
 
 
 @cache

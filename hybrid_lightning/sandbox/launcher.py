@@ -23,10 +23,11 @@ import sys
 import threading
 import time
 import typing
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from hybrid_lightning.sandbox import box, libc, privileges, probes
+from hybrid_lightning.sandbox import box, landlock, libc, namespaces, privileges, seccomp
 
 _PATIENCE_S = 0.1  # seconds that boxes get to end by themselves
 
@@ -41,8 +42,52 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     privileges.die_with_parent(spec["parent"])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, as inherited from a trainer, exit codes of boxes get lost
-    outcome = probes.run(spec["readable"]) if spec.get("probe") else _run(spec)
+    outcome = _probe(spec["readable"]) if spec.get("probe") else _run(spec)
     os.pwrite(spec["report"], json.dumps(outcome).encode(), 0)
+
+
+def _probe(readable: Sequence[str]) -> dict[str, str]:
+    """Try each mechanism of isolation in a process of its own; by name why it does not work, empty if it does."""
+
+    def try_landlock() -> None:
+        privileges.drop(None)
+        landlock.restrict(readable, [])
+
+    def try_seccomp() -> None:
+        privileges.drop(None)
+        seccomp.install(threads=False)
+
+    def try_namespaces() -> None:
+        namespaces.unshare()
+        if os.fork() == 0:
+            namespaces.change_root(readable, 2**20)
+            os._exit(0)
+        if os.wait()[1]:
+            raise OSError("a new root folder cannot be made")
+
+    return {
+        name: _attempt(action)
+        for name, action in (("namespaces", try_namespaces), ("landlock", try_landlock), ("seccomp", try_seccomp))
+    }
+
+
+def _attempt(action: Callable[[], None]) -> str:
+    """Perform an action in a forked process. Returns why it failed, or an empty text."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        reason = ""
+        try:
+            action()
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+        os.write(writing, json.dumps(reason).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as stream:
+        text = stream.read()
+    os.waitpid(pid, 0)
+    return json.loads(text) if text else "the process that tried it was killed"
 
 
 def _run(spec: dict[str, Any]) -> dict[str, Any]:

@@ -3,16 +3,13 @@
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sandbox.launch import Box, Limits, Ran, launch
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,13 +111,9 @@ def run_programs(
     Raises:
         SandboxError: If programs cannot be run, which says nothing about them.
     """
-    return _in_parallel([lambda s=s, t=t: t.run(s, settings) for s, t in programs], workers)  # type: ignore[misc]
-
-
-def _in_parallel(actions: Sequence[Callable[[], T]], workers: int) -> list[T]:
-    pool = ThreadPoolExecutor(max(1, min(workers, len(actions))), thread_name_prefix="sandbox")
+    pool = ThreadPoolExecutor(max(1, min(workers, len(programs))), thread_name_prefix="sandbox")
     try:
-        futures = [pool.submit(action) for action in actions]
+        futures = [pool.submit(tests.run, source, settings) for source, tests in programs]
         return [future.result() for future in futures]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)  # after an error or Ctrl-C no more programs are started
@@ -131,8 +124,7 @@ def _failure(ran: Ran, limits: Limits, expected: str) -> str:
     if not ran.in_time:
         return f"not done after {limits.wall_seconds:g} s"
     if ran.endings["script"]:
-        said = ran.stderr.decode(errors="replace").strip().splitlines()
-        return f"{ran.endings['script']}: {_printable(said[-1][:300]) if said else 'it said nothing'}"
+        return f"{ran.endings['script']}: {_printable(ran.last_error[:300]) or 'it said nothing'}"
     same = _lines(ran.stdout.decode(errors="replace")) == _lines(expected)
     return "" if same else "another output"
 
@@ -185,8 +177,7 @@ def check_packages(names: Sequence[str], paths: Sequence[str], mechanisms: Seque
     for name in names:
         ran = launch([Box("script", {"setup": "", "source": f"import {name}"})], mechanisms, limits, paths)
         if not ran.in_time or ran.endings.get("script"):
-            said = ran.stderr.decode(errors="replace").strip().splitlines()
-            reason = said[-1] if said else ran.endings.get("script") or f"not done after {limits.wall_seconds:g} s"
+            reason = ran.last_error or ran.endings.get("script") or f"not done after {limits.wall_seconds:g} s"
             raise ConfigError(
                 f"packages: {name!r} cannot be imported in the sandbox ({reason}): "
                 "name what it needs itself too, install it where any user may read it, or give programs more memory and time"

@@ -14,116 +14,30 @@ import struct
 from hybrid_lightning.sandbox import libc
 
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-# name: (number on x86_64, number on aarch64); None if the machine type has no such call
-ALLOWED: dict[str, tuple[int | None, int | None]] = {
-    # files; the root folder and Landlock decide which ones
-    "read": (0, 63),
-    "write": (1, 64),
-    "readv": (19, 65),
-    "writev": (20, 66),
-    "pread64": (17, 67),
-    "pwrite64": (18, 68),
-    "open": (2, None),
-    "openat": (257, 56),
-    "close": (3, 57),
-    "lseek": (8, 62),
-    "stat": (4, None),
-    "fstat": (5, 80),
-    "lstat": (6, None),
-    "newfstatat": (262, 79),
-    "statx": (332, 291),
-    "access": (21, None),
-    "faccessat": (269, 48),
-    "faccessat2": (439, 439),
-    "getdents64": (217, 61),
-    "getcwd": (79, 17),
-    "chdir": (80, 49),
-    "mkdir": (83, None),
-    "mkdirat": (258, 34),
-    "rmdir": (84, None),
-    "unlink": (87, None),
-    "unlinkat": (263, 35),
-    "rename": (82, None),
-    "renameat": (264, 38),
-    "renameat2": (316, 276),
-    "readlink": (89, None),
-    "readlinkat": (267, 78),
-    "ftruncate": (77, 46),
-    "fsync": (74, 82),
-    "fdatasync": (75, 83),
-    "dup": (32, 23),
-    "dup2": (33, None),
-    "dup3": (292, 24),
-    "pipe": (22, None),
-    "pipe2": (293, 59),
-    "poll": (7, None),
-    "ppoll": (271, 73),
-    "select": (23, None),
-    "pselect6": (270, 72),
-    "epoll_create1": (291, 20),
-    "epoll_ctl": (233, 21),
-    "epoll_wait": (232, None),
-    "epoll_pwait": (281, 22),
-    "umask": (95, 166),
-    # memory
-    "mmap": (9, 222),
-    "munmap": (11, 215),
-    "mremap": (25, 216),
-    "mprotect": (10, 226),
-    "madvise": (28, 233),
-    "brk": (12, 214),
-    # this process and its threads
-    "exit": (60, 93),
-    "exit_group": (231, 94),
-    "getpid": (39, 172),
-    "gettid": (186, 178),
-    "getppid": (110, 173),
-    "getuid": (102, 174),
-    "geteuid": (107, 175),
-    "getgid": (104, 176),
-    "getegid": (108, 177),
-    "getgroups": (115, 158),
-    "getresuid": (118, 148),
-    "getresgid": (120, 150),
-    "getpgrp": (111, None),
-    "getpgid": (121, 155),
-    "getsid": (124, 156),
-    "times": (100, 153),
-    "getrusage": (98, 165),
-    "getrlimit": (97, 163),
-    "setrlimit": (160, 164),
-    "sysinfo": (99, 179),
-    "uname": (63, 160),
-    "sched_yield": (24, 124),
-    "sched_getaffinity": (204, 123),
-    "set_robust_list": (273, 99),
-    "rseq": (334, 293),
-    "set_tid_address": (218, 96),
-    "arch_prctl": (158, None),
-    "futex": (202, 98),
-    "wait4": (61, 260),
-    "waitid": (247, 95),
-    # time, random numbers, signals within the process
-    "nanosleep": (35, 101),
-    "clock_nanosleep": (230, 115),
-    "clock_gettime": (228, 113),
-    "clock_getres": (229, 114),
-    "gettimeofday": (96, 169),
-    "time": (201, None),
-    "getrandom": (318, 278),
-    "rt_sigaction": (13, 134),
-    "rt_sigprocmask": (14, 135),
-    "rt_sigreturn": (15, 139),
-    "rt_sigtimedwait": (128, 137),
-    "rt_sigsuspend": (130, 133),
-    "rt_sigpending": (127, 136),
-    "sigaltstack": (131, 132),
-    "pause": (34, None),
-    "alarm": (37, None),
-    "setitimer": (38, 103),
-    "getitimer": (36, 102),
-    "restart_syscall": (219, 128),
-}
+# Name, number on x86_64, number on aarch64; - if the machine type has no such call.
+_TABLE = """
+# files; the root folder and Landlock decide which ones
+read 0 63; write 1 64; readv 19 65; writev 20 66; pread64 17 67; pwrite64 18 68; open 2 -; openat 257 56; close 3 57;
+lseek 8 62; stat 4 -; fstat 5 80; lstat 6 -; newfstatat 262 79; statx 332 291; access 21 -; faccessat 269 48;
+faccessat2 439 439; getdents64 217 61; getcwd 79 17; chdir 80 49; mkdir 83 -; mkdirat 258 34; rmdir 84 -; unlink 87 -;
+unlinkat 263 35; rename 82 -; renameat 264 38; renameat2 316 276; readlink 89 -; readlinkat 267 78; ftruncate 77 46;
+fsync 74 82; fdatasync 75 83; dup 32 23; dup2 33 -; dup3 292 24; pipe 22 -; pipe2 293 59; poll 7 -; ppoll 271 73;
+select 23 -; pselect6 270 72; epoll_create1 291 20; epoll_ctl 233 21; epoll_wait 232 -; epoll_pwait 281 22; umask 95 166;
+# memory
+mmap 9 222; munmap 11 215; mremap 25 216; mprotect 10 226; madvise 28 233; brk 12 214;
+# this process and its threads
+exit 60 93; exit_group 231 94; getpid 39 172; gettid 186 178; getppid 110 173; getuid 102 174; geteuid 107 175;
+getgid 104 176; getegid 108 177; getgroups 115 158; getresuid 118 148; getresgid 120 150; getpgrp 111 -; getpgid 121 155;
+getsid 124 156; times 100 153; getrusage 98 165; getrlimit 97 163; setrlimit 160 164; sysinfo 99 179; uname 63 160;
+sched_yield 24 124; sched_getaffinity 204 123; set_robust_list 273 99; rseq 334 293; set_tid_address 218 96;
+arch_prctl 158 -; futex 202 98; wait4 61 260; waitid 247 95;
+# time, random numbers, signals within the process
+nanosleep 35 101; clock_nanosleep 230 115; clock_gettime 228 113; clock_getres 229 114; gettimeofday 96 169; time 201 -;
+getrandom 318 278; rt_sigaction 13 134; rt_sigprocmask 14 135; rt_sigreturn 15 139; rt_sigtimedwait 128 137;
+rt_sigsuspend 130 133; rt_sigpending 127 136; sigaltstack 131 132; pause 34 -; alarm 37 -; setitimer 38 103;
+getitimer 36 102; restart_syscall 219 128;
+"""
+ALLOWED = [entry.split() for line in _TABLE.splitlines() if line[:1] != "#" for entry in line.split(";") if entry.strip()]
 # Calls for which an argument decides.
 FCNTL, IOCTL = (72, 25), (16, 29)
 KILL, TGKILL, PRLIMIT64 = (62, 129), (234, 131), (302, 261)
@@ -170,10 +84,9 @@ def build(machine: str, pid: int, threads: bool) -> bytes:
         (_AT_LEAST, 0, 1, _X32),
         (_RETURN, 0, 0, _KILL),
     ]
-    for numbers in ALLOWED.values():
-        number = numbers[column]
-        if number is not None:
-            program += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
+    for entry in ALLOWED:
+        if entry[1 + column] != "-":
+            program += [(_EQUAL, 0, 1, int(entry[1 + column])), (_RETURN, 0, 0, _ALLOW)]
     for call, argument, values in (
         (FCNTL, 1, FCNTL_COMMANDS),
         (IOCTL, 1, IOCTL_REQUESTS),

@@ -8,6 +8,7 @@ objects stay in their process, and are sent as a number (`Remote`).
 """
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
@@ -269,6 +270,8 @@ def frames(read: Callable[[int], bytes]) -> Iterator[bytes]:
         yield body
 
 
-def frame(body: bytes) -> bytes:
-    """A message with its length in front."""
-    return struct.pack(">I", len(body)) + body
+def send(descriptor: int, body: bytes) -> None:
+    """Write a message with its length in front."""
+    data = struct.pack(">I", len(body)) + body
+    while data:
+        data = data[os.write(descriptor, data) :]

@@ -212,7 +212,7 @@ def test_what_is_no_value_is_refused(message):
 def test_frames_end_with_the_pipe_and_are_bounded():
     import io
 
-    data = wire.frame(b"one") + wire.frame(b"") + b"\0\0\0\5half"
+    data = b"\0\0\0\3one" + b"\0\0\0\0" + b"\0\0\0\5half"
     assert list(wire.frames(io.BytesIO(data).read)) == [b"one", b""]
     with pytest.raises(wire.WireError, match="4294967295 bytes"):
         list(wire.frames(io.BytesIO(b"\xff" * 4).read))

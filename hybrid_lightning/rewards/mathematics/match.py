@@ -2,20 +2,18 @@
 
 import logging
 import re
-from collections.abc import Sequence
 from functools import cache
 
 from hybrid_lightning.errors import ConfigError, RewardError
 from hybrid_lightning.rewards.mathematics.verifier import MathVerifier
 from hybrid_lightning.rewards.multiple_choice import CHOICES, extract_choice, reference_choice
-from hybrid_lightning.rewards.reward_function import RewardFunction
-from hybrid_lightning.rewards.text import after_thinking, compile_pattern, extract_match, reference_answer
+from hybrid_lightning.rewards.text import AnswerReward, after_thinking, extract_match, reference_answer
 from hybrid_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
 
 
-class MathMatch(RewardFunction):
+class MathMatch(AnswerReward):
     r"""1.0 if the completion's answer equals the reference answer as mathematics, else 0.0.
 
     The answer of a completion is the content of its last `\boxed{}` (boxes with "and", "or" or a comma between them are one
@@ -51,13 +49,8 @@ class MathMatch(RewardFunction):
     def __init__(self, pattern: str | None = None, cpu_seconds: float = 3.0, name: str | None = None) -> None:
         if not cpu_seconds > 0:
             raise ConfigError(f"cpu_seconds={cpu_seconds}: give a positive number of seconds")
-        self.pattern = None if pattern is None else compile_pattern(pattern, groups=1)
+        super().__init__(pattern, name)
         self.cpu_seconds = cpu_seconds
-        self._name = name
-
-    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
-        """Compare each of B completions with the reference answer of its prompt."""
-        return [self._score(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)]
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The number, formula or letter that is compared; 0.5 and 1/2 give the same text."""
@@ -79,7 +72,8 @@ class MathMatch(RewardFunction):
                 f"number nor a formula; correct the row or the source's answer_pattern{pattern}, or use ExactMatch"
             )
 
-    def _score(self, completion: str, prompt: Prompt) -> float:
+    def score(self, completion: str, prompt: Prompt) -> float:
+        """Compare the answer with the reference answer."""
         self.check_prompt(prompt)
         gold = reference_answer(type(self).__name__, prompt)
         text = extract_match(self.pattern, after_thinking(completion))

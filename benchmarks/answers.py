@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a form is one entry, however long)
 r"""Where `MathMatch` and plain math-verify disagree: on reference answers as people write them, and on a model's completions.
 
     python benchmarks/answers.py DATA before=before/predictions.jsonl after=after/predictions.jsonl > results/answers.md
@@ -22,7 +23,7 @@ from hybrid_lightning.rewards.mathematics.math_text import answer_window
 from hybrid_lightning.types import Prompt
 
 CPU_SECONDS = 3
-EACH = 60  # reference answers of each set
+EACH = 12  # reference answers of each set
 ANSWERS: dict[str, Callable[[dict[str, str]], str]] = {
     "gsm8k/test.jsonl": lambda row: re.split(r"####\s*", row["answer"])[1],
     "svamp/test.jsonl": lambda row: f"{float(row['Answer']):g}",
@@ -102,12 +103,14 @@ def main() -> None:
     lines = []
     for name, path in (entry.split("=", 1) for entry in sys.argv[2:]):
         verdicts = Counter[tuple[bool, bool]]()
-        for row in map(json.loads, Path(path).open(encoding="utf-8")):
+        for row in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()):
             for text in row["completions"]:
                 pair = bool(reward([text], [Prompt(text="?", answer=row["answer"])])[0]), plain(row["answer"], text)
                 verdicts[pair] += 1
                 if pair[0] != pair[1]:
-                    print(json.dumps({"file": name, "ours": pair[0], "gold": row["answer"], "text": text[-200:]}), file=sys.stderr)
+                    print(
+                        json.dumps({"file": name, "ours": pair[0], "gold": row["answer"], "text": text[-200:]}), file=sys.stderr
+                    )
         lines.append([name, *(str(verdicts[pair]) for pair in ((True, True), (False, False), (True, False), (False, True)))])
     print(table(["completions", "both right", "both wrong", "ours alone right", "plain alone right"], lines))
 

@@ -3,19 +3,17 @@
 import gzip
 import json
 import time
-from pathlib import Path
 
 import pytest
 from cli_runs import run, write_folder
 from code_problems import LEETCODE, PREAMBLE
+from public_data import public_data
 
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards import CodeTests, FormatReward, WeightedSum, evaluate_reward
 from hybrid_lightning.rewards.code_tests import extract_program
 from hybrid_lightning.types import Prompt
-
-LEETCODE_FILE = Path(__file__).parents[3] / "shared" / "data" / "leetcode" / "v0.2.0-test.jsonl.gz"
 
 
 @pytest.fixture(scope="module")
@@ -268,9 +266,8 @@ def test_the_command_line_refuses_such_rows_before_it_trains(folder):
     assert not list(folder.rglob("plan.json"))
 
 
-@pytest.mark.skipif(not LEETCODE_FILE.exists(), reason=f"needs {LEETCODE_FILE}")
 def test_solutions_of_leetcode_pass():
-    with gzip.open(LEETCODE_FILE, "rt") as stream:
+    with gzip.open(public_data("leetcode/v0.2.0-test.jsonl.gz"), "rt") as stream:
         rows = [json.loads(line) for line in stream]
     reward = CodeTests()
     prompts = [prompt(**row) for row in rows]

@@ -135,8 +135,7 @@ def copied(python, folder):
     return str(copy)
 
 
-@pytest.mark.parametrize("mechanisms", WAYS)
-@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize(("mechanisms", "moved"), zip(WAYS, [False, True, False], strict=True))
 def test_each_way_holds_without_root(mechanisms, moved):
     """In a process of another user, where this one is root; by a Python that the other user may read.
 
@@ -177,8 +176,9 @@ def test_each_way_holds_without_root(mechanisms, moved):
 HONEST = "import alone, lent, parts.inner; assert parts.inner.double(21) == lent.double(21) == 42 and alone.math"
 
 
-@pytest.mark.parametrize("parent", [namespaces.TEMPORARY, "/dev/shm"])
-@pytest.mark.parametrize("mechanisms", WAYS)
+@pytest.mark.parametrize(
+    ("mechanisms", "parent"), zip(WAYS, [namespaces.TEMPORARY, "/dev/shm", namespaces.TEMPORARY], strict=True)
+)
 def test_packages_in_any_folder_can_be_imported_and_not_changed(mechanisms, parent):
     """By this very user, as root another one in the sandbox."""
     if not os.access(parent, os.W_OK):

@@ -113,7 +113,7 @@ def test_what_fails_once_is_tried_again(monkeypatch, no_pause):
     assert outcome.share == 1.0 and len(calls) == 2
 
 
-@pytest.mark.parametrize("code", range(120, 130))
+@pytest.mark.parametrize("code", [124, 125, 128, 137])
 def test_no_exit_code_of_a_program_passes_for_one_of_ours(code):
     ran = launch(
         [isolation.Box("script", {"setup": "", "source": f"import os; os._exit({code})"})], ("namespaces", "seccomp"), Limits()

@@ -111,7 +111,7 @@ class AdvantageEstimator(Configurable, ABC):
         self.check_samples(samples_per_prompt)
         if rewards.dim() != 1 or len(rewards) % samples_per_prompt:
             raise ConfigError(
-                f"rewards have shape {tuple(rewards.shape)}, which is not [prompts * {samples_per_prompt}]: give one reward a "
+                f"rewards have shape {tuple(rewards.shape)}, which is not [prompts * {samples_per_prompt}]; give one reward a "
                 f"completion, {samples_per_prompt} neighbours a prompt"
             )
         bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()

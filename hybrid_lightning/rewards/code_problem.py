@@ -70,7 +70,7 @@ def _assert_tests(column: str, trees: list[ast.Module], setup: str, entry_names:
         node for tree in trees for node in tree.body if not (isinstance(node, ast.ImportFrom) and node.module == "solution")
     ]
     if not any(isinstance(node, ast.Assert) for statement in statements for node in ast.walk(statement)):
-        raise ValueError(f"column {column!r} has no assert: give code such as assert f(1) == 2, or a function check(candidate)")
+        raise ValueError(f"column {column!r} has no assert; give code such as assert f(1) == 2, or a function check(candidate)")
     whole = ast.Module(statements, [])
     names, imports = _used_names(whole, _defined_names(setup) - entry_names)
     names |= entry_names & {node.id for node in ast.walk(whole) if isinstance(node, ast.Name)}

@@ -96,9 +96,9 @@ class CodeTests(RewardFunction):
         name: str | None = None,
     ) -> None:
         if workers is not None and workers < 1:
-            raise ConfigError(f"workers={workers}: give at least 1, or null for one a processor")
+            raise ConfigError(f"workers={workers}; give at least 1, or null for one a processor")
         if memory_mb < 128:
-            raise ConfigError(f"memory_mb={memory_mb}: give at least 128")
+            raise ConfigError(f"memory_mb={memory_mb}; give at least 128")
         self.test_column = test_column
         self.entry_point_column = entry_point_column
         self.setup_column = setup_column

@@ -2,7 +2,6 @@
 
 - `WeightedSum` adds rewards up.
 - `RewardBySet` scores each set of a mixture with a reward of its own.
-- `CachedReward` lets two rewards share the values of a third one, which is then computed once (see `length.py`).
 """
 
 import math
@@ -31,10 +30,10 @@ class WeightedSum(RewardFunction):
 
     def __init__(self, rewards: list[RewardFunction], weights: list[float] | None = None) -> None:
         if not rewards:
-            raise ConfigError("rewards=[]: give at least one reward")
+            raise ConfigError("rewards=[]; give at least one reward")
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         if len(weights) != len(rewards):
-            raise ConfigError(f"weights={weights} for {len(rewards)} rewards: give one weight for each reward")
+            raise ConfigError(f"weights={weights} for {len(rewards)} rewards; give one weight for each reward")
         if not all(math.isfinite(weight) for weight in weights):
             raise ConfigError(f"weights={weights}: every weight must be a finite number")
         self._terms = [
@@ -43,7 +42,7 @@ class WeightedSum(RewardFunction):
         names = [term.name for term, _ in self._terms]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ConfigError(f"rewards: more than one is called {', '.join(repeated)}: give each a name of its own")
+            raise ConfigError(f"rewards: more than one is called {', '.join(repeated)}; give each a name of its own")
 
     def terms(self) -> list[tuple[RewardFunction, float]]:
         """The rewards and their weights; a sum within this sum is replaced by its terms."""
@@ -71,11 +70,11 @@ class RewardBySet(RewardFunction):
 
     def __init__(self, rewards: dict[str, RewardFunction], name: str | None = None) -> None:
         if not rewards:
-            raise ConfigError("RewardBySet: rewards={}: give each set a reward, as in rewards: {gsm8k: MathMatch}")
+            raise ConfigError("RewardBySet: rewards={}; give each set a reward, as in rewards: {gsm8k: MathMatch}")
         for set_name, reward in rewards.items():
             if reward.terms() != [(reward, 1.0)]:
                 raise ConfigError(
-                    f"RewardBySet: the reward of set {set_name!r} is a sum: give it one reward, and put RewardBySet and what all "
+                    f"RewardBySet: the reward of set {set_name!r} is a sum; give it one reward, and put RewardBySet and what all "
                     "sets share into a WeightedSum"
                 )
         if len({reward.measures_correctness for reward in rewards.values()}) > 1:
@@ -121,57 +120,6 @@ class RewardBySet(RewardFunction):
         if prompt.set_name not in self.rewards:
             raise DataError(
                 f"RewardBySet: {prompt.source or 'a prompt'} row {prompt.index} is of set {prompt.set_name!r}, which has no "
-                f"reward; there is one for {', '.join(self.rewards)}: name the sets as the data source does"
+                f"reward; there is one for {', '.join(self.rewards)}; name the sets as the data source does"
             )
         return self.rewards[prompt.set_name]
-
-
-class CachedReward(RewardFunction):
-    """Wraps a reward and keeps its values for the last batch.
-
-    `CosineLength` and `GroupLength` depend on another reward for correctness, which is also logged as a term of its own: the
-    second call gets the kept values.
-
-    Args:
-        reward: The wrapped reward, which must measure correctness and must not be a sum.
-        user: Name of the class that wraps it, for error messages.
-
-    Raises:
-        ConfigError: If the reward is a sum, or does not measure correctness.
-    """
-
-    def __init__(self, reward: RewardFunction, user: str) -> None:
-        if reward.terms() != [(reward, 1.0)] or not reward.measures_correctness:
-            raise ConfigError(
-                f"{user}: reward={type(reward).__name__} must be one reward that measures correctness, such as MathMatch; put "
-                f"further rewards beside {user} into a WeightedSum"
-            )
-        self.reward = reward
-        self._last: tuple[Sequence[str], Sequence[Prompt], Sequence[float] | Tensor] | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the wrapped reward."""
-        return self.reward.name
-
-    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Sequence[float] | Tensor:
-        """Score completions, or return the kept values if these very objects were scored last."""
-        if self._last is None or self._last[0] is not completions or self._last[1] is not prompts:
-            self._last = (completions, prompts, self.reward(completions, prompts))
-        return self._last[2]
-
-    def correct(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[bool]:
-        """Whether each of B completions is right, which is a reward of at least 1.0."""
-        return [float(value) >= 1.0 for value in self(completions, prompts)]
-
-    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
-        """Extract the answer as the wrapped reward does."""
-        return self.reward.extract_answer(completion, prompt)
-
-    def decided_by_time(self) -> str | None:
-        """The warning of the wrapped reward."""
-        return self.reward.decided_by_time()
-
-    def check_prompt(self, prompt: Prompt) -> None:
-        """Check the prompt as the wrapped reward does."""
-        self.reward.check_prompt(prompt)

@@ -68,11 +68,11 @@ class FunctionReward(RewardFunction):
         arguments: dict[str, Any] | None = None,
     ) -> None:
         if timeout_s is not None and not timeout_s > 0:
-            raise ConfigError(f"FunctionReward: timeout_s={timeout_s}: give a positive number of seconds, or null for no limit")
+            raise ConfigError(f"FunctionReward: timeout_s={timeout_s}; give a positive number of seconds, or null for no limit")
         if on_timeout is not None and timeout_s is None:
             raise ConfigError(f"FunctionReward: on_timeout={on_timeout} needs a timeout_s")
         if concurrency < 1:
-            raise ConfigError(f"FunctionReward: concurrency={concurrency}: give at least 1")
+            raise ConfigError(f"FunctionReward: concurrency={concurrency}; give at least 1")
         self.function = function
         self.timeout_s, self.on_timeout, self.concurrency = timeout_s, on_timeout, concurrency
         self.measures_correctness = measures_correctness
@@ -86,7 +86,7 @@ class FunctionReward(RewardFunction):
         self.batched = "completions" in parameters
         if self.batched == ("completion" in parameters):
             raise ConfigError(
-                f"function={function!r} has the parameters {', '.join(parameters) or 'none'}: call one of them completions, to "
+                f"function={function!r} has the parameters {', '.join(parameters) or 'none'}; call one of them completions, to "
                 "get all of a batch, or completion, to be called for each"
             )
         self._own = _BATCH if self.batched else _SINGLE
@@ -125,7 +125,7 @@ class FunctionReward(RewardFunction):
         for name in self.arguments.keys() & values.keys():
             raise DataError(
                 f"arguments.{name} of reward function {self.function} is also a column of {prompt.source or 'a prompt'} row "
-                f"{prompt.index}: leave it out, or rename the parameter"
+                f"{prompt.index}; leave it out, or rename the parameter"
             )
         for name in self.needed:
             if name not in values:
@@ -237,10 +237,10 @@ def load_function(path: str) -> Callable[..., Any]:
         ConfigError: If there is no such file, module or function, or it cannot be imported.
     """
     if path.endswith(".py"):
-        raise ConfigError(f"function={path!r} is a file without a function: name one of it, as in {path}:function")
+        raise ConfigError(f"function={path!r} is a file without a function; name one of it, as in {path}:function")
     place, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
     if not place or not name.isidentifier():
-        raise ConfigError(f"function={path!r}: give package.module.function or path/to/file.py:function")
+        raise ConfigError(f"function={path!r}; give package.module.function or path/to/file.py:function")
     try:
         module = _file(path, Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
     except ConfigError:

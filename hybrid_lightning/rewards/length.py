@@ -28,8 +28,9 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from hybrid_lightning.errors import ConfigError, RewardError
-from hybrid_lightning.rewards.combined import CachedReward
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.types import Completion, Prompt
 
@@ -84,6 +85,57 @@ class OverlongPenalty(RewardFunction):
         return -min(max(over, 0), self.buffer_tokens) / self.buffer_tokens + 0.0
 
 
+class _CachedReward(RewardFunction):
+    """Wraps a reward and keeps its values for the last batch.
+
+    `CosineLength` and `GroupLength` depend on another reward for correctness, which is also logged as a term of its own: the
+    second call gets the kept values.
+
+    Args:
+        reward: The wrapped reward, which must measure correctness and must not be a sum.
+        user: Name of the class that wraps it, for error messages.
+
+    Raises:
+        ConfigError: If the reward is a sum, or does not measure correctness.
+    """
+
+    def __init__(self, reward: RewardFunction, user: str) -> None:
+        if reward.terms() != [(reward, 1.0)] or not reward.measures_correctness:
+            raise ConfigError(
+                f"{user}: reward={type(reward).__name__} must be one reward that measures correctness, such as MathMatch; put "
+                f"further rewards beside {user} into a WeightedSum"
+            )
+        self.reward = reward
+        self._last: tuple[Sequence[str], Sequence[Prompt], Sequence[float] | Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the wrapped reward."""
+        return self.reward.name
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> Sequence[float] | Tensor:
+        """Score completions, or return the kept values if these very objects were scored last."""
+        if self._last is None or self._last[0] is not completions or self._last[1] is not prompts:
+            self._last = (completions, prompts, self.reward(completions, prompts))
+        return self._last[2]
+
+    def correct(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[bool]:
+        """Whether each of B completions is right, which is a reward of at least 1.0."""
+        return [float(value) >= 1.0 for value in self(completions, prompts)]
+
+    def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
+        """Extract the answer as the wrapped reward does."""
+        return self.reward.extract_answer(completion, prompt)
+
+    def decided_by_time(self) -> str | None:
+        """The warning of the wrapped reward."""
+        return self.reward.decided_by_time()
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Check the prompt as the wrapped reward does."""
+        self.reward.check_prompt(prompt)
+
+
 class _OverCorrectness(RewardFunction):
     """Base of rewards for length that need to know which completions are right: terms beside a reward for correctness.
 
@@ -96,17 +148,13 @@ class _OverCorrectness(RewardFunction):
     measures_correctness = False
 
     def __init__(self, reward: RewardFunction, weights: tuple[float, float], name: str | None) -> None:
-        self.reward = CachedReward(reward, type(self).__name__)
+        self.reward = _CachedReward(reward, type(self).__name__)
         self.weights = weights
         self._name = name
 
     def terms(self) -> list[tuple[RewardFunction, float]]:
         """The reward for correctness and this reward, each with its weight."""
         return [(self.reward, self.weights[0]), (self, self.weights[1])]
-
-    def check_prompt(self, prompt: Prompt) -> None:
-        """Check the prompt as the reward for correctness does."""
-        self.reward.check_prompt(prompt)
 
 
 class CosineLength(_OverCorrectness):
@@ -141,7 +189,7 @@ class CosineLength(_OverCorrectness):
         name: str | None = None,
     ) -> None:
         if max_tokens < 1:
-            raise ConfigError(f"CosineLength: max_tokens={max_tokens}: give at least 1, usually the sampler's max_new_tokens")
+            raise ConfigError(f"CosineLength: max_tokens={max_tokens}; give at least 1, usually the sampler's max_new_tokens")
         super().__init__(reward, (0.0, 1.0), name)
         self.max_tokens = max_tokens
         self.right, self.wrong = (right_shortest, right_longest), (wrong_shortest, wrong_longest)
@@ -176,7 +224,7 @@ class GroupLength(_OverCorrectness):
 
     def __init__(self, reward: RewardFunction, weight: float = 1.0, name: str | None = None) -> None:
         if not weight > 0:
-            raise ConfigError(f"GroupLength: weight={weight}: give a positive number, at most 1 where right must beat short")
+            raise ConfigError(f"GroupLength: weight={weight}; give a positive number, at most 1 where right must beat short")
         super().__init__(reward, (1.0, weight), name)
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
@@ -208,7 +256,7 @@ def token_counts(reward: str, completions: Sequence[str]) -> list[int]:
     for completion in completions:
         if not isinstance(completion, Completion):
             raise RewardError(
-                f"{reward}: completions are plain strings, whose tokens are not known: give those of a rollout, or make them "
+                f"{reward}: completions are plain strings, whose tokens are not known; give those of a rollout, or make them "
                 "Completion(text, num_tokens, finished)"
             )
     return [completion.num_tokens for completion in completions if isinstance(completion, Completion)]

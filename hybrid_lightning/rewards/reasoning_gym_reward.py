@@ -49,7 +49,7 @@ class ReasoningGymReward(AnswerReward):
         self._problem(prompt)
         if _takes_everything(*recipe):
             raise RewardError(
-                f"ReasoningGymReward: the verifier of reasoning-gym task {recipe[0]!r} takes any text for right: choose another "
+                f"ReasoningGymReward: the verifier of reasoning-gym task {recipe[0]!r} takes any text for right; choose another "
                 "task, or a newer reasoning-gym"
             )
         self._checked.add(recipe)
@@ -95,7 +95,7 @@ def _dataset(task: str, config: str) -> Any:
         from reasoning_gym.factory import create_dataset
     except ImportError as error:
         raise ConfigError(
-            "ReasoningGymReward needs the library reasoning-gym: install the optional extra: "
+            "ReasoningGymReward needs the library reasoning-gym; install the optional extra: "
             "pip install 'hybrid-lightning[reasoning-gym]'"
         ) from error
     return create_dataset(task, **json.loads(config))

@@ -131,7 +131,7 @@ class RepetitionPenalty(RewardFunction):
 
     def __init__(self, ngram_words: int = 3, name: str | None = None) -> None:
         if ngram_words < 1:
-            raise ConfigError(f"RepetitionPenalty: ngram_words={ngram_words}: give at least 1")
+            raise ConfigError(f"RepetitionPenalty: ngram_words={ngram_words}; give at least 1")
         self.ngram_words = ngram_words
         self._name = name
 
@@ -160,7 +160,7 @@ def compile_pattern(pattern: str, groups: int | None = None) -> re.Pattern[str]:
         raise ConfigError(f"pattern={pattern!r} is no regular expression: {error}; correct it") from error
     if groups is not None and compiled.groups != groups:
         raise ConfigError(
-            f"pattern={pattern!r} has {compiled.groups} groups instead of {groups}: put the answer, and only that, in ( ), and "
+            f"pattern={pattern!r} has {compiled.groups} groups instead of {groups}; put the answer, and only that, in ( ), and "
             "write other groups as (?: )"
         )
     return compiled
@@ -208,7 +208,7 @@ def reference_answer(reward: str, prompt: Prompt) -> str:
     """
     if prompt.answer is None or not prompt.answer.strip():
         raise RewardError(
-            f"reward {reward} needs a reference answer, but {prompt.source or 'a prompt'} row {prompt.index} has none: set the "
+            f"reward {reward} needs a reference answer, but {prompt.source or 'a prompt'} row {prompt.index} has none; set the "
             "answer_column of the data source, or take a reward that needs no answer"
         )
     return prompt.answer

@@ -82,23 +82,23 @@ def require_isolation(allow_without_isolation: bool = False) -> Isolation:
     """
     if platform.system() != "Linux":
         raise SandboxError(
-            f"programs of a model cannot be isolated on {platform.system()}: the sandbox needs Linux: train there, in a "
+            f"programs of a model cannot be isolated on {platform.system()}: the sandbox needs Linux; train there, in a "
             "container or a virtual machine, or take a reward that runs no code"
         )
     isolation = _found()
     if not isolation.is_enough and not allow_without_isolation:
         raise SandboxError(
-            f"programs of a model cannot be isolated on this machine ({'; '.join(isolation.missing)}). It needs seccomp, and "
+            f"programs of a model cannot be isolated on this machine ({'; '.join(isolation.missing)}); it needs seccomp, and "
             "either user namespaces (sysctl user.max_user_namespaces above 0, kernel.unprivileged_userns_clone=1, "
             "kernel.apparmor_restrict_unprivileged_userns=0) or Landlock of Linux 6.2 or later; in a container, allow these "
-            "system calls. allow_without_isolation=true runs the programs with what there is, and then they can do whatever this "
+            "system calls; allow_without_isolation=true runs the programs with what there is, and then they can do whatever this "
             "user can"
         )
     escaped = _try(isolation)
     if isolation.is_enough and escaped:
         raise SandboxError(
-            f"the sandbox of {', '.join(isolation.mechanisms)} does not hold on this machine: a program succeeded in {escaped}. "
-            "Use another machine, and report this"
+            f"the sandbox of {', '.join(isolation.mechanisms)} does not hold on this machine: a program succeeded in {escaped}; "
+            "use another machine, and report this"
         )
     return isolation
 
@@ -133,7 +133,7 @@ def _try(isolation: Isolation) -> str:
         if lines[-1:] != ["done"]:
             raise SandboxError(
                 f"no program runs in the sandbox of {', '.join(isolation.mechanisms) or 'nothing'}: "
-                f"{ran.last_error or ran.endings}. Use a Python that any user may read (not one under /root)"
+                f"{ran.last_error or ran.endings}; use a Python that any user may read (not one under /root)"
             )
         changed = ["writing outside"] if beside.exists() or secret.read_text() != "secret" else []
         return ", ".join(changed + lines[:-1])

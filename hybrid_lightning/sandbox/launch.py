@@ -53,7 +53,7 @@ class Limits:
             if isinstance(value, bool) or not least[name] <= value < float("inf"):
                 raise ConfigError(f"{name}={value}: give a number of at least {least[name]}")
             if name != "wall_seconds" and value != int(value):
-                raise ConfigError(f"{name}={value}: give a whole number")
+                raise ConfigError(f"{name}={value}; give a whole number")
 
 
 @dataclass(frozen=True)

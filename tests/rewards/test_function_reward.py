@@ -206,10 +206,10 @@ def test_a_missing_column_is_named_before_training(here):
         ("no_file.py:f", "there is no file .*no_file.py"),
         ("my_rewards.py:absent", "has no function 'absent'; it has .*batch.*brief"),
         ("my_rewards.py:value", "has no function 'value'"),
-        ("my_rewards.py:neither", "has the parameters text: call one of them completions"),
+        ("my_rewards.py:neither", "has the parameters text; call one of them completions"),
         ("my_rewards.py:both", "call one of them completions"),
         ("my_rewards.py:by_place", "takes completions by position alone"),
-        ("my_rewards.py", r"is a file without a function: name one of it, as in my_rewards.py:function"),
+        ("my_rewards.py", r"is a file without a function; name one of it, as in my_rewards.py:function"),
         ("leaves.py:f", "importing leaves.py raised SystemExit: 2"),
         ("my_rewards.py:Limits", "is a class: .* given by class_path"),
         ("no_such_module.f", "there is no module 'no_such_module'"),
@@ -283,5 +283,5 @@ def test_arguments_that_do_not_fit_are_refused(here, function, arguments, messag
 
 def test_an_argument_hides_no_column(here):
     reward = FunctionReward("my_rewards.py:near", arguments={"tolerance": 0.5})
-    with pytest.raises(DataError, match=r"arguments\.tolerance of .* is also a column of sums row 3: leave it out"):
+    with pytest.raises(DataError, match=r"arguments\.tolerance of .* is also a column of sums row 3; leave it out"):
         reward.check_prompt(Prompt(text="?", answer="2", index=3, source="sums", columns={"tolerance": 1}))

@@ -171,7 +171,7 @@ def test_a_box_that_cannot_be_made_is_no_failure_of_the_program(monkeypatch, no_
         ({"cpu_seconds": 1.5}, "whole number"),
         ({"wall_seconds": float("inf")}, "wall_seconds=inf"),
         ({"wall_seconds": float("nan")}, "wall_seconds=nan"),
-        ({"memory_mb": 1}, "memory_mb=1: give at least 128"),
+        ({"memory_mb": 1}, "memory_mb=1; give at least 128"),
         ({"workers": 0}, "workers=0"),
         ({"pattern": "("}, "no regular expression"),
         ({"pattern": "x"}, "0 groups"),

@@ -48,7 +48,7 @@ class MathMatch(AnswerReward):
 
     def __init__(self, pattern: str | None = None, cpu_seconds: float = 3.0, name: str | None = None) -> None:
         if not cpu_seconds > 0:
-            raise ConfigError(f"cpu_seconds={cpu_seconds}: give a positive number of seconds")
+            raise ConfigError(f"cpu_seconds={cpu_seconds}; give a positive number of seconds")
         super().__init__(pattern, name)
         self.cpu_seconds = cpu_seconds
 

@@ -93,11 +93,12 @@ PER = re.compile(r" */ *| +(?:per|an?|each|every) +")
 STRICT = re.compile(r" */ *(?![a-z]{3})")  # m/s must not be shortened to m, but dollars/hour may be to dollars
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 # Two quantities that are one: 1 hour and 30 minutes.
-GAP = r"[\s~]*(?:\\[ ,;])?[\s~]*"
-UNIT = GAP + r"-?(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*"
+GAP = r"(?:[\s~]|\\[ ,;])*+"  # possessive, since a policy may write gaps without end
+OF_UNIT = rf"{GAP}-?(?:\\(?:text|mathrm|mbox)\s*\{{)?{GAP}"
 JOINED = re.compile(
-    rf"(?<![\w.,/^-])(?<!\^\{{)(?P<number>\d[\d,]*(?:\.\d+)?)(?P<large>{UNIT}(?P<first>[A-Za-z]+))"
-    rf"\.?[\s~]*\}}?,?{GAP}(?:\\text\s*\{{\s*)?(?:and\b|&)?[\s~]*\}}?{GAP}(?P<count>\d+(?:\.\d+)?)(?P<small>{UNIT}(?P<second>[A-Za-z]+))"
+    rf"(?<![\w.,/^-])(?<!\^\{{)(?P<number>\d[\d,]*(?:\.\d+)?)(?P<large>{OF_UNIT}(?P<first>[A-Za-z]+))"
+    rf"\.?{GAP}\}}?,?{GAP}(?:\\text\s*\{{\s*)?(?:and\b|&)?{GAP}\}}?{GAP}"
+    rf"(?P<count>\d+(?:\.\d+)?)(?P<small>{OF_UNIT}(?P<second>[A-Za-z]+))"
 )
 
 

@@ -23,7 +23,7 @@ from hybrid_lightning.rewards.mathematics.math_text import answer_window
 from hybrid_lightning.types import Prompt
 
 CPU_SECONDS = 3
-EACH = 12  # reference answers of each set
+EACH = 12  # reference answers of each set, or some more
 ANSWERS: dict[str, Callable[[dict[str, str]], str]] = {
     "gsm8k/test.jsonl": lambda row: re.split(r"####\s*", row["answer"])[1],
     "svamp/test.jsonl": lambda row: f"{float(row['Answer']):g}",

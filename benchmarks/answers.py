@@ -1,7 +1,7 @@
 # ruff: noqa: E501  (a form is one entry, however long)
 r"""Where `MathMatch` and plain math-verify disagree: on reference answers as people write them, and on a model's completions.
 
-    python benchmarks/answers.py DATA before=before/predictions.jsonl after=after/predictions.jsonl > results/answers.md
+    python benchmarks/answers.py DATA before=before/predictions.jsonl after=after/predictions.jsonl
 
 DATA is a folder with `gsm8k/test.jsonl`, `svamp/test.jsonl`, `mawps/singleop.jsonl` and `aime24/test.jsonl`. The files of completions
 are those of `python -m hybrid_lightning predict`. Both sides search the same part of a text and have the same CPU time. Each
@@ -92,7 +92,7 @@ def rewritten(folder: Path) -> Iterator[tuple[str, str, str, bool]]:
 
 
 def main() -> None:
-    """Write the page to standard output."""
+    """Print the tables of results/answers.md."""
     reward, counts = MathMatch(cpu_seconds=CPU_SECONDS), Counter[tuple[str, str]]()
     for form, gold, text, right in rewritten(Path(sys.argv[1])):
         counts[form, "all"] += 1

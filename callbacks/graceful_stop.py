@@ -16,7 +16,7 @@ from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.run_folder import find_run_folder, run_folder
 from hybrid_lightning.errors import RewardError, RolloutError
 from hybrid_lightning.rollout.loader import RolloutLoader
-from hybrid_lightning.sharding.ranks import gather_counts
+from hybrid_lightning.sharding.ranks import check_stop
 from hybrid_lightning.stopping import NOTHING_MADE, RunStopped, StopSignals
 
 # Messages of gloo, NCCL and torch's watchdog about a lost connection.
@@ -77,7 +77,6 @@ class GracefulStop(Callback):
         """Begin training, after a validation that the stopped run still had to make."""
         self._defer()
         self._training = True
-        trainer.fit_loop._load_combined_loader_states()  # Lightning does so later, but a checkpoint may be saved before that
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, HybridAdapterSetup):  # its hook may change the progress of the loops, which is read below
                 callback.on_train_start(trainer, pl_module)
@@ -132,9 +131,7 @@ class GracefulStop(Callback):
 
     def _check(self, trainer: Trainer) -> None:
         """Stop if any rank has received a signal. All ranks must call this."""
-        number = max(gather_counts(self.signals.requested, trainer.strategy.root_device))
-        if number:
-            raise RunStopped(number, together=True)
+        check_stop(self.signals, trainer.strategy.root_device)
 
     # ---- where the run is
 

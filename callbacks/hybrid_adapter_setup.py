@@ -30,7 +30,7 @@ from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
 from hybrid_lightning.options import FIXED, Option
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state, new_state
 from hybrid_lightning.policy.language import LanguageModule
-from hybrid_lightning.policy.update import restart_epoch
+from hybrid_lightning.policy.training_data import restart_epoch
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
 
 _SHOWN_OTHERS = 10  # number of modules of a plan that are printed, in addition to the fully trained ones

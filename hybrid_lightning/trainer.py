@@ -30,7 +30,6 @@ from hybrid_lightning.memory.memory_table import memory_notes, memory_table, mem
 from hybrid_lightning.memory.peaks import why_not_fitting
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.policy.update import TRAINING_METRICS
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
 from hybrid_lightning.sharding.checkpoints import read_checkpoint, require_checkpoint
 
@@ -164,7 +163,7 @@ class Trainer(LightningTrainer):
         if command == "fit" and self.limit_val_batches and _all_ours(model, self):
             sets = datamodule.set_names("validation")
             if sets:
-                check_monitors(self, model.validation_names(sets), TRAINING_METRICS)
+                check_monitors(self, model.validation_names(sets), model.training_metrics)
         datamodule.setup(self.state.fn)
         if self.state.fn == "fit":
             model.check_enough(datamodule.train_prompts)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import build_model, build_tokenizer
+from tiny_models import VOCABULARY, build_model, build_tokenizer
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.scorers import TailEnergy
@@ -13,6 +13,7 @@ from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout.rollout_engine import Stops
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.trainer import Trainer
 
@@ -39,6 +40,13 @@ class Constant(RewardFunction):
 
     def __call__(self, completions, prompts):
         return [self.value] * len(completions)
+
+
+class OftenDone(Sampler):
+    """Every fourth token ends a completion, so that some of few tokens end and some do not, whatever is drawn."""
+
+    def sample(self, *args, **options):
+        return super().sample(*args, **{**options, "stops": Stops(tuple(range(2, VOCABULARY, 4)), None)})
 
 
 def write_model(folder: Path, family: str = "llama", seed: int = 0, std: float = 0.1) -> Path:

@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import ExampleLoss, PolicyLoss
-from hybrid_lightning.policy.protocols import CalibratedPolicy
-from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, pad_left, pad_right, split_by_tokens
+from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, pad_left, pad_right, pad_token, split_by_tokens
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.sharding.ranks import on_all_ranks, world_size
 from hybrid_lightning.types import Completion, LossInputs, Prompt, Rewards, Rollouts, Sequences
+
+if TYPE_CHECKING:
+    from hybrid_lightning.policy.module import PolicyModule
 
 # Calibration prompts that are completed together: few enough that several devices have a batch each.
 _MOST_TOGETHER = 16
@@ -47,7 +49,7 @@ def training_prompts(trainer: Any) -> list[Prompt]:
     return list(prompts)
 
 
-def calibration_rollouts(policy: CalibratedPolicy, prompts: Sequence[Prompt], kept: ScoringProgress) -> tuple[Rollouts, Rewards]:
+def calibration_rollouts(policy: "PolicyModule", prompts: Sequence[Prompt], kept: ScoringProgress) -> tuple[Rollouts, Rewards]:
     """Complete and score prompts with the start policy, each as often as in a rollout of training.
 
     Prompts are completed in batches of the same size whoever completes them, so that what is drawn does not depend on it, not
@@ -68,7 +70,7 @@ def calibration_rollouts(policy: CalibratedPolicy, prompts: Sequence[Prompt], ke
         some = [prompts[place] for place in batch]
         if policy.weights.sharded:
             policy.generation.update()  # of a rollout engine, by all ranks together
-        return _completions_to_state(policy.generate(some, samples, PromptDraws(some, samples, policy.seed + 7919, batch)))
+        return _completions_to_state(policy.generate(some, samples, PromptDraws(some, samples, policy.calibration_seed, batch)))
 
     parts: dict[range, Rollouts] = {}
 
@@ -92,7 +94,7 @@ def calibration_batch(prompts_per_rollout: int) -> int:
 
 
 def _recalled(
-    policy: CalibratedPolicy, kept: ScoringProgress, what: str, batches: Sequence[range], make: Callable[[range], dict[str, Any]]
+    policy: "PolicyModule", kept: ScoringProgress, what: str, batches: Sequence[range], make: Callable[[range], dict[str, Any]]
 ) -> dict[range, dict[str, Any]]:
     """What is made of each of some batches, of which there are no more than ranks that share the work."""
     names = {f"{what}-{batch.start}-{batch.stop - 1}": batch for batch in batches}
@@ -270,7 +272,7 @@ class AnswerCalibration(CalibrationLosses):
                 "answers to score by instead; raise adapter.calibration_prompts, make the task easier, or give adapter.plan"
             )
         end = int(tokenizer.eos_token_id)
-        pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end)
+        pad = pad_token(tokenizer)
         answers = [[*tokenizer(str(prompt.answer), add_special_tokens=False)["input_ids"], end] for prompt in prompts]
         self.sequences = Sequences(*pad_left(prompt_ids, pad, device), *pad_right(answers, pad, device))
         self.chunks = [self.sequences.rows(run) for run in split_by_tokens(self.sequences, max_tokens)]

@@ -6,74 +6,58 @@ on held-out examples is averaged by `ExampleMetrics`.
 Axes: P prompts, n sampled completions of each in prompt-major order; E examples.
 """
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from hybrid_lightning.metrics import ProblemMeans, completion_draws, completion_values
-from hybrid_lightning.policy.prompts import PromptEncoder
-from hybrid_lightning.policy.protocols import EvaluatedPolicy
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.types import Prompt, Rewards, Rollouts
+
+if TYPE_CHECKING:
+    from hybrid_lightning.policy.language import LanguageModule
 
 Answers = Sequence[str | None]
 
 
-class EvaluationMetrics(nn.Module):
-    """Metrics of one evaluation, by one greedy and n sampled completions of each prompt.
+def evaluation_means(samples: int) -> ProblemMeans:
+    """The metrics of one evaluation, by one greedy and some sampled completions of each prompt.
+
+    They are `problems`, `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`,
+    `truncation_rate`, and the ends of confidence intervals.
 
     Args:
         samples: Sampled completions of each prompt (n).
     """
+    return ProblemMeans({"greedy_accuracy": 1, "greedy_reward": None, **completion_draws(samples)})
 
-    def __init__(self, samples: int) -> None:
-        super().__init__()
-        self.means = ProblemMeans({"greedy_accuracy": 1, "greedy_reward": None, **completion_draws(samples)})
 
-    def update(self, greedy: tuple[Rollouts, Rewards], sampled: tuple[Rollouts, Rewards], answers: Answers) -> None:
-        """Add the prompts of one batch.
+def add_prompts(means: ProblemMeans, greedy: Rewards, sampled: tuple[Rollouts, Rewards], answers: Answers) -> None:
+    """Add the prompts of one batch to the metrics of an evaluation.
 
-        Args:
-            greedy: P completions, one for each prompt, and their rewards.
-            sampled: P * n completions of the same prompts, and their rewards.
-            answers: The answer in each of the P * n completions, None where there is none.
-        """
-        rollouts, rewards = sampled
-        shape = (len(rollouts.prompts), rollouts.samples_per_prompt)
-        lengths = rollouts.sequences.completion_mask.sum(dim=1)
-        correct = rewards.correct.view(shape)
-        values = completion_values(
-            correct,
-            [answers[start : start + shape[1]] for start in range(0, len(answers), shape[1])],
-            rewards.total.view(shape),
-            lengths.view(shape),
-            rollouts.finished.view(shape),
-        )
-        values |= {"greedy_accuracy": greedy[1].correct, "greedy_reward": greedy[1].total}
-        index = torch.tensor([prompt.index for prompt in rollouts.prompts], device=lengths.device)
-        self.means.update([prompt.set_name for prompt in rollouts.prompts], index, values)
-
-    def compute(self) -> dict[str, dict[str, Tensor]]:
-        """Average what was added.
-
-        Returns:
-            Set -> metric -> value, with "" for all sets together (see `ProblemMeans`). The metrics are `problems`,
-            `greedy_accuracy`, `greedy_reward`, `avg@n`, `pass@k`, `maj@k`, `reward`, `completion_length`, `truncation_rate`, and
-            the ends of confidence intervals.
-        """
-        return self.means.compute()
-
-    def names(self, sets: Collection[str]) -> dict[str, list[str]]:
-        """Set -> names of the metrics that `compute` returns for problems of these sets."""
-        return self.means.names(sets)
-
-    def reset(self) -> None:
-        """Forget all prompts."""
-        self.means.reset()
+    Args:
+        means: From `evaluation_means`.
+        greedy: Rewards of P greedy completions, one for each prompt.
+        sampled: P * n completions of the same prompts, and their rewards.
+        answers: The answer in each of the P * n completions, None where there is none.
+    """
+    rollouts, rewards = sampled
+    shape = (len(rollouts.prompts), rollouts.samples_per_prompt)
+    lengths = rollouts.sequences.completion_mask.sum(dim=1)
+    values = completion_values(
+        rewards.correct.view(shape),
+        [answers[start : start + shape[1]] for start in range(0, len(answers), shape[1])],
+        rewards.total.view(shape),
+        lengths.view(shape),
+        rollouts.finished.view(shape),
+    )
+    values |= {"greedy_accuracy": greedy.correct, "greedy_reward": greedy.total}
+    index = torch.tensor([prompt.index for prompt in rollouts.prompts], device=lengths.device)
+    means.update([prompt.set_name for prompt in rollouts.prompts], index, values)
 
 
 class ExampleMetrics(Metric):
@@ -115,36 +99,36 @@ class ExampleMetrics(Metric):
         return {name: (value / weight).float() for name, value in zip(self.names, terms, strict=True)}
 
 
-def evaluate(policy: EvaluatedPolicy, prompts: Sequence[Prompt], metrics: EvaluationMetrics) -> None:
+def evaluate(policy: "LanguageModule", prompts: Sequence[Prompt], means: ProblemMeans) -> None:
     """Complete and score prompts, greedily and by sampling, and add the results to the metrics."""
     greedy, sampled = policy.generate(prompts, 1, greedy=True), _sample(policy, prompts)
-    metrics.update((greedy, policy.score(greedy)), (sampled, policy.score(sampled)), policy.answers(sampled))
+    add_prompts(means, policy.score(greedy), (sampled, policy.score(sampled)), policy.answers(sampled))
 
 
-def log_evaluation(policy: EvaluatedPolicy, prefix: str, metrics: EvaluationMetrics) -> dict[str, dict[str, float]]:
+def log_evaluation(policy: "LanguageModule", prefix: str, means: ProblemMeans) -> dict[str, dict[str, float]]:
     """Log PREFIX/METRIC over all sets and PREFIX/SET/METRIC for each named set, and reset the metrics.
 
     Returns:
         Set -> metric -> value, with "" for all sets together.
     """
-    found = {name: {key: float(value) for key, value in of_set.items()} for name, of_set in metrics.compute().items()}
+    found = {name: {key: float(value) for key, value in of_set.items()} for name, of_set in means.compute().items()}
     values = {
         "/".join(filter(None, (prefix, name, key))): value for name, of_set in found.items() for key, value in of_set.items()
     }
     policy.log_dict(values, sync_dist=policy.trainer.world_size > 1)
-    metrics.reset()
+    means.reset()
     return found
 
 
-def predictions(policy: EvaluatedPolicy, prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[dict[str, Any]]:
+def predictions(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     """Sampled completions of prompts with their rewards, as records for JSON."""
-    rollouts = _sample(policy, prompts)
+    rollouts, encoder = _sample(policy, prompts), policy.pretrained.encoder
     return prediction_records(
         rollouts, policy.score(rollouts), [encoder.render(prompt) for prompt in prompts], policy.answers(rollouts)
     )
 
 
-def _sample(policy: EvaluatedPolicy, prompts: Sequence[Prompt]) -> Rollouts:
+def _sample(policy: "LanguageModule", prompts: Sequence[Prompt]) -> Rollouts:
     # The random numbers are the same at every evaluation, and not taken from the generators of training.
     return policy.generate(prompts, policy.eval_samples, PromptDraws(prompts, policy.eval_samples, policy.seed + 104_729))
 

@@ -9,12 +9,12 @@ the model is an error; none is cut.
 
 import zlib
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import token_logprobs
@@ -30,33 +30,54 @@ from hybrid_lightning.policy.calibration import (
 )
 from hybrid_lightning.policy.evaluation import ExampleMetrics
 from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
+from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.prompts import place_of
+from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.rollout.batching import pad_left, pad_right
-from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule
+from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
+from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule, TrainedRollout
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.types import LossInputs, PolicyBatch, Prompt, Sequences
 
 __all__ = ["ExampleModule", "PreferenceModule", "SupervisedModule"]
 
 
 class ExampleModule(LanguageModule):
-    """Trains and evaluates by a loss on examples: by supervised fine-tuning, where a subclass says nothing else.
+    """Trains and evaluates by a loss on examples, such as one of your own.
 
     Args:
-        loss: Loss on examples; None takes the class's `default_loss`.
+        loss: Loss on examples; None takes that of the class, if it has one.
         reward: Scores completions of held-out prompts, which validation and test then generate as well. None evaluates the loss
             alone.
         examples_per_step: Examples (pairs, for a loss on pairs) in an optimizer step, over all devices and micro-batches.
-        **kwargs: See `LanguageModule`.
+        model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
+        attn_implementation: Attention, such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
+        chat_template_kwargs: Variables of the chat template.
+        sampler: Makes completions, and has the parameters of decoding: `Sampler`, `VLLMSampler`, `VLLMServerSampler`; None takes
+            `Sampler()`.
+        eval_samples: Sampled completions per prompt in validation, test and predict (the n of avg@n), beside the greedy one.
+        max_tokens_per_micro_batch: Most tokens of prompts and completions in one forward and backward pass; a prompt counts once
+            for all its completions. A smaller number takes less memory for activations and gives the same gradient. None chooses
+            by the sizes of the model (see `default_token_budget`).
+        seed: Seed of the order of the data, of sampling and of evaluation.
+        quantization: Quantizes the frozen base once the modules are scored, such as `NF4()`; None keeps it as it is.
+        optimizer: Makes the optimizer of the parameter groups that it is called with.
+        lr_full: Learning rate of fully trained modules; None takes `lr_lora` times 96 / hidden size, at most `lr_lora`.
+        lr_lora: Learning rate of LoRA weights.
+        schedule: Learning rate schedule; None takes `ConstantSchedule()`.
 
     Raises:
-        ConfigError: If a value is impossible.
+        ConfigError: If a value is impossible, or there is no loss.
         ModelError: If the model cannot be loaded.
     """
 
-    default_loss: type[ExampleLoss] = SupervisedLoss
-    completions_wanted = "one: give data.format=DemonstrationFormat"  # by an example, for error messages
-    shown_metrics: tuple[str, ...] = ("loss",)
+    default_loss: type[ExampleLoss] | None = None
+    training_metrics = LanguageModule.training_metrics | {"entropy", "logps", "rewards"}  # what losses on examples measure
     OPTIONS: ClassVar[dict[str, Option]] = {
         "loss": Option(MADE_BY | ACCURACY, scores=True),  # with which the held-out loss is measured, too
         "examples_per_step": Option(SIZES, scores=True),
@@ -68,15 +89,47 @@ class ExampleModule(LanguageModule):
         reward: RewardFunction | None = None,
         *,
         examples_per_step: int = 32,
-        **kwargs: Any,
+        model: str = "embedded",
+        revision: str | None = None,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        sampler: RolloutEngine | None = None,
+        eval_samples: int = 8,
+        max_tokens_per_micro_batch: int | None = None,
+        seed: int = 0,
+        quantization: Quantization | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        lr_full: float | None = None,
+        lr_lora: float = 1e-4,
+        schedule: LearningRateSchedule | None = None,
     ) -> None:
         if examples_per_step < 1:
             raise ConfigError(f"model.examples_per_step must be at least 1, got {examples_per_step}")
-        trained_by = loss or self.default_loss()
-        schedule = RolloutSchedule(examples_per_step, trained_by.rows_per_example)
-        super().__init__(trained_by, reward, schedule, **kwargs)
+        trained_by = self.default_loss() if loss is None and self.default_loss is not None else loss
+        if trained_by is None:
+            raise ConfigError("ExampleModule needs model.loss; or take SupervisedModule or PreferenceModule, which have one")
+        super().__init__(
+            trained_by,
+            reward,
+            RolloutSchedule(examples_per_step, trained_by.rows_per_example),
+            Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs),
+            gradient_checkpointing=gradient_checkpointing,
+            sampler=sampler,
+            eval_samples=eval_samples,
+            max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+            seed=seed,
+            quantization=quantization,
+            optimizer=optimizer,
+            lr_full=lr_full,
+            lr_lora=lr_lora,
+            schedule=schedule,
+        )
         self.examples_per_step = examples_per_step
         self.rows_together = trained_by.rows_per_example
+        self.shown_metrics = ("loss", *trained_by.shares_ahead)
         self.example_metrics = torch.nn.ModuleDict({"val": ExampleMetrics(), "test": ExampleMetrics()})
 
     # ---- training data
@@ -88,11 +141,11 @@ class ExampleModule(LanguageModule):
 
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
+    ) -> TrainedRollout:
         """Look up the completions of prompts (see `RolloutSource`). They have no rewards; their advantages are 1."""
         sequences = self.example_sequences(prompts, self.device)
         ones = torch.ones(len(sequences), device=self.device)
-        return sequences, torch.zeros(sequences.completion_ids.shape, device=self.device), ones, {}
+        return TrainedRollout(sequences, torch.zeros(sequences.completion_ids.shape, device=self.device), ones)
 
     def takes_part(self, advantages: Tensor) -> Tensor:
         """Every row is needed (see `RolloutSource`)."""
@@ -102,18 +155,9 @@ class ExampleModule(LanguageModule):
         """Fill in reference log-probabilities, where the loss compares with the start policy (see `RolloutSource`)."""
         if not self.loss.needs_reference:
             return list(batches)
-
-        def add(batch: PolicyBatch) -> PolicyBatch:
-            with self.start_policy():
-                return batch.with_logprobs(None, self.update.logprobs(self, batch.sequences)[0])
-
-        def add_all() -> list[PolicyBatch]:
-            with nullcontext() if self.weights.passes_together else self.signals.at_once():
-                return [add(batch) for batch in batches]
-
-        with self.stopping_together(), self.clock.phase("logprobs"), self.inference():
-            filled = self.weights.in_passes(add_all, as_trained=True)
-        return filled
+        with self.stopping_together(), self.clock.phase("logprobs"):
+            measured = self.update.measure([batch.sequences for batch in batches], current=False, as_trained=True)
+        return [batch.with_logprobs(None, reference) for batch, (_, _, reference) in zip(batches, measured, strict=True)]
 
     def example_sequences(self, prompts: Sequence[Prompt], device: torch.device) -> Sequences:
         """Tokens of prompts and completions; the completions of a prompt are neighbouring rows.
@@ -127,8 +171,7 @@ class ExampleModule(LanguageModule):
                 model can read.
         """
         rows = [self._example_tokens(prompt) for prompt in prompts]
-        pad = self.tokenizer.pad_token_id
-        pad = int(self.tokenizer.eos_token_id if pad is None else pad)
+        pad = pad_token(self.tokenizer)
         prompt_ids = [ids for ids, completions in rows for _ in completions]
         completion_ids = [ids for _, completions in rows for ids in completions]
         return Sequences(*pad_left(prompt_ids, pad, device), *pad_right(completion_ids, pad, device))
@@ -137,9 +180,12 @@ class ExampleModule(LanguageModule):
         """Token ids of a prompt, and of each of its completions."""
         place = place_of(prompt)
         if len(prompt.completions) != self.loss.rows_per_example:
-            raise DataError(
-                f"{place} has {len(prompt.completions)} completions, but {type(self).__name__} needs {self.completions_wanted}"
+            needed = (
+                "one: give data.format=DemonstrationFormat"
+                if self.loss.rows_per_example == 1
+                else "two, the chosen and the rejected one: give data.format=PreferenceFormat"
             )
+            raise DataError(f"{place} has {len(prompt.completions)} completions, but {type(self).__name__} needs {needed}")
         ids, encoder, stop_ids = self.encode(prompt), self.pretrained.encoder, self.pretrained.stop_ids
         completions = [encoder.encode_completion(prompt, text, stop_ids) for text in prompt.completions]
         longest = len(ids) + max(map(len, completions))
@@ -158,14 +204,14 @@ class ExampleModule(LanguageModule):
         for prompt in prompts:
             self._example_tokens(prompt)
 
-    def check_settings(self) -> None:
-        """Check the settings of the run; called before scoring and before training.
+    def check_run_settings(self) -> None:
+        """Refuse settings of the run that cannot work and, once the weights are loaded, warn of doubtful ones.
 
         Raises:
             ConfigError: For the reasons of `LanguageModule`, or if the examples of a step cannot be split evenly over devices
                 and micro-batches, or predictions are asked for without a reward.
         """
-        super().check_settings()
+        super().check_run_settings()
         if self.trainer.state.fn == "predict" and self.reward is None:
             raise ConfigError("predict scores completions: give model.reward, such as ExactMatch")
         if self.trainer.state.fn == "fit":
@@ -211,7 +257,7 @@ class ExampleModule(LanguageModule):
         """
         prompts = training_prompts(self.trainer)
         self.check_enough(prompts)
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed + 7919)).tolist()
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.calibration_seed)).tolist()
         count = min(self.examples_per_step if num_prompts is None else num_prompts, len(order))
         if steps is not None:
             count = steps * self.examples_per_step
@@ -219,7 +265,7 @@ class ExampleModule(LanguageModule):
         parts = []
         for some in equal_slices(count, steps or 1):
             rows = self.example_sequences(chosen[some], self.model_device)
-            parts.append(ExampleCalibration(rows, self.update.chunks(self, rows), self.loss, self.calibration_logprobs))
+            parts.append(ExampleCalibration(rows, self.update.chunks(rows), self.loss, self.calibration_logprobs))
         losses = parts[0] if steps is None else StepCalibration(parts)
         losses.info["prompts"] = len(chosen)
         return losses
@@ -234,60 +280,33 @@ class ExampleModule(LanguageModule):
         measured = [f"val/{name}" for name in self.loss.terms(inputs)]
         return measured if self.reward is None else measured + super().validation_names(sets)
 
-    def _add_losses(self, prompts: Sequence[Prompt], metrics: ExampleMetrics) -> None:
-        """Add what the loss measures on examples to the metrics."""
-        sequences = self.example_sequences(prompts, self.device)
-
-        def loss_inputs() -> LossInputs:
-            reference = None
-            with nullcontext() if self.weights.passes_together else self.signals.at_once():
-                logprobs, entropy = self.update.logprobs(self, sequences)
-                if self.loss.needs_reference:
-                    with self.start_policy():
-                        reference, _ = self.update.logprobs(self, sequences)
-            ones = torch.ones(len(sequences), device=self.device)
-            return LossInputs(logprobs, ones, sequences.completion_mask, ref_logprobs=reference, entropy=entropy)
-
-        with self.inference():
-            inputs = self.weights.in_passes(loss_inputs)
-        identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in prompts]
+    def evaluate_batch(self, stage: str, batch: Sequence[Prompt]) -> None:
+        """Measure the loss of held-out examples, and completions of their prompts if there is a reward."""
+        sequences = self.example_sequences(batch, self.device)
+        ((logprobs, entropy, reference),) = self.update.measure([sequences])
+        assert logprobs is not None
+        ones = torch.ones(len(sequences), device=self.device)
+        inputs = LossInputs(logprobs, ones, sequences.completion_mask, ref_logprobs=reference, entropy=entropy)
+        identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in batch]
         weights = self.loss.weights(sequences.completion_mask)
-        metrics.update(torch.tensor(identity, device=self.device), weights, self.loss.terms(inputs))
-
-    def validation_step(self, batch: Sequence[Prompt], *place: Any, **places: Any) -> None:
-        """Loss of a batch of examples, and completions of their prompts if there is a reward."""
-        with self.stopping_together() if self.trainer.state.fn == "fit" else nullcontext():
-            self._add_losses(batch, self.example_metrics["val"])  # type: ignore[arg-type]
+        self._losses_of(stage).update(torch.tensor(identity, device=self.device), weights, self.loss.terms(inputs))
         if self.reward is not None:
-            super().validation_step(batch, *place, **places)
+            super().evaluate_batch(stage, batch)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log `val/...`."""
+    def end_evaluation(self, stage: str) -> None:
+        """Log `val/...` or `test/...`: all that the loss measured and, if there is a reward, what completions have shown."""
         if self.reward is not None:
-            super().on_validation_epoch_end()
-        self._log_losses("val")
-
-    def test_step(self, batch: Sequence[Prompt], *place: Any, **places: Any) -> None:
-        """Loss of a batch of examples, and completions of their prompts if there is a reward."""
-        self._add_losses(batch, self.example_metrics["test"])  # type: ignore[arg-type]
-        if self.reward is not None:
-            super().test_step(batch, *place, **places)
-
-    def on_test_epoch_end(self) -> None:
-        """Log `test/...`."""
-        if self.reward is not None:
-            super().on_test_epoch_end()
-        self._log_losses("test")
-
-    def _log_losses(self, prefix: str) -> None:
-        """Log PREFIX/NAME for all that the loss measured, and add it to `last_evaluation`."""
-        metrics: Any = self.example_metrics[prefix]
+            super().end_evaluation(stage)
+        metrics = self._losses_of(stage)
         measured = {name: float(value) for name, value in metrics.compute().items()}
         # All ranks have the same values already; `sync_dist` tells Lightning so.
-        self.log_dict({f"{prefix}/{name}": value for name, value in measured.items()}, sync_dist=self.trainer.world_size > 1)
+        self.log_dict({f"{stage}/{name}": value for name, value in measured.items()}, sync_dist=self.trainer.world_size > 1)
         evaluation = self.last_evaluation if self.reward is not None else {}
         self.last_evaluation = {**evaluation, "": {**measured, **evaluation.get("", {})}}
         metrics.reset()
+
+    def _losses_of(self, stage: str) -> ExampleMetrics:
+        return cast(ExampleMetrics, self.example_metrics[stage])
 
 
 class SupervisedModule(ExampleModule):
@@ -299,6 +318,8 @@ class SupervisedModule(ExampleModule):
 
     Arguments and errors are those of `ExampleModule`.
     """
+
+    default_loss = SupervisedLoss
 
 
 class PreferenceModule(ExampleModule):
@@ -312,5 +333,3 @@ class PreferenceModule(ExampleModule):
     """
 
     default_loss = DPOLoss
-    completions_wanted = "two, the chosen and the rejected one: give data.format=PreferenceFormat"
-    shown_metrics = ("loss", "rewards/accuracies")

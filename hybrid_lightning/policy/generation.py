@@ -8,73 +8,32 @@ before each rollout and each evaluation; only calibration, which the first makes
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 from transformers.utils import cached_file
 
 from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.errors import HybridLightningError, RolloutError
 from hybrid_lightning.policy.loading import DTYPES
 from hybrid_lightning.policy.modes import product_dtype
-from hybrid_lightning.policy.pretrained import Pretrained
-from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import PolicyWeights, RolloutEngine, ServedModel, Stops
+from hybrid_lightning.rollout.rollout_engine import PolicyWeights, ServedModel, Stops
 from hybrid_lightning.sharding.ranks import gather_objects, world_size
-from hybrid_lightning.sharding.weights import Weights
-from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import Prompt, Rollouts
 
 if TYPE_CHECKING:
-    from hybrid_lightning.engine import Engine  # with PEFT, which is slow to import
+    from hybrid_lightning.policy.language import LanguageModule
 
 # Nats by which the log-probabilities of an engine may differ from the policy's, on average. In bfloat16 0.02 was seen, with other
 # weights more than 2.
 _LARGEST_DIFFERENCE = 0.5
 _COMPARED = 4  # completions
-
-
-class GeneratingPolicy(Protocol):
-    """What a policy has to offer so that it can be completed with."""
-
-    dtype_name: str
-    generation_listeners: list[Any]
-    pretrained: Pretrained
-    quantization: Quantization | None
-    sampler: RolloutEngine
-    signals: StopSignals
-    weights: Weights
-
-    @property
-    def base_digest(self) -> str:
-        """Digest of its model without an adapter."""
-        ...
-
-    @property
-    def engine(self) -> "Engine":
-        """The engine of its model."""
-        ...
-
-    @property
-    def model(self) -> nn.Module:
-        """Its model, adapted or not."""
-        ...
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt."""
-        ...
-
-    def inference(self) -> Any:
-        """A context in which it computes without gradient."""
-        ...
 
 
 class Generation:
@@ -84,18 +43,15 @@ class Generation:
         policy: The policy.
     """
 
-    def __init__(self, policy: GeneratingPolicy) -> None:
-        self._policy: Any = policy
+    def __init__(self, policy: "LanguageModule") -> None:
+        self._policy = policy
         self._agrees = False  # whether the engine has been seen to compute what the policy computes
-        self._warned = False
         self.update_seconds = 0.0  # that the last update took
 
     @cached_property
     def _stops(self) -> Stops:
         """What ends a completion; slow to make where there are stop strings."""
-        policy = self._policy
-        stops: Stops = policy.sampler.stops(policy.pretrained.tokenizer, policy.pretrained.stop_ids)
-        return stops
+        return self._policy.sampler.stops(self._policy.tokenizer, self._policy.pretrained.stop_ids)
 
     def complete(
         self,
@@ -117,25 +73,31 @@ class Generation:
                 "the rollout engine has other weights than the policy; let all processes call policy.generation.update() before "
                 "they complete prompts"
             )
+        ids, stops = [policy.encode(prompt) for prompt in prompts], self._stops
 
         def on_token(running: int, decoded: int) -> None:
             for listener in policy.generation_listeners:
                 listener(running, decoded, sampler.max_new_tokens)
 
         def sample() -> Rollouts:
-            ids = [policy.encode(prompt) for prompt in prompts]
-            options = {"generator": generator, "greedy": greedy, "stops": self._stops, "on_token": on_token}
+            own = sampler.has_own_weights
             # A signal may end this at once: no other rank waits for this one meanwhile.
-            with policy.signals.at_once():
-                if sampler.has_own_weights:
-                    return sampler.sample(policy.engine, policy.pretrained.tokenizer, prompts, ids, samples_per_prompt, **options)
-                with policy.engine.sampling(product_dtype(policy.model)):
-                    return sampler.sample(policy.engine, policy.pretrained.tokenizer, prompts, ids, samples_per_prompt, **options)
+            with policy.signals.at_once(), nullcontext() if own else policy.engine.sampling(product_dtype(policy.model)):
+                return sampler.sample(
+                    policy.engine,
+                    policy.tokenizer,
+                    prompts,
+                    ids,
+                    samples_per_prompt,
+                    generator=generator,
+                    greedy=greedy,
+                    stops=stops,
+                    on_token=on_token,
+                )
 
         with policy.inference():
             rollouts = sample() if sampler.has_own_weights else policy.weights.gathered(sample)
-        step = sampler.version.step if sampler.has_own_weights else self._step
-        made_by = torch.full_like(rollouts.finished, step, dtype=torch.long)
+        made_by = torch.full_like(rollouts.finished, self._step, dtype=torch.long)  # an engine has these, too
         rollouts = replace(rollouts, sequences=replace(rollouts.sequences, weights_step=made_by))
         # A policy that is split computes with all ranks, and only in training do all of them complete equally often.
         if sampler.has_own_weights and not self._agrees and (not policy.weights.sharded or policy.trainer.training):
@@ -169,15 +131,6 @@ class Generation:
         """
         if self._policy.sampler.has_own_weights:
             self._policy.sampler.check_model(self._served_model)
-
-    def warn_without_correction(self, correction: object) -> None:
-        """Warn once that an engine computes other probabilities than training, if nothing corrects for it."""
-        if self._policy.sampler.has_own_weights and correction is None and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                "vLLM computes slightly other probabilities than training, and model.correction corrects nothing: see "
-                "sampling/logp_difference, and give --model.correction=TokenTruncation, as configs/rollout/vllm.yaml does"
-            )
 
     def _give(self, together: bool) -> None:
         """Update the engine of this rank.
@@ -219,22 +172,6 @@ class Generation:
         if first is not None:
             raise failure or RolloutError(first)
         return any(of_rank for of_rank, _ in answers)
-
-    @contextmanager
-    def stopping_together(self) -> Iterator[None]:
-        """End the run on all ranks after this context if one was asked to stop, or its rollout engine failed, by then.
-
-        All ranks have to enter and leave it.
-        """
-        failure: RolloutError | None = None
-        try:
-            yield
-        except RunStopped:
-            pass  # raised on this rank alone; `check_stop` tells the others
-        except RolloutError as error:
-            failure = error
-        self._policy.check_stop()
-        self.fail_together(failure)
 
     def fail_together(self, failure: Exception | None) -> None:
         """Raise a failure of one rank's engine on all ranks. All ranks have to call it.
@@ -297,7 +234,7 @@ class Generation:
         device = next(policy.model.parameters()).device if trainer is None else trainer.strategy.root_device
         with policy.precision():
             autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else DTYPES[policy.dtype_name]
+            dtype = torch.get_autocast_dtype(device.type) if autocast else DTYPES[policy.pretrained.dtype]
         pretrained = policy.pretrained
         return ServedModel(pretrained.config, pretrained.tokenizer, self._folder, dtype, device)
 

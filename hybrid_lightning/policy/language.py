@@ -29,24 +29,29 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.engine import Backend, base_model
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.metrics import ProblemMeans, check_set_name
 from hybrid_lightning.options import ACCURACY, FIXED, MADE_BY, Option
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.calibration import CalibrationLosses
-from hybrid_lightning.policy.evaluation import EvaluationMetrics, evaluate, log_evaluation, predictions, repeat_prompts
+from hybrid_lightning.policy.evaluation import evaluate, evaluation_means, log_evaluation, predictions, repeat_prompts
 from hybrid_lightning.policy.generation import Generation
 from hybrid_lightning.policy.modes import autocast_of, checkpoint_gradients, evaluation_mode
+from hybrid_lightning.policy.precision import check_precision, use_bfloat16_precision
 from hybrid_lightning.policy.pretrained import Pretrained
-from hybrid_lightning.policy.run_checks import check_prompts, check_run, warn_of_differences
+from hybrid_lightning.policy.quantization import check_quantization
+from hybrid_lightning.policy.run_differences import warn_of_differences
 from hybrid_lightning.policy.step_times import PhaseClock
-from hybrid_lightning.policy.update import Update, make_rollout_loader
+from hybrid_lightning.policy.training_data import make_rollout_loader
+from hybrid_lightning.policy.update import Update
 from hybrid_lightning.process import prepare_gpu
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.ranks import gather_counts
+from hybrid_lightning.sharding.checks import check_strategy
+from hybrid_lightning.sharding.ranks import check_stop, gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
@@ -63,21 +68,13 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         loss: Training loss. Its `needs_reference` says whether it compares with the start policy.
         reward: Scores completions; None where nothing is generated.
         rollout_schedule: Sizes of a rollout and its optimizer steps.
-        model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
-        revision: Branch, tag or commit of a hub model.
-        dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
-        attn_implementation: Attention, such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
-        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
-        chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
-        chat_template_kwargs: Variables of the chat template.
-        sampler: Makes completions, and has the parameters of decoding: `Sampler`, `VLLMSampler`, `VLLMServerSampler`; None takes
-            `Sampler()`.
-        eval_samples: Sampled completions per prompt in validation, test and predict (the n of avg@n), beside the greedy one.
-        max_tokens_per_micro_batch: Most tokens of prompts and completions in one forward and backward pass; a prompt counts once
-            for all its completions. A smaller number takes less memory for activations and gives the same gradient. None chooses
-            by the sizes of the model (see `default_token_budget`).
-        seed: Seed of the order of the data, of sampling and of evaluation.
-        **kwargs: See `AdaptedModule`.
+        pretrained: The model that training starts from.
+        gradient_checkpointing: See `PolicyModule`.
+        sampler: See `PolicyModule`.
+        eval_samples: See `PolicyModule`.
+        max_tokens_per_micro_batch: See `PolicyModule`.
+        seed: See `PolicyModule`.
+        **adapted: See `AdaptedModule`.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -85,6 +82,8 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
     """
 
     shown_metrics: tuple[str, ...] = ("reward", "completions/mean_length")  # beside the progress bar
+    # First part ("completions" of "completions/mean_length") of the names that training logs: here, by Lightning, by `StepTimer`.
+    training_metrics = frozenset({"loss", "grad_norm", "epoch", "step", "time", "throughput"})
     rows_together = 1  # so many neighbouring rows are never in different chunks: 2 for the pairs of a preference loss
     OPTIONS: ClassVar[dict[str, Option]] = {
         "loss": Option(MADE_BY, scores=True),
@@ -109,44 +108,36 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         loss: Any,
         reward: RewardFunction | None,
         rollout_schedule: RolloutSchedule,
+        pretrained: Pretrained,
         *,
-        model: str = "embedded",
-        revision: str | None = None,
-        dtype: str = "float32",
-        attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
-        chat_template: str | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        sampler: RolloutEngine | None = None,
-        eval_samples: int = 8,
-        max_tokens_per_micro_batch: int | None = None,
-        seed: int = 0,
-        **kwargs: Any,
+        gradient_checkpointing: bool,
+        sampler: RolloutEngine | None,
+        eval_samples: int,
+        max_tokens_per_micro_batch: int | None,
+        seed: int,
+        **adapted: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.save_hyperparameters(ignore=["rollout_schedule"])
+        super().__init__(**adapted)
+        self.save_hyperparameters(ignore=["rollout_schedule", "pretrained"])
         self._describe_hyperparameters()
         for name, count in (("eval_samples", eval_samples), ("max_tokens_per_micro_batch", max_tokens_per_micro_batch)):
             if count is not None and count < 1:
                 raise ConfigError(f"model.{name} must be at least 1, got {count}")
-        self.loss, self.reward, self.rollout_schedule = loss, reward, rollout_schedule
+        self.loss, self.reward, self.rollout_schedule, self.pretrained = loss, reward, rollout_schedule, pretrained
         self.sampler: RolloutEngine = sampler or Sampler()
-        self.eval_samples, self.seed = eval_samples, seed
+        self.eval_samples, self.seed, self.gradient_checkpointing = eval_samples, seed, gradient_checkpointing
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
-        self.tokens_of_pass: int | None = None
-        self.dtype_name, self.gradient_checkpointing = dtype, gradient_checkpointing
-        self.pretrained = Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs)
-        self.update = Update()
+        self.tokens_of_pass: int | None = None  # what was chosen for the run where that is None
         self.clock = PhaseClock()  # replaced by StepTimer's
         self.signals = StopSignals()  # replaced by GracefulStop's, which are those of the process
         self.generation_listeners: list[Callable[[int, int, int], None]] = []  # called with (running, decoded, max_new_tokens)
         self.last_evaluation: dict[str, dict[str, float]] = {}  # set -> metric -> value; "" for all sets
-        self.generation = Generation(self)
-        self._warned_of_differences = False
+        self.update, self.generation = Update(self), Generation(self)
+        self._checked: tuple[Any, ...] = ()  # the run whose settings have been checked, until its setup is over
         self._missing_batches = 0  # prediction batches that other ranks have more than this one, where the model is sharded
         if not self._loads_later:
             self.load()
-        self.validation_metrics, self.test_metrics = EvaluationMetrics(eval_samples), EvaluationMetrics(eval_samples)
+        self.prompt_metrics = nn.ModuleDict({stage: evaluation_means(eval_samples) for stage in ("val", "test")})
 
     # ---- model
 
@@ -212,27 +203,41 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """Refuse settings that cannot work before time is spent on the run (see `check_settings`)."""
         super().setup(stage)
         self.check_settings()
+        self._checked = ()  # the next run may be another Trainer's
         if self.is_loaded:  # and adapted, since callbacks are set up first
             self.engine.report()
 
     def check_settings(self) -> None:
-        """Check the settings of the run; called before scoring and before training.
+        """Check the settings of the run, once: before the modules are scored, or when this module is set up.
+
+        A subclass overrides `check_run_settings`. The command line also checks before the weights are loaded.
+        """
+        run = (self.trainer, self.trainer.state.fn, self.is_loaded)
+        if run != self._checked:
+            self.check_run_settings()
+            self._checked = run
+
+    def check_run_settings(self) -> None:
+        """Refuse settings of the run that cannot work and, once the weights are loaded, warn of doubtful ones.
 
         Raises:
             ConfigError: If strategy, precision, dtype, optimizer and quantization do not work together, or the loss needs a
                 start policy that is not kept.
         """
-        if self.trainer.strategy.root_device.type == "cuda":
+        strategy, dtype = self.trainer.strategy, self.pretrained.dtype
+        if strategy.root_device.type == "cuda":
             prepare_gpu(own_allocator=self.sampler.shares_device)
-        check_run(self.trainer, self.optimizer_class, self.dtype_name, self.quantization)
+        check_strategy(self.trainer, self.optimizer_class, dtype)
+        if self.quantization is not None:
+            check_quantization(self.quantization, self.trainer)
+        check_precision(str(self.trainer.precision), dtype, self.optimizer_class)
+        use_bfloat16_precision(strategy)
         self.generation.check()
         if self.plan is not None:
             self.check_start_weights(self.keep_start_weights)
-        if self.is_loaded and not self._warned_of_differences:  # not before, since the attention is known from the model
-            self._warned_of_differences = True
-            warn_of_differences(
-                self.trainer, getattr(base_model(self.model).config, "_attn_implementation", None), self.reward_terms()
-            )
+        if self.is_loaded:  # else the attention is not known
+            attention = getattr(base_model(self.model).config, "_attn_implementation", None)
+            warn_of_differences(self.trainer, attention, self.reward_terms())
 
     def check_start_weights(self, kept: bool) -> None:
         """Raise ConfigError if the loss needs the start policy and its weights are not kept."""
@@ -243,7 +248,11 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Make sure that completions of these prompts can be scored (see `RewardFunction.check_prompt`) and reported on."""
-        check_prompts(prompts, self.reward_terms())
+        for name in {prompt.set_name for prompt in prompts}:
+            check_set_name(name)
+        for reward in self.reward_terms():
+            for prompt in prompts:
+                reward.check_prompt(prompt)
 
     def check_encoding(self, prompts: Sequence[Prompt]) -> None:
         """Make sure that the first prompt of each set can be rendered, tokenized, and completed within the model's positions."""
@@ -271,15 +280,25 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     # ---- signals
 
-    def stopping_together(self) -> AbstractContextManager[None]:
-        """See `Generation.stopping_together`."""
-        return self.generation.stopping_together()
-
     def check_stop(self) -> None:
         """Raise `RunStopped` on all ranks if one of them has been asked to stop. All ranks have to call it."""
-        number = max(gather_counts(self.signals.requested, self.device))
-        if number:
-            raise RunStopped(number, together=True)
+        check_stop(self.signals, self.device)
+
+    @contextmanager
+    def stopping_together(self) -> Iterator[None]:
+        """End the run on all ranks after this context if one was asked to stop, or its rollout engine failed, by then.
+
+        All ranks have to enter and leave it.
+        """
+        failure: RolloutError | None = None
+        try:
+            yield
+        except RunStopped:
+            pass  # raised on this rank alone; `check_stop` tells the others
+        except RolloutError as error:
+            failure = error
+        self.check_stop()
+        self.generation.fail_together(failure)
 
     # ---- completions
 
@@ -336,6 +355,11 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
     def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probabilities with gradient and entropies of completions, [B, T] each."""
 
+    @property
+    def calibration_seed(self) -> int:
+        """Seed of the order and of the completions of calibration prompts, which are not those of training."""
+        return self.seed + 7919
+
     def calibration_logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """`logprobs` in the Trainer's precision, outside of a training step."""
         with self.precision():
@@ -361,14 +385,15 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """The train dataloader: rollouts of these prompts. A data module's `train_dataloader` returns it."""
         return make_rollout_loader(self, prompts)
 
-    def on_train_start(self) -> None:
+    def on_fit_start(self) -> None:
         """Let a resumed run's loader go on from its state in the checkpoint."""
-        # Lightning has done so when it got the loader. That is too early where the schedule had asked for the number of steps.
-        self.trainer.fit_loop._load_combined_loader_states()
+        # Where a schedule has asked for the run's number of steps, Lightning has made the train dataloader already, before it
+        # restores the state of its loops, and would not restore the loader's any more. So it has to make another one.
+        self.trainer.fit_loop._combined_loader = None
 
     def on_train_epoch_start(self) -> None:
         """Begin the epoch with a new optimizer step, even if the last epoch ended in the middle of one."""
-        self.update = Update()
+        self.update = Update(self)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start the clock's phase "update", after the callbacks' hooks of this name; `StepTimer` ends it."""
@@ -376,7 +401,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch (see `Update.micro_batch`)."""
-        return self.update.micro_batch(self, batch, batch_idx)
+        return self.update.micro_batch(batch, batch_idx)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Clear old gradients, unless the update has done so."""
@@ -384,14 +409,30 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm of each parameter group before clipping; TrainingError if one is not finite."""
-        self.update.log_gradient_norms(self, optimizer)
+        self.update.log_gradient_norms(optimizer)
 
     # ---- evaluation
 
     def validation_names(self, sets: Collection[str]) -> list[str]:
         """Names of all that a validation on prompts of these sets logs."""
-        names = self.validation_metrics.names(sets)
+        names = self._means_of("val").names(sets)
         return ["/".join(filter(None, ("val", name, value))) for name, values in names.items() for value in values]
+
+    def evaluate_batch(self, stage: str, batch: Sequence[Prompt]) -> None:
+        """Measure the policy on a batch of held-out prompts.
+
+        Args:
+            stage: `val` or `test`, under which `end_evaluation` logs.
+            batch: The prompts.
+        """
+        evaluate(self, batch, self._means_of(stage))
+
+    def end_evaluation(self, stage: str) -> None:
+        """Log what the batches of an evaluation have given, as `val/...` or `test/...`, and keep it as `last_evaluation`."""
+        self.last_evaluation = log_evaluation(self, stage, self._means_of(stage))
+
+    def _means_of(self, stage: str) -> ProblemMeans:
+        return cast(ProblemMeans, self.prompt_metrics[stage])
 
     def on_validation_epoch_start(self) -> None:
         """Give a rollout engine with weights of its own those of the policy now."""
@@ -403,20 +444,20 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """Complete and score a batch of prompts, greedily and by sampling."""
         # A run that is stopped in training is saved by all ranks together; a validation by itself has nothing to save.
         with self.stopping_together() if self.trainer.state.fn == "fit" else nullcontext():
-            evaluate(self, batch, self.validation_metrics)
+            self.evaluate_batch("val", batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/...`."""
         self.sampler.release_memory()
-        self.last_evaluation = log_evaluation(self, "val", self.validation_metrics)
+        self.end_evaluation("val")
 
     def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         """Complete and score a batch of prompts, greedily and by sampling."""
-        evaluate(self, batch, self.test_metrics)
+        self.evaluate_batch("test", batch)
 
     def on_test_epoch_end(self) -> None:
         """Log `test/...`."""
-        self.last_evaluation = log_evaluation(self, "test", self.test_metrics)
+        self.end_evaluation("test")
 
     def on_predict_epoch_start(self) -> None:
         """Update a rollout engine; where the model is sharded, find out how many more batches than this rank another one has."""
@@ -432,4 +473,4 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     def predict_step(self, batch: Sequence[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Sampled completions of a batch of prompts with their rewards, as records for JSON."""
-        return predictions(self, batch, self.pretrained.encoder)
+        return predictions(self, batch)

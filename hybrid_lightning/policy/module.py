@@ -10,13 +10,13 @@ Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim import AdamW
 
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
 from hybrid_lightning.advantages import AdvantageEstimator, GroupAdvantage
@@ -36,19 +36,26 @@ from hybrid_lightning.policy.calibration import (
     training_prompts,
 )
 from hybrid_lightning.policy.language import LanguageModule
-from hybrid_lightning.policy.rollout_metrics import rollout_metrics
+from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
+from hybrid_lightning.policy.pretrained import Pretrained
+from hybrid_lightning.policy.quantization import Quantization
+from hybrid_lightning.policy.rollout_metrics import ROLLOUT_METRICS, rollout_metrics
 from hybrid_lightning.policy.sampled_groups import advantages_over_ranks, choose_trained, sample_groups
 from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens, weights_lag
-from hybrid_lightning.policy.update import PassTokens
+from hybrid_lightning.policy.update import restore_pass_tokens, saved_pass_tokens
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, teaching_groups
-from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule
+from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.prompt_order import PromptOrder
 from hybrid_lightning.rollout.rng import PromptDraws
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.sharding.ranks import world_size
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
 
 __all__ = ["PolicyModule"]
+
+# First parts of the names of what policy losses measure, and `chunk_loss` beside them.
+POLICY_METRICS = frozenset({"cispo_clip_ratio", "clip_ratio", "entropy", "kl", "ratio", "sampling", "top_entropy"})
 
 
 class PolicyModule(LanguageModule):
@@ -74,13 +81,32 @@ class PolicyModule(LanguageModule):
         samples_per_prompt: Completions of each prompt in a rollout (G).
         minibatches_per_rollout: Optimizer steps in one pass over a rollout.
         epochs_per_rollout: Passes over a rollout.
-        **kwargs: See `LanguageModule`.
+        model: `embedded`, a folder (also one with an adapter alone), a GGUF file, `package:NAME/FILE`, or a hub id.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Dtype of the weights: `float32`, or `bfloat16` together with `trainer.precision=bf16-mixed` or `bf16-true`.
+        attn_implementation: Attention, such as `sdpa`, `eager`, `flash_attention_2`; None lets transformers choose.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        chat_template: Jinja template for chat prompts; None takes the tokenizer's own.
+        chat_template_kwargs: Variables of the chat template.
+        sampler: Makes completions, and has the parameters of decoding: `Sampler`, `VLLMSampler`, `VLLMServerSampler`; None takes
+            `Sampler()`.
+        eval_samples: Sampled completions per prompt in validation, test and predict (the n of avg@n), beside the greedy one.
+        max_tokens_per_micro_batch: Most tokens of prompts and completions in one forward and backward pass; a prompt counts once
+            for all its completions. A smaller number takes less memory for activations and gives the same gradient. None chooses
+            by the sizes of the model (see `default_token_budget`).
+        seed: Seed of the order of the data, of sampling and of evaluation.
+        quantization: Quantizes the frozen base once the modules are scored, such as `NF4()`; None keeps it as it is.
+        optimizer: Makes the optimizer of the parameter groups that it is called with.
+        lr_full: Learning rate of fully trained modules; None takes `lr_lora` times 96 / hidden size, at most `lr_lora`.
+        lr_lora: Learning rate of LoRA weights.
+        schedule: Learning rate schedule; None takes `ConstantSchedule()`.
 
     Raises:
         ConfigError: If a value is impossible.
         ModelError: If the model cannot be loaded.
     """
 
+    training_metrics = LanguageModule.training_metrics | ROLLOUT_METRICS | POLICY_METRICS
     OPTIONS: ClassVar[dict[str, Option]] = {
         "advantage": Option(MADE_BY, scores=True),
         "correction": Option(MADE_BY),
@@ -107,26 +133,55 @@ class PolicyModule(LanguageModule):
         samples_per_prompt: int = 8,
         minibatches_per_rollout: int = 1,
         epochs_per_rollout: int = 1,
-        **kwargs: Any,
+        model: str = "embedded",
+        revision: str | None = None,
+        dtype: str = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        sampler: RolloutEngine | None = None,
+        eval_samples: int = 8,
+        max_tokens_per_micro_batch: int | None = None,
+        seed: int = 0,
+        quantization: Quantization | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        lr_full: float | None = None,
+        lr_lora: float = 1e-4,
+        schedule: LearningRateSchedule | None = None,
     ) -> None:
-        schedule = RolloutSchedule(prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout)
         if dynamic_sampling is not None and samples_per_prompt < 2:
             raise ConfigError(
                 f"model.samples_per_prompt={samples_per_prompt}: model.dynamic_sampling looks for prompts whose completions "
                 "differ; set samples_per_prompt to 2 or more"
             )
-        super().__init__(loss, reward, schedule, **kwargs)
+        super().__init__(
+            loss,
+            reward,
+            RolloutSchedule(prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout),
+            Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs),
+            gradient_checkpointing=gradient_checkpointing,
+            sampler=sampler,
+            eval_samples=eval_samples,
+            max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+            seed=seed,
+            quantization=quantization,
+            optimizer=optimizer,
+            lr_full=lr_full,
+            lr_lora=lr_lora,
+            schedule=schedule,
+        )
         self.advantage = advantage or GroupAdvantage()
         self.correction, self.token_mask = correction, token_mask
         self.mask_truncated_completions, self.dynamic_sampling = mask_truncated_completions, dynamic_sampling
-        self._warned_of_ties = self._warned_of_std = False
+        self._warned_of_filled_groups = False
         self.last_rollout: tuple[Rollouts, Rewards, Tensor] | None = None  # for callbacks that show samples
 
     # ---- training data
 
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
+    ) -> TrainedRollout:
         """Complete and score prompts (see `RolloutSource`). The metrics are of all completions, trained on or not."""
         if self.dynamic_sampling is not None:
             return self._roll_out_dynamically(self.dynamic_sampling, prompts, generator, draw_more)
@@ -135,14 +190,15 @@ class PolicyModule(LanguageModule):
         with self.clock.phase("reward"):
             advantages = advantages_over_ranks(self.advantage, rewards, rollouts.samples_per_prompt)
         self.last_rollout = (rollouts, rewards, advantages)
-        taught = self.trained_sequences(rollouts)
-        if len(taught) and not taught.completion_mask.any():
+        trained = self.trained_sequences(rollouts)
+        if len(trained) and not trained.completion_mask.any():
             rank_zero_warn(
-                f"all {len(taught)} completions of a rollout were cut at max_new_tokens={self.sampler.max_new_tokens}, and "
+                f"all {len(trained)} completions of a rollout were cut at max_new_tokens={self.sampler.max_new_tokens}, and "
                 "model.mask_truncated_completions leaves those out, so that nothing is learned from it; raise "
                 "model.sampler.max_new_tokens"
             )
-        return taught, rollouts.sampling_logprobs, advantages, {**rollout_metrics(rollouts, rewards), **self.generation.metrics()}
+        metrics = {**rollout_metrics(rollouts, rewards), **self.generation.metrics()}
+        return TrainedRollout(trained, rollouts.sampling_logprobs, advantages, metrics)
 
     def _complete(self, prompts: Sequence[Prompt], generator: torch.Generator) -> tuple[Rollouts, Rewards]:
         """Complete and score this rank's prompts of a rollout."""
@@ -159,25 +215,25 @@ class PolicyModule(LanguageModule):
 
     def _roll_out_dynamically(
         self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
-    ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
+    ) -> TrainedRollout:
         """`roll_out` with extra rollouts, by a rule, in place of groups that teach nothing."""
         groups = sample_groups(rule, prompts, draw_more, lambda some: self._complete(some, generator), self._teaching_groups)
         self.sampler.release_memory()
         with self.clock.phase("reward"):
             minibatches = self.rollout_schedule.minibatches_per_rollout
-            taught = self.trained_sequences(groups.rollouts)
-            trained = choose_trained(groups, taught, self.advantage, minibatches, self.global_rank)
-        self.last_rollout = (groups.rollouts, groups.rewards, trained.of_sampled)
+            sequences = self.trained_sequences(groups.rollouts)
+            trained, of_sampled = choose_trained(groups, sequences, self.advantage, minibatches, self.global_rank)
+        self.last_rollout = (groups.rollouts, groups.rewards, of_sampled)
         metrics = {**rollout_metrics(groups.rollouts, groups.rewards), **groups.metrics(), **self.generation.metrics()}
-        if metrics["sampling/filled_groups"] and draw_more is not None and not self._warned_of_ties:
-            self._warned_of_ties = True
+        if metrics["sampling/filled_groups"] and draw_more is not None and not self._warned_of_filled_groups:
+            self._warned_of_filled_groups = True
             rank_zero_warn(
                 f"{metrics['sampling/filled_groups']:.0%} of a rollout's groups teach nothing, although {groups.extra_rollouts} "
                 "extra rollouts looked for others: the prompts are too easy or too hard for the policy; give other data, or "
                 "raise model.samples_per_prompt or model.dynamic_sampling.max_extra_rollouts. Later rollouts say so as "
                 "sampling/filled_groups alone"
             )
-        return trained.sequences, trained.sampling_logprobs, trained.advantages, metrics
+        return replace(trained, metrics=metrics)
 
     def _teaching_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
         """Which of this rank's groups teach something, one bool for each."""
@@ -202,29 +258,17 @@ class PolicyModule(LanguageModule):
         Old log-probabilities are computed as in training, not taken from the sampler: the ratio of the first minibatch is then
         exactly 1, which GSPO's narrow clip range needs.
         """
-        if on_policy and not self.loss.needs_reference and self.token_mask is None:
+        mask = self.token_mask
+        if on_policy and not self.loss.needs_reference and mask is None:
             return list(batches)
-
-        def add(batch: PolicyBatch) -> tuple[PolicyBatch, Tensor]:
-            old = reference = None
-            entropy = torch.zeros(batch.sequences.completion_mask.shape, device=self.device)
-            if not len(batch.sequences) and not self.weights.passes_together:
-                return batch, entropy
-            if not on_policy or self.token_mask is not None:
-                old, entropy = self.update.logprobs(self, batch.sequences)
-            if self.loss.needs_reference:
-                with self.start_policy():
-                    reference, _ = self.update.logprobs(self, batch.sequences)
-            return batch.with_logprobs(None if on_policy else old, reference), entropy
-
-        def add_all() -> list[tuple[PolicyBatch, Tensor]]:
-            with nullcontext() if self.weights.passes_together else self.signals.at_once():
-                return [add(batch) for batch in batches]
-
-        with self.stopping_together(), self.clock.phase("logprobs"), self.inference():
-            filled = self.weights.in_passes(add_all, as_trained=True)
-        batches = [batch for batch, _ in filled]
-        return batches if self.token_mask is None else mask_tokens(batches, [entropy for _, entropy in filled], self.token_mask)
+        with self.stopping_together(), self.clock.phase("logprobs"):
+            sequences = [batch.sequences for batch in batches]
+            measured = self.update.measure(sequences, current=mask is not None or not on_policy, as_trained=True)
+        filled = [
+            batch.with_logprobs(None if on_policy else old, reference)
+            for batch, (old, _, reference) in zip(batches, measured, strict=True)
+        ]
+        return filled if mask is None else mask_tokens(filled, [entropy for _, entropy, _ in measured], mask)
 
     # ---- loss
 
@@ -253,47 +297,49 @@ class PolicyModule(LanguageModule):
 
     # ---- checks and scoring
 
-    def check_settings(self) -> None:
-        """Check the settings of the run; called before scoring and before training.
+    def check_run_settings(self) -> None:
+        """Refuse settings of the run that cannot work and, once the weights are loaded, warn of doubtful ones.
 
         Raises:
             ConfigError: For the reasons of `LanguageModule`, or if the advantage needs more completions per prompt, a reward
                 does not fit the sampler's `max_new_tokens`, or a rollout cannot be split into the micro-batches that the Trainer
                 asks for.
         """
-        super().check_settings()
-        if self.correction is not None and self.sampler.renormalizes and not self.sampler.keeps_all_tokens:
+        super().check_run_settings()
+        sampler, loss, advantage = self.sampler, type(self.loss).__name__, type(self.advantage).__name__
+        if self.correction is not None and sampler.renormalizes and not sampler.keeps_all_tokens:
             raise ConfigError(
                 f"model.correction={type(self.correction).__name__} compares probabilities under the full softmax, and with "
-                f"{type(self.sampler).__name__} and top_p, top_k or min_p they are those among the tokens that are kept, which "
+                f"{type(sampler).__name__} and top_p, top_k or min_p they are those among the tokens that are kept, which "
                 "training does not know; set sampler.top_p=1, top_k=0 and min_p=0, or model.correction=null, or take Sampler"
             )
         self.advantage.check_samples(self.rollout_schedule.samples_per_prompt)
         for term in self.reward_terms():
-            term.check_length(self.sampler.max_new_tokens)
-        if self.trainer.state.fn == "fit":
-            self._warn_of_std()
-            self.generation.warn_without_correction(self.correction)
-            self.rollout_schedule.check_split(self.trainer.accumulate_grad_batches, self.trainer.world_size)
-
-    def _warn_of_std(self) -> None:
-        if self.advantage.divides_by_group_std and not self.loss.takes_group_std and not self._warned_of_std:
-            self._warned_of_std = True  # settings are checked several times
+            term.check_length(sampler.max_new_tokens)
+        if self.trainer.state.fn != "fit":
+            return
+        self.rollout_schedule.check_split(self.trainer.accumulate_grad_batches, self.trainer.world_size)
+        if self.is_loaded and self.advantage.divides_by_group_std and not self.loss.takes_group_std:
             rank_zero_warn(
-                f"{type(self.loss).__name__} is meant for advantages that are not divided by the standard deviation of their "
-                f"group, as those of {type(self.advantage).__name__} are; give --model.advantage=GroupMeanAdvantage"
+                f"{loss} is meant for advantages that are not divided by the standard deviation of their group, as those of "
+                f"{advantage} are; give --model.advantage=GroupMeanAdvantage"
+            )
+        if self.is_loaded and sampler.has_own_weights and self.correction is None:
+            rank_zero_warn(
+                "vLLM computes slightly other probabilities than training, and model.correction corrects nothing: see "
+                "sampling/logp_difference, and give --model.correction=TokenTruncation, as configs/rollout/vllm.yaml does"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `AdaptedModule`; with the tokens of a pass, so that a resume splits rows alike."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[CHECKPOINT_KEY] |= PassTokens.saved(self)
+        checkpoint[CHECKPOINT_KEY] |= saved_pass_tokens(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `AdaptedModule`."""
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None:
-            PassTokens.restore(self, checkpoint[CHECKPOINT_KEY])
+            restore_pass_tokens(self, checkpoint[CHECKPOINT_KEY])
 
     def calibration_losses(
         self, num_prompts: int | None = None, kept: ScoringProgress | None = None, steps: int | None = None
@@ -314,7 +360,7 @@ class PolicyModule(LanguageModule):
         """
         prompts = training_prompts(self.trainer)
         self.check_enough(prompts)
-        order = PromptOrder(prompts, seed=0).of(self.seed + 7919)
+        order = PromptOrder(prompts, seed=0).of(self.calibration_seed)
         schedule = self.rollout_schedule
         count = min(schedule.prompts_per_rollout if num_prompts is None else num_prompts, len(order))
         minibatches = 1

@@ -69,34 +69,31 @@ class ConstantSchedule(LearningRateSchedule):
         return 1.0
 
 
-class LinearSchedule(LearningRateSchedule):
-    """Straight line from 1 to `final_factor`, which is reached after the last step of the run.
+class _FallingSchedule(LearningRateSchedule):
+    """From 1 to a factor that is reached after the last step of the run.
 
     Args:
-        warmup_steps: See `LearningRateSchedule`.
+        warmup_steps: Optimizer steps in which the factor rises from 1 / (warmup_steps + 1) to 1.
         final_factor: Factor at the end, in [0, 1].
     """
 
     def __init__(self, warmup_steps: int = 0, final_factor: float = 0.0) -> None:
         super().__init__(warmup_steps)
-        self.final_factor = _check_final_factor(final_factor)
+        if not 0 <= final_factor <= 1:
+            raise ConfigError(f"schedule.final_factor must be between 0 and 1, got {final_factor}")
+        self.final_factor = final_factor
+
+
+class LinearSchedule(_FallingSchedule):
+    """Straight line from 1 to `final_factor`, which is reached after the last step of the run."""
 
     def after_warmup(self, step: int, total_steps: float) -> float:
         """1 - (1 - final_factor) * progress."""
         return 1 - (1 - self.final_factor) * self.progress(step, total_steps)
 
 
-class CosineSchedule(LearningRateSchedule):
-    """Half a cosine from 1 to `final_factor`, which is reached after the last step of the run.
-
-    Args:
-        warmup_steps: See `LearningRateSchedule`.
-        final_factor: Factor at the end, in [0, 1].
-    """
-
-    def __init__(self, warmup_steps: int = 0, final_factor: float = 0.0) -> None:
-        super().__init__(warmup_steps)
-        self.final_factor = _check_final_factor(final_factor)
+class CosineSchedule(_FallingSchedule):
+    """Half a cosine from 1 to `final_factor`, which is reached after the last step of the run."""
 
     def after_warmup(self, step: int, total_steps: float) -> float:
         """final_factor + (1 - final_factor) * (1 + cos(pi * progress)) / 2."""
@@ -200,9 +197,3 @@ def rate_of_full_modules(lr_lora: float, model: nn.Module) -> float:
     if hidden is None:
         raise ConfigError("the model has no hidden size from which the rate of full modules follows: give model.lr_full")
     return lr_lora * min(1.0, WIDTH_OF_ONE_RATE / hidden)
-
-
-def _check_final_factor(value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ConfigError(f"schedule.final_factor must be between 0 and 1, got {value}")
-    return value

@@ -44,13 +44,7 @@ class PromptEncoder:
                 "data.format=PlainFormat"
             )
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(prompt.messages),
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
-                **self.chat_template_kwargs,
-            )
+            return self._apply_template(list(prompt.messages), add_generation_prompt=True)
         except TemplateError as error:  # such as a template without a system role
             change = "change data.format"
             if type(error) is TemplateError and any(message["role"] == "system" for message in prompt.messages):
@@ -58,8 +52,6 @@ class PromptEncoder:
             raise ConfigError(
                 f"the chat template refuses the prompt of {place_of(prompt)}: {error}; {change} or model.chat_template"
             ) from error
-        assert isinstance(text, str)
-        return text
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, without the end-of-sequence token that some tokenizers append.
@@ -119,15 +111,18 @@ class PromptEncoder:
     def _render_answered(self, prompt: Prompt, text: str) -> str:
         messages = [*(prompt.messages or ()), {"role": "assistant", "content": text}]
         try:
-            whole = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.chat_template, tokenize=False, **self.chat_template_kwargs
-            )
+            return self._apply_template(messages)
         except TemplateError as error:
             raise ConfigError(
                 f"the chat template refuses the answer of {place_of(prompt)}: {error}; change model.chat_template"
             ) from error
-        assert isinstance(whole, str)
-        return whole
+
+    def _apply_template(self, messages: list[dict[str, str]], **options: Any) -> str:
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=False, **self.chat_template_kwargs, **options
+        )
+        assert isinstance(text, str)
+        return text
 
 
 def place_of(prompt: Prompt) -> str:

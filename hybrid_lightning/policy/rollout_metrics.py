@@ -9,6 +9,10 @@ from torch import Tensor
 from hybrid_lightning.sharding.ranks import gather_columns, gather_objects
 from hybrid_lightning.types import Rewards, Rollouts
 
+# First parts of the names of what is measured on a rollout: here, by `SampledGroups.metrics` and by `Generation.metrics`.
+_OF_REWARDS = {"accuracy", "frac_reward_zero_std", "reward", "reward_std", "rewards", "solve_rate"}
+ROLLOUT_METRICS = frozenset({*_OF_REWARDS, "completions", "num_tokens", "sampling", "sets"})
+
 
 def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
     """Compute the metrics of one rollout over all ranks, which have equally many prompts. All ranks have to call it.
@@ -19,7 +23,8 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
 
     Returns:
         `reward` (mean over sequences), `reward_std` (mean over groups of the unbiased standard deviation in a group),
-        `frac_reward_zero_std` (share of groups whose rewards all tie: they teach nothing), `rewards/{name}/mean` and `/std`,
+        `frac_reward_zero_std` (share of groups whose rewards are all equal, so that nothing is learned from them),
+        `rewards/{name}/mean` and `/std`,
         `solve_rate/{all,none,mixed}` (shares of groups of which all, none or some completions are correct), `accuracy`,
         `completions/*` in tokens, `num_tokens`; for each set of a mixture `sets/{name}/{reward,accuracy,mean_length}`.
     """
@@ -36,13 +41,13 @@ def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
     )
     groups = columns["total"].view(-1, rollouts.samples_per_prompt)
     std = groups.std(dim=1) if groups.shape[1] > 1 else torch.zeros_like(groups[:, 0])
-    ties = groups.amax(dim=1) == groups.amin(dim=1)
+    all_equal = groups.amax(dim=1) == groups.amin(dim=1)
     solved = columns["correct"].view_as(groups).float().mean(dim=1)
     lengths = columns["length"].float()
     metrics = {
         "reward": columns["total"].mean(),
         "reward_std": std.mean(),
-        "frac_reward_zero_std": ties.float().mean(),
+        "frac_reward_zero_std": all_equal.float().mean(),
         "accuracy": columns["correct"].float().mean(),
         "solve_rate/all": (solved == 1).float().mean(),
         "solve_rate/none": (solved == 0).float().mean(),

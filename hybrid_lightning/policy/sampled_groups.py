@@ -1,6 +1,6 @@
 """The groups that are sampled for a rollout, and the P of them, over all ranks, that are trained on.
 
-    sample_groups  ->  SampledGroups  ->  choose_trained  ->  TrainedGroups          with dynamic sampling
+    sample_groups  ->  SampledGroups  ->  choose_trained  ->  TrainedRollout         with dynamic sampling
     advantages_over_ranks                                                            without: all groups are trained on
 
 Axes: N groups that were sampled over all ranks, G samples per prompt, B sequences of one rank, T completion tokens. The position
@@ -17,7 +17,7 @@ from torch import Tensor
 from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, join_rows, join_sequences
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups
-from hybrid_lightning.rollout.loader import DrawPrompts
+from hybrid_lightning.rollout.loader import DrawPrompts, TrainedRollout
 from hybrid_lightning.sharding.ranks import gather_columns, gather_objects, own_rows, world_size
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
@@ -48,16 +48,6 @@ class SampledGroups:
             "sampling/surplus_groups": (useful - kept) / sampled,
             "sampling/filled_groups": 1 - kept / self.wanted,
         }
-
-
-@dataclass(frozen=True)
-class TrainedGroups:
-    """This rank's part of the groups that are trained on: B = P / ranks * G sequences."""
-
-    sequences: Sequences  # B
-    sampling_logprobs: Tensor  # [B, T]
-    advantages: Tensor  # [B]
-    of_sampled: Tensor  # [N / ranks * G] advantages of all groups that this rank sampled, 0 for those that are not trained on
 
 
 def sample_groups(
@@ -92,30 +82,34 @@ def sample_groups(
 
 
 def choose_trained(
-    groups: SampledGroups, taught: Sequences, estimator: AdvantageEstimator, minibatches: int, rank: int
-) -> TrainedGroups:
+    groups: SampledGroups, sequences: Sequences, estimator: AdvantageEstimator, minibatches: int, rank: int
+) -> tuple[TrainedRollout, Tensor]:
     """Choose P groups, estimate their advantages and spread them over the ranks. All ranks have to call it.
 
     Args:
         groups: The groups that were sampled.
-        taught: Their sequences as the loss sees them.
+        sequences: Their sequences as the loss sees them.
         estimator: Estimates advantages; it compares the chosen groups alone.
         minibatches: Minibatches that the P groups are split into.
         rank: Number of this rank.
+
+    Returns:
+        This rank's part of the groups that are trained on, B = P / ranks * G sequences, without metrics; and the advantages of
+        all groups that this rank sampled, [N / ranks * G], 0 for those that are not trained on.
     """
     ranks, samples = world_size(), groups.rollouts.samples_per_prompt
     chosen = choose_groups(groups.useful, groups.wanted)
     in_gathered = chosen % ranks * len(groups.rollouts.prompts) + chosen // ranks
     rewards = _select(gather_rewards(groups.rewards), _rows_of(in_gathered, samples))
     advantages = estimator.of_rewards(rewards, samples).view(-1, samples)
-    # A group that teaches nothing and fills up the batch has no advantage, even if its rewards differ, as by a length penalty.
+    # A group that is not useful and fills up the batch has no advantage, even if its rewards differ, as by a length penalty.
     advantages = torch.where(groups.useful[chosen][:, None], advantages, 0.0)
     of_sampled = advantages.new_zeros(len(groups.rollouts.prompts), samples)
     own = chosen % ranks == rank
     of_sampled[chosen[own] // ranks] = advantages[own]
     shares = share_groups((chosen % ranks).tolist(), ranks, minibatches)
-    sequences, logprobs = _exchange(taught, groups.rollouts.sampling_logprobs, chosen.tolist(), shares, rank, samples)
-    return TrainedGroups(sequences, logprobs, advantages[shares[rank]].flatten(), of_sampled.flatten())
+    sequences, logprobs = _exchange(sequences, groups.rollouts.sampling_logprobs, chosen.tolist(), shares, rank, samples)
+    return TrainedRollout(sequences, logprobs, advantages[shares[rank]].flatten()), of_sampled.flatten()
 
 
 def advantages_over_ranks(estimator: AdvantageEstimator, rewards: Rewards, samples_per_prompt: int) -> Tensor:

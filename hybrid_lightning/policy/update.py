@@ -7,18 +7,15 @@ the last run here; the loss of the last is returned to Lightning, which runs its
 
 The loss and the metrics of a chunk are shares: parts of a sum over the chunks, micro-batches and ranks of the optimizer step (see
 `losses.shares`). So neither the gradient nor what is logged depends on how rows are split.
-
-The train dataloader, whose micro-batches these are, is made at the end of this file.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -26,104 +23,78 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from hybrid_lightning.engine import default_token_budget, memory_of
 from hybrid_lightning.errors import TrainingError
 from hybrid_lightning.losses.shares import combine_metrics, is_extreme, join_metric
-from hybrid_lightning.policy.protocols import TrainedPolicy
 from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
-from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import gather_counts, gather_objects, largest_over_ranks, sum_over_ranks, total_norm
-from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
+from hybrid_lightning.types import PolicyBatch, Sequences
 
-# First part ("completions" of "completions/mean_length") of every metric that training logs: by policies, losses and callbacks.
-TRAINING_METRICS = frozenset(
-    {
-        "accuracy",
-        "cispo_clip_ratio",
-        "clip_ratio",
-        "completions",
-        "entropy",
-        "epoch",
-        "frac_reward_zero_std",
-        "grad_norm",
-        "kl",
-        "logps",
-        "loss",
-        "num_tokens",
-        "ratio",
-        "reward",
-        "reward_std",
-        "rewards",
-        "sampling",
-        "sets",
-        "solve_rate",
-        "step",
-        "throughput",
-        "top_entropy",
-        "time",
-    }
-)
+if TYPE_CHECKING:
+    from hybrid_lightning.policy.language import LanguageModule
+
+_PASS_TOKENS = "tokens_of_pass"  # key in a checkpoint
 
 
-class PassTokens:
-    """The tokens of a forward and backward pass that were chosen for a run, for its checkpoints: a resume splits rows alike.
+def saved_pass_tokens(policy: "LanguageModule") -> dict[str, Any]:
+    """The tokens of a pass that were chosen for a run by the memory of its device, as entries of its checkpoints.
 
-    On a CPU they follow from the model's sizes, and are not kept.
+    A resume then splits rows alike. On a CPU they follow from the model's sizes, and are not kept.
     """
+    total = memory_of(policy.device)
+    if total is None or policy.tokens_of_pass is None:
+        return {}
+    return {_PASS_TOKENS: {"tokens": policy.tokens_of_pass, "memory": total}}
 
-    KEY = "tokens_of_pass"
 
-    @classmethod
-    def saved(cls, policy: TrainedPolicy) -> dict[str, Any]:
-        """The entries of a checkpoint; empty where nothing was chosen by the memory of a device."""
-        total = memory_of(policy.device)
-        if total is None or policy.tokens_of_pass is None:
-            return {}
-        return {cls.KEY: {"tokens": policy.tokens_of_pass, "memory": total}}
-
-    @classmethod
-    def restore(cls, policy: TrainedPolicy, entries: Mapping[str, Any]) -> None:
-        """Take what a checkpoint has, unless this device is of another kind or has less memory."""
-        saved, total = entries.get(cls.KEY), memory_of(policy.trainer.strategy.root_device)  # the policy may be on the CPU still
-        if saved is None or total is None or policy.max_tokens_per_micro_batch:
-            return
-        if total >= saved["memory"]:
-            policy.tokens_of_pass = saved["tokens"]
-        else:
-            rank_zero_info(
-                f"this device has {total / 2**30:.0f} GiB, and that of the checkpoint had {saved['memory'] / 2**30:.0f}: passes "
-                "take fewer tokens than before, so that sums are rounded otherwise"
-            )
+def restore_pass_tokens(policy: "LanguageModule", entries: Mapping[str, Any]) -> None:
+    """Take what `saved_pass_tokens` wrote, unless this device is of another kind or has less memory."""
+    saved, total = entries.get(_PASS_TOKENS), memory_of(policy.trainer.strategy.root_device)  # the policy may be on the CPU still
+    if saved is None or total is None or policy.max_tokens_per_micro_batch:
+        return
+    if total >= saved["memory"]:
+        policy.tokens_of_pass = saved["tokens"]
+    else:
+        rank_zero_info(
+            f"this device has {total / 2**30:.0f} GiB, and that of the checkpoint had {saved['memory'] / 2**30:.0f}: passes "
+            "take fewer tokens than before, so that sums are rounded otherwise"
+        )
 
 
 class Update:
     """The optimizer step in progress: its gradients so far, and the metrics of its micro-batches so far.
 
     A policy calls the methods from its hooks of the same purpose, and makes a new `Update` for every epoch.
+
+    Args:
+        policy: The policy that is trained.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policy: "LanguageModule") -> None:
+        self._policy = policy
         self._metrics = StepMetrics()
         self._gradients_begun = False
         self._logged: set[str] = set()  # names of the metrics that were logged last
         self._logged_rollout: dict[str, float] = {}  # the rollout's metrics that were logged last
 
-    def token_budget(self, policy: TrainedPolicy) -> int:
+    def token_budget(self) -> int:
         """The most tokens that one forward and backward pass may take."""
+        policy = self._policy
         if policy.max_tokens_per_micro_batch:
             return int(policy.max_tokens_per_micro_batch)
         if policy.tokens_of_pass is None:  # computing it takes as long as one layer of a small policy
             policy.tokens_of_pass = default_token_budget(policy.model, policy.device)
         return policy.tokens_of_pass
 
-    def chunks(self, policy: TrainedPolicy, sequences: Sequences) -> list[slice]:
+    def chunks(self, sequences: Sequences) -> list[slice]:
         """Cut rows into chunks, each of which takes one forward and backward pass."""
-        return split_by_tokens(sequences, self.token_budget(policy), policy.rows_together)
+        return split_by_tokens(sequences, self.token_budget(), self._policy.rows_together)
 
-    def logprobs(self, policy: TrainedPolicy, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """`policy.logprobs` of all rows, chunk by chunk as in training, so that training gets exactly the same numbers.
 
         Where ranks make passes together, all have to call it, also with no rows.
         """
+        policy = self._policy
         width = sequences.completion_ids.shape[1]
-        chunks = self.chunks(policy, sequences) if len(sequences) else []
+        chunks = self.chunks(sequences) if len(sequences) else []
         idle = 0
         if policy.weights.passes_together:
             idle = max(gather_counts(len(chunks), policy.device)) - len(chunks)
@@ -136,21 +107,55 @@ class Update:
         logprobs, entropies = zip(*parts, strict=True)
         return join_rows(logprobs, width), join_rows(entropies, width)
 
-    def micro_batch(self, policy: TrainedPolicy, batch: PolicyBatch, batch_idx: int) -> Tensor:
+    def measure(
+        self, parts: Sequence[Sequences], current: bool = True, as_trained: bool = False
+    ) -> list[tuple[Tensor | None, Tensor, Tensor | None]]:
+        """Without gradient, what the loss has to know about some rows beforehand; all ranks have to call it together.
+
+        Args:
+            parts: Rows that belong together, such as those of each micro-batch.
+            current: Whether the policy's own log-probabilities are wanted.
+            as_trained: See `Weights.in_passes`.
+
+        Returns:
+            For each part the log-probabilities [B, T] of the policy, None if not wanted; their entropies [B, T], or zeros; and
+            the log-probabilities of the start policy, None unless the loss compares with it.
+        """
+        policy, together = self._policy, self._policy.weights.passes_together
+
+        def measure_one(sequences: Sequences) -> tuple[Tensor | None, Tensor, Tensor | None]:
+            logprobs = reference = None
+            entropy = torch.zeros(sequences.completion_mask.shape, device=policy.device)
+            if len(sequences) or together:
+                if current:
+                    logprobs, entropy = self.logprobs(sequences)
+                if policy.loss.needs_reference:
+                    with policy.start_policy():
+                        reference, _ = self.logprobs(sequences)
+            return logprobs, entropy, reference
+
+        def measure_all() -> list[tuple[Tensor | None, Tensor, Tensor | None]]:
+            with nullcontext() if together else policy.signals.at_once():
+                return [measure_one(sequences) for sequences in parts]
+
+        with policy.inference():
+            return policy.weights.in_passes(measure_all, as_trained=as_trained)
+
+    def micro_batch(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, for Lightning to run the backward pass of; those of all chunks but the last have run already.
 
         Args:
-            policy: The policy that is trained.
             batch: This rank's rows, perhaps none.
             batch_idx: Number of the micro-batch in the epoch.
         """
+        policy = self._policy
         ranks = policy.trainer.world_size
-        chunks = self.chunks(policy, batch.sequences)
+        chunks = self.chunks(batch.sequences)
         chunks_of_ranks = gather_counts(len(chunks), policy.device)
         # Ranks that share a sharded model make every pass together: those with fewer chunks add idle passes.
         passes = max(1, *chunks_of_ranks) if policy.weights.sharded else len(chunks)
         if passes > 1:
-            self._begin_gradients(policy, batch_idx)
+            self._begin_gradients(batch_idx)
         tokens = float(batch.sequences.completion_mask.sum())
         losses, metrics = [], []
         for number in range(passes):
@@ -174,18 +179,19 @@ class Update:
             loss = _zero_loss(policy)
         total = torch.stack(losses).sum() if losses else loss.detach()
         loss = loss + (total - loss.detach())  # the value is that of all chunks, for callbacks; the gradient that of the last
-        self._log(policy, batch, join_over_ranks({"loss": total, **combine_metrics(metrics)}, chunks_of_ranks))
+        self._log(batch, join_over_ranks({"loss": total, **combine_metrics(metrics)}, chunks_of_ranks))
         # The loss is a share of a sum. Lightning divides it by the number of accumulated micro-batches, and DDP and FSDP average
         # over ranks: both is undone here.
         return loss * (policy.trainer.accumulate_grad_batches * ranks)
 
-    def _begin_gradients(self, policy: TrainedPolicy, batch_idx: int) -> None:
+    def _begin_gradients(self, batch_idx: int) -> None:
         """Clear old gradients at the first micro-batch of an optimizer step.
 
         Lightning would clear them between `training_step` and the last backward pass, and the first chunks' gradients with them.
         """
+        policy = self._policy
         if batch_idx % policy.trainer.accumulate_grad_batches == 0:
-            policy.optimizers(use_pl_optimizer=False).zero_grad()
+            policy.optimizers(use_pl_optimizer=False).zero_grad()  # type: ignore[union-attr]  # there is one optimizer
             self._gradients_begun = True
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
@@ -194,13 +200,14 @@ class Update:
             optimizer.zero_grad()
         self._gradients_begun = False
 
-    def log_gradient_norms(self, policy: TrainedPolicy, optimizer: torch.optim.Optimizer) -> None:
+    def log_gradient_norms(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm of each group before clipping.
 
         Raises:
             TrainingError: If a norm is not finite, since the step would make all weights nan. Not under `16-mixed`, whose scaler
                 skips such a step and lowers the scale.
         """
+        policy = self._policy
         trainer = policy.trainer
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         for group in optimizer.param_groups:
@@ -214,8 +221,9 @@ class Update:
                     "earlier checkpoint"
                 )
 
-    def _log(self, policy: TrainedPolicy, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
+    def _log(self, batch: PolicyBatch, shares: Mapping[str, Tensor]) -> None:
         """Log the rollout's metrics and the step's so far, both joined over ranks already."""
+        policy = self._policy
         averages = self._metrics.update(dict(shares), policy.trainer.accumulate_grad_batches)
         _forget_logged(policy.trainer, self._logged - averages.keys())
         self._logged = set(averages)
@@ -295,7 +303,7 @@ def join_over_ranks(shares: Mapping[str, Tensor], chunks: Sequence[int]) -> dict
     return {name: result[name] for name in names}
 
 
-def _idle_pass(policy: TrainedPolicy) -> Tensor:
+def _idle_pass(policy: "LanguageModule") -> Tensor:
     """The shortest forward pass, with a loss and a gradient of zero: for a rank that has no chunk left while others have."""
     token = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
     real = torch.ones_like(token, dtype=torch.bool)
@@ -303,7 +311,7 @@ def _idle_pass(policy: TrainedPolicy) -> Tensor:
     return zero
 
 
-def _zero_loss(policy: TrainedPolicy) -> Tensor:
+def _zero_loss(policy: "LanguageModule") -> Tensor:
     """A loss of zero for a micro-batch in which no row has an advantage.
 
     Its gradient is zero as well, and not None, since optimizers would then leave out weight decay.
@@ -324,40 +332,3 @@ def _forget_logged(trainer: Any, names: Iterable[str]) -> None:
     for name in names:
         trainer._results.pop(f"training_step.{name}", None)
         trainer._logger_connector._callback_metrics.pop(name, None)
-
-
-def make_rollout_loader(policy: TrainedPolicy, prompts: Sequence[Prompt]) -> RolloutLoader:
-    """Make the train dataloader: rollouts of these prompts by `policy`, in the micro-batches that its Trainer asks for."""
-    trainer = policy.trainer
-    epoch = trainer.current_epoch
-    generator = torch.Generator().manual_seed(policy.seed * 100_003 + 1_000_000_007 * epoch)
-    return RolloutLoader(
-        prompts,
-        policy,
-        policy.rollout_schedule,
-        accumulate_grad_batches=lambda: trainer.accumulate_grad_batches,
-        generator=generator,
-        device=policy.device,
-        seed=policy.seed,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-        sum_over_ranks=sum_over_ranks,
-        gather_over_ranks=gather_objects,
-        epoch=epoch,
-        shuffle=trainer.overfit_batches == 0,
-        on_other_prompts=lambda: restart_epoch(trainer),
-    )
-
-
-def restart_epoch(trainer: Trainer) -> None:
-    """Let a resumed run count the micro-batches of its epoch from 0, where an epoch has another number of them than before.
-
-    With the old count the epoch would end, or an optimizer step be made, in the middle of a step's micro-batches. Counts over all
-    epochs stay. To be called between Lightning's `setup_data` and the first micro-batch.
-    """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    total, current = cast("_ProcessedTracker", progress.total), cast("_ProcessedTracker", progress.current)
-    count = int(trainer.num_training_batches) if progress.is_last_batch else 0  # an epoch that is over stays so
-    current.ready = current.started = current.processed = count
-    # A checkpoint that is saved in the last hook of a micro-batch does not count it as completed; Lightning then adds it.
-    current.completed = count - (total.processed - total.completed)

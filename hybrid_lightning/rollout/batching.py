@@ -8,16 +8,21 @@ ranks than that which saved them.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.engine import begins_group
-from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.types import PolicyBatch, Rewards, Rollouts, Sequences
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up rows: the tokenizer's own, or the end-of-sequence token where it has none. No mask includes it."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -156,25 +161,10 @@ def _join_batches(parts: Sequence[PolicyBatch]) -> PolicyBatch:
 
 def batch_to_state(batch: PolicyBatch) -> dict[str, Any]:
     """A micro-batch as plain data and tensors on the CPU, for a checkpoint."""
-    state = {entry.name: getattr(batch, entry.name) for entry in fields(batch) if entry.name != "sequences"}
-    sequences = {entry.name: getattr(batch.sequences, entry.name) for entry in fields(batch.sequences)}
-    return {**_on_cpu(state), "sequences": _on_cpu(sequences)}
-
-
-def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
+    state = vars(batch.to("cpu"))
+    return {**state, "sequences": dict(vars(state["sequences"]))}
 
 
 def batch_from_state(state: dict[str, Any]) -> PolicyBatch:
-    """The micro-batch whose state `batch_to_state` returned.
-
-    Raises:
-        CheckpointError: If an earlier version wrote the state, and something is missing that is needed now.
-    """
-    missing = {entry.name for entry in fields(PolicyBatch)} - state.keys()
-    if missing:
-        raise CheckpointError(
-            f"the checkpoint's unfinished rollout lacks {', '.join(sorted(missing))}, so an earlier version wrote it; resume "
-            "with that version, or from a checkpoint between two rollouts"
-        )
+    """The micro-batch whose state `batch_to_state` returned."""
     return PolicyBatch(**{**state, "sequences": Sequences(**state["sequences"])})

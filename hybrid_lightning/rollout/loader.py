@@ -14,20 +14,31 @@ and over all ranks: how a step is split never changes the gradient.
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.batching import batch_from_state, batch_to_state, batches_of_rank
 from hybrid_lightning.rollout.prompt_order import PromptCursor, prompts_digest
-from hybrid_lightning.rollout.rng import capture_random_state, restore_generator, restore_random_state
+from hybrid_lightning.rollout.rng import capture_random_state, restore_random_state
 from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 DrawPrompts = Callable[[int], Sequence[Prompt]]
+
+
+@dataclass(frozen=True)
+class TrainedRollout:
+    """This rank's part of a rollout, to be trained on."""
+
+    sequences: Sequences  # B, which is G times the number of this rank's prompts, whatever else was sampled
+    sampling_logprobs: Tensor  # [B, T] log-probabilities as the sampler computed them
+    advantages: Tensor  # [B]
+    metrics: dict[str, float] = field(default_factory=dict)  # to log with each step of the rollout
 
 
 class RolloutSource(Protocol):
@@ -36,7 +47,7 @@ class RolloutSource(Protocol):
     @abstractmethod
     def roll_out(
         self, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None = None
-    ) -> tuple[Sequences, Tensor, Tensor, dict[str, float]]:
+    ) -> TrainedRollout:
         """Complete prompts and score the completions.
 
         Args:
@@ -44,10 +55,6 @@ class RolloutSource(Protocol):
             generator: Random generator, in the same state on every rank; it must be in the same state again afterwards.
             draw_more: Draws this rank's part of the next prompts in the order, given their number over all ranks; all ranks draw
                 the same number. None if only `prompts` may be used.
-
-        Returns:
-            B sequences, the sampler's log-probabilities [B, T], advantages [B], and metrics to log with each step of the rollout.
-            B is G times the number of `prompts`, whatever else was sampled.
         """
         ...
 
@@ -169,7 +176,6 @@ class RolloutLoader:
         self.rank, self.world_size = rank, world_size
         self.sum_over_ranks, self.gather_over_ranks = sum_over_ranks, gather_over_ranks
         self.shuffle, self.on_other_prompts = shuffle, on_other_prompts
-        self._digest: str | None = None  # digest of the prompts, computed when it is first needed
         self._cursor = PromptCursor(prompts, seed, epoch, shuffle, rank, world_size)
         self._pending: deque[PolicyBatch] = deque()
         self._taken: list[PolicyBatch] = []  # micro-batches of the current optimizer step, or of the last one
@@ -236,22 +242,22 @@ class RolloutLoader:
             "random": self._resumed_random_state or capture_random_state(),
         }
         epoch, next_prompt = self._cursor.position
-        prompts = {"prompts": len(self.prompts), "digest": self._prompts_digest(), "shuffle": self.shuffle}
-        position = {**prompts, "epoch": epoch, "next_prompt": next_prompt}
-        return {**position, "ranks": self.gather_over_ranks(mine)}
+        return {
+            "prompts": len(self.prompts),
+            "digest": self._prompts_digest,
+            "shuffle": self.shuffle,
+            "epoch": epoch,
+            "next_prompt": next_prompt,
+            "ranks": self.gather_over_ranks(mine),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`.
 
         Another number of ranks distributes the remaining rows among themselves, and goes on to sample the same completions. Other
         training prompts are drawn from the beginning of their order, and the rest of the old rollout is given up.
-
-        Raises:
-            CheckpointError: If the state was saved by an earlier version.
         """
-        if "ranks" not in state:
-            raise CheckpointError("the checkpoint's rollouts were saved by an earlier version; resume with that version")
-        same = self._has_same_prompts(state)
+        same = state["digest"] == self._prompts_digest and state["shuffle"] == self.shuffle
         self._cursor.position = (state["epoch"], state["next_prompt"] if same else 0)
         saved: list[dict[str, Any]] = state["ranks"]
         pending = [[batch_from_state(entry).to(self.device) for entry in one["pending"]] for one in saved]
@@ -262,26 +268,21 @@ class RolloutLoader:
                 "kind of order: training goes on at the beginning of the new order, and the rollout in progress is given up"
             )
             self.on_other_prompts()
-        restore_generator(self.generator, saved[0]["generator"])
+        self.generator.set_state(saved[0]["generator"].cpu())
         if self.rank < len(saved):
             self._resumed_random_state = saved[self.rank]["random"]
         self._resumed = True
 
-    def _has_same_prompts(self, state: dict[str, Any]) -> bool:
-        if "digest" not in state:  # saved by an earlier version
-            return bool(state["prompts"] == len(self.prompts))
-        return bool(state["digest"] == self._prompts_digest() and state["shuffle"] == self.shuffle)
-
+    @cached_property
     def _prompts_digest(self) -> str:
-        self._digest = self._digest or prompts_digest(self.prompts)
-        return self._digest
+        return prompts_digest(self.prompts)
 
     def _roll_out(self) -> deque[PolicyBatch]:
         before = (self._cursor.position, self.generator.get_state(), capture_random_state())
         try:
             prompts = self._cursor.draw(self.schedule.prompts_per_rollout)
             more = self._cursor.draw if self.shuffle else None
-            return deque(self._split(*self.source.roll_out(prompts, self.generator, more)))
+            return deque(self._split(self.source.roll_out(prompts, self.generator, more)))
         except BaseException:
             # After a stop during generation the state is that of the last optimizer step, so that a run which resumes from a
             # checkpoint saved now begins this rollout anew.
@@ -290,9 +291,8 @@ class RolloutLoader:
             restore_random_state(before[2])
             raise
 
-    def _split(
-        self, sequences: Sequences, sampling_logprobs: Tensor, advantages: Tensor, metrics: dict[str, float]
-    ) -> list[PolicyBatch]:
+    def _split(self, rollout: TrainedRollout) -> list[PolicyBatch]:
+        sequences, advantages = rollout.sequences, rollout.advantages
         accumulate = self.accumulate_grad_batches()
         self.schedule.check_split(accumulate, self.world_size)
         minibatches, epochs = self.schedule.minibatches_per_rollout, self.schedule.epochs_per_rollout
@@ -306,14 +306,14 @@ class RolloutLoader:
             whole = PolicyBatch(
                 sequences=sequences,
                 advantages=advantages,
-                sampling_logprobs=sampling_logprobs,
+                sampling_logprobs=rollout.sampling_logprobs,
                 old_logprobs=None,
                 ref_logprobs=None,
                 num_sequences=float(rows * self.world_size),
                 num_tokens=self._sum(sequences.completion_mask[of_step]),
                 updated_sequences=self._sum(takes_part[of_step]),
                 updated_tokens=self._sum(sequences.completion_mask[updated]),
-                metrics=metrics,
+                metrics=rollout.metrics,
             )
             # Until the first optimizer step the policy's log-probabilities are the old ones. If there are further passes over
             # the rollout, the old ones are needed for the first step, too.

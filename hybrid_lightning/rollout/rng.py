@@ -92,17 +92,4 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
-        # Earlier versions saved the states of all devices of the machine, of which there may have been fewer than now.
-        torch.cuda.set_rng_state(state["cuda"][min(torch.cuda.current_device(), len(state["cuda"]) - 1)].cpu())
-
-
-def restore_generator(generator: torch.Generator, state: Tensor) -> None:
-    """Set a generator of the CPU to a saved state.
-
-    A state of another device, of which earlier versions saved some, is of another kind and cannot be taken over: it seeds the
-    generator.
-    """
-    if len(state) == len(generator.get_state()):
-        generator.set_state(state.cpu())
-    else:
-        generator.manual_seed(int.from_bytes(hashlib.blake2b(bytes(state.tolist()), digest_size=8).digest()) >> 1)
+        torch.cuda.set_rng_state(state["cuda"][0].cpu())

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, TopKLogitsWarper
 from hybrid_lightning.engine import SegmentDecoding, decoding_of, one_kernel
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.options import ACCURACY, MADE_BY, Option
-from hybrid_lightning.rollout.batching import pad_left
+from hybrid_lightning.rollout.batching import pad_left, pad_token
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops, check_positions
 from hybrid_lightning.types import Prompt, Rollouts, Sequences
@@ -101,7 +101,7 @@ class _Decoder:
         self.sampler, self.engine, self.generator, self.greedy = sampler, engine, generator, greedy
         self.device = next(engine.model.parameters()).device
         self.stop_ids, self.stop_criteria = torch.tensor(stops.ids, device=self.device), stops.strings
-        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        self.pad_id = pad_token(tokenizer)
 
     def run(
         self, ids: Tensor, mask: Tensor, samples: int, on_token: Callable[[int, int], None] | None

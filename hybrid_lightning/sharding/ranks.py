@@ -122,6 +122,18 @@ def gather_counts(count: int, device: torch.device) -> list[int]:
     return [int(value) for value in counts.tolist()]
 
 
+def check_stop(signals: StopSignals, device: torch.device) -> None:
+    """Raise `RunStopped` on all ranks if one of them has been asked to stop. All ranks have to call it.
+
+    Args:
+        signals: Those of this rank's process.
+        device: The device on which the ranks train.
+    """
+    number = max(gather_counts(signals.requested, device))
+    if number:
+        raise RunStopped(number, together=True)
+
+
 def gather_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Concatenate the rows of all ranks.
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 import pytest
 import torch
 from tiny_models import FAMILIES, build_model
-from tiny_runs import Constant, DigitShare, build_policy, write_model
+from tiny_runs import Constant, build_policy, write_model
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
@@ -15,7 +15,7 @@ from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule, model_dig
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import TokenTruncation
 from hybrid_lightning.policy.current_weights import CurrentWeights
-from hybrid_lightning.rollout import RolloutEngine, Sampler
+from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.rollout_engine import WeightsVersion
 from hybrid_lightning.types import Prompt
@@ -87,13 +87,6 @@ def test_parts_of_a_block_come_as_a_whole(tmp_path):
     names = list(weights_of(policy).shapes(False))
     attention = [f"model.layers.1.self_attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")]
     assert names == [*attention, "model.layers.1.self_attn.o_proj.weight"]
-
-
-def test_shapes_are_those_of_what_comes(tmp_path):
-    weights = weights_of(adapted(tmp_path, "gpt2"))
-    for everything in (True, False):
-        streamed = {weight.name: tuple(weight.shape) for weight in weights.stream(everything)}
-        assert list(weights.shapes(everything).items()) == list(streamed.items())
 
 
 def test_of_a_quantized_base_the_dequantized_weights_come(tmp_path):
@@ -287,9 +280,3 @@ def test_a_correction_of_renormalized_probabilities_is_refused(tmp_path):
 def test_an_engine_without_a_correction_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match=r"model\.correction corrects nothing"):
         run(tmp_path, Copying(), correction=None)
-
-
-def test_an_interface_without_an_engine_is_abstract():
-    with pytest.raises(TypeError, match="abstract"):
-        RolloutEngine()
-    assert DigitShare()(["1"], [None]) == [1.0]

@@ -1,4 +1,4 @@
-"""Losses beside GRPO and GSPO in a run: the gradient of each optimizer step from the equation, token by token without padding.
+"""Losses in a run: the gradient of each optimizer step from the equation, token by token without padding.
 
 With an advantage estimator and masks each, computed once more here, over two passes of two minibatches of two micro-batches.
 """
@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Callback
-from test_step_masks import OftenDone
-from tiny_runs import StartsWithDigit, build_data, build_policy, build_trainer, fit, write_model, write_sums
+from tiny_models import build_model
+from tiny_runs import OftenDone, StartsWithDigit, build_data, build_policy, build_trainer, fit
 
 from hybrid_lightning.advantages import (
     BatchStdAdvantage,
@@ -24,6 +24,7 @@ from hybrid_lightning.losses import (
     DAPOLoss,
     DrGRPOLoss,
     GRPOLoss,
+    GSPOLoss,
     GSPOTokenLoss,
     SAPOLoss,
     TopEntropyMask,
@@ -31,7 +32,7 @@ from hybrid_lightning.losses import (
 from hybrid_lightning.rewards import RewardFunction, WeightedSum
 
 G, LONGEST, MINIBATCHES, MICRO_BATCHES = 4, 6, 2, 2
-ENTROPY = 0.05
+ENTROPY, KL, TEMPERATURE = 0.05, 0.05, 0.9
 
 
 class Brevity(RewardFunction):
@@ -52,6 +53,11 @@ def clipped(ratio, advantage, low, high):
 
 def of_tokens(low, high):
     return lambda new, old, advantage: clipped((new - old).exp(), advantage, low, high)
+
+
+def gspo(new, old, advantage):
+    """The loss of the sequence, for each of its tokens."""
+    return clipped((new - old).mean().exp(), advantage, 3e-4, 4e-4).expand_as(new)
 
 
 def gspo_token(new, old, advantage):
@@ -108,6 +114,8 @@ ADVANTAGES = {
 }
 MASKED, TOP = {"mask_truncated_completions": True}, {"token_mask": TopEntropyMask(0.5)}
 CASES = [
+    (GRPOLoss(kl_coef=KL), of_tokens(0.2, 0.2), mean_of_means, GroupAdvantage(), {}),
+    (GSPOLoss(kl_coef=KL), gspo, mean_of_means, GroupAdvantage(), {}),
     (GSPOTokenLoss(0.08, 0.09), gspo_token, mean_of_means, GroupAdvantage(), TOP),
     (DAPOLoss(entropy_coef=ENTROPY), of_tokens(0.2, 0.28), mean_over_tokens, LeaveOneOutAdvantage(), MASKED),
     (DrGRPOLoss(), of_tokens(0.2, 0.2), mean_over_positions, GroupMeanAdvantage(), MASKED),
@@ -121,7 +129,7 @@ def completion(model, sequences, row):
     """Log-probabilities and entropies of one completion, [t] each."""
     prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]]
     tokens = sequences.completion_ids[row][sequences.completion_mask[row]]
-    logprobs = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    logprobs = (model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1] / TEMPERATURE).log_softmax(-1)
     return logprobs.gather(1, tokens[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
 
 
@@ -129,6 +137,7 @@ class ByEquation(Callback):
     def __init__(self, loss, term, weights, advantage, masks):
         self.loss, self.term, self.weights, self.masks = loss, term, weights, masks
         self.advantages = ADVANTAGES[type(advantage)]
+        self.base = build_model("llama", std=0.1)
         self.rollout, self.minibatch, self.steps, self.ratios = None, 0, 0, []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -137,6 +146,7 @@ class ByEquation(Callback):
             with torch.no_grad():
                 sequences = self.rollout[0].sequences
                 self.old = [completion(pl_module.model, sequences, row) for row in range(len(sequences))]
+                self.start = [completion(self.base, sequences, row)[0] for row in range(len(sequences))]
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         (rollouts, rewards, _), first = self.rollout, self.minibatch % MINIBATCHES * 8
@@ -155,6 +165,8 @@ class ByEquation(Callback):
                 self.ratios += (new - old).exp().tolist()
                 chosen = old_entropy >= threshold if share < 1 else torch.ones_like(old, dtype=torch.bool)
                 total = total + weight * (self.term(new, old, advantages[row]) * chosen).sum()
+                ahead = self.start[row] - new
+                total = total + self.loss.kl_coef * weight * (ahead.exp() - ahead - 1).sum()
                 total = total - self.loss.entropy_coef * entropy.sum() / lengths.sum()
         trained = [parameter for parameter in pl_module.model.parameters() if parameter.requires_grad]
         wanted = torch.autograd.grad(total, trained)
@@ -165,38 +177,22 @@ class ByEquation(Callback):
         self.steps += scale > 1e-3
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("each")
-    return write_model(folder / "model"), write_sums(folder / "sums.jsonl", 16)
-
-
 @pytest.mark.parametrize(("loss", "term", "weights", "advantage", "masks"), CASES, ids=[type(case[0]).__name__ for case in CASES])
-def test_gradients_are_those_of_the_equation(files, tmp_path, loss, term, weights, advantage, masks):
+def test_gradients_are_those_of_the_equation(model, sums, tmp_path, loss, term, weights, advantage, masks):
     by_equation = ByEquation(loss, term, weights, advantage, masks)
     policy = {
         "loss": loss,
         "advantage": advantage,
         "reward": WeightedSum([StartsWithDigit(), Brevity()], [1.0, 0.5]),
-        "sampler": OftenDone(LONGEST),
+        "sampler": OftenDone(LONGEST, temperature=TEMPERATURE),
         "minibatches_per_rollout": MINIBATCHES,
         "epochs_per_rollout": 2,
         "max_tokens_per_micro_batch": 24,
         **masks,
     }
-    fit(*files, tmp_path, by_equation, policy=policy, max_steps=4, accumulate_grad_batches=MICRO_BATCHES)
+    fit(model, sums, tmp_path, by_equation, policy=policy, max_steps=4, accumulate_grad_batches=MICRO_BATCHES)
     assert by_equation.steps >= 3, "of four; in one all may be clipped"
     assert min(by_equation.ratios) < 0.95 and max(by_equation.ratios) > 1.05, "two passes over a rollout are off-policy"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("warned") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("warned") / "sums.jsonl", 16)
 
 
 WITH_STD, WITHOUT = (GroupAdvantage, PerRewardAdvantage), (GroupMeanAdvantage, LeaveOneOutAdvantage, BatchStdAdvantage)

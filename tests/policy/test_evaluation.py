@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from hybrid_lightning.policy.evaluation import EvaluationMetrics, prediction_records, repeat_prompts
+from hybrid_lightning.policy.evaluation import add_prompts, evaluation_means, prediction_records, repeat_prompts
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
@@ -47,10 +47,10 @@ EXPECTED = {
 
 
 def evaluate(batches, sets=""):
-    metrics = EvaluationMetrics(4)
-    for greedy, sampled in batches:
-        rollouts = (build(i, [[bool(c) for c in row] for row in correct], n, sets) for i, correct, n in (greedy, sampled))
-        metrics.update(*rollouts, [answer for index in sampled[0] for answer in ANSWERS[index]])
+    metrics = evaluation_means(4)
+    for parts in batches:
+        greedy, sampled = (build(i, [[bool(c) for c in row] for row in correct], n, sets) for i, correct, n in parts)
+        add_prompts(metrics, greedy[1], sampled, [answer for index in parts[1][0] for answer in ANSWERS[index]])
     return metrics
 
 

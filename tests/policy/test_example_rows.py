@@ -71,9 +71,3 @@ def test_a_row_that_the_model_cannot_read_is_refused_by_its_number(model, rows, 
     long = Prompt(text="1+1=", completions=("2" * 130,), index=7, source="rows.jsonl")
     with pytest.raises(DataError, match=r"rows.jsonl row 7 has 135 tokens \(4 of the prompt\), more than the 128"):
         module.check_prompts([long])
-
-
-def test_dpo_without_a_start_policy_is_refused(model, rows, tmp_path):
-    trainer = build_trainer(tmp_path, build_adapter(keep_start_weights=False))
-    with pytest.raises(ConfigError, match=r"needs the start policy .* or DPO.*; set adapter.keep_start_weights=true"):
-        trainer.fit(build_module("preference", model), datamodule=build_examples("preference", rows))

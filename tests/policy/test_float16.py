@@ -8,22 +8,12 @@ from cli_runs import run as command
 from cli_runs import write_folder
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit
 
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.types import Prompt
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("float16") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("float16") / "sums.jsonl", 16)
 
 
 class Log(Callback):

@@ -5,11 +5,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from tiny_examples import fit as fit_examples
 from tiny_examples import write_rows
-from tiny_runs import StartsWithDigit, fit, write_model, write_sums
+from tiny_runs import StartsWithDigit, fit
 
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.losses import CISPOLoss, GSPOLoss, SAPOLoss, TokenTruncation, TopEntropyMask
-from hybrid_lightning.policy.update import TRAINING_METRICS
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 
 
@@ -25,27 +24,18 @@ class Seen(Callback):
 
 
 @pytest.mark.parametrize("flags", [{}, {"limit_train_batches": 3}], ids=["whole rollouts", "epochs that end within a rollout"])
-def test_every_step_has_the_metrics_of_its_rollout(tmp_path, flags):
-    model, sums, seen = write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl"), Seen()
-    fit(model, sums, tmp_path / "runs", seen, policy={"minibatches_per_rollout": 2}, max_steps=8, **flags)
+def test_every_step_has_the_metrics_of_its_rollout(model, sums, tmp_path, flags):
+    seen = Seen()
+    fit(model, sums, tmp_path, seen, policy={"minibatches_per_rollout": 2}, max_steps=8, **flags)
     assert len(seen.steps) == 8 and len({reward for _, reward in seen.steps}) == 4
     for known, reward in seen.steps:
         assert known == pytest.approx([reward] * 3)
 
 
-def test_a_logger_gets_them_at_whichever_step_it_is_asked(tmp_path):
-    model, sums, seen = write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl"), Seen()
-    logger = CSVLogger(tmp_path / "log")
-    fit(
-        model,
-        sums,
-        tmp_path / "runs",
-        seen,
-        policy={"minibatches_per_rollout": 2},
-        max_steps=8,
-        logger=logger,
-        log_every_n_steps=2,
-    )
+def test_a_logger_gets_them_at_whichever_step_it_is_asked(model, sums, tmp_path):
+    seen, logger = Seen(), CSVLogger(tmp_path / "log")
+    flags = {"max_steps": 8, "logger": logger, "log_every_n_steps": 2}
+    fit(model, sums, tmp_path, seen, policy={"minibatches_per_rollout": 2}, **flags)
     logger.save()
     rows = [line.split(",") for line in (tmp_path / "log/lightning_logs/version_0/metrics.csv").read_text().splitlines()]
     place = rows[0].index("reward")
@@ -72,16 +62,14 @@ class Names(Callback):
     ],
     ids=["corrected", "dynamic", "smooth"],
 )
-def test_what_a_policy_logs_is_known_before(tmp_path, policy):
+def test_what_a_policy_logs_is_known_before(model, sums, tmp_path, policy):
     names = Names()
-    fit(
-        write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl"), tmp_path / "runs", StepTimer(), names, policy=policy
-    )
-    assert {"loss", "reward", "time"} <= names.found <= TRAINING_METRICS
+    module = fit(model, sums, tmp_path, StepTimer(), names, policy=policy)
+    assert {"loss", "reward", "time"} <= names.found <= module.training_metrics
 
 
 @pytest.mark.parametrize("kind", ["supervised", "preference"])
-def test_what_examples_log_is_known_before(tmp_path, kind):
+def test_what_examples_log_is_known_before(model, tmp_path, kind):
     names, rows = Names(), write_rows(tmp_path / "rows.jsonl")
-    fit_examples(kind, write_model(tmp_path / "model"), rows, tmp_path / "runs", StepTimer(), names, max_steps=2)
-    assert {"loss", "time"} <= names.found <= TRAINING_METRICS
+    module = fit_examples(kind, model, rows, tmp_path, StepTimer(), names, max_steps=2)
+    assert {"loss", "time"} <= names.found <= module.training_metrics

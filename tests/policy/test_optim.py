@@ -116,25 +116,6 @@ def large_parameters():
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-def test_optimizers_with_a_state_of_8_bits_keep_groups_and_follow_adam(eight_bit):
-    mine, reference = large_parameters(), large_parameters()
-    start = [parameter.detach().clone() for parameter in mine]
-    built = build(eight_bit, full=(mine[:1], 1e-3), lora=(mine[1:], 1e-2))["optimizer"]
-    assert [(group["name"], group["lr"]) for group in built.param_groups] == [("full", 1e-3), ("lora", 1e-2)]
-    groups = [{"params": reference[:1], "lr": 1e-3}, {"params": reference[1:], "lr": 1e-2}]
-    plain = torch.optim.AdamW(groups, weight_decay=1e-2)
-    train_on(built, mine, 8, seed=1)
-    train_on(plain, reference, 8, seed=1)
-    for before, parameter, expected in zip(start, mine, reference, strict=True):
-        moved = (expected - before).norm()
-        assert float((parameter - expected).norm() / moved) < 0.05
-    dtypes = [built.state[parameter]["state1"].dtype for parameter in mine]
-    assert dtypes == [torch.uint8, torch.uint8, torch.float32]
-    state_bytes = sum(v.nbytes for p in mine[:2] for k, v in built.state[p].items() if k.startswith(("state", "absmax")))
-    assert state_bytes < 0.26 * sum(v.nbytes for p in reference[:2] for k, v in plain.state[p].items() if k.startswith("exp_avg"))
-
-
-@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_a_state_of_8_bits_that_is_saved_by_name_goes_on_bit_for_bit(eight_bit, tmp_path):
     mine = large_parameters()
     built = build(eight_bit, full=(mine[:1], 1e-3), lora=(mine[1:], 1e-2))["optimizer"]

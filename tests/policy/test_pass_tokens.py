@@ -48,7 +48,7 @@ def test_an_option_goes_before_and_a_cpu_keeps_nothing(tmp_path, device):
         policy = fit(model, sums, tmp_path, build_adapter(), policy=options, max_steps=1)
         policy.trainer.save_checkpoint(tmp_path / "run.ckpt")
         assert "tokens_of_pass" not in torch.load(tmp_path / "run.ckpt", weights_only=True)[CHECKPOINT_KEY]
-        assert policy.update.token_budget(policy) == (100 if options else 24)
+        assert policy.update.token_budget() == (100 if options else 24)
 
 
 @pytest.mark.filterwarnings("ignore:two runs with one seed may differ")

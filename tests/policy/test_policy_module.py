@@ -1,113 +1,19 @@
-"""The training step against losses and gradients computed by hand, sequence by sequence without padding."""
+"""A policy in training: how steps are split, learning rates, the start policy, checkpointing and dropout."""
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from tiny_models import build_model
-from tiny_runs import DigitShare, build_adapter, fit, write_model, write_sums
+from tiny_runs import build_adapter, fit, write_model
 
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
 from hybrid_lightning.policy.optim import CosineSchedule
-from hybrid_lightning.rollout.sampler import Sampler
 
-TEMPERATURE = 0.8
 KL = 0.05
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("policy") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("policy") / "sums.jsonl", 16)
 
 
 def trainable(policy):
     return {name: parameter for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
-
-
-def plain_logprobs(model, sequences, row, weights=None):
-    """Log-probabilities of one completion by an unpadded forward pass, with other weights if they are given."""
-    prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]]
-    completion = sequences.completion_ids[row][sequences.completion_mask[row]]
-    ids = torch.cat([prompt, completion])[None]
-    output = model(ids) if weights is None else torch.func.functional_call(model, weights, (ids,))
-    logits = output.logits[0, len(prompt) - 1 : -1] / TEMPERATURE
-    return logits.log_softmax(-1).gather(1, completion[:, None]).squeeze(1)
-
-
-def clipped(ratio, advantage, low, high):
-    return -torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
-
-
-def grpo(new, old, advantage):
-    return clipped((new - old).exp(), advantage, 0.2, 0.2).mean()
-
-
-def gspo(new, old, advantage):
-    return clipped((new - old).mean().exp(), advantage, 3e-4, 4e-4)
-
-
-class ByHand(Callback):
-    """Computes every micro-batch's share of the loss and every step's gradient, and compares."""
-
-    def __init__(self, term, kl_coef, rows, sequences_per_step):
-        self.term, self.kl_coef, self.rows, self.sequences_per_step = term, kl_coef, rows, sequences_per_step
-        self.base = build_model("llama", std=0.1)
-        self.rollout, self.old, self.batch, self.gradient = None, {}, 0, {}
-        self.ratios: list[float] = []
-        self.steps = self.moved = 0
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if pl_module.last_rollout is not self.rollout:
-            self.rollout, self.batch = pl_module.last_rollout, 0
-            self.old = {name: p.detach().clone() for name, p in trainable(pl_module).items()}
-        first = self.batch * self.rows % len(self.rollout[0].sequences)
-        self.batch += 1
-        self.expected = sum(self.loss(pl_module, row) for row in range(first, first + self.rows)) / self.sequences_per_step
-        gradients = torch.autograd.grad(self.expected, list(trainable(pl_module).values()))
-        for name, gradient in zip(trainable(pl_module), gradients, strict=True):
-            self.gradient[name] = self.gradient.get(name, 0) + gradient
-
-    def loss(self, policy, row):
-        rollouts, samples = self.rollout[0], self.rollout[0].samples_per_prompt
-        group = rollouts.completions[row // samples * samples :][:samples]
-        rewards = torch.tensor(DigitShare()(group, None))
-        advantage = (rewards[row % samples] - rewards.mean()) / (rewards.std() + 1e-4)
-        new = plain_logprobs(policy.model, rollouts.sequences, row)
-        with torch.no_grad():
-            old = plain_logprobs(policy.model, rollouts.sequences, row, self.old)
-            reference = plain_logprobs(self.base, rollouts.sequences, row)
-        self.ratios += (new - old).exp().tolist()
-        kl = ((reference - new).exp() - (reference - new) - 1).mean()
-        return self.term(new, old, advantage) + self.kl_coef * kl
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        scale = max(float(gradient.abs().max()) for gradient in self.gradient.values())
-        for name, parameter in trainable(pl_module).items():
-            torch.testing.assert_close(parameter.grad, self.gradient[name], atol=1e-4 * scale, rtol=0, msg=name)
-        self.steps, self.moved, self.gradient = self.steps + 1, self.moved + (scale > 1e-3), {}
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        torch.testing.assert_close(outputs["loss"], self.expected.detach(), atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize(
-    ("loss", "term"),
-    [(GRPOLoss(kl_coef=KL), grpo), (GSPOLoss(kl_coef=KL), gspo), (GRPOLoss(), grpo)],
-    ids=["grpo", "gspo", "no-kl"],
-)
-def test_losses_and_gradients_are_those_computed_by_hand(model, sums, tmp_path, loss, term, accumulate):
-    by_hand = ByHand(term, loss.kl_coef, rows=8 // accumulate, sequences_per_step=8)
-    arguments = {"minibatches_per_rollout": 2, "epochs_per_rollout": 2, "sampler": Sampler(6, temperature=TEMPERATURE)}
-    policy = {"loss": loss, "lr_lora": 0.02, **arguments}
-    fit(model, sums, tmp_path, by_hand, policy=policy, max_steps=6, accumulate_grad_batches=accumulate)
-    assert by_hand.steps == by_hand.moved == 6
-    assert min(by_hand.ratios) < 0.8 and max(by_hand.ratios) > 1.2, "the clip has to matter"
-    assert sum(ratio == pytest.approx(1, abs=1e-5) for ratio in by_hand.ratios) > 20, "a rollout's first minibatch is on-policy"
 
 
 def weights_after(model, sums, root, *callbacks, policy=None, **flags):

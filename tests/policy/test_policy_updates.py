@@ -15,24 +15,12 @@ from tiny_runs import (
     build_policy,
     build_trainer,
     fit,
-    write_model,
-    write_sums,
 )
 
 from hybrid_lightning.errors import ConfigError, TrainingError
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
 from hybrid_lightning.rollout.batching import pad_left, pad_right, split_by_tokens
 from hybrid_lightning.types import Sequences
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("updated") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("updated") / "sums.jsonl", 16)
 
 
 def assert_same_gradients(found, expected):

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import HalfPrecision
 from rounding import assert_same_logits
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit
 from transformers import AutoModelForCausalLM
 from wide_models import write_wide_model
 
@@ -20,16 +20,6 @@ from hybrid_lightning.types import Prompt
 
 IDS = torch.tensor([[4, 5, 13, 6, 16]])
 TRUE = "bf16-true"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("precision") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("precision") / "sums.jsonl", 16)
 
 
 class Log(Callback):
@@ -205,9 +195,4 @@ def test_other_precisions_of_a_strategy_stay():
 )
 def test_what_does_not_fit_together_is_refused(precision, dtype, message):
     with pytest.raises(ConfigError, match=message):
-        check_precision(precision, dtype, torch.optim.AdamW)
-
-
-def test_what_fits_together():
-    for precision, dtype in (("32-true", "float32"), ("bf16-mixed", "float32"), ("bf16-mixed", "bfloat16"), (TRUE, "bfloat16")):
         check_precision(precision, dtype, torch.optim.AdamW)

@@ -126,16 +126,6 @@ def test_the_adapter_on_it_is_as_exact_as_on_a_plain_base(family, variant, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pefts_layers_for_packed_weights_serve_them(kind):
-    model = build_wide_model()
-    plan = plan_of(model)
-    quantize_base(model, kind(), plan.full_modules)
-    adapted = apply_plan(model, plan)
-    names = {type(adapted.get_base_model().get_submodule(name)).__module__ for name in plan.lora_modules}
-    assert names == {"peft.tuners.lora.bnb"}
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_under_autocast_is_near_float32(kind):
     model = build_wide_model()
     plan = plan_of(model)

@@ -14,7 +14,6 @@ from tiny_runs import (
     build_policy,
     build_trainer,
     fit,
-    write_model,
     write_sums,
 )
 
@@ -29,11 +28,6 @@ from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("dynamic") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +63,12 @@ def rolled_out(first, then, bound=3, estimator=None):
 
     prompts = [Prompt(text="", index=index) for index in first]
     groups = sample_groups(DynamicSampling(bound), prompts, draw, made, teaches)
-    trained = choose_trained(groups, groups.rollouts.sequences, estimator or GroupAdvantage(), minibatches=1, rank=0)
-    return groups, trained, asked
+    trained, of_sampled = choose_trained(groups, groups.rollouts.sequences, estimator or GroupAdvantage(), minibatches=1, rank=0)
+    return groups, trained, of_sampled, asked
 
 
 def test_the_groups_that_teach_are_kept_with_their_tokens_in_order():
-    groups, trained, asked = rolled_out([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
+    groups, trained, of_sampled, asked = rolled_out([2, 1, 4, 6], [8, 3, 10, 5, 7, 12, 14, 16, 18])
     # One of four teaches, so that three missing ones need all of P; then three of eight, and one is missing: 2.7 prompts.
     assert asked == [4, 3] and [prompt.index for prompt in groups.rollouts.prompts] == [2, 1, 4, 6, 8, 3, 10, 5, 7, 12, 14]
     assert trained.sequences.prompt_ids[:, 0].tolist() == [1, 1, 3, 3, 5, 5, 7, 7]
@@ -85,7 +79,7 @@ def test_the_groups_that_teach_are_kept_with_their_tokens_in_order():
         assert ids[mask].tolist() == [index] * (index + 1) and logprobs[mask].tolist() == [-float(index)] * (index + 1)
     expected = GroupAdvantage()(torch.tensor([0.0, 1.0] * 4), 2)
     assert torch.equal(trained.advantages, expected)
-    of_sampled = trained.of_sampled.view(-1, 2)
+    of_sampled = of_sampled.view(-1, 2)
     assert torch.equal(of_sampled[[1, 5, 7, 8]].flatten(), expected) and int((of_sampled != 0).any(dim=1).sum()) == 4
     assert groups.metrics() == {
         "sampling/extra_rollouts": 2.0,
@@ -96,7 +90,7 @@ def test_the_groups_that_teach_are_kept_with_their_tokens_in_order():
 
 
 def test_what_is_too_much_is_dropped_and_no_part_of_the_advantages():
-    groups, trained, _ = rolled_out([2, 1, 3, 4], [5, 7, 9, 11], estimator=BatchStdAdvantage())
+    groups, trained, *_ = rolled_out([2, 1, 3, 4], [5, 7, 9, 11], estimator=BatchStdAdvantage())
     assert trained.sequences.prompt_ids[::2, 0].tolist() == [1, 3, 5, 7]
     assert torch.equal(trained.advantages, BatchStdAdvantage()(torch.tensor([0.0, 1.0] * 4), 2))
     shares = groups.metrics()
@@ -104,12 +98,12 @@ def test_what_is_too_much_is_dropped_and_no_part_of_the_advantages():
 
 
 def test_at_the_bound_groups_that_tie_fill_up_without_advantage():
-    groups, trained, asked = rolled_out([2, 4, 6, 8], [10, 12, 1, 14, 16, 18, 20, 22], bound=2)
+    groups, trained, _, asked = rolled_out([2, 4, 6, 8], [10, 12, 1, 14, 16, 18, 20, 22], bound=2)
     assert asked == [4, 4] and trained.sequences.prompt_ids[::2, 0].tolist() == [2, 4, 6, 1]
     assert trained.advantages[:6].tolist() == [0.0] * 6 and bool((trained.advantages[6:] != 0).all())
     assert (groups.metrics()["sampling/kept_groups"], groups.metrics()["sampling/filled_groups"]) == (1 / 12, 3 / 4)
     differing = replace(groups, rewards=replace(groups.rewards, total=torch.rand(24)))
-    penalised = choose_trained(differing, groups.rollouts.sequences, GroupAdvantage(), minibatches=1, rank=0)
+    penalised, _ = choose_trained(differing, groups.rollouts.sequences, GroupAdvantage(), minibatches=1, rank=0)
     assert penalised.advantages[:6].tolist() == [0.0] * 6, "also where they differ in what is no success"
 
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer, fit, write_model
 
 from hybrid_lightning.adapters.budgets import config_with_defaults
 from hybrid_lightning.errors import CheckpointError, ConfigError
@@ -48,16 +48,6 @@ class Patient(PolicyModule):
     def __init__(self, patience: int, **arguments) -> None:
         super().__init__(**arguments)
         self.patience = patience
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("saving") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("saving") / "sums.jsonl", 16)
 
 
 def save(model, sums, root, *callbacks, policy=None):

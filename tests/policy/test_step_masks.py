@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_policy_updates import assert_same_gradients, run
-from tiny_models import VOCABULARY
-from tiny_runs import build_adapter, fit, write_model, write_sums
+from tiny_runs import OftenDone, build_adapter, fit
 
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.errors import ConfigError
@@ -15,23 +14,6 @@ from hybrid_lightning.policy.token_weights import mask_tokens
 from hybrid_lightning.rollout.rollout_engine import Stops
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import PolicyBatch, Sequences
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("masks") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("masks") / "sums.jsonl", 16)
-
-
-class OftenDone(Sampler):
-    """Every fourth token ends a completion, so that some of few tokens end and some do not, whatever is drawn."""
-
-    def sample(self, *args, **options):
-        return super().sample(*args, **{**options, "stops": Stops(tuple(range(2, VOCABULARY, 4)), None)})
 
 
 class NeverDone(Sampler):

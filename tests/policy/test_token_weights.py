@@ -6,9 +6,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from tiny_models import FAMILIES
-from tiny_runs import build_adapter, build_policy, build_trainer, fit, write_model, write_sums
+from tiny_runs import fit, write_model
 
-from hybrid_lightning.data import PlainFormat, ProductSource, PromptDataModule
 from hybrid_lightning.losses import GSPOLoss, SequenceMask, TokenTruncation, combine_metrics
 from hybrid_lightning.policy.token_weights import compare_with_sampler
 from hybrid_lightning.rollout.sampler import Sampler
@@ -46,16 +45,6 @@ class OtherWeights(Sampler):
             head.data.copy_(kept)
 
 
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("agreement") / "sums.jsonl", 16)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("agreement") / "model")
-
-
 @pytest.mark.usefixtures("with_and_without_kernels")
 @pytest.mark.parametrize("minibatches", [1, 2], ids=["on-policy", "old"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,22 +59,10 @@ def test_in_float32_they_agree(family, minibatches, sums, tmp_path):
 
 
 @pytest.mark.parametrize("minibatches", [1, 2], ids=["on-policy", "old"])
-def test_the_embedded_policy_agrees(minibatches, tmp_path):
-    log = Log()
-    torch.manual_seed(11)
-    policy = build_policy("embedded", sampler=Sampler(max_new_tokens=20), minibatches_per_rollout=minibatches)
-    data = PromptDataModule(ProductSource(), PlainFormat(), validation_prompts=4)
-    build_trainer(tmp_path, build_adapter(), log, max_steps=3, limit_val_batches=0).fit(policy, datamodule=data)
-    measured = [step for step in log.metrics if MEAN in step]  # not where no completion has an advantage
-    assert all(0 <= step[MEAN] <= step[MAX] < 1e-4 for step in measured), "0 where few tokens are all certain"
-    assert any(step[MEAN] > 0 for step in measured)
-
-
-@pytest.mark.parametrize("minibatches", [1, 2], ids=["on-policy", "old"])
-def test_other_weights_while_sampling_show(minibatches, llama, sums, tmp_path):
+def test_other_weights_while_sampling_show(minibatches, model, sums, tmp_path):
     log = Log()
     policy = {"sampler": OtherWeights(), "minibatches_per_rollout": minibatches, "correction": TokenTruncation(cap=1.001)}
-    fit(llama, sums, tmp_path, log, policy=policy, max_steps=4, accumulate_grad_batches=2)
+    fit(model, sums, tmp_path, log, policy=policy, max_steps=4, accumulate_grad_batches=2)
     ends = log.metrics[1::2]
     assert all(1e-3 < step[MEAN] < step[MAX] for step in ends)
     assert all(0 < step[f"{WEIGHT}/min"] < 1 and step[f"{WEIGHT}/max"] == pytest.approx(1.001) for step in ends)
@@ -106,13 +83,13 @@ def trained(model, sums, root, **policy):
 
 
 @pytest.mark.parametrize("correction", [TokenTruncation(), SequenceMask()], ids=["token", "sequence"])
-def test_a_correction_matters_only_where_they_disagree(correction, llama, sums, tmp_path):
-    plain = trained(llama, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD)
-    corrected = trained(llama, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD, correction=correction)
+def test_a_correction_matters_only_where_they_disagree(correction, model, sums, tmp_path):
+    plain = trained(model, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD)
+    corrected = trained(model, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD, correction=correction)
     torch.testing.assert_close(corrected, plain, atol=1e-6, rtol=0)
     sampler = OtherWeights(scale=1.2)
-    plain = trained(llama, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD, sampler=sampler)
-    corrected = trained(llama, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD, sampler=sampler, correction=correction)
+    plain = trained(model, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD, sampler=sampler)
+    corrected = trained(model, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD, sampler=sampler, correction=correction)
     assert (corrected - plain).abs().max() > 1e-4
 
 

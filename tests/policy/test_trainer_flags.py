@@ -4,20 +4,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import GRPOLoss, GSPOLoss
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("flags") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("flags") / "sums.jsonl", 16)
+from hybrid_lightning.losses import GRPOLoss
 
 
 class Log(Callback):
@@ -145,16 +135,6 @@ def test_accumulation_may_change_between_epochs(model, sums, tmp_path):
     assert log.steps == [1, 2, 3, 4, 4, 5, 5, 6] and all(seen == expected for seen, expected in log.denominators)
 
 
-def test_a_bf16_base_trains_float32_weights_and_begins_on_policy(model, sums, tmp_path):
-    log = Log()
-    policy = {"dtype": "bfloat16", "loss": GSPOLoss(kl_coef=0.01), "minibatches_per_rollout": 2}
-    module = fit(model, sums, tmp_path, log, policy=policy, max_steps=4, precision="bf16-mixed")
-    assert {parameter.dtype for parameter in module.parameters() if parameter.requires_grad} == {torch.float32}
-    assert {parameter.dtype for parameter in module.parameters() if not parameter.requires_grad} == {torch.bfloat16}
-    assert log.metrics[0]["ratio/max"] == 1 == log.metrics[2]["ratio/max"] and log.metrics[1]["ratio/max"] != 1
-    assert log.metrics[0]["kl"] == 0 < log.metrics[1]["kl"]
-
-
 @pytest.mark.parametrize(
     ("policy", "flags", "message"),
     [
@@ -176,11 +156,6 @@ def test_what_cannot_work_is_refused_before_anything_is_generated(model, sums, t
 def test_a_kl_term_without_start_policy_is_refused(model, sums, tmp_path):
     with pytest.raises(ConfigError, match=r"KL term .* set adapter\.keep_start_weights=true"):
         fit(model, sums, tmp_path, build_adapter(keep_start_weights=False), policy={"loss": GRPOLoss(kl_coef=0.1)})
-
-
-def test_a_policy_without_adapter_has_nothing_to_train(model, sums, tmp_path):
-    with pytest.raises(ConfigError, match="no trainable parameter; add the callback HybridAdapterSetup"):
-        build_trainer(tmp_path).fit(build_policy(model), datamodule=build_data(sums))
 
 
 @pytest.mark.parametrize(

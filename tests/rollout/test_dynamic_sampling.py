@@ -144,7 +144,7 @@ def take(loader, count):
     return [(flat(batch)[:-1], float(torch.rand(()))) for batch in itertools.islice(batches, count)]
 
 
-@pytest.mark.parametrize("consumed", [0, 1, 3, 5, 6, 7, 9, 11, 13])
+@pytest.mark.parametrize("consumed", [0, 1, 6, 13])
 def test_a_run_that_draws_more_resumes_bit_for_bit(consumed):
     torch.manual_seed(1)
     unstopped = DrawsMore(2)

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.rollout.batching import pad_left, pad_right
+from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops, WeightsVersion
+from hybrid_lightning.rollout.rollout_engine import RolloutEngine, Stops
 from hybrid_lightning.types import Prompt, Rollouts, Sequences
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ class VLLMEngine(RolloutEngine):
 
     has_own_weights = True
     renormalizes = True
-    version: WeightsVersion | None = None  # of the weights that the engine has been given
 
     def stops(self, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | None = None) -> Stops:
         """See `RolloutEngine`; vLLM finds stop strings by itself."""
@@ -75,7 +74,7 @@ class VLLMEngine(RolloutEngine):
         assert len(answers) == len(prompts) * samples_per_prompt
         for answer in answers:
             self._check(answer)
-        pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        pad = pad_token(tokenizer)
         finished = [answer.finished for answer in answers]
         prompt, mask = pad_left(prompt_ids, pad, device)
         tokens, kept = pad_right([answer.tokens for answer in answers], pad, device)

@@ -9,8 +9,7 @@ import tiny_examples
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
-from test_step_masks import OftenDone
-from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_sums
+from tiny_runs import DigitShare, OftenDone, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_sums
 from torch.utils._python_dispatch import TorchDispatchMode
 from wide_models import write_wide_model
 
@@ -30,7 +29,7 @@ from hybrid_lightning.losses import (
     TopEntropyMask,
 )
 from hybrid_lightning.policy.quantization import NF4, Int8
-from hybrid_lightning.policy.run_checks import warn_of_differences
+from hybrid_lightning.policy.run_differences import warn_of_differences
 from hybrid_lightning.rewards import CosineLength, FunctionReward, RewardBySet, WeightedSum
 from hybrid_lightning.rollout import sampler
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling

@@ -1,4 +1,4 @@
-"""Checks of a run's settings: refuses those that cannot work, and warns of those with which two runs with one seed may differ.
+"""Warns of the settings of a run with which two runs with one seed may differ.
 
 This package computes the same bits in every run on one machine, however busy it is. Two runs can differ where a clock decides
 something, or where a library adds up numbers in whatever order its threads finish.
@@ -13,45 +13,9 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.metrics import check_set_name
-from hybrid_lightning.policy.optim import OptimizerCallable
-from hybrid_lightning.policy.precision import check_precision, use_bfloat16_precision
-from hybrid_lightning.policy.quantization import Quantization, check_quantization
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.sharding.checks import check_strategy
-from hybrid_lightning.types import Prompt
 
 _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
-
-
-def check_run(trainer: Trainer, optimizer: OptimizerCallable, dtype: str, quantization: Quantization | None) -> None:
-    """Raise ConfigError if strategy, precision, dtype, optimizer and quantization do not work together.
-
-    Args:
-        trainer: Has strategy and precision; the strategy gets our plugin for `bf16-true`.
-        optimizer: Makes the optimizer of the parameter groups that it is called with.
-        dtype: Name of the model's dtype.
-        quantization: Of the frozen base; None for none.
-    """
-    check_strategy(trainer, optimizer, dtype)
-    if quantization is not None:
-        check_quantization(quantization, trainer)
-    check_precision(str(trainer.precision), dtype, optimizer)
-    use_bfloat16_precision(trainer.strategy)
-
-
-def check_prompts(prompts: Sequence[Prompt], rewards: Sequence[RewardFunction]) -> None:
-    """Make sure that completions of prompts can be scored and reported on.
-
-    Raises:
-        ConfigError: If the name of a set cannot be part of a metric's name.
-        RewardError: If a reward cannot score completions of a prompt; a reward may raise other errors as well.
-    """
-    for name in {prompt.set_name for prompt in prompts}:
-        check_set_name(name)
-    for reward in rewards:
-        for prompt in prompts:
-            reward.check_prompt(prompt)
 
 
 def warn_of_differences(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> None:

@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from hybrid_lightning.adapters.gradients import ExactGradients
-from hybrid_lightning.configurable import constructor_defaults
 from hybrid_lightning.errors import ConfigError, DataError, ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
@@ -80,9 +79,9 @@ class TrainerFlags:
 
 def policy_arguments(policy: type, *given: Any, **named: Any) -> SimpleNamespace:
     """Constructor arguments of a policy as attributes, including defaults, without building the policy."""
-    given_by_name = inspect.signature(policy).bind(*given, **named).arguments
-    handed_on = given_by_name.pop("kwargs", {})
-    return SimpleNamespace(**{**constructor_defaults(policy), **given_by_name, **handed_on})
+    bound = inspect.signature(policy).bind(*given, **named)
+    bound.apply_defaults()
+    return SimpleNamespace(**{**bound.arguments.pop("kwargs", {}), **bound.arguments})  # of a class of the user's own
 
 
 def arguments_of(policy: PolicyModule) -> SimpleNamespace:

@@ -21,7 +21,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW
 
 from hybrid_lightning.adapters.plan import AdapterPlan, model_digest
-from hybrid_lightning.configurable import Configurable, constructor_defaults, describe_arguments
+from hybrid_lightning.configurable import Configurable, describe_arguments
 from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
 from hybrid_lightning.options import FIXED, Option
@@ -97,7 +97,7 @@ class AdaptedModule(Configurable, LightningModule):
     def _describe_hyperparameters(self) -> None:
         """Save the constructor's arguments, defaults included, as plain data from which a checkpoint can rebuild the module."""
         if "_instantiator" not in self.hparams:  # the module was made in Python; the command line saves its config instead
-            plain = describe_arguments({**constructor_defaults(type(self)), **self.hparams})
+            plain = describe_arguments(dict(self.hparams))
             plain["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
             self._set_hparams(plain)
             self._hparams_initial = self._to_hparams_dict(plain)

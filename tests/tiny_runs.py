@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from tiny_models import VOCABULARY, build_model, build_tokenizer
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
@@ -47,6 +48,26 @@ class OftenDone(Sampler):
 
     def sample(self, *args, **options):
         return super().sample(*args, **{**options, "stops": Stops(tuple(range(2, VOCABULARY, 4)), None)})
+
+
+class Log(Callback):
+    """Notes metrics, micro-batches and gradients of a run: of a micro-batch after it, of an optimizer step before it."""
+
+    def __init__(self):
+        self.metrics, self.batches, self.losses, self.gradients = [], [], [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.requires_grad})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        self.batches.append(batch)
+        self.losses.append(float(outputs["loss"]))
+
+
+def trained(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every trained weight."""
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def write_model(folder: Path, family: str = "llama", seed: int = 0, std: float = 0.1) -> Path:

@@ -10,17 +10,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rounding import LOGITS, additions_of, assert_same_sums
 from tiny_examples import KINDS, build_examples, build_module, fit, weights, write_rows
 from tiny_models import build_model, build_tokenizer
-from tiny_runs import StartsWithDigit, build_adapter, build_trainer, write_model
+from tiny_runs import StartsWithDigit, build_adapter, build_trainer
 
 from hybrid_lightning.engine.logprobs import token_logprobs
+from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rollout.batching import join_rows, split_by_tokens
+from hybrid_lightning.types import Prompt
 
 BETA = 0.5
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("examples") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +201,38 @@ def test_losses_of_steps_are_those_of_as_many_batches_of_examples(kind, model, r
         chosen = [data.train_prompts[i] for i in order[4 * step : 4 * step + 4]]
         assert sum(values[begin:end]) == pytest.approx(float(loss_by_hand(kind, base, reference, chosen)), abs=1e-5)
         begin = end
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "arguments", "error", "message"),
+    [
+        (
+            "supervised",
+            "preference",
+            {},
+            DataError,
+            r"row \d+ has 2 completions, but SupervisedModule needs one: give data.format=",
+        ),
+        ("preference", "supervised", {}, DataError, r"has 1 completions, but PreferenceModule needs two"),
+        ("supervised", "supervised", {"examples_per_step": 26}, ConfigError, "examples_per_step=26 is more than the 24"),
+        ("supervised", "supervised", {"examples_per_step": 0}, ConfigError, "examples_per_step must be at least 1, got 0"),
+        (
+            "supervised",
+            "supervised",
+            {"examples_per_step": 7},
+            ConfigError,
+            "examples_per_step=7 must be a multiple of the 1 devices",
+        ),
+    ],
+)
+def test_what_is_refused_at_start(kind, format, arguments, error, message, model, rows, tmp_path):
+    with pytest.raises(error, match=message):
+        trainer = build_trainer(tmp_path, build_adapter(), accumulate_grad_batches=2)
+        trainer.fit(build_module(kind, model, **arguments), datamodule=build_examples(format, rows))
+
+
+def test_a_row_that_the_model_cannot_read_is_refused_by_its_number(model, rows, tmp_path):
+    module = build_module("supervised", model)
+    long = Prompt(text="1+1=", completions=("2" * 130,), index=7, source="rows.jsonl")
+    with pytest.raises(DataError, match=r"rows.jsonl row 7 has 135 tokens \(4 of the prompt\), more than the 128"):
+        module.check_prompts([long])

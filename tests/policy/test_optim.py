@@ -18,10 +18,8 @@ def factors(schedule, total, count=None):
 def test_a_warm_up_rises_in_equal_steps_to_the_full_rate():
     assert factors(ConstantSchedule(warmup_steps=3), 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert factors(ConstantSchedule(), 3) == [1.0, 1.0, 1.0]
-
-
-def test_a_constant_rate_needs_no_end():
     assert ConstantSchedule(2).factor(10**9, math.inf) == 1.0
+    assert factors(LinearSchedule(warmup_steps=9), 3) == [0.1, 0.2, 0.3], "a run shorter than its warm-up"
 
 
 def test_a_line_falls_to_its_end():
@@ -32,18 +30,9 @@ def test_a_line_falls_to_its_end():
 def test_half_a_cosine_falls_to_its_end():
     expected = [1.0, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.5 - 0.5 * math.cos(math.pi / 4), 0.0]
     assert factors(CosineSchedule(), 4, 5) == pytest.approx(expected)
+    assert CosineSchedule(final_factor=0.1).factor(50, 10) == pytest.approx(0.1), "it never rises again"
     expected = [1 / 3, 2 / 3, *(0.2 + 0.8 * value for value in expected)]
     assert factors(CosineSchedule(warmup_steps=2, final_factor=0.2), 6, 7) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("kind", [LinearSchedule, CosineSchedule])
-def test_the_rate_never_rises_again_beyond_the_end(kind):
-    assert kind(final_factor=0.1).factor(50, 10) == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize("kind", [LinearSchedule, CosineSchedule])
-def test_a_run_shorter_than_its_warm_up_is_all_warm_up(kind):
-    assert factors(kind(warmup_steps=9), 3) == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize(
@@ -88,10 +77,7 @@ def test_an_empty_group_is_left_out_and_none_at_all_is_refused():
     assert [group["name"] for group in build(full=([], 0.1), lora=(parameters(), 1.0))["optimizer"].param_groups] == ["lora"]
     with pytest.raises(ConfigError, match="no trainable parameter; add the callback HybridAdapterSetup"):
         build(full=([], 0.1), lora=([], 1.0))
-
-
-def test_an_impossible_schedule_is_refused_before_the_warm_up():
-    with pytest.raises(ConfigError, match="run's length"):
+    with pytest.raises(ConfigError, match="run's length"):  # before the warm-up
         build(schedule=CosineSchedule(warmup_steps=100), total=math.inf, full=(parameters(), 0.1))
 
 

@@ -12,6 +12,10 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}#{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}a#{% if thinking %}think{% endif %}{% endif %}"
 )
+ANSWERED = (
+    "{% for m in messages %}{{ m['role'][0] }}#{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a#{% endif %}"
+)
 CHAT = Prompt(messages=({"role": "system", "content": "add"}, {"role": "user", "content": "1+2"}))
 
 
@@ -87,3 +91,15 @@ def test_what_the_vocabulary_lacks_is_said():
         DataError, match=r"cannot encode the prompt of q\.csv row 3, which begins '.*: .*take another model, other data"
     ):
         encoder.encode(Prompt(text="How many?", index=3, source="q.csv"))
+
+
+def test_a_chat_completion_is_what_the_template_writes_up_to_its_end():
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<eos>"})
+    prompt = Prompt(messages=({"role": "user", "content": "1+2"},))
+    ids = PromptEncoder(tokenizer, ANSWERED).encode_completion(prompt, "3", [2])
+    assert tokenizer.decode(ids) == "3<eos>"
+    plain = PromptEncoder(tokenizer).encode_completion(Prompt(text="1+2="), "3", [2])
+    assert plain == [*tokenizer("3").input_ids, 2]
+    with pytest.raises(ConfigError, match="otherwise once it is answered"):
+        PromptEncoder(tokenizer, "{{ messages|length }}").encode_completion(prompt, "3", [2])

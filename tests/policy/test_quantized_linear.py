@@ -35,8 +35,7 @@ def inputs(dtype=torch.float32, rows=(2, 5), width=128):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(96, 128), (7, 64), (128, 192)])
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, (96, 128)), (torch.bfloat16, (7, 64)), (torch.float32, (128, 192))])
 def test_the_weight_is_off_by_what_the_format_allows(kind, dtype, shape):
     linear, layer = build(kind, dtype, shape=shape)
     error = (unpacked(layer).float() - linear.weight.float()).norm() / linear.weight.float().norm()
@@ -46,8 +45,7 @@ def test_the_weight_is_off_by_what_the_format_allows(kind, dtype, shape):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("bias", "training"), [(True, False), (False, True)])
 def test_value_and_gradient_are_those_of_the_unpacked_weight(kind, bias, training):
     linear, layer = build(kind, bias=bias)
     layer.train(training)

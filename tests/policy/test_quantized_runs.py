@@ -1,9 +1,7 @@
 """Runs on a quantized base: trained, resumed, loaded, exported, and started by the command line."""
 
-import cli_runs
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
@@ -14,14 +12,13 @@ from wide_models import write_wide_model
 
 from hybrid_lightning.adapters.apply import apply_plan, trainable_state
 from hybrid_lightning.adapters.plan import model_digest
-from hybrid_lightning.errors import CheckpointError, ConfigError
+from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.export.sources import policy_of_module
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.quantization import NF4, Int8
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -151,15 +148,14 @@ def test_another_quantization_than_the_checkpoints_is_refused(trained, folder, t
 
 
 @pytest.mark.parametrize(
-    ("policy", "adapter", "flags"),
+    ("kind", "policy", "adapter", "flags"),
     [
-        ({"dtype": "bfloat16", "gradient_checkpointing": True}, {}, {"precision": "bf16-mixed"}),
-        ({"loss": GSPOLoss()}, {"keep_start_weights": False, "use_dora": True}, {}),
-        ({"optimizer": bitsandbytes.optim.PagedAdamW8bit}, {"share": 0.0}, {"gradient_clip_val": 0.5}),
+        (NF4, {"dtype": "bfloat16", "gradient_checkpointing": True}, {}, {"precision": "bf16-mixed"}),
+        (Int8, {"loss": GSPOLoss()}, {"keep_start_weights": False, "use_dora": True}, {}),
+        (NF4, {"optimizer": bitsandbytes.optim.PagedAdamW8bit}, {"share": 0.0}, {"gradient_clip_val": 0.5}),
     ],
     ids=["bfloat16", "freed start weights and DoRA", "paged optimizer and LoRA alone"],
 )
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_it_trains_with(folder, tmp_path, kind, policy, adapter, flags):
     _, module = run(folder, tmp_path, kind(), steps=3, adapter=adapter, flags=flags, **policy)
@@ -169,55 +165,3 @@ def test_it_trains_with(folder, tmp_path, kind, policy, adapter, flags):
         assert torch.equal(loaded.model(IDS).logits, module.eval().model(IDS).logits)
     up = [weight for name, weight in content["state_dict"].items() if "lora_B" in name]
     assert up and any(weight.abs().sum() > 0 for weight in up), "B starts at zero"
-
-
-def test_full_fine_tuning_is_refused_before_anything_is_scored(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"NF4 has nothing to quantize, since the plan trains all 14 linear modules fully"):
-        run(folder, tmp_path, NF4(), adapter={"share": 1.0})
-
-
-def test_sharded_weights_are_refused_before_anything_is_scored(folder, tmp_path):
-    flags = {"strategy": FSDP2Strategy("gloo")}
-    with pytest.raises(ConfigError, match=r"NF4 does not work with FSDP2Strategy.*trainer\.strategy=ddp"):
-        run(folder, tmp_path, NF4(), flags=flags, optimizer=torch.optim.AdamW)
-    torch.distributed.destroy_process_group()  # which Lightning leaves for the rest of the process
-
-
-@pytest.fixture(scope="module")
-def command_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("command")
-    for _ in cli_runs.write_folder(folder):
-        write_wide_model(folder / "model", dtype=torch.bfloat16)
-        yield folder
-
-
-def test_the_command_line_fits_resumes_and_exports(command_folder, request):
-    overlay = request.config.rootpath / "configs" / "quantization" / "nf4.yaml"
-    options = ["--model.optimizer=bitsandbytes.optim.AdamW8bit", "--model.optimizer.weight_decay=0.1"]
-    configs = ["--config", "t.yaml", "--config", overlay]
-    first = cli_runs.run(command_folder, "fit", *configs, *options, "--trainer.max_steps=2")
-    assert first.code == 0, first.err
-    folder = command_folder / "runs" / "default" / "version_0"
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["model"]["init_args"]["quantization"] == {"class_path": "hybrid_lightning.policy.NF4"}
-    last = folder / "checkpoints" / "last.ckpt"
-    again = cli_runs.run(command_folder, "fit", "--config", folder / "config.yaml", "--ckpt_path", last, "--trainer.max_steps=4")
-    assert again.code == 0, again.err
-    last = command_folder / "runs" / "default" / "version_1" / "checkpoints" / "last.ckpt"
-    arguments = ["--config", folder / "config.yaml", "--ckpt_path", last]
-    exported = cli_runs.run(command_folder, "export", *arguments, "--folder=out", "--form=MergedModel", "--form.dtype=float32")
-    assert exported.code == 0, exported.err
-    policy = PolicyModule.load_from_checkpoint(last)
-    assert isinstance(policy.quantization, NF4)
-    merged = AutoModelForCausalLM.from_pretrained(command_folder / "out", dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(command_folder / "model", dtype=torch.bfloat16)
-    expected = apply_plan(base, policy.plan)
-    expected.load_state_dict(trainable_state(policy.model), strict=False)
-    assert_same_sums(merged(IDS).logits, expected.float().eval()(IDS).logits, additions_of(merged, IDS.shape[1]))
-
-
-def test_a_forgotten_overlay_is_noticed_on_the_command_line(command_folder):
-    last = command_folder / "runs" / "default" / "version_0" / "checkpoints" / "last.ckpt"
-    options = ["--model.dtype=bfloat16", "--trainer.precision=bf16-mixed", "--trainer.max_steps=4"]
-    result = cli_runs.run(command_folder, "fit", "--config", "t.yaml", *options, "--ckpt_path", last)
-    assert result.code == 1 and "model.quantization=NF4, but it is null now" in result.last

@@ -12,30 +12,20 @@ def run(micro_batches, *updates):
     return results
 
 
-def test_shares_add_up_and_of_maxima_the_largest_counts():
-    first, second = run(2, {"loss": 1.0, "ratio/max": 3.0}, {"loss": 0.5, "ratio/max": 2.0})
-    assert first == {"loss": 1.0, "ratio/max": 3.0}
-    assert second == {"loss": 1.5, "ratio/max": 3.0}
-
-
-def test_of_minima_the_smallest_counts():
-    results = run(2, *[{"weight/min": value} for value in (0.5, 0.75, 2.0)])
-    assert results == [{"weight/min": 0.5}, {"weight/min": 0.5}, {"weight/min": 2.0}]
-
-
-def test_the_next_step_starts_anew():
-    results = run(2, *[{"loss": value, "ratio/max": value} for value in (8.0, 4.0, 2.0, 1.0)])
-    assert results[2] == {"loss": 2.0, "ratio/max": 2.0}
-    assert results[3] == {"loss": 3.0, "ratio/max": 2.0}
+def test_shares_add_up_of_extremes_one_counts_and_the_next_step_starts_anew():
+    named = [{"loss": value, "ratio/max": value, "weight/min": value} for value in (4.0, 8.0, 2.0, 1.0)]
+    results = run(2, *named, {"loss": 1.0}, {"loss": 1.0, "kl": 0.5})
+    assert results[:4] == [
+        {"loss": 4.0, "ratio/max": 4.0, "weight/min": 4.0},
+        {"loss": 12.0, "ratio/max": 8.0, "weight/min": 4.0},
+        {"loss": 2.0, "ratio/max": 2.0, "weight/min": 2.0},
+        {"loss": 3.0, "ratio/max": 2.0, "weight/min": 1.0},
+    ]
+    assert results[5] == {"loss": 2.0, "kl": 0.5}, "a name that comes later in a step"
 
 
 def test_what_is_returned_is_not_changed_later():
-    metrics = StepMetrics()
-    share = torch.tensor(1.0)
+    metrics, share = StepMetrics(), torch.tensor(1.0)
     first = metrics.update({"loss": share}, 3)["loss"]
     metrics.update({"loss": share}, 3)
     assert float(first) == 1.0 and float(share) == 1.0
-
-
-def test_a_name_that_comes_later_in_a_step_is_taken_in():
-    assert run(2, {"loss": 1.0}, {"loss": 1.0, "kl": 0.5})[1] == {"loss": 2.0, "kl": 0.5}

@@ -135,10 +135,6 @@ def test_copies_have_the_arguments_and_no_connections(start, build):
         assert made.to_config() == sampler.to_config() and made.version is None and not made._transfers
 
 
-def test_a_server_that_fits_is_accepted(start, build, served):
-    build(start(), start(missing={"/tokenize"})).check_model(served)
-
-
 @pytest.mark.parametrize(
     ("fault", "says"),
     [

@@ -41,10 +41,10 @@ from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.policy.rollout_metrics import ROLLOUT_METRICS, rollout_metrics
 from hybrid_lightning.policy.sampled_groups import advantages_over_ranks, choose_trained, sample_groups
-from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens, weights_lag
+from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens
 from hybrid_lightning.policy.update import restore_pass_tokens, saved_pass_tokens
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, teaching_groups
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.prompt_order import PromptOrder
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -75,7 +75,7 @@ class PolicyModule(LanguageModule):
         mask_truncated_completions: Whether completions that were cut at the sampler's `max_new_tokens` are left out of the loss
             (DAPO's overlong filtering). As in TRL, their rewards still count in their group, and they still count in the number
             of sequences, but their tokens count nowhere.
-        dynamic_sampling: Replaces groups whose completions all succeed or all fail, which teach nothing, by groups of further
+        dynamic_sampling: Replaces groups whose completions all succeed or all fail, with advantages of 0, by groups of further
             prompts, such as `DynamicSampling()`; None trains on all groups. Not used in scoring and evaluation.
         prompts_per_rollout: Prompts of a rollout, over all devices (P).
         samples_per_prompt: Completions of each prompt in a rollout (G).
@@ -216,8 +216,8 @@ class PolicyModule(LanguageModule):
     def _roll_out_dynamically(
         self, rule: DynamicSampling, prompts: Sequence[Prompt], generator: torch.Generator, draw_more: DrawPrompts | None
     ) -> TrainedRollout:
-        """`roll_out` with extra rollouts, by a rule, in place of groups that teach nothing."""
-        groups = sample_groups(rule, prompts, draw_more, lambda some: self._complete(some, generator), self._teaching_groups)
+        """`roll_out` with extra rollouts, by a rule, in place of groups from which nothing is learned."""
+        groups = sample_groups(rule, prompts, draw_more, lambda some: self._complete(some, generator), self._useful_groups)
         self.sampler.release_memory()
         with self.clock.phase("reward"):
             minibatches = self.rollout_schedule.minibatches_per_rollout
@@ -228,18 +228,18 @@ class PolicyModule(LanguageModule):
         if metrics["sampling/filled_groups"] and draw_more is not None and not self._warned_of_filled_groups:
             self._warned_of_filled_groups = True
             rank_zero_warn(
-                f"{metrics['sampling/filled_groups']:.0%} of a rollout's groups teach nothing, although {groups.extra_rollouts} "
-                "extra rollouts looked for others: the prompts are too easy or too hard for the policy; give other data, or "
-                "raise model.samples_per_prompt or model.dynamic_sampling.max_extra_rollouts. Later rollouts say so as "
-                "sampling/filled_groups alone"
+                f"nothing is learned from {metrics['sampling/filled_groups']:.0%} of a rollout's groups, although "
+                f"{groups.extra_rollouts} extra rollouts looked for others: the prompts are too easy or too hard for the policy; "
+                "give other data, or raise model.samples_per_prompt or model.dynamic_sampling.max_extra_rollouts. Later rollouts "
+                "say so as sampling/filled_groups alone"
             )
         return replace(trained, metrics=metrics)
 
-    def _teaching_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
-        """Which of this rank's groups teach something, one bool for each."""
+    def _useful_groups(self, rollouts: Rollouts, rewards: Rewards) -> Tensor:
+        """Which of this rank's groups something is learned from, one bool for each."""
         correctness = [rewards.parts[term.name] for term in self.reward_terms() if term.measures_correctness]
-        taught = self.trained_sequences(rollouts).completion_mask.any(dim=1)
-        return teaching_groups(rewards.total, correctness, taught, rollouts.samples_per_prompt)
+        trained = self.trained_sequences(rollouts).completion_mask.any(dim=1)
+        return useful_groups(rewards.total, correctness, trained, rollouts.samples_per_prompt)
 
     def trained_sequences(self, rollouts: Rollouts) -> Sequences:
         """The sequences as the loss sees them: without tokens where `mask_truncated_completions` leaves a completion out."""
@@ -281,7 +281,9 @@ class PolicyModule(LanguageModule):
         """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `TrainedPolicy`)."""
         logprobs, entropy = self.logprobs(chunk.sequences)
         inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction)
-        metrics |= weights_lag(chunk, inputs, self.trainer.global_step)
+        made_by = chunk.sequences.weights_step
+        assert made_by is not None, "all rows were sampled"
+        metrics["sampling/weights_version_lag"] = share((self.trainer.global_step - made_by).float(), inputs)
         inputs = replace(
             inputs,
             entropy=entropy,
@@ -346,8 +348,8 @@ class PolicyModule(LanguageModule):
     ) -> CalibrationLosses:
         """Losses whose mean gradient scores the modules: those of rollouts of the start policy on training prompts.
 
-        Where all rewards tie they have no gradient. The supervised losses of reference answers are then used, if the data has
-        answers.
+        Where all rewards are equal they have no gradient. The supervised losses of reference answers are then used, if the data
+        has answers.
 
         Args:
             num_prompts: Training prompts to use, or all if there are fewer; None uses as many as one rollout has.
@@ -356,7 +358,7 @@ class PolicyModule(LanguageModule):
 
         Raises:
             ConfigError: If there are too few training prompts, or all completions are masked.
-            CalibrationError: If rewards tie and there are no answers.
+            CalibrationError: If all rewards are equal and there are no answers.
         """
         prompts = training_prompts(self.trainer)
         self.check_enough(prompts)

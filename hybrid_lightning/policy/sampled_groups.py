@@ -28,7 +28,7 @@ class SampledGroups:
 
     rollouts: Rollouts  # this rank's N / ranks groups
     rewards: Rewards  # of this rank's groups
-    useful: Tensor  # [N] bool, by position: groups that teach something
+    useful: Tensor  # [N] bool, by position: groups that something is learned from
     wanted: int  # P, groups to train on over all ranks
     extra_rollouts: int  # draws after the first
 
@@ -36,9 +36,9 @@ class SampledGroups:
         """How many groups were sampled and used.
 
         Returns:
-            `sampling/extra_rollouts`; of the sampled groups, `sampling/kept_groups` (share that teach and are trained on) and
-            `sampling/surplus_groups` (share that teach but are not needed); of the groups that are trained on,
-            `sampling/filled_groups` (share that teach nothing).
+            `sampling/extra_rollouts`; of the sampled groups, `sampling/kept_groups` (share that are useful and trained on) and
+            `sampling/surplus_groups` (share that are useful but not needed); of the groups that are trained on,
+            `sampling/filled_groups` (share that are not useful).
         """
         sampled, useful = len(self.useful), int(self.useful.sum())
         kept = min(useful, self.wanted)
@@ -55,28 +55,28 @@ def sample_groups(
     prompts: Sequence[Prompt],
     draw_more: DrawPrompts | None,
     sample: Callable[[Sequence[Prompt]], tuple[Rollouts, Rewards]],
-    teaches: Callable[[Rollouts, Rewards], Tensor],
+    is_useful: Callable[[Rollouts, Rewards], Tensor],
 ) -> SampledGroups:
-    """Sample until P groups teach something, or there have been as many extra rollouts as allowed. All ranks have to call it.
+    """Sample until P groups are useful, or there have been as many extra rollouts as allowed. All ranks have to call it.
 
     Args:
         rule: Says how many more prompts to sample.
         prompts: This rank's P / ranks prompts of the rollout.
         draw_more: See `RolloutSource`; None for no extra rollouts.
         sample: Completes and scores prompts.
-        teaches: Says which of n groups teach something, [n] bool.
+        is_useful: Says from which of n groups something is learned, [n] bool.
     """
     ranks = world_size()
     wanted = len(prompts) * ranks
     parts = [sample(prompts)]
-    useful = _by_position(teaches(*parts[0]), ranks)
+    useful = _by_position(is_useful(*parts[0]), ranks)
     while draw_more is not None:
         # The count is the same on every rank, since it follows from the groups of all ranks.
         count = rule.prompts_to_add(int(useful.sum()), len(useful), wanted, len(parts) - 1, ranks)
         if not count:
             break
         parts.append(sample(draw_more(count)))
-        useful = torch.cat([useful, _by_position(teaches(*parts[-1]), ranks)])
+        useful = torch.cat([useful, _by_position(is_useful(*parts[-1]), ranks)])
     rollouts, rewards = zip(*parts, strict=True)
     return SampledGroups(join_rollouts(rollouts), join_rewards(rewards), useful, wanted, len(parts) - 1)
 

@@ -56,21 +56,6 @@ def compare_with_sampler(
     return replace(inputs, importance_weights=weights), metrics
 
 
-def weights_lag(batch: PolicyBatch, inputs: LossInputs, step: int) -> dict[str, Tensor]:
-    """How many optimizer steps have been made since the weights that sampled, on average over sequences.
-
-    Args:
-        batch: A micro-batch or a chunk of one.
-        inputs: Made from it.
-        step: Optimizer steps made so far.
-
-    Returns:
-        `sampling/weights_version_lag` as a share in that of the optimizer step; nothing if an earlier version sampled.
-    """
-    made_by = batch.sequences.weights_step
-    return {} if made_by is None else {"sampling/weights_version_lag": share((step - made_by).float(), inputs)}
-
-
 def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mask: TopEntropyMask) -> list[PolicyBatch]:
     """Set `policy_mask` of an optimizer step's micro-batches, by one threshold of the entropy for all ranks.
 
@@ -82,11 +67,11 @@ def mask_tokens(batches: Sequence[PolicyBatch], entropies: Sequence[Tensor], mas
         mask: Finds the threshold, from the entropies of all sequences that have an advantage.
     """
     masks = [batch.sequences.completion_mask for batch in batches]
-    taught = [
+    with_advantage = [
         entropy[tokens & (batch.advantages != 0)[:, None]]
         for batch, entropy, tokens in zip(batches, entropies, masks, strict=True)
     ]
-    threshold = mask.threshold(torch.cat(gather_objects(torch.cat(taught).cpu())))
+    threshold = mask.threshold(torch.cat(gather_objects(torch.cat(with_advantage).cpu())))
     return [
         replace(batch, policy_mask=tokens & (entropy >= threshold))
         for batch, entropy, tokens in zip(batches, entropies, masks, strict=True)

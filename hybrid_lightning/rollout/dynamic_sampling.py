@@ -4,14 +4,15 @@
 
 Axes: P prompts (groups) of a rollout, G completions per prompt, B = P * G.
 
-If all completions of a prompt are right, or all are wrong, the group ties: every advantage is 0. The more groups of a rollout
-tie, the fewer are left to average out the noise of the gradient. So more prompts are sampled, until P groups are useful.
+If all completions of a prompt are right, or all are wrong, every advantage of the group is 0. The more such groups a rollout
+has, the fewer are left to average out the noise of the gradient. So more prompts are sampled, until P groups are useful.
 
-- Which groups tie: a group is judged by the parts of the reward that measure correctness, so that a group whose completions
-  differ only in a penalty for length is replaced, as in the paper; if no part measures correctness, by the whole reward. The
-  values of the parts count, not just right and wrong: partial credit (for code that passes some of its tests) makes a difference,
-  too. A group is also replaced if its whole rewards tie, or if all its completions are left out of the loss. (With
-  `PerRewardAdvantage`, whose parts may differ although their sum ties, such a group might have been useful.)
+- Which groups are useful: a group is judged by the parts of the reward that measure correctness, so that a group whose
+  completions differ only in a penalty for length is replaced, as in the paper; if no part measures correctness, by the whole
+  reward. The values of the parts count, not just right and wrong: partial credit (for code that passes some of its tests)
+  makes a difference, too. A group is also replaced if its whole rewards are equal, or if all its completions are left out of
+  the loss.
+  (With `PerRewardAdvantage`, whose parts may differ although their sums are equal, it might have been useful.)
 - Replacements are the next prompts of the order. An extra rollout has as many prompts as should give the missing groups at the
   yield of the rollout so far, rounded up to quarters of P and at most P. Rounding leaves some to spare, and makes a run the same
   on any number of ranks that divides a quarter.
@@ -19,7 +20,7 @@ tie, the fewer are left to average out the noise of the gradient. So more prompt
   completions. Further useful groups are dropped: in the next rollout they would come from an older policy, so that its first
   minibatch would no longer be exactly on-policy.
 - Departure: the paper samples without limit. Here sampling ends after `max_extra_rollouts` (verl ends the run at its
-  `filter_groups.max_num_gen_batches`). Missing groups are then filled up with groups that tie, whose advantage is set to 0, so
+  `filter_groups.max_num_gen_batches`). Missing groups are then filled up with others, whose advantage is set to 0, so
   that the step has its usual size and denominators; the policy gradient computes nothing for them.
 - All ranks count the groups of all ranks, so that they make the same extra rollouts of the same size. A rank with more useful
   groups than its share gives some to ranks with fewer.
@@ -82,13 +83,13 @@ def _round_up(number: float, step: int) -> int:
     return math.ceil(number / step) * step
 
 
-def teaching_groups(total: Tensor, correctness: Sequence[Tensor], taught: Tensor, samples_per_prompt: int) -> Tensor:
+def useful_groups(total: Tensor, correctness: Sequence[Tensor], trained: Tensor, samples_per_prompt: int) -> Tensor:
     """Which groups are useful (see the head of this file).
 
     Args:
         total: [B] rewards.
         correctness: Parts of the reward that measure correctness, [B] each; may be empty.
-        taught: [B] bool, True for completions that take part in the loss.
+        trained: [B] bool, True for completions that take part in the loss.
         samples_per_prompt: G.
 
     Returns:
@@ -100,7 +101,7 @@ def teaching_groups(total: Tensor, correctness: Sequence[Tensor], taught: Tensor
         return groups.amax(dim=1) > groups.amin(dim=1)
 
     in_correctness = torch.stack([differs(part) for part in correctness or [total]]).any(dim=0)
-    return in_correctness & differs(total) & taught.view(-1, samples_per_prompt).any(dim=1)
+    return in_correctness & differs(total) & trained.view(-1, samples_per_prompt).any(dim=1)
 
 
 def choose_groups(useful: Tensor, wanted: int) -> Tensor:

@@ -243,7 +243,7 @@ class Counting(Copying):
         return super().sample(engine, prompt_ids, *arguments, **options)
 
 
-@pytest.mark.filterwarnings("ignore:100% of a rollout's groups")
+@pytest.mark.filterwarnings("ignore:nothing is learned from 100% of a rollout's groups")
 def test_every_command_and_phase_samples_by_the_engine(tmp_path):
     """Calibration, rollouts and their extra ones, validation, test and predict: as many completions as each asks for."""
     from tiny_runs import build_adapter, build_data, build_trainer, write_sums

@@ -8,7 +8,7 @@ import torch
 from test_loader import Source, build, flat
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups, teaching_groups
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_groups, share_groups, useful_groups
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.prompt_order import PromptOrder
 
@@ -65,11 +65,11 @@ CASES = {
 def test_groups_are_judged_by_the_parts_that_measure_correctness():
     total, correct, taught, expected = zip(*CASES.values(), strict=True)
     columns = [torch.tensor(list(itertools.chain(*column))) for column in (total, correct, taught)]
-    assert teaching_groups(columns[0], [columns[1]], columns[2], 2).tolist() == list(expected)
+    assert useful_groups(columns[0], [columns[1]], columns[2], 2).tolist() == list(expected)
     every = torch.ones(len(columns[0]), dtype=torch.bool)
-    whole = teaching_groups(columns[0], [], every, 2).tolist()
+    whole = useful_groups(columns[0], [], every, 2).tolist()
     assert whole == [a != b for a, b in total], "without such a part by the whole reward"
-    two = teaching_groups(torch.tensor([1.0, 2.0]), [torch.ones(2), torch.tensor([0.0, 1.0])], every[:2], 2)
+    two = useful_groups(torch.tensor([1.0, 2.0]), [torch.ones(2), torch.tensor([0.0, 1.0])], every[:2], 2)
     assert two.tolist() == [True], "one of several parts is enough"
 
 

@@ -86,7 +86,7 @@ def policy_arguments(policy: type, *given: Any, **named: Any) -> SimpleNamespace
 
 def arguments_of(policy: PolicyModule) -> SimpleNamespace:
     """The same of a policy that is built, be its model loaded or not."""
-    return SimpleNamespace(**{**constructor_defaults(type(policy)), **policy._init_args})
+    return policy_arguments(type(policy), **policy._init_args)
 
 
 def run_settings(policy: Any, adapter: Any, data: Any, flags: TrainerFlags, prompt_tokens: int | None = None) -> RunSettings:

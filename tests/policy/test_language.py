@@ -1,5 +1,6 @@
 """A module that is made without its model, and loads it when that is asked for."""
 
+import inspect
 from operator import attrgetter
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import T5Config
 from hybrid_lightning.data import FileSource
 from hybrid_lightning.errors import ConfigError, ModelError
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.policy.examples import SupervisedModule
+from hybrid_lightning.policy.examples import ExampleModule, SupervisedModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rewards import ExactMatch
 from hybrid_lightning.types import Prompt
@@ -103,6 +104,28 @@ def test_a_constructor_that_looks_at_its_model_has_it_loaded(folder):
 def test_arguments_are_checked_at_once(folder, no_weights, arguments, error, message):
     with pytest.raises(error, match=message):
         unloaded(folder, **arguments)
+
+
+def test_every_option_stands_in_the_signature_and_is_the_same_for_all_policies():
+    of_policy, of_examples = (inspect.signature(kind).parameters for kind in (PolicyModule, SupervisedModule))
+    assert not any(option.kind is option.VAR_KEYWORD for option in (*of_policy.values(), *of_examples.values()))
+    shared = [name for name in of_policy if name in of_examples and name not in ("loss", "reward")]
+    assert len(shared) == 16 and list(of_policy)[-16:] == list(of_examples)[-16:] == shared
+    assert all(of_policy[name] == of_examples[name] for name in shared)
+
+
+def test_examples_without_a_loss_are_refused(folder):
+    with pytest.raises(ConfigError, match=r"needs model\.loss; or take SupervisedModule or PreferenceModule"):
+        ExampleModule.unloaded(model=str(folder / "model"))
+
+
+def test_settings_are_checked_once_a_run(folder, tmp_path, monkeypatch):
+    checked, check = [], PolicyModule.check_run_settings
+    monkeypatch.setattr(PolicyModule, "check_run_settings", lambda self: checked.append(self.trainer.state.fn) or check(self))
+    module = fit(folder / "model", folder / "sums.jsonl", tmp_path, max_steps=1)
+    data = build_data(folder / "sums.jsonl", validation_fraction=0.25)
+    build_trainer(tmp_path).validate(module, datamodule=data, verbose=False)
+    assert checked == ["fit", "validate"], "in a fit before modules are scored, and not again"
 
 
 def test_a_run_that_was_checked_is_the_run_that_was_not(folder, tmp_path):

@@ -90,11 +90,3 @@ def test_a_run_without_a_reward_measures_the_loss_alone(folder, shown):
     assert result.code == 1 and result.last == "error: predict scores completions: give model.reward, such as ExactMatch"
     result = run(folder, "plan", "--config", "plain.yaml")
     assert result.code == 1 and "plan knows the memory of PolicyModule, but model is a SupervisedModule" in result.last
-
-
-def test_score_makes_a_plan_that_fit_takes(folder):
-    result = run(folder, "score", "--config", "sft.yaml", "--trainer.logger.init_args.name=scored")
-    assert result.code == 0, result.err
-    plan = folder / "runs" / "scored" / "version_0" / "plan.json"
-    result = run(folder, "fit", "--config", "sft.yaml", f"--adapter.plan={plan}", "--trainer.fast_dev_run=true")
-    assert result.code == 0, result.err

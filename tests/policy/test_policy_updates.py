@@ -4,17 +4,18 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from rounding import additions_of, assert_same_sums
 from tiny_models import build_model
 from tiny_runs import (
     Constant,
+    Log,
     StartsWithDigit,
     build_adapter,
     build_data,
     build_policy,
     build_trainer,
     fit,
+    trained,
 )
 
 from hybrid_lightning.errors import ConfigError, TrainingError
@@ -30,11 +31,12 @@ def assert_same_gradients(found, expected):
         assert_same_sums(step, other, additions, size=0.05)
 
 
-class Watch(Callback):
-    """Gradients before each optimizer step, metrics after it, rows and forward passes of each micro-batch."""
+class Watch(Log):
+    """And rows and forward passes of each micro-batch."""
 
     def __init__(self):
-        self.gradients, self.metrics, self.rows, self.passes, self.losses = [], [], [], [], []
+        super().__init__()
+        self.rows, self.passes = [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.rows.append(len(batch.sequences))
@@ -45,13 +47,9 @@ class Watch(Callback):
     def count(self, *_):
         self.passes[-1] += 1
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.gradients.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.requires_grad})
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_train_batch_end(self, *arguments):
         self.handle.remove()
-        self.losses.append(float(outputs["loss"]))
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        super().on_train_batch_end(*arguments)
 
 
 class AllRows(GRPOLoss):
@@ -62,7 +60,7 @@ def run(model, sums, root, policy=None, **flags):
     watch = Watch()
     arguments = {"optimizer": torch.optim.SGD, "lr_full": 0.05, "lr_lora": 0.1, "minibatches_per_rollout": 2, **(policy or {})}
     module = fit(model, sums, root, watch, policy=arguments, **{"max_steps": 4, **flags})
-    return watch, {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    return watch, trained(module)
 
 
 @pytest.mark.parametrize(

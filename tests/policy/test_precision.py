@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import HalfPrecision
 from rounding import assert_same_logits
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, trained
 from transformers import AutoModelForCausalLM
 from wide_models import write_wide_model
 
@@ -39,10 +39,6 @@ def run(model, sums, root, precision=TRUE, policy=None, adapter=None, **flags):
     arguments = {"dtype": "bfloat16", "loss": GSPOLoss(kl_coef=0.01), "minibatches_per_rollout": 2, **(policy or {})}
     flags = {"max_steps": 6, "precision": precision, **flags}
     return fit(model, sums, root, log, build_adapter(**(adapter or {})), policy=arguments, **flags), log
-
-
-def trained(module):
-    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from tiny_runs import (
     Constant,
+    Log,
     StartsWithDigit,
     build_adapter,
     build_data,
     build_policy,
     build_trainer,
     fit,
+    trained,
     write_sums,
 )
 
@@ -110,19 +111,16 @@ def test_at_the_bound_groups_that_tie_fill_up_without_advantage():
 # ---- runs
 
 
-class Log(Callback):
-    """Micro-batches, metrics and rollouts of a run."""
+class Sampled(Log):
+    """And the rollouts."""
 
     def __init__(self):
-        self.batches, self.metrics, self.rollouts = [], [], []
+        super().__init__()
+        self.rollouts = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.batches.append(batch)
         if not self.rollouts or self.rollouts[-1] is not pl_module.last_rollout:
             self.rollouts.append(pl_module.last_rollout)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
 class ByPlace(RewardFunction):
@@ -132,12 +130,8 @@ class ByPlace(RewardFunction):
         return [(row % 4) / 4 for row in range(len(completions))]
 
 
-def trained(module):
-    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-
-
 def test_metrics_are_of_all_groups_and_denominators_of_those_trained_on(model, sums, tmp_path):
-    log, timer = Log(), StepTimer()
+    log, timer = Sampled(), StepTimer()
     reward = WeightedSum([StartsWithDigit(), OverlongPenalty(6, 4)])
     policy = {"reward": reward, "dynamic_sampling": DynamicSampling(2), "minibatches_per_rollout": 2, "samples_per_prompt": 3}
     fit(model, sums, tmp_path, timer, log, policy=policy, max_steps=8)
@@ -170,7 +164,7 @@ def test_where_every_group_teaches_nothing_changes(model, sums, tmp_path):
 
 
 def test_where_nothing_teaches_it_ends_at_the_bound_and_warns_once(model, sums, tmp_path):
-    log, policy = Log(), {"reward": Constant(), "dynamic_sampling": DynamicSampling(2)}
+    log, policy = Sampled(), {"reward": Constant(), "dynamic_sampling": DynamicSampling(2)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(model, sums, tmp_path, log, policy=policy, max_steps=3)
@@ -184,7 +178,7 @@ def test_where_nothing_teaches_it_ends_at_the_bound_and_warns_once(model, sums, 
 @pytest.mark.filterwarnings("ignore:nothing is learned from .* of a rollout's groups")
 @pytest.mark.parametrize("flags", [{"fast_dev_run": True}, {"overfit_batches": 1}, {"limit_train_batches": 1}], ids=str)
 def test_short_runs(model, sums, tmp_path, flags):
-    log, policy = Log(), {"reward": Constant(), "dynamic_sampling": DynamicSampling(1)}
+    log, policy = Sampled(), {"reward": Constant(), "dynamic_sampling": DynamicSampling(1)}
     fit(model, sums, tmp_path, log, policy=policy, max_steps=2, **flags)
     expected = 4 if "overfit_batches" in flags else 8  # those of the rollout alone are to be overfitted
     assert [len(rollout[0].prompts) for rollout in log.rollouts] == [expected] * (1 if "fast_dev_run" in flags else 2)
@@ -196,7 +190,7 @@ def test_a_run_resumes_bit_for_bit_within_a_rollout(model, sums, tmp_path):
 
     def run(steps, ckpt_path=None, save=None):
         torch.manual_seed(11)
-        log, module = Log(), build_policy(model, **options)
+        log, module = Sampled(), build_policy(model, **options)
         trainer = build_trainer(tmp_path, build_adapter(), log, max_steps=steps)
         trainer.fit(module, datamodule=build_data(sums), ckpt_path=ckpt_path)
         if save:

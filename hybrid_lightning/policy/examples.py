@@ -237,7 +237,7 @@ class ExampleModule(LanguageModule):
         return self.weights.as_forward(lambda: token_logprobs(self.engine, sequences, 1.0))
 
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `TrainedPolicy`)."""
+        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `LanguageModule`)."""
         logprobs, entropy = self.logprobs(chunk.sequences)
         output = self.loss(replace(chunk.loss_inputs(logprobs), entropy=entropy.detach()))
         return output.loss, output.metrics

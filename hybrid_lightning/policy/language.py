@@ -379,7 +379,12 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     @abstractmethod
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `TrainedPolicy`)."""
+        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step.
+
+        Args:
+            chunk: Some rows of the micro-batch.
+            micro_batch_tokens: Completion tokens of the whole micro-batch, over which some losses average.
+        """
 
     def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
         """The train dataloader: rollouts of these prompts. A data module's `train_dataloader` returns it."""

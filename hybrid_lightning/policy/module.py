@@ -278,7 +278,7 @@ class PolicyModule(LanguageModule):
         return self.weights.as_forward(lambda: token_logprobs(self.engine, sequences, self.sampler.temperature, with_gradient))
 
     def chunk_loss(self, chunk: PolicyBatch, micro_batch_tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `TrainedPolicy`)."""
+        """Loss and metrics of a chunk of a micro-batch, as shares in those of the optimizer step (see `LanguageModule`)."""
         logprobs, entropy = self.logprobs(chunk.sequences)
         inputs, metrics = compare_with_sampler(chunk, logprobs, self.correction)
         made_by = chunk.sequences.weights_step

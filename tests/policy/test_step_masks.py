@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_policy_updates import assert_same_gradients, run
+from test_update import assert_same_gradients, run
 from tiny_runs import OftenDone, build_adapter, fit
 
 from hybrid_lightning.adapters.scorers import Random

@@ -192,10 +192,11 @@ def test_a_run_on_a_cpu_has_nothing_to_say(folder, tmp_path, said, flags):
     assert said(folder, tmp_path, reward=late_reward(timeout_s=9), **flags) == []
 
 
-def test_a_reward_by_time_and_a_last_moment_are_named_once_in_one_line(folder, tmp_path, said, monkeypatch):
+def test_a_reward_by_time_and_a_last_moment_are_named_once_a_run_in_one_line(folder, tmp_path, said, monkeypatch):
     monkeypatch.setenv("OMP_DYNAMIC", "TRUE")
     reward = WeightedSum([DigitShare(), late_reward(timeout_s=9, on_timeout=0.5)])
-    (line,) = said(folder, tmp_path, Timer("00:01:00:00"), reward=reward)
+    line, of_validation = said(folder, tmp_path, Timer("00:01:00:00"), reward=reward)
+    assert "trainer.max_time" not in of_validation and "reward late:" in of_validation, "each run says its own"
     for part in ("OMP_DYNAMIC=true", "unset it", "trainer.max_time", "give trainer.max_steps", "reward late:"):
         assert part in line
     assert "earns on_timeout=0.5 if it takes more than timeout_s=9" in line and "leave out on_timeout" in line

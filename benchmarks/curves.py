@@ -1,10 +1,9 @@
-"""Draws held-out accuracy and training reward of finished runs: `python benchmarks/curves.py OUT.png TITLE RUN_FOLDER ...`.
+"""Draws held-out accuracy and training reward of finished runs: `python -m benchmarks.curves OUT.png TITLE RUN_FOLDER ...`.
 
 Reads the TensorBoard events that a run leaves in its folder; runs whose folders differ only by a trailing number are drawn in
 one colour.
 """
 
-import argparse
 import re
 from pathlib import Path
 
@@ -12,16 +11,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.commands import command
+
 COLOURS = ("#1f6fb2", "#d1495b", "#3a8f5c", "#8a5aa8")
 
 
-def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def read(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of all that a run logged."""
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    return {tag: ([event.step for event in made], [event.value for event in made]) for tag, made in found.items()}
 
 
 def draw(out: Path, title: str, folders: list[Path]) -> None:
+    """Write the figure."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     held_out, training = figure.subplots(1, 2)
@@ -34,10 +38,9 @@ def draw(out: Path, title: str, folders: list[Path]) -> None:
         curves = read(folder)
         sampled = next(tag for tag in curves if tag.rstrip("0123456789") == "val/avg@")
         for tag, style, label in ((sampled, "-", sampled.removeprefix("val/")), ("val/greedy_accuracy", "--", "greedy")):
-            steps, values = zip(*curves[tag], strict=True)
+            steps, values = curves[tag]
             held_out.plot(steps, [100 * v for v in values], style, color=colour, label=f"{method}, {label}" if first else None)
-        steps, values = zip(*curves["reward"], strict=True)
-        training.plot(steps, values, color=colour, alpha=0.7, linewidth=1, label=method if first else None)
+        training.plot(*curves["reward"], color=colour, alpha=0.7, linewidth=1, label=method if first else None)
     held_out.set(title="held-out accuracy", xlabel="optimizer step", ylabel="%", ylim=(0, 100))
     training.set(title="training reward", xlabel="optimizer step", ylim=(0, None))
     for axes in (held_out, training):
@@ -48,7 +51,8 @@ def draw(out: Path, title: str, folders: list[Path]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    """The command."""
+    parser = command("curves", __doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("title")
     parser.add_argument("folders", type=Path, nargs="+")

@@ -1,4 +1,4 @@
-"""Everything that can only be known on a GPU, in ten minutes at most: `python benchmarks/gpu_day.py`.
+"""Everything that can only be known on a GPU, in ten minutes at most: `python -m benchmarks.gpu_day`.
 
 Checks (agreement of sampling and training, ways of attention, CUDA graphs, determinism, resume, precisions, bitsandbytes), then
 speed, peak memory beside what was planned, vLLM and TRL where they are installed, and a profile. On a model with the shape of
@@ -12,7 +12,6 @@ from hybrid_lightning.process import prepare_process
 
 prepare_process()  # as `python -m hybrid_lightning` does
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -24,17 +23,17 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, seed_everything
-from run_memory import AllDifferent, Prompts
-from tables import table
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
+from benchmarks.commands import command, versions
+from benchmarks.tables import table
+from benchmarks.training import GivenPrompts, HashedReward, quiet_trainer
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.scorers import Random
@@ -116,7 +115,7 @@ class Day:
         """A policy whose completions have full length."""
         policy = PolicyModule(
             loss=GRPOLoss(),
-            reward=AllDifferent(),
+            reward=HashedReward(),
             model=self.model,
             sampler=sampler or Sampler(max_new_tokens=sizes.new_tokens),
             prompts_per_rollout=sizes.prompts,
@@ -136,23 +135,17 @@ class Day:
         adapter = HybridAdapterSetup(
             budget=ModuleBudget(sizes.share), scorer=Random(), rank=sizes.rank, alpha=2 * sizes.rank, keep_start_weights=False
         )
-        trainer = Trainer(
-            accelerator="gpu" if self.on_gpu else "cpu",
-            devices=1,
-            precision=flags.pop("precision", self.precision),
-            max_steps=steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
-            default_root_dir=self.folder,
-            callbacks=[*callbacks, adapter],
-            **flags,
-        )
-        trainer.fit(policy, datamodule=Prompts(self.texts(sizes), 1), ckpt_path=checkpoint)
+        flags = {"precision": self.precision, "max_steps": steps, "callbacks": [*callbacks, adapter], **flags}
+        trainer = quiet_trainer(self.folder, "cuda" if self.on_gpu else "cpu", **flags)
+        trainer.fit(policy, datamodule=GivenPrompts(self.texts(sizes)), ckpt_path=checkpoint)
         return trainer
+
+    def timed(self, sampler: Any = None) -> tuple[PolicyModule, Found]:
+        """A policy that was trained for four steps, and how long they took; the first compiles."""
+        times, policy = Times(self), self.policy(self.sizes, sampler)
+        self.train(policy, self.sizes, 4, times)
+        tokens = self.sizes.prompts * self.sizes.samples * self.sizes.new_tokens
+        return policy, {"seconds of steps": times.steps, "tokens/s of the later steps": 3 * tokens / sum(times.steps[1:])}
 
     def synchronize(self) -> None:
         """Wait for the GPU."""
@@ -199,7 +192,7 @@ def graphs(day: Day) -> Found:
     day.train(policy, day.check_sizes, 0)
     if day.on_gpu:
         policy.cuda()
-    prompts = policy_prompts(day, sizes)
+    prompts = GivenPrompts(day.texts(sizes)).train_prompts
     found: Found = {}
     completions = []
     for on in (False, True, False, True):
@@ -219,11 +212,6 @@ def graphs(day: Day) -> Found:
         completions.append(rollouts.sequences.completion_ids.cpu())
     found["share of equal tokens"] = float((completions[2] == completions[3]).float().mean())
     return found
-
-
-def policy_prompts(day: Day, sizes: Sizes) -> list[Any]:
-    """The prompts as the data module has them."""
-    return Prompts(day.texts(sizes), 1).train_prompts
 
 
 def weights_of(policy: PolicyModule) -> torch.Tensor:
@@ -284,7 +272,7 @@ def quantization(day: Day) -> Found:
 
 
 class Times(Callback):
-    """Seconds of each phase of a step, as the policy measures them."""
+    """Seconds of each step."""
 
     def __init__(self, day: Day) -> None:
         self.day, self.steps = day, []  # type: ignore[var-annotated]
@@ -305,13 +293,10 @@ class Times(Callback):
 
 def speed(day: Day) -> Found:
     """Seconds of a step, and the peak of memory beside what was planned."""
-    sizes, times = day.sizes, Times(day)
+    sizes = day.sizes
     if day.on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    policy = day.policy(sizes)
-    day.train(policy, sizes, 4, times)
-    tokens = sizes.prompts * sizes.samples * sizes.new_tokens
-    found: Found = {"seconds of steps": times.steps, "tokens/s of the later steps": 3 * tokens / sum(times.steps[1:])}
+    policy, found = day.timed()
     found["tokens of a pass"] = policy.update.token_budget(policy)
     if day.on_gpu:
         found["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
@@ -341,11 +326,7 @@ def vllm(day: Day) -> Found:
         return {"left out": "vLLM is not installed"}
     from hybrid_lightning.rollout import VLLMSampler
 
-    times = Times(day)
-    policy = day.policy(day.sizes, VLLMSampler(max_new_tokens=day.sizes.new_tokens, gpu_memory_utilization=0.3))
-    day.train(policy, day.sizes, 4, times)
-    tokens = day.sizes.prompts * day.sizes.samples * day.sizes.new_tokens
-    return {"seconds of steps": times.steps, "tokens/s of the later steps": 3 * tokens / sum(times.steps[1:])}
+    return day.timed(VLLMSampler(max_new_tokens=day.sizes.new_tokens, gpu_memory_utilization=0.3))[1]
 
 
 def trl(day: Day) -> Found:
@@ -450,23 +431,21 @@ def run(day: Day, names: list[str], minutes: float) -> dict[str, Found]:
 
 def card(day: Day) -> Found:
     """What it ran on."""
-    names = ("torch", "lightning", "transformers", "peft", "vllm", "trl", "bitsandbytes")
-    versions = {name: version(name) for name in names if importlib.util.find_spec(name) is not None}
     if not day.on_gpu:
-        return {"device": f"a CPU ({platform.machine()}): tiny sizes, whose numbers say nothing", "versions": versions}
+        return {"device": f"a CPU ({platform.machine()}): tiny sizes, whose numbers say nothing", "versions": versions()}
     device = torch.cuda.get_device_properties(0)
     return {
         "device": device.name,
         "GiB": round(device.total_memory / 2**30, 1),
         "capability": f"{device.major}.{device.minor}",
         "CUDA": torch.version.cuda,
-        "versions": versions,
+        "versions": versions(),
     }
 
 
 def page(what: Found, sizes: Sizes, results: dict[str, Found]) -> str:
     """The results as Markdown."""
-    lines = ["# A day with a GPU", "", "    python benchmarks/gpu_day.py", ""]
+    lines = ["# A day with a GPU", "", "    python -m benchmarks.gpu_day", ""]
     lines += [f"{name}: {value}  " for name, value in what.items()]
     lines += ["", f"{asdict(sizes)}", ""]
     for name, found in results.items():
@@ -485,11 +464,10 @@ def _text(value: Any) -> str:
 
 def main() -> None:
     """Run, and write page and JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command("gpu_day", __doc__, out=Path("runs/gpu_day"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which; default: all, in this order")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no part begins (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on a GPU, too")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu_day"), help="folder of page and JSON (default: %(default)s)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         day = Day(Path(folder), given.tiny or not torch.cuda.is_available())

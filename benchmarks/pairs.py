@@ -1,25 +1,20 @@
-"""The parent's side: starts the workers of a workload and lets them do a step each in turn."""
+"""The parent's side of a comparison: starts a worker for each side and lets them do a step each in turn."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workloads import Workload
+from benchmarks.commands import BenchmarkError, environment, last_line, tell
+from benchmarks.workloads import Workload
 
-HERE = Path(__file__).parent
-SCRIPTS = {"trl": HERE / "run_trl.py", "ours": HERE / "run_ours.py"}
-SAME = ("trainable_parameters", "prompt_digest", "threads", "device")  # of both sides
+WORKERS = {"trl": ("-m", "benchmarks.speed.run_trl"), "ours": ("-m", "benchmarks.speed.run_ours")}
+SAME = ("trainable_parameters", "prompt_digest", "threads", "device")  # of all sides
 Job = tuple[str, Workload, Path]  # what a worker does: side, workload, and the folder that prepare.py wrote
-
-
-class BenchmarkError(Exception):
-    """Something that ends the comparison; one line, with the remedy where there is one."""
 
 
 @dataclass(frozen=True)
@@ -33,29 +28,15 @@ class Plan:
     sides: tuple[str, ...]
     logs: Path  # folder for what the workers print
     overrides: dict[str, Any] = field(default_factory=dict)  # of TRL's settings
-    scripts: Mapping[str, Path] = field(default_factory=lambda: SCRIPTS)  # of each side
+    workers: Mapping[str, Sequence[str]] = field(default_factory=lambda: WORKERS)  # of each side, the arguments of Python
     same: tuple[str, ...] = SAME  # facts that all sides must agree on
-
-
-def environment(threads: int) -> dict[str, str]:
-    """The same for both sides. How long threads spin before they sleep is left to OpenMP, as users have it: milliseconds.
-
-    Sleeping at once (`OMP_WAIT_POLICY=PASSIVE`) slows both sides down on an idle machine.
-    """
-    count = str(threads)
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "TOKENIZERS_PARALLELISM": "false",
-    }
 
 
 class Worker:
     """One side's process.
 
     Args:
-        side: `trl` or `ours`.
+        side: Such as `trl` or `ours`.
         workload: What it does.
         folder: What prepare.py wrote.
         plan: How to compare.
@@ -75,7 +56,7 @@ class Worker:
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(plan.scripts[side]), json.dumps(settings)],
+                [sys.executable, *plan.workers[side], json.dumps(settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -85,11 +66,14 @@ class Worker:
         self.facts = self._answer()
 
     def step(self) -> dict[str, Any]:
-        """Let it do one step; returns its report."""
+        """Let it do one step; returns its report, with the number of `tokens` and `rows` for the length of each."""
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        return self._answer()
+        report = self._answer()
+        lengths = report.pop("lengths")
+        check_lengths(self.workload, self.side, lengths)
+        return {**report, "tokens": sum(lengths), "rows": len(lengths)}
 
     def close(self) -> None:
         """End the process, at once if it does not end by itself."""
@@ -112,12 +96,6 @@ class Worker:
         raise BenchmarkError(f"the {self.side} side ended too early: {said} (its output is in {self.log})")
 
 
-def last_line(path: Path) -> str:
-    """The last line of a log that says something."""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
-
-
 def prepare(workloads: list[Workload], folder: Path, plan: Plan) -> list[Path]:
     """Write models and prompts of the workloads, in a process of its own; returns their folders."""
     folders = [folder / workload.name for workload in workloads]
@@ -130,26 +108,24 @@ def prepare(workloads: list[Workload], folder: Path, plan: Plan) -> list[Path]:
     }
     log = plan.logs / "prepare.log"
     with log.open("w") as errors:
-        command = [sys.executable, str(HERE / "prepare.py"), json.dumps(request)]
+        command = [sys.executable, "-m", "benchmarks.prepare", json.dumps(request)]
         code = subprocess.run(command, stdout=errors, stderr=errors, env=environment(plan.threads), check=False).returncode
     if code != 0:
         raise BenchmarkError(last_line(log))
     return folders
 
 
-def compare(workload: Workload, folder: Path, plan: Plan, tell: Callable[[str], None]) -> dict[str, Any]:
+def compare(workload: Workload, folder: Path, plan: Plan) -> dict[str, Any]:
     """Do one discarded and `plan.pairs` measured steps of each side, in turn.
 
     Returns:
         `facts` of each side, and `steps` of each: what they reported, the discarded one first.
     """
-    facts, steps = take_turns([(side, workload, folder) for side in plan.sides], plan, tell)
+    facts, steps = take_turns([(side, workload, folder) for side in plan.sides], plan)
     return {"facts": dict(zip(plan.sides, facts, strict=True)), "steps": dict(zip(plan.sides, steps, strict=True))}
 
 
-def take_turns(
-    jobs: Sequence[Job], plan: Plan, tell: Callable[[str], None]
-) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+def take_turns(jobs: Sequence[Job], plan: Plan) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
     """Start a worker for each job, and let them do a step each in turn, `plan.pairs` times after one that is discarded.
 
     Returns:
@@ -165,7 +141,6 @@ def take_turns(
         for number in range(plan.pairs + 1):
             for worker, done in zip(workers, steps, strict=True):
                 report = worker.step()
-                check_lengths(worker.workload, worker.side, report["lengths"])
                 done.append(report)
                 turn = f"round {number} of {plan.pairs}" if number else "warm-up"
                 spent = f"{report['seconds']:.2f} s, {report['processor_seconds']:.2f} s of processors"
@@ -190,7 +165,7 @@ def check_lengths(workload: Workload, side: str, lengths: list[int]) -> None:
 
 
 def check_equal(facts: dict[str, dict[str, Any]], same: Sequence[str] = SAME) -> None:
-    """Both sides must train the same number of parameters on the same prompts with the same number of threads.
+    """All sides must train the same number of parameters on the same prompts with the same number of threads.
 
     Raises:
         BenchmarkError: If they do not.

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from workloads import Workload
 
+from benchmarks.workloads import Workload
 from hybrid_lightning.data import ProductSource
 from hybrid_lightning.errors import HybridLightningError, ModelError
 from hybrid_lightning.policy.loading import load_model, load_tokenizer, resolve_model

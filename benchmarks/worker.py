@@ -1,4 +1,4 @@
-"""What both workers share: the settings they are given, the gate that holds them between steps, and their memory.
+"""What all workers share: the settings they are given, the gate that holds them between steps.
 
 A worker is a process that does one step whenever the parent writes a line to it, and answers each with one line of JSON. While it
 waits it is blocked on a pipe and uses no processor.
@@ -6,7 +6,6 @@ waits it is blocked on a pipe and uses no processor.
 
 import json
 import os
-import resource
 import sys
 import time
 import zlib
@@ -16,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from workloads import Workload
+
+from benchmarks.processes import resident_bytes
+from benchmarks.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Settings:
 
     @staticmethod
     def from_arguments() -> "Settings":
-        """Read the worker's only argument."""
+        """Read the worker's only argument, and take its number of threads."""
         values = json.loads(sys.argv[1])
+        torch.set_num_threads(values["threads"])
         return Settings(**{**values, "workload": Workload(**values["workload"]), "folder": Path(values["folder"])})
 
     @property
@@ -67,7 +69,6 @@ class Gate:
             prompt_digest=zlib.crc32(json.dumps([list(ids) for ids in prompt_ids]).encode()),
             device=torch.cuda.get_device_name() if self.cuda else "cpu",
             threads=torch.get_num_threads(),
-            memory=self._memory(),
             **details,
         )
 
@@ -92,34 +93,13 @@ class Gate:
             processor_seconds=time.process_time() - self.begin_cpu,  # of all threads: less disturbed by other processes
             lengths=list(lengths),
             optimizer_steps=optimizer_steps,
-            memory=self._memory(),
             **details,
         )
 
     def _answer(self, **values: Any) -> None:
-        print(json.dumps(values), file=self.answers, flush=True)
-
-    def _memory(self) -> dict[str, int]:
-        """Bytes: `cpu` now, its peak, and the same of the GPU's tensors."""
-        memory = host_memory()
+        """With the bytes of this process: `cpu` now, its peak, and the same of the GPU's tensors."""
+        now, peak = resident_bytes()
+        memory = {"cpu": now, "cpu_peak": peak}
         if self.cuda:
-            memory |= {
-                "cuda": torch.cuda.memory_allocated(),
-                "cuda_peak": torch.cuda.max_memory_allocated(),
-                "cuda_reserved_peak": torch.cuda.max_memory_reserved(),
-            }
-        return memory
-
-
-def host_memory() -> dict[str, int]:
-    """Resident bytes of this process, now and at most.
-
-    On Linux from /proc: the peak that `getrusage` gives would include that of the parent before this program was started.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return {"cpu": peak, "cpu_peak": peak}
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return {"cpu": int(fields["VmRSS"].split()[0]) * 1024, "cpu_peak": int(fields["VmHWM"].split()[0]) * 1024}
+            memory |= {"cuda": torch.cuda.memory_allocated(), "cuda_peak": torch.cuda.max_memory_allocated()}
+        print(json.dumps({**values, "memory": memory}), file=self.answers, flush=True)

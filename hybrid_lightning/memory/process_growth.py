@@ -1,7 +1,7 @@
 """How much a process on a CPU grows by a model and its training: by its tensors, and by what comes with them.
 
 Growth counts from a process that has imported everything and loaded no model. What comes with tensors was measured on Linux with
-glibc, torch 2.13 for CPUs and transformers 5.24, by `benchmarks/memory.py` and by glibc's own statistics (`mallinfo2`):
+glibc, torch 2.13 for CPUs and transformers 5.24, by `benchmarks/memory` and by glibc's own statistics (`mallinfo2`):
 
 - libraries: pages of their files that are only touched now, and Python's objects for the model;
 - products: oneDNN compiles a matrix product for each new size of its matrices. It keeps the code of all of them, and the other

@@ -1,28 +1,40 @@
-"""The comparison of two checkouts: what it refuses, and its table."""
+"""The comparison of two checkouts: what is no checkout, and its table."""
 
 import pytest
-from benchmark_modules import FOLDER, commits, fork_workers
+
+from benchmarks.commands import ROOT
+from benchmarks.speed import commits
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["nowhere"], "nowhere is no checkout of this project: make one by git worktree add nowhere COMMIT"),
-        ([str(FOLDER.parent), "--pairs", "0"], "--pairs must be at least 1, got 0"),
-    ],
-)
-def test_what_cannot_work_is_refused(capsys, arguments, said):
-    assert commits.main(arguments) == 2
+def test_a_folder_that_is_no_checkout_is_refused(capsys):
+    assert commits.main(["nowhere"]) == 2
+    said = "nowhere is no checkout of this project: make one by git worktree add nowhere COMMIT"
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_table_has_medians_and_the_ratio_of_neighbouring_steps(monkeypatch, capsys):
     """With measurements that are given; `benchmarks/pairs.py` makes them as for the comparison with TRL."""
     times = {"before": [9.0, 1.0, 2.0, 4.0], "now": [9.0, 1.1, 2.0, 5.0]}  # the first is not counted
     steps = {side: [{"seconds": value, "processor_seconds": 2 * value} for value in values] for side, values in times.items()}
-    monkeypatch.setattr(commits, "compare", lambda workload, prepared, plan, say: {"steps": steps})
-    fork_workers(monkeypatch)
-    assert commits.main([str(FOLDER.parent), "--workload", "tiny"]) == 0
+    monkeypatch.setattr(commits, "compare", lambda workload, prepared, plan: {"steps": steps})
+    assert commits.main([str(ROOT), "--workload", "tiny"]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
     assert rows[0].startswith("| `tiny` | seconds | 2.000 | 2.000 | 1.100 (")
     assert rows[1].startswith("| `tiny` | processor seconds | 4.000 | 4.000 | 1.100 (")
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_each_side_runs_the_worker_of_its_own_checkout(tmp_path, former):
+    """Those of before `7d39560` as well, whose worker lay in benchmarks/ itself."""
+    import subprocess
+    import sys
+
+    worker = tmp_path / "benchmarks" / ("run_ours.py" if former else "speed/run_ours.py")
+    worker.parent.mkdir(parents=True)
+    worker.write_text("import hybrid_lightning, sys; print(hybrid_lightning.NAME, sys.argv[1])")
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    (tmp_path / "hybrid_lightning.py").write_text("NAME = 'its own'")
+    code = commits._WORKER.format(checkout=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code, "given"], capture_output=True, text=True, check=False)
+    assert done.stdout == "its own given\n", done.stderr

@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
-from benchmark_modules import prepare, reward, workloads
 from tiny_models import VOCABULARY, build_model, build_tokenizer
 
+from benchmarks import prepare, workloads
 from hybrid_lightning.errors import ModelError
 
 
@@ -72,7 +72,7 @@ def test_common_tokens_do_not_end_completions(monkeypatch):
 
 
 def test_no_group_ties_even_if_all_completions_are_equal():
-    rewards = reward.hashed_reward(["same"] * 8)
+    rewards = workloads.hashed_reward(["same"] * 8)
     assert len(set(rewards)) == 8
     assert all(0 <= value < 1 for value in rewards)
-    assert rewards == reward.hashed_reward(["same"] * 8)
+    assert rewards == workloads.hashed_reward(["same"] * 8)

@@ -4,17 +4,14 @@ import json
 
 import pytest
 import torch
-from benchmark_modules import FOLDER
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, write_sums
 from wide_models import write_wide_model
 
 from hybrid_lightning.policy.quantization import NF4
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
+pytest.importorskip("bitsandbytes")
 
-import quantization  # noqa: E402  (of benchmarks/)
-
-assert str(FOLDER) in quantization.__file__
+from benchmarks.memory import quantization
 
 
 def test_bytes_of_weights_gradients_and_optimizer(tmp_path):

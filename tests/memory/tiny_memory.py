@@ -1,6 +1,5 @@
 """Runs of which the memory is measured and planned: completions of full length, all with an advantage."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 from tiny_runs import build_trainer
 from torch.utils.data import DataLoader
 
+from benchmarks.memory.probe import MemoryProbe
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
@@ -23,12 +23,6 @@ from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-if str(BENCHMARKS) not in sys.path:
-    sys.path.append(str(BENCHMARKS))
-
-from memory_probe import MemoryProbe  # noqa: E402
 
 
 class AllDifferent(RewardFunction):

@@ -1,0 +1,1 @@
+"""What is left of a job of which a process is killed."""

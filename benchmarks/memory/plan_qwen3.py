@@ -1,0 +1,94 @@
+"""Plans the memory of GSPO with Qwen3-0.6B, 8B and 32B on 1 and 8 GPUs: `python -m benchmarks.memory.plan_qwen3`.
+
+By the models' configs alone, in half a minute. Prints a table in Markdown; with `--json` the numbers, part by part.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import Qwen3Config
+
+from benchmarks.commands import command
+from benchmarks.tables import table
+from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.memory import FSDP2, RunSettings, Sharding, SingleDevice, plan_memory
+
+# As in config.json of Qwen/Qwen3-0.6B, Qwen/Qwen3-8B and Qwen/Qwen3-32B on the Hugging Face hub (layers and heads are also in
+# table 1 of the technical report, arXiv 2505.09388), and the number of parameters in billions that their model cards give.
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+SIZES = {
+    "Qwen3-0.6B": (1024, 3072, 28, 16, True, 0.6),
+    "Qwen3-8B": (4096, 12288, 36, 32, False, 8.2),
+    "Qwen3-32B": (5120, 25600, 64, 64, False, 32.8),
+}
+SAME = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+# The rollouts of configs/gsm8k_qwen3.yaml, without a KL term.
+RUN: dict[str, Any] = {
+    "prompt_tokens": 384,
+    "completion_tokens": 512,
+    "prompts_per_rollout": 32,
+    "samples_per_prompt": 8,
+    "micro_batches": 4 * 8,
+    "accumulate_grad_batches": 8,
+    "eval_prompts": 25,
+    "eval_samples": 4,
+    "calibration_prompts": 32,
+    "dtype": torch.bfloat16,
+    "mixed_precision": True,
+    "on_cpu": False,
+    "keep_start_weights": False,
+    "lora": LoraSettings(16, 32),
+}
+SHARDINGS: dict[str, Sharding] = {"1 GPU": SingleDevice(), "8 GPUs, FSDP2": FSDP2(8)}
+GIB = 2**30
+USABLE = 0.95 * 80e9  # bytes of a GPU, without its context and what its allocator keeps for itself
+
+
+def plan(name: str, gpus: str) -> list[dict[str, Any]]:
+    """All methods of a model."""
+    *sizes, wanted = SIZES[name]
+    config = Qwen3Config(**SAME, **dict(zip(NAMES, sizes, strict=True)))
+    found = plan_memory(RunSettings(config=config, **RUN), SHARDINGS[gpus])
+    billions = found[0].parameters / 1e9
+    assert abs(billions - wanted) < 0.05, f"{name} has {billions:.2f} billion parameters, which is not what its card says"
+    return [
+        {
+            "model": name,
+            "gpus": gpus,
+            "method": method.method,
+            "trainable": method.trainable,
+            "parts": asdict(method.largest_components),
+            "peak": method.peak_bytes,
+            "moment": method.peak_phase,
+        }
+        for method in found
+    ]
+
+
+def markdown(lines: Sequence[dict[str, Any]]) -> str:
+    """A line for each model and method: what is there together, when that is most, and whether it fits."""
+    rows = []
+    ordered = sorted(lines, key=lambda line: (list(SIZES).index(line["model"]), line["method"]))
+    for (model, method), same in groupby(ordered, key=lambda line: (line["model"], line["method"])):
+        gpus = list(same)
+        cells = [[f"{one['peak'] / GIB:.1f}, {one['moment']}", "yes" if one["peak"] <= USABLE else "no"] for one in gpus]
+        rows.append([model, method, f"{gpus[0]['trainable'] / 1e6:,.0f} M", *(cell for pair in cells for cell in pair)])
+    header = [text for gpus in SHARDINGS for text in (f"{gpus}: GiB, most while", "fits")]
+    return table(["model", "method", "trainable", *header], rows, left=2)
+
+
+def main() -> None:
+    """The command."""
+    parser = command("memory.plan_qwen3", __doc__)
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in one line")
+    given = parser.parse_args()
+    lines = [line for name in SIZES for gpus in SHARDINGS for line in plan(name, gpus)]
+    print(json.dumps(lines) if given.json else markdown(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Compares planned with measured memory: `python -m benchmarks.memory.planned`.
+
+Trains two models in several sizes by each method in processes of their own, and writes all numbers as JSON and a table as
+Markdown. benchmarks/README.md says what the numbers mean.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.commands import BenchmarkError, about, check_at_least, check_model, command, environment, execute, last_line, tell
+from benchmarks.memory.cases import CASES, MODELS, ROLLOUTS, MemoryCase
+from benchmarks.pairs import Plan, prepare
+from benchmarks.tables import table
+
+PARTS = ("weights", "gradients", "optimizer", "cache")
+MIB = 2**20
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = command("memory.planned", __doc__, threads=1, seed=0, out=Path("runs/memory"))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="to measure (default: all)")
+    return parser
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Find out what cannot work before anything is loaded.
+
+    Raises:
+        UsageError: With the remedy.
+    """
+    check_at_least(arguments, 1, "threads")
+    check_model([MODELS[name] for name in arguments.models], "leave it out: --models embedded")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Plan and measure; what is finished is on disk, whatever happens later: all of it takes an hour or more."""
+    logs = arguments.out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    cases = [case for case in CASES if case.model in arguments.models]
+    result: dict[str, Any] = {**about(build_parser(), arguments), "cases": []}
+    with tempfile.TemporaryDirectory(prefix="memory_") as root:
+        for number, case in enumerate(cases, start=1):
+            tell(f"{number} of {len(cases)}: {case.model}, {case.name}")
+            found = compare(case, Path(root), logs / f"{number}", arguments)
+            result["cases"].append({"case": asdict(case), "name": case.name, **found, **summarize(found)})
+            (arguments.out / "memory.json").write_text(json.dumps(result, indent=1))
+    text = tables(result["cases"])
+    (arguments.out / "memory_plan.md").write_text(text + "\n")
+    print(text)
+    print(f"\nWritten: {arguments.out / 'memory.json'}, {arguments.out / 'memory_plan.md'}")
+
+
+def compare(case: MemoryCase, root: Path, log: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Plan a case, count its tensors, and look at its process: of each, what every rank has found."""
+    plan = Plan(ROLLOUTS, "cpu", arguments.threads, arguments.seed, (), root)
+    (folder,) = prepare([case.prepared], root, plan)
+    request = {"case": asdict(case), "folder": str(folder), "threads": arguments.threads}
+    found = {}
+    for what in ("plan", "tensors", "process"):
+        with tempfile.TemporaryDirectory(prefix="memory_") as out:
+            start({**request, "what": what, "out": out}, log.with_suffix(f".{what}.log"))
+            found[what] = [json.loads(file.read_text()) for file in sorted(Path(out).iterdir())]
+    return found
+
+
+def start(request: dict[str, Any], log: Path) -> None:
+    """Run a worker.
+
+    Raises:
+        BenchmarkError: If it fails.
+    """
+    asked = [sys.executable, "-m", "benchmarks.memory.run_memory", json.dumps(request)]
+    variables = {**environment(request["threads"]), "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as output:
+        code = subprocess.run(asked, env=variables, stdout=output, stderr=output, check=False).returncode
+    if code != 0:
+        raise BenchmarkError(f"the worker failed: {last_line(log)} (its output is in {log})")
+
+
+def summarize(found: dict[str, Any]) -> dict[str, Any]:
+    """Planned and measured bytes of a case, each the largest of all moments, and of all ranks where several measured.
+
+    What oneDNN packs is in no tensor that can be counted. Of scoring, which has the base model alone, no parts are compared.
+    """
+    (plan,) = found["plan"]
+    counted = [rank["moments"] for rank in found["tensors"]]
+    planned = {name: parts["total"] - parts["packed"] for name, parts in plan["moments"].items()}
+    measured = {name: max(rank[name]["tensors"] for rank in counted if name in rank) for rank in counted for name in rank}
+    sides = (plan["moments"], counted[0])
+    trained = [[parts for name, parts in side.items() if name not in ("calibrating", "scoring")] for side in sides]
+    return {
+        "bytes": [max(planned.values()), max(measured.values())],
+        "moments": [max(planned, key=planned.__getitem__), max(measured, key=measured.__getitem__)],
+        "growth": [plan["growth"], max(rank["growth"] for rank in found["process"])],
+        "parts": {part: [max(parts[part] for parts in moments) for moments in trained] for part in PARTS},
+    }
+
+
+def difference(pair: Sequence[float]) -> float:
+    """Planned beside measured, as a share of what was measured."""
+    return pair[0] / pair[1] - 1
+
+
+def tables(cases: Sequence[dict[str, Any]]) -> str:
+    """A line for each case, and how far plans are off."""
+    rows = []
+    for case in cases:
+        numbers = []
+        for pair in (case["bytes"], case["growth"]):
+            numbers += [f"{pair[1] / MIB:,.1f}", f"{difference(pair):+.1%}"]
+        rows.append([case["case"]["model"], case["name"], *numbers, " / ".join(dict.fromkeys(case["moments"]))])
+    header = ["model", "case", "tensors, MiB", "planned", "growth, MiB", "planned", "most while"]
+    furthest = [f"{name} {worst(case[name] for case in cases):.0%}" for name in ("bytes", "growth")]
+    parts = [pair for case in cases for pair in case["parts"].values()]
+    apart = max(abs(planned - measured) for planned, measured in parts) / MIB
+    return f"{table(header, rows, left=2)}\n\nFurthest off: {', '.join(furthest)}; any of {', '.join(PARTS)} {apart:.1f} MiB."
+
+
+def worst(pairs: Iterable[Sequence[float]]) -> float:
+    """The largest difference."""
+    return max(abs(difference(pair)) for pair in pairs)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return execute(build_parser(), arguments, check, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""What Linux tells about processes: their memory, and which belong together. Only the standard library is imported here."""
+
+import os
+import resource
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+_MARK = "HYBRID_LIGHTNING_BENCHMARK"  # in the environment of all processes that belong together
+
+
+def resident_bytes(process: int | str = "self") -> tuple[int, int]:
+    """Resident bytes of a process, now and at most since its start or `forget_peak`; 0 if it has ended.
+
+    On Linux from /proc: the peak that `getrusage` gives would include that of the parent before this program was started.
+    """
+    if not Path("/proc/self/status").exists():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak, peak
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    fields = dict(line.split(":", 1) for line in lines)
+    now, peak = (int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
+def forget_peak() -> None:
+    """Count the peak of this process from now on."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+
+
+class Family:
+    """A process and all that it starts, however they are started: they inherit a mark in `environment`."""
+
+    def __init__(self) -> None:
+        self.mark = uuid4().hex
+        self.environment = {_MARK: self.mark}
+
+    def members(self) -> dict[int, tuple[list[str], dict[str, str]]]:
+        """All that live: id -> command and environment; none where there is no /proc."""
+        found: dict[int, tuple[list[str], dict[str, str]]] = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                entries, command = (
+                    (path / name).read_bytes().decode(errors="replace").split("\0") for name in ("environ", "cmdline")
+                )
+            except OSError:  # has ended meanwhile, or is another user's
+                continue
+            environment = dict(entry.partition("=")[::2] for entry in entries)
+            if environment.get(_MARK) == self.mark and command != [""]:  # that of a zombie is empty
+                found[int(path.name)] = (command, environment)
+        return found
+
+    def kill(self) -> None:
+        """End all that live."""
+        for process in self.members():
+            with suppress(ProcessLookupError):  # has just ended by itself
+                os.kill(process, signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""How long a step takes, beside TRL, between methods, sizes and commits."""

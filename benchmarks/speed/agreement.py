@@ -1,0 +1,69 @@
+"""How far log-probabilities of sampling and of training are apart: `python -m benchmarks.speed.agreement`.
+
+Trains a workload for some rollouts, so that LoRA is not zero, and compares the same tokens under the same weights.
+"""
+
+from hybrid_lightning.process import prepare_process
+
+prepare_process()  # as `python -m hybrid_lightning` does
+
+import argparse
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.commands import check_at_least, command, execute
+from benchmarks.pairs import Plan, prepare
+from benchmarks.tables import table
+from benchmarks.training import Differences, build_policy, train
+from benchmarks.worker import Settings
+from benchmarks.workloads import WORKLOADS, Workload
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.callbacks import HybridAdapterSetup
+
+SHARES = (0.5, 0.9, 0.99, 0.999)
+LEARNING_RATE = 1e-4  # ten times that of the comparison with TRL: weights move
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = command("speed.agreement", __doc__, seed=0)
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=["main", "tiny"])
+    parser.add_argument("--steps", type=int, default=5, help="rollouts of each")
+    return parser
+
+
+def measure(workload: Workload, steps: int, seed: int) -> torch.Tensor:
+    """Differences of all compared tokens, in nats."""
+    workload = replace(workload, learning_rate=LEARNING_RATE)
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Plan(steps, "cpu", torch.get_num_threads(), seed, ("ours",), Path(folder))
+        (made,) = prepare([workload], Path(folder), plan)
+        settings = Settings(workload, made, plan.device, plan.threads, steps, seed)
+        differences = Differences()
+        adapter = HybridAdapterSetup(budget=ModuleBudget(share=0.0), rank=workload.rank, alpha=workload.alpha)
+        train(settings, build_policy(settings), [adapter, differences])
+    return torch.cat(differences.found)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print a row for each workload."""
+    rows = []
+    for name in arguments.workload:
+        found = measure(WORKLOADS[name], arguments.steps, arguments.seed)
+        values = [found.mean(), *found.double().quantile(torch.tensor(SHARES, dtype=torch.float64)), found.max()]
+        rows.append([f"`{name}`", WORKLOADS[name].dtype, str(len(found)), *(f"{float(value):.2g}" for value in values)])
+    shares = (f"{100 * share:g}% below" for share in SHARES)
+    print(table(["workload", "weights", "tokens", "mean", *shares, "largest"], rows, left=2))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return execute(build_parser(), arguments, lambda given: check_at_least(given, 1, "steps"), run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Worker: one of this project's three methods, LoRA, hybrid or full fine-tuning (FFT), with what it costs in time and memory."""
+
+from typing import Any
+
+from hybrid_lightning.process import prepare_process
+
+prepare_process()  # as `python -m hybrid_lightning` does
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+from torch import nn
+from torch.optim import Optimizer
+
+from benchmarks.training import Gated, build_policy, gradient_bytes, optimizer_bytes, tensor_bytes, train
+from benchmarks.worker import Gate, Settings
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.scorers import PreconditionedTail
+from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
+from hybrid_lightning.policy.module import PolicyModule
+
+STEP_PHASES = ("generate", "reward", "logprobs", "update")
+
+
+class Accounted(Gated):
+    """Reports as well what scoring took, and the bytes of the tensors that training needs beside the base model.
+
+    Args:
+        gate: Lets a step through.
+        base_bytes: Of the model as it was loaded.
+        timer: Its clock has the phases.
+    """
+
+    def __init__(self, gate: Gate, base_bytes: int, timer: StepTimer) -> None:
+        super().__init__(gate)
+        self.base_bytes, self.timer = base_bytes, timer
+        self.weight_bytes = self.gradient_bytes = 0
+
+    def facts(self, policy: PolicyModule) -> dict[str, Any]:
+        """Weights, scoring and the plan."""
+        assert policy.plan is not None
+        self.weight_bytes = model_bytes(policy.model)
+        return {
+            "base_bytes": self.base_bytes,
+            "trained_weight_bytes": tensor_bytes([value for value in policy.parameters() if value.requires_grad]),
+            "scoring_seconds": self.timer.clock.seconds().get("scoring", 0.0),
+            "calibration": policy.plan.calibration,
+            "full_modules": len(policy.plan.full_modules),
+            "modules": len(policy.plan.candidates),
+        }
+
+    def on_before_optimizer_step(self, trainer: LightningTrainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Here the gradients are complete; after the step they are gone."""
+        self.gradient_bytes = gradient_bytes(pl_module)
+
+    def details(self, trainer: LightningTrainer) -> dict[str, Any]:
+        """Trainable state, and seconds of the phases since the start."""
+        seconds = self.timer.clock.seconds()
+        return {
+            "state_bytes": {
+                "extra_weights": self.weight_bytes - self.base_bytes,
+                "gradients": self.gradient_bytes,
+                "optimizer": optimizer_bytes(trainer.optimizers),
+            },
+            "phase_seconds_since_start": {name: seconds.get(name, 0.0) for name in STEP_PHASES},
+        }
+
+
+def model_bytes(model: nn.Module) -> int:
+    """What all parameters and buffers of a model hold."""
+    return tensor_bytes([*model.parameters(), *model.buffers()])
+
+
+def build_adapter(method: str, rank: int, alpha: int) -> HybridAdapterSetup:
+    """The method as a budget; nothing but the budget and the start weights differs."""
+    share = {"lora": 0.0, "hybrid": 0.1, "fft": 1.0}[method]
+    # FFT's float32 weights take the place of the bfloat16 ones, as in any full fine-tuning without a KL term.
+    return HybridAdapterSetup(
+        budget=ModuleBudget(share), scorer=PreconditionedTail(), rank=rank, alpha=alpha, keep_start_weights=method != "fft"
+    )
+
+
+def main() -> None:
+    """Train until the parent wants no more steps."""
+    settings = Settings.from_arguments()
+    gate, timer = Gate(settings.device), StepTimer()
+    policy = build_policy(settings)
+    adapter = build_adapter(settings.side, settings.workload.rank, settings.workload.alpha)
+    train(settings, policy, [timer, adapter, Accounted(gate, model_bytes(policy.model), timer)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Worker: TRL's GRPOTrainer with PEFT."""
+
+import tempfile
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer
+
+from benchmarks.worker import Gate, Settings
+from benchmarks.workloads import fastest_settings, hashed_reward
+
+
+class HashedReward:
+    """The shared reward as TRL calls it; remembers the completions' lengths."""
+
+    __name__ = "hashed_reward"
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        """Args: texts and tokens of the completions."""
+        self.lengths = [len(ids) for ids in completion_ids]
+        return [*hashed_reward(completions)]
+
+
+class Gated(TrainerCallback):
+    """Lets one rollout and all its optimizer steps through at a time."""
+
+    def __init__(self, gate: Gate, reward: HashedReward, optimizer_steps: int) -> None:
+        self.gate, self.reward, self.optimizer_steps = gate, reward, optimizer_steps
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Wait for the first rollout."""
+        control.should_training_stop = not self.gate.wait()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After the last optimizer step of a rollout: report, and wait for the next. The wait is all that is not timed."""
+        if state.global_step % self.optimizer_steps == 0:
+            self.gate.done(self.reward.lengths, state.global_step)
+            control.should_training_stop = not self.gate.wait()
+
+
+def config(settings: Settings, chosen: dict[str, Any], folder: str) -> GRPOConfig:
+    """The workload as TRL's configuration, with what was chosen for the sake of speed."""
+    workload = settings.workload
+    rows_per_step = workload.rows // workload.minibatches
+    # No more rows at once than an optimizer step has; the rest of the step is accumulated.
+    at_once = min(int(chosen["per_device_train_batch_size"]), rows_per_step)
+    half = workload.dtype == "bfloat16"
+    values: dict[str, Any] = {
+        "output_dir": folder,
+        "use_cpu": settings.device == "cpu",
+        "bf16": half,
+        "seed": settings.seed,
+        "max_steps": settings.rollouts * workload.minibatches,
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": rows_per_step // at_once,
+        "steps_per_generation": workload.rows // at_once,
+        "num_generations": workload.samples,
+        "max_completion_length": workload.max_new_tokens,
+        "shuffle_dataset": False,
+        "learning_rate": workload.learning_rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.01,  # torch's default for AdamW, which our side has
+        "max_grad_norm": 1.0,
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence" if workload.sequence_ratio else "token",
+        "epsilon": workload.clip_low,
+        "epsilon_high": workload.clip_high,
+        "beta": 0.0,
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    own = ("per_device_train_batch_size", "attn_implementation")
+    return GRPOConfig(**{**values, **{name: value for name, value in chosen.items() if name not in own}})
+
+
+def main() -> None:
+    """Train until the parent wants no more steps."""
+    settings = Settings.from_arguments()
+    workload = settings.workload
+    gate, reward = Gate(settings.device), HashedReward()
+    tokenizer = AutoTokenizer.from_pretrained(settings.folder, padding_side="left")
+    chosen = {**fastest_settings(workload), **settings.overrides}
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.folder,
+        dtype=getattr(torch, workload.dtype),
+        attn_implementation=chosen.get("attn_implementation"),  # the model's and not GRPOConfig's, but may be tried too
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            args=config(settings, chosen, folder),
+            train_dataset=Dataset.from_dict({"prompt": settings.prompts}),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(
+                task_type="CAUSAL_LM", r=workload.rank, lora_alpha=workload.alpha, target_modules="all-linear"
+            ),
+            callbacks=[Gated(gate, reward, workload.minibatches)],
+        )
+        assert isinstance(trainer.model, torch.nn.Module)
+        trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+        gate.ready(tokenizer(settings.prompts)["input_ids"], trained, settings=chosen)
+        trainer.train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""This project's side of a comparison: a policy, a run and its measurements, as README says to use it from Python.
+
+A worker prepares its process, as `python -m hybrid_lightning` does, before it imports this.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from benchmarks.worker import Gate, Settings
+from benchmarks.workloads import hashed_reward
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout.loader import RolloutLoader
+from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.trainer import Trainer
+from hybrid_lightning.types import Prompt
+
+
+class HashedReward(RewardFunction):
+    """The reward of all sides: every row has an advantage."""
+
+    measures_correctness = False
+
+    def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
+        """Args: texts of the completions, and the prompt of each."""
+        return hashed_reward(completions)
+
+
+class GivenPrompts(LightningDataModule):
+    """Prompts to train on, the first of them for validation as well.
+
+    Args:
+        texts: Of the prompts.
+        validated: How many are in the only batch of a validation, where the trainer makes one.
+    """
+
+    def __init__(self, texts: Sequence[str], validated: int = 1) -> None:
+        super().__init__()
+        self.train_prompts = [Prompt(text=text, index=index) for index, text in enumerate(texts)]
+        self.validated = validated
+
+    def train_dataloader(self) -> RolloutLoader:
+        """Rollouts."""
+        assert self.trainer is not None
+        policy = self.trainer.lightning_module
+        assert isinstance(policy, PolicyModule)
+        return policy.rollout_loader(self.train_prompts)
+
+    def val_dataloader(self) -> Any:
+        """One batch."""
+        prompts: Any = self.train_prompts[: self.validated]
+        return DataLoader(prompts, batch_size=self.validated, collate_fn=list)
+
+
+class Gated(Callback):
+    """Lets one rollout and all its optimizer steps through at a time."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def on_train_epoch_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        """Before the first rollout: say what is trained, and wait."""
+        assert isinstance(pl_module, PolicyModule)
+        prompts = trainer.datamodule.train_prompts  # type: ignore[attr-defined]
+        trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        self.gate.ready([pl_module.encode(prompt) for prompt in prompts], trained, **self.facts(pl_module))
+        trainer.should_stop = not self.gate.wait()
+
+    def on_train_batch_end(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
+        """After the last micro-batch of a rollout: report, and wait for the next. The wait is all that is not timed."""
+        assert isinstance(pl_module, PolicyModule)
+        loader = trainer.train_dataloader
+        assert isinstance(loader, RolloutLoader)
+        if (trainer.fit_loop.batch_idx + 1) % loader.micro_batches_per_rollout == 0:
+            assert pl_module.last_rollout is not None
+            lengths = pl_module.last_rollout[0].sequences.completion_mask.sum(dim=1)
+            self.gate.done(lengths.tolist(), trainer.global_step, **self.details(trainer))
+            trainer.should_stop = not self.gate.wait()
+
+    def facts(self, policy: PolicyModule) -> dict[str, Any]:
+        """What else is said before the first step."""
+        return {}
+
+    def details(self, trainer: LightningTrainer) -> dict[str, Any]:
+        """What else is said of a step."""
+        return {}
+
+
+class Differences(Callback):
+    """Notes how far the log-probabilities of sampling and of training are apart, in nats, of every token that is trained on."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: LightningTrainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Under the weights that sampled: before the optimizer steps of a rollout, or as the loader has computed them then."""
+        assert isinstance(pl_module, PolicyModule)
+        trained = batch.old_logprobs
+        if trained is None:  # the policy is still the one that sampled
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                trained, _ = pl_module.logprobs(batch.sequences)
+        self.found.append((trained - batch.sampling_logprobs)[batch.sequences.completion_mask].abs())
+
+
+def build_policy(settings: Settings, sampler: Any = None) -> PolicyModule:
+    """The workload as a policy."""
+    workload = settings.workload
+    loss = GSPOLoss if workload.sequence_ratio else GRPOLoss
+    return PolicyModule(
+        loss=loss(clip_low=workload.clip_low, clip_high=workload.clip_high),
+        reward=HashedReward(),
+        model=str(settings.folder),
+        dtype=workload.dtype,
+        sampler=sampler or Sampler(max_new_tokens=workload.max_new_tokens),
+        prompts_per_rollout=workload.prompts,
+        samples_per_prompt=workload.samples,
+        minibatches_per_rollout=workload.minibatches,
+        lr_lora=workload.learning_rate,
+        seed=settings.seed,
+    )
+
+
+def quiet_trainer(folder: str | Path, device: str = "cpu", **flags: Any) -> Trainer:
+    """A Trainer that logs, saves, shows and validates nothing, unless flags say otherwise."""
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "devices": 1}
+    quiet |= {"enable_model_summary": False, "default_root_dir": folder, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+    return Trainer(accelerator="gpu" if device == "cuda" else "cpu", **{**quiet, **flags})
+
+
+def train(settings: Settings, policy: PolicyModule, callbacks: list[Callback]) -> None:
+    """Train until the parent wants no more steps."""
+    workload = settings.workload
+    with TemporaryDirectory() as folder:
+        trainer = quiet_trainer(
+            folder,
+            settings.device,
+            precision="bf16-mixed" if workload.dtype == "bfloat16" else "32-true",
+            max_steps=settings.rollouts * workload.minibatches,
+            gradient_clip_val=1.0,
+            callbacks=callbacks,
+        )
+        trainer.fit(policy, datamodule=GivenPrompts(settings.prompts))
+
+
+def tensor_bytes(tensors: Iterable[Any]) -> int:
+    """What this process holds of the tensors among these, each storage once."""
+    local = [value._local_tensor if isinstance(value, DTensor) else value for value in tensors if isinstance(value, Tensor)]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in local}.values())
+
+
+def gradient_bytes(module: torch.nn.Module) -> int:
+    """What all gradients of a module hold."""
+    return tensor_bytes(parameter.grad for parameter in module.parameters())
+
+
+def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
+    """What all tensors of optimizers' states hold."""
+    return tensor_bytes(value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())

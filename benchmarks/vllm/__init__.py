@@ -1,0 +1,1 @@
+"""What makes completions: our sampler, vLLM, transformers."""

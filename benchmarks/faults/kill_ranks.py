@@ -201,7 +201,7 @@ def run(options: argparse.Namespace) -> None:
         one = kill_once(number, options, whole)
         outcomes.append(one)
         tell(f"{number + 1} of {options.times}: {one.case}, {one.launcher}, rank {one.rank}, {one.moment}: {one.verdict}")
-        content = {**about(build_parser(), options), "times": [{**vars(one), "verdict": one.verdict} for one in outcomes]}
+        content = {**about(options), "times": [{**vars(one), "verdict": one.verdict} for one in outcomes]}
         (options.out / "kill_ranks.json").write_text(json.dumps(content, indent=1))
     print(markdown(outcomes))
     if wrong := sum(one.verdict != "right" for one in outcomes):

@@ -1,12 +1,8 @@
 """Plans the memory of GSPO with Qwen3-0.6B, 8B and 32B on 1 and 8 GPUs: `python -m benchmarks.memory.plan_qwen3`.
 
-By the models' configs alone, in half a minute. Prints a table in Markdown; with `--json` the numbers, part by part.
+By the models' configs alone, in half a minute. Prints a table.
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,7 +11,7 @@ from transformers import Qwen3Config
 from benchmarks.commands import command
 from benchmarks.tables import table
 from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.memory import FSDP2, RunSettings, Sharding, SingleDevice, plan_memory
+from hybrid_lightning.memory import FSDP2, MethodMemory, RunSettings, Sharding, SingleDevice, plan_memory
 
 # As in config.json of Qwen/Qwen3-0.6B, Qwen/Qwen3-8B and Qwen/Qwen3-32B on the Hugging Face hub (layers and heads are also in
 # table 1 of the technical report, arXiv 2505.09388), and the number of parameters in billions that their model cards give.
@@ -48,46 +44,28 @@ GIB = 2**30
 USABLE = 0.95 * 80e9  # bytes of a GPU, without its context and what its allocator keeps for itself
 
 
-def plan(name: str, gpus: str) -> list[dict[str, Any]]:
+def plan(name: str, sharding: Sharding) -> list[MethodMemory]:
     """All methods of a model."""
     *sizes, wanted = SIZES[name]
     config = Qwen3Config(**SAME, **dict(zip(NAMES, sizes, strict=True)))
-    found = plan_memory(RunSettings(config=config, **RUN), SHARDINGS[gpus])
+    found = plan_memory(RunSettings(config=config, **RUN), sharding)
     billions = found[0].parameters / 1e9
     assert abs(billions - wanted) < 0.05, f"{name} has {billions:.2f} billion parameters, which is not what its card says"
-    return [
-        {
-            "model": name,
-            "gpus": gpus,
-            "method": method.method,
-            "trainable": method.trainable,
-            "parts": asdict(method.largest_components),
-            "peak": method.peak_bytes,
-            "moment": method.peak_phase,
-        }
-        for method in found
-    ]
-
-
-def markdown(lines: Sequence[dict[str, Any]]) -> str:
-    """A line for each model and method: what is there together, when that is most, and whether it fits."""
-    rows = []
-    ordered = sorted(lines, key=lambda line: (list(SIZES).index(line["model"]), line["method"]))
-    for (model, method), same in groupby(ordered, key=lambda line: (line["model"], line["method"])):
-        gpus = list(same)
-        cells = [[f"{one['peak'] / GIB:.1f}, {one['moment']}", "yes" if one["peak"] <= USABLE else "no"] for one in gpus]
-        rows.append([model, method, f"{gpus[0]['trainable'] / 1e6:,.0f} M", *(cell for pair in cells for cell in pair)])
-    header = [text for gpus in SHARDINGS for text in (f"{gpus}: GiB, most while", "fits")]
-    return table(["model", "method", "trainable", *header], rows, left=2)
+    return found
 
 
 def main() -> None:
-    """The command."""
-    parser = command("memory.plan_qwen3", __doc__)
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in one line")
-    given = parser.parse_args()
-    lines = [line for name in SIZES for gpus in SHARDINGS for line in plan(name, gpus)]
-    print(json.dumps(lines) if given.json else markdown(lines))
+    """Print a line for each model and method: what is there together, when that is most, and whether it fits."""
+    command("memory.plan_qwen3", __doc__).parse_args()
+    rows = []
+    for name in SIZES:
+        for same in zip(*(plan(name, sharding) for sharding in SHARDINGS.values()), strict=True):
+            cells = []
+            for found in same:
+                cells += [f"{found.peak_bytes / GIB:.1f}, {found.peak_phase}", "yes" if found.peak_bytes <= USABLE else "no"]
+            rows.append([name, same[0].method, f"{same[0].trainable / 1e6:,.0f} M", *cells])
+    header = [text for gpus in SHARDINGS for text in (f"{gpus}: GiB, most while", "fits")]
+    print(table(["model", "method", "trainable", *header], rows, left=2))
 
 
 if __name__ == "__main__":

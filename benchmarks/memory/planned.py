@@ -6,7 +6,6 @@ Markdown. benchmarks/README.md says what the numbers mean.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import BenchmarkError, about, check_at_least, check_model, command, environment, execute, last_line, tell
+from benchmarks.commands import about, check_at_least, check_can_run, command, environment, execute, run_logged, tell
 from benchmarks.memory.cases import CASES, MODELS, ROLLOUTS, MemoryCase
 from benchmarks.pairs import Plan, prepare
 from benchmarks.tables import table
@@ -37,7 +36,7 @@ def check(arguments: argparse.Namespace) -> None:
         UsageError: With the remedy.
     """
     check_at_least(arguments, 1, "threads")
-    check_model([MODELS[name] for name in arguments.models], "leave it out: --models embedded")
+    check_can_run([MODELS[name] for name in arguments.models], "leave it out: --models embedded")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     logs = arguments.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     cases = [case for case in CASES if case.model in arguments.models]
-    result: dict[str, Any] = {**about(build_parser(), arguments), "cases": []}
+    result: dict[str, Any] = {**about(arguments), "cases": []}
     with tempfile.TemporaryDirectory(prefix="memory_") as root:
         for number, case in enumerate(cases, start=1):
             tell(f"{number} of {len(cases)}: {case.model}, {case.name}")
@@ -66,23 +65,10 @@ def compare(case: MemoryCase, root: Path, log: Path, arguments: argparse.Namespa
     found = {}
     for what in ("plan", "tensors", "process"):
         with tempfile.TemporaryDirectory(prefix="memory_") as out:
-            start({**request, "what": what, "out": out}, log.with_suffix(f".{what}.log"))
+            asked = ["-m", "benchmarks.memory.run_memory", json.dumps({**request, "what": what, "out": out})]
+            run_logged(asked, log.with_suffix(f".{what}.log"), {**environment(arguments.threads), "HF_HUB_OFFLINE": "1"})
             found[what] = [json.loads(file.read_text()) for file in sorted(Path(out).iterdir())]
     return found
-
-
-def start(request: dict[str, Any], log: Path) -> None:
-    """Run a worker.
-
-    Raises:
-        BenchmarkError: If it fails.
-    """
-    asked = [sys.executable, "-m", "benchmarks.memory.run_memory", json.dumps(request)]
-    variables = {**environment(request["threads"]), "HF_HUB_OFFLINE": "1"}
-    with log.open("w") as output:
-        code = subprocess.run(asked, env=variables, stdout=output, stderr=output, check=False).returncode
-    if code != 0:
-        raise BenchmarkError(f"the worker failed: {last_line(log)} (its output is in {log})")
 
 
 def summarize(found: dict[str, Any]) -> dict[str, Any]:

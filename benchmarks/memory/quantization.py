@@ -5,7 +5,6 @@ Each case is the `fit` command in a process of its own, with one callback more; 
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.commands import ROOT, BenchmarkError, command, environment, execute, last_line, tell
+from benchmarks.commands import ROOT, command, environment, execute, run_logged, tell
 from benchmarks.processes import forget_peak, resident_bytes
 from benchmarks.tables import table
 from benchmarks.training import gradient_bytes, optimizer_bytes, tensor_bytes
@@ -75,20 +74,13 @@ def frozen_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def measure(options: list[str], out: Path, name: str, threads: int) -> dict[str, int]:
-    """Run one case.
-
-    Raises:
-        BenchmarkError: If the run fails.
-    """
-    path, log = out / f"{name}.json", out / f"{name}.log"
+    """Run one case."""
+    path = out / f"{name}.json"
     callback = {"class_path": "benchmarks.memory.quantization.MemoryReport", "init_args": {"path": str(path.absolute())}}
-    asked = [sys.executable, "-m", "hybrid_lightning", "fit", "--config", str(CONFIG), *_SMALL, *_SIZES, *options]
+    asked = ["-m", "hybrid_lightning", "fit", "--config", str(CONFIG), *_SMALL, *_SIZES, *options]
     asked += [f"--trainer.callbacks={json.dumps([callback])}", f"--trainer.default_root_dir={out / 'runs'}"]
-    variables = {**environment(threads), "MALLOC_MMAP_THRESHOLD_": "100000"}  # glibc gives what is freed back at once
-    with log.open("w") as file:
-        code = subprocess.run(asked, env=variables, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
-        raise BenchmarkError(f"{name} ended with {code}: {last_line(log)} (its output is in {log})")
+    # glibc gives what is freed back at once
+    run_logged(asked, out / f"{name}.log", {**environment(threads), "MALLOC_MMAP_THRESHOLD_": "100000"})
     result: dict[str, int] = json.loads(path.read_text())
     return result
 

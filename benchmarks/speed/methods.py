@@ -8,12 +8,10 @@ import json
 import sys
 import tempfile
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from benchmarks.commands import CORES, about, check_at_least, check_device, check_model, command, execute, tell
+from benchmarks.commands import CORES, about, check_at_least, check_can_run, command, execute, tell
 from benchmarks.pairs import Plan, compare, prepare
 from benchmarks.tables import shown, spread, summarize_side, table, yes
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
@@ -52,8 +50,7 @@ def check(arguments: argparse.Namespace) -> None:
     """
     check_at_least(arguments, 1, "rounds", "threads", "prompts", "prompt-tokens", "max-new-tokens")
     check_at_least(arguments, 2, "samples")  # or no completion would differ from the mean of its group
-    check_model([arguments.model], "give another --model, as embedded")
-    check_device(arguments.device)
+    check_can_run([arguments.model], "give another --model, as embedded", arguments.device)
 
 
 def chosen_workload(arguments: argparse.Namespace) -> Workload:
@@ -75,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         (prepared,) = prepare([workload], Path(folder), plan)
         tell("loading the model three times, and scoring for hybrid")
         result = summarize(workload, compare(workload, prepared, plan), plan.device)
-    (out / "methods.json").write_text(json.dumps({**about(build_parser(), arguments), **result}, indent=1))
+    (out / "methods.json").write_text(json.dumps({**about(arguments), **result}, indent=1))
     print(tables(result))
     print(f"\nWritten: {out / 'methods.json'}")
 
@@ -106,14 +103,12 @@ def summarize(workload: Workload, measured: dict[str, Any], device: str) -> dict
 def summarize_method(steps: list[dict[str, Any]], facts: dict[str, Any], device: str) -> dict[str, Any]:
     """Numbers of one method; the trainable state is that after the last step."""
     side, state = summarize_side(steps, device), steps[-1]["state_bytes"]
-    phases = [step["phase_seconds_since_start"] for step in steps]
     # On the CPU the weights are the file itself, mapped, and stay resident as a whole: full fine-tuning, whose float32 weights
     # take the place of those of the file, is not charged with what it no longer uses.
     replaced = facts["trained_weight_bytes"] - state["extra_weights"] if device == "cpu" else 0
     return {
         **side,
         "peak_used_bytes": side["peak_bytes"] - replaced,
-        "phase_seconds": {name: median(after[name] - before[name] for before, after in pairwise(phases)) for name in phases[0]},
         "state_bytes": state,
         "state_total_bytes": sum(state[part] for part in PARTS),
         "scoring_seconds": facts["scoring_seconds"],

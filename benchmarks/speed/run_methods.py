@@ -18,8 +18,6 @@ from hybrid_lightning.adapters.scorers import PreconditionedTail
 from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
 from hybrid_lightning.policy.module import PolicyModule
 
-STEP_PHASES = ("generate", "reward", "logprobs", "update")
-
 
 class Accounted(Gated):
     """Reports as well what scoring took, and the bytes of the tensors that training needs beside the base model.
@@ -53,15 +51,13 @@ class Accounted(Gated):
         self.gradient_bytes = gradient_bytes(pl_module)
 
     def details(self, trainer: LightningTrainer) -> dict[str, Any]:
-        """Trainable state, and seconds of the phases since the start."""
-        seconds = self.timer.clock.seconds()
+        """Trainable state."""
         return {
             "state_bytes": {
                 "extra_weights": self.weight_bytes - self.base_bytes,
                 "gradients": self.gradient_bytes,
                 "optimizer": optimizer_bytes(trainer.optimizers),
             },
-            "phase_seconds_since_start": {name: seconds.get(name, 0.0) for name in STEP_PHASES},
         }
 
 

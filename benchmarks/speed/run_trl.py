@@ -1,12 +1,21 @@
 """Worker: TRL's GRPOTrainer with PEFT."""
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.worker import Gate, Settings
@@ -81,33 +90,37 @@ def config(settings: Settings, chosen: dict[str, Any], folder: str) -> GRPOConfi
     return GRPOConfig(**{**values, **{name: value for name, value in chosen.items() if name not in own}})
 
 
-def main() -> None:
-    """Train until the parent wants no more steps."""
-    settings = Settings.from_arguments()
+def build_trainer(
+    settings: Settings, chosen: dict[str, Any], folder: str, reward: Callable[..., Any], callback: TrainerCallback
+) -> GRPOTrainer:
+    """TRL's trainer of the workload, with LoRA on all linear layers."""
     workload = settings.workload
-    gate, reward = Gate(settings.device), HashedReward()
-    tokenizer = AutoTokenizer.from_pretrained(settings.folder, padding_side="left")
-    chosen = {**fastest_settings(workload), **settings.overrides}
     model = AutoModelForCausalLM.from_pretrained(
         settings.folder,
         dtype=getattr(torch, workload.dtype),
         attn_implementation=chosen.get("attn_implementation"),  # the model's and not GRPOConfig's, but may be tried too
     )
+    return GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=config(settings, chosen, folder),
+        train_dataset=Dataset.from_dict({"prompt": settings.prompts}),
+        processing_class=AutoTokenizer.from_pretrained(settings.folder, padding_side="left"),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=workload.rank, lora_alpha=workload.alpha, target_modules="all-linear"),
+        callbacks=[callback],
+    )
+
+
+def main() -> None:
+    """Train until the parent wants no more steps."""
+    settings = Settings.from_arguments()
+    gate, reward = Gate(settings.device), HashedReward()
+    chosen = {**fastest_settings(settings.workload), **settings.overrides}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = GRPOTrainer(
-            model=model,
-            reward_funcs=reward,
-            args=config(settings, chosen, folder),
-            train_dataset=Dataset.from_dict({"prompt": settings.prompts}),
-            processing_class=tokenizer,
-            peft_config=LoraConfig(
-                task_type="CAUSAL_LM", r=workload.rank, lora_alpha=workload.alpha, target_modules="all-linear"
-            ),
-            callbacks=[Gated(gate, reward, workload.minibatches)],
-        )
-        assert isinstance(trainer.model, torch.nn.Module)
+        trainer = build_trainer(settings, chosen, folder, reward, Gated(gate, reward, settings.workload.minibatches))
+        assert isinstance(trainer.model, torch.nn.Module) and isinstance(trainer.processing_class, PreTrainedTokenizerBase)
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-        gate.ready(tokenizer(settings.prompts)["input_ids"], trained, settings=chosen)
+        gate.ready(trainer.processing_class(settings.prompts)["input_ids"], trained, settings=chosen)
         trainer.train()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import correlation, linear_regression
 from typing import Any
 
-from benchmarks.commands import CORES, UsageError, about, check_at_least, check_device, check_model, command, execute, tell
+from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, execute, tell
 from benchmarks.pairs import Job, Plan, prepare, take_turns
 from benchmarks.tables import shown, spread, table, yes
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
@@ -68,8 +68,7 @@ def check(arguments: argparse.Namespace) -> None:
         values = getattr(arguments, option.replace("-", "_"))
         if len(values) < 3 or values != sorted(set(values)):
             raise UsageError(f"--{option} needs at least 3 sizes, all different, smallest first, got {values}")
-    check_model([arguments.model], "give another --model, as embedded")
-    check_device(arguments.device)
+    check_can_run([arguments.model], "give another --model, as embedded", arguments.device)
 
 
 def all_series(arguments: argparse.Namespace) -> list[Series]:
@@ -117,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
             tell(f"loading the model {len(one.points)} times")
             jobs: list[Job] = [("ours", workload, folders[workload.prompt_tokens]) for _, workload in one.points]
             results[one.name] = summarize(one, take_turns(jobs, plan)[1])
-            content = {**about(build_parser(), arguments), "series": results}
+            content = {**about(arguments), "series": results}
             (out / "scaling.json").write_text(json.dumps(content, indent=1))
     print(tables(results))
     print(f"\nWritten: {out / 'scaling.json'}")

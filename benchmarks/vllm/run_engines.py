@@ -7,7 +7,6 @@ server        a vLLM server, which the parent has started
 
 import json
 import time
-from collections.abc import Callable
 from typing import Any
 
 from hybrid_lightning.process import prepare_process
@@ -16,7 +15,6 @@ prepare_process()  # as `python -m hybrid_lightning` does
 
 import torch
 from lightning.pytorch import Trainer as LightningTrainer
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.processes import resident_bytes
 from benchmarks.training import Differences, Gated, build_policy, train
@@ -27,13 +25,11 @@ from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
 from hybrid_lightning.rollout import Sampler, VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rollout_engine import PolicyWeights, RolloutEngine, ServedModel, WeightsVersion
 
-# What engines join into one layer, by the ends of its parts' names.
-JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 _OTHER_VERSION = 2**20  # added to the step of weights that are sent once more, or the engine would leave them out
 
 
 class Watch:
-    """Times the updates of an engine, and repeats them to measure more.
+    """Times the updates of an engine, and repeats them with all weights.
 
     Args:
         engine: Whose method `update` is from now on called through this object.
@@ -65,37 +61,6 @@ class Watch:
         self._update(weights, model, everything)
         return time.perf_counter() - begin
 
-    def memory(self, everything: bool) -> dict[str, int]:
-        """Bytes that this process allocates meanwhile, at most, and of the largest layer that is sent, in float32."""
-        assert self._last is not None
-        allocated = peak_allocated(lambda: self.repeat(everything))
-        return {"allocated": allocated, "largest": largest_joined(self._last[0].shapes(everything))}
-
-
-def peak_allocated(work: Callable[[], object]) -> int:
-    """Most bytes that a function has allocated and not yet freed, on all devices together, beside what was there before."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with profile(activities=activities, profile_memory=True) as profiler:
-        work()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
-def largest_joined(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Bytes in float32 of the largest layer as an engine has it: q, k and v are one, and so are gate and up."""
-    sizes: dict[str, int] = {}
-    for name, shape in shapes.items():
-        module, _, kind = name.rpartition(".")
-        parent, _, last = module.rpartition(".")
-        layer = f"{parent}.{JOINED.get(last, last)}.{kind}"
-        sizes[layer] = sizes.get(layer, 0) + 4 * torch.Size(shape).numel()
-    return max(sizes.values())
-
 
 class TimedDifferences(Differences):
     """Knows besides how many seconds the comparison took, which is no part of a step."""
@@ -117,15 +82,13 @@ class Measured(Gated):
         timer: Its clock has the phases.
         engine: That samples.
         differences: Of its log-probabilities.
-        last: Number of the last step that is wanted, in which the memory of an update is measured, too.
     """
 
-    def __init__(self, gate: Gate, timer: StepTimer, engine: RolloutEngine, differences: TimedDifferences, last: int) -> None:
+    def __init__(self, gate: Gate, timer: StepTimer, engine: RolloutEngine, differences: TimedDifferences) -> None:
         super().__init__(gate)
-        self.timer, self.engine, self.differences, self.last = timer, engine, differences, last
+        self.timer, self.engine, self.differences = timer, engine, differences
         self.watch = Watch(engine)
         self.generate_s = 0.0
-        self.number = 0
 
     def details(self, trainer: LightningTrainer) -> dict[str, Any]:
         """Of the step that has just ended, and what is measured only now."""
@@ -144,9 +107,7 @@ class Measured(Gated):
         }
         if not isinstance(self.engine, Sampler):
             found["update_all_s"] = self.watch.repeat(everything=True)
-            if self.number == self.last:
-                found["update_memory"] = {name: self.watch.memory(name == "all") for name in ("all", "changed")}
-        self.number, self.generate_s, self.differences.seconds = self.number + 1, generate_s, 0.0
+        self.generate_s, self.differences.seconds = generate_s, 0.0
         self.differences.found.clear()
         return found
 
@@ -169,7 +130,7 @@ def main() -> None:
     policy, timer, differences = build_policy(settings, sampler=engine), StepTimer(), TimedDifferences()
     # Scored by chance, which takes no rollouts: all sides train the same modules.
     adapter = HybridAdapterSetup(budget=ModuleBudget(0.1), scorer=Random(), rank=workload.rank, alpha=workload.alpha)
-    measured = Measured(gate, timer, policy.sampler, differences, last=settings.rollouts - 1)
+    measured = Measured(gate, timer, policy.sampler, differences)
     train(settings, policy, [timer, adapter, differences, measured])
 
 

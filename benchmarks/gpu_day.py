@@ -36,8 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from benchmarks.commands import command, versions
 from benchmarks.tables import table
 from benchmarks.training import GivenPrompts, HashedReward, quiet_trainer
-from benchmarks.worker import Settings
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Settings, Workload
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.scorers import Random

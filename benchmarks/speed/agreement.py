@@ -19,8 +19,7 @@ from benchmarks.commands import check_at_least, command, execute
 from benchmarks.pairs import Plan, prepare
 from benchmarks.tables import table
 from benchmarks.training import Differences, build_policy, train
-from benchmarks.worker import Settings
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workloads import WORKLOADS, Settings, Workload
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.callbacks import HybridAdapterSetup
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks.training import Gated, build_policy, gradient_bytes, optimizer_bytes, tensor_bytes, train
-from benchmarks.worker import Gate, Settings
+from benchmarks.worker import Gate
+from benchmarks.workloads import Settings
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.scorers import PreconditionedTail
 from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
@@ -78,7 +79,7 @@ def build_adapter(method: str, rank: int, alpha: int) -> HybridAdapterSetup:
 def main() -> None:
     """Train until the parent wants no more steps."""
     settings = Settings.from_arguments()
-    gate, timer = Gate(settings.device), StepTimer()
+    gate, timer = Gate(settings), StepTimer()
     policy = build_policy(settings)
     adapter = build_adapter(settings.side, settings.workload.rank, settings.workload.alpha)
     train(settings, policy, [timer, adapter, Accounted(gate, model_bytes(policy.model), timer)])

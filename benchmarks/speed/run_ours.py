@@ -5,7 +5,8 @@ from hybrid_lightning.process import prepare_process
 prepare_process()  # as `python -m hybrid_lightning` does
 
 from benchmarks.training import Gated, build_policy, train
-from benchmarks.worker import Gate, Settings
+from benchmarks.worker import Gate
+from benchmarks.workloads import Settings
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.callbacks import HybridAdapterSetup
 
@@ -13,7 +14,7 @@ from hybrid_lightning.callbacks import HybridAdapterSetup
 def main() -> None:
     """Train until the parent wants no more steps."""
     settings = Settings.from_arguments()
-    workload, gate = settings.workload, Gate(settings.device)
+    workload, gate = settings.workload, Gate(settings)
     adapter = HybridAdapterSetup(budget=ModuleBudget(share=0.0), rank=workload.rank, alpha=workload.alpha)
     train(settings, build_policy(settings), [adapter, Gated(gate)])
 

@@ -18,8 +18,8 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.worker import Gate, Settings
-from benchmarks.workloads import fastest_settings, hashed_reward
+from benchmarks.worker import Gate
+from benchmarks.workloads import Settings, fastest_settings, hashed_reward
 
 
 class HashedReward:
@@ -114,7 +114,7 @@ def build_trainer(
 def main() -> None:
     """Train until the parent wants no more steps."""
     settings = Settings.from_arguments()
-    gate, reward = Gate(settings.device), HashedReward()
+    gate, reward = Gate(settings), HashedReward()
     chosen = {**fastest_settings(settings.workload), **settings.overrides}
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(settings, chosen, folder, reward, Gated(gate, reward, settings.workload.minibatches))

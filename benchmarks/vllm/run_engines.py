@@ -18,7 +18,8 @@ from lightning.pytorch import Trainer as LightningTrainer
 
 from benchmarks.processes import resident_bytes
 from benchmarks.training import Differences, Gated, build_policy, train
-from benchmarks.worker import Gate, Settings
+from benchmarks.worker import Gate
+from benchmarks.workloads import Settings
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.callbacks import HybridAdapterSetup, StepTimer
@@ -124,7 +125,7 @@ def build_sampler(side: str, max_new_tokens: int, url: str, context: int | None)
 def main() -> None:
     """Train until the parent wants no more steps."""
     settings = Settings.from_arguments()
-    workload, gate = settings.workload, Gate(settings.device)
+    workload, gate = settings.workload, Gate(settings)
     asked = json.loads((settings.folder / "engines.json").read_text())
     engine = build_sampler(settings.side, workload.max_new_tokens, asked["url"], asked["context"])
     policy, timer, differences = build_policy(settings, sampler=engine), StepTimer(), TimedDifferences()

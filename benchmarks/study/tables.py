@@ -6,17 +6,15 @@ from statistics import fmean
 from benchmarks.study.comparison import WANTED_GAIN, WANTED_GAP, Comparison, Row, over_tasks
 from benchmarks.study.estimates import Estimate, correlation
 from benchmarks.study.methods import METHODS
+from benchmarks.tables import table
 
 FEWEST_TO_CORRELATE = 5
 CHANCE = ("random", "random_mlp")  # choices that a score has to beat: among all modules, and among those as large as its own
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; empty without rows."""
-    if not rows:
-        return ""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """A table without columns of numbers; empty without rows."""
+    return table(header, rows, left=len(header)) if rows else ""
 
 
 def of_task(comparison: Comparison) -> str:

@@ -1,7 +1,7 @@
 # ruff: noqa: E501  (a form is one entry, however long)
 r"""Where `MathMatch` and plain math-verify disagree: on reference answers as people write them, and on a model's completions.
 
-    python benchmarks/answers.py DATA before=before/predictions.jsonl after=after/predictions.jsonl
+    python -m benchmarks.answers DATA before=before/predictions.jsonl after=after/predictions.jsonl
 
 DATA is a folder with `gsm8k/test.jsonl`, `svamp/test.jsonl`, `mawps/singleop.jsonl` and `aime24/test.jsonl`. The files of completions
 are those of `python -m hybrid_lightning predict`. Both sides search the same part of a text and have the same CPU time. Each
@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from math_verify import parse, verify
-from tables import table
 
+from benchmarks.commands import command
+from benchmarks.tables import table
 from hybrid_lightning.rewards import MathMatch
 from hybrid_lightning.rewards.mathematics.math_text import answer_window
 from hybrid_lightning.types import Prompt
@@ -93,15 +94,19 @@ def rewritten(folder: Path) -> Iterator[tuple[str, str, str, bool]]:
 
 def main() -> None:
     """Print the tables of results/answers.md."""
+    parser = command("answers", __doc__)
+    parser.add_argument("data", type=Path, help="folder of reference answers")
+    parser.add_argument("completions", nargs="*", metavar="NAME=FILE", help="predictions of a model")
+    given = parser.parse_args()
     reward, counts = MathMatch(cpu_seconds=CPU_SECONDS), Counter[tuple[str, str]]()
-    for form, gold, text, right in rewritten(Path(sys.argv[1])):
+    for form, gold, text, right in rewritten(given.data):
         counts[form, "all"] += 1
         for side, paid in (("ours", bool(reward([text], [Prompt(text="?", answer=gold)])[0])), ("plain", plain(gold, text))):
             counts[form, f"{side} {'missed' if right else 'wrongly paid'}"] += paid != right
     columns = ["all", *(f"{side} {what}" for what in ("missed", "wrongly paid") for side in ("ours", "plain"))]
     print(table(["form", *columns], [[form, *(str(counts[form, column]) for column in columns)] for form in FORMS]) + "\n")
     lines = []
-    for name, path in (entry.split("=", 1) for entry in sys.argv[2:]):
+    for name, path in (entry.split("=", 1) for entry in given.completions):
         verdicts = Counter[tuple[bool, bool]]()
         for row in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()):
             for text in row["completions"]:

@@ -6,7 +6,8 @@ follows `####`, which `GSM8K_ANSWER` matches; in YAML write `answer_pattern: '##
 
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,7 +22,6 @@ from hybrid_lightning.data.values import shorten, to_text
 from hybrid_lightning.errors import ConfigError, DataError
 
 GSM8K_ANSWER = r"####\s*(.+)"
-_REMEDY = "correct or remove the row, or set skip_bad_rows=true"
 
 
 class TableSource(PromptSource):
@@ -128,30 +128,31 @@ class TableSource(PromptSource):
 
     def _to_row(self, source: str, index: int, columns: dict[str, Any]) -> Row:
         where = f"{source}, row {index} (the first is 0)"
+        used = [] if self.template is None else template_fields("template", self.template)
         if self.template is None:
-            question = _cell_text(where, "question_column", self.question_column, columns)
+            with row_error(f"{where}: question_column {self.question_column!r}"):
+                question = _cell_text(columns.get(self.question_column))
         else:
-            cells = {column: columns.get(column) for column in template_fields("template", self.template)}
-            question = fill_template("template", self.template, cells, where).strip()
+            question = fill_template("template", self.template, {name: columns.get(name) for name in used}, where).strip()
             if not question:
                 raise DataError(f"{where}: the question made by the template is empty; correct or remove the row")
-        options = None if self.options_column is None else _cell_options(where, self.options_column, columns)
-        if options is not None and (
-            self.template is None or self.options_column not in template_fields("template", self.template)
-        ):
-            question = f"{question}\n\n{lettered_options(options[0])}"
         answer = None if self.answer_column is None else self._answer(where, columns)
-        if answer is not None and options is not None:
-            assert self.answer_column is not None
-            cell = columns[self.answer_column] if self.answer_pattern is None else answer
-            answer = _answer_letter(where, self.answer_column, cell, options)
         if self.options_column is not None:
+            with row_error(f"{where}: options_column {self.options_column!r}"):
+                options = options_of(columns.get(self.options_column))
+            if self.options_column not in used:
+                question = f"{question}\n\n{lettered_options(options[0])}"
+            if self.answer_column is not None:
+                cell = columns[self.answer_column] if self.answer_pattern is None else answer
+                with row_error(f"{where}: answer_column {self.answer_column!r}"):
+                    answer = letter_of(cell, *options)
             columns = {**columns, self.options_column: parse_cell(columns[self.options_column])}
         return Row(question, answer, index, source, columns)
 
     def _answer(self, where: str, columns: dict[str, Any]) -> str:
         assert self.answer_column is not None
-        text = _cell_text(where, "answer_column", self.answer_column, columns)
+        with row_error(f"{where}: answer_column {self.answer_column!r}"):
+            text = _cell_text(columns.get(self.answer_column))
         if self.answer_pattern is None:
             return text
         match = self.answer_pattern.search(text)
@@ -164,29 +165,24 @@ class TableSource(PromptSource):
         return answer
 
 
-def _cell_text(where: str, name: str, column: str, columns: dict[str, Any]) -> str:
+@contextmanager
+def row_error(place: str) -> Iterator[None]:
+    """Turn a ValueError about a cell into a DataError that says where it is and what to do.
+
+    Args:
+        place: The row, with its column or the class that reads it; the error's message follows it.
+    """
     try:
-        value = columns.get(column)
-        text = (asked_text(value) if is_conversation(value) else to_text(value)).strip()
-        if not text:
-            raise ValueError("is empty")
+        yield
     except ValueError as error:
-        raise DataError(f"{where}: {name} {column!r} {error}; {_REMEDY}") from error
+        raise DataError(f"{place} {error}; correct or remove the row, or set skip_bad_rows=true") from error
+
+
+def _cell_text(cell: Any) -> str:
+    text = (asked_text(cell) if is_conversation(cell) else to_text(cell)).strip()
+    if not text:
+        raise ValueError("is empty")
     return text
-
-
-def _cell_options(where: str, column: str, columns: dict[str, Any]) -> tuple[list[str], list[str] | None]:
-    try:
-        return options_of(columns.get(column))
-    except ValueError as error:
-        raise DataError(f"{where}: options_column {column!r} {error}; {_REMEDY}") from error
-
-
-def _answer_letter(where: str, column: str, cell: Any, options: tuple[list[str], list[str] | None]) -> str:
-    try:
-        return letter_of(cell, *options)
-    except ValueError as error:
-        raise DataError(f"{where}: answer_column {column!r} {error}; {_REMEDY}") from error
 
 
 def _compile_pattern(pattern: str) -> re.Pattern[str]:

@@ -17,24 +17,10 @@ class LeetCode(PresetSource):
     Columns: `query` (the problem with the code to complete), `prompt` (imports), `entry_point`, `test` (a function `check`) and
     `completion` (a solution). The solution is the reference answer: no reward compares with it, but modules can be scored with
     it, and it can be trained on.
-
-    Args:
-        train_split: As in `PresetSource`.
-        validation_split: As in `PresetSource`.
-        test_split: As in `PresetSource`.
-        **options: Further arguments of `PresetSource`.
     """
 
     hub_path: ClassVar[str] = "newfacade/LeetCodeDataset"
-
-    def __init__(
-        self,
-        train_split: str | None = "train",
-        validation_split: str | None = None,
-        test_split: str | None = "test",
-        **options: Any,
-    ) -> None:
-        super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
+    splits: ClassVar[dict[str, str]] = {"train": "train", "test": "test"}
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
         """Problem with the code to complete, and a solution."""
@@ -49,24 +35,10 @@ class MMLUPro(PresetSource):
     Columns: `question`, `options` (a list), `answer` (a letter), `answer_index` and `category`. The options become part of the
     question, one per line as "A. ...". There is no training split: to train on the test split and hold out a part of it, set
     `train_split: test`, `test_split: null` and `test_fraction`.
-
-    Args:
-        train_split: As in `PresetSource`.
-        validation_split: As in `PresetSource`.
-        test_split: As in `PresetSource`.
-        **options: Further arguments of `PresetSource`.
     """
 
     hub_path: ClassVar[str] = "TIGER-Lab/MMLU-Pro"
-
-    def __init__(
-        self,
-        train_split: str | None = None,
-        validation_split: str | None = "validation",
-        test_split: str | None = "test",
-        **options: Any,
-    ) -> None:
-        super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
+    splits: ClassVar[dict[str, str]] = {"validation": "validation", "test": "test"}
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
         """Question with its options, and the letter of the correct one."""

@@ -34,26 +34,11 @@ _DAPO_SUBSETS = ("all", "en", "cn")
 
 
 class GSM8K(PresetSource):
-    """GSM8K, with columns `question` and `answer`, a worked solution in which the answer follows `####`.
-
-    Args:
-        train_split: As in `PresetSource`.
-        validation_split: As in `PresetSource`.
-        test_split: As in `PresetSource`.
-        **options: Further arguments of `PresetSource`.
-    """
+    """GSM8K, with columns `question` and `answer`, a worked solution in which the answer follows `####`."""
 
     hub_path: ClassVar[str] = "openai/gsm8k"
     hub_name = "main"
-
-    def __init__(
-        self,
-        train_split: str | None = "train",
-        validation_split: str | None = None,
-        test_split: str | None = "test",
-        **options: Any,
-    ) -> None:
-        super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
+    splits: ClassVar[dict[str, str]] = {"train": "train", "test": "test"}
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
         """Question, and what follows the last `####`."""
@@ -65,25 +50,10 @@ class GSM8K(PresetSource):
 
 
 class MATH(PresetSource):
-    r"""MATH, with columns `problem`, `solution` with the answer in its last `\boxed{}`, `level` and `type`.
-
-    Args:
-        train_split: As in `PresetSource`.
-        validation_split: As in `PresetSource`.
-        test_split: As in `PresetSource`.
-        **options: Further arguments of `PresetSource`.
-    """
+    r"""MATH, with columns `problem`, `solution` with the answer in its last `\boxed{}`, `level` and `type`."""
 
     hub_path: ClassVar[str] = "DigitalLearningGmbH/MATH-lighteval"
-
-    def __init__(
-        self,
-        train_split: str | None = "train",
-        validation_split: str | None = None,
-        test_split: str | None = "test",
-        **options: Any,
-    ) -> None:
-        super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
+    splits: ClassVar[dict[str, str]] = {"train": "train", "test": "test"}
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
         r"""Problem, and the answer: its own column if there is one, otherwise the last `\boxed{}` of the solution."""
@@ -92,25 +62,10 @@ class MATH(PresetSource):
 
 
 class MATH500(PresetSource):
-    """MATH-500, with columns `problem`, `solution`, `answer`, `subject`, `level` and `unique_id`.
-
-    Args:
-        train_split: As in `PresetSource`.
-        validation_split: As in `PresetSource`.
-        test_split: As in `PresetSource`.
-        **options: Further arguments of `PresetSource`.
-    """
+    """MATH-500, with columns `problem`, `solution`, `answer`, `subject`, `level` and `unique_id`."""
 
     hub_path: ClassVar[str] = "HuggingFaceH4/MATH-500"
-
-    def __init__(
-        self,
-        train_split: str | None = None,
-        validation_split: str | None = None,
-        test_split: str | None = "test",
-        **options: Any,
-    ) -> None:
-        super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
+    splits: ClassVar[dict[str, str]] = {"test": "test"}
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
         """Problem and its answer."""
@@ -121,25 +76,11 @@ class AIME24(PresetSource):
     r"""AIME 2024, with columns `problem` and `answer`; an answer such as 073 counts as 73 in `MathMatch`.
 
     Other copies can be read too: with `Problem` and `Answer` (Maxwell-Jia/AIME_2024), or with the answer in the `\boxed{}` of
-    `solution` (math-ai/aime24).
-
-    Args:
-        train_split: As in `PresetSource`.
-        validation_split: As in `PresetSource`.
-        test_split: As in `PresetSource`; the hub calls the only split "train".
-        **options: Further arguments of `PresetSource`.
+    `solution` (math-ai/aime24). The hub calls the only split "train".
     """
 
     hub_path: ClassVar[str] = "HuggingFaceH4/aime_2024"
-
-    def __init__(
-        self,
-        train_split: str | None = None,
-        validation_split: str | None = None,
-        test_split: str | None = "train",
-        **options: Any,
-    ) -> None:
-        super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
+    splits: ClassVar[dict[str, str]] = {"test": "train"}
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
         """Problem and its answer."""
@@ -147,25 +88,10 @@ class AIME24(PresetSource):
 
 
 class AIME25(PresetSource):
-    """AIME 2025, with columns `problem` and `answer`; copies with `question` (opencompass/AIME2025) can be read too.
-
-    Args:
-        train_split: As in `PresetSource`.
-        validation_split: As in `PresetSource`.
-        test_split: As in `PresetSource`.
-        **options: Further arguments of `PresetSource`.
-    """
+    """AIME 2025, with columns `problem` and `answer`; copies with `question` (opencompass/AIME2025) can be read too."""
 
     hub_path: ClassVar[str] = "math-ai/aime25"
-
-    def __init__(
-        self,
-        train_split: str | None = None,
-        validation_split: str | None = None,
-        test_split: str | None = "test",
-        **options: Any,
-    ) -> None:
-        super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
+    splits: ClassVar[dict[str, str]] = {"test": "test"}
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
         """Problem and its answer."""
@@ -176,24 +102,10 @@ class AMC23(PresetSource):
     """AMC 2023, with columns `question` and `answer`; an answer such as 27.0 counts as 27 in `MathMatch`.
 
     Copies with `problem` (AI-MO/aimo-validation-amc) can be read too, and answers that are a letter from A to E.
-
-    Args:
-        train_split: As in `PresetSource`.
-        validation_split: As in `PresetSource`.
-        test_split: As in `PresetSource`.
-        **options: Further arguments of `PresetSource`.
     """
 
     hub_path: ClassVar[str] = "math-ai/amc23"
-
-    def __init__(
-        self,
-        train_split: str | None = None,
-        validation_split: str | None = None,
-        test_split: str | None = "test",
-        **options: Any,
-    ) -> None:
-        super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
+    splits: ClassVar[dict[str, str]] = {"test": "test"}
 
     def question_and_answer(self, columns: dict[str, Any]) -> tuple[str, str | None]:
         """Problem and its answer."""
@@ -209,26 +121,17 @@ class DAPOMath17k(PresetSource):
     memory.
 
     Args:
-        train_split: As in `PresetSource`.
-        validation_split: As in `PresetSource`.
-        test_split: As in `PresetSource`.
         subset: "all", "en" (English) or "cn" (Chinese).
-        **options: Further arguments of `PresetSource`.
+        **options: Arguments of `PresetSource`.
     """
 
     hub_path: ClassVar[str] = "open-r1/DAPO-Math-17k-Processed"
+    splits: ClassVar[dict[str, str]] = {"train": "train"}
 
-    def __init__(
-        self,
-        train_split: str | None = "train",
-        validation_split: str | None = None,
-        test_split: str | None = None,
-        subset: str = "all",
-        **options: Any,
-    ) -> None:
+    def __init__(self, subset: str = "all", **options: Any) -> None:
         if subset not in _DAPO_SUBSETS:
             raise ConfigError(f"DAPOMath17k: subset={subset!r}: give one of {', '.join(_DAPO_SUBSETS)}")
-        super().__init__(train_split=train_split, validation_split=validation_split, test_split=test_split, **options)
+        super().__init__(**options)
         self.hub_name = None if subset == "all" else subset  # the hub's default configuration has all problems
 
     def read(self) -> Splits:

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hybrid_lightning.data.columns import TableSource, given_splits
+from hybrid_lightning.data.columns import TableSource, given_splits, row_error
 from hybrid_lightning.data.splitting import Row
 from hybrid_lightning.data.table_sources import read_hub_split
 from hybrid_lightning.data.tables import Table, is_table, read_table
@@ -24,8 +24,9 @@ class PresetSource(TableSource):
     """A data set from the hub, or a local copy of it, whose columns a subclass knows.
 
     Args:
-        train_split: Name of the data set's split to train on; None for no training rows. Here and below it may be any split that
-            the data set has, such as "test", and from the hub also a slice of one, such as "test[:90%]".
+        train_split: Name of the data set's split to train on; None for no training rows. Here and below "auto" is the one that
+            the data set has for this use, as listed in `data/presets/__init__.py`. It may also be any other split that it has,
+            such as "test", and from the hub a slice of one, such as "test[:90%]".
         validation_split: Name of the split to validate on; None for none.
         test_split: Name of the split to test on; None for none.
         local_path: Copy to read instead of the hub: a folder, such as a clone of the data set's repository, with files named
@@ -41,12 +42,15 @@ class PresetSource(TableSource):
 
     hub_path: ClassVar[str]  # id of the data set
     hub_name: str | None = None  # its configuration; None: the default one
+    splits: ClassVar[
+        dict[str, str]
+    ]  # train, validation, test -> the data set's split for it; one that it does not have is left out
 
     def __init__(
         self,
-        train_split: str | None,
-        validation_split: str | None,
-        test_split: str | None,
+        train_split: str | None = "auto",
+        validation_split: str | None = "auto",
+        test_split: str | None = "auto",
         local_path: str | None = None,
         revision: str | None = None,
         max_rows: int | None = None,
@@ -64,8 +68,9 @@ class PresetSource(TableSource):
         )
         self.local_path = local_path
         self.revision = revision
+        named = {"train": train_split, "validation": validation_split, "test": test_split}
         self.hub_splits = given_splits(
-            [("train_split", train_split), ("validation_split", validation_split), ("test_split", test_split)]
+            [(f"{use}_split", self.splits.get(use) if split == "auto" else split) for use, split in named.items()]
         )
 
     @abstractmethod
@@ -91,13 +96,8 @@ class PresetSource(TableSource):
         """Check nothing: copies of a data set name their columns differently, and errors of rows name what is missing."""
 
     def _to_row(self, source: str, index: int, columns: dict[str, Any]) -> Row:
-        try:
+        with row_error(f"{source}, row {index} (the first is 0): {type(self).__name__}:"):
             question, answer = self.question_and_answer(columns)
-        except ValueError as error:
-            raise DataError(
-                f"{source}, row {index} (the first is 0): {type(self).__name__}: {error}; correct or remove the row, or set "
-                "skip_bad_rows=true"
-            ) from error
         return Row(question, answer, index, source, columns)
 
 

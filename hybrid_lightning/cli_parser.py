@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from hybrid_lightning.configurable import constructor_defaults, with_public_paths
+from hybrid_lightning.configurable import constructor_defaults
 from hybrid_lightning.errors import HybridLightningError
 from hybrid_lightning.remedies import is_machine_error, with_remedy
 
@@ -62,7 +62,7 @@ _load_yaml = jsonargparse.get_loader("yaml")
 
 
 def _load_value(text: str) -> Any:
-    """Read YAML, and translate the paths of classes from earlier versions.
+    """Read YAML.
 
     Two texts need care, because jsonargparse reads the strings of a config as YAML a second time. `answer_pattern:
     '####\\s*(.+)'` would become null, since YAML takes it for a comment. And a null for an argument of a nested class arrives
@@ -71,7 +71,7 @@ def _load_value(text: str) -> Any:
     value = _load_yaml(text)
     if text == "None":
         return None
-    return text if value is None and text.lstrip().startswith("#") else with_public_paths(value)
+    return text if value is None and text.lstrip().startswith("#") else value
 
 
 jsonargparse.set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))

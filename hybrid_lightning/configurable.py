@@ -8,21 +8,12 @@ A class is named by its public path, such as hybrid_lightning.losses.GSPOLoss, s
 
 import functools
 import inspect
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Self
 
 from hybrid_lightning.errors import ConfigError
-
-_PATH = re.compile(r"hybrid_lightning\.\w+(?:\.\w+)*\.[A-Z]\w*")  # the path of a class
-
-# Packages whose classes are named by the package alone. Earlier versions also wrote the file
-# (hybrid_lightning.losses.gspo.GSPOLoss).
-ROOMS = frozenset(
-    {"adapters", "advantages", "callbacks", "data", "export", "losses", "metrics", "policy", "rewards", "rollout", "sharding"}
-)
 
 
 class Configurable:
@@ -147,23 +138,6 @@ def public_path(kind: type) -> str:
         if getattr(sys.modules.get(place), kind.__qualname__, None) is kind:
             return f"{place}.{kind.__qualname__}"
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def with_public_paths(value: Any) -> Any:
-    """A config, or a part of one, in which all our classes have their public paths, even if an earlier version wrote it.
-
-    Example:
-        >>> with_public_paths({"class_path": "hybrid_lightning.losses.gspo_token.GSPOTokenLoss"})
-        {'class_path': 'hybrid_lightning.losses.GSPOTokenLoss'}
-    """
-    if isinstance(value, dict):
-        return {key: with_public_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [with_public_paths(item) for item in value]
-    if not isinstance(value, str) or not _PATH.fullmatch(value):
-        return value
-    package, room, *_, name = value.split(".")
-    return f"{package}.{room}.{name}" if room in ROOMS else value
 
 
 def public_names(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:

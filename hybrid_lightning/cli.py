@@ -5,6 +5,7 @@ This file has the commands: their options and defaults, the callbacks that they 
 other libraries' error messages what to do.
 """
 
+import inspect
 import logging
 import os
 import re
@@ -48,7 +49,7 @@ from hybrid_lightning.callbacks import (
 from hybrid_lightning.callbacks.display import console
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, log_config
 from hybrid_lightning.callbacks.run_folder import check_run_folder, run_folder
-from hybrid_lightning.cli_help import ShowHelp, help_asked_last
+from hybrid_lightning.cli_help import ShowHelp, first_sentence, help_asked_last
 from hybrid_lightning.cli_parser import Parser, cause_of, print_error, unwrapped
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import ConfigError
@@ -222,6 +223,13 @@ class HybridLightningCLI(LightningCLI):
             super().parse_arguments(parser, args)
         else:
             parser.parse_args(asked)
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Say in a whole sentence what each command does: Lightning takes the first line of its docstring."""
+        said = {name: first_sentence(inspect.getdoc(getattr(Trainer, name))) for name in self.subcommands()}
+        super()._add_subcommands(parser, **{name: {**kwargs.get(name, {}), "description": text} for name, text in said.items()})
+        for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
+            choice.help = said[choice.dest]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand not in self._made:

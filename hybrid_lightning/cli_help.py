@@ -137,11 +137,11 @@ def _specs(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _overview(parser: Parser, config: Namespace) -> str:
     found = sections(parser, config)
-    shown = _new_parser(parser, config, f"{_first_sentence(parser.description)}\n\n{_HOW}")
+    shown = _new_parser(parser, config, f"{parser.description}\n\n{_HOW}")
     own = shown.add_argument_group(parser.command.rpartition(" ")[2])
     for action in parser._actions:  # those of the command alone
         if "." not in action.dest and action.dest not in parser.parts and not isinstance(action, ShowHelp):
-            action.help = _first_sentence(action.help) if "``" in (action.help or "") else action.help  # Lightning's
+            action.help = first_sentence(action.help) if "``" in (action.help or "") else action.help  # Lightning's
             own._add_action(action)
     for section in found:
         base = parser.parts.get(section.key)
@@ -150,7 +150,7 @@ def _overview(parser: Parser, config: Namespace) -> str:
         actions = section.add_to(shown, title, _paragraphs(section.part)[0], base if named else None)
         if _is_of_a_library(section.part):  # they have pages of their own
             for action in actions:
-                action.help = _first_sentence(action.help)
+                action.help = first_sentence(action.help)
     return shown.format_help()
 
 
@@ -174,7 +174,7 @@ def _help_on(parser: Parser, config: Namespace, asked: str) -> str:
         shown.description = "\n\n".join([title, *_paragraphs(section.part), *(_in_a_config(section, required) if known else [])])
     if known:
         title = "" if section is not None else f"--{key} names no class here; "
-        lines = [f"    {name}: {_first_sentence(_paragraphs(part)[0])}" for name, part in known.items()]
+        lines = [f"    {name}: {first_sentence(_paragraphs(part)[0])}" for name, part in known.items()]
         shown.add_argument_group(f"{title}classes for --{key}, beside your own by module.Class", "\n".join(lines))
     return shown.format_help()
 
@@ -286,7 +286,8 @@ def _whole(text: str, part: type, name: str) -> str:
     return _whole(said if rest == "." else said.rstrip(".") + rest, bases[0] if match else object, name)
 
 
-def _first_sentence(text: str | None) -> str:
+def first_sentence(text: str | None) -> str:
+    """The first sentence of a text that does not tell a default, on one line."""
     text = " ".join((text or "").replace("``", "`").split())
     sentences = re.split(r"(?<=\.)\s(?=[A-Z])", text)
     return next((sentence for sentence in sentences if not sentence.startswith("Default")), text)

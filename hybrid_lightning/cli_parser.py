@@ -23,25 +23,14 @@ from hybrid_lightning.configurable import constructor_defaults
 from hybrid_lightning.errors import HybridLightningError
 from hybrid_lightning.remedies import is_machine_error, with_remedy
 
-# Part of a message of jsonargparse -> what it is replaced by.
+# Messages of jsonargparse that name no remedy -> what is said instead; above them, what would stand in front of the reason.
 _REWRITES = (
-    (r"Does not validate against any of the Union subtypes\s+Subtypes: \[.*?\]\s+Errors:", ""),
-    (r"-\s+Expected a path but \S+ either not accessible or invalid\s+", ""),
-    (r"\s*- Expected a <class 'NoneType'>", ""),
-    (r"\s*Given value type:.*?Given value: (.*)", r"; got \1"),
-    (r"Expected a <class '([\w.]+)'>", r"expected \1"),
-    (r"- Expected a typing\.Literal\[(.*?)\]", r"or one of \1"),
-    (
-        r"Expected an instantiatable class, but \S*?(\w+) is abstract; got NestedArg\(key='(\w+)'.*",
-        r"before its argument \2 say which \1, as in --form MergedModel --form.dtype=float32",
-    ),
-    (r"^Unexpected config:\s*$", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is empty"),
-    (r"^Unexpected config:\s*", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is: "),
-    (r'(Parser key "\S+":)\s*(?:-\s+)+', r"\1 "),
+    (r"Does not validate against any of the Union subtypes\s+Subtypes: \[.*?\]\s+Errors:\s+- ", ""),
+    (r"-\s+Expected a path but \S+ either not accessible or invalid\s+(?:- )?", ""),
     (
         r'expected "subcommand" to be one of .*',
-        r"no command is given; there are fit, validate, test, predict, score, export and plan, as in python -m hybrid_lightning "
-        r"fit --config FILE; --help says what each does",
+        "no command is given; there are fit, validate, test, predict, score, export and plan, as in python -m hybrid_lightning "
+        "fit --config FILE; --help says what each does",
     ),
     (
         r"Option \S+ is not accepted before subcommand '(\w+)'",
@@ -51,6 +40,7 @@ _REWRITES = (
         r"the following arguments are required: (loss|reward|loss, reward)$",
         r"model.\1 must be given, nearly always by a config: --config FILE, such as configs/gspo.yaml of the source tree",
     ),
+    (r"^Unexpected config: ", "a config must be a mapping such as 'trainer: {max_steps: 10}', but is: "),
     (
         r"(?:Import path (\S+) does not correspond to a subclass of RewardFunction|Unexpected import path format: (\S+\.py:\w+))",
         r"\1\2 is no class derived from RewardFunction; a function is given by class_path FunctionReward with function: \1\2",
@@ -153,7 +143,9 @@ class Parser(LightningArgumentParser):
             known = self._classes_of(unknown[1])
             near = suggestion(unknown[2], known) or f"; give one of {', '.join(known)}, or module.Class"
             return f"{unknown[1]}: unknown class {unknown[2]}{near}"
-        if unknown := re.fullmatch(r'Parser key "(\S+)":\s+Expected an instantiatable class, but \S*?(\w+) is abstract', message):
+        if unknown := re.search(
+            r'Parser key "(\S+)":.*Expected an instantiatable class, but \S*?(\w+) is abstract', message, re.DOTALL
+        ):
             return _which(unknown[1], unknown[2], self._classes_of(unknown[1]))
         for pattern, replacement in _REWRITES:
             message = re.sub(pattern, replacement, message, flags=re.DOTALL)

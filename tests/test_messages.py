@@ -1,0 +1,80 @@
+"""Messages of errors and warnings are "cause; remedy" on one line, which ends without a full stop."""
+
+import ast
+
+import pytest
+from test_imports import FILES, ROOT
+
+WARNING = {"warn", "rank_zero_warn", "rank_zero_deprecation", "warning"}
+
+
+def ends(node, values):
+    """The last pieces of text that a message may end with; nothing for what only a run knows.
+
+    `values` has what is assigned to each name in the file.
+    """
+    if isinstance(node, ast.Constant):
+        yield node.lineno, str(node.value)
+    elif isinstance(node, ast.JoinedStr):
+        yield from ends(node.values[-1], values) if node.values else ()
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        yield from ends(node.right, values)
+    elif isinstance(node, ast.IfExp):
+        yield from (*ends(node.body, values), *ends(node.orelse, values))
+    elif isinstance(node, ast.FormattedValue) and node.format_spec is None and not isinstance(node.value, ast.Name):
+        yield from ends(node.value, values)
+    elif isinstance(node, ast.Name):
+        for value in values.get(node.id, []):
+            yield from ends(value, {})
+
+
+def messages(tree):
+    """The expression of each message that is raised, warned with, or handed to an own function that raises it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            yield node.exc.args[0]
+        elif isinstance(node, ast.Call) and node.args:
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in WARNING or name.endswith(("Error", "Warning")):
+                yield node.args[0]
+
+
+def with_full_stop(code):
+    """Line of each message that ends with a full stop."""
+    tree = ast.parse(code)
+    values = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            values.setdefault(node.targets[0].id, []).append(node.value)
+    found = [end for message in messages(tree) for end in ends(message, values)]
+    return sorted({line for line, text in found if text.rstrip().endswith(".") and not text.rstrip().endswith("...")})
+
+
+def test_no_message_ends_with_a_full_stop():
+    wrong = [
+        f"{path.relative_to(ROOT.parent)}:{line}"
+        for path in FILES.values()
+        for line in with_full_stop(path.read_text(encoding="utf-8"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        ("raise ConfigError('a.')", [1]),
+        ("raise ConfigError('a; '\n 'b.')", [1]),
+        ("raise ConfigError(f'{a} is b.') from error", [1]),
+        ("raise ConfigError('a' + (', b.' if c else ''))", [1]),
+        ("message = f'{a}.'\nif b:\n    raise ConfigError(message)", [1]),
+        ("warnings.warn('a.', stacklevel=2)", [1]),
+        ("rank_zero_warn(f'a {b} c.')", [1]),
+        ("return DataError('a.')", [1]),
+        ("raise ConfigError('a; as in b=...')", []),
+        ("raise ConfigError(f'a: {error}')", []),
+        ("raise", []),
+        ("print('a.')", []),
+    ],
+)
+def test_each_form_is_seen(code, lines):
+    assert with_full_stop(code) == lines

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from public_data import public_data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.usefixtures("pictures")
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "evaluate")  # which trains nothing
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 _CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 _CHAT = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
@@ -228,12 +228,10 @@ def test_grpo_and_gspo_differ_in_the_loss_alone():
 @pytest.fixture(scope="module")
 def gsm8k():
     """GSM8K from local files, with the settings of the config's hub source."""
-    if not (GSM8K / "train.jsonl").exists():
-        pytest.skip(f"needs the GSM8K files in {GSM8K}")
     settings = dict(yaml.safe_load((ROOT / "configs" / "gsm8k_qwen3.yaml").read_text())["data"]["source"]["init_args"])
     for hub in ("path", "name", "train_split", "test_split"):
         del settings[hub]
-    return FileSource(str(GSM8K / "train.jsonl"), test=str(GSM8K / "test.jsonl"), **settings).load()
+    return FileSource(public_data("gsm8k/train.jsonl"), test=public_data("gsm8k/test.jsonl"), **settings).load()
 
 
 def test_every_gsm8k_answer_is_a_number(gsm8k):

@@ -1,10 +1,10 @@
 """Presets on rows in the layout that the data sets have on the hub, and on copies that are laid out otherwise."""
 
 import json
-from pathlib import Path
 
 import pytest
 from preset_rows import DAPO, DAPO_PROBLEM, ROWS
+from public_data import public_data
 
 from hybrid_lightning.data import AIME24, AIME25, AMC23, GSM8K, MATH, MATH500, DAPOMath17k, HubSource, LeetCode, MMLUPro
 from hybrid_lightning.data.presets import preset_source
@@ -234,7 +234,4 @@ def test_presets_are_no_hub_sources():
     ],
 )
 def test_all_rows_of_the_data_sets_themselves(preset, path, options, count):
-    path = Path(__file__).parents[3] / "shared" / "data" / path
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    assert len(preset(local_path=str(path), **options).load().test) == count
+    assert len(preset(local_path=public_data(path), **options).load().test) == count

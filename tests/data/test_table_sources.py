@@ -1,19 +1,10 @@
 import json
-from pathlib import Path
 
 import pytest
+from public_data import public_data
 
 from hybrid_lightning.data import GSM8K_ANSWER, FileSource
 from hybrid_lightning.errors import ConfigError, DataError
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-
-
-def shared(name):
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    return str(path)
 
 
 def jsonl(folder, rows, name="train.jsonl"):
@@ -135,7 +126,10 @@ def test_config_names_all_arguments(tmp_path):
 
 def test_gsm8k():
     splits = FileSource(
-        shared("gsm8k/train.jsonl"), test=shared("gsm8k/test.jsonl"), answer_pattern=GSM8K_ANSWER, validation_fraction=0.05
+        public_data("gsm8k/train.jsonl"),
+        test=public_data("gsm8k/test.jsonl"),
+        answer_pattern=GSM8K_ANSWER,
+        validation_fraction=0.05,
     ).load()
     assert (len(splits.train) + len(splits.validation), len(splits.validation), len(splits.test)) == (7473, 374, 1319)
     assert splits.test[0].answer == "18"
@@ -153,14 +147,14 @@ def test_gsm8k():
     ],
 )
 def test_other_real_files(file, arguments, count, answer):
-    rows = FileSource(shared(file), **arguments).load().train
+    rows = FileSource(public_data(file), **arguments).load().train
     assert len(rows) == count and all(row.question and row.answer for row in rows)
     assert answer is None or rows[0].answer == answer
 
 
 def test_split_of_a_real_file_with_copies_shares_no_question():
     source = FileSource(
-        shared("mawps/singleop.jsonl"),
+        public_data("mawps/singleop.jsonl"),
         question_column="input",
         answer_column="target",
         validation_fraction=0.1,

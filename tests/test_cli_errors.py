@@ -27,16 +27,9 @@ def write_bad_files(folder):
     texts = {
         "broken.yaml": "model: {a: [1,\n b: 2",
         "list.yaml": "- a\n- b\n",
-        "empty.yaml": "",
-        "empty.jsonl": "",
-        "no_answer.jsonl": "\n".join(f'{{"question": "{i}"}}' for i in range(30)),
         "other.json": '{"a": 1}',
         "foreign.ckpt": "hello",
         "file": "",
-        "semicolons.csv": "question;answer\n1+1;2\n",
-        "rows.txt": "1+1 2",
-        "broken.parquet": "no parquet",
-        "words.csv": "question,answer\n" + "".join(f"{n}+1,many apples\n" for n in range(40)),
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
@@ -51,16 +44,14 @@ def write_bad_files(folder):
 
 COMMANDS = [
     ("", r"no command is given; there are fit, validate, test, predict, score, export and plan, as in .* --config FILE"),
-    ("frobnicate", r"invalid choice: 'frobnicate'"),
     ("fit", r"model\.loss, reward must be given, nearly always by a config: --config FILE"),
     ("fit --config nope.yaml", r"File does not exist: .*nope\.yaml"),
     ("fit --config broken.yaml", r"Problems parsing config: .* line 1, column 12"),
     ("fit --config list.yaml", r"a config must be a mapping such as .* but is: - a - b"),
-    ("fit --config empty.yaml", r"a config must be a mapping such as .* but is empty"),
     ("score --config t.yaml --ckpt_path=foreign.ckpt", r"score goes on from the folder scoring of a run that was stopped"),
     (
         "export --config t.yaml --folder=x --form.dtype=float32",
-        r"before its argument dtype say which ExportForm, as in --form MergedModel",
+        r"form: first say which ExportForm, one of AdapterFolder, LoraFolder, MergedModel",
     ),
     (
         "predict --config t.yaml --predictions.path=file/p.jsonl",
@@ -68,18 +59,10 @@ COMMANDS = [
     ),
     ("predict --config t.yaml --predictions.path=file", r"predictions\.path: file exists; give another path, or remove it"),
     ("--config t.yaml fit", r"a config stands behind the command.*: python -m hybrid_lightning fit --config FILE"),
-    ("fit t.yaml", r"unrecognized arguments: t\.yaml; a config is given as --config t\.yaml"),
-    ("fit --trainer.max_steps=3", r"model\.loss, reward must be given, nearly always by a config: --config FILE"),
-    ("validate --config t.yaml --data.source.init_args.validation_fraction=0", r"has no validation rows, which validate needs"),
     ("validate --config t.yaml --trainer.logger.save_dir=file", r"the run folder cannot .* --trainer\.logger\.save_dir=FOLDER"),
     ("export --config t.yaml --folder=model", r"folder='model' is there and not empty; give a new folder"),
     ("export --config t.yaml --folder=file", r"folder='file' is a file; give a new folder"),
-    (
-        "export --config t.yaml --folder=file/new",
-        r"folder='file/new': .*/file is no folder .* written to; give a folder elsewhere",
-    ),
     ("export --config t.yaml --folder=new", r"cannot export: .* nothing was trained; give ckpt_path, or fit first"),
-    ("export --config t.yaml --folder=new --ckpt_path=foreign.ckpt", r"foreign\.ckpt cannot be read: it is no checkpoint"),
     ("predict --config t.yaml --predictions.path=.", r"predictions\.path='\.' is a folder; give a file name"),
 ]
 
@@ -106,27 +89,17 @@ def assert_refused(result, message):
 # What is added to a config that works, and what the last line has to say.
 OPTIONS = [
     # names and types
-    ("trainer.max_epoch=3", r"unrecognized arguments: --trainer\.max_epoch=3"),
-    ("model.nonsense=1", r"--model\.nonsense: PolicyModule has no option nonsense; --model\.help=PolicyModule lists"),
-    ("model.reward=ExactMatch model.reward.bogus=3", r"ExactMatch has no option bogus; --model\.reward\.help=ExactMatch lists"),
     ("model.reward=json.dumps", r"json\.dumps is no class derived .* FunctionReward with function: json\.dumps$"),
-    ("model.reward=mine.py:close", r"mine\.py:close is no class .* FunctionReward with function: mine\.py:close$"),
-    ("model.lr_full=abc", r'"lr_full": expected float; got abc'),
-    ("trainer.precision=nonsense", r"one of .*'bf16-mixed'.*; got nonsense"),
+    ("model.lr_full=abc", r'"lr_full": Expected a .*float.* value: abc'),
+    ("trainer.precision=nonsense", r"Expected .*'bf16-mixed'.*: nonsense"),
     ("trainer.strategy=nonsense", r"invalid strategy name: `strategy='nonsense'`"),
     # classes
-    ("model.loss=GRPOLos", r"loss: unknown class GRPOLos; did you mean GRPOLoss\?$"),
-    ("model.loss=my_parts.Missing", r"module 'my_parts' has no attribute 'Missing'"),
     ("model.loss=my_parts.NotALoss", r"my_parts\.NotALoss does not correspond to a subclass of PolicyLoss"),
-    ("model=my_parts.NotALoss", r"does not correspond to a subclass of LanguageModule; got my_parts\.NotALoss"),
-    ("model.optimizer=torch.optim.Foo", r"module 'torch\.optim' has no attribute 'Foo'"),
+    ("model=my_parts.NotALoss", r"does not correspond to a subclass of LanguageModule"),
     # a loss that is switched on the command line keeps the other one's clip range
     ("model.loss=GSPOLoss", r"clip_low=0\.2, clip_high=0\.25 is too large .* left over from a GRPO config: set clip_low=3e-4"),
-    ("model.loss.clip_low=0.0004", r"clip_low=0\.0004, .* too small .* left over from a GSPO config: set clip_low=0\.2"),
     # values
-    ("model.lr_full=-1", r"model\.lr_full must be a non-negative number, got -1"),
     ("model.schedule=CosineSchedule trainer.max_steps=-1 trainer.max_epochs=-1", r"CosineSchedule needs the run's length"),
-    ("adapter.budget.share=2", r"share=2\.0: a budget is a share between 0"),
     # models, plans and checkpoints
     ("model.model=/nowhere", r"model '/nowhere' does not exist"),
     ("model.model=no_tokenizer", r"cannot load a tokenizer from 'no_tokenizer'"),
@@ -138,44 +111,24 @@ OPTIONS = [
     ),
     ("ckpt_path=foreign.ckpt", r"foreign\.ckpt cannot be read: it is no checkpoint, or damaged"),
     # data
-    ("data.source.init_args.train=empty.jsonl", r"train='empty\.jsonl' has no rows"),
-    ("data.source.init_args.train=no_answer.jsonl", r"no_answer\.jsonl has no column 'answer'.* the columns are question"),
     ("data.source.init_args.train=latin.jsonl", r"train='latin\.jsonl' cannot be read: .*utf-8"),
-    ("data.source.init_args.train=semicolons.csv", r"semicolons\.csv has no column 'answer'.* the columns are question;answer"),
-    ("data.source.init_args.train=rows.txt", r"train='rows\.txt' has an unknown file type: its name must end in one of \.csv"),
-    ("data.source.init_args.train=broken.parquet", r"broken\.parquet is no readable Parquet file"),
-    ("data.source.init_args.train=words.csv model.reward=MathMatch", r"reference answer 'many apples' of words\.csv row \d+"),
-    ("data.source.init_args.question_column=q", r"sums\.jsonl has no column 'q': correct question_column; the columns are"),
-    ("data.eval_batch_size=0", r"eval_batch_size=0: give at least 1"),
     # numbers
     ("trainer.max_steps=-5", r"trainer: `max_steps` must be a non-negative integer or -1"),
-    ("trainer.max_steps=abc", r'"trainer\.max_steps": expected int\. Got value: abc'),
     ("trainer.limit_train_batches=-1", r"trainer: .*invalid value -1(\.0)? for limit_train_batches, it has to be in"),
-    ("model.sampler.temperature=-1", r"sampler\.temperature must be positive, got -1\.0"),
     ("model.samples_per_prompt=1", r"samples_per_prompt=1: .* set samples_per_prompt to 2 or more"),
-    ("adapter.rank=0", r"rank=0: LoRA needs a rank of at least 1"),
     # devices
     (
         "trainer.accelerator=tpu",
         r"trainer: .*(torch_xla.*not met|can not run on your system).*; .*give --trainer\.accelerator=cpu",
     ),
     ("trainer.accelerator=abacus", r"trainer: .*invalid accelerator name: .*abacus.*Available names are: "),
-    ("trainer.devices=0", r"trainer: .*devices='0'.* give --trainer\.devices=1, or auto"),
     ("trainer.devices=[0,1]", r"trainer: `devices` selected with .* give --trainer\.devices=1, or auto"),
     ("trainer.strategy=fsdp", r"strategy `fsdp` requires a GPU .*; give --trainer\.accelerator=gpu on a machine that has one"),
     # places
     ("trainer.logger.save_dir=file", r"run folder cannot .*'file/default'; give .* by --trainer\.logger\.save_dir=FOLDER"),
     (
-        "trainer.logger.save_dir=file/x",
-        r"run folder cannot .*'file/x.*'; give another place by --trainer\.logger\.save_dir=FOLDER",
-    ),
-    (
         "trainer.logger.save_dir=/proc/x",
         r"run folder cannot .*'/proc/x'; give another place by --trainer\.logger\.save_dir=FOLDER",
-    ),
-    (
-        "trainer.logger=CSVLogger trainer.logger.save_dir=file",
-        r"run folder cannot .*; give another place by --trainer\.logger\.save",
     ),
     (
         "trainer.logger=MLFlowLogger trainer.logger.save_dir=file",
@@ -191,12 +144,9 @@ OPTIONS = [
         "ckpt_path=last",
         r"ckpt_path=last means a checkpoint of this run, .* give its path, such as runs/NAME/version_0/checkpoints/",
     ),
-    ("ckpt_path=best", r"ckpt_path=best means a checkpoint of this run"),
     ("ckpt_path=hpc", r"ckpt_path=hpc means what Lightning wrote for SLURM, and there is none: give a path"),
     # what other loggers begin is no run
-    ("trainer.logger=CSVLogger data.source.init_args.train=/nope.jsonl", r"train='/nope\.jsonl' does not exist"),
     ("trainer.logger=false data.source.init_args.train=/nope.jsonl", r"train='/nope\.jsonl' does not exist"),
-    ("adapter.budget.share=1 model.reward=my_parts.Raising", r"reward Raising .* raised ZeroDivisionError"),
 ]
 
 
@@ -217,7 +167,7 @@ def test_what_has_been_scored_stays(folder):
     assert list((root / "scoring").glob("completions-*.pt")) and (root / "config.yaml").is_file()
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "export"])
+@pytest.mark.parametrize("command", ["fit", "test", "export"])
 def test_a_checkpoint_that_is_not_there(folder, command):
     near = folder / "elsewhere" / "version_3" / "checkpoints" / "last.ckpt"
     near.parent.mkdir(parents=True, exist_ok=True)

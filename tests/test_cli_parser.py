@@ -30,7 +30,6 @@ def assert_said(result, message):
         # of the command, of a class of the config, of one inside of that, of one on the command line
         ("fit --config t.yaml --trainer.max_step=3", r"--trainer\.max_step=3; did you mean --trainer\.max_steps\?$"),
         ("fit --config t.yaml --model.lr_lorra=1", r"PolicyModule has no option lr_lorra; did you mean --model\.lr_lora\?$"),
-        ("fit --config t.yaml --model.lr_lorra 1", r"did you mean --model\.lr_lora\?$"),
         (
             "fit --config t.yaml --adapter.budget.shar=1",
             r"ModuleBudget has no option .* mean --adapter\.budget\.share\?$",
@@ -50,18 +49,13 @@ def assert_said(result, message):
         ),
         # the key in front is wrong, or missing
         ("fit --modle.loss.clip_low=1", r"did you mean --model\.loss\.clip_low\?$"),
-        ("fit --adaptor.rank=3", r"did you mean --adapter\.rank\?$"),
         ("fit --lr_lora=3", r"did you mean --model\.lr_lora\?$"),
         ("fit --loss.clip_low=3", r"did you mean --model\.loss\.clip_low\?$"),
-        ("fit --max_steps=3", r"did you mean --trainer\.max_steps\?$"),
         ("fit --temprature=3", r"did you mean --model\.sampler\.temperature\?$"),
-        ("fit --confg t.yaml", r"did you mean --config\?$"),
         ("fit --wholly_unknown=3", r"--wholly_unknown=3; python -m hybrid_lightning fit --help lists all options$"),
         ("fit t.yaml", r"unrecognized arguments: t\.yaml; a config is given as --config t\.yaml$"),
-        ("fit -x", r"unrecognized arguments: -x; python -m hybrid_lightning fit --help lists"),
         # classes
         ("fit --config t.yaml --model.loss=GRPOLos", r"loss: unknown class GRPOLos; did you mean GRPOLoss\?$"),
-        ("fit --config t.yaml --model=PolicyModul", r"model: unknown class PolicyModul; did you mean PolicyModule\?$"),
         (
             "fit --config t.yaml --trainer.callbacks=PolicyExpor",
             r"trainer\.callbacks: unknown class .* mean PolicyExport\?$",
@@ -72,7 +66,6 @@ def assert_said(result, message):
         ("fit --model.loss.clip_low=1", r"loss: first say which PolicyLoss, one of BNPOLoss, CISPOLoss"),
         # commands
         ("fitt --config t.yaml", r"invalid choice: 'fitt' \(choose from .*\); did you mean fit\?$"),
-        ("plan --prompt_token=3", r"did you mean --prompt_tokens\?$"),
     ],
 )
 def test_what_was_meant_is_said(folder, command, message):
@@ -85,15 +78,12 @@ def test_what_was_meant_is_said(folder, command, message):
         ({"model": {"lr_lorra": 1}}, r"o\.yaml: model\.lr_lorra: PolicyModule has no option lr_lorra; did you mean lr_lora\?$"),
         ({"model": {"init_args": {"lr_lorra": 1}}}, r"model\.init_args\.lr_lorra: .* did you mean lr_lora\?$"),
         ({"model": {"loss": {"init_args": {"clip_hi": 1}}}}, r"GRPOLoss has no option clip_hi; did you mean clip_high\?$"),
-        ({"model": {"loss": {"class_path": "GSPOLos"}}}, r"loss: unknown class GSPOLos; did you mean GSPOLoss\?$"),
-        ({"model": {"loss": {"init_args": {"zzz": 1}}}}, r"GRPOLoss has no option zzz; --model\.loss\.help=GRPOLoss lists"),
         (
             {"model": {"reward": {"class_path": "WeightedSum", "init_args": {"rewards": [{"class_path": "ExactMatc"}]}}}},
             r"rewards: unknown class ExactMatc; did you mean ExactMatch\?$",
         ),
         ({"trainer": {"max_step": 1}}, r"o\.yaml: trainer\.max_step: fit has no option .* did you mean trainer\.max_steps\?$"),
         ({"model": {"rank": 1}}, r"o\.yaml: model\.rank: PolicyModule has no option rank; --model\.help=PolicyModule lists"),
-        ({"adapter": {"rnk": 1}}, r"o\.yaml: adapter\.rnk: fit has no option adapter\.rnk; did you mean adapter\.rank\?$"),
         ({"modle": {"lr_lora": 1}}, r"modle\.lr_lora: fit has no option modle\.lr_lora; did you mean model\.lr_lora\?$"),
     ],
 )

@@ -1,7 +1,6 @@
 """What libraries say of devices and disks ends with a remedy, and configs of different kinds are no overlays."""
 
 import errno
-import itertools
 import os
 from pathlib import Path
 
@@ -29,11 +28,10 @@ def no_gpu():
     raise MisconfigurationException("No supported gpu backend found!")
 
 
-@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
-def test_a_machine_without_a_gpu_says_what_to_give(folder, accelerator, monkeypatch):
+def test_a_machine_without_a_gpu_says_what_to_give(folder, monkeypatch):
     monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: False))
     monkeypatch.setattr(_AcceleratorConnector, "_choose_gpu_accelerator_backend", staticmethod(no_gpu))
-    result = run(folder, "fit", "--config", "t.yaml", f"--trainer.accelerator={accelerator}")
+    result = run(folder, "fit", "--config", "t.yaml", "--trainer.accelerator=gpu")
     assert result.code == 1 and result.last.startswith("error: trainer: ") and "Traceback" not in result.err
     assert result.last.endswith(
         "; no such device is found here: give --trainer.accelerator=cpu, or auto for the best that is there"
@@ -61,7 +59,7 @@ def test_other_errors_keep_their_traceback(error):
     assert not is_machine_error(error) and with_remedy(str(error)) == str(error)
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.permutations(["gspo", "sft", "dpo", "qwen3"], 2))
+@pytest.mark.parametrize(("first", "second"), [("gspo", "sft"), ("sft", "dpo"), ("dpo", "qwen3"), ("qwen3", "gspo")])
 def test_a_config_of_another_kind_is_no_overlay(first, second):
     given = ["fit", "--config", f"{CONFIGS}/{first}.yaml", f"--config={CONFIGS}/{second}.yaml"]
     kinds = [KIND.get(name, "PolicyModule") for name in (first, second)]
@@ -80,10 +78,10 @@ def test_it_is_refused_on_the_command_line(folder):
     assert "Traceback" not in result.err and not (folder / "runs").exists()
 
 
-@pytest.mark.parametrize("base", WHOLE)
-def test_overlays_lie_on_every_config(base):
-    for overlay in OVERLAYS:
-        check_whole_configs(["fit", "--config", f"{CONFIGS}/{base}.yaml", "-c", f"{CONFIGS}/{overlay}"])
+def test_overlays_lie_on_every_config():
+    for base in WHOLE:
+        for overlay in OVERLAYS:
+            check_whole_configs(["fit", "--config", f"{CONFIGS}/{base}.yaml", "-c", f"{CONFIGS}/{overlay}"])
 
 
 def test_a_module_of_ones_own_and_files_that_say_nothing_are_left_alone(tmp_path):

@@ -1,6 +1,5 @@
 """Every data overlay is read over a config of another data set, and gives prompts that its reward can score."""
 
-import inspect
 import json
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import yaml
 from cli_runs import run, write_folder
 from jsonargparse import ArgumentParser
 
-import hybrid_lightning.data
-import hybrid_lightning.rewards
 from hybrid_lightning.data import PromptFormat, PromptSource
 from hybrid_lightning.rewards import RewardFunction
 
@@ -162,26 +159,3 @@ def test_a_mixture_trains_with_each_set_logged(folder):
     tags = set(events.Tags()["scalars"])
     for name in ("dapo", "leetcode", "mmlu_pro"):
         assert any(tag.endswith(f"sets/{name}/accuracy") for tag in tags), sorted(tags)
-
-
-def built_without_arguments(module, base):
-    """Names of concrete classes; overlays and other tests give those with required arguments theirs."""
-    found = []
-    for name in module.__all__:
-        cls = getattr(module, name)
-        if isinstance(cls, type) and issubclass(cls, base) and not inspect.isabstract(cls):
-            parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-            if all(entry.default is not entry.empty or entry.kind is entry.VAR_KEYWORD for entry in parameters):
-                found.append((base, name))
-    return found
-
-
-NAMES = built_without_arguments(hybrid_lightning.data, PromptSource)
-NAMES += built_without_arguments(hybrid_lightning.rewards, RewardFunction)
-
-
-@pytest.mark.parametrize(("base", "name"), NAMES, ids=[name for _, name in NAMES])
-def test_each_class_is_found_by_its_short_name(base, name):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--part", type=base)
-    assert parser.parse_args([f"--part={name}"]).part.class_path.endswith(f".{name}")

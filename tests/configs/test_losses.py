@@ -1,4 +1,4 @@
-"""Every loss overlay goes over a config of another loss and trains, and every class of a loss is there by its short name."""
+"""Every loss overlay goes over a config of another loss and trains."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_runs import run, write_folder
-from jsonargparse import ArgumentParser
-
-import hybrid_lightning.advantages
-import hybrid_lightning.losses
-from hybrid_lightning.advantages import AdvantageEstimator
-from hybrid_lightning.losses import PolicyLoss, TopEntropyMask
-from hybrid_lightning.rollout import dynamic_sampling
-from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 
 OVERLAYS = sorted((Path(__file__).parents[2] / "configs" / "loss").glob("*.yaml"))
 SHORT = [
@@ -82,19 +74,3 @@ def test_a_loss_that_is_switched_over_grpo_warns_of_what_it_lacks(folder, loss, 
     with pytest.warns(UserWarning, match=warning):
         result = run(folder, "fit", "--config", "t.yaml", *given, *SHORT)
     assert result.code == 0, result.err
-
-
-ABSTRACT = ("PolicyLoss", "ClippedLoss", "TokenClippedLoss")
-CLASSES = {name: part for name, part in vars(hybrid_lightning.losses).items() if isinstance(part, type)}
-LOSSES = [name for name, part in CLASSES.items() if issubclass(part, PolicyLoss) and name not in ABSTRACT]
-ESTIMATORS = [name for name in hybrid_lightning.advantages.__all__ if name.endswith("Advantage")]
-NAMES = [(hybrid_lightning.losses, name, PolicyLoss) for name in LOSSES]
-NAMES += [(hybrid_lightning.advantages, name, AdvantageEstimator) for name in ESTIMATORS]
-NAMES += [(hybrid_lightning.losses, "TopEntropyMask", TopEntropyMask), (dynamic_sampling, "DynamicSampling", DynamicSampling)]
-
-
-@pytest.mark.parametrize(("module", "name", "base"), NAMES, ids=[name for _, name, _ in NAMES])
-def test_each_class_is_found_by_its_short_name(module, name, base):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--part", type=base)
-    assert type(parser.instantiate(parser.parse_args([f"--part={name}"])).part) is getattr(module, name)

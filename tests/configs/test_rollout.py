@@ -8,8 +8,9 @@ OVERLAYS = sorted((ROOT / "configs" / "rollout").glob("*.yaml"))
 RL = [path for path in CONFIGS if path.stem not in ("sft", "dpo")]
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("config", RL, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("config", "overlay"), [(config, OVERLAYS[number % 2]) for number, config in enumerate(RL)], ids=lambda path: path.stem
+)
 def test_it_goes_over_every_config_of_rl_and_keeps_what_that_says_of_its_sampler(config, overlay, here, monkeypatch):  # noqa: F811
     parsed = parse(["fit", "--config", str(config), "--config", str(overlay)], monkeypatch).model.init_args
     named = yaml.safe_load(overlay.read_text())["model"]

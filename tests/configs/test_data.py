@@ -6,56 +6,25 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_runs import run, write_folder
+from hub_contents import write_data_sets
 from jsonargparse import ArgumentParser
+from test_configs import tiny  # noqa: F401  (a fixture)
 
+from hybrid_lightning import data
 from hybrid_lightning.data import PromptFormat, PromptSource
 from hybrid_lightning.rewards import RewardFunction
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted((ROOT / "configs" / "data").glob("*.yaml"))
-CHECK = "def check(candidate):\n    assert candidate(x = 1) == {}\n"
-# File of a local copy -> rows in the layout of the hub.
-COPIES = {
-    "GSM8K": {
-        "train": [{"question": f"{n} and {n}?", "answer": f"It is\n#### {2 * n}"} for n in range(60)],
-        "test": [{"question": "70 and 70?", "answer": "#### 140"}],
-    },
-    "MATH": {"train": [{"problem": f"Half of ${n}$?", "solution": rf"$\boxed{{\frac{{{n}}}{{2}}}}$"} for n in range(60)]},
-    "MATH500": {
-        "test": [{"problem": "Half of  $3$ ?", "answer": r"\frac{3}{2}"}, {"problem": "Half of $-3$?", "answer": "-1.5"}]
-    },
-    "DAPOMath17k": {"train": [{"prompt": f"Double {n}.", "solution": str(2 * n)} for n in range(300)]},
-    "AIME24": {"train": [{"problem": "Double 100.", "answer": "200"}, {"problem": "Find $m+n$.", "answer": "073"}]},
-    "AIME25": {"test": [{"problem": "Find $m-n$.", "answer": "70"}]},
-    "AMC23": {"test": [{"question": "How many?", "answer": "27.0"}]},
-    "MMLUPro": {
-        "validation": [{"question": "Which?", "options": ["x", "y"], "answer": "B", "answer_index": 1}],
-        "test": [{"question": f"Which of {n}?", "options": ["x", "y", "z"], "answer": "C", "answer_index": 2} for n in range(20)],
-    },
-    "LeetCode": {
-        split: [
-            {
-                "query": f"Add {n}.",
-                "prompt": "",
-                "entry_point": "Solution().add",
-                "test": CHECK.format(n + 1),
-                "completion": f"class Solution:\n    def add(self, x): return x + {n}",
-            }
-            for n in numbers
-        ]
-        for split, numbers in (("train", range(30)), ("test", range(40, 42)))
-    },
-}
 # Rows for training, validation and test of each set.
 SIZES = {
-    "gsm8k": {"": (58, 2, 1)},
-    "math": {"math": (57, 2, 0), "math500": (0, 0, 2)},
-    "dapo_math": {"dapo": (299, 0, 0), "aime24": (0, 2, 0), "aime25": (0, 0, 1), "amc23": (0, 0, 1), "math500": (0, 0, 2)},
-    "mmlu_pro": {"": (16, 1, 4)},
-    "leetcode": {"": (29, 1, 2)},
-    "mixture": {"dapo": (297, 2, 0), "aime24": (0, 0, 2), "leetcode": (29, 1, 2), "mmlu_pro": (16, 1, 4)},
+    "gsm8k": {"": (48, 2, 12)},
+    "math": {"math": (47, 2, 0), "math500": (0, 0, 6)},  # of 50, one of which MATH-500 asks too
+    "dapo_math": {"dapo": (231, 0, 0), "aime24": (0, 8, 0), "aime25": (0, 0, 8), "amc23": (0, 0, 8), "math500": (0, 0, 6)},
+    "mmlu_pro": {"": (32, 5, 8)},
+    "leetcode": {"": (34, 1, 3)},
+    "mixture": {"dapo": (230, 1, 0), "aime24": (0, 0, 8), "leetcode": (34, 1, 3), "mmlu_pro": (32, 5, 8)},
 }
-
 SHORT = [
     "--trainer.max_steps=2",
     "--trainer.num_sanity_val_steps=0",
@@ -69,11 +38,7 @@ SHORT = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    for preset, splits in COPIES.items():
-        for split, rows in splits.items():
-            path = folder / preset / f"{split}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_data_sets(folder)
     yield from write_folder(folder)
 
 
@@ -82,7 +47,7 @@ def local(part):
     given = dict(part.get("init_args", {}))
     if "sources" in given:
         return {**part, "init_args": {**given, "sources": {name: local(source) for name, source in given["sources"].items()}}}
-    return {**part, "init_args": {**given, "local_path": part["class_path"]}}
+    return {**part, "init_args": {**given, "local_path": getattr(data, part["class_path"]).hub_path}}
 
 
 def over(base, overlay, folder, monkeypatch):
@@ -107,8 +72,8 @@ def over(base, overlay, folder, monkeypatch):
     parser = ArgumentParser(exit_on_error=False)
     for name, kind in (("reward", RewardFunction), ("source", PromptSource), ("format", PromptFormat)):
         parser.add_argument(f"--{name}", type=kind)
-    data = parsed.data.init_args
-    given = {"reward": parsed.model.init_args.reward, "source": data.source, "format": data.format}
+    read = parsed.data.init_args
+    given = {"reward": parsed.model.init_args.reward, "source": read.source, "format": read.format}
     made = parser.instantiate(parser.parse_object(given))
     return made.reward, made.source, made.format
 
@@ -141,7 +106,7 @@ def test_multiple_choice_of_ones_own_trains(folder):
 
 
 @pytest.mark.filterwarnings("ignore:two runs with one seed may differ")  # programs have a time limit
-def test_a_mixture_trains_with_each_set_logged(folder):
+def test_a_mixture_trains_with_each_set_logged(folder, tiny):  # noqa: F811
     config = yaml.safe_load((ROOT / "configs" / "data" / "mixture.yaml").read_text())
     config["data"]["source"] = local(config["data"]["source"])
     # A user's own reward for one set, in a file beside the config.
@@ -149,8 +114,7 @@ def test_a_mixture_trains_with_each_set_logged(folder):
     own = {"class_path": "FunctionReward", "init_args": {"function": "mine.py:digits", "timeout_s": 20}}
     config["model"]["reward"]["init_args"]["rewards"]["dapo"] = own
     (folder / "mixture.yaml").write_text(yaml.safe_dump(config))
-    chat = "--model.chat_template={% for message in messages %}{{ message.content }}{% endfor %}"
-    result = run(folder, "fit", "--config", "t.yaml", "--config", "mixture.yaml", chat, *SHORT)
+    result = run(folder, "fit", "--config", "t.yaml", "--config", "mixture.yaml", f"--model.model={tiny}", *SHORT)
     assert result.code == 0, result.err
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

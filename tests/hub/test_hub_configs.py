@@ -12,15 +12,13 @@ from hub_server import MEMBER, Hub
 CONFIGS = Path(__file__).parents[2] / "configs"
 # All that is lowered, of a config that trains and of one that tests. The rest is as it stands: prompts and samples of a rollout,
 # minibatches, accumulation, calibration, samples of a validation, precision, dtype, LoRA's rank.
+STEPS = 4  # one rollout
 LOWERED = {
-    "fit": {
-        "model.sampler.max_new_tokens": 6,
-        "trainer.max_steps": 4,  # one rollout
-        "trainer.val_check_interval": 4,  # optimizer steps, a validation at the end
-        "data.validation_prompts": 4,
-    },
+    "fit": {"model.sampler.max_new_tokens": 6, "trainer.max_steps": STEPS, "data.validation_prompts": 4},
     "test": {"model.sampler.max_new_tokens": 6},
 }
+# And with overlays: these are about data, loss and adapter.
+WITH_OVERLAYS = {"model.prompts_per_rollout": 4}
 # Command, config and its overlays, each of which is in one at least.
 RUNS = [
     ("fit", "gsm8k_qwen3"),
@@ -42,7 +40,9 @@ def arguments(command, *configs):
     trainer = yaml.safe_load((CONFIGS / f"{configs[0]}.yaml").read_text())["trainer"]
     lowered = dict(LOWERED[command])
     if command == "fit":
-        lowered["trainer.val_check_interval"] *= trainer.get("accumulate_grad_batches", 1)  # it counts micro-batches
+        # A validation at the end; it counts micro-batches.
+        lowered["trainer.val_check_interval"] = STEPS * trainer.get("accumulate_grad_batches", 1)
+        lowered |= WITH_OVERLAYS if configs[1:] else {}
     else:
         lowered["model.model"] = "Qwen/Qwen3-8B"  # a required value
     given = [part for name in configs for part in ("--config", str(CONFIGS / f"{name}.yaml"))]
@@ -104,7 +104,7 @@ def check(run, result, folder):
         assert problems == {"aime24": 8, "aime25": 8, "leetcode": 3, "mmlu_pro": 40}
         return
     summary = json.loads((report / "summary.json").read_text())
-    assert summary["steps"] == 4 and 0 <= summary["accuracy_after"] <= 1
+    assert summary["steps"] == STEPS and 0 <= summary["accuracy_after"] <= 1
     assert (report / "checkpoints" / "last.ckpt").is_file()
 
 
@@ -140,7 +140,7 @@ def test_it_runs_sharded_over_two_processes_and_then_from_the_cache(hub, online,
         assert done.code == 0, done.err[-3000:]
         assert "Starting with 2 processes" in commands.log()
         (run,) = (commands.folder / "runs" / "sharded").iterdir()
-        assert json.loads((run / "summary.json").read_text())["steps"] == 4
+        assert json.loads((run / "summary.json").read_text())["steps"] == STEPS
     assert len(hub.requests) == asked, "offline, the hub was asked"
 
 
@@ -152,14 +152,15 @@ def test_it_runs_sharded_over_two_processes_and_then_from_the_cache(hub, online,
     ],
 )
 def test_other_families_run_once_their_terms_are_accepted(model, options, online):
-    result = online(*arguments("fit", "gsm8k_qwen3"), f"--model.model={model}", *options, token=MEMBER)
+    few = ["--model.prompts_per_rollout=4", "--adapter.calibration_prompts=8"]
+    result = online(*arguments("fit", "gsm8k_qwen3"), f"--model.model={model}", *few, *options, token=MEMBER)
     check(("fit", "gsm8k_qwen3"), result, online.folder)
     assert json.loads((last_run(online.folder, "gsm8k_qwen3") / "plan.json").read_text())["model"] == model
 
 
 def test_what_was_trained_is_tested_and_exported_without_a_network(offline):
     """By the hub id that the run's config names."""
-    offline(*arguments("fit", "gsm8k_qwen3"))
+    offline(*arguments("fit", "gsm8k_qwen3"), *LEAST["fit"], "--model.prompts_per_rollout=4", "--adapter.calibration_prompts=8")
     folder = last_run(offline.folder, "gsm8k_qwen3")
     trained = ["--config", folder / "config.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt"]
     assert offline("test", *trained).code == 0

@@ -1,14 +1,18 @@
 """Fixtures that all tests share; helpers have modules of their own, since several folders have a conftest."""
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from cli_runs import empty_picture
+from messages import warnings_of
 from tiny_models import build_model, build_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import hybrid_lightning
 from hybrid_lightning.adapters.plan_display import draw_heatmap
 from hybrid_lightning.callbacks import hybrid_adapter_setup
 from hybrid_lightning.engine.cpu import operators as calls
@@ -18,6 +22,28 @@ torch.set_num_threads(1)
 
 # No doctests in here, and pytest could not tell one conftest from another when it looks for them.
 collect_ignore_glob = ["*conftest.py", "fake_cuda/counts.py"]
+
+
+PACKAGE = Path(hybrid_lightning.__file__).parent
+OUR_WARNINGS = warnings_of([*PACKAGE.rglob("*.py"), *(PACKAGE / "callbacks").glob("*.py")])
+UNEXPECTED: list[str] = []
+
+
+def pytest_warning_recorded(warning_message: warnings.WarningMessage, nodeid: str) -> None:
+    """Remember a warning of ours that a test does not expect; most are errors at once, by the settings of pytest."""
+    text = str(warning_message.message)
+    if any(pattern.fullmatch(text) for pattern in OUR_WARNINGS):
+        UNEXPECTED.append(f"{nodeid}: {text}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if UNEXPECTED:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in UNEXPECTED:
+        terminalreporter.write_line(f"a warning of ours, to be expected by pytest.warns or avoided: {line}", red=True)
 
 
 def pytest_collection_finish() -> None:

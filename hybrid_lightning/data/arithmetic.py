@@ -179,7 +179,7 @@ class ProductSource(OperandSource):
 
     def split_of(self, a: int, b: int) -> str:
         """Split of a product."""
-        return product_split(a, b)
+        return hashed_split(f"{a}*{b}")
 
     def row(self, a: int, b: int) -> Row:
         """Row of the product of a number and a digit, with the column `worked` too."""
@@ -197,11 +197,6 @@ def hashed_split(problem: str) -> str:
     digest = hashlib.sha256(problem.encode()).digest()
     bucket = int.from_bytes(digest[:8], "big") % _HASH_BUCKETS
     return {0: "validation", 1: "test"}.get(bucket, "train")
-
-
-def product_split(a: int, b: int) -> str:
-    """Split that a product belongs to: `train`, `validation` or `test`."""
-    return hashed_split(f"{a}*{b}")
 
 
 def worked_answer(a: int, b: int) -> str:

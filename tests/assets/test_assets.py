@@ -15,7 +15,7 @@ from benchmarks.embedded_policy import (
 )
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.data import ProductSource
-from hybrid_lightning.data.arithmetic import FACTORS, product_split, worked_answer
+from hybrid_lightning.data.arithmetic import FACTORS, worked_answer
 from hybrid_lightning.rewards import ExactMatch
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
@@ -94,7 +94,7 @@ def test_every_line_of_the_corpus_is_right(corpus):
 
 def test_no_line_of_the_corpus_is_held_out(corpus):
     asked = {split_line(*line)[:2] for line in corpus}
-    assert all(product_split(a, b) == "train" for a, b in asked)
+    assert all(ProductSource().split_of(a, b) == "train" for a, b in asked)
     held_out = ProductSource(seed=7).load()
     assert not asked & {(row.columns["a"], row.columns["b"]) for row in held_out.validation + held_out.test}
 

@@ -1,59 +1,82 @@
+import operator
+
 import pytest
 
-from hybrid_lightning.data import ArithmeticSource
+from hybrid_lightning.data import ArithmeticSource, ProductSource
+from hybrid_lightning.data.arithmetic import FACTORS
 from hybrid_lightning.errors import ConfigError
+
+TASKS = {ArithmeticSource: ("+", operator.add), ProductSource: ("*", operator.mul)}
+tasks = pytest.mark.parametrize("task", TASKS)
 
 
 def pairs(rows):
     return {(row.columns["a"], row.columns["b"]) for row in rows}
 
 
-def test_answers_are_sums_and_columns_fit_templates():
-    splits = ArithmeticSource(train_size=50, validation_size=20, test_size=20).load()
+@tasks
+def test_answers_are_right_and_columns_fit_templates(task):
+    sign, result = TASKS[task]
+    splits = task(train_size=50, validation_size=20, test_size=20).load()
     for row in splits.train + splits.validation + splits.test:
         a, b = row.columns["a"], row.columns["b"]
-        assert 10 <= a <= 99 and 10 <= b <= 99
-        assert (row.question, row.answer) == (f"{a}+{b}=", str(a + b))
+        assert 10 <= a <= (99 if sign == "+" else 999) and b in (range(10, 100) if sign == "+" else FACTORS)
+        assert (row.question, row.answer) == (f"{a}{sign}{b}=", str(result(a, b)))
         assert row.columns["question"] == row.question and row.columns["answer"] == row.answer
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (50, 20, 20)
 
 
-def test_no_sum_is_held_out_in_either_order_under_any_seed():
-    trained, held_out = set(), set()
-    for seed in range(5):
-        splits = ArithmeticSource(seed=seed).load()
-        trained |= pairs(splits.train)
-        held_out |= pairs(splits.validation) | pairs(splits.test)
-    assert not held_out & trained
-    assert not {(b, a) for a, b in held_out} & trained
+def test_no_problem_is_held_out_under_any_seed_and_no_sum_in_either_order():
+    for task in TASKS:
+        pools = {"train": set(), "validation": set(), "test": set()}
+        for seed in range(5):
+            for name, rows in vars(task(train_size=2000, seed=seed).load()).items():
+                pools[name] |= pairs(rows)
+        held_out = pools["validation"] | pools["test"]
+        assert not held_out & pools["train"] and not pools["validation"] & pools["test"]
+        if task is ArithmeticSource:
+            assert not {(b, a) for a, b in held_out} & pools["train"]
 
 
-def test_all_training_sums_are_there_by_default():
-    splits = ArithmeticSource(low=0, high=30, validation_size=0, test_size=0).load()
+def test_all_training_problems_are_there_by_default_and_a_tenth_in_each_held_out_split():
     source = ArithmeticSource()
+    splits = ArithmeticSource(low=0, high=30, validation_size=0, test_size=0).load()
     assert pairs(splits.train) == {(a, b) for a in range(31) for b in range(31) if source.split_of(a, b) == "train"}
     assert splits.validation == [] and splits.test == []
+    every = [ProductSource().split_of(a, b) for a in range(10, 1000) for b in FACTORS]
+    assert set(every) == {"train", "validation", "test"} and len(ProductSource().load().train) == every.count("train")
+    assert all(0.08 < every.count(name) / len(every) < 0.12 for name in ("validation", "test"))
 
 
-def test_seed_changes_the_draw_and_nothing_else_does():
-    assert ArithmeticSource(seed=1).load() == ArithmeticSource(seed=1).load()
-    assert ArithmeticSource(seed=1).load().validation != ArithmeticSource(seed=2).load().validation
+def test_split_membership_is_pinned():
+    # The shipped policy was pretrained on these splits: another hash would put what it has seen into validation.
+    split_of = ProductSource().split_of
+    assert [split_of(a, 7) for a in range(100, 130)].count("train") == 23
+    held_out = [(a, b) for a in range(100, 106) for b in FACTORS if split_of(a, b) != "train"]
+    assert held_out[:5] == [(100, 4), (100, 5), (101, 7), (102, 6), (103, 7)]
+    assert held_out[5:] == [(103, 8), (104, 5), (104, 7), (105, 2), (105, 7)]
+
+
+@tasks
+def test_seed_changes_the_draw_and_nothing_else_does(task):
+    assert task(seed=1).load() == task(seed=1).load()
+    assert task(seed=1).load().validation != task(seed=2).load().validation
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("task", "arguments", "named"),
     [
-        ({"low": 50, "high": 40}, "low=50 and high=40"),
-        ({"low": -1}, "low=-1"),
-        ({"high": 5000}, "high=5000"),
-        ({"train_size": 0}, "train_size=0"),
-        ({"validation_size": -1}, "validation_size=-1"),
-        ({"test_size": -3}, "test_size=-3"),
+        (ArithmeticSource, {"low": 50, "high": 40}, "low=50 and high=40"),
+        (ProductSource, {"low": -1}, "low=-1"),
+        (ArithmeticSource, {"high": 5000}, "high=5000"),
+        (ProductSource, {"high": 10**7}, "high=10000000"),
+        (ArithmeticSource, {"train_size": 0}, "train_size=0"),
+        (ProductSource, {"validation_size": -1}, "validation_size=-1"),
     ],
 )
-def test_impossible_values_are_refused_at_once(arguments, named):
+def test_impossible_values_are_refused_at_once(task, arguments, named):
     with pytest.raises(ConfigError, match=named) as error:
-        ArithmeticSource(**arguments)
+        task(**arguments)
     assert "\n" not in str(error.value)
 
 

@@ -109,10 +109,9 @@ def test_every_command_parses(arguments, here, monkeypatch):
     assert parse([re.sub(r"^runs/(\w+)/version_0/config\.yaml$", r"configs/\1.yaml", word) for word in arguments], monkeypatch)
 
 
-@pytest.mark.parametrize("option", ["--model.lr_lorra=1e-3", "--model.loss=GSPOLos", "--adapter.budget.shares=0.1"])
-def test_a_wrong_option_would_be_found(option, here, monkeypatch):
+def test_a_wrong_option_would_be_found(here, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
-        parse(["fit", "--config", "configs/gspo.yaml", option], monkeypatch)
+        parse(["fit", "--config", "configs/gspo.yaml", "--adapter.budget.shares=0.1"], monkeypatch)
     assert stopped.value.code == 2
 
 
@@ -217,22 +216,22 @@ def test_every_python_and_yaml_block_is_run():
 # ---- paths and links
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_somewhere(page):
-    for link in links(page):
-        path, _, anchor = link.partition("#")
-        target = (ROOT / page).parent / path if path else ROOT / page
-        assert target.exists(), f"{page} links to {link}, which is not there"
-        if anchor:
-            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{page} links to {link}: there is no such heading"
+def test_every_link_leads_somewhere():
+    wrong = []
+    for page in PAGES:
+        for link in links(page):
+            path, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / path if path else ROOT / page
+            if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+                wrong.append(f"{page} links to {link}, which is not there")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_path_exists(page):
+def test_every_path_exists():
     pattern = r"(?<![\w/.])(?:hybrid_lightning|callbacks|configs|results|tests|benchmarks|docs|\.ci)/[\w./-]*\w/?"
-    named = [path for path in re.findall(pattern, PAGES[page]) if not path.startswith("docs/_build")]
-    missing = sorted({path for path in named if not (ROOT / path).exists()})
-    assert not missing, f"{page} names what is not there: {missing}"
+    named = {(page, path) for page, text in PAGES.items() for path in re.findall(pattern, text)}
+    missing = sorted((page, path) for page, path in named if not path.startswith("docs/_build") and not (ROOT / path).exists())
+    assert not missing, f"pages name what is not there: {missing}"
 
 
 def test_the_pages_name_paths():

@@ -60,10 +60,3 @@ def test_a_plan_in_which_all_are_alike_has_no_table(folder, said):
     assert re.match(r"Adapter plan: 0 fully trained, \d+ with LoRA of rank 2; [\d,]+ trainable parameters", first)
     only(ENGINE, said.getvalue())
     assert second == "Plan written to runs/lora/version_0/plan.json" and not scored.err
-
-
-def test_a_mistake_is_one_line(folder, said):
-    result = run(folder, "fit", "--config", "t.yaml", "--model.lr_lorra=1")
-    assert result.code == 2 and not result.out and result.err.count("\n") == 1 and "did you mean --model.lr_lora?" in result.err
-    missing = run(folder, "fit", "--config", "t.yaml", "--data.source.train=nowhere.jsonl")
-    assert missing.code == 1 and not missing.out and missing.err.count("\n") == 1 and not said.getvalue()

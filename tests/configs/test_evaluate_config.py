@@ -39,12 +39,6 @@ def test_several_named_sets_go_over_it(tiny, rows, here, monkeypatch):  # noqa: 
     assert {name: values["problems"] for name, values in report["sets"].items()} == {"quiz": 3, "riddles": 2}
 
 
-def test_without_rows_it_says_what_is_missing(tiny, here, monkeypatch, capsys):  # noqa: F811
-    with pytest.raises(SystemExit):
-        run(["test", *EVALUATE, f"--model.model={tiny}", *SMALL], monkeypatch)
-    assert "no data: set at least one of train, validation, test" in capsys.readouterr().err
-
-
 def test_the_benchmarks_have_a_reward_and_a_format_each_and_nothing_to_train_on(here, monkeypatch):  # noqa: F811
     overlay = ["--config", str(ROOT / "configs" / "evaluation" / "benchmarks.yaml")]
     parsed = parse(["test", *EVALUATE, *overlay], monkeypatch)

@@ -138,14 +138,14 @@ def test_without_a_network_nothing_waits(command, hub, no_network):
     lacks = "'me/other' is not, or not as a whole, in the cache .*, and the hub .* cannot be reached: check the network"
     check_refused(f"the model {lacks}", command, hub, "--model.model=me/other")
     check_refused(f"the data set {lacks}", command, hub, "--data.source.path=me/other")
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
 
 
 def test_what_is_in_the_cache_is_used_without_a_network(command, no_network):
     begun = time.monotonic()
     result = command("fit", *SMALL)
     assert result.code == 0 and "cannot be reached" in result.err and "only what is in the cache can be used" in result.err
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
 
 
 def test_a_download_is_seen(command, hub):

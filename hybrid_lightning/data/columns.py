@@ -61,7 +61,8 @@ class TableSource(PromptSource):
     ) -> None:
         if max_rows is not None and max_rows < 1:
             raise ConfigError(f"max_rows={max_rows}: give at least 1, or null for all rows")
-        if template is not None and not template_fields("template", template):
+        self._used = [] if template is None else template_fields("template", template)
+        if template is not None and not self._used:
             raise ConfigError(f"template={template!r} uses no column: name at least one in braces, such as {{question}}")
         check_fractions(validation_fraction, test_fraction)
         self.question_column = question_column
@@ -118,29 +119,25 @@ class TableSource(PromptSource):
             existing.update(dict.fromkeys(columns))
         named = (("answer_column", self.answer_column), ("options_column", self.options_column))
         wanted = [(name, column) for name, column in named if column is not None]
-        if self.template is None:
-            wanted.append(("question_column", self.question_column))
-        else:
-            wanted += [("template", column) for column in template_fields("template", self.template)]
+        wanted += [("template", column) for column in self._used] or [("question_column", self.question_column)]
         for name, column in wanted:
             if column not in existing:
                 raise DataError(f"{source} has no column {column!r}: correct {name}; the columns are {', '.join(existing)}")
 
     def _to_row(self, source: str, index: int, columns: dict[str, Any]) -> Row:
         where = f"{source}, row {index} (the first is 0)"
-        used = [] if self.template is None else template_fields("template", self.template)
         if self.template is None:
             with row_error(f"{where}: question_column {self.question_column!r}"):
                 question = _cell_text(columns.get(self.question_column))
         else:
-            question = fill_template("template", self.template, {name: columns.get(name) for name in used}, where).strip()
+            question = fill_template("template", self.template, {name: columns.get(name) for name in self._used}, where).strip()
             if not question:
                 raise DataError(f"{where}: the question made by the template is empty; correct or remove the row")
         answer = None if self.answer_column is None else self._answer(where, columns)
         if self.options_column is not None:
             with row_error(f"{where}: options_column {self.options_column!r}"):
                 options = options_of(columns.get(self.options_column))
-            if self.options_column not in used:
+            if self.options_column not in self._used:
                 question = f"{question}\n\n{lettered_options(options[0])}"
             if self.answer_column is not None:
                 cell = columns[self.answer_column] if self.answer_pattern is None else answer

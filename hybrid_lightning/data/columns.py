@@ -12,8 +12,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from hybrid_lightning.data.choice_options import letter_of, lettered_options, options_of, parse_cell
 from hybrid_lightning.data.conversations import asked_text, is_conversation
-from hybrid_lightning.data.options import letter_of, lettered_options, options_of, parse_cell
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits, check_fractions, split_rows
 from hybrid_lightning.data.tables import Table
@@ -34,9 +34,10 @@ class TableSource(PromptSource):
             fractional part of zero: 5.0 gives "5".
         template: Template that makes the question from columns, such as `"{Body} {Question}"`; `{choices[0]}` is an entry of a
             list.
-        options_column: Column with the options of a multiple-choice question, a list in one of the layouts of `data/options.py`.
-            They are added to the question, one per line as "A. ...", unless the template uses that column. An answer that is a
-            label, a number from 0 or the text of an option becomes the letter that `MultipleChoice` needs.
+        options_column: Column with the options of a multiple-choice question, a list in one of the layouts of
+            `data/choice_options.py`. They are added to the question, one per line as "A. ...", unless the template uses that
+            column. An answer that is a label, a number from 0 or the text of an option becomes the letter that
+            `MultipleChoice` needs.
         answer_pattern: Regular expression that is searched in the answer column; its one group is the answer.
         max_rows: Read only this many rows of each file or hub split, the first ones; None for all.
         skip_bad_rows: Whether to drop rows without a usable question or answer, and show their number; otherwise they are an

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
-from hybrid_lightning.data.options import lettered_options, options_of, parse_cell
+from hybrid_lightning.data.choice_options import lettered_options, options_of, parse_cell
 from hybrid_lightning.data.values import shorten, to_text
 from hybrid_lightning.errors import ConfigError, DataError
 

@@ -6,7 +6,7 @@
 
 from typing import Any, ClassVar
 
-from hybrid_lightning.data.options import lettered_options, option_letter, options_of
+from hybrid_lightning.data.choice_options import lettered_options, option_letter, options_of
 from hybrid_lightning.data.presets.preset_source import PresetSource, cell_text
 from hybrid_lightning.data.values import to_text
 

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from hybrid_lightning.data import ChatFormat, DemonstrationFormat, FileSource, PlainFormat, Row
-from hybrid_lightning.data.options import letter_of, options_of
+from hybrid_lightning.data.choice_options import letter_of, options_of
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards import MultipleChoice
 

@@ -5,6 +5,8 @@ import json
 import pytest
 from test_configs import ROOT, here, parse, run, tiny  # noqa: F401  (fixtures)
 
+from hybrid_lightning import data
+
 EVALUATE = ["--config", str(ROOT / "configs" / "evaluate.yaml")]
 SMALL = ["--model.sampler.max_new_tokens=5", "--model.eval_samples=2", "--trainer.accelerator=cpu", "--trainer.devices=1"]
 SMALL += ["--trainer.enable_progress_bar=false"]
@@ -44,5 +46,8 @@ def test_the_benchmarks_have_a_reward_and_a_format_each_and_nothing_to_train_on(
     parsed = parse(["test", *EVALUATE, *overlay], monkeypatch)
     source, layout = parsed.data.init_args.source.init_args, parsed.data.init_args.format.init_args
     assert source.sources.keys() == layout.formats.keys() == parsed.model.init_args.reward.init_args.rewards.keys()
-    assert all(part.init_args.train_split is None and part.init_args.test_split for part in source.sources.values())
+    for part in source.sources.values():
+        kind = getattr(data, part.class_path.rpartition(".")[2])
+        splits = {parameter for parameter, _ in kind(**part.init_args).hub_splits}
+        assert splits == {"test_split"}, "nothing to train on, and nothing to validate on"
     assert parsed.model.init_args.sampler.init_args.max_new_tokens == 8192

@@ -17,7 +17,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize(("config", "name"), zip(CONFIGS, CHOICES, strict=False), ids=str)  # loggers are named alike in all
+@pytest.mark.parametrize(("config", "name"), list(zip(CONFIGS, CHOICES, strict=False)), ids=str)  # loggers are named alike in all
 def test_one_is_chosen_over_a_config(config, name, here, monkeypatch):  # noqa: F811
     found = parse(["fit", "--config", str(config), *CHOICES[name]], monkeypatch).trainer.logger
     assert found.class_path.endswith(f".{name.rpartition('.')[2]}")

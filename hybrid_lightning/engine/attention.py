@@ -28,9 +28,10 @@ from torch.utils.checkpoint import checkpoint
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import attention_operators
 from hybrid_lightning.engine.cpu.attention_operators import Groups
-from hybrid_lightning.engine.segments import has_head_size
 
 KeysValues = tuple[Tensor, Tensor]
+
+_LARGEST_HEAD = 256  # D that FlashAttention's kernels have, a multiple of 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,7 @@ class Masks:
 class AttentionSettings:
     """What a layer of a model asks of attention besides queries, keys and values."""
 
+    window: int | None = None  # a token sees this many positions, itself included; None for all
     scaling: float | None = None  # factor of the scores; None: 1 / sqrt(D)
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     dropout: float = 0.0
@@ -83,7 +85,8 @@ class AttentionSettings:
 
     def fits_segments(self, *tensors: Tensor) -> bool:
         """Whether kernels can compute the attention by segments; the last axis of each tensor is D."""
-        return self.plain and has_head_size(*tensors)
+        size = tensors[0].shape[-1]
+        return self.plain and size <= _LARGEST_HEAD and size % 8 == 0 and all(part.shape[-1] == size for part in tensors)
 
     def factor(self, query: Tensor) -> float:
         """The factor of the scores, for queries [..., D]."""
@@ -97,9 +100,7 @@ class UnsupportedAttentionError(Exception):
 class Packing(Protocol):
     """Who attends to whom among N tokens of several sequences, which go through the model as one packed sequence."""
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """Attention of N tokens.
 
         Args:
@@ -107,7 +108,6 @@ class Packing(Protocol):
             query: [N, H, D].
             key: [N, K, D].
             value: [N, K, D].
-            window: A token sees this many positions, itself included; None for all.
             settings: What the layer asks for.
 
         Returns:
@@ -120,7 +120,6 @@ class Packing(Protocol):
 class AttentionCalls:
     """What the layers asked for while a model was tried, one entry for each call of attention."""
 
-    windows: list[int | None] = field(default_factory=list)
     settings: list[AttentionSettings] = field(default_factory=list)
     by_segments: list[bool] = field(default_factory=list)  # whether kernels could compute it by segments
 

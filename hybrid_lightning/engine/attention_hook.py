@@ -81,25 +81,24 @@ def _attention(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             result: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **options)
             return result
         calls = options.pop("attention_calls", None)
-        window = options.pop("sliding_window", None)
         settings = _settings(options)
         if calls is not None:
-            calls.windows.append(window)
             calls.settings.append(settings)
             calls.by_segments.append(settings.fits_segments(query, key, value))
         # transformers: [1, heads, N, D] in, [1, N, heads, D] out
         query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-        return packing.attend(module.layer_idx, query, key, value, window, settings)[None], None  # type: ignore[arg-type]
+        return packing.attend(module.layer_idx, query, key, value, settings)[None], None  # type: ignore[arg-type]
 
     return attention
 
 
 def _settings(options: dict[str, Any]) -> AttentionSettings:
+    window = options.pop("sliding_window", None)
     known = {name: options.pop(name) for name in ("scaling", "softcap", "dropout") if options.get(name) is not None}
     unknown = [name for name, value in options.items() if isinstance(value, (Tensor, nn.Parameter)) and name not in _HARMLESS]
     if unknown:
         raise UnsupportedAttentionError(f"its attention takes {unknown[0]}")
-    return AttentionSettings(**known)
+    return AttentionSettings(window, **known)
 
 
 def try_packing(model: nn.Module, backend: Backend, segments: bool = False) -> AttentionCalls:
@@ -148,10 +147,11 @@ def _check(model: nn.Module, base: PreTrainedModel, backend: Backend, segments: 
                     hidden = own_hidden(model, packed.ids, packed.positions, packed, calls)
             except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
                 raise UnsupportedAttentionError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-            if calls.windows != expected:
+            windows = [settings.window for settings in calls.settings]
+            if windows != expected:
                 raise UnsupportedAttentionError(
-                    f"its {config.num_hidden_layers} layers attended {len(calls.windows)} times, with windows "
-                    f"{sorted(map(str, set(calls.windows)))} where its config says {sorted(map(str, set(expected)))}"
+                    f"its {config.num_hidden_layers} layers attended {len(windows)} times, with windows "
+                    f"{sorted(map(str, set(windows)))} where its config says {sorted(map(str, set(expected)))}"
                 )
             logits = project(base, packed.predicting(hidden)).float()
             reference = _separate(model, sequences)[sequences.completion_mask].float()

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid_lightning.engine import segments
 from hybrid_lightning.engine.cpu import operators
 from hybrid_lightning.engine.cpu.build import library
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
+_HALF = (torch.float16, torch.bfloat16)
+_OLDEST = (8, 0)  # compute capability: Ampere
 _FEWEST = 500_000  # multiplications in a product; with fewer, oneDNN's call costs more than it saves
 
 
@@ -100,7 +101,9 @@ class Backend:
 
     def why_no_segments(self, device: torch.device, dtype: torch.dtype) -> str:
         """Why packed tokens do not attend by segments (see `segments.py`), in words for the user; empty where they do."""
-        return segments.why_no_segments(device, dtype)
+        if device.type != "cuda":
+            return f"{device.type} has no kernels of it"
+        return _why_no_kernels(dtype) or _why_not_on(device.index)
 
     def most_logits(self, device: torch.device) -> int:
         """Logits are computed in blocks of at most this many numbers, of which two are in memory at a time.
@@ -153,7 +156,7 @@ class PlannedBackend(Backend):
 
     def why_no_segments(self, device: torch.device, dtype: torch.dtype) -> str:
         """See `Backend`. The accelerator is taken to be one that can."""
-        return segments.why_no_kernels(dtype) if not self._on_cpu else "a CPU has no kernels of it"
+        return "a CPU has no kernels of it" if self._on_cpu else _why_no_kernels(dtype)
 
     def most_logits(self, device: torch.device) -> int:
         """See `Backend`."""
@@ -172,6 +175,33 @@ class PlannedBackend(Backend):
 def has_operators() -> bool:
     """Whether there are operators for this machine's CPU."""
     return library() is not None
+
+
+def _why_no_kernels(dtype: torch.dtype) -> str:
+    """Why attention by segments cannot be had in a dtype on an accelerator that could have it; empty where it can."""
+    if dtype not in _HALF:
+        return f"its kernels have 16 bits, and the model computes with {str(dtype).partition('.')[2]}"
+    return "" if has_varlen() else "torch 2.13 or later has it"
+
+
+@cache
+def _why_not_on(index: int | None) -> str:
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this torch was built without FlashAttention"
+    capability = torch.cuda.get_device_capability(index)
+    return "" if capability >= _OLDEST else f"it needs compute capability 8.0, and this GPU has {'.'.join(map(str, capability))}"
+
+
+@cache
+def has_varlen() -> bool:
+    """Whether torch has `varlen_attn` with grouped queries and the number of used keys."""
+    try:
+        from torch.nn.attention import varlen
+    except ImportError:
+        return False
+    operator = getattr(getattr(torch.ops, "torch_attn", None), "_varlen_attn", None)
+    arguments = {argument.name for argument in operator.default._schema.arguments} if operator is not None else set()
+    return hasattr(varlen, "varlen_attn") and {"enable_gqa", "seqused_k"} <= arguments
 
 
 @cache

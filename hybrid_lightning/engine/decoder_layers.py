@@ -52,7 +52,6 @@ class KnownLayer(NamedTuple):
     queries_keys_values: list[nn.Module]
     head_norms: tuple[FusedRMSNorm, FusedRMSNorm] | None  # of queries and keys
     backend: Backend
-    window: int | None
     settings: AttentionSettings
     head_size: int
     output: nn.Module
@@ -82,17 +81,16 @@ def known_layers(decoder: Any, calls: AttentionCalls, backend: Backend) -> list[
     if _has_any_global_hook():
         raise UnknownLayerError("torch has hooks for the calls of all modules")
     _check_unwatched(decoder, decoder.norm)
-    asked = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.windows, calls.settings, strict=True)
-    return [known_layer(layer, backend, window, settings) for layer, window, settings in asked]
+    asked = zip(decoder.layers[: decoder.config.num_hidden_layers], calls.settings, strict=True)
+    return [known_layer(layer, backend, settings) for layer, settings in asked]
 
 
-def known_layer(layer: Any, backend: Backend, window: int | None = None, settings: AttentionSettings | None = None) -> KnownLayer:
+def known_layer(layer: Any, backend: Backend, settings: AttentionSettings | None = None) -> KnownLayer:
     """One decoder layer, taken apart.
 
     Args:
         layer: The layer.
         backend: The backend of its fused layers.
-        window: Its sliding window; None for none.
         settings: What it asks of attention; None if that does not matter.
 
     Raises:
@@ -116,7 +114,7 @@ def known_layer(layer: Any, backend: Backend, window: int | None = None, setting
     projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     _check_unwatched(layer, attention, mlp, *all_norms, *projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     asked = settings or AttentionSettings()
-    return KnownLayer(norms, projections[:3], head_norms, backend, window, asked, attention.head_dim, projections[3], mlp)
+    return KnownLayer(norms, projections[:3], head_norms, backend, asked, attention.head_dim, projections[3], mlp)
 
 
 def own_class(layer: nn.Module) -> type[nn.Module]:

@@ -184,13 +184,11 @@ class SharedPromptDecoding:
         moved[..., : self.decoded, :] = taken.transpose(1, 2)
         return moved
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """One token of every row; see `Packing`."""
         if self.has_operator(settings, query, key, value, *self.prompt[layer]):
             own = self._room(layer, key, value, zeros=False)
-            where = (self.slot_of_row, self.lengths, self.decoded, window)
+            where = (self.slot_of_row, self.lengths, self.decoded, settings.window)
             return attention_operators.decode_attention(
                 query, key, value, self.prompt[layer], own, *where, settings.factor(query)
             )
@@ -201,7 +199,7 @@ class SharedPromptDecoding:
         values[:, :, :, self.decoded - 1] = self._to_slots(value).transpose(1, 2)
         own = (keys[..., : self.own_width, :], values[..., : self.own_width, :])
         result = shared_attention(
-            grouped.permute(0, 2, 1, 3, 4, 5), self.prompt[layer], own, self._mask(window), settings, self.engine.backend
+            grouped.permute(0, 2, 1, 3, 4, 5), self.prompt[layer], own, self._mask(settings.window), settings, self.engine.backend
         )
         slots = result.permute(0, 2, 1, 3, 4, 5).reshape(self.slots.numel(), all_heads, size)
         return slots if self.full else slots.index_select(0, self.slot_of_row)
@@ -275,13 +273,11 @@ class _Prefill:
     def __init__(self, decoding: SharedPromptDecoding) -> None:
         self.decoding = decoding
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `Packing`."""
         by_operator = self.decoding.has_operator(settings, query, key, value)
         self.decoding.store_prompt(layer, key, value, key.dtype if by_operator else self.decoding.engine.backend.key_dtype(key))
-        return self.decoding.layout.attend(layer, query, key, value, window, settings)
+        return self.decoding.layout.attend(layer, query, key, value, settings)
 
 
 def _grow(cache: Tensor, extra: int) -> Tensor:

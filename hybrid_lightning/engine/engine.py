@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hybrid_lightning.engine.attention import AttentionCalls, Packing, UnsupportedAttentionError
+from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings, Packing, UnsupportedAttentionError
 from hybrid_lightning.engine.attention_hook import expected_windows, try_packing, use_packing
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.compiling import why_not_compiled
@@ -31,7 +31,6 @@ from hybrid_lightning.engine.fused_lora import use_fused_lora
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import prepacked_weights, why_not_prepacked
-from hybrid_lightning.engine.segments import has_head_size
 from hybrid_lightning.engine.trained_layers import use_fused_decoder_layers, why_not_trained_compiled
 from hybrid_lightning.types import Sequences
 
@@ -238,8 +237,8 @@ class Engine:
         except UnsupportedAttentionError as error:
             return str(error)
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        plain = getattr(config, "attn_logit_softcapping", None) is None and has_head_size(torch.empty(size, device="meta"))
-        why = "" if plain else "its layers attend as the kernels cannot"
+        asked = AttentionSettings(softcap=getattr(config, "attn_logit_softcapping", None))
+        why = "" if asked.fits_segments(torch.empty(size, device="meta")) else "its layers attend as the kernels cannot"
         return self.backend.why_no_segments(next(self.model.parameters()).device, dtype) or why
 
     def _known_layers(self) -> list[KnownLayer]:

@@ -139,11 +139,9 @@ def _computes_alike(module: nn.Module) -> bool:
 class _Answer:
     """A packing that records what a layer asks of attention, and what the layer then returns."""
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `Packing`; returns the queries."""
-        self.tensors, self.rest = [query, key, value], (layer, window, settings)
+        self.tensors, self.rest = [query, key, value], (layer, settings)
         return query
 
 

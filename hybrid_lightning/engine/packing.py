@@ -12,104 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hybrid_lightning.engine.attention import AttentionSettings, Masks, packed_attention, shared_attention
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu.attention_operators import Groups
+from hybrid_lightning.engine.gathering import Grid, Repeated, taken
 from hybrid_lightning.engine.segment_attention import GatheredKeys, SegmentLayout, gathered_keys, segment_attention
 from hybrid_lightning.types import Sequences
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Where some of the packed tokens lie in a rectangle that is padded on the right."""
-
-    shape: tuple[int, ...]  # of the rectangle, the last axis being the tokens of one sequence
-    valid: Tensor  # bool, in that shape
-    lengths: Tensor  # tokens of each sequence
-    filled: bool  # no padding at all
-    to_grid: Tensor  # for each place of the flattened rectangle, the number of the token in it; at padding that of another token
-    to_packed: Tensor  # for each token, the number of its place
-
-    @classmethod
-    def of(cls, valid: Tensor) -> "_Grid":
-        count = int(valid.sum())
-        number = valid.flatten().cumsum(0) - 1
-        # Padding repeats the token before it, the last one of its sequence, so that attention finds finite numbers there.
-        return cls(
-            tuple(valid.shape),
-            valid,
-            valid.sum(dim=-1),
-            count == valid.numel(),
-            number.clamp(min=0),
-            valid.flatten().nonzero().squeeze(1),
-        )
-
-    def cut(self, packed: Tensor) -> Tensor:
-        """[tokens, ...] -> [*shape, ...]."""
-        grid = packed if self.filled else _Gather.apply(packed, self.to_grid, self.to_packed)
-        return grid.reshape(*self.shape, *packed.shape[1:])
-
-    def paste(self, grid: Tensor) -> Tensor:
-        """[*shape, ...] -> [tokens, ...]."""
-        places = grid.flatten(0, len(self.shape) - 1)
-        return places if self.filled else _Gather.apply(places, self.to_packed, self.to_grid, self.valid.flatten())
-
-
-@dataclass(frozen=True)
-class _Repeated:
-    """Values that `_Gather` takes more than once."""
-
-    numbers: Tensor  # [P], of the values
-    places: Tensor  # [P, G], where each goes in the result
-    valid: Tensor  # [P, G] bool: a value may be taken less often than others
-
-    def sums(self, gradient: Tensor) -> Tensor:
-        """Gradients of the values, added up in float32 at least, and in the order of their places."""
-        parts = gradient.index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
-        parts = parts.masked_fill_(~self.valid[..., None], 0)
-        return parts.sum(dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)).to(gradient.dtype)
-
-
-class _Gather(torch.autograd.Function):
-    """`index_select` along the first axis, with a backward pass that is an `index_select` as well.
-
-    That is possible since each value goes to one place, apart from padding, whose gradient is not wanted, and from the values
-    in `repeated`. torch's own backward pass adds value by value, which on a CPU takes longer than the attention itself. On a
-    GPU, and for `values[index]` on a CPU, it adds by atomics, in an order that depends on what else the machine does. Here the
-    gradients of repeated values are added up in one order.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        index: Tensor,
-        inverse: Tensor,
-        valid: Tensor | None = None,
-        repeated: _Repeated | None = None,
-    ) -> Tensor:
-        ctx.save_for_backward(inverse, valid)
-        ctx.repeated = repeated
-        return values.index_select(0, index)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        inverse, valid = ctx.saved_tensors
-        if not len(gradient):  # nothing was taken
-            return gradient.new_zeros(len(inverse), *gradient.shape[1:]), None, None, None, None
-        result = gradient.index_select(0, inverse)
-        if valid is not None:  # padding got no gradient
-            result = result.masked_fill_(~valid.view(-1, *[1] * (result.dim() - 1)), 0)
-        if ctx.repeated is not None:
-            result.index_copy_(0, ctx.repeated.numbers, ctx.repeated.sums(gradient))
-        return result, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -119,7 +31,7 @@ class _Predictors:
     numbers: Tensor  # [K]: the packed token that predicts it
     predicted: Tensor  # [N]: the completion token that each packed token predicts; any token where it predicts none, or several
     valid: Tensor  # [N] bool: whether it predicts exactly one
-    firsts: _Repeated  # a prompt's last token predicts the first one of each of its completions
+    firsts: Repeated  # a prompt's last token predicts the first one of each of its completions
 
 
 # The packed sequence is filled up to a multiple of this, so that products have few different sizes: for each new size oneDNN
@@ -147,12 +59,12 @@ class PackedSequences:
         prompt_lengths = prompt_mask.sum(dim=1)
         device = first.device
         width = int(prompt_lengths.max())
-        self.prompts = _Grid.of(torch.arange(width, device=device)[None] < prompt_lengths[:, None])
+        self.prompts = Grid.of(torch.arange(width, device=device)[None] < prompt_lengths[:, None])
         ids = [sequences.prompt_ids[first][prompt_mask]]
         positions = [self.prompts.valid.cumsum(dim=1)[self.prompts.valid] - 1]
         self.prompt_tokens = len(ids[0])
         self.last_prompt_token = prompt_lengths.cumsum(0) - 1  # [P], numbers of packed tokens
-        self.bands: list[_Grid] = []
+        self.bands: list[Grid] = []
         self.predictors: _Predictors | None = None  # where completions are packed
         begin = self.prompt_tokens
         if completions:
@@ -166,7 +78,7 @@ class PackedSequences:
             for row_of_cell, valid in _bands(group, counts, most, mask[:, 1:].sum(dim=1), one=segments):
                 prompt, rank, time = valid.nonzero(as_tuple=True)
                 row = row_of_cell[prompt, rank]
-                self.bands.append(_Grid.of(valid))
+                self.bands.append(Grid.of(valid))
                 ids.append(sequences.completion_ids[row, time])
                 positions.append(prompt_lengths[prompt] + time)
                 predictor[row, time + 1] = torch.arange(begin, begin + len(row), device=device)
@@ -185,26 +97,22 @@ class PackedSequences:
             cell = (group, torch.arange(len(group), device=device) - (counts.cumsum(0) - counts)[group])
             firsts, there = number.new_zeros(len(counts), most), mask.new_zeros(len(counts), most)
             firsts[cell], there[cell] = number[:, 0], mask[:, 0]
-            shared = _Repeated(self.last_prompt_token, firsts, there)
+            shared = Repeated(self.last_prompt_token, firsts, there)
             self.predictors = _Predictors(predictor[mask], torch.cat(predicted), of_completion, shared)
 
     def predicting(self, hidden: Tensor) -> Tensor:
         """The states [K, H], of all [N, H], that predict the K completion tokens, in the order of `completion_mask` flattened."""
         of = self.predictors
         assert of is not None, "prompts alone predict no completion token"
-        states: Tensor = _Gather.apply(hidden, of.numbers, of.predicted, of.valid, of.firsts)  # type: ignore[no-untyped-call]
-        return states
+        return taken(hidden, of.numbers, of.predicted, of.valid, of.firsts)
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `Packing`."""
         if self.segments and settings.fits_segments(query, key, value):
-            factor = settings.factor(query)
-            return segment_attention(query, key, value, self.layout, self._gathered(window), window, factor)
+            return segment_attention(query, key, value, self.layout, self._gathered(settings.window), settings)
         if settings.has_operator(self.backend, query, key, value):
-            return packed_attention(query, key, value, self.groups, window, settings.factor(query))
-        heads, (tokens, all_heads, _) = key.shape[1], query.shape
+            return packed_attention(query, key, value, self.groups, settings.window, settings.factor(query))
+        heads, (tokens, all_heads, _), window = key.shape[1], query.shape, settings.window
         grouped = query.view(tokens, heads, all_heads // heads, query.shape[2])
         sizes = [self.prompt_tokens, *(len(band.to_packed) for band in self.bands), self.filling]
         queries, keys, values = (part.split(sizes) for part in (grouped, key, value))

@@ -8,13 +8,16 @@ Axes are those of `attention.py`, with N packed tokens.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_lightning.engine.segments import Segments, attend, attend_backward, joined
+from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.gathering import ordered_sums
+from hybrid_lightning.engine.segments import Attended, Segments, attend, attend_backward, joined
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,7 @@ def segment_attention(
     value: Tensor,
     layout: SegmentLayout,
     gathered: GatheredKeys | None,
-    window: int | None,
-    scale: float,
+    settings: AttentionSettings,
 ) -> Tensor:
     """Attention of packed tokens, with a backward pass.
 
@@ -112,8 +114,7 @@ def segment_attention(
         value: [N, K, D].
         layout: The segments.
         gathered: Where the window hides keys of some prompt, the keys that completions see; None otherwise.
-        window: A token sees this many positions; None for all.
-        scale: Factor of the scores.
+        settings: What the layer asks for.
 
     Returns:
         [N, H, D], zeros for the tokens that nobody reads.
@@ -121,8 +122,28 @@ def segment_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may have made float32 of queries and keys
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    result: Tensor = _SegmentAttention.apply(query, key, value, layout, gathered, window, scale)  # type: ignore[no-untyped-call]
+    result: Tensor = _SegmentAttention.apply(query, key, value, layout, gathered, settings)  # type: ignore[no-untyped-call]
     return result
+
+
+class _Run(NamedTuple):
+    """A run of keys, and the segments of it that queries see."""
+
+    keys: slice | Tensor  # of the packed tokens
+    segments: Segments
+
+
+def _runs(layout: SegmentLayout, gathered: GatheredKeys | None) -> list[tuple[slice, list[_Run]]]:
+    """The queries of the prompts and of the completions, and the runs of keys that they see."""
+    prompts = slice(0, layout.prompt_tokens)
+    completions = slice(layout.prompt_tokens, layout.prompt_tokens + layout.completion_tokens)
+    found = [(prompts, [_Run(prompts, layout.prompts)])]
+    if gathered is not None:
+        found.append((completions, [_Run(gathered.index, gathered.segments)]))
+    elif layout.completion_tokens:
+        assert layout.shared is not None and layout.own is not None
+        found.append((completions, [_Run(prompts, layout.shared), _Run(completions, layout.own)]))
+    return found
 
 
 class _SegmentAttention(torch.autograd.Function):
@@ -134,74 +155,49 @@ class _SegmentAttention(torch.autograd.Function):
         value: Tensor,
         layout: SegmentLayout,
         gathered: GatheredKeys | None,
-        window: int | None,
-        scale: float,
+        settings: AttentionSettings,
     ) -> Tensor:
-        begin, end = layout.prompt_tokens, layout.prompt_tokens + layout.completion_tokens
-        of_prompts, sums = attend(query[:begin], key[:begin], value[:begin], layout.prompts, window, scale)
-        results, kept = [of_prompts], [sums]
-        if end > begin:
-            mine = query[begin:end]
-            if gathered is not None:
-                result, sums = attend(mine, key[gathered.index], value[gathered.index], gathered.segments, window, scale)
-            else:
-                assert layout.shared is not None and layout.own is not None
-                result, sums = joined(
-                    attend(mine, key[:begin], value[:begin], layout.shared, None, scale),
-                    attend(mine, key[begin:end], value[begin:end], layout.own, None, scale),
-                )
-            results.append(result)
-            kept.append(sums)
-        if end < len(query):
-            results.append(of_prompts.new_zeros(len(query) - end, *of_prompts.shape[1:]))
-        result = torch.cat(results)
-        ctx.save_for_backward(query, key, value, result, *kept)
-        ctx.rest = (layout, gathered, window, scale)
+        found = [
+            reduce(joined, (attend(query[mine], key[keys], value[keys], segments, settings) for keys, segments in runs))
+            for mine, runs in _runs(layout, gathered)
+        ]
+        result = _filled([part.result for part in found], len(query))
+        ctx.save_for_backward(query, key, value, result, *(part.sums for part in found))
+        ctx.rest = (layout, gathered, settings)
         return result
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, result, *sums = ctx.saved_tensors
-        layout, gathered, window, scale = ctx.rest
-        begin, end = layout.prompt_tokens, layout.prompt_tokens + layout.completion_tokens
+        layout, gathered, settings = ctx.rest
         gradient = gradient.to(result.dtype).contiguous()
-
-        def parts(first: int, last: int) -> tuple[Tensor, ...]:
-            return gradient[first:last], query[first:last], result[first:last]
-
-        def of_run(run: slice, keys: slice, of_sums: Tensor, segments: Segments, seen: int | None) -> tuple[Tensor, ...]:
-            grad, queries, whole = parts(run.start, run.stop)
-            return attend_backward(grad, queries, key[keys], value[keys], whole, of_sums, segments, seen, scale)
-
-        prompts, completions = slice(0, begin), slice(begin, end)
-        of_query, of_key, of_value = ([part] for part in of_run(prompts, prompts, sums[0], layout.prompts, window))
-        if end > begin and gathered is not None:
-            grad, queries, whole = parts(begin, end)
-            seen = (key[gathered.index], value[gathered.index])
-            mine, *of_seen = attend_backward(grad, queries, *seen, whole, sums[1], gathered.segments, window, scale)
-            of_query.append(mine)
-            for total, part in zip((of_key, of_value), of_seen, strict=True):
-                total[0] = total[0] + _added_up(part, gathered)
-                total.append(part.index_select(0, gathered.own))
-        elif end > begin:
-            shared = of_run(completions, prompts, sums[1], layout.shared, None)
-            own = of_run(completions, completions, sums[1], layout.own, None)
-            of_query.append(shared[0] + own[0])
-            for total, first, second in ((of_key, shared[1], own[1]), (of_value, shared[2], own[2])):
-                total[0] = total[0] + first
-                total.append(second)
-        filled = [
-            torch.cat([*found, found[0].new_zeros(len(query) - end, *found[0].shape[1:])])
-            if end < len(query)
-            else torch.cat(found)
-            for found in (of_query, of_key, of_value)
-        ]
-        return *filled, None, None, None, None
+        of_query: list[Tensor] = []
+        of_key: dict[int, Tensor] = {}  # by the first packed token of prompts and of completions
+        of_value: dict[int, Tensor] = {}
+        for (mine, runs), total in zip(_runs(layout, gathered), sums, strict=True):
+            whole, shares = Attended(result[mine], total), []
+            for keys, segments in runs:
+                parts = attend_backward(gradient[mine], whole, query[mine], key[keys], value[keys], segments, settings)
+                shares.append(parts[0])
+                for totals, part in zip((of_key, of_value), parts[1:], strict=True):
+                    for first, share in _of_tokens(part, keys, layout, gathered).items():
+                        totals[first] = totals[first] + share if first in totals else share
+            of_query.append(sum(shares[1:], start=shares[0]))
+        found = (_filled(parts, len(query)) for parts in (of_query, list(of_key.values()), list(of_value.values())))
+        return *found, None, None, None
 
 
-def _added_up(gradient: Tensor, gathered: GatheredKeys) -> Tensor:
-    """Gradients of the prompts' keys from those of all places where they were seen, in float32 and in the order of the places."""
-    parts = gradient.index_select(0, gathered.repeated.flatten()).unflatten(0, gathered.repeated.shape)
-    parts = parts.masked_fill_(~gathered.there[:, :, None, None], 0)
-    return parts.sum(dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)).to(gradient.dtype)
+def _of_tokens(gradient: Tensor, keys: slice | Tensor, layout: SegmentLayout, gathered: GatheredKeys | None) -> dict[int, Tensor]:
+    """Gradients of prompts' and completions' keys from those of a run of them: first packed token -> gradients."""
+    if isinstance(keys, slice):
+        return {keys.start: gradient}
+    assert gathered is not None
+    of_prompts = ordered_sums(gradient, gathered.repeated, gathered.there)
+    return {0: of_prompts, layout.prompt_tokens: gradient.index_select(0, gathered.own)}
+
+
+def _filled(parts: list[Tensor], tokens: int) -> Tensor:
+    """Parts [n, ...] one behind the other, and zeros up to the number of all tokens."""
+    missing = tokens - sum(map(len, parts))
+    return torch.cat([*parts, parts[0].new_zeros(missing, *parts[0].shape[1:])] if missing else parts)

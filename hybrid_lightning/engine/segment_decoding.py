@@ -110,9 +110,7 @@ class SegmentDecoding:
         self._segments = {}
         self._tokens = self._graph = None
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """One token of every row; see `Packing`."""
         if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may have made float32 of queries
             query = query.to(torch.get_autocast_dtype(query.device.type))
@@ -123,10 +121,9 @@ class SegmentDecoding:
         repeats = heads // key.shape[1]
         grouped = query.view(rows, -1, repeats, size).transpose(1, 2).reshape(rows * repeats, -1, size)
         shared, own = self._of(repeats)
-        scale = settings.factor(query)
         result, _ = joined(
-            attend(grouped, *self.prompt[layer], shared, None, scale),
-            attend(grouped, keys.flatten(0, 1), values.flatten(0, 1), own, None, scale, self.used),
+            attend(grouped, *self.prompt[layer], shared, settings),
+            attend(grouped, keys.flatten(0, 1), values.flatten(0, 1), own, settings, self.used),
         )
         return result.view(rows, repeats, -1, size).transpose(1, 2).reshape(rows, heads, size)
 
@@ -185,9 +182,7 @@ class _Prefill:
     def __init__(self, decoding: SegmentDecoding) -> None:
         self.decoding = decoding
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, settings: AttentionSettings
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         """See `Packing`."""
         self.decoding.store_prompt(layer, key, value)
-        return self.decoding.layout.attend(layer, query, key, value, window, settings)
+        return self.decoding.layout.attend(layer, query, key, value, settings)

@@ -69,7 +69,7 @@ def test_a_disabled_adapter_is_left_out():
 class First:
     """A packing in which every token sees the first one alone."""
 
-    def attend(self, layer, query, key, value, window, settings):
+    def attend(self, layer, query, key, value, settings):
         return value[:1].repeat_interleave(query.shape[1] // value.shape[1], dim=1).expand_as(query)
 
 

@@ -208,7 +208,7 @@ def test_a_fully_trained_weight_is_rounded_once_and_not_at_every_token():
 class OnlyItself:
     """A packing in which every token sees itself alone."""
 
-    def attend(self, layer, query, key, value, window, settings):
+    def attend(self, layer, query, key, value, settings):
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
 
 

@@ -7,11 +7,12 @@ from tiny_decoders import OfAccelerator
 from tiny_decoders import build as build_adapted
 from tiny_models import FAMILIES, build_model
 
-from hybrid_lightning.engine import Backend, Engine
+from hybrid_lightning.engine import Backend, Engine, attention
 from hybrid_lightning.engine import segments as of_segments
+from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.logprobs import token_logprobs
 from hybrid_lightning.engine.segment_attention import SegmentLayout, gathered_keys, segment_attention
-from hybrid_lightning.engine.segments import Segments, attend, joined, why_no_segments
+from hybrid_lightning.engine.segments import Attended, Segments, attend, joined
 
 
 def whole(query, key, value, runs, window, scale):
@@ -40,8 +41,7 @@ def runs_of(prompts, completions):
     return runs
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 4, 9, 30])
-@pytest.mark.parametrize("filling", [0, 3])
+@pytest.mark.parametrize(("window", "filling"), [(None, 0), (None, 3), (1, 0), (4, 3), (9, 0), (30, 3)])
 def test_values_and_gradients_are_those_of_one_query_after_another(window, filling):
     torch.manual_seed(0)
     layout = SegmentLayout.of(PROMPTS, COMPLETIONS, 5)
@@ -50,7 +50,7 @@ def test_values_and_gradients_are_those_of_one_query_after_another(window, filli
     tokens = len(runs) + filling
     assert layout.prompt_tokens + layout.completion_tokens == len(runs)
     query, key, value = (torch.randn(tokens, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    found = segment_attention(query, key, value, layout, gathered, window, 0.3)
+    found = segment_attention(query, key, value, layout, gathered, AttentionSettings(window, 0.3))
     expected = whole(query, key, value, runs, window, 0.3)
     assert torch.allclose(found[: len(runs)], expected, atol=1e-6) and not found[len(runs) :].any()
     slope = torch.randn(expected.shape)
@@ -63,7 +63,7 @@ def test_values_and_gradients_are_those_of_one_query_after_another(window, filli
 def test_prompts_alone():
     layout = SegmentLayout.of(PROMPTS, None, 5)
     query, key, value = (torch.randn(9, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    found = segment_attention(query, key, value, layout, None, None, 0.3)
+    found = segment_attention(query, key, value, layout, None, AttentionSettings(scaling=0.3))
     expected = whole(query, key, value, runs_of(PROMPTS, torch.zeros(3, 0, dtype=torch.long)), None, 0.3)
     assert torch.allclose(found, expected, atol=1e-6)
 
@@ -71,19 +71,18 @@ def test_prompts_alone():
 def test_keys_that_are_not_used_and_runs_without_keys():
     begins = torch.tensor([0, 2, 3], dtype=torch.int32)
     keys = torch.tensor([0, 4, 8], dtype=torch.int32)
-    segments = Segments(begins, keys, 2, 4, causal=False)
+    segments, settings = Segments(begins, keys, 2, 4, causal=False), AttentionSettings(scaling=0.5)
     query, key, value = torch.randn(3, 2, 8), torch.randn(8, 2, 8), torch.randn(8, 2, 8)
-    found, sums = attend(query, key, value, segments, None, 0.5, used=torch.tensor([2, 0], dtype=torch.int32))
+    found, sums = attend(query, key, value, segments, settings, torch.tensor([2, 0], dtype=torch.int32))
     expected = whole(query[:2], key, value, [[0, 1], [0, 1]], None, 0.5)
     assert torch.allclose(found[:2], expected, atol=1e-6)
     assert not found[2].any() and torch.isneginf(sums[:, 2]).all()
-    other = attend(query, key, value, segments, None, 0.5, used=torch.tensor([4, 4], dtype=torch.int32))
-    both, together = joined((found, sums), other)
+    other = attend(query, key, value, segments, settings, torch.tensor([4, 4], dtype=torch.int32))
+    both, together = joined(Attended(found, sums), other)
     assert torch.allclose(both[2], other[0][2], atol=1e-6) and torch.allclose(together[:, 2], other[1][:, 2])
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), [*((family, "shared") for family in FAMILIES), *(("llama", case) for case in CASES)])
 def test_all_families_train_alike(family, case):
     numbers = []
     for backend in (Backend(), OfAccelerator()):
@@ -113,28 +112,11 @@ def test_layers_with_a_window_too(family):
 
 
 def test_what_the_kernels_cannot_is_attended_as_before(monkeypatch):
-    """Heads of a size that is no multiple of 8."""
-    monkeypatch.setattr(of_segments, "_LARGEST_HEAD", 4)
-    monkeypatch.setattr("hybrid_lightning.engine.attention.has_head_size", lambda *tensors: False)
+    """Heads that are too large."""
+    monkeypatch.setattr(attention, "_LARGEST_HEAD", 4)
     engine = Engine(build_model("llama"), OfAccelerator())
     engine.prepare()
     assert engine.packs and not engine.packed(build_sequences("shared")).segments
-
-
-def test_an_accelerator_says_why_not():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert why_no_segments(cpu, torch.bfloat16) == "cpu has no kernels of it"
-    assert "16 bits, and the model computes with float32" in why_no_segments(gpu, torch.float32)
-
-
-@pytest.mark.parametrize(("capability", "reason"), [((9, 0), ""), ((8, 0), ""), ((7, 5), "this GPU has 7.5")])
-def test_it_needs_a_gpu_that_has_flash_attention(monkeypatch, capability, reason):
-    of_segments._why_not_on.cache_clear()
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    found = why_no_segments(torch.device("cuda", 0), torch.bfloat16)
-    of_segments._why_not_on.cache_clear()
-    assert found.endswith(reason) and bool(found) == bool(reason)
 
 
 def test_gradients_of_one_run_add_up_in_one_order_and_settings_are_put_back():

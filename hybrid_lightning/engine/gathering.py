@@ -1,0 +1,111 @@
+"""Taking packed tokens by their numbers, with gradients that are added up in one order."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where some of the packed tokens lie in a rectangle that is padded on the right."""
+
+    shape: tuple[int, ...]  # of the rectangle, the last axis being the tokens of one sequence
+    valid: Tensor  # bool, in that shape
+    lengths: Tensor  # tokens of each sequence
+    filled: bool  # no padding at all
+    to_grid: Tensor  # for each place of the flattened rectangle, the number of the token in it; at padding that of another token
+    to_packed: Tensor  # for each token, the number of its place
+
+    @classmethod
+    def of(cls, valid: Tensor) -> "Grid":
+        """Make it of which places of the rectangle hold a token."""
+        count = int(valid.sum())
+        number = valid.flatten().cumsum(0) - 1
+        # Padding repeats the token before it, the last one of its sequence, so that attention finds finite numbers there.
+        return cls(
+            tuple(valid.shape),
+            valid,
+            valid.sum(dim=-1),
+            count == valid.numel(),
+            number.clamp(min=0),
+            valid.flatten().nonzero().squeeze(1),
+        )
+
+    def cut(self, packed: Tensor) -> Tensor:
+        """[tokens, ...] -> [*shape, ...]."""
+        grid = packed if self.filled else taken(packed, self.to_grid, self.to_packed)
+        return grid.reshape(*self.shape, *packed.shape[1:])
+
+    def paste(self, grid: Tensor) -> Tensor:
+        """[*shape, ...] -> [tokens, ...]."""
+        places = grid.flatten(0, len(self.shape) - 1)
+        return places if self.filled else taken(places, self.to_packed, self.to_grid, self.valid.flatten())
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Values that `taken` takes more than once."""
+
+    numbers: Tensor  # [P], of the values
+    places: Tensor  # [P, G], where each goes in the result
+    valid: Tensor  # [P, G] bool: a value may be taken less often than others
+
+
+def ordered_sums(gradient: Tensor, places: Tensor, valid: Tensor) -> Tensor:
+    """Add up the gradients of values that were taken several times, in float32 at least, and in the order of their places.
+
+    Args:
+        gradient: [places, ...].
+        places: [P, G], where each of P values was put.
+        valid: [P, G] bool: a value may be taken less often than others.
+    """
+    parts = gradient.index_select(0, places.flatten()).unflatten(0, places.shape)
+    parts = parts.masked_fill_(~valid.view(*valid.shape, *[1] * (gradient.dim() - 1)), 0)
+    return parts.sum(dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32)).to(gradient.dtype)
+
+
+def taken(
+    values: Tensor, index: Tensor, inverse: Tensor, valid: Tensor | None = None, repeated: Repeated | None = None
+) -> Tensor:
+    """`index_select` along the first axis, with a backward pass that is an `index_select` as well.
+
+    That is possible since each value goes to one place, apart from padding, whose gradient is not wanted, and from the values
+    in `repeated`. torch's own backward pass adds value by value, which on a CPU takes longer than the attention itself. On a
+    GPU, and for `values[index]` on a CPU, it adds by atomics, in an order that depends on what else the machine does. Here the
+    gradients of repeated values are added up in one order.
+
+    Args:
+        values: [n, ...].
+        index: Numbers of the values to take, [m].
+        inverse: For each value the place that it goes to, [n].
+        valid: Which values get the gradient of their place, [n] bool, where others get none; None for all.
+        repeated: Values that are taken more than once.
+    """
+    result: Tensor = _Gather.apply(values, index, inverse, valid, repeated)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, index: Tensor, inverse: Tensor, valid: Tensor | None, repeated: Repeated | None
+    ) -> Tensor:
+        ctx.save_for_backward(inverse, valid)
+        ctx.repeated = repeated
+        return values.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        inverse, valid = ctx.saved_tensors
+        if not len(gradient):  # nothing was taken
+            return gradient.new_zeros(len(inverse), *gradient.shape[1:]), None, None, None, None
+        result = gradient.index_select(0, inverse)
+        if valid is not None:  # padding got no gradient
+            result = result.masked_fill_(~valid.view(-1, *[1] * (result.dim() - 1)), 0)
+        if ctx.repeated is not None:
+            result.index_copy_(0, ctx.repeated.numbers, ordered_sums(gradient, ctx.repeated.places, ctx.repeated.valid))
+        return result, None, None, None, None

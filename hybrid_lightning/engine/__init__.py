@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hybrid_lightning.engine.attention import AttentionCalls, UnsupportedAttentionError
     from hybrid_lightning.engine.backend import Backend, PlannedBackend, has_operators
     from hybrid_lightning.engine.compiling import one_kernel
-    from hybrid_lightning.engine.decoding import SharedPromptDecoding, decoding_of, packed_decoding
+    from hybrid_lightning.engine.decoding import decoding_of, packed_decoding
     from hybrid_lightning.engine.engine import Engine, use_fused_modules
     from hybrid_lightning.engine.fused_layers import use_fused_layers
     from hybrid_lightning.engine.fused_lora import use_peft_lora
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         tokens_of_pass,
     )
     from hybrid_lightning.engine.segment_decoding import SegmentDecoding
+    from hybrid_lightning.engine.shared_decoding import SharedPromptDecoding
 
 __all__ = [
     "AttentionCalls",
@@ -61,8 +62,9 @@ __getattr__ = public_names(
         "attention": ("AttentionCalls", "UnsupportedAttentionError"),
         "backend": ("Backend", "PlannedBackend", "has_operators"),
         "compiling": ("one_kernel",),
-        "decoding": ("SharedPromptDecoding", "decoding_of", "packed_decoding"),
+        "decoding": ("decoding_of", "packed_decoding"),
         "segment_decoding": ("SegmentDecoding",),
+        "shared_decoding": ("SharedPromptDecoding",),
         "engine": ("Engine", "use_fused_modules"),
         "fused_layers": ("use_fused_layers",),
         "fused_lora": ("use_peft_lora",),

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hybrid_lightning.engine.attention import AttentionCalls, AttentionSettings, Packing, UnsupportedAttentionError
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.packing import PackedSequences
-from hybrid_lightning.engine.passes import base_model, last_logits, own_hidden, position_ids, project
+from hybrid_lightning.engine.passes import base_model, own_hidden, project, separate_logits
 from hybrid_lightning.types import Sequences
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def _check(model: nn.Module, base: PreTrainedModel, backend: Backend, segments: 
                     f"{sorted(map(str, set(windows)))} where its config says {sorted(map(str, set(expected)))}"
                 )
             logits = project(base, packed.predicting(hidden)).float()
-            reference = _separate(model, sequences)[sequences.completion_mask].float()
+            reference = separate_logits(model, sequences)[sequences.completion_mask].float()
     finally:
         for module, mode in training:
             module.training = mode
@@ -187,9 +187,3 @@ def _example(vocabulary: int, device: torch.device) -> Sequences:
     prompt_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], device=device).bool()
     completion_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], device=device).bool()
     return Sequences(tokens[:, :5], prompt_mask, tokens[:, 5:], completion_mask)
-
-
-def _separate(model: nn.Module, sequences: Sequences) -> Tensor:
-    mask = torch.cat([sequences.prompt_mask, sequences.completion_mask], dim=1)
-    ids = torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1)
-    return last_logits(model, ids, mask, position_ids(mask), sequences.completion_ids.shape[1] + 1)[:, :-1]

@@ -1,31 +1,17 @@
-"""`Decoding`: how the sampler goes through a model token by token: one way for every model, and faster ones for packed models.
-
-`SharedPromptDecoding` keeps one copy of each prompt's keys and values, which all its completions read together. Axes are those of
-`attention.py`; a row is one completion. Rows that still run lie in *slots* [P, G]. Prompts have different numbers of them once
-completions have ended; a slot without a row then holds a copy of some other row, which nobody reads. A row that ends leaves the
-linear layers at once. Its slot is given up later, together with many others, since that moves all keys and values.
-"""
+"""`Decoding`: how the sampler goes through a model token by token: one way for every model, and faster ones for packed models."""
 
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from hybrid_lightning.engine.attention import AttentionSettings, Masks, shared_attention
-from hybrid_lightning.engine.cpu import attention_operators
-from hybrid_lightning.engine.packing import visible
-from hybrid_lightning.engine.passes import last_logits, new_cache, position_ids, prepacked_projection
+from hybrid_lightning.engine.passes import base_model, last_logits, position_ids
 from hybrid_lightning.engine.segment_decoding import SegmentDecoding
-from hybrid_lightning.types import Sequences
+from hybrid_lightning.engine.shared_decoding import SharedPromptDecoding
 
 if TYPE_CHECKING:
     from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
-
-_FIRST_CAPACITY = 32  # tokens; doubled whenever it is full
-_FEWER_SLOTS = 0.6  # slots are given up when this share of them is enough
-# Where attention is by matrix products, their width grows by this many tokens at a time, and what is not decoded yet is masked.
-# oneDNN compiles a product anew for each size and keeps the code: 0.5 MB for each length of a completion.
-_WIDTH_STEP = 16
 
 
 class Decoding(Protocol):
@@ -59,7 +45,7 @@ class RepeatedCacheDecoding:
 
     def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor) -> None:
         self.model, self.ids, self.mask = model, ids, mask
-        self.cache = new_cache(model)
+        self.cache = DynamicCache(config=base_model(model).config)  # of the right kind for each layer
 
     def prefill(self, samples: int) -> Tensor:
         """See `Decoding`."""
@@ -97,188 +83,8 @@ def decoding_of(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int
     return packed_decoding(engine, ids, mask, max_new_tokens)
 
 
-def packed_decoding(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> "SegmentDecoding | SharedPromptDecoding":
+def packed_decoding(engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> SegmentDecoding | SharedPromptDecoding:
     """The same for a model that can be packed."""
     by_segments = engine.decodes_by_segments(ids.shape[1] + max_new_tokens)
     kind = SegmentDecoding if by_segments else SharedPromptDecoding
     return kind(engine, ids, mask, max_new_tokens)
-
-
-class SharedPromptDecoding:
-    """`Decoding` for models that can be packed. It is the `Packing` of its own steps.
-
-    Args:
-        engine: Engine of the model.
-        ids: Prompts [P, S], left-padded.
-        mask: [P, S] bool.
-        max_new_tokens: Longest completion.
-    """
-
-    leave_together = 1 / 16  # not one by one, so that products have few different sizes (see `packing.py`)
-
-    def __init__(self, engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
-        self.engine, self.max_new_tokens = engine, max_new_tokens
-        self.prepack_projection()
-        self.layout = engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
-        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, S, D]
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values [P, K, G, capacity, D]
-        self.lengths = mask.sum(dim=1)  # tokens of each prompt
-        self.decoded = 0  # tokens in `own`, the same for all running rows
-        self.own_width = 0  # tokens of `own` that attention gets: those decoded, and zeros behind them
-        self._masks: dict[int | None, Masks] = {}
-
-    def prepack_projection(self) -> None:
-        """Make the function from hidden states [N, H] to logits [N, V]; to be made again after a change of the weights."""
-        self.project = prepacked_projection(self.engine.model, self.engine.backend)
-
-    def prefill(self, samples: int) -> Tensor:
-        """See `Decoding`."""
-        layout, prompts, device = self.layout, len(self.lengths), self.lengths.device
-        hidden = self.engine.hidden(layout.ids, layout.positions, _Prefill(self))
-        logits = self.project(hidden[layout.last_prompt_token])
-        self.slots = torch.arange(prompts * samples, device=device).view(prompts, samples)  # the row in each slot
-        self.slot_of_row = self.slots.flatten()
-        self._start_rows()
-        return logits.repeat_interleave(samples, dim=0)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """See `Decoding`."""
-        self.decoded += 1
-        self.own_width = self._own_width()
-        self._masks = {}
-        positions = self.row_lengths + self.decoded - 1
-        return self.project(self.engine.hidden(tokens, positions, self))
-
-    def select(self, rows: Tensor) -> None:
-        """See `Decoding`."""
-        self.slot_of_row = self.slot_of_row[rows]
-        self._give_up_slots()
-        self.slots = torch.zeros_like(self.slots)
-        self.slots.view(-1)[self.slot_of_row] = torch.arange(len(rows), device=rows.device)
-        self._start_rows()
-
-    def _give_up_slots(self) -> None:
-        """Move the running rows together, if that leaves far fewer slots."""
-        samples, device = self.slots.shape[1], self.slots.device
-        kept, group = torch.unique_consecutive(self.slot_of_row // samples, return_inverse=True)
-        counts = torch.bincount(group)
-        most = int(counts.max())
-        if len(kept) * most > _FEWER_SLOTS * self.slots.numel():
-            return
-        rank = torch.arange(len(group), device=device) - (counts.cumsum(0) - counts)[group]
-        source = self.slot_of_row[:1].expand(len(kept), most).clone()  # the old slot of each new one
-        source[group, rank] = self.slot_of_row
-        for layer, (keys, values) in self.own.items():
-            self.own[layer] = (self._move(keys, source), self._move(values, source))
-        # Not in the loop above: if rows end at their first token, no layer has keys of completions yet.
-        self.prompt = {layer: (keys[kept], values[kept]) for layer, (keys, values) in self.prompt.items()}
-        self.lengths = self.lengths[kept]
-        self.slots, self.slot_of_row = source, group * most + rank
-
-    def _move(self, cache: Tensor, source: Tensor) -> Tensor:
-        """Take from a cache [P, K, G, capacity, D] the slots `source` [P', G'], which are numbers of places in [P, G]."""
-        samples, (_, heads, _, capacity, size) = self.slots.shape[1], cache.shape
-        # Prompt by prompt heads stay together: [P', G', K, tokens, D].
-        taken = cache[..., : self.decoded, :][source // samples, :, source % samples]
-        moved = cache.new_zeros(len(source), heads, source.shape[1], capacity, size)
-        moved[..., : self.decoded, :] = taken.transpose(1, 2)
-        return moved
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """One token of every row; see `Packing`."""
-        if self.has_operator(settings, query, key, value, *self.prompt[layer]):
-            own = self._room(layer, key, value, zeros=False)
-            where = (self.slot_of_row, self.lengths, self.decoded, settings.window)
-            return attention_operators.decode_attention(
-                query, key, value, self.prompt[layer], own, *where, settings.factor(query)
-            )
-        heads, (_, all_heads, size) = key.shape[1], query.shape
-        grouped = self._to_slots(query).view(*self.slots.shape, heads, all_heads // heads, 1, size)
-        keys, values = self._room(layer, key, value, zeros=True)
-        keys[:, :, :, self.decoded - 1] = self._to_slots(key).transpose(1, 2)
-        values[:, :, :, self.decoded - 1] = self._to_slots(value).transpose(1, 2)
-        own = (keys[..., : self.own_width, :], values[..., : self.own_width, :])
-        result = shared_attention(
-            grouped.permute(0, 2, 1, 3, 4, 5), self.prompt[layer], own, self._mask(settings.window), settings, self.engine.backend
-        )
-        slots = result.permute(0, 2, 1, 3, 4, 5).reshape(self.slots.numel(), all_heads, size)
-        return slots if self.full else slots.index_select(0, self.slot_of_row)
-
-    def has_operator(self, settings: AttentionSettings, *tensors: Tensor) -> bool:
-        """Whether an operator computes the attention of one new token of every row."""
-        known = tensors[0].shape[-1] in attention_operators.DECODED_HEAD_SIZES
-        return known and settings.has_operator(self.engine.backend, *tensors) and not torch.is_grad_enabled()
-
-    def store_prompt(self, layer: int, key: Tensor, value: Tensor, key_dtype: torch.dtype) -> None:
-        """Keep the prompts' keys and values, [N, K, D] each."""
-        tokens = self.layout.prompt_tokens
-        keys, values = (self.layout.prompts.cut(part[:tokens]).transpose(1, 2) for part in (key, value))
-        self.prompt[layer] = (keys.to(key_dtype).contiguous(), values.contiguous())
-
-    def _start_rows(self) -> None:
-        self.full = self.slots.numel() == len(self.slot_of_row)
-        samples = self.slots.shape[1]
-        self.row_lengths = self.lengths[self.slot_of_row // samples]
-
-    def _to_slots(self, rows: Tensor) -> Tensor:
-        """[B, heads, D] -> [P, G, heads, D]."""
-        if not self.full:
-            rows = rows.index_select(0, self.slots.flatten())
-        return rows.reshape(*self.slots.shape, *rows.shape[1:])
-
-    def _own_width(self) -> int:
-        if not self.engine.backend.products_are_faster(self.lengths.device):
-            return self.decoded
-        return min(-(-self.decoded // _WIDTH_STEP) * _WIDTH_STEP, self.max_new_tokens)
-
-    def _room(self, layer: int, key: Tensor, value: Tensor, zeros: bool) -> tuple[Tensor, Tensor]:
-        """Keys and values of completions, with room for the new token's. With `zeros`, unused room holds zeros, for products."""
-        if layer not in self.own:
-            prompts, samples = self.slots.shape
-            shape = (prompts, key.shape[1], samples, min(_FIRST_CAPACITY, self.max_new_tokens))
-            made = [part.new_empty(*shape, new.shape[2]) for part, new in zip(self.prompt[layer], (key, value), strict=True)]
-            self.own[layer] = (made[0], made[1])
-            for part in made if zeros else ():
-                part.zero_()
-        keys, values = self.own[layer]
-        if keys.shape[3] < self.own_width:
-            extra = min(keys.shape[3], max(1, self.max_new_tokens - keys.shape[3]))
-            # One after the other, so that only one of them at a time is in memory twice.
-            self.own[layer] = (keys := _grow(keys, extra), values)
-            self.own[layer] = (keys, _grow(values, extra))
-        return self.own[layer]
-
-    def _mask(self, window: int | None) -> Masks:
-        if window not in self._masks:
-            self._masks[window] = self._build_masks(window)
-        return self._masks[window]
-
-    def _build_masks(self, window: int | None) -> Masks:
-        width = self.layout.prompts.shape[1]
-        narrow = window is not None and window < width + self.decoded
-        device, lengths = self.lengths.device, self.lengths[:, None]
-        own = None
-        if narrow or self.own_width > self.decoded:
-            own = visible(torch.tensor(self.decoded - 1, device=device), torch.arange(self.own_width, device=device), window)
-        if self.layout.prompts.filled and not narrow:
-            return Masks(own=own)
-        prompt = torch.arange(width, device=device)[None]
-        seen = visible(lengths + self.decoded - 1, prompt, window) & (prompt < lengths)  # [P, S]
-        return Masks(seen[:, None, None, None, None], own)
-
-
-class _Prefill:
-    """The packing of the prefill pass, which also stores the prompts' keys and values."""
-
-    def __init__(self, decoding: SharedPromptDecoding) -> None:
-        self.decoding = decoding
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """See `Packing`."""
-        by_operator = self.decoding.has_operator(settings, query, key, value)
-        self.decoding.store_prompt(layer, key, value, key.dtype if by_operator else self.decoding.engine.backend.key_dtype(key))
-        return self.decoding.layout.attend(layer, query, key, value, settings)
-
-
-def _grow(cache: Tensor, extra: int) -> Tensor:
-    return torch.cat([cache, cache.new_zeros(*cache.shape[:3], extra, cache.shape[4])], dim=3)

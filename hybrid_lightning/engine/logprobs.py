@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hybrid_lightning.engine.backend import Backend
 from hybrid_lightning.engine.cpu import operators as kernels
-from hybrid_lightning.engine.passes import base_model, last_logits, plain_projection, position_ids, project
+from hybrid_lightning.engine.passes import base_model, plain_projection, project, separate_logits
 from hybrid_lightning.types import Sequences
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def token_logprobs(
         logprobs, entropy = logprobs_of_hidden(engine, packed.predicting(hidden), tokens, temperature, entropy_gradient)
     else:
         logprobs, entropy = _of_logits(
-            _separate_logits(model, sequences)[mask], tokens, temperature, entropy_gradient, engine.backend
+            separate_logits(model, sequences)[mask], tokens, temperature, entropy_gradient, engine.backend
         )
     padded = torch.zeros(mask.shape, device=mask.device)
     return padded.masked_scatter(mask, logprobs), padded.masked_scatter(mask, entropy)
@@ -180,11 +180,3 @@ def _of_logits(
     with torch.set_grad_enabled(wanted), torch.autocast(logits.device.type, enabled=False):
         entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
     return logprobs.gather(1, tokens[:, None]).squeeze(1), entropy
-
-
-def _separate_logits(model: nn.Module, sequences: Sequences) -> Tensor:
-    """Logits [B, T, V] before each completion token, every row with its own prompt."""
-    length = sequences.completion_ids.shape[1]
-    mask = torch.cat([sequences.prompt_mask, sequences.completion_mask], dim=1)
-    ids = torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1)
-    return last_logits(model, ids, mask, position_ids(mask), length + 1)[:, :-1]

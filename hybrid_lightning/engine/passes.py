@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hybrid_lightning.engine.attention import AttentionCalls, Packing
 from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.types import Sequences
 
 # Bytes to spend on activations. On a CPU 650 tokens at a time are as fast as 2,600 (SmolLM2-135M). On an accelerator a pass takes
 # this share of what is left beside weights, gradients and optimizer; the rest is for logits, for a layer's whole weights where
@@ -34,11 +35,6 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model, inside a PEFT model or as it is."""
     base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, assignment]
     return base
-
-
-def new_cache(model: nn.Module) -> DynamicCache:
-    """An empty key-value cache of the right kind for each layer."""
-    return DynamicCache(config=base_model(model).config)
 
 
 def recomputes_activations(model: nn.Module) -> bool:
@@ -75,9 +71,16 @@ def last_logits(
         # row by row (measured on a CPU in bfloat16: 5 s instead of 0.02 s for 50 prompts).
         arguments["logits_to_keep"] = torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device)
     if cache is not None:
-        arguments[_cache_name(base_model(model))] = cache
+        arguments["cache" if "cache" in accepted else "past_key_values"] = cache  # the older name
     logits: Tensor = model(**arguments).logits
     return logits[:, -keep:]
+
+
+def separate_logits(model: nn.Module, sequences: Sequences) -> Tensor:
+    """Logits [B, T, V] before each completion token, every row with its own prompt, in a padded pass."""
+    mask = torch.cat([sequences.prompt_mask, sequences.completion_mask], dim=1)
+    ids = torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1)
+    return last_logits(model, ids, mask, position_ids(mask), sequences.completion_ids.shape[1] + 1)[:, :-1]
 
 
 def own_hidden(
@@ -113,34 +116,27 @@ def project(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits [N, V] of hidden states [N, H], as the model's own forward pass computes them."""
     base = base_model(model)
     logits: Tensor = base.get_output_embeddings()(hidden)
-    changes = _changes_of_logits(base)
-    if "logit_scale" in changes:
-        logits = logits * changes["logit_scale"]
-    if "logits_scaling" in changes:
-        logits = logits / changes["logits_scaling"]
-    if "final_logit_softcapping" in changes:
-        cap = changes["final_logit_softcapping"]
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    factor, divisor, cap = _changes_of_logits(base)
+    if factor is not None:
+        logits = logits * factor
+    if divisor is not None:
+        logits = logits / divisor
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def plain_projection(model: nn.Module) -> Tensor | None:
     """The weight [V, H] of the output layer, if `project` is a product with it and nothing more."""
     base = base_model(model)
     layer = base.get_output_embeddings()
-    plain = type(layer) is nn.Linear and layer.bias is None and not _changes_of_logits(base)
+    plain = type(layer) is nn.Linear and layer.bias is None and _changes_of_logits(base) == (None, None, None)
     return layer.weight if plain else None  # type: ignore[union-attr, return-value]
 
 
-def _changes_of_logits(base: PreTrainedModel) -> dict[str, Any]:
+def _changes_of_logits(base: PreTrainedModel) -> tuple[float | None, float | None, float | None]:
     """What families do to logits after the output layer: Cohere multiplies, Granite divides, Gemma 2 caps."""
     config: Any = base.config.get_text_config()
-    values = {
-        "logit_scale": getattr(base, "logit_scale", None),
-        "logits_scaling": getattr(config, "logits_scaling", None),
-        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
-    }
-    return {name: value for name, value in values.items() if value is not None}
+    cap = getattr(config, "final_logit_softcapping", None)
+    return getattr(base, "logit_scale", None), getattr(config, "logits_scaling", None), cap
 
 
 def prepacked_projection(model: nn.Module, backend: Backend) -> Callable[[Tensor], Tensor]:
@@ -152,10 +148,6 @@ def prepacked_projection(model: nn.Module, backend: Backend) -> Callable[[Tensor
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     product = backend.prepacked_product(weight.detach().to(dtype))
     return lambda hidden: product(hidden.to(dtype))
-
-
-def _cache_name(base: PreTrainedModel) -> str:
-    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"  # the older name
 
 
 def default_token_budget(model: nn.Module, device: torch.device) -> int:

@@ -13,61 +13,32 @@ Axes are those of `attention.py`: B rows of which some still run, T tokens of th
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings
-from hybrid_lightning.engine.passes import prepacked_projection
+from hybrid_lightning.engine.packed_decoding import PackedDecoding
 from hybrid_lightning.engine.segments import Segments, attend, joined
-from hybrid_lightning.types import Sequences
-
-if TYPE_CHECKING:
-    from hybrid_lightning.engine.engine import Engine  # with PEFT, which is slow to import
 
 
-class SegmentDecoding:
-    """`Decoding` for models that attend by segments, without a window that could hide a prompt's keys.
+class SegmentDecoding(PackedDecoding):
+    """`Decoding` for models that attend by segments, without a window that could hide a prompt's keys; see `PackedDecoding`."""
 
-    It is the `Packing` of its own steps.
-
-    Args:
-        engine: Engine of the model.
-        ids: Prompts [P, S], left-padded.
-        mask: [P, S] bool.
-        max_new_tokens: Longest completion, T.
-    """
+    graphs = False  # whether steps are replayed from a CUDA graph, one for each number of rows
+    samples = 1
 
     slots: Tensor  # [R], the place of each row that runs among all rows
     positions: Tensor  # [R], of the token that a step reads
     places: Tensor  # [R], where its key goes in the buffer, counted through
     used: Tensor  # [R] int32, keys of each row's own
+    _segments: dict[int, tuple[Segments, Segments]]  # by the queries of a row
     _tokens: Tensor | None  # [R], that a graph of these rows reads
     _graph: "StepGraph | None"
 
-    leave_together = 1 / 16  # rows that have ended cost little: their slots are given up, and no key moves
-    graphs = False  # whether steps are replayed from a CUDA graph, one for each number of rows
-
-    def __init__(self, engine: "Engine", ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
-        self.engine, self.max_new_tokens = engine, max_new_tokens
-        self.prepack_projection()
-        self.layout = engine.packed(Sequences(ids, mask, ids[:, :0], mask[:, :0]), completions=False)
-        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values of the prompts' tokens, [N, K, D]
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values of completions, [B, T, K, D]
-        self.lengths = mask.sum(dim=1)  # tokens of each prompt
-        self.samples = 1
-        self._segments: dict[int, tuple[Segments, Segments]] = {}  # by R
-
-    def prepack_projection(self) -> None:
-        """Make the function from hidden states [N, H] to logits [N, V]; to be made again after a change of the weights."""
-        self.project = prepacked_projection(self.engine.model, self.engine.backend)
-
     def prefill(self, samples: int) -> Tensor:
         """See `Decoding`."""
-        layout, self.samples = self.layout, samples
-        hidden = self.engine.hidden(layout.ids, layout.positions, _Prefill(self))
-        logits = self.project(hidden[layout.last_prompt_token])
+        logits, self.samples = self.read_prompts(), samples
         self._start(torch.arange(len(self.lengths) * samples, device=self.lengths.device))
         self.used = torch.zeros(len(self.slots), dtype=torch.int32, device=self.slots.device)
         return logits.repeat_interleave(samples, dim=0, output_size=len(self.slots))
@@ -111,7 +82,7 @@ class SegmentDecoding:
         self._tokens = self._graph = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """One token of every row; see `Packing`."""
+        """See `PackedDecoding`."""
         if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may have made float32 of queries
             query = query.to(torch.get_autocast_dtype(query.device.type))
         rows, heads, size = query.shape
@@ -139,8 +110,8 @@ class SegmentDecoding:
             )
         return self._segments[repeats]
 
-    def store_prompt(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keep the prompts' keys and values, [N, K, D] each."""
+    def store_prompts(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> None:
+        """See `PackedDecoding`."""
         dtype = value.dtype
         if torch.is_autocast_enabled(value.device.type):
             dtype = torch.get_autocast_dtype(value.device.type)
@@ -174,15 +145,3 @@ class StepGraph:
         self._tokens.copy_(tokens)
         self._graph.replay()
         return self._result
-
-
-class _Prefill:
-    """The packing of the prefill pass, which also stores the prompts' keys and values."""
-
-    def __init__(self, decoding: SegmentDecoding) -> None:
-        self.decoding = decoding
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        """See `Packing`."""
-        self.decoding.store_prompt(layer, key, value)
-        return self.decoding.layout.attend(layer, query, key, value, settings)

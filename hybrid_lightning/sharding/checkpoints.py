@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor
 
@@ -80,6 +81,13 @@ class SplitCheckpoints(ParallelStrategy):
     """
 
     writes_folders: bool = False
+
+    @property
+    def module(self) -> LightningModule:
+        """The module that is trained, which there is once the Trainer has set the strategy up."""
+        module = self.lightning_module
+        assert module is not None
+        return module
 
     @abstractmethod
     def parts(self) -> Mapping[str, Tensor]:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from torch.optim import Optimizer
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sharding.checkpoints import SplitCheckpoints
-from hybrid_lightning.sharding.parameters import check_names, decoder_blocks, parameter_names, trained_names
+from hybrid_lightning.sharding.parameters import check_names, decoder_blocks, parameter_names, plain_optimizer, trained_names
 from hybrid_lightning.sharding.ranks import send_trained_weights
 from hybrid_lightning.sharding.weights import split_by_fsdp1
 
@@ -111,9 +110,7 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
         what lies on the host.
         """
         loss = super().backward(closure_loss, optimizer, *arguments, **options)
-        module = self.lightning_module
-        assert module is not None
-        for weight in module.parameters() if self.offloads else ():
+        for weight in self.module.parameters() if self.offloads else ():
             if weight.grad is not None:
                 earlier = self._sums.get(weight)
                 self._sums[weight] = weight.grad.clone() if earlier is None else earlier.add_(weight.grad)
@@ -130,29 +127,23 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
 
     def parts(self) -> Mapping[str, Tensor]:
         """All weights, gathered and split anew by their rows; FSDP1 itself splits all of a block as one."""
-        module = self.lightning_module
-        assert module is not None
-        with self._states(module, split=True):
-            return dict(module.state_dict())
+        with self._states(split=True):
+            return dict(self.module.state_dict())
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Weights, whole and on rank 0 alone unless they go into a folder."""
-        module = self.lightning_module
-        assert module is not None
-        with self._states(module, self.writes_folders, rank0_only=True):
-            state = module.state_dict()
+        with self._states(self.writes_folders, rank0_only=True):
+            state = self.module.state_dict()
         return state if self.is_global_zero or self.writes_folders else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State by name, with whole tensors and on rank 0 alone unless it goes into a folder."""
-        module = self.lightning_module
-        assert module is not None
-        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        with self._states(module, self.writes_folders, rank0_only=True):
-            state = FullyShardedDataParallel.optim_state_dict(module, optimizer)
+        optimizer = plain_optimizer(optimizer)
+        with self._states(self.writes_folders, rank0_only=True):
+            state = FullyShardedDataParallel.optim_state_dict(self.module, optimizer)
         if not self.is_global_zero and not self.writes_folders:
             return {}
-        names = parameter_names(module)
+        names = parameter_names(self.module)
         groups = [
             {**{key: value for key, value in group.items() if key != "params"}, "params": [names[p] for p in group["params"]]}
             for group in optimizer.param_groups
@@ -161,15 +152,13 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this rank's part of each weight."""
-        module = self.lightning_module
-        assert module is not None
         state = dict(checkpoint["state_dict"])
         split = any(isinstance(value, DTensor) for value in state.values())
         if split:  # FSDP1 warns of each weight that it is not given, and the frozen ones are in no checkpoint
-            trained = trained_names(module)
+            trained = trained_names(self.module)
             state |= {name: value for name, value in self.parts().items() if name not in trained}
-        with self._states(module, split):
-            module.load_state_dict(state, strict=strict)
+        with self._states(split):
+            self.module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this rank's part of each moment.
@@ -177,25 +166,22 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
         Raises:
             CheckpointError: If the state is of other parameters.
         """
-        module = self.lightning_module
-        assert module is not None
-        names = parameter_names(module)
+        names = parameter_names(self.module)
         split = any(isinstance(value, DTensor) for value in checkpoint["state_dict"].values())
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             check_names(saved, optimizer, names)
-            with self._states(module, split):
-                state = FullyShardedDataParallel.optim_state_dict_to_load(module, optimizer, saved)
+            with self._states(split):
+                state = FullyShardedDataParallel.optim_state_dict_to_load(self.module, optimizer, saved)
             optimizer.load_state_dict(state)
 
-    def _states(self, module: nn.Module, split: bool, rank0_only: bool = False) -> AbstractContextManager:
-        """Within, states are of parts, or whole and on the CPU."""
-        if split:
-            configs: Any = (ShardedStateDictConfig(), ShardedOptimStateDictConfig())
-            return FullyShardedDataParallel.state_dict_type(module, StateDictType.SHARDED_STATE_DICT, *configs)
-        offload = self.root_device.type != "cpu"
-        options = {"offload_to_cpu": offload, "rank0_only": rank0_only and offload}
-        configs = (FullStateDictConfig(**options), FullOptimStateDictConfig(**options))
-        return FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, *configs)
+    def _states(self, split: bool, rank0_only: bool = False) -> AbstractContextManager:
+        """Within this context, the module's states are of parts, or whole and on the CPU."""
+        kind, configs = StateDictType.SHARDED_STATE_DICT, (ShardedStateDictConfig(), ShardedOptimStateDictConfig())
+        if not split:
+            offload = self.root_device.type != "cpu"
+            options = {"offload_to_cpu": offload, "rank0_only": rank0_only and offload}
+            kind, configs = StateDictType.FULL_STATE_DICT, (FullStateDictConfig(**options), FullOptimStateDictConfig(**options))
+        return FullyShardedDataParallel.state_dict_type(self.module, kind, *configs)
 
 
 class _Precision(FSDPPrecision):
@@ -215,11 +201,9 @@ class _Precision(FSDPPrecision):
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clip by the norm over all ranks."""
-        module = self.strategy.lightning_module
-        assert module is not None
-        roots = [part for part in module.modules() if isinstance(part, FullyShardedDataParallel) and part.check_is_root()]
-        for root in roots:
-            root.clip_grad_norm_(clip_val)
+        for part in self.strategy.module.modules():
+            if isinstance(part, FullyShardedDataParallel) and part.check_is_root():
+                part.clip_grad_norm_(clip_val)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Weights have their dtype, and buffers such as the frequencies of positions keep theirs."""

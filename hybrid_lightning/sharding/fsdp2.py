@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -16,7 +15,7 @@ from torchmetrics import Metric
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.sharding.checkpoints import SplitCheckpoints
-from hybrid_lightning.sharding.parameters import check_names, decoder_blocks, is_split_like, parameter_names
+from hybrid_lightning.sharding.parameters import check_names, decoder_blocks, is_split_like, parameter_names, plain_optimizer
 from hybrid_lightning.sharding.ranks import send_trained_weights
 
 
@@ -108,35 +107,29 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
 
         Frozen weights are left out if the module does not load strictly.
         """
-        module = self.lightning_module
-        assert module is not None
+        module = self.module
         names = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
         left_out = set() if module.strict_loading else names
         return {name: self._as_saved(value) for name, value in module.state_dict().items() if name not in left_out}
 
     def parts(self) -> Mapping[str, Tensor]:
         """The parts of all parameters."""
-        module = self.lightning_module
-        assert module is not None
-        return {name: parameter.detach() for name, parameter in module.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer state for a checkpoint: the parts of this rank for a folder, else whole tensors on rank 0."""
-        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state = optimizer.state_dict()
+        state = plain_optimizer(optimizer).state_dict()
         saved = {number: {key: self._as_saved(value) for key, value in entry.items()} for number, entry in state["state"].items()}
         return {**state, "state": saved}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load this rank's part of each weight."""
-        module = self.lightning_module
-        assert module is not None
-        parameters = dict(module.named_parameters())
+        parameters = dict(self.module.named_parameters())
         state = {
             name: _part_of(value, parameters[name]) if name in parameters else value
             for name, value in checkpoint["state_dict"].items()
         }
-        module.load_state_dict(state, strict=strict)
+        self.module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load this rank's part of the optimizer state.
@@ -144,9 +137,7 @@ class FSDP2Strategy(SplitCheckpoints, ModelParallelStrategy):
         Raises:
             CheckpointError: If the state belongs to other parameters.
         """
-        module = self.lightning_module
-        assert module is not None
-        names = parameter_names(module)
+        names = parameter_names(self.module)
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             check_names(saved, optimizer, names)
             parts: dict[str, dict[str, Any]] = {}

@@ -8,6 +8,7 @@ numbers from the saved `param_groups` when it loads, so that state by name can b
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -55,6 +56,12 @@ def trained_names(module: nn.Module) -> set[str]:
     return {name for parameter, name in parameter_names(module).items() if parameter.requires_grad}
 
 
+def plain_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself, where Lightning has wrapped it."""
+    inner: Optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    return inner
+
+
 def name_optimizer_state(state: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
     """Replace the numbers of parameters in an optimizer state by their names.
 
@@ -82,8 +89,8 @@ def check_names(state: Mapping[str, Any], optimizer: Optimizer, names: Mapping[n
     mine = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     if saved != mine:
         raise CheckpointError(
-            "the checkpoint's optimizer state is of other parameters than those that are trained now; if an earlier "
-            "version wrote it, resume with that version"
+            "the checkpoint's optimizer state is of other parameters than those that are trained now; give the checkpoint of a "
+            "run that trained the same modules"
         )
 
 

@@ -104,8 +104,8 @@ def test_a_family_whose_attention_cannot_be_packed(said):
 
 @needs_kernels
 def test_a_packing_trial_that_fails(monkeypatch):
-    separate = hook._separate
-    monkeypatch.setattr(hook, "_separate", lambda *parts: 2 * separate(*parts))
+    separate = hook.separate_logits
+    monkeypatch.setattr(hook, "separate_logits", lambda *parts: 2 * separate(*parts))
     reasons = slow(build("llama"))
     assert set(reasons) == {"packed training", "shared prompts", "fast decoding"}
     assert len(set(reasons.values())) == 1 and "packed sequences change its logits" in reasons["fast decoding"]

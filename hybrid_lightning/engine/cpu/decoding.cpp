@@ -89,12 +89,4 @@ static void decode_attention(
     compute(cache, query, key, value, slots, lengths, result, rows, repeats, decoded, window, scale, strides);
 }
 
-#define DECODE(T)                                                                                                         \
-    (const T* query, const T* key, const T* value, const T* prompt_keys, const T* prompt_values, T* keys, T* values,      \
-     const int64_t* slots, const int64_t* lengths, T* result, int64_t rows, int64_t samples, int64_t heads, int64_t repeats, \
-     int64_t width, int64_t capacity, int64_t size, int64_t decoded, int64_t window, float scale, int64_t query_stride,   \
-     int64_t key_stride, int64_t value_stride)
-EXPORT(
-    decode_attention, DECODE,
-    (query, key, value, prompt_keys, prompt_values, keys, values, slots, lengths, result, rows, samples, heads, repeats, width,
-     capacity, size, decoded, window, scale, query_stride, key_stride, value_stride))
+EXPORT(decode_attention)

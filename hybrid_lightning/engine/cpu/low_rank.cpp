@@ -44,7 +44,7 @@ static void add_product(
 }
 
 // low = x A' [rows, rank],   y [rows, m] += low (s B)'.
-extern "C" void add_low_rank_f32(
+static void add_low_rank(
     const float* x, const float* down, const float* up, float* y, float* low, int64_t rows, int64_t n, int64_t m, int64_t rank,
     int64_t x_stride, float scaling) {
     int64_t lanes = padded(rank), wide = padded(m);
@@ -70,7 +70,7 @@ extern "C" void add_low_rank_f32(
 }
 
 // With dy [rows, m] and inner = dy (s B):   dx += inner A,   dA = inner' x,   dB = s dy' low.   No dx where it has no place.
-extern "C" void low_rank_gradients_f32(
+static void low_rank_gradients(
     const float* outer, const float* x, const float* low, const float* down, const float* up, float* of_x, float* of_down,
     float* of_up, int64_t rows, int64_t n, int64_t m, int64_t rank, int64_t outer_stride, int64_t x_stride, float scaling) {
     int64_t lanes = padded(rank), inputs = padded(n), outputs = padded(m);
@@ -117,3 +117,5 @@ extern "C" void low_rank_gradients_f32(
             }
     }
 }
+
+extern "C" { auto add_low_rank_f32 = add_low_rank; auto low_rank_gradients_f32 = low_rank_gradients; }

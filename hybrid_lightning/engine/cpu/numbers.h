@@ -53,17 +53,26 @@ static inline Floats load(const bf16* from) {
     return __builtin_bit_cast(Floats, wide);
 }
 
-// By halves, so that additions do not wait for each other.
-static inline float sum(Floats value) {
+// All lanes put together by an operation, by halves, so that operations do not wait for each other.
+template <class Operation>
+static inline float reduced(Floats value, Operation operation) {
     typedef float Eight __attribute__((vector_size(32)));
     typedef float Four __attribute__((vector_size(16)));
     Eight eights[2];
     __builtin_memcpy(eights, &value, sizeof value);
-    Eight eight = eights[0] + eights[1];
+    Eight eight = operation(eights[0], eights[1]);
     Four fours[2];
     __builtin_memcpy(fours, &eight, sizeof eight);
-    Four four = fours[0] + fours[1];
-    return (four[0] + four[2]) + (four[1] + four[3]);
+    Four four = operation(fours[0], fours[1]);
+    return operation(operation(four[0], four[2]), operation(four[1], four[3]));
+}
+
+static inline float sum(Floats value) {
+    return reduced(value, [](auto one, auto other) { return one + other; });
+}
+
+static inline float largest(Floats value) {
+    return reduced(value, [](auto one, auto other) { return one > other ? one : other; });
 }
 
 // e^x within 2e-7 of its size; 0 below -87, where float32 has no normal numbers left, and e^88 above 88.
@@ -88,19 +97,6 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 // Room for so many numbers in full lanes.
 static inline int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
-static inline float largest(Floats value) {
-    typedef float Eight __attribute__((vector_size(32)));
-    typedef float Four __attribute__((vector_size(16)));
-    Eight eights[2];
-    __builtin_memcpy(eights, &value, sizeof value);
-    Eight eight = eights[0] > eights[1] ? eights[0] : eights[1];
-    Four fours[2];
-    __builtin_memcpy(fours, &eight, sizeof eight);
-    Four four = fours[0] > fours[1] ? fours[0] : fours[1];
-    float first = four[0] > four[2] ? four[0] : four[2], second = four[1] > four[3] ? four[1] : four[3];
-    return first > second ? first : second;
-}
-
 // A row becomes e^(x - its largest), whose sum is returned. Full lanes are computed: behind the row lie numbers of minus infinity.
 static inline float exponentials(float* row, int64_t size) {
     Floats mosts = load(row);
@@ -118,7 +114,5 @@ static inline float exponentials(float* row, int64_t size) {
     return sum(sums);
 }
 
-// One function for each storage: name_f32 and name_bf16.
-#define EXPORT(name, arguments, values)                                        \
-    extern "C" void name##_f32 arguments(float) { name<float> values; }       \
-    extern "C" void name##_bf16 arguments(bf16) { name<bf16> values; }
+// Addresses of a function for each storage: name_f32 and name_bf16.
+#define EXPORT(name) extern "C" { auto name##_f32 = name<float>; auto name##_bf16 = name<bf16>; }

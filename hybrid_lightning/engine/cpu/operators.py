@@ -57,9 +57,8 @@ def fit(*tensors: Tensor) -> bool:
 
 @cache
 def _function(name: str, dtype: torch.dtype) -> Any:
-    function = getattr(library(), f"{name}_{_SUFFIX[dtype]}")
-    function.argtypes, function.restype = _SIGNATURES[name], None
-    return function
+    address = ctypes.c_void_p.in_dll(library(), f"{name}_{_SUFFIX[dtype]}").value
+    return ctypes.CFUNCTYPE(None, *_SIGNATURES[name])(address)
 
 
 def call_kernel(name: str, dtype: torch.dtype, tensors: Iterable[Tensor | None], *numbers: Any) -> None:

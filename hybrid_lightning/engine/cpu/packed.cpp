@@ -259,7 +259,12 @@ static Added compute_backward(const Inputs<T>& in, const Task& task, const T* gr
 }
 
 template <class T>
-static void packed_attention(const Inputs<T>& in, T* result) {
+static void packed_attention(
+    const T* query, const T* key, const T* value, T* result, const int64_t* segments, const int64_t* first, int64_t groups,
+    int64_t heads, int64_t repeats, int64_t size, int64_t window, float scale, int64_t query_stride, int64_t key_stride,
+    int64_t value_stride) {
+    Sizes sizes{heads, repeats, size, window, scale, query_stride, key_stride, value_stride};
+    Inputs<T> in{query, key, value, {segments, first, groups}, sizes};
     std::vector<Task> tasks;
     for (int64_t unit = 0; unit < in.groups.count * in.sizes.heads; ++unit)
         for (const Task& task : tasks_of(in.groups, unit / in.sizes.heads, unit % in.sizes.heads)) tasks.push_back(task);
@@ -298,8 +303,13 @@ static Added add_up(const Added* begin, const Added* end, int64_t lanes) {
 }
 
 template <class T>
-static void packed_attention_backward(const Inputs<T>& in, const T* gradient, T* of_query, T* of_key, T* of_value) {
-    int64_t heads = in.sizes.heads, units = in.groups.count * heads;
+static void packed_attention_backward(
+    const T* query, const T* key, const T* value, const T* gradient, T* of_query, T* of_key, T* of_value,
+    const int64_t* segments, const int64_t* first_segments, int64_t groups, int64_t heads, int64_t repeats, int64_t size,
+    int64_t window, float scale, int64_t query_stride, int64_t key_stride, int64_t value_stride) {
+    Sizes sizes{heads, repeats, size, window, scale, query_stride, key_stride, value_stride};
+    Inputs<T> in{query, key, value, {segments, first_segments, groups}, sizes};
+    int64_t units = groups * heads;
     for (int64_t begin = 0, end = 0; begin < units; begin = end) {
         std::vector<Task> tasks;
         std::vector<size_t> first;  // number of each unit's first task
@@ -337,17 +347,5 @@ static void packed_attention_backward(const Inputs<T>& in, const T* gradient, T*
     }
 }
 
-#define FORWARD(T)                                                                                                           \
-    (const T* query, const T* key, const T* value, T* result, const int64_t* segments, const int64_t* first, int64_t groups, \
-     int64_t heads, int64_t repeats, int64_t size, int64_t window, float scale, int64_t query_stride, int64_t key_stride,    \
-     int64_t value_stride)
-#define INPUTS                                        \
-    {query, key, value, Groups{segments, first, groups}, \
-     Sizes{heads, repeats, size, window, scale, query_stride, key_stride, value_stride}}
-EXPORT(packed_attention, FORWARD, (INPUTS, result))
-
-#define BACKWARD(T)                                                                                                      \
-    (const T* query, const T* key, const T* value, const T* gradient, T* of_query, T* of_key, T* of_value,               \
-     const int64_t* segments, const int64_t* first, int64_t groups, int64_t heads, int64_t repeats, int64_t size,        \
-     int64_t window, float scale, int64_t query_stride, int64_t key_stride, int64_t value_stride)
-EXPORT(packed_attention_backward, BACKWARD, (INPUTS, gradient, of_query, of_key, of_value))
+EXPORT(packed_attention)
+EXPORT(packed_attention_backward)

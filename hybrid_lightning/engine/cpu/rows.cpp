@@ -127,23 +127,9 @@ static void with_low_rank(const T* x, const float* down, T* y, int64_t count, in
     }
 }
 
-#define NORM(T) (const T* x, const T* weight, T* y, float* inverses, int64_t rows, int64_t size, float eps)
-EXPORT(rms_norm, NORM, (x, weight, y, inverses, rows, size, eps))
-
-#define NORM_BACKWARD(T) \
-    (const T* outer, const T* x, const T* weight, const float* inverses, T* inner, int64_t rows, int64_t size)
-EXPORT(rms_norm_backward, NORM_BACKWARD, (outer, x, weight, inverses, inner, rows, size))
-
-#define SILU(T) (const T* gate, const T* up, T* y, int64_t rows, int64_t size, int64_t gate_stride, int64_t up_stride)
-EXPORT(gated_silu, SILU, (gate, up, y, rows, size, gate_stride, up_stride))
-
-#define SILU_BACKWARD(T) (const T* outer, const T* gate, const T* up, T* of_gate, T* of_up, int64_t count)
-EXPORT(gated_silu_backward, SILU_BACKWARD, (outer, gate, up, of_gate, of_up, count))
-
-#define ROTARY(T)                                                                                                    \
-    (const T* x, const T* cosines, const T* sines, T* y, int64_t rows, int64_t heads, int64_t size, int64_t row_stride, \
-     int64_t head_stride, float sign)
-EXPORT(rotary, ROTARY, (x, cosines, sines, y, rows, heads, size, row_stride, head_stride, sign))
-
-#define LOW_RANK(T) (const T* x, const float* down, T* y, int64_t count, int64_t size, int64_t rank, int64_t stride)
-EXPORT(with_low_rank, LOW_RANK, (x, down, y, count, size, rank, stride))
+EXPORT(rms_norm)
+EXPORT(rms_norm_backward)
+EXPORT(gated_silu)
+EXPORT(gated_silu_backward)
+EXPORT(rotary)
+EXPORT(with_low_rank)

@@ -90,11 +90,5 @@ static void token_logprobs(
     }
 }
 
-#define DRAW(T)                                                                                                   \
-    (const T* logits, const double* uniform, int64_t* tokens, float* logprobs, int64_t rows, int64_t size, float inverse)
-EXPORT(draw_tokens, DRAW, (logits, uniform, tokens, logprobs, rows, size, inverse))
-
-#define LOGPROBS(T)                                                                                                \
-    (T* logits, const int64_t* tokens, float* logprobs, float* entropies, int64_t rows, int64_t size, float inverse, \
-     int64_t slopes)
-EXPORT(token_logprobs, LOGPROBS, (logits, tokens, logprobs, entropies, rows, size, inverse, slopes))
+EXPORT(draw_tokens)
+EXPORT(token_logprobs)

@@ -32,8 +32,11 @@ class OfAccelerator(Backend):
     def why_no_segments(self, device, dtype):
         return ""
 
-    def products_are_faster(self, device):
+    def is_cpu(self, device):
         return False
+
+    def copies_pay(self, device):
+        return True
 
 
 def build(family, targets=ALL, **settings):

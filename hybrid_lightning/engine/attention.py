@@ -9,9 +9,9 @@ Four ways to compute it, which give the same numbers:
   dozen queries at a time, and only queries, keys and values are kept for the backward pass. On two cores (AMD EPYC, Zen
   4) forward and backward pass took 0.3 to 0.6 of the time of matrix products, at prompts of 6 to 512 and completions of 10 to
   128 tokens;
-- by matrix products over all queries of a prompt at once, with a backward pass of their own. On CPUs this is many times faster
-  than torch's fused kernel at the lengths of rollouts (at S=128, T=64 forward and backward pass took 50 ms instead of 170 to
-  250), and keys and values are never repeated;
+- by matrix products over all queries of a prompt at once. On CPUs this is many times faster than torch's fused kernel at the
+  lengths of rollouts (at S=128, T=64 forward and backward pass took 50 ms instead of 170 to 250), and keys and values are never
+  repeated;
 - by segments (`segments.py`) on accelerators that have the kernels for it;
 - by `scaled_dot_product_attention` with repeated keys and values on other accelerators, whose kernels keep no scores.
 """
@@ -140,127 +140,37 @@ def shared_attention(
     Returns:
         [P, K, G, R, T, D] in the dtype of the values.
     """
-    by_products = backend.products_are_faster(query.device) or settings.softcap is not None  # no kernel has a softcap
+    by_products = backend.is_cpu(query.device) or settings.softcap is not None  # no kernel has a softcap
     compute = _by_products if by_products else _by_kernel
-    if by_products and settings.plain and torch.is_grad_enabled():
-        keys, values = (None, None) if prompt is None else prompt
-        result: Tensor = _Products.apply(query, *own, keys, values, masks, settings)  # type: ignore[no-untyped-call]
-        return result
     width = own[0].shape[3] + (prompt[0].shape[2] if prompt is not None else 0)
     if not torch.is_grad_enabled() or width <= query.shape[-1]:
         return compute(query, prompt, own, masks, settings)
-    # Neither scores nor repeated keys are kept for the backward pass (see `_Products`).
-    result = checkpoint(compute, query, prompt, own, masks, settings, use_reentrant=False)  # type: ignore[no-untyped-call]
+    # Neither scores nor repeated keys are kept for the backward pass: they would be larger than all else that a layer keeps.
+    result: Tensor = checkpoint(compute, query, prompt, own, masks, settings, use_reentrant=False)  # type: ignore[no-untyped-call]
     return result
-
-
-def _by_completion(part: Tensor) -> Tensor:
-    """[P, K, G, R, T, x] -> [P K G, R T, x]: one product for the queries of a completion with its own keys."""
-    prompts, heads, samples, repeats, length, _ = part.shape
-    return part.reshape(prompts * heads * samples, repeats * length, -1)
-
-
-def _by_prompt(part: Tensor) -> Tensor:
-    """[P, K, G, R, T, x] -> [P K, G R T, x]: one product for the queries of all completions with the prompt's keys."""
-    prompts, heads, samples, repeats, length, _ = part.shape
-    return part.reshape(prompts * heads, samples * repeats * length, -1)
 
 
 def _by_products(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings) -> Tensor:
-    with torch.autocast(query.device.type, enabled=False):
-        weights = _weights(_scaled(query, settings), prompt[0] if prompt is not None else None, own[0], masks, settings)
-        weights = F.dropout(weights, settings.dropout, training=settings.dropout > 0).to(own[1].dtype)
-        return _weighted(weights, prompt[1] if prompt is not None else None, own[1])
-
-
-def _scaled(query: Tensor, settings: AttentionSettings) -> Tensor:
-    """Queries in float32 times the factor of the scores."""
-    return (query.float() * settings.factor(query)).contiguous()
-
-
-def _weights(scaled: Tensor, prompt_keys: Tensor | None, keys: Tensor, masks: Masks, settings: AttentionSettings) -> Tensor:
-    """Attention weights [P, K, G, R, T, S + M]; the prompt's keys come first.
+    """One product for the queries of all completions with the prompt's keys, and one for those of a completion with its own.
 
     Scores are float32, as the fused kernels have them: in bfloat16 a score of 10 is off by up to 0.03.
     """
-    shape = scaled.shape[:-1]
-    scores = [torch.bmm(_by_completion(scaled), keys.float().flatten(0, 2).transpose(1, 2)).view(*shape, -1)]
-    if prompt_keys is not None:
-        scores.insert(0, torch.bmm(_by_prompt(scaled), prompt_keys.float().flatten(0, 1).transpose(1, 2)).view(*shape, -1))
-    if settings.softcap is not None:
-        scores = [settings.softcap * torch.tanh(part / settings.softcap) for part in scores]
-    used = (masks.prompt, masks.own) if prompt_keys is not None else (masks.own,)
-    scores = [part if mask is None else part.masked_fill_(~mask, float("-inf")) for part, mask in zip(scores, used, strict=True)]
-    return (torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]).softmax(dim=-1)
-
-
-def _weighted(weights: Tensor, prompt_values: Tensor | None, values: Tensor) -> Tensor:
-    """The sum of the values by their weights, [P, K, G, R, T, D]."""
-    shape = (*weights.shape[:-1], values.shape[-1])
-    result = torch.bmm(_by_completion(weights[..., -values.shape[3] :]), values.flatten(0, 2)).view(shape)
-    if prompt_values is not None:
-        of_prompt = torch.bmm(_by_prompt(weights[..., : -values.shape[3]]), prompt_values.flatten(0, 1))
-        result = result + of_prompt.view(shape)
-    return result
-
-
-class _Products(torch.autograd.Function):
-    """`_by_products` with a backward pass of its own.
-
-    The attention weights are kept for it, unless a query sees more keys than it has numbers: they would then be larger than all
-    else that a layer keeps, and are computed again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        prompt_keys: Tensor | None,
-        prompt_values: Tensor | None,
-        masks: Masks,
-        settings: AttentionSettings,
-    ) -> Tensor:
-        with torch.autocast(query.device.type, enabled=False):
-            weights = _weights(_scaled(query, settings), prompt_keys, keys, masks, settings)
-            result = _weighted(weights.to(values.dtype), prompt_values, values)
-        kept = weights if weights.shape[-1] <= query.shape[-1] else None
-        ctx.save_for_backward(query, keys, values, prompt_keys, prompt_values, kept)
-        ctx.masks, ctx.settings = masks, settings
-        return result
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, keys, values, prompt_keys, prompt_values, weights = ctx.saved_tensors
-        with torch.autocast(query.device.type, enabled=False):
-            scaled = _scaled(query, ctx.settings)
-            if weights is None:
-                weights = _weights(scaled, prompt_keys, keys, ctx.masks, ctx.settings)
-            own = keys.shape[3]
-            gradient = gradient.to(values.dtype).contiguous()
-            used = weights.to(values.dtype)
-            of_values = torch.bmm(_by_completion(used[..., -own:]).transpose(1, 2), _by_completion(gradient)).view_as(values)
-            slopes = [torch.bmm(_by_completion(gradient), values.flatten(0, 2).transpose(1, 2)).view(*weights.shape[:-1], own)]
-            of_prompt_keys = of_prompt_values = None
-            if prompt_keys is not None:
-                whole = _by_prompt(gradient)
-                of_prompt_values = torch.bmm(_by_prompt(used[..., :-own]).transpose(1, 2), whole).view_as(prompt_values)
-                slopes.insert(0, torch.bmm(whole, prompt_values.flatten(0, 1).transpose(1, 2)).view(*weights.shape[:-1], -1))
-            del used
-            slope = (torch.cat(slopes, dim=-1) if len(slopes) > 1 else slopes[0]).float()
-            del slopes
-            slope = torch._softmax_backward_data(slope, weights, -1, torch.float32)  # of the scores
-            of_keys = torch.bmm(_by_completion(slope[..., -own:]).transpose(1, 2), _by_completion(scaled)).view_as(keys)
-            of_query = torch.bmm(_by_completion(slope[..., -own:]), keys.float().flatten(0, 2)).view(query.shape)
-            if prompt_keys is not None:
-                whole = _by_prompt(slope[..., :-own])
-                of_prompt_keys = torch.bmm(whole.transpose(1, 2), _by_prompt(scaled)).view_as(prompt_keys)
-                of_prompt_keys = of_prompt_keys.to(prompt_keys.dtype)
-                of_query += torch.bmm(whole, prompt_keys.float().flatten(0, 1)).view(query.shape)
-            of_query *= ctx.settings.factor(query)
-        return of_query.to(query.dtype), of_keys.to(keys.dtype), of_values, of_prompt_keys, of_prompt_values, None, None
+    runs = [(*own, masks.own)] if prompt is None else [(*prompt, masks.prompt), (*own, masks.own)]
+    shape, size, scores, results = query.shape[:-1], query.shape[-1], [], []
+    with torch.autocast(query.device.type, enabled=False):
+        scaled = (query.float() * settings.factor(query)).contiguous()
+        for keys, _, mask in runs:
+            keys = keys.float().flatten(0, -3)
+            part = torch.bmm(scaled.view(len(keys), -1, size), keys.transpose(1, 2)).view(*shape, -1)
+            if settings.softcap is not None:
+                part = settings.softcap * torch.tanh(part / settings.softcap)
+            scores.append(part if mask is None else part.masked_fill_(~mask, float("-inf")))
+        weights = (torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]).softmax(dim=-1)
+        weights = F.dropout(weights, settings.dropout, training=settings.dropout > 0).to(own[1].dtype)
+        for part, (_, values, _) in zip(weights.split([part.shape[-1] for part in scores], dim=-1), runs, strict=True):
+            values = values.flatten(0, -3)
+            results.append(torch.bmm(part.reshape(len(values), -1, part.shape[-1]), values).view(*shape, -1))
+    return results[0] if len(results) == 1 else results[0] + results[1]
 
 
 def _by_kernel(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks: Masks, settings: AttentionSettings) -> Tensor:
@@ -288,8 +198,6 @@ def _by_kernel(query: Tensor, prompt: KeysValues | None, own: KeysValues, masks:
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: Groups, window: int | None, scaling: float) -> Tensor:
     """`attention_operators.packed_attention` with a backward pass."""
-    if not torch.is_grad_enabled():
-        return attention_operators.packed_attention(query, key, value, groups, window, scaling)
     result: Tensor = _PackedAttention.apply(query, key, value, groups, window, scaling)  # type: ignore[no-untyped-call]
     return result
 

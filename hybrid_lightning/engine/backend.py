@@ -82,22 +82,15 @@ class Backend:
             return f"they are for CPUs, and the model is on {device.type}"
         return operators.why_unusable(dtype)
 
-    def draw_tokens(self, logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Draw a token for each row of logits that are `usable`.
+    draw_tokens = staticmethod(operators.draw_tokens)  # for logits that are `usable`
 
-        Args:
-            logits: [B, V].
-            uniform: Uniform random numbers in [0, 1), [B, 1] float64.
-            temperature: Divides the logits.
-
-        Returns:
-            Tokens [B] int64, and their log-probabilities [B] float32.
-        """
-        return operators.draw_tokens(logits, uniform, temperature)
-
-    def products_are_faster(self, device: torch.device) -> bool:
-        """Whether matrix products beat torch's fused kernels of attention, at the lengths of rollouts."""
+    def is_cpu(self, device: torch.device) -> bool:
+        """Whether a CPU computes: there matrix products beat torch's kernels of attention, at the lengths of rollouts."""
         return device.type == "cpu"
+
+    def copies_pay(self, device: torch.device) -> bool:
+        """Whether decoding gains enough by a copy of the weights, made for its products, to be worth the memory."""
+        return self.is_cpu(device)
 
     def why_no_segments(self, device: torch.device, dtype: torch.dtype) -> str:
         """Why packed tokens do not attend by segments (see `segments.py`), in words for the user; empty where they do."""
@@ -111,15 +104,11 @@ class Backend:
         On a CPU 32 MiB in float32. On an accelerator, where a block reads the whole output layer, 1 GiB: at a vocabulary of
         152,000 these are 1,766 tokens.
         """
-        return 2**23 if device.type == "cpu" else 2**28
+        return 2**23 if self.is_cpu(device) else 2**28
 
     def key_dtype(self, key: Tensor) -> torch.dtype:
         """The dtype of cached keys: float32 where products need it, so that keys are converted once and not at every token."""
-        return torch.float32 if self.products_are_faster(key.device) else key.dtype
-
-    def copies_pay(self, device: torch.device) -> bool:
-        """Whether decoding gains enough by a copy of the weights, made for its products, to be worth the memory."""
-        return device.type == "cpu"
+        return torch.float32 if self.is_cpu(key.device) else key.dtype
 
     def why_no_copies(self, device: torch.device, dtype: torch.dtype) -> str:
         """Why `prepacked_product` makes no copy of a weight, in words for the user; empty where it makes one."""
@@ -130,8 +119,14 @@ class Backend:
         return "" if _has_onednn() else "this processor has no AVX-512, or this torch no oneDNN"
 
     def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """The product with a weight [m, n] that does not change: from rows [N, n] to [N, m], without a gradient."""
-        return prepacked_product(weight)
+        """The product with a weight [m, n] that does not change: a function of rows [N, n] that gives [N, m], without a gradient.
+
+        It may hold a copy of the weight.
+        """
+        if weight.device.type == "cpu" and packs(weight.dtype):
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+            return lambda rows: _onednn(rows, packed)
+        return lambda rows: F.linear(rows, weight)
 
 
 class PlannedBackend(Backend):
@@ -150,21 +145,13 @@ class PlannedBackend(Backend):
         """See `Backend`."""
         return self._has_operators and operators.fit(*tensors)
 
-    def products_are_faster(self, device: torch.device) -> bool:
+    def is_cpu(self, device: torch.device) -> bool:
         """See `Backend`."""
         return self._on_cpu
 
     def why_no_segments(self, device: torch.device, dtype: torch.dtype) -> str:
         """See `Backend`. The accelerator is taken to be one that can."""
         return "a CPU has no kernels of it" if self._on_cpu else _why_no_kernels(dtype)
-
-    def most_logits(self, device: torch.device) -> int:
-        """See `Backend`."""
-        return super().most_logits(torch.device("cpu" if self._on_cpu else "cuda"))
-
-    def copies_pay(self, device: torch.device) -> bool:
-        """See `Backend`."""
-        return self._on_cpu
 
     def prepacked_product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """See `Backend`. A plain copy stands for the prepacked one, since oneDNN cannot pack fake tensors."""
@@ -236,14 +223,3 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
 def packs(dtype: torch.dtype) -> bool:
     """Whether `prepacked_product` copies a weight of this dtype on this CPU, into memory that torch does not count."""
     return dtype in _PACKED_DTYPES and _has_onednn()
-
-
-def prepacked_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The product with a weight [m, n] that does not change: a function of rows [N, n] that gives [N, m], without a gradient.
-
-    It may hold a copy of the weight.
-    """
-    if weight.device.type == "cpu" and packs(weight.dtype):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
-        return lambda rows: _onednn(rows, packed)
-    return lambda rows: F.linear(rows, weight)

@@ -56,6 +56,28 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, options={name: True for name in wanted if hasattr(config, name)})
 
 
+def give_up_compiling(what: str, error: Exception | str) -> str:
+    """Warn that something goes on without being compiled.
+
+    Args:
+        what: What does, in words that precede "without torch.compile".
+        error: What went wrong.
+
+    Returns:
+        The reason, in words for the user.
+    """
+    said = error if isinstance(error, str) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    remedy = "set TORCH_COMPILE_DISABLE=1 to be without the attempt and this warning"
+    logger.warning("%s without torch.compile, which takes longer, since that gave %s; %s", what, said, remedy)
+    return f"torch.compile gave {said}"
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """How far numbers are from those expected, as a share of their norm."""
+    wanted = expected.double()
+    return float((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
 def one_kernel(plain: Callable[..., Any], otherwise: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """A function that is compiled for accelerators, as the operator `hybrid_lightning::<name>` of torch.
 
@@ -79,14 +101,7 @@ def one_kernel(plain: Callable[..., Any], otherwise: Callable[..., Any] | None =
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
-            failed.append(str(error))
-            logger.warning(
-                "%s is trained without torch.compile, which takes longer, since that gave %s: %s. "
-                "Without the attempt and this warning: TORCH_COMPILE_DISABLE=1",
-                name,
-                type(error).__name__,
-                " ".join(str(error).split())[:200],
-            )
+            failed.append(give_up_compiling(f"{name} is computed", error))
             return instead(first, *rest)
 
     _OPERATORS.define(name + torch.library.infer_schema(plain, mutates_args=()))

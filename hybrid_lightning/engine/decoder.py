@@ -10,16 +10,16 @@ Once for each model both passes are tried on a few tokens. If their numbers diff
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import Packing
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.compiling import compiling_pays, variants_allowed
-from hybrid_lightning.engine.decoder_layers import KnownLayer, adapters_of, compiled_layers
-from hybrid_lightning.engine.fused_attention import rotary_of_tokens
+from hybrid_lightning.engine.compiling import compiling_pays, distance, give_up_compiling, variants_allowed
+from hybrid_lightning.engine.decoder_layers import CompiledLayer, KnownLayer, adapters_of, compiled_layers
+from hybrid_lightning.engine.fused_attention import rotary
 from hybrid_lightning.engine.packing import PackedSequences
 from hybrid_lightning.engine.passes import base_model, own_hidden
 from hybrid_lightning.engine.prepacked import added_product, products_together
@@ -68,8 +68,7 @@ class FastDecoder:
                 try:  # it may be compiled again long after the trial, as for inference mode
                     return compiled(ids, positions, packing)
                 except torch._dynamo.exc.TorchDynamoException as error:
-                    self._make = _plain_pass
-                    self._give_up_compiling(decoder, f"{type(error).__name__}: {error}")
+                    self._make = self._give_up_compiling(decoder, error)
             return plain(ids, positions, packing)  # the packing gets again what it got before the error
 
         return hidden_states
@@ -83,55 +82,37 @@ class FastDecoder:
         with torch.no_grad():
             with backend.in_pass():
                 expected = own_hidden(model, packed.ids, packed.positions, packed)
-            if compiling_pays(device) and self._compiles(decoder, layers, backend, packed, expected):
-                return _compiled_pass
-            off = _difference(_plain_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
-        if off:
-            self.why_own = f"calling its parts one by one gave {off}"
+
+            def off(make: Maker) -> str:
+                return _difference(make(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
+
+            if compiling_pays(device):
+                if compiled_layers(layers) is None:
+                    self.why_not_compiled = "a projection is of a special kind, such as a quantized one"
+                logger.info("torch.compile compiles the layers of %s for sampling, once", type(decoder).__name__)
+                try:
+                    failure: Exception | str = off(_compiled_pass)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
+                    failure = error
+                if not failure:
+                    return _compiled_pass
+                self._give_up_compiling(decoder, failure)
+            difference = off(_plain_pass)
+        if difference:
+            self.why_own = f"calling its parts one by one gave {difference}"
             logger.warning(
-                "%s is sampled from by its own forward pass, which takes longer: %s. "
-                "This version of transformers may be newer than this project knows",
+                "%s is sampled from by its own forward pass, which takes longer, since %s; "
+                "try an older version of transformers, as this one may be newer than this project knows",
                 type(decoder).__name__,
                 self.why_own,
             )
-        return None if off else _plain_pass
+        return None if difference else _plain_pass
 
-    def _compiles(
-        self, decoder: Any, layers: list[KnownLayer], backend: Backend, packed: PackedSequences, expected: Tensor
-    ) -> bool:
-        if compiled_layers(layers) is None:
-            self.why_not_compiled = "a projection is of a special kind, such as a quantized one"
-        logger.info("torch.compile compiles the layers of %s for sampling, once", type(decoder).__name__)
-        try:
-            off = _difference(_compiled_pass(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
-            off = f"{type(error).__name__}: {error}"
-        if off:
-            self._give_up_compiling(decoder, off)
-        return not off
-
-    def _give_up_compiling(self, decoder: Any, reason: str) -> None:
-        self.why_not_compiled = f"torch.compile gave {reason}"
-        logger.warning(
-            "%s is sampled from without torch.compile, which takes longer, since that gave %s. "
-            "Without the attempt and this warning: TORCH_COMPILE_DISABLE=1",
-            type(decoder).__name__,
-            reason,
-        )
-
-
-class _Layer(Protocol):
-    """What a layer computes before and after its attention, without a gradient."""
-
-    def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, H, D], keys [N, K, D] and values [N, K, D] of hidden states [N, n]; cosines and sines are [N, D]."""
-        ...
-
-    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Hidden states [N, n] after the layer from those before it, which it may overwrite, and attention's result [N, H D]."""
-        ...
+    def _give_up_compiling(self, decoder: Any, error: Exception | str) -> Maker:
+        self.why_not_compiled = give_up_compiling(f"{type(decoder).__name__} is sampled from", error)
+        return _plain_pass
 
 
 class _PlainLayer:
@@ -145,15 +126,15 @@ class _PlainLayer:
         self.add_mlp = added_product(known.mlp.down_proj, known.backend)
 
     def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """See `_Layer`."""
+        """Queries [N, H, D], keys [N, K, D] and values [N, K, D] of hidden states [N, n]; cosines and sines are [N, D]."""
         known, shape = self.known, (len(hidden), -1, self.known.head_size)
         query, key, value = (part.view(shape) for part in self.queries_keys_values(known.norms[0].forward(hidden)))
         if known.head_norms is not None:
             query, key = known.head_norms[0].forward(query), known.head_norms[1].forward(key)
-        return *rotary_of_tokens(known.backend, query, key, *angles), value
+        return *rotary(known.backend, query, key, *angles), value
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """See `_Layer`."""
+        """Hidden states [N, n] after the layer from those before it, which it may overwrite, and attention's result [N, H D]."""
         hidden = self.add_output(hidden, attended)
         gate, up = self.gate_and_up(self.known.norms[1].forward(hidden))
         return self.add_mlp(hidden, self.known.mlp.activated(gate, up))
@@ -178,7 +159,7 @@ def _compiled_pass(decoder: Any, layers: list[KnownLayer], backend: Backend) -> 
     return hidden_states
 
 
-def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_Layer], backend: Backend) -> Pass:
+def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_PlainLayer | CompiledLayer], backend: Backend) -> Pass:
     def hidden_states(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         hidden = decoder.embed_tokens(ids)
         cosines, sines = decoder.rotary_emb(hidden[None], positions[None])
@@ -198,6 +179,6 @@ def _difference(found: Tensor, expected: Tensor) -> str:
     if found.dtype != expected.dtype:
         return f"{found.dtype} instead of {expected.dtype}"
     # Bit for bit on a CPU by plain calls; products of an accelerator may sum up otherwise for another number of axes.
-    off = float((found - expected).double().norm() / expected.double().norm())
+    off = distance(found, expected)
     close = off <= (1e-4 if expected.dtype == torch.float32 else 0.02)
     return "" if close else f"other numbers, {off:.2g} of their size away"

@@ -159,7 +159,7 @@ class Engine:
             "fused layers": self._why_not_fused(),
             "CPU kernels": self.backend.why_no_operators(device, trial.dtype),
             "prepacked weights": why_not_prepacked(self.model, self.backend, trial.dtype),
-            "fast decoding": packing or self._why_own_decoding(),
+            "fast decoding": self._known_layers()[1] or self._fast.why_own,
         }
         if device.type != "cpu":
             reasons["attention by segments"] = packing or trial.why_no_segments
@@ -193,7 +193,7 @@ class Engine:
             dtype: Dtype of the products; None takes that of each weight.
         """
         self.prepare()
-        layers = self._known_layers()
+        layers, _ = self._known_layers()
         together = [part for layer in layers for part in layer.same_input()]
         with prepacked_weights(self.model, self.backend, dtype, together):
             self._pass = self._fast.new_pass(self.model, layers, self.backend) if layers else None
@@ -215,19 +215,18 @@ class Engine:
         weight = next(self.model.parameters())
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        why = self.backend.why_no_segments(weight.device, dtype)
-        if not why:
+        why, reason = self.backend.why_no_segments(weight.device, dtype), ""
+        for segments in (False,) if why else (True, False):
             try:
-                calls = try_packing(self.model, self.backend, segments=True)
-                why = "" if all(calls.by_segments) else "its layers attend as the kernels cannot"
-                if not why:
-                    return _Trial(calls, "it was not tried", dtype)
+                calls = try_packing(self.model, self.backend, segments)
             except UnsupportedAttentionError as error:
-                why = str(error)
-        try:
-            return _Trial(try_packing(self.model, self.backend), "it was not tried", dtype, why)
-        except UnsupportedAttentionError as error:
-            return _Trial(None, str(error), dtype, why)
+                reason = str(error)
+                why = why or reason
+                continue
+            if not segments or all(calls.by_segments):
+                return _Trial(calls, "", dtype, why)
+            why = "its layers attend as the kernels cannot"
+        return _Trial(None, reason, dtype, why)
 
     def _why_no_kernel(self, dtype: torch.dtype) -> str:
         """Why a model that is not tried would not attend by segments, by its config."""
@@ -241,22 +240,14 @@ class Engine:
         why = "" if asked.fits_segments(torch.empty(size, device="meta")) else "its layers attend as the kernels cannot"
         return self.backend.why_no_segments(next(self.model.parameters()).device, dtype) or why
 
-    def _known_layers(self) -> list[KnownLayer]:
-        """The decoder's layers; an empty list where the model's own pass has to be used."""
+    def _known_layers(self) -> tuple[list[KnownLayer], str]:
+        """The decoder's layers; none where the model's own pass has to be used, and why."""
         if self._tried.calls is None:
-            return []
+            return [], self._tried.reason
         try:
-            return known_layers(base_model(self.model).get_decoder(), self._tried.calls, self.backend)
-        except UnknownLayerError:
-            return []
-
-    def _why_own_decoding(self) -> str:
-        assert self._tried.calls is not None
-        try:
-            known_layers(base_model(self.model).get_decoder(), self._tried.calls, self.backend)
+            return known_layers(base_model(self.model).get_decoder(), self._tried.calls, self.backend), ""
         except UnknownLayerError as error:
-            return str(error)
-        return self._fast.why_own
+            return [], str(error)
 
     def _why_not_fused(self) -> str:
         kinds = (FusedRMSNorm, FusedMLP, FusedAttention)

@@ -45,7 +45,7 @@ class FusedAttention(PutBefore):
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The output of attention [B, N, n] for hidden states [B, N, n]; cosines and sines are [B, N, D]."""
+        """The output of attention [B, N, n] for hidden states [B, N, n]; cosines and sines are [B, N, D]. B is 1 in a pass."""
         in_pass = options.get("packing") is not None and all(options.get(name) is None for name in _CACHE_NAMES)
         if not in_pass or position_embeddings is None or position_embeddings[0].shape[-1] != self.head_dim:
             own: Any = super().forward
@@ -54,18 +54,18 @@ class FusedAttention(PutBefore):
             )
             return result
         module: Any = self
-        shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+        shape = (hidden_states.shape[1], -1, module.head_dim)
         query, key, value = (part(hidden_states).view(shape) for part in (module.q_proj, module.k_proj, module.v_proj))
         if hasattr(module, "q_norm"):
             query, key = module.q_norm(query), module.k_norm(key)
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        query, key = rotary(self.backend, query, key, *position_embeddings)
+        query, key = rotary(self.backend, query, key, *(part[0].contiguous() for part in position_embeddings))
         attended = self.attended(query, key, value, attention_mask, **options)
         return module.o_proj(attended), None
 
     def attended(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Tensor:
-        """The input of the output projection [B, N, H D], in a pass, for queries [B, H, N, D], keys and values [B, K, N, D]."""
+        """The input of the output projection [1, N, H D], in a pass, for queries [N, H, D], keys and values [N, K, D]."""
         module: Any = self
+        query, key, value = (part[None].transpose(1, 2) for part in (query, key, value))  # as transformers has them
         attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]  # that of `attention_hook`
         asked = {
             "dropout": module.attention_dropout if self.training else 0.0,
@@ -179,30 +179,7 @@ def _small_layer(module: Any) -> nn.Module:
 
 
 def rotary(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated queries and keys, by transformers' function where there is no operator.
-
-    Args:
-        backend: The model's backend.
-        q: [B, H, N, D].
-        k: [B, K, N, D].
-        cos: [B, N, D], or [1, N, D].
-        sin: [B, N, D], or [1, N, D].
-
-    Returns:
-        [B, H, N, D] and [B, K, N, D].
-    """
-    rotate = _rotation(backend, q, k, cos, sin)
-    if rotate is None or cos.requires_grad:
-        rotated: tuple[Tensor, Tensor] = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
-        return rotated
-    cosines, sines = (part.expand(q.shape[0], -1, -1).flatten(0, 1).contiguous() for part in (cos, sin))
-    if not torch.is_grad_enabled():
-        return _rotated(rotate, q, cosines, sines, False), _rotated(rotate, k, cosines, sines, False)
-    return _Rotary.apply(rotate, q, cosines, sines), _Rotary.apply(rotate, k, cosines, sines)  # type: ignore[no-untyped-call]
-
-
-def rotary_of_tokens(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated queries and keys of N packed tokens, without a gradient.
+    """Rotated queries and keys of N packed tokens, by transformers' function where there is no faster one.
 
     Args:
         backend: The model's backend.
@@ -215,7 +192,11 @@ def rotary_of_tokens(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: T
         [N, H, D] and [N, K, D].
     """
     rotate = _rotation(backend, q, k, cos, sin)
-    return plain_rotary(q, k, cos, sin) if rotate is None else (rotate(q, cos, sin, False), rotate(k, cos, sin, False))
+    if rotate is None or cos.requires_grad:
+        return plain_rotary(q, k, cos, sin)
+    if not torch.is_grad_enabled():
+        return rotate(q, cos, sin, False), rotate(k, cos, sin, False)
+    return _Rotary.apply(rotate, q, cos, sin), _Rotary.apply(rotate, k, cos, sin)  # type: ignore[no-untyped-call]
 
 
 # Of [N, heads, D], cosines and sines [N, D], and whether to rotate backwards.
@@ -228,7 +209,7 @@ def _rotation(backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) 
         return None
     if backend.usable_in_layers(q, k, cos, sin):
         return kernels.rotary
-    return None if backend.products_are_faster(q.device) else _rotated_halves
+    return None if backend.is_cpu(q.device) else _rotated_halves
 
 
 def rotated_halves(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool = False) -> Tensor:
@@ -252,7 +233,7 @@ def rotated_halves(x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool =
 
 
 def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """What `rotary_of_tokens` computes without an operator."""
+    """What `rotary` computes by transformers' function."""
     query, key = modeling_llama.apply_rotary_pos_emb(q[None].transpose(1, 2), k[None].transpose(1, 2), cos[None], sin[None])
     return query[0].transpose(0, 1), key[0].transpose(0, 1)
 
@@ -261,22 +242,15 @@ _rotated_halves = one_kernel(rotated_halves)
 
 
 class _Rotary(torch.autograd.Function):
-    """Rotates queries or keys [B, heads, N, D]; it keeps only cosines and sines [B N, D] for the backward pass."""
+    """Rotates queries or keys [N, heads, D]; it keeps only cosines and sines [N, D] for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, rotate: Rotation, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
         ctx.rotate = rotate
-        return _rotated(rotate, x, cosines, sines, False)
+        return rotate(x, cosines, sines, False)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:
-        cosines, sines = ctx.saved_tensors
-        return None, _rotated(ctx.rotate, gradient, cosines, sines, True), None, None
-
-
-def _rotated(rotate: Rotation, x: Tensor, cosines: Tensor, sines: Tensor, transposed: bool) -> Tensor:
-    """[B, heads, N, D]; in memory the heads of a token lie together, as layers make them and attention takes them."""
-    tokens = x.transpose(1, 2)
-    return rotate(tokens.flatten(0, 1), cosines, sines, transposed).view(tokens.shape).transpose(1, 2)
+        return None, ctx.rotate(gradient, *ctx.saved_tensors, True), None, None

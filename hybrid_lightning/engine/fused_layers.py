@@ -183,7 +183,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tens
     same = _in_dtype_of(x, weight)
     if backend.usable_in_layers(x, same):
         return kernels.rms_norm(x, same, eps)
-    return plain_norm(x, weight, eps) if backend.products_are_faster(x.device) else _accelerated_norm(x, weight, eps)
+    return plain_norm(x, weight, eps) if backend.is_cpu(x.device) else _accelerated_norm(x, weight, eps)
 
 
 def _lean_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ def _product_of(gate: Tensor, up: Tensor, backend: Backend) -> Callable[[Tensor,
     """What computes silu(gate) up of these tensors, now and when it is computed again."""
     if backend.usable_in_layers(gate, up):
         return kernels.gated_silu
-    return _plain_product_of_silu if backend.products_are_faster(gate.device) else _product_of_silu
+    return _plain_product_of_silu if backend.is_cpu(gate.device) else _product_of_silu
 
 
 def _plain_product_of_silu(gate: Tensor, up: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ def _gated_silu_gradients(outer: Tensor, gate: Tensor, up: Tensor, backend: Back
     """Gradients of gate and up [..., m], from that of silu(gate) up."""
     if backend.usable(outer, gate, up):
         return kernels.gated_silu_backward(outer, gate, up)
-    plain = backend.products_are_faster(gate.device)
+    plain = backend.is_cpu(gate.device)
     gradients: tuple[Tensor, Tensor] = (_plain_silu_gradients if plain else _silu_gradients)(outer, gate, up)
     return gradients
 

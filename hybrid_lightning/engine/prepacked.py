@@ -63,7 +63,7 @@ def added_product(layer: nn.Module, backend: Backend) -> Callable[[Tensor, Tenso
     """
 
     def add(rows: Tensor, x: Tensor) -> Tensor:
-        plain = backend.products_are_faster(x.device) or getattr(layer, "disable_adapters", False)
+        plain = backend.is_cpu(x.device) or getattr(layer, "disable_adapters", False)
         factors = None if plain else product_factors(layer)
         return rows + outputs(x)[0] if factors is None else add_product(rows, x, factors)
 

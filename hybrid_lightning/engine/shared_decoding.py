@@ -128,7 +128,7 @@ class SharedPromptDecoding(PackedDecoding):
         return rows.reshape(*self.slots.shape, *rows.shape[1:])
 
     def _own_width(self) -> int:
-        if not self.engine.backend.products_are_faster(self.lengths.device):
+        if not self.engine.backend.is_cpu(self.lengths.device):
             return self.decoded
         return min(-(-self.decoded // _WIDTH_STEP) * _WIDTH_STEP, self.max_new_tokens)
 

@@ -9,7 +9,6 @@ Before a kind of layer is first computed in this way both functions are tried on
 they give uncompiled, and the same gradients.
 """
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.compiling import compiling_pays, variants_allowed
+from hybrid_lightning.engine.compiling import compiling_pays, distance, give_up_compiling, variants_allowed
 from hybrid_lightning.engine.decoder_layers import (
     LAYERS,
     UnknownLayerError,
@@ -37,8 +36,6 @@ from hybrid_lightning.engine.fused_attention import FusedAttention
 from hybrid_lightning.engine.fused_layers import is_watched
 from hybrid_lightning.engine.fused_lora import FusedLora, PutBefore, put_before, replace_modules, weight_of
 from hybrid_lightning.engine.prepacked import ProductFactors
-
-logger = logging.getLogger(__name__)
 
 _TRIED_ROWS = 8
 # How far compiled numbers may be from uncompiled ones, as a share of their norm. In 16 bits a number is rounded some ten times on
@@ -83,8 +80,7 @@ class FusedDecoderLayer(PutBefore):
 
         hidden, angles = hidden_states[0], [part[0].contiguous() for part in position_embeddings]
         before, after = factors
-        heads = call(before_attention, (hidden, *angles), before)
-        query, key, value = (part[None].transpose(1, 2) for part in heads)
+        query, key, value = call(before_attention, (hidden, *angles), before)
         attended = attention.attended(query, key, value, attention_mask, packing=packing, **options)[0]
         result: Tensor = call(after_attention, (hidden, attended), after)
         self.backend.layer_parts = tuple(parts)
@@ -171,12 +167,7 @@ class _Trials:
         return _called(False, function, rows, layer)
 
     def _give_up(self, error: Exception) -> None:
-        self.why_not = f"torch.compile gave {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        logger.warning(
-            "Layers are trained without being compiled as a whole, which takes longer: %s. Without the attempt and this "
-            "warning: TORCH_COMPILE_DISABLE=1",
-            self.why_not,
-        )
+        self.why_not = give_up_compiling("layers are trained", error)
 
     def _is_new(self, function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> bool:
         tensors = [(part.shape[1:], part.dtype, part.requires_grad) for part in rows]
@@ -199,8 +190,7 @@ class _Trials:
             )
         half = torch.is_autocast_enabled(rows[0].device.type) or rows[0].dtype in (torch.float16, torch.bfloat16)
         for one, other in zip(found, expected, strict=True):
-            off = float((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-30))
-            if not off <= (_FARTHEST_IN_HALF if half else _FARTHEST):
+            if not (off := distance(one, other)) <= (_FARTHEST_IN_HALF if half else _FARTHEST):
                 raise ArithmeticError(f"other numbers, {off:.2g} of their size away")
 
 

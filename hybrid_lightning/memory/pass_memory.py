@@ -167,7 +167,7 @@ def _draw(logits: Tensor, backend: Backend) -> None:
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
     if backend.usable(logits):
         backend.draw_tokens(logits, uniform, 1.0)
-    elif not backend.products_are_faster(logits.device):
+    elif not backend.is_cpu(logits.device):
         draw_by_integers(logits, uniform, 1.0)
     else:
         scaled = logits.float()

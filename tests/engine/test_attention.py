@@ -82,7 +82,7 @@ def test_softcap_and_dropout_are_left_to_autograd():
 
 def test_the_joint_mask_of_the_kernels_is_made_once_a_pass(monkeypatch):
     """And gives what the two masks give."""
-    monkeypatch.setattr(Backend, "products_are_faster", lambda *_: False)
+    monkeypatch.setattr(Backend, "is_cpu", lambda *_: False)
     parts, masks = tensors(5, 20)
     expected = gradients(attention._by_products, parts, masks, AttentionSettings())
     seen = []

@@ -145,7 +145,7 @@ def test_an_accelerators_way_gives_the_same(monkeypatch):
     model = build_model("qwen2").requires_grad_(True)
     results = []
     for products in (True, False):
-        monkeypatch.setattr(Backend, "products_are_faster", lambda *_, answer=products: answer)
+        monkeypatch.setattr(Backend, "is_cpu", lambda *_, answer=products: answer)
         model.zero_grad()
         logprobs, _ = token_logprobs(engine_of(model), sequences(), 1.0)
         logprobs.sum().backward()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from runs_of_tests import KILLED, train
 from tiny_runs import write_model, write_sums
 
 
@@ -10,6 +11,12 @@ def folder(tmp_path_factory):
     write_model(folder / "model")
     write_sums(folder / "sums.jsonl", 24)
     return folder
+
+
+@pytest.fixture(scope="session")
+def unstopped(folder, tmp_path_factory):
+    """What a run makes that others make until a rank is killed."""
+    return train(folder, tmp_path_factory.mktemp("unstopped"), **{**KILLED, "enable_checkpointing": False})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,7 @@
 """A tiny training run that does the same work on any number of ranks."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,18 @@ from torch.distributed.tensor import DTensor
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
+from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import plain_name
 from hybrid_lightning.types import Rollouts, Sequences
+
+STRATEGIES = {"ddp": "ddp", "fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}
+# Where a gradient is nothing but rounding, Adam's step must not be.
+ADAM = {"optimizer": partial(torch.optim.AdamW, eps=1e-3, weight_decay=0.1), "lr_full": 1e-3, "lr_lora": 1e-2}
+
+
+# Of runs in which a rank is killed.
+KILLED = {"policy": {**ADAM, "epochs_per_rollout": 2}, "num_sanity_val_steps": 0, "enable_checkpointing": True, "max_steps": 6}
 
 
 class ByPrompt(Sampler):
@@ -160,6 +171,8 @@ def train(
         "rows": log.runs,
         "global_step": trainer.global_step,
         "why_slow_decoding": module.engine.passes()["fast decoding"] if log.steps else "",
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "held": next((callback.held for callback in callbacks if hasattr(callback, "held")), None),
     }
 
 
@@ -169,11 +182,17 @@ def train_each(jobs: dict[Any, dict[str, Any]], **arguments: Any) -> dict[Any, d
     return {name: train(root=root / str(name), **{**arguments, **job}) for name, job in jobs.items()}
 
 
-def predict(folder: Path, root: Path, strategy: Any = "auto", devices: int = 1, batch_size: int = 2) -> list[dict[str, Any]]:
+def predict(folder: Path, root: Path, strategy: Any, devices: int, **flags: Any) -> list[dict[str, Any]]:
     """Predictions of the start policy on all test prompts of this rank."""
     data = build_data(folder / "sums.jsonl", test_fraction=0.2)
-    data.eval_batch_size = batch_size
-    flags = {"strategy": strategy() if callable(strategy) else strategy, "devices": devices}
-    trainer = build_trainer(root, **flags)
+    data.eval_batch_size = 2
+    trainer = build_trainer(root, strategy=strategy() if callable(strategy) else strategy, devices=devices, **flags)
     batches = trainer.predict(build_policy(folder / "model", sampler=Sampler(6)), datamodule=data)
     return [record for batch in batches for record in batch]
+
+
+def assert_goes_on(folder: Path, root: Path, checkpoint: Path, steps: int, unstopped: dict[str, Any]) -> None:
+    """One process goes on from a killed run's checkpoint after so many steps, and ends as a run that was not stopped."""
+    rest = train(folder, root / "rest", **{**KILLED, "enable_checkpointing": False, "ckpt_path": checkpoint})
+    assert rest["global_step"] == 6 and len(rest["steps"]) == 6 - steps
+    torch.testing.assert_close(rest["weights"], unstopped["weights"], atol=1e-5, rtol=0)

@@ -9,14 +9,11 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks_of_tests import run, start, wait
-from runs_of_tests import train, train_each
-from test_equal_to_one_process import ADAM, STRATEGIES
+from runs_of_tests import KILLED, STRATEGIES, assert_goes_on, train, train_each
 
 from hybrid_lightning.callbacks.graceful_stop import lost_contact
 from hybrid_lightning.errors import HybridLightningError
 from hybrid_lightning.rewards import RewardFunction
-
-ARGUMENTS = {"policy": {**ADAM, "epochs_per_rollout": 2}, "num_sanity_val_steps": 0, "enable_checkpointing": True, "max_steps": 6}
 
 
 class Die(Callback):
@@ -54,17 +51,10 @@ def saver(folder):
     return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
 
 
-@pytest.fixture(scope="module")
-def unstopped(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("unstopped")
-    jobs = {"whole": {**ARGUMENTS, "enable_checkpointing": False}}
-    return run(1, root / "process", train_each, jobs=jobs, folder=folder, root=root)[0]["whole"]
-
-
 @pytest.mark.parametrize(("strategy", "rank", "when"), [("ddp", 1, {"batch": 4}), ("fsdp2", 0, {"token": 20})], ids=str)
 def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unstopped, strategy, rank, when):
     arguments = {"folder": folder, "root": tmp_path / "run", "strategy": STRATEGIES[strategy], "devices": 2}
-    jobs = {"killed": {**ARGUMENTS, "callbacks": (saver(tmp_path / "saved"), Die(rank, **when), Heard(tmp_path / "heard"))}}
+    jobs = {"killed": {**KILLED, "callbacks": (saver(tmp_path / "saved"), Die(rank, **when), Heard(tmp_path / "heard"))}}
     begin = time.monotonic()
     processes = start(2, tmp_path / "ranks", train_each, jobs=jobs, **arguments)
     wait(processes, timeout_s=50)
@@ -77,10 +67,7 @@ def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unsto
     assert heard.startswith(f"rank {1 - rank} lost contact with another rank") and heard.endswith(f"--ckpt_path {checkpoint}")
     steps = torch.load(checkpoint, weights_only=True)["global_step"]
     assert 1 <= steps < 6
-    jobs = {"rest": {**ARGUMENTS, "enable_checkpointing": False, "ckpt_path": checkpoint}}
-    (rest,) = run(1, tmp_path / "rest", train_each, jobs=jobs, folder=folder, root=tmp_path)
-    assert rest["rest"]["global_step"] == 6 and len(rest["rest"]["steps"]) == 6 - steps
-    torch.testing.assert_close(rest["rest"]["weights"], unstopped["weights"], atol=1e-5, rtol=0)
+    assert_goes_on(folder, tmp_path, checkpoint, steps, unstopped)
 
 
 class NoWay(RewardFunction):

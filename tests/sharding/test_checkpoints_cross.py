@@ -5,11 +5,13 @@ from functools import partial
 import pytest
 import torch
 from ranks_of_tests import run
-from rounding import metrics_of_runs
-from runs_of_tests import train_each
-from test_equal_to_one_process import ADAM, STRATEGIES
+from rounding import assert_same_logits, metrics_of_runs
+from runs_of_tests import ADAM, STRATEGIES, train_each
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from hybrid_lightning.export import policy_of_checkpoint
+from hybrid_lightning.callbacks import PolicyExport
+from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
@@ -44,6 +46,21 @@ CROSSINGS = {
     "fsdp2": ("ddp", "fsdp2 sharded", "fsdp1 sharded"),
     "fsdp1": ("fsdp2", "fsdp2 sharded"),
 }
+# Of bfloat16 weights, behind which there are float32 ones: under which strategy a checkpoint is written and read without a step.
+HALF = {
+    "policy": {**ADAM, "dtype": "bfloat16", "epochs_per_rollout": 2},
+    "precision": "bf16-true",
+    "num_sanity_val_steps": 0,
+    "max_steps": 2,
+}
+HALF_READS = {
+    "one process": "fsdp2",
+    "ddp": "fsdp1",
+    "fsdp2": "fsdp1 sharded",
+    "fsdp1": "fsdp2 sharded",
+    "fsdp2 sharded": "one process",
+    "fsdp1 sharded": "fsdp2",
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +71,11 @@ def runs(folder, tmp_path_factory):
         name: {**ARGUMENTS, "strategy": strategy, "max_steps": 1, "save": root / f"{name}.ckpt"}
         for name, (strategy, _) in WRITERS.items()
     }
+    write["fsdp2"]["callbacks"] = (PolicyExport(MergedModel("float32"), str(root / "live"), every_n_steps=1),)
+    ranks_of = {name: ranks for name, (_, ranks) in WRITERS.items()}
+    for name, (strategy, ranks) in WRITERS.items():
+        write["half", name] = {**HALF, "strategy": strategy, "save": root / f"half {name}.ckpt"}
+        ranks_of["half", name] = ranks
     read = {
         (reader, writer): {**ARGUMENTS, "strategy": strategy, "max_steps": 6, "ckpt_path": root / f"{writer}.ckpt"}
         for reader, (strategy, _) in READERS.items()
@@ -63,14 +85,19 @@ def runs(folder, tmp_path_factory):
         (reader, "changed"): {**read[reader, "fsdp2 sharded"], "policy": CHANGED, "max_steps": 3, "gradient_clip_val": 0.5}
         for reader in READERS
     }
+    ranks_of |= {name: READERS[name[0]][1] for name in read}
+    for reader, writer in HALF_READS.items():
+        paths = {"ckpt_path": root / f"half {writer}.ckpt", "save": root / f"half {reader} of {writer}.ckpt"}
+        read["half", reader, writer] = {**HALF, "strategy": WRITERS[reader][0], **paths}
+        ranks_of["half", reader, writer] = WRITERS[reader][1]
     found = {}
     # As many ranks as write, and in the end read, do so one after the other: a start costs as much as a run.
     for turn, (ranks, jobs) in enumerate(((1, write), (3, write), (2, {**write, **read}), (3, read), (1, read))):
-        mine = {name: job for name, job in jobs.items() if ranks == (READERS[name[0]] if name in read else WRITERS[name])[1]}
+        mine = {name: job for name, job in jobs.items() if ranks == ranks_of[name]}
         if turn == 0:
             mine = {"unstopped": {**ARGUMENTS, "max_steps": 6}, **mine}
         arguments = {"folder": folder, "root": root / "runs", "devices": ranks}
-        results = run(ranks, root / f"ranks {turn}", train_each, timeout_s=240, jobs=mine, **arguments)
+        results = run(ranks, root / f"ranks {turn}", train_each, timeout_s=300, jobs=mine, **arguments)
         found |= {name: [result[name] for result in results] for name in mine}
     return root, found
 
@@ -152,3 +179,36 @@ def test_one_process_exports_what_several_have_written(saved, name):
     policy, whole = (policy_of_checkpoint(saved / f"{writer}.ckpt") for writer in (name, "one process"))
     assert policy.plan == whole.plan and policy.training == whole.training and policy.base == whole.base
     torch.testing.assert_close(policy.weights, whole.weights, atol=1e-5, rtol=0)
+
+
+def test_a_split_model_is_exported_whole_while_it_is_trained(saved, tmp_path):
+    policy = policy_of_checkpoint(saved / "fsdp2.ckpt")
+    write_policy(policy, MergedModel("float32"), tmp_path / "saved")
+    live, later = (load_file(path / "model.safetensors") for path in (saved / "live" / "step=1", tmp_path / "saved"))
+    assert live.keys() == later.keys() and all(torch.equal(live[name], later[name]) for name in live)
+    trained = PolicyModule.load_from_checkpoint(saved / "fsdp2.ckpt").model.eval()
+    exported, ids = AutoModelForCausalLM.from_pretrained(saved / "live" / "step=1"), torch.tensor([[4, 5, 13, 6, 16]])
+    with torch.no_grad():
+        assert_same_logits(exported(ids).logits, trained(ids).logits)
+    write_policy(policy, AdapterFolder(), tmp_path / "adapter")
+    state, adapter = trained.state_dict(), load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name in policy.plan.full_modules:
+        full = state[f"base_model.model.{name}.modules_to_save.default.weight"]
+        assert torch.equal(adapter[f"base_model.model.{name}.weight"], full)
+
+
+def test_no_half_of_a_bfloat16_weight_is_lost(saved):
+    """It is read as it was written, by every strategy from another's."""
+    for reader, writer in HALF_READS.items():
+        written = content_of(saved / f"half {writer}.ckpt")
+        weights, state = written["state_dict"], written["optimizer_states"][0]["state"]
+        assert written["hybrid_lightning"]["trained_dtype"] == "torch.bfloat16" and weights.keys() == state.keys()
+        below = 0
+        for weight, entry in zip(weights.values(), map(state.get, weights), strict=True):
+            assert weight.dtype == torch.bfloat16 and torch.equal(entry["master_weight"].bfloat16(), weight)
+            assert {entry[key].dtype for key in ("master_weight", "exp_avg", "exp_avg_sq")} == {torch.float32}
+            below += int((entry["master_weight"] != weight).sum())
+        assert below > 0.9 * sum(weight.numel() for weight in weights.values()), writer
+        found = content_of(saved / f"half {reader} of {writer}.ckpt")
+        torch.testing.assert_close(found["state_dict"], weights, atol=0, rtol=0)
+        torch.testing.assert_close(found["optimizer_states"][0]["state"], state, atol=0, rtol=0)

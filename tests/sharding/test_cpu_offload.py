@@ -9,8 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks_of_tests import run
 from rounding import metrics_of_runs
-from runs_of_tests import train, train_each
-from test_equal_to_one_process import ADAM
+from runs_of_tests import ADAM, train_each
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDataParallel
 from torchmetrics import MeanMetric
@@ -47,15 +46,7 @@ class FSDP1OnTheHost(FSDP1Strategy):
         return super().backward(*arguments, **options)
 
 
-def fsdp2():
-    return FSDP2Strategy(cpu_offload=True)
-
-
-def fsdp1():
-    return FSDP1OnTheHost(cpu_offload=True)
-
-
-OFFLOADING = {"fsdp2": fsdp2, "fsdp1": fsdp1}
+OFFLOADING = {"fsdp2": partial(FSDP2Strategy, cpu_offload=True), "fsdp1": partial(FSDP1OnTheHost, cpu_offload=True)}
 
 
 class Policies(Callback):
@@ -75,33 +66,38 @@ def single(folder, tmp_path_factory):
     return run(1, root / "process", train_each, jobs=jobs, folder=folder, root=root)[0]["run"]
 
 
-@pytest.mark.parametrize("strategy", OFFLOADING)
-def test_it_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(folder, tmp_path, single, strategy):
-    part = {**ARGUMENTS, "max_steps": 2, "save": tmp_path / "part.ckpt"}
-    jobs = {"run": ARGUMENTS, "part": part, "rest": {**ARGUMENTS, "ckpt_path": tmp_path / "part.ckpt"}}
-    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": OFFLOADING[strategy], "devices": 2}
-    for found in run(2, tmp_path / "ranks", train_each, jobs=jobs, callbacks=(Policies(),), timeout_s=120, **arguments):
-        for name in ("run", "rest"):
-            assert found[name]["plan"] == single["plan"]
-            steps = single["steps"][-len(found[name]["steps"]) :]
-            assert len(steps) == (4 if name == "run" else 2)
-            for one, other in zip(found[name]["steps"], steps, strict=True):
-                assert one == pytest.approx(other, **metrics_of_runs()), name
-            torch.testing.assert_close(found[name]["weights"], single["weights"], atol=1e-5, rtol=0)
-            assert found[name]["validation"] == pytest.approx(single["validation"], abs=1e-6)
-
-
-def train_narrow(**arguments):
+@pytest.fixture(scope="module")
+def sharded(folder, tmp_path_factory):
+    """The runs of each rank; FSDP1 comes last, since it changes torch for its process."""
+    root, jobs = tmp_path_factory.mktemp("offloaded"), {}
     fused = partial(torch.optim.AdamW, eps=1e-3, fused=True)  # which is what makes the host's step fast
-    policy = {**ADAM, "optimizer": fused, "dtype": "bfloat16"}
-    return [
-        train(strategy=make, policy=policy, precision="bf16-true", max_steps=3, **arguments)["weights"]
-        for make in (FSDP2Strategy, fsdp2)
-    ]
+    narrow = {"policy": {**ADAM, "optimizer": fused, "dtype": "bfloat16"}, "precision": "bf16-true", "max_steps": 3}
+    jobs["narrow"], jobs["narrow, offloaded"] = ({**narrow, "strategy": make} for make in (FSDP2Strategy, OFFLOADING["fsdp2"]))
+    for name, strategy in OFFLOADING.items():
+        path, common = root / f"{name}.ckpt", {**ARGUMENTS, "strategy": strategy, "callbacks": (Policies(),)}
+        jobs[name, "run"] = common
+        jobs[name, "part"] = {**common, "max_steps": 2, "save": path}
+        jobs[name, "rest"] = {**common, "ckpt_path": path}
+    return run(2, root / "ranks", train_each, timeout_s=240, jobs=jobs, folder=folder, root=root / "run", devices=2)
 
 
-def test_weights_of_sixteen_bits_are_offloaded_too(folder, tmp_path):
-    for plain, offloaded in run(2, tmp_path / "ranks", train_narrow, folder=folder, root=tmp_path / "run", devices=2):
+@pytest.mark.parametrize("strategy", OFFLOADING)
+def test_it_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(sharded, single, strategy):
+    for rank in sharded:
+        for name in ("run", "rest"):
+            found = rank[strategy, name]
+            assert found["plan"] == single["plan"]
+            steps = single["steps"][-len(found["steps"]) :]
+            assert len(steps) == (4 if name == "run" else 2)
+            for one, other in zip(found["steps"], steps, strict=True):
+                assert one == pytest.approx(other, **metrics_of_runs()), name
+            torch.testing.assert_close(found["weights"], single["weights"], atol=1e-5, rtol=0)
+            assert found["validation"] == pytest.approx(single["validation"], abs=1e-6)
+
+
+def test_weights_of_sixteen_bits_are_offloaded_too(sharded):
+    for rank in sharded:
+        plain, offloaded = (rank[name]["weights"] for name in ("narrow", "narrow, offloaded"))
         assert all(torch.equal(weight, offloaded[name]) for name, weight in plain.items())
 
 

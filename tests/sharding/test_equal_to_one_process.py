@@ -1,23 +1,38 @@
 """On any number of ranks, a run has the plan, losses, metrics, weights and validation of one process."""
 
-from functools import partial
-
 import pytest
 import torch
+from lightning.pytorch import Callback
 from ranks_of_tests import run
 from rounding import metrics_of_runs
-from runs_of_tests import ByPrompt, Only, train_each
+from runs_of_tests import ADAM, STRATEGIES, ByPrompt, Only, train_each
 from tiny_runs import Constant
+from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.advantages import BatchStdAdvantage
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TopEntropyMask
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
-STRATEGIES = {"ddp": "ddp", "fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}
-# Where a gradient is nothing but rounding, Adam's step must not be.
-ADAM = {"optimizer": partial(torch.optim.AdamW, eps=1e-3, weight_decay=0.1), "lr_full": 1e-3, "lr_lora": 1e-2}
+
+class Sizes(Callback):
+    """Numbers that a rank holds of weights and gradients before an optimizer step, and of the optimizer's state after it."""
+
+    def __init__(self):
+        self.held = {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        parameters = [p for p in pl_module.model.parameters() if p.numel()]
+        self.held["weights"] = sum(local(p).numel() for p in parameters)
+        self.held["gradients"] = sum(local(p.grad).numel() for p in parameters if p.grad is not None)
+
+    def on_train_end(self, trainer, pl_module):
+        (optimizer,) = trainer.optimizers
+        state = [value for entry in optimizer.state.values() for value in entry.values() if value.dim()]
+        self.held["state"] = sum(local(value).numel() for value in state)
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def jobs(first_rollout, ranks):
@@ -35,6 +50,7 @@ def jobs(first_rollout, ranks):
             "policy": {**uneven, "loss": GRPOLoss(), **ADAM, "epochs_per_rollout": 2},
             "adapter": {"rank_pattern": {"attention": 1, "mlp": 3}},
             "accumulate_grad_batches": 2,
+            "callbacks": (Sizes(),),
         }
     }
     if ranks == 2:
@@ -53,6 +69,7 @@ def jobs(first_rollout, ranks):
                 "advantage": BatchStdAdvantage(),
             },
             "max_steps": 2,
+            "deterministic": True,
         }
         # Of the first prompts, those of the first rank alone teach: it has 7 of the 8 groups that are trained on.
         work["groups replaced and moved"] = {
@@ -112,6 +129,7 @@ def test_it_is_the_same_run(sharded, single, first_rollout, strategy, ranks):
             case = f"{name}, rank {rank}"
             assert result["plan"] == whole["plan"], case
             assert result["why_slow_decoding"] == "", case  # while sampling weights are whole
+            assert result["deterministic"] == (name == "masks and an entropy bonus"), case
             assert result["prompts"][0] == whole["prompts"][0][rank::ranks], case
             assert len(result["steps"]) == len(whole["steps"]), case
             for one, other in zip(result["steps"], whole["steps"], strict=True):
@@ -127,3 +145,15 @@ def test_it_is_the_same_run(sharded, single, first_rollout, strategy, ranks):
         assert [one["rows"] for one in replaced] == [[8] * 4] * 2, "equal work"
         shares = ("sampling/extra_rollouts", "sampling/kept_groups", "sampling/surplus_groups", "sampling/filled_groups")
         assert [replaced[0]["steps"][0][name] for name in shares] == [1.0, 8 / 16, 2 / 16, 0.0]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp1"])
+def test_the_parts_of_all_ranks_are_the_whole(sharded, single, strategy, ranks):
+    """Each rank keeps its part of weights, gradients and optimizer state, and no more, between the steps."""
+    whole = single[ranks, "longer completions on one rank"]["held"]
+    parts = [one[strategy, "longer completions on one rank"]["held"] for one in sharded]
+    assert whole["state"] == 2 * whole["gradients"] > 0
+    for name, size in whole.items():
+        assert sum(part[name] for part in parts) == size, name
+    assert all(0.8 / ranks < part["weights"] / whole["weights"] < 1.2 / ranks for part in parts)
+    assert all(part["gradients"] < whole["gradients"] for part in parts)

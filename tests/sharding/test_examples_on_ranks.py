@@ -1,37 +1,62 @@
-"""Supervised and preference training on two ranks: the plan, losses, weights and validation of one process."""
+"""Supervised and preference training, and prediction, on two ranks: what one process gives, with deterministic algorithms too."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from examples_on_ranks import train_on_ranks
 from ranks_of_tests import run
 from rounding import metrics_of_runs
-from tiny_examples import KINDS, write_rows
-from tiny_runs import write_model
-
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from runs_of_tests import STRATEGIES, predict, weights
+from tiny_examples import KINDS, fit, write_rows
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    write_model(folder / "model")
-    write_rows(folder / "rows.jsonl", 28)
-    return folder
+def train_and_predict(folder: Path, root: Path, strategies: dict[str, Any], devices: int = 1) -> dict[str, dict[str, Any]]:
+    """Both kinds, trained and validated, and predictions, under each strategy."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, make in strategies.items():
+        found[name] = {"deterministic": True}
+        for kind in KINDS:
+            flags = {"strategy": make() if callable(make) else make, "devices": devices, "max_steps": 2, "deterministic": True}
+            flags |= {"gradient_clip_val": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+            place = root / name / kind
+            trained = fit(kind, folder / "model", folder / "rows.jsonl", place, arguments={"examples_per_step": 12}, **flags)
+            values = {metric: float(value) for metric, value in trained.trainer.callback_metrics.items()}
+            found[name][kind] = {"metrics": values, "weights": weights(trained), "plan": trained.plan.to_dict()}
+            found[name]["deterministic"] &= torch.are_deterministic_algorithms_enabled()
+        records = predict(folder, root / name / "predictions", make, devices, deterministic=True)
+        found[name]["deterministic"] &= torch.are_deterministic_algorithms_enabled()
+        found[name]["predictions"] = [(record["index"], record["completions"]) for record in records]
+    return found
 
 
 @pytest.fixture(scope="module")
 def single(folder, tmp_path_factory):
+    write_rows(folder / "rows.jsonl", 28)
     root = tmp_path_factory.mktemp("single")
-    return run(1, root / "process", train_on_ranks, folder=folder, root=root / "run")[0]
+    return run(1, root / "process", train_and_predict, folder=folder, root=root, strategies={"auto": "auto"})[0]["auto"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", FSDP2Strategy, FSDP1Strategy], ids=["ddp", "fsdp2", "fsdp1"])
-def test_it_is_the_same_run(folder, tmp_path, single, strategy):
-    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": strategy, "devices": 2}
-    for result in run(2, tmp_path / "ranks", train_on_ranks, **arguments):
+@pytest.fixture(scope="module")
+def sharded(folder, single, tmp_path_factory):
+    root = tmp_path_factory.mktemp("sharded")
+    arguments = {"folder": folder, "root": root / "run", "strategies": STRATEGIES, "devices": 2}
+    return run(2, root / "ranks", train_and_predict, timeout_s=240, **arguments)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_it_is_the_same_run(single, sharded, strategy):
+    results = [ranks[strategy] for ranks in sharded]
+    for result in results:
+        assert result["deterministic"]
         for kind in KINDS:
             assert result[kind]["plan"] == single[kind]["plan"], kind
             assert result[kind]["metrics"] == pytest.approx(single[kind]["metrics"], **metrics_of_runs()), kind
             torch.testing.assert_close(result[kind]["weights"], single[kind]["weights"], atol=1e-5, rtol=0)
             assert {"loss", "val/loss", "grad_norm/full"} <= result[kind]["metrics"].keys()
+    assert len(single["predictions"]) == 5, "three and two on two ranks: two batches and one"
+    # DDP's sampler repeats a prompt, so that every rank has as many.
+    predicted = [prediction for result in results for prediction in result["predictions"]]
+    assert (sorted(predicted) if strategy != "ddp" else sorted({index: found for index, found in predicted}.items())) == sorted(
+        single["predictions"]
+    )

@@ -5,12 +5,11 @@ import random
 import signal
 
 import pytest
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks_of_tests import run, start, wait
-from runs_of_tests import train_each
-from test_a_rank_dies import ARGUMENTS, Heard, unstopped  # noqa: F401  (a fixture)
+from ranks_of_tests import start, wait
+from runs_of_tests import KILLED, assert_goes_on, train_each
+from test_a_rank_dies import Heard
 from test_checkpoints_cross import SHARDED
 
 from hybrid_lightning.sharding.sharded_folder import read_folder
@@ -52,12 +51,12 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_what_looks_whole_is_and_goes_on(folder, tmp_path, unstopped, moment):  # noqa: F811
+def test_what_looks_whole_is_and_goes_on(folder, tmp_path, unstopped, moment):
     strategy, rank, name, time = MOMENTS[moment]
     saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_last=True)
     callbacks = (saver, DieWhileWriting(rank, name, time), Heard(tmp_path / "heard"))
     arguments = {"folder": folder, "root": tmp_path / "run", "strategy": SHARDED[strategy], "devices": 2}
-    jobs = {"killed": {**ARGUMENTS, "callbacks": callbacks}}
+    jobs = {"killed": {**KILLED, "callbacks": callbacks}}
     processes = start(2, tmp_path / "ranks", train_each, jobs=jobs, **arguments)
     wait(processes, timeout_s=50)
     assert processes[rank].exitcode == -signal.SIGKILL and processes[1 - rank].exitcode == 1
@@ -71,7 +70,4 @@ def test_what_looks_whole_is_and_goes_on(folder, tmp_path, unstopped, moment):  
     assert named in {str(path) for path in steps}
 
     last = max(steps, key=steps.get)
-    jobs = {"rest": {**ARGUMENTS, "enable_checkpointing": False, "ckpt_path": last}}
-    (rest,) = run(1, tmp_path / "rest", train_each, jobs=jobs, folder=folder, root=tmp_path)
-    assert rest["rest"]["global_step"] == 6 and len(rest["rest"]["steps"]) == 6 - steps[last]
-    torch.testing.assert_close(rest["rest"]["weights"], unstopped["weights"], atol=1e-5, rtol=0)
+    assert_goes_on(folder, tmp_path, last, steps[last], unstopped)

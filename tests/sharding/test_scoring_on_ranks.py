@@ -169,16 +169,19 @@ def refused(folder, root, devices):
     return said
 
 
-def test_losses_that_cannot_be_dealt_and_a_scorer_that_fails_stop_all_ranks(folder, tmp_path):
-    errors = run(2, tmp_path / "ranks", refused, folder=folder, root=tmp_path / "run", devices=2)
+def refused_and_shares(folder, root, devices):
+    return refused(folder, root / "refused", devices), shares_in_training(folder, root / "trained", devices)
+
+
+def test_losses_that_cannot_be_dealt_and_a_scorer_that_fails_stop_all_ranks_and_none_has_the_whole_model(folder, tmp_path):
+    """The latter in a pass of training."""
+    arguments = {"folder": folder, "root": tmp_path / "run", "devices": 2}
+    errors, shares = zip(*run(2, tmp_path / "ranks", refused_and_shares, timeout_s=120, **arguments), strict=True)
     for (losses, _), rank in zip(errors, range(2), strict=True):
         assert "calibration_losses returned list, which cannot be dealt to them: return a CalibrationLosses" in losses, rank
     (own,) = {rank for rank, (_, failed) in enumerate(errors) if failed == "ValueError: no score of it"}
     assert errors[1 - own][1] == f"CalibrationError: rank {own} could not score the modules: ValueError: no score of it"
-
-
-def test_no_rank_has_the_whole_model_in_a_pass_of_training(folder, tmp_path):
-    for seen in run(2, tmp_path / "ranks", shares_in_training, folder=folder, root=tmp_path / "run", devices=2):
+    for seen in shares:
         assert len(seen) > 20 and max(seen) < 0.9
 
 

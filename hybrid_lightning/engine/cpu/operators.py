@@ -132,7 +132,16 @@ def with_low_rank(x: Tensor, down: Tensor) -> Tensor:
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """A token [B] for each row of logits [B, V] by numbers [B, 1] float64, and log-probabilities [B] float32."""
+    """Draw a token for each row of logits.
+
+    Args:
+        logits: [B, V].
+        uniform: Uniform random numbers in [0, 1), [B, 1] float64.
+        temperature: Divides the logits.
+
+    Returns:
+        Tokens [B] int64, and their log-probabilities [B] float32.
+    """
     logits, uniform = logits.contiguous(), uniform.contiguous()
     tokens, logprobs = logits.new_empty(len(logits), dtype=torch.long), _floats(len(logits))
     call_kernel("draw_tokens", logits.dtype, (logits, uniform, tokens, logprobs), *logits.shape, 1 / temperature)

@@ -1,0 +1,129 @@
+"""In 16 bits, and on a quantized base, sharded runs are those of DDP or of one process, and ranks leave out the same steps."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
+from ranks_of_tests import run
+from rounding import metrics_of_runs
+from runs_of_tests import ADAM, STRATEGIES, Only, train_each
+from tiny_runs import write_sums
+from wide_models import write_wide_model
+
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss
+from hybrid_lightning.policy.quantization import NF4, Int8
+
+# dtype of the model, precision
+KINDS = [("bfloat16", "bf16-mixed"), ("float32", "bf16-mixed"), ("bfloat16", "bf16-true")]
+# Clipped far away: at GSPO's own range rounding decides which sequences are clipped, and gradient norms of a second pass over a
+# rollout differ by a half.
+LOSS = GSPOLoss(clip_low=0.09, clip_high=0.09, kl_coef=0.02)
+BFLOAT16 = {
+    f"{dtype} {precision}": {
+        "policy": {"dtype": dtype, "epochs_per_rollout": 2, "loss": LOSS},
+        "precision": precision,
+        "max_steps": 5,
+    }
+    for dtype, precision in KINDS
+}
+ONE_DTYPE = ["float32 bf16-mixed", "bfloat16 bf16-true"]  # in a block, as FSDP1 wants
+SMALL, LARGE = 2.0**10, 2.0**22  # scales of the loss; gradients overflow with the second
+
+
+class Scales(Callback):
+    """Begins with a scale, and notes what becomes of it."""
+
+    def __init__(self, first):
+        self.first, self.held = first, []
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.precision_plugin.scaler._init_scale = self.first
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.held.append(trainer.precision_plugin.scaler.get_scale())
+
+
+def in_float16(scale, strategy="auto"):
+    """A run that begins with this scale. FSDP1 scales by itself; the others by what Lightning wants of them on a CPU."""
+    flags = {"precision": "16-mixed"} if strategy == "fsdp1" else {"plugins": [MixedPrecision("16-mixed", "cpu")]}
+    # Of some prompts alone completions earn different rewards, so that ranks overflow one by one. The four steps are those of
+    # one rollout: of weights that differ by float16's rounding the next one may draw another token.
+    policy = {**ADAM, "loss": GRPOLoss(kl_coef=0.02), "reward": Only(tuple(range(0, 24, 3))), "epochs_per_rollout": 2}
+    return {"policy": policy, "callbacks": (Scales(scale),), **flags}
+
+
+@pytest.fixture(scope="module")
+def single(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("single")
+    return run(1, root / "process", train_each, jobs={"float16": in_float16(SMALL)}, folder=folder, root=root)[0]["float16"]
+
+
+@pytest.fixture(scope="module")
+def sharded(folder, tmp_path_factory):
+    """The runs of each rank, which trains under one strategy after the other: (strategy, kind or scale) -> result."""
+    root, jobs = tmp_path_factory.mktemp("sharded"), {}
+    for name, strategy in STRATEGIES.items():
+        runs = {kind: job for kind, job in BFLOAT16.items() if name != "fsdp1" or kind in ONE_DTYPE}
+        runs |= {scale: in_float16(scale, name) for scale in (SMALL, LARGE)}
+        jobs |= {(name, kind): {**job, "strategy": strategy} for kind, job in runs.items()}
+    return run(2, root / "ranks", train_each, timeout_s=300, jobs=jobs, folder=folder, root=root / "run", devices=2)
+
+
+@pytest.mark.parametrize("kind", BFLOAT16)
+def test_fsdp2_computes_in_bfloat16_what_ddp_computes(sharded, kind):
+    one, other = sharded[0]["fsdp2", kind], sharded[0]["ddp", kind]
+    trained = torch.bfloat16 if kind.endswith("true") else torch.float32
+    assert {weight.dtype for weight in one["weights"].values()} == {trained}
+    torch.testing.assert_close(one["weights"], other["weights"], atol=1e-5, rtol=0)
+    for mine, theirs in zip(one["steps"], other["steps"], strict=True):
+        assert mine == pytest.approx(theirs, **metrics_of_runs())
+
+
+def test_the_first_step_of_every_rollout_has_a_ratio_of_one(sharded):
+    for (strategy, kind), result in sharded[0].items():
+        if kind in BFLOAT16:
+            ratios = [step["ratio/max"] for step in result["steps"]]
+            assert ratios[0] == ratios[4] == 1.0 and max(ratios[1:4]) > 1.0, (strategy, kind)
+
+
+@pytest.mark.parametrize("kind", ONE_DTYPE)
+def test_fsdp1_is_as_near_in_bfloat16_as_rounding_allows(sharded, kind):
+    one, other = (sharded[0][name, kind] for name in ("fsdp1", "ddp"))
+    assert one["steps"][0] == pytest.approx(other["steps"][0], rel=2e-2, abs=2e-2)
+    pairs = {name: (one["weights"][name].float(), weight.float()) for name, weight in other["weights"].items()}
+    if kind == "float32 bf16-mixed":
+        for name, (mine, theirs) in pairs.items():
+            assert (mine - theirs).norm() <= 0.02 * theirs.norm() + 1e-3, name
+    else:  # of all together: small ones, such as LoRA's B, are half rounding after some steps, by DDP as well
+        off = sum((mine - theirs).square().sum() for mine, theirs in pairs.values())
+        assert off < 0.003**2 * sum(theirs.square().sum() for _, theirs in pairs.values())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_in_float16_it_is_the_run_of_one_process_and_ranks_leave_out_the_same_steps(single, sharded, strategy):
+    for found in (rank[strategy, SMALL] for rank in sharded):
+        assert found["plan"] == single["plan"] and found["held"] == single["held"] == [SMALL] * 4
+        for one, other in zip(found["steps"], single["steps"], strict=True):
+            assert one == pytest.approx(other, rel=5e-3, abs=1e-3)
+        for name, weight in single["weights"].items():
+            assert (found["weights"][name] - weight).norm() < 1e-3 * weight.norm() + 1e-4, name
+    first, second = (rank[strategy, LARGE] for rank in sharded)
+    assert first["held"] == second["held"] and LARGE / 2 >= first["held"][0] > first["held"][-1]
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]) and weight.isfinite().all()
+
+
+def test_ddp_on_a_quantized_base_is_the_same_run(tmp_path):
+    """Every rank quantizes the base for itself."""
+    pytest.importorskip("bitsandbytes")
+    write_wide_model(tmp_path / "model")
+    write_sums(tmp_path / "sums.jsonl", 24)
+    jobs = {kind.__name__: {"policy": {"quantization": kind(), "lr_full": 0.05, "lr_lora": 0.1}} for kind in (NF4, Int8)}
+    (single,) = run(1, tmp_path / "process", train_each, jobs=jobs, folder=tmp_path, root=tmp_path / "single")
+    arguments = {"folder": tmp_path, "root": tmp_path / "ddp", "strategy": "ddp", "devices": 2}
+    for rank in run(2, tmp_path / "ranks", train_each, timeout_s=120, jobs=jobs, **arguments):
+        for name, expected in single.items():
+            assert rank[name]["plan"] == expected["plan"]
+            for one, other in zip(rank[name]["steps"], expected["steps"], strict=True):
+                assert one == pytest.approx(other, **metrics_of_runs())
+            torch.testing.assert_close(rank[name]["weights"], expected["weights"], atol=1e-5, rtol=1e-5)

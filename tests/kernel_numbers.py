@@ -15,3 +15,16 @@ def assert_near(found, exact, dtype, roundings=1):
     step, share = (2.0**-8, 1 / 8) if dtype == torch.bfloat16 else (10 * 2.0**-24, 2)
     bound = roundings * step
     torch.testing.assert_close(found.double(), exact, atol=bound * share * float(exact.abs().max()), rtol=bound)
+
+
+def assert_same_on_any_threads(compute):
+    """What a function gives, a list of tensors, is the same on one, two and three threads."""
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(compute())
+    finally:
+        torch.set_num_threads(before)
+    for parts in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(parts, found[0], strict=True))

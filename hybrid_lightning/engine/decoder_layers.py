@@ -10,7 +10,7 @@ tensors alone, so that all layers and rollouts share what was compiled for the f
 projections, such as a fully trained one among those with LoRA, gets a compiled variant of its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -157,13 +157,18 @@ class AfterAttention(NamedTuple):
     down: ProductFactors
 
 
-def parts_of(layer: KnownLayer, factors: Sequence[ProductFactors]) -> tuple[BeforeAttention, AfterAttention]:
-    """What is computed of a layer before and after its attention.
+def parts_of(
+    layer: KnownLayer, factors_of: Callable[[nn.Module], ProductFactors | None]
+) -> tuple[BeforeAttention, AfterAttention] | None:
+    """What is computed of a layer before and after its attention; None if a projection is of another kind.
 
     Args:
         layer: The layer.
-        factors: Of its projections, in the order of `projections`.
+        factors_of: Gives the factors of a projection; None for other kinds, such as a quantized one.
     """
+    factors = [found for module in projections(layer) if (found := factors_of(module)) is not None]
+    if len(factors) < len(projections(layer)):
+        return None
     query, key, value, output, gate, up, down = factors
     head_norms = None if layer.head_norms is None else (_norm(layer.head_norms[0]), _norm(layer.head_norms[1]))
     before = BeforeAttention(_norm(layer.norms[0]), (query, key, value), head_norms, layer.head_size)
@@ -222,9 +227,8 @@ class CompiledLayer:
 
 def compiled_layers(layers: list[KnownLayer]) -> list[CompiledLayer] | None:
     """The layers, to be compiled; None if one has a projection of another kind, such as a quantized one."""
-    result = [_compiled_layer(layer) for layer in layers]
-    whole = [layer for layer in result if layer is not None]
-    return whole if len(whole) == len(result) else None
+    parts = [found for layer in layers if (found := parts_of(layer, product_factors)) is not None]
+    return [CompiledLayer(*both) for both in parts] if len(parts) == len(layers) else None
 
 
 def adapters_of(layers: list[KnownLayer]) -> list[BaseTunerLayer | ModulesToSaveWrapper]:
@@ -236,12 +240,6 @@ def adapters_of(layers: list[KnownLayer]) -> list[BaseTunerLayer | ModulesToSave
 def projections(layer: KnownLayer) -> list[nn.Module]:
     """Those to queries, keys, values, of attention's result, to gate and up, and back."""
     return [*layer.queries_keys_values, layer.output, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
-
-
-def _compiled_layer(layer: KnownLayer) -> CompiledLayer | None:
-    found = [product_factors(module) for module in projections(layer)]
-    factors = [one for one in found if one is not None]
-    return CompiledLayer(*parts_of(layer, factors)) if len(factors) == len(found) else None
 
 
 def _norm(norm: FusedRMSNorm) -> Norm:

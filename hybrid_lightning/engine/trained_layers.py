@@ -30,7 +30,6 @@ from hybrid_lightning.engine.decoder_layers import (
     call_compiled,
     known_layer,
     parts_of,
-    projections,
 )
 from hybrid_lightning.engine.fused_attention import FusedAttention
 from hybrid_lightning.engine.fused_layers import is_watched
@@ -93,9 +92,7 @@ class FusedDecoderLayer(PutBefore):
             return None
         if any(norm.weight.requires_grad for norm in (*layer.norms, *(layer.head_norms or ()))):
             return None
-        found = [_factors_of(module) for module in projections(layer)]
-        factors = [one for one in found if one is not None]
-        return parts_of(layer, factors) if len(factors) == len(found) else None
+        return parts_of(layer, _factors_of)
 
 
 def use_fused_decoder_layers(model: nn.Module, backend: Backend) -> None:

@@ -1,4 +1,4 @@
-"""Attention over shared prompts: the backward pass that is written out is the one that autograd would make."""
+"""Attention over shared prompts is one softmax over the keys of the prompt and the own ones."""
 
 import pytest
 import torch
@@ -40,25 +40,22 @@ def gradients(function, parts, masks, settings):
     return [result.detach(), *torch.autograd.grad((result * weights).sum(), parts)]
 
 
-@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize(("scaling", "softcap"), [(None, None), (0.7, None), (None, 2.0)])
 @pytest.mark.parametrize(("length", "width"), [(5, 3), (5, 20)], ids=["weights kept", "weights made again"])
-def test_gradients_are_autograds(length, width, scaling):
+def test_values_and_gradients_are_those_of_one_softmax_over_prompt_and_own_keys(length, width, scaling, softcap):
     parts, masks = tensors(length, width)
-    settings = AttentionSettings(scaling=scaling)
-    expected = gradients(attention._by_products, parts, masks, settings)
+    settings = AttentionSettings(scaling=scaling, softcap=softcap)
+
+    def plain(query, prompt, own, masks, settings):
+        shared = [part[:, :, None].expand(-1, -1, SAMPLES, -1, -1) for part in prompt]
+        keys, values = (torch.cat(both, dim=3) for both in zip(shared, own, strict=True))
+        scores = torch.einsum("pkgrtd,pkgmd->pkgrtm", query, keys) * settings.factor(query)
+        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+        seen = torch.cat([masks.prompt.expand(-1, -1, -1, -1, length, -1), masks.own.expand(PROMPTS, 1, 1, 1, -1, -1)], -1)
+        return torch.einsum("pkgrtm,pkgmd->pkgrtd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values)
+
+    expected = gradients(plain, parts, masks, settings)
     assert_same_sums(gradients(shared_attention, parts, masks, settings), expected, ADDITIONS)
-
-
-@pytest.mark.parametrize("length", [5, 20])
-def test_a_prompt_by_itself_has_autograds_gradients(length):
-    (query, key, value, _, _), _ = tensors(length, 3)
-    masks = Masks(own=causal(length))
-    parts = (query, key, value)
-    found, wanted = (
-        torch.autograd.grad(way(query, None, (key, value), masks, AttentionSettings()).square().sum(), parts)
-        for way in (shared_attention, attention._by_products)
-    )
-    assert_same_sums(found, wanted, ADDITIONS)
 
 
 def test_in_bfloat16_gradients_have_its_precision_and_the_inputs_dtypes():
@@ -71,11 +68,8 @@ def test_in_bfloat16_gradients_have_its_precision_and_the_inputs_dtypes():
         torch.testing.assert_close(half.float(), whole, atol=spread(6, torch.bfloat16) / 2 * float(whole.abs().max()), rtol=0)
 
 
-def test_softcap_and_dropout_are_left_to_autograd():
-    parts, masks = tensors(5, 20)
-    settings = AttentionSettings(softcap=2.0)
-    expected = gradients(attention._by_products, parts, masks, settings)
-    assert_same_sums(gradients(shared_attention, parts, masks, settings), expected, ADDITIONS)
+def test_dropout_is_drawn_anew():
+    parts, _ = tensors(5, 20)
     outputs = [shared_attention(parts[0], None, (parts[1], parts[2]), Masks(), AttentionSettings(dropout=0.5)) for _ in "ab"]
     assert not torch.equal(*outputs)
 

@@ -197,10 +197,6 @@ def reformatted(self, hidden_states):
     return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(dtype)
 
 
-def shifted(self, hidden_states):
-    return reformatted(self, hidden_states) + hidden_states * 0 + self.weight * 1e-3
-
-
 def clamped(self, hidden_states):
     return reformatted(self, hidden_states).clamp(-3, 3)
 
@@ -217,7 +213,7 @@ def wants_more(self, hidden_states, residual):
 
 @pytest.mark.parametrize(
     ("forward", "known"),
-    [(reformatted, True), (shifted, False), (clamped, False), (rounded_later, False), (wants_more, False)],
+    [(reformatted, True), (clamped, False), (rounded_later, False), (wants_more, False)],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_norm_is_known_by_what_it_computes_and_not_by_its_text(forward, known):

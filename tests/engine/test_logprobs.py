@@ -36,8 +36,7 @@ def plain(model, case, row, temperature):
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), [*((family, "shared") for family in FAMILIES), ("llama", "separate")])
 def test_neither_padding_nor_sharing_changes_values_and_entropies(family, case):
     model = build_model(family)
     logprobs, entropy = token_logprobs(engine_of(model), build_sequences(case), temperature=0.8)
@@ -49,9 +48,10 @@ def test_neither_padding_nor_sharing_changes_values_and_entropies(family, case):
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")
-@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen-output-layer"])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "case", "frozen"),
+    [*((family, "shared", number % 2 == 0) for number, family in enumerate(FAMILIES)), ("llama", "separate", False)],
+)
 def test_gradients_are_those_of_separate_unpadded_passes(family, case, frozen):
     model = build_model(family).requires_grad_(True)
     if frozen:  # as with an adapter; logits and their gradient are then made in one go
@@ -187,8 +187,7 @@ def test_completions_of_very_different_lengths_are_as_exact_and_hold_little_padd
     assert_same_sums(found, gradients(separate), additions_of(model, 700, backward=True))
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen-output-layer"])
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "separate-rows"])
+@pytest.mark.parametrize(("packed", "frozen"), [(True, False), (True, True), (False, False)])
 def test_the_gradient_of_the_entropy_is_there_where_it_is_asked_for(packed, frozen, monkeypatch):
     monkeypatch.setattr(Backend, "most_logits", lambda *_: 4 * VOCABULARY)
     if not packed:

@@ -15,7 +15,7 @@ from fake_gpu import why_not
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
-MODELS = ("Qwen3-0.6B", "Qwen3-8B", "Llama-1B")
+MODELS = ("Qwen3-0.6B", "Llama-1B")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ def test_mistakes_that_are_planted_are_found(counts):
 def test_a_token_waits_for_nothing_and_adds_in_one_order(counts, model):
     found = counts[model]["decoding"]
     assert found["syncs"] == found["atomics"] == counts["syncs of stop strings"] == []
+    assert found["kernels of a layer"] <= 40, "before its body is compiled"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -53,38 +54,25 @@ def test_a_token_moves_little_more_than_weights_keys_and_values_once(counts, mod
         assert 1 < found[kind]["bytes"] / ideal < 1.3, kind
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_a_token_of_a_layer_takes_few_kernels_before_its_body_is_compiled(counts, model):
-    assert counts[model]["decoding"]["kernels of a layer"] <= 40
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_an_update_waits_for_nothing_within_its_passes_and_adds_in_one_order(counts, model):
-    found = counts[model]["update"]
-    assert found["syncs"] == found["atomics"] == []
-
-
-@pytest.mark.parametrize(
-    ("model", "kernels", "gigabytes"), [("Qwen3-0.6B", 160, 230), ("Qwen3-8B", 160, 700), ("Llama-1B", 155, 210)]
-)
-def test_an_update_of_four_prompts_keeps_its_ceilings(counts, model, kernels, gigabytes):
+@pytest.mark.parametrize(("model", "kernels", "gigabytes"), [("Qwen3-0.6B", 160, 230), ("Llama-1B", 155, 210)])
+def test_an_update_of_four_prompts_waits_for_nothing_adds_in_one_order_and_keeps_its_ceilings(counts, model, kernels, gigabytes):
     """Of 32 completions of 256 tokens, with the prompts of 384 once: 9,700 tokens."""
     found = counts[model]["update"]
+    assert found["syncs"] == found["atomics"] == []
     assert found["kernels of a layer"] <= kernels and found["bytes"] < gigabytes * 1e9
 
 
-@pytest.mark.parametrize(("model", "kernels", "gigabytes"), [("Qwen3-0.6B", 135, 240), ("Qwen3-8B", 135, 750)])
-def test_scoring_of_four_prompts_keeps_its_ceilings(counts, model, kernels, gigabytes):
+def test_scoring_of_four_prompts_keeps_its_ceilings(counts):
     """What the same pass takes of the model as it is scored, with gradients of all modules, which are added up on the host."""
-    found = counts[model]["scoring"]
+    found = counts["scoring"]
     assert found["syncs"] == ["1 to host"], "once a module, beside once a loss, which is looked at"
-    assert found["atomics"] == [] and found["kernels of a layer"] <= kernels and found["bytes"] < gigabytes * 1e9
+    assert found["atomics"] == [] and found["kernels of a layer"] <= 135 and found["bytes"] < 240e9
 
 
 def test_sketches_stay_on_the_device(counts):
     found = counts["sketches"]
     assert found["syncs"] == found["atomics"] == []
-    assert found["kernels of a layer"] <= 195 and found["bytes"] < 1.02 * counts["Qwen3-0.6B"]["scoring"]["bytes"]
+    assert found["kernels of a layer"] <= 195 and found["bytes"] < 1.02 * counts["scoring"]["bytes"]
 
 
 def test_a_machine_without_a_gpu_plans_what_one_with_it_would(counts):

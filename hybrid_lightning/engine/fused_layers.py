@@ -186,8 +186,8 @@ def _norm(x: Tensor, weight: Tensor, eps: float, backend: Backend) -> tuple[Tens
     return plain_norm(x, weight, eps) if backend.is_cpu(x.device) else _accelerated_norm(x, weight, eps)
 
 
-def _lean_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The same for accelerators, with a fourth of the bytes read and written; squares are summed in another order."""
+def _uncompiled_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The same for accelerators without a compiler: a fourth of the bytes is read and written; squares are summed otherwise."""
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed = torch.mul(x, inverse, out=torch.empty_like(x))  # multiplied in float32
@@ -201,7 +201,7 @@ def plain_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight * (exact * inverse).to(x.dtype), inverse
 
 
-_accelerated_norm = one_kernel(plain_norm, otherwise=_lean_norm)
+_accelerated_norm = one_kernel(plain_norm, otherwise=_uncompiled_norm)
 
 
 def _in_dtype_of(x: Tensor, weight: Tensor) -> Tensor:

@@ -127,9 +127,8 @@ def train(
     **flags: Any,
 ) -> dict[str, Any]:
     """Train, validate and say what came out."""
-    torch.manual_seed(
-        11 + int(os.environ.get("LOCAL_RANK", 0))
-    )  # each rank draws another start of LoRA: that of the first counts
+    torch.manual_seed(11 + int(os.environ.get("LOCAL_RANK", 0)))  # ranks draw other starts of LoRA: that of the first counts
+    torch.use_deterministic_algorithms(False)  # which a run before may have asked for
     arguments = {
         "loss": GSPOLoss(kl_coef=0.02),
         "sampler": Sampler(6),

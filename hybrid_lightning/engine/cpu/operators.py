@@ -57,7 +57,10 @@ def fit(*tensors: Tensor) -> bool:
 
 @cache
 def _function(name: str, dtype: torch.dtype) -> Any:
-    address = ctypes.c_void_p.in_dll(library(), f"{name}_{_SUFFIX[dtype]}").value
+    kernels = library()
+    assert kernels is not None, "callers ask `usable` first"
+    address = ctypes.c_void_p.in_dll(kernels, f"{name}_{_SUFFIX[dtype]}").value
+    assert address is not None
     return ctypes.CFUNCTYPE(None, *_SIGNATURES[name])(address)
 
 

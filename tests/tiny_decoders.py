@@ -1,11 +1,21 @@
 """Engines of adapted models of all families whose layers are known, and rollouts by them."""
 
+import copy
+
 import pytest
 import segments_on_cpu  # noqa: F401  (which makes `OfAccelerator` possible)
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, build_model
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+)
 
 from hybrid_lightning.engine import Backend, Engine, use_fused_modules
 from hybrid_lightning.engine.backend import has_varlen
@@ -16,6 +26,39 @@ from hybrid_lightning.types import Prompt
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SOME = ("q_proj", "k_proj", "gate_proj", "up_proj", "down_proj")
 TEXTS = ("12+3=", "4=", "1-2-3-4-5=")
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = {"sliding_window": 3, "head_dim": 8}
+# Families with something special: sliding windows, caps of scores and logits, scaled logits.
+SPECIAL = {
+    "mistral": MistralConfig(**SIZES, **WINDOW),
+    # Eager, since the sdpa of older transformers leaves its cap of the scores out without a word.
+    "gemma2": Gemma2Config(**SIZES, **WINDOW, query_pre_attn_scalar=8, final_logit_softcapping=2.0, attn_implementation="eager"),
+    "gemma3": Gemma3TextConfig(**SIZES, **WINDOW, query_pre_attn_scalar=8),
+    "granite": GraniteConfig(**SIZES, logits_scaling=3.0, attention_multiplier=0.3),
+    "phi3": Phi3Config(**SIZES),  # one projection to queries, keys and values
+    "olmo2": Olmo2Config(**SIZES),  # its norms are of all heads together
+}
+
+
+def special_model(config, std=0.2):
+    """A model of a family that `build_model` does not have, with random weights."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # which changes it
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=std)
+    return model.requires_grad_(False).eval()
 
 
 class OfAccelerator(Backend):
@@ -41,15 +84,7 @@ class OfAccelerator(Backend):
 
 def build(family, targets=ALL, **settings):
     """The engine of a model with LoRA on some projections; for SOME one more is trained fully, and two are frozen."""
-    if family == "mistral":
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            MistralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, sliding_window=3, **sizes, pad_token_id=0)
-        )
-        model = model.requires_grad_(False).eval()
-    else:
-        model = build_model(family)
+    model = special_model(SPECIAL[family]) if family in SPECIAL else build_model(family)
     full = {"modules_to_save": ["model.layers.0.self_attn.v_proj"]} if targets == SOME else {}
     model = get_peft_model(
         model, LoraConfig(r=3, target_modules=list(targets), init_lora_weights=False, **full, **settings)

@@ -119,9 +119,13 @@ class PutBefore(nn.Module):
         return _empty, (self.ours, self.own_class), self.__getstate__()
 
 
-@cache
 def put_before(ours: type[PutBefore], kind: type[nn.Module]) -> type[nn.Module]:
     """The class that derives from one of ours and a layer's class, one and the same for all layers of that class."""
+    return _put_before(ours, kind)  # type: ignore[arg-type]
+
+
+@cache
+def _put_before(ours: type[PutBefore], kind: type[nn.Module]) -> type[nn.Module]:
     # Of the same file as the layer's class, where the attention hook looks for the file's eager attention.
     return type(f"Fused{kind.__name__}", (ours, kind), {"__module__": kind.__module__, "own_class": kind, "ours": ours})
 

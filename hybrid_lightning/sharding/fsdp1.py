@@ -176,7 +176,8 @@ class FSDP1Strategy(SplitCheckpoints, FSDPStrategy):
 
     def _states(self, split: bool, rank0_only: bool = False) -> AbstractContextManager:
         """Within this context, the module's states are of parts, or whole and on the CPU."""
-        kind, configs = StateDictType.SHARDED_STATE_DICT, (ShardedStateDictConfig(), ShardedOptimStateDictConfig())
+        configs: Any = (ShardedStateDictConfig(), ShardedOptimStateDictConfig())
+        kind = StateDictType.SHARDED_STATE_DICT
         if not split:
             offload = self.root_device.type != "cpu"
             options = {"offload_to_cpu": offload, "rank0_only": rank0_only and offload}

@@ -3,17 +3,9 @@ import logging
 import pytest
 import torch
 from rounding import LOGITS, additions_of, assert_same_sums
+from tiny_decoders import SPECIAL, special_model
 from tiny_models import FAMILIES, VOCABULARY, build_model, build_tokenizer, engine_of
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GraniteConfig,
-    MambaConfig,
-    MistralConfig,
-    Phi3Config,
-)
+from transformers import BloomConfig, MambaConfig
 
 from hybrid_lightning.engine import packing
 from hybrid_lightning.engine.backend import Backend
@@ -23,45 +15,12 @@ from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt, Sequences
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# Families with something special: sliding windows, caps of scores and logits, scaled logits.
-SPECIAL = {
-    "mistral": lambda: MistralConfig(**SIZES, sliding_window=3, head_dim=8),
-    # Eager, since the sdpa of older transformers leaves its cap of the scores out without a word.
-    "gemma2": lambda: Gemma2Config(
-        **SIZES, sliding_window=3, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0, attn_implementation="eager"
-    ),
-    "gemma3": lambda: Gemma3TextConfig(**SIZES, sliding_window=3, head_dim=8, query_pre_attn_scalar=8),
-    "granite": lambda: GraniteConfig(**SIZES, logits_scaling=3.0),
-    "phi3": lambda: Phi3Config(**SIZES),
-}
 FOREIGN = {
-    "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
-    "mamba": lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+    "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
 PROMPTS = [[7, 8, 9, 10, 11, 12, 13], [7, 8, 9, 10, 11, 12, 13], [9, 5]]
 COMPLETIONS = [[5, 2, 4, 4, 8], [4, 6, 7], [9, 10, 11, 12]]
-
-
-def build(config, seed=0):
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
-    return model.eval()
 
 
 def packs(model):
@@ -91,7 +50,7 @@ def test_the_families_that_the_engine_is_made_for_are_supported(family, caplog):
 
 @pytest.mark.parametrize("family", SPECIAL)
 def test_windows_caps_and_scales_are_the_models_own(family):
-    model = build(SPECIAL[family])
+    model = special_model(SPECIAL[family])
     before = [plain(model, row).detach() for row in range(3)]
     assert packs(model)
     logprobs, _ = token_logprobs(engine_of(model), sequences(), 1.0)
@@ -102,7 +61,7 @@ def test_windows_caps_and_scales_are_the_models_own(family):
 
 @pytest.mark.parametrize("family", SPECIAL)
 def test_decoding_agrees_with_training_in_special_families(family):
-    model, tokenizer = build(SPECIAL[family]), build_tokenizer()
+    model, tokenizer = special_model(SPECIAL[family]), build_tokenizer()
     sampler = Sampler(max_new_tokens=12)
     rollouts = sampler.sample(
         engine_of(model),
@@ -119,7 +78,7 @@ def test_decoding_agrees_with_training_in_special_families(family):
 
 @pytest.mark.parametrize("family", FOREIGN)
 def test_a_family_that_cannot_be_packed_keeps_its_own_way_and_says_so(family, caplog):
-    model = build(FOREIGN[family])
+    model = special_model(FOREIGN[family])
     with caplog.at_level(logging.WARNING):
         assert not packs(model)
         assert not packs(model)

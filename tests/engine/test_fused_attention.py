@@ -7,16 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rounding import additions_of, assert_same_sums
-from tiny_models import VOCABULARY, build_model
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GraniteConfig,
-    MistralConfig,
-    Olmo2Config,
-    Phi3Config,
-)
+from tiny_decoders import SPECIAL, special_model
+from tiny_models import build_model
 from transformers.models.llama import modeling_llama
 
 from hybrid_lightning.engine import fused_attention
@@ -29,33 +21,6 @@ from hybrid_lightning.engine.passes import own_hidden
 from hybrid_lightning.types import Sequences
 
 pytestmark = pytest.mark.usefixtures("with_and_without_kernels")
-
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-OTHERS = {
-    "mistral": lambda: MistralConfig(**SIZES, sliding_window=3),
-    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=3, head_dim=8, query_pre_attn_scalar=8),
-    "gemma3": lambda: Gemma3TextConfig(**SIZES, sliding_window=3, head_dim=8, query_pre_attn_scalar=8),
-    "granite": lambda: GraniteConfig(**SIZES, attention_multiplier=0.3),
-    "olmo2": lambda: Olmo2Config(**SIZES),  # its norms are of all heads together
-    "phi3": lambda: Phi3Config(**SIZES),  # one projection to queries, keys and values
-}
-
-
-def build(family):
-    if family not in OTHERS:
-        return build_model(family)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(OTHERS[family]()).requires_grad_(False).eval()
 
 
 def attention_of(model):
@@ -78,7 +43,7 @@ def packed_pass(model, backend):
     ],
 )
 def test_layers_that_compute_what_llamas_do_are_fused(family, fused):
-    plain = build(family)
+    plain = special_model(SPECIAL[family]) if family in SPECIAL else build_model(family)
     use_packing(plain)
     model, backend = copy.deepcopy(plain), Backend()
     use_fused_attention(model, backend)

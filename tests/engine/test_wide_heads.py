@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, engine_of
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+from tiny_decoders import SIZES, special_model
+from tiny_models import engine_of
+from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
 from hybrid_lightning.engine.cpu import attention_operators as kernels
 from hybrid_lightning.engine.cpu import operators as of_rows
@@ -11,33 +12,14 @@ from hybrid_lightning.engine.cpu.build import library
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.types import Prompt
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+WIDE = {**SIZES, "hidden_size": 48, "num_attention_heads": 6, "pad_token_id": None}
 CONFIGS = {
-    "llama": lambda: LlamaConfig(**SIZES, head_dim=32),
-    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=64),
-    "sliding window": lambda: MistralConfig(**SIZES, head_dim=32, sliding_window=6),
+    "llama": LlamaConfig(**WIDE, head_dim=32),
+    "qwen3": Qwen3Config(**WIDE, head_dim=64),
+    "sliding window": MistralConfig(**WIDE, head_dim=32, sliding_window=6),
 }
 TEXTS = ("12+3=", "4=", "1-2-3-4-5=", "7*8=", "9+9+9=")
 SAMPLES = 6
-
-
-def build(kind):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return model.requires_grad_(False).eval()
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")
@@ -46,7 +28,7 @@ def test_sampling_logprobs_are_those_of_a_plain_pass_while_rows_leave(tokenizer,
     calls = []
     original = kernels.decode_attention
     monkeypatch.setattr(kernels, "decode_attention", lambda *parts: calls.append(len(parts[0])) or original(*parts))
-    model, ids = build(kind), [tokenizer(text).input_ids for text in TEXTS]
+    model, ids = special_model(CONFIGS[kind], std=0.15), [tokenizer(text).input_ids for text in TEXTS]
     sampler = Sampler(max_new_tokens=40)
     prompts = [Prompt(text=text) for text in TEXTS]
     draws = torch.Generator().manual_seed(3)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings
-from hybrid_lightning.engine.packed_decoding import PackedDecoding
+from hybrid_lightning.engine.decoding_base import PackedDecoding
 from hybrid_lightning.engine.segments import Segments, attend, joined
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybrid_lightning.engine.attention import AttentionSettings, Masks, shared_attention
 from hybrid_lightning.engine.cpu import attention_operators
-from hybrid_lightning.engine.packed_decoding import PackedDecoding
+from hybrid_lightning.engine.decoding_base import PackedDecoding
 from hybrid_lightning.engine.packing import visible
 
 _FIRST_CAPACITY = 32  # tokens; doubled whenever it is full

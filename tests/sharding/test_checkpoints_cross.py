@@ -38,7 +38,8 @@ READERS = {
     "fsdp1": (SHARDED["fsdp1 sharded"], 2),
 }
 # What is changed as they go on.
-CHANGED = {**ARGUMENTS["policy"], "lr_full": 1e-4, "lr_lora": 2e-2, "optimizer": partial(torch.optim.AdamW, betas=(0.7, 0.8))}
+ADAM_CHANGED = partial(torch.optim.AdamW, betas=(0.7, 0.8), eps=1e-3)
+CHANGED = {**ARGUMENTS["policy"], "lr_full": 1e-4, "lr_lora": 2e-2, "optimizer": ADAM_CHANGED}
 # Which checkpoints each goes on from: every writer's under other strategies and numbers of ranks.
 CROSSINGS = {
     "one process": tuple(WRITERS),

@@ -96,18 +96,13 @@ def test_a_weight_of_zero_leaves_no_gradient_and_the_denominators_as_they_are(cl
     assert (without[0] == 0).all() and torch.equal(without[1:], whole[1:]) and whole[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("value", [1.0, 0.5, -2.0, math.nan, math.inf])
-def test_an_impossible_cap_is_refused(cls, value):
-    with pytest.raises(ConfigError, match=rf"{cls.__name__}: cap={value} must be finite and above 1.*set e\.g\. 2") as caught:
-        cls(cap=value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("value", [1.0, -0.1, math.nan])
-def test_an_impossible_floor_is_refused(value):
-    with pytest.raises(ConfigError, match=f"TokenMask: floor={value} must be at least 0 and below 1"):
-        TokenMask(floor=value)
+@pytest.mark.parametrize(
+    ("cls", "options"), list(zip(CLASSES, ({"cap": 1.0}, {"cap": math.nan}, {"floor": 1.0}, {"floor": -0.1}), strict=True))
+)
+def test_impossible_bounds_are_refused(cls, options):
+    ((name, value),) = options.items()
+    with pytest.raises(ConfigError, match=rf"{cls.__name__}: {name}={value} must be .*1, the ratio where nothing differs; set"):
+        cls(**options)
 
 
 def test_a_correction_of_ones_own_and_its_shape():
@@ -116,7 +111,7 @@ def test_a_correction_of_ones_own_and_its_shape():
             return log_ratio.exp().mean()
 
     inputs = make_inputs()
-    with pytest.raises(ConfigError, match=r"Flat.weights returned shape \(\): return \(6, 5\) or, .* \(6,\)"):
+    with pytest.raises(ConfigError, match=r"Flat.weights returned shape \(\); return \(6, 5\) or, .* \(6,\)"):
         Flat()(inputs.logprobs, inputs.logprobs, inputs.completion_mask)
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import DPOLoss, SupervisedLoss
-from hybrid_lightning.losses.shares import combine_metrics
+from hybrid_lightning.losses import DPOLoss, SupervisedLoss, combine_metrics
 from hybrid_lightning.types import LossInputs
 
 B, T = 8, 5
@@ -67,7 +66,7 @@ def test_the_gradient_is_that_of_finite_differences_and_zero_on_padding(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=IDS)
-@pytest.mark.parametrize("sizes", [(2, 6), (4, 2, 2), (0, 8)])
+@pytest.mark.parametrize("sizes", [(4, 2, 2), (0, 8)])
 def test_shares_add_up_however_a_step_is_split(loss, sizes):
     inputs = make(2)
     whole = loss(inputs)

@@ -59,33 +59,25 @@ def run(model, sums, root, *callbacks, **flags):
     return watch, policy
 
 
-def test_generation_has_a_bar_that_is_hidden_when_done(model, sums, tmp_path, screen):
-    watch, _ = run(model, sums, tmp_path, max_steps=2, limit_val_batches=0)
+def test_generation_has_a_bar_that_is_hidden_when_done_beside_reward_and_length(model, sums, tmp_path, screen):
+    watch, policy = run(model, sums, tmp_path, RunSummary(), max_steps=2, limit_val_batches=0)
     assert len(watch.generation) == 12
     for (running, decoded, total), (completed, of, visible), description in watch.generation:
         assert "Generating" in description and (completed, of) == (decoded, total)
         assert visible == (running > 0 and decoded < total)
-
-
-def test_reward_and_length_stand_beside_the_bar(model, sums, tmp_path, screen):
-    watch, _ = run(model, sums, tmp_path)
     assert watch.metrics[0].keys() >= {"reward", "completions/mean_length"} and "v_num" not in watch.metrics[0]
     output = screen.file.getvalue()
     assert "reward: " in output and "completions/mean_length: " in output and "epoch 0" in output.lower()
+    assert [listener for listener in policy.generation_listeners if "RolloutProgress" in str(listener)] == [], "after the run"
 
 
 def test_the_bar_ends_where_the_run_does(model, sums, tmp_path, screen):
     watch, _ = run(model, sums, tmp_path, max_steps=3, accumulate_grad_batches=2, limit_val_batches=0)
     assert watch.totals == [6] * 6
-    watch, _ = run(model, sums, tmp_path, max_steps=-1, max_epochs=2, limit_val_batches=0)
-    assert watch.totals == [4] * 8
+    watch, _ = run(model, sums, tmp_path, max_steps=-1, max_epochs=1, limit_val_batches=0)
+    assert watch.totals == [4] * 4
     watch, _ = run(model, sums, tmp_path, max_steps=6, limit_val_batches=0)
     assert watch.totals == [4] * 4 + [2] * 2
-
-
-def test_nothing_listens_after_the_run(model, sums, tmp_path, screen):
-    _, policy = run(model, sums, tmp_path, RunSummary())
-    assert [listener for listener in policy.generation_listeners if "RolloutProgress" in str(listener)] == []
 
 
 @pytest.mark.parametrize("wanted", [True, False])

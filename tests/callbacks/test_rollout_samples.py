@@ -129,25 +129,23 @@ def test_the_plan_is_a_table_and_a_picture(run):
     assert (folder / "plan.json").is_file() and (folder / "plan.png").is_file()
 
 
-def test_hyper_parameters_are_there(run):
-    _, log, _ = run
-    content = log.events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
-    values = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+def test_the_page_of_hyper_parameters_has_the_arguments_and_as_results_accuracy_and_reward(run):
+    _, log, folder = run
+
+    def data_of(tag):
+        return plugin_data_pb2.HParamsPluginData.FromString(log.events.SummaryMetadata(tag).plugin_data.content)
+
+    values = data_of(metadata.SESSION_START_INFO_TAG).session_start_info.hparams
     assert values["lr_lora"].number_value == 0.01 and values["loss/init_args/kl_coef"].number_value == 0.01
     assert values["loss/class_path"].string_value == "hybrid_lightning.losses.GRPOLoss"
-
-
-def test_the_results_on_the_page_of_hyper_parameters_are_accuracy_and_reward(run):
-    _, log, folder = run
-    content = log.events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
-    infos = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
+    infos = data_of(metadata.EXPERIMENT_TAG).experiment.metric_infos
     assert [info.name.tag for info in infos] == ["summary/accuracy_before", "summary/accuracy_after", "reward"]
     summary = json.loads((folder / "summary.json").read_text())
     assert log.scalar("summary/accuracy_before") == {0: pytest.approx(summary["accuracy_before"])}
     assert log.scalar("summary/accuracy_after") == {8: pytest.approx(summary["accuracy_after"])}
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2])
 def test_pages_of_a_resumed_run_lie_on_those_of_the_whole(run, tmp_path, step):
     _, log, folder = run
     resumed = train(folder.parent, tmp_path, ckpt_path=folder / "checkpoints" / f"step={step}.ckpt")

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
-from hybrid_lightning.callbacks import EvaluationReport, PolicyExport, RolloutSamples, RunSummary
+from hybrid_lightning.callbacks import EvaluationReport, PolicyExport, PredictionWriter, RolloutSamples, RunSummary
 from hybrid_lightning.callbacks.run_folder import check_run_folder, find_run_folder, run_folder
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.export import AdapterFolder
@@ -160,7 +160,7 @@ def train(kind, model, sums, root, loggers):
 
 # Under Lightning's own Trainer two loggers of one place make themselves two folders.
 @pytest.mark.parametrize(
-    ("kind", "loggers"), [*(("ours", name) for name in LOGGERS), *(("lightning", name) for name in LOGGERS if name != "both")]
+    ("kind", "loggers"), [("ours", "both"), ("ours", "none"), ("lightning", "tensorboard"), ("lightning", "csv")]
 )
 def test_a_second_run_changes_nothing_of_the_first(model, sums, tmp_path, kind, loggers):
     first = train(kind, model, sums, tmp_path, loggers)
@@ -203,8 +203,7 @@ def test_a_trainer_keeps_its_folder(model, sums, tmp_path):
     assert names(tmp_path) == ["version_0"] and trainer.log_dir == str(tmp_path / "version_0")
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-@pytest.mark.parametrize("logger", [CSVLogger, None])
+@pytest.mark.parametrize(("number", "logger"), [(errno.EROFS, CSVLogger), (errno.ENOSPC, None)])
 def test_a_place_that_cannot_be_written_to_is_found_before_the_claim(tmp_path, monkeypatch, number, logger):
     trainer = process(tmp_path / "runs", *([logger(tmp_path / "runs", "x")] if logger else []))
     check_run_folder(trainer)
@@ -282,14 +281,6 @@ def test_a_run_that_removes_its_folders_does_not_take_those_of_another(tmp_path,
     assert run_folder(process(tmp_path / "runs")) == tmp_path / "runs" / "version_0"
 
 
-def test_a_run_whose_data_cannot_be_read_leaves_nothing(model, tmp_path):
-    (tmp_path / "broken.jsonl").write_text("{")
-    trainer = build_trainer(tmp_path, build_adapter(), logger=TensorBoardLogger(tmp_path / "runs", "x"))
-    with pytest.raises(DataError):
-        trainer.fit(build_policy(model), datamodule=build_data(tmp_path / "broken.jsonl"))
-    assert names(tmp_path) == ["broken.jsonl"]
-
-
 class RaisingOnTrainStart(Callback):
     def on_train_start(self, trainer, pl_module):
         raise RuntimeError("later")
@@ -316,9 +307,14 @@ def test_a_run_that_fails_at_the_start_leaves_nothing_and_says_why(model, sums, 
     assert not names(tmp_path)
 
 
-def test_a_trial_run_has_none(model, sums, tmp_path):
-    trainer = build_trainer(tmp_path, RunSummary(), build_adapter(), fast_dev_run=True)
-    trainer.fit(build_policy(model), datamodule=build_data(sums))
+def test_a_trial_run_has_none_and_its_callbacks_write_nothing(model, sums, tmp_path):
+    exports = PolicyExport(folder=str(tmp_path / "mine"))
+    callbacks = [RunSummary(), EvaluationReport(), build_adapter(), RolloutSamples(1), exports, PredictionWriter()]
+    trainer = build_trainer(tmp_path, *callbacks, fast_dev_run=True)
+    data = build_data(sums, validation_fraction=0.2, test_fraction=0.2)
+    trainer.fit(policy := build_policy(model, reward=StartsWithDigit()), datamodule=data)
+    trainer.test(policy, datamodule=data, verbose=False)
+    trainer.predict(policy, datamodule=data, return_predictions=False)
     assert trainer.log_dir is None and run_folder(trainer) is None and not names(tmp_path)
 
 

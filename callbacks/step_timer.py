@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from hybrid_lightning.callbacks.run_folder import find_callback
 from hybrid_lightning.policy.step_times import PhaseClock, Spread
 from hybrid_lightning.types import PolicyBatch
 
@@ -140,14 +141,9 @@ class StepTimer(Callback):
             self._tokens[name] = self._tokens.get(name, 0.0) + value
 
 
-def find_step_timer(trainer: Trainer) -> StepTimer | None:
-    """The Trainer's `StepTimer`, if it has one."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, StepTimer)), None)  # type: ignore[attr-defined]
-
-
 def time_charged_to(trainer: Trainer, phase: str) -> AbstractContextManager[None]:
     """Count the time within this context for a phase of the Trainer's `StepTimer`, if it has one."""
-    timer = find_step_timer(trainer)
+    timer = find_callback(trainer, StepTimer)
     return nullcontext() if timer is None else timer.clock.phase(phase)
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
 from hybrid_lightning.callbacks import EvaluationReport, PolicyExport, PredictionWriter, RolloutSamples, RunSummary
-from hybrid_lightning.callbacks.run_folder import check_run_folder, find_run_folder, run_folder
+from hybrid_lightning.callbacks.run_folder import RunFolder, check_run_folder, find_callback, run_folder
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.export import AdapterFolder
 from hybrid_lightning.trainer import Trainer
@@ -251,16 +251,16 @@ def test_a_folder_with_anything_that_was_made_is_kept(tmp_path, name):
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).touch()
     before = content(tmp_path)
-    find_run_folder(trainer).give_back()
+    find_callback(trainer, RunFolder).give_back()
     assert content(tmp_path) == before and (folder / name).is_file()
     (folder / name).unlink()
-    find_run_folder(trainer).give_back()
+    find_callback(trainer, RunFolder).give_back()
     assert not names(tmp_path)
 
 
 def test_a_run_that_has_done_something_keeps_its_logs(tmp_path):
     trainer = process(tmp_path, CSVLogger(tmp_path, "x"))
-    folder, holder = run_folder(trainer), find_run_folder(trainer)
+    folder, holder = run_folder(trainer), find_callback(trainer, RunFolder)
     (folder / "metrics.csv").touch()
     holder.on_train_batch_end(trainer, None)
     holder.give_back()

@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
 from hybrid_lightning.callbacks import StepTimer
-from hybrid_lightning.callbacks.step_timer import RUN_PHASES, STEP_PHASES, find_step_timer
+from hybrid_lightning.callbacks.run_folder import find_callback
+from hybrid_lightning.callbacks.step_timer import RUN_PHASES, STEP_PHASES
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import step_times
 from hybrid_lightning.rollout.sampler import Sampler
@@ -180,7 +181,7 @@ def test_a_second_fit_starts_anew_and_other_commands_are_not_timed(files, tmp_pa
     trainer.fit(module, datamodule=(data := build_data(files[1], validation_fraction=0.3)))
     before = timer.totals()
     trainer.validate(module, datamodule=data, verbose=False)
-    assert timer.totals()["validation"] == before["validation"] and find_step_timer(trainer) is timer
+    assert timer.totals()["validation"] == before["validation"] and find_callback(trainer, StepTimer) is timer
     start = TIME.now
     trainer.fit_loop.epoch_loop.max_steps = 2
     trainer.fit(module, datamodule=data)

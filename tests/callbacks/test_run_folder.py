@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from lightning.pytorch import Callback
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -19,7 +18,6 @@ from hybrid_lightning.callbacks import EvaluationReport, PolicyExport, Predictio
 from hybrid_lightning.callbacks.run_folder import RunFolder, check_run_folder, find_callback, run_folder
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.export import AdapterFolder
-from hybrid_lightning.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ def process(root, *loggers, rank=0, answers=None):
     )
 
 
-@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger, None])
+@pytest.mark.parametrize("kind", [TensorBoardLogger, None])
 def test_ten_runs_that_start_at_once_get_ten_folders(tmp_path, kind, monkeypatch):
     (tmp_path / "name" / "version_4").mkdir(parents=True)
     start, found, begun, mkdir = threading.Barrier(10), [], set(), Path.mkdir
@@ -194,13 +192,18 @@ def test_a_folder_with_more_than_a_log_is_not_taken_over(tmp_path):
     assert run_folder(process(tmp_path, logger)) == tmp_path / "x" / "mine-v1"
 
 
-def test_a_trainer_keeps_its_folder(model, sums, tmp_path):
+def test_a_trainer_keeps_its_folder_which_is_its_log_dir(model, sums, tmp_path, monkeypatch):
+    told, broadcast = [], SingleDeviceStrategy.broadcast
+    monkeypatch.setattr(
+        SingleDeviceStrategy, "broadcast", lambda self, value, src=0: told.append(value) or broadcast(self, value)
+    )
     trainer = build_trainer(tmp_path, EvaluationReport(), build_adapter(), max_steps=1)
     data, policy = build_data(sums, validation_fraction=0.2, test_fraction=0.2), build_policy(model, reward=StartsWithDigit())
     assert not names(tmp_path), "a Trainer that runs nothing has none"
     trainer.fit(policy, datamodule=data)
     trainer.test(policy, datamodule=data, verbose=False)
-    assert names(tmp_path) == ["version_0"] and trainer.log_dir == str(tmp_path / "version_0")
+    assert names(tmp_path) == ["version_0"] and trainer.log_dir == str(tmp_path / "version_0") == str(run_folder(trainer))
+    assert sum("version_0" in str(value) for value in told) == 1, "it is claimed once"
 
 
 @pytest.mark.parametrize(("number", "logger"), [(errno.EROFS, CSVLogger), (errno.ENOSPC, None)])
@@ -251,20 +254,14 @@ def test_a_folder_with_anything_that_was_made_is_kept(tmp_path, name):
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).touch()
     before = content(tmp_path)
-    find_callback(trainer, RunFolder).give_back()
+    holder = find_callback(trainer, RunFolder)
+    holder.give_back()
     assert content(tmp_path) == before and (folder / name).is_file()
     (folder / name).unlink()
-    find_callback(trainer, RunFolder).give_back()
-    assert not names(tmp_path)
-
-
-def test_a_run_that_has_done_something_keeps_its_logs(tmp_path):
-    trainer = process(tmp_path, CSVLogger(tmp_path, "x"))
-    folder, holder = run_folder(trainer), find_callback(trainer, RunFolder)
-    (folder / "metrics.csv").touch()
-    holder.on_train_batch_end(trainer, None)
+    if name == "mine.txt":
+        holder.on_train_batch_end(trainer, None)
     holder.give_back()
-    assert names(folder) == ["metrics.csv"]
+    assert bool(names(tmp_path)) is (name == "mine.txt"), "nor is one in which something has been done, whatever is in it"
 
 
 def test_a_run_that_removes_its_folders_does_not_take_those_of_another(tmp_path, monkeypatch):
@@ -279,18 +276,6 @@ def test_a_run_that_removes_its_folders_does_not_take_those_of_another(tmp_path,
 
     monkeypatch.setattr(Path, "mkdir", late)
     assert run_folder(process(tmp_path / "runs")) == tmp_path / "runs" / "version_0"
-
-
-class RaisingOnTrainStart(Callback):
-    def on_train_start(self, trainer, pl_module):
-        raise RuntimeError("later")
-
-
-def test_a_run_that_fails_later_keeps_what_it_has(model, sums, tmp_path):
-    trainer = build_trainer(tmp_path, build_adapter(), RaisingOnTrainStart())
-    with pytest.raises(RuntimeError, match="later"):
-        trainer.fit(build_policy(model), datamodule=build_data(sums))
-    assert names(tmp_path / "version_0") == ["plan.json", "scoring"]
 
 
 class WritesAtTheEnd(CSVLogger):
@@ -316,11 +301,3 @@ def test_a_trial_run_has_none_and_its_callbacks_write_nothing(model, sums, tmp_p
     trainer.test(policy, datamodule=data, verbose=False)
     trainer.predict(policy, datamodule=data, return_predictions=False)
     assert trainer.log_dir is None and run_folder(trainer) is None and not names(tmp_path)
-
-
-def test_a_trainers_log_dir_is_the_folder(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", lambda self, value, src=0: told.append(value) or value)
-    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
-    folder = run_folder(trainer)
-    assert trainer.log_dir == str(folder) and run_folder(trainer) == folder and len(told) == 1

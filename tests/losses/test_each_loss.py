@@ -60,21 +60,6 @@ def test_cispo_weighs_every_token_and_its_weight_has_no_gradient():
     assert (ratio > 1.1).any() and (gradient(CISPOLoss(cap=1.1), inputs) != 0).equal(inputs.completion_mask)
 
 
-@each_class
-def test_the_entropy_bonus_is_the_mean_over_the_tokens_of_the_step(cls):
-    inputs = make_inputs()
-    plain, bonus = cls(**SETTINGS[cls]), cls(**SETTINGS[cls], entropy_coef=0.5)
-    counts = {"num_sequences": 6.0, "num_tokens": 40.0}
-    inputs = replace(inputs, **counts)
-    share = inputs.entropy[inputs.completion_mask].sum() / 40
-    torch.testing.assert_close(bonus(inputs).loss, plain(inputs).loss - 0.5 * share, rtol=1e-12, atol=0)
-    (slope,) = torch.autograd.grad(bonus(inputs).loss, inputs.entropy)
-    torch.testing.assert_close(slope, -0.5 / 40 * inputs.completion_mask.double(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradient(bonus, inputs), gradient(plain, inputs), rtol=0, atol=0)
-    masked = replace(inputs, importance_weights=torch.zeros_like(inputs.logprobs))
-    torch.testing.assert_close(bonus(masked).loss, -0.5 * share, rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("options", [{}, {"kl_coef": 0.1}, {"entropy_coef": 0.1}])
 @each_class
 def test_a_loss_that_ignores_sequences_without_advantage_does_not_change_without_them(cls, options):

@@ -70,17 +70,6 @@ def test_a_fully_masked_batch_gives_a_differentiable_zero(loss, num):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_without_old_logprobs_the_policy_is_its_own_sampler(loss):
-    inputs = make_inputs()
-    implicit = replace(inputs, old_logprobs=None)
-    explicit = replace(inputs, old_logprobs=inputs.logprobs.detach().clone())
-    assert torch.equal(loss(implicit).loss, loss(explicit).loss)
-    assert torch.equal(gradient(loss, implicit), gradient(loss, explicit))
-    metrics = loss(implicit).metrics
-    assert metrics["ratio/max"] == 1 and metrics["clip_ratio/region_mean"] == 0
-
-
-@pytest.mark.parametrize("loss", LOSSES)
 def test_only_logprobs_get_a_gradient(loss):
     inputs = make_inputs()
     names = ("advantages", "old_logprobs", "ref_logprobs", "importance_weights")

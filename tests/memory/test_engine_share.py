@@ -20,7 +20,6 @@ from hybrid_lightning.memory import DDP, FSDP2, SingleDevice
 from hybrid_lightning.memory import from_config as from_config_module
 from hybrid_lightning.memory.engine_share import CONTEXT_BYTES, EngineShare, engine_share, misfit
 from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, policy_arguments, run_settings
-from hybrid_lightning.memory.memory_table import _component_rows, memory_notes
 from hybrid_lightning.memory.peaks import _Run, plan_memory, why_not_fitting
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.quantization import NF4
@@ -158,14 +157,7 @@ def misfit_of(device_gib, resting, updating, weights, **arguments):
         (80, 40, 60, 30, {}, "=0.3 of 80.0 GiB is less than .*, 30.0 GiB; set sampler.gpu_memory_utilization=0.38$"),
         (80, 60, 60, 30, {}, "is less than the engine's weights .*; quantize the base .*VLLMServerSampler"),
         (80, 40, 75, 10, {}, "while updating, .* up to 75.0 GiB and .* keeps 10.0 GiB, .*; set sampler.sleep=weights$"),
-        (
-            80,
-            40,
-            65,
-            10,
-            {"sleep": "nothing"},
-            "sampler.sleep=nothing does not fit: .* keeps 24.0 GiB.*; set sampler.sleep=kv_cache$",
-        ),
+        (80, 40, 65, 10, {"sleep": "nothing"}, "sleep=nothing does not fit: .* keeps 24.0 GiB.*; set sampler.sleep=kv_cache$"),
         (80, 40, 75, 10, {"sleep": "weights"}, None),
         (80, 40, 90, 10, {}, "; lower model.max_tokens_per_micro_batch, quantize the base"),
     ],
@@ -300,12 +292,6 @@ def test_plan_shows_the_engine(folder, monkeypatch):
     on_cpu = run(folder, "plan", *ENGINE)
     assert re.search(r"rollout engine +│ +64.1 MiB", on_cpu.out) and "refused" not in on_cpu.out, on_cpu.err
     assert "it keeps 64.1 MiB while the policy is updated." in on_cpu.out
-
-
-def test_the_table_has_a_row_for_an_engine_that_is_there(ours, beside):
-    rows = [[name for name, _ in _component_rows(methods)] for methods in (ours, beside)]
-    assert rows[1] == [*rows[0], "rollout engine"]
-    assert "(sampler.sleep=kv_cache)" in memory_notes(beside, vllm()) and "engine" not in memory_notes(ours, OURS)
 
 
 def test_plan_has_to_know_the_device(folder, monkeypatch):

@@ -55,7 +55,7 @@ class ServerFacts:
         """Read them from a server's answers.
 
         Args:
-            config: vLLM's config.
+            config: Config of vLLM.
             names: The answer to /v1/models.
             size: The answer to /get_world_size.
 

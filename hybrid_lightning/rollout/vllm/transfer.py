@@ -285,7 +285,7 @@ def check_joined(names: Collection[str], model: Any) -> None:
 
     Args:
         names: Names of the weights of an update, as in a checkpoint.
-        model: vLLM's model.
+        model: Model of vLLM.
 
     Raises:
         ValueError: If one part is missing.

@@ -43,7 +43,7 @@ class RunFolder(Callback):
         self._above: list[Path] = []  # parent folders that had to be made
         self._in_use = False  # whether the run has done anything that should be kept
 
-    def keep(self, *given: Any) -> None:
+    def keep(self, *given: Any, **named: Any) -> None:
         """Keep the folder, whatever is in it, since something has been done in it, or the user is told to continue from there."""
         self._in_use = True
 

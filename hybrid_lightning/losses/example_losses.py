@@ -56,7 +56,8 @@ class ExampleLoss(Configurable, ABC):
         """
         name = type(self).__name__
         if len(inputs.completion_mask) % self.rows_per_example:
-            raise ConfigError(f"{name} needs {self.rows_per_example} rows an example, got {len(inputs.completion_mask)}; give whole ones")
+            rows = len(inputs.completion_mask)
+            raise ConfigError(f"{name} needs {self.rows_per_example} rows an example, got {rows}; give whole examples")
         if self.needs_reference and inputs.ref_logprobs is None:
             raise ConfigError(f"{name} compares with the start policy: give LossInputs.ref_logprobs")
         total = self.step_weight(inputs)

@@ -185,10 +185,10 @@ class Server:
 
     def _check_interface(self) -> None:
         version = self._ask_if_there("/version")
-        if version is None:
+        if not version:
             raise ConfigError(f"{self.url} is no vLLM server (it has no /version); start one there: {_START}")
         check_version(str(version["version"]), self.url)
-        if self._ask_if_there("/weight_info") is None:
+        if not self._ask_if_there("/weight_info"):
             raise ConfigError(
                 f"{self.url} has no interface for weights; start it with VLLM_SERVER_DEV_MODE=1 in its environment: {_START}"
             )

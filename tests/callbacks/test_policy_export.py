@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from peft import PeftModel
 from rounding import assert_same_logits
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit
 from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.callbacks import PolicyExport, RunSummary, StepTimer
@@ -13,16 +13,6 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.export import AdapterFolder, LoraFolder, MergedModel
 
 IDS = torch.tensor([[4, 5, 13, 6, 16]])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("exports") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("exports") / "sums.jsonl", 24)
 
 
 def logits(model):

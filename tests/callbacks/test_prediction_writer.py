@@ -2,21 +2,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import PredictionWriter
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.sampler import Sampler
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("predictions") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("predictions") / "sums.jsonl", 24)
 
 
 def predict(model, sums, root, writer, **flags):

@@ -12,22 +12,12 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import EvaluationReport, PolicyExport, PredictionWriter, RolloutSamples, RunSummary
 from hybrid_lightning.callbacks.run_folder import RunFolder, check_run_folder, find_callback, run_folder
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.export import AdapterFolder
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("folders") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("folders") / "sums.jsonl", 24)
 
 
 def names(folder):

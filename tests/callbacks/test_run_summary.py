@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tiny_examples import fit, write_rows
-from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_sums
 
 from hybrid_lightning.callbacks import RunSummary, StepTimer
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint
@@ -19,11 +19,6 @@ KEYS = {
     "full_modules", "lora_modules", "trainable_parameters", "trainable_share", "loss", "model", "validation", "run_folder",
     "checkpoint", "next_command", "seconds_by_phase", "throughput",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("summary") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -135,8 +135,9 @@ def find_callback(trainer: Trainer, kind: type[_C]) -> _C | None:
 
 def _parents(trainer: Trainer) -> tuple[list[Path], Version | None]:
     """The parents of the folders of this run, that of the first logger first; and the version that was given, if any."""
-    places = [logger_place(logger, fallback=_root(trainer)) for logger in trainer.loggers]
-    parents = [place.parent for place in places[:1]] or [_without_logger(trainer)]
+    root = _root(trainer)
+    places = [logger_place(logger, fallback=root) for logger in trainer.loggers]
+    parents = [place.parent for place in places[:1]] or [root / "default" if root == Path("runs") else root]
     parents += [place.parent for place in places if place.has_versions and place.parent not in parents]
     return parents, next((place.version for place in places if place.version not in (None, "")), None)
 
@@ -250,8 +251,3 @@ def _root(trainer: Trainer) -> Path:
     """The folder for files if no logger has one."""
     root = Path(trainer.default_root_dir)
     return Path("runs") if root == Path.cwd() else root
-
-
-def _without_logger(trainer: Trainer) -> Path:
-    root = _root(trainer)
-    return root / "default" if root == Path("runs") else root

@@ -143,7 +143,8 @@ class PolicyLoss(Configurable, ABC):
         per_token_loss = F.per_token(term, inputs.completion_mask)
         if inputs.importance_weights is not None:
             per_token_loss = per_token_loss * inputs.importance_weights
-        metrics = self._ratio_metrics(inputs, ratio.detach()) | self.policy_metrics(inputs, ratio.detach())
+        plain = ratio.detach()
+        metrics = {"ratio/mean": share(plain, inputs), "ratio/max": largest(plain, inputs)} | self.policy_metrics(inputs, plain)
         if self.needs_reference:
             kl = self._kl(inputs, ratio)
             per_token_loss = per_token_loss + self.kl_coef * kl
@@ -171,10 +172,6 @@ class PolicyLoss(Configurable, ABC):
         assert inputs.ref_logprobs is not None, "checked before"
         kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.completion_mask)
         return kl * F.per_token(ratio, inputs.completion_mask) if self.kl_importance_weight else kl
-
-    def _ratio_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """Mean and largest of the ratios."""
-        return {"ratio/mean": share(ratio, inputs), "ratio/max": largest(ratio, inputs)}
 
 
 COUNTS = (

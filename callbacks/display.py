@@ -16,7 +16,7 @@ from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hybrid_lightning.callbacks.run_folder import find_run_folder
+from hybrid_lightning.callbacks.run_folder import known_folder
 from hybrid_lightning.data import PromptDataModule
 
 Advance = Callable[[int, int | None], None]
@@ -54,9 +54,8 @@ def saved_config(trainer: Trainer) -> Path | None:
 
     This makes no run folder, and does not communicate with other ranks.
     """
-    holder = find_run_folder(trainer)
-    config = None if holder is None or holder.path is None else holder.path / "config.yaml"
-    return config if config is not None and config.is_file() else None
+    folder = known_folder(trainer)
+    return folder / "config.yaml" if folder is not None and (folder / "config.yaml").is_file() else None
 
 
 def resume_command(trainer: Trainer, checkpoint: str | Path) -> str:

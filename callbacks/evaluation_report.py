@@ -48,9 +48,7 @@ class EvaluationReport(Callback):
         """Start the clock."""
         self._start = time.perf_counter()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
+    on_test_start = on_validation_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the scores, and before training check what is monitored."""

@@ -6,6 +6,7 @@ Also the error message for when another process of the run has gone (`lost_conta
 import copy
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from hybrid_lightning.adapters.scoring_progress import SCORING
 from hybrid_lightning.callbacks.display import resume_command, saved_config, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
-from hybrid_lightning.callbacks.run_folder import find_run_folder, run_folder
+from hybrid_lightning.callbacks.run_folder import RunFolder, find_callback, known_folder, run_folder
 from hybrid_lightning.errors import RewardError, RolloutError
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import check_stop
@@ -77,9 +78,9 @@ class GracefulStop(Callback):
         """Begin training, after a validation that the stopped run still had to make."""
         self._defer()
         self._training = True
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, HybridAdapterSetup):  # its hook may change the progress of the loops, which is read below
-                callback.on_train_start(trainer, pl_module)
+        adapter = find_callback(trainer, HybridAdapterSetup)
+        if adapter is not None:
+            adapter.resume.begin_epoch(trainer)  # before the progress of the loops is read
         loaded, self._progress = self._progress, _progress(trainer)
         if loaded is not None:
             self._progress["epoch_progress"] = loaded["epoch_progress"]  # Lightning has already advanced its own
@@ -93,13 +94,7 @@ class GracefulStop(Callback):
         """Take SIGTERM back from Lightning."""
         self.signals.take_over()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take SIGTERM back from Lightning."""
-        self.signals.take_over()
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take SIGTERM back from Lightning."""
-        self.signals.take_over()
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop with a checkpoint if a signal came with the last step, since there may be no other checkpoint of that step."""
@@ -197,8 +192,8 @@ class GracefulStop(Callback):
         if (self._training and isinstance(exception, (RunStopped, RolloutError))) or _reward_failed(trainer, exception):
             self._save(trainer, pl_module)
         elif stopped and trainer.is_global_zero:
-            holder = find_run_folder(trainer)
-            if holder is not None and holder.path is not None and (holder.path / SCORING).is_dir():
+            holder = find_callback(trainer, RunFolder)
+            if holder is not None and _scoring_of(trainer) is not None:
                 holder.keep()
             say(f"Stopped: {_go_on_from(trainer)}")
         if isinstance(exception, RunStopped):
@@ -238,8 +233,7 @@ def lost_contact(trainer: Trainer, exception: BaseException) -> str | None:
     """
     if not isinstance(exception, RuntimeError) or not _SIGNS.search(str(exception)):
         return None
-    # Not `last_model_path`, which Lightning sets before it writes a file: the writing of that file may have been interrupted.
-    checkpoint = getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path
+    checkpoint = _last_checkpoint(trainer)
     command = f"--ckpt_path {checkpoint}" if saved_config(trainer) is None else resume_command(trainer, str(checkpoint))
     remedy = f"go on with {command}" if checkpoint else "no checkpoint has been saved yet"
     return (
@@ -261,16 +255,25 @@ def _progress(trainer: Trainer) -> dict[str, Any]:
 
 def _go_on_from(trainer: Trainer) -> str:
     """How to resume this run, in words; this does not communicate with other ranks."""
-    checkpoint = getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path
     if trainer.state.fn != "fit":
         return "start the command again"
-    if checkpoint:
+    if checkpoint := _last_checkpoint(trainer):
         return f"go on with:\n  {resume_command(trainer, checkpoint)}"
-    holder = find_run_folder(trainer)  # does not make a run folder
-    folder = None if holder is None else holder.path
-    if folder is not None and (folder / SCORING).is_dir():
-        return f"nothing has been trained yet; go on from what scoring has found:\n  {resume_command(trainer, folder / SCORING)}"
+    if scoring := _scoring_of(trainer):
+        return f"nothing has been trained yet; go on from what scoring has found:\n  {resume_command(trainer, scoring)}"
     return NOTHING_MADE
+
+
+def _last_checkpoint(trainer: Trainer) -> str | Path | None:
+    """The checkpoint to resume from; falsy if there is none."""
+    # Not `last_model_path`, which Lightning sets before it writes a file: the writing of that file may have been interrupted.
+    return getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path
+
+
+def _scoring_of(trainer: Trainer) -> Path | None:
+    """The folder with what scoring has found in this run, if there is one. This makes no run folder."""
+    folder = known_folder(trainer)
+    return folder / SCORING if folder is not None and (folder / SCORING).is_dir() else None
 
 
 def _reward_failed(trainer: Trainer, exception: BaseException) -> bool:

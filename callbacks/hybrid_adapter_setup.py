@@ -30,7 +30,6 @@ from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
 from hybrid_lightning.options import FIXED, Option
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule, adapter_state, new_state
 from hybrid_lightning.policy.language import LanguageModule
-from hybrid_lightning.policy.training_data import restart_epoch
 from hybrid_lightning.sharding.checkpoints import checkpoint_exists, read_checkpoint
 
 _SHOWN_OTHERS = 10  # number of modules of a plan that are printed, in addition to the fully trained ones
@@ -155,8 +154,7 @@ class HybridAdapterSetup(Configurable, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the epoch anew if its number of micro-batches was changed at a resume."""
-        if self.resume.epoch_begins_anew:
-            restart_epoch(trainer)
+        self.resume.begin_epoch(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the plan as a table and a picture."""

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 
 from hybrid_lightning.callbacks.display import say
-from hybrid_lightning.callbacks.run_folder import run_folder
+from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
 from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.errors import ConfigError
@@ -106,11 +106,11 @@ class PolicyExport(Callback):
 
 def policy_in_training(trainer: Trainer, pl_module: LightningModule) -> TrainedPolicy | None:
     """The policy as it is now; None on processes that do not write it. Every process must call this."""
-    summaries = [callback for callback in trainer.callbacks if isinstance(callback, RunSummary)]  # type: ignore[attr-defined]
+    summary = find_callback(trainer, RunSummary)
     return policy_of_module(
         pl_module,
         steps=trainer.global_step,
-        summary=summaries[0].state_dict() if summaries else None,
+        summary=None if summary is None else summary.state_dict(),
         datamodule=trainer.datamodule,  # type: ignore[attr-defined]
         keep=trainer.is_global_zero,
     )

@@ -26,6 +26,7 @@ from hybrid_lightning.callbacks.run_settings import (
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError
 from hybrid_lightning.options import ACCURACY, BEST, EPOCH, FIXED, MADE_BY, MEASURED, NOTHING, REFUSED, ROLLOUT, SIZES, Effects
+from hybrid_lightning.policy.training_data import restart_epoch
 
 SETTINGS_KEY = "hybrid_lightning_settings"
 
@@ -129,10 +130,10 @@ class Resume:
                 state.update(best_model_score=None, best_model_path="", best_k_models={}, current_score=None)
                 state.update(kth_best_model_path="", kth_value=callback.kth_value)
 
-    @property
-    def epoch_begins_anew(self) -> bool:
-        """Whether an epoch now has another number of micro-batches."""
-        return EPOCH in self._effects()
+    def begin_epoch(self, trainer: Trainer) -> None:
+        """Begin the epoch anew if it now has another number of micro-batches. A second call changes nothing."""
+        if EPOCH in self._effects():
+            restart_epoch(trainer)
 
     def state(self) -> dict[str, Any]:
         """Settings and changes for the checkpoint, as plain data."""

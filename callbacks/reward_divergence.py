@@ -13,7 +13,7 @@ from hybrid_lightning.errors import ConfigError
 class RewardDivergence(Callback):
     """Compares the older with the newer half of the last rollouts, and warns once for each part of the reward.
 
-    For example, a reward of 0.1 for ending a completion can teach a policy to end at once: the reward rises, the accuracy falls.
+    For example, a reward of 0.1 for ending a completion can make a policy end at once: the reward rises, the accuracy falls.
 
     Args:
         window: Number of rollouts that are compared; an even number.

@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
@@ -24,6 +24,7 @@ from hybrid_lightning.callbacks.loggers import has_begun, keeps_files_in_a_versi
 from hybrid_lightning.errors import ConfigError
 
 Version = int | str
+_C = TypeVar("_C")
 
 _LOGS = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
 
@@ -42,25 +43,11 @@ class RunFolder(Callback):
         self._above: list[Path] = []  # parent folders that had to be made
         self._in_use = False  # whether the run has done anything that should be kept
 
-    def keep(self) -> None:
-        """Keep the folder, whatever is in it, because the user is told to continue from there."""
+    def keep(self, *given: Any, **named: Any) -> None:
+        """Keep the folder, whatever is in it, since something has been done in it, or the user is told to continue from there."""
         self._in_use = True
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *given: Any) -> None:
-        """Keep the folder: something has been trained."""
-        self._in_use = True
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the folder: something has been validated."""
-        self._in_use = True
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the folder: something has been tested."""
-        self._in_use = True
-
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *given: Any) -> None:
-        """Keep the folder: something has been predicted."""
-        self._in_use = True
+    on_train_batch_end = on_validation_end = on_test_end = on_predict_batch_end = keep
 
     def claim(self, trainer: Trainer) -> Path:
         """Make the folder. All processes must call this together."""
@@ -105,11 +92,11 @@ def check_run_folder(trainer: Trainer) -> None:
     """
     if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
         return
-    for parent in _parents(trainer)[0]:
-        try:
+    try:
+        for parent in _parents(trainer)[0]:
             _try_out(parent)
-        except OSError as error:
-            raise ConfigError(_cannot_be_made(trainer, error)) from error
+    except OSError as error:
+        raise ConfigError(_cannot_be_made(trainer, error)) from error
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None and "://" not in str(callback.dirpath):
             try:
@@ -129,21 +116,28 @@ def run_folder(trainer: Trainer) -> Path | None:
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
-    holder = find_run_folder(trainer)
+    holder = find_callback(trainer, RunFolder)
     if holder is None:
         trainer.callbacks.append(holder := RunFolder())  # type: ignore[attr-defined]
     return holder.path or holder.claim(trainer)
 
 
-def find_run_folder(trainer: Trainer) -> RunFolder | None:
-    """The Trainer's `RunFolder`, if it has one."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, RunFolder)), None)  # type: ignore[attr-defined]
+def known_folder(trainer: Trainer) -> Path | None:
+    """The folder of this run if it has been made; this makes none, and does not communicate with other ranks."""
+    holder = find_callback(trainer, RunFolder)
+    return None if holder is None else holder.path
+
+
+def find_callback(trainer: Trainer, kind: type[_C]) -> _C | None:
+    """The Trainer's first callback of a class, if it has one."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
 
 
 def _parents(trainer: Trainer) -> tuple[list[Path], Version | None]:
     """The parents of the folders of this run, that of the first logger first; and the version that was given, if any."""
-    places = [logger_place(logger, fallback=_root(trainer)) for logger in trainer.loggers]
-    parents = [place.parent for place in places[:1]] or [_without_logger(trainer)]
+    root = _root(trainer)
+    places = [logger_place(logger, fallback=root) for logger in trainer.loggers]
+    parents = [place.parent for place in places[:1]] or [root / "default" if root == Path("runs") else root]
     parents += [place.parent for place in places if place.has_versions and place.parent not in parents]
     return parents, next((place.version for place in places if place.version not in (None, "")), None)
 
@@ -257,8 +251,3 @@ def _root(trainer: Trainer) -> Path:
     """The folder for files if no logger has one."""
     root = Path(trainer.default_root_dir)
     return Path("runs") if root == Path.cwd() else root
-
-
-def _without_logger(trainer: Trainer) -> Path:
-    root = _root(trainer)
-    return root / "default" if root == Path("runs") else root

@@ -11,8 +11,8 @@ from rich.table import Table
 from hybrid_lightning.callbacks.display import console, evaluation_command, say
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.loggers import curve_hints, log_numbers, show_hyperparameters
-from hybrid_lightning.callbacks.run_folder import run_folder
-from hybrid_lightning.callbacks.step_timer import find_step_timer
+from hybrid_lightning.callbacks.run_folder import find_callback, run_folder
+from hybrid_lightning.callbacks.step_timer import StepTimer
 from hybrid_lightning.metrics import LOWER, UPPER
 
 
@@ -113,8 +113,7 @@ class RunSummary(Callback):
         # If a finished run is resumed, nothing is trained or validated, and its checkpoint may have only an earlier validation.
         after = self._after if self._validated_step == trainer.global_step else {}
         samples = getattr(pl_module, "eval_samples", 1)
-        timer = find_step_timer(trainer)
-        adapter = next((callback for callback in trainer.callbacks if isinstance(callback, HybridAdapterSetup)), None)  # type: ignore[attr-defined]
+        timer, adapter = find_callback(trainer, StepTimer), find_callback(trainer, HybridAdapterSetup)
         return {
             "accuracy_before": self._before.get(f"val/avg@{samples}"),
             "accuracy_after": after.get(f"val/avg@{samples}"),

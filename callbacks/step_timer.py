@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from hybrid_lightning.callbacks.run_folder import find_callback
 from hybrid_lightning.policy.step_times import PhaseClock, Spread
 from hybrid_lightning.types import PolicyBatch
 
@@ -125,7 +126,9 @@ class StepTimer(Callback):
         tokens = _rollout_tokens(pl_module) if spent["generate"] > 0 else dict.fromkeys(_ROLLOUT_TOKENS, 0.0)
         step = _mean_over_processes(trainer, {**spent, **tokens})
         if step["generate"] > 0:
-            self._spread.put({name: step[name] for name in (*ROLLOUT_PHASES, *_ROLLOUT_TOKENS)}, _steps_of_a_rollout(pl_module))
+            schedule: Any = pl_module.rollout_schedule
+            steps = schedule.epochs_per_rollout * schedule.minibatches_per_rollout
+            self._spread.put({name: step[name] for name in (*ROLLOUT_PHASES, *_ROLLOUT_TOKENS)}, steps)
             self._count({name: step[name] * trainer.world_size for name in _ROLLOUT_TOKENS})
         step |= self._spread.take()
         trained = batch.num_tokens if isinstance(batch, PolicyBatch) else 0.0
@@ -140,14 +143,9 @@ class StepTimer(Callback):
             self._tokens[name] = self._tokens.get(name, 0.0) + value
 
 
-def find_step_timer(trainer: Trainer) -> StepTimer | None:
-    """The Trainer's `StepTimer`, if it has one."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, StepTimer)), None)  # type: ignore[attr-defined]
-
-
 def time_charged_to(trainer: Trainer, phase: str) -> AbstractContextManager[None]:
     """Count the time within this context for a phase of the Trainer's `StepTimer`, if it has one."""
-    timer = find_step_timer(trainer)
+    timer = find_callback(trainer, StepTimer)
     return nullcontext() if timer is None else timer.clock.phase(phase)
 
 
@@ -156,11 +154,6 @@ def _rollout_tokens(pl_module: LightningModule) -> dict[str, float]:
     sequences = pl_module.last_rollout[0].sequences  # type: ignore[index, union-attr]
     completions = float(sequences.completion_mask.sum())
     return {"generated_tokens": completions, "tokens": completions + float(sequences.prompt_mask.sum())}
-
-
-def _steps_of_a_rollout(pl_module: LightningModule) -> int:
-    schedule = pl_module.rollout_schedule
-    return schedule.epochs_per_rollout * schedule.minibatches_per_rollout  # type: ignore[union-attr, operator, return-value]
 
 
 def _mean_over_processes(trainer: Trainer, values: Mapping[str, float]) -> dict[str, float]:

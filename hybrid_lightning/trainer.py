@@ -15,7 +15,7 @@ from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
 from hybrid_lightning.callbacks.policy_export import policy_in_training
 from hybrid_lightning.callbacks.resume import check_evaluated
-from hybrid_lightning.callbacks.run_folder import RunFolder, find_run_folder, run_folder
+from hybrid_lightning.callbacks.run_folder import RunFolder, find_callback, run_folder
 from hybrid_lightning.callbacks.step_timer import time_charged_to
 from hybrid_lightning.data import PromptDataModule
 from hybrid_lightning.errors import CheckpointError, ConfigError
@@ -69,7 +69,7 @@ class Trainer(LightningTrainer):
         # Lightning sets `trainer.ckpt_path` only after the setup hooks, but HybridAdapterSetup must know the checkpoint's plan in
         # them, or it would score the modules again.
         self._checkpoint_connector._ckpt_path = ckpt_path
-        if find_run_folder(self) is None:
+        if find_callback(self, RunFolder) is None:
             self.callbacks.insert(0, RunFolder())  # type: ignore[attr-defined]
         return super()._run(model, ckpt_path, weights_only)
 
@@ -96,7 +96,7 @@ class Trainer(LightningTrainer):
 
     def _teardown(self) -> None:
         super()._teardown()
-        folder = find_run_folder(self)
+        folder = find_callback(self, RunFolder)
         if self.interrupted and folder is not None and self.is_global_zero:
             folder.give_back()  # not earlier, because loggers write into the folder when they are closed
 

@@ -41,19 +41,21 @@ _LIBRARIES = ("hybrid-lightning", "torch", "transformers", "peft")
 
 def model_card(policy: TrainedPolicy, form: ExportForm) -> str:
     """Write the model card of a policy that is exported in a form."""
-    licence = base_licence(policy.base)
+    licence, dtype = base_licence(policy.base), form.weights_dtype(policy)
+    revision = f" (revision {policy.base.revision})" if policy.base.revision is not None else ""
+    found = "which could not be looked up: see where you have it from" if licence is None else licence
     parts = (
         _header(policy, form, licence),
         f"# {Path(policy.base.model).stem or policy.base.model}, post-trained",
-        f"The model `{policy.base.model}`{_revision(policy.base)} after {policy.training.steps} optimizer steps of "
+        f"The model `{policy.base.model}`{revision} after {policy.training.steps} optimizer steps of "
         "hybrid_lightning, which trains the modules fully where low rank falls short and gives LoRA to the others (Hybrid-LoRA, "
         "[arXiv 2605.18822](https://arxiv.org/abs/2605.18822)).",
         f"## How to load it\n\n```python\n{form.how_to_load(policy)}```\n\n"
-        f"{_dtype_sentence(policy, form)}{_serving_sentence(form, policy.plan)}",
+        f"{f'The weights here are {dtype}. ' if dtype else ''}{_serving_sentence(form, policy.plan)}",
         f"## What was trained\n\n{_plan_section(policy.plan)}",
         f"## On what\n\n{_data_section(policy.training)}",
         f"## What came of it\n\n{_metrics_section(policy.training)}",
-        f"## Licence\n\n{_licence_section(policy.base, licence)}",
+        f"## Licence\n\nThat of the base model `{policy.base.model}`{',' if licence is None else ':'} {found}.",
         "Made with " + ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES) + ".",
     )
     return "\n\n".join(parts) + "\n"
@@ -169,15 +171,12 @@ def _metrics_section(training: Training) -> str:
     names = sorted(name for name in {*training.before, *training.after} if not name.endswith((f"/{LOWER}", f"/{UPPER}")))
     if not names:
         return "Not measured."
-    rows = [f"| `{name}` | {_number(training.before, name)} | {_number(training.after, name)} |" for name in names]
+    sides = (training.before, training.after)
+    numbers = {name: [f"{side[name]:.4f}" if name in side else "-" for side in sides] for name in names}
+    rows = [f"| `{name}` | {before} | {after} |" for name, (before, after) in numbers.items()]
     when = f" (after {training.validated_step} steps)" if training.after else ""
     head = f"| metric | base | trained{when} |"
     return "\n".join(["Validation problems, held out from training.", "", head, "|---|---|---|", *rows])
-
-
-def _dtype_sentence(policy: TrainedPolicy, form: ExportForm) -> str:
-    dtype = form.weights_dtype(policy)
-    return f"The weights here are {dtype}. " if dtype else ""
 
 
 def _serving_sentence(form: ExportForm, plan: AdapterPlan) -> str:
@@ -186,20 +185,6 @@ def _serving_sentence(form: ExportForm, plan: AdapterPlan) -> str:
     if plan.full_modules:
         return "vLLM refuses adapters with fully trained modules: to serve this policy, export it as a merged model."
     return f"vLLM serves it beside its base: `--enable-lora --max-lora-rank {max(plan.ranks)} --lora-modules policy=FOLDER`."
-
-
-def _licence_section(base: BaseModel, licence: str | None) -> str:
-    if licence is None:
-        return f"That of the base model `{base.model}`, which could not be looked up: see where you have it from."
-    return f"That of the base model `{base.model}`: {licence}."
-
-
-def _revision(base: BaseModel) -> str:
-    return f" (revision {base.revision})" if base.revision is not None else ""
-
-
-def _number(metrics: Mapping[str, float], name: str) -> str:
-    return f"{metrics[name]:.4f}" if name in metrics else "-"
 
 
 def _version(name: str) -> str:

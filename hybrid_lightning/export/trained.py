@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from hybrid_lightning.adapters.lora_settings import ADAPTER
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule
+from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.policy.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
@@ -221,16 +221,11 @@ def _expected(plan: AdapterPlan) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
         if module.mode == "full":
             yield f"{name}.weight", [(outputs, inputs), (inputs, outputs)]  # GPT-2's Conv1D stores it transposed
         elif module.mode == "lora":
-            yield from _expected_lora(name, module, plan)
-
-
-def _expected_lora(name: str, module: PlannedModule, plan: AdapterPlan) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
-    outputs, inputs = module.shape
-    rank = plan.lora_of(module).rank
-    yield f"{name}.lora_A.weight", [(rank, inputs)]
-    yield f"{name}.lora_B.weight", [(outputs, rank)]
-    if plan.lora.use_dora:
-        yield f"{name}.lora_magnitude_vector", [(outputs,)]
+            rank = plan.lora_of(module).rank
+            yield f"{name}.lora_A.weight", [(rank, inputs)]
+            yield f"{name}.lora_B.weight", [(outputs, rank)]
+            if plan.lora.use_dora:
+                yield f"{name}.lora_magnitude_vector", [(outputs,)]
 
 
 def _weight_files(source: ModelSource) -> list[str]:

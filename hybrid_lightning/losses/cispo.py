@@ -30,14 +30,16 @@ class CISPOLoss(PolicyLoss):
     """Log-probability weighted by the advantage and a bounded importance ratio; mean over the tokens of the optimizer step.
 
     Args:
-        cap: largest importance weight of a token.
-        kl_coef: weight of the KL to the start policy.
-        kl_importance_weight: multiply the KL by the importance ratio.
-        entropy_coef: weight of the entropy bonus.
+        cap: Largest importance weight of a token.
+        kl_coef: Weight of the KL to the start policy.
+        kl_importance_weight: Multiply the KL by the importance ratio.
+        entropy_coef: Weight of the entropy bonus.
 
     Raises:
-        ConfigError: if a value is out of its range.
+        ConfigError: If a value is out of its range.
     """
+
+    policy_term_ignores_zero_advantage = True
 
     def __init__(
         self, cap: float = 5.0, kl_coef: float = 0.0, kl_importance_weight: bool = False, entropy_coef: float = 0.0
@@ -45,14 +47,9 @@ class CISPOLoss(PolicyLoss):
         super().__init__(kl_coef, kl_importance_weight, entropy_coef)
         if not (math.isfinite(cap) and cap > 1):
             raise ConfigError(
-                f"{type(self).__name__}: cap={cap} must be finite and above 1, the ratio where nothing has changed; set e.g. 5."
+                f"{type(self).__name__}: cap={cap} must be finite and above 1, the ratio where nothing has changed; set e.g. 5"
             )
         self.cap = cap
-
-    @property
-    def ignores_zero_advantage(self) -> bool:
-        """True if there is neither a KL term nor an entropy bonus."""
-        return self.is_policy_term_alone
 
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted log-probabilities, [B, T], and the ratio of each token."""

@@ -22,16 +22,18 @@ class ClippedLoss(PolicyLoss):
     """Base class of clipped losses. A subclass defines `ratio`, the importance ratio that is clipped.
 
     Args:
-        clip_low: where A < 0, the ratio counts no less than 1 - clip_low.
-        clip_high: where A > 0, the ratio counts no more than 1 + clip_high.
-        dual_clip: where A < 0, the ratio counts no more than this; None for no bound.
-        kl_coef: weight of the KL to the start policy.
-        kl_importance_weight: multiply the KL by the importance ratio.
-        entropy_coef: weight of the entropy bonus.
+        clip_low: Where A < 0, the ratio counts no less than 1 - clip_low.
+        clip_high: Where A > 0, the ratio counts no more than 1 + clip_high.
+        dual_clip: Where A < 0, the ratio counts no more than this; None for no bound.
+        kl_coef: Weight of the KL to the start policy.
+        kl_importance_weight: Multiply the KL by the importance ratio.
+        entropy_coef: Weight of the entropy bonus.
 
     Raises:
-        ConfigError: if a value is out of its range.
+        ConfigError: If a value is out of its range.
     """
+
+    policy_term_ignores_zero_advantage = True
 
     def __init__(
         self,
@@ -45,20 +47,15 @@ class ClippedLoss(PolicyLoss):
         super().__init__(kl_coef, kl_importance_weight, entropy_coef)
         name = type(self).__name__
         if not 0 <= clip_low < 1:
-            raise ConfigError(f"{name}: clip_low={clip_low} must be at least 0 and below 1, since a ratio is never negative.")
+            raise ConfigError(f"{name}: clip_low={clip_low} must be at least 0 and below 1, as ratios are positive; set e.g. 0.2")
         if not (math.isfinite(clip_high) and clip_high >= 0):
-            raise ConfigError(f"{name}: clip_high={clip_high} must be finite and at least 0; set a large one for no clip above.")
+            raise ConfigError(f"{name}: clip_high={clip_high} must be finite and at least 0; set a large one for no clip above")
         if dual_clip is not None and not (math.isfinite(dual_clip) and dual_clip > 1 + clip_high):
             raise ConfigError(
                 f"{name}: dual_clip={dual_clip} must be finite and above 1 + clip_high = {1 + clip_high:g}, or it would undo "
-                f"clip_high; set e.g. {max(3.0, 2 * (1 + clip_high)):g}, or null for none."
+                f"clip_high; set e.g. {max(3.0, 2 * (1 + clip_high)):g}, or null for none"
             )
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
-
-    @property
-    def ignores_zero_advantage(self) -> bool:
-        """True if there is neither a KL term nor an entropy bonus."""
-        return self.is_policy_term_alone
 
     @abstractmethod
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:

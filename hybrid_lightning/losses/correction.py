@@ -46,8 +46,8 @@ class ImportanceCorrection(Configurable, ABC):
         """Weights from log(pi / mu) of each token.
 
         Args:
-            log_ratio: [B, T] without gradient, 0 outside the mask.
-            mask: [B, T] bool, True on completion tokens.
+            log_ratio: Of each token, [B, T], without gradient; 0 outside the mask.
+            mask: True on completion tokens, [B, T] bool.
 
         Returns:
             One weight for each token, [B, T], or for each sequence, [B]; 1 where the ratio is 1. Padding may hold anything.
@@ -58,21 +58,21 @@ class ImportanceCorrection(Configurable, ABC):
         """Compute the weights of some sequences.
 
         Args:
-            logprobs: [B, T], log pi(token), from the training forward pass with the weights that sampled.
-            sampling_logprobs: [B, T], log mu(token), as the sampler recorded it.
-            mask: [B, T] bool, True on completion tokens.
+            logprobs: Log pi(token), [B, T], from the training forward pass with the weights that sampled.
+            sampling_logprobs: Log mu(token), [B, T], as the sampler recorded it.
+            mask: True on completion tokens, [B, T] bool.
 
         Returns:
             [B, T] or [B], without gradient.
 
         Raises:
-            ConfigError: if `weights` of a subclass returned another shape.
+            ConfigError: If `weights` of a subclass returned another shape.
         """
         weights = self.weights(F.log_ratio(logprobs, sampling_logprobs, mask), mask)
         if weights.shape not in (mask.shape, mask.shape[:1]):
             raise ConfigError(
-                f"{type(self).__name__}.weights returned shape {tuple(weights.shape)}: return {tuple(mask.shape)} or, with one "
-                f"value a sequence, {tuple(mask.shape[:1])}."
+                f"{type(self).__name__}.weights returned shape {tuple(weights.shape)}; return {tuple(mask.shape)} or, with one "
+                f"value a sequence, {tuple(mask.shape[:1])}"
             )
         return weights
 
@@ -81,19 +81,19 @@ class BoundedCorrection(ImportanceCorrection):
     """Base class of the four corrections, with the bounds of the ratio.
 
     Args:
-        cap: largest ratio. The product over a long sequence needs more room than the ratio of a token (TRL's default is 3).
-        floor: smallest ratio; 0 for no bound below.
+        cap: Largest ratio. The product over a long sequence needs more room than the ratio of a token (TRL's default is 3).
+        floor: Smallest ratio; 0 for no bound below.
 
     Raises:
-        ConfigError: if the bounds exclude a ratio of 1, where sampler and training agree.
+        ConfigError: If the bounds exclude a ratio of 1, where sampler and training agree.
     """
 
     def __init__(self, cap: float = 2.0, floor: float = 0.0) -> None:
         name = type(self).__name__
         if not (math.isfinite(cap) and cap > 1):
-            raise ConfigError(f"{name}: cap={cap} must be finite and above 1, the ratio where nothing differs; set e.g. 2.")
+            raise ConfigError(f"{name}: cap={cap} must be finite and above 1, the ratio where nothing differs; set e.g. 2")
         if not 0 <= floor < 1:
-            raise ConfigError(f"{name}: floor={floor} must be at least 0 and below 1, the ratio where nothing differs; set 0.")
+            raise ConfigError(f"{name}: floor={floor} must be at least 0 and below 1, the ratio where nothing differs; set 0")
         self.cap, self.floor = cap, floor
 
     def truncated(self, ratio: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class ExampleLoss(Configurable, ABC):
         """
         name = type(self).__name__
         if len(inputs.completion_mask) % self.rows_per_example:
-            raise ConfigError(f"{name} needs {self.rows_per_example} rows an example, got {len(inputs.completion_mask)} rows")
+            rows = len(inputs.completion_mask)
+            raise ConfigError(f"{name} needs {self.rows_per_example} rows an example, got {rows}; give whole examples")
         if self.needs_reference and inputs.ref_logprobs is None:
             raise ConfigError(f"{name} compares with the start policy: give LossInputs.ref_logprobs")
         total = self.step_weight(inputs)
@@ -106,7 +107,7 @@ class DPOLoss(ExampleLoss):
     sign, in `robust`; its loss `sigmoid` has no label smoothing.)
 
     Args:
-        beta: Strength of the tie to the start policy.
+        beta: How strongly the policy is held to the start policy.
         label_smoothing: Share of pairs assumed to be labelled wrongly, in [0, 0.5).
 
     Raises:
@@ -123,9 +124,9 @@ class DPOLoss(ExampleLoss):
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
         if not 0 < beta < float("inf"):
-            raise ConfigError(f"DPOLoss: beta={beta} must be positive, such as 0.1")
+            raise ConfigError(f"DPOLoss: beta={beta} must be positive; set e.g. 0.1")
         if not 0 <= label_smoothing < 0.5:
-            raise ConfigError(f"DPOLoss: label_smoothing={label_smoothing} must be at least 0 and below 0.5")
+            raise ConfigError(f"DPOLoss: label_smoothing={label_smoothing} must be at least 0 and below 0.5; set 0 for none")
         self.beta, self.label_smoothing = beta, label_smoothing
 
     @property

@@ -19,9 +19,9 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Log of the importance ratio of each token, l - l_old.
 
     Args:
-        logprobs: [B, T], log pi(token) of the policy being trained.
-        old_logprobs: [B, T], the same of the policy that sampled.
-        mask: [B, T] bool, True on completion tokens.
+        logprobs: Log pi(token) of the policy being trained, [B, T].
+        old_logprobs: The same of the policy that sampled, [B, T].
+        mask: True on completion tokens, [B, T] bool.
 
     Returns:
         [B, T], 0 outside the mask.
@@ -32,10 +32,7 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Importance ratio of each token, r = exp(l - l_old) (PPO, GRPO).
 
-    Args:
-        logprobs: [B, T], log pi(token) of the policy being trained.
-        old_logprobs: [B, T], the same of the policy that sampled.
-        mask: [B, T] bool, True on completion tokens.
+    Arguments are those of `log_ratio`.
 
     Returns:
         [B, T], 1 outside the mask.
@@ -46,10 +43,7 @@ def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Length-normalised importance ratio of each sequence, s = exp(sum m (l - l_old) / |o|) (GSPO, equation 7).
 
-    Args:
-        logprobs: [B, T], log pi(token) of the policy being trained.
-        old_logprobs: [B, T], the same of the policy that sampled.
-        mask: [B, T] bool, True on completion tokens.
+    Arguments are those of `log_ratio`.
 
     Returns:
         [B], 1 for a sequence without tokens.
@@ -64,11 +58,11 @@ def clipped_surrogate(
     """Clipped policy objective as a loss, -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
 
     Args:
-        ratio: r, [B, T] or [B].
-        advantages: A, [B].
-        clip_low: the ratio is clipped at 1 - clip_low from below.
-        clip_high: the ratio is clipped at 1 + clip_high from above.
-        dual_clip: largest value of the unclipped ratio, which bounds the loss where A < 0 (arXiv 1912.09729; TRL's `delta`);
+        ratio: Importance ratio r, [B, T] or [B].
+        advantages: Advantage A of each sequence, [B].
+        clip_low: The ratio is clipped at 1 - clip_low from below.
+        clip_high: The ratio is clipped at 1 + clip_high from above.
+        dual_clip: Largest value of the unclipped ratio, which bounds the loss where A < 0 (arXiv 1912.09729; TRL's `delta`);
             None for no bound.
 
     Returns:
@@ -85,10 +79,10 @@ def clip_flags(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: fl
     """Find where the clip of `clipped_surrogate` stops the gradient.
 
     Args:
-        ratio: r, [B, T] or [B].
-        advantages: A, [B].
-        clip_low: as in `clipped_surrogate`.
-        clip_high: as in `clipped_surrogate`.
+        ratio: Importance ratio r, [B, T] or [B].
+        advantages: Advantage A of each sequence, [B].
+        clip_low: As in `clipped_surrogate`.
+        clip_high: As in `clipped_surrogate`.
 
     Returns:
         Two bool tensors in the shape of `ratio`: clipped below (A < 0) and clipped above (A > 0).
@@ -104,9 +98,9 @@ def k3_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     http://joschu.net/blog/kl-approx.html; GRPO, equation 4).
 
     Args:
-        logprobs: [B, T], log pi(token) of the policy being trained.
-        ref_logprobs: [B, T], the same of the reference policy.
-        mask: [B, T] bool, True on completion tokens.
+        logprobs: Log pi(token) of the policy being trained, [B, T].
+        ref_logprobs: The same of the reference policy, [B, T].
+        mask: True on completion tokens, [B, T] bool.
 
     Returns:
         [B, T], 0 outside the mask.
@@ -119,8 +113,8 @@ def sequence_means(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the tokens of each sequence.
 
     Args:
-        values: [B, T].
-        mask: [B, T] bool, True on completion tokens.
+        values: Value of each token, [B, T].
+        mask: True on completion tokens, [B, T] bool.
 
     Returns:
         [B], 0 (with a zero gradient) for a sequence without tokens.
@@ -132,8 +126,8 @@ def mean_over_sequences(values: Tensor, num_sequences: float | None = None) -> T
     """Share of these sequences in a mean over sequences.
 
     Args:
-        values: [B].
-        num_sequences: number of sequences in the whole mean; None takes the B sequences here, empty ones included.
+        values: Value of each sequence, [B].
+        num_sequences: Number of sequences in the whole mean; None takes the B sequences here, empty ones included.
 
     Returns:
         Scalar. The shares of all micro-batches and ranks add up to the mean.
@@ -145,9 +139,9 @@ def mean_of_sequence_means(values: Tensor, mask: Tensor, num_sequences: float | 
     """Share of these sequences in a mean over sequences of the mean over tokens (GRPO).
 
     Args:
-        values: [B, T].
-        mask: [B, T] bool, True on completion tokens.
-        num_sequences: as in `mean_over_sequences`.
+        values: Value of each token, [B, T].
+        mask: True on completion tokens, [B, T] bool.
+        num_sequences: As in `mean_over_sequences`.
 
     Returns:
         Scalar. The shares of all micro-batches and ranks add up to the mean.
@@ -159,9 +153,9 @@ def mean_over_tokens(values: Tensor, mask: Tensor, num_tokens: float | None = No
     """Share of these tokens in a mean over all tokens (DAPO).
 
     Args:
-        values: [B, T].
-        mask: [B, T] bool, True on completion tokens.
-        num_tokens: number of tokens in the whole mean; None takes the tokens here.
+        values: Value of each token, [B, T].
+        mask: True on completion tokens, [B, T] bool.
+        num_tokens: Number of tokens in the whole mean; None takes the tokens here.
 
     Returns:
         Scalar. The shares of all micro-batches and ranks add up to the mean.
@@ -174,10 +168,10 @@ def mean_over_positions(values: Tensor, mask: Tensor, max_tokens: float, num_seq
     """Share of these tokens in a mean over all positions that a completion could fill (Dr. GRPO).
 
     Args:
-        values: [B, T].
-        mask: [B, T] bool, True on completion tokens.
-        max_tokens: positions of a sequence, which may be more than T; positions without a token count as 0.
-        num_sequences: as in `mean_over_sequences`.
+        values: Value of each token, [B, T].
+        mask: True on completion tokens, [B, T] bool.
+        max_tokens: Positions of a sequence, which may be more than T; positions without a token count as 0.
+        num_sequences: As in `mean_over_sequences`.
 
     Returns:
         Scalar. The shares of all micro-batches and ranks add up to the mean.
@@ -191,10 +185,10 @@ def mean_of_micro_batch_means(
     """Share of these tokens in a mean over micro-batches of the mean over a micro-batch's tokens (TRL's "bnpo").
 
     Args:
-        values: [B, T].
-        mask: [B, T] bool, True on completion tokens.
-        micro_batch_tokens: number of tokens in the micro-batch to which these rows belong; None takes the tokens here.
-        num_micro_batches: number of micro-batches in the whole mean; None for 1.
+        values: Value of each token, [B, T].
+        mask: True on completion tokens, [B, T] bool.
+        micro_batch_tokens: Number of tokens in the micro-batch to which these rows belong; None takes the tokens here.
+        num_micro_batches: Number of micro-batches in the whole mean; None for 1.
 
     Returns:
         Scalar. The shares of the parts of a micro-batch, and of all micro-batches and ranks, add up to the mean.

@@ -75,19 +75,28 @@ from hybrid_lightning.types import LossInputs
 SMALLEST_CLIP = 0.01
 
 
+def check_clip_range(name: str, clip_low: float, clip_high: float) -> None:
+    """Raise ConfigError for a clip range that is too small for the ratios of single tokens."""
+    if min(clip_low, clip_high) < SMALLEST_CLIP:
+        raise ConfigError(
+            f"{name}: clip_low={clip_low:g}, clip_high={clip_high:g} is too small for ratios of single tokens (below "
+            f"{SMALLEST_CLIP}), as if left over from a GSPO config; set clip_low=0.2 and clip_high=0.2 (DAPO: 0.28)"
+        )
+
+
 class TokenClippedLoss(ClippedLoss):
-    """Clipped surrogate with one importance ratio per token. A subclass may define another clip range and another aggregation.
+    """Clipped surrogate with one importance ratio per token. A subclass may define another aggregation.
 
     Args:
-        clip_low: where A < 0, the ratio of a token counts no less than 1 - clip_low.
-        clip_high: where A > 0, the ratio of a token counts no more than 1 + clip_high.
-        dual_clip: where A < 0, the ratio of a token counts no more than this; None for no bound.
-        kl_coef: weight of the KL to the start policy.
-        kl_importance_weight: multiply the KL by the importance ratio.
-        entropy_coef: weight of the entropy bonus.
+        clip_low: Where A < 0, the ratio of a token counts no less than 1 - clip_low.
+        clip_high: Where A > 0, the ratio of a token counts no more than 1 + clip_high.
+        dual_clip: Where A < 0, the ratio of a token counts no more than this; None for no bound.
+        kl_coef: Weight of the KL to the start policy.
+        kl_importance_weight: Multiply the KL by the importance ratio.
+        entropy_coef: Weight of the entropy bonus.
 
     Raises:
-        ConfigError: if a value is out of its range, or the clip range is one for GSPO.
+        ConfigError: If a value is out of its range, or the clip range is one for GSPO.
     """
 
     def __init__(
@@ -100,12 +109,7 @@ class TokenClippedLoss(ClippedLoss):
         entropy_coef: float = 0.0,
     ) -> None:
         super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
-        if min(clip_low, clip_high) < SMALLEST_CLIP:
-            raise ConfigError(
-                f"{type(self).__name__}: clip_low={clip_low:g}, clip_high={clip_high:g} is too small for ratios of single "
-                f"tokens (below {SMALLEST_CLIP}), as if left over from a GSPO config: set clip_low=0.2 and clip_high=0.2 "
-                "(DAPO: 0.28)."
-            )
+        check_clip_range(type(self).__name__, clip_low, clip_high)
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
         """The ratio of each token, [B, T]."""
@@ -119,22 +123,22 @@ class GRPOLoss(TokenClippedLoss):
     """
 
 
-class DAPOLoss(TokenClippedLoss):
+class DAPOLoss(ClippedLoss):
     """Clipped surrogate with one importance ratio per token and a wider range above; mean over the tokens of the optimizer step.
 
     Args:
-        clip_low: where A < 0, the ratio of a token counts no less than 1 - clip_low.
-        clip_high: where A > 0, the ratio of a token counts no more than 1 + clip_high.
-        dual_clip: where A < 0, the ratio of a token counts no more than this; None for no bound.
-        kl_coef: weight of the KL to the start policy.
-        kl_importance_weight: multiply the KL by the importance ratio.
-        entropy_coef: weight of the entropy bonus.
+        clip_low: Where A < 0, the ratio of a token counts no less than 1 - clip_low.
+        clip_high: Where A > 0, the ratio of a token counts no more than 1 + clip_high.
+        dual_clip: Where A < 0, the ratio of a token counts no more than this; None for no bound.
+        kl_coef: Weight of the KL to the start policy.
+        kl_importance_weight: Multiply the KL by the importance ratio.
+        entropy_coef: Weight of the entropy bonus.
 
     Raises:
-        ConfigError: if a value is out of its range, or the clip range is one for GSPO.
+        ConfigError: If a value is out of its range, or the clip range is one for GSPO.
 
     Warns:
-        UserWarning: if the range is not wider above, as when a class switched on the command line keeps the range of `GRPOLoss`.
+        UserWarning: If the range is not wider above, as when a class switched on the command line keeps the range of `GRPOLoss`.
     """
 
     def __init__(
@@ -147,12 +151,18 @@ class DAPOLoss(TokenClippedLoss):
         entropy_coef: float = 0.0,
     ) -> None:
         super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
+        name = type(self).__name__
+        check_clip_range(name, clip_low, clip_high)
         if clip_high <= clip_low:
             warnings.warn(
-                f"{type(self).__name__}: clip_high={clip_high:g} is not above clip_low={clip_low:g}, so that there is no "
-                "clip-higher, as if left over from a GRPO config; DAPO has clip_low=0.2 and clip_high=0.28",
+                f"{name}: clip_high={clip_high:g} is not above clip_low={clip_low:g}, so that there is no clip-higher, as if "
+                "left over from a GRPO config; DAPO has clip_low=0.2 and clip_high=0.28",
                 stacklevel=2,
             )
+
+    def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
+        """The ratio of each token, [B, T]."""
+        return token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
         """Mean over all tokens of the optimizer step."""
@@ -172,12 +182,12 @@ class DrGRPOLoss(TokenClippedLoss):
         """Mean over all positions that the completions of the optimizer step could have filled.
 
         Raises:
-            ConfigError: if `LossInputs.max_completion_tokens` is not given.
+            ConfigError: If `LossInputs.max_completion_tokens` is not given.
         """
         if inputs.max_completion_tokens is None:
             raise ConfigError(
-                f"{type(self).__name__}: max_completion_tokens is None, but the loss divides by it: give the "
-                "max_new_tokens of the sampler."
+                f"{type(self).__name__}: max_completion_tokens is None, but the loss divides by it; give the "
+                "max_new_tokens of the sampler"
             )
         return mean_over_positions(per_token_loss, inputs.completion_mask, inputs.max_completion_tokens, inputs.num_sequences)
 
@@ -188,10 +198,7 @@ class BNPOLoss(TokenClippedLoss):
     Arguments and errors are those of `TokenClippedLoss`.
     """
 
-    @property
-    def ignores_zero_advantage(self) -> bool:
-        """False: a sequence of advantage 0 adds nothing, but its tokens count in the denominator of its micro-batch."""
-        return False
+    policy_term_ignores_zero_advantage = False  # its tokens count in the denominator of its micro-batch
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
         """Mean over micro-batches of the mean over their tokens."""

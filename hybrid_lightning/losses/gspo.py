@@ -40,15 +40,15 @@ class SequenceClippedLoss(ClippedLoss):
     """Clipped surrogate with one length-normalised importance ratio per sequence. A subclass says whose gradient it has.
 
     Args:
-        clip_low: where A < 0, the ratio of a sequence counts no less than 1 - clip_low.
-        clip_high: where A > 0, the ratio of a sequence counts no more than 1 + clip_high.
-        dual_clip: where A < 0, the ratio of a sequence counts no more than this; None for no bound.
-        kl_coef: weight of the KL to the start policy.
-        kl_importance_weight: multiply the KL by the importance ratio.
-        entropy_coef: weight of the entropy bonus.
+        clip_low: Where A < 0, the ratio of a sequence counts no less than 1 - clip_low.
+        clip_high: Where A > 0, the ratio of a sequence counts no more than 1 + clip_high.
+        dual_clip: Where A < 0, the ratio of a sequence counts no more than this; None for no bound.
+        kl_coef: Weight of the KL to the start policy.
+        kl_importance_weight: Multiply the KL by the importance ratio.
+        entropy_coef: Weight of the entropy bonus.
 
     Raises:
-        ConfigError: if a value is out of its range, or the clip range is one for GRPO.
+        ConfigError: If a value is out of its range, or the clip range is one for GRPO.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class SequenceClippedLoss(ClippedLoss):
         if max(clip_low, clip_high) >= CLIP_LIMIT:
             raise ConfigError(
                 f"{type(self).__name__}: clip_low={clip_low:g}, clip_high={clip_high:g} is too large for ratios of whole "
-                f"sequences ({CLIP_LIMIT} or more), as if left over from a GRPO config: set clip_low=3e-4 and clip_high=4e-4."
+                f"sequences ({CLIP_LIMIT} or more), as if left over from a GRPO config; set clip_low=3e-4 and clip_high=4e-4"
             )
 
 

@@ -42,12 +42,12 @@ class PolicyLoss(Configurable, ABC):
     """Base class of policy losses.
 
     Args:
-        kl_coef: weight of the KL to the start policy; 0 leaves the term out, and no reference is computed.
-        kl_importance_weight: multiply the KL by the importance ratio, gradient included.
-        entropy_coef: weight of the entropy bonus; 0 leaves it out, and costs nothing.
+        kl_coef: Weight of the KL to the start policy; 0 leaves the term out, and no reference is computed.
+        kl_importance_weight: Multiply the KL by the importance ratio, gradient included.
+        entropy_coef: Weight of the entropy bonus; 0 leaves it out, and costs nothing.
 
     Raises:
-        ConfigError: if a weight is negative or not finite.
+        ConfigError: If a weight is negative or not finite.
 
     Example:
         >>> class ReinforceLoss(PolicyLoss):
@@ -63,13 +63,14 @@ class PolicyLoss(Configurable, ABC):
     """
 
     takes_group_std = True  # whether advantages may be divided by the standard deviation of their group
+    policy_term_ignores_zero_advantage = False  # whether the aggregated policy term is the same without sequences of advantage 0
 
     def __init__(self, kl_coef: float = 0.0, kl_importance_weight: bool = False, entropy_coef: float = 0.0) -> None:
         name = type(self).__name__
         if not (math.isfinite(kl_coef) and kl_coef >= 0):
-            raise ConfigError(f"{name}: kl_coef={kl_coef} is not a weight: use 0 for no KL term, or e.g. 0.001.")
+            raise ConfigError(f"{name}: kl_coef={kl_coef} is not a weight; use 0 for no KL term, or e.g. 0.001")
         if not (math.isfinite(entropy_coef) and entropy_coef >= 0):
-            raise ConfigError(f"{name}: entropy_coef={entropy_coef} is not a weight: use 0 for no entropy bonus, or e.g. 0.001.")
+            raise ConfigError(f"{name}: entropy_coef={entropy_coef} is not a weight; use 0 for no entropy bonus, or e.g. 0.001")
         self.kl_coef = kl_coef
         self.kl_importance_weight = kl_importance_weight
         self.entropy_coef = entropy_coef
@@ -88,22 +89,17 @@ class PolicyLoss(Configurable, ABC):
     def ignores_zero_advantage(self) -> bool:
         """Whether a sequence of advantage 0 adds exactly 0 to the loss and its gradient, so that it can be left out.
 
-        A loss whose policy term is a multiple of the advantage may return `is_policy_term_alone`.
+        Every sequence contributes to a KL term and to an entropy bonus.
         """
-        return False
-
-    @property
-    def is_policy_term_alone(self) -> bool:
-        """Whether there is neither a KL term nor an entropy bonus, to which sequences of advantage 0 contribute."""
-        return not (self.needs_reference or self.needs_entropy)
+        return self.policy_term_ignores_zero_advantage and not (self.needs_reference or self.needs_entropy)
 
     @abstractmethod
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """The loss before KL and aggregation, and the importance ratio.
 
         Args:
-            inputs: all tensors are float32 or float64; log-probabilities are 0 on padding.
-            old_logprobs: [B, T], `inputs.old_logprobs`, or if that is None the current log-probabilities without gradient.
+            inputs: All tensors are float32 or float64; log-probabilities are 0 on padding.
+            old_logprobs: `inputs.old_logprobs`, or if that is None the current log-probabilities without gradient, [B, T].
 
         Returns:
             The loss, of each token, [B, T], or of each sequence, [B]; and the ratio, likewise. Padding may hold anything.
@@ -121,7 +117,7 @@ class PolicyLoss(Configurable, ABC):
         """Compute the loss of some sequences: a micro-batch, or a part of it.
 
         Args:
-            inputs: log-probabilities (float32, float64, or half precision, which is computed in float32), advantages,
+            inputs: Log-probabilities (float32, float64, or half precision, which is computed in float32), advantages,
                 mask and denominators.
 
         Returns:
@@ -131,7 +127,7 @@ class PolicyLoss(Configurable, ABC):
             `policy_metrics`.
 
         Raises:
-            ConfigError: if shapes or dtypes do not fit together, or the reference for the KL term or the entropy for the bonus
+            ConfigError: If shapes or dtypes do not fit together, or the reference for the KL term or the entropy for the bonus
                 is missing.
         """
         check_inputs(inputs, type(self).__name__, self.needs_reference, self.needs_entropy)
@@ -140,14 +136,15 @@ class PolicyLoss(Configurable, ABC):
         returned = self.policy_term(inputs, old_logprobs)
         if not isinstance(returned, tuple) or len(returned) != 2:
             what = f"{len(returned)} values" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
-            raise ConfigError(f"{type(self).__name__}.policy_term returned {what}: return two tensors, the loss and the ratio.")
+            raise ConfigError(f"{type(self).__name__}.policy_term returned {what}; return two tensors, the loss and the ratio")
         term, ratio = returned
         self._check_shape("policy_term", "loss", term, inputs.logprobs.shape, inputs.advantages.shape)
         self._check_shape("policy_term", "ratio", ratio, inputs.logprobs.shape, inputs.advantages.shape)
         per_token_loss = F.per_token(term, inputs.completion_mask)
         if inputs.importance_weights is not None:
             per_token_loss = per_token_loss * inputs.importance_weights
-        metrics = self._ratio_metrics(inputs, ratio.detach()) | self.policy_metrics(inputs, ratio.detach())
+        plain = ratio.detach()
+        metrics = {"ratio/mean": share(plain, inputs), "ratio/max": largest(plain, inputs)} | self.policy_metrics(inputs, plain)
         if self.needs_reference:
             kl = self._kl(inputs, ratio)
             per_token_loss = per_token_loss + self.kl_coef * kl
@@ -159,8 +156,8 @@ class PolicyLoss(Configurable, ABC):
             loss = loss - self.entropy_coef * F.mean_over_tokens(inputs.entropy, inputs.completion_mask, inputs.num_tokens)
         if inputs.logprobs.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
             raise ConfigError(
-                f"{type(self).__name__}: the loss has no gradient: compute policy_term from inputs.logprobs, and detach "
-                "weights alone."
+                f"{type(self).__name__}: the loss has no gradient; compute policy_term from inputs.logprobs, and detach "
+                "weights alone"
             )
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
@@ -168,17 +165,13 @@ class PolicyLoss(Configurable, ABC):
         """Raise ConfigError if a method of a subclass returned a wrong shape, which broadcasting would hide."""
         if value.shape not in allowed:
             shapes = " or, with one value a sequence, ".join(str(tuple(shape)) for shape in allowed)
-            raise ConfigError(f"{type(self).__name__}.{method} returned a {what} of shape {tuple(value.shape)}: return {shapes}.")
+            raise ConfigError(f"{type(self).__name__}.{method} returned a {what} of shape {tuple(value.shape)}; return {shapes}")
 
     def _kl(self, inputs: LossInputs, ratio: Tensor) -> Tensor:
         """KL to the start policy, [B, T]."""
         assert inputs.ref_logprobs is not None, "checked before"
         kl = F.k3_kl(inputs.logprobs, inputs.ref_logprobs, inputs.completion_mask)
         return kl * F.per_token(ratio, inputs.completion_mask) if self.kl_importance_weight else kl
-
-    def _ratio_metrics(self, inputs: LossInputs, ratio: Tensor) -> dict[str, Tensor]:
-        """Mean and largest of the ratios."""
-        return {"ratio/mean": share(ratio, inputs), "ratio/max": largest(ratio, inputs)}
 
 
 COUNTS = (
@@ -196,32 +189,32 @@ def check_inputs(inputs: LossInputs, name: str, needs_reference: bool, needs_ent
     """Raise ConfigError for inputs that are missing, impossible, or would broadcast to something that is not meant."""
     shape = tuple(inputs.logprobs.shape)
     if len(shape) != 2:
-        raise ConfigError(f"{name}: logprobs has shape {shape}: give one log-probability a completion token, [B, T].")
+        raise ConfigError(f"{name}: logprobs has shape {shape}; give one log-probability a completion token, [B, T]")
     per_token = ("logprobs", "old_logprobs", "ref_logprobs", "importance_weights", "entropy")
     floating = {"advantages": shape[:1], **dict.fromkeys(per_token, shape)}
     for field, want in {**floating, "completion_mask": shape}.items():
         value = getattr(inputs, field)
         if value is not None and tuple(value.shape) != want:
-            raise ConfigError(f"{name}: {field} has shape {tuple(value.shape)}, but logprobs {shape}: it must be {want}.")
+            raise ConfigError(f"{name}: {field} has shape {tuple(value.shape)}, but logprobs {shape}; it must be {want}")
     if inputs.completion_mask.dtype != torch.bool:
-        raise ConfigError(f"{name}: completion_mask is {inputs.completion_mask.dtype}: convert it with `.bool()`.")
+        raise ConfigError(f"{name}: completion_mask is {inputs.completion_mask.dtype}; convert it with `.bool()`")
     for field in floating:
         value = getattr(inputs, field)
         if value is not None and not value.is_floating_point():
-            raise ConfigError(f"{name}: {field} is {value.dtype}: convert it with `.float()`.")
+            raise ConfigError(f"{name}: {field} is {value.dtype}; convert it with `.float()`")
     for field in COUNTS:
         value = getattr(inputs, field)
         if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{name}: {field}={value} is no count: give that of the optimizer step, or None.")
+            raise ConfigError(f"{name}: {field}={value} is no count; give that of the optimizer step, or None")
     if needs_reference and inputs.ref_logprobs is None:
         raise ConfigError(
-            f"{name}: kl_coef is not 0, but ref_logprobs is None: give the start policy's log-probabilities, or set kl_coef=0."
+            f"{name}: kl_coef is not 0, but ref_logprobs is None; give the start policy's log-probabilities, or set kl_coef=0"
         )
     if needs_entropy and (inputs.entropy is None or (inputs.logprobs.requires_grad and not inputs.entropy.requires_grad)):
         what = "is None" if inputs.entropy is None else "has no gradient"
         raise ConfigError(
-            f"{name}: entropy_coef is not 0, but entropy {what}: give the entropy of each token with gradient, or "
-            "set entropy_coef=0."
+            f"{name}: entropy_coef is not 0, but entropy {what}; give the entropy of each token with gradient, or "
+            "set entropy_coef=0"
         )
 
 

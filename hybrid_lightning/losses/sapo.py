@@ -25,15 +25,17 @@ class SAPOLoss(PolicyLoss):
     """Sigmoid gate over one importance ratio per token; mean over sequences of the mean over tokens.
 
     Args:
-        tau_positive: steepness of the gate where A > 0.
-        tau_negative: steepness of the gate elsewhere.
-        kl_coef: weight of the KL to the start policy.
-        kl_importance_weight: multiply the KL by the importance ratio.
-        entropy_coef: weight of the entropy bonus.
+        tau_positive: Steepness of the gate where A > 0.
+        tau_negative: Steepness of the gate elsewhere.
+        kl_coef: Weight of the KL to the start policy.
+        kl_importance_weight: Multiply the KL by the importance ratio.
+        entropy_coef: Weight of the entropy bonus.
 
     Raises:
-        ConfigError: if a value is out of its range.
+        ConfigError: If a value is out of its range.
     """
+
+    policy_term_ignores_zero_advantage = True
 
     def __init__(
         self,
@@ -46,13 +48,8 @@ class SAPOLoss(PolicyLoss):
         super().__init__(kl_coef, kl_importance_weight, entropy_coef)
         for name, tau in (("tau_positive", tau_positive), ("tau_negative", tau_negative)):
             if not (math.isfinite(tau) and tau > 0):
-                raise ConfigError(f"{type(self).__name__}: {name}={tau} must be finite and above 0; set e.g. 1.0.")
+                raise ConfigError(f"{type(self).__name__}: {name}={tau} must be finite and above 0; set e.g. 1.0")
         self.tau_positive, self.tau_negative = tau_positive, tau_negative
-
-    @property
-    def ignores_zero_advantage(self) -> bool:
-        """True if there is neither a KL term nor an entropy bonus."""
-        return self.is_policy_term_alone
 
     def policy_term(self, inputs: LossInputs, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """The gated advantages, [B, T], and the ratio of each token."""

@@ -46,7 +46,7 @@ def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Join the metrics of several parts of an optimizer step: extremes for names in "/max" or "/min", sums for all others.
 
     Args:
-        parts: the `LossOutput.metrics` of each part, computed with the step's denominators.
+        parts: The `LossOutput.metrics` of each part, computed with the step's denominators.
 
     Returns:
         The metrics of all parts together, which are a share again if the step has more parts.

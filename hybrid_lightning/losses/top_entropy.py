@@ -32,10 +32,10 @@ class TopEntropyMask(Configurable):
     """Chooses the most entropic tokens of an optimizer step.
 
     Args:
-        share: share of the tokens that get a policy gradient.
+        share: Share of the tokens that get a policy gradient.
 
     Raises:
-        ConfigError: if `share` is not above 0 and at most 1.
+        ConfigError: If `share` is not above 0 and at most 1.
 
     Example:
         >>> TopEntropyMask(share=0.5).threshold(torch.tensor([0.1, 0.9, 0.2, 0.4]))
@@ -44,14 +44,14 @@ class TopEntropyMask(Configurable):
 
     def __init__(self, share: float = 0.2) -> None:
         if not 0 < share <= 1:
-            raise ConfigError(f"{type(self).__name__}: share={share} must be above 0 and at most 1; set e.g. 0.2 for a fifth.")
+            raise ConfigError(f"{type(self).__name__}: share={share} must be above 0 and at most 1; set e.g. 0.2 for a fifth")
         self.share = share
 
     def threshold(self, entropies: Tensor) -> float:
         """The entropy that `share` of the tokens reach: the (1 - share) quantile, rounded up to the entropy of a token.
 
         Args:
-            entropies: [N] float32, in nats, of all tokens that take part; N may be 0.
+            entropies: Of all tokens that take part, in nats, [N] float32; N may be 0.
 
         Returns:
             The threshold: tokens whose entropy is at least this get a policy gradient.

@@ -1,6 +1,6 @@
 """Show the planned memory of a run: a title, a table with a column for each method, and what its numbers mean."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.table import Table
 
@@ -37,10 +37,18 @@ def memory_table(methods: Sequence[MethodMemory]) -> Table:
     table = Table("")
     for method in methods:
         table.add_column(method.method, justify="right")
-    for section in (_component_rows(methods), _peak_rows(methods), _total_rows(methods)):
-        for name, cells in section:
-            table.add_row(name, *cells)
-        table.add_section()
+    table.add_row("trained numbers", *(f"{method.trainable:,}" for method in methods))
+    for name, parts in _TABLE_ROWS.items():  # each at its largest
+        if name != "rollout engine" or methods[0].share.sampling:
+            largest = (method.largest_components for method in methods)
+            table.add_row(name, *(format_bytes(sum(getattr(components, part) for part in parts)) for components in largest))
+    table.add_section()
+    for phase in dict.fromkeys(phase for method in methods for phase in method.peaks):
+        table.add_row(phase, *(format_bytes(method.peaks[phase].total) if phase in method.peaks else "-" for method in methods))
+    table.add_section()
+    table.add_row("tensors together", *(format_bytes(method.peak_bytes) for method in methods))
+    if all(method.growth is not None for method in methods):
+        table.add_row("growth of the process", *(format_bytes(method.growth_bytes) for method in methods))
     return table
 
 
@@ -93,26 +101,3 @@ def format_bytes(count: float) -> str:
     if count <= 0:
         return "-"
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
-
-
-def _component_rows(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
-    """Trainable parameters, and each component at its largest."""
-    yield "trained numbers", [f"{method.trainable:,}" for method in methods]
-    for name, components in _TABLE_ROWS.items():
-        if name == "rollout engine" and not methods[0].share.sampling:
-            continue
-        yield name, [format_bytes(sum(getattr(method.largest_components, field) for field in components)) for method in methods]
-
-
-def _peak_rows(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
-    """Peak of each phase."""
-    phases = {phase: None for method in methods for phase in method.peaks}
-    for phase in phases:
-        yield phase, [format_bytes(method.peaks[phase].total) if phase in method.peaks else "-" for method in methods]
-
-
-def _total_rows(methods: Sequence[MethodMemory]) -> Iterator[tuple[str, list[str]]]:
-    """Largest peak of tensors, and on a CPU the growth of the process."""
-    yield "tensors together", [format_bytes(method.peak_bytes) for method in methods]
-    if all(method.growth is not None for method in methods):
-        yield "growth of the process", [format_bytes(method.growth_bytes) for method in methods]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hybrid_lightning.engine import (
     Backend,
-    SegmentDecoding,
     SharedPromptDecoding,
     begins_group,
     logprobs_of_hidden,
@@ -152,7 +151,7 @@ def _trace_decoding(fake: FakeModel, prompts: int, samples: int) -> Traced:
                 _fill_cache(decoding, prompts * samples)
             live.restart_peak()
             logits = decoding.step(decoding.lengths.new_zeros(prompts * samples))
-        cache = sum(part.nbytes for part in _cache(decoding))
+        cache = sum(part.nbytes for layers in (decoding.prompt, decoding.own) for pair in layers.values() for part in pair)
         forward, before = live.peak, live.bytes - logits.nbytes
         live.restart_peak()
         _draw(logits, fake.engine.backend)
@@ -186,11 +185,6 @@ def _fill_cache(decoding: SharedPromptDecoding, rows: int) -> None:
         )
         decoding.own[layer] = (keys, values)
     decoding.decoded = decoding.max_new_tokens - 2
-
-
-def _cache(decoding: SegmentDecoding | SharedPromptDecoding) -> list[Tensor]:
-    """Keys and values of prompts and completions."""
-    return [part for layers in (decoding.prompt, decoding.own) for pair in layers.values() for part in pair]
 
 
 def _split_into_passes(rows: Sequences, settings: RunSettings) -> list[Sequences]:

@@ -320,16 +320,8 @@ def _largest(stages: tuple[Held, Held, Held], traced: "Traced") -> Components:
 
 def _components(held: Held, traced: "Traced") -> Components:
     """What a device holds together with what a pass computes."""
-    return Components(
-        weights=held.weights,
-        copies=held.copies,
-        packed=traced.packed,
-        gradients=held.gradients,
-        optimizer=held.optimizer,
-        activations=traced.activations,
-        cache=traced.cache,
-        logits=traced.logits,
-    )
+    computed = {name: getattr(traced, name) for name in ("packed", "activations", "cache", "logits")}
+    return replace(_resting(held), **computed)
 
 
 def _row_count(rows: object) -> int:

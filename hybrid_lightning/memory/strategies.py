@@ -1,7 +1,6 @@
 """What each of N devices holds of weights, gradients and optimizer state, by Trainer strategy."""
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from hybrid_lightning.memory.sizes import ModelSizes
@@ -18,7 +17,7 @@ class Held:
     host: float = 0.0  # in the memory of the host, where it would otherwise be on the device
 
 
-class Sharding(ABC):
+class Sharding:
     """How a model and its training state are spread over devices.
 
     The methods give what one device holds at a stage of the run. Each takes the sizes of the model, and the bytes of optimizer
@@ -34,14 +33,14 @@ class Sharding(ABC):
     def __init__(self, devices: int = 1) -> None:
         self.devices = devices
 
-    @abstractmethod
     def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """While completions are sampled, with the gradients of the previous step.
+        """While completions are sampled, with the gradients of the previous step; if nothing is split or copied, everything.
 
         Args:
             sizes: Sizes of the model.
             optimizer: Bytes of optimizer state per trained parameter.
         """
+        return Held(sizes.weight_bytes, sizes.trained_bytes, sizes.trainable * optimizer)
 
     @property
     def scoring_devices(self) -> int:
@@ -69,9 +68,9 @@ class Sharding(ABC):
         """At the beginning of a training forward pass, before it has computed anything."""
         return self.forward(sizes, optimizer)
 
-    @abstractmethod
     def forward(self, sizes: ModelSizes, optimizer: float) -> Held:
         """At the end of a training forward pass, with all gradients of earlier passes."""
+        return self.generating(sizes, optimizer)
 
     def backward(self, sizes: ModelSizes, optimizer: float) -> Held:
         """During a backward pass."""
@@ -83,23 +82,15 @@ class SingleDevice(Sharding):
 
     name = "one device"
 
-    def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`."""
-        return Held(sizes.weight_bytes, sizes.trained_bytes, sizes.trainable * optimizer)
 
-    def forward(self, sizes: ModelSizes, optimizer: float) -> Held:
-        """See `Sharding`."""
-        return self.generating(sizes, optimizer)
-
-
-class DDP(SingleDevice):
+class DDP(Sharding):
     """Everything on each device, and the gradients once more, in the buckets in which they are summed."""
 
     name = "DDP"
 
     def generating(self, sizes: ModelSizes, optimizer: float) -> Held:
         """See `Sharding`."""
-        return Held(sizes.weight_bytes, sizes.trained_bytes, sizes.trainable * optimizer, copies=sizes.trained_bytes)
+        return replace(super().generating(sizes, optimizer), copies=sizes.trained_bytes)
 
 
 class FSDP2(Sharding):
@@ -126,9 +117,8 @@ class FSDP2(Sharding):
 
     def calibrating(self, sizes: ModelSizes, base: float) -> Held:
         """See `Sharding`. As while generating."""
-        return (
-            super().calibrating(sizes, base) if self.scoring_devices == 1 else self._held(base, 0, 0, base + sizes.outside_bytes)
-        )
+        whole = base + sizes.outside_bytes
+        return super().calibrating(sizes, base) if self.scoring_devices == 1 else self._held(base, 0, 0, whole)
 
     def scoring(self, sizes: ModelSizes, base: float) -> Held:
         """See `Sharding`. As in a training pass, but that a gradient leaves the device when it has been made."""

@@ -7,7 +7,7 @@ Axes: P prompts, n completions per prompt.
 - maj@k: the probability that the most frequent answer of k completions is correct (self-consistency, arXiv 2203.11171).
 
 From n completions, pass@k and maj@k are estimated by the mean over all C(n, k) sets of k of them. That is unbiased, since each
-set is a draw of k completions. Answers that tie for the most frequent share the vote: of two, each counts half, as if one were
+set is a draw of k completions. Equally frequent answers share the vote: of two, each counts half, as if one were
 drawn at random. Completions without an answer do not vote, and a set in which none has an answer is wrong.
 
 For maj@k the sets are not enumerated. For each number v of winning votes, dynamic programming over the answers counts the sets
@@ -128,7 +128,7 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequenc
         ValueError: If a k is not between 1 and n.
 
     Example:
-        >>> maj_at_k(["5", "5", "6"], [True, True, False], [1, 2, 3])  # two of the three pairs tie
+        >>> maj_at_k(["5", "5", "6"], [True, True, False], [1, 2, 3])  # in two of the three pairs the answers differ
         [0.6666666666666666, 0.6666666666666666, 1.0]
     """
     samples = len(answers)

@@ -9,7 +9,7 @@ independent trials:
 For values of 0 and 1 in one set n_eff is n, and the interval Wilson's own. It is more than n where a problem's value is a mean
 over completions and therefore varies less. A normal or bootstrap interval would have no width at all where all problems are
 solved, or none; in simulations of 10 to 100 problems it covered the truth in as few as 14% of the cases where this one covered
-it in 86% (tests/metrics/test_intervals.py has the coverage of this one).
+it in 86% (tests/metrics/test_problem_means.py has the coverage of this one).
 """
 
 from collections.abc import Collection, Mapping, Sequence

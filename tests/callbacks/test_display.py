@@ -13,6 +13,7 @@ from stopped_runs import FIT, MOMENTS, Sent
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import GracefulStop, RunSummary
+from hybrid_lightning.callbacks.display import python_command
 from hybrid_lightning.policy.module import PolicyModule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -53,26 +54,13 @@ def typed(result, folder):
     return arguments[0]
 
 
+PLACE = ("--checkpoint.dirpath=my checkpoints", "--trainer.logger.save_dir=here and there", '--trainer.logger.name=a [red] "b"')
+LONG = ("--data.source.test_fraction=0", "--data.source.test=long.jsonl", "--data.max_prompt_tokens=8")
 RUNS = {
     "the embedded default": ("test", ("fit", f"--config={CONFIGS}/gspo.yaml", *EMBEDDED, *FEW)),
-    "supervised": ("test", ("fit", f"--config={CONFIGS}/sft.yaml", *EMBEDDED, "--model.examples_per_step=8")),
     "preferences": ("test", ("fit", f"--config={CONFIGS}/dpo.yaml", *EMBEDDED, "--model.examples_per_step=8")),
-    "own data": ("test", OWN),
-    "own data without a test split": ("validate", (*OWN, "--data.source.test_fraction=0")),
-    "own data with test prompts that are all too long": (  # for max_prompt_tokens
-        "validate",
-        (*OWN, "--data.source.test_fraction=0", "--data.source.test=long.jsonl", "--data.max_prompt_tokens=8"),
-    ),
-    "another place": (
-        "test",
-        (
-            *OWN,
-            "--checkpoint.dirpath=my checkpoints",
-            "--trainer.logger.save_dir=here and there",
-            '--trainer.logger.name=a [red] "b"',
-        ),
-    ),
-    "no logger": ("test", (*OWN, "--trainer.logger=false")),
+    "another place": ("test", (*OWN, *PLACE)),
+    "no logger, and test prompts that are all too long": ("validate", (*OWN, *LONG, "--trainer.logger=false")),
 }
 
 
@@ -94,11 +82,8 @@ def test_where_nothing_can_be_measured_there_is_the_checkpoint_alone(folder):
     assert f"Checkpoint: {summary['checkpoint']}\n" in result.out and (folder / summary["checkpoint"]).is_file()
 
 
-@pytest.mark.parametrize(
-    "options", [("--checkpoint.save_last=false", "--checkpoint.save_top_k=0"), ("--trainer.fast_dev_run=true",)]
-)
-def test_without_a_checkpoint_there_is_none(folder, options):
-    result = run(folder, *OWN, *options)
+def test_without_a_checkpoint_there_is_none(folder):
+    result = run(folder, *OWN, "--checkpoint.save_last=false", "--checkpoint.save_top_k=0")
     assert result.code == 0 and commands(result) == [] and "Checkpoint:" not in result.out
 
 
@@ -112,14 +97,12 @@ def test_a_resumed_run_prints_its_own(folder):
     assert typed(result, folder) == "test" and arguments[2] != str(root / "config.yaml")
 
 
-@pytest.mark.parametrize(("moment", "command"), [("a score", "fit"), ("the middle of a later step", "fit"), ("a score", "score")])
-def test_a_stopped_run_prints_how_to_go_on(folder, moment, command, monkeypatch):
-    given = (command, *FIT[1:], "--trainer.logger.name=stopped there")
+def test_a_stopped_run_prints_how_to_go_on(folder, monkeypatch):
     with monkeypatch.context() as patch:
-        Sent(patch, MOMENTS[moment], signal.SIGTERM)
-        result = run(folder, *given)
+        Sent(patch, MOMENTS["a score"], signal.SIGTERM)
+        result = run(folder, "score", *FIT[1:], "--trainer.logger.name=stopped there")
     assert result.code == 143, result.err[-2000:]
-    assert typed(result, folder) == command
+    assert typed(result, folder) == "score"
 
 
 def test_from_python_no_command_is_printed_and_the_checkpoint_loads(folder, tmp_path, capsys):
@@ -145,3 +128,13 @@ def test_from_python_a_stopped_run_says_which_argument_goes_on(folder, tmp_path,
         {"trainer": again, "policy": build_policy(folder / "model"), "data": data},
     )
     assert again.global_step == 2
+
+
+def test_the_command_names_an_environment_that_is_not_activated(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"base_prefix": "/usr", "prefix": tmp_path / ".venv", "executable": tmp_path / ".venv/bin/python"}.items():
+        monkeypatch.setattr(f"sys.{name}", str(value))
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / ".venv"))
+    assert python_command() == "python"
+    monkeypatch.delenv("VIRTUAL_ENV")
+    assert python_command() == ".venv/bin/python"

@@ -127,9 +127,3 @@ def test_a_monitor_that_nothing_measures_is_refused_before_the_first_step(folder
     with pytest.raises(ConfigError, match=r"ModelCheckpoint .*val/avg@8.* not measure.*val/avg@2.*val/hard/avg@2.*or null"):
         trainer.fit(build_policy(folder / "model", reward=StartsWithDigit()), datamodule=data(folder, split="validation"))
     assert trainer.global_step == 0
-
-
-def test_a_trial_run_leaves_nothing(folder, tmp_path):
-    policy = build_policy(folder / "model", reward=StartsWithDigit())
-    build_trainer(tmp_path, EvaluationReport(), fast_dev_run=True).test(policy, datamodule=data(folder), verbose=False)
-    assert not list(tmp_path.iterdir())

@@ -61,7 +61,7 @@ def test_a_killed_run_has_that_of_its_last_validation(tmp_path):
     assert step_of(tmp_path / "kept" / "last.ckpt") == 4
 
 
-@pytest.mark.parametrize("settings", [{"every_n_train_steps": 2}, {"save_top_k": 0}, {"save_top_k": -1}, {"monitor": None}])
+@pytest.mark.parametrize("settings", [{"save_top_k": 0}, {"save_top_k": -1}, {"monitor": None, "every_n_train_steps": 2}])
 def test_nothing_is_written_twice(tmp_path, settings):
     saves, saver = Saves(), build_saver(tmp_path / "kept", **settings)
     fit(tmp_path, saves, saver=saver)

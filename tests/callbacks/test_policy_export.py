@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from peft import PeftModel
 from rounding import assert_same_logits
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit
 from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.callbacks import PolicyExport, RunSummary, StepTimer
@@ -13,16 +13,6 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.export import AdapterFolder, LoraFolder, MergedModel
 
 IDS = torch.tensor([[4, 5, 13, 6, 16]])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("exports") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("exports") / "sums.jsonl", 24)
 
 
 def logits(model):
@@ -34,37 +24,36 @@ def exports(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_at_the_end_of_training(model, sums, tmp_path):
-    module = fit(model, sums, tmp_path, RunSummary(), PolicyExport(MergedModel("float32")))
+def test_at_the_end_of_training_and_by_the_trainer_itself(model, sums, tmp_path):
+    torch.manual_seed(11)
+    module, exporter = build_policy(model), PolicyExport(MergedModel("float32"))
+    trainer = build_trainer(tmp_path, build_adapter(), RunSummary(), exporter)
+    trainer.fit(module, datamodule=build_data(sums))
+    trainer.export(module, form=MergedModel("float32"), folder=str(tmp_path / "out"))
     folder = tmp_path / "version_0" / "export" / "merged"
     assert exports(folder) == ["step=2"]
-    loaded = AutoModelForCausalLM.from_pretrained(folder / "step=2")
-    assert_same_logits(logits(loaded), logits(module.model))
-    card = (folder / "step=2" / "README.md").read_text()
-    assert "after 2 optimizer steps" in card and str(sums) in card and "DigitShare" in card
+    for path in (folder / "step=2", tmp_path / "out"):
+        assert_same_logits(logits(AutoModelForCausalLM.from_pretrained(path)), logits(module.model))
+        card = (path / "README.md").read_text()
+        assert "after 2 optimizer steps" in card and str(sums) in card and "DigitShare" in card
 
 
 def test_from_a_running_job_which_goes_on_as_without(model, sums, tmp_path):
     export, timer = PolicyExport(AdapterFolder(), str(tmp_path / "mine"), every_n_steps=2), StepTimer()
     policy = {"minibatches_per_rollout": 2}
-    module = fit(model, sums, tmp_path / "a", timer, export, policy=policy, max_steps=5, accumulate_grad_batches=2)
-    without = fit(model, sums, tmp_path / "b", policy=policy, max_steps=5, accumulate_grad_batches=2)
-    assert exports(tmp_path / "mine") == ["step=2", "step=4", "step=5"], "once each, not once a micro-batch"
+    module = fit(model, sums, tmp_path / "a", timer, export, policy=policy, max_steps=4, accumulate_grad_batches=2)
+    without = fit(model, sums, tmp_path / "b", policy=policy, max_steps=4, accumulate_grad_batches=2)
+    assert exports(tmp_path / "mine") == ["step=2", "step=4"], "once each, not once a micro-batch, nor again at the end"
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), without.parameters(), strict=True))
     loaded = {}
-    for step in (2, 4, 5):
+    for step in (2, 4):
         base = AutoModelForCausalLM.from_pretrained(model)
         loaded[step] = logits(PeftModel.from_pretrained(base, tmp_path / "mine" / f"step={step}"))
-    assert_same_logits(loaded[5], logits(module.model))
+    assert_same_logits(loaded[4], logits(module.model))
     early = fit(model, sums, tmp_path / "c", policy=policy, max_steps=2, accumulate_grad_batches=2)
     assert_same_logits(loaded[2], logits(early.model))
     assert (loaded[4] - loaded[2]).abs().max() > 1e-3
     assert timer.totals()["checkpoint"] > 0
-
-
-def test_a_last_step_that_was_exported_is_not_again(model, sums, tmp_path):
-    fit(model, sums, tmp_path, PolicyExport(AdapterFolder(), every_n_steps=1))
-    assert exports(tmp_path / "version_0" / "export" / "adapter") == ["step=1", "step=2"]
 
 
 def test_exports_of_another_run_are_found_before_training(model, sums, tmp_path):
@@ -91,20 +80,6 @@ def test_a_form_that_cannot_hold_the_plan_is_refused_before_training(model, sums
     with pytest.raises(ConfigError, match="form=LoraFolder: the plan trains 3 modules fully"):
         fit(model, sums, tmp_path, PolicyExport(LoraFolder()))
     assert not list(tmp_path.rglob("export"))
-
-
-def test_a_trial_run_leaves_nothing(model, sums, tmp_path):
-    fit(model, sums, tmp_path / "root", PolicyExport(folder=str(tmp_path / "mine")), fast_dev_run=True)
-    assert not (tmp_path / "mine").exists()
-
-
-def test_the_trainer_exports_what_it_has_trained(model, sums, tmp_path):
-    module = build_policy(model)
-    trainer = build_trainer(tmp_path, RunSummary(), build_adapter())
-    trainer.fit(module, datamodule=build_data(sums))
-    trainer.export(module, form=MergedModel("float32"), folder=str(tmp_path / "out"))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert_same_logits(logits(loaded), logits(module.model))
 
 
 def test_impossible_settings_are_refused():

@@ -2,21 +2,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import PredictionWriter
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.sampler import Sampler
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("predictions") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("predictions") / "sums.jsonl", 24)
 
 
 def predict(model, sums, root, writer, **flags):
@@ -55,12 +45,18 @@ def test_a_file_that_is_there_is_refused_before_anything_is_generated(model, sum
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_process_refuses_where_one_would(tmp_path, rank):
-    (tmp_path / "p.rank1.jsonl").touch()
-    writer = PredictionWriter(str(tmp_path / "p.jsonl"))
-    with pytest.raises(ConfigError, match=r"p\.rank1\.jsonl exists"):
-        writer.setup(SimpleNamespace(fast_dev_run=True, world_size=2, global_rank=rank), None, "predict")
-    writer.setup(SimpleNamespace(fast_dev_run=True, world_size=2, global_rank=rank), None, "fit")
+def test_each_process_writes_its_own_file_and_refuses_where_one_would(tmp_path, rank):
+    writer, trainer = (
+        PredictionWriter(str(tmp_path / "p.jsonl")),
+        SimpleNamespace(fast_dev_run=True, world_size=2, global_rank=rank),
+    )
+    writer.setup(trainer, None, "predict")
+    writer.on_predict_start(trainer, None)
+    writer.on_predict_end(trainer, None)
+    assert [path.name for path in tmp_path.iterdir()] == [f"p.rank{rank}.jsonl"]
+    with pytest.raises(ConfigError, match=rf"p\.rank{rank}\.jsonl exists"):
+        writer.setup(SimpleNamespace(fast_dev_run=True, world_size=2, global_rank=1 - rank), None, "predict")
+    writer.setup(trainer, None, "fit")
 
 
 def test_a_trainer_that_predicts_again_gives_the_same_in_another_file(model, sums, tmp_path):
@@ -84,11 +80,6 @@ def test_an_interrupted_run_keeps_what_it_has(model, sums, tmp_path):
     assert len(read(tmp_path / "version_0" / "predictions.jsonl")) == 5 and writer._file is None
 
 
-def test_a_trial_run_leaves_no_file(model, sums, tmp_path):
-    predict(model, sums, tmp_path, PredictionWriter(), fast_dev_run=True)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_other_languages_stay_readable(tmp_path):
     writer = PredictionWriter(str(tmp_path / "p.jsonl"))
     trainer = SimpleNamespace(fast_dev_run=True, world_size=1, global_rank=0)
@@ -97,15 +88,6 @@ def test_other_languages_stay_readable(tmp_path):
     writer.on_predict_end(trainer, None)
     content = (tmp_path / "p.jsonl").read_text(encoding="utf-8")
     assert "für 你" in content and json.loads(content) == {"prompt": "für 你\u2028\n"}
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_each_process_writes_its_own_file(tmp_path, rank):
-    writer = PredictionWriter(str(tmp_path / "p.jsonl"))
-    trainer = SimpleNamespace(fast_dev_run=True, world_size=2, global_rank=rank)
-    writer.on_predict_start(trainer, None)
-    writer.on_predict_end(trainer, None)
-    assert [path.name for path in tmp_path.iterdir()] == [f"p.rank{rank}.jsonl"]
 
 
 def test_a_folder_is_no_file(tmp_path):

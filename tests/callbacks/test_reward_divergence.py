@@ -45,19 +45,12 @@ def series(start, end, count=20, noise=0.02, seed=0):
     return [start + (end - start) * i / (count - 1) + noise * float(torch.randn((), generator=generator)) for i in range(count)]
 
 
-def test_a_part_that_rises_while_correctness_falls_is_warned_of_once():
-    messages = feed(RewardDivergence(20), series(0.5, 0.1, 40), ended=series(0.1, 0.9, 40, seed=1))
-    assert len(messages) == 1
-    assert messages[0].startswith(
-        "rewards/ended rose while the share of correct completions fell over the last 20 rollouts (step "
-    )
-    assert messages[0].endswith("lower its weight or remove it")
-
-
 def test_each_part_is_warned_of_on_its_own():
     up = series(0.1, 0.9, 40, seed=1)
     messages = feed(RewardDivergence(20), series(0.5, 0.1, 40), ended=up, flat=series(0.5, 0.5, 40, seed=2), other=up)
-    assert sorted(message.split()[0] for message in messages) == ["rewards/ended", "rewards/other"]
+    assert sorted(message.split()[0] for message in messages) == ["rewards/ended", "rewards/other"], "and once"
+    fell = "rose while the share of correct completions fell over the last 20 rollouts (step "
+    assert all(fell in message and message.endswith("lower its weight or remove it") for message in messages)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +80,7 @@ def test_the_window_forgets():
     assert callback.diverging() == []
 
 
-@pytest.mark.parametrize("stop", [1, 13, 25, 39])
+@pytest.mark.parametrize("stop", [1, 25])
 def test_a_resumed_run_warns_where_the_whole_would(stop):
     accuracy, ended = series(0.5, 0.1, 40), series(0.1, 0.9, 40, seed=1)
     whole = feed(RewardDivergence(20), accuracy, ended=ended)
@@ -117,7 +110,6 @@ def test_a_run_that_learns_to_end_at_once_is_warned_of(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"window": 2}, r"divergence\.window must be an even number of at least 4, got 2"),
         ({"window": 7}, r"divergence\.window must be an even number of at least 4, got 7"),
         ({"standard_errors": 0.0}, r"divergence\.standard_errors must be positive, got 0"),
     ],

@@ -7,10 +7,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tiny_examples import fit, write_rows
-from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_sums
 
 from hybrid_lightning.callbacks import RunSummary, StepTimer
-from hybrid_lightning.callbacks.display import python_command
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint
 from hybrid_lightning.export.model_card import model_card
 
@@ -20,11 +19,6 @@ KEYS = {
     "full_modules", "lora_modules", "trainable_parameters", "trainable_share", "loss", "model", "validation", "run_folder",
     "checkpoint", "next_command", "seconds_by_phase", "throughput",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("summary") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +35,7 @@ def run(model, sums, root, *callbacks, ckpt=None, data=None, policy=None, timed=
     trainer = build_trainer(root, *timers, RunSummary(), build_adapter(), *callbacks, **flags)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt)
     written = list(root.rglob("summary.json"))
-    assert len(written) == (not trainer.fast_dev_run)
-    return module, json.loads(written[0].read_text()) if written else None
+    return module, json.loads(written[0].read_text())
 
 
 def validate(module, sums, root):
@@ -82,33 +75,46 @@ def test_all_values(model, whole):
     assert summary["next_command"] == "", "from Python there is no config that a command could name"
 
 
-def test_the_screen_says_what_happened(model, sums, tmp_path, capsys):
-    _, summary = run(model, sums, tmp_path, max_steps=2)
+def test_the_screen_says_what_happened_and_where_the_time_went(model, sums, tmp_path, capsys):
+    _, summary = run(model, sums, tmp_path, max_steps=5)
     output = capsys.readouterr().out
     before, after = summary["accuracy_before"], summary["accuracy_after"]
     assert f"{before:.1%} -> {after:.1%} ({100 * (after - before):+.1f} points)" in output
-    assert "Validation (start)" in output and "Validation (step 2)" in output
+    assert [output.count(f"Validation ({when})") for when in ("start", "step 4", "step 5")] == [1, 1, 1]
     assert f"Run folder: {tmp_path / 'version_0'}" in output and "Curves:" not in output, "there is no logger"
     assert "Next:" not in output, "without a checkpoint there is nothing to test"
+    output = " ".join(output.replace("│", " ").split())
+    assert f"{summary['seconds']:.0f} s for 5 optimizer steps: generate " in output
+    for name, seconds in summary["seconds_by_phase"].items():
+        share = seconds / summary["seconds"]
+        assert (f" {name} {share:.0%}" in output) == (share >= 0.005), name
+    assert f"tokens/s: prompts and completions {summary['throughput']['tokens_per_second']:,.0f}, generation" in output
 
 
-def test_the_last_step_is_validated_once(model, sums, tmp_path, capsys):
-    run(model, sums, tmp_path / "between", max_steps=5)
-    assert capsys.readouterr().out.count("Validation (step 5)") == 1
-    run(model, sums, tmp_path / "at", max_steps=4)
-    assert capsys.readouterr().out.count("Validation (step 4)") == 1
+def test_without_a_timer_there_is_the_time_alone(model, sums, tmp_path, capsys):
+    _, summary = run(model, sums, tmp_path, max_steps=4, timed=False)
+    assert summary.keys() == KEYS and summary["seconds_by_phase"] == summary["throughput"] == {} and summary["seconds"] > 0
+    output = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "s for 4 optimizer steps, scoring and validation included" in output and "tokens/s" not in output
+    assert output.count("Validation (step 4)") == 1, "the last step is validated once"
 
 
-def test_the_validation_after_the_last_step_leaves_training_mode(model, sums, tmp_path, whole):
-    _, module, _ = whole
-    assert any(layer.training for layer in module.modules())
-
-
-@pytest.mark.parametrize("step", [2, 4])
-def test_a_resumed_run_keeps_the_accuracy_before(model, sums, tmp_path, whole, step):
-    root, _, summary = whole
-    _, resumed = run(model, sums, tmp_path, ckpt=root / "checkpoints" / f"step={step}.ckpt")
+def test_measurements_and_times_add_up_over_stops(model, sums, tmp_path, whole):
+    root, module, summary = whole
+    _, resumed = run(model, sums, tmp_path, ckpt=root / "checkpoints" / "step=4.ckpt")
     assert resumed["validation"] == summary["validation"] and resumed["steps"] == 6
+    for result in (summary, resumed):
+        phases = result["seconds_by_phase"]
+        assert sum(phases.values()) == pytest.approx(result["seconds"], rel=0.02)
+        assert min(phases[name] for name in ("generate", "update", "validation", "scoring", "startup")) > 0
+        assert all(rate > 0 for rate in result["throughput"].values()) and len(result["throughput"]) == 3
+    # The validation after step 4 and two steps are done anew.
+    assert resumed["seconds_by_phase"]["scoring"] == pytest.approx(summary["seconds_by_phase"]["scoring"], abs=1e-3)
+    assert resumed["seconds_by_phase"]["startup"] > summary["seconds_by_phase"]["startup"]
+    content = torch.load(root / "checkpoints" / "step=4.ckpt", weights_only=True)
+    (state,) = [value for key, value in content["callbacks"].items() if key.startswith("RunSummary")]
+    assert 0 < state["seconds"] <= min(summary["seconds"], resumed["seconds"])
+    assert any(layer.training for layer in module.modules()), "the validation after the last step leaves training mode"
 
 
 def test_a_finished_run_that_is_resumed_says_only_what_it_knows(model, sums, tmp_path, whole):
@@ -121,57 +127,9 @@ def test_a_finished_run_that_is_resumed_says_only_what_it_knows(model, sums, tmp
     assert resumed["validation"] == whole["validation"] and len(whole["validation"]["after"]) > 4
 
 
-def test_time_adds_up_over_stops(model, sums, tmp_path, whole):
-    root, _, summary = whole
-    content = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
-    (state,) = [value for key, value in content["callbacks"].items() if key.startswith("RunSummary")]
-    assert 0 < state["seconds"] <= summary["seconds"]
-    _, resumed = run(model, sums, tmp_path, ckpt=root / "checkpoints" / "last.ckpt", max_steps=7)
-    assert resumed["seconds"] > state["seconds"] and resumed["steps"] == 7
-
-
-def test_the_phases_add_up_to_the_time(model, sums, tmp_path, whole):
-    root, _, summary = whole
-    _, resumed = run(model, sums, tmp_path, ckpt=root / "checkpoints" / "step=4.ckpt")
-    for result in (summary, resumed):
-        phases = result["seconds_by_phase"]
-        assert sum(phases.values()) == pytest.approx(result["seconds"], rel=0.02)
-        assert min(phases[name] for name in ("generate", "update", "validation", "scoring", "startup")) > 0
-        assert all(rate > 0 for rate in result["throughput"].values()) and len(result["throughput"]) == 3
-    # The validation after step 4 and two steps are done anew.
-    assert resumed["seconds_by_phase"]["scoring"] == pytest.approx(summary["seconds_by_phase"]["scoring"], abs=1e-3)
-    assert resumed["seconds_by_phase"]["startup"] > summary["seconds_by_phase"]["startup"]
-
-
-def test_the_screen_says_where_the_time_went(model, sums, tmp_path, capsys):
-    _, summary = run(model, sums, tmp_path, max_steps=2)
-    output = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"{summary['seconds']:.0f} s for 2 optimizer steps: generate " in output
-    for name, seconds in summary["seconds_by_phase"].items():
-        share = seconds / summary["seconds"]
-        assert (f" {name} {share:.0%}" in output) == (share >= 0.005), name
-    assert f"tokens/s: prompts and completions {summary['throughput']['tokens_per_second']:,.0f}, generation" in output
-
-
-def test_without_a_timer_there_is_the_time_alone(model, sums, tmp_path, capsys):
-    _, summary = run(model, sums, tmp_path, max_steps=2, timed=False)
-    assert summary.keys() == KEYS and summary["seconds_by_phase"] == summary["throughput"] == {} and summary["seconds"] > 0
-    output = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "s for 2 optimizer steps, scoring and validation included" in output and "tokens/s" not in output
-
-
-def no_validation(sums):
-    return {"limit_val_batches": 0}, None
-
-
-def no_validation_data(sums):
-    return {}, build_data(sums)
-
-
-@pytest.mark.parametrize("off", [no_validation, no_validation_data])
-def test_validation_switched_off_gives_nulls(model, sums, tmp_path, off, capsys):
-    flags, data = off(sums)
-    _, summary = run(model, sums, tmp_path, data=data, **flags)
+@pytest.mark.parametrize(("flags", "fraction"), [({"limit_val_batches": 0}, 0.4), ({}, 0.0)])
+def test_without_validation_there_are_nulls(model, sums, tmp_path, flags, fraction, capsys):
+    _, summary = run(model, sums, tmp_path, data=build_data(sums, validation_fraction=fraction), **flags)
     assert [summary[f"{kind}_{when}"] for kind in ("accuracy", "greedy") for when in ("before", "after")] == [None] * 4
     assert summary["steps"] == 6 and len(summary["full_modules"]) == 3
     assert "not measured -> not measured" in capsys.readouterr().out
@@ -182,22 +140,6 @@ def test_a_sanity_check_of_a_part_is_no_accuracy_before(model, sums, tmp_path):
     data.eval_batch_size = 4
     _, summary = run(model, sums, tmp_path, data=data, num_sanity_val_steps=1, max_steps=2)
     assert summary["accuracy_before"] is None and summary["accuracy_after"] is not None
-
-
-def test_fast_dev_run_writes_nothing(model, sums, tmp_path):
-    _, summary = run(model, sums, tmp_path, fast_dev_run=True)
-    assert summary is None and not list(tmp_path.rglob("summary.json"))
-
-
-def test_the_command_names_an_environment_that_is_not_activated(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.base_prefix", "/usr")
-    monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
-    monkeypatch.setattr("sys.executable", str(tmp_path / ".venv" / "bin" / "python"))
-    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / ".venv"))
-    assert python_command() == "python"
-    monkeypatch.delenv("VIRTUAL_ENV")
-    assert python_command() == ".venv/bin/python"
 
 
 def test_preferences_have_nothing_before_training_that_could_be_gained_upon(model, tmp_path, capsys):

@@ -8,15 +8,25 @@ from torch import Tensor, nn
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 
 TOKENS = torch.randint(3, 40, (3, 10), generator=torch.Generator().manual_seed(7))
-FAMILIES = ["llama", "qwen2", "gemma", "gpt2"]  # plain, with biases, with tied embeddings, with transposed weights
 VARIANTS = {
     "lora": LoraSettings(rank=4, alpha=6),
     "dora": LoraSettings(rank=4, alpha=6, use_dora=True),
     "rslora": LoraSettings(rank=4, alpha=6, dropout=0.1, use_rslora=True),
 }
-# Every family at every budget, and every variant in both layouts of weights.
-CASES = [(family, "lora", share) for family in FAMILIES for share in (0, 0.3, 1)]
-CASES += [(family, variant, 0.3) for family in ("llama", "gpt2") for variant in ("dora", "rslora")]
+MIXED = {"attention": 1, "mlp": 5}
+# Families (plain; with biases; with tied embeddings; with transposed weights), variants of LoRA, shares trained fully, ranks.
+CASES = [
+    ("llama", "lora", 0, {}),
+    ("llama", "dora", 0.3, MIXED),
+    ("llama", "rslora", 1, {}),
+    ("gpt2", "rslora", 0, MIXED),
+    ("gpt2", "dora", 0.3, {}),
+    ("gpt2", "lora", 1, {}),
+    ("qwen2", "lora", 0.3, MIXED),
+    ("qwen2", "dora", 0, {}),
+    ("gemma", "lora", 1, {}),
+    ("gemma", "rslora", 0.3, MIXED),
+]
 
 
 def logits(model: nn.Module) -> Tensor:

@@ -24,9 +24,9 @@ def load(trained, folder, dtype="auto"):
         return PeftModel.from_pretrained(base, folder)
 
 
-@pytest.mark.parametrize(("family", "variant", "share"), CASES)
-def test_peft_loads_the_policy(train, tmp_path, family, variant, share):
-    trained = train(family, share, VARIANTS[variant])
+@pytest.mark.parametrize(("family", "variant", "share", "ranks"), CASES)
+def test_peft_loads_the_policy(train, tmp_path, family, variant, share, ranks):
+    trained = train(family, share, VARIANTS[variant], ranks=ranks)
     folder = write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
     loaded = load(trained, folder)
     assert_same_logits(logits(loaded), trained.logits)
@@ -35,8 +35,7 @@ def test_peft_loads_the_policy(train, tmp_path, family, variant, share):
     assert files(folder) >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "plan.json"}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("share", [0.3, 1])
+@pytest.mark.parametrize(("variant", "share"), [("lora", 0.3), ("dora", 0.3), ("rslora", 1)])
 def test_the_file_is_that_which_peft_writes(train, tmp_path, variant, share):
     trained = train("qwen2", share, VARIANTS[variant])
     write_policy(trained.policy, AdapterFolder(), tmp_path / "ours")
@@ -48,22 +47,8 @@ def test_the_file_is_that_which_peft_writes(train, tmp_path, variant, share):
     assert all(sorted(config.pop("target_modules")) for config in configs) and configs[0] == configs[1]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_ranks_that_differ_between_modules(train, tmp_path, family, variant):
-    trained = train(family, 0.2, VARIANTS[variant], ranks={"attention": 1, "mlp": 5})
-    folder = write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
-    assert_same_logits(logits(load(trained, folder)), trained.logits)
-
-
-def test_freed_start_weights_make_no_difference(train, tmp_path):
-    trained = train(share=1, keep_start_weights=False)
-    write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
-    assert_same_logits(logits(load(trained, tmp_path / "out")), trained.logits)
-
-
-def test_on_a_bfloat16_base_the_trained_weights_stay_float32(train, tmp_path):
-    trained = train(dtype="bfloat16")
+def test_on_a_bfloat16_base_the_trained_weights_stay_float32_and_freed_start_weights_make_no_difference(train, tmp_path):
+    trained = train(share=1, dtype="bfloat16", keep_start_weights=False)
     write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
@@ -72,42 +57,29 @@ def test_on_a_bfloat16_base_the_trained_weights_stay_float32(train, tmp_path):
     assert_same_logits(logits(load(trained, tmp_path / "out", "float32")), trained.logits)
 
 
-def test_peft_finds_the_base_by_itself_from_anywhere(train, tmp_path, monkeypatch):
-    trained = train()
-    write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
-    monkeypatch.chdir("/")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert_same_logits(logits(loaded), trained.logits)
-
-
-def test_the_tokenizer_has_the_template_of_training(train, tmp_path):
+def test_peft_finds_base_and_template_by_itself_from_anywhere(train, tmp_path, monkeypatch):
     trained = train(chat_template="{{ messages[0].content }}!")
     write_policy(trained.policy, AdapterFolder(), tmp_path / "out")
+    monkeypatch.chdir("/")
+    assert_same_logits(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")), trained.logits)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "1+1"}], tokenize=False) == "1+1!"
 
 
-def test_plain_lora_is_what_a_server_takes(train, tmp_path):
+def test_plain_lora_is_what_a_server_takes_and_more_is_refused_before_anything_is_written(train, tmp_path):
     trained = train(share=0)
     folder = write_policy(trained.policy, LoraFolder(), tmp_path / "out")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["modules_to_save"] is None and not config["use_dora"] and config["bias"] == "none"
     assert all(".lora_A." in name or ".lora_B." in name for name in load_file(folder / "adapter_model.safetensors"))
     assert_same_logits(logits(load(trained, folder)), trained.logits)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+    for arguments, message in (
         ({"share": 0.2}, r"the plan trains 3 modules fully, such as model\.layers.*; export form=MergedModel"),
         ({"share": 0, "lora": VARIANTS["dora"]}, r"the plan has DoRA, which vLLM refuses"),
-    ],
-)
-def test_what_is_more_than_lora_is_refused_before_anything_is_written(train, tmp_path, arguments, message):
-    trained = train(**arguments)
-    with pytest.raises(ConfigError, match=message):
-        write_policy(trained.policy, LoraFolder(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    ):
+        with pytest.raises(ConfigError, match=message):
+            write_policy(train(**arguments).policy, LoraFolder(), tmp_path / "more")
+    assert not (tmp_path / "more").exists()
 
 
 def test_another_base_is_refused(train, tmp_path):

@@ -43,43 +43,27 @@ def expected(root):
     return logits(PolicyModule.load_from_checkpoint(root / "checkpoints" / "last.ckpt").model)
 
 
-@pytest.mark.parametrize("settings", [[], TRAINING_SETTINGS], ids=["", "of training"])
-def test_the_merged_model(folder, fitted, tmp_path, settings):
-    root = fitted / "hybrid" / "version_0"
-    form = ["--form=MergedModel", "--form.dtype=float32"]
-    result = run(folder, "export", *arguments(root), f"--folder={tmp_path}/out", *form, *settings)
-    assert result.code == 0, result.err
-    assert f"Policy written to {tmp_path}/out" in result.out
-    loaded = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
-    assert_same_logits(loaded, expected(root))
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "after 2 optimizer steps" in card and "StartsWithDigit" in card and "sums.jsonl" in card and "val/avg@2" in card
-    assert files(fitted / "hybrid") == {"version_0"}, "an export is no run"
+def test_the_merged_model_in_the_bases_dtype(folder, fitted, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("the module's own weights are loaded")
 
-
-def test_the_bases_dtype_is_the_default_and_said(folder, fitted, tmp_path):
     root = fitted / "hybrid" / "version_0"
-    result = run(folder, "export", *arguments(root), f"--folder={tmp_path}/out")
+    with monkeypatch.context() as patch:
+        patch.setattr("hybrid_lightning.policy.pretrained.load_model", fail)  # the base is loaded once, and in no other place
+        result = run(folder, "export", *arguments(root), f"--folder={tmp_path}/out", *TRAINING_SETTINGS)
     assert result.code == 0, result.err
     assert f"Policy written to {tmp_path}/out in float32\n" in result.out
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.float32
     assert_same_logits(logits(loaded), expected(root))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "after 2 optimizer steps" in card and "StartsWithDigit" in card and "sums.jsonl" in card and "val/avg@2" in card
+    assert files(fitted / "hybrid") == {"version_0"}, "an export is no run"
 
 
-def test_the_base_is_loaded_once_and_in_no_other_place(folder, fitted, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise AssertionError("the module's own weights are loaded")
-
-    monkeypatch.setattr("hybrid_lightning.policy.pretrained.load_model", fail)
-    result = run(folder, "export", *arguments(fitted / "hybrid" / "version_0"), f"--folder={tmp_path}/out")
-    assert result.code == 0, result.err
-
-
-@pytest.mark.parametrize(("form", "name"), [("AdapterFolder", "hybrid"), ("LoraFolder", "lora")])
-def test_the_adapter(folder, fitted, tmp_path, form, name):
-    root = fitted / name / "version_0"
-    result = run(folder, "export", *arguments(root), f"--folder={tmp_path}/out", f"--form={form}")
+def test_plain_lora(folder, fitted, tmp_path):
+    root = fitted / "lora" / "version_0"
+    result = run(folder, "export", *arguments(root), f"--folder={tmp_path}/out", "--form=LoraFolder")
     assert result.code == 0, result.err
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), tmp_path / "out")
     assert_same_logits(logits(loaded), expected(root))
@@ -125,13 +109,11 @@ def test_of_a_run_without_test_problems_it_is_the_validation(folder, tmp_path):
     fit = run(folder, "fit", "--config", "t.yaml", *without)
     root = folder / "runs" / "untested" / "version_0"
     own = json.loads((root / "summary.json").read_text())["accuracy_after"]
-    for name, there in (("finished", True), ("stopped", False)):  # a run that is stopped has no summary
-        if not there:
-            (root / "summary.json").unlink()
-        form = ["--form=MergedModel", "--form.dtype=float32"]
-        result = run(folder, "export", *arguments(root), f"--folder={tmp_path}/{name}", *form)
-        assert fit.code == result.code == 0, result.err
-        assert measured(folder, result, "validate")["avg@2"] == own
+    (root / "summary.json").unlink()  # a run that is stopped has none
+    form = ["--form=MergedModel", "--form.dtype=float32"]
+    result = run(folder, "export", *arguments(root), f"--folder={tmp_path}/out", *form)
+    assert fit.code == result.code == 0, result.err
+    assert measured(folder, result, "validate")["avg@2"] == own
 
 
 def test_where_the_runs_config_is_not_there_no_command_is_printed(folder, fitted, tmp_path):

@@ -18,9 +18,9 @@ from hybrid_lightning.export.write import written_message
 from hybrid_lightning.policy.loading import ModelSource
 
 
-@pytest.mark.parametrize(("family", "variant", "share"), CASES)
-def test_transformers_loads_the_policy(train, tmp_path, family, variant, share):
-    trained = train(family, share, VARIANTS[variant])
+@pytest.mark.parametrize(("family", "variant", "share", "ranks"), CASES)
+def test_transformers_loads_the_policy(train, tmp_path, family, variant, share, ranks):
+    trained = train(family, share, VARIANTS[variant], ranks=ranks)
     folder = write_policy(trained.policy, MergedModel("float32"), tmp_path / "out")
     loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -35,8 +35,10 @@ def test_tied_embeddings_stay_tied(train, tmp_path):
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize(("base", "wanted"), [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "float16")])
+@pytest.mark.parametrize(
+    ("base", "wanted", "keep"),
+    [("float32", "bfloat16", True), ("bfloat16", "bfloat16", False), ("bfloat16", "float16", True)],
+)
 def test_sixteen_bits_are_the_exact_sum_rounded_once(train, tmp_path, base, wanted, keep):
     trained = train(dtype=base, keep_start_weights=keep)
     exact, rounded = (
@@ -105,7 +107,7 @@ def test_a_missing_bias_is_noticed(train, tmp_path):
         write_policy(dataclasses.replace(trained.policy, weights=weights), MergedModel(), tmp_path / "out")
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float32", "float16"])
 def test_the_dtype_is_that_of_the_bases_files(train, tmp_path, stored):
     """Whatever it was trained in, and whatever its config says."""
     trained = train(dtype=stored)
@@ -146,11 +148,3 @@ def test_where_no_file_tells_it_is_the_configs_or_that_of_training(train, tmp_pa
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(ConfigError, match=r"form\.dtype must be one of .*, got 'int8'"):
         MergedModel("int8")
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_ranks_that_differ_between_modules(train, tmp_path, family, variant):
-    trained = train(family, 0.2, VARIANTS[variant], ranks={"attention": 1, "mlp": 5})
-    folder = write_policy(trained.policy, MergedModel("float32"), tmp_path / "out")
-    assert_same_logits(logits(AutoModelForCausalLM.from_pretrained(folder)), trained.logits)

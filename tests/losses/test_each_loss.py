@@ -8,9 +8,7 @@ import pytest
 import torch
 from scalar_reference import CLIPPED, CLIPS, SETTINGS, make_inputs, scalar_loss
 
-from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import BNPOLoss, CISPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, GSPOTokenLoss
-from hybrid_lightning.types import LossInputs
+from hybrid_lightning.losses import BNPOLoss, CISPOLoss, GSPOTokenLoss
 
 CASES = [
     {},
@@ -35,9 +33,8 @@ def test_values_equal_a_scalar_loop(cls, options):
 
 
 @pytest.mark.parametrize(("cls", "options"), [case for case in ALL if case[0] not in (CISPOLoss, GSPOTokenLoss)])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_gradcheck(cls, options, seed):
-    inputs = make_inputs(seed=seed, b=4, t=4, spread=0.15)
+def test_gradcheck(cls, options):
+    inputs = make_inputs(seed=0, b=4, t=4, spread=0.15)
     loss = cls(**SETTINGS[cls], **options)
     if cls in CLIPPED:
         kinks = torch.tensor([1 - CLIPS[0], 1 + CLIPS[1], 1.1], dtype=torch.float64)
@@ -61,65 +58,6 @@ def test_cispo_weighs_every_token_and_its_weight_has_no_gradient():
     want = -ratio.clamp(max=1.1) * inputs.advantages[:, None] * inputs.completion_mask / inputs.completion_mask.sum()
     torch.testing.assert_close(gradient(CISPOLoss(cap=1.1), inputs), want, rtol=1e-12, atol=0)
     assert (ratio > 1.1).any() and (gradient(CISPOLoss(cap=1.1), inputs) != 0).equal(inputs.completion_mask)
-
-
-@pytest.mark.parametrize("options", [{}, {"dual_clip": 1.05}, {"kl_coef": 0.3}])
-def test_gspo_token_is_gspo_while_the_tokens_of_a_sequence_count_alike(options):
-    inputs = make_inputs(seed=3, b=12, spread=0.3)
-    token, sequence = GSPOTokenLoss(*CLIPS, **options), GSPOLoss(*CLIPS, **options)
-    torch.testing.assert_close(token(inputs).loss, sequence(inputs).loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradient(token, inputs), gradient(sequence, inputs), rtol=1e-9, atol=1e-14)
-
-
-def test_gspo_token_leaves_out_the_gradient_of_single_tokens():
-    inputs = make_inputs(seed=3, b=12, spread=0.01)
-    weights = torch.ones_like(inputs.logprobs.detach())
-    weights[:, 0] = 0
-    masked = replace(inputs, importance_weights=weights)
-    token, sequence = gradient(GSPOTokenLoss(*CLIPS), masked), gradient(GSPOLoss(*CLIPS), masked)
-    assert (token[:, 0] == 0).all() and (token != 0).any() and (sequence[:, 0] != 0).any()
-
-
-def test_where_each_micro_batch_is_one_completion_bnpo_is_grpo_and_in_one_micro_batch_dapo():
-    inputs = make_inputs(b=5, spread=0.3)
-    bnpo, fields = BNPOLoss(*CLIPS), ("logprobs", "advantages", "completion_mask", "old_logprobs")
-    rows = [LossInputs(*(getattr(inputs, f)[i : i + 1] for f in fields), num_micro_batches=5.0) for i in range(5)]
-    torch.testing.assert_close(sum(bnpo(row).loss for row in rows), GRPOLoss(*CLIPS)(inputs).loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close(bnpo(inputs).loss, DAPOLoss(*CLIPS)(inputs).loss, rtol=1e-12, atol=0)
-
-
-def test_dr_grpo_must_know_the_longest_completion():
-    with pytest.raises(ConfigError, match=r"DrGRPOLoss: max_completion_tokens is None.*give the max_new_tokens of the sampler"):
-        DrGRPOLoss()(replace(make_inputs(), max_completion_tokens=None))
-
-
-@each_class
-def test_the_entropy_bonus_is_the_mean_over_the_tokens_of_the_step(cls):
-    inputs = make_inputs()
-    plain, bonus = cls(**SETTINGS[cls]), cls(**SETTINGS[cls], entropy_coef=0.5)
-    counts = {"num_sequences": 6.0, "num_tokens": 40.0}
-    inputs = replace(inputs, **counts)
-    share = inputs.entropy[inputs.completion_mask].sum() / 40
-    torch.testing.assert_close(bonus(inputs).loss, plain(inputs).loss - 0.5 * share, rtol=1e-12, atol=0)
-    (slope,) = torch.autograd.grad(bonus(inputs).loss, inputs.entropy)
-    torch.testing.assert_close(slope, -0.5 / 40 * inputs.completion_mask.double(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradient(bonus, inputs), gradient(plain, inputs), rtol=0, atol=0)
-    masked = replace(inputs, importance_weights=torch.zeros_like(inputs.logprobs))
-    torch.testing.assert_close(bonus(masked).loss, -0.5 * share, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("entropy", [None, torch.ones(6, 5)])
-def test_a_bonus_without_entropy_or_its_gradient_is_refused(entropy):
-    with pytest.raises(ConfigError, match=r"GRPOLoss: entropy_coef is not 0, but entropy .*set entropy_coef=0"):
-        GRPOLoss(entropy_coef=0.1)(replace(make_inputs(), entropy=entropy))
-    GRPOLoss()(replace(make_inputs(), entropy=entropy))
-
-
-@pytest.mark.parametrize("coef", [-0.1, float("nan"), float("inf")])
-@each_class
-def test_bad_entropy_coef(cls, coef):
-    with pytest.raises(ConfigError, match=f"{cls.__name__}: entropy_coef={coef}"):
-        cls(entropy_coef=coef)
 
 
 @pytest.mark.parametrize("options", [{}, {"kl_coef": 0.1}, {"entropy_coef": 0.1}])

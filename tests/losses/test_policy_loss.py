@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scalar_reference import CLIPS, make_inputs
+from scalar_reference import make_inputs
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses import GRPOLoss, GSPOLoss, PolicyLoss, combine_metrics
+from hybrid_lightning.losses import GRPOLoss, GSPOLoss, PolicyLoss, SAPOLoss
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.types import LossInputs
 
@@ -46,23 +46,6 @@ def test_a_loss_of_ones_own():
     assert SoftLoss(tau=2.0).to_config()["init_args"] == {"tau": 2.0}
 
 
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("loss", [*LOSSES, SoftLoss(kl_coef=0.1)])
-def test_padding_may_hold_anything(loss, bad):
-    clean = make_inputs(t=7)
-    mask = clean.completion_mask.clone()
-    mask[2] = False  # and one sequence has no token at all
-    clean = replace(clean, completion_mask=mask)
-    fields = ("logprobs", "old_logprobs", "ref_logprobs")
-    dirty = replace(clean, **{f: torch.where(mask, getattr(clean, f).detach(), bad) for f in fields})
-    dirty.logprobs.requires_grad_()
-    assert torch.equal(loss(dirty).loss, loss(clean).loss)
-    assert torch.equal(gradient(loss, dirty), gradient(loss, clean))
-    assert (gradient(loss, dirty)[~mask] == 0).all()
-    for name, value in loss(dirty).metrics.items():
-        assert torch.equal(value, loss(clean).metrics[name]), name
-
-
 @pytest.mark.parametrize("num", [None, 0.0])
 @pytest.mark.parametrize("loss", [*LOSSES, SoftLoss(kl_coef=0.1)])
 def test_a_fully_masked_batch_gives_a_differentiable_zero(loss, num):
@@ -81,26 +64,9 @@ def test_a_fully_masked_batch_gives_a_differentiable_zero(loss, num):
     assert output.loss.item() == 0 and (gradient(loss, inputs) == 0).all()
     assert all(torch.isfinite(value) for value in output.metrics.values())
     assert output.metrics["ratio/max"] == 0 and output.metrics["kl"] == 0
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_no_sequences_at_all(loss):
-    inputs = make_inputs()
-    empty = LossInputs(*(getattr(inputs, f)[:0] for f in ("logprobs", "advantages", "completion_mask")))
-    empty = replace(empty, ref_logprobs=empty.logprobs.detach())
-    output = loss(empty)
-    assert output.loss.item() == 0 and output.loss.requires_grad
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_without_old_logprobs_the_policy_is_its_own_sampler(loss):
-    inputs = make_inputs()
-    implicit = replace(inputs, old_logprobs=None)
-    explicit = replace(inputs, old_logprobs=inputs.logprobs.detach().clone())
-    assert torch.equal(loss(implicit).loss, loss(explicit).loss)
-    assert torch.equal(gradient(loss, implicit), gradient(loss, explicit))
-    metrics = loss(implicit).metrics
-    assert metrics["ratio/max"] == 1 and metrics["clip_ratio/region_mean"] == 0
+    names = ("logprobs", "advantages", "completion_mask", "ref_logprobs")
+    empty = loss(replace(inputs, old_logprobs=None, **{name: getattr(inputs, name)[:0] for name in names}))
+    assert empty.loss.item() == 0 and empty.loss.requires_grad, "no sequences at all"
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -129,79 +95,8 @@ def test_dtypes(loss, dtype):
     assert output.loss.dtype == want and torch.equal(output.loss, loss(upcast).loss)
     assert gradient(loss, inputs).dtype == dtype
     assert torch.equal(gradient(loss, inputs), gradient(loss, upcast).to(dtype)) and leaf.dtype == dtype
-
-
-def test_mixed_dtypes_follow_the_policy():
-    inputs = make_inputs()
-    mixed = replace(inputs, old_logprobs=inputs.old_logprobs.float(), advantages=inputs.advantages.bfloat16())
-    assert LOSSES[0](mixed).loss.dtype == torch.float64
-
-
-@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss])
-def test_shares_and_metrics_of_micro_batches_add_up(cls):
-    loss, whole = cls(*CLIPS, kl_coef=0.1), make_inputs(b=7, spread=0.05)
-    counts = {"num_sequences": 7.0, "num_tokens": float(whole.completion_mask.sum())}
-    parts = []
-    for rows in (slice(0, 1), slice(1, 3), slice(3, 7)):
-        fields = ("logprobs", "advantages", "completion_mask", "old_logprobs", "ref_logprobs")
-        parts.append(loss(LossInputs(*(getattr(whole, f)[rows] for f in fields), **counts)))
-    assert torch.allclose(sum(part.loss for part in parts), loss(whole).loss, rtol=1e-12)
-    joined, together = combine_metrics(part.metrics for part in parts), loss(whole).metrics
-    assert set(joined) == set(together) and 0 < together["clip_ratio/region_mean"] < 1
-    for name in joined:
-        assert torch.allclose(joined[name], together[name], rtol=1e-12), name
-
-
-def test_missing_reference_is_refused_with_remedy():
-    with pytest.raises(ConfigError, match=r"GRPOLoss: kl_coef is not 0, but ref_logprobs is None: .*kl_coef=0"):
-        GRPOLoss(kl_coef=0.1)(replace(make_inputs(), ref_logprobs=None))
-    assert GRPOLoss(kl_coef=0.1).needs_reference and not GRPOLoss().needs_reference
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"logprobs": torch.zeros(6)}, r"logprobs has shape \(6,\)"),
-        ({"logprobs": torch.zeros(6, 5, dtype=torch.long)}, r"logprobs is torch.int64.*float"),
-        ({"advantages": torch.zeros(6, 1)}, r"advantages has shape \(6, 1\).*must be \(6,\)"),
-        ({"advantages": torch.zeros(5)}, r"advantages has shape \(5,\)"),
-        ({"old_logprobs": torch.zeros(6, 4)}, r"old_logprobs has shape \(6, 4\)"),
-        ({"ref_logprobs": torch.zeros(1, 5)}, r"ref_logprobs has shape \(1, 5\)"),
-        ({"importance_weights": torch.zeros(6)}, r"importance_weights has shape \(6,\).*must be \(6, 5\)"),
-        ({"importance_weights": torch.ones(6, 5, dtype=torch.bool)}, r"importance_weights is torch.bool.*float"),
-        ({"completion_mask": torch.ones(6, 5)}, r"completion_mask is torch.float32.*bool"),
-        ({"completion_mask": torch.ones(6, 1, dtype=torch.bool)}, r"completion_mask has shape \(6, 1\)"),
-        ({"num_sequences": -1.0}, r"num_sequences=-1.0"),
-        ({"num_tokens": math.nan}, r"num_tokens=nan"),
-    ],
-)
-def test_bad_inputs_are_refused(changes, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        GSPOLoss()(replace(make_inputs(), **changes))
-    assert "\n" not in str(caught.value) and "GSPOLoss" in str(caught.value)
-
-
-@pytest.mark.parametrize("what", ["loss", "ratio"])
-def test_a_policy_term_of_wrong_shape_names_its_class(what):
-    class Flat(PolicyLoss):
-        def policy_term(self, inputs, old_logprobs):
-            good, bad = inputs.logprobs, inputs.logprobs.sum()
-            return (bad, good) if what == "loss" else (good, bad)
-
-    with pytest.raises(ConfigError, match=rf"Flat.policy_term returned a {what} of shape \(\): return \(6, 5\)"):
-        Flat()(make_inputs())
-
-
-@pytest.mark.parametrize(("returned", "message"), [(lambda x: -x, "a Tensor"), (lambda x: (x, x, x), "3 values")])
-def test_a_policy_term_without_its_ratio_says_what_to_return(returned, message):
-    class Forgetful(PolicyLoss):
-        def policy_term(self, inputs, old_logprobs):
-            return returned(inputs.logprobs)
-
-    with pytest.raises(
-        ConfigError, match=rf"Forgetful.policy_term returned {message}: return two tensors, the loss and the ratio"
-    ):
-        Forgetful()(make_inputs())
+    others = {"old_logprobs": inputs.old_logprobs.double(), "advantages": inputs.advantages.bfloat16()}
+    assert loss(replace(inputs, **others)).loss.dtype == want, "that of the policy decides"
 
 
 def test_a_loss_without_a_gradient_names_its_class():
@@ -210,23 +105,59 @@ def test_a_loss_without_a_gradient_names_its_class():
             return -inputs.logprobs.detach(), inputs.logprobs.detach().exp()
 
     inputs = make_inputs()
-    with pytest.raises(ConfigError, match=r"Detached: the loss has no gradient: compute policy_term from inputs\.logprobs"):
+    with pytest.raises(ConfigError, match=r"Detached: the loss has no gradient; compute policy_term from inputs\.logprobs"):
         Detached()(replace(inputs, logprobs=inputs.logprobs.detach().requires_grad_()))
     with torch.no_grad():
         assert Detached()(inputs).loss.isfinite(), "where none is wanted"
 
 
-def test_an_aggregation_that_is_no_number_names_its_class():
-    class Unreduced(SoftLoss):
+@pytest.mark.parametrize(
+    ("loss", "changes", "message"),
+    [
+        (GSPOLoss(), {"logprobs": torch.zeros(6)}, r"logprobs has shape \(6,\)"),
+        (GRPOLoss(), {"logprobs": torch.zeros(6, 5, dtype=torch.long)}, r"logprobs is torch.int64.*float"),
+        (GSPOLoss(), {"advantages": torch.zeros(6, 1)}, r"advantages has shape \(6, 1\).*must be \(6,\)"),
+        (GRPOLoss(), {"ref_logprobs": torch.zeros(1, 5)}, r"ref_logprobs has shape \(1, 5\)"),
+        (GSPOLoss(), {"importance_weights": torch.zeros(6)}, r"importance_weights has shape \(6,\).*must be \(6, 5\)"),
+        (GRPOLoss(), {"completion_mask": torch.ones(6, 5)}, r"completion_mask is torch.float32.*bool"),
+        (GSPOLoss(), {"num_tokens": math.nan}, r"num_tokens=nan is no count"),
+        (GRPOLoss(kl_coef=0.1), {"ref_logprobs": None}, r"kl_coef is not 0, but ref_logprobs is None; .*kl_coef=0"),
+        (GRPOLoss(entropy_coef=0.1), {"entropy": None}, r"entropy_coef is not 0, but entropy is None; .*entropy_coef=0"),
+        (GRPOLoss(entropy_coef=0.1), {"entropy": torch.ones(6, 5)}, r"but entropy has no gradient; .*set entropy_coef=0"),
+    ],
+)
+def test_bad_inputs_are_refused(loss, changes, message):
+    with pytest.raises(ConfigError, match=f"{type(loss).__name__}: .*{message}"):
+        loss(replace(make_inputs(), **changes))
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(GRPOLoss, {"kl_coef": -0.1}), (GSPOLoss, {"kl_coef": math.inf}), (SAPOLoss, {"entropy_coef": math.nan})],
+)
+def test_weights_that_are_none_are_refused(cls, options):
+    ((name, value),) = options.items()
+    with pytest.raises(ConfigError, match=f"{cls.__name__}: {name}={value} is not a weight; use 0"):
+        cls(**options)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda x: (x.sum(), x), r"policy_term returned a loss of shape \(\); return \(6, 5\)"),
+        (lambda x: (x, x.sum()), r"policy_term returned a ratio of shape \(\); return \(6, 5\)"),
+        (lambda x: -x, r"policy_term returned a Tensor; return two tensors, the loss and the ratio"),
+        (lambda x: (x, x, x), r"policy_term returned 3 values; return two tensors, the loss and the ratio"),
+        (lambda x: (x, x.exp()), r"aggregate returned a loss of shape \(6,\); return \(\)$"),
+    ],
+)
+def test_what_a_loss_of_ones_own_returns_wrongly_names_its_class(returned, message):
+    class Mine(PolicyLoss):
+        def policy_term(self, inputs, old_logprobs):
+            return returned(inputs.logprobs)
+
         def aggregate(self, per_token_loss, inputs):
             return per_token_loss.sum(dim=1)
 
-    with pytest.raises(ConfigError, match=r"Unreduced.aggregate returned a loss of shape \(6,\): return \(\)\."):
-        Unreduced()(make_inputs())
-
-
-@pytest.mark.parametrize("kl_coef", [-0.1, math.nan, math.inf])
-@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss, SoftLoss])
-def test_bad_kl_coef(cls, kl_coef):
-    with pytest.raises(ConfigError, match=f"{cls.__name__}: kl_coef={kl_coef}"):
-        cls(kl_coef=kl_coef)
+    with pytest.raises(ConfigError, match=rf"Mine\.{message}"):
+        Mine()(make_inputs())

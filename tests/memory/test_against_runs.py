@@ -10,15 +10,13 @@ from hybrid_lightning.memory import SingleDevice, plan_memory
 from hybrid_lightning.memory.memory_table import memory_notes
 
 CASES = {
-    "lora": Case(),
-    "fft": Case(share=1.0),
     "fft-without-start-weights": Case(share=1.0, keep_start_weights=False, micro_batches=2),
     "hybrid": Case(share=0.1),
     "hybrid-bf16": Case(share=0.1, dtype="bfloat16", precision="bf16-mixed"),
     "hybrid-bf16-true": Case(share=0.1, dtype="bfloat16", precision="bf16-true"),
     "several-passes": Case(share=1.0, max_tokens=300),
-    "recomputing": Case(checkpointing=True),
-    "long": Case(prompts=4, samples=16, completion_tokens=50),
+    "lora-recomputing": Case(checkpointing=True),
+    "lora-long": Case(prompts=4, samples=16, completion_tokens=50),
 }
 
 

@@ -13,7 +13,7 @@ from hybrid_lightning.memory.sizes import measure_sizes, meta_model
 from hybrid_lightning.policy.quantization import NF4, Int8, quantize_base
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
-LORA = LoraSettings(rank=4)
+LORA, MIXED = LoraSettings(rank=4), {"mlp": 3, "attention": 0}
 
 
 def held(model):
@@ -24,11 +24,13 @@ def settings_of(model, **arguments):
     return RunSettings(model.config, 4, 4, dtype=next(model.parameters()).dtype, lora=LORA, **arguments)
 
 
+# Shares, whether start weights are kept, dtypes and ranks, pairwise.
+SHARES = [(0.0, True, torch.float32, MIXED), (0.3, False, torch.bfloat16, {}), (0.3, True, torch.bfloat16, MIXED)]
+SHARES += [(1.0, False, torch.float32, {}), (0.0, False, torch.bfloat16, MIXED), (1.0, True, torch.bfloat16, {})]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ranks", [{}, {"mlp": 3, "attention": 0}])
+@pytest.mark.parametrize(("share", "keep", "dtype", "ranks"), SHARES)
 def test_weights_are_those_of_the_adapted_model(family, share, keep, dtype, ranks):
     model = build_model(family).to(dtype)
     plan = plan_of_budget(find_candidates(model), ModuleBudget(share), LORA, ranks)

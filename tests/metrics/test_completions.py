@@ -1,4 +1,7 @@
-"""What completions say of each prompt."""
+"""What completions say of each prompt; maj@k and pass@k against every subset, one by one."""
+
+import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -36,3 +39,87 @@ def test_shares_have_intervals_and_more_samples_than_can_be_counted_are_refused(
     assert "maj@1000" in completion_draws(1000)
     with pytest.raises(ConfigError, match="eval_samples must be at most 1000, got 1001"):
         completion_draws(1001)
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("samples", [1, 4, 6])
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(samples):
+    for correct, k in itertools.product(range(samples + 1), range(1, samples + 1)):
+        flags = [True] * correct + [False] * (samples - correct)
+        subsets = list(itertools.combinations(flags, k))
+        expected = sum(any(subset) for subset in subsets) / len(subsets)
+        assert float(pass_at_k(samples, torch.tensor([correct]), k)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pass_at_k_refuses_more_than_was_sampled():
+    with pytest.raises(ValueError, match="between 1 and the number of samples 4, got 5"):
+        pass_at_k(4, torch.tensor([1]), 5)
+
+
+def score_of(voters, share):
+    """How right the vote of these completions is: the mean over the most frequent answers."""
+    votes = Counter(answer for answer in voters if answer is not None)
+    if not votes:
+        return 0.0
+    winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+    return sum(share[answer] for answer in winners) / len(winners)
+
+
+def by_subsets(answers, correct, k):
+    groups = {answer: [c for a, c in zip(answers, correct, strict=True) if a == answer] for answer in answers}
+    share = {answer: sum(flags) / len(flags) for answer, flags in groups.items()}
+    subsets = list(itertools.combinations(answers, k))
+    return sum(score_of(subset, share) for subset in subsets) / len(subsets)
+
+
+def cases():
+    """Completions with few and many answers, silent ones among them; right by answer, or by chance."""
+    for samples, kinds in itertools.product([1, 2, 5, 8], [1, 2, 3, 6]):
+        drawn = torch.randint(-1, kinds, (samples,), generator=GENERATOR).tolist()
+        answers = [None if kind < 0 else str(kind) for kind in drawn]
+        yield answers, [answer == "0" for answer in answers]
+        yield answers, (torch.rand(samples, generator=GENERATOR) < 0.5).tolist()
+
+
+def test_maj_at_k_is_the_mean_over_all_subsets():
+    for answers, correct in cases():
+        ks = range(1, len(answers) + 1)
+        expected = [by_subsets(answers, correct, k) for k in ks]
+        assert maj_at_k(answers, correct, ks) == pytest.approx(expected, abs=1e-12), (answers, correct)
+
+
+def test_equal_votes_are_shared_and_silence_has_no_vote():
+    assert maj_at_k(["5", "6"], [True, False], [2]) == [0.5]
+    assert maj_at_k([None, None, None, "5"], [False, False, False, True], [1, 2, 4]) == pytest.approx([0.25, 0.5, 1.0])
+    assert maj_at_k([None, None], [False, True], [1, 2]) == [0.0, 0.0]
+
+
+def test_one_voter_is_the_average_and_many_are_counted_in_time():
+    answers = [str(number % 40) for number in range(128)]
+    correct = [answer in ("3", "7") for answer in answers]
+    one, _, all_of_them = maj_at_k(answers, correct, [1, 64, 128])
+    assert one == pytest.approx(sum(correct) / 128)
+    assert all_of_them == pytest.approx(2 / 8), "answers 0 to 7 have four votes each, the others three"
+
+
+def test_estimates_do_not_depend_on_how_many_were_drawn():
+    """Unbiased: over draws of n from known probabilities the mean is maj@3 of them, whatever n."""
+    probabilities = torch.tensor([0.45, 0.4, 0.15])
+    exact = 0.0
+    for voters in itertools.product(range(3), repeat=3):
+        chance = float(probabilities[list(voters)].prod())
+        exact += chance * score_of([str(v) for v in voters], {"0": 1.0, "1": 0.0, "2": 0.0})
+    generator = torch.Generator().manual_seed(1)
+    for samples in (3, 7):
+        draws = torch.multinomial(probabilities.expand(600, 3), samples, replacement=True, generator=generator).tolist()
+        values = torch.tensor([maj_at_k([str(a) for a in row], [a == 0 for a in row], [3])[0] for row in draws])
+        error = float(values.std()) / 600**0.5
+        assert float(values.mean()) == pytest.approx(exact, abs=3.5 * error)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_maj_at_k_refuses_more_voters_than_there_are(k):
+    with pytest.raises(ValueError, match=r"between 1 and the number of samples 2, got"):
+        maj_at_k(["a", "b"], [True, False], [k])

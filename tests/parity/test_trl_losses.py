@@ -34,26 +34,15 @@ pytest.importorskip("trl", reason="parity needs trl: pip install 'hybrid-lightni
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 B, T, LONGEST = 8, 6, 9
-# TRL's arguments beside ours. "wide" ratios reach the dual clip, "near" ones straddle GSPO's own clip range.
+# TRL's arguments beside ours, pairwise. A spread of 1 reaches the dual clip; else ratios straddle the clip range.
 CASES = {
     "plain": {},
-    "wide": {"spread": 1.0},
     "dual clip": {"spread": 1.0, "dual_clip": 1.5},
     "kl": {"kl_coef": 0.04},
-    "kl, bias-corrected": {"kl_coef": 0.04, "kl_importance_weight": True},
-    "kl, bias-corrected, dual clip": {
-        "kl_coef": 0.7,
-        "kl_importance_weight": True,
-        "dual_clip": 1.5,
-        "spread": 1.0,
-    },
+    "kl, bias-corrected, dual clip": {"kl_coef": 0.7, "kl_importance_weight": True, "dual_clip": 1.5, "spread": 1.0},
     "on-policy": {"on_policy": True},
-    "on-policy, kl": {"on_policy": True, "kl_coef": 0.5},
     "on-policy, kl, bias-corrected": {"on_policy": True, "kl_coef": 0.5, "kl_importance_weight": True},
-}
-CASES |= {
-    "entropy": {"entropy_coef": 0.1},
-    "entropy, kl": {"entropy_coef": 0.1, "kl_coef": 0.04},
+    "entropy, kl, wide": {"entropy_coef": 0.1, "kl_coef": 0.04, "spread": 1.0},
 }
 # TRL's `loss_type`. It has no GSPO-token, which is to give what its GSPO gives.
 TYPES = {
@@ -74,7 +63,12 @@ SPREADS = {cls: 1e-3 if cls in OF_SEQUENCES else 0.3 for cls in TYPES}
 UNCLIPPED = (CISPOLoss, SAPOLoss)
 # GSPO-token weighs a KL by the token's ratio, TRL by the sequence's: equal in value, and not in gradient.
 LACKING = {cls: "dual_clip" for cls in UNCLIPPED} | {GSPOTokenLoss: "kl_importance_weight"}
-PAIRS = [(case, cls) for case, options in CASES.items() for cls in TYPES if LACKING.get(cls) not in options]
+PAIRS = [  # each case with each loss, in one of two dtypes, of which every loss and every case has both
+    (case, cls, (torch.float64, torch.float32)[(i + j) % 2])
+    for i, (case, options) in enumerate(CASES.items())
+    for j, cls in enumerate(TYPES)
+    if LACKING.get(cls) not in options
+]
 
 
 def make(dtype, seed, spread, on_policy):
@@ -168,11 +162,10 @@ def assert_same(inputs, ours, theirs, tolerance=TIGHT):
     return gradients[0][0]
 
 
-@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float64, 1)])
-@pytest.mark.parametrize(("case", "cls"), PAIRS)
-def test_loss_gradient_and_metrics_equal_trl(case, cls, dtype, seed):
+@pytest.mark.parametrize(("case", "cls", "dtype"), PAIRS)
+def test_loss_gradient_and_metrics_equal_trl(case, cls, dtype):
     options = dict(CASES[case])
-    inputs = make(dtype, seed, options.pop("spread", SPREADS[cls]), options.pop("on_policy", False))
+    inputs = make(dtype, int(dtype == torch.float64), options.pop("spread", SPREADS[cls]), options.pop("on_policy", False))
     loss = build(cls, **options)
     ours, (theirs, their_metrics) = loss(inputs), trl_loss(inputs, loss)
     of_sums = rounding.spread(inputs.completion_mask.numel())  # over all tokens, of numbers around 1
@@ -226,8 +219,7 @@ def test_masked_truncated_completions_equal_trl(cls, options):
     assert not torch.allclose(loss(masked).loss, loss(inputs).loss)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5])
-@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.1}], ids=["plain", "kl"])
+@pytest.mark.parametrize(("share", "options"), [(0.2, {}), (0.5, {"kl_coef": 0.1})], ids=["plain", "kl"])
 @pytest.mark.parametrize("cls", [cls for cls in TYPES if cls is not GSPOTokenLoss])  # which parts from GSPO here, on purpose
 def test_the_top_entropy_mask_equals_trl(cls, options, share):
     inputs, loss = make(torch.float64, 6, SPREADS[cls], False), build(cls, **options)
@@ -278,9 +270,14 @@ def trl_weights(inputs, sampling_logprobs, mode, cap, floor):
     return names["vllm_importance_sampling_ratio"]
 
 
-@pytest.mark.parametrize("bounds", [{"cap": 1.1}, {"cap": 1.1, "floor": 0.8}], ids=["cap", "both"])
-@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.04}, {"kl_coef": 0.5, "kl_importance_weight": True}], ids=str)
-@pytest.mark.parametrize("cls", [GRPOLoss, GSPOLoss, CISPOLoss])
+@pytest.mark.parametrize(
+    ("cls", "options", "bounds"),
+    [
+        (GRPOLoss, {"kl_coef": 0.5, "kl_importance_weight": True}, {"cap": 1.1}),
+        (GSPOLoss, {}, {"cap": 1.1, "floor": 0.8}),
+        (CISPOLoss, {"kl_coef": 0.04}, {"cap": 1.1, "floor": 0.8}),
+    ],
+)
 @pytest.mark.parametrize("correction", MODES)
 def test_corrected_loss_and_gradient_equal_trl(correction, cls, options, bounds):
     inputs = make(torch.float64, 4, SPREADS[cls], False)

@@ -62,31 +62,28 @@ def test_log_probabilities_are_those_of_the_full_softmax_at_the_temperature(poli
     assert largest_difference(policy, complete(policy)) < tolerance
 
 
-def test_the_completions_of_a_prompt_are_neighbours_in_the_order_of_the_prompts(policy):
-    together = complete(policy, samples=4)
-    assert together.prompts == tuple(prompts()) and len(together.completions) == 20 and together.samples_per_prompt == 4
-    for row in range(20):
-        ids = together.sequences.prompt_ids[row][together.sequences.prompt_mask[row]].tolist()
-        assert ids == policy.encode(together.prompts[row // 4])
+def test_completions_are_in_the_order_of_the_prompts_and_end_by_their_stop_token(policy):
+    rollouts = complete(policy, samples=4)
+    assert rollouts.prompts == tuple(prompts()) and len(rollouts.completions) == 20 and rollouts.samples_per_prompt == 4
+    stop = set(policy.pretrained.stop_ids)
+    rows = zip(tokens_of(rollouts), rollouts.finished.tolist(), rollouts.completions, strict=True)
+    for row, (tokens, finished, text) in enumerate(rows):
+        ids = rollouts.sequences.prompt_ids[row][rollouts.sequences.prompt_mask[row]].tolist()
+        assert ids == policy.encode(rollouts.prompts[row // 4]), "those of a prompt are neighbours"
+        assert finished == (tokens[-1] in stop) and not stop & set(tokens[:-1])
+        assert text.num_tokens == len(tokens) and text.finished == finished
+    assert rollouts.finished.any()
 
 
-def test_completions_of_a_prompt_differ_and_seeds_tell_runs_apart(policy):
-    first, other = complete(policy, samples=8), complete(policy, samples=8, seed=1)
-    assert len({tuple(row) for row in tokens_of(first)[:8]}) > 1
-    assert tokens_of(first) != tokens_of(other)
-
-
-def test_a_seed_gives_the_same_completions_whatever_is_sampled_beside_it(policy):
+def test_a_seed_gives_the_same_completions_whatever_is_sampled_beside_it_and_another_others(policy):
     """Equal up to the rounding of a batch, which can turn a draw that lies on the edge between two tokens."""
     whole = tokens_of(complete(policy))
-    assert whole == tokens_of(complete(policy))
-    alone = [row for text in range(len(TEXTS)) for row in tokens_of(one_prompt(policy, text))]
+    assert whole == tokens_of(complete(policy)) != tokens_of(complete(policy, seed=1))
+    assert len({tuple(row) for row in whole[:4]}) > 1, "those of a prompt differ"
+    alone = []
+    for prompt in prompts():
+        alone += tokens_of(policy.generate([prompt], 4, PromptDraws([prompt], 4, 0)))
     assert sum(one == other for one, other in zip(whole, alone, strict=True)) >= len(whole) - 1
-
-
-def one_prompt(policy: PolicyModule, index: int):
-    asked = [prompts()[index]]
-    return policy.generate(asked, 4, PromptDraws(asked, 4, 0))
 
 
 def test_greedy_takes_the_most_probable_token(policy):
@@ -96,15 +93,6 @@ def test_greedy_takes_the_most_probable_token(policy):
             prompt = policy.encode(rollouts.prompts[row])
             logits = policy.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
             assert logits.argmax(-1).tolist() == tokens
-
-
-def test_the_stop_token_is_kept_and_ends_the_completion(policy):
-    rollouts = complete(policy)
-    stop = set(policy.pretrained.stop_ids)
-    for tokens, finished, text in zip(tokens_of(rollouts), rollouts.finished.tolist(), rollouts.completions, strict=True):
-        assert finished == (tokens[-1] in stop) and not stop & set(tokens[:-1])
-        assert text.num_tokens == len(tokens) and text.finished == finished
-    assert rollouts.finished.any()
 
 
 def test_an_empty_completion_is_its_stop_token_alone(policy, sampler):
@@ -144,8 +132,8 @@ def test_a_stop_string_ends_the_completion_stays_in_the_tokens_and_leaves_the_te
 
 @pytest.mark.parametrize("truncation", [{"top_k": 2}, {"top_p": 0.6}, {"min_p": 0.3}])
 def test_truncation_leaves_out_improbable_tokens(policy, sampler, truncation):
-    for name, value in truncation.items():
-        setattr(sampler, name, value)
+    ((name, value),) = truncation.items()
+    setattr(sampler, name, value)
     rollouts = complete(policy, samples=8)
     with policy.inference():
         for row, tokens in enumerate(tokens_of(rollouts)):
@@ -153,21 +141,13 @@ def test_truncation_leaves_out_improbable_tokens(policy, sampler, truncation):
             logits = policy.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
             for probabilities, token in zip(logits.softmax(-1), tokens, strict=True):
                 kept = probabilities.sort(descending=True).values
-                if "top_k" in truncation:
-                    assert probabilities[token] >= kept[1] * 0.999
-                elif "min_p" in truncation:
-                    assert probabilities[token] >= kept[0] * 0.3 * 0.999
-                else:  # what is more probable adds up to less than the share
-                    assert probabilities[probabilities > probabilities[token]].sum() < 0.6 + 1e-4
-
-
-def test_log_probabilities_under_truncation_are_of_the_softmax_or_of_the_kept_tokens_as_the_engine_says(policy, sampler):
-    sampler.top_k = 2
-    rollouts = complete(policy, samples=8)
+                if name == "top_p":  # what is more probable adds up to less than the share
+                    assert probabilities[probabilities > probabilities[token]].sum() < value + 1e-4
+                else:
+                    assert probabilities[token] >= (kept[1] if name == "top_k" else kept[0] * value) * 0.999
     mask = rollouts.sequences.completion_mask
-    full = own_logprobs(policy, rollouts)[mask]
-    sampled = rollouts.sampling_logprobs[mask]
-    if sampler.renormalizes:
+    full, sampled = own_logprobs(policy, rollouts)[mask], rollouts.sampling_logprobs[mask]
+    if sampler.renormalizes:  # among the tokens that are kept
         assert (sampled >= full - 1e-4).all() and (sampled - full).max() > 0.01
     else:
         torch.testing.assert_close(sampled, full, atol=1e-4, rtol=0)

@@ -48,15 +48,8 @@ class Server:
     def start(self) -> None:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model), "--dtype", "float32"]
         command += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port), "--enable-scale-out"]
-        command += [
-            "--logprobs-mode",
-            "processed_logprobs",
-            "--generation-config",
-            "vllm",
-            "--max-num-seqs",
-            "64",
-            "--no-enable-chunked-prefill",
-        ]
+        command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--max-num-seqs", "64"]
+        command += ["--no-enable-chunked-prefill"]
         command += ["--weight-transfer-config", json.dumps({"backend": "hybrid_lightning"}), *self.options]
         environment = {
             **os.environ,

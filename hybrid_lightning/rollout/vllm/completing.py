@@ -6,6 +6,7 @@ Axes: P prompts, G samples per prompt, B = P * G sequences, T completion tokens.
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,6 +93,10 @@ class VLLMEngine(RolloutEngine):
             torch.tensor(finished, device=device),
             samples_per_prompt,
         )
+
+    def __reduce__(self) -> Any:
+        """Copies, such as Lightning makes of hyper-parameters, have the same arguments, and neither engine nor connections."""
+        return partial(type(self), **self._init_args), ()
 
     @abstractmethod
     def complete(

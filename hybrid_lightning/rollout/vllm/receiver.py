@@ -116,8 +116,8 @@ def abandon(model: torch.nn.Module, config: Any) -> None:
     Layers that came whole stay. The version of the weights, which is set at the end, tells the sender to send all again.
 
     Args:
-        model: vLLM's model.
-        config: vLLM's config of the model.
+        model: Model of vLLM.
+        config: Config that vLLM has of the model.
     """
     for layer in model.modules():
         info = get_layerwise_info(layer)
@@ -133,7 +133,7 @@ def pack_tied(model: torch.nn.Module) -> None:
     vLLM makes it when it loads a model, and not when it gets weights anew.
 
     Args:
-        model: vLLM's model, all of whose weights have come.
+        model: Model of vLLM, all of whose weights have come.
     """
     sharing: dict[int, list[torch.nn.Module]] = {}
     for layer in model.modules():

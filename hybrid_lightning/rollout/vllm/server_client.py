@@ -6,8 +6,9 @@ need (`/weight_info`, `/pause`, `/init_weight_transfer_engine` and so on), which
 
 import re
 import ssl
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import httpx
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,7 +19,6 @@ from hybrid_lightning.rollout.rollout_engine import ServedModel
 from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.completing import Answer
 from hybrid_lightning.rollout.vllm.installed import check_version
-from hybrid_lightning.rollout.vllm.server_facts import ServerFacts
 from hybrid_lightning.rollout.vllm.transfer import LACKS, facts_of
 
 BACKENDS = (BACKEND, "nccl")  # ways to send weights
@@ -35,6 +35,45 @@ _PROBES = (
     "na\u00efve \u4f60\u597d \u0437\u0434\u0440\u0430\u0432\u0441\u0442\u0432\u0443\u0439 \U0001f642",
     "<|im_start|>user<|im_end|><s></s>[INST]<think></think><|eot_id|>",
 )
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What a server has."""
+
+    model: str
+    context: int  # tokens
+    sequences: int  # that it completes at once
+    dtype: str
+    logprobs_mode: str
+    backend: str | None  # by which it takes weights
+    workers: int
+    splits_prompts_on_cpu: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], names: Mapping[str, Any], size: Mapping[str, Any]) -> Self:
+        """Read them from a server's answers.
+
+        Args:
+            config: Config of vLLM.
+            names: The answer to /v1/models.
+            size: The answer to /get_world_size.
+
+        Raises:
+            KeyError: If something is not there. Other errors are raised if it is of another kind.
+        """
+        model, scheduler, transfer = config["model_config"], config["scheduler_config"], config.get("weight_transfer_config")
+        on_cpu = (config.get("device_config") or {}).get("device_type") == "cpu"
+        return cls(
+            str(names["data"][0]["id"]),
+            int(model["max_model_len"]),
+            int(scheduler["max_num_seqs"]),
+            str(model["dtype"]).removeprefix("torch."),
+            str(model["logprobs_mode"]),
+            None if transfer is None else str(transfer["backend"]),
+            int(size["world_size"]),
+            on_cpu and bool(scheduler.get("enable_chunked_prefill")),
+        )
 
 
 class ServerError(RolloutError):
@@ -145,27 +184,25 @@ class Server:
             )
 
     def _check_interface(self) -> None:
-        try:
-            check_version(str(self._ask("GET", "/version")["version"]), self.url)
-        except ServerError as error:
-            if error.status != 404:
-                raise
-            raise ConfigError(f"{self.url} is no vLLM server (it has no /version); start one there: {_START}") from error
-        try:
-            self.label()
-        except ServerError as error:
-            if error.status != 404:
-                raise
+        version = self._ask_if_there("/version")
+        if not version:
+            raise ConfigError(f"{self.url} is no vLLM server (it has no /version); start one there: {_START}")
+        check_version(str(version["version"]), self.url)
+        if not self._ask_if_there("/weight_info"):
             raise ConfigError(
                 f"{self.url} has no interface for weights; start it with VLLM_SERVER_DEV_MODE=1 in its environment: {_START}"
-            ) from error
+            )
+        if self._ask_if_there("/inference/v1/generate") is None:
+            raise ConfigError(f"{self.url} does not take token ids; start it with --enable-scale-out: {_START}")
+
+    def _ask_if_there(self, path: str) -> Any:
+        """The answer to a GET request; None if there is no such path. Where only POST is allowed the answer is empty."""
         try:
-            self._ask("GET", "/inference/v1/generate")
-        except ServerError as error:  # 405, since it takes only POST, if it is there
-            if error.status == 404:
-                raise ConfigError(f"{self.url} does not take token ids; start it with --enable-scale-out: {_START}") from error
-            if error.status != 405:
+            return self._ask("GET", path)
+        except ServerError as error:
+            if error.status not in (404, 405):
                 raise
+            return None if error.status == 404 else {}
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         size = len(tokenizer)

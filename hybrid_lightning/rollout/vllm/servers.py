@@ -1,5 +1,6 @@
 """`VLLMServerSampler`: completions by one or several vLLM servers, on this or other machines."""
 
+import itertools
 import os
 import sys
 import threading
@@ -112,12 +113,7 @@ class VLLMServerSampler(VLLMEngine):
         Raises:
             RolloutError: If none answers within `give_up_after`.
         """
-        labels: dict[Server, str] = {}
-        for attempt in self._attempts():
-            labels = self._labels()
-            if labels:
-                break
-            self._wait_or_give_up(attempt)
+        labels = next(labels for _ in self._attempts() if (labels := self._labels()))
         has_other = any(label != str(self.version) for label in labels.values())
         return self.version is None or weights.base != self._base or has_other
 
@@ -142,7 +138,7 @@ class VLLMServerSampler(VLLMEngine):
             self.version, self._base = weights.version, weights.base
             return
         before, self.version = self.version, None  # until all is well; without a version, everything is sent next time
-        for attempt in self._attempts():
+        for _ in self._attempts():
             stream = weights.stream(chosen)
             try:
                 updated = self._update(weights, stream, model, before, chosen)
@@ -154,7 +150,6 @@ class VLLMServerSampler(VLLMEngine):
             if not asked:
                 raise RolloutError(f"no vLLM server took the policy's weights: {self._why()}; start them again")
             chosen = True
-            self._wait_or_give_up(attempt)
         self.version, self._base = weights.version, weights.base
 
     def _update(
@@ -178,7 +173,7 @@ class VLLMServerSampler(VLLMEngine):
             RolloutError: If no server could be reached within `give_up_after`.
         """
         update = Update(weights.shapes(everything), model.dtype, everything)
-        for attempt in self._attempts():
+        for _ in self._attempts():
             labels = self._labels()
             has_them = [server for server, label in labels.items() if before == weights.version and label == str(before)]
             chosen = [server for server in labels if server not in has_them]
@@ -201,7 +196,6 @@ class VLLMServerSampler(VLLMEngine):
                 self._note(server, delivery)
             if ready or has_them:
                 return bool(has_them) or any(delivery.failure is None for delivery in deliveries.values())
-            self._wait_or_give_up(attempt)
         raise AssertionError("attempts end by an error")
 
     def _send(self, update: Update, stream: Iterator[PolicyWeight], deliveries: Deliveries, model: ServedModel) -> None:
@@ -289,22 +283,22 @@ class VLLMServerSampler(VLLMEngine):
 
     # ---- attempts
 
-    def _attempts(self) -> Iterator[tuple[int, float]]:
-        """Number of an attempt, and the seconds that are left for more."""
-        until = time.monotonic() + self.give_up_after
-        number = 0
-        while True:
-            yield number, until - time.monotonic()
-            number += 1
+    def _attempts(self) -> Iterator[None]:
+        """Attempts in growing intervals, until the caller needs no more.
 
-    def _wait_or_give_up(self, attempt: tuple[int, float]) -> None:
-        number, left = attempt
-        if left <= 0 or self._hopeless.issuperset(self._servers):
-            raise RolloutError(
-                f"no vLLM server takes the policy's weights (tried for {self.give_up_after - left:.0f} s): {self._why()}; start "
-                "them again with the policy's model, and the run goes on from stopped.ckpt"
-            )
-        time.sleep(min(left, _LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(number, 16)))
+        Raises:
+            RolloutError: If one that began `give_up_after` seconds after the first was not enough, or no server can succeed.
+        """
+        until = time.monotonic() + self.give_up_after
+        for number in itertools.count():
+            left = until - time.monotonic()
+            yield
+            if left <= 0 or self._hopeless.issuperset(self._servers):
+                raise RolloutError(
+                    f"no vLLM server takes the policy's weights (tried for {self.give_up_after - left:.0f} s): {self._why()}; "
+                    "start them again with the policy's model, and the run goes on from stopped.ckpt"
+                )
+            time.sleep(min(left, _LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(number, 16)))
 
     def _why(self) -> str:
         return "; ".join(why if server.url in why else f"{server.url}: {why}" for server, why in self._left_out.items())
@@ -352,14 +346,6 @@ class VLLMServerSampler(VLLMEngine):
         for server in self._servers:
             server.close()
         self.version = None
-
-    def __reduce__(self) -> Any:
-        """Copies have the same arguments and no connections."""
-        return _rebuilt, (type(self), self._init_args)
-
-
-def _rebuilt(kind: type[VLLMServerSampler], arguments: dict[str, Any]) -> VLLMServerSampler:
-    return kind(**arguments)
 
 
 def _drain(stream: Iterator[PolicyWeight]) -> None:

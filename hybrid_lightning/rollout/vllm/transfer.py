@@ -8,9 +8,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from hybrid_lightning.errors import RolloutError
+
+if TYPE_CHECKING:
+    from hybrid_lightning.rollout.vllm.server_client import Server
 
 LACKS = "the policy lacks"  # begins what a server says that has other weights than the policy
 _LIMIT_S = 120.0  # longest time in which a weight may be on its way
@@ -63,56 +67,6 @@ class Update:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values()) * self.dtype.itemsize / _SLOWEST
 
 
-class SyncClient(Protocol):
-    """The server as weights are sent to it: vLLM's `VLLMWeightSyncClient`, with an address."""
-
-    url: str
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let its workers connect to the sender."""
-        ...
-
-    def start_weight_update(self) -> None:
-        """Let it expect weights."""
-        ...
-
-    def update_weights(self, update_info: Any, limit: float | None = None) -> None:
-        """Let it receive weights; the limit is the longest time for that in seconds."""
-        ...
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Let it use the weights that came."""
-        ...
-
-
-class Transfer(Protocol):
-    """A connection to one server over which its weights are sent."""
-
-    def connect(self) -> None:
-        """Connect to all workers of the server.
-
-        Raises:
-            RolloutError: If the server refuses, such as one with another model.
-        """
-        ...
-
-    def send(self, update: Update, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Let the server load weights.
-
-        Args:
-            update: What is sent.
-            weights: Name and value of each; a value is kept only until the next is asked for.
-
-        Raises:
-            RolloutError: If it does not.
-        """
-        ...
-
-    def close(self) -> None:
-        """Close the connection."""
-        ...
-
-
 class GlooTransfer:
     """Sends weights over gloo, which needs no GPU.
 
@@ -124,7 +78,7 @@ class GlooTransfer:
         timeout: Longest time for a request in seconds.
     """
 
-    def __init__(self, server: SyncClient, address: str, workers: int, facts: Mapping[str, Any], timeout: float) -> None:
+    def __init__(self, server: "Server", address: str, workers: int, facts: Mapping[str, Any], timeout: float) -> None:
         self._server, self._address, self._workers, self._facts = server, address, workers, dict(facts)
         self._limit = min(timeout, _LIMIT_S)
         self._timeout = timeout
@@ -132,18 +86,22 @@ class GlooTransfer:
         self._group: ProcessGroupGloo | None = None
 
     def connect(self) -> None:
-        """See `Transfer`."""
+        """Connect to all workers of the server.
+
+        Raises:
+            RolloutError: If the server refuses, such as one with another model.
+        """
         self.close()
         limit = timedelta(seconds=self._limit)
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=limit)
         asked = {"host": self._address, "port": store.port, "ranks": 1 + self._workers, "timeout_s": self._limit}
         # A server that refuses does not come, so the group is made only when all workers have announced themselves.
-        answer = _InThread(lambda: self._server.init_weight_transfer_engine(asked | {"config": self._facts}))
+        answer = _in_thread(lambda: self._server.init_weight_transfer_engine(asked | {"config": self._facts}))
         present = [f"worker {rank}" for rank in range(1, 1 + self._workers)]
         until = time.monotonic() + self._limit
         while not store.check(present):
-            if answer.done:
-                answer.result(0)
+            if answer.done():
+                answer.result()
                 raise RolloutError(f"{self._server.url}: it has taken the connection, and its workers do not come")
             if time.monotonic() > until:
                 raise RolloutError(
@@ -153,29 +111,37 @@ class GlooTransfer:
             time.sleep(0.005)
         self._group = gloo_group(store, 0, 1 + self._workers, local_address(self._server.url), limit)
         self._store = store
-        answer.result(self._limit)
+        _wait_for(answer, self._limit)
 
     def send(self, update: Update, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """See `Transfer`."""
+        """Let the server load weights.
+
+        Args:
+            update: What is sent.
+            weights: Name and value of each; a value is kept only until the next is asked for.
+
+        Raises:
+            RolloutError: If it does not.
+        """
         group = self._group
         assert group is not None, "connect has to be called first"
         limit = self._timeout + update.longest_s
         self._server.start_weight_update()
-        answer = _InThread(lambda: self._server.update_weights(update.description, limit))
+        answer = _in_thread(lambda: self._server.update_weights(update.description, limit))
         try:
             for _, value in weights:
-                if answer.done:
+                if answer.done():
                     break
                 group.broadcast(value, 0).wait()  # type: ignore[attr-defined]  # which torch does not declare
                 del value  # or the next one would be allocated beside it
         except RuntimeError as error:  # the worker has closed the connection; why, it says in its answer
-            answer.result(self._limit)
+            _wait_for(answer, self._limit)
             raise RolloutError(f"{self._server.url}: the connection for weights broke: {str(error).splitlines()[0]}") from error
-        answer.result(limit)
+        _wait_for(answer, limit)
         self._server.finish_weight_update()
 
     def close(self) -> None:
-        """See `Transfer`."""
+        """Close the connection."""
         self._group = self._store = None
 
 
@@ -189,19 +155,19 @@ class NcclTransfer:
         device: The GPU that trains.
     """
 
-    def __init__(self, server: SyncClient, address: str, workers: int, device: torch.device) -> None:
+    def __init__(self, server: "Server", address: str, workers: int, device: torch.device) -> None:
         self._server, self._address, self._workers, self._device = server, address, workers, device
         self._engine: Any = None
         self._sending = False
 
     def connect(self) -> None:
-        """See `Transfer`."""
+        """See `GlooTransfer`."""
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
         self.close()
         # Not packed: weights are sent from the one buffer that they are computed in.
         info = NCCLTrainerInitInfo(
-            master_address=self._address, master_port=_free_port(), world_size=1 + self._workers, packed=False, rank=0
+            master_address=self._address, master_port=free_port(), world_size=1 + self._workers, packed=False, rank=0
         )
         with torch.cuda.device(self._device):
             self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
@@ -209,7 +175,7 @@ class NcclTransfer:
             )
 
     def send(self, update: Update, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """See `Transfer`."""
+        """See `GlooTransfer`."""
         assert self._engine is not None, "connect has to be called first"
         self._engine.source = _source(update, weights)
         self._sending = True
@@ -218,7 +184,7 @@ class NcclTransfer:
         self._sending = False
 
     def close(self) -> None:
-        """See `Transfer`."""
+        """See `GlooTransfer`."""
         engine, self._engine = self._engine, None
         if engine is not None and not self._sending:  # of a transfer that hangs NCCL would not return
             engine.shutdown()
@@ -238,32 +204,29 @@ def _source(update: Update, weights: Iterator[tuple[str, Tensor]]) -> Any:
     return Source()
 
 
-class _InThread:
-    """A call in a thread of its own."""
+def _in_thread(call: Callable[[], None]) -> "Future[None]":
+    """Make a call in a thread of its own, which does not keep the process alive."""
+    answer: Future[None] = Future()
 
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self._ended = threading.Event()
-        self._failure: Exception | None = None
-        threading.Thread(target=self._run, args=(call,), daemon=True, name="request to a vLLM server").start()
-
-    def _run(self, call: Callable[[], Any]) -> None:
+    def run() -> None:
         try:
             call()
+            answer.set_result(None)
         except Exception as error:
-            self._failure = error
-        self._ended.set()
+            answer.set_exception(error)
 
-    @property
-    def done(self) -> bool:
-        """Whether it has returned or raised."""
-        return self._ended.is_set()
+    threading.Thread(target=run, daemon=True, name="request to a vLLM server").start()
+    return answer
 
-    def result(self, limit: float) -> None:
-        """Wait until it has returned, and raise what it has raised."""
-        if not self._ended.wait(limit):
-            raise RolloutError(f"no answer within {limit:.0f} s")
-        if self._failure is not None:
-            raise self._failure
+
+def _wait_for(answer: "Future[None]", limit: float) -> None:
+    """Wait until a call has returned, and raise what it has raised."""
+    if not wait([answer], limit).done:
+        raise RolloutError(f"no answer within {limit:.0f} s")
+    answer.result()
+
+
+Transfer = GlooTransfer | NcclTransfer
 
 
 def gloo_group(store: TCPStore, rank: int, ranks: int, address: str, limit: timedelta) -> ProcessGroupGloo:
@@ -310,7 +273,8 @@ def check_facts(mine: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
             raise ValueError(f"another model: {name} is {mine[name]!r} there and {value!r} in the policy's config")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])
@@ -321,7 +285,7 @@ def check_joined(names: Collection[str], model: Any) -> None:
 
     Args:
         names: Names of the weights of an update, as in a checkpoint.
-        model: vLLM's model.
+        model: Model of vLLM.
 
     Raises:
         ValueError: If one part is missing.

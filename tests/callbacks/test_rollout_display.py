@@ -1,20 +1,25 @@
-"""What TensorBoard shows of a run, read back from its event file."""
+"""What the screen shows of a rollout, and what TensorBoard shows of a run, read back from its event file."""
 
 import html
+import io
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
+import rich
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 from tensorboard import plugin_util
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 from tiny_runs import DigitShare, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
 
-from hybrid_lightning.callbacks import RolloutSamples, RunSummary, StepTimer
+from hybrid_lightning.callbacks import RolloutProgress, RolloutSamples, RunSummary, StepTimer
+from hybrid_lightning.callbacks.display import progress_bar
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy.optim import LinearSchedule
@@ -54,12 +59,17 @@ class Log:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    root = tmp_path_factory.mktemp("samples")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("rollouts")
     write_model(root / "model")
     write_sums(root / "sums.jsonl", 40)
-    trainer = train(root, root)
-    return trainer.lightning_module, Log(root / "run"), root / "run"
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(files):
+    trainer = train(files, files)
+    return trainer.lightning_module, Log(files / "run"), files / "run"
 
 
 def train(source, root, **arguments):
@@ -129,25 +139,23 @@ def test_the_plan_is_a_table_and_a_picture(run):
     assert (folder / "plan.json").is_file() and (folder / "plan.png").is_file()
 
 
-def test_hyper_parameters_are_there(run):
-    _, log, _ = run
-    content = log.events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
-    values = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+def test_the_page_of_hyper_parameters_has_the_arguments_and_as_results_accuracy_and_reward(run):
+    _, log, folder = run
+
+    def data_of(tag):
+        return plugin_data_pb2.HParamsPluginData.FromString(log.events.SummaryMetadata(tag).plugin_data.content)
+
+    values = data_of(metadata.SESSION_START_INFO_TAG).session_start_info.hparams
     assert values["lr_lora"].number_value == 0.01 and values["loss/init_args/kl_coef"].number_value == 0.01
     assert values["loss/class_path"].string_value == "hybrid_lightning.losses.GRPOLoss"
-
-
-def test_the_results_on_the_page_of_hyper_parameters_are_accuracy_and_reward(run):
-    _, log, folder = run
-    content = log.events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
-    infos = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
+    infos = data_of(metadata.EXPERIMENT_TAG).experiment.metric_infos
     assert [info.name.tag for info in infos] == ["summary/accuracy_before", "summary/accuracy_after", "reward"]
     summary = json.loads((folder / "summary.json").read_text())
     assert log.scalar("summary/accuracy_before") == {0: pytest.approx(summary["accuracy_before"])}
     assert log.scalar("summary/accuracy_after") == {8: pytest.approx(summary["accuracy_after"])}
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2])
 def test_pages_of_a_resumed_run_lie_on_those_of_the_whole(run, tmp_path, step):
     _, log, folder = run
     resumed = train(folder.parent, tmp_path, ckpt_path=folder / "checkpoints" / f"step={step}.ckpt")
@@ -222,3 +230,73 @@ def test_a_chat_shows_its_last_message_and_long_prompts_their_end():
 def test_impossible_settings_are_refused(name):
     with pytest.raises(ConfigError, match=rf"samples\.{name} must be at least 1, got 0"):
         RolloutSamples(**{name: 0})
+
+
+# ---- on the screen
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """A terminal that keeps what was written to it."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    monkeypatch.setattr(rich, "_console", console)
+    monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress.reconfigure", lambda **_: None, raising=False)
+    return console
+
+
+class Watch(Callback):
+    """Notes the bars at every micro-batch, and the generation bar at every token."""
+
+    def __init__(self):
+        self.totals, self.generation, self.metrics = [], [], []
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.generation_listeners.append(lambda *state: self.on_token(trainer.progress_bar_callback, state))
+
+    def on_token(self, bar, state):
+        task = next(task for task in bar.progress.tasks if task.id == bar._generation_task)
+        self.generation.append((state, (task.completed, task.total, task.visible), task.description))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        bar = trainer.progress_bar_callback
+        (task,) = (task for task in bar.progress.tasks if task.id == bar.train_progress_bar_id)
+        self.totals.append(task.total)
+        self.metrics.append(bar.get_metrics(trainer, pl_module))
+
+
+def watched(files, root, *callbacks, **flags):
+    torch.manual_seed(0)
+    watch, policy = Watch(), build_policy(files / "model")
+    flags = {"enable_progress_bar": True, "num_sanity_val_steps": -1, **flags}
+    trainer = build_trainer(root, RolloutProgress(), build_adapter(), *callbacks, watch, **flags)
+    trainer.fit(policy, datamodule=build_data(files / "sums.jsonl", validation_fraction=0.55))
+    return watch, policy
+
+
+def test_generation_has_a_bar_that_is_hidden_when_done_beside_reward_and_length(files, tmp_path, screen):
+    watch, policy = watched(files, tmp_path, RunSummary(), max_steps=2, limit_val_batches=0)
+    assert len(watch.generation) == 12
+    for (running, decoded, total), (completed, of, visible), description in watch.generation:
+        assert "Generating" in description and (completed, of) == (decoded, total)
+        assert visible == (running > 0 and decoded < total)
+    assert watch.metrics[0].keys() >= {"reward", "completions/mean_length"} and "v_num" not in watch.metrics[0]
+    output = screen.file.getvalue()
+    assert "reward: " in output and "completions/mean_length: " in output and "epoch 0" in output.lower()
+    assert [listener for listener in policy.generation_listeners if "RolloutProgress" in str(listener)] == [], "after the run"
+
+
+def test_the_bar_ends_where_the_run_does(files, tmp_path, screen):
+    watch, _ = watched(files, tmp_path, max_steps=3, accumulate_grad_batches=2, limit_val_batches=0)
+    assert watch.totals == [6] * 6
+    watch, _ = watched(files, tmp_path, max_steps=-1, max_epochs=1, limit_val_batches=0)
+    assert watch.totals == [4] * 4
+    watch, _ = watched(files, tmp_path, max_steps=6, limit_val_batches=0)
+    assert watch.totals == [4] * 4 + [2] * 2
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_scoring_shows_its_bars_only_where_bars_are_wanted(tmp_path, screen, wanted):
+    trainer = build_trainer(tmp_path, enable_progress_bar=wanted)
+    with progress_bar(trainer, "Scoring modules", None) as advance:
+        advance(3, 8)
+    assert ("Scoring modules" in screen.file.getvalue()) == wanted

@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(train, tmp_path):
 def test_a_base_that_is_not_there_is_named(train, tmp_path):
     folder = write_policy(train().policy, AdapterFolder(), tmp_path / "out")
     change(folder, base_model_name_or_path=str(tmp_path / "gone"))
-    with pytest.raises(ModelError, match=r"belongs to the model '.*gone', which is not there: correct base_model_name_or_path"):
+    with pytest.raises(ModelError, match=r"belongs to the model '.*gone', which is not there; correct base_model_name_or_path"):
         load(folder)
     change(folder, base_model_name_or_path=None)
     with pytest.raises(ModelError, match="does not name its base model"):

@@ -214,6 +214,7 @@ def _repeating_as_fraction(match: re.Match[str]) -> str:
 
 
 REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile(r"\bUSD?\s?(?=\\?\$)"), ""),  # US$40
     (re.compile('[`"~#\u201c\u201d\u2248]|</?[A-Za-z]+>'), " "),  # `5`, "5", ####5, <answer>5</answer>, ~5
     (re.compile(rf"\\[dt]?frac\s*({ONE}|\{{[^{{}}]*\}})\s*({ONE}|\{{[^{{}}]*\}})"), _fraction),  # \frac12, \frac \pi4
     # math-verify reads no number in \text{18 dollars}
@@ -225,6 +226,7 @@ REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"(?<![\w.])(\d*\.\d*?)(\d)\2{2,}(?:\.\.\.|\\[lc]?dots)"), r"\1\\overline{\2}"),  # 0.333...
     (re.compile(r"(?<![\w.])(\d*\.\d*)\((\d+)\)"), r"\1\\overline{\2}"),  # 0.1(6)
     (re.compile(r"(?<![\w)}])\((-?[\d.]+)\)"), r" \1 "),  # (5)
+    (re.compile(r"(?<![\w.)}])\+(?=\d)"), ""),  # +5
     (re.compile(r"(?<=\d)[eE]([-+]?\d+)(?![\w.])"), r"*10^(\1)"),  # 1e5
     (re.compile(r"(?<=\d)(?:[_']|\{,\}|\\,)(?=\d{3}(?!\d))"), ""),  # 1_000, 1'000, 1{,}000, 1\,000
     (re.compile(r"(?<==)\s*-?\d{1,3}(?:,\d{3})+(?![\d,])"), lambda match: match[0].replace(",", "")),  # $x = 1,234$

@@ -46,24 +46,24 @@ def command(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPar
     return parser
 
 
-def execute(
-    parser: argparse.ArgumentParser,
-    arguments: Sequence[str] | None,
-    check: Callable[[argparse.Namespace], None],
-    run: Callable[[argparse.Namespace], None],
-) -> int:
-    """Check and run; returns the exit status: 2 if it cannot begin, 1 if something fails on the way."""
-    parsed = parser.parse_args(arguments)
-    try:
-        check(parsed)
-        run(parsed)
-    except UsageError as error:
-        tell(f"{parser.prog}: {error}")
-        return 2
-    except (BenchmarkError, OSError) as error:  # the latter such as a folder that cannot be written
-        tell(f"{parser.prog}: {error}")
-        return 1
-    return 0
+def entry(
+    build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[argparse.Namespace], None]
+) -> Callable[[Sequence[str] | None], int]:
+    """The `main` of a command, which takes its arguments, by default those of the process.
+
+    It returns the exit status: 2 if it cannot begin, 1 if something fails on the way. `run` checks before anything is loaded.
+    """
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        parser = build_parser()
+        try:
+            run(parser.parse_args(arguments))
+        except (UsageError, BenchmarkError, OSError) as error:  # the last such as a folder that cannot be written
+            tell(f"{parser.prog}: {error}")
+            return 2 if isinstance(error, UsageError) else 1
+        return 0
+
+    return main
 
 
 def check_at_least(arguments: argparse.Namespace, least: int, *options: str) -> None:

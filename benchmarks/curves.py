@@ -25,7 +25,6 @@ def read(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def draw(out: Path, title: str, folders: list[Path]) -> None:
-    """Write the figure."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     held_out, training = figure.subplots(1, 2)
@@ -51,7 +50,6 @@ def draw(out: Path, title: str, folders: list[Path]) -> None:
 
 
 def main() -> None:
-    """The command."""
     parser = command("curves", __doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("title")

@@ -1,5 +1,6 @@
 """The parent's side of a comparison: starts a worker for each side and lets them do a step each in turn."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -30,6 +31,16 @@ class Plan:
     overrides: dict[str, Any] = field(default_factory=dict)  # of TRL's settings
     workers: Mapping[str, Sequence[str]] = field(default_factory=lambda: WORKERS)  # of each side, the arguments of Python
     same: tuple[str, ...] = SAME  # facts that all sides must agree on
+
+    @classmethod
+    def of(cls, given: argparse.Namespace, sides: Sequence[str], worker: str = "", **more: Any) -> "Plan":
+        """As the options of a command say, which all sides share with one worker where it is named; makes the folder of logs."""
+        logs = given.out / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        if worker:
+            more["workers"] = dict.fromkeys(sides, ("-m", worker))
+        pairs = given.pairs if "pairs" in given else given.rounds
+        return cls(pairs, given.device, given.threads, given.seed, tuple(sides), logs, **more)
 
 
 class Worker:

@@ -58,7 +58,6 @@ class Family:
         return found
 
     def kill(self) -> None:
-        """End all that live."""
         for process in self.members():
             with suppress(ProcessLookupError):  # has just ended by itself
                 os.kill(process, signal.SIGKILL)

@@ -33,7 +33,6 @@ class HashedReward(RewardFunction):
     measures_correctness = False
 
     def __call__(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
-        """Args: texts of the completions, and the prompt of each."""
         return hashed_reward(completions)
 
 
@@ -51,14 +50,12 @@ class GivenPrompts(LightningDataModule):
         self.validated = validated
 
     def train_dataloader(self) -> RolloutLoader:
-        """Rollouts."""
         assert self.trainer is not None
         policy = self.trainer.lightning_module
         assert isinstance(policy, PolicyModule)
         return policy.rollout_loader(self.train_prompts)
 
     def val_dataloader(self) -> Any:
-        """One batch."""
         prompts: Any = self.train_prompts[: self.validated]
         return DataLoader(prompts, batch_size=self.validated, collate_fn=list)
 
@@ -114,7 +111,6 @@ class Differences(Callback):
 
 
 def build_policy(settings: Settings, sampler: Any = None) -> PolicyModule:
-    """The workload as a policy."""
     workload = settings.workload
     loss = GSPOLoss if workload.sequence_ratio else GRPOLoss
     return PolicyModule(
@@ -160,10 +156,8 @@ def tensor_bytes(tensors: Iterable[Any]) -> int:
 
 
 def gradient_bytes(module: torch.nn.Module) -> int:
-    """What all gradients of a module hold."""
     return tensor_bytes(parameter.grad for parameter in module.parameters())
 
 
 def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
-    """What all tensors of optimizers' states hold."""
     return tensor_bytes(value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())

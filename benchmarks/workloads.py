@@ -61,12 +61,10 @@ class Settings:
     overrides: dict[str, Any] = field(default_factory=dict)  # settings of TRL's GRPOConfig to try
 
     def as_argument(self) -> str:
-        """For `from_arguments`."""
         return json.dumps({**asdict(self), "folder": str(self.folder)})
 
     @staticmethod
     def from_arguments() -> "Settings":
-        """Read the worker's only argument."""
         values = json.loads(sys.argv[1])
         return Settings(**{**values, "workload": Workload(**values["workload"]), "folder": Path(values["folder"])})
 

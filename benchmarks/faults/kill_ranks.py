@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.commands import BenchmarkError, about, check_at_least, command, execute, tell
+from benchmarks.commands import BenchmarkError, about, check_at_least, command, entry, tell
 from benchmarks.faults.kill_job import CASES, LAUNCHERS, STEPS, Job, Moment
 from benchmarks.tables import table
 from hybrid_lightning.sharding.checkpoints import WholeFiles
@@ -82,7 +82,6 @@ class Outcome:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command("faults.kill_ranks", __doc__, seed=0, out=Path("runs/kill_ranks"))
     parser.add_argument("--times", type=int, default=20, help="how often (default: %(default)s)")
     return parser
@@ -189,6 +188,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         BenchmarkError: If anything was not as it must be.
     """
+    check_at_least(options, 1, "times")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     whole: dict[str, Undisturbed] = {}
@@ -208,10 +208,7 @@ def run(options: argparse.Namespace) -> None:
         raise BenchmarkError(f"{wrong} of {len(outcomes)} jobs did not go right")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status: 1 if anything was not as it must be."""
-    return execute(build_parser(), arguments, lambda given: check_at_least(given, 1, "times"), run)
-
+main = entry(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -32,7 +32,6 @@ class MemoryCase:
 
     @property
     def dtype(self) -> str:
-        """Of the base."""
         return "float32" if self.precision == "32-true" else "bfloat16"
 
     @property
@@ -44,7 +43,6 @@ class MemoryCase:
 
     @property
     def ranks(self) -> int:
-        """Processes."""
         return 1 if self.strategy is None else 2
 
     @property

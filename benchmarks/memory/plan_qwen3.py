@@ -45,7 +45,6 @@ USABLE = 0.95 * 80e9  # bytes of a GPU, without its context and what its allocat
 
 
 def plan(name: str, sharding: Sharding) -> list[MethodMemory]:
-    """All methods of a model."""
     *sizes, wanted = SIZES[name]
     config = Qwen3Config(**SAME, **dict(zip(NAMES, sizes, strict=True)))
     found = plan_memory(RunSettings(config=config, **RUN), sharding)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import about, check_at_least, check_can_run, command, environment, execute, run_logged, tell
+from benchmarks.commands import about, check_at_least, check_can_run, command, entry, environment, run_logged, tell
 from benchmarks.memory.cases import CASES, MODELS, ROLLOUTS, MemoryCase
 from benchmarks.pairs import Plan, prepare
 from benchmarks.tables import table
@@ -23,24 +23,15 @@ MIB = 2**20
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command("memory.planned", __doc__, threads=1, seed=0, out=Path("runs/memory"))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="to measure (default: all)")
     return parser
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Find out what cannot work before anything is loaded.
-
-    Raises:
-        UsageError: With the remedy.
-    """
-    check_at_least(arguments, 1, "threads")
-    check_can_run([MODELS[name] for name in arguments.models], "leave it out: --models embedded")
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Plan and measure; what is finished is on disk, whatever happens later: all of it takes an hour or more."""
+    check_at_least(arguments, 1, "threads")
+    check_can_run([MODELS[name] for name in arguments.models], "leave it out: --models embedded")
     logs = arguments.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     cases = [case for case in CASES if case.model in arguments.models]
@@ -115,10 +106,7 @@ def worst(pairs: Iterable[Sequence[float]]) -> float:
     return max(abs(difference(pair)) for pair in pairs)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return execute(build_parser(), arguments, check, run)
-
+main = entry(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -58,7 +58,6 @@ class MemoryProbe(Callback):
         self._replace("adapt", self._adapt)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """The update begins."""
         self._begin("updating")
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -67,7 +66,6 @@ class MemoryProbe(Callback):
         self._begin("optimizer step")
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """The optimizer step, or a micro-batch before it, is over."""
         self._end()
 
     def _generate(self, generate: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

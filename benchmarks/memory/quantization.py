@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.commands import ROOT, command, environment, execute, run_logged, tell
+from benchmarks.commands import ROOT, command, entry, environment, run_logged, tell
 from benchmarks.processes import forget_peak, resident_bytes
 from benchmarks.tables import table
 from benchmarks.training import gradient_bytes, optimizer_bytes, tensor_bytes
@@ -53,11 +53,9 @@ class MemoryReport(Callback):
         self.bytes["trained weights"] = tensor_bytes([value for value in pl_module.parameters() if value.requires_grad])
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Here the gradients are complete."""
         self.bytes["gradients"] = gradient_bytes(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All has been there."""
         self.bytes["optimizer state"] = optimizer_bytes(trainer.optimizers)
         self.bytes["peak of training"] = resident_bytes()[1]
         Path(self.path).write_text(json.dumps(self.bytes))
@@ -74,7 +72,6 @@ def frozen_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def measure(options: list[str], out: Path, name: str, threads: int) -> dict[str, int]:
-    """Run one case."""
     path = out / f"{name}.json"
     callback = {"class_path": "benchmarks.memory.quantization.MemoryReport", "init_args": {"path": str(path.absolute())}}
     asked = ["-m", "hybrid_lightning", "fit", "--config", str(CONFIG), *_SMALL, *_SIZES, *options]
@@ -86,12 +83,10 @@ def measure(options: list[str], out: Path, name: str, threads: int) -> dict[str,
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     return command("memory.quantization", __doc__, threads=1, out=Path("runs/quantization"))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure all cases."""
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, int]] = {}
@@ -103,10 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(table(["MB", *results], [[row, *(f"{case[row] / 1e6:.1f}" for case in results.values())] for row in names]))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return execute(build_parser(), arguments, lambda _: None, run)
-
+main = entry(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

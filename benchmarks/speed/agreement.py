@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.commands import check_at_least, command, execute
+from benchmarks.commands import check_at_least, command, entry
 from benchmarks.pairs import Plan, prepare
 from benchmarks.tables import table
 from benchmarks.training import Differences, build_policy, train
@@ -28,7 +28,6 @@ LEARNING_RATE = 1e-4  # ten times that of the comparison with TRL: weights move
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command("speed.agreement", __doc__, seed=0)
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=["main", "tiny"])
     parser.add_argument("--steps", type=int, default=5, help="rollouts of each")
@@ -49,7 +48,7 @@ def measure(workload: Workload, steps: int, seed: int) -> torch.Tensor:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print a row for each workload."""
+    check_at_least(arguments, 1, "steps")
     rows = []
     for name in arguments.workload:
         found = measure(WORKLOADS[name], arguments.steps, arguments.seed)
@@ -59,10 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(table(["workload", "weights", "tokens", "mean", *shares, "largest"], rows, left=2))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return execute(build_parser(), arguments, lambda given: check_at_least(given, 1, "steps"), run)
-
+main = entry(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import CORES, ROOT, UsageError, check_at_least, command, execute
+from benchmarks.commands import CORES, ROOT, UsageError, check_at_least, command, entry
 from benchmarks.pairs import Plan, compare, prepare
 from benchmarks.tables import table
 from benchmarks.workloads import WORKLOADS
@@ -35,29 +35,19 @@ else:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command("speed.commits", __doc__, pairs=10, threads=CORES)
     parser.add_argument("before", type=Path, help="the other checkout")
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=["main", "tiny"])
     return parser
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Find out what cannot work before anything is loaded.
-
-    Raises:
-        UsageError: With the remedy.
-    """
+def run(arguments: argparse.Namespace) -> None:
     check_at_least(arguments, 1, "pairs", "threads")
     benchmarks = arguments.before / "benchmarks"
     if not any((benchmarks / worker).is_file() for worker in ("speed/run_ours.py", "run_ours.py")):
         raise UsageError(
             f"{arguments.before} is no checkout of this project: make one by git worktree add {arguments.before} COMMIT"
         )
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Measure, and print the table."""
     checkouts = {"before": arguments.before.resolve(), "now": ROOT}
     workers = {side: ("-c", _WORKER.format(checkout=str(checkout))) for side, checkout in checkouts.items()}
     lines = []
@@ -80,10 +70,7 @@ def numbers(steps: dict[str, Any], unit: str) -> list[str]:
     return [f"{statistics.median(before):.3f}", f"{statistics.median(now):.3f}", f"{middle:.3f} ({low:.3f}-{high:.3f})"]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return execute(build_parser(), arguments, check, run)
-
+main = entry(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

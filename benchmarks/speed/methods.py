@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import CORES, about, check_at_least, check_can_run, command, execute, tell
+from benchmarks.commands import CORES, about, check_at_least, check_can_run, command, entry, tell
 from benchmarks.pairs import Plan, compare, prepare
 from benchmarks.tables import shown, spread, summarize_side, table, yes
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
@@ -32,7 +32,6 @@ HEADER += ["state MiB", "/ FFT", "peak GiB", "/ FFT"]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command(
         "speed.methods", __doc__, rounds=5, device="cpu", threads=CORES, seed=0, model=SMOLLM2, out=Path("runs/methods")
     )
@@ -40,17 +39,6 @@ def build_parser() -> argparse.ArgumentParser:
         size = getattr(MAIN, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=size, help="of a rollout (default: %(default)s)")
     return parser
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Find out what cannot work before anything is loaded.
-
-    Raises:
-        UsageError: With the remedy.
-    """
-    check_at_least(arguments, 1, "rounds", "threads", "prompts", "prompt-tokens", "max-new-tokens")
-    check_at_least(arguments, 2, "samples")  # or no completion would differ from the mean of its group
-    check_can_run([arguments.model], "give another --model, as embedded", arguments.device)
 
 
 def chosen_workload(arguments: argparse.Namespace) -> Workload:
@@ -61,20 +49,19 @@ def chosen_workload(arguments: argparse.Namespace) -> Workload:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, and write the JSON."""
-    out, logs = arguments.out, arguments.out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    settings = (arguments.rounds, arguments.device, arguments.threads, arguments.seed, tuple(METHODS), logs)
-    plan = Plan(*settings, workers=dict.fromkeys(METHODS, ("-m", "benchmarks.speed.run_methods")), same=SAME)
+    check_at_least(arguments, 1, "rounds", "threads", "prompts", "prompt-tokens", "max-new-tokens")
+    check_at_least(arguments, 2, "samples")  # or no completion would differ from the mean of its group
+    check_can_run([arguments.model], "give another --model, as embedded", arguments.device)
+    plan = Plan.of(arguments, tuple(METHODS), "benchmarks.speed.run_methods", same=SAME)
     workload = chosen_workload(arguments)
     with tempfile.TemporaryDirectory(prefix="methods_") as folder:
         tell("preparing model and prompts")
         (prepared,) = prepare([workload], Path(folder), plan)
         tell("loading the model three times, and scoring for hybrid")
         result = summarize(workload, compare(workload, prepared, plan), plan.device)
-    (out / "methods.json").write_text(json.dumps({**about(arguments), **result}, indent=1))
+    (path := arguments.out / "methods.json").write_text(json.dumps({**about(arguments), **result}, indent=1))
     print(tables(result))
-    print(f"\nWritten: {out / 'methods.json'}")
+    print(f"\nWritten: {path}")
 
 
 def summarize(workload: Workload, measured: dict[str, Any], device: str) -> dict[str, Any]:
@@ -130,7 +117,6 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def row(name: str, result: dict[str, Any]) -> list[str]:
-    """One line of the first table."""
     method = result["summary"][name]
     return [
         METHODS[name],
@@ -145,10 +131,7 @@ def row(name: str, result: dict[str, Any]) -> list[str]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return execute(build_parser(), arguments, check, run)
-
+main = entry(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

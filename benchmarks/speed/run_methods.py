@@ -35,7 +35,6 @@ class Accounted(Gated):
         self.weight_bytes = self.gradient_bytes = 0
 
     def facts(self, policy: PolicyModule) -> dict[str, Any]:
-        """Weights, scoring and the plan."""
         assert policy.plan is not None
         self.weight_bytes = model_bytes(policy.model)
         return {
@@ -52,7 +51,6 @@ class Accounted(Gated):
         self.gradient_bytes = gradient_bytes(pl_module)
 
     def details(self, trainer: LightningTrainer) -> dict[str, Any]:
-        """Trainable state."""
         return {
             "state_bytes": {
                 "extra_weights": self.weight_bytes - self.base_bytes,
@@ -77,7 +75,6 @@ def build_adapter(method: str, rank: int, alpha: int) -> HybridAdapterSetup:
 
 
 def main() -> None:
-    """Train until the parent wants no more steps."""
     settings = Settings.from_arguments()
     gate, timer = Gate(settings), StepTimer()
     policy = build_policy(settings)

@@ -12,7 +12,6 @@ from hybrid_lightning.callbacks import HybridAdapterSetup
 
 
 def main() -> None:
-    """Train until the parent wants no more steps."""
     settings = Settings.from_arguments()
     workload, gate = settings.workload, Gate(settings)
     adapter = HybridAdapterSetup(budget=ModuleBudget(share=0.0), rank=workload.rank, alpha=workload.alpha)

@@ -31,7 +31,6 @@ class HashedReward:
         self.lengths: list[int] = []
 
     def __call__(self, completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-        """Args: texts and tokens of the completions."""
         self.lengths = [len(ids) for ids in completion_ids]
         return [*hashed_reward(completions)]
 
@@ -43,7 +42,6 @@ class Gated(TrainerCallback):
         self.gate, self.reward, self.optimizer_steps = gate, reward, optimizer_steps
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Wait for the first rollout."""
         control.should_training_stop = not self.gate.wait()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -112,7 +110,6 @@ def build_trainer(
 
 
 def main() -> None:
-    """Train until the parent wants no more steps."""
     settings = Settings.from_arguments()
     gate, reward = Gate(settings), HashedReward()
     chosen = {**fastest_settings(settings.workload), **settings.overrides}

@@ -14,7 +14,6 @@ RIGHT, WRONG, ENDLESS = (PROGRAM.format(body) for body in ("return 2 * x", "retu
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command("speed.sandbox", __doc__)
     parser.add_argument("--programs", type=int, default=400)
     parser.add_argument("--endless", type=int, default=0, help="of them, how many never end; each takes cpu_seconds")
@@ -23,7 +22,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Measure and print."""
     arguments = build_parser().parse_args()
     setup = "from typing import *\nfrom collections import *\nfrom math import *\n"
     tests = "def check(candidate):\n" + "".join(f"    assert candidate(x = {x}) == {2 * x}\n" for x in range(100))

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import correlation, linear_regression
 from typing import Any
 
-from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, execute, tell
+from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, entry, tell
 from benchmarks.pairs import Job, Plan, prepare, take_turns
 from benchmarks.tables import shown, spread, table, yes
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
@@ -36,7 +36,6 @@ class Series:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command(
         "speed.scaling", __doc__, rounds=3, device="cpu", threads=CORES, seed=0, model=SMOLLM2, out=Path("runs/scaling")
     )
@@ -55,11 +54,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Find out what cannot work before anything is loaded.
-
-    Raises:
-        UsageError: With the remedy.
-    """
     check_at_least(arguments, 1, "rounds", "threads", "prompts", "completion-tokens", "prompt-tokens", "fixed")
     check_at_least(arguments, 2, "samples")  # or no completion would differ from the mean of its group
     if arguments.fixed[1] < 2:
@@ -104,10 +98,8 @@ def prepare_all(series: list[Series], folder: Path, plan: Plan) -> dict[int | No
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure all series; those that are finished are on disk, whatever happens later."""
-    out, logs = arguments.out, arguments.out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    plan = Plan(arguments.rounds, arguments.device, arguments.threads, arguments.seed, ("ours",), logs, same=SAME)
-    series = all_series(arguments)
+    check(arguments)
+    plan, series, path = Plan.of(arguments, ("ours",), same=SAME), all_series(arguments), arguments.out / "scaling.json"
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="scaling_") as folder:
         tell("preparing models and prompts")
@@ -117,9 +109,9 @@ def run(arguments: argparse.Namespace) -> None:
             jobs: list[Job] = [("ours", workload, folders[workload.prompt_tokens]) for _, workload in one.points]
             results[one.name] = summarize(one, take_turns(jobs, plan)[1])
             content = {**about(arguments), "series": results}
-            (out / "scaling.json").write_text(json.dumps(content, indent=1))
+            path.write_text(json.dumps(content, indent=1))
     print(tables(results))
-    print(f"\nWritten: {out / 'scaling.json'}")
+    print(f"\nWritten: {path}")
 
 
 def tokens(workload: Workload, shared: bool) -> float:
@@ -191,10 +183,7 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     return f"{table(header, points)}\n\n{table([*growth, 'wanted', 'reached'], fits)}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return execute(build_parser(), arguments, check, run)
-
+main = entry(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

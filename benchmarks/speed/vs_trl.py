@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, execute, tell
+from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, entry, tell
 from benchmarks.pairs import Plan, compare, prepare
 from benchmarks.tables import shown, spread, summarize_side, table, yes
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
@@ -27,7 +27,6 @@ HEADER += ["ours/TRL", "wanted", "reached", "mean tokens TRL", "ours"]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command(
         "speed.vs_trl", __doc__, pairs=5, device="cpu", threads=CORES, seed=0, model=SMOLLM2, out=Path("runs/vs_trl")
     )
@@ -42,11 +41,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Find out what cannot work before anything is loaded.
-
-    Raises:
-        UsageError: With the remedy.
-    """
     check_at_least(arguments, 1, "pairs", "threads")
     overrides(arguments.trl)
     if not arguments.ours_only:
@@ -81,10 +75,9 @@ def chosen_workloads(arguments: argparse.Namespace) -> list[Workload]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure all workloads; what is finished is on disk, whatever happens later."""
+    check(arguments)
     sides = ("ours",) if arguments.ours_only else ("trl",) if arguments.trl_only else ("trl", "ours")
-    tried, out, logs = overrides(arguments.trl), arguments.out, arguments.out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    plan = Plan(arguments.pairs, arguments.device, arguments.threads, arguments.seed, sides, logs, tried)
+    out, plan = arguments.out, Plan.of(arguments, sides, overrides=overrides(arguments.trl))
     workloads = chosen_workloads(arguments)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="vs_trl_") as folder:
@@ -92,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         folders = prepare(workloads, Path(folder), plan)
         for workload, prepared in zip(workloads, folders, strict=True):
             results[workload.name] = summarize(workload, compare(workload, prepared, plan), plan.device)
-            content = {**about(arguments), "trl_overrides": tried, "workloads": results}
+            content = {**about(arguments), "trl_overrides": plan.overrides, "workloads": results}
             (out / "vs_trl.json").write_text(json.dumps(content, indent=1))
     print(table(HEADER, [row(name, result) for name, result in results.items()]))
     draw(results, f"One step, {plan.device}, {plan.threads} threads", out / "vs_trl.png")
@@ -153,10 +146,7 @@ def draw(results: dict[str, dict[str, Any]], title: str, out: Path) -> None:
     figure.savefig(out, dpi=130)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return execute(build_parser(), arguments, check, run)
-
+main = entry(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from benchmarks.study.estimates import Estimate, difference, gap_closed, holm, mean, p_value
-from benchmarks.study.records import Purpose, Record, of_method
+from benchmarks.study.comparison import Point, Points
+from benchmarks.study.estimates import difference, gap_closed, holm, mean, p_value
+from benchmarks.study.records import Purpose, of_method
 from benchmarks.study.store import Store
 from benchmarks.study.tables import markdown
 from benchmarks.study.tuning import means
 
 LORA = ("lora_r1", "lora", "lora_r4", "lora_r8", "lora_r16", "lora_r25", "lora_r64", "fft")
+ENDS = ("lora_r4", "fft")  # of the gap
 MLPS = ("mlp_r4", "mlp_r8", "mlp_r16", "mlp_r25", "mlp_r64", "fft")
 # The page has these of all tasks beside each other.
 SHOWN = (
@@ -53,34 +54,6 @@ GROUPS = {
 }
 # Cells of all claims that were ever made of them, less those that are no longer shown and stood in bold.
 LOOKED_AT = {"old_tasks": 304, "new_tasks": 241}
-
-
-@dataclass(frozen=True)
-class Point:
-    """One method on one task."""
-
-    method: str
-    records: list[Record]
-    memory: int | None  # bytes of tensors at the peak of training
-
-    @property
-    def by_seed(self) -> dict[int, float]:
-        return {record.seed: record.accuracy for record in self.records}
-
-    @property
-    def accuracy(self) -> Estimate:
-        return mean(list(self.by_seed.values()))
-
-    @property
-    def trained(self) -> float:
-        return fmean(record.trainable_parameters for record in self.records)
-
-    @property
-    def rate(self) -> float:
-        return self.records[0].learning_rate
-
-
-Points = dict[str, Point]
 
 
 def points_of(store: Store, task: str) -> Points:
@@ -235,19 +208,13 @@ def accuracies_table(tasks: Mapping[str, Points]) -> str:
     return markdown(("accuracy, %", *tasks), rows)
 
 
-def gap_of(points: Points, name: str) -> Estimate | None:
-    """Share of the gap from LoRA of rank 4 to full fine-tuning that a method closes."""
-    if not {"lora_r4", "fft", name} <= points.keys() or name in ("lora_r4", "fft"):
-        return None
-    return gap_closed(points[name].by_seed, points["lora_r4"].by_seed, points["fft"].by_seed)
-
-
 def points_table(points: Points) -> str:
-    """The methods of a task by size."""
+    """The methods of a task by size; gaps are those from LoRA of rank 4 to full fine-tuning."""
     rows = []
     for point in sorted(points.values(), key=lambda point: (point.trained, point.method)):
         line = difference(point.by_seed, line_at(points, LORA, point.trained)) if point.method not in LORA else None
-        closed = gap_of(points, point.method)
+        ends = ({}, {}) if point.method in ENDS else (points[end].by_seed if end in points else {} for end in ENDS)
+        closed = gap_closed(point.by_seed, *ends)
         rows.append(
             (
                 point.method,

@@ -25,27 +25,31 @@ def group_of(method: str) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method on one task."""
+class Point:
+    """What one method reached on one task."""
 
     method: str
     records: list[Record]
-    accuracy: Estimate
-    over_lora: Estimate | None  # paired by seed; None of LoRA itself
-    over_random: Estimate | None  # likewise
-    gap: Estimate | None  # share of the gap between LoRA and FFT
+    memory: int | None = None  # bytes of tensors at the peak of training, where it was measured
 
     @property
-    def group(self) -> str:
-        return group_of(self.method)
+    def by_seed(self) -> dict[int, float]:
+        return {record.seed: record.accuracy for record in self.records}
 
     @property
-    def learning_rate(self) -> float:
+    def accuracy(self) -> Estimate:
+        return mean(list(self.by_seed.values()))
+
+    @property
+    def trained(self) -> float:
+        return fmean(record.trainable_parameters for record in self.records)
+
+    @property
+    def rate(self) -> float:
         return self.records[0].learning_rate
 
-    @property
-    def trainable(self) -> float:
-        return fmean(record.trainable_parameters for record in self.records)
+
+Points = dict[str, Point]
 
 
 @dataclass(frozen=True)
@@ -53,33 +57,41 @@ class Comparison:
     """All methods on one task."""
 
     task: str
-    rows: dict[str, Row]
+    rows: Points
 
-    @property
-    def gap(self) -> Estimate | None:
-        """FFT less LoRA."""
-        fft, lora = self.rows.get("fft"), self.rows.get("lora")
-        return difference(_by_seed(fft.records), _by_seed(lora.records)) if fft and lora else None
+    def by_seed(self, method: str) -> dict[int, float]:
+        """Accuracies of a method; empty where it was not run."""
+        return self.rows[method].by_seed if method in self.rows else {}
+
+    def over(self, method: str, other: str) -> Estimate | None:
+        """By how much a method is better, paired by seed; None beside itself, and where one of the two was not run."""
+        return None if method == other else difference(self.by_seed(method), self.by_seed(other))
+
+    def over_random(self, method: str) -> Estimate | None:
+        """Beside a random choice, of which there is another where the hybrids have the ratio of the task."""
+        return self.over(method, "random" if "random" in self.rows else "random_own_ratio")
+
+    def gap_closed(self, method: str) -> Estimate | None:
+        """Share of the gap between LoRA and FFT."""
+        return gap_closed(self.by_seed(method), self.by_seed("lora"), self.by_seed("fft"))
 
     @property
     def has_gap(self) -> bool:
         """Whether LoRA falls short of FFT, beyond chance."""
-        return self.gap is not None and self.gap.low > 0
+        gap = self.over("fft", "lora")
+        return gap is not None and gap.low > 0
 
     @property
-    def best_baseline(self) -> Row | None:
+    def best_baseline(self) -> Point | None:
         """The best of the methods that only adapt; of the task's rank, as the hybrid is."""
         there = [self.rows[name] for name in BASELINES if name in self.rows]
         return max(there, key=lambda row: row.accuracy.value) if len(there) == len(BASELINES) else None
 
-    def relative_gain(self, method: str = "hybrid") -> float | None:
-        """Of a hybrid over the best baseline, on the seeds that both have."""
-        best, ours = self.best_baseline, self.rows.get(method)
-        if best is None or ours is None:
-            return None
-        accuracies, others = _by_seed(ours.records), _by_seed(best.records)
-        common = accuracies.keys() & others.keys()
-        return fmean(accuracies[s] for s in common) / fmean(others[s] for s in common) - 1 if common else None
+    def relative_gain(self) -> float | None:
+        """Of the hybrid over the best baseline, on the seeds that both have."""
+        ours, others = self.by_seed("hybrid"), self.best_baseline.by_seed if self.best_baseline else {}
+        common = ours.keys() & others.keys()
+        return fmean(ours[s] for s in common) / fmean(others[s] for s in common) - 1 if common else None
 
 
 def compare(store: Store, task: str, first_seed: int = 0) -> Comparison:
@@ -90,37 +102,15 @@ def compare(store: Store, task: str, first_seed: int = 0) -> Comparison:
         tuned = {variant: values for variant in variants if (values := means(of_method(store, "sweep", task, variant)).values())}
         if len(tuned) > 1:
             records[name] = records[max(tuned, key=lambda variant: max(tuned[variant]))]
-    seeds = {name: _by_seed(found) for name, found in records.items() if found}
-    nothing: dict[int, float] = {}
-    chance = "random" if "random" in seeds else "random_own_ratio"  # where the hybrids have the ratio of the task
-    lora, random, fft = (seeds.get(name, nothing) for name in ("lora", chance, "fft"))
-    rows = {
-        name: Row(
-            name,
-            records[name],
-            mean(list(accuracies.values())),
-            difference(accuracies, lora) if name != "lora" else None,
-            difference(accuracies, random) if name != chance else None,
-            gap_closed(accuracies, lora, fft),
-        )
-        for name, accuracies in seeds.items()
-    }
-    return Comparison(task, rows)
+    return Comparison(task, {name: Point(name, found) for name, found in records.items() if found})
 
 
 def over_tasks(comparisons: Sequence[Comparison], method: str, other: str) -> Estimate | None:
     """Mean over tasks of the difference of two methods, with the interval over seeds; None where a task lacks one of them."""
-    if not comparisons or any(name not in comparison.rows for comparison in comparisons for name in (method, other)):
-        return None
-    ours, theirs = (_mean_by_seed([comparison.rows[name].records for comparison in comparisons]) for name in (method, other))
-    return difference(ours, theirs)
+    return difference(*(_mean_by_seed(comparisons, name) for name in (method, other))) if comparisons else None
 
 
-def _mean_by_seed(tasks: Sequence[list[Record]]) -> dict[int, float]:
-    accuracies = [_by_seed(records) for records in tasks]
-    common = set.intersection(*(set(by_seed) for by_seed in accuracies))
+def _mean_by_seed(comparisons: Sequence[Comparison], method: str) -> dict[int, float]:
+    accuracies = [comparison.by_seed(method) for comparison in comparisons]
+    common = set.intersection(*map(set, accuracies))
     return {seed: fmean(by_seed[seed] for by_seed in accuracies) for seed in common}
-
-
-def _by_seed(records: list[Record]) -> dict[int, float]:
-    return {record.seed: record.accuracy for record in records}

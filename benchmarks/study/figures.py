@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-from benchmarks.study.claims import LORA, MLPS, Point, Points
-from benchmarks.study.comparison import Comparison, group_of
+from benchmarks.study.claims import LORA, MLPS
+from benchmarks.study.comparison import Comparison, Point, Points, group_of
 from benchmarks.study.estimates import Estimate, mean
 
 COLOURS = {
@@ -65,22 +65,17 @@ def draw_accuracies(comparisons: Sequence[Comparison], out: Path) -> None:
 def _accuracies(axes: Axes, comparison: Comparison) -> None:
     rows = sorted(comparison.rows.values(), key=lambda row: row.accuracy.value)
     for place, row in enumerate(rows):
-        colour = COLOURS[row.group]
+        colour = COLOURS[group_of(row.method)]
         value = row.accuracy
         axes.plot([100 * value.low, 100 * value.high], [place, place], color=colour, linewidth=2)
-        axes.plot(
-            [100 * r.accuracy for r in row.records], [place] * len(row.records), "o", color=colour, markersize=2.5, alpha=0.5
-        )
+        dots = [100 * record.accuracy for record in row.records]
+        axes.plot(dots, [place] * len(dots), "o", color=colour, markersize=2.5, alpha=0.5)
         axes.plot([100 * value.value], [place], "D", color=colour, markersize=5)
     for name in ("lora", "fft"):
         if name in comparison.rows:
             axes.axvline(100 * comparison.rows[name].accuracy.value, color=COLOURS[group_of(name)], linewidth=0.8, alpha=0.6)
-    axes.set(
-        title=comparison.task,
-        xlabel="accuracy on test problems, %",
-        yticks=range(len(rows)),
-        yticklabels=[r.method for r in rows],
-    )
+    axes.set(title=comparison.task, xlabel="accuracy on test problems, %")
+    axes.set_yticks(range(len(rows)), [row.method for row in rows])
     axes.tick_params(axis="y", labelsize=8)
     axes.grid(axis="x", alpha=0.3)
 

@@ -39,7 +39,7 @@ TASKS = (
 
 def extra_steps(method: Method) -> int:
     """Steps that make up for not scoring."""
-    return 0 if method.scores else SCORING_STEPS
+    return 0 if method.group in ("hybrid", "budget") else SCORING_STEPS
 
 
 def jobs_of(store: Store, task: str, names: list[str], seeds: Sequence[int], given_rate: float | None = None) -> list[Job]:

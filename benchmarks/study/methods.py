@@ -25,7 +25,7 @@ class Method:
     """One column of the comparison."""
 
     name: str
-    group: str  # `start`, `full`, `lora`, `baseline`, `hybrid`, `control` or `budget`
+    group: str  # `start` (tested as it is), `full`, `lora`, `baseline`, `hybrid`, `control` or `budget`
     changes: dict[str, Any] = field(default_factory=dict)  # of the task's config, as options of the command line
     rank: int | None = None  # of LoRA; None takes the task's
     match_state: bool = False  # the rank is the smallest with as many trainable parameters as the hybrid has
@@ -35,32 +35,17 @@ class Method:
     attention: int | None = None  # rank of attention, where MLPs get what is left of the parameters of LoRA of `rank`
 
     @property
-    def untrained(self) -> bool:
-        """Whether the start policy is tested as it is, so that there is no learning rate."""
-        return self.group == "start"
-
-    @property
     def chooses(self) -> bool:
         """Whether it differs from the hybrid in nothing but which modules it trains fully."""
         return "adapter.scorer" in self.changes and self.full_to_lora == FULL_TO_LORA
 
-    @property
-    def scores(self) -> bool:
-        """Whether its time has to include that of scoring modules."""
-        return self.group in ("hybrid", "budget")
-
-    @property
-    def fully(self) -> bool:
-        """Whether everything is trained fully, so that the one learning rate is that of full fine-tuning."""
-        return self.group == "full"
-
     def options(self, task: dict[str, Any], rank: int | None, learning_rate: float, seed: int) -> dict[str, Any]:
         """Options of the command line for one run; a rank of None is the method's or the task's."""
-        if self.untrained:
+        if self.group == "start":
             return {}
         rank = rank or self.rank or task["adapter"]["rank"]
-        rates: dict[str, Any] = {"model.lr_full": learning_rate if self.fully else self._full_rate(task, learning_rate)}
-        if not self.fully:
+        rates: dict[str, Any] = {"model.lr_full": learning_rate if self.group == "full" else self._full_rate(task, learning_rate)}
+        if self.group != "full":
             rates["model.lr_lora"] = learning_rate
         changes = {name: value.format(seed=seed) if isinstance(value, str) else value for name, value in self.changes.items()}
         if self.attention is not None:

@@ -3,10 +3,8 @@
 import contextlib
 import hashlib
 import json
-import subprocess
 import time
 import traceback
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from benchmarks.commands import versions
 from benchmarks.study.methods import METHODS
 from benchmarks.study.records import Job, Record, save
 from benchmarks.study.store import write
@@ -92,7 +91,7 @@ def _measure_memory(job: Job, path: Path) -> str:
     short = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "trainer.limit_val_batches": 0}
     with peak.live:
         HybridLightningCLI(args=[*command, *arguments(short)], trainer_defaults={"callbacks": [peak]})
-    write({"job": vars(job), "commit": commit(), "bytes": peak.live.peak}, path)
+    write({"job": vars(job), "commit": versions()["commit"], "bytes": peak.live.peak}, path)
     return f"{job.task_name} {job.method}: {peak.live.peak / 2**20:.2f} MiB"
 
 
@@ -123,7 +122,7 @@ def _command_line(job: Job) -> tuple[dict[str, Any], list[str]]:
     if method.module is not None:
         supervised = task["model"].get("class_path", "").endswith("SupervisedModule")
         given["model"] = method.supervised_module if supervised else method.module
-    command = "validate" if method.untrained else "fit"
+    command = "validate" if method.group == "start" else "fit"
     return options, [command, "--config", job.task, *arguments(given)]
 
 
@@ -143,13 +142,14 @@ def _run(job: Job, path: Path) -> str:
     scoring = next(c.totals()["scoring"] for c in trainer.callbacks if hasattr(c, "totals"))  # type: ignore[attr-defined]
     if not diverged:
         trainer.test(module, datamodule=trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
+    installed = versions()
     record = Record(
         job=vars(job),
         options=options,
         config_digest=hashlib.sha256(Path(job.task).read_bytes()).hexdigest()[:16],
         model_digest=module.base_digest[:16],
-        commit=commit(),
-        versions={name: version(name) for name in ("torch", "lightning", "transformers", "peft")},
+        commit=installed.pop("commit"),
+        versions=installed,
         curve=curve.points,
         test={"avg": 0.0, "greedy": 0.0} if diverged else accuracies(trainer, "test"),
         trainable_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad) if plan else 0,
@@ -177,17 +177,3 @@ def arguments(options: dict[str, Any]) -> list[str]:
     """Options as the command line takes them; classes come before what is said about them."""
     ordered = sorted(options.items(), key=lambda option: option[0].count("."))
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in ordered]
-
-
-def commit() -> str:
-    """Of the working tree, with a + if the package or the study differ from it; - outside of a repository."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(("git", *words), cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", ".", "../../hybrid_lightning", "../../callbacks")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "-"

@@ -19,7 +19,7 @@ def open_jobs(task: str, names: list[str], seeds: list[int], store: Store) -> li
     jobs = []
     for name in names:
         method = METHODS[name]
-        if method.untrained:
+        if method.group == "start":
             continue
         tuned = means(of_method(store, "sweep", Path(task).stem, name), seeds)
         for rate in next_rates(first_rates(method, read_task(task)), tuned):
@@ -40,7 +40,7 @@ def main() -> None:
         while jobs := [job for task in tasks for job in open_jobs(task, stage, arguments.seeds, store)]:
             make_runs(jobs, store, arguments.workers)
     for task in tasks:
-        for method in (METHODS[name] for name in names if not METHODS[name].untrained):
+        for method in (METHODS[name] for name in names if METHODS[name].group != "start"):
             tuned = means(of_method(store, "sweep", Path(task).stem, method.name))
             print(f"{Path(task).stem}, {method.name}: {outcome(tuned)}")
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from benchmarks.study.comparison import WANTED_GAIN, WANTED_GAP, Comparison, Row, over_tasks
+from benchmarks.study.comparison import WANTED_GAIN, WANTED_GAP, Comparison, over_tasks
 from benchmarks.study.estimates import Estimate, correlation
 from benchmarks.study.methods import METHODS
 from benchmarks.tables import table
@@ -19,31 +19,16 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def of_task(comparison: Comparison) -> str:
     """What each method reached, best first."""
-    header = (
-        "method",
-        "seeds",
-        "learning rate",
-        "trained",
-        "accuracy %",
-        "over LoRA, points",
-        "over random, points",
-        "gap closed %",
-    )
+    measured = ("accuracy %", "over LoRA, points", "over random, points", "gap closed %")
     rows = sorted(comparison.rows.values(), key=lambda row: -row.accuracy.value)
-    return markdown(header, [_row(row, comparison.has_gap) for row in rows])
-
-
-def _row(row: Row, has_gap: bool) -> tuple[str, ...]:
-    return (
-        row.method,
-        str(row.accuracy.number),
-        f"{row.learning_rate:g}",
-        f"{row.trainable:,.0f}",
-        row.accuracy.text(),
-        _text(row.over_lora),
-        _text(row.over_random),
-        _text(row.gap, digits=0) if has_gap and row.method not in ("start", "lora", "fft") else "-",
-    )
+    cells = []
+    for row in rows:
+        over = comparison.over(row.method, "lora"), comparison.over_random(row.method)
+        has_share = comparison.has_gap and row.method not in ("start", "lora", "fft")
+        share = _text(comparison.gap_closed(row.method), digits=0) if has_share else "-"
+        numbers = (str(row.accuracy.number), f"{row.rate:g}", f"{row.trained:,.0f}", row.accuracy.text())
+        cells.append((row.method, *numbers, *map(_text, over), share))
+    return markdown(("method", "seeds", "learning rate", "trained", *measured), cells)
 
 
 def headline(comparisons: Sequence[Comparison]) -> str:
@@ -67,13 +52,13 @@ def choices(comparisons: Sequence[Comparison]) -> str:
     for name, method in METHODS.items():
         if name != "hybrid" and not method.chooses:
             continue
-        gained = [row.over_lora if (row := comparison.rows.get(name)) else None for comparison in comparisons]
+        gained = [comparison.over(name, "lora") for comparison in comparisons]
         if any(gained):
             over_lora = over_tasks(with_gap, name, "lora")
             over_chance = [over_tasks(with_gap, name, other) if name != other else None for other in CHANCE]
             size = "-"
             if over_lora:
-                relative = fmean(c.rows[name].trainable / c.rows["hybrid"].trainable for c in with_gap)
+                relative = fmean(c.rows[name].trained / c.rows["hybrid"].trained for c in with_gap)
                 sizes_and_gains.append((relative, over_lora.value))
                 size = f"{relative:.2f}"
             cells = (name, *map(_text, (*gained, over_lora, *over_chance)), size)
@@ -107,15 +92,10 @@ def targets(comparisons: Sequence[Comparison]) -> str:
     with_gap = [comparison for comparison in comparisons if comparison.has_gap and "hybrid" in comparison.rows]
     rows = []
     for comparison in with_gap:
-        gap = comparison.rows["hybrid"].gap
+        gap = comparison.gap_closed("hybrid")
         assert gap is not None
-        rows.append(
-            (
-                f"closes {WANTED_GAP:.0%} of the gap on {comparison.task}",
-                _text(gap, digits=0) + "%",
-                _yes(gap.value >= WANTED_GAP),
-            )
-        )
+        name = f"closes {WANTED_GAP:.0%} of the gap on {comparison.task}"
+        rows.append((name, _text(gap, digits=0) + "%", _yes(gap.value >= WANTED_GAP)))
     gains = [gain for comparison in with_gap if (gain := comparison.relative_gain()) is not None]
     if gains:
         average = sum(gains) / len(gains)
@@ -126,15 +106,12 @@ def targets(comparisons: Sequence[Comparison]) -> str:
         name = "beats a random choice on average of the tasks with a gap, the interval without zero"
         rows.append((name, _text(over_random) + " points", _yes(over_random.low > 0)))
     for comparison in comparisons:
-        hybrid = comparison.rows.get("hybrid")
-        if hybrid is None:
-            continue
-        if hybrid.over_random is not None and comparison.has_gap:
+        if comparison.has_gap and (over := comparison.over_random("hybrid")):
             name = f"beats a random choice on {comparison.task}, the interval without zero"
-            rows.append((name, _text(hybrid.over_random) + " points", _yes(hybrid.over_random.low > 0)))
-        if hybrid.over_lora is not None:
+            rows.append((name, _text(over) + " points", _yes(over.low > 0)))
+        if over := comparison.over("hybrid", "lora"):
             name = f"is not significantly worse than LoRA on {comparison.task}"
-            rows.append((name, _text(hybrid.over_lora) + " points", _yes(not hybrid.over_lora.high < 0)))
+            rows.append((name, _text(over) + " points", _yes(not over.high < 0)))
     return markdown(("the hybrid at 10%", "measured", "reached"), rows)
 
 

@@ -28,7 +28,7 @@ def means(records: Sequence[Record], seeds: Iterable[int] | None = None) -> dict
 
 def first_rates(method: Method, task: dict[str, Any]) -> list[float]:
     """Rates that tuning starts with: the task's own, of full fine-tuning or of LoRA, and its neighbours."""
-    own = own_rate(task, "lr_full" if method.fully else "lr_lora")
+    own = own_rate(task, "lr_full" if method.group == "full" else "lr_lora")
     return [rounded(own / STEP), rounded(own), rounded(own * STEP)]
 
 
@@ -64,7 +64,7 @@ def best_rate(store: Store, task: str, method: Method) -> float:
     Raises:
         SystemExit: If it has not been tuned to the end.
     """
-    if method.untrained:
+    if method.group == "start":
         return 0.0
     tuned = means(of_method(store, "sweep", Path(task).stem, method.name))
     if len(tuned) < FIRST or next_rates((), tuned):

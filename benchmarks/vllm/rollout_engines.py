@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, execute, tell
+from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, entry, tell
 from benchmarks.pairs import Plan, compare, prepare
 from benchmarks.tables import shown, spread, table
 from benchmarks.vllm.server import serving
@@ -36,7 +36,6 @@ _ENVIRONMENT = {  # of vLLM on a CPU; ours in process sets the same by itself
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
     parser = command(
         "vllm.rollout_engines", __doc__, rounds=3, device="cpu", threads=CORES, seed=0, out=Path("runs/rollout_engines")
     )
@@ -49,11 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Find out what cannot work before anything is loaded.
-
-    Raises:
-        UsageError: With the remedy.
-    """
     check_at_least(arguments, 1, "rounds", "threads")
     check_at_least(arguments, 0, "seed")
     if find_spec("vllm") is None:
@@ -82,13 +76,11 @@ def short_name(model: str) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure all workloads; those that are finished are on disk, whatever happens later."""
+    check(arguments)
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    out, logs, engines = arguments.out, arguments.out / "logs", arguments.engines
-    logs.mkdir(parents=True, exist_ok=True)
-    path = out / "rollout_engines.json"
+    plan = Plan.of(arguments, arguments.engines, "benchmarks.vllm.run_engines")
+    path = arguments.out / "rollout_engines.json"
     records: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    settings = (arguments.rounds, arguments.device, arguments.threads, arguments.seed, tuple(engines), logs)
-    plan = Plan(*settings, workers=dict.fromkeys(engines, ("-m", "benchmarks.vllm.run_engines")))
     workloads = chosen_workloads(arguments)
     with tempfile.TemporaryDirectory(prefix="rollout_engines_") as place:
         tell("preparing models and prompts")
@@ -96,9 +88,9 @@ def run(arguments: argparse.Namespace) -> None:
             found = {**about(arguments), **measure(workload, folder, plan)}
             records[workload.name] = {**found, "summary": summarize(found)}
             path.write_text(json.dumps(records, indent=1))
-            (out / "rollout_engines.md").write_text(tables(records) + "\n", encoding="utf-8")
+            path.with_suffix(".md").write_text(tables(records) + "\n", encoding="utf-8")
     print(tables(records))
-    print(f"\nWritten: {path}, {out / 'rollout_engines.md'}")
+    print(f"\nWritten: {path}, {path.with_suffix('.md')}")
 
 
 def measure(workload: Workload, folder: Path, plan: Plan) -> dict[str, Any]:
@@ -123,7 +115,6 @@ def summarize(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarize_engine(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of one engine."""
     rounds = steps[1:]
     tokens = sum(step["difference"]["tokens"] for step in rounds)
     numbers = {
@@ -154,10 +145,7 @@ def tables(records: dict[str, Any]) -> str:
     return table(HEADER, rows, left=2)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return execute(build_parser(), arguments, check, run)
-
+main = entry(build_parser, run)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that a server does not outlive this process

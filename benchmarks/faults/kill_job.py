@@ -33,26 +33,19 @@ LAUNCHERS = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """How checkpoints are written."""
-
-    overlay: str  # of configs/strategy
-    options: tuple[str, ...] = ()
-
-    def command(self, launcher: str, *more: str) -> list[str]:
-        """The job, which runs in a folder of its own."""
-        configs = [str(ROOT / "configs" / name) for name in ("gspo.yaml", f"strategy/{self.overlay}.yaml")]
-        command = [*LAUNCHERS[launcher], "hybrid_lightning", "fit", "--config", configs[0], "--config", configs[1]]
-        return [*command, "--trainer.devices=2", *SIZES, *self.options, *more]
-
-
-CASES = {
-    "DDP, file": Case("ddp"),
-    "FSDP2, file": Case("fsdp2"),
-    "FSDP2, folder": Case("fsdp2", ("--trainer.strategy.save_distributed_checkpoint=true",)),
-    "FSDP1, folder": Case("fsdp", ("--trainer.strategy.state_dict_type=sharded",)),
+CASES = {  # how checkpoints are written: overlay of configs/strategy, options
+    "DDP, file": ("ddp", ()),
+    "FSDP2, file": ("fsdp2", ()),
+    "FSDP2, folder": ("fsdp2", ("--trainer.strategy.save_distributed_checkpoint=true",)),
+    "FSDP1, folder": ("fsdp", ("--trainer.strategy.state_dict_type=sharded",)),
 }
+
+
+def command(case: str, launcher: str, *more: str) -> list[str]:
+    """The job, which runs in a folder of its own."""
+    overlay, options = CASES[case]
+    configs = [f"--config={ROOT / 'configs' / name}" for name in ("gspo.yaml", f"strategy/{overlay}.yaml")]
+    return [*LAUNCHERS[launcher], "hybrid_lightning", "fit", *configs, "--trainer.devices=2", *SIZES, *options, *more]
 
 
 @dataclass
@@ -159,5 +152,5 @@ class Moment:
         return job.main.poll() is None
 
     def __str__(self) -> str:
-        where = f"write {self.write} + {1000 * self.seconds:.0f} ms" if self.phase == "write" else f"{self.seconds:.1f} s"
-        return f"{self.phase}: {where}" if self.phase != "write" else where
+        in_write = f"write {self.write} + {1000 * self.seconds:.0f} ms"
+        return in_write if self.phase == "write" else f"{self.phase}: {self.seconds:.1f} s"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.commands import BenchmarkError, about, check_at_least, command, entry, tell
 from benchmarks.faults.kill_job import CASES, LAUNCHERS, STEPS, Job, Moment
+from benchmarks.faults.kill_job import command as command_of
 from benchmarks.tables import table
 from hybrid_lightning.sharding.checkpoints import WholeFiles
 
@@ -88,12 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def undisturbed(case: str, out: Path) -> Undisturbed:
-    """Run a job to its end.
-
-    Raises:
-        BenchmarkError: If it fails.
-    """
-    job = Job(CASES[case].command("the command"), out / "undisturbed" / case, out / f"undisturbed {case}.log")
+    """Run a job to its end, which must not fail."""
+    job = Job(command_of(case, "the command"), out / "undisturbed" / case, out / f"undisturbed {case}.log")
     job.wait(job.checkpoints.exists, JOB_LIMIT_S)
     first_write_s = job.seconds
     job.wait(lambda: False, JOB_LIMIT_S)
@@ -117,7 +114,7 @@ def kill_once(number: int, arguments: argparse.Namespace, whole: dict[str, Undis
     outcome = None
     while outcome is None:  # where the job was over before, another moment
         shutil.rmtree(arguments.out / f"{number:02d}", ignore_errors=True)
-        job = Job(CASES[case].command(launcher), arguments.out / f"{number:02d}", arguments.out / f"{number:02d}.log")
+        job = Job(command_of(case, launcher), arguments.out / f"{number:02d}", arguments.out / f"{number:02d}.log")
         rank = generator.randrange(2)
         outcome = kill(job, case, launcher, rank, Moment.draw(generator, whole[case].first_write_s, whole[case].end_s))
     return resume(outcome, job, whole[case], arguments.out / f"{number:02d}_resumed.log")
@@ -151,12 +148,12 @@ def resume(outcome: Outcome, job: Job, whole: Undisturbed, log: Path) -> Outcome
     for path in sorted(job.checkpoints.glob("*.ckpt")):
         try:
             steps[path] = load(path)["global_step"]
-        except Exception as error:  # any is what must not be
-            return replace(outcome, loaded=len(steps), error=f"{path.name}: {error}")
+        except Exception as cause:  # any is what must not be
+            return replace(outcome, loaded=len(steps), error=f"{path.name}: {cause}")
     if not steps:
         return outcome
     newest = max(steps, key=lambda path: (steps[path], path.name))
-    rest = Job(CASES[outcome.case].command(outcome.launcher, "--ckpt_path", str(newest.absolute())), job.folder, log)
+    rest = Job(command_of(outcome.case, outcome.launcher, "--ckpt_path", str(newest.absolute())), job.folder, log)
     rest.wait(lambda: False, JOB_LIMIT_S)
     rest.end(LIMIT_S)
     if rest.main.returncode:
@@ -183,11 +180,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Kill so many times.
-
-    Raises:
-        BenchmarkError: If anything was not as it must be.
-    """
+    """Kill so many times; an error at the end if anything was not as it must be."""
     check_at_least(options, 1, "times")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -95,15 +95,10 @@ def tables(cases: Sequence[dict[str, Any]]) -> str:
             numbers += [f"{pair[1] / MIB:,.1f}", f"{difference(pair):+.1%}"]
         rows.append([case["case"]["model"], case["name"], *numbers, " / ".join(dict.fromkeys(case["moments"]))])
     header = ["model", "case", "tensors, MiB", "planned", "growth, MiB", "planned", "most while"]
-    furthest = [f"{name} {worst(case[name] for case in cases):.0%}" for name in ("bytes", "growth")]
+    furthest = [f"{name} {max(abs(difference(case[name])) for case in cases):.0%}" for name in ("bytes", "growth")]
     parts = [pair for case in cases for pair in case["parts"].values()]
     apart = max(abs(planned - measured) for planned, measured in parts) / MIB
     return f"{table(header, rows, left=2)}\n\nFurthest off: {', '.join(furthest)}; any of {', '.join(PARTS)} {apart:.1f} MiB."
-
-
-def worst(pairs: Iterable[Sequence[float]]) -> float:
-    """The largest difference."""
-    return max(abs(difference(pair)) for pair in pairs)
 
 
 main = entry(build_parser, run)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy
 
 from benchmarks.memory.cases import ROLLOUTS, SHARES, MemoryCase
 from benchmarks.memory.probe import MemoryProbe
@@ -65,7 +65,7 @@ def measure(case: MemoryCase, folder: Path, counted: bool) -> dict[str, Any]:
         trainer = quiet_trainer(
             root,
             devices=case.ranks,
-            strategy=strategy(case),
+            strategy=_STRATEGIES[case.strategy](process_group_backend="gloo") if case.strategy else "auto",
             precision=case.precision,
             max_steps=ROLLOUTS * case.minibatches,
             gradient_clip_val=1.0,
@@ -78,11 +78,6 @@ def measure(case: MemoryCase, folder: Path, counted: bool) -> dict[str, Any]:
     peak = max(moment["process"] for moment in probe.moments.values())
     found = {"before": before, "growth": peak - before, "trainable": policy.plan.trainable_parameters()}
     return {"moments": probe.moments, **found}
-
-
-def strategy(case: MemoryCase) -> Strategy | str:
-    """Lightning's, or this project's."""
-    return "auto" if case.strategy is None else _STRATEGIES[case.strategy](process_group_backend="gloo")
 
 
 def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:

@@ -87,15 +87,6 @@ def full_length(base: Workload, tokens: int, **sizes: Any) -> Workload:
     return replace(base, max_new_tokens=tokens, mean_tokens=tokens, **sizes)
 
 
-def prepare_all(series: list[Series], folder: Path, plan: Plan) -> dict[int | None, Path]:
-    """One folder of model and prompts for each prompt length: they differ in nothing else."""
-    lengths: dict[int | None, Workload] = {}
-    for one in series:
-        for _, workload in one.points:
-            lengths.setdefault(workload.prompt_tokens, workload)
-    return dict(zip(lengths, prepare(list(lengths.values()), folder, plan), strict=True))
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Measure all series; those that are finished are on disk, whatever happens later."""
     check(arguments)
@@ -103,7 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="scaling_") as folder:
         tell("preparing models and prompts")
-        folders = prepare_all(series, Path(folder), plan)
+        lengths = {workload.prompt_tokens: workload for one in series for _, workload in one.points}  # all else is the same
+        folders = dict(zip(lengths, prepare(list(lengths.values()), Path(folder), plan), strict=True))
         for one in series:
             tell(f"loading the model {len(one.points)} times")
             jobs: list[Job] = [("ours", workload, folders[workload.prompt_tokens]) for _, workload in one.points]

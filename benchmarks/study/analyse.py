@@ -5,11 +5,11 @@ puts those that pages have marks for between these marks, and draws `accuracy.pn
 frontier.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
+from benchmarks.commands import command
 from benchmarks.study import claims
 from benchmarks.study.claims import GROUPS, LOOKED_AT, Points, points_of
 from benchmarks.study.comparison import UNSEEN, Comparison, compare
@@ -36,8 +36,7 @@ TITLES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_options(parser)
+    parser = add_options(command("study.analyse", __doc__))
     parser.add_argument(
         "--pages",
         type=Path,
@@ -78,8 +77,7 @@ def found(store: Store) -> tuple[list[Comparison], dict[str, Points]]:
 
 def tables_of(store: Store, comparisons: list[Comparison], frontier: dict[str, Points]) -> dict[str, str]:
     """All tables, by the names of their marks; empty ones are of what was not run."""
-    tables = _of_runs(store, comparisons) if comparisons else {}
-    tables |= _of_frontier(store, frontier)
+    tables = {**(_of_runs(store, comparisons) if comparisons else {}), **_of_frontier(store, frontier)}
     tables |= {comparison.task: of_task(comparison) for comparison in comparisons}
     return tables | {f"the frontier of {task}": claims.points_table(points) for task, points in frontier.items()}
 

@@ -20,37 +20,33 @@ class RandomMLP(Random):
         return super().score(statistics, rank) + float(".mlp." in statistics.name)
 
 
-class EarlyOutputs(Scorer):
-    """`o_proj` and `down_proj` of the first layers: what won most often in the first runs."""
-
+class _Rule(Scorer):
     needs_gradient = False
+
+
+class EarlyOutputs(_Rule):
+    """`o_proj` and `down_proj` of the first layers: what won most often in the first runs."""
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
         return float(statistics.name.endswith(("o_proj", "down_proj"))) - layer_of(statistics.name) / 1e3
 
 
-class Early(Scorer):
+class Early(_Rule):
     """Every module of the first layers."""
-
-    needs_gradient = False
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
         return -float(layer_of(statistics.name))
 
 
-class Late(Scorer):
+class Late(_Rule):
     """Every module of the last layers."""
-
-    needs_gradient = False
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
         return float(layer_of(statistics.name))
 
 
-class Largest(Scorer):
+class Largest(_Rule):
     """The modules with the most weights, for which low rank is the lowest in relation."""
-
-    needs_gradient = False
 
     def score(self, statistics: ModuleStatistics, rank: int) -> float:
         return float(statistics.parameters)

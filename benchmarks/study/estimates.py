@@ -68,7 +68,6 @@ def gap_closed(ours: Mapping[int, float], low: Mapping[int, float], high: Mappin
     seeds = sorted(ours.keys() & low.keys() & high.keys())
     if not seeds:
         return None
-
     return ratio([ours[s] - low[s] for s in seeds], [high[s] - low[s] for s in seeds])
 
 
@@ -93,18 +92,14 @@ def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Estimate:
     return Estimate(value, (b - half) / a, (b + half) / a, count)
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's; not a number where one of the two has no order."""
-    constant = len(set(first)) == 1 or len(set(second)) == 1  # of which scipy warns every time
-    return math.nan if constant else float(spearmanr(first, second).statistic)
-
-
 def correlation(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """Rank correlation, with the percentiles of a bootstrap over the pairs as its interval."""
+    """Spearman's rank correlation, with the percentiles of a bootstrap over the pairs as its interval."""
     places = range(len(first))
 
     def of(chosen: Sequence[int]) -> float:
-        return rank_correlation([first[i] for i in chosen], [second[i] for i in chosen])
+        ours, theirs = [first[i] for i in chosen], [second[i] for i in chosen]
+        has_order = len(set(ours)) > 1 and len(set(theirs)) > 1  # or else scipy warns every time
+        return float(spearmanr(ours, theirs).statistic) if has_order else math.nan
 
     rng = random.Random(0)
     drawn = [number for _ in range(RESAMPLES) if math.isfinite(number := of(rng.choices(places, k=len(places))))]

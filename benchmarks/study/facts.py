@@ -2,7 +2,7 @@
 
 A question names a relation and some keys, `3c?=`, and the answer has a digit for each key, `40`; there is a table for each
 relation. Pretraining was on answers that draw each digit from a few candidates of its fact, the right one among them: the policy
-knows the format and what is plausible, and reinforcement has to teach which candidate is right, fact by fact. That is much, and
+knows the format and what is plausible, and has to learn by reinforcement which candidate is right, fact by fact. That is much, and
 of high rank, unlike making an answer likelier that is the likeliest already.
 
 Which questions are held out is fixed by a hash of their keys, so that no question of validation or test was ever an example; the
@@ -54,13 +54,11 @@ class Facts(PromptSource):
             raise ConfigError(f"data.source: {split}_size={size}, but there are {len(questions)} such questions; lower it")
         rng = random.Random(f"{self.seed} {split}")
         possible = possible_digits(self.table)
-        table = {fact: digits[0] for fact, digits in possible.items()}
-        return [self._row(n, question, table) for n, question in enumerate(rng.sample(questions, size))]
-
-    def _row(self, index: int, question: str, table: dict[str, str]) -> Row:
-        answer = "".join(table[question[0] + key] for key in question[1:])
-        columns = {"question": f"{question}=", "answer": answer}
-        return Row(columns["question"], answer, index, type(self).__name__, columns)
+        rows = []
+        for index, keys in enumerate(rng.sample(questions, size)):
+            question, answer = f"{keys}=", "".join(possible[keys[0] + key][0] for key in keys[1:])
+            rows.append(Row(question, answer, index, type(self).__name__, {"question": question, "answer": answer}))
+        return rows
 
 
 class PlausibleFacts(PromptSource):

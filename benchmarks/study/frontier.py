@@ -77,7 +77,7 @@ def jobs_of(store: Store, task: str, names: list[str], seeds: Sequence[int], giv
 
 
 def main() -> None:
-    parser = options(__doc__, TASKS, FRONTIER)
+    parser = options("frontier", __doc__, TASKS, FRONTIER)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(4)), help="default: 0 to 3")
     parser.add_argument("--rate", type=float, help="of LoRA in all of them, instead of the tuned one: a trial")
     given = parser.parse_args()

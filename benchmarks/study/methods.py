@@ -17,7 +17,7 @@ ROOT_OF_WIDTH = 4.0  # divided by the root of the hidden size: a rule that was g
 FULL_TO_LORA = 0.3  # of most hybrids: the learning rate of their fully trained modules as a share of LoRA's
 SEED = {"adapter.scorer.seed": "{seed}"}  # of a random choice: each run makes its own
 SEVERAL_LOSSES = {"model.max_tokens_per_micro_batch": 256}  # of calibration, whose halves SpectrumSNR compares
-CONTROLS = "benchmarks.study.controls"
+CONTROLS, ADALORA = "benchmarks.study.controls", "benchmarks.study.adalora.AdaLoRA"
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,7 @@ def _scorer(name: str, **changes: Any) -> dict[str, Any]:
 
 _NONE, _TENTH = _share(0.0), _share(0.1)
 _RANDOM, _RANDOM_MLP = _scorer("Random", **SEED), _scorer(f"{CONTROLS}.RandomMLP", **SEED)
-_UPDATE_TAIL = _scorer("UpdateTail")
-_RATIOS: dict[str, float | Literal["width"]] = {
-    "one_rate": 1.0,
-    "three_quarters_rate": 0.75,
-    "half_rate": 0.5,
-    "by_width": "width",
-}
+_RATIOS: dict[str, Any] = {"one_rate": 1.0, "three_quarters_rate": 0.75, "half_rate": 0.5, "by_width": "width"}
 _ALL = (
     Method("start", "start"),
     Method("fft", "full", _share(1.0)),
@@ -107,13 +101,7 @@ _ALL = (
     Method("random_own_ratio", "control", _RANDOM, full_to_lora="task"),
     Method("dora", "baseline", {**_NONE, "adapter.use_dora": True}),
     Method("rslora", "baseline", {**_NONE, "adapter.use_rslora": True}),
-    Method(
-        "adalora",
-        "baseline",
-        _NONE,
-        module="benchmarks.study.adalora.AdaLoRAPolicy",
-        supervised_module="benchmarks.study.adalora.AdaLoRASupervised",
-    ),
+    Method("adalora", "baseline", _NONE, module=f"{ADALORA}Policy", supervised_module=f"{ADALORA}Supervised"),
     Method("lora_matched", "lora", _NONE, match_state=True),
     Method("bottom", "control", _scorer(f"{CONTROLS}.Bottom")),
     *(Method(f"lora_r{rank}", "lora", _NONE, rank=rank) for rank in (1, 4, 8, 16, 25, 64)),
@@ -124,9 +112,7 @@ _ALL = (
     Method("spectrum_snr", "hybrid", _scorer("SpectrumSNR", **SEVERAL_LOSSES)),
     Method("probe", "hybrid", _scorer("Probe")),
     Method("early_outputs", "hybrid", _scorer(f"{CONTROLS}.EarlyOutputs")),
-    Method("early", "hybrid", _scorer(f"{CONTROLS}.Early")),
-    Method("late", "hybrid", _scorer(f"{CONTROLS}.Late")),
-    Method("largest", "hybrid", _scorer(f"{CONTROLS}.Largest")),
+    *(Method(name.lower(), "hybrid", _scorer(f"{CONTROLS}.{name}")) for name in ("Early", "Late", "Largest")),
     *(Method(f"budget_{percent}", "budget", _share(percent / 100)) for percent in (2, 5, 20, 40)),
     # Beside LoRA of another rank, or at another ratio of the two rates.
     *(
@@ -135,9 +121,9 @@ _ALL = (
     ),
     *(Method(f"hybrid_{ratio}", "hybrid", full_to_lora=_RATIOS[ratio]) for ratio in _RATIOS),
     *(Method(f"hybrid_10_r8_{ratio}", "budget", _TENTH, rank=8, full_to_lora=_RATIOS[ratio]) for ratio in _RATIOS),
-    *(Method(f"update_tail_10_r{rank}", "budget", {**_TENTH, **_UPDATE_TAIL}, rank=rank) for rank in (2, 8)),
     *(
-        Method(f"update_tail_10_r{rank}_one_rate", "budget", {**_TENTH, **_UPDATE_TAIL}, rank=rank, full_to_lora=1.0)
+        Method(f"update_tail_10_r{rank}{name}", "budget", {**_TENTH, **_scorer("UpdateTail")}, rank=rank, full_to_lora=ratio)
+        for name, ratio in (("", FULL_TO_LORA), ("_one_rate", 1.0))
         for rank in (2, 8)
     ),
     Method("random_mlp_one_rate", "control", _RANDOM_MLP, full_to_lora=1.0),

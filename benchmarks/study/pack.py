@@ -4,16 +4,15 @@ Adds the files that the stages have written since to those that are packed alrea
 its name; a file that is no record, or another one than that packed under its name, is refused and nothing is written.
 """
 
-import argparse
 from collections.abc import Iterable
 
+from benchmarks.commands import command
 from benchmarks.study.records import Job, Record
-from benchmarks.study.store import Content, Store, add_options, differing, malformed, read, same, store_of, write_pack
+from benchmarks.study.store import PACK, Content, Store, add_options, differing, malformed, read, same, store_of, write_pack
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_options(parser)
+    parser = add_options(command("study.pack", __doc__))
     parser.add_argument(
         "--drop",
         nargs="+",
@@ -23,10 +22,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     store = store_of(arguments)
-    before = store.packed
     records = together(store, arguments.drop)
-    write_pack(records, store.pack)
-    added = sum(name not in before for name in records)
+    write_pack(records, arguments.results / PACK)
+    added = sum(name not in store.packed for name in records)
     replaced = sum(name in records for name in arguments.drop)
     gone = len(arguments.drop) - replaced
     print(f"{len(records)} records in {store.pack}: {added} added, {replaced} replaced, {gone} taken out")

@@ -1,7 +1,7 @@
 """The start policies of the study: their shapes, and what each was pretrained on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +52,7 @@ def _puzzle(kind: type[Puzzle], doubt: float, lines: int, seed: int) -> PromptSo
     return kind(train_size=lines, validation_size=0, test_size=0, doubt=doubt, seed=seed)
 
 
+_SORTER = PolicyRecipe(partial(_puzzle, Sorting, 1.0), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192)
 RECIPES = {
     "wide": PolicyRecipe(partial(_facts, 0), facts.CHARACTERS, layers=4, width=64, feed_forward=192),  # 28 candidate modules
     "deep": PolicyRecipe(partial(_facts, 1), facts.CHARACTERS, layers=8, width=48, feed_forward=144),  # 56
@@ -63,17 +64,8 @@ RECIPES = {
     "tracker": PolicyRecipe(
         partial(_puzzle, Tracking, 0.6), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192, learned_below=1.2
     ),
-    "sorter": PolicyRecipe(partial(_puzzle, Sorting, 1.0), puzzles.CHARACTERS, layers=4, width=64, feed_forward=192),
-    "wide_sorter": PolicyRecipe(
-        partial(_puzzle, Sorting, 1.0),
-        puzzles.CHARACTERS,
-        layers=12,
-        width=192,
-        feed_forward=512,
-        steps=400,
-        batch_size=64,
-        shared=4,
-    ),
+    "sorter": _SORTER,
+    "wide_sorter": replace(_SORTER, layers=12, width=192, feed_forward=512, steps=400, batch_size=64, shared=4),
 }
 POLICY_OF = {
     "facts": "wide",
@@ -102,11 +94,7 @@ SMOLLM2 = Shape(576, 2 * (576 + 576) + 2 * (576 + 192), 3 * (576 + 1536))
 
 
 def shape_of(model: str) -> Shape:
-    """Of the start policy that a task names.
-
-    Raises:
-        SystemExit: If it is none of the study's.
-    """
+    """Of the start policy that a task names, which must be one of the study's."""
     recipes = {"embedded": "products", **{str(FOLDER / name): name for name in RECIPES}}
     if model in recipes:
         recipe = RECIPES[recipes[model]]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.commands import CORES, command
 from benchmarks.study.methods import CORE, METHODS
 from benchmarks.study.policies import FOLDER
 from benchmarks.study.records import TUNING_SEEDS, Job
@@ -21,15 +22,16 @@ from benchmarks.study.store import Store, add_options
 HERE = Path(os.path.relpath(Path(__file__).parent))  # relative, since it is written into the records
 
 
-def options(doc: str | None, tasks: Sequence[str] = (), methods: Sequence[str] = CORE) -> argparse.ArgumentParser:
+def options(name: str, doc: str | None, tasks: Sequence[str] = (), methods: Sequence[str] = CORE) -> argparse.ArgumentParser:
     """A parser with the options of every stage that makes runs.
 
     Args:
+        name: Of the stage.
         doc: Docstring of its module.
         tasks: Names of the default tasks; without any, those in tasks/.
         methods: Names of the default methods.
     """
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    parser = command(f"study.{name}", doc)
     tasks = tasks or [path.stem for path in sorted((HERE / "tasks").glob("*.yaml"))]
     parser.add_argument(
         "--task", nargs="+", default=tasks, help=f"configs, or names of those in tasks/; default: {' '.join(tasks)}"
@@ -41,28 +43,19 @@ def options(doc: str | None, tasks: Sequence[str] = (), methods: Sequence[str] =
         metavar="NAME",
         help=f"of {', '.join(METHODS)}, or all; default: {' '.join(methods)}",
     )
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time; default: the cores")
-    add_options(parser)
-    return parser
+    parser.add_argument("--workers", type=int, default=CORES, help="runs at a time; default: the cores")
+    return add_options(parser)
 
 
 def fresh_seeds(given: Sequence[int]) -> Sequence[int]:
-    """Seeds of a comparison.
-
-    Raises:
-        SystemExit: If rates are tuned by one of them.
-    """
+    """Seeds of a comparison, which are none that rates are tuned by."""
     if set(given) & set(TUNING_SEEDS):
         raise SystemExit(f"error: --seeds has one of {TUNING_SEEDS}, by which learning rates are tuned; give others")
     return given
 
 
 def tasks_of(arguments: argparse.Namespace) -> list[str]:
-    """Paths of the configs.
-
-    Raises:
-        SystemExit: If one is missing, or its start policy.
-    """
+    """Paths of the configs, which must be there with their start policies."""
     paths = [name if name.endswith(".yaml") else str(HERE / "tasks" / f"{name}.yaml") for name in arguments.task]
     for path in paths:
         if not Path(path).exists():
@@ -79,11 +72,7 @@ def tasks_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def methods_of(arguments: argparse.Namespace) -> list[str]:
-    """Names of methods, in the order in which they are made.
-
-    Raises:
-        SystemExit: If one is unknown.
-    """
+    """Names of methods, in the order in which they are made."""
     names = list(METHODS) if "all" in arguments.method else arguments.method
     unknown = [name for name in names if name not in METHODS]
     if unknown:
@@ -92,11 +81,7 @@ def methods_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def make_runs(jobs: Sequence[Job], store: Store, workers: int) -> None:
-    """Make the runs that have no record; one that fails does not stop the others.
-
-    Raises:
-        SystemExit: At the end, if one has failed.
-    """
+    """Make the runs that have no record; one that fails does not stop the others, and is an error at the end."""
     to_make = [job for job in jobs if job.file not in store]
     print(f"{len(jobs)} wanted, {len(jobs) - len(to_make)} of them made already", flush=True)
     failures, start = 0, time.perf_counter()

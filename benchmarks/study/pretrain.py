@@ -6,14 +6,13 @@ learned what it was trained on, where its recipe says how that is seen, is drawn
 nothing.
 """
 
-import argparse
-import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.commands import CORES, command
 from benchmarks.embedded_policy import pretrain_on
 from benchmarks.study.policies import RECIPES, PolicyRecipe, folder_of
 
@@ -36,7 +35,11 @@ def make(name: str, seed: int, own_folder: bool) -> None:
         return
     tokenizer = recipe.tokenizer()
     for attempt in range(ATTEMPTS):
-        model = _trained(recipe, seed + 10_000 * attempt, not own_folder)
+        drawn = seed + 10_000 * attempt
+        torch.manual_seed(drawn)
+        how = {"steps": recipe.steps, "batch_size": recipe.batch_size, "lr": recipe.lr}
+        new, corpus = recipe.model(tokenizer), recipe.corpus(drawn)
+        model = pretrain_on(new, tokenizer, corpus, seed=drawn, progress=not own_folder, **how)
         if recipe.learned_below is None or (loss := answer_loss(model, tokenizer, recipe)) < recipe.learned_below:
             tokenizer.save_pretrained(folder)
             model.save_pretrained(folder)  # its config.json last says that the folder is whole
@@ -44,21 +47,6 @@ def make(name: str, seed: int, own_folder: bool) -> None:
             return
         print(f"{folder} has not learned ({loss:.2f} nats a token): it is drawn anew", flush=True)
     raise SystemExit(f"error: none of {ATTEMPTS} policies of {name}, seed {seed}, has learned; give another seed")
-
-
-def _trained(recipe: PolicyRecipe, seed: int, progress: bool) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    tokenizer = recipe.tokenizer()
-    return pretrain_on(
-        recipe.model(tokenizer),
-        tokenizer,
-        recipe.corpus(seed),
-        seed=seed,
-        steps=recipe.steps,
-        batch_size=recipe.batch_size,
-        lr=recipe.lr,
-        progress=progress,
-    )
 
 
 @torch.no_grad()
@@ -74,10 +62,10 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, reci
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command("study.pretrain", __doc__)
     parser.add_argument("--policy", nargs="+", choices=RECIPES, default=["wide", "deep"], help="default: those of the tasks")
     parser.add_argument("--seeds", type=int, nargs="+", help="one policy for each of these seeds, in a folder of its own")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="with --seeds; default: the cores")
+    parser.add_argument("--workers", type=int, default=CORES, help="with --seeds; default: the cores")
     arguments = parser.parse_args()
     if arguments.seeds is None:
         for name in arguments.policy:

@@ -1,10 +1,10 @@
 """What is kept of each run: one small JSON file, whose name says which run it is."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.study.store import Store, malformed, write
+from benchmarks.study.store import Store, malformed
 
 Purpose = Literal["sweep", "run", "trial", "frontier", "memory"]  # the last measures a run's first steps
 TUNING_SEEDS = (1000, 1001)  # never those of the comparison
@@ -70,10 +70,6 @@ class Record:
     def accuracy(self) -> float:
         """avg@k on the test problems at the end, which methods are compared by."""
         return self.test["avg"]
-
-
-def save(record: Record, path: Path) -> None:
-    write(asdict(record), path)
 
 
 def of_method(store: Store, purpose: Purpose, task: str, method: str) -> list[Record]:

@@ -10,7 +10,7 @@ from benchmarks.study.tuning import best_rate, rank_of
 
 
 def main() -> None:
-    parser = options(__doc__)
+    parser = options("run", __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)), help="default: 0 to 7")
     given = parser.parse_args()
     methods, store = [METHODS[name] for name in methods_of(given)], store_of(given)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from benchmarks.commands import versions
 from benchmarks.study.methods import METHODS
-from benchmarks.study.records import Job, Record, save
+from benchmarks.study.records import Job, Record
 from benchmarks.study.store import write
 from hybrid_lightning.cli import HybridLightningCLI
 from hybrid_lightning.errors import TrainingError
@@ -48,10 +49,6 @@ class Curve(Callback):
         if trainer.state.fn in ("fit", "validate"):
             self.points.append({"step": trainer.global_step, **accuracies(trainer, "val")})
 
-    def fail(self) -> None:
-        """Note that the run, which has diverged, would get nothing right at its end."""
-        self.points.append({"step": self.trainer.max_steps, "avg": 0.0, "greedy": 0.0})
-
 
 def accuracies(trainer: Trainer, stage: str) -> dict[str, float]:
     """avg@k and greedy accuracy of the last evaluation."""
@@ -61,10 +58,7 @@ def accuracies(trainer: Trainer, stage: str) -> dict[str, float]:
 
 
 def make_run(job: Job, folder: Path) -> str:
-    """Train and test, or measure the memory, and write the record.
-
-    Returns:
-        What came of it, in a line.
+    """Train and test, or measure the memory, and write the record; returns what came of it, in a line.
 
     Raises:
         RuntimeError: If the run fails, with the cause and the path of its log.
@@ -135,7 +129,7 @@ def _run(job: Job, path: Path) -> str:
         HybridLightningCLI(args=command, trainer_defaults={"callbacks": [curve]})
     except TrainingError:  # of too large a learning rate: that is a result
         diverged = True
-        curve.fail()
+        curve.points.append({"step": curve.trainer.max_steps, "avg": 0.0, "greedy": 0.0})
     trained = time.perf_counter() - start
     trainer, module = curve.trainer, curve.module
     plan = module.plan  # none where nothing is trained
@@ -158,17 +152,13 @@ def _run(job: Job, path: Path) -> str:
         seconds={"run": round(trained, 2), "scoring": round(scoring, 3)},
         processor_seconds=round(time.process_time() - processor, 2),
     )
-    save(record, path)
+    write(asdict(record), path)
     settings = f"lr={record.learning_rate:g} seed={record.seed}"
     return f"{job.task_name} {job.method} {settings}: validation {record.validation:.3f}, test {record.accuracy:.3f}"
 
 
 def read_task(path: str) -> dict[str, Any]:
-    """The config of a task.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
+    """The config of a task."""
     content: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     return content
 

@@ -37,11 +37,7 @@ class Store:
 
     @cached_property
     def packed(self) -> dict[str, Content]:
-        """What the table has, by name.
-
-        Raises:
-            SystemExit: If it is damaged.
-        """
+        """What the table has, by name."""
         return read_pack(self.pack) if self.pack and self.pack.exists() else {}
 
     @cached_property
@@ -71,14 +67,15 @@ class Store:
         return sorted(packed | {path.name for path in (self.folder / folder).glob("*") if path.is_dir()})
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every stage: where its records are."""
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """With the options of every stage: where its records are."""
     parser.add_argument(
         "--records", type=Path, default=FOLDER, help="folder of the records that are not packed yet (default: %(default)s)"
     )
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help=f"folder of tables, figures and the packed {PACK} (default: %(default)s)"
     )
+    return parser
 
 
 def store_of(arguments: argparse.Namespace) -> Store:
@@ -92,11 +89,7 @@ def write(content: Any, path: Path) -> None:
 
 
 def read(path: Path) -> Content:
-    """Read a record.
-
-    Raises:
-        SystemExit: If it is none.
-    """
+    """Read a file, which must be a record."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # neither UTF-8 nor JSON
@@ -115,11 +108,7 @@ def write_pack(records: Mapping[str, Content], path: Path) -> None:
 
 
 def read_pack(path: Path) -> dict[str, Content]:
-    """All records of a table, by name.
-
-    Raises:
-        SystemExit: If it is damaged.
-    """
+    """All records of a table, which must be whole, by name."""
     records: dict[str, Content] = {}
     try:
         for line in lzma.decompress(path.read_bytes()).splitlines():

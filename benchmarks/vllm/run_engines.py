@@ -112,20 +112,15 @@ class Measured(Gated):
         return found
 
 
-def build_sampler(side: str, max_new_tokens: int, url: str, context: int | None) -> RolloutEngine:
-    """The engine of that side; a server is at `url`, and one in process has this longest prompt with completion."""
-    if side == "vllm":
-        return VLLMSampler(max_new_tokens=max_new_tokens, max_model_len=context)
-    if side == "server":
-        return VLLMServerSampler(urls=[url], max_new_tokens=max_new_tokens)
-    return Sampler(max_new_tokens=max_new_tokens)
-
-
 def main() -> None:
     settings = Settings.from_arguments()
     workload, gate = settings.workload, Gate(settings)
     asked = json.loads((settings.folder / "engines.json").read_text())
-    engine = build_sampler(settings.side, workload.max_new_tokens, asked["url"], asked["context"])
+    engine: RolloutEngine = Sampler(max_new_tokens=workload.max_new_tokens)
+    if settings.side == "vllm":
+        engine = VLLMSampler(max_new_tokens=workload.max_new_tokens, max_model_len=asked["context"])
+    elif settings.side == "server":
+        engine = VLLMServerSampler(urls=[asked["url"]], max_new_tokens=workload.max_new_tokens)
     policy, timer, differences = build_policy(settings, sampler=engine), StepTimer(), TimedDifferences()
     # Scored by chance, which takes no rollouts: all sides train the same modules.
     adapter = HybridAdapterSetup(budget=ModuleBudget(0.1), scorer=Random(), rank=workload.rank, alpha=workload.alpha)

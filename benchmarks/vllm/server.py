@@ -6,8 +6,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.commands import BenchmarkError, environment, last_line
@@ -25,7 +23,7 @@ _ENVIRONMENT = {
 
 
 class Server:
-    """A server, and what it says in `log`.
+    """A server, and what it says in `log`; it is ready, and lives, as long as this context.
 
     Args:
         folder: Of its model, with weights and tokenizer.
@@ -48,12 +46,15 @@ class Server:
                 start_new_session=True,
             )
 
-    def wait(self) -> None:
-        """Until it is ready.
+    def __enter__(self) -> "Server":
+        try:
+            self._wait()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
-        Raises:
-            BenchmarkError: If it ends before, or is not ready in time.
-        """
+    def _wait(self) -> None:
         until = time.monotonic() + START_S
         while time.monotonic() < until:
             if self.process.poll() is not None:
@@ -71,8 +72,7 @@ class Server:
         """Most resident bytes of each of its processes so far, added up."""
         return sum(resident_bytes(process)[1] for process in self.family.members())
 
-    def close(self) -> None:
-        """End it and all that it has started."""
+    def __exit__(self, *_: object) -> None:
         self.process.terminate()
         try:
             self.process.wait(timeout=END_S)
@@ -80,17 +80,6 @@ class Server:
             self.process.kill()
             self.process.wait()
         self.family.kill()
-
-
-@contextmanager
-def serving(folder: Path, dtype: str, device: str, threads: int, context: int | None, log: Path) -> Iterator[Server]:
-    """A server that is ready, for as long as this context."""
-    server = Server(folder, dtype, device, threads, context, log)
-    try:
-        server.wait()
-        yield server
-    finally:
-        server.close()
 
 
 def command(folder: Path, dtype: str, device: str, port: int, context: int | None) -> list[str]:

@@ -1,6 +1,13 @@
 """Records of the study for tests."""
 
-from benchmarks.study.records import Job, Record, save
+from dataclasses import asdict
+
+import pytest
+
+pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
+
+from benchmarks.study.records import Job, Record
+from benchmarks.study.store import write
 
 
 def record(method="lora", rate=1e-2, seed=0, purpose="run", accuracy=0.5, validation=None, trainable=100, rank=None):
@@ -22,7 +29,7 @@ def record(method="lora", rate=1e-2, seed=0, purpose="run", accuracy=0.5, valida
 
 def keep(results, *records):
     for job, made in records:
-        save(made, results / job.file)
+        write(asdict(made), results / job.file)
 
 
 def results_with_a_gap(folder, seeds=8):

@@ -11,15 +11,6 @@ from benchmarks.training import tensor_bytes
 GIB = 2**30
 
 
-def test_completions_have_the_full_length_whatever_it_is():
-    default = methods.chosen_workload(methods.build_parser().parse_args([]))
-    assert (default.prompts, default.samples, default.prompt_tokens, default.max_new_tokens) == (4, 8, 128, 64)
-    asked = ["--prompts", "2", "--samples", "3", "--prompt-tokens", "9", "--max-new-tokens", "5", "--model", "embedded"]
-    load = methods.chosen_workload(methods.build_parser().parse_args(asked))
-    assert (load.prompts, load.samples, load.prompt_tokens, load.max_new_tokens, load.model) == (2, 3, 9, 5, "embedded")
-    assert default.full_length and load.full_length
-
-
 # ---- what a worker counts
 
 
@@ -60,7 +51,6 @@ def steps(seconds, peaks, state):
 
 def facts(trained_weight_bytes, scoring=0.0):
     return {
-        "memory": {"cpu": GIB},
         "trained_weight_bytes": trained_weight_bytes,
         "trainable_parameters": trained_weight_bytes // 4,
         "scoring_seconds": scoring,
@@ -82,13 +72,15 @@ def measured(hybrid_seconds=(90.0, 2.2, 3.3, 4.0), scoring=6.6):
     }
 
 
-@pytest.fixture
-def load():
-    return methods.chosen_workload(methods.build_parser().parse_args([]))
+def summarize(device="cpu", **changed):
+    found = measured(**changed)
+    for step in (step for done in found["steps"].values() for step in done):
+        step["memory"]["cuda_peak"] = step["memory"]["cpu_peak"] // 2
+    return methods.summarize(methods.chosen_workload(methods.build_parser().parse_args([])), found, device)
 
 
-def test_known_numbers(load):
-    result = methods.summarize(load, measured(), "cpu")
+def test_known_numbers():
+    result = summarize()
     hybrid, fft = result["summary"]["hybrid"], result["summary"]["fft"]
     assert hybrid["time_over_lora"] == pytest.approx({"median": 1.1, "min": 1.0, "max": 1.1})
     assert hybrid["seconds"]["median"] == 3.3
@@ -97,34 +89,10 @@ def test_known_numbers(load):
     assert (fft["peak_bytes"], fft["peak_used_bytes"]) == (11 * GIB, 10 * GIB)
     found = {name: goal["measured"] for name, goal in result["goals"].items()}
     assert found == pytest.approx({"time": 1.1, "state": 1 / 7, "peak": 0.4, "scoring": 2.0})
-
-
-def test_on_a_gpu_nothing_is_mapped(load):
-    on_gpu = measured()
-    for done in on_gpu["steps"].values():
-        for step in done:
-            step["memory"] |= {"cuda_peak": step["memory"]["cpu_peak"] // 2}
-    for fact in on_gpu["facts"].values():
-        fact["memory"] |= {"cuda": 0}
-    fft = methods.summarize(load, on_gpu, "cuda")["summary"]["fft"]
-    assert fft["peak_used_bytes"] == fft["peak_bytes"] == 11 * GIB // 2
-
-
-def test_all_goals_are_reached_or_one_is_missed(load):
-    goals = methods.summarize(load, measured(), "cpu")["goals"]
-    assert {name: goal["at_most"] for name, goal in goals.items()} == {"time": 1.15, "state": 0.25, "peak": 0.65, "scoring": 2.0}
-    assert all(goal["reached"] for goal in goals.values())
-    for name, changed in (("time", {"hybrid_seconds": (1.0, 2.4, 3.6, 4.0)}), ("scoring", {"scoring": 6.8})):
-        goals = methods.summarize(load, measured(**changed), "cpu")["goals"]
-        assert not goals[name]["reached"]
-
-
-def test_the_tables_show_them(load):
-    lines = methods.tables(methods.summarize(load, measured(), "cpu")).splitlines()
-    state = "256.0 | 256.0 | 512.0 | 1024.0 | 0.143 | 4.00 | 0.40"
-    assert f"| hybrid 10% | 3.30 | 1.10 (1.00-1.10) | 67.1 | {state} |" in lines
-    assert "| trainable state, hybrid / FFT | 0.14 | 0.25 | yes |" in lines
-    assert lines[-1] == "Scoring 30 modules on 8 completions of 2 prompts took 6.60 s; 3 are fully trained."
+    assert all(goal["reached"] for goal in result["goals"].values())
+    assert not summarize(hybrid_seconds=(1.0, 2.4, 3.6, 4.0))["goals"]["time"]["reached"]
+    on_gpu = summarize("cuda")["summary"]["fft"]
+    assert on_gpu["peak_used_bytes"] == on_gpu["peak_bytes"] == 11 * GIB // 2, "where nothing is mapped"
 
 
 # ---- the whole

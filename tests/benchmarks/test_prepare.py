@@ -31,11 +31,6 @@ def test_prompts_that_cannot_be_written_are_an_error(monkeypatch):
         prepare.make_prompts(workload(), build_tokenizer(), 1, random.Random(0))
 
 
-def test_tiny_asks_what_the_embedded_default_asks():
-    prompts = prepare.make_prompts(workload(prompt_tokens=None), build_tokenizer(), 4, random.Random(0))
-    assert all(text[0].isdigit() and "*" in text and text.endswith("=") for text in prompts)
-
-
 def test_the_end_that_is_never_sampled():
     model, tokenizer = build_model("llama"), build_tokenizer()
     prepare.prepare(workload(), model, tokenizer, 1, 0)
@@ -71,7 +66,7 @@ def test_common_tokens_do_not_end_completions(monkeypatch):
     assert len(prepare.ending_tokens(probabilities, 5.1, random.Random(0))) == 2
 
 
-def test_no_group_ties_even_if_all_completions_are_equal():
+def test_equal_completions_of_a_group_have_different_rewards():
     rewards = workloads.hashed_reward(["same"] * 8)
     assert len(set(rewards)) == 8
     assert all(0 <= value < 1 for value in rewards)

@@ -5,7 +5,6 @@ import math
 
 import pytest
 
-from benchmarks import pairs
 from benchmarks.speed import scaling
 
 SMALL = ["--completion-tokens", "4", "8", "16", "--samples", "2", "4", "6", "--prompt-tokens", "8", "16", "32"]
@@ -20,49 +19,19 @@ def series():
     return series_of(*SMALL, "--fixed", "8", "2", "4", "--prompts", "3")
 
 
-def sizes(one):
-    """Prompt tokens, G and completion tokens at each point."""
-    return [(load.prompt_tokens, load.samples, load.max_new_tokens) for _, load in one.points]
-
-
 def test_one_size_varies_and_completions_have_the_full_length(series):
-    assert sizes(series["completion"]) == [(8, 2, 4), (8, 2, 8), (8, 2, 16)]
-    assert sizes(series["samples"]) == [(8, 2, 4), (8, 4, 4), (8, 6, 4)]
-    assert sizes(series["prompt"]) == [(8, 2, 4), (16, 2, 4), (32, 2, 4)]
-    assert [x for x, _ in series["completion"].points] == [4, 8, 16]
-    assert [x for x, _ in series["samples"].points] == [2, 4, 6]
-    assert [x for x, _ in series["prompt"].points] == [16, 32, 64]  # prompt tokens x G
+    points = {
+        name: [(x, load.prompt_tokens, load.samples, load.max_new_tokens) for x, load in one.points]
+        for name, one in series.items()
+    }
+    assert points == {
+        "completion": [(4, 8, 2, 4), (8, 8, 2, 8), (16, 8, 2, 16)],
+        "samples": [(2, 8, 2, 4), (4, 8, 4, 4), (6, 8, 6, 4)],
+        "prompt": [(16, 8, 2, 4), (32, 16, 2, 4), (64, 32, 2, 4)],  # prompt tokens x G
+    }
     assert all(load.full_length and load.prompts == 3 for one in series.values() for _, load in one.points)
     names = [load.name for one in series.values() for _, load in one.points]
     assert len(set(names)) == len(names)  # or workers would share a log
-
-
-def test_one_folder_for_each_prompt_length(monkeypatch, tmp_path, series):
-    asked = []
-
-    def prepare(loads, folder, plan):
-        asked.extend(load.prompt_tokens for load in loads)
-        return [folder / str(load.prompt_tokens) for load in loads]
-
-    monkeypatch.setattr(scaling, "prepare", prepare)
-    plan = pairs.Plan(1, "cpu", 1, 0, ("ours",), tmp_path)
-    folders = scaling.prepare_all(list(series.values()), tmp_path, plan)
-    assert asked == [8, 16, 32]
-    assert folders == {length: tmp_path / str(length) for length in asked}
-
-
-def test_tokens(series):
-    load = series["prompt"].points[2][1]  # P = 3, prompt 32, G = 2, completion 4
-    assert scaling.tokens(load, shared=False) == 3 * 2 * (32 + 4)
-    assert scaling.tokens(load, shared=True) == 3 * (32 + 2 * 4)
-
-
-def test_fits_of_known_curves():
-    x = [1.0, 2.0, 4.0, 8.0]
-    assert scaling.line(x, [3 + 2 * v for v in x]) == pytest.approx({"slope": 2, "intercept": 3, "r2": 1})
-    # By hand: x and y have means 1 and 2, the sums of products are 2, 2 and 6.
-    assert scaling.line([0.0, 1.0, 2.0], [1.0, 1.0, 4.0]) == pytest.approx({"slope": 1.5, "intercept": 0.5, "r2": 0.75})
-    assert scaling.exponent(x, [5 * v**0.7 for v in x]) == pytest.approx(0.7)
 
 
 def steps(seconds):
@@ -77,10 +46,8 @@ def summarize(one, curve):
 @pytest.mark.parametrize(
     ("name", "curve", "reached"),
     [
-        ("completion", lambda x: 5 + 2 * x, True),
-        ("samples", lambda x: 2 * x, True),
+        ("samples", lambda x: 5 + 2 * x, True),
         ("completion", lambda x: x**1.5, False),
-        ("samples", lambda x: 5 * math.log(x), False),
         ("completion", lambda x: 1000 - 2 * x, False),
     ],
 )
@@ -88,7 +55,7 @@ def test_what_counts_as_linear(name, curve, reached):
     assert summarize(series_of()[name], curve)["reached"] == reached
 
 
-@pytest.mark.parametrize(("power", "reached"), [(0.4, True), (0.85, True), (0.88, False)])
+@pytest.mark.parametrize(("power", "reached"), [(0.85, True), (0.88, False)])
 def test_what_counts_as_sublinear(power, reached):
     result = summarize(series_of()["prompt"], lambda x: x**power)
     # By hand, from the logarithms of 8 (prompt + 16) at the ends (48 and 528) and beside the middle (80 and 272).

@@ -5,9 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
-
 from study_records import keep, record, results_with_a_gap
 
 from benchmarks.study import analyse, run
@@ -81,8 +78,7 @@ def test_tables_about_a_gap_are_left_out_where_there_is_none(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("stage", "options", "words"),
     [
-        (run, ["--task", "products"], "has no tuned learning rate"),
-        (run, ["--task", "configs/gspo.yaml"], "sweep --task configs/gspo.yaml --method"),  # as a user has given it
+        (run, ["--task", "configs/gspo.yaml"], "sweep --task configs/gspo.yaml --method"),
         (analyse, [], "there are no runs in"),
         (run, ["--task", "nothing"], "there is no task benchmarks/study/tasks/nothing.yaml"),
         (run, ["--method", "nothing"], "there is no method nothing; there are start, "),

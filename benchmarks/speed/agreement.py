@@ -28,8 +28,7 @@ LEARNING_RATE = 1e-4  # ten times that of the comparison with TRL: weights move
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command("speed.agreement", __doc__, seed=0)
-    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=["main", "tiny"])
+    parser = command("speed.agreement", __doc__, seed=0, workload=["main", "tiny"])
     parser.add_argument("--steps", type=int, default=5, help="rollouts of each")
     return parser
 

@@ -12,7 +12,6 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from benchmarks.commands import CORES, ROOT, UsageError, check_at_least, command, entry
 from benchmarks.pairs import Plan, compare, prepare
@@ -35,9 +34,8 @@ else:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command("speed.commits", __doc__, pairs=10, threads=CORES)
+    parser = command("speed.commits", __doc__, pairs=10, threads=CORES, workload=["main", "tiny"])
     parser.add_argument("before", type=Path, help="the other checkout")
-    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=["main", "tiny"])
     return parser
 
 
@@ -58,16 +56,12 @@ def run(arguments: argparse.Namespace) -> None:
         for workload, prepared in zip(workloads, prepare(workloads, folder, plan), strict=True):
             steps = compare(workload, prepared, plan)["steps"]
             for unit in ("seconds", "processor_seconds"):
-                lines.append([f"`{workload.name}`", unit.replace("_", " "), *numbers(steps, unit)])
+                before, now = ([step[unit] for step in steps[side][1:]] for side in checkouts)  # the first warms up
+                ratios = [after / first for first, after in zip(before, now, strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+                medians = [f"{statistics.median(side):.3f}" for side in (before, now)]
+                lines.append([f"`{workload.name}`", unit.replace("_", " "), *medians, f"{middle:.3f} ({low:.3f}-{high:.3f})"])
     print(table(["workload", "unit", "before", "now", "now / before (quarters)"], lines, left=2))
-
-
-def numbers(steps: dict[str, Any], unit: str) -> list[str]:
-    """Medians of both sides, and the ratio."""
-    before, now = ([step[unit] for step in steps[side][1:]] for side in ("before", "now"))  # the first warms up
-    ratios = [after / first for first, after in zip(before, now, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return [f"{statistics.median(before):.3f}", f"{statistics.median(now):.3f}", f"{middle:.3f} ({low:.3f}-{high:.3f})"]
 
 
 main = entry(build_parser, run)

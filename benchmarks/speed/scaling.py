@@ -116,12 +116,6 @@ def tokens(workload: Workload, shared: bool) -> float:
     return float(prompts * workload.prompt_tokens + workload.rows * workload.max_new_tokens)
 
 
-def line(x: list[float], y: list[float]) -> dict[str, float]:
-    """Least squares: y = intercept + slope x, and R^2, the share of y's variance that the line explains."""
-    slope, intercept = linear_regression(x, y)
-    return {"slope": slope, "intercept": intercept, "r2": correlation(x, y) ** 2}
-
-
 def exponent(x: list[float], y: list[float]) -> float:
     """The b of y = a x^b, by least squares of the logarithms."""
     return linear_regression([math.log(value) for value in x], [math.log(value) for value in y]).slope
@@ -137,6 +131,7 @@ def summarize(series: Series, steps: list[list[dict[str, Any]]]) -> dict[str, An
     x = [float(size) for size, _ in series.points]
     spreads = [spread([step["seconds"] for step in done[1:]]) for done in steps]
     seconds = [found["median"] for found in spreads]
+    slope, intercept = linear_regression(x, seconds)
     naive, shared = ([tokens(workload, shared) for _, workload in series.points] for shared in (False, True))
     result: dict[str, Any] = {
         "label": series.label,
@@ -145,7 +140,7 @@ def summarize(series: Series, steps: list[list[dict[str, Any]]]) -> dict[str, An
         "seconds": spreads,
         "settings": [asdict(workload) for _, workload in series.points],
         "steps": steps,
-        "line": line(x, seconds),
+        "line": {"slope": slope, "intercept": intercept, "r2": correlation(x, seconds) ** 2},  # least squares
         "exponent": exponent(x, seconds),
         "growth": seconds[-1] / seconds[0],  # from the first to the last point
         "naive_tokens": naive,

@@ -27,10 +27,8 @@ HEADER += ["ours/TRL", "wanted", "reached", "mean tokens TRL", "ours"]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command(
-        "speed.vs_trl", __doc__, pairs=5, device="cpu", threads=CORES, seed=0, model=SMOLLM2, out=Path("runs/vs_trl")
-    )
-    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="which; default: all")
+    where = {"device": "cpu", "threads": CORES, "seed": 0, "model": SMOLLM2, "out": Path("runs/vs_trl")}
+    parser = command("speed.vs_trl", __doc__, pairs=5, workload=list(WORKLOADS), **where)
     parser.add_argument(
         "--trl", action="append", default=[], metavar="NAME=VALUE", help="a setting of GRPOConfig to try, such as bf16=false"
     )

@@ -64,16 +64,6 @@ def test_what_counts_as_sublinear(power, reached):
     assert result["reached"] == reached
 
 
-def test_the_tables_show_them(series):
-    curves = {"completion": lambda x: 1 + 0.5 * x, "samples": lambda x: x**2, "prompt": lambda x: 0.25 * x**0.5}
-    results = {name: summarize(series[name], curve) for name, curve in curves.items()}
-    text = scaling.tables(results)
-    assert "| completion | 8 | 5.00 (4.50-6.00) | 96 | 72 |" in text
-    assert "| completion tokens (G = 2, prompt 8) | 1.00 +0.5000 x | 1.0000 | 0.79 |" in text
-    assert "| G (completion 4, prompt 8) |" in text and "| R^2 >= 0.98, exponent <= 1.1 | NO |" in text
-    assert "| 0.50 | 0.79 | 2.00 | 3.00 | exponent < 0.79 | yes |" in text
-
-
 @pytest.mark.usefixtures("forked")
 def test_one_small_measurement_from_beginning_to_end(capsys, monkeypatch, tmp_path):
     all_series = scaling.all_series

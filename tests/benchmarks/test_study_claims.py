@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from study_records import keep, record
 
-from benchmarks.study.claims import LORA, claims_table, line_at, points_of
+from benchmarks.study.claims import LORA, line_at, points_of
 from benchmarks.study.figures import beside_others
 from benchmarks.study.store import Store
 
@@ -31,21 +31,6 @@ def test_methods_that_began_at_different_policies_are_not_compared(tmp_path):
     keep(tmp_path, (job, replace(other, model_digest="abc")))
     with pytest.raises(SystemExit, match=r"seed 3 of sums .* policy abc, and from or for 0: .* another machine"):
         points_of(Store(tmp_path), "sums")
-
-
-def test_claims_are_marked_where_holms_correction_leaves_them(tmp_path):
-    steady, doubtful = [0.5, 0.52, 0.48, 0.5], [0.5, 0.58, 0.41, 0.53]
-    points = _points(
-        tmp_path,
-        lora_r8=(400, [value - 0.2 - 0.001 * n for n, value in enumerate(steady)]),
-        own_r8=(400, steady),
-        mlp_r8=(400, doubtful),
-    )
-    lines = claims_table({"sums": points, "others": points}, {}).splitlines()
-    (above,) = [line for line in lines if line.startswith("| own_r8 less lora_r8")]
-    (level,) = [line for line in lines if line.startswith("| own_r8 less mlp_r8")]
-    assert above.count("**") == 6 and "20.2 [" in above and "**" not in level
-    assert "**" not in claims_table({"sums": points, "others": points}, {}, looked_at=10**6), "of so many some are so by chance"
 
 
 def test_what_a_start_policy_adds_to_all_methods_is_not_in_the_intervals_of_the_figure(tmp_path):

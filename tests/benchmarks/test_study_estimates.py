@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("scipy", reason="the study's intervals need scipy: pip install 'hybrid-lightning[study]'")
 
-from benchmarks.study.estimates import correlation, difference, gap_closed, holm, mean, p_value, ratio
+from benchmarks.study.estimates import gap_closed, holm, mean, p_value, ratio
 
 
 def test_the_interval_of_a_mean_is_students():
@@ -14,13 +14,6 @@ def test_the_interval_of_a_mean_is_students():
     half = 3.182446 * math.sqrt(5 / 3) / 2  # t at 97.5% with 3 degrees of freedom
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((2.5, 2.5 - half, 2.5 + half), rel=1e-6)
     assert math.isnan(mean([1.0]).low)
-
-
-def test_a_difference_is_over_the_seeds_that_both_have():
-    estimate = difference({0: 0.5, 1: 0.7, 9: 0.0}, {0: 0.4, 1: 0.5, 8: 1.0})
-    assert estimate is not None
-    assert estimate.value == pytest.approx(0.15) and estimate.number == 2
-    assert difference({0: 1.0}, {1: 1.0}) is None
 
 
 def test_the_share_of_a_gap_and_its_interval():
@@ -44,11 +37,6 @@ def test_the_interval_of_a_ratio_holds_what_the_t_test_allows_and_no_more():
         assert nearer.low < 0 < nearer.high and not farther.low < 0 < farther.high
     without_end = ratio(parts, [-9.0, 9.0, 1.0, -8.0, 8.0])
     assert without_end.text() == "2000.0 [-inf, inf]"
-
-
-def test_rank_correlation_sees_order_alone():
-    assert correlation([1, 2, 3, 4, 5, 6], [1, 4, 9, 16, 25, 36]).value == pytest.approx(1)
-    assert correlation([1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]).value == pytest.approx(-1)
 
 
 def test_holm_rejects_in_order_and_stops_at_the_first_that_is_not_small_enough():

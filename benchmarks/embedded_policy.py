@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hybrid_lightning.data import DemonstrationFormat, PromptDataModule, PromptSource, Row, Splits
-from hybrid_lightning.data.arithmetic import FACTORS, product_split, worked_answer
+from hybrid_lightning.data.arithmetic import FACTORS, hashed_split, worked_answer
 from hybrid_lightning.policy.examples import SupervisedModule
 from hybrid_lightning.policy.optim import CosineSchedule, build_optimizer
 
@@ -75,7 +75,7 @@ def corpus_line(rng: random.Random) -> tuple[str, str]:
     while True:
         digits = rng.choice((2, 3))
         a, b = rng.randrange(10 ** (digits - 1), 10**digits), rng.choice(FACTORS)
-        if product_split(a, b) == "train":
+        if hashed_split(f"{a}*{b}") == "train":
             break
     if rng.random() < WORKED_CUE_SHARE:
         return f"{a}*{b}:", worked_answer(a, b)

@@ -28,31 +28,6 @@ def is_same_list(p1, p2):
             return False
         p1, p2 = p1.next, p2.next
     return p1 is None and p2 is None
-
-class TreeNode:
-    def __init__(self, val=0, left=None, right=None):
-        self.val = val
-        self.left = left
-        self.right = right
-
-def tree_node(values: list):
-    if not values:
-        return None
-    root = TreeNode(values[0])
-    waiting, i = deque([root]), 1
-    while waiting and i < len(values):
-        node = waiting.popleft()
-        for side in ("left", "right"):
-            if i < len(values) and values[i] is not None:
-                setattr(node, side, TreeNode(values[i]))
-                waiting.append(getattr(node, side))
-            i += 1
-    return root
-
-def is_same_tree(p, q):
-    if not p or not q:
-        return p is q
-    return p.val == q.val and is_same_tree(p.left, q.left) and is_same_tree(p.right, q.right)
 """
 
 
@@ -83,13 +58,6 @@ LEETCODE = {
         ("head: Optional[ListNode]", "        p = None\n"
          "        while head: head.next, p, head = p, head, head.next\n        return p"),
         "        return head",
-    ),
-    "invert a tree": _problem(
-        "invertTree",
-        ["is_same_tree(candidate(root = tree_node([4,2,7,1,None,6])), tree_node([4,7,2,None,6,None,1]))"],
-        ("root: Optional[TreeNode]", "        if root:\n            root.left, root.right = self.invertTree(root.right), "
-         "self.invertTree(root.left)\n        return root"),
-        "        if root: root.left, root.right = root.right, root.left\n        return root",
     ),
     "groups": _problem(
         "groupAnagrams",

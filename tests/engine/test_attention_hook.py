@@ -33,9 +33,10 @@ def warnings_of(caplog):
     return [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SPECIAL])
 def test_the_families_that_the_engine_is_made_for_are_supported(family, caplog):
-    assert packs(build_model(family)) and not warnings_of(caplog)
+    model = special_model(SPECIAL[family]) if family in SPECIAL else build_model(family)
+    assert packs(model) and not warnings_of(caplog)
 
 
 # Heads that are wide enough for the kernel of decoding; only these are.

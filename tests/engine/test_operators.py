@@ -146,6 +146,24 @@ def test_results_do_not_depend_on_threads():
     assert_same_on_any_threads(compute)
 
 
+def test_the_default_dtype_does_not_matter():
+    x, weight, tokens = made(5, 40, dtype=torch.bfloat16), made(40, dtype=torch.bfloat16, seed=1), torch.arange(5)
+    uniform = torch.rand(5, 1, dtype=torch.float64)
+
+    def parts():
+        found = [*kernels.rms_norm(x, weight, 1e-5), *kernels.draw_tokens(x, uniform, 1.0)]
+        return [*found, *kernels.token_logprobs(x.clone(), tokens, 1.0, False)]
+
+    expected = parts()
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # as Lightning's bf16-true does
+        found = parts()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for part, other in zip(found, expected, strict=True):
+        assert part.dtype == other.dtype and torch.equal(part, other)
+
+
 def test_kernels_are_for_real_tensors_of_one_dtype_on_the_cpu():
     x = torch.zeros(2)
     assert kernels.usable(x, x) and kernels.usable(x.bfloat16(), torch.nn.Parameter(x.bfloat16()))

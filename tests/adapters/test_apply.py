@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from rounding import additions_of, assert_same_sums
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, parameter_groups, trainable_state
 from hybrid_lightning.adapters.budgets import ModuleBudget
@@ -155,30 +155,6 @@ def test_disabling_restores_flags_also_after_an_error(make_model, plan_for, batc
         pytest.fail("merged weights are not those of the start")
 
 
-@pytest.mark.parametrize(
-    ("family", "share", "settings"),
-    [("qwen2", 0.2, "lora"), ("gpt2", 0.2, "dora"), ("qwen2", 0, "rslora"), ("gpt2", 1, "lora")],
-)
-def test_saving_and_restoring_are_exact_and_merging_agrees(make_model, plan_for, batches, tmp_path, family, share, settings):
-    model = make_model(family, std=0.05)
-    plan = plan_for(model, ModuleBudget(share), SETTINGS[settings])
-    adapted, second = apply_plan(model, plan), apply_plan(make_model(family, std=0.05), plan).eval()
-    train(adapted, batches)
-    before = logits(adapted, batches)
-    adapted.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make_model(family, std=0.05), tmp_path).eval()
-    state = trainable_state(adapted)
-    assert not any(tensor.requires_grad for tensor in state.values())
-    with adapter_disabled(adapted):
-        assert set(trainable_state(adapted)) == set(state) <= set(adapted.state_dict())
-    assert second.load_state_dict(state, strict=False).unexpected_keys == []
-    assert torch.equal(logits(loaded, batches), before) and torch.equal(logits(second, batches), before)
-    merged = copy.deepcopy(adapted).merge_and_unload()
-    assert not isinstance(merged, PeftModel)
-    assert_same_sums(logits(merged, batches), before, additions_of(merged, batches[0].shape[1]))
-    assert torch.equal(logits(adapted, batches), before)
-
-
 def test_more_than_twenty_lora_modules(plan_for, batches, tmp_path):
     """From there on PEFT shortens the names."""
     torch.manual_seed(0)
@@ -191,30 +167,6 @@ def test_more_than_twenty_lora_modules(plan_for, batches, tmp_path):
     adapted.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.equal(logits(loaded, batches), logits(adapted, batches))
-
-
-def test_on_a_four_bit_base(plan_for, batches, tmp_path):
-    """Planned on 16 bits, then loaded with the fully trained modules left out of quantization."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64}
-    start = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))
-    plan = plan_for(start, lora=SETTINGS["dora"])  # whose magnitudes are norms of the unpacked weights
-    start.save_pretrained(tmp_path)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=[*plan.full_modules, "lm_head"],
-    )
-    options = {"dtype": torch.bfloat16, "quantization_config": quantization}
-    model = LlamaForCausalLM.from_pretrained(tmp_path, **options).train()  # in eval mode bitsandbytes repacks weights
-    base = logits(model, batches, torch.bfloat16)
-    adapted = apply_plan(model, plan)
-    assert torch.equal(logits(adapted, batches, torch.bfloat16), base)
-    train(adapted, batches, torch.bfloat16)
-    adapted.train()
-    assert not torch.equal(logits(adapted, batches, torch.bfloat16), base)
-    with adapter_disabled(adapted):
-        assert torch.equal(logits(adapted, batches, torch.bfloat16), base)
 
 
 def test_tied_embeddings_stay_tied(make_model, plan_for, batches):

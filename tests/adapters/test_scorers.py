@@ -63,18 +63,12 @@ def test_probe_measures_both_steps_and_restores_the_weight():
     torch.testing.assert_close(seen[0], WEIGHT - length * torch.diag(torch.tensor([3.0, 0, 0])))
     torch.testing.assert_close(seen[1], WEIGHT - length * GRADIENT)
     assert Probe().score(given, 3) == 0 and len(seen) == 2
+    failing = statistics(evaluate_loss=lambda: {}["out of rollouts"])
+    with pytest.raises(KeyError):
+        Probe().score(failing, 1)
+    assert torch.equal(failing.weight, WEIGHT)
     with pytest.raises(ConfigError, match="step=-1"):
         Probe(step=-1)
-
-
-def test_probe_restores_the_weight_after_an_error():
-    def evaluate_loss() -> float:
-        raise KeyError("out of rollouts")
-
-    given = statistics(evaluate_loss=evaluate_loss)
-    with pytest.raises(KeyError):
-        Probe().score(given, 1)
-    assert torch.equal(given.weight, WEIGHT)
 
 
 def test_random_depends_on_seed_and_name_only():

@@ -3,24 +3,24 @@ import logging
 import pytest
 import torch
 from rounding import LOGITS, additions_of, assert_same_sums
-from tiny_decoders import SPECIAL, special_model
+from test_logprobs import SHARED, build_sequences, plain
+from tiny_decoders import SIZES, SPECIAL, special_model
 from tiny_models import FAMILIES, VOCABULARY, build_model, build_tokenizer, engine_of
-from transformers import BloomConfig, MambaConfig
+from transformers import BloomConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen3Config
 
 from hybrid_lightning.engine import packing
 from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.cpu import attention_operators as kernels
 from hybrid_lightning.engine.cpu import operators as calls
+from hybrid_lightning.engine.cpu.build import library
 from hybrid_lightning.engine.logprobs import token_logprobs
-from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.types import Prompt, Sequences
+from hybrid_lightning.types import Prompt
 
 FOREIGN = {
     "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
     "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
-PROMPTS = [[7, 8, 9, 10, 11, 12, 13], [7, 8, 9, 10, 11, 12, 13], [9, 5]]
-COMPLETIONS = [[5, 2, 4, 4, 8], [4, 6, 7], [9, 10, 11, 12]]
 
 
 def packs(model):
@@ -33,46 +33,39 @@ def warnings_of(caplog):
     return [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def plain(model, row):
-    ids = torch.tensor([PROMPTS[row] + COMPLETIONS[row]])
-    logits = model(ids).logits[0, len(PROMPTS[row]) - 1 : -1].float()
-    return logits.log_softmax(-1).gather(1, torch.tensor(COMPLETIONS[row])[:, None]).squeeze(1)
-
-
-def sequences():
-    return Sequences(*pad_left(PROMPTS, 0, "cpu"), *pad_right(COMPLETIONS, 0, "cpu"))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SPECIAL])
 def test_the_families_that_the_engine_is_made_for_are_supported(family, caplog):
-    assert packs(build_model(family)) and not warnings_of(caplog)
+    model = special_model(SPECIAL[family]) if family in SPECIAL else build_model(family)
+    assert packs(model) and not warnings_of(caplog)
 
 
-@pytest.mark.parametrize("family", SPECIAL)
-def test_windows_caps_and_scales_are_the_models_own(family):
-    model = special_model(SPECIAL[family])
-    before = [plain(model, row).detach() for row in range(3)]
-    assert packs(model)
-    logprobs, _ = token_logprobs(engine_of(model), sequences(), 1.0)
-    for row, expected in enumerate(before):
-        assert_same_sums(logprobs[row, : len(expected)], expected, additions_of(model, 11), LOGITS)
-        torch.testing.assert_close(plain(model, row), expected, atol=0, rtol=0)  # the model itself still works as before
+# Heads that are wide enough for the kernel of decoding; only these are.
+SIX_HEADS = {**SIZES, "hidden_size": 48, "num_attention_heads": 6}
+WIDE = {
+    "llama, wide": LlamaConfig(**SIX_HEADS, head_dim=32),
+    "qwen3, wide": Qwen3Config(**SIX_HEADS, head_dim=64),
+    "mistral, wide": MistralConfig(**SIX_HEADS, head_dim=32, sliding_window=6),
+}
 
 
-@pytest.mark.parametrize("family", SPECIAL)
-def test_decoding_agrees_with_training_in_special_families(family):
-    model, tokenizer = special_model(SPECIAL[family]), build_tokenizer()
-    sampler = Sampler(max_new_tokens=12)
+@pytest.mark.usefixtures("with_and_without_kernels")
+@pytest.mark.parametrize("family", [*SPECIAL, *WIDE])
+def test_decoding_agrees_with_training_in_special_families(family, monkeypatch):
+    decoded, original = [], kernels.decode_attention
+    monkeypatch.setattr(kernels, "decode_attention", lambda *parts: decoded.append(len(parts[0])) or original(*parts))
+    model, tokenizer = special_model({**SPECIAL, **WIDE}[family]), build_tokenizer()
+    sampler = Sampler(max_new_tokens=40)
     rollouts = sampler.sample(
         engine_of(model),
         tokenizer,
         [Prompt(text="")] * 2,
-        [PROMPTS[0], PROMPTS[2]],
+        [SHARED[0][0], SHARED[0][3]],
         4,
         generator=torch.Generator().manual_seed(1),
     )
     logprobs, _ = token_logprobs(engine_of(model), rollouts.sequences, 1.0)
     mask = rollouts.sequences.completion_mask
+    assert (len(set(decoded)) > 1) == (family in WIDE and calls.library is library), "rows leave as they end"
     torch.testing.assert_close(logprobs[mask], rollouts.sampling_logprobs[mask], atol=1e-4, rtol=0)
 
 
@@ -83,10 +76,10 @@ def test_a_family_that_cannot_be_packed_keeps_its_own_way_and_says_so(family, ca
         assert not packs(model)
         assert not packs(model)
     assert len(warnings_of(caplog)) == 1 and "without sharing prompts" in caplog.text
-    logprobs, _ = token_logprobs(engine_of(model), sequences(), 1.0)
+    logprobs, _ = token_logprobs(engine_of(model), build_sequences("shared"), 1.0)
     if family == "bloom":  # Mamba cannot be padded on the left at all
         for row in range(3):
-            expected = plain(model, row)
+            expected, _ = plain(model, "shared", row, 1.0)
             assert_same_sums(logprobs[row, : len(expected)], expected, additions_of(model, 11), LOGITS)
 
 
@@ -106,7 +99,7 @@ def test_an_accelerators_way_gives_the_same(monkeypatch):
     for products in (True, False):
         monkeypatch.setattr(Backend, "is_cpu", lambda *_, answer=products: answer)
         model.zero_grad()
-        logprobs, _ = token_logprobs(engine_of(model), sequences(), 1.0)
+        logprobs, _ = token_logprobs(engine_of(model), build_sequences("shared"), 1.0)
         logprobs.sum().backward()
         results.append((logprobs.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
     assert_same_sums(results[0][0], results[1][0], additions_of(model, 11), LOGITS)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from hybrid_lightning.engine import Backend, Engine, use_fused_modules
 from hybrid_lightning.engine import attention_hook as hook
 from hybrid_lightning.engine import backend as backends
-from hybrid_lightning.engine import decoder as decoders
 from hybrid_lightning.engine import engine as engines
 from hybrid_lightning.engine.cpu import build as building
 from hybrid_lightning.engine.cpu import operators
@@ -112,16 +111,6 @@ def test_a_packing_trial_that_fails(monkeypatch):
 
 
 @needs_kernels
-def test_a_decoding_trial_that_fails(monkeypatch):
-    engine, original = build("llama"), decoders._PlainLayer.output
-    monkeypatch.setattr(decoders._PlainLayer, "output", lambda *parts: original(*parts) * 1.001)
-    assert not slow(engine)
-    with torch.no_grad(), engine.sampling():
-        pass
-    assert "gave other numbers" in slow(engine)["fast decoding"]
-
-
-@needs_kernels
 def test_float16():
     model = build("llama").model.half()
     reasons = slow(Engine(model))
@@ -178,20 +167,6 @@ def test_a_model_without_an_adapter_says_so():
         "engine of the model without an adapter: packed training, shared prompts and CPU kernels;"
     )
     assert "the model has no adapter, with which its layers are fused" in engine.description()
-
-
-@needs_kernels
-def test_what_is_to_be_reported_is_so_by_the_engine_of_the_adapted_model(said):
-    base = build_model("llama")
-    engine = Engine(base)
-    engine.prepare()  # as for scoring
-    engine.report()
-    adapted = engine.of(get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])))
-    use_fused_modules(adapted.model, adapted.backend)
-    adapted.prepare()
-    adapted.of(adapted.model).prepare()  # as when it is sharded
-    (line,) = said
-    assert line.startswith("engine: packed training, shared prompts, fused layers")
 
 
 def test_a_run_says_it(tmp_path, said):

@@ -70,31 +70,19 @@ def test_ours_computes_in_passes_alone(monkeypatch):
     assert len(calls) == 2, "once a layer"
 
 
-def test_a_layer_whose_numbers_differ_is_not_fused(monkeypatch):
+@pytest.mark.parametrize("change", ["numbers", "scaling", "sliding_window"])
+def test_a_layer_that_computes_or_asks_for_something_else_is_not_fused(change, monkeypatch):
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", None)  # which no trial needs
-    theirs = modeling_llama.LlamaAttention.forward
-
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **options):
-        given = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
-        output, weights = theirs(self, hidden_states, **given, **options)
-        return output * (1 + 2**-20), weights
-
-    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
-    model = build_model("llama")
-    use_fused_attention(model, Backend())
-    assert not isinstance(attention_of(model), FusedAttention)
-
-
-@pytest.mark.parametrize("change", ["scaling", "sliding_window"])
-def test_a_layer_that_asks_for_something_else_is_not_fused(change, monkeypatch):
     theirs = modeling_llama.LlamaAttention.forward
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **options):
         if change == "scaling":
             self.scaling = self.scaling * 2 if options["packing"] is not None else self.scaling
-        else:
+        elif change == "sliding_window":
             options["sliding_window"] = 2
-        return theirs(self, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **options)
+        given = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+        output, weights = theirs(self, hidden_states, **given, **options)
+        return output * (1 + 2**-20) if change == "numbers" else output, weights
 
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
     model = build_model("llama")
@@ -121,15 +109,6 @@ def test_a_copy_computes_the_same(copied):
     layer = attention_of(other)
     assert type(layer) is type(attention_of(model)) and layer.backend is not engine.backend
     assert torch.equal(packed_pass(other, layer.backend), packed_pass(model, engine.backend))
-
-
-def test_merging_needs_nothing_else():
-    model = get_peft_model(build_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    plain = copy.deepcopy(model).merge_and_unload()
-    use_fused_attention(model, Backend())
-    merged = model.merge_and_unload()
-    ids = torch.arange(3, 9)[None]
-    assert list(merged.state_dict()) == list(plain.state_dict()) and torch.equal(merged(ids).logits, plain(ids).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -73,8 +73,11 @@ def kept(layer, x):
     return sum(t.nbytes for pointer, t in tensors.items() if pointer not in held)
 
 
-def adapted(mlp, **options):
-    """The same with LoRA on all three layers, by PEFT alone and with ours."""
+def adapted(bias=False, **options):
+    """A gated MLP with LoRA on all three layers, by PEFT alone and with ours; of 32 inputs and 48 within."""
+    config = copy.deepcopy(build_model("llama").config)
+    config.mlp_bias = bias
+    mlp = frozen(LlamaMLP(config))
     torch.manual_seed(1)
     names = ["gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(mlp, LoraConfig(r=4, lora_alpha=6, target_modules=names, init_lora_weights=False, **options))
@@ -93,10 +96,8 @@ def slopes_of(model, x, gradient):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_gated_mlp_with_lora_has_the_values_and_gradients_of_peft(bias):
-    config = copy.deepcopy(build_model("llama").config)
-    config.mlp_bias = bias
-    plain, fused = adapted(frozen(LlamaMLP(config)))
-    x, gradient = (torch.randn(2, 7, config.hidden_size) for _ in range(2))
+    plain, fused = adapted(bias)
+    x, gradient = (torch.randn(2, 7, 32) for _ in range(2))
     singles = [slopes_of(model, x, gradient) for model in (fused, plain)]
     for model in (fused, plain):
         model.double().zero_grad()
@@ -108,26 +109,22 @@ def test_a_gated_mlp_with_lora_has_the_values_and_gradients_of_peft(bias):
 
 
 def test_in_bfloat16_a_gated_mlp_rounds_where_its_layers_do():
-    config = build_model("llama").config
-    model = adapted(frozen(LlamaMLP(config)))[1].bfloat16()
+    model = adapted()[1].bfloat16()
     layers = copy.deepcopy(model)
     layers.base_model.model.down_proj.register_forward_hook(lambda *_: None)  # so that it is called
-    x, gradient = (torch.randn(2, 7, config.hidden_size, dtype=torch.bfloat16) for _ in range(2))
+    x, gradient = (torch.randn(2, 7, 32, dtype=torch.bfloat16) for _ in range(2))
     torch.testing.assert_close(slopes_of(model, x, gradient), slopes_of(layers, x, gradient), atol=0, rtol=0)
 
 
 def test_of_a_gated_mlp_with_lora_the_product_is_not_kept():
-    config = build_model("llama").config
-    _, fused = adapted(frozen(LlamaMLP(config)))
-    x = torch.randn(1000, config.hidden_size, requires_grad=True)
-    low = 3 * 4
-    assert kept(fused, x) <= 1000 * (config.hidden_size + 2 * config.intermediate_size + low) * 4
+    _, fused = adapted()
+    x = torch.randn(1000, 32, requires_grad=True)
+    assert kept(fused, x) <= 1000 * (32 + 2 * 48 + 3 * 4) * 4
 
 
 def test_whoever_watches_a_layer_sees_it_called():
-    config = build_model("llama").config
-    _, fused = adapted(frozen(LlamaMLP(config)))
-    x = torch.randn(3, config.hidden_size)
+    _, fused = adapted()
+    x = torch.randn(3, 32)
     expected = fused(x)
     seen = []
     fused.base_model.model.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -137,10 +134,9 @@ def test_whoever_watches_a_layer_sees_it_called():
 
 @pytest.mark.parametrize("change", ["dropout", "dora", "disabled", "unfrozen"])
 def test_what_is_not_plain_lora_is_left_to_peft(change):
-    config = build_model("llama").config
     options = {"dropout": {"lora_dropout": 0.5}, "dora": {"use_dora": True}}.get(change, {})
-    plain, fused = adapted(frozen(LlamaMLP(config)), **options)
-    x, gradient = torch.randn(5, config.hidden_size), torch.randn(5, config.hidden_size)
+    plain, fused = adapted(**options)
+    x, gradient = torch.randn(5, 32), torch.randn(5, 32)
     found = []
     for model in (plain, fused):
         if change == "unfrozen":
@@ -185,13 +181,6 @@ def test_only_layers_that_compute_the_same_are_replaced(family, norms, mlps):
     assert list(model.state_dict()) == names
 
 
-def of_transformers(kind, **methods):
-    """A class as transformers might have it in another file."""
-    return type(
-        f"Other{kind.__name__}", (torch.nn.Module,), {**methods, "__module__": "transformers.models.other.modeling_other"}
-    )
-
-
 def reformatted(self, hidden_states):
     dtype, x = hidden_states.dtype, hidden_states.float()
     return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(dtype)
@@ -211,21 +200,6 @@ def wants_more(self, hidden_states, residual):
     return reformatted(self, hidden_states) + residual
 
 
-@pytest.mark.parametrize(
-    ("forward", "known"),
-    [(reformatted, True), (clamped, False), (rounded_later, False), (wants_more, False)],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_a_norm_is_known_by_what_it_computes_and_not_by_its_text(forward, known):
-    norm = of_transformers(LlamaRMSNorm, forward=forward)()
-    norm.weight, norm.variance_epsilon = torch.nn.Parameter(torch.ones(8), requires_grad=False), 1e-5
-    model = torch.nn.Sequential(norm)
-    use_fused_layers(model, Backend())
-    assert (type(model[0]) is FusedRMSNorm) is known
-    if known:
-        assert model[0].weight is norm.weight and model[0].variance_epsilon == 1e-5
-
-
 def gated(self, x):
     return self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))
 
@@ -234,15 +208,30 @@ def gated_the_other_way(self, x):
     return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
 
-@pytest.mark.parametrize(("forward", "known"), [(gated, True), (gated_the_other_way, False)])
-def test_an_mlp_is_known_by_what_it_computes_and_not_by_its_text(forward, known):
-    mlp = of_transformers(LlamaMLP, forward=forward)()
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        mlp.add_module(name, torch.nn.Linear(8, 8, bias=False))
-    mlp.act_fn = torch.nn.SiLU()
-    model = torch.nn.Sequential(mlp)
+@pytest.mark.parametrize(
+    ("kind", "forward", "known"),
+    [
+        *((FusedRMSNorm, reformatted, True), (FusedRMSNorm, clamped, False)),
+        *((FusedRMSNorm, rounded_later, False), (FusedRMSNorm, wants_more, False)),
+        *((FusedMLP, gated, True), (FusedMLP, gated_the_other_way, False)),
+    ],
+)
+def test_a_layer_is_known_by_what_it_computes_and_not_by_its_text(kind, forward, known):
+    """Of a class as transformers might have it in another file."""
+    theirs = LlamaRMSNorm if kind is FusedRMSNorm else LlamaMLP
+    methods = {"forward": forward, "__module__": "transformers.models.other.modeling_other"}
+    layer = type(f"Other{theirs.__name__}", (torch.nn.Module,), methods)()
+    if kind is FusedRMSNorm:
+        layer.weight, layer.variance_epsilon = torch.nn.Parameter(torch.ones(8), requires_grad=False), 1e-5
+    else:
+        layer.act_fn = torch.nn.SiLU()
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            layer.add_module(name, torch.nn.Linear(8, 8, bias=False))
+    model = torch.nn.Sequential(layer)
     use_fused_layers(model, Backend())
-    assert (type(model[0]) is FusedMLP) is known
+    assert (type(model[0]) is kind) is known
+    if known and kind is FusedRMSNorm:
+        assert model[0].weight is layer.weight and model[0].variance_epsilon == 1e-5
 
 
 def test_layers_that_somebody_watches_stay_what_they_are():

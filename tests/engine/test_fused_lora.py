@@ -93,28 +93,6 @@ def test_mixed_precision_is_as_close_to_float32_as_pefts():
     assert all(mine <= 1.2 * other for mine, other in zip(error(ours), error(theirs), strict=True))
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.5}])
-def test_what_is_not_plain_lora_is_left_to_peft(settings):
-    model = build(**settings).train()
-    torch.manual_seed(1)
-    expected = run(model)
-    use_fused_lora(model, BACKEND)
-    torch.manual_seed(1)
-    torch.testing.assert_close(run(model), expected, atol=0, rtol=0)
-
-
-def test_disabling_and_merging_work_as_before():
-    model = build()
-    base = build_model("llama")
-    ids = torch.arange(5, 25).view(2, 10)
-    use_fused_lora(model, BACKEND)
-    adapted = model(ids).logits
-    with model.disable_adapter():
-        torch.testing.assert_close(model(ids).logits, base(ids).logits, atol=0, rtol=0)
-    torch.testing.assert_close(model(ids).logits, adapted, atol=0, rtol=0)
-    assert_same_sums(model.merge_and_unload()(ids).logits, adapted, additions_of(model, 10))
-
-
 def test_full_size_copies_are_not_kept_for_the_backward_pass():
     torch.manual_seed(0)
     layer = lora.Linear(torch.nn.Linear(64, 64, bias=False).requires_grad_(False), "default", LoraConfig(), r=2)

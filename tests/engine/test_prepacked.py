@@ -34,28 +34,27 @@ def logits_of(model, autocast=False):
         return model(torch.arange(5, 25).repeat(4, 1)).logits.float()
 
 
+def assert_as_exact(model, expected, exact, autocast):
+    """Sums are rounded elsewhere in bfloat16, but no worse."""
+    off = (logits_of(model, autocast) - exact).abs().mean()
+    assert off <= (1.1 * (expected - exact).abs().mean() if autocast else 1e-6)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_prepacked_weights_give_the_same_and_leave_no_trace(autocast):
     model = build()
-    ids = torch.arange(5, 25).repeat(4, 1)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-
-    def logits(half=autocast):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return model(ids).logits.float()
-
-    expected, exact = logits(), logits(half=False)
+    expected, exact = logits_of(model, autocast), logits_of(model)
     with prepacked_weights(model, Backend(), torch.bfloat16 if autocast else None):
-        # Sums are rounded elsewhere in bfloat16, but no worse.
-        off = (logits() - exact).abs().mean()
-        assert off <= (1.1 * (expected - exact).abs().mean() if autocast else 1e-6)
+        assert_as_exact(model, expected, exact, autocast)
         assert gradients_of(model), "a pass with gradients takes the weights themselves"
         with model.disable_adapter():
-            torch.testing.assert_close(logits(), expected_of_base(ids, autocast), atol=0, rtol=0)
+            assert torch.equal(logits_of(model, autocast), logits_of(build_model("llama"), autocast))
+    factor = model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight
     with torch.no_grad():
-        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.mul_(2)
-        assert not torch.equal(logits(), expected), "later changes count"
-        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.div_(2)
+        factor.mul_(2)
+        assert not torch.equal(logits_of(model, autocast), expected), "later changes count"
+        factor.div_(2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -63,24 +62,12 @@ def test_prepacked_weights_give_the_same_and_leave_no_trace(autocast):
 def test_accelerators_copy_no_weight_that_has_the_dtype_of_the_products(autocast, monkeypatch):
     monkeypatch.setattr(Backend, "copies_pay", lambda *_: False)
     model = build()
-    ids = torch.arange(5, 25).repeat(4, 1)
-
-    def logits(half=autocast):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return model(ids).logits.float()
-
-    expected, exact = logits(), logits(half=False)
+    expected, exact = logits_of(model, autocast), logits_of(model)
     with prepacked_weights(model, Backend(), torch.bfloat16 if autocast else None):
-        off = (logits() - exact).abs().mean()
+        assert_as_exact(model, expected, exact, autocast)
         factors = [constant.product_factors(module) for module in model.modules() if isinstance(module, constant.FusedLora)]
-    assert off <= (1.1 * (expected - exact).abs().mean() if autocast else 1e-6)
     held = {parameter.data_ptr() for parameter in model.parameters()}
     assert len(factors) == 4 and all((found.weight.data_ptr() in held) is not autocast for found in factors)
-
-
-def expected_of_base(ids, autocast):
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return build_model("llama")(ids).logits.float()
 
 
 def same_inputs(model):

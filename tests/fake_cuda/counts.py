@@ -16,7 +16,7 @@ with tempfile.TemporaryDirectory() as folder:
     fake_gpu.load(Path(folder))
 
 import torch
-from transformers import LlamaConfig, Qwen3Config
+from transformers import Qwen3Config
 
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.gradients import ExactGradients, ModuleAccumulator
@@ -32,35 +32,23 @@ from hybrid_lightning.rollout.sampler import draw_by_integers
 
 Counter = fake_gpu.counter()
 PROMPTS, SAMPLES, PROMPT, COMPLETION = 32, 8, 384, 256
-CONFIGS = {
-    "Qwen3-0.6B": Qwen3Config(
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-    ),
-    "Llama-1B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=True,
-    ),
-}
+CONFIG = Qwen3Config(  # of Qwen3-0.6B
+    vocab_size=151936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
 
 
-def settings_of(config):
+def settings():
     lora = LoraSettings(rank=16, alpha=32)
     sizes = {"prompt_tokens": PROMPT, "completion_tokens": COMPLETION}
     run = {"prompts_per_rollout": PROMPTS, "samples_per_prompt": SAMPLES, "dtype": torch.bfloat16, "mixed_precision": True}
-    return RunSettings(config, **sizes, **run, on_cpu=False, lora=lora)
+    return RunSettings(CONFIG, **sizes, **run, on_cpu=False, lora=lora)
 
 
 @contextmanager
@@ -69,10 +57,10 @@ def counting(fake):
         yield counter.counts
 
 
-def of_all_layers(config, count, share=0):
+def of_all_layers(count, share=0):
     """Counts of one and two layers, and by these of all; a share of 0 is LoRA, None the model as it is scored."""
-    one, two = (count(FakeModel(settings_of(config), layers, share, "cuda:0")) for layers in (1, 2))
-    more = config.num_hidden_layers - 1
+    one, two = (count(FakeModel(settings(), layers, share, "cuda:0")) for layers in (1, 2))
+    more = CONFIG.num_hidden_layers - 1
     return {
         "kernels": one.kernels + more * (two.kernels - one.kernels),
         "kernels of a layer": two.kernels - one.kernels,
@@ -100,15 +88,15 @@ def decoding(fake):
     return counts
 
 
-def ideal_decoding(config, rank):
+def ideal_decoding(rank):
     """Bytes of all weights once, but the embeddings of other tokens, and of all keys and values once."""
-    size, heads, groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
-    hidden, inner = config.hidden_size, config.intermediate_size
+    size, heads, groups = CONFIG.head_dim, CONFIG.num_attention_heads, CONFIG.num_key_value_heads
+    hidden, inner = CONFIG.hidden_size, CONFIG.intermediate_size
     shapes = [(hidden, size * heads), (hidden, size * groups), (hidden, size * groups), (size * heads, hidden)]
     shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
     weights = sum(m * n for m, n in shapes) * 2 + sum(rank * (m + n) for m, n in shapes) * 4
     tokens = PROMPTS * PROMPT + PROMPTS * SAMPLES * COMPLETION
-    return config.num_hidden_layers * (weights + tokens * groups * size * 2 * 2) + config.vocab_size * hidden * 2
+    return CONFIG.num_hidden_layers * (weights + tokens * groups * size * 2 * 2) + CONFIG.vocab_size * hidden * 2
 
 
 def update(fake):
@@ -177,21 +165,21 @@ def stop_string_syncs():
     return counter.counts.syncs
 
 
-def traces(config):
+def traces():
     """What the plan of a run on a GPU counts, on a machine without one and on the device itself."""
-    settings = replace(settings_of(config), prompts_per_rollout=4, max_tokens_per_micro_batch=4000)
-    (rows, *_) = passes_of_step(settings, 4)
+    run = replace(settings(), prompts_per_rollout=4, max_tokens_per_micro_batch=4000)
+    (rows, *_) = passes_of_step(run, 4)
     found = {}
     for device in ("cpu", "cuda:0"):
-        update = _trace_update(FakeModel(settings, 2, 0, device), rows)
-        sampling = _trace_decoding(FakeModel(settings, 2, 0, device), 4, SAMPLES)
+        update = _trace_update(FakeModel(run, 2, 0, device), rows)
+        sampling = _trace_decoding(FakeModel(run, 2, 0, device), 4, SAMPLES)
         found[device] = [astuple(update), astuple(sampling)]
     return found
 
 
 def caught(what):
     """The kind of mistake that is found where there is one."""
-    fake = FakeModel(settings_of(CONFIGS["Llama-1B"]), 1, 0, "cuda:0")
+    fake = FakeModel(settings(), 1, 0, "cuda:0")
     numbers = fake.fake(torch.zeros(8, 4))
     try:
         with counting(fake) as counts:
@@ -222,18 +210,14 @@ def main():
         "planted": planted(),
         "syncs of a layout": layout_syncs(),
         "syncs of stop strings": stop_string_syncs(),
-        "traces": traces(CONFIGS["Qwen3-0.6B"]),
+        "traces": traces(),
+        "decoding": of_all_layers(decoding),
+        "decoding of FFT": of_all_layers(decoding, share=1),
+        "ideal": {"decoding": ideal_decoding(16), "decoding of FFT": ideal_decoding(0)},
+        "update": of_all_layers(update),
+        "scoring": of_all_layers(lambda fake: scoring(fake, ExactGradients()), None),
+        "sketches": of_all_layers(lambda fake: scoring(fake, SketchedGradients()), None),
     }
-    for name, config in CONFIGS.items():
-        found[name] = {
-            "decoding": of_all_layers(config, decoding),
-            "decoding of FFT": of_all_layers(config, decoding, share=1),
-            "ideal": {"decoding": ideal_decoding(config, 16), "decoding of FFT": ideal_decoding(config, 0)},
-            "update": of_all_layers(config, update),
-        }
-    small = CONFIGS["Qwen3-0.6B"]
-    found["scoring"] = of_all_layers(small, lambda fake: scoring(fake, ExactGradients()), None)
-    found["sketches"] = of_all_layers(small, lambda fake: scoring(fake, SketchedGradients()), None)
     json.dump(found, sys.stdout)
 
 

@@ -52,16 +52,8 @@ def counter():
     putting = {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
     backward = {"_varlen_attn_backward", "_flash_attention_backward", "_efficient_attention_backward"}
     backward |= {"_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_efficient_attention_backward"}
-    waiting = {
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "unique_consecutive",
-        "_unique2",
-        "repeat_interleave",
-        "bincount",
-    }
-    waiting |= {"equal", "is_nonzero"}
+    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "repeat_interleave"}
+    waiting |= {"bincount", "equal", "is_nonzero"}
     allocating = {"_unsafe_view", "detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
     @dataclass
@@ -70,8 +62,6 @@ def counter():
         bytes: int = 0
         syncs: list[str] = field(default_factory=list)
         atomics: list[str] = field(default_factory=list)
-        largest: list[tuple[int, str]] = field(default_factory=list)  # bytes and name of each kernel
-        by_name: dict[str, int] = field(default_factory=dict)
 
     taking = {"gather", "index", "index_select", "embedding"}  # what they take is read, and not all that there is
     setting = {"index_put_", "_index_put_impl_", "scatter_", "index_copy_", "index_fill_"}
@@ -108,8 +98,6 @@ def counter():
                 moved = _size((args, kwargs, result))
             self.counts.kernels += 1
             self.counts.bytes += moved
-            self.counts.by_name[name] = self.counts.by_name.get(name, 0) + moved
-            self.counts.largest.append((moved, name))
             return result
 
     def _size(values) -> int:

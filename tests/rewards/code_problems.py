@@ -28,31 +28,6 @@ def is_same_list(p1, p2):
             return False
         p1, p2 = p1.next, p2.next
     return p1 is None and p2 is None
-
-class TreeNode:
-    def __init__(self, val=0, left=None, right=None):
-        self.val = val
-        self.left = left
-        self.right = right
-
-def tree_node(values: list):
-    if not values:
-        return None
-    root = TreeNode(values[0])
-    waiting, i = deque([root]), 1
-    while waiting and i < len(values):
-        node = waiting.popleft()
-        for side in ("left", "right"):
-            if i < len(values) and values[i] is not None:
-                setattr(node, side, TreeNode(values[i]))
-                waiting.append(getattr(node, side))
-            i += 1
-    return root
-
-def is_same_tree(p, q):
-    if not p or not q:
-        return p is q
-    return p.val == q.val and is_same_tree(p.left, q.left) and is_same_tree(p.right, q.right)
 """
 
 
@@ -84,38 +59,6 @@ LEETCODE = {
          "        while head: head.next, p, head = p, head, head.next\n        return p"),
         "        return head",
     ),
-    "merge lists": _problem(
-        "mergeTwoLists",
-        ["is_same_list(candidate(a = list_node([1,4]), b = list_node([2,3,5])), list_node([1,2,3,4,5]))"],
-        ("a, b", "        if not a or not b: return a or b\n        if a.val > b.val: a, b = b, a\n"
-         "        a.next = self.mergeTwoLists(a.next, b)\n        return a"),
-        "        if not a or not b: return a or b\n        a.next = self.mergeTwoLists(a.next, b)\n        return a",
-    ),
-    "invert a tree": _problem(
-        "invertTree",
-        ["is_same_tree(candidate(root = tree_node([4,2,7,1,None,6])), tree_node([4,7,2,None,6,None,1]))"],
-        ("root: Optional[TreeNode]", "        if root:\n            root.left, root.right = self.invertTree(root.right), "
-         "self.invertTree(root.left)\n        return root"),
-        "        if root: root.left, root.right = root.right, root.left\n        return root",
-    ),
-    "depth": _problem(
-        "maxDepth",
-        [("root = tree_node([3,9,20,None,None,15,7])", "3"), ("root = tree_node([])", "0")],
-        ("root", "        return 1 + max(self.maxDepth(root.left), self.maxDepth(root.right)) if root else 0"),
-        "        return 1 + self.maxDepth(root.left) if root else 0",
-    ),
-    "climbing": _problem(
-        "climbStairs",
-        [("n = 2", "2"), ("n = 45", "1836311903")],
-        ("n: int", "        a = b = 1\n        for _ in range(n): a, b = b, a + b\n        return a"),
-        "        a = b = 1\n        for _ in range(n - 1): a, b = b, a + b\n        return a if n > 2 else n",
-    ),
-    "median": _problem(
-        "findMedian",
-        [("nums = [1, 3]", "2.0"), ("nums = [1, 2]", "1.5")],
-        ("nums", "        nums.sort()\n        h = len(nums) // 2\n        return (nums[h] + nums[~h]) / 2"),
-        "        nums.sort()\n        h = len(nums) // 2\n        return (nums[h] + nums[~h]) // 2",
-    ),
     "groups": _problem(
         "groupAnagrams",
         ["sorted(map(sorted, candidate(strs = ['ab', 'ba', 'c']))) == [['ab', 'ba'], ['c']]"],
@@ -128,13 +71,6 @@ LEETCODE = {
         [("matrix = [[1,2],[3,4]]", "[[1,3],[2,4]]")],
         ("matrix", "        return [list(row) for row in zip(*matrix)]"),
         "        return list(zip(*matrix))",
-    ),
-    "valid": _problem(
-        "isValid",
-        [("s = '()[]'", "True"), ("s = '([)]'", "False"), ("s = '('", "False")],
-        ("s: str", "        stack = []\n        for c in s:\n            if c in '([': stack.append(c)\n"
-         "            elif not stack or stack.pop() + c not in ('()', '[]'): return False\n        return not stack"),
-        "        return s.count('(') == s.count(')') and s.count('[') == s.count(']')",
     ),
     "deep recursion": _problem(
         "count",

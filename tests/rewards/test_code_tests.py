@@ -9,7 +9,6 @@ from cli_runs import run, write_folder
 from code_problems import LEETCODE, PREAMBLE
 from public_data import public_data
 
-from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.rewards import CodeTests, FormatReward, WeightedSum, evaluate_reward
 from hybrid_lightning.rewards.code_tests import extract_program
@@ -70,16 +69,11 @@ def test_humaneval(reward, completion, value):
         (["assert sum(10, 15) == 6", "assert sum(100, 150) == 93"],
          "def sum(a, b):\n    return [6, 93][a > 10]"),  # named like a builtin, as one of MBPP is
         (["assert math.isclose(half(3), 1.5)"], "def half(x): return x / 2"),
-        (["s = Stack()\ns.push(1)\ns.push(2)\nassert s.pop() == 2 and s.size == 1"],
-         "class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n"
-         "    def pop(self): return self.items.pop()\n    @property\n    def size(self): return len(self.items)"),
         (["x = [3, 1, 2]\norder(x)\nassert x == [1, 2, 3]"], "def order(x): x.sort()"),
         (["try:\n    root(-1)\n    assert False\nexcept ValueError:\n    assert True"],
          "def root(x):\n    if x < 0: raise ValueError('negative')\n    return x ** 0.5"),
         ("from solution import f\n\ndef test_two():\n    assert f(2) == 4\n\ndef test_three():\n    assert f(3) == 6\n",
          "def f(x): return 2 * x"),
-        (["assert list(first(3)) == [0, 1, 2]"], "def first(n):\n    for i in range(n): yield i"),
-        (["assert f(1, key='b') == {'b': (1, {2})}"], "def f(x, key): return {key: (x, {x + 1})}"),
         (["assert to_int('3') == 3"], "to_int = int"),
         (["try:\n    f()\n    assert False\nexcept KeyError:\n    pass\nassert f"],
          "class Missing(KeyError): pass\ndef f(): raise Missing"),
@@ -214,13 +208,10 @@ def test_it_goes_with_other_rewards(reward):
     ("columns", "message"),
     [
         ({}, "'test' is missing or empty"),
-        ({"test": "  "}, "'test' is missing or empty"),
-        ({"test": 5}, "but a int"),
         ({"test": [1]}, "but a list"),
         ({"test": "def check(candidate:"}, "'test' is no Python code"),
         ({"test": "def check(candidate):\n    assert candidate(1)"}, "entry_point_column must name"),
         ({"test": "def check(c):\n    assert c(1)", "entry_point": "Solution("}, "'entry_point': 'Solution\\(' is no expression"),
-        ({"test": "def check(c):\n    assert c(1)", "entry_point": 5}, "holds a int"),
         ({"test": "f(1)"}, "has no assert"),
         ({"test": "assert 1 == 1"}, "calls nothing that the program could define"),
         ({"test": "assert f(1)", "prompt": "Write a function f."}, "set setup_column to the column with imports"),
@@ -234,25 +225,6 @@ def test_it_goes_with_other_rewards(reward):
 def test_a_row_without_usable_tests_is_refused(reward, columns, message):
     with pytest.raises(DataError, match=rf"rows.jsonl, row 3.*{message}"):
         reward.check_prompt(prompt(**columns))
-
-
-def test_it_is_refused_when_the_data_is_set_up(reward, tmp_path):
-    class Policy:
-        def check_prompts(self, prompts):
-            for each in prompts:
-                reward.check_prompt(each)
-
-    class Trainer:
-        lightning_module = Policy()
-
-    rows = [{"question": "1?", "test": "assert f(1)"}, {"question": "2?", "test": "assert f("}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = PromptDataModule(FileSource(str(tmp_path / "rows.jsonl"), answer_column=None), PlainFormat())
-    data.setup("fit")  # without a trainer there is nobody to ask
-    data = PromptDataModule(FileSource(str(tmp_path / "rows.jsonl"), answer_column=None), PlainFormat())
-    data.trainer = Trainer()
-    with pytest.raises(DataError, match=r"row 1 \(the first is 0\): CodeTests: column 'test' is no Python"):
-        data.setup("fit")
 
 
 @pytest.fixture(scope="module")

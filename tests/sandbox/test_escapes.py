@@ -204,14 +204,6 @@ def test_packages_in_any_folder_can_be_imported_and_not_changed(mechanisms, pare
         assert sorted(path.name for path in package.iterdir() if path.name != "__pycache__") == ["__init__.py"]
 
 
-def test_programs_run_whatever_the_umask_is():
-    """Where root starts it, a program is another user, who has to get through the folders made on the way to what is kept."""
-    code = "from hybrid_lightning.sandbox.isolation import require_isolation; print(require_isolation().is_enough)"
-    command = [sys.executable, "-B", "-c", f"import os; os.umask(0o077); {code}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout == "True\n", done.stderr
-
-
 def test_programs_die_with_the_one_who_started_them():
     code = (
         "from hybrid_lightning.sandbox.isolation import require_isolation\n"

@@ -73,12 +73,18 @@ def test_a_sandbox_in_which_no_program_runs_is_found_out(monkeypatch):
         isolation.require_isolation()
 
 
-def test_root_of_a_container_that_knows_no_other_user_can_isolate():
-    alone = ["unshare", "--user", "--map-root-user"]
-    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+IS_ENOUGH = "from hybrid_lightning.sandbox.isolation import require_isolation; print(require_isolation().is_enough)"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=["container", "umask"])
+def test_root_of_a_container_that_knows_no_other_user_can_isolate_and_whoever_has_any_umask(umask):
+    """Where root starts it, a program is another user, who has to get through the folders made on the way to what is kept."""
+    alone = ["unshare", "--user", "--map-root-user"] if umask == 0o022 else []
+    if alone and (shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode):
         pytest.skip("needs unshare, and user namespaces")
-    code = "from hybrid_lightning.sandbox.isolation import require_isolation; print(require_isolation().is_enough)"
-    done = subprocess.run([*alone, sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [*alone, sys.executable, "-B", "-c", f"import os; os.umask({umask}); {IS_ENOUGH}"]
+    root = isolation.__file__.rsplit("/", 3)[0]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.stdout == "True\n", done.stderr
 
 
@@ -182,17 +188,13 @@ def test_a_wrong_argument_is_refused(arguments, message):
         CodeTests(**arguments)
 
 
-def test_nothing_but_the_standard_library_is_needed():
-    """The launcher starts in some hundredths of a second, since it loads little."""
-    loaded = "[name for name in ('torch', 'dataclasses', 'subprocess') if name in sys.modules]"
-    code = f"import hybrid_lightning.sandbox.launcher, sys; print({loaded})"
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=isolation.__file__.rsplit("/", 3)[0], capture_output=True, text=True
-    )
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [("launcher", ("torch", "dataclasses", "subprocess")), ("isolation, hybrid_lightning.sandbox.programs", ("torch",))],
+)
+def test_it_loads_little(modules, heavy):
+    """The launcher starts in some hundredths of a second; with `-S` there is nothing but the standard library."""
+    code = f"import hybrid_lightning.sandbox.{modules}, sys; print([name for name in {heavy} if name in sys.modules])"
+    root = isolation.__file__.rsplit("/", 3)[0]
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
-
-
-def test_the_sandbox_does_not_load_torch():
-    code = "import hybrid_lightning.sandbox.isolation, hybrid_lightning.sandbox.programs, sys; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr

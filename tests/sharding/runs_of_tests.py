@@ -5,19 +5,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback
+from rounding import metrics_of_runs
 from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build_trainer
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout.batching import join_rollouts
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import plain_name
-from hybrid_lightning.types import Rollouts, Sequences
 
 STRATEGIES = {"ddp": "ddp", "fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}
 # Where a gradient is nothing but rounding, Adam's step must not be.
@@ -45,29 +47,7 @@ class ByPrompt(Sampler):
             own = torch.Generator().manual_seed(1000 + prompt.index)
             sampler = Sampler(2 if prompt.index in self.short else self.max_new_tokens)
             parts.append(sampler.sample(engine, tokenizer, [prompt], [ids], samples_per_prompt, generator=own, **options))
-        return join(parts)
-
-
-def join(parts):
-    def stack(tensors, left=False):
-        width = max(tensor.shape[1] for tensor in tensors)
-        pads = [(width - tensor.shape[1], 0) if left else (0, width - tensor.shape[1]) for tensor in tensors]
-        return torch.cat([torch.nn.functional.pad(tensor, pad) for tensor, pad in zip(tensors, pads, strict=True)])
-
-    sequences = [part.sequences for part in parts]
-    return Rollouts(
-        tuple(prompt for part in parts for prompt in part.prompts),
-        Sequences(
-            stack([s.prompt_ids for s in sequences], left=True),
-            stack([s.prompt_mask for s in sequences], left=True),
-            stack([s.completion_ids for s in sequences]),
-            stack([s.completion_mask for s in sequences]),
-        ),
-        tuple(text for part in parts for text in part.completions),
-        stack([part.sampling_logprobs for part in parts]),
-        torch.cat([part.finished for part in parts]),
-        parts[0].samples_per_prompt,
-    )
+        return join_rollouts(parts)
 
 
 class Only(RewardFunction):
@@ -188,6 +168,15 @@ def predict(folder: Path, root: Path, strategy: Any, devices: int, **flags: Any)
     trainer = build_trainer(root, strategy=strategy() if callable(strategy) else strategy, devices=devices, **flags)
     batches = trainer.predict(build_policy(folder / "model", sampler=Sampler(6)), datamodule=data)
     return [record for batch in batches for record in batch]
+
+
+def assert_same_run(found: dict[str, Any], expected: dict[str, Any], case: str = "", rtol: float = 0.0) -> None:
+    """A run has the plan, the metrics of its last steps, the weights and the validation of another one."""
+    assert found["plan"] == expected["plan"], case
+    for one, other in zip(found["steps"], expected["steps"][-len(found["steps"]) :], strict=True):
+        assert one == pytest.approx(other, **metrics_of_runs()), case
+    torch.testing.assert_close(found["weights"], expected["weights"], atol=1e-5, rtol=rtol, msg=lambda text: f"{case}: {text}")
+    assert found["validation"] == pytest.approx(expected["validation"], abs=1e-6), case
 
 
 def assert_goes_on(folder: Path, root: Path, checkpoint: Path, steps: int, unstopped: dict[str, Any]) -> None:

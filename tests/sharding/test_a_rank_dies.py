@@ -1,8 +1,8 @@
 """A rank that is killed ends the run of all, soon and with a message; the last checkpoint is whole and goes on."""
 
 import os
+import random
 import signal
-import time
 
 import pytest
 import torch
@@ -10,10 +10,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks_of_tests import run, start, wait
 from runs_of_tests import KILLED, STRATEGIES, assert_goes_on, train, train_each
+from test_checkpoints_cross import SHARDED
 
 from hybrid_lightning.callbacks.graceful_stop import lost_contact
 from hybrid_lightning.errors import HybridLightningError
 from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.sharding.sharded_folder import read_folder
 
 
 class Die(Callback):
@@ -37,6 +39,41 @@ class Die(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class DieWhileWriting(Callback):
+    """Kills the process of a rank in the middle of a write.
+
+    Args:
+        rank: That dies.
+        name: End of the file, or name of the folder, that it waits for the disk to have.
+        time: How often that has happened when it dies; of the file half is there then.
+    """
+
+    def __init__(self, rank, name, time):
+        self.rank, self.name, self.time = rank, name, time
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank == self.rank:
+            flush, os.fsync = os.fsync, lambda file: self.die(file) or flush(file)
+
+    def die(self, file):
+        path = os.readlink(f"/proc/self/fd/{file}")
+        if not path.endswith(self.name):
+            return
+        self.time -= 1
+        if self.time == 0:
+            if os.path.isfile(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Every step writes two checkpoints: the best one, and the last one in the place of that of the step before.
+MOMENTS = {
+    "part of a rank": ("fsdp2 sharded", 1, "__1_0.distcp", random.Random(1).randrange(3, 9)),
+    "what is not split": ("fsdp1 sharded", 0, "meta.pt", random.Random(2).randrange(3, 9)),
+    "names are exchanged": ("fsdp2 sharded", 0, "/saved", 2 * random.Random(3).randrange(2, 5)),
+}
+
+
 class Heard(Callback):
     """Keeps what `GracefulStop` prints."""
 
@@ -47,27 +84,44 @@ class Heard(Callback):
         self.path.write_text(lost_contact(trainer, exception) or "nothing")
 
 
-def saver(folder):
-    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
+def killed_run(folder, tmp_path, strategy, rank, *callbacks):
+    """Let a rank be killed, and the other one hear of it and end; what it says."""
+    jobs = {"killed": {**KILLED, "callbacks": (*callbacks, Heard(tmp_path / "heard"))}}
+    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": strategy, "devices": 2}
+    processes = start(2, tmp_path / "ranks", train_each, jobs=jobs, **arguments)
+    wait(processes, timeout_s=50)
+    assert processes[rank].exitcode == -signal.SIGKILL and processes[1 - rank].exitcode == 1
+    heard = (tmp_path / "heard").read_text()
+    assert heard.startswith(f"rank {1 - rank} lost contact with another rank")
+    return heard
 
 
 @pytest.mark.parametrize(("strategy", "rank", "when"), [("ddp", 1, {"batch": 4}), ("fsdp2", 0, {"token": 20})], ids=str)
 def test_the_others_stop_and_the_last_checkpoint_goes_on(folder, tmp_path, unstopped, strategy, rank, when):
-    arguments = {"folder": folder, "root": tmp_path / "run", "strategy": STRATEGIES[strategy], "devices": 2}
-    jobs = {"killed": {**KILLED, "callbacks": (saver(tmp_path / "saved"), Die(rank, **when), Heard(tmp_path / "heard"))}}
-    begin = time.monotonic()
-    processes = start(2, tmp_path / "ranks", train_each, jobs=jobs, **arguments)
-    wait(processes, timeout_s=50)
-    assert time.monotonic() - begin < 50
-    assert processes[rank].exitcode == -signal.SIGKILL and processes[1 - rank].exitcode == 1
+    saver = ModelCheckpoint(
+        tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max"
+    )
+    heard = killed_run(folder, tmp_path, STRATEGIES[strategy], rank, saver, Die(rank, **when))
     message = (tmp_path / "ranks" / f"{1 - rank}.error").read_text().splitlines()[-1]
     assert "RuntimeError" in message or "DistBackendError" in message, message
     (checkpoint,) = (tmp_path / "saved").glob("*.ckpt")
-    heard = (tmp_path / "heard").read_text()
-    assert heard.startswith(f"rank {1 - rank} lost contact with another rank") and heard.endswith(f"--ckpt_path {checkpoint}")
+    assert heard.endswith(f"--ckpt_path {checkpoint}")
     steps = torch.load(checkpoint, weights_only=True)["global_step"]
     assert 1 <= steps < 6
     assert_goes_on(folder, tmp_path, checkpoint, steps, unstopped)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_sharded_checkpoint_that_looks_whole_is_and_goes_on(folder, tmp_path, unstopped, moment):
+    strategy, rank, name, time = MOMENTS[moment]
+    saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_last=True)
+    heard = killed_run(folder, tmp_path, SHARDED[strategy], rank, saver, DieWhileWriting(rank, name, time))
+    steps = {path: read_folder(path)["global_step"] for path in (tmp_path / "saved").glob("*.ckpt")}
+    written = time if name == "/saved" else time - 1
+    assert max(steps.values()) == (written + 1) // 2 and min(steps.values()) == written // 2
+    assert heard.rpartition("--ckpt_path ")[2] in {str(path) for path in steps}
+    last = max(steps, key=steps.get)
+    assert_goes_on(folder, tmp_path, last, steps[last], unstopped)
 
 
 class NoWay(RewardFunction):

@@ -14,8 +14,9 @@ from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
 
-def check(strategy, optimizer=torch.optim.AdamW, precision="32-true", dtype="float32", devices=2):
-    trainer = SimpleNamespace(strategy=strategy, precision=precision, state=SimpleNamespace(fn="fit"), world_size=devices)
+def check(strategy, optimizer=torch.optim.AdamW, precision="32-true", dtype="float32", devices=2, fn="fit", **parts):
+    state = SimpleNamespace(fn=fn)
+    trainer = SimpleNamespace(strategy=strategy, precision=precision, state=state, world_size=devices, **parts)
     check_strategy(trainer, optimizer, dtype)
 
 
@@ -59,15 +60,12 @@ def test_two_dtypes_are_refused_where_a_block_can_have_one_only():
 
 
 def test_a_remote_folder_is_refused_where_checkpoints_are_folders():
-    trainer = SimpleNamespace(strategy=FSDP2Strategy(), precision="32-true", state=SimpleNamespace(fn="fit"), world_size=2)
-    trainer.checkpoint_callbacks = [ModelCheckpoint("memory://run")]
-    check_strategy(trainer, torch.optim.AdamW, "float32")
+    remote, local = [ModelCheckpoint("memory://run")], [ModelCheckpoint("runs"), ModelCheckpoint()]
+    check(FSDP2Strategy(), checkpoint_callbacks=remote)
     for strategy in (FSDP2Strategy(save_distributed_checkpoint=True), FSDP1Strategy(state_dict_type="sharded")):
-        trainer.strategy, trainer.checkpoint_callbacks = strategy, [ModelCheckpoint("memory://run")]
         with pytest.raises(ConfigError, match=r"dirpath=memory://run cannot take sharded checkpoints"):
-            check_strategy(trainer, torch.optim.AdamW, "float32")
-        trainer.checkpoint_callbacks = [ModelCheckpoint("runs"), ModelCheckpoint()]
-        check_strategy(trainer, torch.optim.AdamW, "float32")
+            check(strategy, checkpoint_callbacks=remote)
+        check(strategy, checkpoint_callbacks=local)
 
 
 def test_a_type_of_checkpoint_that_there_is_not_is_refused():
@@ -76,17 +74,10 @@ def test_a_type_of_checkpoint_that_there_is_not_is_refused():
 
 
 def test_fewer_prompts_than_devices_are_refused():
-    trainer = SimpleNamespace(
-        strategy=FSDP2Strategy(),
-        precision="32-true",
-        state=SimpleNamespace(fn="predict"),
-        datamodule=SimpleNamespace(test_prompts=[1, 2]),
-        world_size=3,
-    )
+    data = SimpleNamespace(test_prompts=[1, 2])
     with pytest.raises(ConfigError, match=r"2 prompts cannot be predicted on 3 devices.*fewer devices"):
-        check_strategy(trainer, torch.optim.AdamW, "float32")
-    trainer.world_size = 2
-    check_strategy(trainer, torch.optim.AdamW, "float32")
+        check(FSDP2Strategy(), fn="predict", devices=3, datamodule=data)
+    check(FSDP2Strategy(), fn="predict", devices=2, datamodule=data)
 
 
 def test_an_optimizer_that_cannot_hold_parts_of_weights_is_refused():

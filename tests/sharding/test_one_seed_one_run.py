@@ -2,15 +2,88 @@
 
 import os
 import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_examples
+import torch
 from busy import busy_machine
 from ranks_of_tests import run
-from repeated_runs import differences
-from tiny_examples import write_rows
+from runs_of_tests import weights
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.assets import embedded_policy_path
+from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+
+# More than many machines have, so that all of torch's own chunks of a tensor are shared, and their ends come in any order.
+THREADS = 4
+STEPS = 3
+ADAM = {"optimizer": partial(torch.optim.AdamW, betas=(0.9, 0.99)), "lr_full": 1e-3, "lr_lora": 1e-2}
+
+
+class EvenShare(RewardFunction):
+    """Share of even digits in the completion, which differs among those of any prompt."""
+
+    def __call__(self, completions, prompts):
+        return [sum(c in "02468" for c in text) / max(1, len(text)) for text in completions]
+
+
+def _policy(folder: Path) -> tuple[Any, Any]:
+    """Passes of so many tokens that threads share the work on their states, most of them with one prompt."""
+    sizes = {"prompts_per_rollout": 2, "samples_per_prompt": 128, "minibatches_per_rollout": 2}
+    module = build_policy(folder / "model", loss=GSPOLoss(), reward=EvenShare(), sampler=Sampler(8), **sizes, **ADAM)
+    return module, build_data(folder / "products.jsonl")
+
+
+def _examples(kind: str, folder: Path) -> tuple[Any, Any]:
+    module = tiny_examples.build_module(kind, folder / "model", examples_per_step=32, **ADAM)
+    return module, tiny_examples.build_examples(kind, folder / "rows.jsonl")
+
+
+MAKERS = {
+    "policy": _policy,
+    "supervised": partial(_examples, "supervised"),
+    "preference": partial(_examples, "preference"),
+}
+
+
+def train(
+    kind: str, folder: Path, root: Path, strategy: Any, devices: int, save: Path | None = None, **arguments: Any
+) -> dict[str, Any]:
+    """Every trained weight after a run."""
+    torch.manual_seed(11)
+    module, data = MAKERS[kind](folder)
+    ckpt_path = arguments.pop("ckpt_path", None)
+    flags = {"strategy": strategy() if callable(strategy) else strategy, "devices": devices, "limit_val_batches": 0}
+    trainer = build_trainer(root, build_adapter(), **{"max_steps": STEPS, "gradient_clip_val": 1.0, **flags, **arguments})
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return weights(module)
+
+
+def differences(folder: Path, root: Path, repeats: dict[str, int], strategy: Any = "auto", devices: int = 1) -> list[str]:
+    """Weights that differ from run to run of each kind, repeated so often, and once more stopped after a step and resumed."""
+    torch.set_num_threads(THREADS)
+    found = []
+    for kind, times in repeats.items():
+        arguments = (kind, folder, root / kind, strategy, devices)
+        first = train(*arguments)
+        assert all(bool(value.any()) for name, value in first.items() if "lora_B" in name), "all of it was trained"
+        others = [train(*arguments) for _ in range(times)]
+        checkpoint = root / f"{kind}.ckpt"
+        train(*arguments, save=checkpoint, max_steps=1)
+        others.append(train(*arguments, ckpt_path=checkpoint))
+        for number, other in enumerate(others):
+            assert first.keys() == other.keys()
+            run = f"repeated, {number}" if number < times else "resumed"
+            found += [f"{kind}, {run}: {name}" for name, value in first.items() if not torch.equal(value, other[name])]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +94,7 @@ def folder(tmp_path_factory):
     products = [(100 + 37 * number, 13 + number) for number in range(24)]
     rows = (f'{{"question": "{a}*{b}=", "answer": "{a * b}"}}' for a, b in products)
     (folder / "products.jsonl").write_text("\n".join(rows))
-    examples = write_rows(folder / "rows.jsonl", 64)
+    examples = tiny_examples.write_rows(folder / "rows.jsonl", 64)
     examples.write_text(examples.read_text().replace("+", "*"))
     run(1, folder / "server", os.getpid, timeout_s=240)  # so that all is imported before the machine is busy
     return folder

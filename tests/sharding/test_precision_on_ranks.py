@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from ranks_of_tests import run
 from rounding import metrics_of_runs
-from runs_of_tests import ADAM, STRATEGIES, Only, train_each
+from runs_of_tests import ADAM, STRATEGIES, Only, assert_same_run, train_each
 from tiny_runs import write_sums
 from wide_models import write_wide_model
 
@@ -123,7 +123,5 @@ def test_ddp_on_a_quantized_base_is_the_same_run(tmp_path):
     arguments = {"folder": tmp_path, "root": tmp_path / "ddp", "strategy": "ddp", "devices": 2}
     for rank in run(2, tmp_path / "ranks", train_each, timeout_s=120, jobs=jobs, **arguments):
         for name, expected in single.items():
-            assert rank[name]["plan"] == expected["plan"]
-            for one, other in zip(rank[name]["steps"], expected["steps"], strict=True):
-                assert one == pytest.approx(other, **metrics_of_runs())
-            torch.testing.assert_close(rank[name]["weights"], expected["weights"], atol=1e-5, rtol=1e-5)
+            assert len(rank[name]["steps"]) == len(expected["steps"])
+            assert_same_run(rank[name], expected, name, rtol=1e-5)

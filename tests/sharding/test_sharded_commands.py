@@ -4,10 +4,7 @@ import cli_runs
 import pytest
 import torch
 from ranks_of_tests import run
-from rounding import assert_same_logits
-from transformers import AutoModelForCausalLM
 
-from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.sharding.sharded_folder import read_folder
 
 FSDP2 = ["--trainer.strategy=hybrid_lightning.sharding.FSDP2Strategy", "--trainer.devices=2"]
@@ -70,25 +67,3 @@ def test_a_run_goes_on_from_a_folder(there, runs):
     linked = runs / "version_1" / "checkpoints" / "last.ckpt"
     result = cli_runs.run(there, "test", "--config", config, *one, "--ckpt_path", linked)
     assert result.code == 0 and "greedy_accuracy" in result.out, result.err[-2000:]
-
-
-def test_a_folder_is_exported(there, runs):
-    checkpoint = runs / "version_0" / "checkpoints" / "last.ckpt"
-    config = str(runs / "version_0" / "config.yaml")
-    form = ["--form", "MergedModel", "--form.dtype=float32"]
-    result = cli_runs.run(there, "export", "--config", config, "--ckpt_path", checkpoint, "--folder", "exported", *form)
-    assert result.code == 0, result.err[-2000:]
-    trained = PolicyModule.load_from_checkpoint(checkpoint).model.eval()
-    ids = torch.tensor([[4, 5, 13, 6, 16]])
-    with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(there / "exported")(ids).logits
-        assert_same_logits(logits, trained(ids).logits)
-
-
-def test_half_a_folder_is_refused_before_anything_is_loaded(there, runs):
-    half = there / "half.ckpt"
-    half.mkdir()
-    (half / "meta.pt").write_bytes((runs / "version_0" / "checkpoints" / "last.ckpt" / "meta.pt").read_bytes())
-    for command in (["fit"], ["test"], ["export", "--folder", "other"]):
-        result = cli_runs.run(there, *command, "--config", "t.yaml", "--ckpt_path", half)
-        assert result.code == 1 and "half.ckpt cannot be read: it is no sharded checkpoint, or not whole" in result.last

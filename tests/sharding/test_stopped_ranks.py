@@ -93,15 +93,6 @@ class Slow(Callback):
             time.sleep(300)
 
 
-class Killed(Callback):
-    """Is killed by the system, two steps after a checkpoint."""
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == 6:
-            trainer.logger.experiment.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def fit_with(folder, callback):
     run_command(folder, *FIT, f"--trainer.callbacks+={callback.__module__}.{callback.__name__}")
 
@@ -119,20 +110,3 @@ def test_a_second_signal_ends_the_process_where_it_is(folder, tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     process.join(20)
     assert process.exitcode == 128 + signal.SIGTERM
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(folder, tmp_path):
-    whole = run_command(folder, *FIT)
-    (process,) = start(1, tmp_path, fit_with, folder=folder, callback=Killed)
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
-    killed = max((folder / "runs" / "default").iterdir(), key=lambda path: int(path.name.split("_")[1]))
-    resumed = run_command(
-        folder,
-        "fit",
-        f"--config={killed / 'config.yaml'}",
-        "--trainer.callbacks=null",
-        f"--ckpt_path={killed / 'checkpoints' / 'last.ckpt'}",
-    )
-    assert resumed.code == 0, resumed.err[-2000:]
-    assert points(killed, run_of(resumed, folder)) == points(run_of(whole, folder))

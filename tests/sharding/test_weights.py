@@ -5,8 +5,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from hybrid_lightning.sharding.parameters import parameter_names
-from hybrid_lightning.sharding.weights import FSDP1Unit, Weights, split_by_fsdp1, weights_of
+from hybrid_lightning.sharding.weights import Weights, split_by_fsdp1, weights_of
 
 
 class Model(nn.Module):
@@ -37,16 +36,6 @@ def models(tmp_path):
         yield plain, split_by_fsdp1(model, list(model.blocks), **options)
     finally:
         distributed.destroy_process_group()
-
-
-def test_it_is_called_as_the_model_and_has_its_names(models):
-    plain, split = models
-    x = torch.randn(2, 4)
-    assert torch.equal(split(x, scale=2.0), plain(x, scale=2.0))
-    assert sum(isinstance(module, FSDP1Unit) for module in split.modules()) == 3
-    assert list(parameter_names(split).values()) == list(dict(plain.named_parameters()))
-    assert list(split.state_dict()) == list(plain.state_dict())
-    split.load_state_dict(plain.state_dict())
 
 
 def test_a_function_is_computed_in_the_place_of_the_forward_pass(models):
@@ -86,14 +75,6 @@ def test_an_error_in_the_function_leaves_the_model_as_it_was(models):
         with pytest.raises(ZeroDivisionError):
             weights.gathered(lambda: 1 / 0)
         assert torch.equal(weights.gathered(lambda: split(x)), plain(x))
-
-
-def test_frozen_weights_need_a_gradient_meanwhile_where_it_is_asked_for(models):
-    _, split = models
-    split.head.weight.requires_grad_(False)
-    asked = lambda: [parameter.requires_grad for parameter in split.parameters()]  # noqa: E731
-    weights = weights_of(split)
-    assert all(weights.gathered(asked, as_trained=True)) and not all(weights.gathered(asked)) and not all(asked())
 
 
 def test_a_whole_model_needs_nothing():

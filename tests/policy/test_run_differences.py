@@ -111,16 +111,12 @@ CASES = {
 
 
 def run(folder, root, model="model", **policy):
-    torch.manual_seed(11)
     policy = {name: value() if isinstance(value, type) else value for name, value in policy.items()}
-    seen = Deterministic()
-    flags = {"deterministic": True, "max_steps": 2, "gradient_clip_val": 1.0, "val_check_interval": 2}
-    trainer = build_trainer(root, build_adapter(), seen, check_val_every_n_epoch=None, **flags)
-    module = build_policy(folder / model, **{"minibatches_per_rollout": 2, **policy})
-    data = build_data(folder / "sums.jsonl", validation_fraction=0.2, test_fraction=0.2)
-    trainer.fit(module, datamodule=data)
+    seen, data = Deterministic(), build_data(folder / "sums.jsonl", validation_fraction=0.2, test_fraction=0.2)
+    flags = {"deterministic": True, "gradient_clip_val": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    module = fit(folder / model, None, root, seen, policy={"minibatches_per_rollout": 2, **policy}, data=data, **flags)
     assert seen.steps >= 2
-    return trainer, module, data
+    return module.trainer, module, data
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import ServedModel, WeightsVersion
 from hybrid_lightning.types import Prompt
 
+MODEL = build_model("llama")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
 
 
@@ -54,22 +55,17 @@ class Weights:
             yield Weight(name, value)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return build_model("llama")
+@pytest.fixture
+def served(tokenizer):
+    return ServedModel(MODEL.config, tokenizer, None, torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture
-def served(model, tokenizer):
-    return ServedModel(model.config, tokenizer, None, torch.float32, torch.device("cpu"))
-
-
-@pytest.fixture
-def start(model, tokenizer):
+def start(tokenizer):
     started = []
 
     def make(**attributes):
-        server = FakeServer(tokenizer, model.config)
+        server = FakeServer(tokenizer, MODEL.config)
         for name, value in attributes.items():
             setattr(server, name, value)
         started.append(server)
@@ -201,10 +197,10 @@ def test_more_completions_of_a_prompt_than_a_server_makes_at_once_are_refused(st
 # ---- completions
 
 
-def test_a_rollout_is_what_the_servers_answer(start, build, model, tokenizer):
+def test_a_rollout_is_what_the_servers_answer(start, build, tokenizer):
     sampler = build(start(), start(), weights=Weights(3))
     prompts = [Prompt(text=str(number), index=number) for number in range(3)]
-    engine = type("OfModel", (), {"model": model})()
+    engine = type("OfModel", (), {"model": MODEL})()
     rollouts = sampler.sample(engine, tokenizer, prompts, [[3, 5], [4], [6, 7, 8]], 2, generator=PromptDraws(prompts, 2, 0))
     tokens = rollouts.sequences.completion_ids
     assert tokens.tolist() == [[10, 2, 1], [10, 3, 1], [6, 2, 1], [6, 3, 1], [12, 2, 1], [12, 3, 1]]

@@ -10,6 +10,7 @@ import torch
 from cli_runs import empty_picture
 from messages import warnings_of
 from tiny_models import build_model, build_tokenizer
+from tiny_runs import write_model, write_sums
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import hybrid_lightning
@@ -71,6 +72,18 @@ def pictures() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model for small runs, none of which changes it."""
+    return write_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 problems for small runs."""
+    return write_sums(tmp_path_factory.mktemp("sums") / "sums.jsonl", 24)
 
 
 @pytest.fixture

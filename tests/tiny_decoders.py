@@ -6,7 +6,7 @@ import pytest
 import segments_on_cpu  # noqa: F401  (which makes `OfAccelerator` possible)
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import VOCABULARY, build_model
+from tiny_models import SIZES, build_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -26,18 +26,6 @@ from hybrid_lightning.types import Prompt
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SOME = ("q_proj", "k_proj", "gate_proj", "up_proj", "down_proj")
 TEXTS = ("12+3=", "4=", "1-2-3-4-5=")
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 WINDOW = {"sliding_window": 3, "head_dim": 8}
 # Families with something special: sliding windows, caps of scores and logits, scaled logits.
 SPECIAL = {

@@ -16,10 +16,11 @@ from transformers import (
 )
 
 from hybrid_lightning.engine.engine import Engine
+from hybrid_lightning.types import Sequences
 
 _CHARACTERS = "0123456789+-*= \nabcdefghijklmnopqrstuvwxyz#?"
 VOCABULARY = len(_CHARACTERS) + 3
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -32,10 +33,10 @@ _SIZES = {
     "eos_token_id": 2,
 }
 _CONFIGS = {
-    "llama": lambda: LlamaConfig(**_SIZES),
-    "qwen2": lambda: Qwen2Config(**_SIZES),
-    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=8),
-    "gemma": lambda: GemmaConfig(**_SIZES, head_dim=8),
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
+    "gemma": lambda: GemmaConfig(**SIZES, head_dim=8),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
     ),
@@ -61,6 +62,25 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def plain_distribution(model: torch.nn.Module, sequences: Sequences, row: int, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities [T, V] at the tokens of one completion, by an unpadded forward pass."""
+    prompt, completion = tokens_of(sequences, row)
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1)
+
+
+def plain_logprobs(model: torch.nn.Module, sequences: Sequences, row: int, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities [T] of the tokens of one completion, by an unpadded forward pass."""
+    chosen = torch.tensor(tokens_of(sequences, row)[1])[:, None]
+    return plain_distribution(model, sequences, row, temperature).gather(1, chosen).squeeze(1)
+
+
+def tokens_of(sequences: Sequences, row: int) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of its completion."""
+    prompt, completion = sequences.prompt_ids[row], sequences.completion_ids[row]
+    return prompt[sequences.prompt_mask[row]].tolist(), completion[sequences.completion_mask[row]].tolist()
 
 
 _ENGINES: WeakKeyDictionary[torch.nn.Module, Engine] = WeakKeyDictionary()

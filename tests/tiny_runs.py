@@ -96,18 +96,15 @@ def build_data(path: Path, **arguments: Any) -> PromptDataModule:
     return PromptDataModule(FileSource(str(path), **arguments), PlainFormat())
 
 
-def build_adapter(share: float = 0.2, picture: bool = False, **arguments: Any) -> HybridAdapterSetup:
-    """A hybrid adapter of rank 2, scored on 4 prompts. The picture of its plan takes as long as a fifth of a run."""
+def build_adapter(share: float = 0.2, **arguments: Any) -> HybridAdapterSetup:
+    """A hybrid adapter of rank 2, scored on 4 prompts."""
     defaults = {"budget": ModuleBudget(share), "scorer": TailEnergy(), "rank": 2, "calibration_prompts": 4}
-    adapter = HybridAdapterSetup(**{**defaults, **arguments})
-    if not picture:
-        adapter._draw = lambda plan, path: None
-    return adapter
+    return HybridAdapterSetup(**{**defaults, **arguments})
 
 
-def build_trainer(root: Path, *callbacks: Any, **flags: Any) -> Trainer:
+def build_trainer(root: Path, *callbacks: Any, kind: type[Any] = Trainer, **flags: Any) -> Any:
     """A silent Trainer on the CPU, without logger and checkpoints."""
-    return Trainer(
+    return kind(
         **{
             "max_steps": 2,
             "accelerator": "cpu",
@@ -123,11 +120,11 @@ def build_trainer(root: Path, *callbacks: Any, **flags: Any) -> Trainer:
     )
 
 
-def fit(model: Path, sums: Path, root: Path, *callbacks: Any, policy: dict[str, Any] | None = None, **flags: Any) -> PolicyModule:
+def fit(model: Path, sums: Path, root: Path, *callbacks: Any, policy=None, data=None, ckpt=None, **flags: Any) -> PolicyModule:
     """Train a policy, with a hybrid adapter unless one is among the callbacks."""
     if not any(isinstance(callback, HybridAdapterSetup) for callback in callbacks):
         callbacks = (build_adapter(), *callbacks)
     torch.manual_seed(11)
     module = build_policy(model, **(policy or {}))
-    build_trainer(root, *callbacks, **flags).fit(module, datamodule=build_data(sums))
+    build_trainer(root, *callbacks, **flags).fit(module, datamodule=data or build_data(sums), ckpt_path=ckpt)
     return module

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli_runs import run, write_folder
 from lightning.pytorch.callbacks import ModelCheckpoint
-from stopped_runs import FIT, MOMENTS, Sent
+from stopped_runs import MOMENTS, Sent
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import GracefulStop, RunSummary
@@ -18,13 +18,8 @@ from hybrid_lightning.policy.module import PolicyModule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHORT = ("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
-EMBEDDED = (
-    *SHORT,
-    "--trainer.num_sanity_val_steps=0",
-    "--adapter.calibration_prompts=8",
-    "--data.validation_prompts=4",
-    "--data.test_prompts=4",
-)
+EMBEDDED = (*SHORT, "--trainer.num_sanity_val_steps=0", "--adapter.calibration_prompts=8", "--data.validation_prompts=4")
+EMBEDDED += ("--data.test_prompts=4",)
 FEW = ("--model.prompts_per_rollout=4", "--model.samples_per_prompt=4")
 OWN = ("fit", "--config", "t.yaml", *SHORT)
 
@@ -75,15 +70,13 @@ def test_the_next_command_runs(folder, name):
     assert typed(result, folder) == command
 
 
-def test_where_nothing_can_be_measured_there_is_the_checkpoint_alone(folder):
-    result = run(folder, *OWN, "--data.source.test_fraction=0", "--data.source.validation_fraction=0")
+def test_where_nothing_can_be_measured_there_is_the_checkpoint_alone_or_nothing(folder):
+    nothing = (*OWN, "--trainer.max_steps=1", "--data.source.test_fraction=0", "--data.source.validation_fraction=0")
+    result = run(folder, *nothing)
     summary = summary_of(result, folder)
     assert result.code == 0 and commands(result) == [] and summary["next_command"] == ""
     assert f"Checkpoint: {summary['checkpoint']}\n" in result.out and (folder / summary["checkpoint"]).is_file()
-
-
-def test_without_a_checkpoint_there_is_none(folder):
-    result = run(folder, *OWN, "--checkpoint.save_last=false", "--checkpoint.save_top_k=0")
+    result = run(folder, *nothing, "--checkpoint.save_last=false", "--checkpoint.save_top_k=0")
     assert result.code == 0 and commands(result) == [] and "Checkpoint:" not in result.out
 
 
@@ -95,14 +88,6 @@ def test_a_resumed_run_prints_its_own(folder):
     assert result.code == 0, result.err[-2000:]
     (arguments,) = commands(result)
     assert typed(result, folder) == "test" and arguments[2] != str(root / "config.yaml")
-
-
-def test_a_stopped_run_prints_how_to_go_on(folder, monkeypatch):
-    with monkeypatch.context() as patch:
-        Sent(patch, MOMENTS["a score"], signal.SIGTERM)
-        result = run(folder, "score", *FIT[1:], "--trainer.logger.name=stopped there")
-    assert result.code == 143, result.err[-2000:]
-    assert typed(result, folder) == "score"
 
 
 def test_from_python_no_command_is_printed_and_the_checkpoint_loads(folder, tmp_path, capsys):
@@ -123,10 +108,8 @@ def test_from_python_a_stopped_run_says_which_argument_goes_on(folder, tmp_path,
         build_trainer(tmp_path, GracefulStop(), build_adapter()).fit(build_policy(folder / "model"), datamodule=data)
     given = re.search(r"Trainer\.fit\(\.\.\., (ckpt_path='.+')\)", capsys.readouterr().out)[1]
     again = build_trainer(tmp_path, GracefulStop(), build_adapter())
-    exec(
-        f"trainer.fit(policy, datamodule=data, {given})",
-        {"trainer": again, "policy": build_policy(folder / "model"), "data": data},
-    )
+    known = {"trainer": again, "policy": build_policy(folder / "model"), "data": data}
+    exec(f"trainer.fit(policy, datamodule=data, {given})", known)
     assert again.global_step == 2
 
 

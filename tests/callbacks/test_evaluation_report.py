@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import StartsWithDigit, build_adapter, build_policy, build_trainer, write_model, write_sums
+from tiny_runs import StartsWithDigit, build_adapter, build_policy, build_trainer, fit, write_model, write_sums
 
 from hybrid_lightning.callbacks import EvaluationReport, RunSummary
 from hybrid_lightning.data import FileSource, Mixture, PlainFormat, PromptDataModule
@@ -104,10 +104,9 @@ def test_a_fit_shows_named_sets_and_monitors_either_name(folder, tmp_path, capsy
     best = ModelCheckpoint(tmp_path / "best", monitor="val/hard/avg@2", mode="max")
     stop = EarlyStopping("val/avg@2", patience=9, mode="max")
     flags = {"max_steps": 2, "num_sanity_val_steps": -1, "check_val_every_n_epoch": None, "val_check_interval": 1}
-    trainer = build_trainer(
-        tmp_path, RunSummary(), EvaluationReport(), build_adapter(), best, stop, enable_checkpointing=True, **flags
-    )
-    trainer.fit(build_policy(folder / "model", reward=StartsWithDigit()), datamodule=data(folder, split="validation"))
+    callbacks = (RunSummary(), EvaluationReport(), best, stop)
+    policy, measured = {"reward": StartsWithDigit()}, data(folder, split="validation")
+    fit(folder / "model", None, tmp_path, *callbacks, policy=policy, data=measured, enable_checkpointing=True, **flags)
     output = capsys.readouterr().out
     assert re.search(r"^Validation \(step 2\) *$", output, re.M), "the table"
     lines = [line for line in output.splitlines() if line.startswith("Validation (step 2):")]

@@ -3,19 +3,16 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+from tiny_runs import build_adapter, build_data, fit
 
 from hybrid_lightning.callbacks import ModelCheckpoint, RunSummary
 
 
 class Killed(Callback):
-    """Ends a run after so many steps, as an exception does."""
-
-    def __init__(self, step):
-        self.step = step
+    """Ends a run after five steps, as an exception does."""
 
     def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
+        if trainer.global_step == 5:
             raise RuntimeError("killed")
 
 
@@ -29,13 +26,11 @@ class Saves(Callback):
         self.steps.append(trainer.global_step)
 
 
-def fit(tmp_path, *callbacks, saver, **flags):
-    policy = build_policy(write_model(tmp_path / "model"), lr_full=0.0, lr_lora=0.0)  # each validation gives the same
-    data = build_data(write_sums(tmp_path / "sums.jsonl"), validation_fraction=0.2)
+def run(model, sums, root, saver, *callbacks, **flags):
+    policy = {"lr_full": 0.0, "lr_lora": 0.0}  # each validation gives the same
+    data = build_data(sums, validation_fraction=0.2)
     flags = {"max_steps": 5, "check_val_every_n_epoch": None, "val_check_interval": 2, "enable_checkpointing": True, **flags}
-    trainer = build_trainer(tmp_path, RunSummary(), build_adapter(), saver, *callbacks, **flags)
-    trainer.fit(policy, datamodule=data)
-    return trainer
+    fit(model, sums, root, RunSummary(), build_adapter(), saver, *callbacks, policy=policy, data=data, **flags)
 
 
 def build_saver(folder, **settings):
@@ -46,37 +41,37 @@ def step_of(path):
     return torch.load(path, weights_only=False)["global_step"]
 
 
-def test_the_last_checkpoint_has_the_last_step_and_the_best_the_best(tmp_path):
+def test_the_last_checkpoint_has_the_last_step_and_the_best_the_best(model, sums, tmp_path):
     saver = build_saver(tmp_path / "kept")
-    fit(tmp_path, saver=saver)
+    run(model, sums, tmp_path, saver)
     assert step_of(saver.best_model_path) == 2, "later validations are as good, and no better"
     assert step_of(saver.last_model_path) == 5
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["last.ckpt", "step=2.ckpt"]
 
 
-def test_a_killed_run_has_that_of_its_last_validation(tmp_path):
+def test_a_killed_run_has_that_of_its_last_validation(model, sums, tmp_path):
     saver = build_saver(tmp_path / "kept")
     with pytest.raises(RuntimeError, match="killed"):
-        fit(tmp_path, Killed(5), saver=saver, max_steps=6)
+        run(model, sums, tmp_path, saver, Killed(), max_steps=6)
     assert step_of(tmp_path / "kept" / "last.ckpt") == 4
 
 
 @pytest.mark.parametrize("settings", [{"save_top_k": 0}, {"save_top_k": -1}, {"monitor": None, "every_n_train_steps": 2}])
-def test_nothing_is_written_twice(tmp_path, settings):
+def test_nothing_is_written_twice(model, sums, tmp_path, settings):
     saves, saver = Saves(), build_saver(tmp_path / "kept", **settings)
-    fit(tmp_path, saves, saver=saver)
+    run(model, sums, tmp_path, saver, saves)
     assert step_of(tmp_path / "kept" / "last.ckpt") == 5
     own = [step_of(path) for path in (tmp_path / "kept").glob("step=*.ckpt")]
     writes = {step: saves.steps.count(step) for step in set(saves.steps)}
     assert all(count <= 1 + (step in own or settings.get("monitor", "") is None) for step, count in writes.items()), writes
 
 
-def test_without_validation_the_end_is_saved(tmp_path):
+def test_without_validation_the_end_is_saved(model, sums, tmp_path):
     saver = build_saver(tmp_path / "kept", monitor=None, every_n_train_steps=2)
-    fit(tmp_path, saver=saver, limit_val_batches=0)
+    run(model, sums, tmp_path, saver, limit_val_batches=0)
     assert step_of(tmp_path / "kept" / "last.ckpt") == 5
 
 
-def test_who_wants_no_last_checkpoint_gets_none(tmp_path):
-    fit(tmp_path, saver=build_saver(tmp_path / "kept", save_last=False))
+def test_who_wants_no_last_checkpoint_gets_none(model, sums, tmp_path):
+    run(model, sums, tmp_path, build_saver(tmp_path / "kept", save_last=False))
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step=2.ckpt"]

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from tiny_models import build_model
+from tiny_models import build_model, plain_logprobs
 from tiny_runs import Constant, DigitShare, build_adapter, build_data, build_policy, build_trainer, fit
 
 from hybrid_lightning.adapters import scorers
@@ -20,13 +20,6 @@ NAMES = {f"model.layers.{layer}.{kind}" for layer in range(2) for kind in KINDS}
 
 def planned(model, sums, root, adapter, **policy):
     return fit(model, sums, root, adapter, policy=policy, max_steps=0).plan
-
-
-def plain_logprobs(model, sequences, row):
-    prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]]
-    completion = sequences.completion_ids[row][sequences.completion_mask[row]]
-    logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, completion[:, None]).squeeze(1)
 
 
 def full_gradients(rollout):

@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from peft import PeftModel
 from rounding import assert_same_logits
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit
+from tiny_runs import build_policy, build_trainer, fit
 from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.callbacks import PolicyExport, RunSummary, StepTimer
@@ -25,11 +25,8 @@ def exports(folder):
 
 
 def test_at_the_end_of_training_and_by_the_trainer_itself(model, sums, tmp_path):
-    torch.manual_seed(11)
-    module, exporter = build_policy(model), PolicyExport(MergedModel("float32"))
-    trainer = build_trainer(tmp_path, build_adapter(), RunSummary(), exporter)
-    trainer.fit(module, datamodule=build_data(sums))
-    trainer.export(module, form=MergedModel("float32"), folder=str(tmp_path / "out"))
+    module = fit(model, sums, tmp_path, RunSummary(), PolicyExport(MergedModel("float32")))
+    module.trainer.export(module, form=MergedModel("float32"), folder=str(tmp_path / "out"))
     folder = tmp_path / "version_0" / "export" / "merged"
     assert exports(folder) == ["step=2"]
     for path in (folder / "step=2", tmp_path / "out"):
@@ -65,14 +62,10 @@ def test_exports_of_another_run_are_found_before_training(model, sums, tmp_path)
 
 
 def test_a_resumed_run_exports_beside_what_is_there(model, sums, tmp_path):
-    def trainer(steps):
-        return build_trainer(tmp_path, build_adapter(), PolicyExport(AdapterFolder(), str(tmp_path / "mine")), max_steps=steps)
-
-    first = trainer(1)
-    torch.manual_seed(11)
-    first.fit(build_policy(model), datamodule=build_data(sums))
-    first.save_checkpoint(tmp_path / "last.ckpt")
-    trainer(2).fit(build_policy(model), datamodule=build_data(sums), ckpt_path=tmp_path / "last.ckpt")
+    first = fit(model, sums, tmp_path, PolicyExport(AdapterFolder(), str(tmp_path / "mine")), max_steps=1)
+    first.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = PolicyExport(AdapterFolder(), str(tmp_path / "mine"))
+    fit(model, sums, tmp_path, again, ckpt=tmp_path / "last.ckpt", max_steps=2)
     assert exports(tmp_path / "mine") == ["step=1", "step=2"]
 
 
@@ -82,19 +75,12 @@ def test_a_form_that_cannot_hold_the_plan_is_refused_before_training(model, sums
     assert not list(tmp_path.rglob("export"))
 
 
-def test_impossible_settings_are_refused():
+def test_what_cannot_be_exported_is_refused_before_training(model, sums, tmp_path):
     with pytest.raises(ConfigError, match="every_n_steps must be at least 1, got 0"):
         PolicyExport(every_n_steps=0)
-
-
-def test_what_cannot_be_gathered_is_refused_before_training(model, sums, tmp_path):
-    module = fit(model, sums, tmp_path)
     trainer = SimpleNamespace(strategy=FSDPStrategy(accelerator="cuda"))
     with pytest.raises(ConfigError, match=r"cannot put together the shards of FSDP1 .* the export command on a checkpoint"):
-        PolicyExport().on_train_start(trainer, module)
-
-
-def test_without_an_adapter_there_is_nothing_to_export(model, sums, tmp_path):
+        PolicyExport().on_train_start(trainer, fit(model, sums, tmp_path, max_steps=0))
     module = build_policy(model)
     module.model.requires_grad_(True)
     with pytest.raises(ConfigError, match="needs HybridAdapterSetup among"):

@@ -46,10 +46,8 @@ def test_a_file_that_is_there_is_refused_before_anything_is_generated(model, sum
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_process_writes_its_own_file_and_refuses_where_one_would(tmp_path, rank):
-    writer, trainer = (
-        PredictionWriter(str(tmp_path / "p.jsonl")),
-        SimpleNamespace(fast_dev_run=True, world_size=2, global_rank=rank),
-    )
+    writer = PredictionWriter(str(tmp_path / "p.jsonl"))
+    trainer = SimpleNamespace(fast_dev_run=True, world_size=2, global_rank=rank)
     writer.setup(trainer, None, "predict")
     writer.on_predict_start(trainer, None)
     writer.on_predict_end(trainer, None)
@@ -80,7 +78,9 @@ def test_an_interrupted_run_keeps_what_it_has(model, sums, tmp_path):
     assert len(read(tmp_path / "version_0" / "predictions.jsonl")) == 5 and writer._file is None
 
 
-def test_other_languages_stay_readable(tmp_path):
+def test_other_languages_stay_readable_and_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"predictions\.path=.* is a folder; give a file name"):
+        PredictionWriter(str(tmp_path))
     writer = PredictionWriter(str(tmp_path / "p.jsonl"))
     trainer = SimpleNamespace(fast_dev_run=True, world_size=1, global_rank=0)
     writer.on_predict_start(trainer, None)
@@ -88,8 +88,3 @@ def test_other_languages_stay_readable(tmp_path):
     writer.on_predict_end(trainer, None)
     content = (tmp_path / "p.jsonl").read_text(encoding="utf-8")
     assert "für 你" in content and json.loads(content) == {"prompt": "für 你\u2028\n"}
-
-
-def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(ConfigError, match=r"predictions\.path=.* is a folder; give a file name"):
-        PredictionWriter(str(tmp_path))

@@ -3,8 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from tiny_runs import fit, write_model, write_sums
+from tiny_runs import Log, fit
 
 from hybrid_lightning.callbacks import RewardDivergence
 from hybrid_lightning.errors import ConfigError
@@ -80,8 +79,7 @@ def test_the_window_forgets():
     assert callback.diverging() == []
 
 
-@pytest.mark.parametrize("stop", [1, 25])
-def test_a_resumed_run_warns_where_the_whole_would(stop):
+def test_a_resumed_run_warns_where_the_whole_would(stop=25):
     accuracy, ended = series(0.5, 0.1, 40), series(0.1, 0.9, 40, seed=1)
     whole = feed(RewardDivergence(20), accuracy, ended=ended)
     before = RewardDivergence(20)
@@ -92,19 +90,16 @@ def test_a_resumed_run_warns_where_the_whole_would(stop):
     assert resumed.diverging() == ["rewards/ended"]
 
 
-def test_a_run_that_learns_to_end_at_once_is_warned_of(tmp_path):
+def test_a_run_that_learns_to_end_at_once_is_warned_of(model, sums, tmp_path):
     """The trap that this callback is for: a small reward for ending is learned at the cost of the answer."""
-    model, sums, seen = write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl", 16), []
-
-    class Watch(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            seen.append([float(trainer.callback_metrics[name]) for name in ("reward", "accuracy", "rewards/ended/mean")])
-
+    log = Log()
     reward = WeightedSum([HasDigit(), Ended()], [0.1, 1.0])
     policy = {"reward": reward, "samples_per_prompt": 16, "lr_lora": 0.003, "lr_full": 0.001}
     with pytest.warns(UserWarning, match="rewards/ended rose while the share of correct completions fell"):
-        fit(model, sums, tmp_path, RewardDivergence(16), Watch(), policy=policy, max_steps=24)
-    assert seen[-1][0] > seen[0][0] and seen[-1][1] < seen[0][1] and seen[-1][2] > seen[0][2]
+        fit(model, sums, tmp_path, RewardDivergence(16), log, policy=policy, max_steps=24)
+    first, last = log.metrics[0], log.metrics[-1]
+    assert last["reward"] > first["reward"] and last["rewards/ended/mean"] > first["rewards/ended/mean"]
+    assert last["accuracy"] < first["accuracy"]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, fit
 
 from hybrid_lightning.callbacks import EvaluationReport, PolicyExport, PredictionWriter, RolloutSamples, RunSummary
 from hybrid_lightning.callbacks.run_folder import RunFolder, check_run_folder, find_callback, run_folder
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.export import AdapterFolder
+from hybrid_lightning.trainer import Trainer
 
 
 def names(folder):
@@ -132,28 +133,21 @@ LOGGERS = {
 }
 
 
-def train(kind, model, sums, root, loggers):
+def train(model, sums, root, loggers, kind=Trainer):
     """A run with all callbacks that write."""
     callbacks = [RunSummary(), EvaluationReport(), build_adapter(), RolloutSamples(1), PolicyExport(AdapterFolder())]
     callbacks.append(ModelCheckpoint())
     flags = {"max_steps": 1, "logger": LOGGERS[loggers](root), "enable_checkpointing": True, "num_sanity_val_steps": -1}
-    if kind == "ours":
-        trainer = build_trainer(root / "x", *callbacks, **flags)
-    else:
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-        trainer = LightningTrainer(callbacks=callbacks, default_root_dir=root / "x", **flags, **quiet)
-    trainer.fit(build_policy(model, reward=StartsWithDigit()), datamodule=build_data(sums, validation_fraction=0.2))
-    return trainer
+    data = build_data(sums, validation_fraction=0.2)
+    return fit(model, sums, root / "x", *callbacks, policy={"reward": StartsWithDigit()}, data=data, kind=kind, **flags).trainer
 
 
 # Under Lightning's own Trainer two loggers of one place make themselves two folders.
-@pytest.mark.parametrize(
-    ("kind", "loggers"), [("ours", "both"), ("ours", "none"), ("lightning", "tensorboard"), ("lightning", "csv")]
-)
+@pytest.mark.parametrize(("kind", "loggers"), [(Trainer, "both"), (Trainer, "none"), (LightningTrainer, "tensorboard")])
 def test_a_second_run_changes_nothing_of_the_first(model, sums, tmp_path, kind, loggers):
-    first = train(kind, model, sums, tmp_path, loggers)
+    first = train(model, sums, tmp_path, loggers, kind)
     before = content(tmp_path)
-    second = train(kind, model, sums, tmp_path, loggers)
+    second = train(model, sums, tmp_path, loggers, kind)
     assert {path: data for path, data in content(tmp_path).items() if path in before} == before
     for number, trainer in enumerate((first, second)):
         folder = run_folder(trainer)
@@ -165,21 +159,15 @@ def test_a_second_run_changes_nothing_of_the_first(model, sums, tmp_path, kind, 
     assert names(tmp_path) == ["x"] and names(tmp_path / "x") == ["version_0", "version_1"]
 
 
-def test_of_two_lightning_trainers_whose_loggers_share_a_folder_one_gets_it(tmp_path):
+def test_of_two_lightning_trainers_whose_loggers_share_a_folder_one_gets_it_if_it_is_a_log_alone(tmp_path):
     """Lightning lets loggers choose and make their folder before any callback is asked, each by looking for the last one."""
     loggers = [TensorBoardLogger(tmp_path, "x", version=0) for _ in range(2)]
-    for logger in loggers:
+    for logger in (*loggers, mine := TensorBoardLogger(tmp_path, "x", version="mine")):
         _ = logger.experiment
     folders = [run_folder(process(tmp_path, logger)) for logger in loggers]
     assert folders == [tmp_path / "x" / "version_0", tmp_path / "x" / "version_1"]
-
-
-def test_a_folder_with_more_than_a_log_is_not_taken_over(tmp_path):
-    (tmp_path / "x" / "mine").mkdir(parents=True)
     (tmp_path / "x" / "mine" / "plan.json").write_text("of another run")
-    logger = TensorBoardLogger(tmp_path, "x", version="mine")
-    _ = logger.experiment
-    assert run_folder(process(tmp_path, logger)) == tmp_path / "x" / "mine-v1"
+    assert run_folder(process(tmp_path, mine)) == tmp_path / "x" / "mine-v1"
 
 
 def test_a_trainer_keeps_its_folder_which_is_its_log_dir(model, sums, tmp_path, monkeypatch):
@@ -226,7 +214,7 @@ def test_the_folder_of_checkpoints_is_looked_at_too(tmp_path):
 
 def test_a_folder_of_another_run_is_not_given_back(model, sums, tmp_path):
     """Nor are those above it that were there."""
-    kept = train("ours", model, sums, tmp_path, "csv")
+    kept = train(model, sums, tmp_path, "csv")
     before = content(tmp_path)
     (tmp_path / "broken.jsonl").write_text("{")
     trainer = build_trainer(tmp_path, build_adapter(), logger=[CSVLogger(tmp_path, "x"), CSVLogger(tmp_path / "new", "y")])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.callbacks.run_folder import find_callback
@@ -18,12 +18,6 @@ from hybrid_lightning.rollout.sampler import Sampler
 GENERATE, REWARD, LOGPROBS, UPDATE, BEFORE, AFTER, VALIDATION, SAVE, SCORE = 64.0, 16.0, 3.0, 8.0, 0.25, 0.5, 20.0, 40.0, 7.0
 STEPS = 6
 TIME = SimpleNamespace(now=0.0)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("timer")
-    return write_model(folder / "model"), write_sums(folder / "sums.jsonl", 32)
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +74,10 @@ class Slow(Callback):
         self.saves += 1
 
 
-def run(files, root, *callbacks, ckpt=None, policy=None, data=None, share=0.0, **flags):
+def run(model, sums, root, *callbacks, ckpt=None, policy=None, data=None, share=0.0, **flags):
     torch.manual_seed(11)
     arguments = {"sampler": SlowSampler(max_new_tokens=6), "reward": SlowReward(), "loss": SlowLoss(), **(policy or {})}
-    module = build_policy(files[0], **arguments)
+    module = build_policy(model, **arguments)
     plain = module.logprobs
 
     def logprobs(sequences):
@@ -94,14 +88,14 @@ def run(files, root, *callbacks, ckpt=None, policy=None, data=None, share=0.0, *
     module.logprobs = logprobs
     timer, slow = StepTimer(), Slow()
     trainer = build_trainer(root, timer, slow, build_adapter(share), *callbacks, **{"max_steps": STEPS, **flags})
-    trainer.fit(module, datamodule=data or build_data(files[1]), ckpt_path=ckpt)
+    trainer.fit(module, datamodule=data or build_data(sums), ckpt_path=ckpt)
     return timer, slow
 
 
-@pytest.mark.parametrize(("minibatches", "epochs", "accumulate"), [(1, 1, 4), (1, 3, 1), (2, 2, 2)])
-def test_each_second_is_logged_once_and_where_it_belongs(files, tmp_path, minibatches, epochs, accumulate):
+@pytest.mark.parametrize(("minibatches", "epochs", "accumulate"), [(1, 1, 4), (2, 2, 2)])
+def test_each_second_is_logged_once_and_where_it_belongs(model, sums, tmp_path, minibatches, epochs, accumulate):
     policy = {"minibatches_per_rollout": minibatches, "epochs_per_rollout": epochs}
-    timer, slow = run(files, tmp_path, policy=policy, accumulate_grad_batches=accumulate)
+    timer, slow = run(model, sums, tmp_path, policy=policy, accumulate_grad_batches=accumulate)
     served = minibatches * epochs
     # Computed once for all epochs; in a single one the first minibatch is on-policy.
     old = LOGPROBS * accumulate * (minibatches if epochs > 1 else minibatches - 1)
@@ -130,11 +124,11 @@ def test_each_second_is_logged_once_and_where_it_belongs(files, tmp_path, miniba
             assert sum(step[f"time/{name}_s"] for step in slow.steps) == pytest.approx(totals[name])
 
 
-def test_validation_checkpoints_and_scoring_are_no_part_of_a_step(files, tmp_path):
+def test_validation_checkpoints_and_scoring_are_no_part_of_a_step(model, sums, tmp_path):
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     flags = {"val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": -1, "enable_checkpointing": True}
-    data = build_data(files[1], validation_fraction=0.3)
-    timer, slow = run(files, tmp_path, saver, data=data, share=0.2, **flags)
+    data = build_data(sums, validation_fraction=0.3)
+    timer, slow = run(model, sums, tmp_path, saver, data=data, share=0.2, **flags)
     totals = timer.totals()
     assert totals.keys() == set(RUN_PHASES) and sum(totals.values()) == pytest.approx(TIME.now)
     assert slow.validations == 3 and slow.saves >= 3
@@ -147,13 +141,13 @@ def test_validation_checkpoints_and_scoring_are_no_part_of_a_step(files, tmp_pat
     assert steps == pytest.approx(sum(totals[name] for name in STEP_PHASES) - AFTER), "but what follows the last step"
 
 
-def test_a_resumed_run_goes_on_adding(files, tmp_path):
+def test_a_resumed_run_goes_on_adding(model, sums, tmp_path):
     """Stopped within a rollout, whose shares have to be dealt after the resume."""
     policy = {"minibatches_per_rollout": 4}
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-    run(files, tmp_path, saver, policy=policy, max_steps=2, enable_checkpointing=True)
+    run(model, sums, tmp_path, saver, policy=policy, max_steps=2, enable_checkpointing=True)
     TIME.now = 0.0
-    timer, slow = run(files, tmp_path, policy=policy, max_steps=8, ckpt=tmp_path / "step=2.ckpt")
+    timer, slow = run(model, sums, tmp_path, policy=policy, max_steps=8, ckpt=tmp_path / "step=2.ckpt")
     assert [step["time/generate_s"] for step in slow.steps] == [GENERATE / 4] * 6
     assert slow.steps[0]["throughput/generated_tokens_per_second"] > 0
     # Two micro-batches, and the part of the checkpoint that came before its callbacks' states.
@@ -166,11 +160,11 @@ def test_a_resumed_run_goes_on_adding(files, tmp_path):
     ), "after whole rollouts every generated token has been trained on once"
 
 
-def test_a_second_fit_starts_anew_and_other_commands_are_not_timed(files, tmp_path):
-    module = build_policy(files[0], sampler=SlowSampler(max_new_tokens=6), reward=SlowReward())
+def test_a_second_fit_starts_anew_and_other_commands_are_not_timed(model, sums, tmp_path):
+    module = build_policy(model, sampler=SlowSampler(max_new_tokens=6), reward=SlowReward())
     timer = StepTimer()
     trainer = build_trainer(tmp_path, timer, build_adapter(share=0.0), max_steps=1)
-    trainer.fit(module, datamodule=(data := build_data(files[1], validation_fraction=0.3)))
+    trainer.fit(module, datamodule=(data := build_data(sums, validation_fraction=0.3)))
     before = timer.totals()
     trainer.validate(module, datamodule=data, verbose=False)
     assert timer.totals()["validation"] == before["validation"] and find_callback(trainer, StepTimer) is timer

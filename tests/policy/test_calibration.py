@@ -3,15 +3,16 @@
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from tiny_models import build_model
-from tiny_runs import Constant, DigitShare, build_data, build_policy, build_trainer, write_model, write_sums
+from tiny_models import build_model, plain_distribution, plain_logprobs
+from tiny_runs import Constant, DigitShare, build_data, build_policy, build_trainer
 
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, GSPOLoss
 from hybrid_lightning.policy.calibration import AnswerCalibration, RewardCalibration
-from hybrid_lightning.rollout.batching import join_rollouts
+from hybrid_lightning.rollout.batching import join_rollouts, pad_left, pad_right
 from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.types import Sequences
 
 TEMPERATURE = 0.8
 
@@ -22,16 +23,6 @@ class HalfEqual(DigitShare):
     def __call__(self, completions, prompts):
         values = super().__call__(completions, prompts)
         return [value if prompt.index % 2 else 0.5 for value, prompt in zip(values, prompts, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("calibration") / "model")
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_sums(tmp_path_factory.mktemp("calibration") / "sums.jsonl", 16)
 
 
 def calibrate(model, sums, prompts=8, data=None, steps=None, **arguments):
@@ -63,23 +54,6 @@ def mean_gradient(policy, losses):
     return {name: p.grad / len(values) for name, p in policy.model.named_parameters() if p.grad is not None}
 
 
-def plain_distribution(model, prompt, completion):
-    """Log-probabilities [T, V] at the tokens of a completion."""
-    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
-    return logits.log_softmax(-1)
-
-
-def row_of(rollouts, row):
-    """Token ids of a prompt and its completion."""
-    sequences = rollouts.sequences
-    prompt, completion = sequences.prompt_ids[row], sequences.completion_ids[row]
-    return prompt[sequences.prompt_mask[row]].tolist(), completion[sequences.completion_mask[row]].tolist()
-
-
-def plain_logprobs(model, prompt, completion):
-    return plain_distribution(model, prompt, completion).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
-
-
 def plain_advantages(reward, rollouts):
     prompts = [prompt for prompt in rollouts.prompts for _ in range(4)]
     rewards = torch.tensor(reward(rollouts.completions, prompts)).view(-1, 4)
@@ -108,7 +82,7 @@ def test_rewards_give_the_policy_gradient_at_the_start_policy(model, sums, loss,
     advantages = plain_advantages(reward, rollouts)
     useful = int(advantages.count_nonzero())
     assert losses.info == {"signal": "reward", "sequences": 32, "useful_sequences": useful, "prompts": 8}
-    logprobs = [plain_logprobs(base, *row_of(rollouts, row)) for row in range(32)]
+    logprobs = [plain_logprobs(base, rollouts.sequences, row, TEMPERATURE) for row in range(32)]
     if isinstance(loss, DAPOLoss):
         total = sum(a * row.sum() for a, row in zip(advantages, logprobs, strict=True)) / sum(map(len, logprobs))
     else:
@@ -126,11 +100,11 @@ def test_an_entropy_bonus_is_part_of_the_objective_and_masked_completions_are_no
     advantages = plain_advantages(HalfEqual(), rollouts)
     total, tokens = torch.zeros(()), 0
     for row in finished:
-        prompt, completion = row_of(rollouts, row)
-        logprobs = plain_distribution(base, prompt, completion)
+        logprobs = plain_distribution(base, rollouts.sequences, row, TEMPERATURE)
         entropies = -(logprobs.exp() * logprobs).sum(-1)
-        total = total + advantages[row] * plain_logprobs(base, prompt, completion).sum() + 0.3 * entropies.sum()
-        tokens += len(completion)
+        chosen = plain_logprobs(base, rollouts.sequences, row, TEMPERATURE)
+        total = total + advantages[row] * chosen.sum() + 0.3 * entropies.sum()
+        tokens += len(chosen)
     assert_same_gradient(mean_gradient(policy, losses), -total / tokens, base)
 
 
@@ -146,7 +120,7 @@ def test_later_iterations_measure_changed_weights_against_the_start_policy(model
     advantages = plain_advantages(DigitShare(), rollouts)
     base, terms = build_model("llama", std=0.1), []
     for row in advantages.nonzero().flatten().tolist():
-        new, old = (plain_logprobs(network, *row_of(rollouts, row)).detach() for network in (policy.model, base))
+        new, old = (plain_logprobs(network, rollouts.sequences, row, TEMPERATURE).detach() for network in (policy.model, base))
         ratio, advantage = (new - old).exp(), advantages[row]
         surrogate = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
         terms.append((surrogate + 0.1 * ((old - new).exp() - (old - new) - 1)).mean())
@@ -172,31 +146,23 @@ def test_where_all_rewards_are_equal_the_answers_are_trained_on(model, sums):
     assert losses.info == {"signal": "answers", "sequences": 8, "useful_sequences": 8, "prompts": 8}
     base = build_model("llama", std=0.1).requires_grad_(True)
 
-    def loss(prompt):
-        answer = [*policy.tokenizer(prompt.answer).input_ids, 2]
-        return -plain_logprobs(base, policy.tokenizer(prompt.text).input_ids, answer).mean()
-
-    total = sum(loss(prompt) for prompt in rollouts.prompts) / 8
+    texts = [policy.tokenizer(prompt.text).input_ids for prompt in rollouts.prompts]
+    answers = [[*policy.tokenizer(prompt.answer).input_ids, 2] for prompt in rollouts.prompts]
+    sequences = Sequences(*pad_left(texts, 0, "cpu"), *pad_right(answers, 0, "cpu"))
+    total = -sum(plain_logprobs(base, sequences, row, TEMPERATURE).mean() for row in range(8)) / 8
     assert_same_gradient(mean_gradient(policy, losses), total, base)
     sizes = {"prompts_per_rollout": 4, "minibatches_per_rollout": 2, "reward": Constant()}
     _, _, losses = calibrate(model, sums, prompts=None, steps=3, **sizes)
     assert losses.info["signal"] == "answers" and losses.info["sequences"] == 6 and len(losses.step_ends) == 3
 
 
-def test_neither_rewards_nor_answers_is_an_error(model, tmp_path):
+def test_neither_rewards_nor_answers_is_an_error_nor_is_there_anything_without_prompts(model, tmp_path):
     (tmp_path / "open.jsonl").write_text("\n".join(f'{{"question": "{i}?"}}' for i in range(16)))
     data = PromptDataModule(FileSource(str(tmp_path / "open.jsonl"), answer_column=None), PlainFormat())
     with pytest.raises(CalibrationError, match=r"all rewards of the 8 calibration prompts .* or give adapter\.plan"):
         calibrate(model, None, data=data, reward=Constant())
-
-
-class OtherData(LightningDataModule):
-    """Has rollouts to train on, but no prompts to score with."""
-
-
-def test_a_data_module_without_prompts_is_refused(model):
     with pytest.raises(ConfigError, match=r"trainer\.datamodule has none; give trainer\.fit\(datamodule=PromptDataModule"):
-        calibrate(model, None, data=OtherData())
+        calibrate(model, None, data=LightningDataModule())
 
 
 def test_answers_of_every_length_are_padded_right(model):
@@ -210,32 +176,22 @@ def test_answers_of_every_length_are_padded_right(model):
     assert sum(float(loss) for loss in losses) / len(losses) == pytest.approx(-1)
 
 
-@pytest.mark.parametrize("max_tokens", [40, 10_000])
-def test_losses_of_steps_are_those_of_as_many_rollouts(model, sums, max_tokens):
-    """Five steps take two rollouts of two minibatches and half of a third; the rows of each step are summed up in its losses."""
-    sizes = {"prompts_per_rollout": 4, "minibatches_per_rollout": 2, "max_tokens_per_micro_batch": max_tokens}
-    policy, rollouts, losses = calibrate(model, sums, prompts=None, steps=5, loss=GSPOLoss(), **sizes)
-    assert losses.info == {
-        "signal": "reward", "sequences": 40, "useful_sequences": losses.info["useful_sequences"], "steps": 5, "prompts": 12,
-    }  # fmt: skip
-    assert len(rollouts.sequences) == 48 and len(losses.step_ends) == 5
-    assert losses.step_ends[-1] == len(losses) and (len(losses) > 5) == (max_tokens == 40)
-    begin = losses.step_ends[3]
+def test_losses_of_steps_are_those_of_as_many_rollouts(model, sums):
+    """Nine steps take four rollouts of two minibatches and half of a fifth, for which prompts come again."""
+    sizes = {"prompts_per_rollout": 4, "minibatches_per_rollout": 2, "max_tokens_per_micro_batch": 40}
+    policy, rollouts, losses = calibrate(model, sums, prompts=None, steps=9, loss=GSPOLoss(), **sizes)
+    counts = {"signal": "reward", "sequences": 72, "steps": 9, "prompts": 20}
+    assert losses.info == {**counts, "useful_sequences": losses.info["useful_sequences"]}
+    asked = [prompt.index for prompt in rollouts.prompts]
+    assert len(asked) == 20 and asked[16:] == asked[:4] and rollouts.completions[:16] != rollouts.completions[64:]
+    assert len(losses.step_ends) == 9 and losses.step_ends[-1] == len(losses) > 9, "the rows of a step make several losses"
     policy.model.zero_grad()
     for number, loss in enumerate(losses):
-        if number >= begin:
+        if losses.step_ends[3] <= number < losses.step_ends[4]:
             loss.backward()
     gradient = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
     base = build_model("llama", std=0.1).requires_grad_(True)
     advantages = plain_advantages(DigitShare(), rollouts)
     rows = range(32, 40)  # of the fifth step
-    total = sum(advantages[row] * plain_logprobs(base, *row_of(rollouts, row)).mean() for row in rows) / 8
+    total = sum(advantages[row] * plain_logprobs(base, rollouts.sequences, row, TEMPERATURE).mean() for row in rows) / 8
     assert_same_gradient(gradient, -total, base)
-
-
-def test_prompts_come_again_where_steps_need_more_than_there_are(model, sums):
-    _, rollouts, losses = calibrate(model, sums, prompts=None, steps=6, prompts_per_rollout=4)
-    asked = [prompt.index for prompt in rollouts.prompts]
-    assert len(asked) == 24 and asked[16:] == asked[:8] and losses.info["prompts"] == 24
-    texts = [str(completion) for completion in rollouts.completions]
-    assert texts[:32] != texts[64:], "but other completions"

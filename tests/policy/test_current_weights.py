@@ -1,11 +1,9 @@
 """What a rollout engine with weights of its own is given: by loading it into a fresh model, which then computes the same."""
 
-from typing import ClassVar
-
 import pytest
 import torch
 from tiny_models import FAMILIES, build_model
-from tiny_runs import Constant, build_policy, write_model
+from tiny_runs import Constant, build_data, build_policy, fit, write_model
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
@@ -14,6 +12,7 @@ from hybrid_lightning.adapters.merge import LowRankUpdate, write_merged
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule, model_digest
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.losses import TokenTruncation
+from hybrid_lightning.policy import Int8
 from hybrid_lightning.policy.current_weights import CurrentWeights
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
@@ -23,9 +22,9 @@ from hybrid_lightning.types import Prompt
 IDS = torch.arange(3, 19).view(2, 8)
 
 
-def adapted(tmp_path, family="llama", use_dora=False, frozen=(), **options):
+def adapted(folder, use_dora=False, frozen=(), **options):
     """A policy whose first and last module are fully trained, the others by LoRA of different ranks, with moved weights."""
-    policy = build_policy(write_model(tmp_path / "model", family), **options)
+    policy = build_policy(folder, **options)
     modules = find_candidates(policy.model)
     full = {next(iter(modules)), list(modules)[-1]}
     mode = {**dict.fromkeys(modules, "lora"), **dict.fromkeys(frozen, "frozen"), **dict.fromkeys(full, "full")}
@@ -55,26 +54,27 @@ def received(weights, everything=True, dtype=torch.float32):
     return values
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+def assert_same(other, values, policy):
+    """A model that gets the values computes what the policy computes."""
+    other.load_state_dict(values, strict=False)
+    with torch.no_grad(), policy.inference():
+        torch.testing.assert_close(other(IDS).logits, policy.model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "use_dora"), [*((family, False) for family in FAMILIES), ("llama", True), ("gpt2", True)])
 def test_a_model_that_gets_all_weights_computes_what_the_policy_computes(tmp_path, family, use_dora):
-    policy = adapted(tmp_path, family, use_dora)
+    policy = adapted(write_model(tmp_path / "model", family), use_dora)
     other = build_model(family, seed=7)
     values = received(weights_of(policy))
     assert values.keys() == dict(other.named_parameters()).keys(), "names of the base model, tied weights once"
-    other.load_state_dict(values, strict=False)
-    with torch.no_grad(), policy.inference():
-        torch.testing.assert_close(other(IDS).logits, policy.model(IDS).logits, atol=1e-4, rtol=1e-4)
+    assert_same(other, values, policy)
 
 
-def test_what_training_changes_is_enough_for_a_model_that_has_the_base(tmp_path):
-    policy = adapted(tmp_path, frozen=("model.layers.1.mlp.down_proj",))
-    other = build_model("llama", std=0.1)
+def test_what_training_changes_is_enough_for_a_model_that_has_the_base(model):
+    policy = adapted(model, frozen=("model.layers.1.mlp.down_proj",))
     values = received(weights_of(policy), everything=False)
     assert "model.embed_tokens.weight" not in values and "model.layers.1.mlp.down_proj.weight" in values
-    other.load_state_dict(values, strict=False)
-    with torch.no_grad(), policy.inference():
-        torch.testing.assert_close(other(IDS).logits, policy.model(IDS).logits, atol=1e-4, rtol=1e-4)
+    assert_same(build_model("llama", std=0.1), values, policy)
 
 
 def test_parts_of_a_block_come_as_a_whole(tmp_path):
@@ -89,22 +89,17 @@ def test_parts_of_a_block_come_as_a_whole(tmp_path):
     assert names == [*attention, "model.layers.1.self_attn.o_proj.weight"]
 
 
-def test_of_a_quantized_base_the_dequantized_weights_come(tmp_path):
+def test_of_a_quantized_base_the_dequantized_weights_come(model):
     pytest.importorskip("bitsandbytes")
-    from hybrid_lightning.policy import Int8
-
-    policy = adapted(tmp_path, frozen=("model.layers.1.mlp.up_proj",), quantization=Int8())
+    policy = adapted(model, frozen=("model.layers.1.mlp.up_proj",), quantization=Int8())
     weights = weights_of(policy)
     values = received(weights)
     assert {name: tuple(value.shape) for name, value in values.items()} == weights.shapes(True)
-    other = build_model("llama", seed=7)
-    other.load_state_dict(values, strict=False)
-    with torch.no_grad(), policy.inference():
-        torch.testing.assert_close(other(IDS).logits, policy.model(IDS).logits, atol=1e-4, rtol=1e-4)
+    assert_same(build_model("llama", seed=7), values, policy)
 
 
-def test_a_version_is_that_of_the_values(tmp_path):
-    policy = adapted(tmp_path)
+def test_a_version_is_that_of_the_values(model):
+    policy = adapted(model)
     first = weights_of(policy).version
     assert weights_of(policy).version == first and str(first).startswith("0-")
     assert weights_of(policy, step=3).version == WeightsVersion(3, first.digest)
@@ -125,15 +120,15 @@ def test_a_version_is_that_of_the_values(tmp_path):
     assert all(torch.equal(values[name], weight) for name, weight in other.named_parameters()), "the start policy's weights"
 
 
-@pytest.mark.parametrize("label", ["default", "", "12", "x-1", "updating"])
-def test_labels_of_others_are_no_versions(label):
-    assert WeightsVersion.parse(label) is None
+def test_labels_of_others_are_no_versions():
+    assert not any(map(WeightsVersion.parse, ("default", "", "12", "x-1", "updating")))
     assert WeightsVersion.parse(str(WeightsVersion(12, "ab"))) == WeightsVersion(12, "ab")
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "dora", "transposed"),
+    [(torch.float32, True, False), (torch.float32, False, True), (torch.bfloat16, False, False), (torch.bfloat16, True, True)],
+)
 def test_rows_are_merged_in_float32_and_rounded_once(dtype, dora, transposed):
     draws = torch.Generator().manual_seed(0)
     weight, a, b = (torch.randn(shape, generator=draws) for shape in ((600, 40), (3, 40), (600, 3)))
@@ -157,10 +152,10 @@ class Copying(Sampler):
 
     has_own_weights = True
 
-    def __init__(self, family="llama", **options):
+    def __init__(self, **options):
         super().__init__(max_new_tokens=6, **options)
-        self.model, self.version, self.updates, self.released, self.ended = build_model(family, std=0.1), None, [], 0, 0
-        self.fails_at = None
+        self.model, self.version, self.updates, self.released, self.ended = build_model("llama", std=0.1), None, [], 0, 0
+        self.prompts = []  # number of prompts of each call
 
     def needs_everything(self, weights, model):
         return self.version is None
@@ -169,14 +164,13 @@ class Copying(Sampler):
         if weights.version == self.version:
             return
         everything = self.needs_everything(weights, model) if everything is None else everything
-        if len(self.updates) == self.fails_at:
-            raise RolloutError("no server answers")
         self.updates.append((weights.version.step, everything))
         self.model.load_state_dict(received(weights, everything), strict=False)
         self.version = weights.version
 
-    def sample(self, engine, *arguments, **options):
-        return super().sample(engine.of(self.model), *arguments, **options)
+    def sample(self, engine, tokenizer, prompts, *arguments, **options):
+        self.prompts.append(len(prompts))
+        return super().sample(engine.of(self.model), tokenizer, prompts, *arguments, **options)
 
     def release_memory(self):
         self.released += 1
@@ -185,9 +179,9 @@ class Copying(Sampler):
         self.ended += 1
 
 
-def test_an_engine_is_updated_when_weights_have_changed_and_not_else(tmp_path):
+def test_an_engine_is_updated_when_weights_have_changed_and_not_else(model):
     sampler = Copying()
-    policy = adapted(tmp_path, sampler=sampler)
+    policy = adapted(model, sampler=sampler)
     prompts = [Prompt(text="12+3=")]
     first = policy.generate(prompts, 2)
     policy.generate(prompts, 2)
@@ -198,35 +192,25 @@ def test_an_engine_is_updated_when_weights_have_changed_and_not_else(tmp_path):
     assert sampler.updates == [(0, True), (0, False)]
 
 
-def test_a_first_completion_that_the_policy_finds_improbable_is_refused(tmp_path):
+def test_a_first_completion_that_the_policy_finds_improbable_is_refused(model):
     sampler = Copying()
     sampler.update = lambda *_: setattr(sampler, "version", WeightsVersion(0, "x"))
     sampler.model = build_model("llama", seed=9, std=0.4)
-    policy = adapted(tmp_path, sampler=sampler)
+    policy = adapted(model, sampler=sampler)
     with pytest.raises(RolloutError, match=r"differ from the policy's by [\d.]+ nats a token: it computes with another model"):
         policy.generate([Prompt(text="12+3=")], 4)
 
 
-def run(tmp_path, sampler, steps=4, **options):
-    from tiny_runs import build_adapter, build_data, build_trainer, write_sums
-
-    sizes = {"minibatches_per_rollout": 2, "correction": TokenTruncation(), "sampler": sampler, **options}
-    policy = build_policy(write_model(tmp_path / "model"), **sizes)
-    trainer = build_trainer(
-        tmp_path / "run",
-        build_adapter(),
-        max_steps=steps,
-        limit_val_batches=1,
-        val_check_interval=steps,
-        check_val_every_n_epoch=None,
-    )
-    trainer.fit(policy, datamodule=build_data(write_sums(tmp_path / "sums.jsonl"), validation_fraction=0.2))
-    return trainer
+def run(model, sums, root, sampler, steps=4, **options):
+    policy = {"minibatches_per_rollout": 2, "correction": TokenTruncation(), "sampler": sampler, **options}
+    flags = {"limit_val_batches": 1, "val_check_interval": steps, "check_val_every_n_epoch": None}
+    data = build_data(sums, validation_fraction=0.2, test_fraction=0.2)
+    return fit(model, sums, root, policy=policy, data=data, max_steps=steps, **flags), data
 
 
-def test_a_run_updates_once_a_rollout_and_logs_how_old_the_weights_are(tmp_path):
+def test_a_run_updates_once_a_rollout_and_logs_how_old_the_weights_are(model, sums, tmp_path):
     sampler = Copying()
-    trainer = run(tmp_path, sampler)
+    trainer = run(model, sums, tmp_path, sampler)[0].trainer
     # The base before it is adapted, all of it; what the adapter changes then is not yet trained, and equal.
     assert [entry for entry in sampler.updates if entry[0]] == [(2, False), (4, False)], "the second rollout and the validation"
     assert trainer.logged_metrics["sampling/weights_version_lag"] == 1
@@ -235,35 +219,20 @@ def test_a_run_updates_once_a_rollout_and_logs_how_old_the_weights_are(tmp_path)
     assert sampler.released >= 2 and sampler.ended == 1
 
 
-class Counting(Copying):
-    prompts: ClassVar[list] = []  # number of prompts of each call
-
-    def sample(self, engine, prompt_ids, *arguments, **options):
-        self.prompts.append(len(prompt_ids))
-        return super().sample(engine, prompt_ids, *arguments, **options)
-
-
 @pytest.mark.filterwarnings("ignore:nothing is learned from 100% of a rollout's groups")
-def test_every_command_and_phase_samples_by_the_engine(tmp_path):
-    """Calibration, rollouts and their extra ones, validation, test and predict: as many completions as each asks for."""
-    from tiny_runs import build_adapter, build_data, build_trainer, write_sums
-
-    Counting.prompts = counts = []
-    rules = {"dynamic_sampling": DynamicSampling(1), "reward": Constant()}
-    policy = build_policy(write_model(tmp_path / "model"), sampler=Counting(), correction=TokenTruncation(), **rules)
-    trainer = build_trainer(tmp_path / "run", build_adapter(), max_steps=1, limit_val_batches=1)
-    data = build_data(write_sums(tmp_path / "sums.jsonl"), validation_fraction=0.2, test_fraction=0.2)
-    made = {}
-    for command in (trainer.fit, trainer.validate, trainer.test, trainer.predict):
-        counts.clear()
+def test_every_command_and_phase_samples_by_the_engine(model, sums, tmp_path):
+    sampler = Copying()
+    rules = {"dynamic_sampling": DynamicSampling(1), "reward": Constant(), "minibatches_per_rollout": 1}
+    policy, data = run(model, sums, tmp_path, sampler, steps=1, **rules)
+    assert len(sampler.prompts) >= 3, "calibration, a rollout and an extra one, since all rewards are equal"
+    for command in (policy.trainer.validate, policy.trainer.test, policy.trainer.predict):
+        sampler.prompts.clear()
         command(policy, datamodule=data)
-        made[command.__name__] = list(counts)
-    assert all(made.values()) and len(made) == 4
-    assert len(made["fit"]) >= 3, "calibration, a rollout and an extra one, since all groups tie"
+        assert sampler.prompts, command.__name__
 
 
-def test_our_sampler_logs_the_age_of_weights_too(tmp_path):
-    trainer = run(tmp_path, Sampler(max_new_tokens=6))
+def test_our_sampler_logs_the_age_of_weights_too(model, sums, tmp_path):
+    trainer = run(model, sums, tmp_path, Sampler(max_new_tokens=6))[0].trainer
     assert trainer.logged_metrics["sampling/weights_version_lag"] == 1
     assert "sampling/weights_update_s" not in trainer.logged_metrics
 
@@ -272,11 +241,11 @@ class Renormalizing(Copying):
     renormalizes = True
 
 
-def test_a_correction_of_renormalized_probabilities_is_refused(tmp_path):
+def test_a_correction_of_renormalized_probabilities_is_refused(model, sums, tmp_path):
     with pytest.raises(ConfigError, match="compares probabilities under the full softmax"):
-        run(tmp_path, Renormalizing(top_k=3))
+        run(model, sums, tmp_path, Renormalizing(top_k=3))
 
 
-def test_an_engine_without_a_correction_is_warned_of(tmp_path):
+def test_an_engine_without_a_correction_is_warned_of(model, sums, tmp_path):
     with pytest.warns(UserWarning, match=r"model\.correction corrects nothing"):
-        run(tmp_path, Copying(), correction=None)
+        run(model, sums, tmp_path, Copying(), correction=None, steps=1)

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from hybrid_lightning.policy.evaluation import add_prompts, evaluation_means, prediction_records, repeat_prompts
+from hybrid_lightning.policy.evaluation import add_prompts, evaluation_means, prediction_records
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
@@ -58,37 +58,14 @@ def values_of(metrics, name=""):
     return {key: float(value) for key, value in metrics.compute()[name].items() if "/" not in key}
 
 
-def test_metrics_are_over_all_prompts_and_not_over_batches():
-    assert values_of(evaluate(BATCHES)) == pytest.approx(EXPECTED)
-
-
-def test_a_prompt_seen_twice_counts_once():
-    assert values_of(evaluate([*BATCHES, BATCHES[1]])) == pytest.approx(EXPECTED)
-
-
-def test_every_share_has_an_interval_around_it_and_nothing_else_has():
-    values = evaluate(BATCHES).compute()[""]
-    shares = {name for name in EXPECTED if "@" in name} | {"greedy_accuracy", "truncation_rate"}
-    assert {name.partition("/")[0] for name in values if "/" in name} == shares
-    for name in shares:
-        assert 0 <= float(values[f"{name}/ci_low"]) <= float(values[name]) <= float(values[f"{name}/ci_high"]) <= 1
+def test_metrics_are_over_all_prompts_and_not_over_batches_and_a_prompt_seen_twice_counts_once():
+    assert values_of(evaluate(BATCHES)) == values_of(evaluate([*BATCHES, BATCHES[1]])) == pytest.approx(EXPECTED)
 
 
 def test_prompts_of_a_named_set_are_told_by_its_name():
     metrics = evaluate(BATCHES, sets="quiz")
     assert list(metrics.compute()) == ["", "quiz"]
     assert values_of(metrics, "quiz") == values_of(metrics) == pytest.approx(EXPECTED)
-
-
-def test_nothing_seen_gives_nothing_also_after_a_reset():
-    metrics = evaluate(BATCHES)
-    metrics.reset()
-    with pytest.warns(UserWarning, match="before the ``update`` method"):
-        assert metrics.compute() == {}
-
-
-def test_the_metrics_are_no_part_of_a_checkpoint():
-    assert evaluate(BATCHES).state_dict() == {}
 
 
 SHOWN = ["shown 4", "shown 9"]
@@ -111,8 +88,3 @@ def test_records_hold_each_prompts_own_completions_and_survive_json():
         "correct": [False, True],
     }
     assert records[0]["completions"] == ["c0", "c1"]
-
-
-def test_prompts_are_repeated_in_prompt_major_order():
-    prompts = (Prompt(text="a"), Prompt(text="b"))
-    assert [prompt.text for prompt in repeat_prompts(prompts, 2)] == ["a", "a", "b", "b"]

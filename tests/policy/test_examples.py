@@ -75,8 +75,9 @@ class ByHand(Callback):
             assert self.losses[-1] == pytest.approx(self.expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("max_tokens", "accumulate"), [(None, 1), (20, 2)], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    ("kind", "max_tokens", "accumulate"), [("supervised", 20, 2), ("preference", 20, 2), ("preference", None, 1)]
+)
 def test_a_step_is_that_of_separate_sequences(kind, max_tokens, accumulate, model, rows, tmp_path):
     check = ByHand(kind)
     arguments = {"max_tokens_per_micro_batch": max_tokens}
@@ -86,13 +87,10 @@ def test_a_step_is_that_of_separate_sequences(kind, max_tokens, accumulate, mode
         assert check.losses[0] == pytest.approx(math.log(2), abs=1e-5), "it begins at the start policy"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_that_takes_no_packed_rows_is_trained_padded(kind, model, rows, tmp_path, monkeypatch):
-    packed = weights(fit(kind, model, rows, tmp_path / "a", max_steps=1))
-    padded = []
-
+def test_a_model_that_takes_no_packed_rows_is_trained_padded(model, rows, tmp_path, monkeypatch):
+    packed, padded = weights(fit("preference", model, rows, tmp_path / "a", max_steps=1)), []
     monkeypatch.setattr("hybrid_lightning.engine.engine.try_packing", lambda *_: padded.append(True))
-    other = weights(fit(kind, model, rows, tmp_path / "b", max_steps=1))
+    other = weights(fit("preference", model, rows, tmp_path / "b", max_steps=1))
     assert padded
     torch.testing.assert_close(other, packed, atol=1e-5, rtol=0)
 
@@ -164,71 +162,50 @@ def test_validation_measures_held_out_examples(kind, model, rows, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_modules_are_scored_by_the_gradient_of_the_loss_itself(kind, model, rows, tmp_path):
-    module = build_module(kind, model, max_tokens_per_micro_batch=20)
-    data = build_examples(kind, rows)
-    trainer = build_trainer(tmp_path)
+def test_modules_are_scored_by_the_loss_itself_of_prompts_or_of_steps(kind, model, rows, tmp_path):
+    module = build_module(kind, model, max_tokens_per_micro_batch=20, examples_per_step=4)
+    data, trainer = build_examples(kind, rows), build_trainer(tmp_path)
     trainer.strategy._lightning_module, trainer.datamodule, module.trainer = module, data, trainer
     data.trainer = trainer
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(7919)).tolist()
+    base, reference = build_model("llama", std=0.1).requires_grad_(True), build_model("llama", std=0.1)
+    losses = module.calibration_losses(None, steps=3)
+    assert losses.info["prompts"] == 12 and losses.info["steps"] == len(losses.step_ends) == 3 < len(losses)
+    values = [float(loss.detach()) for loss in losses]
+    for step, (begin, end) in enumerate(zip([0, *losses.step_ends], losses.step_ends, strict=False)):
+        chosen = [data.train_prompts[i] for i in order[4 * step : 4 * step + 4]]
+        assert sum(values[begin:end]) == pytest.approx(float(loss_by_hand(kind, base, reference, chosen)), abs=1e-5)
     losses = module.calibration_losses(6)
     total = 6 * module.rows_together
     assert losses.info == {"signal": "examples", "sequences": total, "useful_sequences": total, "prompts": 6}
     module.model.requires_grad_(True)
     (sum(losses) / len(losses)).backward()
-    weight = module.model.model.layers[0].mlp.down_proj.weight
-    base = build_model("llama", std=0.1).requires_grad_(True)
-    reference = build_model("llama", std=0.1)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(7919)).tolist()[:6]
-    loss_by_hand(kind, base, reference, [data.train_prompts[i] for i in order]).backward()
+    loss_by_hand(kind, base, reference, [data.train_prompts[i] for i in order[:6]]).backward()
     assert len(losses) > 1
-    torch.testing.assert_close(weight.grad, base.model.layers[0].mlp.down_proj.weight.grad, atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_losses_of_steps_are_those_of_as_many_batches_of_examples(kind, model, rows, tmp_path):
-    module = build_module(kind, model, max_tokens_per_micro_batch=20, examples_per_step=4)
-    data = build_examples(kind, rows)
-    trainer = build_trainer(tmp_path)
-    trainer.strategy._lightning_module, trainer.datamodule, module.trainer = module, data, trainer
-    data.trainer = trainer
-    losses = module.calibration_losses(None, steps=3)
-    assert losses.info["prompts"] == 12 and losses.info["steps"] == len(losses.step_ends) == 3 < len(losses)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(7919)).tolist()
-    values = [float(loss.detach()) for loss in losses]
-    base, reference = build_model("llama", std=0.1), build_model("llama", std=0.1)
-    begin = 0
-    for step, end in enumerate(losses.step_ends):
-        chosen = [data.train_prompts[i] for i in order[4 * step : 4 * step + 4]]
-        assert sum(values[begin:end]) == pytest.approx(float(loss_by_hand(kind, base, reference, chosen)), abs=1e-5)
-        begin = end
+    found, expected = (each.model.layers[0].mlp.down_proj.weight.grad for each in (module.model, base))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("kind", "format", "arguments", "error", "message"),
+    ("kind", "format", "number", "error", "message"),
     [
         (
             "supervised",
             "preference",
-            {},
+            8,
             DataError,
-            r"row \d+ has 2 completions, but SupervisedModule needs one: give data.format=",
+            r"row \d+ has 2 completions, .* needs one: give data.format=",
         ),
-        ("preference", "supervised", {}, DataError, r"has 1 completions, but PreferenceModule needs two"),
-        ("supervised", "supervised", {"examples_per_step": 26}, ConfigError, "examples_per_step=26 is more than the 24"),
-        ("supervised", "supervised", {"examples_per_step": 0}, ConfigError, "examples_per_step must be at least 1, got 0"),
-        (
-            "supervised",
-            "supervised",
-            {"examples_per_step": 7},
-            ConfigError,
-            "examples_per_step=7 must be a multiple of the 1 devices",
-        ),
+        ("preference", "supervised", 8, DataError, r"has 1 completions, but PreferenceModule needs two"),
+        ("supervised", "supervised", 26, ConfigError, "examples_per_step=26 is more than the 24"),
+        ("supervised", "supervised", 0, ConfigError, "examples_per_step must be at least 1, got 0"),
+        ("supervised", "supervised", 7, ConfigError, "examples_per_step=7 must be a multiple of the 1 devices"),
     ],
 )
-def test_what_is_refused_at_start(kind, format, arguments, error, message, model, rows, tmp_path):
+def test_what_is_refused_at_start(kind, format, number, error, message, model, rows, tmp_path):
     with pytest.raises(error, match=message):
         trainer = build_trainer(tmp_path, build_adapter(), accumulate_grad_batches=2)
-        trainer.fit(build_module(kind, model, **arguments), datamodule=build_examples(format, rows))
+        trainer.fit(build_module(kind, model, examples_per_step=number), datamodule=build_examples(format, rows))
 
 
 def test_a_row_that_the_model_cannot_read_is_refused_by_its_number(model, rows, tmp_path):

@@ -5,7 +5,7 @@ from operator import attrgetter
 
 import pytest
 import torch
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model, write_sums
+from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_model
 from transformers import T5Config
 
 from hybrid_lightning.data import FileSource
@@ -14,6 +14,7 @@ from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy.examples import ExampleModule, SupervisedModule
 from hybrid_lightning.policy.module import PolicyModule
 from hybrid_lightning.rewards import ExactMatch
+from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
 from hybrid_lightning.types import Prompt
 
 
@@ -25,14 +26,6 @@ class Widened(PolicyModule):
         self.width = self.model.config.hidden_size
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("language")
-    write_model(folder / "model")
-    write_sums(folder / "sums.jsonl")
-    return folder
-
-
 @pytest.fixture
 def no_weights(monkeypatch):
     def fail(*_, **__):
@@ -41,33 +34,33 @@ def no_weights(monkeypatch):
     monkeypatch.setattr("hybrid_lightning.policy.pretrained.load_model", fail)
 
 
-def unloaded(folder, kind=PolicyModule, **arguments):
-    return kind.unloaded(GRPOLoss(), ExactMatch(), model=str(folder / "model"), **arguments)
+def unloaded(model, kind=PolicyModule, **arguments):
+    return kind.unloaded(GRPOLoss(), ExactMatch(), model=str(model), **arguments)
 
 
-def test_what_is_loaded_later_is_the_same_module(folder):
-    module, expected = unloaded(folder), PolicyModule(GRPOLoss(), ExactMatch(), model=str(folder / "model"))
+def test_what_is_loaded_later_is_the_same_module(model):
+    module, expected = unloaded(model), PolicyModule(GRPOLoss(), ExactMatch(), model=str(model))
     assert not module.is_loaded and expected.is_loaded and dict(module.hparams) == dict(expected.hparams)
     module.load()
     assert module.is_loaded and module.state_dict().keys() == expected.state_dict().keys()
     for name in ("base_parameters", "pretrained.stop_ids", "base_digest"):
         assert attrgetter(name)(module) == attrgetter(name)(expected)
-    model = module.model
+    first = module.model
     module.load()
-    assert module.model is model, "once"
+    assert module.model is first, "once"
 
 
-def test_it_tokenizes_without_its_weights(folder, no_weights):
-    module = unloaded(folder)
+def test_it_tokenizes_without_its_weights(model, no_weights):
+    module = unloaded(model)
     assert len(module.encode(Prompt(text="1+1="))) == 4 and not module.is_loaded
-    examples = SupervisedModule.unloaded(model=str(folder / "model"))
+    examples = SupervisedModule.unloaded(model=str(model))
     examples.check_prompts([Prompt(text="1+1=", completions=("2",))])
     assert examples.pretrained.stop_ids == [2] and not examples.is_loaded
     with pytest.raises(AssertionError, match="the weights are loaded"):
         examples.load()
 
 
-def test_stop_tokens_are_those_that_the_model_will_have(folder, tmp_path):
+def test_stop_tokens_are_those_that_the_model_will_have(tmp_path):
     write_model(tmp_path / "ends")
     (tmp_path / "ends" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     (tmp_path / "ends" / "model.safetensors").rename(tmp_path / "weights")
@@ -79,31 +72,37 @@ def test_stop_tokens_are_those_that_the_model_will_have(folder, tmp_path):
     assert module.pretrained.stop_ids == [2, 7]
 
 
-def test_that_there_is_such_a_model_is_found_out_before_its_data_is_read(folder, tmp_path, monkeypatch):
+def test_that_there_is_such_a_model_is_found_out_before_its_data_is_read(sums, tmp_path, monkeypatch):
     monkeypatch.setattr(FileSource, "read_tables", lambda self: pytest.fail("the data is read"))
     T5Config().save_pretrained(tmp_path / "t5")
     (tmp_path / "t5" / "model.safetensors").write_bytes(b"not read")
     module = PolicyModule.unloaded(GRPOLoss(), ExactMatch(), model=str(tmp_path / "t5"))
     with pytest.raises(ModelError, match="no causal language model"):
-        build_trainer(tmp_path).check(module, build_data(folder / "sums.jsonl"))
+        build_trainer(tmp_path).check(module, build_data(sums))
 
 
-def test_a_constructor_that_looks_at_its_model_has_it_loaded(folder):
-    module = unloaded(folder, Widened)
+def test_a_constructor_that_looks_at_its_model_has_it_loaded(model):
+    module = unloaded(model, Widened)
     assert module.width == 32 and module.is_loaded
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        ({"dtype": "half"}, ConfigError, "model.dtype must be one of"),
-        ({"lr_full": -1.0}, ConfigError, "lr_full"),
-        ({"revision": "main"}, ModelError, "is for hub models"),
+        ({"dtype": "half"}, "model.dtype must be one of"),
+        ({"revision": "main"}, "is for hub models"),
+        ({"lr_full": -1.0}, r"model\.lr_full must be a non-negative number, got -1"),
+        ({"lr_lora": float("nan")}, r"model\.lr_lora must be a non-negative number, got nan"),
+        ({"eval_samples": 0}, r"model\.eval_samples must be at least 1, got 0"),
+        ({"samples_per_prompt": 0}, r"model\.samples_per_prompt must be at least 1, got 0"),
+        ({"epochs_per_rollout": 0}, r"model\.epochs_per_rollout must be at least 1, got 0"),
+        ({"max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch must be at least 1, got 0"),
+        ({"samples_per_prompt": 1, "dynamic_sampling": DynamicSampling()}, "looks for prompts whose completions differ"),
     ],
 )
-def test_arguments_are_checked_at_once(folder, no_weights, arguments, error, message):
-    with pytest.raises(error, match=message):
-        unloaded(folder, **arguments)
+def test_arguments_are_checked_at_once(model, no_weights, arguments, message):
+    with pytest.raises((ConfigError, ModelError), match=message):
+        unloaded(model, **arguments)
 
 
 def test_every_option_stands_in_the_signature_and_is_the_same_for_all_policies():
@@ -114,37 +113,25 @@ def test_every_option_stands_in_the_signature_and_is_the_same_for_all_policies()
     assert all(of_policy[name] == of_examples[name] for name in shared)
 
 
-def test_examples_without_a_loss_are_refused(folder):
+def test_examples_without_a_loss_are_refused(model):
     with pytest.raises(ConfigError, match=r"needs model\.loss; or take SupervisedModule or PreferenceModule"):
-        ExampleModule.unloaded(model=str(folder / "model"))
+        ExampleModule.unloaded(model=str(model))
 
 
-def test_settings_are_checked_once_a_run(folder, tmp_path, monkeypatch):
+def test_settings_are_checked_once_a_run(model, sums, tmp_path, monkeypatch):
     checked, check = [], PolicyModule.check_run_settings
     monkeypatch.setattr(PolicyModule, "check_run_settings", lambda self: checked.append(self.trainer.state.fn) or check(self))
-    module = fit(folder / "model", folder / "sums.jsonl", tmp_path, max_steps=1)
-    data = build_data(folder / "sums.jsonl", validation_fraction=0.25)
+    module = fit(model, sums, tmp_path, max_steps=1)
+    data = build_data(sums, validation_fraction=0.25)
     build_trainer(tmp_path).validate(module, datamodule=data, verbose=False)
     assert checked == ["fit", "validate"], "in a fit before modules are scored, and not again"
 
 
-def test_a_run_that_was_checked_is_the_run_that_was_not(folder, tmp_path):
-    expected = fit(folder / "model", folder / "sums.jsonl", tmp_path)
+def test_a_run_that_was_checked_is_the_run_that_was_not(model, sums, tmp_path):
+    expected = fit(model, sums, tmp_path)
     torch.manual_seed(11)
-
-    trainer, data = build_trainer(tmp_path, build_adapter()), build_data(folder / "sums.jsonl")
-    given = build_policy(folder / "model")
-    module = PolicyModule.unloaded(
-        given.loss,
-        given.reward,
-        model=str(folder / "model"),
-        sampler=given.sampler,
-        prompts_per_rollout=4,
-        samples_per_prompt=4,
-        eval_samples=2,
-        lr_full=1e-3,
-        lr_lora=1e-2,
-    )
+    trainer, data = build_trainer(tmp_path, build_adapter()), build_data(sums)
+    module = build_policy(model, kind=PolicyModule.unloaded)
     trainer.check(module, data)
     assert not module.is_loaded
     module.load()

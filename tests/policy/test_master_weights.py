@@ -51,8 +51,7 @@ def masters(optimizer):
     return [state[number][MASTER] for number in range(len(state))]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("chunk", [2**24, 10])
+@pytest.mark.parametrize(("name", "chunk"), [*((name, 10) for name in OPTIMIZERS), ("adamw", 2**24)])
 def test_the_weights_are_those_of_float32_training(name, chunk, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", chunk)
     exact, expected = build(OPTIMIZERS[name], torch.float32)
@@ -68,21 +67,6 @@ def test_the_weights_are_those_of_float32_training(name, chunk, monkeypatch):
             torch.testing.assert_close((high.float() - value).abs(), (value.bfloat16().float() - value).abs(), rtol=0, atol=0)
 
 
-def test_small_steps_add_up_which_in_bfloat16_alone_vanish():
-    lost, unmoved = weights(torch.bfloat16), weights(torch.bfloat16)
-    plain = torch.optim.SGD(lost["full"], lr=1e-6)
-    optimizer, parameters = build(torch.optim.SGD, torch.bfloat16, lr=1e-6)
-    for _ in range(400):
-        for parameter in [*parameters, *lost["full"]]:
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        plain.step()
-    matrix, before = masters(optimizer)[0], unmoved["full"][0].float()
-    torch.testing.assert_close(before - matrix, torch.full_like(matrix, 4e-4), rtol=1e-2, atol=0)
-    moved = (parameters[0] != unmoved["full"][0]).float().mean()
-    assert moved > 0.8 and (lost["full"][0] != unmoved["full"][0]).float().mean() < 0.2
-
-
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1), st.lists(st.integers(-(2**15), 2**15 - 1), max_size=5))
 def test_every_number_is_its_two_halves(bits, between):
     ties = [high * 2**16 + 2**15 for high in between]
@@ -95,12 +79,9 @@ def test_every_number_is_its_two_halves(bits, between):
     exact, rounded = value.view(torch.int32), high.view(torch.int16).to(torch.int32) * 2**16
     down = (exact - rounded == 2**15).int()  # from just between two numbers
     assert torch.equal(module._join(high, low).view(torch.int32), exact - down)
-
-
-def test_what_is_not_a_number_stays_so():
     high = torch.zeros(1, dtype=torch.bfloat16)
     low = module._split(torch.tensor([float("nan")]), high, None)
-    assert high.isnan().all() and module._join(high, low).isnan().all()
+    assert high.isnan().all() and module._join(high, low).isnan().all(), "what is not a number stays so"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

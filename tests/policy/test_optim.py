@@ -3,12 +3,11 @@ import math
 import pytest
 import torch
 from tiny_models import build_model
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, write_model, write_sums
+from tiny_runs import fit
 from torch import nn
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.policy.optim import ConstantSchedule, CosineSchedule, LinearSchedule, build_optimizer, rate_of_full_modules
-from hybrid_lightning.sharding.parameters import name_optimizer_state
 
 
 def factors(schedule, total, count=None):
@@ -58,21 +57,6 @@ def parameters(count=1):
     return [nn.Parameter(torch.ones(2)) for _ in range(count)]
 
 
-def test_each_group_has_its_rate_and_all_follow_the_schedule():
-    full, lora = parameters(2), parameters(3)
-    built = build(schedule=LinearSchedule(), full=(full, 0.1), lora=(lora, 1.0))
-    optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]
-    assert [group["name"] for group in optimizer.param_groups] == ["full", "lora"]
-    assert optimizer.param_groups[0]["params"] == full and optimizer.param_groups[1]["params"] == lora
-    seen = []
-    for _ in range(4):
-        seen.append([group["lr"] for group in optimizer.param_groups])
-        optimizer.step()
-        scheduler.step()
-    assert seen == [pytest.approx([0.1 * f, f]) for f in (1.0, 0.75, 0.5, 0.25)]
-    assert built["lr_scheduler"]["interval"] == "step"
-
-
 def test_an_empty_group_is_left_out_and_none_at_all_is_refused():
     assert [group["name"] for group in build(full=([], 0.1), lora=(parameters(), 1.0))["optimizer"].param_groups] == ["lora"]
     with pytest.raises(ConfigError, match="no trainable parameter; add the callback HybridAdapterSetup"):
@@ -81,43 +65,7 @@ def test_an_empty_group_is_left_out_and_none_at_all_is_refused():
         build(schedule=CosineSchedule(warmup_steps=100), total=math.inf, full=(parameters(), 0.1))
 
 
-@pytest.fixture(params=["AdamW8bit", "PagedAdamW8bit"])
-def eight_bit(request):
-    return getattr(pytest.importorskip("bitsandbytes.optim"), request.param)
-
-
-def train_on(optimizer, parameters, steps, seed):
-    """Steps on gradients that are the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
-
-
-def large_parameters():
-    """Of which the state is kept in 8 bits, and one that is too small for it to pay."""
-    torch.manual_seed(0)
-    return [nn.Parameter(torch.randn(64, 128)), nn.Parameter(torch.randn(96, 64)), nn.Parameter(torch.randn(8))]
-
-
-@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-def test_a_state_of_8_bits_that_is_saved_by_name_goes_on_bit_for_bit(eight_bit, tmp_path):
-    mine = large_parameters()
-    built = build(eight_bit, full=(mine[:1], 1e-3), lora=(mine[1:], 1e-2))["optimizer"]
-    train_on(built, mine, 3, seed=1)
-    names = {parameter: f"weight.{number}" for number, parameter in enumerate(mine)}
-    torch.save(name_optimizer_state(built.state_dict(), built, names), tmp_path / "state.pt")
-    copies = [nn.Parameter(parameter.detach().clone()) for parameter in mine]
-    again = build(eight_bit, full=(copies[:1], 1e-3), lora=(copies[1:], 1e-2))["optimizer"]
-    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for optimizer, parameters in ((built, mine), (again, copies)):
-        train_on(optimizer, parameters, 3, seed=2)
-    assert all(torch.equal(parameter, copy) for parameter, copy in zip(mine, copies, strict=True))
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize(("hidden", "rate"), [(64, 0.1), (96, 0.1), (192, 0.05), (576, 0.1 / 6)])
+@pytest.mark.parametrize(("family", "hidden", "rate"), [("llama", 64, 0.1), ("gpt2", 96, 0.1), ("llama", 576, 0.1 / 6)])
 def test_the_rate_of_full_modules_falls_with_the_width(family, hidden, rate):
     model = build_model(family)
     setattr(model.config, {"llama": "hidden_size", "gpt2": "n_embd"}[family], hidden)
@@ -133,13 +81,6 @@ def test_a_model_without_a_config_is_as_wide_as_most_of_its_inputs():
         rate_of_full_modules(0.1, nn.Conv1d(2, 2, 1))
 
 
-@pytest.mark.parametrize(("given", "rate"), [(None, 0.02), (0.003, 0.003)])
-def test_a_run_trains_full_modules_at_the_rate_that_it_was_given_or_that_follows(tmp_path, given, rate):
-    write_model(tmp_path / "model")
-    write_sums(tmp_path / "sums.jsonl")
-    policy = build_policy(tmp_path / "model", lr_full=given, lr_lora=0.02)
-    trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
-    trainer.fit(policy, datamodule=build_data(tmp_path / "sums.jsonl"))
-    assert {group["name"]: group["initial_lr"] for group in trainer.optimizers[0].param_groups} == pytest.approx(
-        {"full": rate, "lora": 0.02}
-    )
+def test_a_run_trains_full_modules_at_the_rate_that_follows(model, sums, tmp_path):
+    trainer = fit(model, sums, tmp_path, policy={"lr_full": None, "lr_lora": 0.03}, max_steps=1).trainer
+    assert {group["name"]: group["initial_lr"] for group in trainer.optimizers[0].param_groups} == {"full": 0.03, "lora": 0.03}

@@ -26,40 +26,28 @@ def with_special_tokens(pattern):
     return tokenizer
 
 
-def test_a_plain_prompt_is_given_as_it_is():
-    encoder = PromptEncoder(build_tokenizer())
-    prompt = Prompt(text="1+2=")
-    assert encoder.render(prompt) == "1+2="
-    assert encoder.encode(prompt) == build_tokenizer()("1+2=").input_ids
-
-
 def test_a_plain_prompt_begins_as_the_tokenizer_says_but_never_ends():
-    plain = build_tokenizer()("1+2=").input_ids
-    assert PromptEncoder(with_special_tokens("<bos> $A <eos>")).encode(Prompt(text="1+2=")) == [1, *plain]
-    assert PromptEncoder(with_special_tokens("$A <eos> <eos>")).encode(Prompt(text="1+2=")) == plain
+    prompt, plain = Prompt(text="1+2="), build_tokenizer()("1+2=").input_ids
+    encoder = PromptEncoder(build_tokenizer())
+    assert encoder.render(prompt) == "1+2=" and encoder.encode(prompt) == plain
+    assert PromptEncoder(with_special_tokens("<bos> $A <eos>")).encode(prompt) == [1, *plain]
+    assert PromptEncoder(with_special_tokens("$A <eos> <eos>")).encode(prompt) == plain
 
 
 def test_chat_messages_are_rendered_with_one_beginning_and_an_open_answer():
     encoder = PromptEncoder(with_special_tokens("<bos> $A <eos>"), TEMPLATE)
     assert encoder.render(CHAT) == "<bos>s#add\nu#1+2\na#"
     assert encoder.encode(CHAT) == [1, *build_tokenizer()("s#add\nu#1+2\na#").input_ids]
+    assert PromptEncoder(build_tokenizer(), TEMPLATE, {"thinking": True}).render(CHAT).endswith("a#think")
 
 
-def test_arguments_of_the_template_reach_it():
-    encoder = PromptEncoder(build_tokenizer(), TEMPLATE, {"thinking": True})
-    assert encoder.render(CHAT).endswith("a#think")
-
-
-def test_the_template_given_comes_before_the_tokenizers():
+def test_the_template_given_comes_before_the_tokenizers_and_one_has_to_be():
     tokenizer = build_tokenizer()
+    with pytest.raises(ConfigError, match=r"no chat template; set model\.chat_template"):
+        PromptEncoder(tokenizer).encode(CHAT)
     tokenizer.chat_template = "tokenizer{{ messages|length }}"
     assert PromptEncoder(tokenizer).render(CHAT) == "tokenizer2"
     assert PromptEncoder(tokenizer, "mine").render(CHAT) == "mine"
-
-
-def test_messages_without_a_template_are_refused():
-    with pytest.raises(ConfigError, match=r"no chat template; set model\.chat_template"):
-        PromptEncoder(build_tokenizer()).encode(CHAT)
 
 
 @pytest.mark.parametrize(

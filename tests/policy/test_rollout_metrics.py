@@ -55,12 +55,9 @@ def test_every_value_by_hand():
         assert type(metrics[name]) is float
 
 
-def test_rewards_that_tie_up_to_rounding_count_as_ties():
+def test_rewards_equal_up_to_rounding_and_single_ones_have_no_spread():
     metrics = rollout_metrics(*build(total=[0.1] * 9))
     assert metrics["frac_reward_zero_std"] == 1 and metrics["reward_std"] == pytest.approx(0, abs=1e-7)
-
-
-def test_one_sample_has_no_spread():
     metrics = rollout_metrics(*build(samples=1, total=[0.5]))
     assert metrics["reward_std"] == metrics["rewards/match/std"] == 0 and metrics["frac_reward_zero_std"] == 1
 

@@ -3,13 +3,24 @@
 import os
 import warnings
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import tiny_examples
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
-from tiny_runs import DigitShare, OftenDone, StartsWithDigit, build_adapter, build_data, build_policy, build_trainer, write_sums
+from tiny_runs import (
+    DigitShare,
+    OftenDone,
+    StartsWithDigit,
+    build_adapter,
+    build_data,
+    build_policy,
+    build_trainer,
+    fit,
+    write_sums,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from wide_models import write_wide_model
 
@@ -100,43 +111,38 @@ CASES = {
 
 
 def run(folder, root, model="model", **policy):
-    torch.manual_seed(11)
     policy = {name: value() if isinstance(value, type) else value for name, value in policy.items()}
-    seen = Deterministic()
-    flags = {"deterministic": True, "max_steps": 2, "gradient_clip_val": 1.0, "val_check_interval": 2}
-    trainer = build_trainer(root, build_adapter(), seen, check_val_every_n_epoch=None, **flags)
-    module = build_policy(folder / model, **{"minibatches_per_rollout": 2, **policy})
-    data = build_data(folder / "sums.jsonl", validation_fraction=0.2, test_fraction=0.2)
-    trainer.fit(module, datamodule=data)
+    seen, data = Deterministic(), build_data(folder / "sums.jsonl", validation_fraction=0.2, test_fraction=0.2)
+    flags = {"deterministic": True, "gradient_clip_val": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    module = fit(folder / model, None, root, seen, policy={"minibatches_per_rollout": 2, **policy}, data=data, **flags)
     assert seen.steps >= 2
-    return trainer, module, data
+    return module.trainer, module, data
 
 
-@pytest.fixture(params=["kernels", "as on a GPU"])
-def by(request, monkeypatch):
-    """With kernels, or without and with the sums that a GPU would take."""
-    if request.param == "kernels":
-        return nullcontext
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """No kernels, and the sums that a GPU would take."""
     monkeypatch.setattr(calls, "library", lambda: None)
     monkeypatch.setattr(sampler, "running_sums", sampler.sums_by_doubling)
-    return OnGPU
+    return OnGPU()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_kind_of_training(folder, tmp_path, case, by):
+def test_every_kind_of_training(folder, tmp_path, case, on_gpu):
     if "quantization" in CASES[case]:
         pytest.importorskip("bitsandbytes")
-    with by():
+    with on_gpu:
         run(folder, tmp_path, **CASES[case])
 
 
-def test_a_model_that_is_not_packed(folder, tmp_path, by):
-    with by():
+def test_a_model_that_is_not_packed(folder, tmp_path, on_gpu):
+    with on_gpu:
         run(folder, tmp_path, "gpt2", loss=GSPOLoss(entropy_coef=0.01))
 
 
-def test_every_other_command(folder, tmp_path, by):
-    with by():
+@pytest.mark.parametrize("kernels", [True, False])
+def test_every_other_command(folder, tmp_path, kernels, request):
+    with nullcontext() if kernels else request.getfixturevalue("on_gpu"):
         trainer, module, data = run(folder, tmp_path, loss=GSPOLoss())
         for command in (trainer.validate, trainer.test, trainer.predict):
             assert command(module, datamodule=data, **({} if command == trainer.predict else {"verbose": False}))
@@ -148,9 +154,9 @@ def test_every_other_command(folder, tmp_path, by):
 
 
 @pytest.mark.parametrize("kind", tiny_examples.KINDS)
-def test_training_on_examples(folder, tmp_path, kind, by):
+def test_training_on_examples(folder, tmp_path, kind, on_gpu):
     seen = Deterministic()
-    with by():
+    with on_gpu:
         tiny_examples.fit(kind, folder / "model", folder / "rows.jsonl", tmp_path, seen, deterministic=True)
     assert seen.steps
 
@@ -171,28 +177,21 @@ def late_reward(**arguments):
     return FunctionReward(f"{__file__}:late", **arguments)
 
 
-@pytest.fixture
-def said():
-    """The warnings of a run of one step, by causes."""
-
-    def said(folder, root, *callbacks, reward=None, **flags):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            module = build_policy(folder / "model", reward=reward or DigitShare())
-            trainer = build_trainer(root, build_adapter(), *callbacks, **{"max_steps": 1, **flags})
-            trainer.fit(module, datamodule=build_data(folder / "sums.jsonl", validation_fraction=0.2))
-            trainer.validate(module, datamodule=build_data(folder / "sums.jsonl", validation_fraction=0.2), verbose=False)
-        return [str(entry.message) for entry in caught if "two runs with one seed may differ" in str(entry.message)]
-
-    return said
+def said(folder, root, *callbacks, reward, **flags):
+    """The warnings of a run of one step and of a validation."""
+    data = build_data(folder / "sums.jsonl", validation_fraction=0.2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = fit(folder / "model", None, root, *callbacks, policy={"reward": reward}, data=data, max_steps=1, **flags)
+        module.trainer.validate(module, datamodule=data, verbose=False)
+    return [str(entry.message) for entry in caught if "two runs with one seed may differ" in str(entry.message)]
 
 
-@pytest.mark.parametrize("flags", [{}, {"deterministic": True}, {"benchmark": True}], ids=str)
-def test_a_run_on_a_cpu_has_nothing_to_say(folder, tmp_path, said, flags):
-    assert said(folder, tmp_path, reward=late_reward(timeout_s=9), **flags) == []
+def test_a_run_on_a_cpu_has_nothing_to_say(folder, tmp_path):
+    assert said(folder, tmp_path, reward=late_reward(timeout_s=9), benchmark=True) == []
 
 
-def test_a_reward_by_time_and_a_last_moment_are_named_once_a_run_in_one_line(folder, tmp_path, said, monkeypatch):
+def test_a_reward_by_time_and_a_last_moment_are_named_once_a_run_in_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_DYNAMIC", "TRUE")
     reward = WeightedSum([DigitShare(), late_reward(timeout_s=9, on_timeout=0.5)])
     line, of_validation = said(folder, tmp_path, Timer("00:01:00:00"), reward=reward)
@@ -208,37 +207,29 @@ def test_rewards_within_rewards_are_seen():
         assert any("on_timeout=0" in (term.decided_by_time() or "") for term, _ in outer.terms())
 
 
-class OfGPU:
-    """A Trainer on a GPU, as far as it is asked."""
-
-    class Strategy:
-        root_device = torch.device("cuda")
-
-    strategy, callbacks = Strategy(), ()
-
-    class State:
-        fn = "fit"
-
-    state = State()
+# A Trainer on a GPU, as far as it is asked.
+OF_GPU = SimpleNamespace(
+    strategy=SimpleNamespace(root_device=torch.device("cuda")), callbacks=(), state=SimpleNamespace(fn="fit")
+)
 
 
 def test_on_a_gpu_what_has_no_order_is_named(monkeypatch):
     monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
     with pytest.warns(UserWarning, match=r"set trainer\.deterministic=true$"):
-        warn_of_differences(OfGPU(), "packed_sdpa", [])
+        warn_of_differences(OF_GPU, "packed_sdpa", [])
     torch.backends.cudnn.benchmark = True
     with pytest.warns(UserWarning, match=r"FLASH_ATTENTION_DETERMINISTIC=1 .*; some operations .*; trainer\.benchmark=true"):
-        warn_of_differences(OfGPU(), "packed_flash_attention_2", [])
+        warn_of_differences(OF_GPU, "packed_flash_attention_2", [])
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
     with pytest.raises(ConfigError, match=r"trainer\.deterministic=true cannot be had: .*flash_attention_2.*take sdpa"):
-        warn_of_differences(OfGPU(), "flash_attention_2", [])
+        warn_of_differences(OF_GPU, "flash_attention_2", [])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_differences(OfGPU(), "sdpa", [])
+        warn_of_differences(OF_GPU, "sdpa", [])
         monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
-        warn_of_differences(OfGPU(), "flash_attention_2", [])
+        warn_of_differences(OF_GPU, "flash_attention_2", [])
     monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC")
     torch.use_deterministic_algorithms(True, warn_only=True)
     with pytest.warns(UserWarning, match="flash_attention_2"):
-        warn_of_differences(OfGPU(), "flash_attention_2", [])
+        warn_of_differences(OF_GPU, "flash_attention_2", [])

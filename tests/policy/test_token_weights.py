@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import FAMILIES
-from tiny_runs import Log, fit, write_model
+from tiny_runs import Log, fit, trained, write_model
 
 from hybrid_lightning.losses import GSPOLoss, SequenceMask, TokenTruncation, combine_metrics
 from hybrid_lightning.policy.token_weights import compare_with_sampler
@@ -64,40 +64,28 @@ def test_other_weights_while_sampling_show(minibatches, model, sums, tmp_path):
             assert step[f"{WEIGHT}/mean"] == pytest.approx(float(differences.exp().clamp(max=1.001).mean()), rel=1e-5)
 
 
-def trained(model, sums, root, **policy):
-    module = fit(model, sums, root, policy={"minibatches_per_rollout": 2, **policy}, max_steps=4)
-    return torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
+def weights(model, sums, root, **policy):
+    policy = {"minibatches_per_rollout": 2, "lr_full": 0.01, "optimizer": torch.optim.SGD, **policy}
+    return torch.cat([weight.flatten() for weight in trained(fit(model, sums, root, policy=policy, max_steps=4)).values()])
 
 
 @pytest.mark.parametrize("correction", [TokenTruncation(), SequenceMask()], ids=["token", "sequence"])
 def test_a_correction_matters_only_where_they_disagree(correction, model, sums, tmp_path):
-    plain = trained(model, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD)
-    corrected = trained(model, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD, correction=correction)
+    plain, corrected = (weights(model, sums, tmp_path, correction=each) for each in (None, correction))
     torch.testing.assert_close(corrected, plain, atol=1e-6, rtol=0)
-    sampler = OtherWeights(scale=1.2)
-    plain = trained(model, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD, sampler=sampler)
-    corrected = trained(model, sums, tmp_path, lr_full=0.01, optimizer=torch.optim.SGD, sampler=sampler, correction=correction)
+    other = {"sampler": OtherWeights(scale=1.2)}
+    plain, corrected = (weights(model, sums, tmp_path, correction=each, **other) for each in (None, correction))
     assert (corrected - plain).abs().max() > 1e-4
 
 
-def make_batch(lengths, on_policy=False, **counts):
+def make_batch(lengths, on_policy=False):
     generator = torch.Generator().manual_seed(2)
     mask = torch.arange(5)[None] < torch.tensor(lengths)[:, None]
     trained, sampled = (-torch.rand(len(lengths), 5, generator=generator) for _ in range(2))
     ids = torch.zeros_like(mask, dtype=torch.long)
-    sequences = Sequences(ids, torch.ones_like(mask), ids, mask)
-    batch = PolicyBatch(
-        sequences=sequences,
-        advantages=torch.randn(len(lengths), generator=generator),
-        sampling_logprobs=torch.where(mask, sampled, torch.nan),
-        old_logprobs=None if on_policy else torch.where(mask, trained, torch.inf),
-        ref_logprobs=None,
-        num_sequences=counts.get("num_sequences", float(len(lengths))),
-        num_tokens=counts.get("num_tokens", float(sum(lengths))),
-        updated_sequences=counts.get("num_sequences", float(len(lengths))),
-        updated_tokens=counts.get("num_tokens", float(sum(lengths))),
-    )
-    return batch, trained
+    sequences, advantages = Sequences(ids, torch.ones_like(mask), ids, mask), torch.randn(len(lengths), generator=generator)
+    old, counts = None if on_policy else torch.where(mask, trained, torch.inf), [float(len(lengths)), float(sum(lengths))] * 2
+    return PolicyBatch(sequences, advantages, torch.where(mask, sampled, torch.nan), old, None, *counts), trained
 
 
 @pytest.mark.parametrize("correction", [TokenTruncation(cap=1.2), SequenceMask(cap=1.5)], ids=["token", "sequence"])

@@ -2,7 +2,7 @@
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_runs import build_adapter, build_data, build_policy, build_trainer, trained
+from tiny_runs import Log, fit, trained
 
 from hybrid_lightning.policy.optim import CosineSchedule
 
@@ -10,14 +10,15 @@ from hybrid_lightning.policy.optim import CosineSchedule
 def test_a_run_of_epochs_goes_on_bit_for_bit(model, sums, tmp_path):
     """Its schedule asks for the number of steps, for which Lightning makes the loader before it could restore its state."""
 
-    def run(root, ckpt_path=None):
-        torch.manual_seed(11)
-        policy = build_policy(model, schedule=CosineSchedule(), minibatches_per_rollout=2)
-        saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-        trainer = build_trainer(root, build_adapter(), saver, max_steps=-1, max_epochs=2, enable_checkpointing=True)
-        trainer.fit(policy, datamodule=build_data(sums), ckpt_path=ckpt_path)
-        return trained(policy)
+    def run(ckpt=None):
+        log, saver = Log(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        policy = {"schedule": CosineSchedule(), "minibatches_per_rollout": 2}
+        callbacks = (log, saver) if ckpt is None else (log,)
+        flags = {"max_steps": -1, "max_epochs": 2, "enable_checkpointing": ckpt is None}
+        return log.losses, trained(fit(model, sums, tmp_path, *callbacks, policy=policy, ckpt=ckpt, **flags))
 
-    whole = run(tmp_path / "whole")
-    resumed = run(tmp_path / "resumed", tmp_path / "whole" / "step=3.ckpt")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    losses, whole = run()
+    assert len(losses) == 16
+    for step in (3, 6, 8):  # within a rollout, at its end, and at the end of an epoch
+        rest, resumed = run(tmp_path / f"step={step}.ckpt")
+        assert rest == losses[step:] and all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,5 +1,6 @@
 """How a step is split, and which rows are left out, never changes the update; and what is logged with it."""
 
+import csv
 import math
 
 import pytest
@@ -23,7 +24,7 @@ from tiny_runs import (
 )
 
 from hybrid_lightning.callbacks import StepTimer
-from hybrid_lightning.errors import ConfigError, TrainingError
+from hybrid_lightning.errors import TrainingError
 from hybrid_lightning.losses import CISPOLoss, GRPOLoss, GSPOLoss, SAPOLoss, TokenTruncation, TopEntropyMask
 from hybrid_lightning.policy import language, update
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
@@ -74,8 +75,8 @@ def run(model, sums, root, policy=None, **flags):
 
 @pytest.mark.parametrize(
     ("loss", "accumulate", "checkpointing"),
-    [(GRPOLoss(kl_coef=0.1), 1, False), (GRPOLoss(kl_coef=0.1), 2, True), (GSPOLoss(), 1, True), (GSPOLoss(), 2, False)],
-    ids=["grpo-kl-1", "grpo-kl-2-checkpointing", "gspo-1-checkpointing", "gspo-2"],
+    [(GRPOLoss(kl_coef=0.1), 2, True), (GSPOLoss(), 1, False)],
+    ids=["grpo-kl-2-checkpointing", "gspo-1"],
 )
 def test_a_token_budget_changes_nothing_but_the_forward_passes(model, sums, tmp_path, loss, accumulate, checkpointing):
     policy = {"loss": loss, "gradient_checkpointing": checkpointing}
@@ -88,16 +89,6 @@ def test_a_token_budget_changes_nothing_but_the_forward_passes(model, sums, tmp_
         assert one == pytest.approx(other, abs=1e-4, rel=1e-4)
     assert_same_gradients(split.gradients, whole.gradients)
     torch.testing.assert_close(same, weights, atol=1e-6, rtol=0)
-
-
-def test_a_token_budget_works_in_mixed_precision(model, sums, tmp_path):
-    policy = {"loss": GSPOLoss(), "dtype": "bfloat16"}
-    whole, _ = run(model, sums, tmp_path, policy, precision="bf16-mixed", max_steps=1)
-    split, _ = run(model, sums, tmp_path, {**policy, "max_tokens_per_micro_batch": 12}, precision="bf16-mixed", max_steps=1)
-    assert max(split.passes) > 2
-    for name, gradient in whole.gradients[0].items():
-        assert (split.gradients[0][name] - gradient).norm() <= 0.05 * gradient.norm() + 1e-6, name
-    assert all(step["ratio/max"] == 1 for step in (split.metrics[0], whole.metrics[0])), "begins on-policy"
 
 
 class NanOnceOffPolicy(GRPOLoss):
@@ -116,46 +107,33 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(model, sums, tmp_pa
     assert trainer.global_step == 1 and all(p.isfinite().all() for p in policy.parameters())
 
 
-@pytest.mark.parametrize("budget", [10_000, 12])
-def test_on_policy_ratios_are_exactly_one_however_rows_are_split(model, sums, tmp_path, budget):
-    policy = {"epochs_per_rollout": 2, "minibatches_per_rollout": 1, "max_tokens_per_micro_batch": budget}
+def test_on_policy_ratios_are_exactly_one_however_rows_are_split(model, sums, tmp_path):
+    policy = {"epochs_per_rollout": 2, "minibatches_per_rollout": 1, "max_tokens_per_micro_batch": 12}
     watch, _ = run(model, sums, tmp_path, policy, max_steps=3)
     assert [step["ratio/max"] for step in watch.metrics[::2]] == [1.0, 1.0]
     assert watch.metrics[1]["ratio/max"] > 1
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_rows_without_advantage_are_left_out_and_are_not_missed(model, sums, tmp_path, accumulate):
-    flags = {"accumulate_grad_batches": accumulate, "max_steps": 6}
+def test_rows_without_advantage_are_left_out_and_are_not_missed(model, sums, tmp_path):
+    flags = {"accumulate_grad_batches": 2, "max_steps": 6}
     every, weights = run(model, sums, tmp_path, {"loss": AllRows(), "reward": StartsWithDigit()}, **flags)
     some, same = run(model, sums, tmp_path, {"loss": GRPOLoss(), "reward": StartsWithDigit()}, **flags)
     assert sum(some.rows) < sum(every.rows) == 6 * 8
     assert_same_gradients(some.gradients, every.gradients)
     torch.testing.assert_close(same, weights, atol=1e-6, rtol=0)
-    steps = [[sum(watch.losses[i : i + accumulate]) for i in range(0, len(watch.losses), accumulate)] for watch in (some, every)]
+    steps = [[sum(watch.losses[i : i + 2]) for i in range(0, len(watch.losses), 2)] for watch in (some, every)]
     assert steps[0] == pytest.approx(steps[1], abs=1e-6)
-    first = some.metrics[accumulate - 1]
-    assert first["ratio/mean"] == pytest.approx(1, abs=1e-5), "means are over the rows that are there"
+    assert some.metrics[1]["ratio/mean"] == pytest.approx(1, abs=1e-5), "means are over the rows that are there"
+    reference, _ = run(model, sums, tmp_path, {"loss": GRPOLoss(kl_coef=0.01), "reward": StartsWithDigit()}, max_steps=2)
+    assert set(reference.rows) == {8}, "the reference needs every row"
 
 
-def test_the_reference_needs_every_row(model, sums, tmp_path):
-    watch, _ = run(model, sums, tmp_path, {"loss": GRPOLoss(kl_coef=0.01), "reward": StartsWithDigit()})
-    assert set(watch.rows) == {8}
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_step_without_any_advantage_has_a_gradient_of_zero(model, sums, tmp_path, optimizer):
+def test_a_step_without_any_advantage_has_a_gradient_of_zero(model, sums, tmp_path):
     watch = Watch()
-    policy = {"reward": Constant(), "optimizer": optimizer}
-    fit(model, sums, tmp_path, watch, build_adapter(), policy=policy, max_steps=2)
+    fit(model, sums, tmp_path, watch, policy={"reward": Constant()}, max_steps=2)
     assert watch.rows == [0, 0] and watch.passes == [0, 0] and watch.losses == [0, 0]
     assert all(not gradient.any() for step in watch.gradients for gradient in step.values()) and len(watch.gradients[0]) > 10
     assert "ratio/mean" not in watch.metrics[0] and watch.metrics[0]["frac_reward_zero_std"] == 1
-
-
-def test_an_impossible_budget_is_refused(model, sums, tmp_path):
-    with pytest.raises(ConfigError, match="max_tokens_per_micro_batch must be at least 1, got 0"):
-        run(model, sums, tmp_path, {"max_tokens_per_micro_batch": 0})
 
 
 def sequences(prompts, lengths):
@@ -178,11 +156,9 @@ def test_rows_are_split_where_the_next_would_not_fit():
 
 def summed(micro_batches, *updates):
     metrics = StepMetrics()
-    results = []
-    for shares in updates:
-        result = metrics.update({name: torch.tensor(value) for name, value in shares.items()}, micro_batches)
-        results.append({name: float(value) for name, value in result.items()})
-    return results
+    results = [metrics.update({n: torch.tensor(v) for n, v in shares.items()}, micro_batches) for shares in updates]
+    # At the end, so that a result that is changed later would show.
+    return [{name: float(value) for name, value in result.items()} for result in results]
 
 
 def test_shares_add_up_of_extremes_one_counts_and_the_next_step_starts_anew():
@@ -195,13 +171,6 @@ def test_shares_add_up_of_extremes_one_counts_and_the_next_step_starts_anew():
         {"loss": 3.0, "ratio/max": 2.0, "weight/min": 1.0},
     ]
     assert results[5] == {"loss": 2.0, "kl": 0.5}, "a name that comes later in a step"
-
-
-def test_what_is_returned_is_not_changed_later():
-    metrics, share = StepMetrics(), torch.tensor(1.0)
-    first = metrics.update({"loss": share}, 3)["loss"]
-    metrics.update({"loss": share}, 3)
-    assert float(first) == 1.0 and float(share) == 1.0
 
 
 # ---- metrics of a rollout are there at every step that it is used for, although they are logged once
@@ -219,33 +188,22 @@ class Seen(Callback):
 
 
 @pytest.mark.parametrize("flags", [{}, {"limit_train_batches": 3}], ids=["whole rollouts", "epochs that end within a rollout"])
-def test_every_step_has_the_metrics_of_its_rollout(model, sums, tmp_path, flags):
-    seen = Seen()
-    fit(model, sums, tmp_path, seen, policy={"minibatches_per_rollout": 2}, max_steps=8, **flags)
+def test_every_step_and_a_logger_have_the_metrics_of_the_rollout(model, sums, tmp_path, flags):
+    seen, logger = Seen(), CSVLogger(tmp_path, "log", version=0)
+    flags = {"max_steps": 8, "logger": logger, "log_every_n_steps": 2, **flags}
+    fit(model, sums, tmp_path, seen, policy={"minibatches_per_rollout": 2}, **flags)
     assert len(seen.steps) == 8 and len({reward for _, reward in seen.steps}) == 4
     for known, reward in seen.steps:
         assert known == pytest.approx([reward] * 3)
-
-
-def test_a_logger_gets_them_at_whichever_step_it_is_asked(model, sums, tmp_path):
-    seen, logger = Seen(), CSVLogger(tmp_path / "log")
-    flags = {"max_steps": 8, "logger": logger, "log_every_n_steps": 2}
-    fit(model, sums, tmp_path, seen, policy={"minibatches_per_rollout": 2}, **flags)
     logger.save()
-    rows = [line.split(",") for line in (tmp_path / "log/lightning_logs/version_0/metrics.csv").read_text().splitlines()]
-    place = rows[0].index("reward")
-    logged = [float(row[place]) for row in rows[1:] if row[place]]
-    assert logged == pytest.approx([reward for _, reward in seen.steps[1::2]])
+    with (tmp_path / "log/version_0/metrics.csv").open() as file:
+        logged = [float(row["reward"]) for row in csv.DictReader(file) if row["reward"]]
+    assert logged == pytest.approx([reward for _, reward in seen.steps[1::2]]), "at whichever step it is asked"
 
 
-class Names(Callback):
-    """First parts of the names of all that is logged in training."""
-
-    def __init__(self):
-        self.found = set()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.found |= {name.partition("/")[0] for name in trainer.callback_metrics} - {"val"}
+def names_of(log):
+    """First parts of the names of all that was logged in training."""
+    return {name.partition("/")[0] for step in log.metrics for name in step} - {"val"}
 
 
 @pytest.mark.parametrize(
@@ -258,16 +216,16 @@ class Names(Callback):
     ids=["corrected", "dynamic", "smooth"],
 )
 def test_what_a_policy_logs_is_known_before(model, sums, tmp_path, policy):
-    names = Names()
-    module = fit(model, sums, tmp_path, StepTimer(), names, policy=policy)
-    assert {"loss", "reward", "time"} <= names.found <= module.training_metrics
+    log = Log()
+    module = fit(model, sums, tmp_path, StepTimer(), log, policy=policy)
+    assert {"loss", "reward", "time"} <= names_of(log) <= module.training_metrics
 
 
 @pytest.mark.parametrize("kind", ["supervised", "preference"])
 def test_what_examples_log_is_known_before(model, tmp_path, kind):
-    names, rows = Names(), write_rows(tmp_path / "rows.jsonl")
-    module = fit_examples(kind, model, rows, tmp_path, StepTimer(), names, max_steps=2)
-    assert {"loss", "time"} <= names.found <= module.training_metrics
+    log, rows = Log(), write_rows(tmp_path / "rows.jsonl")
+    module = fit_examples(kind, model, rows, tmp_path, StepTimer(), log, max_steps=2)
+    assert {"loss", "time"} <= names_of(log) <= module.training_metrics
 
 
 # ---- tokens of a pass that the memory of a device has decided go into checkpoints, so that a resume splits rows alike
@@ -287,23 +245,17 @@ def device(monkeypatch):
     return become
 
 
-@pytest.mark.parametrize(
-    ("memory", "taken"), [(80 * GIB, 24), (141 * GIB, 24), (40 * GIB, 12), (None, 12)], ids=["same", "more", "less", "a CPU"]
-)
-def test_a_resume_takes_those_of_the_checkpoint_where_they_fit(model, sums, tmp_path, device, monkeypatch, memory, taken):
-    said = []
+def test_a_resume_takes_those_of_the_checkpoint_where_they_fit(model, sums, tmp_path, device, monkeypatch):
+    said, path = [], tmp_path / "first.ckpt"
     monkeypatch.setattr(update, "rank_zero_info", said.append)
     device(80 * GIB, 24)
-    first = fit(model, sums, tmp_path, build_adapter(), max_steps=1)
-    path = tmp_path / "first.ckpt"
-    first.trainer.save_checkpoint(path)
-    saved = torch.load(path, weights_only=True)[CHECKPOINT_KEY]["tokens_of_pass"]
-    assert saved == {"tokens": 24, "memory": 80 * GIB}
-    device(memory, 12)
-    policy = build_policy(model)
-    build_trainer(tmp_path, build_adapter(), max_steps=2).fit(policy, datamodule=build_data(sums), ckpt_path=path)
-    assert policy.tokens_of_pass == taken
-    assert bool(said) == (memory == 40 * GIB) and all("this device has 40 GiB" in line for line in said)
+    fit(model, sums, tmp_path, max_steps=1).trainer.save_checkpoint(path)
+    assert torch.load(path, weights_only=True)[CHECKPOINT_KEY]["tokens_of_pass"] == {"tokens": 24, "memory": 80 * GIB}
+    for memory, taken in ((80 * GIB, 24), (141 * GIB, 24), (None, 12), (40 * GIB, 12)):
+        assert not said
+        device(memory, 12)
+        assert fit(model, sums, tmp_path, ckpt=path, max_steps=2).tokens_of_pass == taken
+    assert said and all("this device has 40 GiB" in line for line in said)
 
 
 def test_an_option_goes_before_and_a_cpu_keeps_nothing(model, sums, tmp_path, device):

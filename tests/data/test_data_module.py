@@ -96,7 +96,6 @@ def test_fit_without_validation_rows_skips_validation(tmp_path):
     [
         ([Row("1+1=", "2")], r"Mine\.read returned a list: return Splits\("),
         (Splits(train=[("1+1=", "2")]), r"Mine\.read: train row 0 is a tuple: make it a Row\(question, answer\)"),
-        (Splits(test=[Row("1+1=", 2)]), r"Mine\.read: the answer of test row 0 is 2: give text"),
         (Splits(train=[Row("2+1=", "3"), Row(None, "3", 1)]), r"Mine\.read: the question of train row 1 is None: give text"),
     ],
 )
@@ -132,7 +131,7 @@ def test_counting_tokens_needs_a_tokenizer():
         PromptDataModule(Words(), PlainFormat(), max_prompt_tokens=4).setup("fit")
 
 
-@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+@pytest.mark.parametrize("stage", ["validate", "predict"])
 def test_stage_without_rows(stage):
     with pytest.raises(DataError, match=rf"Words has no (validation|test) rows, which {stage} needs"):
         PromptDataModule(Words(train=3), PlainFormat()).setup(stage)
@@ -152,7 +151,7 @@ def test_limits_draw_by_seed_and_keep_the_index():
     assert [len(batch) for batch in data.val_dataloader()] == [10]
 
 
-@pytest.mark.parametrize("name", ["max_prompt_tokens", "validation_prompts", "test_prompts", "eval_batch_size"])
+@pytest.mark.parametrize("name", ["max_prompt_tokens", "eval_batch_size"])
 def test_limits_are_positive(name):
     with pytest.raises(ConfigError, match=f"{name}=0: give at least 1"):
         PromptDataModule(Words(), PlainFormat(), **{name: 0})

@@ -5,14 +5,9 @@ import shlex
 
 import pytest
 import yaml
-from cli_runs import run, write_folder
+from cli_runs import run
 
 from hybrid_lightning.adapters.plan import AdapterPlan
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from cli_runs import run, write_folder
+from cli_runs import run
 from lightning.pytorch import Callback
 
 from hybrid_lightning.adapters.budgets import ModuleBudget
@@ -18,11 +18,6 @@ from hybrid_lightning.policy.optim import LearningRateSchedule
 from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("help"))
 
 
 def said(folder, *arguments):

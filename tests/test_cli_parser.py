@@ -8,14 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_runs import run, write_folder
+from cli_runs import run
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("parser"))
 
 
 def assert_said(result, message):

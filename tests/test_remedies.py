@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from cli_runs import run, write_folder
+from cli_runs import run
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -17,11 +17,6 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 KIND = {"sft": "SupervisedModule", "dpo": "PreferenceModule"}
 WHOLE = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted(path.relative_to(CONFIGS) for path in CONFIGS.glob("*/*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("remedies"))
 
 
 def no_gpu():

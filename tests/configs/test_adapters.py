@@ -4,17 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_runs import run, write_folder
+from cli_runs import run
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 
 OVERLAYS = {path.stem: path for path in (Path(__file__).parents[2] / "configs" / "adapter").glob("*.yaml")}
 SHORT = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--model.sampler.max_new_tokens=4"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@ import json
 import pytest
 from public_data import public_data
 
-from hybrid_lightning.data import GSM8K_ANSWER, FileSource, HubSource
+from hybrid_lightning.data import GSM8K_ANSWER, FileSource, HubSource, PlainFormat
 from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.rewards import MathMatch
 
 
 def jsonl(folder, rows, name="train.jsonl"):
@@ -118,6 +119,10 @@ def test_gsm8k():
     assert (len(splits.train) + len(splits.validation), len(splits.validation), len(splits.test)) == (7473, 374, 1319)
     assert splits.test[0].answer == "18"
     assert all(row.answer.replace(",", "").lstrip("-").replace(".", "").isdigit() for row in splits.train)
+    prompts, solutions = (
+        [convert(row) for row in splits.test[:12]] for convert in (PlainFormat().format, lambda row: row.columns["answer"])
+    )
+    assert MathMatch()(solutions, prompts) == [1.0] * 12 and not any(MathMatch()(solutions[1:] + solutions[:1], prompts))
 
 
 @pytest.mark.parametrize(

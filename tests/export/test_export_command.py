@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from cli_runs import run, write_folder
+from cli_runs import run
 from exported import files, logits
 from peft import PeftModel
 from rounding import assert_same_logits
@@ -17,11 +17,6 @@ from transformers import AutoModelForCausalLM
 from hybrid_lightning.policy.module import PolicyModule
 
 TRAINING_SETTINGS = ["--trainer.precision=16-mixed", "--trainer.devices=4", "--trainer.strategy=fsdp"]  # an export needs none
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("export"))
 
 
 @pytest.fixture(scope="module")

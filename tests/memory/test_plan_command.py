@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import run, write_folder
+from cli_runs import run
 from rich import get_console
 
 from hybrid_lightning.adapters.plan import AdapterPlan
@@ -18,11 +18,6 @@ from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 
 STRATEGIES = Path(__file__).parents[2] / "configs" / "strategy"
 FLAGS = ["--trainer.accelerator=gpu", "--trainer.num_nodes=2", "--trainer.devices=2", "--trainer.precision=bf16-mixed"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("plan"))
 
 
 @pytest.fixture(autouse=True)

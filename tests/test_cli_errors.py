@@ -136,7 +136,8 @@ def test_what_has_been_scored_stays(folder):
     result = run(folder, "fit", "--config", "t.yaml", "--model.reward=my_parts.Raising", name)
     assert_refused(result, r"reward Raising .* raised ZeroDivisionError: .*sums\.jsonl row \d+ with completion '")
     root = folder / "runs" / "kept" / "version_0"
-    assert list((root / "scoring").glob("completions-*.pt")) and (root / "config.yaml").is_file()
+    assert list((root / "scoring").glob("completions-*.pt")) and "my_parts.Raising" in (root / "config.yaml").read_text()
+    assert not (root / "plan.json").exists() and not (root / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("command", ["fit", "export"])

@@ -1,10 +1,9 @@
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from hybrid_lightning.data import ChatFormat, FileSource, PlainFormat, PromptDataModule, PromptSource, Row, Splits
+from hybrid_lightning.data import PlainFormat, PromptDataModule, PromptSource, Row, Splits
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.types import Prompt
 
@@ -155,38 +154,3 @@ def test_limits_draw_by_seed_and_keep_the_index():
 def test_limits_are_positive(name):
     with pytest.raises(ConfigError, match=f"{name}=0: give at least 1"):
         PromptDataModule(Words(), PlainFormat(), **{name: 0})
-
-
-def test_the_command_line_builds_it_from_short_class_names(tmp_path):
-    (tmp_path / "train.csv").write_text("question,reply\n1+1,2\n2+2,4\n")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_subclass_arguments(PromptDataModule, "data")
-    config = tmp_path / "config.yaml"
-    config.write_text(f"""
-data:
-  class_path: PromptDataModule
-  init_args:
-    source:
-      class_path: FileSource
-      init_args:
-        train: {tmp_path}/train.csv
-        answer_column: reply
-        validation_fraction: 0.5
-    format:
-      class_path: ChatFormat
-      init_args:
-        system_prompt: Add.
-        few_shot:
-        - {{question: 3+3, answer: 6}}
-""")
-    arguments = ["--config", str(config), "--data.format.template={question}="]
-    data = parser.instantiate(parser.parse_args(arguments)).data
-    assert isinstance(data.source, FileSource) and isinstance(data.format, ChatFormat)
-    data.setup("fit")
-    (prompt,) = data.train_prompts
-    assert [turn["content"] for turn in prompt.messages[:3]] == ["Add.", "3+3=", "6"]
-    assert prompt.answer in ("2", "4") and len(data.validation_prompts) == 1
-    config = data.source.to_config()
-    assert config["class_path"] == "hybrid_lightning.data.FileSource"
-    assert config["init_args"]["answer_column"] == "reply" and config["init_args"]["validation_fraction"] == 0.5

@@ -1,20 +1,21 @@
-"""The command line in this process: a folder with config, model, data and parts of a user's own, and one command run in it."""
+"""The command line in this process: a folder with config, model, data and parts of a user's own, and commands run in it."""
 
 import contextlib
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 from tiny_runs import write_model, write_sums
 
+from hybrid_lightning import cli
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.callbacks import hybrid_adapter_setup
-from hybrid_lightning.cli import main
 
 CONFIG = """
 model:
@@ -117,10 +118,30 @@ def run(folder, *arguments) -> Result:
         patch.setattr(sys, "argv", ["hybrid_lightning", *map(str, arguments)])
         torch.set_num_threads(1)
         try:
-            main()
+            cli.main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return Result(code, out.getvalue(), err.getvalue())
+
+
+def command(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One command in the working directory, which prints and raises as it does."""
+    monkeypatch.setattr(sys, "argv", ["hybrid_lightning", *arguments])
+    cli.main()
+
+
+def parse(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The config as the command line reads it; nothing is built."""
+    parsed = []
+
+    def stop(self):
+        parsed.append(self.config[self.subcommand])
+        raise StopIteration
+
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(cli.HybridLightningCLI, "before_instantiate_classes", stop)
+        command(arguments, patch)
+    return parsed[0]
 
 
 def write_folder(folder: Path) -> Iterator[Path]:

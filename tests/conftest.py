@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import empty_picture
+from cli_runs import empty_picture, write_folder
 from messages import warnings_of
 from tiny_models import build_model, build_tokenizer
 from tiny_runs import write_model, write_sums
@@ -67,6 +67,12 @@ def pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hybrid_adapter_setup, "draw_heatmap", draw_heatmap)
         yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of the command line: config, model, data and parts of a user's own."""
+    yield from write_folder(tmp_path_factory.mktemp("command"))
 
 
 @pytest.fixture(scope="session")

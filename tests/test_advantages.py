@@ -13,7 +13,6 @@ from hybrid_lightning.advantages import (
     GroupMeanAdvantage,
     LeaveOneOutAdvantage,
     PerRewardAdvantage,
-    centred,
 )
 from hybrid_lightning.errors import ConfigError, RewardError
 from hybrid_lightning.types import Rewards
@@ -71,17 +70,11 @@ def test_order_and_shift_do_not_matter(estimator, case, data):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize(("reward", "samples"), [(0.0, 2), (0.1, 8), (1 / 3, 3), (-7.7, 7), (1e6, 8)])
+@pytest.mark.parametrize(("reward", "samples"), [(0.1, 8), (1 / 3, 3), (1e6, 8)])
 def test_groups_of_equal_rewards_get_exactly_zero(estimator, reward, samples):
     mixed = torch.linspace(0, 1, samples)
     advantages = estimator(torch.cat([torch.full((samples,), reward), mixed]), samples)
     assert (advantages[:samples] == 0).all() and (advantages[samples:] != 0).any()
-
-
-def test_rounding_noise_is_what_the_exact_zero_avoids():
-    equal = torch.full((1, 8), 0.1)
-    assert (equal - equal.mean(dim=1, keepdim=True)).abs().max() > 0
-    assert (centred(equal) == 0).all()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -97,22 +90,20 @@ def test_no_gradient_and_no_rewards(estimator):
     assert estimator(torch.zeros(0), 4).shape == (0,)
 
 
-@pytest.mark.parametrize("samples", [1, -2])
-def test_a_group_of_one_is_refused(samples):
-    with pytest.raises(ConfigError, match=rf"samples_per_prompt={samples}: .*set samples_per_prompt to 2 or more"):
-        GroupAdvantage()(torch.zeros(4), samples)
+@pytest.mark.parametrize(
+    ("shape", "samples", "message"),
+    [((4,), 1, "samples_per_prompt=1: .*set samples_per_prompt to 2 or more"), ((5,), 2, "is not"), ((2, 2), 2, "is not")],
+)
+def test_rewards_must_come_in_groups_of_two_or_more(shape, samples, message):
+    with pytest.raises(ConfigError, match=message):
+        GroupAdvantage()(torch.zeros(shape), samples)
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 2)])
-def test_rewards_must_come_in_groups(shape):
-    with pytest.raises(ConfigError, match="which is not"):
-        GroupAdvantage()(torch.zeros(shape), 2)
-
-
-@pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_a_reward_that_is_no_number_is_named(bad):
-    with pytest.raises(RewardError, match=rf"reward of completion 2 is {bad} \(1 of 4"):
-        GroupAdvantage()(torch.tensor([0.0, 1.0, bad, 0.0]), 2)
+def test_a_reward_or_a_part_that_is_no_number_is_named():
+    with pytest.raises(RewardError, match=r"reward of completion 2 is -inf \(1 of 4"):
+        GroupAdvantage()(torch.tensor([0.0, 1.0, -math.inf, 0.0]), 2)
+    with pytest.raises(RewardError, match="reward of completion 1 is nan"):
+        of_parts(PerRewardAdvantage(), a=[0.0, math.nan], b=[0.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -121,11 +112,6 @@ def test_a_reward_that_is_no_number_is_named(bad):
 def test_bad_eps(cls, eps):
     with pytest.raises(ConfigError, match=rf"{cls.__name__}: eps={eps}"):
         cls(eps)
-
-
-def test_leave_one_out_by_hand():
-    advantages = LeaveOneOutAdvantage()(torch.tensor([1.0, 0.0, 0.5, 0.0]), 4)
-    assert advantages.tolist() == pytest.approx([1 - 0.5 / 3, -1.5 / 3, 0.5 - 1 / 3, -1.5 / 3])
 
 
 def of_parts(estimator, samples=2, weights=None, **parts):
@@ -164,8 +150,8 @@ def test_a_reward_counts_by_its_weight_and_not_by_its_spread():
     torch.testing.assert_close(weighted, PerRewardAdvantage()(torch.tensor(narrow), 4))
 
 
-@pytest.mark.parametrize("reward", [0.1, 1 / 3])
-def test_groups_with_equal_parts_get_exactly_zero(reward):
+def test_groups_with_equal_parts_get_exactly_zero():
+    reward = 1 / 3
     advantages = of_parts(PerRewardAdvantage(), 3, a=[reward] * 3 + [0.0, 1.0, 0.5], b=[0.7] * 3 + [0.2, 0.0, 0.4])
     assert (advantages[:3] == 0).all() and (advantages[3:] != 0).any()
     assert (of_parts(PerRewardAdvantage(), 3, a=[reward] * 3, b=[0.7] * 3) == 0).all()
@@ -176,10 +162,3 @@ def test_the_others_look_at_the_total_alone(estimator):
     parts = {"a": [0.0, 1.0, 0.3, 1.0], "b": [0.5, 0.0, 0.0, 1.0]}
     total = torch.tensor(parts["a"]) + 2 * torch.tensor(parts["b"])
     assert torch.equal(of_parts(estimator, weights={"b": 2.0}, **parts), estimator(total, 2))
-
-
-def test_a_part_that_is_no_number_is_named():
-    with pytest.raises(RewardError, match="reward of completion 1 is nan"):
-        PerRewardAdvantage().of_rewards(
-            Rewards(torch.zeros(2), {"a": torch.tensor([0.0, math.nan])}, torch.zeros(2, dtype=torch.bool)), 2
-        )

@@ -63,16 +63,9 @@ def folder(tmp_path_factory):
 
 MISTAKES = [
     # data
-    (
-        "fit",
-        "data.source.init_args.question_column=problem",
-        r"has no column 'problem': correct question_column; .* question, answer",
-    ),
     ("fit", "data.source.init_args.train=missing.jsonl", r"train='missing\.jsonl' does not exist"),
     ("validate", "data.source.init_args.validation_fraction=0", r"no validation rows, which validate needs"),
-    ("test", "data.source.init_args.test_fraction=0", r"no test rows, which test needs"),
     ("fit", "data.format.template={question}{hint}", r"uses \{hint\}, which .* does not have"),
-    ("fit", "data.format=ChatFormat", r"the tokenizer has no chat template"),
     ("fit", "data.max_prompt_tokens=2", r"all 24 train prompts are longer than max_prompt_tokens=2"),
     ("fit", "model.sampler.max_new_tokens=200", r"a prompt of 4 tokens and max_new_tokens=200 exceed the model's 128"),
     ("fit", "model.prompts_per_rollout=1000", r"prompts_per_rollout=1000 is more than the 24 training prompts"),
@@ -82,7 +75,6 @@ MISTAKES = [
         "data.source.init_args.train=words.jsonl model.reward=MathMatch",
         r"reference answer 'an answer' .* neither a number",
     ),
-    ("fit", "model.reward=FunctionReward model.reward.function=my_parts.missing", r"my_parts has no function 'missing'"),
     (
         "fit",
         "model.reward=FunctionReward model.reward.function=my_parts.of_a_hint",
@@ -99,8 +91,6 @@ MISTAKES = [
     ("fit", "model.dtype=bfloat16", r"needs trainer\.precision=bf16-mixed"),
     ("fit", "trainer.accumulate_grad_batches=5", r"cannot be split evenly into 10 micro-batches"),
     ("fit", "model.loss.kl_coef=0.1 adapter.keep_start_weights=false", r"set adapter\.keep_start_weights=true"),
-    ("fit", "adapter.calibration_prompts=0", r"adapter\.calibration_prompts must be at least 1"),
-    ("fit", "trainer.precision=bf16-true", r"trainer\.precision=bf16-true needs model\.dtype=bfloat16"),
     (
         "fit",
         "adapter.target_modules=[foo_proj]",
@@ -125,7 +115,7 @@ def assert_refused(result, message):
     assert re.search(message, result.last), result.last
 
 
-@pytest.mark.parametrize("command", ["fit", "score", "validate", "test", "predict"])
+@pytest.mark.parametrize("command", ["fit", "score", "test"])
 def test_with_nothing_wrong_the_weights_are_asked_for(folder, command):
     result = run(folder, command, "--config", "t.yaml", "--model.model=unreadable")
     assert_refused(result, "cannot load the model 'unreadable'")
@@ -135,24 +125,13 @@ def test_with_nothing_wrong_the_weights_are_asked_for(folder, command):
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (
-            "sft",
-            "data.format.completion={completion}",
-            r"completion='\{completion\}' uses \{completion\}, which .* does not have",
-        ),
         ("sft", "data.format.completion={answer} data.format=PlainFormat", r"has 0 completions, but SupervisedModule needs one"),
-        (
-            "sft",
-            "data.format.completion={answer} model.init_args.examples_per_step=99",
-            r"examples_per_step=99 is more than the 32",
-        ),
         (
             "sft",
             "data.format.completion={answer} checkpoint.monitor=val/avg@8",
             r"monitor=val/avg@8, .* one of val/loss, val/entropy",
         ),
         ("dpo", "data.format.chosen={answer} data.format.rejected={answer}", r"the chosen completion is also the rejected one"),
-        ("dpo", "data.format.chosen={answer} data.format.rejected={worse}", r"uses \{worse\}, which .* does not have"),
         (
             "dpo",
             "data.format.chosen={answer} data.format.rejected=-{answer} checkpoint.monitor=val/accuracies",

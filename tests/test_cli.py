@@ -1,18 +1,12 @@
 """The command line, in this process: a whole run with every command."""
 
 import json
-import shlex
 
 import pytest
 import yaml
-from cli_runs import run, write_folder
+from cli_runs import run
 
 from hybrid_lightning.adapters.plan import AdapterPlan
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +35,6 @@ def test_fit_leaves_everything_in_the_run_folder(fitted):
     assert "Run folder: runs/whole/version_0" in result.out and summary["next_command"] in result.out
 
 
-def test_the_config_is_there_before_modules_are_scored(folder):
-    name = "--trainer.logger.init_args.name=unscored"
-    result = run(folder, "fit", "--config", "t.yaml", "--model.reward=my_parts.Raising", name)
-    assert result.code == 1 and "ZeroDivisionError" in result.last, result.err
-    root = folder / "runs" / "unscored" / "version_0"
-    assert config_of(root)["model"]["init_args"]["reward"]["class_path"] == "my_parts.Raising"
-    assert not (root / "plan.json").exists() and not (root / "checkpoints").exists()
-
-
-def test_a_run_without_its_data_leaves_no_folder(folder):
-    arguments = ["--trainer.logger.init_args.name=nothing", "--data.source.train=missing.jsonl"]
-    result = run(folder, "fit", "--config", "t.yaml", *arguments)
-    assert result.code == 1 and "missing.jsonl" in result.last
-    assert not list((folder / "runs").glob("nothing/*"))
-
-
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_a_checkpoint_is_evaluated_by_the_runs_own_config(folder, fitted, command):
     root, _ = fitted
@@ -68,15 +46,6 @@ def test_a_checkpoint_is_evaluated_by_the_runs_own_config(folder, fitted, comman
     assert report["checkpoint"] == str(root / "checkpoints" / "last.ckpt") and report["overall"]["problems"] == 8
     if command == "validate":
         assert report["overall"]["avg@2"] == pytest.approx(summary_of(root)["accuracy_after"])
-
-
-def test_the_next_command_on_the_screen_works_as_it_is(folder, fitted):
-    root, _ = fitted
-    python, flag, module, *arguments = shlex.split(summary_of(root)["next_command"])
-    assert python.rpartition("/")[2].startswith("python")
-    assert (flag, module, arguments[0]) == ("-m", "hybrid_lightning", "test")
-    result = run(folder, *arguments)
-    assert result.code == 0 and "pass@2" in result.out, result.err
 
 
 def test_predict_writes_lines(folder, fitted, tmp_path):

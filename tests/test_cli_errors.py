@@ -25,7 +25,6 @@ def folder(tmp_path_factory):
 
 def write_bad_files(folder):
     texts = {
-        "broken.yaml": "model: {a: [1,\n b: 2",
         "list.yaml": "- a\n- b\n",
         "other.json": '{"a": 1}',
         "foreign.ckpt": "hello",
@@ -34,10 +33,7 @@ def write_bad_files(folder):
     for name, text in texts.items():
         (folder / name).write_text(text)
     (folder / "latin.jsonl").write_bytes(b'{"question": "\xff\xfe", "answer": "2"}\n')
-    for name in ("no_tokenizer", "cut"):
-        shutil.copytree(folder / "model", folder / name)
-    for path in (folder / "no_tokenizer").glob("tokenizer*"):
-        path.unlink()
+    shutil.copytree(folder / "model", folder / "cut")
     weights = folder / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
 
@@ -46,7 +42,6 @@ COMMANDS = [
     ("", r"no command is given; there are fit, validate, test, predict, score, export and plan, as in .* --config FILE"),
     ("fit", r"model\.loss, reward must be given, nearly always by a config: --config FILE"),
     ("fit --config nope.yaml", r"File does not exist: .*nope\.yaml"),
-    ("fit --config broken.yaml", r"Problems parsing config: .* line 1, column 12"),
     ("fit --config list.yaml", r"a config must be a mapping such as .* but is: - a - b"),
     ("score --config t.yaml --ckpt_path=foreign.ckpt", r"score goes on from the folder scoring of a run that was stopped"),
     (
@@ -57,13 +52,11 @@ COMMANDS = [
         "predict --config t.yaml --predictions.path=file/p.jsonl",
         r"predictions\.path=file/p\.jsonl: .*/file is no folder .* another",
     ),
-    ("predict --config t.yaml --predictions.path=file", r"predictions\.path: file exists; give another path, or remove it"),
     ("--config t.yaml fit", r"a config stands behind the command.*: python -m hybrid_lightning fit --config FILE"),
     ("validate --config t.yaml --trainer.logger.save_dir=file", r"the run folder cannot .* --trainer\.logger\.save_dir=FOLDER"),
+    ("export --config t.yaml", r"\bfolder\b"),
     ("export --config t.yaml --folder=model", r"folder='model' is there and not empty; give a new folder"),
-    ("export --config t.yaml --folder=file", r"folder='file' is a file; give a new folder"),
     ("export --config t.yaml --folder=new", r"cannot export: .* nothing was trained; give ckpt_path, or fit first"),
-    ("predict --config t.yaml --predictions.path=.", r"predictions\.path='\.' is a folder; give a file name"),
 ]
 
 
@@ -80,7 +73,6 @@ def test_wrong_commands(folder, command, message):
 
 
 def assert_refused(result, message):
-
     assert result.code != 0
     assert re.search(message, result.last), result.last
     assert result.last.startswith("error: ") and "Traceback" not in result.err
@@ -91,60 +83,40 @@ OPTIONS = [
     # names and types
     ("model.reward=json.dumps", r"json\.dumps is no class derived .* FunctionReward with function: json\.dumps$"),
     ("model.lr_full=abc", r'"lr_full": Expected a .*float.* value: abc'),
-    ("trainer.precision=nonsense", r"Expected .*'bf16-mixed'.*: nonsense"),
-    ("trainer.strategy=nonsense", r"invalid strategy name: `strategy='nonsense'`"),
     # classes
     ("model.loss=my_parts.NotALoss", r"my_parts\.NotALoss does not correspond to a subclass of PolicyLoss"),
-    ("model=my_parts.NotALoss", r"does not correspond to a subclass of LanguageModule"),
-    # a loss that is switched on the command line keeps the other one's clip range
-    ("model.loss=GSPOLoss", r"clip_low=0\.2, clip_high=0\.25 is too large .* left over from a GRPO config: set clip_low=3e-4"),
     # values
     ("model.schedule=CosineSchedule trainer.max_steps=-1 trainer.max_epochs=-1", r"CosineSchedule needs the run's length"),
     # models, plans and checkpoints
     ("model.model=/nowhere", r"model '/nowhere' does not exist"),
-    ("model.model=no_tokenizer", r"cannot load a tokenizer from 'no_tokenizer'"),
     ("model.model=cut", r"cannot load the model 'cut'"),
     ("adapter.plan=other.json", r"other\.json lacks the field"),
     (
         "ckpt_path=nope.ckpt",
         r"there is no checkpoint nope\.ckpt \(looked for .*\); give one .* such as foreign\.ckpt",
     ),
-    ("ckpt_path=foreign.ckpt", r"foreign\.ckpt cannot be read: it is no checkpoint, or damaged"),
     # data
     ("data.source.init_args.train=latin.jsonl", r"train='latin\.jsonl' cannot be read: .*utf-8"),
     # numbers
     ("trainer.max_steps=-5", r"trainer: `max_steps` must be a non-negative integer or -1"),
-    ("trainer.limit_train_batches=-1", r"trainer: .*invalid value -1(\.0)? for limit_train_batches, it has to be in"),
-    ("model.samples_per_prompt=1", r"samples_per_prompt=1: .* set samples_per_prompt to 2 or more"),
     # devices
     (
         "trainer.accelerator=tpu",
         r"trainer: .*(torch_xla.*not met|can not run on your system).*; .*give --trainer\.accelerator=cpu",
     ),
-    ("trainer.accelerator=abacus", r"trainer: .*invalid accelerator name: .*abacus.*Available names are: "),
     ("trainer.devices=[0,1]", r"trainer: `devices` selected with .* give --trainer\.devices=1, or auto"),
     ("trainer.strategy=fsdp", r"strategy `fsdp` requires a GPU .*; give --trainer\.accelerator=gpu on a machine that has one"),
     # places
     ("trainer.logger.save_dir=file", r"run folder cannot .*'file/default'; give .* by --trainer\.logger\.save_dir=FOLDER"),
     (
-        "trainer.logger.save_dir=/proc/x",
-        r"run folder cannot .*'/proc/x'; give another place by --trainer\.logger\.save_dir=FOLDER",
-    ),
-    (
         "trainer.logger=MLFlowLogger trainer.logger.save_dir=file",
         r"MLflow's store cannot .*'file'; give another place by --trainer",
     ),
-    (
-        "trainer.logger=false trainer.default_root_dir=file",
-        r"run folder cannot .*; give .* by --trainer\.default_root_dir=FOLDER",
-    ),
-    ("checkpoint.dirpath=file/x", r"checkpoints' folder cannot be made .*; give --checkpoint\.dirpath=FOLDER another one"),
     ("trainer.enable_checkpointing=false", r"for no checkpoints give --checkpoint\.save_last=false --checkpoint\.save_top_k=0"),
     (
         "ckpt_path=last",
         r"ckpt_path=last means a checkpoint of this run, .* give its path, such as runs/NAME/version_0/checkpoints/",
     ),
-    ("ckpt_path=hpc", r"ckpt_path=hpc means what Lightning wrote for SLURM, and there is none: give a path"),
     # what other loggers begin is no run
     ("trainer.logger=false data.source.init_args.train=/nope.jsonl", r"train='/nope\.jsonl' does not exist"),
 ]
@@ -164,10 +136,11 @@ def test_what_has_been_scored_stays(folder):
     result = run(folder, "fit", "--config", "t.yaml", "--model.reward=my_parts.Raising", name)
     assert_refused(result, r"reward Raising .* raised ZeroDivisionError: .*sums\.jsonl row \d+ with completion '")
     root = folder / "runs" / "kept" / "version_0"
-    assert list((root / "scoring").glob("completions-*.pt")) and (root / "config.yaml").is_file()
+    assert list((root / "scoring").glob("completions-*.pt")) and "my_parts.Raising" in (root / "config.yaml").read_text()
+    assert not (root / "plan.json").exists() and not (root / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("command", ["fit", "test", "export"])
+@pytest.mark.parametrize("command", ["fit", "export"])
 def test_a_checkpoint_that_is_not_there(folder, command):
     near = folder / "elsewhere" / "version_3" / "checkpoints" / "last.ckpt"
     near.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +180,6 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
 
 
 def test_a_checkpoint_of_another_model_is_refused(folder):
-
     write_model(folder / "other", seed=1)
     name = "--trainer.logger.init_args.name=short"
     assert run(folder, "fit", "--config", "t.yaml", name, "--trainer.max_steps=2").code == 0

@@ -24,8 +24,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("kind", ["file", "-m", "-c"])
+@pytest.mark.parametrize(("kind", "end"), list(zip(["file", "-m", "-c", "file", "-m"], ENDS, strict=True)))
 def test_it_is_as_a_fresh_one(tmp_path, kind, end):
     code = f"CODE = {end!r}\n{CODE.format(end=ENDS[end])}"
     (tmp_path / "there.py").write_text(code)

@@ -35,7 +35,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli", "process", "sharding", "stopping"},
     "__init__": GROUND,
 }
-TORCH_ONLY = ["losses", "advantages", "adapters.scoring", "adapters.scorers", "adapters.sketch"]
 HEAVY = {"lightning", "transformers", "peft", "datasets", "torchmetrics", "matplotlib", "rich"}
 
 
@@ -119,30 +118,6 @@ def test_callbacks_are_imported_by_their_one_name():
     """`callbacks` is a link: by another name every class would exist twice."""
     wrong = [name for name in FILES if any(imported.split(".")[0] == "callbacks" for imported in imports_of(name))]
     assert not wrong
-
-
-def closure(name: str) -> set[str]:
-    """Modules of ours that an import of `name` runs, packages on the way included."""
-    seen: set[str] = set()
-    waiting = [name]
-    while waiting:
-        current = waiting.pop()
-        if current in seen or current not in FILES:
-            continue
-        seen.add(current)
-        waiting += [current.rpartition(".")[0], *ours(imports_of(current))]
-    return seen
-
-
-def test_what_needs_only_torch_imports_nothing_heavier():
-    wrong = [
-        f"{module}, which {name} needs, imports {imported}"
-        for name in TORCH_ONLY
-        for module in sorted(closure(f"{PACKAGE}.{name}"))
-        for imported in sorted(imports_of(module))
-        if imported.split(".")[0] in HEAVY
-    ]
-    assert not wrong, "\n".join(wrong)
 
 
 def test_what_needs_only_torch_works_without_the_rest():

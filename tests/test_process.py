@@ -23,32 +23,29 @@ print(faults())
 """
 
 
-def run(prepare, **environment):
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GOMP_", "OMP_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(prepare=prepare)],
-        env={**clean, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(done.stdout)
+def run(code, **environment):
+    """What code prints, where nothing else is said of memory and threads."""
+    said = ("MALLOC_", "GOMP_", "OMP_", "ONEDNN_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(said)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def faults(prepare, **environment):
+    return int(run(PROGRAM.format(prepare=prepare), **environment))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone is told so")
 def test_freed_memory_is_used_again_without_faults():
     pages = 8 * 2**22 // os.sysconf("SC_PAGE_SIZE")
-    assert run("", MALLOC_MMAP_THRESHOLD_="100000") > pages / 2, "given back and taken again"
+    assert faults("", MALLOC_MMAP_THRESHOLD_="100000") > pages / 2, "given back and taken again"
     # Eight blocks of 4 MiB, of which at most one may be new: where others have taken the process's memory meanwhile.
-    assert run("prepare_process()") < pages / 6
+    assert faults("prepare_process()") < pages / 6
 
 
 def setting(name, **environment):
     code = "import os; from hybrid_lightning.process import prepare_process; prepare_process(); "
-    code += f"print(os.environ.get({name!r}))"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GOMP_", "OMP_", "ONEDNN_"))}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True).stdout.strip()
+    return run(code + f"print(os.environ.get({name!r}))", **environment)
 
 
 def test_what_the_environment_says_stays():
@@ -57,7 +54,7 @@ def test_what_the_environment_says_stays():
     assert setting("GOMP_SPINCOUNT", OMP_WAIT_POLICY="PASSIVE") == "None"
     capacity = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     assert setting(capacity) == str(process.KEPT_PRODUCTS) and setting(capacity, **{capacity: "7"}) == "7"
-    assert run("assert not keep_freed_memory()", MALLOC_MMAP_THRESHOLD_="100000") > 1000
+    assert faults("assert not keep_freed_memory()", MALLOC_MMAP_THRESHOLD_="100000") > 1000
 
 
 SIZES = """
@@ -83,14 +80,9 @@ print(products(100), products(400))
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 and newer alone say what is in use")
 def test_few_compiled_products_are_kept():
-    def grown(**environment):
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("ONEDNN_")}
-        done = subprocess.run(
-            [sys.executable, "-c", SIZES], env={**clean, **environment}, capture_output=True, text=True, check=True
-        )
-        return [int(number) for number in done.stdout.split()]
-
-    few, many = grown(), grown(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")
+    few, many = (
+        [int(number) for number in run(SIZES, **given).split()] for given in ({}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"})
+    )
     if many[0] < 2**20:
         pytest.skip("products of this processor are not compiled for each size")
     # Half of a product is freed: of 172 of the first 300 sizes, and of as many as come in the place of others.
@@ -103,9 +95,7 @@ def test_python_dash_m_prepares_its_process():
     code += "main = lambda signals: print('spins', os.environ['GOMP_SPINCOUNT'], loaded())\n"
     code += "sys.modules['hybrid_lightning.cli'] = types.SimpleNamespace(main=main)\n"
     code += "runpy.run_module('hybrid_lightning', run_name='__main__')"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
-    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
-    assert f"spins {process._SPINS} False" in done.stdout
+    assert f"spins {process._SPINS} False" in run(code)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])

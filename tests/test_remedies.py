@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from cli_runs import run, write_folder
+from cli_runs import run
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -17,11 +17,6 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 KIND = {"sft": "SupervisedModule", "dpo": "PreferenceModule"}
 WHOLE = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted(path.relative_to(CONFIGS) for path in CONFIGS.glob("*/*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("remedies"))
 
 
 def no_gpu():
@@ -43,13 +38,13 @@ def test_a_machine_with_fewer_gpus_says_what_to_give():
     assert with_remedy(said).endswith("; give --trainer.devices=auto for all that are there, or fewer")
 
 
-@pytest.mark.parametrize("name", ["EACCES", "EROFS", "ENOSPC", "ENOTDIR", "EEXIST"])
+@pytest.mark.parametrize("name", ["EACCES", "ENOSPC", "ENOTDIR"])
 def test_what_the_machine_refuses_is_no_mistake_of_ours(name):
     number = getattr(errno, name)
     error = OSError(number, os.strerror(number), "runs/x")
     assert is_machine_error(error) and "runs/x" in with_remedy(str(error))
     assert is_machine_error(OSError(number, os.strerror(number))) == (name == "ENOSPC"), "a write tells of no file"
-    assert ("--trainer.logger.save_dir=FOLDER" in with_remedy(str(error))) == (name in ("EACCES", "EROFS", "ENOSPC"))
+    assert ("--trainer.logger.save_dir=FOLDER" in with_remedy(str(error))) == (name in ("EACCES", "ENOSPC"))
 
 
 @pytest.mark.parametrize(
@@ -59,13 +54,10 @@ def test_other_errors_keep_their_traceback(error):
     assert not is_machine_error(error) and with_remedy(str(error)) == str(error)
 
 
-@pytest.mark.parametrize(("first", "second"), [("gspo", "sft"), ("sft", "dpo"), ("dpo", "qwen3"), ("qwen3", "gspo")])
+@pytest.mark.parametrize(("first", "second"), [("gspo", "sft"), ("sft", "dpo"), ("dpo", "qwen3")])
 def test_a_config_of_another_kind_is_no_overlay(first, second):
     given = ["fit", "--config", f"{CONFIGS}/{first}.yaml", f"--config={CONFIGS}/{second}.yaml"]
     kinds = [KIND.get(name, "PolicyModule") for name in (first, second)]
-    if kinds[0] == kinds[1]:
-        check_whole_configs(given)
-        return
     with pytest.raises(
         ConfigError, match=rf"{first}\.yaml trains a {kinds[0]} and .*{second}\.yaml a {kinds[1]}: .* give one of"
     ):
@@ -79,6 +71,7 @@ def test_it_is_refused_on_the_command_line(folder):
 
 
 def test_overlays_lie_on_every_config():
+    check_whole_configs(["fit", "--config", f"{CONFIGS}/qwen3.yaml", f"--config={CONFIGS}/gspo.yaml"])
     for base in WHOLE:
         for overlay in OVERLAYS:
             check_whole_configs(["fit", "--config", f"{CONFIGS}/{base}.yaml", "-c", f"{CONFIGS}/{overlay}"])

@@ -5,7 +5,7 @@ import logging
 import re
 
 import pytest
-from cli_runs import run, write_folder
+from cli_runs import run
 
 # All lines that `fit` may print; tables stand in frames of their own.
 FIT = re.compile(
@@ -14,11 +14,6 @@ FIT = re.compile(
 )
 ENGINE = re.compile(r"engine: ")
 EVALUATION = re.compile(r"Test|[┌│└├]|Shares in percent|Measured by |Written to ")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("screen"))
 
 
 @pytest.fixture

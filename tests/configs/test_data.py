@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_runs import run, write_folder
+from cli_runs import parse, run, write_folder
 from hub_contents import write_data_sets
 from jsonargparse import ArgumentParser
-from test_configs import tiny  # noqa: F401  (a fixture)
 
 from hybrid_lightning import data
 from hybrid_lightning.data import PromptFormat, PromptSource
@@ -52,23 +51,11 @@ def local(part):
 
 def over(base, overlay, folder, monkeypatch):
     """Reward, source and format of the two configs, as the command line merges them."""
-    from hybrid_lightning import cli
-
     config = yaml.safe_load(overlay.read_text())
     config["data"]["source"] = local(config["data"]["source"])
     (folder / "overlay.yaml").write_text(yaml.safe_dump(config))
-    made = []
-
-    def stop(self):
-        made.append(self)
-        raise StopIteration
-
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(cli.HybridLightningCLI, "before_instantiate_classes", stop)
-    monkeypatch.setattr("sys.argv", ["hybrid_lightning", "fit", "--config", str(base), "--config", "overlay.yaml"])
-    with pytest.raises(StopIteration):
-        cli.HybridLightningCLI()
-    parsed = made[0].config["fit"]
+    parsed = parse(["fit", "--config", str(base), "--config", "overlay.yaml"], monkeypatch)
     parser = ArgumentParser(exit_on_error=False)
     for name, kind in (("reward", RewardFunction), ("source", PromptSource), ("format", PromptFormat)):
         parser.add_argument(f"--{name}", type=kind)
@@ -106,7 +93,7 @@ def test_multiple_choice_of_ones_own_trains(folder):
 
 
 @pytest.mark.filterwarnings("ignore:two runs with one seed may differ")  # programs have a time limit
-def test_a_mixture_trains_with_each_set_logged(folder, tiny):  # noqa: F811
+def test_a_mixture_trains_with_each_set_logged(folder, tiny):
     config = yaml.safe_load((ROOT / "configs" / "data" / "mixture.yaml").read_text())
     config["data"]["source"] = local(config["data"]["source"])
     # A user's own reward for one set, in a file beside the config.

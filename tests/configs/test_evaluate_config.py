@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from test_configs import ROOT, here, parse, run, tiny  # noqa: F401  (fixtures)
+from cli_runs import command, parse
+from test_configs import ROOT
 
 from hybrid_lightning import data
 
@@ -22,26 +23,26 @@ data:
 
 
 @pytest.fixture
-def rows(here):  # noqa: F811
+def rows(here):
     (here / "rows.jsonl").write_text("".join(f'{{"question": "{n} + 1?", "answer": {n + 1}}}\n' for n in range(3)))
     (here / "sets.yaml").write_text(SETS)
 
 
-def test_a_model_and_rows_are_enough(tiny, rows, here, monkeypatch, capsys):  # noqa: F811
-    run(["test", *EVALUATE, f"--model.model={tiny}", "--data.source.test=rows.jsonl", *SMALL], monkeypatch)
+def test_a_model_and_rows_are_enough(tiny, rows, here, monkeypatch, capsys):
+    command(["test", *EVALUATE, f"--model.model={tiny}", "--data.source.test=rows.jsonl", *SMALL], monkeypatch)
     report = json.loads((here / "runs" / "evaluate" / "version_0" / "evaluation.json").read_text())
     assert report["model"] == str(tiny) and report["overall"]["problems"] == 3 and report["sets"] == {}
     assert {"avg@2", "pass@2", "maj@2", "greedy_accuracy/ci_high"} < report["overall"].keys()
     assert "adapter plan" not in capsys.readouterr().out.lower(), "nothing is adapted"
 
 
-def test_several_named_sets_go_over_it(tiny, rows, here, monkeypatch):  # noqa: F811
-    run(["test", *EVALUATE, "--config", "sets.yaml", f"--model.model={tiny}", *SMALL], monkeypatch)
+def test_several_named_sets_go_over_it(tiny, rows, here, monkeypatch):
+    command(["test", *EVALUATE, "--config", "sets.yaml", f"--model.model={tiny}", *SMALL], monkeypatch)
     report = json.loads((here / "runs" / "evaluate" / "version_0" / "evaluation.json").read_text())
     assert {name: values["problems"] for name, values in report["sets"].items()} == {"quiz": 3, "riddles": 2}
 
 
-def test_the_benchmarks_have_a_reward_and_a_format_each_and_nothing_to_train_on(here, monkeypatch):  # noqa: F811
+def test_the_benchmarks_have_a_reward_and_a_format_each_and_nothing_to_train_on(here, monkeypatch):
     overlay = ["--config", str(ROOT / "configs" / "evaluation" / "benchmarks.yaml")]
     parsed = parse(["test", *EVALUATE, *overlay], monkeypatch)
     source, layout = parsed.data.init_args.source.init_args, parsed.data.init_args.format.init_args

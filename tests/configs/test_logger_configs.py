@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import yaml
-from test_configs import CONFIGS, ROOT, here, parse, run  # noqa: F401  (a fixture)
+from cli_runs import command, parse
+from test_configs import CONFIGS, ROOT
 
 OVERLAY = ROOT / "configs" / "logger" / "several.yaml"
 CHOICES = {
@@ -18,7 +19,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(("config", "name"), list(zip(CONFIGS, CHOICES, strict=False)), ids=str)  # loggers are named alike in all
-def test_one_is_chosen_over_a_config(config, name, here, monkeypatch):  # noqa: F811
+def test_one_is_chosen_over_a_config(config, name, here, monkeypatch):
     found = parse(["fit", "--config", str(config), *CHOICES[name]], monkeypatch).trainer.logger
     assert found.class_path.endswith(f".{name.rpartition('.')[2]}")
     for option in CHOICES[name][1:]:
@@ -28,7 +29,7 @@ def test_one_is_chosen_over_a_config(config, name, here, monkeypatch):  # noqa: 
 
 
 @pytest.mark.parametrize("config", CONFIGS[len(CHOICES) :], ids=lambda path: path.stem)
-def test_none_or_several_are_chosen_over_a_config(config, here, monkeypatch):  # noqa: F811
+def test_none_or_several_are_chosen_over_a_config(config, here, monkeypatch):
     assert parse(["fit", "--config", str(config), "--trainer.logger=false"], monkeypatch).trainer.logger is False
     found = parse(["fit", "--config", str(config), "--config", str(OVERLAY)], monkeypatch).trainer.logger
     named = yaml.safe_load(OVERLAY.read_text())["trainer"]["logger"]
@@ -37,7 +38,7 @@ def test_none_or_several_are_chosen_over_a_config(config, here, monkeypatch):  #
         assert {key: logger.init_args[key] for key in wanted["init_args"]} == wanted["init_args"]
 
 
-def test_all_together_log_a_run(here, monkeypatch):  # noqa: F811
+def test_all_together_log_a_run(here, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="needs wandb and mlflow: pip install -e '.[wandb,mlflow]'")
     pytest.importorskip("mlflow", reason="needs wandb and mlflow: pip install -e '.[wandb,mlflow]'")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -46,7 +47,7 @@ def test_all_together_log_a_run(here, monkeypatch):  # noqa: F811
     small += ["--model.prompts_per_rollout=4", "--model.samples_per_prompt=4", "--adapter.calibration_prompts=4"]
     small += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--checkpoint.monitor=null"]
     try:
-        run(["fit", "--config", str(ROOT / "configs" / "gspo.yaml"), "--config", str(OVERLAY), *small], monkeypatch)
+        command(["fit", "--config", str(ROOT / "configs" / "gspo.yaml"), "--config", str(OVERLAY), *small], monkeypatch)
     finally:
         wandb.finish()
         wandb.teardown()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_runs import run, write_folder
+from cli_runs import run
 
 OVERLAYS = sorted((Path(__file__).parents[2] / "configs" / "loss").glob("*.yaml"))
 SHORT = [
@@ -24,11 +24,6 @@ model:
         - {class_path: OverlongPenalty, init_args: {max_tokens: 6, buffer_tokens: 3}}
       weights: [1.0, 0.5]
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("losses"))
 
 
 def short(part):

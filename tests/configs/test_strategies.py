@@ -9,7 +9,8 @@ from pathlib import Path
 import fork_server
 import pytest
 import yaml
-from test_configs import CONFIGS, ROOT, here, parse  # noqa: F401  (a fixture)
+from cli_runs import parse
+from test_configs import CONFIGS, ROOT
 
 from hybrid_lightning.adapters.plan import AdapterPlan
 
@@ -30,7 +31,7 @@ def test_pairs_stand_for_all():
 
 
 @pytest.mark.parametrize(("config", "strategy"), pairs(), ids=lambda path: path.stem)
-def test_it_goes_over_every_config(config, strategy, here, monkeypatch):  # noqa: F811
+def test_it_goes_over_every_config(config, strategy, here, monkeypatch):
     nodes = ["--trainer.devices=8", "--trainer.num_nodes=4"]
     parsed = parse(["fit", "--config", str(config), "--config", str(strategy), *nodes], monkeypatch)
     named = yaml.safe_load(strategy.read_text())["trainer"]["strategy"]

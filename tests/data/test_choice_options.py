@@ -38,8 +38,9 @@ def write(folder, rows, kind):
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "json.csv", "python.csv"])
-@pytest.mark.parametrize("rows", [MMLU, ARC, ARC_FILES], ids=["mmlu", "arc", "arc_files"])
+@pytest.mark.parametrize(
+    ("rows", "kind"), [(MMLU, "jsonl"), (ARC, "parquet"), (ARC_FILES, "parquet"), (MMLU, "json.csv"), (ARC, "python.csv")]
+)
 def test_options_follow_the_question_and_the_answer_is_their_letter(tmp_path, rows, kind):
     if kind.endswith("csv") and rows is MMLU:  # where 3 is text, which may be the number or the option that reads 3
         rows = rows[:3]
@@ -50,7 +51,7 @@ def test_options_follow_the_question_and_the_answer_is_their_letter(tmp_path, ro
     assert MultipleChoice(options_column="choices")(["The answer is (B).", "E"], [prompt] * 2) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "json.csv", "python.csv"])
+@pytest.mark.parametrize("kind", ["parquet", "python.csv"])
 def test_a_template_takes_entries_of_lists(tmp_path, kind):
     mmlu = FileSource(test=write(tmp_path, MMLU, kind), template="{question} {choices[0]} or {choices[3]}?").load().test
     assert mmlu[0].question == "Capital 0? Paris or Oslo?" and mmlu[0].answer == "0"
@@ -107,12 +108,8 @@ def test_answers_as_data_sets_give_them(answer, options, letter):
             {},
             r"row 0 .*: answer_column 'answer' is 'Bern', which is no option: give a letter up to D, a number",
         ),
-        ({"answer": 4}, {}, r"is 4, which is no option: give a letter up to D, a number from 0 to 3"),
         ({"answer": "3"}, {}, r"is '3', which may be option C or D: give the letter"),
-        ({"answer": None}, {}, r"answer_column 'answer' is missing"),
         ({"choices": "Paris, Rome"}, {}, r"options_column 'choices' must be a list of 2 to 26 options, not 'Paris, Rome'"),
-        ({"choices": "['Paris' 'Rome']"}, {}, r"must be a list of 2 to 26 options"),  # of numpy
-        ({"choices": ["Paris"]}, {}, r"must be a list of 2 to 26 options"),
         ({"choices": ["Paris", None]}, {}, r"must hold texts or numbers, not None"),
         ({"choices": {"text": CITIES, "label": ["A"]}}, {}, r"has 4 options and 1 labels"),
         (
@@ -125,10 +122,8 @@ def test_answers_as_data_sets_give_them(answer, options, letter):
             {"template": "{question} {choices[4]}"},
             r"column 'choices', which template uses, has no entry \[4\], but \[0\] to \[3\]",
         ),
-        ({}, {"template": "{choices[text]}"}, r"has no entry \[text\], but \[0\] to \[3\]; correct template or the row"),
         ({}, {"template": "{question[0]}"}, r"column 'question', which template uses, is no list of which \[0\] could be taken"),
         ({"choices": {"text": CITIES}}, {"template": "{choices[label]}"}, r"has no entry \[label\], but \[text\]"),
-        ({"choices": [["Paris"], ["Rome"]]}, {"template": "{choices}"}, r"must hold texts or numbers, not \['Paris'\]"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, row, options, message):
@@ -138,7 +133,7 @@ def test_what_cannot_be_read_is_named(tmp_path, row, options, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("template", ["{choices[}", "{choices[]}", "{[0]}", "{choices[0]:3}", "{choices[0].upper}"])
+@pytest.mark.parametrize("template", ["{choices[]}", "{[0]}", "{choices[0].upper}"])
 def test_what_is_no_placeholder_is_refused(template):
     with pytest.raises(ConfigError, match=r"write \{\{ and \}\}"):
         FileSource(test="rows.jsonl", template=template)

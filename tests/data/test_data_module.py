@@ -1,10 +1,9 @@
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from hybrid_lightning.data import ChatFormat, FileSource, PlainFormat, PromptDataModule, PromptSource, Row, Splits
+from hybrid_lightning.data import PlainFormat, PromptDataModule, PromptSource, Row, Splits
 from hybrid_lightning.errors import ConfigError, DataError
 from hybrid_lightning.types import Prompt
 
@@ -96,7 +95,6 @@ def test_fit_without_validation_rows_skips_validation(tmp_path):
     [
         ([Row("1+1=", "2")], r"Mine\.read returned a list: return Splits\("),
         (Splits(train=[("1+1=", "2")]), r"Mine\.read: train row 0 is a tuple: make it a Row\(question, answer\)"),
-        (Splits(test=[Row("1+1=", 2)]), r"Mine\.read: the answer of test row 0 is 2: give text"),
         (Splits(train=[Row("2+1=", "3"), Row(None, "3", 1)]), r"Mine\.read: the question of train row 1 is None: give text"),
     ],
 )
@@ -132,7 +130,7 @@ def test_counting_tokens_needs_a_tokenizer():
         PromptDataModule(Words(), PlainFormat(), max_prompt_tokens=4).setup("fit")
 
 
-@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+@pytest.mark.parametrize("stage", ["validate", "predict"])
 def test_stage_without_rows(stage):
     with pytest.raises(DataError, match=rf"Words has no (validation|test) rows, which {stage} needs"):
         PromptDataModule(Words(train=3), PlainFormat()).setup(stage)
@@ -152,42 +150,7 @@ def test_limits_draw_by_seed_and_keep_the_index():
     assert [len(batch) for batch in data.val_dataloader()] == [10]
 
 
-@pytest.mark.parametrize("name", ["max_prompt_tokens", "validation_prompts", "test_prompts", "eval_batch_size"])
+@pytest.mark.parametrize("name", ["max_prompt_tokens", "eval_batch_size"])
 def test_limits_are_positive(name):
     with pytest.raises(ConfigError, match=f"{name}=0: give at least 1"):
         PromptDataModule(Words(), PlainFormat(), **{name: 0})
-
-
-def test_the_command_line_builds_it_from_short_class_names(tmp_path):
-    (tmp_path / "train.csv").write_text("question,reply\n1+1,2\n2+2,4\n")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_subclass_arguments(PromptDataModule, "data")
-    config = tmp_path / "config.yaml"
-    config.write_text(f"""
-data:
-  class_path: PromptDataModule
-  init_args:
-    source:
-      class_path: FileSource
-      init_args:
-        train: {tmp_path}/train.csv
-        answer_column: reply
-        validation_fraction: 0.5
-    format:
-      class_path: ChatFormat
-      init_args:
-        system_prompt: Add.
-        few_shot:
-        - {{question: 3+3, answer: 6}}
-""")
-    arguments = ["--config", str(config), "--data.format.template={question}="]
-    data = parser.instantiate(parser.parse_args(arguments)).data
-    assert isinstance(data.source, FileSource) and isinstance(data.format, ChatFormat)
-    data.setup("fit")
-    (prompt,) = data.train_prompts
-    assert [turn["content"] for turn in prompt.messages[:3]] == ["Add.", "3+3=", "6"]
-    assert prompt.answer in ("2", "4") and len(data.validation_prompts) == 1
-    config = data.source.to_config()
-    assert config["class_path"] == "hybrid_lightning.data.FileSource"
-    assert config["init_args"]["answer_column"] == "reply" and config["init_args"]["validation_fraction"] == 0.5

@@ -29,11 +29,6 @@ def test_a_plain_demonstration_keeps_the_row_and_uses_any_column():
     assert (example.index, example.source, example.columns["n"]) == (5, "rows.jsonl", 2.0)
 
 
-def test_a_chat_demonstration_of_plain_text():
-    example = DemonstrationFormat(ChatFormat("{prompt}", "Add."), "{completion}").format(row(prompt="3+4?", completion="7"))
-    assert example.messages == ({"role": "system", "content": "Add."}, USER) and example.completions == ("7",)
-
-
 @pytest.mark.parametrize(
     ("columns", "column", "completion"),
     [
@@ -51,7 +46,6 @@ def test_conversations(columns, column, completion):
     [
         ({"prompt": "3+4?", "chosen": "7", "rejected": "8"}, ChatFormat("{prompt}")),
         ({"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]}, ConversationFormat("prompt")),
-        ({"chosen": [USER, BOT], "rejected": [USER, OTHER]}, ConversationFormat("chosen")),
         ({"chosen": [USER, BOT], "rejected": [USER, OTHER]}, ConversationFormat("rejected", "Add.")),
     ],
 )
@@ -70,15 +64,8 @@ def test_preferences(columns, prompt):
             DataError,
             "row 5: the completion that completion=.* makes is empty",
         ),
-        (DemonstrationFormat(), {"completion": None}, DataError, "row 5: column 'completion'.* is missing"),
         (DemonstrationFormat(), {"completion": [USER]}, DataError, "ends with a turn of 'user', not of 'assistant'"),
         (DemonstrationFormat(), {"completion": [BOT, USER, BOT]}, DataError, "is an answer of 3 turns; give one"),
-        (
-            DemonstrationFormat(ConversationFormat("x")),
-            {"completion": "7"},
-            DataError,
-            "has no column 'x': correct",
-        ),
         (DemonstrationFormat(ConversationFormat("prompt")), {"prompt": "hi"}, DataError, "must be a list of turns"),
         (DemonstrationFormat(ConversationFormat("m")), {"m": [BOT]}, DataError, "answers nothing: no turn is before it"),
         (
@@ -92,12 +79,6 @@ def test_preferences(columns, prompt):
             {"chosen": "7", "rejected": "7"},
             DataError,
             r"row 5: the chosen completion is also the rejected one",
-        ),
-        (
-            PreferenceFormat(ConversationFormat("chosen")),
-            {"chosen": [USER, BOT], "rejected": [USER, BOT]},
-            DataError,
-            "says nothing of what is preferred; correct or remove the row",
         ),
     ],
 )

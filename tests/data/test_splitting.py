@@ -50,7 +50,6 @@ def test_split_rows_sizes_and_seed():
     ("validation", "test", "message"),
     [
         (-0.1, 0.0, "validation_fraction=-0.1"),
-        (0.0, 1.0, "test_fraction=1.0"),
         (0.5, 0.6, "must be below 1"),
         (0.01, 0.0, "no row at all"),
     ],

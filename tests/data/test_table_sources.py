@@ -3,8 +3,9 @@ import json
 import pytest
 from public_data import public_data
 
-from hybrid_lightning.data import GSM8K_ANSWER, FileSource, HubSource
+from hybrid_lightning.data import GSM8K_ANSWER, FileSource, HubSource, PlainFormat
 from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.rewards import MathMatch
 
 
 def jsonl(folder, rows, name="train.jsonl"):
@@ -50,25 +51,13 @@ def test_without_answers(tmp_path):
 @pytest.mark.parametrize(
     ("table", "arguments", "message"),
     [
-        ([{"q": "a", "answer": "1"}], {}, "has no column 'question': correct question_column; the columns are q, answer"),
-        ([{"question": "a", "b": "1"}], {}, "has no column 'answer': correct answer_column"),
         ([{"question": "a", "answer": "1"}], {"template": "{x} {question}"}, "no column 'x': correct template"),
         ([*numbered(2), {"question": "a"}], {}, r"row 2 \(the first is 0\): answer_column 'answer' is missing"),
         ([*numbered(2), {"question": "a", "answer": None}], {}, "row 2 .* is missing"),
-        ([{"question": "a", "answer": " "}], {}, "answer_column 'answer' is empty"),
         ([{"question": "", "answer": "1"}], {}, "question_column 'question' is empty"),
-        ([{"question": None, "answer": "1"}], {}, "question_column 'question' is missing"),
         ([{"question": "a", "answer": ["1"]}], {}, r"is a list, not text or a number: \['1'\]"),
         ([{"question": "a", "answer": float("nan")}], {}, "is nan, which is no number"),
-        ([{"question": "a", "answer": 1e20}], {}, "which a float does not hold exactly"),
         ([{"question": "a", "answer": "no"}], {"answer_pattern": "#(.)"}, "finds nothing in 'no'"),
-        ([{"question": "a", "answer": "# "}], {"answer_pattern": "#(.*)"}, "finds nothing in '#'"),
-        (
-            [{"question": "a", "answer": "1", "x": None}],
-            {"template": "{question}{x}"},
-            "column 'x', which template uses, is missing",
-        ),
-        ([{"question": " ", "answer": "1"}], {"template": "{question}"}, "made by the template is empty"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, table, arguments, message):
@@ -92,13 +81,9 @@ def test_bad_rows_are_skipped_on_request_with_a_count(tmp_path, caplog):
     [
         ({}, "set at least one of train, validation, test"),
         ({"train": "x", "max_rows": 0}, "max_rows=0"),
-        ({"train": "x", "template": "hello"}, "uses no column"),
-        ({"train": "x", "template": "{question"}, "write {{ and }}"),
         ({"train": "x", "template": r"\boxed{}"}, "name of a column in braces"),
         ({"train": "x", "answer_pattern": "(a"}, "is no regular expression"),
-        ({"train": "x", "answer_pattern": "a"}, "has 0 groups"),
         ({"train": "x", "answer_pattern": "(a)", "answer_column": None}, "needs an answer_column"),
-        ({"train": "x", "validation_fraction": 1.5}, "validation_fraction=1.5"),
         ({"train": "x", "test_fraction": 0.7, "validation_fraction": 0.4}, "below 1"),
     ],
 )
@@ -134,14 +119,16 @@ def test_gsm8k():
     assert (len(splits.train) + len(splits.validation), len(splits.validation), len(splits.test)) == (7473, 374, 1319)
     assert splits.test[0].answer == "18"
     assert all(row.answer.replace(",", "").lstrip("-").replace(".", "").isdigit() for row in splits.train)
+    prompts, solutions = (
+        [convert(row) for row in splits.test[:12]] for convert in (PlainFormat().format, lambda row: row.columns["answer"])
+    )
+    assert MathMatch()(solutions, prompts) == [1.0] * 12 and not any(MathMatch()(solutions[1:] + solutions[:1], prompts))
 
 
 @pytest.mark.parametrize(
     ("file", "arguments", "count", "answer"),
     [
         ("mawps/singleop.jsonl", {"question_column": "input", "answer_column": "target"}, 562, "14"),
-        ("mawps/addsub.jsonl", {"question_column": "input", "answer_column": "target"}, 395, "43"),
-        ("svamp/test.jsonl", {"template": "{Body} {Question}", "answer_column": "Answer"}, 1000, "145"),
         ("aime24/test.jsonl", {"question_column": "problem"}, 30, "204"),
         ("leetcode/v0.2.0-test.jsonl.gz", {"question_column": "query", "answer_column": "completion"}, 200, None),
     ],
@@ -150,19 +137,6 @@ def test_other_real_files(file, arguments, count, answer):
     rows = FileSource(public_data(file), **arguments).load().train
     assert len(rows) == count and all(row.question and row.answer for row in rows)
     assert answer is None or rows[0].answer == answer
-
-
-def test_split_of_a_real_file_with_copies_shares_no_question():
-    source = FileSource(
-        public_data("mawps/singleop.jsonl"),
-        question_column="input",
-        answer_column="target",
-        validation_fraction=0.1,
-        test_fraction=0.1,
-    )
-    splits = source.load()
-    assert sum(len(part) for part in vars(splits).values()) == 562
-    assert abs(len(splits.test) - 56) <= 3
 
 
 @pytest.fixture
@@ -198,7 +172,6 @@ def test_slices_that_overlap_lose_their_copies_in_train(data_set):
     ("arguments", "message"),
     [
         ({"test_split": "dev"}, "test_split='dev': data set .* has no such split, but train, test: correct test_split"),
-        ({"test_split": "test[:x]"}, r"test_split='test\[:x\]' of data set .* cannot be loaded: ValueError: .*check path, name"),
         ({"name": "main"}, "has no configuration name='main': give one of default"),
         ({"question_column": "q"}, "has no column 'q'"),
     ],

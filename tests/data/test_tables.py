@@ -20,7 +20,6 @@ def write(folder, name, content):
     ("name", "content"),
     [
         ("t.jsonl", "\n".join(map(json.dumps, TABLE)) + "\n\n"),
-        ("t.jsonl", "\ufeff" + "\n".join(map(json.dumps, TABLE))),
         ("t.json", json.dumps(TABLE, indent=1)),
         ("t.csv", 'question,answer\n"a, b",007\n"say ""x""\nnow",2020-01-01\n'),
         ("T.CSV", '\ufeffquestion,answer\r\n"a, b",007\r\n\r\n"say ""x""\nnow",2020-01-01\r\n'),
@@ -43,26 +42,18 @@ def test_parquet(tmp_path):
     ("name", "content", "message"),
     [
         ("t.jsonl", '{"a": 1}\n{"a": \n', "t.jsonl, line 2 is no valid JSON: Expecting value at column 7"),
-        ("t.jsonl", '{"a": 1}{"a": 2}\n', "line 1 is no valid JSON: Extra data"),
         ("t.jsonl", "\n[1, 2]\n", r"line 2 must be a JSON object .* not \[1, 2\]"),
-        ("t.jsonl", "", "has no rows"),
         ("t.jsonl", b'{"a": "\xe9"}', "UTF-8"),
         ("t.jsonl.gz", '{"a": 1}', "cannot be read: Not a gzipped file"),
-        ("t.jsonl.gz", gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-12], "cannot be read"),
         ("t.json", '{"a": 1}\n{"a": 2}', r"line 2, column 1: no valid JSON: Extra data; name it .jsonl"),
         ("t.json", '{"data": [1]}', "must hold a JSON list of objects"),
         ("t.json", " ", "has no rows"),
-        ("t.json", "[]", "has no rows"),
-        ("t.csv", "", "has no rows"),
         ("t.csv", "q,a\n", "has no rows"),
         ("t.csv", "q,a\nx,1\ny,2,3\n", "line 3 has 3 fields, but the first line names 2 columns"),
-        ("t.csv", "q,a\nx,1,2\ny,2,3\n", "line 2 has 3 fields"),
-        ("t.csv", "q,a\nx\n", "line 2 has 1 fields"),
         ("t.csv", "q,q\nx,1\n", "names a column twice: q"),
         ("t.csv", 'q,a\n"x,1\n', "is no valid CSV: unexpected end of data"),
         ("t.parquet", "nothing", "is no readable Parquet file"),
         ("t.txt", "x", r"unknown file type: its name must end in one of .csv, .json, .jsonl, .parquet"),
-        ("t", "x", "unknown file type"),
         ("t.parquet.gz", "x", "unknown file type"),
     ],
 )
@@ -85,10 +76,8 @@ def test_missing_file_and_folder(tmp_path):
         (5, "5"),
         (5.0, "5"),
         (-0.0, "0"),
-        (2.50, "2.5"),
         (0.1, "0.1"),
         (1e-7, "0.0000001"),
-        (1200.0, "1200"),
         (10**30, "1" + "0" * 30),
         (" 5.0", " 5.0"),
         (False, "False"),
@@ -98,7 +87,7 @@ def test_numbers_have_one_exact_form(value, text):
     assert to_text(value) == text
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), 1.5e16, [1], {"a": 1}])
+@pytest.mark.parametrize("value", [None, float("nan"), 1.5e16, [1]])
 def test_what_is_no_number_or_text_is_refused(value):
     with pytest.raises(ValueError):
         to_text(value)

@@ -19,12 +19,9 @@ CASES = [
     ("llama", "lora", 0, {}),
     ("llama", "dora", 0.3, MIXED),
     ("llama", "rslora", 1, {}),
-    ("gpt2", "rslora", 0, MIXED),
     ("gpt2", "dora", 0.3, {}),
     ("gpt2", "lora", 1, {}),
     ("qwen2", "lora", 0.3, MIXED),
-    ("qwen2", "dora", 0, {}),
-    ("gemma", "lora", 1, {}),
     ("gemma", "rslora", 0.3, MIXED),
 ]
 

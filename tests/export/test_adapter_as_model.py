@@ -19,9 +19,7 @@ def load(folder, dtype="float32"):
     return load_model(resolve_model(str(folder)), dtype, None)
 
 
-@pytest.mark.parametrize(
-    ("family", "variant", "share"), [("llama", "lora", 0.3), ("gpt2", "dora", 0.3), ("gemma", "lora", 1), ("qwen2", "rslora", 0)]
-)
+@pytest.mark.parametrize(("family", "variant", "share"), [("llama", "lora", 0.3), ("gpt2", "dora", 1), ("gemma", "rslora", 0)])
 def test_it_is_one_ordinary_model(train, tmp_path, family, variant, share):
     trained = train(family, share, VARIANTS[variant])
     model = load(write_policy(trained.policy, AdapterFolder(), tmp_path / "out"))

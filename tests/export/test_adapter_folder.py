@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_lightning.errors import ConfigError, PlanError
-from hybrid_lightning.export import AdapterFolder, LoraFolder, write_policy
+from hybrid_lightning.export import AdapterFolder, LoraFolder, MergedModel, write_policy
 
 
 def load(trained, folder, dtype="auto"):
@@ -35,7 +35,7 @@ def test_peft_loads_the_policy(train, tmp_path, family, variant, share, ranks):
     assert files(folder) >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "plan.json"}
 
 
-@pytest.mark.parametrize(("variant", "share"), [("lora", 0.3), ("dora", 0.3), ("rslora", 1)])
+@pytest.mark.parametrize(("variant", "share"), [("dora", 0.3), ("rslora", 1)])
 def test_the_file_is_that_which_peft_writes(train, tmp_path, variant, share):
     trained = train("qwen2", share, VARIANTS[variant])
     write_policy(trained.policy, AdapterFolder(), tmp_path / "ours")
@@ -82,9 +82,13 @@ def test_plain_lora_is_what_a_server_takes_and_more_is_refused_before_anything_i
     assert not (tmp_path / "more").exists()
 
 
-def test_another_base_is_refused(train, tmp_path):
-    trained, other = train("llama"), train("gpt2")
-    policy = type(trained.policy)(trained.policy.plan, trained.policy.weights, other.policy.base)
-    with pytest.raises(PlanError, match="no such module"):
-        write_policy(policy, AdapterFolder(), tmp_path / "out")
-    assert files(tmp_path) == {"base-llama", "base-gpt2"}
+@pytest.mark.parametrize(
+    ("form", "family", "seed", "message"),
+    [(AdapterFolder(), "gpt2", 0, "no such module"), (MergedModel(), "llama", 1, "other weights or another dtype")],
+)
+def test_another_base_is_refused(train, tmp_path, make_model, form, family, seed, message):
+    trained = train("llama")
+    make_model(family, seed=seed).save_pretrained(trained.policy.base.model)
+    with pytest.raises(PlanError, match=message):
+        write_policy(trained.policy, form, tmp_path / "out")
+    assert files(tmp_path) == {"base-llama"}

@@ -26,7 +26,7 @@ def header(card):
     return yaml.safe_load(card.split("---\n")[1])
 
 
-@pytest.mark.parametrize("form", [MergedModel("float32"), AdapterFolder(), LoraFolder()], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [MergedModel("float32"), LoraFolder()], ids=lambda form: form.name)
 def test_its_code_loads_the_policy(train, tmp_path, monkeypatch, form):
     trained = train(share=0)
     folder = write_policy(trained.policy, form, tmp_path / "out")
@@ -97,7 +97,7 @@ def test_licence_of_the_base_and_its_files_come_along(train, tmp_path):
 
 def test_a_card_without_a_licence(train, tmp_path):
     base = train().policy.base
-    for text in ("# no header\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense:\n- a\n---\n", "---\n"):
+    for text in ("# no header\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n", "---\nlicense:\n- a\n---\n"):
         (tmp_path / "base-llama" / "README.md").write_text(text)
         assert base_licence(base) is None, text
 

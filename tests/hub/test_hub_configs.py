@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_contents import fill
-from hub_runs import Commands
-from hub_server import MEMBER, Hub
+from hub_server import MEMBER
+
+from hybrid_lightning.adapters.plan import AdapterPlan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # All that is lowered, of a config that trains and of one that tests. The rest is as it stands: prompts and samples of a rollout,
@@ -23,7 +23,6 @@ WITH_OVERLAYS = {"model.prompts_per_rollout": 4}
 RUNS = [
     ("fit", "gsm8k_qwen3"),
     ("fit", "leetcode_qwen3"),
-    ("fit", "qwen3"),
     ("fit", "qwen3", "data/dapo_math", "loss/dapo", "adapter/lora"),
     ("fit", "qwen3", "data/gsm8k", "loss/dr_grpo", "adapter/dora"),
     ("fit", "qwen3", "data/leetcode", "loss/grpo", "adapter/full"),
@@ -54,39 +53,6 @@ def last_run(folder, config):
     return max(runs.iterdir(), key=lambda path: int(path.name.removeprefix("version_")))
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """Everything that the configs name, on a hub."""
-    hub = fill(Hub(), tmp_path_factory.mktemp("hub")).start()
-    yield hub
-    hub.stop()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def commands(hub, home, tmp_path_factory):
-    """Two processes with one cache, of which the second asks no network for anything."""
-    online = Commands(hub.endpoint, home, tmp_path_factory.mktemp("online"))
-    offline = Commands(hub.endpoint, home, tmp_path_factory.mktemp("offline"), HF_HUB_OFFLINE="1")
-    yield online, offline
-    online.close()
-    offline.close()
-
-
-@pytest.fixture
-def online(commands):
-    return commands[0]
-
-
-@pytest.fixture
-def offline(commands):
-    return commands[1]
-
-
 # What the cache alone has to give is there once a step has begun.
 LEAST = {
     "fit": ("--trainer.max_steps=1", "--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0"),
@@ -106,6 +72,19 @@ def check(run, result, folder):
     summary = json.loads((report / "summary.json").read_text())
     assert summary["steps"] == STEPS and 0 <= summary["accuracy_after"] <= 1
     assert (report / "checkpoints" / "last.ckpt").is_file()
+    for name in run:
+        if name.startswith("adapter/"):
+            check_plan(AdapterPlan.load(report / "plan.json"), name.removeprefix("adapter/"))
+
+
+def check_plan(plan, adapter):
+    """All modules are trained one way."""
+    assert len(plan.full_modules) == (len(plan.candidates) if adapter == "full" else 0)
+    assert plan.lora.use_dora is (adapter == "dora")
+    ranks = {module.name: plan.lora_of(module).rank for module in plan.candidates if module.mode == "lora"}
+    attention = {name: rank for name, rank in ranks.items() if ".self_attn." in name}
+    assert set(attention.values()) <= {1 if adapter == "lora_mlp" else plan.lora.rank}
+    assert {rank for name, rank in ranks.items() if name not in attention} <= {plan.lora.rank} and plan.lora.rank > 1
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: "+".join(run[1:]))

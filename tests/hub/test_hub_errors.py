@@ -5,9 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_contents import fill, fill_with_faults
-from hub_runs import Commands
-from hub_server import REVOKED, STRANGER, Hub
+from hub_server import REVOKED, STRANGER
 
 CONFIG = Path(__file__).parents[2] / "configs" / "gsm8k_qwen3.yaml"
 SMALL = [
@@ -16,34 +14,10 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hub")
-    hub = fill_with_faults(fill(Hub(), folder), folder).start()
-    yield hub
-    hub.stop()
-
-
-@pytest.fixture(scope="module")
-def commands(hub, tmp_path_factory):
-    """Two processes with one cache, of which the second is offline by its environment."""
-    home = tmp_path_factory.mktemp("home")
-    online = Commands(hub.endpoint, home, tmp_path_factory.mktemp("online"))
-    offline = Commands(hub.endpoint, home, tmp_path_factory.mktemp("offline"), HF_HUB_OFFLINE="1")
-    yield online, offline
-    online.close()
-    offline.close()
-
-
-@pytest.fixture
-def command(commands):
-    return commands[0]
-
-
-def check_refused(message, command, hub, *options, token=""):
+def check_refused(message, online, hub, *options, token=""):
     """A command ends in one line that says so, and has asked for no weights."""
     asked = len(hub.requests)
-    result = command("fit", *SMALL, *options, token=token)
+    result = online("fit", *SMALL, *options, token=token)
     error = [line for line in result.err.splitlines() if line.strip() and not re.search(NOTES, line)]
     assert result.code == 1 and len(error) == 1, result.err
     assert re.search(f"^error: .*{message}", error[0]), error[0]
@@ -56,66 +30,49 @@ NOT_THERE = r"is no folder here and no {} on the hub, or a private one: correct 
 GATED = r"'me/gated' is gated: accept its terms at https://huggingface\.co/{}me/gated and log in by 'hf auth login' or HF_TOKEN"
 NOT_ADMITTED = r"'me/gated' is gated, and this login has no access to it: accept its terms at https://huggingface\.co/{}me/gated"
 REFUSED = r"the hub refuses HF_TOKEN, which is revoked, expired or mistyped: set HF_TOKEN to a new one of .*, or unset it"
-MODELS = [
-    ("Qwen/Qwen3-0.6", "", r"'Qwen/Qwen3-0\.6' " + NOT_THERE.format("model", "")),
-    ("Qwen3-0.6B", "", r"'Qwen3-0\.6B' " + NOT_THERE.format("model", r" \(most are OWNER/NAME\)")),
-    ("me/private", STRANGER, "'me/private' " + NOT_THERE.format("model", "")),
-    ("me/gated", "", "the model " + GATED.format("")),
-    ("me/gated", STRANGER, "the model " + NOT_ADMITTED.format("")),
-    ("me/base", REVOKED, REFUSED),
+REFUSED_OPTIONS = [
+    ("model.model=Qwen/Qwen3-0.6", "", r"'Qwen/Qwen3-0\.6' " + NOT_THERE.format("model", "")),
+    ("model.model=Qwen3-0.6B", "", r"'Qwen3-0\.6B' " + NOT_THERE.format("model", r" \(most are OWNER/NAME\)")),
+    ("model.model=me/private", STRANGER, "'me/private' " + NOT_THERE.format("model", "")),
+    ("model.model=me/gated", "", "the model " + GATED.format("")),
+    ("model.model=me/gated", STRANGER, "the model " + NOT_ADMITTED.format("")),
+    ("model.model=me/base", REVOKED, REFUSED),
     (
-        "me/cut",
+        "model.model=me/cut",
         "",
         r"'me/cut' lacks 1 of \d+ weight files, such as 'model-00002-of-\d+\.safetensors'; give a model\.revision",
     ),
     (
-        "me/gguf",
+        "model.model=me/gguf",
         "",
         r"'me/gguf' has GGUF files, of which one has to be chosen: hf download me/gguf tiny\.Q8_0\.gguf, and give",
     ),
-    ("me/packed", "", r"'me/packed' is stored quantized \(quant_method gptq\), .* give the 16-bit model that it was made from"),
-    ("me/encoder", "", r"'me/encoder' is a 't5' model, which is no causal language model"),
+    ("model.model=me/packed", "", r"'me/packed' is stored quantized \(quant_method gptq\), .* give the 16-bit model"),
+    ("model.model=me/encoder", "", r"'me/encoder' is a 't5' model, which is no causal language model"),
+    (
+        "model.revision=v9",
+        "",
+        r"'Qwen/Qwen3-0\.6B' has no revision 'v9': give model\.revision a branch, tag or commit of https://",
+    ),
+    ("model.model=me/base", "", r"the tokenizer has no chat template; set model\.chat_template or use data\.format=PlainFormat"),
+    ("model.model=me/strict", "", r"refuses the prompt of openai/gsm8k .*: System role not supported; .*: system_prompt=null"),
+    ("data.source.path=openai/gsm8", "", "'openai/gsm8' " + NOT_THERE.format("data set", "")),
+    ("data.source.path=me/gated", STRANGER, "the data set " + NOT_ADMITTED.format("datasets/")),
+    ("data.source.revision=v9", "", "'openai/gsm8k' has no revision 'v9': give revision a branch, tag or commit of https://"),
+    ("data.source.name=mian", "", "data set 'openai/gsm8k' has no configuration name='mian': give one of main, socratic"),
+    ("data.source.test_split=tset", "", "test_split='tset': data set 'openai/gsm8k' has no such split, but train, test: correct"),
+    (
+        "data.source.path=me/program data.source.name=null",
+        "",
+        "'me/program' is a program, .*: give revision=refs/convert/parquet",
+    ),
+    ("data.source.path=me/empty data.source.name=null", "", "data set 'me/empty' has no data files that can be read"),
 ]
-DATA = [
-    ({"path": "openai/gsm8"}, "", "'openai/gsm8' " + NOT_THERE.format("data set", "")),
-    ({"path": "me/gated"}, STRANGER, "the data set " + NOT_ADMITTED.format("datasets/")),
-    ({"revision": "v9"}, "", "'openai/gsm8k' has no revision 'v9': give revision a branch, tag or commit of https://.*/commits"),
-    ({"name": "mian"}, "", "data set 'openai/gsm8k' has no configuration name='mian': give one of main, socratic"),
-    ({"test_split": "tset"}, "", "test_split='tset': data set 'openai/gsm8k' has no such split, but train, test: correct test_"),
-    ({"path": "me/program", "name": "null"}, "", "'me/program' is a program, .*: give revision=refs/convert/parquet"),
-    ({"path": "me/empty", "name": "null"}, "", "data set 'me/empty' has no data files that can be read"),
-]
 
 
-@pytest.mark.parametrize(("model", "token", "message"), MODELS)
-def test_a_model_that_cannot_be_had(model, token, message, command, hub):
-    check_refused(message, command, hub, f"--model.model={model}", token=token)
-
-
-def test_a_revision_that_is_not_there(command, hub):
-    message = (
-        r"the model 'Qwen/Qwen3-0\.6B' has no revision 'v9': give model\.revision a branch, tag or commit of https://.*/commits"
-    )
-    check_refused(message, command, hub, "--model.revision=v9")
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("me/base", r"the tokenizer has no chat template; set model\.chat_template or use data\.format=PlainFormat"),
-        (
-            "me/strict",
-            r"refuses the prompt of openai/gsm8k .*: System role not supported; .*\(for no system role: system_prompt=null",
-        ),
-    ],
-)
-def test_a_model_without_the_template_that_the_format_wants(model, message, command, hub):
-    check_refused(message, command, hub, f"--model.model={model}")
-
-
-@pytest.mark.parametrize(("options", "token", "message"), DATA)
-def test_a_data_set_that_cannot_be_had(options, token, message, command, hub):
-    check_refused(message, command, hub, *(f"--data.source.{name}={value}" for name, value in options.items()), token=token)
+@pytest.mark.parametrize(("options", "token", "message"), REFUSED_OPTIONS)
+def test_what_cannot_be_had(options, token, message, online, hub):
+    check_refused(message, online, hub, *(f"--{option}" for option in options.split()), token=token)
 
 
 @pytest.fixture(scope="module")
@@ -132,29 +89,29 @@ def no_network(hub, cached):
     hub.start(port)
 
 
-def test_without_a_network_nothing_waits(command, hub, no_network):
+def test_without_a_network_nothing_waits(online, hub, no_network):
     """Connections are refused; other libraries would try each file six times within half a minute."""
     begun = time.monotonic()
     lacks = "'me/other' is not, or not as a whole, in the cache .*, and the hub .* cannot be reached: check the network"
-    check_refused(f"the model {lacks}", command, hub, "--model.model=me/other")
-    check_refused(f"the data set {lacks}", command, hub, "--data.source.path=me/other")
+    check_refused(f"the model {lacks}", online, hub, "--model.model=me/other")
+    check_refused(f"the data set {lacks}", online, hub, "--data.source.path=me/other")
     assert time.monotonic() - begun < 60
 
 
-def test_what_is_in_the_cache_is_used_without_a_network(command, no_network):
+def test_what_is_in_the_cache_is_used_without_a_network(online, no_network):
     begun = time.monotonic()
-    result = command("fit", *SMALL)
+    result = online("fit", *SMALL)
     assert result.code == 0 and "cannot be reached" in result.err and "only what is in the cache can be used" in result.err
     assert time.monotonic() - begun < 60
 
 
-def test_a_download_is_seen(command, hub):
+def test_a_download_is_seen(online, hub):
     """In a log by a line, at a terminal by bars too."""
-    command.log()
-    result = command("fit", *SMALL, "--model.model=me/seen")
-    assert re.search(r"downloading me/seen, \S+ GB, into", command.log()) and "Fetching" in result.err
-    again = command("fit", *SMALL, "--model.model=me/seen")
-    assert "downloading" not in command.log() and "Fetching" not in again.err
+    online.log()
+    result = online("fit", *SMALL, "--model.model=me/seen")
+    assert re.search(r"downloading me/seen, \S+ GB, into", online.log()) and "Fetching" in result.err
+    again = online("fit", *SMALL, "--model.model=me/seen")
+    assert "downloading" not in online.log() and "Fetching" not in again.err
 
 
 def test_offline_the_cache_has_to_have_it(hub, commands, cached):

@@ -1,14 +1,11 @@
 """The clip ranges that the constructors take."""
 
-import math
-
 import pytest
 from jsonargparse import ArgumentParser
 from scalar_reference import CLIPPED
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import (
-    BNPOLoss,
     CISPOLoss,
     DAPOLoss,
     DrGRPOLoss,
@@ -27,14 +24,10 @@ SEQUENCE_RATIOS = [GSPOLoss, GSPOTokenLoss]
     [
         (GRPOLoss, {"clip_low": -0.1}, r"clip_low=-0.1 must be at least 0 and below 1"),
         (GSPOLoss, {"clip_low": 1.0}, r"clip_low=1.0 must be at least 0 and below 1"),
-        (DAPOLoss, {"clip_low": math.nan}, r"clip_low=nan"),
         (DrGRPOLoss, {"clip_high": -0.1}, r"clip_high=-0.1 must be finite and at least 0"),
-        (BNPOLoss, {"clip_high": math.inf}, r"clip_high=inf"),
         (GSPOTokenLoss, {"dual_clip": 1.0}, r"dual_clip=1.0 must be .* above 1 \+ clip_high"),
         (CISPOLoss, {"cap": 1.0}, r"cap=1.0 must be finite and above 1"),
-        (CISPOLoss, {"cap": math.nan}, r"cap=nan"),
         (SAPOLoss, {"tau_positive": 0.0}, r"tau_positive=0.0 must be finite and above 0"),
-        (SAPOLoss, {"tau_negative": math.inf}, r"tau_negative=inf"),
     ],
 )
 def test_values_out_of_range_are_refused(cls, options, message):
@@ -73,16 +66,12 @@ def switched(tmp_path):
     return switch
 
 
-@pytest.mark.parametrize(
-    ("yaml", "clips", "to", "remedy"),
-    [("GRPOLoss", (0.2, 0.2), "GSPOLoss", (3e-4, 4e-4)), ("GSPOLoss", (3e-4, 4e-4), "GRPOLoss", (0.2, 0.2))],
-)
-def test_a_class_switched_on_the_command_line_notices_the_range_of_the_yaml(yaml, clips, to, remedy, switched):
-    yaml = f"{yaml}\n  init_args: {{clip_low: {clips[0]}, clip_high: {clips[1]}}}"
-    with pytest.raises(ConfigError, match=f"{to}: .* left over from a {yaml[:4]} config"):
-        switched(yaml, to)
-    loss = switched(yaml, to, f"--loss.clip_low={remedy[0]}", f"--loss.clip_high={remedy[1]}")
-    assert type(loss).__name__ == to and (loss.clip_low, loss.clip_high) == remedy
+def test_a_class_switched_on_the_command_line_notices_the_range_of_the_yaml(switched):
+    yaml = "GRPOLoss\n  init_args: {clip_low: 0.2, clip_high: 0.2}"
+    with pytest.raises(ConfigError, match=r"GSPOLoss: .* left over from a GRPO config"):
+        switched(yaml, "GSPOLoss")
+    loss = switched(yaml, "GSPOLoss", "--loss.clip_low=3e-4", "--loss.clip_high=4e-4")
+    assert type(loss) is GSPOLoss and (loss.clip_low, loss.clip_high) == (3e-4, 4e-4)
 
 
 @pytest.mark.parametrize("to", [CISPOLoss, SAPOLoss])

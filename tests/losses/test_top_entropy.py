@@ -7,9 +7,7 @@ from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import TopEntropyMask
 
 
-@pytest.mark.parametrize(
-    ("share", "count"), [(0.05, 101), (0.1, 11), (0.2, 7), (0.2, 1), (0.3, 10), (0.5, 2), (0.7, 11), (0.9, 101), (1.0, 7)]
-)
+@pytest.mark.parametrize(("share", "count"), [(0.05, 101), (0.2, 7), (0.2, 1), (0.3, 10), (0.5, 2), (1.0, 7)])
 def test_it_keeps_the_share_and_what_trls_quantile_keeps(share, count):
     entropies = torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
     kept = entropies >= TopEntropyMask(share).threshold(entropies)

@@ -78,7 +78,7 @@ def wilson(successes, trials):
     return max(0.0, centre - width), min(1.0, centre + width)
 
 
-@pytest.mark.parametrize(("successes", "trials"), [(0, 5), (1, 5), (3, 10), (10, 10), (70, 400)])
+@pytest.mark.parametrize(("successes", "trials"), [(0, 5), (3, 10), (70, 400)])
 def test_with_one_completion_a_problem_it_is_wilsons(successes, trials):
     values = torch.tensor([1.0] * successes + [0.0] * (trials - successes), dtype=torch.float64)
     assert confidence_interval([values], 1) == pytest.approx(wilson(successes, trials), abs=1e-12)
@@ -93,7 +93,7 @@ def test_completions_of_a_problem_are_no_problems():
     assert confidence_interval([torch.ones(4)], 8) == pytest.approx(wilson(4, 4)), "all solved may be luck"
 
 
-@pytest.mark.parametrize("problems", [1, 3, 30, 1319])
+@pytest.mark.parametrize("problems", [1, 30])
 def test_where_all_or_none_are_solved_the_mean_is_an_end(problems):
     for solved in (0.0, 1.0):
         ends = confidence_interval([torch.full((problems,), solved, dtype=torch.float64)], 8)
@@ -112,7 +112,7 @@ def test_of_several_sets_the_small_one_decides():
 # Chances of problems that are solved or not, alike, and hard; each with few and many problems and completions.
 @pytest.mark.parametrize(
     ("problems", "completions", "a", "b"),
-    [(10, 1, 0.3, 0.3), (100, 8, 0.3, 0.3), (10, 8, 5.0, 5.0), (100, 1, 5.0, 5.0), (30, 1, 1.0, 9.0), (100, 8, 1.0, 9.0)],
+    [(10, 1, 0.3, 0.3), (100, 8, 0.3, 0.3), (10, 8, 5.0, 5.0), (30, 1, 1.0, 9.0)],
 )
 def test_it_covers_the_truth_as_often_as_it_says(problems, completions, a, b):
     """Problems drawn anew with their chances from Beta(a, b), each with its completions: 400 times."""

@@ -72,7 +72,7 @@ def gradient(loss, inputs):
     return torch.autograd.grad(loss, inputs.logprobs, retain_graph=True)[0]
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_dpo(beta):
     inputs = make()
     theirs, metrics = trl_dpo(inputs, loss_types=["sigmoid"], beta=beta, label_smoothing=0.0)
@@ -84,7 +84,7 @@ def test_dpo(beta):
         assert float(value) == pytest.approx(metrics[name], abs=1e-6), name
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_label_smoothing_is_robust_dpo_with_the_other_sign(smoothing):
     """TRL's `robust`: ((1 - e) f(m) - e f(-m)) / (1 - 2 e), where ours is (1 - e) f(m) + e f(-m)."""
     inputs = make(1)

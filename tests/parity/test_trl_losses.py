@@ -205,8 +205,7 @@ def test_accumulated_micro_batches_equal_trl(cls):
     assert_same(inputs, ours, sum(trl_loss(half, loss, 2, tokens)[0] for half in halves))
 
 
-@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.1}], ids=["plain", "kl"])
-@each_loss
+@pytest.mark.parametrize(("cls", "options"), [(cls, {"kl_coef": 0.1} if number % 2 else {}) for number, cls in enumerate(TYPES)])
 def test_masked_truncated_completions_equal_trl(cls, options):
     """TRL empties the mask of their rows; here the rows are left out, and count among the sequences alone."""
     inputs, loss = make(torch.float64, 5, SPREADS[cls], False), build(cls, **options)
@@ -219,8 +218,14 @@ def test_masked_truncated_completions_equal_trl(cls, options):
     assert not torch.allclose(loss(masked).loss, loss(inputs).loss)
 
 
-@pytest.mark.parametrize(("share", "options"), [(0.2, {}), (0.5, {"kl_coef": 0.1})], ids=["plain", "kl"])
-@pytest.mark.parametrize("cls", [cls for cls in TYPES if cls is not GSPOTokenLoss])  # which parts from GSPO here, on purpose
+# GSPO-token parts from GSPO here, on purpose.
+@pytest.mark.parametrize(
+    ("cls", "share", "options"),
+    [
+        (cls, *((0.5, {"kl_coef": 0.1}) if number % 3 == 1 else (0.2, {})))
+        for number, cls in enumerate(cls for cls in TYPES if cls is not GSPOTokenLoss)
+    ],
+)
 def test_the_top_entropy_mask_equals_trl(cls, options, share):
     inputs, loss = make(torch.float64, 6, SPREADS[cls], False), build(cls, **options)
     mask = inputs.completion_mask
@@ -271,14 +276,15 @@ def trl_weights(inputs, sampling_logprobs, mode, cap, floor):
 
 
 @pytest.mark.parametrize(
-    ("cls", "options", "bounds"),
+    ("correction", "cls", "options", "bounds"),
     [
-        (GRPOLoss, {"kl_coef": 0.5, "kl_importance_weight": True}, {"cap": 1.1}),
-        (GSPOLoss, {}, {"cap": 1.1, "floor": 0.8}),
-        (CISPOLoss, {"kl_coef": 0.04}, {"cap": 1.1, "floor": 0.8}),
+        (TokenTruncation, GRPOLoss, {"kl_coef": 0.5, "kl_importance_weight": True}, {"cap": 1.1}),
+        (TokenMask, CISPOLoss, {"kl_coef": 0.04}, {"cap": 1.1, "floor": 0.8}),
+        (SequenceTruncation, GSPOLoss, {}, {"cap": 1.1, "floor": 0.8}),
+        (SequenceMask, GRPOLoss, {"kl_coef": 0.04}, {"cap": 1.1, "floor": 0.8}),
+        (TokenTruncation, GSPOLoss, {"kl_coef": 0.04}, {"cap": 1.1, "floor": 0.8}),
     ],
 )
-@pytest.mark.parametrize("correction", MODES)
 def test_corrected_loss_and_gradient_equal_trl(correction, cls, options, bounds):
     inputs = make(torch.float64, 4, SPREADS[cls], False)
     noise = torch.randn(B, T, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

@@ -28,12 +28,7 @@ LORA = st.builds(
     use_rslora=st.booleans(),
 )
 SCORE = st.floats(-1e6, 1e12, allow_nan=False) | st.integers(0, 3).map(float)
-
-
-LORA_MODE = st.just("lora")
-
-
-NO_RANK = st.none()
+LORA_MODE, NO_RANK = st.just("lora"), st.none()
 
 
 def linear_modules(score=SCORE, mode=LORA_MODE, rank=NO_RANK):

@@ -11,6 +11,8 @@ PAGES = {
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS)
 }
 README = PAGES["README.md"]
+BESIDE = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "results").glob("*.md"))]
+ALL_PAGES = PAGES | {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in BESIDE}
 GENERATED = ("docs/reference/api.md", "docs/reference/configuration.md")
 
 
@@ -45,7 +47,7 @@ def prose(text: str) -> str:
 
 
 def links(page: str) -> list[str]:
-    return [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(PAGES[page])) if "://" not in link]
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(ALL_PAGES[page])) if "://" not in link]
 
 
 def anchors(text: str) -> set[str]:

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cli_runs import command
 from pages import PAGES, ROOT
-from test_readme import SMALL, run
+from test_readme import SMALL
 
 from hybrid_lightning import losses
 from hybrid_lightning.policy.generation import Generation
@@ -87,15 +88,12 @@ def logged(tmp_path_factory):
     names = of_losses() | of_engines()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         for config, options in (("gspo", [*small, *ALL, "--config=mixture.yaml"]), ("sft", examples), ("dpo", examples)):
             logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.name={config}"]
-            run(["fit", f"--config={ROOT / 'configs' / config}.yaml", *logger, *options, *VALIDATION], patch)
+            command(["fit", f"--config={ROOT / 'configs' / config}.yaml", *logger, *options, *VALIDATION], patch)
             (path,) = Path("runs", config).glob("*/metrics.csv")
             with path.open() as lines:
                 names |= set(next(csv.reader(lines)))
-        torch.set_num_threads(threads)
     return names - {"step"}
 
 

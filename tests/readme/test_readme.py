@@ -4,6 +4,7 @@ import fnmatch
 import importlib.util
 import json
 import re
+import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -11,10 +12,25 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cli_runs import command, parse
 from lightning.pytorch import Trainer
-from pages import DOCS, GENERATED, PAGES, README, ROOT, anchors, blocks, commands, examples, links, prose, shell_commands, tree
+from pages import (
+    ALL_PAGES,
+    DOCS,
+    GENERATED,
+    PAGES,
+    README,
+    ROOT,
+    anchors,
+    blocks,
+    commands,
+    examples,
+    links,
+    prose,
+    shell_commands,
+    tree,
+)
 
-from hybrid_lightning import cli
 from hybrid_lightning.rollout.vllm import BACKEND
 
 FIRST = (
@@ -64,35 +80,8 @@ def here(tmp_path, monkeypatch):
         (tmp_path / f"{name}.yaml").write_text(example(name))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield tmp_path
-    torch.set_num_threads(threads)
     sys.modules.pop("mine", None)
-
-
-def parse(arguments, monkeypatch):
-    """Parse as the command line does, without building anything; whether it would then be built, or help was shown."""
-
-    def stop(self):
-        raise StopIteration
-
-    monkeypatch.setattr(cli.HybridLightningCLI, "before_instantiate_classes", stop)
-    monkeypatch.setattr(sys, "argv", ["hybrid_lightning", *arguments])
-    try:
-        cli.HybridLightningCLI()
-    except StopIteration:
-        return True
-    except SystemExit as end:
-        if end.code or not any("help" in argument for argument in arguments):
-            raise
-        return True
-    return False
-
-
-def run(arguments, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["hybrid_lightning", *arguments])
-    cli.main()
 
 
 # ---- commands
@@ -106,12 +95,18 @@ def test_the_two_commands_are_marked_for_those_who_run_them():
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
 def test_every_command_parses(arguments, here, monkeypatch):
     # A run folder's config stands for the config that the run was made with.
-    assert parse([re.sub(r"^runs/(\w+)/version_0/config\.yaml$", r"configs/\1.yaml", word) for word in arguments], monkeypatch)
+    words = [re.sub(r"^runs/(\w+)/version_0/config\.yaml$", r"configs/\1.yaml", word) for word in arguments]
+    if not any("help" in word for word in words):
+        parse(words, monkeypatch)
+        return
+    with pytest.raises(SystemExit) as shown:
+        command(words, monkeypatch)
+    assert not shown.value.code
 
 
 def test_a_wrong_option_would_be_found(here, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
-        parse(["fit", "--config", "configs/gspo.yaml", "--adapter.budget.shares=0.1"], monkeypatch)
+        command(["fit", "--config", "configs/gspo.yaml", "--adapter.budget.shares=0.1"], monkeypatch)
     assert stopped.value.code == 2
 
 
@@ -126,6 +121,7 @@ def test_other_commands_name_extras_scripts_and_options_that_exist():
 
 
 SERVERS = [words for words in shell_commands() if "vllm.entrypoints.openai.api_server" in words]
+assert len(SERVERS) >= 2
 
 
 @pytest.mark.parametrize("words", SERVERS, ids=" ".join)
@@ -142,8 +138,15 @@ def test_every_server_is_started_with_what_a_run_asks_of_it(words):
     parser.parse_args([word.replace("$gpu", "4") for word in given])
 
 
-def test_the_servers_of_the_pages_are_found():
-    assert len(SERVERS) >= 2
+@pytest.mark.parametrize("page", [page for page in ALL_PAGES if "benchmarks." in ALL_PAGES[page]])
+def test_commands_of_benchmarks_are_there_with_their_options(page):
+    for name, rest in re.findall(r"python -m (benchmarks\.[\w.]+)([^`\n#&]*)", ALL_PAGES[page]):
+        assert importlib.util.find_spec(name) is not None, f"{page} names {name}, which is not there"
+        if name.startswith("benchmarks.study") or not (words := shlex.split(rest)):
+            continue
+        module = importlib.import_module(name)
+        if hasattr(module, "build_parser") and "..." not in words:
+            module.build_parser().parse_args(words)
 
 
 # ---- examples
@@ -155,7 +158,7 @@ def test_a_part_of_ones_own_has_ten_lines_and_trains(name, here, monkeypatch):
     assert len(lines) <= 10
     title = re.search(r"^class (\w+)", example(name), re.MULTILINE).group(1)
     (arguments,) = [command for command in commands() if any(f"=mine.{title}" in word for word in command)]
-    run([*arguments, *SMALL], monkeypatch)
+    command([*arguments, *SMALL], monkeypatch)
     (saved,) = here.glob("runs/*/*/config.yaml")
     assert f"class_path: mine.{title}" in saved.read_text()
     summary = json.loads(saved.with_name("summary.json").read_text())
@@ -164,14 +167,16 @@ def test_a_part_of_ones_own_has_ten_lines_and_trains(name, here, monkeypatch):
 
 def test_a_function_of_ones_own_rewards(here, monkeypatch):
     (arguments,) = [command for command in commands() if "--model.reward.function=my_reward.py:close" in command]
-    run([*arguments, *SMALL], monkeypatch)
+    command([*arguments, *SMALL], monkeypatch)
     (saved,) = here.glob("runs/*/*/summary.json")
     assert json.loads(saved.read_text())["steps"] == 1
     assert re.search(r"arguments:\n +tolerance: 5\.0\n", saved.with_name("config.yaml").read_text())
 
 
 def test_the_configs_on_top_of_another_train(here, monkeypatch):
-    run(["fit", "--config", "configs/gspo.yaml", "--config", "yaml.yaml", "--config", "own_part_yaml.yaml", *SMALL], monkeypatch)
+    command(
+        ["fit", "--config", "configs/gspo.yaml", "--config", "yaml.yaml", "--config", "own_part_yaml.yaml", *SMALL], monkeypatch
+    )
     (saved,) = here.glob("runs/*/*/config.yaml")
     assert "FormatReward" in saved.read_text() and "mine.CappedLoss" in saved.read_text()
     assert saved.with_name("summary.json").is_file()
@@ -218,7 +223,7 @@ def test_every_python_and_yaml_block_is_run():
 
 def test_every_link_leads_somewhere():
     wrong = []
-    for page in PAGES:
+    for page in ALL_PAGES:
         for link in links(page):
             path, _, anchor = link.partition("#")
             target = (ROOT / page).parent / path if path else ROOT / page
@@ -229,13 +234,10 @@ def test_every_link_leads_somewhere():
 
 def test_every_path_exists():
     pattern = r"(?<![\w/.])(?:hybrid_lightning|callbacks|configs|results|tests|benchmarks|docs|\.ci)/[\w./-]*\w/?"
-    named = {(page, path) for page, text in PAGES.items() for path in re.findall(pattern, text)}
+    named = {(page, path) for page, text in ALL_PAGES.items() for path in re.findall(pattern, text)}
+    assert len(named) > 50
     missing = sorted((page, path) for page, path in named if not path.startswith("docs/_build") and not (ROOT / path).exists())
     assert not missing, f"pages name what is not there: {missing}"
-
-
-def test_the_pages_name_paths():
-    assert len(re.findall(r"\bconfigs/\w+", "".join(PAGES.values()))) > 50
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])

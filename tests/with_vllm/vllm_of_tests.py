@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fork_server import free_port
 from tiny_models import VOCABULARY, build_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -74,12 +74,6 @@ class Server:
         assert self._process is not None
         os.killpg(self._process.pid, number)
         self._process.wait(timeout=60)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def policy_of(sampler, model: Path, plan: str | None = None, **options) -> PolicyModule:

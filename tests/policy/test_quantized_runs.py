@@ -3,12 +3,16 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
+from rounding import additions_of, assert_same_sums
 from tiny_runs import Log, StartsWithDigit, build_adapter, fit, write_sums
 from transformers import AutoModelForCausalLM
 from wide_models import write_wide_model
 
+from hybrid_lightning.adapters.apply import apply_plan, trainable_state
 from hybrid_lightning.adapters.plan import model_digest
 from hybrid_lightning.errors import CheckpointError
+from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.module import PolicyModule
@@ -86,6 +90,24 @@ def test_the_checkpoint_holds_trained_weights_and_knows_the_sixteen_bit_base(tra
     states = content["optimizer_states"][0]["state"]
     dtypes = {value.dtype for state in states.values() for value in state["__bnb_optimizer_quant_state__"].values()}
     assert torch.uint8 in dtypes
+
+
+def test_it_is_exported_onto_the_sixteen_bit_base(trained, folder, tmp_path):
+    root, _, module = trained
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    expected = apply_plan(base, module.plan)
+    expected.load_state_dict(trainable_state(module.model), strict=False)
+    expected = expected.eval()(IDS).logits
+    policy = policy_of_checkpoint(root / f"step={STEPS}.ckpt")
+    merged = AutoModelForCausalLM.from_pretrained(write_policy(policy, MergedModel("float32"), tmp_path / "merged"))
+    assert f"hybrid_lightning.policy.{type(module.quantization).__name__}" in (tmp_path / "merged" / "README.md").read_text()
+    assert_same_sums(merged(IDS).logits, expected, additions_of(merged, IDS.shape[1]))
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model")
+    adapter = PeftModel.from_pretrained(plain, write_policy(policy, AdapterFolder(), tmp_path / "adapter"))
+    assert_same_sums(adapter(IDS).logits, expected, additions_of(adapter, IDS.shape[1]))
+    quantized = module.eval().model(IDS).logits
+    error = (merged(IDS).logits - quantized).norm() / quantized.norm()
+    assert 1e-4 < float(error) < (0.3 if isinstance(module.quantization, NF4) else 0.05), "off by the rounding of the base alone"
 
 
 def test_another_quantization_than_the_checkpoints_is_refused(trained, folder, tmp_path):

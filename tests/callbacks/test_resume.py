@@ -11,7 +11,7 @@ import pytest
 import tiny_runs
 import torch
 import yaml
-from cli_runs import run, write_folder
+from cli_runs import run
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, fit, write_sums
@@ -84,11 +84,6 @@ def test_changes_that_would_do_nothing_are_refused(name, after, message):
 
 
 # ---- on the command line
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from write_folder(tmp_path_factory.mktemp("changed"))
 
 
 @pytest.fixture(scope="module")

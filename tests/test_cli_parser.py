@@ -37,6 +37,7 @@ def assert_said(result, message):
         # the key in front is wrong, or missing
         ("fit --modle.loss.clip_low=1", r"did you mean --model\.loss\.clip_low\?$"),
         ("fit --loss.clip_low=3", r"did you mean --model\.loss\.clip_low\?$"),
+        ("fit --temprature=3", r"did you mean --model\.sampler\.temperature\?$"),
         ("fit --wholly_unknown=3", r"--wholly_unknown=3; python -m hybrid_lightning fit --help lists all options$"),
         ("fit t.yaml", r"unrecognized arguments: t\.yaml; a config is given as --config t\.yaml$"),
         # classes

@@ -300,7 +300,7 @@ def speed(day: Day) -> Found:
     if day.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     policy, found = day.timed()
-    found["tokens of a pass"] = policy.update.token_budget(policy)
+    found["tokens of a pass"] = policy.update.token_budget()
     if day.on_gpu:
         found["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
     memory = torch.cuda.get_device_properties(0).total_memory if day.on_gpu else None

@@ -55,6 +55,8 @@ NO_NUMBER = re.compile(
 TUPLE = re.compile(
     r"(?<![\w$\\({\[])[(\[]\s*(?:NUMBER)(?:\s*,\s*(?:NUMBER))+\s*[)\]]".replace("NUMBER", r"-?\d+(?:\.\d+)?(?:/\d+)?")
 )
+WORDS = re.compile(r"\$?\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*[A-Za-z][^{}]*)\}\$?")
+BOXES = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 LATEX = re.compile(r"[$]|\\[(\[]|\\[A-Za-z]")
 # What must agree if both answers have it: the base in 2516_8, and whether 6:00 is a.m. or p.m.
 MARKS = [re.compile(r"\d_\{?(\d+)\}?"), re.compile(r"\d\s*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?([ap])\.?\s?m\b", re.IGNORECASE)]
@@ -89,11 +91,28 @@ def compare(request: list[str]) -> bool:
         return False
     if len(request) == 1:
         return bool(verify(gold, gold, timeout_seconds=None))
+    if same_words(*request):
+        return True
     for wanted, given in ((mark.findall(request[0]), mark.findall(request[1])) for mark in MARKS):
         if wanted and given and wanted[-1].lower() != given[-1].lower():
             return False
     # If the reference answer has no unit, a quantity such as 1 hour and 30 minutes may be meant as 90 or as 1.5.
     return any(matches_gold(request[0], text, gold) for text in dict.fromkeys(in_one_unit(answer_part(request[1]))))
+
+
+def same_words(gold: str, text: str) -> bool:
+    r"""Whether the reference answer is words, as in \text{June 20}, and a text answers the same words.
+
+    Its answer is in its boxes, which must all agree, or without boxes at its end.
+    """
+    words = WORDS.fullmatch(gold.strip())
+    said = BOXES.findall(text) or re.split(r"answer(?:\s+is\b|\s*:)", text, flags=re.IGNORECASE)[-1:]
+    return words is not None and {_plain_words(part) for part in said} == {_plain_words(words[1])}
+
+
+def _plain_words(text: str) -> str:
+    text = re.sub(r"\\(?:text|textbf|textit|mathrm|mbox)(?![a-z])|\\[ ,]|[{}~,:*$]", " ", text)
+    return " ".join(text.casefold().split()).rstrip(". ")
 
 
 def canonical_answer(text: str) -> str | None:

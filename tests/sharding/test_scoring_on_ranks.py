@@ -178,7 +178,7 @@ def test_losses_that_cannot_be_dealt_and_a_scorer_that_fails_stop_all_ranks_and_
     arguments = {"folder": folder, "root": tmp_path / "run", "devices": 2}
     errors, shares = zip(*run(2, tmp_path / "ranks", refused_and_shares, timeout_s=120, **arguments), strict=True)
     for (losses, _), rank in zip(errors, range(2), strict=True):
-        assert "calibration_losses returned list, which cannot be dealt to them: return a CalibrationLosses" in losses, rank
+        assert "calibration_losses returned list, which cannot be dealt to them; return a CalibrationLosses" in losses, rank
     (own,) = {rank for rank, (_, failed) in enumerate(errors) if failed == "ValueError: no score of it"}
     assert errors[1 - own][1] == f"CalibrationError: rank {own} could not score the modules: ValueError: no score of it"
     for seen in shares:

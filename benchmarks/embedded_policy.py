@@ -7,8 +7,8 @@ A Llama model of 0.9 M parameters reads a corpus of products, every line of whic
     347*6:[42 28 20]2082    worked out, every line with ":"
 
 The working, in brackets, is units first: 7*6 = 42, then 4*6 + 4 = 28, then 3*6 + 2 = 20; each partial product adds the carry of
-the one before. Short steps are easy for so small a model, and a whole product at once is hard. The lines with ":" teach it to
-work; the task asks with "=", where it mostly answers directly, and mostly wrongly. See README.md beside this file.
+the one before. Short steps are easy for so small a model, and a whole product at once is hard. From the lines with ":" it learns
+to work; the task asks with "=", where it mostly answers directly, and mostly wrongly. See README.md beside this file.
 """
 
 import argparse

@@ -18,8 +18,8 @@ from hybrid_lightning.errors import ConfigError, DataError, ModelError
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.memory.strategies import DDP, FSDP1, FSDP2, Sharding, SingleDevice
 from hybrid_lightning.policy.loading import DTYPES, load_tokenizer, read_config, resolve_model
+from hybrid_lightning.policy.modes import check_precision, dtype_of_precision
 from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.policy.precision import check_precision, dtype_of_precision
 from hybrid_lightning.policy.prompts import PromptEncoder
 from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.rollout.vllm.in_process import VLLMSampler

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from hybrid_lightning.policy.examples import ExampleModule, PreferenceModule, SupervisedModule
     from hybrid_lightning.policy.language import LanguageModule
     from hybrid_lightning.policy.master_weights import MasterWeights
+    from hybrid_lightning.policy.modes import Bfloat16Precision
     from hybrid_lightning.policy.module import PolicyModule
     from hybrid_lightning.policy.optim import ConstantSchedule, CosineSchedule, LearningRateSchedule, LinearSchedule
-    from hybrid_lightning.policy.precision import Bfloat16Precision
     from hybrid_lightning.policy.quantization import NF4, Int8, Quantization
 
 __all__ = [
@@ -38,7 +38,7 @@ __getattr__ = public_names(
         "master_weights": ["MasterWeights"],
         "module": ["PolicyModule"],
         "optim": ["ConstantSchedule", "CosineSchedule", "LearningRateSchedule", "LinearSchedule"],
-        "precision": ["Bfloat16Precision"],
+        "modes": ["Bfloat16Precision"],
         "quantization": ["Int8", "NF4", "Quantization"],
     },
 )

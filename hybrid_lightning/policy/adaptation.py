@@ -25,6 +25,7 @@ from hybrid_lightning.configurable import Configurable, describe_arguments
 from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import CheckpointError, ConfigError, PlanError
 from hybrid_lightning.options import FIXED, Option
+from hybrid_lightning.policy.modes import dtype_of_precision
 from hybrid_lightning.policy.optim import (
     ConstantSchedule,
     LearningRateSchedule,
@@ -33,7 +34,6 @@ from hybrid_lightning.policy.optim import (
     rate_of_full_modules,
     with_hyper_parameters,
 )
-from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.policy.quantization import Quantization, quantize_base
 from hybrid_lightning.sharding.checkpoints import write_whole_files
 from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy

@@ -2,8 +2,8 @@
 
     training prompts -> calibration rollouts -> losses, one for each chunk of rows
 
-The losses are those of training on rewards; of reference answers (supervised) where all rewards tie, which gives no gradient; or
-of training on examples. Axes: P prompts, N sequences, B sequences of one chunk, T completion tokens.
+The losses are those of training on rewards, or on examples. Where all rewards are equal, which gives no gradient, they are
+supervised losses of reference answers. Axes: P prompts, N sequences, B sequences of one chunk, T completion tokens.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
-from hybrid_lightning.errors import CalibrationError, ConfigError
+from hybrid_lightning.errors import CalibrationError
 from hybrid_lightning.losses import ExampleLoss, PolicyLoss
 from hybrid_lightning.rollout.batching import join_rewards, join_rollouts, pad_left, pad_right, pad_token, split_by_tokens
 from hybrid_lightning.rollout.rng import PromptDraws
@@ -32,21 +32,6 @@ if TYPE_CHECKING:
 _MOST_TOGETHER = 16
 
 LogprobFunction = Callable[[Sequences], tuple[Tensor, Tensor]]
-
-
-def training_prompts(trainer: Any) -> list[Prompt]:
-    """The training prompts of the Trainer's data policy.
-
-    Raises:
-        ConfigError: If the Trainer has no data module, or the data module no training prompts.
-    """
-    prompts = getattr(trainer.datamodule, "train_prompts", None)
-    if prompts is None:
-        raise ConfigError(
-            "modules are scored on the train_prompts of the data module, but trainer.datamodule has none; give "
-            "trainer.fit(datamodule=PromptDataModule(...)), or a plan to HybridAdapterSetup"
-        )
-    return list(prompts)
 
 
 def calibration_rollouts(policy: "PolicyModule", prompts: Sequence[Prompt], kept: ScoringProgress) -> tuple[Rollouts, Rewards]:
@@ -203,8 +188,8 @@ class RewardCalibration(CalibrationLosses):
     ) -> None:
         self.loss, self.logprobs = loss, logprobs
         self.max_completion_tokens = float(max_completion_tokens)
-        teaches = torch.ones_like(advantages, dtype=torch.bool) if loss.needs_entropy else advantages != 0
-        useful = (teaches & sequences.completion_mask.any(dim=1)).nonzero().squeeze(1)
+        adds = torch.ones_like(advantages, dtype=torch.bool) if loss.needs_entropy else advantages != 0
+        useful = (adds & sequences.completion_mask.any(dim=1)).nonzero().squeeze(1)
         kept, weights = sequences.rows(useful), advantages[useful]
         self.chunks = [(kept.rows(run), weights[run]) for run in split_by_tokens(kept, max_tokens)]
         self.old_logprobs: dict[int, Tensor] = {}  # of each chunk that has been computed
@@ -243,7 +228,7 @@ class RewardCalibration(CalibrationLosses):
 
 
 class AnswerCalibration(CalibrationLosses):
-    """Supervised losses of reference answers, for calibration rollouts whose rewards all tie.
+    """Supervised losses of reference answers, for calibration rollouts whose rewards are all equal.
 
     Args:
         prompts: Prompts with answers.
@@ -268,8 +253,8 @@ class AnswerCalibration(CalibrationLosses):
     ) -> None:
         if any(prompt.answer is None for prompt in prompts):
             raise CalibrationError(
-                f"all rewards of the {len(prompts)} calibration prompts tie, so modules cannot be scored, and the data has no "
-                "answers to score by instead; raise adapter.calibration_prompts, make the task easier, or give adapter.plan"
+                f"all rewards of the {len(prompts)} calibration prompts are equal, so modules cannot be scored, and the data has "
+                "no answers to score by instead; raise adapter.calibration_prompts, make the task easier, or give adapter.plan"
             )
         end = int(tokenizer.eos_token_id)
         pad = pad_token(tokenizer)

@@ -1,24 +1,27 @@
 """Evaluation: how well a policy solves held-out prompts, and how well it predicts held-out examples.
 
-Validation and test call `evaluate` for each batch of prompts and `log_evaluation` at the end; predict calls `predictions`. A loss
-on held-out examples is averaged by `ExampleMetrics`.
+`Evaluation` is for prompts, `ExampleEvaluation` for examples: validation and test call `add` for each batch, and `end` after the
+last. Predict calls `predictions`.
 
 Axes: P prompts, n sampled completions of each in prompt-major order; E examples.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import zlib
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.metrics import ProblemMeans, completion_draws, completion_values
 from hybrid_lightning.rollout.rng import PromptDraws
-from hybrid_lightning.types import Prompt, Rewards, Rollouts
+from hybrid_lightning.types import LossInputs, Prompt, Rewards, Rollouts
 
 if TYPE_CHECKING:
+    from hybrid_lightning.policy.examples import ExampleModule
     from hybrid_lightning.policy.language import LanguageModule
 
 Answers = Sequence[str | None]
@@ -99,25 +102,108 @@ class ExampleMetrics(Metric):
         return {name: (value / weight).float() for name, value in zip(self.names, terms, strict=True)}
 
 
-def evaluate(policy: "LanguageModule", prompts: Sequence[Prompt], means: ProblemMeans) -> None:
-    """Complete and score prompts, greedily and by sampling, and add the results to the metrics."""
-    greedy, sampled = policy.generate(prompts, 1, greedy=True), _sample(policy, prompts)
-    add_prompts(means, policy.score(greedy), (sampled, policy.score(sampled)), policy.answers(sampled))
+class Evaluation(nn.Module):
+    """Completes and scores held-out prompts, greedily and by sampling, and logs what that shows.
 
+    A policy calls the methods from its hooks of validation and test. This is a part of it, since the metrics move to its device.
 
-def log_evaluation(policy: "LanguageModule", prefix: str, means: ProblemMeans) -> dict[str, dict[str, float]]:
-    """Log PREFIX/METRIC over all sets and PREFIX/SET/METRIC for each named set, and reset the metrics.
+    Args:
+        samples: Sampled completions of each prompt (n).
 
-    Returns:
-        Set -> metric -> value, with "" for all sets together.
+    Raises:
+        ConfigError: If there are none.
     """
-    found = {name: {key: float(value) for key, value in of_set.items()} for name, of_set in means.compute().items()}
-    values = {
-        "/".join(filter(None, (prefix, name, key))): value for name, of_set in found.items() for key, value in of_set.items()
-    }
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        if samples < 1:
+            raise ConfigError(f"model.eval_samples must be at least 1, got {samples}")
+        self.samples = samples
+        self._prompts = nn.ModuleDict({stage: evaluation_means(samples) for stage in ("val", "test")})
+
+    def names(self, policy: "LanguageModule", sets: Collection[str]) -> list[str]:
+        """Names of all that a validation on prompts of these sets logs."""
+        of_sets = self._means("val").names(sets)
+        return [_name("val", name, value) for name, values in of_sets.items() for value in values]
+
+    def add(self, policy: "LanguageModule", stage: str, batch: Sequence[Prompt]) -> None:
+        """Measure the policy on a batch.
+
+        Args:
+            policy: The policy.
+            stage: `val` or `test`, under which `end` logs.
+            batch: The prompts.
+        """
+        greedy, sampled = policy.generate(batch, 1, greedy=True), _sample(policy, batch)
+        add_prompts(self._means(stage), policy.score(greedy), (sampled, policy.score(sampled)), policy.answers(sampled))
+
+    def end(self, policy: "LanguageModule", stage: str) -> dict[str, dict[str, float]]:
+        """Log STAGE/METRIC over all sets and STAGE/SET/METRIC for each named set, and begin anew.
+
+        Returns:
+            Set -> metric -> value, with "" for all sets together.
+        """
+        means = self._means(stage)
+        found = {name: {key: float(value) for key, value in of_set.items()} for name, of_set in means.compute().items()}
+        means.reset()
+        _log(policy, {_name(stage, name, key): value for name, of_set in found.items() for key, value in of_set.items()})
+        return found
+
+    def _means(self, stage: str) -> ProblemMeans:
+        return cast(ProblemMeans, self._prompts[stage])
+
+
+class ExampleEvaluation(Evaluation):
+    """Measures the loss on held-out examples and, where the policy has a reward, completions of their prompts.
+
+    Arguments and errors are those of `Evaluation`.
+    """
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(samples)
+        self._examples = nn.ModuleDict({stage: ExampleMetrics() for stage in ("val", "test")})
+
+    def names(self, policy: "ExampleModule", sets: Collection[str]) -> list[str]:  # type: ignore[override]
+        """Names of all that a validation on examples of these sets logs."""
+        rows = torch.zeros(policy.loss.rows_per_example, 1)
+        reference = rows if policy.loss.needs_reference else None
+        inputs = LossInputs(rows, rows[:, 0], torch.ones_like(rows, dtype=torch.bool), ref_logprobs=reference, entropy=rows)
+        measured = [_name("val", name) for name in policy.loss.terms(inputs)]
+        return measured if policy.reward is None else measured + super().names(policy, sets)
+
+    def add(self, policy: "ExampleModule", stage: str, batch: Sequence[Prompt]) -> None:  # type: ignore[override]
+        """See `Evaluation`."""
+        sequences = policy.example_sequences(batch, policy.device)
+        ((logprobs, entropy, reference),) = policy.update.measure([sequences])
+        assert logprobs is not None
+        ones = torch.ones(len(sequences), device=policy.device)
+        inputs = LossInputs(logprobs, ones, sequences.completion_mask, ref_logprobs=reference, entropy=entropy)
+        identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in batch]
+        weights = policy.loss.weights(sequences.completion_mask)
+        self._losses(stage).update(torch.tensor(identity, device=policy.device), weights, policy.loss.terms(inputs))
+        if policy.reward is not None:
+            super().add(policy, stage, batch)
+
+    def end(self, policy: "LanguageModule", stage: str) -> dict[str, dict[str, float]]:
+        """See `Evaluation`; what the loss has measured is that of all sets together."""
+        found = {} if policy.reward is None else super().end(policy, stage)
+        losses = self._losses(stage)
+        measured = {name: float(value) for name, value in losses.compute().items()}
+        losses.reset()
+        _log(policy, {_name(stage, name): value for name, value in measured.items()})
+        return {**found, "": {**measured, **found.get("", {})}}
+
+    def _losses(self, stage: str) -> ExampleMetrics:
+        return cast(ExampleMetrics, self._examples[stage])
+
+
+def _name(*parts: str) -> str:
+    return "/".join(filter(None, parts))
+
+
+def _log(policy: "LanguageModule", values: dict[str, float]) -> None:
+    """Log values that are the same on all ranks already; `sync_dist` tells Lightning so."""
     policy.log_dict(values, sync_dist=policy.trainer.world_size > 1)
-    means.reset()
-    return found
 
 
 def predictions(policy: "LanguageModule", prompts: Sequence[Prompt]) -> list[dict[str, Any]]:

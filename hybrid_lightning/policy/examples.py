@@ -7,10 +7,9 @@ prompt comes with its completions (`Prompt.completions`), and one rollout is one
 the model is an error; none is cut.
 """
 
-import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,19 +25,19 @@ from hybrid_lightning.policy.calibration import (
     ExampleCalibration,
     StepCalibration,
     equal_slices,
-    training_prompts,
 )
-from hybrid_lightning.policy.evaluation import ExampleMetrics
+from hybrid_lightning.policy.evaluation import ExampleEvaluation
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
 from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.prompts import place_of
 from hybrid_lightning.policy.quantization import Quantization
+from hybrid_lightning.policy.training_data import training_prompts
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.batching import pad_left, pad_right, pad_token
 from hybrid_lightning.rollout.loader import DrawPrompts, RolloutLoader, RolloutSchedule, TrainedRollout
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
-from hybrid_lightning.types import LossInputs, PolicyBatch, Prompt, Sequences
+from hybrid_lightning.types import PolicyBatch, Prompt, Sequences
 
 __all__ = ["ExampleModule", "PreferenceModule", "SupervisedModule"]
 
@@ -116,9 +115,9 @@ class ExampleModule(LanguageModule):
             reward,
             RolloutSchedule(examples_per_step, trained_by.rows_per_example),
             Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs),
+            ExampleEvaluation(eval_samples),
             gradient_checkpointing=gradient_checkpointing,
             sampler=sampler,
-            eval_samples=eval_samples,
             max_tokens_per_micro_batch=max_tokens_per_micro_batch,
             seed=seed,
             quantization=quantization,
@@ -130,7 +129,6 @@ class ExampleModule(LanguageModule):
         self.examples_per_step = examples_per_step
         self.rows_together = trained_by.rows_per_example
         self.shown_metrics = ("loss", *trained_by.shares_ahead)
-        self.example_metrics = torch.nn.ModuleDict({"val": ExampleMetrics(), "test": ExampleMetrics()})
 
     # ---- training data
 
@@ -269,44 +267,6 @@ class ExampleModule(LanguageModule):
         losses = parts[0] if steps is None else StepCalibration(parts)
         losses.info["prompts"] = len(chosen)
         return losses
-
-    # ---- evaluation: the loss on held-out examples, and completions of their prompts where there is a reward
-
-    def validation_names(self, sets: Collection[str]) -> list[str]:
-        """Names of all that a validation on examples of these sets logs."""
-        rows = torch.zeros(self.loss.rows_per_example, 1)
-        reference = rows if self.loss.needs_reference else None
-        inputs = LossInputs(rows, rows[:, 0], torch.ones_like(rows, dtype=torch.bool), ref_logprobs=reference, entropy=rows)
-        measured = [f"val/{name}" for name in self.loss.terms(inputs)]
-        return measured if self.reward is None else measured + super().validation_names(sets)
-
-    def evaluate_batch(self, stage: str, batch: Sequence[Prompt]) -> None:
-        """Measure the loss of held-out examples, and completions of their prompts if there is a reward."""
-        sequences = self.example_sequences(batch, self.device)
-        ((logprobs, entropy, reference),) = self.update.measure([sequences])
-        assert logprobs is not None
-        ones = torch.ones(len(sequences), device=self.device)
-        inputs = LossInputs(logprobs, ones, sequences.completion_mask, ref_logprobs=reference, entropy=entropy)
-        identity = [zlib.crc32(prompt.set_name.encode()) << 30 | prompt.index for prompt in batch]
-        weights = self.loss.weights(sequences.completion_mask)
-        self._losses_of(stage).update(torch.tensor(identity, device=self.device), weights, self.loss.terms(inputs))
-        if self.reward is not None:
-            super().evaluate_batch(stage, batch)
-
-    def end_evaluation(self, stage: str) -> None:
-        """Log `val/...` or `test/...`: all that the loss measured and, if there is a reward, what completions have shown."""
-        if self.reward is not None:
-            super().end_evaluation(stage)
-        metrics = self._losses_of(stage)
-        measured = {name: float(value) for name, value in metrics.compute().items()}
-        # All ranks have the same values already; `sync_dist` tells Lightning so.
-        self.log_dict({f"{stage}/{name}": value for name, value in measured.items()}, sync_dist=self.trainer.world_size > 1)
-        evaluation = self.last_evaluation if self.reward is not None else {}
-        self.last_evaluation = {**evaluation, "": {**measured, **evaluation.get("", {})}}
-        metrics.reset()
-
-    def _losses_of(self, stage: str) -> ExampleMetrics:
-        return cast(ExampleMetrics, self.example_metrics[stage])
 
 
 class SupervisedModule(ExampleModule):

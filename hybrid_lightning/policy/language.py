@@ -15,11 +15,12 @@ How an optimizer step is made; a subclass gives the methods that are marked with
         logprobs *                     the policy's log-probabilities, with gradient
     on_before_optimizer_step         gradient norms; Lightning then clips and makes the step
 
-This file has the rest: it loads the model, generates and scores completions, validates, tests and predicts.
+Validation and test are in `evaluation.py`, what makes completions is in `generation.py`, which settings of a run work in
+`settings.py`. This file loads the model, and calls all of these from Lightning's hooks.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
@@ -28,29 +29,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
-from hybrid_lightning.engine import Backend, base_model
+from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.metrics import ProblemMeans, check_set_name
+from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.options import ACCURACY, FIXED, MADE_BY, Option
 from hybrid_lightning.policy.adaptation import AdaptedModule
 from hybrid_lightning.policy.calibration import CalibrationLosses
-from hybrid_lightning.policy.evaluation import evaluate, evaluation_means, log_evaluation, predictions, repeat_prompts
+from hybrid_lightning.policy.evaluation import Evaluation, predictions, repeat_prompts
 from hybrid_lightning.policy.generation import Generation
 from hybrid_lightning.policy.modes import autocast_of, checkpoint_gradients, evaluation_mode
-from hybrid_lightning.policy.precision import check_precision, use_bfloat16_precision
 from hybrid_lightning.policy.pretrained import Pretrained
-from hybrid_lightning.policy.quantization import check_quantization
-from hybrid_lightning.policy.run_differences import warn_of_differences
+from hybrid_lightning.policy.settings import check_run
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.training_data import make_rollout_loader
 from hybrid_lightning.policy.update import Update
-from hybrid_lightning.process import prepare_gpu
 from hybrid_lightning.rewards import RewardFunction, evaluate_reward, extract_answers
 from hybrid_lightning.rollout.loader import RolloutLoader, RolloutSchedule, RolloutSource
 from hybrid_lightning.rollout.rng import PromptDraws
 from hybrid_lightning.rollout.rollout_engine import RolloutEngine
 from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.checks import check_strategy
 from hybrid_lightning.sharding.ranks import check_stop, gather_counts
 from hybrid_lightning.stopping import RunStopped, StopSignals
 from hybrid_lightning.types import PolicyBatch, Prompt, Rewards, Rollouts, Sequences
@@ -69,9 +66,9 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         reward: Scores completions; None where nothing is generated.
         rollout_schedule: Sizes of a rollout and its optimizer steps.
         pretrained: The model that training starts from.
+        evaluation: Measures the policy in validation and test.
         gradient_checkpointing: See `PolicyModule`.
         sampler: See `PolicyModule`.
-        eval_samples: See `PolicyModule`.
         max_tokens_per_micro_batch: See `PolicyModule`.
         seed: See `PolicyModule`.
         **adapted: See `AdaptedModule`.
@@ -109,23 +106,22 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         reward: RewardFunction | None,
         rollout_schedule: RolloutSchedule,
         pretrained: Pretrained,
+        evaluation: Evaluation,
         *,
         gradient_checkpointing: bool,
         sampler: RolloutEngine | None,
-        eval_samples: int,
         max_tokens_per_micro_batch: int | None,
         seed: int,
         **adapted: Any,
     ) -> None:
         super().__init__(**adapted)
-        self.save_hyperparameters(ignore=["rollout_schedule", "pretrained"])
+        self.save_hyperparameters(ignore=["rollout_schedule", "pretrained", "evaluation"])
         self._describe_hyperparameters()
-        for name, count in (("eval_samples", eval_samples), ("max_tokens_per_micro_batch", max_tokens_per_micro_batch)):
-            if count is not None and count < 1:
-                raise ConfigError(f"model.{name} must be at least 1, got {count}")
+        if max_tokens_per_micro_batch is not None and max_tokens_per_micro_batch < 1:
+            raise ConfigError(f"model.max_tokens_per_micro_batch must be at least 1, got {max_tokens_per_micro_batch}")
         self.loss, self.reward, self.rollout_schedule, self.pretrained = loss, reward, rollout_schedule, pretrained
         self.sampler: RolloutEngine = sampler or Sampler()
-        self.eval_samples, self.seed, self.gradient_checkpointing = eval_samples, seed, gradient_checkpointing
+        self.eval_samples, self.seed, self.gradient_checkpointing = evaluation.samples, seed, gradient_checkpointing
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.tokens_of_pass: int | None = None  # what was chosen for the run where that is None
         self.clock = PhaseClock()  # replaced by StepTimer's
@@ -137,7 +133,7 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         self._missing_batches = 0  # prediction batches that other ranks have more than this one, where the model is sharded
         if not self._loads_later:
             self.load()
-        self.prompt_metrics = nn.ModuleDict({stage: evaluation_means(eval_samples) for stage in ("val", "test")})
+        self.evaluation = evaluation
 
     # ---- model
 
@@ -221,23 +217,9 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """Refuse settings of the run that cannot work and, once the weights are loaded, warn of doubtful ones.
 
         Raises:
-            ConfigError: If strategy, precision, dtype, optimizer and quantization do not work together, or the loss needs a
-                start policy that is not kept.
+            ConfigError: For the reasons of `check_run`.
         """
-        strategy, dtype = self.trainer.strategy, self.pretrained.dtype
-        if strategy.root_device.type == "cuda":
-            prepare_gpu(own_allocator=self.sampler.shares_device)
-        check_strategy(self.trainer, self.optimizer_class, dtype)
-        if self.quantization is not None:
-            check_quantization(self.quantization, self.trainer)
-        check_precision(str(self.trainer.precision), dtype, self.optimizer_class)
-        use_bfloat16_precision(strategy)
-        self.generation.check()
-        if self.plan is not None:
-            self.check_start_weights(self.keep_start_weights)
-        if self.is_loaded:  # else the attention is not known
-            attention = getattr(base_model(self.model).config, "_attn_implementation", None)
-            warn_of_differences(self.trainer, attention, self.reward_terms())
+        check_run(self)
 
     def check_start_weights(self, kept: bool) -> None:
         """Raise ConfigError if the loss needs the start policy and its weights are not kept."""
@@ -418,27 +400,6 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
 
     # ---- evaluation
 
-    def validation_names(self, sets: Collection[str]) -> list[str]:
-        """Names of all that a validation on prompts of these sets logs."""
-        names = self._means_of("val").names(sets)
-        return ["/".join(filter(None, ("val", name, value))) for name, values in names.items() for value in values]
-
-    def evaluate_batch(self, stage: str, batch: Sequence[Prompt]) -> None:
-        """Measure the policy on a batch of held-out prompts.
-
-        Args:
-            stage: `val` or `test`, under which `end_evaluation` logs.
-            batch: The prompts.
-        """
-        evaluate(self, batch, self._means_of(stage))
-
-    def end_evaluation(self, stage: str) -> None:
-        """Log what the batches of an evaluation have given, as `val/...` or `test/...`, and keep it as `last_evaluation`."""
-        self.last_evaluation = log_evaluation(self, stage, self._means_of(stage))
-
-    def _means_of(self, stage: str) -> ProblemMeans:
-        return cast(ProblemMeans, self.prompt_metrics[stage])
-
     def on_validation_epoch_start(self) -> None:
         """Give a rollout engine with weights of its own those of the policy now."""
         self.generation.update()
@@ -449,20 +410,20 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         """Complete and score a batch of prompts, greedily and by sampling."""
         # A run that is stopped in training is saved by all ranks together; a validation by itself has nothing to save.
         with self.stopping_together() if self.trainer.state.fn == "fit" else nullcontext():
-            self.evaluate_batch("val", batch)
+            self.evaluation.add(self, "val", batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/...`."""
         self.sampler.release_memory()
-        self.end_evaluation("val")
+        self.last_evaluation = self.evaluation.end(self, "val")
 
     def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         """Complete and score a batch of prompts, greedily and by sampling."""
-        self.evaluate_batch("test", batch)
+        self.evaluation.add(self, "test", batch)
 
     def on_test_epoch_end(self) -> None:
         """Log `test/...`."""
-        self.end_evaluation("test")
+        self.last_evaluation = self.evaluation.end(self, "test")
 
     def on_predict_epoch_start(self) -> None:
         """Update a rollout engine; where the model is sharded, find out how many more batches than this rank another one has."""

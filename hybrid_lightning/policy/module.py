@@ -4,7 +4,7 @@
 
 The rollouts are made in the train dataloader, so that `training_step` is a pure loss on one micro-batch. `language.py` shows in
 which order the methods here are called: `roll_out`, `takes_part` and `add_logprobs` by the dataloader, then `chunk_loss`. What is
-done to one rollout or micro-batch is in `sampled_groups.py`, `rollout_metrics.py` and `token_weights.py`.
+done to one rollout is in `sampled_groups.py`, and to one micro-batch in `token_weights.py`.
 
 Axes: P prompts, G samples per prompt, B sequences, T completion tokens.
 """
@@ -33,15 +33,21 @@ from hybrid_lightning.policy.calibration import (
     StepCalibration,
     calibration_rollouts,
     equal_slices,
-    training_prompts,
 )
+from hybrid_lightning.policy.evaluation import Evaluation
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
 from hybrid_lightning.policy.pretrained import Pretrained
 from hybrid_lightning.policy.quantization import Quantization
-from hybrid_lightning.policy.rollout_metrics import ROLLOUT_METRICS, rollout_metrics
-from hybrid_lightning.policy.sampled_groups import advantages_over_ranks, choose_trained, sample_groups
+from hybrid_lightning.policy.sampled_groups import (
+    ROLLOUT_METRICS,
+    advantages_over_ranks,
+    choose_trained,
+    rollout_metrics,
+    sample_groups,
+)
 from hybrid_lightning.policy.token_weights import compare_with_sampler, mask_tokens
+from hybrid_lightning.policy.training_data import training_prompts
 from hybrid_lightning.policy.update import restore_pass_tokens, saved_pass_tokens
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, useful_groups
@@ -160,9 +166,9 @@ class PolicyModule(LanguageModule):
             reward,
             RolloutSchedule(prompts_per_rollout, samples_per_prompt, minibatches_per_rollout, epochs_per_rollout),
             Pretrained(model, revision, dtype, attn_implementation, chat_template, chat_template_kwargs),
+            Evaluation(eval_samples),
             gradient_checkpointing=gradient_checkpointing,
             sampler=sampler,
-            eval_samples=eval_samples,
             max_tokens_per_micro_batch=max_tokens_per_micro_batch,
             seed=seed,
             quantization=quantization,

@@ -1,7 +1,9 @@
-"""The groups that are sampled for a rollout, and the P of them, over all ranks, that are trained on.
+"""The groups that all ranks sample for a rollout: their metrics, and the P of them that are trained on.
 
     sample_groups  ->  SampledGroups  ->  choose_trained  ->  TrainedRollout         with dynamic sampling
     advantages_over_ranks                                                            without: all groups are trained on
+
+Metrics have the names that users of TRL know.
 
 Axes: N groups that were sampled over all ranks, G samples per prompt, B sequences of one rank, T completion tokens. The position
 of a group is its number in the order in which prompts were drawn. Ranks take the prompts of a draw in turns, so that position p
@@ -20,6 +22,10 @@ from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling, choose_gr
 from hybrid_lightning.rollout.loader import DrawPrompts, TrainedRollout
 from hybrid_lightning.sharding.ranks import gather_columns, gather_objects, own_rows, world_size
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
+
+# First parts of the names of what is measured on a rollout: here and by `Generation.metrics`.
+_OF_REWARDS = {"accuracy", "frac_reward_zero_std", "reward", "reward_std", "rewards", "solve_rate"}
+ROLLOUT_METRICS = frozenset({*_OF_REWARDS, "completions", "num_tokens", "sampling", "sets"})
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,61 @@ def gather_rewards(rewards: Rewards) -> Rewards:
     )
 
 
+def rollout_metrics(rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
+    """Compute the metrics of one rollout over all ranks, which have equally many prompts. All ranks have to call it.
+
+    Args:
+        rollouts: This rank's B sequences.
+        rewards: Their rewards.
+
+    Returns:
+        `reward` (mean over sequences), `reward_std` (mean over groups of the unbiased standard deviation in a group),
+        `frac_reward_zero_std` (share of groups whose rewards are all equal, so that nothing is learned from them),
+        `rewards/{name}/mean` and `/std`,
+        `solve_rate/{all,none,mixed}` (shares of groups of which all, none or some completions are correct), `accuracy`,
+        `completions/*` in tokens, `num_tokens`; for each set of a mixture `sets/{name}/{reward,accuracy,mean_length}`.
+    """
+    sequences = rollouts.sequences
+    columns = gather_columns(
+        {
+            "total": rewards.total,
+            "correct": rewards.correct,
+            "length": sequences.completion_mask.sum(dim=1),
+            "prompt_length": sequences.prompt_mask.sum(dim=1),
+            "finished": rollouts.finished,
+            **{f"rewards/{name}": part for name, part in rewards.parts.items()},
+        }
+    )
+    groups = columns["total"].view(-1, rollouts.samples_per_prompt)
+    std = groups.std(dim=1) if groups.shape[1] > 1 else torch.zeros_like(groups[:, 0])
+    all_equal = groups.amax(dim=1) == groups.amin(dim=1)
+    solved = columns["correct"].view_as(groups).float().mean(dim=1)
+    lengths = columns["length"].float()
+    metrics = {
+        "reward": columns["total"].mean(),
+        "reward_std": std.mean(),
+        "frac_reward_zero_std": all_equal.float().mean(),
+        "accuracy": columns["correct"].float().mean(),
+        "solve_rate/all": (solved == 1).float().mean(),
+        "solve_rate/none": (solved == 0).float().mean(),
+        "solve_rate/mixed": ((solved > 0) & (solved < 1)).float().mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1 - columns["finished"].float().mean(),
+        "num_tokens": lengths.sum() + columns["prompt_length"].sum(),
+    }
+    for name in rewards.parts:
+        part = columns[f"rewards/{name}"]
+        metrics[f"rewards/{name}/mean"] = part.mean()
+        metrics[f"rewards/{name}/std"] = part.std() if len(part) > 1 else torch.zeros(())
+    for name, rows in _rows_of_sets(rollouts, groups.device).items():
+        metrics[f"sets/{name}/reward"] = columns["total"][rows].mean()
+        metrics[f"sets/{name}/accuracy"] = columns["correct"][rows].float().mean()
+        metrics[f"sets/{name}/mean_length"] = lengths[rows].mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
 def _exchange(
     sequences: Sequences, logprobs: Tensor, chosen: list[int], shares: list[list[int]], rank: int, samples: int
 ) -> tuple[Sequences, Tensor]:
@@ -167,6 +228,15 @@ def _exchange(
         for number in shares[rank]
     ]
     return join_sequences([part for part, _ in parts]), join_rows([values for _, values in parts])
+
+
+def _rows_of_sets(rollouts: Rollouts, device: torch.device) -> dict[str, Tensor]:
+    """Name of a set -> [all ranks' B] bool, the sequences that belong to it; empty where the data is one set without a name."""
+    if not rollouts.prompts[0].set_name:
+        return {}
+    names = [name for rank in gather_objects([prompt.set_name for prompt in rollouts.prompts]) for name in rank]
+    of_sequence = [name for name in names for _ in range(rollouts.samples_per_prompt)]
+    return {name: torch.tensor([other == name for other in of_sequence], device=device) for name in dict.fromkeys(names)}
 
 
 def _by_position(own: Tensor, ranks: int) -> Tensor:

@@ -1,18 +1,34 @@
-"""The training data of a policy: its train dataloader, and what becomes of an epoch whose data is another at a resume."""
+"""The training data of a policy: its prompts, its train dataloader, and what becomes of an epoch if a resume finds other data."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
+from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.rollout.loader import RolloutLoader
 from hybrid_lightning.sharding.ranks import gather_objects, sum_over_ranks
 from hybrid_lightning.types import Prompt
 
 if TYPE_CHECKING:
     from hybrid_lightning.policy.language import LanguageModule
+
+
+def training_prompts(trainer: Any) -> list[Prompt]:
+    """The training prompts of the Trainer's data module.
+
+    Raises:
+        ConfigError: If the Trainer has no data module, or the data module no training prompts.
+    """
+    prompts = getattr(trainer.datamodule, "train_prompts", None)
+    if prompts is None:
+        raise ConfigError(
+            "modules are scored on the train_prompts of the data module, but trainer.datamodule has none; give "
+            "trainer.fit(datamodule=PromptDataModule(...)), or a plan to HybridAdapterSetup"
+        )
+    return list(prompts)
 
 
 def make_rollout_loader(policy: "LanguageModule", prompts: Sequence[Prompt]) -> RolloutLoader:

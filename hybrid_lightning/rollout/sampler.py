@@ -38,10 +38,14 @@ class Sampler(RolloutEngine):
     """Samples in the training process, with the very weights that are trained: the default rollout engine.
 
     Args:
-        max_new_tokens: Longest completion in tokens.
+        max_new_tokens: As in `RolloutEngine`.
+        temperature: As in `RolloutEngine`.
+        top_p: As in `RolloutEngine`.
+        top_k: As in `RolloutEngine`.
+        stop: As in `RolloutEngine`.
+        min_p: As in `RolloutEngine`.
         cuda_graphs: Record the step of a token as a CUDA graph, for each number of rows that still run, and replay it. It needs
             a GPU whose kernels attend by segments. No GPU has run it yet, so that it is off.
-        **kwargs: See `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -49,8 +53,18 @@ class Sampler(RolloutEngine):
 
     OPTIONS: ClassVar[dict[str, Option]] = {"cuda_graphs": Option(MADE_BY | ACCURACY, scores=True)}
 
-    def __init__(self, max_new_tokens: int = 256, *, cuda_graphs: bool = False, **kwargs: Any) -> None:
-        super().__init__(max_new_tokens, **kwargs)
+    def __init__(
+        self,
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        min_p: float = 0.0,
+        cuda_graphs: bool = False,
+    ) -> None:
+        super().__init__(max_new_tokens, temperature, top_p, top_k, stop, min_p)
         self.cuda_graphs = cuda_graphs
 
     @torch.no_grad()
@@ -206,7 +220,7 @@ class _Running:
         self._event: Any = None
 
     def after(self, step: int, running: Tensor) -> int:
-        """The number that is known after a step, of whose rows `running` [R] run: at least as many as do."""
+        """The number that is known after a step, never less than the true one, which is the sum of `running` [R] bool."""
         if (step + 1) % self._every:
             return self.known
         count = running.sum()

@@ -17,8 +17,8 @@ from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.policy.loading import read_config, resolve_model
+from hybrid_lightning.policy.modes import dtype_of_precision
 from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.policy.precision import dtype_of_precision
 from hybrid_lightning.rollout.sampler import Sampler
 
 

@@ -3,7 +3,7 @@ import statistics
 import pytest
 import torch
 
-from hybrid_lightning.policy.rollout_metrics import rollout_metrics
+from hybrid_lightning.policy.sampled_groups import rollout_metrics
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences
 
@@ -81,7 +81,7 @@ def test_sets_of_a_mixture_are_told_apart():
 
 def test_sets_of_other_ranks_count_too(monkeypatch):
     """This rank has no quiz, the other nothing else; each has nine sequences."""
-    module = "hybrid_lightning.policy.rollout_metrics"
+    module = "hybrid_lightning.policy.sampled_groups"
     gathered = lambda columns: {name: torch.cat([column, column.flip(0)]) for name, column in columns.items()}  # noqa: E731
     monkeypatch.setattr(f"{module}.gather_columns", gathered)
     monkeypatch.setattr(f"{module}.gather_objects", lambda names: [names, ["quiz", "quiz", "riddles"]])

@@ -44,7 +44,12 @@ class VLLMSampler(VLLMEngine):
         sleep: What the engine frees while the policy is updated: `kv_cache`; `weights` moves its weights to the host as well;
             `nothing` keeps all. On a CPU nothing is freed.
         engine_args: Further arguments of `vllm.LLM`, such as `{max_num_seqs: 512, enforce_eager: true}`.
-        **kwargs: See `RolloutEngine`.
+        max_new_tokens: As in `RolloutEngine`.
+        temperature: As in `RolloutEngine`.
+        top_p: As in `RolloutEngine`.
+        top_k: As in `RolloutEngine`.
+        stop: As in `RolloutEngine`.
+        min_p: As in `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -63,9 +68,14 @@ class VLLMSampler(VLLMEngine):
         max_model_len: int | None = None,
         sleep: Literal["nothing", "kv_cache", "weights"] = "kv_cache",
         engine_args: dict[str, Any] | None = None,
-        **kwargs: Any,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        min_p: float = 0.0,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(max_new_tokens, temperature, top_p, top_k, stop, min_p)
         if not 0 < gpu_memory_utilization < 1:
             raise ConfigError(f"sampler.gpu_memory_utilization must be between 0 and 1, got {gpu_memory_utilization}")
         if max_model_len is not None and max_model_len <= self.max_new_tokens:

@@ -46,7 +46,12 @@ class VLLMServerSampler(VLLMEngine):
         give_up_after: Seconds after which the run stops, so that it can be resumed, if no server completes a request or takes
             weights. Until then it is tried again, in growing intervals.
         address: Address under which the servers reach this machine; None takes the one by which this machine reaches them.
-        **kwargs: See `RolloutEngine`.
+        max_new_tokens: As in `RolloutEngine`.
+        temperature: As in `RolloutEngine`.
+        top_p: As in `RolloutEngine`.
+        top_k: As in `RolloutEngine`.
+        stop: As in `RolloutEngine`.
+        min_p: As in `RolloutEngine`.
 
     Raises:
         ConfigError: If a value is impossible.
@@ -57,9 +62,20 @@ class VLLMServerSampler(VLLMEngine):
     OPTIONS: ClassVar[dict[str, Option]] = dict.fromkeys(("urls", "timeout", "give_up_after", "address"), Option())
 
     def __init__(
-        self, *, urls: list[str], timeout: float = 600, give_up_after: float = 300, address: str | None = None, **kwargs: Any
+        self,
+        *,
+        urls: list[str],
+        timeout: float = 600,
+        give_up_after: float = 300,
+        address: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        min_p: float = 0.0,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(max_new_tokens, temperature, top_p, top_k, stop, min_p)
         if isinstance(urls, str):
             raise ConfigError(f"sampler.urls must be a list, got the string {urls!r}; write [{urls}]")
         if not urls:

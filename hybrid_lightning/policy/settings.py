@@ -1,4 +1,4 @@
-"""Warns of the settings of a run with which two runs with one seed may differ.
+"""Settings of a run: those that cannot work are refused, and those with which two runs with one seed may differ are named.
 
 This package computes the same bits in every run on one machine, however busy it is. Two runs can differ where a clock decides
 something, or where a library adds up numbers in whatever order its threads finish.
@@ -6,16 +6,48 @@ something, or where a library adds up numbers in whatever order its threads fini
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from hybrid_lightning.engine import base_model
 from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.policy.modes import check_precision, use_bfloat16_precision
+from hybrid_lightning.policy.quantization import check_quantization
+from hybrid_lightning.process import prepare_gpu
 from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.sharding.checks import check_strategy
+
+if TYPE_CHECKING:
+    from hybrid_lightning.policy.language import LanguageModule
 
 _DETERMINISTIC_FLASH = "FLASH_ATTENTION_DETERMINISTIC"
+
+
+def check_run(policy: "LanguageModule") -> None:
+    """Refuse settings of a policy's run that cannot work, and warn of doubtful ones once the weights are loaded.
+
+    Raises:
+        ConfigError: If strategy, precision, dtype, optimizer and quantization do not work together, or the loss needs a start
+            policy that is not kept.
+    """
+    trainer, strategy, dtype = policy.trainer, policy.trainer.strategy, policy.pretrained.dtype
+    if strategy.root_device.type == "cuda":
+        prepare_gpu(own_allocator=policy.sampler.shares_device)
+    check_strategy(trainer, policy.optimizer_class, dtype)
+    if policy.quantization is not None:
+        check_quantization(policy.quantization, trainer)
+    check_precision(str(trainer.precision), dtype, policy.optimizer_class)
+    use_bfloat16_precision(strategy)
+    policy.generation.check()
+    if policy.plan is not None:
+        policy.check_start_weights(policy.keep_start_weights)
+    if policy.is_loaded:  # else the attention is not known
+        attention = getattr(base_model(policy.model).config, "_attn_implementation", None)
+        warn_of_differences(trainer, attention, policy.reward_terms())
 
 
 def warn_of_differences(trainer: Trainer, attention: str | None, rewards: Sequence[RewardFunction]) -> None:

@@ -13,8 +13,8 @@ from wide_models import write_wide_model
 from hybrid_lightning.errors import CheckpointError, ConfigError
 from hybrid_lightning.export import MergedModel, policy_of_checkpoint, write_policy
 from hybrid_lightning.losses import GSPOLoss
+from hybrid_lightning.policy.modes import check_precision
 from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.policy.precision import check_precision
 from hybrid_lightning.types import Prompt
 
 IDS = torch.tensor([[4, 5, 13, 6, 16]])

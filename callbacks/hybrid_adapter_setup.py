@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget
+from hybrid_lightning.adapters.candidates import check_pattern
 from hybrid_lightning.adapters.gradients import ExactGradients, GradientMode
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.adapters.plan_display import draw_heatmap, plan_markdown, plan_rows, plan_table, plan_title
-from hybrid_lightning.adapters.rank_pattern import check_pattern
 from hybrid_lightning.adapters.scorers import PreconditionedTail, Scorer
 from hybrid_lightning.callbacks.adaptable import applied_plan, check_adaptable, model_of
 from hybrid_lightning.callbacks.display import console, say

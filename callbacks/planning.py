@@ -16,11 +16,10 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleScores, make_plan, plan_of_budget
-from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.candidates import find_candidates, ranks_by_pattern
 from hybrid_lightning.adapters.gradients import GradientMode
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, model_digest
-from hybrid_lightning.adapters.rank_pattern import ranks_by_pattern
 from hybrid_lightning.adapters.scorers import Scorer
 from hybrid_lightning.adapters.scoring import Scoring
 from hybrid_lightning.adapters.scoring_process import ScoringProcess

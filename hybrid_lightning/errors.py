@@ -47,3 +47,9 @@ class CheckpointError(HybridLightningError, RuntimeError):
 
 class TrainingError(HybridLightningError, RuntimeError):
     """Training has diverged: a gradient is not finite."""
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """Text of another library's exception for an error message, on one line and cut if it is long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else f"{text[:length]} ..."

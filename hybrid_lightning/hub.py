@@ -25,6 +25,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 from lightning.pytorch.utilities import rank_zero_warn
 
+from hybrid_lightning.errors import one_line
+
 
 def hub_reachable() -> bool:
     """Whether the hub answers. It is asked once, with a warning if it does not answer. False under HF_HUB_OFFLINE."""
@@ -37,8 +39,9 @@ def hub_answers() -> bool:
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # huggingface_hub's versions use different libraries for HTTP
-        reason = " ".join(str(error).split()) or type(error).__name__
-        rank_zero_warn(f"the hub {constants.ENDPOINT} cannot be reached ({reason}): only what is in the cache can be used")
+        rank_zero_warn(
+            f"the hub {constants.ENDPOINT} cannot be reached ({one_line(error)}): only what is in the cache can be used"
+        )
         return False
     return True
 
@@ -97,7 +100,7 @@ class HubRepository:
             return self._token_refused()
         if isinstance(error, RepositoryNotFoundError) or status == 401:
             return self.not_found()
-        return f"the hub answers {status} for the {self.kind} {self.id!r}: {_one_line(error)}; try again later"
+        return f"the hub answers {status} for the {self.kind} {self.id!r}: {one_line(error, 200)}; try again later"
 
     def not_found(self) -> str:
         """Message: it does not exist, or this user may not see it."""
@@ -158,7 +161,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -12,10 +12,9 @@ from typing import Any
 from torch import nn
 
 from hybrid_lightning.adapters import plan_json
-from hybrid_lightning.adapters.candidates import linear_shape
+from hybrid_lightning.adapters.candidates import linear_shape, ranks_by_pattern
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, PlannedModule
-from hybrid_lightning.adapters.rank_pattern import ranks_by_pattern
 from hybrid_lightning.configurable import Configurable, constructor_defaults, to_plain
 from hybrid_lightning.errors import ConfigError
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from hybrid_lightning.data.values import shorten, to_text
+from hybrid_lightning.data.tables import shorten, to_text
 
 MAX_OPTIONS = 26  # one per letter
 

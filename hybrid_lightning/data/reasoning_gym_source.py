@@ -4,8 +4,7 @@ from typing import Any
 
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits
-from hybrid_lightning.data.values import one_line
-from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.errors import ConfigError, DataError, one_line
 
 _INSTALL = "install the optional extra: pip install 'hybrid-lightning[reasoning-gym]'"
 

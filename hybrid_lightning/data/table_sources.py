@@ -10,8 +10,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from hybrid_lightning.data.columns import TableSource, given_splits
 from hybrid_lightning.data.tables import Table, read_table
-from hybrid_lightning.data.values import one_line
-from hybrid_lightning.errors import DataError
+from hybrid_lightning.errors import DataError, one_line
 from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreachable
 
 

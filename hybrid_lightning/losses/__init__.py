@@ -4,8 +4,6 @@ Two parts weight the policy term of any policy loss: importance corrections (`co
 entropy (`top_entropy`). `SupervisedLoss` and `DPOLoss` train on completions that the data has.
 """
 
-from hybrid_lightning.losses.cispo import CISPOLoss
-from hybrid_lightning.losses.clipped import ClippedLoss
 from hybrid_lightning.losses.correction import (
     ImportanceCorrection,
     SequenceMask,
@@ -16,10 +14,10 @@ from hybrid_lightning.losses.correction import (
 from hybrid_lightning.losses.example_losses import DPOLoss, ExampleLoss, SupervisedLoss
 from hybrid_lightning.losses.grpo import BNPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, TokenClippedLoss
 from hybrid_lightning.losses.gspo import GSPOLoss, GSPOTokenLoss
-from hybrid_lightning.losses.policy_loss import PolicyLoss
-from hybrid_lightning.losses.sapo import SAPOLoss
+from hybrid_lightning.losses.policy_loss import ClippedLoss, PolicyLoss
 from hybrid_lightning.losses.shares import combine_metrics
 from hybrid_lightning.losses.top_entropy import TopEntropyMask
+from hybrid_lightning.losses.unclipped import CISPOLoss, SAPOLoss
 
 __all__ = [
     "BNPOLoss",

@@ -65,8 +65,8 @@ import warnings
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses.clipped import ClippedLoss
 from hybrid_lightning.losses.functional import mean_of_micro_batch_means, mean_over_positions, mean_over_tokens, token_ratio
+from hybrid_lightning.losses.policy_loss import ClippedLoss
 from hybrid_lightning.types import LossInputs
 
 # Published clip ranges are 0.1 to 0.3 for the ratios of tokens, and about 4e-4 for GSPO. The ratio of a single token easily moves

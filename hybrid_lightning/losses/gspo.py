@@ -27,8 +27,8 @@ Departures: those of `GSPOLoss`; with `kl_importance_weight` the KL of a token i
 from torch import Tensor
 
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.losses.clipped import ClippedLoss
 from hybrid_lightning.losses.functional import sequence_ratio, token_ratio
+from hybrid_lightning.losses.policy_loss import ClippedLoss
 from hybrid_lightning.types import LossInputs
 
 # Published clip ranges are 3e-4 to 4e-4 for GSPO, and 0.1 or more for GRPO. log s is an average over the tokens of a completion,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.errors import ConfigError, ModelError, one_line
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.policy.optim import OptimizerCallable, make_optimizer
 from hybrid_lightning.policy.quantization import NF4, Quantization
@@ -131,7 +131,7 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None 
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot make a causal language model of this config: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"cannot make a causal language model of this config: {one_line(error)}") from error
     return model.requires_grad_(False).eval()
 
 
@@ -159,7 +159,7 @@ def optimizer_bytes(optimizer: OptimizerCallable, dtype: torch.dtype = torch.flo
         parameter.grad = torch.ones_like(parameter)
         built.step()
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError) as error:
-        raise ConfigError(f"model.optimizer cannot be planned for: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"model.optimizer cannot be planned for: {one_line(error)}") from error
     kept = [
         value for state in built.state.values() for value in state.values() if isinstance(value, Tensor) and value.numel() > 1
     ]

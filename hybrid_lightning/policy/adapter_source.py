@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hybrid_lightning.errors import ModelError
+from hybrid_lightning.errors import ModelError, one_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -61,7 +61,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         weights = load_peft_weights(str(folder), device="cpu")
         result: Any = set_peft_model_state_dict(adapted, weights)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise ModelError(f"cannot put the adapter {str(folder)!r} on its base: {' '.join(str(error).split())[:400]}") from error
+        raise ModelError(f"cannot put the adapter {str(folder)!r} on its base: {one_line(error)}") from error
     missing = [name for name in result.missing_keys if ".lora_" in name or ".modules_to_save." in name]
     if missing or result.unexpected_keys:
         name = (missing or result.unexpected_keys)[0]

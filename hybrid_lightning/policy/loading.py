@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from hybrid_lightning.assets import embedded_policy_path
-from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.errors import ConfigError, ModelError, one_line
 from hybrid_lightning.hub import HubRepository, hub_reachable, offline_if_unreachable
 from hybrid_lightning.policy.adapter_source import ADAPTER_CONFIG, base_of_adapter, merge_adapter
 
@@ -323,7 +323,7 @@ def _errors_of(source: ModelSource, what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         explained = source.repository.explain(error) if source.on_hub else None
-        raise ModelError(explained or f"cannot load {what} {source.location!r}: {_one_line(error)}") from error
+        raise ModelError(explained or f"cannot load {what} {source.location!r}: {one_line(error)}") from error
 
 
 def _not_causal(location: str, model_type: str) -> str:
@@ -345,7 +345,3 @@ def _no_weights(source: ModelSource, files: list[str]) -> str:
             "give the path that it prints as model.model"
         )
     return f"{source.location!r} has no weights that can be read: neither {' nor '.join(_WEIGHTS)}, whole or in shards"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]

@@ -17,9 +17,8 @@ from types import ModuleType
 from typing import Any
 
 from hybrid_lightning.errors import ConfigError, DataError, RewardError
-from hybrid_lightning.rewards.evaluate import describe_error, name_completion, short_repr
+from hybrid_lightning.rewards.evaluate import await_all, call_within, describe_error, name_completion, run_async, short_repr
 from hybrid_lightning.rewards.reward_function import RewardFunction
-from hybrid_lightning.rewards.time_limit import await_all, call_within, run_async
 from hybrid_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)

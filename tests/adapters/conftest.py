@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_lightning.adapters.budgets import Budget, ModuleBudget, ModuleScores, make_plan
-from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters.candidates import find_candidates, ranks_by_pattern
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModel, model_digest
-from hybrid_lightning.adapters.rank_pattern import ranks_by_pattern
 from hybrid_lightning.adapters.scorers import Random
 
 MICRO_BATCHES = torch.randint(3, 40, (6, 3, 10), generator=torch.Generator().manual_seed(7))

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybrid_lightning.adapters.apply import adapter_disabled, apply_plan, parameter_groups, trainable_state
 from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters.candidates import module_group
 from hybrid_lightning.adapters.lora_settings import ADAPTER, LoraSettings
-from hybrid_lightning.adapters.rank_pattern import module_group
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError
 
 SETTINGS = {

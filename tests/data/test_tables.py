@@ -3,8 +3,7 @@ import json
 
 import pytest
 
-from hybrid_lightning.data.tables import read_table
-from hybrid_lightning.data.values import to_text
+from hybrid_lightning.data.tables import read_table, to_text
 from hybrid_lightning.errors import DataError
 
 TABLE = [{"question": "a, b", "answer": "007"}, {"question": 'say "x"\nnow', "answer": "2020-01-01"}]

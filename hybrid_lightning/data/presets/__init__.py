@@ -16,8 +16,7 @@ The table gives each class's default: the data set's split that is used for each
 named, and a local copy used instead of the hub (see `PresetSource`).
 """
 
-from hybrid_lightning.data.presets.code_and_knowledge import LeetCode, MMLUPro
-from hybrid_lightning.data.presets.mathematics import AIME24, AIME25, AMC23, GSM8K, MATH, MATH500, DAPOMath17k
+from hybrid_lightning.data.presets.data_sets import AIME24, AIME25, AMC23, GSM8K, MATH, MATH500, DAPOMath17k, LeetCode, MMLUPro
 from hybrid_lightning.data.presets.preset_source import PresetSource
 
 __all__ = ["AIME24", "AIME25", "AMC23", "GSM8K", "MATH", "MATH500", "DAPOMath17k", "LeetCode", "MMLUPro", "PresetSource"]

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from hybrid_lightning.errors import ConfigError, RolloutError
+from hybrid_lightning.errors import ConfigError, RolloutError, one_line
 from hybrid_lightning.options import Option
 from hybrid_lightning.rollout.rollout_engine import PolicyWeight, PolicyWeights, ServedModel
 from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
@@ -321,7 +321,7 @@ def cache_bytes_of_token(config: Any, dtype: torch.dtype) -> int:
 
 
 def _why_not_started(error: BaseException, sampler: VLLMSampler) -> str:
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error)
     remedy = "see docs/how-to/vllm.md, or leave model.sampler out to sample without vLLM"
     if "memory" in text.lower() or "KV cache" in text:
         remedy = (

@@ -3,7 +3,8 @@
 in_process.py    `VLLMSampler`: an engine in the training process
 deferred.py      weights that are computed where an engine in this process copies them
 servers.py       `VLLMServerSampler`: servers reached over HTTP
-server_client.py one server: what it says of itself, its checks, its requests, its weights
+server_checks.py whether a server can complete for the policy
+server_client.py one server: what it says of itself, its requests, its weights
 dispatch.py      spreads the requests of a rollout over servers
 delivery.py      gives one server the weights of an update
 completing.py    what both ask of vLLM, and what they make of its answers

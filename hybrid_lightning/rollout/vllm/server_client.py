@@ -1,4 +1,4 @@
-"""`Server`: one vLLM server: what it has, what is wrong with it, its completions and its weights.
+"""`Server`: one vLLM server: what it says of itself, its requests, its completions and its weights.
 
 Used of its interface: `/inference/v1/generate`, token ids in and out, which is there with `--enable-scale-out`; and what trains
 need (`/weight_info`, `/pause`, `/init_weight_transfer_engine` and so on), which is there with VLLM_SERVER_DEV_MODE=1.
@@ -11,30 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import httpx
-from lightning.pytorch.utilities import rank_zero_warn
-from transformers import PreTrainedTokenizerBase
 
-from hybrid_lightning.errors import ConfigError, RolloutError
-from hybrid_lightning.rollout.rollout_engine import ServedModel
-from hybrid_lightning.rollout.vllm import BACKEND
+from hybrid_lightning.errors import RolloutError
 from hybrid_lightning.rollout.vllm.completing import Answer
-from hybrid_lightning.rollout.vllm.installed import check_version
-from hybrid_lightning.rollout.vllm.transfer import LACKS, facts_of
+from hybrid_lightning.rollout.vllm.transfer import LACKS
 
-BACKENDS = (BACKEND, "nccl")  # ways to send weights
 _CONNECT_S = 10.0
 _SHORT_S = 30.0  # for questions that a server answers between two steps of its engine
-_START = (
-    "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model ... --enable-scale-out --logprobs-mode "
-    "processed_logprobs --generation-config vllm --weight-transfer-config '{\"backend\": ...}'"
-)
-# Texts by which tokenizers are told apart: digits, spaces, several scripts, words that chat templates use.
-_PROBES = (
-    "0123456789 12*34=408",
-    "  two  spaces\n\tand a tab ",
-    "na\u00efve \u4f60\u597d \u0437\u0434\u0440\u0430\u0432\u0441\u0442\u0432\u0443\u0439 \U0001f642",
-    "<|im_start|>user<|im_end|><s></s>[INST]<think></think><|eot_id|>",
-)
 
 
 @dataclass(frozen=True)
@@ -111,8 +94,6 @@ class Server:
         self._facts: ServerFacts | None = None
         self._client: httpx.Client | None = None
 
-    # ---- checks
-
     @property
     def facts(self) -> ServerFacts:
         """What it has; asked once."""
@@ -122,8 +103,8 @@ class Server:
 
     def _ask_facts(self) -> ServerFacts:
         # The first time it looks at its whole environment, which takes seconds.
-        info = self._ask("GET", "/server_info", params={"config_format": "json"}, limit=2 * _SHORT_S)
-        names, size = self._ask("GET", "/v1/models"), self._ask("GET", "/get_world_size")
+        info = self.ask("GET", "/server_info", params={"config_format": "json"}, limit=2 * _SHORT_S)
+        names, size = self.ask("GET", "/v1/models"), self.ask("GET", "/get_world_size")
         try:
             return ServerFacts.of(info["vllm_config"], names, size)
         except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -139,150 +120,49 @@ class Server:
         """Ask `facts` again when they are needed: it may have been started again."""
         self._facts = None
 
-    def check(self, model: ServedModel, max_new_tokens: int) -> None:
-        """Make sure that it can complete for a policy.
-
-        Raises:
-            ConfigError: If it cannot; the message says how to start it.
-            ServerError: If it does not answer.
-        """
-        self._check_interface()
-        facts = self.facts
-        if facts.logprobs_mode != "processed_logprobs":
-            raise ConfigError(
-                f"{self.url} gives {facts.logprobs_mode}, which are not those of what it samples from; start it with "
-                "--logprobs-mode processed_logprobs"
-            )
-        if facts.splits_prompts_on_cpu:
-            raise ConfigError(
-                f"{self.url} takes long prompts in pieces, by which vLLM 0.32 ends on a CPU where requests have seeds; start it "
-                "with --no-enable-chunked-prefill"
-            )
-        if facts.backend not in BACKENDS:
-            raise ConfigError(
-                f"{self.url} cannot be sent weights ({facts.backend or 'no'} weight transfer); start it with "
-                f'--weight-transfer-config \'{{"backend": "nccl"}}\' on GPUs, or with "{BACKEND}" on CPUs and wherever NCCL '
-                "cannot be had, which needs hybrid_lightning in its environment"
-            )
-        if facts.backend == "nccl" and model.device.type != "cuda":
-            raise ConfigError(
-                f"{self.url} takes weights by NCCL, which a policy on {model.device.type} cannot send by; start it with "
-                f'--weight-transfer-config \'{{"backend": "{BACKEND}"}}\''
-            )
-        if facts.context <= max_new_tokens:
-            raise ConfigError(
-                f"{self.url} has a context of {facts.context} tokens, which leaves no room for a prompt beside sampler."
-                f"max_new_tokens={max_new_tokens}; start it with a longer --max-model-len, or lower sampler.max_new_tokens"
-            )
-        self._check_tokenizer(model.tokenizer)
-        self._check_config(model)
-        wanted = str(model.dtype).removeprefix("torch.")
-        if facts.dtype != wanted:
-            rank_zero_warn(
-                f"{self.url} computes in {facts.dtype} and the policy in {wanted}, so that their probabilities differ more than "
-                f"they need to; start it with --dtype {wanted}"
-            )
-
-    def _check_interface(self) -> None:
-        version = self._ask_if_there("/version")
-        if not version:
-            raise ConfigError(f"{self.url} is no vLLM server (it has no /version); start one there: {_START}")
-        check_version(str(version["version"]), self.url)
-        if not self._ask_if_there("/weight_info"):
-            raise ConfigError(
-                f"{self.url} has no interface for weights; start it with VLLM_SERVER_DEV_MODE=1 in its environment: {_START}"
-            )
-        if self._ask_if_there("/inference/v1/generate") is None:
-            raise ConfigError(f"{self.url} does not take token ids; start it with --enable-scale-out: {_START}")
-
-    def _ask_if_there(self, path: str) -> Any:
-        """The answer to a GET request; None if there is no such path. Where only POST is allowed the answer is empty."""
-        try:
-            return self._ask("GET", path)
-        except ServerError as error:
-            if error.status not in (404, 405):
-                raise
-            return None if error.status == 404 else {}
-
-    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        size = len(tokenizer)
-        words = tokenizer.decode([number * size // 32 for number in range(32)])
-        for text in (*_PROBES, str(words), " ".join(tokenizer.all_special_tokens)):
-            try:
-                wanted = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-            except Exception:  # of a tokenizer without an unknown token, whose class the library keeps to itself
-                continue
-            try:
-                found: Any = self._ask("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
-            except ServerError as error:
-                if error.status in (404, 405, 501):
-                    return  # started without a tokenizer
-                if error.status is None:
-                    raise
-                found = f"nothing ({error.cause})"
-            if found != wanted:
-                raise ConfigError(
-                    f"{self.url} ({self.facts.model}) has another tokenizer than the policy: it splits {text!r} into "
-                    f"{str(found)[:60]} and the policy into {str(wanted)[:60]}; start it with the policy's model"
-                )
-
-    def _check_config(self, model: ServedModel) -> None:
-        if self.facts.backend != BACKEND:
-            return  # vLLM's own transfers compare nothing
-        try:
-            facts = facts_of(model.config)
-            self.init_weight_transfer_engine({"host": "", "port": 0, "ranks": 0, "timeout_s": 1, "config": facts})
-        except ServerError as error:
-            if not error.is_final:
-                raise
-            name = getattr(model.config, "_name_or_path", "") or "the policy's model"
-            raise ConfigError(
-                f"{self.url} has {self.facts.model}, not {name}: {error.cause}; start it with the policy's"
-            ) from error
-
     # ---- weights
 
     def label(self, limit: float = _SHORT_S) -> str:
         """Which weights it has, as it was told."""
-        return str(self._ask("GET", "/weight_info", limit=limit)["weight_version"])
+        return str(self.ask("GET", "/weight_info", limit=limit)["weight_version"])
 
     def set_label(self, label: str) -> None:
         """Tell it which weights it has."""
-        self._ask("POST", "/update_weight_version", {"new_version": label})
+        self.ask("POST", "/update_weight_version", {"new_version": label})
 
     def pause(self) -> None:
         """End all requests, and begin no others."""
-        self._ask("POST", "/pause", params={"mode": "abort"}, limit=self.timeout)
+        self.ask("POST", "/pause", params={"mode": "abort"}, limit=self.timeout)
 
     def resume(self) -> None:
         """Begin requests again."""
-        self._ask("POST", "/resume")
+        self.ask("POST", "/resume")
 
     def reset_prefix_cache(self) -> None:
         """Forget what other weights have computed."""
-        self._ask("POST", "/reset_prefix_cache")
+        self.ask("POST", "/reset_prefix_cache")
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Let its workers connect to the sender."""
         body = {"init_info": init_info}
-        self._after_a_stop(lambda: self._ask("POST", "/init_weight_transfer_engine", body, limit=self.timeout))
+        self._after_a_stop(lambda: self.ask("POST", "/init_weight_transfer_engine", body, limit=self.timeout))
 
     def shutdown_weight_transfer_engine(self, limit: float = _SHORT_S) -> None:
         """Let its workers close their connection."""
-        self._after_a_stop(lambda: self._ask("POST", "/shutdown_weight_transfer_engine", limit=limit))
+        self._after_a_stop(lambda: self.ask("POST", "/shutdown_weight_transfer_engine", limit=limit))
 
     def start_weight_update(self) -> None:
         """Let it expect weights."""
-        self._after_a_stop(lambda: self._ask("POST", "/start_weight_update", limit=self.timeout))
+        self._after_a_stop(lambda: self.ask("POST", "/start_weight_update", limit=self.timeout))
 
     def update_weights(self, update_info: Any, limit: float | None = None) -> None:
         """Let it receive weights."""
-        self._ask("POST", "/update_weights", {"update_info": update_info}, limit=limit or self.timeout)
+        self.ask("POST", "/update_weights", {"update_info": update_info}, limit=limit or self.timeout)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Let it use the weights that came."""
         body = {} if weight_version is None else {"weight_version": weight_version}
-        self._ask("POST", "/finish_weight_update", body, limit=self.timeout)
+        self.ask("POST", "/finish_weight_update", body, limit=self.timeout)
 
     def _after_a_stop(self, request: Callable[[], Any]) -> None:
         """Make a request, again if an update is open that a sender began and, since it was stopped, did not end."""
@@ -357,10 +237,24 @@ class Server:
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=0),
         }
 
-    def _ask(
+    def ask(
         self, method: str, path: str, body: Any = None, *, params: dict[str, str] | None = None, limit: float = _SHORT_S
     ) -> Any:
-        """Make a request, and return the JSON of its answer."""
+        """Make a request.
+
+        Args:
+            method: GET or POST.
+            path: Such as /version.
+            body: Sent as JSON.
+            params: Behind the path.
+            limit: Longest time in seconds.
+
+        Returns:
+            The JSON of its answer; None if it is empty.
+
+        Raises:
+            ServerError: If it does not answer, or refuses.
+        """
         timeout = httpx.Timeout(min(limit, self.timeout) if limit <= _SHORT_S else limit, connect=_CONNECT_S)
         try:
             if self._client is None:

@@ -19,6 +19,7 @@ from hybrid_lightning.rollout.vllm import BACKEND
 from hybrid_lightning.rollout.vllm.completing import Answer, VLLMEngine
 from hybrid_lightning.rollout.vllm.delivery import Delivery
 from hybrid_lightning.rollout.vllm.dispatch import Dispatch
+from hybrid_lightning.rollout.vllm.server_checks import check_server
 from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
 from hybrid_lightning.rollout.vllm.transfer import GlooTransfer, NcclTransfer, Transfer, Update, facts_of, local_address
 
@@ -103,7 +104,7 @@ class VLLMServerSampler(VLLMEngine):
             ConfigError: If one has been started for something else.
             RolloutError: If one does not answer.
         """
-        for failure in self._of_each(self._servers, lambda server: server.check(model, self.max_new_tokens)).values():
+        for failure in self._of_each(self._servers, lambda server: check_server(server, model, self.max_new_tokens)).values():
             if isinstance(failure, ServerError):
                 raise RolloutError(
                     f"{failure}; start the server, or take it out of sampler.urls (docs/how-to/vllm.md has the command)"
@@ -249,7 +250,7 @@ class VLLMServerSampler(VLLMEngine):
         self._disconnect(server)
         server.forget()
         try:
-            server.check(model, self.max_new_tokens)
+            check_server(server, model, self.max_new_tokens)
         except ConfigError as error:
             self._hopeless.add(server)
             raise RolloutError(str(error)) from error

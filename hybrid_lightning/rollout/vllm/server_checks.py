@@ -1,0 +1,131 @@
+"""Whether a vLLM server can complete for a policy, and if not, how to start it."""
+
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.rollout.rollout_engine import ServedModel
+from hybrid_lightning.rollout.vllm import BACKEND
+from hybrid_lightning.rollout.vllm.installed import check_version
+from hybrid_lightning.rollout.vllm.server_client import Server, ServerError
+from hybrid_lightning.rollout.vllm.transfer import facts_of
+
+_START = (
+    "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model ... --enable-scale-out --logprobs-mode "
+    "processed_logprobs --generation-config vllm --weight-transfer-config '{\"backend\": ...}'"
+)
+# Texts by which tokenizers are told apart: digits, spaces, several scripts, words that chat templates use.
+_PROBES = (
+    "0123456789 12*34=408",
+    "  two  spaces\n\tand a tab ",
+    "na\u00efve \u4f60\u597d \u0437\u0434\u0440\u0430\u0432\u0441\u0442\u0432\u0443\u0439 \U0001f642",
+    "<|im_start|>user<|im_end|><s></s>[INST]<think></think><|eot_id|>",
+)
+
+
+def check_server(server: Server, model: ServedModel, max_new_tokens: int) -> None:
+    """Make sure that it can complete for a policy.
+
+    Raises:
+        ConfigError: If it cannot; the message says how to start it.
+        ServerError: If it does not answer.
+    """
+    _check_interface(server)
+    facts = server.facts
+    if facts.logprobs_mode != "processed_logprobs":
+        raise ConfigError(
+            f"{server.url} gives {facts.logprobs_mode}, which are not those of what it samples from; start it with "
+            "--logprobs-mode processed_logprobs"
+        )
+    if facts.splits_prompts_on_cpu:
+        raise ConfigError(
+            f"{server.url} takes long prompts in pieces, by which vLLM 0.32 ends on a CPU where requests have seeds; start it "
+            "with --no-enable-chunked-prefill"
+        )
+    if facts.backend not in (BACKEND, "nccl"):
+        raise ConfigError(
+            f"{server.url} cannot be sent weights ({facts.backend or 'no'} weight transfer); start it with "
+            f'--weight-transfer-config \'{{"backend": "nccl"}}\' on GPUs, or with "{BACKEND}" on CPUs and wherever NCCL '
+            "cannot be had, which needs hybrid_lightning in its environment"
+        )
+    if facts.backend == "nccl" and model.device.type != "cuda":
+        raise ConfigError(
+            f"{server.url} takes weights by NCCL, which a policy on {model.device.type} cannot send by; start it with "
+            f'--weight-transfer-config \'{{"backend": "{BACKEND}"}}\''
+        )
+    if facts.context <= max_new_tokens:
+        raise ConfigError(
+            f"{server.url} has a context of {facts.context} tokens, which leaves no room for a prompt beside sampler."
+            f"max_new_tokens={max_new_tokens}; start it with a longer --max-model-len, or lower sampler.max_new_tokens"
+        )
+    _check_tokenizer(server, model.tokenizer)
+    _check_config(server, model)
+    wanted = str(model.dtype).removeprefix("torch.")
+    if facts.dtype != wanted:
+        rank_zero_warn(
+            f"{server.url} computes in {facts.dtype} and the policy in {wanted}, so that their probabilities differ more than "
+            f"they need to; start it with --dtype {wanted}"
+        )
+
+
+def _check_interface(server: Server) -> None:
+    version = _ask_if_there(server, "/version")
+    if not version:
+        raise ConfigError(f"{server.url} is no vLLM server (it has no /version); start one there: {_START}")
+    check_version(str(version["version"]), server.url)
+    if not _ask_if_there(server, "/weight_info"):
+        raise ConfigError(
+            f"{server.url} has no interface for weights; start it with VLLM_SERVER_DEV_MODE=1 in its environment: {_START}"
+        )
+    if _ask_if_there(server, "/inference/v1/generate") is None:
+        raise ConfigError(f"{server.url} does not take token ids; start it with --enable-scale-out: {_START}")
+
+
+def _ask_if_there(server: Server, path: str) -> Any:
+    """The answer to a GET request; None if there is no such path. Where only POST is allowed the answer is empty."""
+    try:
+        return server.ask("GET", path)
+    except ServerError as error:
+        if error.status not in (404, 405):
+            raise
+        return None if error.status == 404 else {}
+
+
+def _check_tokenizer(server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
+    size = len(tokenizer)
+    words = tokenizer.decode([number * size // 32 for number in range(32)])
+    for text in (*_PROBES, str(words), " ".join(tokenizer.all_special_tokens)):
+        try:
+            wanted = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception:  # of a tokenizer without an unknown token, whose class the library keeps to itself
+            continue
+        try:
+            found: Any = server.ask("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+        except ServerError as error:
+            if error.status in (404, 405, 501):
+                return  # started without a tokenizer
+            if error.status is None:
+                raise
+            found = f"nothing ({error.cause})"
+        if found != wanted:
+            raise ConfigError(
+                f"{server.url} ({server.facts.model}) has another tokenizer than the policy: it splits {text!r} into "
+                f"{str(found)[:60]} and the policy into {str(wanted)[:60]}; start it with the policy's model"
+            )
+
+
+def _check_config(server: Server, model: ServedModel) -> None:
+    if server.facts.backend != BACKEND:
+        return  # vLLM's own transfers compare nothing
+    try:
+        facts = facts_of(model.config)
+        server.init_weight_transfer_engine({"host": "", "port": 0, "ranks": 0, "timeout_s": 1, "config": facts})
+    except ServerError as error:
+        if not error.is_final:
+            raise
+        name = getattr(model.config, "_name_or_path", "") or "the policy's model"
+        raise ConfigError(
+            f"{server.url} has {server.facts.model}, not {name}: {error.cause}; start it with the policy's"
+        ) from error

@@ -4,15 +4,14 @@ from hybrid_lightning.callbacks.adaptable import Adaptable
 from hybrid_lightning.callbacks.evaluation_report import EvaluationReport
 from hybrid_lightning.callbacks.graceful_stop import GracefulStop
 from hybrid_lightning.callbacks.hybrid_adapter_setup import HybridAdapterSetup
+from hybrid_lightning.callbacks.loggers import TensorBoardOverview
 from hybrid_lightning.callbacks.model_checkpoint import ModelCheckpoint
 from hybrid_lightning.callbacks.policy_export import PolicyExport
 from hybrid_lightning.callbacks.prediction_writer import PredictionWriter
-from hybrid_lightning.callbacks.reward_divergence import RewardDivergence
-from hybrid_lightning.callbacks.rollout_display import RolloutProgress, RolloutSamples
+from hybrid_lightning.callbacks.rollouts import RewardDivergence, RolloutProgress, RolloutSamples
 from hybrid_lightning.callbacks.run_folder import RunFolder
 from hybrid_lightning.callbacks.run_summary import RunSummary
 from hybrid_lightning.callbacks.step_timer import StepTimer
-from hybrid_lightning.callbacks.tensorboard_overview import TensorBoardOverview
 
 __all__ = [
     "Adaptable",

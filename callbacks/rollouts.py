@@ -1,9 +1,17 @@
-"""Show rollouts: `RolloutProgress` on the screen while they are generated, and `RolloutSamples` in the loggers."""
+"""What a run shows of its rollouts.
 
+`RolloutProgress` shows them on the screen while they are generated, `RolloutSamples` puts pages of them into the loggers, and
+`RewardDivergence` warns when a part of the reward rises while correctness falls (reward hacking).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from hybrid_lightning.callbacks.loggers import log_histogram, log_table
@@ -67,7 +75,24 @@ class RolloutProgress(RichProgressBar):
         self.progress.update(self._generation_task, completed=decoded, total=total, visible=not done)
 
 
-class RolloutSamples(Callback):
+class OncePerRollout(Callback, ABC):
+    """Base of callbacks that look at each rollout once, though several batches may be made of it."""
+
+    _last: Any = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look at the rollout of the batch if it is a new one."""
+        rollout = getattr(pl_module, "last_rollout", None)
+        if rollout is not None and rollout is not self._last:
+            self._last = rollout
+            self.on_rollout(trainer, *rollout)
+
+    @abstractmethod
+    def on_rollout(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
+        """Look at a rollout."""
+
+
+class RolloutSamples(OncePerRollout):
     """Logs pages of sampled completions with rewards and advantages, and histograms of the rewards.
 
     Args:
@@ -82,18 +107,13 @@ class RolloutSamples(Callback):
                 raise ConfigError(f"samples.{name} must be at least 1, got {value}")
         self.every_n_rollouts, self.prompts, self.completions = every_n_rollouts, prompts, completions
         self._seen = 0
-        self._last: Any = None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Log the rollout of the batch, once for each rollout."""
-        rollout = getattr(pl_module, "last_rollout", None)
-        if rollout is None or rollout is self._last:
-            return
-        self._last = rollout
+    def on_rollout(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
+        """Log a page of the rollout if it is time for one."""
         if self._seen % self.every_n_rollouts == 0 and trainer.is_global_zero:
-            columns, rows = self.table(*rollout)
-            log_table(trainer, "samples", columns, rows, trainer.global_step, self.page(*rollout))
-            log_histogram(trainer, "rewards/histogram", rollout[1].total.float().cpu(), trainer.global_step)
+            columns, rows = self.table(rollouts, rewards, advantages)
+            log_table(trainer, "samples", columns, rows, trainer.global_step, self.page(rollouts, rewards, advantages))
+            log_histogram(trainer, "rewards/histogram", rewards.total.float().cpu(), trainer.global_step)
         self._seen += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,3 +164,68 @@ _AS_TEXT = str.maketrans({**{c: f"&#{ord(c)};" for c in "&<>|\\`*_{}[]()#+-!~"},
 def _cell(text: str) -> str:
     """Text escaped for a cell of a Markdown table."""
     return text.translate(_AS_TEXT) or "*(empty)*"
+
+
+class RewardDivergence(OncePerRollout):
+    """Compares the older with the newer half of the last rollouts, and warns once for each part of the reward.
+
+    For example, a reward of 0.1 for ending a completion can make a policy end at once: the reward rises, the accuracy falls.
+
+    Args:
+        window: Number of rollouts that are compared; an even number.
+        standard_errors: How many standard errors both changes must have.
+    """
+
+    def __init__(self, window: int = 20, standard_errors: float = 2.0) -> None:
+        if window < 4 or window % 2:
+            raise ConfigError(f"divergence.window must be an even number of at least 4, got {window}")
+        if not standard_errors > 0:
+            raise ConfigError(f"divergence.standard_errors must be positive, got {standard_errors}")
+        self.window, self.standard_errors = window, standard_errors
+        self._history: deque[dict[str, float]] = deque(maxlen=window)
+        self._warned: set[str] = set()
+
+    def on_rollout(self, trainer: Trainer, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> None:
+        """Record the rollout's means, and warn of parts that diverge."""
+        means = {f"rewards/{name}": float(part.mean()) for name, part in rewards.parts.items()}
+        self._history.append({"accuracy": float(rewards.correct.float().mean()), **means})
+        for name in self.diverging():
+            if name not in self._warned:
+                self._warned.add(name)
+                rank_zero_warn(
+                    f"{name} rose while the share of correct completions fell over the last {self.window} rollouts (step "
+                    f"{trainer.global_step}): the policy may be exploiting this part of the reward; lower its weight or remove it"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, so that a resumed run warns where a run that was not stopped would."""
+        return {"history": list(self._history), "warned": sorted(self._warned)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the history."""
+        self._history.extend(state_dict["history"])  # if the window is smaller now, the newest entries stay
+        self._warned.update(state_dict["warned"])
+
+    def diverging(self) -> list[str]:
+        """Parts of the reward that rise while the accuracy falls, over the last `window` rollouts."""
+        if len(self._history) < self.window:
+            return []
+        if self._change("accuracy") > -self.standard_errors:
+            return []
+        return [name for name in self._history[-1] if name != "accuracy" and self._change(name) >= self.standard_errors]
+
+    def _change(self, name: str) -> float:
+        """Change of a value from the older to the newer half, in standard errors."""
+        values = [entry.get(name, 0.0) for entry in self._history]
+        half = self.window // 2
+        (old, old_error), (new, new_error) = _mean_and_error(values[:half]), _mean_and_error(values[half:])
+        if new == old:
+            return 0.0
+        error = math.hypot(old_error, new_error)
+        return (new - old) / error if error > 0 else math.copysign(math.inf, new - old)
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float]:
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))

@@ -12,6 +12,7 @@ import torch
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.export.model_card import copy_licence_files, model_card
 from hybrid_lightning.export.trained import ExportForm, TrainedPolicy
+from hybrid_lightning.sharding.atomic import flush
 
 
 def write_policy(policy: TrainedPolicy, form: ExportForm, target: str | Path) -> Path:
@@ -72,13 +73,13 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _flush(path)
+            flush(path)
         check_target(target)
         partial.replace(target)  # replaces an empty folder
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def check_target(target: Path) -> None:
@@ -95,12 +96,3 @@ def check_target(target: Path) -> None:
     above = next(folder for folder in target.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ConfigError(f"folder={str(target)!r}: {above} is no folder that can be written to; give a folder elsewhere")
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

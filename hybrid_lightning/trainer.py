@@ -58,9 +58,9 @@ class Trainer(LightningTrainer):
         if ckpt_path is not None and is_scoring(ckpt_path):
             if self.state.fn != "fit":
                 raise CheckpointError(f"{ckpt_path} is no checkpoint, but what scoring has found: it is for fit and score")
-            for callback in self.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, HybridAdapterSetup):
-                    callback.earlier_scoring = Path(ckpt_path)
+            adapter = find_callback(self, HybridAdapterSetup)
+            if adapter is not None:
+                adapter.earlier_scoring = Path(ckpt_path)
             ckpt_path = None
         elif self.command == "score" and ckpt_path is not None:
             raise CheckpointError(
@@ -150,11 +150,10 @@ class Trainer(LightningTrainer):
             model.pretrained.check()  # asks the hub for the model, before the data is downloaded
             if isinstance(datamodule, PromptDataModule) and not _prepares_itself(datamodule):
                 self._check_data(model, datamodule, command)
-            if self.state.fn == "fit":
-                for callback in self.callbacks:  # type: ignore[attr-defined]
-                    if isinstance(callback, HybridAdapterSetup):
-                        callback.check(model)
-                        self._check_memory(model, callback, datamodule)
+            adapter = find_callback(self, HybridAdapterSetup)
+            if self.state.fn == "fit" and adapter is not None:
+                adapter.check(model)
+                self._check_memory(model, adapter, datamodule)
         finally:
             self.state.fn = None
 
@@ -196,7 +195,7 @@ class Trainer(LightningTrainer):
             CheckpointError: If `ckpt_path` is something else.
             ConfigError: If there is no callback HybridAdapterSetup.
         """
-        if not any(isinstance(callback, HybridAdapterSetup) for callback in self.callbacks):  # type: ignore[attr-defined]
+        if find_callback(self, HybridAdapterSetup) is None:
             raise ConfigError("score needs the callback HybridAdapterSetup among trainer.callbacks")
         # Scoring is part of the setup of `fit`; a `fit` of 0 steps runs just that setup, under every strategy.
         self.fit_loop.epoch_loop.max_steps = 0
@@ -236,9 +235,9 @@ class Trainer(LightningTrainer):
         if ckpt_path is None:
             policy = policy_in_training(self, model)
         else:
-            for callback in self.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, HybridAdapterSetup):
-                    check_evaluated(read_checkpoint(ckpt_path), callback)
+            adapter = find_callback(self, HybridAdapterSetup)
+            if adapter is not None:
+                check_evaluated(read_checkpoint(ckpt_path), adapter)
             policy = policy_of_checkpoint(ckpt_path, dict(model.hparams), datamodule) if self.is_global_zero else None
         if policy is not None:
             form = form or MergedModel()
@@ -272,14 +271,14 @@ class Trainer(LightningTrainer):
             ConfigError: If there is no callback HybridAdapterSetup, or a value is impossible.
             ModelError: If there is no such model, or it cannot be traced.
         """
-        adapters = [callback for callback in self.callbacks if isinstance(callback, HybridAdapterSetup)]  # type: ignore[attr-defined]
-        if not adapters:
+        adapter = find_callback(self, HybridAdapterSetup)
+        if adapter is None:
             raise ConfigError("plan needs the callback HybridAdapterSetup among trainer.callbacks")
         if device_gib is not None:
             if not device_gib > 0:
                 raise ConfigError(f"device_gib must be a positive number, got {device_gib}")
             flags = replace(flags, device_bytes=None if flags.on_cpu else int(device_gib * 2**30))
-        settings = run_settings(model, adapters[0], datamodule, flags, prompt_tokens)
+        settings = run_settings(model, adapter, datamodule, flags, prompt_tokens)
         methods = plan_memory(settings, flags.sharding)
         console().print(memory_title(methods, settings, flags.sharding), soft_wrap=True)
         console().print(memory_table(methods))

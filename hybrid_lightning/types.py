@@ -30,6 +30,11 @@ class Prompt:
     def __post_init__(self) -> None:
         assert (self.text is None) != (self.messages is None), "a Prompt has either text or messages"
 
+    @property
+    def place(self) -> str:
+        """Where the prompt comes from, for messages."""
+        return f"{self.source or 'the data'} row {self.index}"
+
 
 class Completion(str):
     """The text of a completion, with its number of tokens, whether it is finished, and whether it begins within reasoning.

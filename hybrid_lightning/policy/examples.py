@@ -30,7 +30,6 @@ from hybrid_lightning.policy.evaluation import ExampleEvaluation
 from hybrid_lightning.policy.language import LanguageModule
 from hybrid_lightning.policy.optim import LearningRateSchedule, OptimizerCallable
 from hybrid_lightning.policy.pretrained import Pretrained
-from hybrid_lightning.policy.prompts import place_of
 from hybrid_lightning.policy.quantization import Quantization
 from hybrid_lightning.policy.training_data import training_prompts
 from hybrid_lightning.rewards import RewardFunction
@@ -176,22 +175,22 @@ class ExampleModule(LanguageModule):
 
     def _example_tokens(self, prompt: Prompt) -> tuple[list[int], list[list[int]]]:
         """Token ids of a prompt, and of each of its completions."""
-        place = place_of(prompt)
         if len(prompt.completions) != self.loss.rows_per_example:
             needed = (
                 "one: give data.format=DemonstrationFormat"
                 if self.loss.rows_per_example == 1
                 else "two, the chosen and the rejected one: give data.format=PreferenceFormat"
             )
-            raise DataError(f"{place} has {len(prompt.completions)} completions, but {type(self).__name__} needs {needed}")
+            count = len(prompt.completions)
+            raise DataError(f"{prompt.place} has {count} completions, but {type(self).__name__} needs {needed}")
         ids, encoder, stop_ids = self.encode(prompt), self.pretrained.encoder, self.pretrained.stop_ids
         completions = [encoder.encode_completion(prompt, text, stop_ids) for text in prompt.completions]
         longest = len(ids) + max(map(len, completions))
         limit = getattr(self.pretrained.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise DataError(
-                f"{place} has {longest} tokens ({len(ids)} of the prompt), more than the {limit} that the model reads; shorten "
-                "or remove the row, or drop long prompts by data.max_prompt_tokens (examples are never cut)"
+                f"{prompt.place} has {longest} tokens ({len(ids)} of the prompt), more than the {limit} that the model reads; "
+                "shorten or remove the row, or drop long prompts by data.max_prompt_tokens (examples are never cut)"
             )
         return ids, completions
 

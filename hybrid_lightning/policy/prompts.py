@@ -50,7 +50,7 @@ class PromptEncoder:
             if type(error) is TemplateError and any(message["role"] == "system" for message in prompt.messages):
                 change += " (for no system role: system_prompt=null, and template='Reason step by step. {question}' or the like)"
             raise ConfigError(
-                f"the chat template refuses the prompt of {place_of(prompt)}: {error}; {change} or model.chat_template"
+                f"the chat template refuses the prompt of {prompt.place}: {error}; {change} or model.chat_template"
             ) from error
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -65,15 +65,14 @@ class PromptEncoder:
             ids = list(self.tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"])
         except Exception as error:  # tokenizers without an "unknown" token have no error class of their own
             raise DataError(
-                f"the tokenizer cannot encode the prompt of {place_of(prompt)}, which begins {text[:60]!r}: {error}; the model's "
+                f"the tokenizer cannot encode the prompt of {prompt.place}, which begins {text[:60]!r}: {error}; the model's "
                 "vocabulary lacks a part of it, so take another model, other data or another data.format, system_prompt "
                 "included (the embedded policy knows digits and signs alone)"
             ) from error
         while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and prompt.messages is None:
             ids.pop()
         if not ids:
-            place = place_of(prompt)
-            raise DataError(f"the prompt of {place} is empty; remove the row, or give data.format a template with text")
+            raise DataError(f"the prompt of {prompt.place} is empty; remove the row, or give data.format a template with text")
         return ids
 
     def encode_completion(self, prompt: Prompt, text: str, stop_ids: Sequence[int]) -> list[int]:
@@ -95,14 +94,14 @@ class PromptEncoder:
             asked, whole = self.render(prompt), self._render_answered(prompt, text)
             if not whole.startswith(asked):
                 raise ConfigError(
-                    f"the chat template writes the prompt of {place_of(prompt)} otherwise once it is answered, so that "
+                    f"the chat template writes the prompt of {prompt.place} otherwise once it is answered, so that "
                     "completions could not be told from prompts; set model.chat_template to one that adds the answer behind "
                     "the prompt"
                 )
             text = whole.removeprefix(asked)
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
-            raise DataError(f"a completion of {place_of(prompt)} has no tokens; correct or remove the row")
+            raise DataError(f"a completion of {prompt.place} has no tokens; correct or remove the row")
         last = max((place for place, token in enumerate(ids) if token in stop_ids), default=None)
         if prompt.messages is not None and last is not None:
             return ids[: last + 1]  # a template may write a line break behind it, which the policy need not learn
@@ -114,7 +113,7 @@ class PromptEncoder:
             return self._apply_template(messages)
         except TemplateError as error:
             raise ConfigError(
-                f"the chat template refuses the answer of {place_of(prompt)}: {error}; change model.chat_template"
+                f"the chat template refuses the answer of {prompt.place}: {error}; change model.chat_template"
             ) from error
 
     def _apply_template(self, messages: list[dict[str, str]], **options: Any) -> str:
@@ -123,8 +122,3 @@ class PromptEncoder:
         )
         assert isinstance(text, str)
         return text
-
-
-def place_of(prompt: Prompt) -> str:
-    """Where a prompt comes from, for error messages."""
-    return f"{prompt.source or 'the data'} row {prompt.index}"

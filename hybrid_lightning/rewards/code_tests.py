@@ -138,7 +138,7 @@ class CodeTests(RewardFunction):
                 level = (
                     logging.WARNING if outcome.unusable else logging.DEBUG
                 )  # unusable: no program can pass the tests of this row
-                logger.log(level, "%s: %s row %s: %s", self.name, prompt.source or "a prompt", prompt.index, outcome.reason)
+                logger.log(level, "%s: %s: %s", self.name, prompt.place, outcome.reason)
         return rewards
 
     def decided_by_time(self) -> str | None:
@@ -165,8 +165,8 @@ class CodeTests(RewardFunction):
             return read_problem(prompt.columns, self.test_column, self.entry_point_column, self.setup_column, self.partial_credit)
         except ValueError as error:
             raise DataError(
-                f"{prompt.source or 'a prompt'}, row {prompt.index} (the first is 0): CodeTests: {error}; correct or remove the "
-                f"row, or name the right columns; it has {', '.join(prompt.columns) or 'none'}"
+                f"{prompt.place} (the first is 0): CodeTests: {error}; correct or remove the row, or name the right columns; it "
+                f"has {', '.join(prompt.columns) or 'none'}"
             ) from error
 
 

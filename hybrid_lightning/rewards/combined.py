@@ -119,7 +119,7 @@ class RewardBySet(RewardFunction):
     def _reward(self, prompt: Prompt) -> RewardFunction:
         if prompt.set_name not in self.rewards:
             raise DataError(
-                f"RewardBySet: {prompt.source or 'a prompt'} row {prompt.index} is of set {prompt.set_name!r}, which has no "
-                f"reward; there is one for {', '.join(self.rewards)}; name the sets as the data source does"
+                f"RewardBySet: {prompt.place} is of set {prompt.set_name!r}, which has no reward; there is one for "
+                f"{', '.join(self.rewards)}; name the sets as the data source does"
             )
         return self.rewards[prompt.set_name]

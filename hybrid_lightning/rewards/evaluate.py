@@ -169,7 +169,7 @@ def _title(reward: RewardFunction) -> str:
 
 def name_completion(completion: str, prompt: Prompt) -> str:
     """How error messages name a completion: by the row of its prompt, and its text."""
-    return f"for {prompt.source or 'a prompt'} row {prompt.index} with completion {short_repr(completion)}"
+    return f"for {prompt.place} with completion {short_repr(completion)}"
 
 
 def describe_error(error: BaseException) -> str:

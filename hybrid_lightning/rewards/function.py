@@ -123,14 +123,14 @@ class FunctionReward(RewardFunction):
         values = _values(prompt)
         for name in self.arguments.keys() & values.keys():
             raise DataError(
-                f"arguments.{name} of reward function {self.function} is also a column of {prompt.source or 'a prompt'} row "
-                f"{prompt.index}; leave it out, or rename the parameter"
+                f"arguments.{name} of reward function {self.function} is also a column of {prompt.place}; leave it out, or "
+                "rename the parameter"
             )
         for name in self.needed:
             if name not in values:
                 raise DataError(
-                    f"reward function {self.function} needs {name!r}, but {prompt.source or 'a prompt'} row {prompt.index} has "
-                    f"no such column; it has {', '.join(values) or 'none'}; rename the parameter, or give it a default"
+                    f"reward function {self.function} needs {name!r}, but {prompt.place} has no such column; it has "
+                    f"{', '.join(values) or 'none'}; rename the parameter, or give it a default"
                 )
 
     def decided_by_time(self) -> str | None:

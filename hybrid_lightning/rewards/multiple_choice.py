@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from hybrid_lightning.errors import DataError
-from hybrid_lightning.rewards.text import AnswerReward, after_thinking, extract_match, reference_answer
+from hybrid_lightning.rewards.text import AnswerReward, reference_answer
 from hybrid_lightning.types import Prompt
 
 CHOICES = "ABCDEFGHIJ"  # MMLU-Pro has at most ten options
@@ -80,8 +80,7 @@ class MultipleChoice(AnswerReward):
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The letter that the completion chooses."""
-        text = extract_match(self.pattern, after_thinking(completion))
-        return None if text is None else extract_choice(text, self._letters(prompt))
+        return extract_choice(self.without_thinking(completion), self._letters(prompt))
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Check that the reference answer is the letter of an option."""
@@ -93,8 +92,8 @@ class MultipleChoice(AnswerReward):
         choice = reference_choice(answer)
         if choice is None or choice not in letters:
             raise DataError(
-                f"MultipleChoice: the reference answer {answer!r} of {prompt.source or 'a prompt'} row {prompt.index} is no "
-                f"letter from A to {letters[-1]}; correct the row, or take a reward for other answers, such as ExactMatch"
+                f"MultipleChoice: the reference answer {answer!r} of {prompt.place} is no letter from A to {letters[-1]}; "
+                "correct the row, or take a reward for other answers, such as ExactMatch"
             )
         return choice
 
@@ -106,8 +105,8 @@ class MultipleChoice(AnswerReward):
             options = options.get("text")
         if not isinstance(options, Sequence) or isinstance(options, str) or not 2 <= len(options) <= 26:
             raise DataError(
-                f"MultipleChoice: column {self.options_column!r} of {prompt.source or 'a prompt'} row {prompt.index} is no list "
-                "of 2 to 26 options; correct the row, or name the column with the options by options_column"
+                f"MultipleChoice: column {self.options_column!r} of {prompt.place} is no list of 2 to 26 options; correct the "
+                "row, or name the column with the options by options_column"
             )
         return "".join(chr(ord("A") + number) for number in range(len(options)))
 

@@ -77,8 +77,7 @@ class ReasoningGymReward(AnswerReward):
             question = prompt.columns["question"]
         except KeyError as error:
             raise RewardError(
-                f"ReasoningGymReward: {prompt.source or 'a prompt'} row {prompt.index} has no column {error}: it only scores "
-                "prompts of ReasoningGymSource"
+                f"ReasoningGymReward: {prompt.place} has no column {error}: it only scores prompts of ReasoningGymSource"
             ) from error
         dataset, entry = _entry(task, json.dumps(config, sort_keys=True), item)
         if entry["question"] != question:

@@ -40,6 +40,10 @@ class AnswerReward(RewardFunction):
     def score(self, completion: str, prompt: Prompt) -> float:
         """The reward of one completion."""
 
+    def without_thinking(self, completion: str) -> str:
+        """The part of a completion that the pattern finds behind the reasoning; empty if there is none."""
+        return extract_match(self.pattern, after_thinking(completion)) or ""
+
 
 class ExactMatch(AnswerReward):
     r"""1.0 if the completion is the reference answer, else 0.0.
@@ -208,7 +212,7 @@ def reference_answer(reward: str, prompt: Prompt) -> str:
     """
     if prompt.answer is None or not prompt.answer.strip():
         raise RewardError(
-            f"reward {reward} needs a reference answer, but {prompt.source or 'a prompt'} row {prompt.index} has none; set the "
-            "answer_column of the data source, or take a reward that needs no answer"
+            f"reward {reward} needs a reference answer, but {prompt.place} has none; set the answer_column of the data source, "
+            "or take a reward that needs no answer"
         )
     return prompt.answer

@@ -7,7 +7,7 @@ from functools import cache
 from hybrid_lightning.errors import ConfigError, RewardError
 from hybrid_lightning.rewards.mathematics.verifier import MathVerifier
 from hybrid_lightning.rewards.multiple_choice import CHOICES, extract_choice, reference_choice
-from hybrid_lightning.rewards.text import AnswerReward, after_thinking, extract_match, reference_answer
+from hybrid_lightning.rewards.text import AnswerReward, reference_answer
 from hybrid_lightning.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ class MathMatch(AnswerReward):
 
     def extract_answer(self, completion: str, prompt: Prompt) -> str | None:
         """The number, formula or letter that is compared; 0.5 and 1/2 give the same text."""
-        text = extract_match(self.pattern, after_thinking(completion))
-        if text is None or not text.strip():
+        text = self.without_thinking(completion)
+        if not text.strip():
             return None
         if _is_choice(reference_answer(type(self).__name__, prompt)):
             return extract_choice(text, CHOICES)
@@ -68,16 +68,16 @@ class MathMatch(AnswerReward):
             number = re.match(r"-?\$?[\d.,/]*\d", gold.strip())
             pattern = r", such as answer_pattern='^(-?\$?[\d.,/]*\d)' for the number that it begins with" if number else ""
             raise RewardError(
-                f"MathMatch: the reference answer {gold!r} of {prompt.source or 'a prompt'} row {prompt.index} is neither a "
-                f"number nor a formula; correct the row or the source's answer_pattern{pattern}, or use ExactMatch"
+                f"MathMatch: the reference answer {gold!r} of {prompt.place} is neither a number nor a formula; correct the row "
+                f"or the source's answer_pattern{pattern}, or use ExactMatch"
             )
 
     def score(self, completion: str, prompt: Prompt) -> float:
         """Compare the answer with the reference answer."""
         self.check_prompt(prompt)
         gold = reference_answer(type(self).__name__, prompt)
-        text = extract_match(self.pattern, after_thinking(completion))
-        if text is None or not text.strip():
+        text = self.without_thinking(completion)
+        if not text.strip():
             return 0.0
         if _is_choice(gold):
             return float(extract_choice(text, CHOICES) == reference_choice(gold))

@@ -107,9 +107,7 @@ class HybridAdapterSetup(Configurable, Callback):
         )
         self.given_plan = None if plan is None else AdapterPlan.load(plan)  # a bad file is found before anything is loaded
         self.plan_path, self.keep_start_weights = plan, keep_start_weights
-        self.earlier_scoring: Path | None = (
-            None  # folder with the scores of a run that was stopped while it scored, to go on from
-        )
+        self.earlier_scoring: Path | None = None  # folder of scores that a stopped run has saved, to go on from
         self.plan: AdapterPlan | None = None
         self.resume = Resume()
 
@@ -123,9 +121,8 @@ class HybridAdapterSetup(Configurable, Callback):
         """
         folder = run_folder(trainer) if stage == "fit" else None  # made before the scoring, which may be stopped
         checkpoint = _checkpoint(trainer)
-        saved = self._plan_of(
-            checkpoint, trainer
-        )  # first, so that the message for another plan is not about the settings behind it
+        # First, so that the message for another plan is not about the settings behind it.
+        saved = self._plan_of(checkpoint, trainer)
         if stage == "fit":
             self.resume.begin(trainer, pl_module, self)
             if checkpoint is not None:

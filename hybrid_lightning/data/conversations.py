@@ -42,7 +42,7 @@ class ConversationFormat(PromptFormat):
         Raises:
             DataError: If the column is missing, holds no list of turns, or nothing is asked.
         """
-        where = f"{row.source}, row {row.index}"
+        where = row.place
         if self.column not in row.columns:
             raise DataError(f"{where} has no column {self.column!r}: correct format.column; it has {', '.join(row.columns)}")
         turns = row.columns[self.column]

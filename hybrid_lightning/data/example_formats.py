@@ -53,13 +53,12 @@ class ExampleFormat(PromptFormat):
         return replace(prompt, completions=tuple(self._completion(row, prompt, *item) for item in self.completions.items()))
 
     def _completion(self, row: Row, prompt: Prompt, name: str, template: str) -> str:
-        where = f"{row.source}, row {row.index}"
+        where = row.place
         values = {**row.columns, "question": row.question}
         for column in template_fields(name, template):
             turns = values.get(column)
-            if (
-                not is_conversation(turns) or f"{{{column}[" in template
-            ):  # the template takes an entry of it, which is used unchanged
+            entry_taken = f"{{{column}[" in template  # which is used unchanged
+            if entry_taken or not is_conversation(turns):
                 continue
             values[column] = answered_text(turns, f"{where}: column {column!r}")
             context = without_system(asked_turns(turns))  # the prompt's format may have replaced the system turn
@@ -120,7 +119,7 @@ class PreferenceFormat(ExampleFormat):
         chosen, rejected = prompt.completions
         if chosen == rejected:
             raise DataError(
-                f"{row.source}, row {row.index}: the chosen completion is also the rejected one ({chosen[:60]!r}), which says "
-                "nothing of what is preferred; correct or remove the row"
+                f"{row.place}: the chosen completion is also the rejected one ({chosen[:60]!r}), which says nothing of what is "
+                "preferred; correct or remove the row"
             )
         return prompt

@@ -58,7 +58,7 @@ class PromptFormat(Configurable, ABC):
     def question(self, row: Row) -> str:
         """Fill the template of the question with a row."""
         values = {**row.columns, "question": row.question}
-        return fill_template("template", self.template, values, f"{row.source}, row {row.index}")
+        return fill_template("template", self.template, values, row.place)
 
     def _example(self, number: int, example: dict[str, Any]) -> tuple[str, str]:
         where = f"few_shot example {number} (the first is 0)"
@@ -149,7 +149,7 @@ class FormatBySet(PromptFormat):
         """
         if row.set_name not in self.formats:
             raise DataError(
-                f"FormatBySet: {row.source}, row {row.index} is of set {row.set_name!r}, which has no format; there is one for "
+                f"FormatBySet: {row.place} is of set {row.set_name!r}, which has no format; there is one for "
                 f"{', '.join(self.formats)}: name the sets as the data source does"
             )
         return self.formats[row.set_name].format(row)

@@ -27,6 +27,11 @@ class Row:
     set_name: str = ""  # set that the row belongs to, where a source joins several (see `Prompt.set_name`)
     set_weight: float | None = None  # weight of that set in training (see `Prompt.set_weight`)
 
+    @property
+    def place(self) -> str:
+        """Where the row comes from, for error messages."""
+        return f"{self.source}, row {self.index}"
+
 
 @dataclass(frozen=True)
 class Splits:

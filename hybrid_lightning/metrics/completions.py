@@ -138,9 +138,8 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], ks: Sequenc
     for answer, right in zip(answers, correct, strict=True):
         if answer is not None:
             votes.setdefault(answer, []).append(bool(right))
-    camps = [
-        (len(camp), sum(camp) / len(camp)) for camp in votes.values()
-    ]  # per answer: its completions, the share that is correct
+    # Of each answer: its completions, and the share of them that is correct.
+    camps = [(len(camp), sum(camp) / len(camp)) for camp in votes.values()]
     silent = samples - sum(size for size, _ in camps)  # completions without an answer
     won = np.zeros(samples + 1)  # by size of the set: how correct the winners are, summed over all sets of that size
     for height in range(1, max((size for size, _ in camps), default=0) + 1):

@@ -135,9 +135,8 @@ class CodeTests(RewardFunction):
             rewards[position] = self._reward(outcome)
             if outcome.reason:
                 prompt = prompts[position]
-                level = (
-                    logging.WARNING if outcome.unusable else logging.DEBUG
-                )  # unusable: no program can pass the tests of this row
+                # unusable: no program can pass the tests of this row
+                level = logging.WARNING if outcome.unusable else logging.DEBUG
                 logger.log(level, "%s: %s: %s", self.name, prompt.place, outcome.reason)
         return rewards
 

@@ -41,9 +41,7 @@ class PresetSource(TableSource):
 
     hub_path: ClassVar[str]  # id of the data set
     hub_name: str | None = None  # its configuration; None: the default one
-    splits: ClassVar[
-        dict[str, str]
-    ]  # train, validation, test -> the data set's split for it; one that it does not have is left out
+    splits: ClassVar[dict[str, str]]  # train, validation or test -> the data set's split for it, where it has one
 
     def __init__(
         self,

@@ -59,9 +59,8 @@ OTHERWISE = re.compile(  # no remark, but another answer: "(or 13)", "(about 18)
     r"\W*(?:or|and|maybe|perhaps|possibly|i\.?\s?e|that\s+is|which|approx\w*|about|around|rounded|roughly|equals)\b|\s*[=\u2248~]",
     re.IGNORECASE,
 )
-NO_UNIT = re.compile(
-    r"(?:b?mod|modulo|base|(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b|r\b)", re.IGNORECASE
-)  # changes the number before
+# Words that change the number before them.
+NO_UNIT = re.compile(r"(?:b?mod|modulo|base|(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b|r\b)", re.IGNORECASE)
 IN_BRACKETS = re.compile(  # 9 (apples), 20 (km/h), 5 (cm^2)
     r"(?<=[\d%}])(?P<gap>\s*)\(\s*(?P<words>[A-Za-z$%\u00b0][A-Za-z$%\u00b0 ./'-]*(?:\^\{?[23]\}?)?)\s*\)"
 )

@@ -49,9 +49,8 @@ NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-NO_NUMBER = re.compile(
-    r"\d{4}-\d\d?-\d\d?|\d\s*\(\s*(?:r\.?\s*\d|(?:or|and)\b)|\d (?:mod|base)\b", re.IGNORECASE
-)  # a date, 3 (R 2)
+# Such as a date, or 3 (R 2).
+NO_NUMBER = re.compile(r"\d{4}-\d\d?-\d\d?|\d\s*\(\s*(?:r\.?\s*\d|(?:or|and)\b)|\d (?:mod|base)\b", re.IGNORECASE)
 TUPLE = re.compile(
     r"(?<![\w$\\({\[])[(\[]\s*(?:NUMBER)(?:\s*,\s*(?:NUMBER))+\s*[)\]]".replace("NUMBER", r"-?\d+(?:\.\d+)?(?:/\d+)?")
 )

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from hybrid_lightning.adapters.lora_settings import ADAPTER
@@ -27,6 +26,7 @@ from hybrid_lightning.adapters.plan import AdapterPlan
 from hybrid_lightning.configurable import Configurable
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.policy.loading import DTYPES, ModelSource, load_model, load_tokenizer, read_config, resolve_model
+from hybrid_lightning.policy.pretrained import meta_model
 
 PEFT_PREFIX = "base_model.model."  # before the names of the base model, in state dicts and PEFT files
 _FULL = f".modules_to_save.{ADAPTER}."
@@ -67,10 +67,7 @@ class BaseModel:
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights, on the meta device."""
-        config = read_config(self.source)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        return model
+        return meta_model(read_config(self.source), DTYPES[self.dtype])
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer with the chat template of training."""

@@ -22,10 +22,10 @@ from hybrid_lightning.memory.sizes import (
     ModelSizes,
     OptimizerBytes,
     measure_sizes,
-    meta_model,
     optimizer_bytes,
 )
 from hybrid_lightning.memory.strategies import FSDP1, Held, Sharding
+from hybrid_lightning.policy.pretrained import meta_model
 from hybrid_lightning.rollout.loader import RolloutSchedule
 from hybrid_lightning.rollout.rollout_engine import check_positions
 

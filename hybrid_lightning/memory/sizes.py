@@ -3,19 +3,17 @@
 What an optimizer keeps for each trained parameter is measured by letting it make a step on a small one.
 """
 
-import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
 from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.errors import ConfigError, ModelError, one_line
+from hybrid_lightning.errors import ConfigError, one_line
 from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.policy.optim import OptimizerCallable, make_optimizer
+from hybrid_lightning.policy.pretrained import meta_model
 from hybrid_lightning.policy.quantization import NF4, Quantization
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
@@ -108,31 +106,6 @@ def quantized_bytes(quantization: Quantization, shape: tuple[int, int]) -> int:
         # A scale of 8 bits per 64 weights, a scale of 32 bits per 256 of those, and two small tables.
         return count // 2 + count // 64 + FLOAT32_BYTES * (count // (64 * 256) + 256 + 16)
     return count + 2 * FLOAT32_BYTES * outputs
-
-
-def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
-    """Build the model of a config on the meta device, frozen.
-
-    Args:
-        config: Config of a causal language model.
-        dtype: Dtype of its weights.
-        layers: Number of layers to build; None for all.
-
-    Raises:
-        ModelError: If transformers has no such causal language model.
-    """
-    if layers is not None:
-        config = copy.deepcopy(config)
-        text: Any = config.get_text_config()
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot make a causal language model of this config: {one_line(error)}") from error
-    return model.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True)

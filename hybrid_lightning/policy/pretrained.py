@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hybrid_lightning.errors import ModelError, one_line
 from hybrid_lightning.policy.loading import (
+    DTYPES,
     check_dtype,
     check_weights,
     load_config,
@@ -89,8 +90,32 @@ class Pretrained:
         _ = self.tokenizer  # a model without one is refused before its weights are read
         return load_model(self.source, self.dtype, self.attn_implementation, self.config)
 
-    def skeleton(self) -> nn.Module:
+    def skeleton(self) -> PreTrainedModel:
         """The model without weights, on the meta device."""
+        return meta_model(self.config, DTYPES[self.dtype])
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+    """Build the model of a config without weights, on the meta device, frozen and in eval mode.
+
+    Args:
+        config: Config of a causal language model.
+        dtype: Dtype of its weights.
+        layers: Number of layers to build; None for all.
+
+    Raises:
+        ModelError: If transformers has no such causal language model.
+    """
+    config = deepcopy(config)
+    if layers is not None:
+        text: Any = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(deepcopy(self.config))
-        return model
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot make a causal language model of this config: {one_line(error)}") from error
+    model.requires_grad_(False)
+    return model.eval()

@@ -9,7 +9,8 @@ from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget, pla
 from hybrid_lightning.adapters.candidates import find_candidates
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.memory import RunSettings
-from hybrid_lightning.memory.sizes import measure_sizes, meta_model
+from hybrid_lightning.memory.sizes import measure_sizes
+from hybrid_lightning.policy.pretrained import meta_model
 from hybrid_lightning.policy.quantization import NF4, Int8, quantize_base
 from hybrid_lightning.sharding.parameters import decoder_blocks
 

@@ -1,8 +1,11 @@
 """The exception classes: every error that a user can cause is a `HybridLightningError`.
 
 Each class also derives from the built-in class that a Python user would expect, so that `except ValueError` works. A message is
-one line with the cause, the value received and the remedy; the command line prints it as its last line.
+one line with the cause, the value received and the remedy; the command line prints it as its last line. `one_line` and `shorten`
+bring what others wrote into that form.
 """
+
+from typing import Any
 
 
 class HybridLightningError(Exception):
@@ -53,3 +56,9 @@ def one_line(error: BaseException, length: int = 300) -> str:
     """Text of another library's exception for an error message, on one line and cut if it is long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= length else f"{text[:length]} ..."
+
+
+def shorten(value: Any, length: int = 80) -> str:
+    """Repr of a value for an error message, with the middle cut out if it is long."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 15]} ... {text[-10:]}"

@@ -14,7 +14,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from hybrid_lightning.data.tables import shorten, to_text
+from hybrid_lightning.data.tables import to_text
+from hybrid_lightning.errors import shorten
 
 MAX_OPTIONS = 26  # one per letter
 

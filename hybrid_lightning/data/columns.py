@@ -16,9 +16,9 @@ from hybrid_lightning.data.choice_options import letter_of, lettered_options, op
 from hybrid_lightning.data.conversations import asked_text, is_conversation
 from hybrid_lightning.data.source import PromptSource
 from hybrid_lightning.data.splitting import Row, Splits, check_fractions, split_rows
-from hybrid_lightning.data.tables import Table, shorten, to_text
+from hybrid_lightning.data.tables import Table, to_text
 from hybrid_lightning.data.template import fill_template, template_fields
-from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.errors import ConfigError, DataError, shorten
 
 GSM8K_ANSWER = r"####\s*(.+)"
 

@@ -16,7 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
-from hybrid_lightning.errors import DataError, one_line
+from hybrid_lightning.errors import DataError, one_line, shorten
 
 Table = list[dict[str, Any]]  # rows, each column -> cell
 EXACT_FLOAT = 2.0**53  # from here on, a float cannot represent every integer
@@ -178,12 +178,6 @@ def to_text(value: Any) -> str:
     if value is None:
         raise ValueError("is missing")
     raise ValueError(f"is a {type(value).__name__}, not text or a number: {shorten(value)}")
-
-
-def shorten(value: Any, length: int = 80) -> str:
-    """Repr of a value for an error message, with the middle cut out if it is long."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[: length - 15]} ... {text[-10:]}"
 
 
 def _without_exponent(number: Decimal) -> str:

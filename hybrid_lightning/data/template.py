@@ -10,8 +10,8 @@ from string import Formatter
 from typing import Any
 
 from hybrid_lightning.data.choice_options import lettered_options, options_of, parse_cell
-from hybrid_lightning.data.tables import shorten, to_text
-from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.data.tables import to_text
+from hybrid_lightning.errors import ConfigError, DataError, shorten
 
 _PLACEHOLDER = re.compile(r"(?P<column>[^\[\]]+)(?P<keys>(?:\[[^\[\]]+\])*)")
 

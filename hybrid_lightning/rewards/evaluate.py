@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_lightning.errors import HybridLightningError, RewardError
+from hybrid_lightning.errors import HybridLightningError, RewardError, shorten
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.types import Prompt, Rewards
 
@@ -88,7 +88,7 @@ def extract_answers(reward: RewardFunction, completions: Sequence[str], prompts:
             raise RewardError(message) from error
         if answer is not None and not isinstance(answer, str):
             raise RewardError(
-                f"{_title(term)}.extract_answer returned {short_repr(answer)} {name_completion(completion, prompt)}; it must "
+                f"{_title(term)}.extract_answer returned {shorten(answer)} {name_completion(completion, prompt)}; it must "
                 "return the answer as text, or None if there is none"
             )
         answers.append(answer)
@@ -113,7 +113,7 @@ def _term_values(reward: RewardFunction, completions: Sequence[str], prompts: Se
     if len(wrong):
         row = int(wrong[0])
         number = numbers[row]
-        problem = f"returned {number!r}" if isinstance(number, Real) else f"returned {short_repr(number)}, which is no number,"
+        problem = f"returned {number!r}" if isinstance(number, Real) else f"returned {shorten(number)}, which is no number,"
         raise RewardError(
             f"{_title(reward)} {problem} {name_completion(completions[row], prompts[row])}; it must return a finite number, 0.0 "
             "where it does not apply"
@@ -134,7 +134,7 @@ def _numbers(values: Any, count: int) -> list[Any]:
             raise ValueError(f"returned shape {shape} for {count} completions")
         return list(values.tolist())
     if not isinstance(values, Sequence) or isinstance(values, str):
-        raise ValueError(f"returned {short_repr(values)} for {count} completions")
+        raise ValueError(f"returned {shorten(values)} for {count} completions")
     if len(values) != count:
         raise ValueError(f"returned {len(values)} values for {count} completions")
     return [value.item() if getattr(value, "shape", None) == () else value for value in values]
@@ -169,18 +169,12 @@ def _title(reward: RewardFunction) -> str:
 
 def name_completion(completion: str, prompt: Prompt) -> str:
     """How error messages name a completion: by the row of its prompt, and its text."""
-    return f"for {prompt.place} with completion {short_repr(completion)}"
+    return f"for {prompt.place} with completion {shorten(completion)}"
 
 
 def describe_error(error: BaseException) -> str:
     """One line about an exception in the user's code, with the line of that code which led to it."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{_line_of(error)}"
-
-
-def short_repr(value: Any, length: int = 100) -> str:
-    """The repr of a value, cut off after `length` characters."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
 
 
 def _line_of(error: BaseException) -> str:

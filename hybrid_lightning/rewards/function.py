@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hybrid_lightning.errors import ConfigError, DataError, RewardError
-from hybrid_lightning.rewards.evaluate import await_all, call_within, describe_error, name_completion, run_async, short_repr
+from hybrid_lightning.errors import ConfigError, DataError, RewardError, shorten
+from hybrid_lightning.rewards.evaluate import await_all, call_within, describe_error, name_completion, run_async
 from hybrid_lightning.rewards.reward_function import RewardFunction
 from hybrid_lightning.types import Prompt
 
@@ -107,16 +107,16 @@ class FunctionReward(RewardFunction):
         for name, value in self.arguments.items():
             if name in (*_BATCH, *_SINGLE, "answer", "set_name"):
                 raise ConfigError(
-                    f"arguments.{name}={short_repr(value)}: what {self.function} gets as {name} is the run's; leave it out"
+                    f"arguments.{name}={shorten(value)}: what {self.function} gets as {name} is the run's; leave it out"
                 )
             if name not in free and not self.takes_all:
                 raise ConfigError(
-                    f"arguments.{name}={short_repr(value)}: {self.function} has no parameter {name!r} that could be given; it "
+                    f"arguments.{name}={shorten(value)}: {self.function} has no parameter {name!r} that could be given; it "
                     f"has {', '.join(free) or 'none'}"
                 )
             kind = _kind(free[name]) if name in free else None
             if kind is not None and value is not None and _KINDS.get(type(value).__name__) != kind:
-                raise ConfigError(f"arguments.{name}={short_repr(value)}: {self.function} takes {kind} there")
+                raise ConfigError(f"arguments.{name}={shorten(value)}: {self.function} takes {kind} there")
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Check that the row has every column that the function needs, and no column that `arguments` give a value to as well."""

@@ -23,8 +23,8 @@ from hybrid_lightning.data.choice_options import lettered_options, option_letter
 from hybrid_lightning.data.conversations import is_conversation
 from hybrid_lightning.data.presets.preset_source import PresetSource, boxed_answer, cell_text
 from hybrid_lightning.data.splitting import Row, Splits, problem_key
-from hybrid_lightning.data.tables import shorten, to_text
-from hybrid_lightning.errors import ConfigError
+from hybrid_lightning.data.tables import to_text
+from hybrid_lightning.errors import ConfigError, shorten
 
 # What copies of AIME write around a number: opencompass/AIME2025 has 336^\circ, others have floats or keep LaTeX's delimiters.
 _AIME_AROUND = re.compile(r"\A\$|\^\s*\{?\s*\\circ\s*\}?|\u00b0|\.0+(?=\$?\Z)|\$\Z")

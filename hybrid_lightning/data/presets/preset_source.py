@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from hybrid_lightning.data.columns import TableSource, given_splits, row_error
 from hybrid_lightning.data.splitting import Row
 from hybrid_lightning.data.table_sources import read_hub_split
-from hybrid_lightning.data.tables import Table, is_table, read_table, shorten, to_text
-from hybrid_lightning.errors import ConfigError, DataError
+from hybrid_lightning.data.tables import Table, is_table, read_table, to_text
+from hybrid_lightning.errors import ConfigError, DataError, shorten
 
 _SPLIT_IN_NAME = re.compile(r"(?:\A|[^a-z])(train|validation|test)(?:[^a-z]|\Z)")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[^\s{}$]+))")

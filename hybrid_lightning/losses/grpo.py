@@ -75,15 +75,6 @@ from hybrid_lightning.types import LossInputs
 SMALLEST_CLIP = 0.01
 
 
-def check_clip_range(name: str, clip_low: float, clip_high: float) -> None:
-    """Raise ConfigError for a clip range that is too small for the ratios of single tokens."""
-    if min(clip_low, clip_high) < SMALLEST_CLIP:
-        raise ConfigError(
-            f"{name}: clip_low={clip_low:g}, clip_high={clip_high:g} is too small for ratios of single tokens (below "
-            f"{SMALLEST_CLIP}), as if left over from a GSPO config; set clip_low=0.2 and clip_high=0.2 (DAPO: 0.28)"
-        )
-
-
 class TokenClippedLoss(ClippedLoss):
     """Clipped surrogate with one importance ratio per token. A subclass may define another aggregation.
 
@@ -109,7 +100,11 @@ class TokenClippedLoss(ClippedLoss):
         entropy_coef: float = 0.0,
     ) -> None:
         super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
-        check_clip_range(type(self).__name__, clip_low, clip_high)
+        if min(clip_low, clip_high) < SMALLEST_CLIP:
+            raise ConfigError(
+                f"{type(self).__name__}: clip_low={clip_low:g}, clip_high={clip_high:g} is too small for ratios of single tokens "
+                f"(below {SMALLEST_CLIP}), as if left over from a GSPO config; set clip_low=0.2 and clip_high=0.2 (DAPO: 0.28)"
+            )
 
     def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
         """The ratio of each token, [B, T]."""
@@ -123,7 +118,7 @@ class GRPOLoss(TokenClippedLoss):
     """
 
 
-class DAPOLoss(ClippedLoss):
+class DAPOLoss(TokenClippedLoss):
     """Clipped surrogate with one importance ratio per token and a wider range above; mean over the tokens of the optimizer step.
 
     Args:
@@ -151,18 +146,12 @@ class DAPOLoss(ClippedLoss):
         entropy_coef: float = 0.0,
     ) -> None:
         super().__init__(clip_low, clip_high, dual_clip, kl_coef, kl_importance_weight, entropy_coef)
-        name = type(self).__name__
-        check_clip_range(name, clip_low, clip_high)
         if clip_high <= clip_low:
             warnings.warn(
-                f"{name}: clip_high={clip_high:g} is not above clip_low={clip_low:g}, so that there is no clip-higher, as if "
-                "left over from a GRPO config; DAPO has clip_low=0.2 and clip_high=0.28",
+                f"{type(self).__name__}: clip_high={clip_high:g} is not above clip_low={clip_low:g}, so that there is no "
+                "clip-higher, as if left over from a GRPO config; DAPO has clip_low=0.2 and clip_high=0.28",
                 stacklevel=2,
             )
-
-    def ratio(self, inputs: LossInputs, old_logprobs: Tensor) -> Tensor:
-        """The ratio of each token, [B, T]."""
-        return token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
 
     def aggregate(self, per_token_loss: Tensor, inputs: LossInputs) -> Tensor:
         """Mean over all tokens of the optimizer step."""

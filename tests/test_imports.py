@@ -17,6 +17,7 @@ LEAVES = {"data", "rollout", "rewards", "advantages", "losses", "adapters", "met
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
     "configurable": {"errors"},
+    "hub": {"errors"},
     **{name: GROUND for name in LEAVES},
     "engine": GROUND,
     "rollout": GROUND | {"engine"},

@@ -39,7 +39,7 @@ from hybrid_lightning.policy.evaluation import Evaluation, predictions, repeat_p
 from hybrid_lightning.policy.generation import Generation
 from hybrid_lightning.policy.modes import autocast_of, checkpoint_gradients, evaluation_mode
 from hybrid_lightning.policy.pretrained import Pretrained
-from hybrid_lightning.policy.settings import check_run
+from hybrid_lightning.policy.run_checks import check_run
 from hybrid_lightning.policy.step_times import PhaseClock
 from hybrid_lightning.policy.training_data import make_rollout_loader
 from hybrid_lightning.policy.update import Update

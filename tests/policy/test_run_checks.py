@@ -40,7 +40,7 @@ from hybrid_lightning.losses import (
     TopEntropyMask,
 )
 from hybrid_lightning.policy.quantization import NF4, Int8
-from hybrid_lightning.policy.settings import warn_of_differences
+from hybrid_lightning.policy.run_checks import warn_of_differences
 from hybrid_lightning.rewards import CosineLength, FunctionReward, RewardBySet, WeightedSum
 from hybrid_lightning.rollout import sampler
 from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling

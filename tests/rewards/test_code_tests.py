@@ -223,7 +223,7 @@ def test_it_goes_with_other_rewards(reward):
     ],
 )
 def test_a_row_without_usable_tests_is_refused(reward, columns, message):
-    with pytest.raises(DataError, match=rf"rows.jsonl, row 3.*{message}"):
+    with pytest.raises(DataError, match=rf"rows.jsonl row 3.*{message}"):
         reward.check_prompt(prompt(**columns))
 
 
@@ -234,7 +234,7 @@ def folder(tmp_path_factory):
 
 def test_the_command_line_refuses_such_rows_before_it_trains(folder):
     result = run(folder, "fit", "--config", "t.yaml", "--model.reward=CodeTests")
-    assert result.code and "sums.jsonl, row " in result.last and "CodeTests: column 'test' is missing or empty" in result.last
+    assert result.code and "sums.jsonl row " in result.last and "CodeTests: column 'test' is missing or empty" in result.last
     assert not list(folder.rglob("plan.json"))
 
 

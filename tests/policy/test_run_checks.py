@@ -39,6 +39,7 @@ from hybrid_lightning.losses import (
     TokenTruncation,
     TopEntropyMask,
 )
+from hybrid_lightning.policy import run_checks
 from hybrid_lightning.policy.quantization import NF4, Int8
 from hybrid_lightning.policy.run_checks import warn_of_differences
 from hybrid_lightning.rewards import CosineLength, FunctionReward, RewardBySet, WeightedSum
@@ -233,3 +234,15 @@ def test_on_a_gpu_what_has_no_order_is_named(monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     with pytest.warns(UserWarning, match="flash_attention_2"):
         warn_of_differences(OF_GPU, "flash_attention_2", [])
+
+
+@pytest.mark.filterwarnings("ignore:two runs with one seed may differ")
+@pytest.mark.parametrize(("kind", "told"), [("cpu", []), ("cuda", [False])])
+def test_a_run_on_a_gpu_prepares_the_process_before_anything_is_allocated(tmp_path, monkeypatch, kind, told):
+    policy = build_policy("embedded")
+    policy._trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
+    monkeypatch.setattr(type(policy.trainer.strategy), "root_device", property(lambda _: torch.device(kind)))
+    heard = []
+    monkeypatch.setattr(run_checks, "prepare_gpu", lambda own_allocator: heard.append(own_allocator))
+    policy.check_settings()
+    assert heard == told

@@ -26,7 +26,7 @@ from tiny_runs import (
 from hybrid_lightning.callbacks import StepTimer
 from hybrid_lightning.errors import TrainingError
 from hybrid_lightning.losses import CISPOLoss, GRPOLoss, GSPOLoss, SAPOLoss, TokenTruncation, TopEntropyMask
-from hybrid_lightning.policy import language, update
+from hybrid_lightning.policy import update
 from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY
 from hybrid_lightning.policy.update import StepMetrics
 from hybrid_lightning.rollout.batching import pad_left, pad_right, split_by_tokens
@@ -265,15 +265,3 @@ def test_an_option_goes_before_and_a_cpu_keeps_nothing(model, sums, tmp_path, de
         policy.trainer.save_checkpoint(tmp_path / "run.ckpt")
         assert "tokens_of_pass" not in torch.load(tmp_path / "run.ckpt", weights_only=True)[CHECKPOINT_KEY]
         assert policy.update.token_budget() == (100 if options else 24)
-
-
-@pytest.mark.filterwarnings("ignore:two runs with one seed may differ")
-@pytest.mark.parametrize(("kind", "told"), [("cpu", []), ("cuda", [False])])
-def test_a_run_on_a_gpu_prepares_the_process_before_anything_is_allocated(model, tmp_path, monkeypatch, kind, told):
-    policy = build_policy(model)
-    policy._trainer = build_trainer(tmp_path, build_adapter(), max_steps=1)
-    monkeypatch.setattr(type(policy.trainer.strategy), "root_device", property(lambda _: torch.device(kind)))
-    heard = []
-    monkeypatch.setattr(language, "prepare_gpu", lambda own_allocator: heard.append(own_allocator))
-    policy.check_settings()
-    assert heard == told

@@ -121,7 +121,7 @@ class FakeModel:
         self.settings, self.device = settings, torch.device(device)
         self.mode = FakeTensorMode()
         backend = PlannedBackend(settings.on_cpu)
-        model = meta_model(settings.config, settings.dtype, layers)
+        model: nn.Module = meta_model(settings.config, settings.dtype, layers)
         candidates = find_candidates(model, settings.target_modules)
         if share is None:
             for module in candidates.values():

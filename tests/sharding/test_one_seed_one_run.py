@@ -10,10 +10,12 @@ import pytest
 import tiny_examples
 import torch
 from busy import busy_machine
+from lightning.pytorch import Callback, Trainer
 from ranks_of_tests import run
 from runs_of_tests import weights
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 
+from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
@@ -52,37 +54,41 @@ MAKERS = {
 }
 
 
-def train(
-    kind: str, folder: Path, root: Path, strategy: Any, devices: int, save: Path | None = None, **arguments: Any
-) -> dict[str, Any]:
-    """Every trained weight after a run."""
-    torch.manual_seed(11)
-    module, data = MAKERS[kind](folder)
-    ckpt_path = arguments.pop("ckpt_path", None)
-    flags = {"strategy": strategy() if callable(strategy) else strategy, "devices": devices, "limit_val_batches": 0}
-    trainer = build_trainer(root, build_adapter(), **{"max_steps": STEPS, "gradient_clip_val": 1.0, **flags, **arguments})
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    if save is not None:
-        trainer.save_checkpoint(save)
-    return weights(module)
+class SaveFirst(Callback):
+    """Saves a checkpoint after the first step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 1:
+            trainer.save_checkpoint(self.path)
 
 
 def differences(folder: Path, root: Path, repeats: dict[str, int], strategy: Any = "auto", devices: int = 1) -> list[str]:
-    """Weights that differ from run to run of each kind, repeated so often, and once more stopped after a step and resumed."""
+    """Weights that differ from run to run of each kind, repeated so often, and once more resumed after the first step."""
     torch.set_num_threads(THREADS)
     found = []
     for kind, times in repeats.items():
-        arguments = (kind, folder, root / kind, strategy, devices)
-        first = train(*arguments)
-        assert all(bool(value.any()) for name, value in first.items() if "lora_B" in name), "all of it was trained"
-        others = [train(*arguments) for _ in range(times)]
         checkpoint = root / f"{kind}.ckpt"
-        train(*arguments, save=checkpoint, max_steps=1)
-        others.append(train(*arguments, ckpt_path=checkpoint))
-        for number, other in enumerate(others):
+
+        def train(*callbacks: Callback, ckpt_path: Path | None = None, kind: str = kind, times: int = times) -> dict[str, Any]:
+            torch.manual_seed(11)
+            module, data = MAKERS[kind](folder)
+            # A resumed run takes the plan that it finds: scores are compared where a run is repeated.
+            adapter = build_adapter() if times else build_adapter(scorer=Random())
+            flags = {"max_steps": STEPS, "gradient_clip_val": 1.0, "limit_val_batches": 0}
+            made = strategy() if callable(strategy) else strategy
+            trainer = build_trainer(root / kind, adapter, *callbacks, strategy=made, devices=devices, **flags)
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+            return weights(module)
+
+        first = train(SaveFirst(checkpoint))
+        assert all(bool(value.any()) for name, value in first.items() if "lora_B" in name), "all of it was trained"
+        others = {f"repeated, {number}": train() for number in range(times)} | {"resumed": train(ckpt_path=checkpoint)}
+        for case, other in others.items():
             assert first.keys() == other.keys()
-            run = f"repeated, {number}" if number < times else "resumed"
-            found += [f"{kind}, {run}: {name}" for name, value in first.items() if not torch.equal(value, other[name])]
+            found += [f"{kind}, {case}: {name}" for name, value in first.items() if not torch.equal(value, other[name])]
     return found
 
 

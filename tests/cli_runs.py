@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tiny_runs import write_model, write_sums
 
 from hybrid_lightning import cli
-from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.callbacks import hybrid_adapter_setup
 
 CONFIG = """

@@ -8,14 +8,11 @@ import yaml
 from cli_runs import run
 from lightning.pytorch import Callback
 
-from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.gradients import ExactGradients
+from hybrid_lightning.adapters import ExactGradients, ModuleBudget
 from hybrid_lightning.cli_help import Section
 from hybrid_lightning.cli_parser import known_classes
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.policy.language import LanguageModule
-from hybrid_lightning.policy.optim import LearningRateSchedule
-from hybrid_lightning.policy.quantization import Quantization
+from hybrid_lightning.policy import LanguageModule, LearningRateSchedule, Quantization
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.trainer import Trainer
 

@@ -12,7 +12,7 @@ from tiny_runs import DigitShare, Log, build_adapter, build_data, fit, trained
 from hybrid_lightning.callbacks import GracefulStop, RunSummary
 from hybrid_lightning.errors import RewardError
 from hybrid_lightning.losses import GSPOLoss, TokenTruncation
-from hybrid_lightning.policy.optim import CosineSchedule
+from hybrid_lightning.policy import CosineSchedule
 from hybrid_lightning.rollout import sampler
 
 STEPS = 12

@@ -14,7 +14,7 @@ import yaml
 from cli_runs import command, parse
 from test_configs import CONFIGS, ROOT, settings
 
-from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters import AdapterPlan
 
 STRATEGIES = sorted((ROOT / "configs" / "strategy").glob("*.yaml"))
 ROLLOUTS = sorted((ROOT / "configs" / "rollout").glob("*.yaml"))

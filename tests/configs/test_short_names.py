@@ -9,7 +9,7 @@ from hybrid_lightning import adapters, advantages, data, export, losses, policy,
 from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.cli_parser import known_classes
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.policy.language import LanguageModule
+from hybrid_lightning.policy import LanguageModule
 
 ROOMS = (adapters, advantages, data, export, losses, policy, rewards, rollout)
 BASES = (Configurable, LanguageModule, Callback)

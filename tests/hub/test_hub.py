@@ -12,7 +12,7 @@ from hub_contents import fill, fill_with_faults
 from hub_runs import Commands
 from hub_server import MEMBER, REVOKED, STRANGER, Hub
 
-from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters import AdapterPlan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

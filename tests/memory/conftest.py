@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.pass_memory import Traced, Traces
-from hybrid_lightning.memory.settings import RunSettings
 
 # What a pass depends on by the sizes in its name alone, or not at all.
 NOT_TRACED = {"config", "prompts_per_rollout", "samples_per_prompt", "micro_batches", "accumulate_grad_batches"}

@@ -8,7 +8,7 @@ import torch
 from tiny_memory import Case
 from tiny_models import FAMILIES, build_model
 
-from hybrid_lightning.engine.passes import default_token_budget
+from hybrid_lightning.engine import default_token_budget
 from hybrid_lightning.memory import RunSettings, SingleDevice, plan_memory
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.pass_memory import Traces, _trace_update, passes_of_step

@@ -15,10 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.batching import join_rollouts
-from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
 from hybrid_lightning.sharding.parameters import plain_name
 
 STRATEGIES = {"ddp": "ddp", "fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}

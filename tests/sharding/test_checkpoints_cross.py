@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_lightning.callbacks import PolicyExport
 from hybrid_lightning.export import AdapterFolder, MergedModel, policy_of_checkpoint, write_policy
-from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
 from hybrid_lightning.sharding.sharded_folder import read_folder
 
 # Two passes over two minibatches: after one optimizer step three of a rollout are left, and after the fourth comes a second one.

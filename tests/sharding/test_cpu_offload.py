@@ -16,9 +16,8 @@ from torchmetrics import MeanMetric
 
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
 
 # Several passes a micro-batch and several micro-batches a step: gradients add up on the host.
 POLICY = {

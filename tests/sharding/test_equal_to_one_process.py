@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.advantages import BatchStdAdvantage
 from hybrid_lightning.losses import DAPOLoss, GRPOLoss, TopEntropyMask
-from hybrid_lightning.rollout.dynamic_sampling import DynamicSampling
+from hybrid_lightning.rollout import DynamicSampling
 
 
 class Sizes(Callback):

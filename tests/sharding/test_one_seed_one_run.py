@@ -15,12 +15,12 @@ from ranks_of_tests import run
 from runs_of_tests import weights
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 
-from hybrid_lightning.adapters.scorers import Random
+from hybrid_lightning.adapters import Random, TailEnergy
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.sharding import FSDP2Strategy
 
 # More than many machines have, so that all of torch's own chunks of a tensor are shared, and their ends come in any order.
 THREADS = 4
@@ -76,7 +76,7 @@ def differences(folder: Path, root: Path, repeats: dict[str, int], strategy: Any
             torch.manual_seed(11)
             module, data = MAKERS[kind](folder)
             # A resumed run takes the plan that it finds: scores are compared where a run is repeated.
-            adapter = build_adapter() if times else build_adapter(scorer=Random())
+            adapter = build_adapter(calibration_prompts=2, scorer=TailEnergy() if times else Random())
             flags = {"max_steps": STEPS, "gradient_clip_val": 1.0, "limit_val_batches": 0}
             made = strategy() if callable(strategy) else strategy
             trainer = build_trainer(root / kind, adapter, *callbacks, strategy=made, devices=devices, **flags)

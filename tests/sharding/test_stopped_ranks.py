@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from ranks_of_tests import run, start
 from stopped_runs import FIT, MOMENTS, Sent, points, run_of
 
-from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters import AdapterPlan
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "strategy"
 STRATEGIES = {

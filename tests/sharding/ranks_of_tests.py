@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cli_runs import empty_picture
 from fork_server import forked, free_port
-
-from hybrid_lightning.callbacks import hybrid_adapter_setup
 
 
 def _work(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
@@ -23,7 +20,6 @@ def _work(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank))
         os.environ.update(WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
-    hybrid_adapter_setup.draw_heatmap = empty_picture  # as in the process of the tests: half of the time of a tiny run
     try:
         (scratch / f"{rank}.pickle").write_bytes(pickle.dumps(function(**arguments)))
     except BaseException:

@@ -2,6 +2,10 @@
 
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,6 @@ from typing import Any
 import pytest
 import tiny_examples
 import torch
-from busy import busy_machine
 from lightning.pytorch import Callback, Trainer
 from ranks_of_tests import run
 from runs_of_tests import weights
@@ -26,6 +29,29 @@ from hybrid_lightning.sharding import FSDP2Strategy
 THREADS = 4
 STEPS = 3
 ADAM = {"optimizer": partial(torch.optim.AdamW, betas=(0.9, 0.99)), "lr_full": 1e-3, "lr_lora": 1e-2}
+
+
+# Each ends with the process that started it, should that be killed, and in any case after two minutes.
+_WORK = """
+import os, time
+parent, end = os.getppid(), time.monotonic() + 120
+while os.getppid() == parent and time.monotonic() < end:
+    sum(range(100_000))
+"""
+
+
+@contextmanager
+def busy_machine(processes_a_core: int) -> Iterator[None]:
+    """Within this context so many processes a core compute."""
+    count = processes_a_core * len(os.sched_getaffinity(0))
+    processes = [subprocess.Popen([sys.executable, "-I", "-S", "-c", _WORK]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
 
 
 class EvenShare(RewardFunction):

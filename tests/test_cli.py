@@ -74,30 +74,3 @@ def test_score_makes_the_plan_that_fit_would_and_fit_takes_it(folder, fitted):
     assert result.code == 0, result.err
     again, before = (summary_of(folder / "runs" / path) for path in ("planned/version_1", "whole/version_0"))
     assert again["validation"] == before["validation"], "the same run, whether the plan was made before or within"
-
-
-def test_values_are_overridden_on_the_command_line(folder):
-    changes = {
-        "model.lr_lora": 0.5,
-        "model.sampler.temperature": 0.7,
-        "model.correction": "SequenceMask",
-        "model.correction.cap": 3,
-        "adapter.rank": 3,
-        "adapter.rank_pattern.attention": 1,
-        "adapter.budget.share": 0.5,
-        "trainer.max_steps": 1,
-        "data.source.init_args.validation_fraction": 0.1,
-        "seed_everything": 5,
-    }
-    arguments = [f"--{name}={value}" for name, value in changes.items()]
-    result = run(folder, "fit", "--config", "t.yaml", *arguments, "--trainer.logger.init_args.name=override")
-    assert result.code == 0, result.err
-    root = folder / "runs" / "override" / "version_0"
-    config = config_of(root)
-    assert config["seed_everything"] == 5 and config["model"]["init_args"]["lr_lora"] == 0.5
-    assert config["model"]["init_args"]["sampler"]["init_args"]["temperature"] == 0.7
-    correction = {"class_path": "hybrid_lightning.losses.SequenceMask", "init_args": {"cap": 3.0, "floor": 0.0}}
-    assert config["model"]["init_args"]["correction"] == correction
-    assert config["data"]["init_args"]["source"]["init_args"]["validation_fraction"] == 0.1
-    plan = AdapterPlan.load(root / "plan.json")
-    assert plan.lora.rank == 3 and plan.ranks == (1, 3) and len(plan.full_modules) == 7 and summary_of(root)["steps"] == 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from tiny_runs import write_model, write_sums
 
 from hybrid_lightning import cli
-from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.callbacks import hybrid_adapter_setup
 
 CONFIG = """
@@ -46,10 +47,6 @@ trainer:
 """
 PARTS = '''
 """Parts of a user."""
-import torch
-from hybrid_lightning.adapters.scorers import Scorer
-from hybrid_lightning.losses import PolicyLoss
-from hybrid_lightning.losses import functional as F
 from hybrid_lightning.rewards import RewardFunction
 
 
@@ -59,26 +56,6 @@ class StartsWithDigit(RewardFunction):
 
     def __call__(self, completions, prompts):
         return [float(text[:1].isdigit()) * (1 + self.bonus) for text in completions]
-
-
-class Reinforce(PolicyLoss):
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
-
-    def policy_term(self, inputs, old_logprobs):
-        ratio = F.token_ratio(inputs.logprobs, old_logprobs, inputs.completion_mask)
-        return -self.scale * ratio * inputs.advantages[:, None], ratio
-
-
-class LargestSingularValue(Scorer):
-    def score(self, statistics, rank: int) -> float:
-        return float(statistics.gradient.spectrum()[0])
-
-
-class Broken(RewardFunction):
-    def __call__(self, completions, prompts):
-        return [1.0]
 
 
 class Raising(RewardFunction):
@@ -102,6 +79,12 @@ class Result:
         """The last line of the error output."""
         lines = [line for line in self.err.splitlines() if line.strip()]
         return lines[-1] if lines else ""
+
+
+def assert_refused(result: Result, message: str) -> None:
+    """A command has failed, and its last line says why."""
+    assert result.code != 0 and result.last.startswith("error: ") and "Traceback" not in result.err, result.err
+    assert re.search(message, result.last), result.last
 
 
 def empty_picture(plan: AdapterPlan) -> Figure:

@@ -1,8 +1,9 @@
 """Processes forked from one that has imported everything, which takes longer than a tiny training run.
 
 `Forked` is a `subprocess.Popen` that forks commands of this Python: the process has the arguments, environment, folder, streams
-and handlers of signals that a fresh one would have, and runs the same file, module or code. What is about the start itself needs
-a fresh process: when modules are imported, and what libraries read from the environment as they are.
+and handlers of signals that a fresh one would have, and runs the same file, module or code, but that pictures of plans are empty.
+What is about the start itself needs a fresh process: when modules are imported, and what libraries read from the environment as
+they are.
 """
 
 import atexit
@@ -24,7 +25,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from cli_runs import empty_picture
 
+from hybrid_lightning.callbacks import hybrid_adapter_setup
 from hybrid_lightning.process import _SPINS
 
 _context = get_context("forkserver")
@@ -64,6 +67,7 @@ def _begin(paths: str | None, target: Callable[..., None], arguments: tuple[Any,
     else:
         os.environ["PYTHONPATH"] = paths
     gc.freeze()  # what the server has imported is not looked through, nor copied for it
+    hybrid_adapter_setup.draw_heatmap = empty_picture  # as in the tests' own process: half of the time of a tiny run
     target(*arguments)
 
 

@@ -10,13 +10,11 @@ import pytest
 from cli_runs import Result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.adapters.scoring import Scoring
+from hybrid_lightning.adapters import AdapterPlan, Scoring
 from hybrid_lightning.adapters.scoring_process import ScoringProcess
 from hybrid_lightning.callbacks import RunSummary
-from hybrid_lightning.policy import evaluation, language
-from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.policy import PolicyModule, evaluation, language
+from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles
 
 # An epoch has three rollouts of two steps of two micro-batches; a validation comes after the fourth step, and one at the end.

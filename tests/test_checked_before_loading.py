@@ -1,10 +1,9 @@
 """Data, reward, monitors and settings are checked before a model is loaded: here its weights cannot be, and say so if asked."""
 
-import re
 import shutil
 
 import pytest
-from cli_runs import run, write_folder
+from cli_runs import assert_refused, run, write_folder
 from tiny_runs import write_model
 
 from hybrid_lightning.data import FileSource, PromptDataModule
@@ -108,11 +107,6 @@ def test_before_the_model_of_a_policy(folder, command, options, message):
     )
     assert_refused(result, message)
     assert not (folder / "runs").exists(), "nothing has begun"
-
-
-def assert_refused(result, message):
-    assert result.code != 0 and result.last.startswith("error: ") and "Traceback" not in result.err
-    assert re.search(message, result.last), result.last
 
 
 @pytest.mark.parametrize("command", ["fit", "score", "test"])

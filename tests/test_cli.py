@@ -6,7 +6,7 @@ import pytest
 import yaml
 from cli_runs import run
 
-from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters import AdapterPlan
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +58,6 @@ def test_predict_writes_lines(folder, fitted, tmp_path):
     assert all(record["reward_parts"].keys() == {"starts_with_digit"} for record in records)
 
 
-def test_fit_goes_on_from_a_checkpoint(folder, fitted):
-    root, _ = fitted
-    arguments = ["--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "step=2.ckpt"]
-    result = run(folder, "fit", *arguments, "--trainer.logger.init_args.version=resumed")
-    assert result.code == 0, result.err
-    again = summary_of(root.parent / "resumed")
-    assert again["validation"] == summary_of(root)["validation"] and again["steps"] == 4
-    assert "ckpt_path" not in config_of(root.parent / "resumed")
-    assert "Scoring" not in result.out and (root.parent / "resumed" / "plan.json").is_file()
-
-
 def test_score_makes_the_plan_that_fit_would_and_fit_takes_it(folder, fitted):
     root, _ = fitted
     result = run(folder, "score", "--config", "t.yaml", "--trainer.logger.init_args.name=score")
@@ -85,50 +74,3 @@ def test_score_makes_the_plan_that_fit_would_and_fit_takes_it(folder, fitted):
     assert result.code == 0, result.err
     again, before = (summary_of(folder / "runs" / path) for path in ("planned/version_1", "whole/version_0"))
     assert again["validation"] == before["validation"], "the same run, whether the plan was made before or within"
-
-
-def test_values_are_overridden_on_the_command_line(folder):
-    changes = {
-        "model.lr_lora": 0.5,
-        "model.sampler.temperature": 0.7,
-        "model.correction": "SequenceMask",
-        "model.correction.cap": 3,
-        "adapter.rank": 3,
-        "adapter.rank_pattern.attention": 1,
-        "adapter.budget.share": 0.5,
-        "trainer.max_steps": 1,
-        "data.source.init_args.validation_fraction": 0.1,
-        "seed_everything": 5,
-    }
-    arguments = [f"--{name}={value}" for name, value in changes.items()]
-    result = run(folder, "fit", "--config", "t.yaml", *arguments, "--trainer.logger.init_args.name=override")
-    assert result.code == 0, result.err
-    root = folder / "runs" / "override" / "version_0"
-    config = config_of(root)
-    assert config["seed_everything"] == 5 and config["model"]["init_args"]["lr_lora"] == 0.5
-    assert config["model"]["init_args"]["sampler"]["init_args"]["temperature"] == 0.7
-    correction = {"class_path": "hybrid_lightning.losses.SequenceMask", "init_args": {"cap": 3.0, "floor": 0.0}}
-    assert config["model"]["init_args"]["correction"] == correction
-    assert config["data"]["init_args"]["source"]["init_args"]["validation_fraction"] == 0.1
-    plan = AdapterPlan.load(root / "plan.json")
-    assert plan.lora.rank == 3 and plan.ranks == (1, 3) and len(plan.full_modules) == 7 and summary_of(root)["steps"] == 1
-
-
-def test_parts_of_ones_own_come_by_class_path(folder):
-    arguments = ["--model.loss=my_parts.Reinforce", "--model.loss.scale=0.5", "--model.reward.bonus=0.25"]
-    arguments += ["--adapter.scorer=my_parts.LargestSingularValue", "--trainer.max_steps=2"]
-    text = (
-        (folder / "t.yaml")
-        .read_text()
-        .replace("class_path: GRPOLoss, init_args: {clip_low: 0.2, clip_high: 0.25}", "class_path: my_parts.Reinforce")
-    )
-    (folder / "own.yaml").write_text(text)
-    result = run(folder, "fit", "--config", "own.yaml", *arguments, "--trainer.logger.init_args.name=own")
-    assert result.code == 0, result.err
-    root = folder / "runs" / "own" / "version_0"
-    assert AdapterPlan.load(root / "plan.json").scorer["class_path"] == "my_parts.LargestSingularValue"
-    assert summary_of(root)["loss"] == "Reinforce"
-    reward = config_of(root)["model"]["init_args"]["reward"]
-    assert reward == {"class_path": "my_parts.StartsWithDigit", "init_args": {"bonus": 0.25}}
-    result = run(folder, "validate", "--config", root / "config.yaml", "--ckpt_path", root / "checkpoints" / "last.ckpt")
-    assert result.code == 0, result.err

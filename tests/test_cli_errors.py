@@ -9,7 +9,7 @@ import re
 import shutil
 
 import pytest
-from cli_runs import run, write_folder
+from cli_runs import assert_refused, run, write_folder
 from tiny_runs import write_model
 
 from hybrid_lightning.callbacks import HybridAdapterSetup, RunSummary
@@ -70,12 +70,6 @@ def test_wrong_commands(folder, command, message):
     before = content(folder)
     assert_refused(run(folder, *command.split()), message)
     assert content(folder) == before, "a command that has done nothing leaves nothing"
-
-
-def assert_refused(result, message):
-    assert result.code != 0
-    assert re.search(message, result.last), result.last
-    assert result.last.startswith("error: ") and "Traceback" not in result.err
 
 
 # What is added to a config that works, and what the last line has to say.

@@ -8,14 +8,13 @@ import yaml
 from cli_runs import run
 from lightning.pytorch import Callback
 
-from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.gradients import ExactGradients
+from hybrid_lightning import adapters, advantages, data, export, losses, policy, rewards, rollout
+from hybrid_lightning.adapters import ExactGradients, ModuleBudget
+from hybrid_lightning.advantages import AdvantageEstimator
 from hybrid_lightning.cli_help import Section
 from hybrid_lightning.cli_parser import known_classes
 from hybrid_lightning.configurable import Configurable
-from hybrid_lightning.policy.language import LanguageModule
-from hybrid_lightning.policy.optim import LearningRateSchedule
-from hybrid_lightning.policy.quantization import Quantization
+from hybrid_lightning.policy import LanguageModule, LearningRateSchedule, Quantization
 from hybrid_lightning.rewards import RewardFunction
 from hybrid_lightning.trainer import Trainer
 
@@ -150,3 +149,29 @@ def test_each_argument_of_a_part_is_explained():
     wrong = [text for text in said if len(text[2]) < 8 or re.match(r"(As in|See) `|Not described", text[2])]
     assert not wrong, "\n".join(map(str, wrong))
     assert all(inspect.getdoc(part) for part in PARTS.values())
+
+
+# ---- classes by their short names
+
+ROOMS = (adapters, advantages, data, export, losses, policy, rewards, rollout)
+BASES = (Configurable, LanguageModule, Callback)
+
+
+def public_classes():
+    """Name -> class for all that rooms offer, without abstract bases."""
+    for room in ROOMS:
+        for name in room.__all__:
+            part = getattr(room, name)
+            if isinstance(part, type) and issubclass(part, BASES) and not inspect.isabstract(part):
+                yield name, part
+
+
+def test_each_class_is_found_by_its_short_name():
+    known = {name: part for base in BASES for name, part in known_classes(base).items()}
+    found = dict(public_classes())
+    assert {"GSPOLoss", "MathMatch", "GSM8K", "ExactGradients", "GroupAdvantage", "MergedModel", "Sampler"} <= found.keys()
+    assert not [name for name, part in found.items() if known.get(name) is not part]
+
+
+def test_a_base_is_no_choice():
+    assert "GroupAdvantage" in known_classes(AdvantageEstimator) and "AdvantageEstimator" not in known_classes(AdvantageEstimator)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from cli_runs import run, write_folder
 
-from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters import AdapterPlan
 
 SUPERVISED = """
 model:

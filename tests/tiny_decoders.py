@@ -17,10 +17,9 @@ from transformers import (
     Phi3Config,
 )
 
-from hybrid_lightning.engine import Backend, Engine, use_fused_modules
+from hybrid_lightning.engine import Backend, Engine, base_model, use_fused_modules
 from hybrid_lightning.engine.backend import has_varlen
-from hybrid_lightning.engine.passes import base_model
-from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.types import Prompt
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -15,7 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from hybrid_lightning.engine.engine import Engine
+from hybrid_lightning.engine import Engine
 from hybrid_lightning.types import Sequences
 
 _CHARACTERS = "0123456789+-*= \nabcdefghijklmnopqrstuvwxyz#?"

@@ -7,15 +7,14 @@ import torch
 from lightning.pytorch import Callback
 from tiny_models import VOCABULARY, build_model, build_tokenizer
 
-from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.scorers import TailEnergy
+from hybrid_lightning.adapters import ModuleBudget, TailEnergy
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.data import FileSource, PlainFormat, PromptDataModule
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.rollout_engine import Stops
-from hybrid_lightning.rollout.sampler import Sampler
 from hybrid_lightning.trainer import Trainer
 
 

@@ -17,7 +17,7 @@ from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.data import ProductSource
 from hybrid_lightning.data.arithmetic import FACTORS, worked_answer
 from hybrid_lightning.rewards import ExactMatch
-from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.types import Prompt
 
 

@@ -12,11 +12,11 @@ def test_a_folder_that_is_no_checkout_is_refused(capsys):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("forked")
 def test_the_table_has_medians_and_the_ratio_of_neighbouring_steps(monkeypatch, capsys):
     """With measurements that are given; `benchmarks/pairs.py` makes them as for the comparison with TRL."""
     times = {"before": [9.0, 1.0, 2.0, 4.0], "now": [9.0, 1.1, 2.0, 5.0]}  # the first is not counted
     steps = {side: [{"seconds": value, "processor_seconds": 2 * value} for value in values] for side, values in times.items()}
+    monkeypatch.setattr(commits, "prepare", lambda workloads, folder, plan: workloads)
     monkeypatch.setattr(commits, "compare", lambda workload, prepared, plan: {"steps": steps})
     assert commits.main([str(ROOT), "--workload", "tiny"]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]

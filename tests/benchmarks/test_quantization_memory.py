@@ -7,7 +7,7 @@ import torch
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer, write_sums
 from wide_models import write_wide_model
 
-from hybrid_lightning.policy.quantization import NF4
+from hybrid_lightning.policy import NF4
 
 pytest.importorskip("bitsandbytes")
 

@@ -1,10 +1,9 @@
 """The comparison with TRL: its numbers, a model that is not there, and one small run from beginning to end."""
 
 import json
-import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
-import fork_server
 import pytest
 
 from benchmarks.speed import vs_trl
@@ -50,20 +49,22 @@ def test_a_model_that_does_not_exist(capsys, tmp_path):
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: pip install 'trl>=1.16,<2'")
-def test_the_tiny_workload_from_beginning_to_end(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.speed.vs_trl", "--workload", "tiny", "--pairs", "1", "--threads", "1"]
-    done = fork_server.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("forked")
+def test_the_tiny_workload_from_beginning_to_end(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(WORKLOADS, "tiny", replace(WORKLOADS["tiny"], prompts=4))
+    code = vs_trl.main(["--workload", "tiny", "--pairs", "1", "--threads", "1", "--out", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
     written = json.loads((tmp_path / "vs_trl.json").read_text())
     assert {"command", "machine", "versions", "threads", "seed", "device", "trl_overrides", "workloads"} == set(written)
     result = written["workloads"]["tiny"]
     for side in ("trl", "ours"):
         warm_up, step = result["steps"][side]
         assert (warm_up["optimizer_steps"], step["optimizer_steps"]) == (2, 4)
-        assert step["rows"] == 256 and 256 <= step["tokens"] <= 256 * 20
+        assert step["rows"] == 32 and 32 <= step["tokens"] <= 32 * 20
         assert step["memory"]["cpu_peak"] >= step["memory"]["cpu"] > 0
     ratio = result["steps"]["trl"][1]["seconds"] / result["steps"]["ours"][1]["seconds"]
-    assert result["ratio"]["median"] == pytest.approx(ratio) and f"| {ratio:.2f} (" in done.stdout
+    assert result["ratio"]["median"] == pytest.approx(ratio) and f"| {ratio:.2f} (" in out
     facts = result["facts"]
     for name in ("trainable_parameters", "prompt_digest", "prompt_tokens", "threads"):
         assert facts["trl"][name] == facts["ours"][name]

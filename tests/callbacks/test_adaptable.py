@@ -8,8 +8,7 @@ from tiny_models import build_model
 from tiny_runs import build_adapter, build_trainer
 from torch.utils.data import DataLoader
 
-from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters import AdapterPlan, ModuleBudget
 from hybrid_lightning.callbacks import Adaptable, HybridAdapterSetup
 from hybrid_lightning.errors import ConfigError, PlanError
 from hybrid_lightning.trainer import Trainer

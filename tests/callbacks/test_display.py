@@ -14,7 +14,7 @@ from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.callbacks import GracefulStop, RunSummary
 from hybrid_lightning.callbacks.display import python_command
-from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy import PolicyModule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHORT = ("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")

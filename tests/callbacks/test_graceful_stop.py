@@ -12,12 +12,11 @@ from cli_runs import Result, run, write_folder
 from lightning.pytorch.callbacks import ModelCheckpoint
 from stopped_runs import FIT, MOMENTS, Sent, points, run_of
 
-from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.callbacks import GracefulStop
+from hybrid_lightning.adapters import AdapterPlan
+from hybrid_lightning.callbacks import GracefulStop, RunFolder
 from hybrid_lightning.callbacks.graceful_stop import lost_contact
-from hybrid_lightning.callbacks.run_folder import RunFolder
 from hybrid_lightning.errors import CheckpointError
-from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.sharding.checkpoints import WholeFiles
 
 # One after another in the life of one run: moments, and which of the calls since the stop before. Every run is a new one, which

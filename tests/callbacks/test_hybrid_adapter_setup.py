@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_runs import Constant, build_adapter, build_data, build_policy, build_trainer, fit, write_model
 
-from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.callbacks.run_folder import run_folder
 from hybrid_lightning.errors import ConfigError, ModelError, PlanError

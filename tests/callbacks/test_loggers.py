@@ -19,23 +19,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hybrid_lightning.callbacks import TensorBoardOverview
 from hybrid_lightning.callbacks.loggers import NamingMLFlowLogger, curve_hints
 
-NEEDED = {"wandb": "wandb", "mlflow": "mlflow"}
+NEEDED = {"wandb": ["wandb"], "mlflow": ["mlflow"], "several": ["wandb", "mlflow"]}
+TWICE = ("wandb", "mlflow")  # are run; test_run_folder has two runs with the others
 SAMPLES = ["prompt", "answer", "completion", "finished", "correct", "reward", "advantage"]
 FIT = ["fit", "--config", "t.yaml", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--samples.every_n_rollouts=1"]
-TENSORBOARD = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "all"}}
-CSV = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "all"}}
 OPTIONS = {
     "wandb": ["--trainer.logger=WandbLogger", "--trainer.logger.offline=true", "--trainer.logger.project=mine"],
     "mlflow": ["--trainer.logger=MLFlowLogger", "--trainer.logger.experiment_name=sums"],
     "none": ["--trainer.logger=false"],
-    "several": ["--config", "several.yaml"],  # those that keep their files in the run folder
+    "several": ["--config", str(Path(__file__).parents[2] / "configs" / "logger" / "several.yaml")],  # of all kinds
 }
-FOLDERS = {"wandb": "mine", "mlflow": "sums", "several": "all"}  # of runs; else that of the config's logger
+FOLDERS = {"wandb": "mine", "mlflow": "sums", "several": "several"}  # of runs; else that of the config's logger
 
 
 def need(name):
-    if name in NEEDED and find_spec(NEEDED[name]) is None:
-        pytest.skip(f"needs {NEEDED[name]}: pip install -e '.[{name}]'")
+    if missing := [package for package in NEEDED.get(name, ()) if find_spec(package) is None]:
+        pytest.skip(f"needs {missing}: pip install -e '.[wandb,mlflow]'")
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +61,7 @@ def offline():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, offline):
-    for made in cli_runs.write_folder(tmp_path_factory.mktemp("loggers")):
-        (made / "several.yaml").write_text(yaml.safe_dump({"trainer": {"logger": [TENSORBOARD, CSV]}}))
-        yield made
+    yield from cli_runs.write_folder(tmp_path_factory.mktemp("loggers"))
 
 
 @pytest.fixture(scope="module", params=OPTIONS)
@@ -73,18 +70,16 @@ def runs(request, folder):
     name, loggers = request.param, []
     need(name)
     here = folder / name
-    here.mkdir()
-    (here / "runs").mkdir()
-    for file in ("t.yaml", "several.yaml"):
-        (here / file).write_text((folder / file).read_text())
-    if name == "mlflow":
+    (here / "runs").mkdir(parents=True)
+    (here / "t.yaml").write_text((folder / "t.yaml").read_text())
+    if "mlflow" in NEEDED.get(name, ()):
         (here / "runs" / "mlflow.db").write_bytes(request.getfixturevalue("mlflow_store"))
     results, before = [], {}
-    for number in range(2 if name in NEEDED else 1):  # test_run_folder has two runs with the others
+    for number in range(2 if name in TWICE else 1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("hybrid_lightning.callbacks.run_summary.curve_hints", partial(collect, loggers))
             results.append(cli_runs.run(here, *FIT, *OPTIONS[name]))
-        if name == "wandb":
+        if "wandb" in NEEDED.get(name, ()):
             sys.modules["wandb"].finish()
         if number == 0:
             # Not of W&B's own folder, in which its service goes on writing for a while, nor of MLflow's data base.
@@ -102,7 +97,7 @@ def collect(loggers, trainer, path):
 
 def test_everything_lies_in_the_runs_own_folder_and_stays_as_it_is(runs):
     name, root, _, before, _ = runs
-    assert sorted(path.name for path in root.iterdir()) == ["version_0", "version_1"][: 2 if name in NEEDED else 1]
+    assert sorted(path.name for path in root.iterdir()) == ["version_0", "version_1"][: 2 if name in TWICE else 1]
     wanted = {"config.yaml", "plan.json", "plan.png", "summary.json", "evaluation.json"}
     for folder in root.iterdir():
         assert wanted <= {path.name for path in folder.iterdir()}
@@ -110,8 +105,9 @@ def test_everything_lies_in_the_runs_own_folder_and_stays_as_it_is(runs):
     changed = [path for path, data in before.items() if path.read_bytes() != data]
     assert not changed
     above = {path.name for path in root.parent.iterdir() if not path.name.startswith(".")}
-    assert above == {root.name} | {"wandb": {"wandb"}, "mlflow": {"mlflow.db", "mlartifacts"}}.get(name, set())
-    assert {path.name for path in root.parents[1].iterdir()} == {"runs", "t.yaml", "several.yaml"}
+    beside = {"wandb": {"wandb"}, "mlflow": {"mlflow.db", "mlartifacts"}}
+    assert above == {root.name}.union(*(beside[package] for package in NEEDED.get(name, ())))
+    assert {path.name for path in root.parents[1].iterdir()} == {"runs", "t.yaml"}, "nothing lies beside the runs"
 
 
 def test_the_hint_is_the_loggers_own(runs):
@@ -119,12 +115,11 @@ def test_the_hint_is_the_loggers_own(runs):
     found = [line.partition("Curves:")[2].strip() for line in result.out.splitlines() if line.startswith("Curves:")]
     path = f"runs/{root.name}/version_0"
     tensorboard, table = f"tensorboard --logdir {path}", f"{path}/metrics.csv"
-    if name == "wandb":
-        (hint,) = found
-        assert hint.startswith("wandb sync runs/wandb/offline-run-") and (root.parents[1] / hint.split()[-1]).is_dir()
-    else:
-        mlflow = "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"
-        assert found == {"mlflow": [mlflow], "none": [], "several": [tensorboard, table]}[name]
+    mlflow, sync = "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db", "wandb sync runs/wandb/offline-run-"
+    synced = [hint.split()[-1] for hint in found if hint.startswith(sync)]
+    assert all((root.parents[1] / path).is_dir() for path in synced)
+    found = [sync if hint.startswith(sync) else hint for hint in found]
+    assert found == {"wandb": [sync], "mlflow": [mlflow], "none": [], "several": [tensorboard, table, sync, mlflow]}[name]
 
 
 def read_tensorboard(folder):
@@ -182,23 +177,23 @@ def test_it_holds_scalars_samples_the_plan_and_the_config(runs):
     found = []
     for logger in loggers[0][0]:
         if isinstance(logger, TensorBoardLogger):
-            found.append(read_tensorboard(folder))
+            found.append((logger, read_tensorboard(folder)))
         elif isinstance(logger, CSVLogger):
-            found.append(read_csv(folder))
+            found.append((logger, read_csv(folder)))
         elif isinstance(logger, MLFlowLogger):
-            found.append(read_mlflow(folder, logger))
+            found.append((logger, read_mlflow(folder, logger)))
         elif isinstance(logger, WandbLogger):
-            found.append(read_wandb(folder, logger, loggers[0][1]))
-    assert len(found) == {"none": 0, "several": 2}.get(name, 1)
-    for scalars in found:
-        at, low = ("_at_", "_ci_low") if name == "mlflow" else ("@", "/ci_low")
+            found.append((logger, read_wandb(folder, logger, loggers[0][1])))
+    assert len(found) == {"none": 0, "several": 4}.get(name, 1)
+    for logger, scalars in found:
+        at, low = ("_at_", "_ci_low") if isinstance(logger, MLFlowLogger) else ("@", "/ci_low")
         wanted = {"reward", "loss", "entropy", "lr/full", "grad_norm/lora", "val/greedy_accuracy", "time/step_s"}
         assert wanted | {f"val/avg{at}2", f"val/avg{at}2{low}", f"val/greedy_accuracy{low}"} <= set(scalars)
         after, avg = scalars["summary/accuracy_after"], scalars[f"val/avg{at}2"]
         assert list(after.values()) == [pytest.approx(summary["accuracy_after"])]
         assert avg[max(avg, key=lambda step: step or 0)] == pytest.approx(summary["accuracy_after"])
         assert list(scalars["summary/accuracy_before"].values()) == [pytest.approx(summary["accuracy_before"])]
-        if name != "wandb":
+        if not isinstance(logger, WandbLogger):
             assert len(avg) == 2 and avg[0] == pytest.approx(summary["accuracy_before"])
             assert list(scalars["reward"]) == [0, 1] and list(after) == [2]
 

@@ -7,10 +7,7 @@ import torch
 from tiny_models import build_model, plain_logprobs
 from tiny_runs import Constant, DigitShare, build_adapter, build_data, build_policy, build_trainer, fit
 
-from hybrid_lightning.adapters import scorers
-from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget
-from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.adapters.sketch import SketchedGradients
+from hybrid_lightning.adapters import AdapterPlan, ModuleBudget, ParameterBudget, SketchedGradients, scorers
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.rollout.batching import join_rollouts
 

@@ -6,7 +6,7 @@ from tiny_runs import StartsWithDigit, build_adapter, build_data, build_policy, 
 
 from hybrid_lightning.callbacks import PredictionWriter
 from hybrid_lightning.errors import ConfigError
-from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.rollout import Sampler
 
 
 def predict(model, sums, root, writer, **flags):

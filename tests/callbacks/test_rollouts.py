@@ -22,7 +22,7 @@ from hybrid_lightning.callbacks import RolloutProgress, RolloutSamples, RunSumma
 from hybrid_lightning.callbacks.display import progress_bar
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.policy.optim import LinearSchedule
+from hybrid_lightning.policy import LinearSchedule
 from hybrid_lightning.rewards import WeightedSum
 from hybrid_lightning.rollout.batching import pad_left, pad_right
 from hybrid_lightning.types import Prompt, Rewards, Rollouts, Sequences

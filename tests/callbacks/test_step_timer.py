@@ -13,7 +13,7 @@ from hybrid_lightning.callbacks.run_folder import find_callback
 from hybrid_lightning.callbacks.step_timer import RUN_PHASES, STEP_PHASES
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import step_times
-from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.rollout import Sampler
 
 GENERATE, REWARD, LOGPROBS, UPDATE, BEFORE, AFTER, VALIDATION, SAVE, SCORE = 64.0, 16.0, 3.0, 8.0, 0.25, 0.5, 20.0, 40.0, 7.0
 STEPS = 6

@@ -10,8 +10,6 @@ import pytest
 import yaml
 from cli_runs import command, parse
 
-pytestmark = pytest.mark.usefixtures("pictures")
-
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "evaluate")  # which trains nothing
 

@@ -10,12 +10,11 @@ from tiny_models import build_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hybrid_lightning.adapters.apply import apply_plan, trainable_state
-from hybrid_lightning.adapters.budgets import ModuleBudget, ModuleScores, make_plan
-from hybrid_lightning.adapters.candidates import find_candidates, ranks_by_pattern
-from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters import LoraSettings, ModuleBudget, Random, apply_plan, find_candidates, make_plan
+from hybrid_lightning.adapters.apply import trainable_state
+from hybrid_lightning.adapters.budgets import ModuleScores
+from hybrid_lightning.adapters.candidates import ranks_by_pattern
 from hybrid_lightning.adapters.plan import PlannedModel, model_digest
-from hybrid_lightning.adapters.scorers import Random
 from hybrid_lightning.export import TrainedPolicy
 from hybrid_lightning.export.trained import BaseModel, Training, peft_weights
 from hybrid_lightning.policy.loading import DTYPES

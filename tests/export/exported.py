@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters import LoraSettings
 
 TOKENS = torch.randint(3, 40, (3, 10), generator=torch.Generator().manual_seed(7))
 VARIANTS = {

@@ -13,7 +13,7 @@ from exported import files, logits
 from rounding import assert_same_logits
 from transformers import AutoModelForCausalLM
 
-from hybrid_lightning.policy.module import PolicyModule
+from hybrid_lightning.policy import PolicyModule
 
 TRAINING_SETTINGS = ["--trainer.precision=16-mixed", "--trainer.devices=4", "--trainer.strategy=fsdp"]  # an export needs none
 

@@ -10,7 +10,8 @@ from rounding import assert_same_logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from hybrid_lightning.adapters.apply import apply_plan, trainable_state
+from hybrid_lightning.adapters import apply_plan
+from hybrid_lightning.adapters.apply import trainable_state
 from hybrid_lightning.errors import CheckpointError, ConfigError, ModelError
 from hybrid_lightning.export import AdapterFolder, MergedModel, write_policy
 from hybrid_lightning.export.trained import PEFT_PREFIX, BaseModel

@@ -102,17 +102,6 @@ def test_what_is_no_checkpoint_of_ours_is_refused(train, tmp_path):
         policy_of_checkpoint(path)
 
 
-def test_a_sharded_checkpoint_that_is_not_whole_is_refused(train, tmp_path):
-    path = tmp_path / "last.ckpt"
-    write_folder(content_of(train()), path)
-    nothing = "cannot be read: it is no sharded checkpoint, or not whole"
-    causes = {"__0_0.distcp": "is not whole: __0_0.distcp is missing", ".metadata": nothing, "meta.pt": nothing}
-    for lost, message in causes.items():
-        (path / lost).unlink()
-        with pytest.raises(CheckpointError, match=rf"last\.ckpt {message}"):
-            policy_of_checkpoint(path)
-
-
 # ---- modules in memory
 
 

@@ -18,16 +18,14 @@ with tempfile.TemporaryDirectory() as folder:
 import torch
 from transformers import Qwen3Config
 
-from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.gradients import ExactGradients, ModuleAccumulator
-from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters import ExactGradients, LoraSettings, SketchedGradients, find_candidates
+from hybrid_lightning.adapters.gradients import ModuleAccumulator
 from hybrid_lightning.adapters.scoring_process import ScoringProcess, only_candidates_trainable
 from hybrid_lightning.adapters.scoring_progress import ScoringProgress
-from hybrid_lightning.adapters.sketch import SketchedGradients
 from hybrid_lightning.engine import logprobs_of_hidden, packed_decoding
+from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.pass_memory import _sequences, _trace_decoding, _trace_update, passes_of_step
-from hybrid_lightning.memory.settings import RunSettings
 from hybrid_lightning.rollout.sampler import draw_by_integers
 
 Counter = fake_gpu.counter()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_memory import Case
 
-from hybrid_lightning.adapters.scorers import UpdateTail
+from hybrid_lightning.adapters import UpdateTail
 from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.memory import SingleDevice, plan_memory
 from hybrid_lightning.memory.memory_table import memory_notes

@@ -13,21 +13,19 @@ from rich import get_console
 from tiny_memory import Case
 from tiny_models import build_tokenizer
 
-from hybrid_lightning.adapters.budgets import ModuleBudget
+from hybrid_lightning.adapters import ModuleBudget
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.memory import DDP, FSDP2, SingleDevice
+from hybrid_lightning.memory import DDP, FSDP2, SingleDevice, plan_memory
 from hybrid_lightning.memory import from_config as from_config_module
 from hybrid_lightning.memory.engine_share import CONTEXT_BYTES, EngineShare, engine_share, misfit
 from hybrid_lightning.memory.from_config import TrainerFlags, arguments_of, policy_arguments, run_settings
-from hybrid_lightning.memory.peaks import _Run, plan_memory, why_not_fitting
-from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.policy.quantization import NF4
+from hybrid_lightning.memory.peaks import _Run, why_not_fitting
+from hybrid_lightning.policy import NF4, PolicyModule
 from hybrid_lightning.rewards import ExactMatch
+from hybrid_lightning.rollout import VLLMSampler, VLLMServerSampler
 from hybrid_lightning.rollout.rollout_engine import ServedModel
-from hybrid_lightning.rollout.vllm.in_process import VLLMSampler
-from hybrid_lightning.rollout.vllm.servers import VLLMServerSampler
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.sharding import FSDP2Strategy
 from hybrid_lightning.trainer import Trainer
 
 GIB = 2**30

@@ -8,7 +8,7 @@ import torch
 from tiny_memory import Case
 from tiny_models import FAMILIES, build_model
 
-from hybrid_lightning.engine.passes import default_token_budget
+from hybrid_lightning.engine import default_token_budget
 from hybrid_lightning.memory import RunSettings, SingleDevice, plan_memory
 from hybrid_lightning.memory.fake_model import FakeModel
 from hybrid_lightning.memory.pass_memory import Traces, _trace_update, passes_of_step
@@ -18,7 +18,7 @@ SETTINGS = Case(prompts=4, samples=4).settings()
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_planned(family):
-    settings = RunSettings(build_model(family).config, 5, 6, 4, 4, eval_prompts=2)
+    settings = RunSettings(build_model(family).config, 5, 6, 4, 4)
     methods = plan_memory(settings, SingleDevice())
     assert [method.method for method in methods] == ["FFT", "LoRA", "hybrid 10%"]
     updating = [method.peaks["updating"] for method in methods]

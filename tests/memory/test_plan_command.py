@@ -9,12 +9,11 @@ import torch
 from cli_runs import run
 from rich import get_console
 
-from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters import AdapterPlan
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory import DDP, FSDP1, FSDP2, SingleDevice
 from hybrid_lightning.memory.from_config import TrainerFlags
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
 
 STRATEGIES = Path(__file__).parents[2] / "configs" / "strategy"
 FLAGS = ["--trainer.accelerator=gpu", "--trainer.num_nodes=2", "--trainer.devices=2", "--trainer.precision=bf16-mixed"]

@@ -4,14 +4,13 @@ import pytest
 import torch
 from tiny_models import FAMILIES, build_model
 
-from hybrid_lightning.adapters.apply import apply_plan
-from hybrid_lightning.adapters.budgets import ModuleBudget, ParameterBudget, plan_of_budget
-from hybrid_lightning.adapters.candidates import find_candidates
-from hybrid_lightning.adapters.lora_settings import LoraSettings
+from hybrid_lightning.adapters import LoraSettings, ModuleBudget, ParameterBudget, apply_plan, find_candidates
+from hybrid_lightning.adapters.budgets import plan_of_budget
 from hybrid_lightning.memory import RunSettings
 from hybrid_lightning.memory.sizes import measure_sizes
+from hybrid_lightning.policy import NF4, Int8
 from hybrid_lightning.policy.pretrained import meta_model
-from hybrid_lightning.policy.quantization import NF4, Int8, quantize_base
+from hybrid_lightning.policy.quantization import quantize_base
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
 LORA, MIXED = LoraSettings(rank=4), {"mlp": 3, "attention": 0}

@@ -7,14 +7,14 @@ import pytest
 import torch
 from tiny_memory import Case
 
-from hybrid_lightning.adapters.budgets import ModuleBudget, plan_of_budget
-from hybrid_lightning.adapters.candidates import find_candidates
+from hybrid_lightning.adapters import ModuleBudget, find_candidates
+from hybrid_lightning.adapters.budgets import plan_of_budget
 from hybrid_lightning.errors import ConfigError
 from hybrid_lightning.memory import DDP, FSDP1, FSDP2, SingleDevice, plan_memory
 from hybrid_lightning.memory.peaks import _Run
 from hybrid_lightning.memory.sizes import measure_sizes, optimizer_bytes
+from hybrid_lightning.policy import NF4
 from hybrid_lightning.policy.pretrained import meta_model
-from hybrid_lightning.policy.quantization import NF4
 
 SETTINGS = replace(Case(prompts=8, validation=0).settings(), on_cpu=False)
 

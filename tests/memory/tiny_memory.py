@@ -9,17 +9,14 @@ from tiny_runs import build_trainer
 
 from benchmarks.memory.probe import MemoryProbe
 from benchmarks.training import GivenPrompts, HashedReward
-from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan
-from hybrid_lightning.adapters.scorers import Scorer
+from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, Scorer
 from hybrid_lightning.callbacks import HybridAdapterSetup
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import RunSettings
+from hybrid_lightning.policy import PolicyModule
 from hybrid_lightning.policy.loading import read_config, resolve_model
 from hybrid_lightning.policy.modes import dtype_of_precision
-from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.rollout.sampler import Sampler
+from hybrid_lightning.rollout import Sampler
 
 
 @dataclass(frozen=True)

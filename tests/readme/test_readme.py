@@ -9,27 +9,13 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pages
 import pytest
 import torch
 import yaml
 from cli_runs import command, parse
 from lightning.pytorch import Trainer
-from pages import (
-    ALL_PAGES,
-    DOCS,
-    GENERATED,
-    PAGES,
-    README,
-    ROOT,
-    anchors,
-    blocks,
-    commands,
-    examples,
-    links,
-    prose,
-    shell_commands,
-    tree,
-)
+from pages import ALL_PAGES, PAGES, README, ROOT
 
 from hybrid_lightning.rollout.vllm import BACKEND
 
@@ -56,7 +42,7 @@ SMALL = [
 
 
 def example(name):
-    return examples()[name]
+    return pages.examples()[name]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +78,7 @@ def test_the_two_commands_are_marked_for_those_who_run_them():
     assert f"<!-- test command -->\n```bash\n{SECOND}\n```\n" in README
 
 
-@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+@pytest.mark.parametrize("arguments", pages.commands(), ids=" ".join)
 def test_every_command_parses(arguments, here, monkeypatch):
     # A run folder's config stands for the config that the run was made with.
     words = [re.sub(r"^runs/(\w+)/version_0/config\.yaml$", r"configs/\1.yaml", word) for word in arguments]
@@ -112,7 +98,7 @@ def test_a_wrong_option_would_be_found(here, monkeypatch):
 
 def test_other_commands_name_extras_scripts_and_options_that_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for words in shell_commands():
+    for words in pages.shell_commands():
         for named in re.findall(r"(?:\.|hybrid-lightning)\[([\w,-]+)\]", " ".join(words)):
             assert set(named.split(",")) <= extras.keys(), words
         if words[0] == "python" and words[1].endswith(".py"):
@@ -120,7 +106,7 @@ def test_other_commands_name_extras_scripts_and_options_that_exist():
             assert all(f'"{word}"' in script for word in words[2:] if word.startswith("--")), words
 
 
-SERVERS = [words for words in shell_commands() if "vllm.entrypoints.openai.api_server" in words]
+SERVERS = [words for words in pages.shell_commands() if "vllm.entrypoints.openai.api_server" in words]
 assert len(SERVERS) >= 2
 
 
@@ -157,7 +143,7 @@ def test_a_part_of_ones_own_has_ten_lines_and_trains(name, here, monkeypatch):
     lines = [line for line in example(name).splitlines() if line.strip()]
     assert len(lines) <= 10
     title = re.search(r"^class (\w+)", example(name), re.MULTILINE).group(1)
-    (arguments,) = [command for command in commands() if any(f"=mine.{title}" in word for word in command)]
+    (arguments,) = [command for command in pages.commands() if any(f"=mine.{title}" in word for word in command)]
     command([*arguments, *SMALL], monkeypatch)
     (saved,) = here.glob("runs/*/*/config.yaml")
     assert f"class_path: mine.{title}" in saved.read_text()
@@ -166,7 +152,7 @@ def test_a_part_of_ones_own_has_ten_lines_and_trains(name, here, monkeypatch):
 
 
 def test_a_function_of_ones_own_rewards(here, monkeypatch):
-    (arguments,) = [command for command in commands() if "--model.reward.function=my_reward.py:close" in command]
+    (arguments,) = [command for command in pages.commands() if "--model.reward.function=my_reward.py:close" in command]
     command([*arguments, *SMALL], monkeypatch)
     (saved,) = here.glob("runs/*/*/summary.json")
     assert json.loads(saved.read_text())["steps"] == 1
@@ -211,9 +197,9 @@ def test_the_folder_for_a_server_has_the_model_and_no_weights(here):
 
 def test_every_python_and_yaml_block_is_run():
     marked = sum(len(re.findall(r"^<!-- run: \w+ -->\n```(?:python|yaml)$", text, re.MULTILINE)) for text in PAGES.values())
-    there = sum(len(blocks(language, text)) for text in PAGES.values() for language in ("python", "yaml"))
+    there = sum(len(pages.blocks(language, text)) for text in PAGES.values() for language in ("python", "yaml"))
     assert marked == there - 1, "all but the one of the reference, which its test reads"
-    assert examples().keys() == {*PARTS, "function", "yaml", "own_part_yaml", "python", "adaptable", "served"}, (
+    assert pages.examples().keys() == {*PARTS, "function", "yaml", "own_part_yaml", "python", "adaptable", "served"}, (
         "each needs a test here"
     )
 
@@ -224,10 +210,10 @@ def test_every_python_and_yaml_block_is_run():
 def test_every_link_leads_somewhere():
     wrong = []
     for page in ALL_PAGES:
-        for link in links(page):
+        for link in pages.links(page):
             path, _, anchor = link.partition("#")
             target = (ROOT / page).parent / path if path else ROOT / page
-            if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            if not target.exists() or (anchor and anchor not in pages.anchors(target.read_text(encoding="utf-8"))):
                 wrong.append(f"{page} links to {link}, which is not there")
     assert not wrong, "\n".join(wrong)
 
@@ -242,12 +228,12 @@ def test_every_path_exists():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
 def test_what_a_tree_names_is_there(page):
-    missing = [entry for entry in tree(page) if not (ROOT / entry).exists()]
+    missing = [entry for entry in pages.tree(page) if not (ROOT / entry).exists()]
     assert not missing, f"the tree of {page} has what is not there: {missing}"
 
 
 def test_the_tree_of_the_architecture_has_every_room():
-    told = {entry.rstrip("/") for entry in tree("docs/architecture.md")}
+    told = {entry.rstrip("/") for entry in pages.tree("docs/architecture.md")}
     ignored = [line.strip().rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
     ignored += [".git", ".gitignore", "__pycache__"]
 
@@ -261,14 +247,14 @@ def test_the_tree_of_the_architecture_has_every_room():
 
 
 def test_every_page_is_in_the_index():
-    pages = {str(path.relative_to(ROOT / "docs")) for path in DOCS} - {"index.md"}
-    assert pages == {link for link in links("docs/index.md") if not link.startswith("..")}
+    there = {str(path.relative_to(ROOT / "docs")) for path in pages.DOCS} - {"index.md"}
+    assert there == {link for link in pages.links("docs/index.md") if not link.startswith("..")}
 
 
 def test_readme_is_short():
     lines = README.splitlines()
     assert len(lines) <= 200
-    long = [line for line in prose(README).splitlines() if len(line) > 120 and not line.startswith("|")]
+    long = [line for line in pages.prose(README).splitlines() if len(line) > 120 and not line.startswith("|")]
     assert not long
 
 
@@ -286,9 +272,9 @@ def test_every_option_that_is_named_exists(generate):
     sections = {"model", "data", "trainer", *generate.added().parts}
     own = {key for key in known if key.partition(".")[0] in sections}
     for page, text in PAGES.items():
-        if page in GENERATED:
+        if page in pages.GENERATED:
             continue
-        for code in re.findall(r"`(?:--)?([\w.]+)[^`]*`", prose(text)):
+        for code in re.findall(r"`(?:--)?([\w.]+)[^`]*`", pages.prose(text)):
             section, _, name = code.partition(".")
             if (
                 section in sections

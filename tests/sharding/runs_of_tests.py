@@ -15,10 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
+from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.rollout.batching import join_rollouts
-from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
 from hybrid_lightning.sharding.parameters import plain_name
 
 STRATEGIES = {"ddp": "ddp", "fsdp2": FSDP2Strategy, "fsdp1": FSDP1Strategy}
@@ -27,7 +26,12 @@ ADAM = {"optimizer": partial(torch.optim.AdamW, eps=1e-3, weight_decay=0.1), "lr
 
 
 # Of runs in which a rank is killed.
-KILLED = {"policy": {**ADAM, "epochs_per_rollout": 2}, "num_sanity_val_steps": 0, "enable_checkpointing": True, "max_steps": 6}
+KILLED = {
+    "policy": {**ADAM, "prompts_per_rollout": 4, "epochs_per_rollout": 2},
+    "num_sanity_val_steps": 0,
+    "enable_checkpointing": True,
+    "max_steps": 6,
+}
 
 
 class ByPrompt(Sampler):
@@ -112,7 +116,7 @@ def train(
     arguments = {
         "loss": GSPOLoss(kl_coef=0.02),
         "sampler": Sampler(6),
-        "prompts_per_rollout": 12,
+        "prompts_per_rollout": 12,  # or what is a multiple of the ranks x minibatches: of whole prompts
         "minibatches_per_rollout": 2,
         "epochs_per_rollout": 1,
         "optimizer": torch.optim.SGD,

@@ -8,9 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from hybrid_lightning.errors import ConfigError, ModelError
+from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
 from hybrid_lightning.sharding.checks import check_strategy
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
 from hybrid_lightning.sharding.parameters import decoder_blocks
 
 

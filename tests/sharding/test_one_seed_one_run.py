@@ -2,6 +2,10 @@
 
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,21 +13,45 @@ from typing import Any
 import pytest
 import tiny_examples
 import torch
-from busy import busy_machine
+from lightning.pytorch import Callback, Trainer
 from ranks_of_tests import run
 from runs_of_tests import weights
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 
+from hybrid_lightning.adapters import Random, TailEnergy
 from hybrid_lightning.assets import embedded_policy_path
 from hybrid_lightning.losses import GSPOLoss
 from hybrid_lightning.rewards import RewardFunction
-from hybrid_lightning.rollout.sampler import Sampler
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.rollout import Sampler
+from hybrid_lightning.sharding import FSDP2Strategy
 
 # More than many machines have, so that all of torch's own chunks of a tensor are shared, and their ends come in any order.
 THREADS = 4
 STEPS = 3
 ADAM = {"optimizer": partial(torch.optim.AdamW, betas=(0.9, 0.99)), "lr_full": 1e-3, "lr_lora": 1e-2}
+
+
+# Each ends with the process that started it, should that be killed, and in any case after two minutes.
+_WORK = """
+import os, time
+parent, end = os.getppid(), time.monotonic() + 120
+while os.getppid() == parent and time.monotonic() < end:
+    sum(range(100_000))
+"""
+
+
+@contextmanager
+def busy_machine(processes_a_core: int) -> Iterator[None]:
+    """Within this context so many processes a core compute."""
+    count = processes_a_core * len(os.sched_getaffinity(0))
+    processes = [subprocess.Popen([sys.executable, "-I", "-S", "-c", _WORK]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
 
 
 class EvenShare(RewardFunction):
@@ -52,37 +80,41 @@ MAKERS = {
 }
 
 
-def train(
-    kind: str, folder: Path, root: Path, strategy: Any, devices: int, save: Path | None = None, **arguments: Any
-) -> dict[str, Any]:
-    """Every trained weight after a run."""
-    torch.manual_seed(11)
-    module, data = MAKERS[kind](folder)
-    ckpt_path = arguments.pop("ckpt_path", None)
-    flags = {"strategy": strategy() if callable(strategy) else strategy, "devices": devices, "limit_val_batches": 0}
-    trainer = build_trainer(root, build_adapter(), **{"max_steps": STEPS, "gradient_clip_val": 1.0, **flags, **arguments})
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    if save is not None:
-        trainer.save_checkpoint(save)
-    return weights(module)
+class SaveFirst(Callback):
+    """Saves a checkpoint after the first step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 1:
+            trainer.save_checkpoint(self.path)
 
 
 def differences(folder: Path, root: Path, repeats: dict[str, int], strategy: Any = "auto", devices: int = 1) -> list[str]:
-    """Weights that differ from run to run of each kind, repeated so often, and once more stopped after a step and resumed."""
+    """Weights that differ from run to run of each kind, repeated so often, and once more resumed after the first step."""
     torch.set_num_threads(THREADS)
     found = []
     for kind, times in repeats.items():
-        arguments = (kind, folder, root / kind, strategy, devices)
-        first = train(*arguments)
-        assert all(bool(value.any()) for name, value in first.items() if "lora_B" in name), "all of it was trained"
-        others = [train(*arguments) for _ in range(times)]
         checkpoint = root / f"{kind}.ckpt"
-        train(*arguments, save=checkpoint, max_steps=1)
-        others.append(train(*arguments, ckpt_path=checkpoint))
-        for number, other in enumerate(others):
+
+        def train(*callbacks: Callback, ckpt_path: Path | None = None, kind: str = kind, times: int = times) -> dict[str, Any]:
+            torch.manual_seed(11)
+            module, data = MAKERS[kind](folder)
+            # A resumed run takes the plan that it finds: scores are compared where a run is repeated.
+            adapter = build_adapter(calibration_prompts=2, scorer=TailEnergy() if times else Random())
+            flags = {"max_steps": STEPS, "gradient_clip_val": 1.0, "limit_val_batches": 0}
+            made = strategy() if callable(strategy) else strategy
+            trainer = build_trainer(root / kind, adapter, *callbacks, strategy=made, devices=devices, **flags)
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+            return weights(module)
+
+        first = train(SaveFirst(checkpoint))
+        assert all(bool(value.any()) for name, value in first.items() if "lora_B" in name), "all of it was trained"
+        others = {f"repeated, {number}": train() for number in range(times)} | {"resumed": train(ckpt_path=checkpoint)}
+        for case, other in others.items():
             assert first.keys() == other.keys()
-            run = f"repeated, {number}" if number < times else "resumed"
-            found += [f"{kind}, {run}: {name}" for name, value in first.items() if not torch.equal(value, other[name])]
+            found += [f"{kind}, {case}: {name}" for name, value in first.items() if not torch.equal(value, other[name])]
     return found
 
 

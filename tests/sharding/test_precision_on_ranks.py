@@ -11,7 +11,7 @@ from tiny_runs import write_sums
 from wide_models import write_wide_model
 
 from hybrid_lightning.losses import GRPOLoss, GSPOLoss
-from hybrid_lightning.policy.quantization import NF4, Int8
+from hybrid_lightning.policy import NF4, Int8
 
 # dtype of the model, precision
 KINDS = [("bfloat16", "bf16-mixed"), ("float32", "bf16-mixed"), ("bfloat16", "bf16-true")]

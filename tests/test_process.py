@@ -120,7 +120,7 @@ class Told:
     def __init__(self, monkeypatch):
         self.heard = []
         monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: self.heard.append(("cudnn", on)))
-        monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", self.heard.append, raising=False)
+        monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", self.heard.append, raising=False)
         for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
             monkeypatch.delenv(name, raising=False)
 
@@ -130,6 +130,8 @@ def test_memory_of_a_gpu_grows_in_place_and_cudnn_does_not_attend(monkeypatch):
     process.prepare_gpu(own_allocator=False)
     assert told.heard == [("cudnn", False), "expandable_segments:True"]
     assert torch.get_float32_matmul_precision() == precision
+    products = torch.backends.cuda.matmul  # a module that monkeypatch cannot put back; no CPU reads it
+    assert not products.allow_bf16_reduced_precision_reduction and not products.allow_fp16_reduced_precision_reduction
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

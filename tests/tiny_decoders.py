@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import segments_on_cpu  # noqa: F401  (which makes `OfAccelerator` possible)
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,7 +17,6 @@ from transformers import (
 )
 
 from hybrid_lightning.engine import Backend, Engine, base_model, use_fused_modules
-from hybrid_lightning.engine.backend import has_varlen
 from hybrid_lightning.rollout import Sampler
 from hybrid_lightning.types import Prompt
 
@@ -50,11 +48,6 @@ def special_model(config, std=0.2):
 
 class OfAccelerator(Backend):
     """Attends by segments, and has no operators of a CPU."""
-
-    def __init__(self):
-        super().__init__()
-        if not has_varlen():
-            pytest.skip("torch 2.13 or later attends by segments")
 
     def usable(self, *tensors):
         return False

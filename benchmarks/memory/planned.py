@@ -65,11 +65,12 @@ def compare(case: MemoryCase, root: Path, log: Path, arguments: argparse.Namespa
 def summarize(found: dict[str, Any]) -> dict[str, Any]:
     """Planned and measured bytes of a case, each the largest of all moments, and of all ranks where several measured.
 
-    What oneDNN packs is in no tensor that can be counted. Of scoring, which has the base model alone, no parts are compared.
+    What oneDNN packs is in no tensor that can be counted; where it packs nothing, copies are tensors. Of scoring, which has the
+    base model alone, no parts are compared.
     """
     (plan,) = found["plan"]
     counted = [rank["moments"] for rank in found["tensors"]]
-    planned = {name: parts["total"] - parts["packed"] for name, parts in plan["moments"].items()}
+    planned = {name: parts["total"] - (0 if plan["in tensors"] else parts["packed"]) for name, parts in plan["moments"].items()}
     measured = {name: max(rank[name]["tensors"] for rank in counted if name in rank) for rank in counted for name in rank}
     sides = (plan["moments"], counted[0])
     trained = [[parts for name, parts in side.items() if name not in ("calibrating", "scoring")] for side in sides]

@@ -27,6 +27,7 @@ from benchmarks.training import GivenPrompts, HashedReward, quiet_trainer
 from hybrid_lightning.adapters.budgets import ModuleBudget
 from hybrid_lightning.adapters.lora_settings import LoraSettings
 from hybrid_lightning.callbacks import HybridAdapterSetup
+from hybrid_lightning.engine.backend import packs
 from hybrid_lightning.losses import GRPOLoss
 from hybrid_lightning.memory import DDP, FSDP1, FSDP2, RunSettings, Sharding, SingleDevice, plan_memory
 from hybrid_lightning.policy.loading import read_config, resolve_model
@@ -109,6 +110,7 @@ def plan(case: MemoryCase, folder: Path) -> dict[str, Any]:
         "growth": found.growth_bytes,
         "in the process": asdict(found.growth),
         "trainable": found.trainable,
+        "in tensors": not packs(torch.float32),  # whether what products read, `packed`, is in tensors
     }
 
 

@@ -4,7 +4,8 @@
     python -m benchmarks.speed.commits ../before --workload main tiny --pairs 10
 
 Steps of both are made in turn (A B A B), so that what else the machine does falls on both alike. Prints a table; the ratio is the
-median of those of neighbouring steps.
+median of those of neighbouring steps. Beside the workloads of the other comparisons there are shipped configs, as people run
+them: a pass that one of them has lost shows in none of the others.
 """
 
 import argparse
@@ -12,11 +13,12 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.commands import CORES, ROOT, UsageError, check_at_least, command, entry
 from benchmarks.pairs import Plan, compare, prepare
 from benchmarks.tables import table
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import WORKLOADS, Workload
 
 # Each side sees its own checkout, package and benchmarks alike. Until `7d39560` the worker lay in benchmarks/ itself.
 _WORKER = """import pathlib, runpy, sys
@@ -32,9 +34,27 @@ else:
     runpy.run_module("benchmarks.speed.run_ours", run_name="__main__")
 """
 
+_SHIPPED_WORKER = """import sys
+sys.path.insert(0, {root!r})
+from benchmarks.speed import run_config
+run_config.main({checkout!r})
+"""
+# Configs, with the sizes that they name, which each step has to have.
+SHIPPED = {
+    workload.name: workload
+    for workload in (
+        Workload("smollm2_addition", 16, 8, max_new_tokens=6, mean_tokens=None),
+        Workload("smollm2_mawps", 8, 8, max_new_tokens=16, mean_tokens=None),
+    )
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command("speed.commits", __doc__, pairs=10, threads=CORES, workload=["main", "tiny"])
+    parser = command("speed.commits", __doc__, pairs=10, threads=CORES)
+    choices = [*WORKLOADS, *SHIPPED]
+    parser.add_argument(
+        "--workload", nargs="+", default=["main", "tiny"], choices=choices, help="which, or a config (default: %(default)s)"
+    )
     parser.add_argument("before", type=Path, help="the other checkout")
     return parser
 
@@ -47,21 +67,30 @@ def run(arguments: argparse.Namespace) -> None:
             f"{arguments.before} is no checkout of this project: make one by git worktree add {arguments.before} COMMIT"
         )
     checkouts = {"before": arguments.before.resolve(), "now": ROOT}
-    workers = {side: ("-c", _WORKER.format(checkout=str(checkout))) for side, checkout in checkouts.items()}
+    names = dict.fromkeys(arguments.workload)
     lines = []
     with tempfile.TemporaryDirectory(prefix="commits_") as name:
         folder = Path(name)
-        plan = Plan(arguments.pairs, "cpu", arguments.threads, 0, tuple(checkouts), folder, workers=workers)
-        workloads = [WORKLOADS[name] for name in dict.fromkeys(arguments.workload)]
-        for workload, prepared in zip(workloads, prepare(workloads, folder, plan), strict=True):
-            steps = compare(workload, prepared, plan)["steps"]
-            for unit in ("seconds", "processor_seconds"):
-                before, now = ([step[unit] for step in steps[side][1:]] for side in checkouts)  # the first warms up
-                ratios = [after / first for first, after in zip(before, now, strict=True)]
-                low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-                medians = [f"{statistics.median(side):.3f}" for side in (before, now)]
-                lines.append([f"`{workload.name}`", unit.replace("_", " "), *medians, f"{middle:.3f} ({low:.3f}-{high:.3f})"])
+        for made, code in ((WORKLOADS, _WORKER), (SHIPPED, _SHIPPED_WORKER)):
+            workloads = [made[name] for name in names if name in made]
+            workers = {side: ("-c", code.format(root=str(ROOT), checkout=str(place))) for side, place in checkouts.items()}
+            plan = Plan(arguments.pairs, "cpu", arguments.threads, 0, tuple(checkouts), folder, workers=workers)
+            # A config names its own model and data.
+            folders = prepare(workloads, folder, plan) if made is WORKLOADS and workloads else [folder] * len(workloads)
+            for workload, prepared in zip(workloads, folders, strict=True):
+                lines += _compared(workload, compare(workload, prepared, plan)["steps"])
     print(table(["workload", "unit", "before", "now", "now / before (quarters)"], lines, left=2))
+
+
+def _compared(workload: Workload, steps: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    lines = []
+    for unit in ("seconds", "processor_seconds"):
+        before, now = ([step[unit] for step in side[1:]] for side in steps.values())  # the first warms up
+        ratios = [after / first for first, after in zip(before, now, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        medians = [f"{statistics.median(side):.3f}" for side in (before, now)]
+        lines.append([f"`{workload.name}`", unit.replace("_", " "), *medians, f"{middle:.3f} ({low:.3f}-{high:.3f})"])
+    return lines
 
 
 main = entry(build_parser, run)

@@ -168,7 +168,7 @@ def _why_no_kernels(dtype: torch.dtype) -> str:
     """Why attention by segments cannot be had in a dtype on an accelerator that could have it; empty where it can."""
     if dtype not in _HALF:
         return f"its kernels have 16 bits, and the model computes with {str(dtype).partition('.')[2]}"
-    return "" if has_varlen() else "torch 2.13 or later has it"
+    return why_no_varlen()
 
 
 @cache
@@ -180,15 +180,20 @@ def _why_not_on(index: int | None) -> str:
 
 
 @cache
-def has_varlen() -> bool:
-    """Whether torch has `varlen_attn` with grouped queries and the number of used keys."""
-    try:
-        from torch.nn.attention import varlen
-    except ImportError:
-        return False
-    operator = getattr(getattr(torch.ops, "torch_attn", None), "_varlen_attn", None)
-    arguments = {argument.name for argument in operator.default._schema.arguments} if operator is not None else set()
-    return hasattr(varlen, "varlen_attn") and {"enable_gqa", "seqused_k"} <= arguments
+def why_no_varlen() -> str:
+    """Why torch has no FlashAttention for sequences of unequal lengths that `segments.py` could call; empty where it has."""
+    both = {"query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "scale"}
+    both |= {"window_size_left", "window_size_right"}
+    wanted = {
+        "_flash_attention_forward": both | {"return_debug_mask", "seqused_k"},
+        "_flash_attention_backward": both | {"grad_out", "out", "logsumexp", "rng_state", "unused"},
+    }
+    for name, arguments in wanted.items():
+        operator = getattr(torch.ops.aten, name, None)
+        known = {argument.name for argument in operator.default._schema.arguments} if operator is not None else set()
+        if missing := sorted(arguments - known):
+            return f"torch {torch.__version__} knows no {missing[0]} for {name}"
+    return ""
 
 
 @cache

@@ -5,7 +5,8 @@ transposes its tensors. On a CPU that takes as long as a small model's layer com
 of the time and one of the embedded policy 0.8, with the same numbers bit for bit. On an accelerator torch compiles all of a layer
 but its attention.
 
-Once for each model both passes are tried on a few tokens. If their numbers differ, the model's own pass is used.
+Once for each model its layers are tried on a few tokens (`trials.py`). If their numbers are not those of transformers' own,
+the model's own pass is used.
 """
 
 import logging
@@ -17,13 +18,12 @@ from torch import Tensor, nn
 
 from hybrid_lightning.engine.attention import Packing
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.compiling import compiling_pays, distance, give_up_compiling, variants_allowed
+from hybrid_lightning.engine.compiling import compiling_pays, give_up_compiling, variants_allowed
 from hybrid_lightning.engine.decoder_layers import CompiledLayer, KnownLayer, adapters_of, compiled_layers
 from hybrid_lightning.engine.fused_attention import rotary
-from hybrid_lightning.engine.packing import PackedSequences
-from hybrid_lightning.engine.passes import base_model, own_hidden
+from hybrid_lightning.engine.passes import base_model
 from hybrid_lightning.engine.prepacked import added_product, products_together
-from hybrid_lightning.types import Sequences
+from hybrid_lightning.engine.trials import why_layers_differ
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,52 @@ class FastDecoder:
         """Let passes by plain calls give the same numbers without a trial, as for a model without weights."""
         self._make, self._tried = _plain_pass, True
 
+    def try_once(self, model: nn.Module, layers: list[KnownLayer], backend: Backend, dtype: torch.dtype | None) -> None:
+        """Find out which passes give the model's own numbers, before the first of them is made.
+
+        Args:
+            model: Causal language model in eval mode, whose weights are whole, and not within `prepacked_weights`.
+            layers: The layers of its decoder.
+            backend: The backend of its fused layers.
+            dtype: Dtype of the products; None takes that of each weight.
+        """
+        if self._tried:
+            return
+        self._tried = True
+        decoder: Any = base_model(model).get_decoder()
+        name = type(decoder).__name__
+
+        def compiled_or_plain(known: KnownLayer) -> _PlainLayer | CompiledLayer:
+            whole = compiled_layers([known])
+            if whole is None:
+                self.why_not_compiled = "a projection is of a special kind, such as a quantized one"
+            return _PlainLayer(known) if whole is None else whole[0]
+
+        if compiling_pays(next(decoder.parameters()).device):
+            logger.info("torch.compile compiles the layers of %s for sampling, once", name)
+            failure: Exception | str
+            try:
+                with variants_allowed():
+                    failure = why_layers_differ(decoder, layers, backend, dtype, compiled_or_plain)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
+                failure = error
+            if not failure:
+                self._make = _compiled_pass
+                return
+            self.why_not_compiled = give_up_compiling(f"{name} is sampled from", failure)
+        difference = why_layers_differ(decoder, layers, backend, dtype, _PlainLayer)
+        self._make = None if difference else _plain_pass
+        if difference:
+            self.why_own = f"calling its parts one by one gave {difference}"
+            logger.warning(
+                "%s is sampled from by its own forward pass, which takes longer, since %s; "
+                "try an older version of transformers, as this one may be newer than this project knows",
+                name,
+                self.why_own,
+            )
+
     def new_pass(self, model: nn.Module, layers: list[KnownLayer], backend: Backend) -> Pass | None:
         """Make the pass, for as long as weights do not change; None if the model's own has to be used.
 
@@ -57,8 +103,6 @@ class FastDecoder:
             backend: The backend of its fused layers.
         """
         decoder = base_model(model).get_decoder()
-        if not self._tried:
-            self._make, self._tried = self._try(model, decoder, layers, backend), True
         if self._make is not _compiled_pass:
             return None if self._make is None else self._make(decoder, layers, backend)
         compiled, plain = _compiled_pass(decoder, layers, backend), _plain_pass(decoder, layers, backend)
@@ -68,51 +112,11 @@ class FastDecoder:
                 try:  # it may be compiled again long after the trial, as for inference mode
                     return compiled(ids, positions, packing)
                 except torch._dynamo.exc.TorchDynamoException as error:
-                    self._make = self._give_up_compiling(decoder, error)
+                    self._make = _plain_pass
+                    self.why_not_compiled = give_up_compiling(f"{type(decoder).__name__} is sampled from", error)
             return plain(ids, positions, packing)  # the packing gets again what it got before the error
 
         return hidden_states
-
-    def _try(self, model: nn.Module, decoder: Any, layers: list[KnownLayer], backend: Backend) -> Maker | None:
-        """The function that makes the fastest pass with the model's own numbers; None if there is none."""
-        device = next(decoder.parameters()).device
-        ids = torch.arange(2, 14, device=device).view(2, 6) % decoder.config.vocab_size
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        packed = PackedSequences(Sequences(ids, mask, ids[:, :0], mask[:, :0]), backend, completions=False)
-        with torch.no_grad():
-            with backend.in_pass():
-                expected = own_hidden(model, packed.ids, packed.positions, packed)
-
-            def off(make: Maker) -> str:
-                return _difference(make(decoder, layers, backend)(packed.ids, packed.positions, packed), expected)
-
-            if compiling_pays(device):
-                if compiled_layers(layers) is None:
-                    self.why_not_compiled = "a projection is of a special kind, such as a quantized one"
-                logger.info("torch.compile compiles the layers of %s for sampling, once", type(decoder).__name__)
-                try:
-                    failure: Exception | str = off(_compiled_pass)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # whatever its many parts raise, from a missing compiler to a full disk
-                    failure = error
-                if not failure:
-                    return _compiled_pass
-                self._give_up_compiling(decoder, failure)
-            difference = off(_plain_pass)
-        if difference:
-            self.why_own = f"calling its parts one by one gave {difference}"
-            logger.warning(
-                "%s is sampled from by its own forward pass, which takes longer, since %s; "
-                "try an older version of transformers, as this one may be newer than this project knows",
-                type(decoder).__name__,
-                self.why_own,
-            )
-        return None if difference else _plain_pass
-
-    def _give_up_compiling(self, decoder: Any, error: Exception | str) -> Maker:
-        self.why_not_compiled = give_up_compiling(f"{type(decoder).__name__} is sampled from", error)
-        return _plain_pass
 
 
 class _PlainLayer:
@@ -172,13 +176,3 @@ def _pass(decoder: Any, known: Sequence[KnownLayer], layers: Sequence[_PlainLaye
         return result
 
     return hidden_states
-
-
-def _difference(found: Tensor, expected: Tensor) -> str:
-    """How two results differ that should be the same; empty if they are."""
-    if found.dtype != expected.dtype:
-        return f"{found.dtype} instead of {expected.dtype}"
-    # Bit for bit on a CPU by plain calls; products of an accelerator may sum up otherwise for another number of axes.
-    off = distance(found, expected)
-    close = off <= (1e-4 if expected.dtype == torch.float32 else 0.02)
-    return "" if close else f"other numbers, {off:.2g} of their size away"

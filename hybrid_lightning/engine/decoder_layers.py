@@ -118,7 +118,8 @@ def known_layer(layer: Any, backend: Backend, settings: AttentionSettings | None
 
 
 def own_class(layer: nn.Module) -> type[nn.Module]:
-    """The class of a layer in transformers, also if FSDP2 or we have put a class before it."""
+    """The class of a layer in transformers, also if FSDP1 has wrapped it, or FSDP2 or we have put a class before it."""
+    layer = layer.module if isinstance(layer, FullyShardedDataParallel) else layer
     kind = type(layer).__bases__[1] if isinstance(layer, FSDPModule) else type(layer)
     found: type[nn.Module] = vars(kind).get("own_class", kind)  # not that of a class above it
     return found

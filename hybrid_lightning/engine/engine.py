@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -45,6 +45,8 @@ _INSTEAD = {
     "fast decoding": "torch's own decoding",
     "compiled layers": "layers without torch.compile",
 }
+
+_OF_SAMPLING = ("fast decoding", "compiled layers")  # known once something was sampled
 
 
 def use_fused_modules(model: nn.Module, backend: Backend) -> None:
@@ -85,6 +87,7 @@ class Engine:
         self._fast = FastDecoder()
         self._pass: Pass | None = None
         self._is_to_report = self._has_reported = False
+        self._former: dict[str, str] = {}  # passes of the run that is continued, until they are compared with these
 
     def of(self, adapted: nn.Module, is_copy: bool = False) -> "Engine":
         """The engine of the same model with an adapter in it, which takes over the results of trials; that of a copy does not."""
@@ -93,6 +96,7 @@ class Engine:
             return engine
         engine._trial, engine._fast = self._trial, self._fast
         engine._is_to_report, engine._has_reported = self._is_to_report, self._has_reported
+        engine._former = self._former
         return engine
 
     def prepare(self) -> None:
@@ -102,13 +106,19 @@ class Engine:
         """
         if self._trial is None:
             self._trial = self._try_packing()
-        if self._is_to_report and not self._has_reported:
-            self._has_reported = True
-            rank_zero_info(self.description())
+        self._report()
 
     def report(self) -> None:
         """Log once which passes are fast: at the next `prepare`, when the model is on its device and perhaps sharded."""
         self._is_to_report = True
+
+    def continues(self, passes: Mapping[str, str]) -> None:
+        """Warn once this is known to compute otherwise than the run that it continues.
+
+        Args:
+            passes: The `passes` of that run.
+        """
+        self._former = dict(passes)
 
     def assume_packing(self, dtype: torch.dtype) -> None:
         """Let the model attend by packings without a trial, as for a model without weights.
@@ -192,8 +202,12 @@ class Engine:
         Args:
             dtype: Dtype of the products; None takes that of each weight.
         """
-        self.prepare()
+        if self._trial is None:
+            self._trial = self._try_packing()
         layers, _ = self._known_layers()
+        if layers:
+            self._fast.try_once(self.model, layers, self.backend, dtype)
+        self._report(decodes=True)
         together = [part for layer in layers for part in layer.same_input()]
         with prepacked_weights(self.model, self.backend, dtype, together):
             self._pass = self._fast.new_pass(self.model, layers, self.backend) if layers else None
@@ -201,6 +215,25 @@ class Engine:
                 yield
             finally:
                 self._pass = None
+
+    def _report(self, decodes: bool = False) -> None:
+        if self._is_to_report and not self._has_reported:
+            self._has_reported = True
+            rank_zero_info(self.description())
+        known = {name: self._former.pop(name) for name in [*self._former] if decodes or name not in _OF_SAMPLING}
+        passes = self.passes() if known else {}
+        others = [name for name, reason in known.items() if bool(reason) != bool(passes.get(name, reason))]
+        if others:
+            then, now = (_described({name: of[name] for name in others}) for of in (known, passes))
+            rank_zero_warn(
+                f"the run that is continued had {then}; this one has {now}, and its numbers are rounded otherwise from here on; "
+                "continue it with the versions and on the kind of machine that it began with, if that matters"
+            )
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `passes` are known."""
+        return self._trial is not None
 
     @property
     def _tried(self) -> _Trial:

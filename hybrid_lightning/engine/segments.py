@@ -1,4 +1,4 @@
-"""Attention of segments by FlashAttention's kernels (`torch.nn.attention.varlen`), one run of keys at a time.
+"""Attention of segments by FlashAttention's kernels for sequences of unequal lengths, one run of keys at a time.
 
 A *segment* is a run of neighbouring queries and the run of neighbouring keys that they may see; one call computes segments of
 unequal lengths, without padding and without masks. A call gives the log-sum-exps of its scores, by which two calls with the same
@@ -16,7 +16,7 @@ Axes are those of `attention.py`, with N queries and M keys in all segments toge
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,16 +70,14 @@ def attend(
         settings: What the layer asks for; its window counts within causal segments alone.
         used: Keys of each segment that are looked at, the first ones, [n] int32; None for all.
     """
-    result, sums, _ = torch.ops.torch_attn._varlen_attn(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        *_runs(segments),
-        settings.factor(query),
-        _window(segments, settings.window),
-        query.shape[1] != key.shape[1],
-        used,
-    )
+    result, sums = torch.ops.aten._flash_attention_forward(
+        query=query.contiguous(),
+        key=key.contiguous(),
+        value=value.contiguous(),
+        return_debug_mask=False,
+        seqused_k=used,
+        **_asked(query, segments, settings),
+    )[:2]
     return Attended(result, sums)
 
 
@@ -105,29 +103,36 @@ def attend_backward(
     """
     # Without this the kernel adds up the gradients of queries by atomics, in an order that no seed decides.
     with _in_one_order():
-        of_query, of_key, of_value = torch.ops.torch_attn._varlen_attn_backward(
-            gradient,
-            query.contiguous(),
-            key.contiguous(),
-            value.contiguous(),
-            whole.result.contiguous(),
-            whole.sums,
-            *_runs(segments),
-            torch.zeros(2, dtype=torch.uint64, device=query.device),  # random state of dropout, of which there is none
-            settings.factor(query),
-            _window(segments, settings.window),
+        of_query, of_key, of_value = torch.ops.aten._flash_attention_backward(
+            grad_out=gradient,
+            query=query.contiguous(),
+            key=key.contiguous(),
+            value=value.contiguous(),
+            out=whole.result.contiguous(),
+            logsumexp=whole.sums,
+            rng_state=torch.zeros(2, dtype=torch.uint64, device=query.device),  # of dropout, of which there is none
+            unused=torch.empty(0, device=query.device),
+            **_asked(query, segments, settings),
         )
     return of_query, of_key, of_value
 
 
-def _runs(segments: Segments) -> tuple[Tensor, Tensor, int, int, bool]:
-    return segments.queries, segments.keys, segments.most_queries, segments.most_keys, segments.causal
-
-
-def _window(segments: Segments, window: int | None) -> list[int]:
-    if not segments.causal:
-        return [-1, -1]
-    return [-1 if window is None or window >= segments.most_keys else window - 1, 0]
+def _asked(query: Tensor, segments: Segments, settings: AttentionSettings) -> dict[str, Any]:
+    """What both operators take, by its names (see `why_no_varlen`)."""
+    window = -1
+    if segments.causal and settings.window is not None and settings.window < segments.most_keys:
+        window = settings.window - 1
+    return {
+        "cum_seq_q": segments.queries,
+        "cum_seq_k": segments.keys,
+        "max_q": segments.most_queries,
+        "max_k": segments.most_keys,
+        "dropout_p": 0.0,
+        "is_causal": segments.causal,
+        "scale": settings.factor(query),
+        "window_size_left": window,
+        "window_size_right": 0 if segments.causal else -1,
+    }
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hybrid_lightning.engine.backend import Backend
-from hybrid_lightning.engine.compiling import compiling_pays, distance, give_up_compiling, variants_allowed
+from hybrid_lightning.engine.compiling import compiling_pays, give_up_compiling, higher_precision, variants_allowed, why_not_alike
 from hybrid_lightning.engine.decoder_layers import (
     LAYERS,
     UnknownLayerError,
@@ -37,9 +37,6 @@ from hybrid_lightning.engine.fused_lora import FusedLora, PutBefore, put_before,
 from hybrid_lightning.engine.prepacked import ProductFactors
 
 _TRIED_ROWS = 8
-# How far compiled numbers may be from uncompiled ones, as a share of their norm. In 16 bits a number is rounded some ten times on
-# its way through a layer, by 0.4% at most each.
-_FARTHEST, _FARTHEST_IN_HALF = 1e-4, 0.04
 
 
 class FusedDecoderLayer(PutBefore):
@@ -180,20 +177,24 @@ class _Trials:
     def _try(self, function: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> None:
         """Raise an error if a few rows have other numbers or gradients, compiled."""
         few = tuple(part[:_TRIED_ROWS] for part in rows)
+        higher = higher_precision(rows[0])
         # Gradient checkpointing counts what is kept in between, and must not see what this keeps.
         with saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
-            found, expected = (
-                _numbers(run, few, layer) for run in (partial(_called, True, function), partial(_called, False, function))
-            )
-        half = torch.is_autocast_enabled(rows[0].device.type) or rows[0].dtype in (torch.float16, torch.bfloat16)
-        for one, other in zip(found, expected, strict=True):
-            if not (off := distance(one, other)) <= (_FARTHEST_IN_HALF if half else _FARTHEST):
-                raise ArithmeticError(f"other numbers, {off:.2g} of their size away")
+            found, ordinary = (_numbers(partial(_called, compiled, function), few, layer) for compiled in (True, False))
+            exact = ordinary
+            if higher is not None:
+                with torch.autocast(rows[0].device.type, enabled=False):
+                    exact = _numbers(partial(_called, False, function), few, layer, higher)
+        for numbers in zip(found, ordinary, exact, strict=True):
+            if difference := why_not_alike(*numbers):
+                raise ArithmeticError(difference)
 
 
-def _numbers(run: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple) -> list[Tensor]:
-    """Results, and the gradients of all that has one."""
-    own_rows, own_layer = tree_map_only(Tensor, _alone, (rows, layer))
+def _numbers(
+    run: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTuple, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Results, and the gradients of all that has one, in a dtype; None for that which each tensor has."""
+    own_rows, own_layer = tree_map_only(Tensor, partial(_alone, dtype=dtype), (rows, layer))
     results = [part for part in tree_leaves(run(own_rows, own_layer)) if isinstance(part, Tensor)]
     trained = [part for part in tree_leaves((own_rows, own_layer)) if isinstance(part, Tensor) and part.requires_grad]
     made = [part for part in results if part.requires_grad]
@@ -203,11 +204,12 @@ def _numbers(run: Callable[..., Any], rows: tuple[Tensor, ...], layer: NamedTupl
     return [part.detach() for part in results] + [part for part in gradients if part is not None]
 
 
-def _alone(tensor: Tensor) -> Tensor:
+def _alone(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The same numbers without a history, as a tensor of the same kind, for which nothing has to be compiled again."""
+    numbers = tensor.detach() if dtype is None else tensor.detach().to(dtype)
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+        return nn.Parameter(numbers, requires_grad=tensor.requires_grad)
+    return numbers.requires_grad_(tensor.requires_grad)
 
 
 _TRIALS = _Trials()

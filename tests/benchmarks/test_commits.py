@@ -1,9 +1,12 @@
 """The comparison of two checkouts: what is no checkout, and its table."""
 
 import pytest
+import yaml
 
+from benchmarks import pairs
 from benchmarks.commands import ROOT
 from benchmarks.speed import commits
+from benchmarks.workloads import Workload
 
 
 def test_a_folder_that_is_no_checkout_is_refused(capsys):
@@ -22,6 +25,31 @@ def test_the_table_has_medians_and_the_ratio_of_neighbouring_steps(monkeypatch, 
     rows = capsys.readouterr().out.splitlines()[2:]
     assert rows[0].startswith("| `tiny` | seconds | 2.000 | 2.000 | 1.100 (")
     assert rows[1].startswith("| `tiny` | processor seconds | 4.000 | 4.000 | 1.100 (")
+
+
+@pytest.mark.parametrize("workload", commits.SHIPPED.values(), ids=commits.SHIPPED)
+def test_shipped_configs_have_the_sizes_that_are_checked(workload):
+    model = yaml.safe_load((ROOT / "configs" / f"{workload.name}.yaml").read_text())["model"]
+    sampler = model["sampler"].get("init_args", model["sampler"])
+    sizes = (model["prompts_per_rollout"], model["samples_per_prompt"], sampler["max_new_tokens"])
+    assert sizes == (workload.prompts, workload.samples, workload.max_new_tokens)
+    assert "minibatches_per_rollout" not in model, "a step is a rollout"
+
+
+def test_a_config_is_run_by_the_package_of_a_checkout(tmp_path):
+    """By that which needs no model."""
+    code = commits._SHIPPED_WORKER.format(root=str(ROOT), checkout=str(ROOT))
+    worker = pairs.Worker(
+        "now",
+        Workload("gspo", 32, 8, max_new_tokens=20),
+        tmp_path,
+        pairs.Plan(1, "cpu", 1, 0, ("now",), tmp_path, workers={"now": ("-c", code)}),
+    )
+    try:
+        assert worker.facts["trainable_parameters"] > 0 and worker.step()["rows"] == 256
+    finally:
+        worker.close()
+    assert worker.process.returncode == 0
 
 
 @pytest.mark.parametrize("former", [False, True])

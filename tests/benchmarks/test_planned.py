@@ -16,7 +16,13 @@ def moment(**more):
 
 def test_the_largest_of_all_moments_and_ranks_is_compared_without_what_is_packed():
     found = {
-        "plan": [{"moments": {"updating": moment(total=120, packed=20), "scoring": moment(total=90, packed=0)}, "growth": 30}],
+        "plan": [
+            {
+                "moments": {"updating": moment(total=120, packed=20), "scoring": moment(total=90, packed=0)},
+                "growth": 30,
+                "in tensors": False,
+            }
+        ],
         "tensors": [{"moments": {"updating": moment(tensors=95, weights=11), "scoring": moment(tensors=80, weights=99)}}] * 2,
         "process": [{"growth": 20}, {"growth": 25}],
     }

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from cli_runs import command, parse
 
+from hybrid_lightning.engine import engine
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "evaluate")  # which trains nothing
 
@@ -91,7 +93,10 @@ def test_it_trains(path, tiny, here, monkeypatch):
         rows, options = STAND_INS[path.stem]
         (here / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
         arguments += options
+    said = []
+    monkeypatch.setattr(engine, "rank_zero_info", said.append)
     command([*arguments, *small(config)], monkeypatch)
+    assert "fast decoding" in said[-1] and "own decoding" not in said[-1] and "repeated" not in said[-1]
     (folder,) = (here / "runs" / path.stem).iterdir()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 2 and 0 <= summary["accuracy_after"] <= 1

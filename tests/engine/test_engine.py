@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_decoders import ALL, build
+from tiny_decoders import ALL, build, has_pass
 from tiny_models import VOCABULARY, build_model
 from tiny_runs import fit, write_model, write_sums
 from transformers import AutoModelForCausalLM, BloomConfig
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from hybrid_lightning.engine import Backend, Engine, use_fused_modules
 from hybrid_lightning.engine import attention_hook as hook
 from hybrid_lightning.engine import backend as backends
+from hybrid_lightning.engine import decoder as decoders
 from hybrid_lightning.engine import engine as engines
 from hybrid_lightning.engine.cpu import build as building
 from hybrid_lightning.engine.cpu import operators
@@ -173,6 +174,25 @@ def test_a_run_says_it(tmp_path, said):
     fit(write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl"), tmp_path / "runs", max_steps=2)
     (line,) = said
     assert line.startswith("engine: packed training, shared prompts, fused layers"), "of the adapted model, and not while scored"
+
+
+def test_a_run_that_goes_on_by_other_passes_says_so(monkeypatch):
+    monkeypatch.setattr(decoders, "why_layers_differ", lambda *_: "other numbers")
+    engine = build("llama")
+    engine.continues({"packed training": "", "fast decoding": ""})
+    engine.prepare()
+    with pytest.warns(UserWarning, match="had fast decoding; this one has torch's own decoding, since calling its parts"):
+        assert not has_pass(engine)
+    assert not has_pass(engine) and not engine._former, "once"
+
+
+def test_a_resumed_run_knows_the_passes_of_the_one_it_continues(tmp_path, monkeypatch):
+    model, sums = write_model(tmp_path / "model"), write_sums(tmp_path / "sums.jsonl")
+    fit(model, sums, tmp_path / "runs", max_steps=2).trainer.save_checkpoint(tmp_path / "last.ckpt")
+    fit(model, sums, tmp_path / "again", ckpt=tmp_path / "last.ckpt", max_steps=4)  # a warning of ours would be an error
+    monkeypatch.setattr(decoders, "why_layers_differ", lambda *_: "other numbers")
+    with pytest.warns(UserWarning, match="continued had fast decoding; this one has torch's own decoding"):
+        fit(model, sums, tmp_path / "other", ckpt=tmp_path / "last.ckpt", max_steps=4)
 
 
 def test_a_copy_of_an_engine_is_one_of_its_own():

@@ -1,0 +1,53 @@
+"""Worker: a config of a checkout as `python -m hybrid_lightning fit` runs it, one rollout and its update at a time.
+
+It serves both sides of a comparison of commits, and imports `hybrid_lightning` from the checkout that it is given.
+"""
+
+import json
+import sys
+from tempfile import TemporaryDirectory
+
+from benchmarks.workloads import Settings
+
+# What configs name that is not there: rows of the same columns.
+_WORDS = "Ann has {a} pens and gets {b} more. How many pens does she have?"
+_GIVEN = {"smollm2_mawps": [{"input": _WORDS.format(a=a, b=b), "target": a + b} for a in range(2, 22) for b in range(2, 22)]}
+# Nothing but rollouts and updates.
+_QUIET = {
+    "trainer.logger": "false",
+    "trainer.limit_val_batches": "0",
+    "trainer.num_sanity_val_steps": "0",
+    "trainer.enable_progress_bar": "false",
+    "checkpoint.monitor": "null",
+    "checkpoint.save_last": "false",
+}
+
+
+def main(checkout: str) -> None:
+    """Train as a config of a checkout says, until the parent wants no more steps."""
+    sys.path.insert(0, checkout)
+    from hybrid_lightning.process import prepare_process
+
+    prepare_process()  # before torch is loaded
+    import hybrid_lightning
+
+    assert hybrid_lightning.__file__.startswith(checkout), hybrid_lightning.__file__
+    from benchmarks.training import Gated
+    from benchmarks.worker import Gate
+    from hybrid_lightning.cli import HybridLightningCLI
+
+    settings = Settings.from_arguments()
+    name = settings.workload.name
+    with TemporaryDirectory(prefix="run_config_") as folder:
+        options = {**_QUIET, "trainer.max_steps": str(settings.rollouts), "trainer.default_root_dir": folder}
+        if name in _GIVEN:
+            options["data.source.train"] = rows = f"{folder}/rows.jsonl"
+            with open(rows, "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in _GIVEN[name])
+        arguments = [
+            "fit",
+            "--config",
+            f"{checkout}/configs/{name}.yaml",
+            *(f"--{key}={value}" for key, value in options.items()),
+        ]
+        HybridLightningCLI(args=arguments, trainer_defaults={"callbacks": [Gated(Gate(settings))]})

@@ -1,0 +1,200 @@
+"""Trials: whether a faster way to compute a decoder layer gives the numbers of transformers' own class, up to rounding.
+
+In 16 bits no two ways round alike, and what a rounding grows to over many layers is chance: on some tokens two passes that are
+both right end 45% apart. So one layer is tried at a time, on a few tokens, and its error is judged by another's: that of
+transformers' layer in the same precision. The errors of both are taken against transformers' layer in a higher one.
+
+LoRA begins as zero, which would hide a mistake in it. For the trial B is drawn, so that LoRA adds as much to the result as the
+base weight does.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from hybrid_lightning.engine.attention import AttentionSettings
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.engine.compiling import higher_precision, why_not_alike
+from hybrid_lightning.engine.decoder_layers import KnownLayer, own_class, projections
+from hybrid_lightning.engine.fused_layers import drawn
+from hybrid_lightning.engine.fused_lora import FusedLora, weight_of
+from hybrid_lightning.engine.prepacked import prepacked_weights
+
+_TOKENS = 12
+
+
+class LayerParts(Protocol):
+    """A way to compute a decoder layer but its attention."""
+
+    def heads(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, H, D], keys [N, K, D] and values [N, K, D] of hidden states [N, n]; cosines and sines are [N, D]."""
+        ...
+
+    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Hidden states [N, n] after the layer from those before it, which it may overwrite, and attention's result [N, H D]."""
+        ...
+
+
+def why_layers_differ(
+    decoder: Any,
+    layers: list[KnownLayer],
+    backend: Backend,
+    dtype: torch.dtype | None,
+    parts_of: Callable[[KnownLayer], LayerParts],
+) -> str:
+    """How a way to compute layers gives other numbers than transformers' own; empty if it does not.
+
+    Args:
+        decoder: The decoder, in eval mode, with whole weights, and not within `prepacked_weights`.
+        layers: Its layers, of which the first of each kind is tried: they take different ways by what their projections are.
+        backend: The backend of its fused layers.
+        dtype: Dtype of the products; None takes that of each weight.
+        parts_of: Makes the way that is tried, within `prepacked_weights`.
+    """
+    kinds = {tuple(_kind(module) for module in projections(layer)): number for number, layer in reversed(list(enumerate(layers)))}
+    with torch.no_grad():
+        for number in sorted(kinds.values()):
+            layer = layers[number]
+            with _drawn_adapters(layer):
+                trial = _Trial(decoder, number, layer)
+                with prepacked_weights(decoder.layers[number], backend, dtype, layer.same_input()), backend.in_pass():
+                    found = trial.through(parts_of(layer))
+                if difference := why_not_alike(found, trial.ordinary, trial.exact):
+                    return difference
+    return ""
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    plain = isinstance(module, FusedLora) and module.plain_adapter() is not None
+    return type(module), plain, next(module.parameters()).dtype
+
+
+class _Trial:
+    """One decoder layer, a few tokens, and what its own class computes of them, under the current autocast.
+
+    Args:
+        decoder: The decoder, in eval mode, with whole weights.
+        number: Number of the layer.
+        known: The layer, taken apart.
+    """
+
+    def __init__(self, decoder: Any, number: int, known: KnownLayer) -> None:
+        self.settings = known.settings
+        device = next(decoder.parameters()).device
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(decoder.config.vocab_size, (_TOKENS,), generator=draw).to(device)
+        self.hidden = decoder.embed_tokens(ids)
+        cosines, sines = decoder.rotary_emb(self.hidden[None], torch.arange(_TOKENS, device=device)[None])
+        self.angles = (cosines[0].contiguous(), sines[0].contiguous())
+        self.ordinary = self.exact = self._own(_own_layer(decoder, number, known), self.hidden.dtype)
+        if (higher := higher_precision(self.hidden)) is not None:
+            with torch.autocast(device.type, enabled=False):
+                self.exact = self._own(_own_layer(decoder, number, known, higher), higher)
+
+    def through(self, parts: LayerParts) -> Tensor:
+        """What the parts of a layer make of the tokens."""
+        attended = _OneSequence().attend(0, *parts.heads(self.hidden, self.angles), self.settings)
+        return parts.output(self.hidden.clone(), attended.reshape(len(self.hidden), -1))
+
+    def _own(self, layer: nn.Module, dtype: torch.dtype) -> Tensor:
+        angles = tuple(part.to(dtype)[None] for part in self.angles)
+        hidden = self.hidden.to(dtype)[None]
+        result: Tensor = layer(hidden, attention_mask=None, position_embeddings=angles, packing=_OneSequence())
+        return result[0]
+
+
+@contextmanager
+def _drawn_adapters(layer: KnownLayer) -> Iterator[None]:
+    """Within this context LoRA in a layer adds to its products about as much as the base weights do."""
+    own: list[tuple[nn.Module, nn.Parameter]] = []
+    try:
+        for seed, module in enumerate(projections(layer)):
+            name = module.plain_adapter() if isinstance(module, FusedLora) else None
+            if isinstance(module, FusedLora) and name is not None:
+                base, lora_a, lora_b = (weight_of(part) for part in (module.base_layer, module.lora_A[name], module.lora_B[name]))
+                size = _size(base) / (abs(module.scaling[name]) * _size(lora_a) * lora_b.shape[1] ** 0.5 or 1.0)
+                own.append((module.lora_B[name], module.lora_B[name]._parameters["weight"]))  # type: ignore[arg-type]
+                part = (size * drawn(seed, *lora_b.shape)).to(lora_b)
+                module.lora_B[name]._parameters["weight"] = nn.Parameter(part, requires_grad=False)
+        yield
+    finally:
+        for part, weight in own:
+            part._parameters["weight"] = weight
+
+
+def _size(weight: Tensor) -> float:
+    return float(weight.detach().float().pow(2).mean().sqrt())
+
+
+class _OneSequence:
+    """A `Packing` of one sequence, in any precision."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        """See `Packing`."""
+        query, key, value = (part.to(value.dtype).transpose(0, 1)[None] for part in (query, key, value))
+        result = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=settings.scaling, enable_gqa=True)
+        return result[0].transpose(0, 1)
+
+
+def _own_layer(decoder: Any, number: int, known: KnownLayer, dtype: torch.dtype | None = None) -> nn.Module:
+    """A layer of transformers' own class with the same weights, into which LoRA is merged.
+
+    Args:
+        decoder: The decoder.
+        number: Number of the layer.
+        known: The layer, taken apart.
+        dtype: Dtype of all weights; None for that which each has.
+    """
+    kind: Any = own_class(decoder.layers[number])
+    with torch.device("meta"):
+        layer = kind(decoder.config, number).eval()
+    attention = layer.self_attn
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    for name, module in zip(names, projections(known), strict=True):
+        setattr(attention if hasattr(attention, name) else layer.mlp, name, _merged(module, dtype))
+    norms = [(layer.input_layernorm, known.norms[0]), (layer.post_attention_layernorm, known.norms[1])]
+    if known.head_norms is not None:
+        norms += [(attention.q_norm, known.head_norms[0]), (attention.k_norm, known.head_norms[1])]
+    for empty, norm in norms:
+        empty.weight = _frozen(norm.weight, dtype)
+    return layer  # type: ignore[no-any-return]
+
+
+def _merged(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    name = module.plain_adapter() if isinstance(module, FusedLora) else None
+    if isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters:
+        module = module.modules_to_save[module.active_adapters[0]]
+    base: Any = module.base_layer if isinstance(module, FusedLora) and name is not None else module
+    if type(base) is not nn.Linear:
+        return _AsItIs(module)
+    weight = base.weight.detach()
+    if isinstance(module, FusedLora) and name is not None:
+        weight = weight.float() + module.get_delta_weight(name).detach().float()
+    merged = nn.utils.skip_init(nn.Linear, 1, 1, device="cpu")
+    merged.weight = _frozen(weight, dtype or base.weight.dtype)
+    merged.bias = None if base.bias is None else _frozen(base.bias, dtype)  # type: ignore[assignment]
+    return merged
+
+
+def _frozen(weight: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
+    return nn.Parameter(weight.detach().to(dtype or weight.dtype), requires_grad=False)
+
+
+class _AsItIs(nn.Module):
+    """A projection of a special kind, such as a quantized one, which is called in the precision that it has."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.call = (layer,)  # not a part of this module, whose precision changes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., m]."""
+        layer = self.call[0]
+        dtype = next(part.dtype for part in layer.parameters() if part.is_floating_point())
+        result: Tensor = layer(x.to(dtype))
+        return result.to(x.dtype)

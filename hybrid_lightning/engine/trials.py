@@ -119,8 +119,8 @@ def _drawn_adapters(layer: KnownLayer) -> Iterator[None]:
                 base, lora_a, lora_b = (weight_of(part) for part in (module.base_layer, module.lora_A[name], module.lora_B[name]))
                 size = _size(base) / (abs(module.scaling[name]) * _size(lora_a) * lora_b.shape[1] ** 0.5 or 1.0)
                 own.append((module.lora_B[name], module.lora_B[name]._parameters["weight"]))  # type: ignore[arg-type]
-                part = (size * drawn(seed, *lora_b.shape)).to(lora_b)
-                module.lora_B[name]._parameters["weight"] = nn.Parameter(part, requires_grad=False)
+                other = (size * drawn(seed, *lora_b.shape)).to(lora_b)
+                module.lora_B[name]._parameters["weight"] = nn.Parameter(other, requires_grad=False)
         yield
     finally:
         for part, weight in own:

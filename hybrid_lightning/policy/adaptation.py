@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 CHECKPOINT_KEY = "hybrid_lightning"
-CHECKPOINT_FORMAT = 2  # of all that this project puts into a checkpoint; a checkpoint of another one is refused
+CHECKPOINT_FORMAT = 1  # of all that this project puts into a checkpoint; a checkpoint of another one is refused
 
 
 class AdaptedModule(Configurable, LightningModule):
@@ -219,7 +219,6 @@ class AdaptedModule(Configurable, LightningModule):
             "keep_start_weights": self.keep_start_weights,
             "quantization": self._quantization_name(),
             "trained_dtype": str(self._trained_dtype()),
-            "passes": self.engine.passes() if self.engine.is_prepared else {},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -241,7 +240,6 @@ class AdaptedModule(Configurable, LightningModule):
                 self._check_resumable(saved)
             self._adapt_as(AdapterPlan.from_dict(saved["plan"]), saved["keep_start_weights"])
         if resumed:
-            self.engine.continues(saved["passes"])
             for state in checkpoint.get("optimizer_states", []):
                 state["param_groups"] = with_hyper_parameters(state["param_groups"], self.optimizer_class, self.rates)
 

@@ -33,7 +33,7 @@ from hybrid_lightning.engine import Backend
 from hybrid_lightning.errors import ConfigError, RolloutError
 from hybrid_lightning.metrics import check_set_name
 from hybrid_lightning.options import ACCURACY, FIXED, MADE_BY, Option
-from hybrid_lightning.policy.adaptation import AdaptedModule
+from hybrid_lightning.policy.adaptation import CHECKPOINT_KEY, AdaptedModule
 from hybrid_lightning.policy.calibration import CalibrationLosses
 from hybrid_lightning.policy.evaluation import Evaluation, predictions, repeat_prompts
 from hybrid_lightning.policy.generation import Generation
@@ -377,6 +377,17 @@ class LanguageModule(AdaptedModule, RolloutSource, ABC):
         # Where a schedule has asked for the run's number of steps, Lightning has made the train dataloader already, before it
         # restores the state of its loops, and would not restore the loader's any more. So it has to make another one.
         self.trainer.fit_loop._combined_loader = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `AdaptedModule`; with the fast passes of this run."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["passes"] = self.engine.passes() if self.engine.is_prepared else {}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `AdaptedModule`. A resumed run that computes by other passes says so."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self.engine.continues(checkpoint[CHECKPOINT_KEY].get("passes", {}))
 
     def on_train_epoch_start(self) -> None:
         """Begin the epoch with a new optimizer step, even if the last epoch ended in the middle of one."""
